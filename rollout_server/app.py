@@ -1,0 +1,49 @@
+"""The FastAPI app: our routes, and vLLM's own app with its OpenAI routes under them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from rollout_server.routes import generate, runs, score, state
+from rollout_server.service import Service
+from shared.errors import ErrorBody, ErrorCode, LockstepError
+
+#: vLLM's routes that would change adapters or weights behind the learner's back, or that are ours here.
+_LEFT_OUT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/health", "/score", "/v1/score")
+
+
+def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
+    """Our app with vLLM's mounted below it: a path of ours never reaches vLLM's handlers, nor the other way round."""
+    app = FastAPI(
+        title="Lockstep rollout server",
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    app.state.lockstep = service
+    for module in (generate, score, runs, state):
+        app.include_router(module.router)
+    app.add_exception_handler(LockstepError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    theirs = openai_app.router.routes
+    theirs[:] = [route for route in theirs if getattr(route, "path", None) not in _LEFT_OUT]
+    app.mount("/", openai_app)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LockstepError)
+    headers = {"Retry-After": "1"} if error.status == 503 else None
+    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status, headers=headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems: list[dict[str, Any]] = [
+        {"field": ".".join(str(part) for part in problem["loc"][1:]), "problem": problem["msg"]}
+        for problem in error.errors()
+    ]
+    text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])
+    return await _answer_error(request, LockstepError(ErrorCode.INVALID_REQUEST, text, problems=problems[:20]))

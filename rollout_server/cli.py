@@ -1,0 +1,127 @@
+"""`rollout-server MODEL [our flags] [any vLLM flag]`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from typing import Any
+
+from rollout_server import settings as server_settings
+from shared.errors import LockstepError
+
+logger = logging.getLogger("rollout_server")
+
+
+def main() -> None:
+    """Console entry point."""
+    # A CUDA context or OpenMP pool in this process must never be forked into the engine.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        args, settings = parse(sys.argv[1:])
+        sys.exit(serve(args, settings))
+    except (LockstepError, ValueError) as error:
+        sys.exit(f"rollout-server: {error}")
+
+
+def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
+    """Our flags and vLLM's.
+
+    Raises:
+        ValueError, LockstepError: flags that cannot work on a rollout server, with what to do instead.
+    """
+    from rollout_server import compat
+
+    compat.vllm_version()
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
+    server_settings.add_flags(parser)
+    parser = compat.make_arg_parser(parser)
+    parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)
+    args = parser.parse_args(argv)
+    settings = server_settings.from_args(args)
+    args.model = args.model_tag or args.model
+    ours = {
+        "--lora-modules": args.lora_modules,
+        "--worker-extension-cls": args.worker_extension_cls,
+        "--api-server-count": (args.api_server_count or 1) > 1,
+        "--headless": args.headless,
+    }
+    for flag, given in ours.items():
+        if given:
+            raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
+    if not args.enable_lora:
+        raise ValueError("--no-enable-lora: a rollout server exists to serve a LoRA adapter; leave it out")
+    args.max_loras = args.max_cpu_loras = settings.adapter_slots
+    args.worker_extension_cls = "rollout_server.worker.AdapterWorker"
+    return args, settings
+
+
+def serve(args: Any, settings: server_settings.ServerSettings) -> int:
+    """Run until SIGTERM, SIGINT or the engine's death; the process's exit status."""
+    import uvloop
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from rollout_server import lifecycle
+
+    _log_to_stderr()
+    vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    lifecycle.refuse_what_cannot_work(vllm_config, settings)
+    return uvloop.run(_serve(args, vllm_config, settings))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s rollout-server: %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
+    import uvicorn
+
+    from rollout_server import lifecycle
+    from rollout_server.gate import Gate
+
+    gate = Gate()
+    config = uvicorn.Config(
+        gate,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+    )
+    server = uvicorn.Server(config)
+    http = asyncio.ensure_future(server.serve())
+    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, gate))
+    status = 0
+    try:
+        await asyncio.wait((http, starting), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and not http.done():
+            watching = asyncio.ensure_future(lifecycle.watch(starting.result()))
+            await asyncio.wait((http, watching), return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                status = 1
+            watching.cancel()
+    finally:
+        server.should_exit = True
+        with contextlib.suppress(asyncio.CancelledError):
+            await http
+        starting.cancel()
+        gate.close()
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Everything that differs between the vLLM versions this server supports (0.26 to 0.33), and the one place that
+reaches into vLLM's private parts. Each function says which versions it was written for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+SUPPORTED = ((0, 26), (0, 33))
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version.
+
+    Raises:
+        RuntimeError: it lies outside the supported range.
+    """
+    import vllm
+
+    release = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
+    low, high = SUPPORTED
+    if not low <= release <= high:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} is not supported; install a version from {low[0]}.{low[1]} to {high[0]}.{high[1]}"
+        )
+    return vllm.__version__
+
+
+def _first_module(*names: str) -> Any:
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+    return importlib.import_module(names[-1])
+
+
+def make_arg_parser(parser: Any) -> Any:
+    """vLLM's serve flags added to `parser`."""
+    module = _first_module("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+    return module.make_arg_parser(parser)
+
+
+def build_openai_app(args: Any, supported_tasks: tuple[str, ...], model_config: Any) -> Any:
+    """vLLM's FastAPI app with its OpenAI routes."""
+    module = _first_module("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server")
+    return module.build_app(args, supported_tasks, model_config)
+
+
+async def init_openai_state(engine: Any, state: Any, args: Any, supported_tasks: tuple[str, ...]) -> None:
+    """Hang the serving objects behind vLLM's OpenAI routes on `state`, all of them talking to `engine`."""
+    module = _first_module(
+        "vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"
+    )
+    await module.init_app_state(engine, state, args, supported_tasks)
+
+
+def lora_manager(worker: Any) -> Any:
+    """vLLM's adapter manager of one worker: `modules`, `packed_modules`, `lora_index_to_id`."""
+    return worker.model_runner.lora_manager._adapter_manager
+
+
+def pin_empty_adapter(worker: Any, slot_id: int, rank: int) -> None:
+    """Register a zero adapter of `rank` under `slot_id`, put it into a GPU slot and pin it there for good."""
+    from vllm.lora.request import LoRARequest
+
+    manager = worker.model_runner.lora_manager
+    manager.add_dummy_lora(LoRARequest(f"slot-{slot_id}", slot_id, "/in-memory"), rank=rank)
+    manager._adapter_manager.activate_adapter(slot_id)
+    manager.pin_adapter(slot_id)
+
+
+def vllm_module_name(worker: Any, peft_name: str) -> str:
+    """The served model's own name for a module that PEFT calls `peft_name`."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = getattr(lora_manager(worker).model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        rename = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
+        mapper = rename() if rename is not None else mapper
+    return parse_fine_tuned_lora_name(f"base_model.model.{peft_name}.lora_A.weight", mapper)[0]
+
+
+def keep_seeds_alive_on_cpu(worker: Any) -> None:
+    """Let seeded requests survive chunked prefill on the CPU backend.
+
+    While a prompt is still being prefilled in chunks vLLM samples a token, throws it away and rewinds the request's
+    generator by a CUDA offset. CPU generators have no offset: the call raises and the engine dies (0.25 to 0.33).
+    Here the generator's whole state is put back instead, which is what the rewind is for.
+    """
+    runner = worker.model_runner
+    if str(worker.device.type) != "cpu" or not hasattr(runner, "_bookkeeping_sync"):
+        return
+    sample: Callable[..., Any] = runner._sample
+    bookkeeping: Callable[..., Any] = runner._bookkeeping_sync
+
+    def discarded(self: Any) -> list[int]:
+        rows = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        return [row for row in self.input_batch.generators if row < len(rows) and rows[row]]
+
+    def sample_and_rewind(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        states = {row: generators[row].get_state() for row in discarded(self)}
+        output = sample(*args, **kwargs)
+        for row, state in states.items():
+            generators[row].set_state(state)
+        return output
+
+    def bookkeeping_without_rewind(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        aside = {row: generators.pop(row) for row in discarded(self)}
+        try:
+            return bookkeeping(*args, **kwargs)
+        finally:
+            generators.update(aside)
+
+    runner._sample = MethodType(sample_and_rewind, runner)
+    runner._bookkeeping_sync = MethodType(bookkeeping_without_rewind, runner)

@@ -1,0 +1,79 @@
+"""What this server serves, told to every learner before it trusts the server with a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_server import compat
+from rollout_server.settings import ServerSettings
+from rollout_server.slots import RunTable
+from shared.fingerprint import fingerprint_checkpoint
+from shared.weights import BaseFingerprint, ServerState
+
+_DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Facts that do not change while the server lives."""
+
+    model: str
+    base: BaseFingerprint
+    vllm_version: str
+    device: str
+    dtype: str
+    lora_dtype: str
+    max_model_len: int
+    max_lora_rank: int
+    workers: int
+    logprobs_mode: str
+    policy_altering: list[str]
+    mixture_of_experts: bool
+
+    def state(self, epoch: str, ready: bool, settings: ServerSettings, runs: RunTable) -> ServerState:
+        """The answer of `/v1/state`."""
+        return ServerState(
+            epoch=epoch,
+            ready=ready,
+            slots_per_run=settings.slots_per_run,
+            max_runs=settings.max_runs,
+            allowed_altering=settings.allow_policy_altering,
+            runs=[run.state() for run in runs.runs.values()],
+            **self.__dict__,
+        )
+
+
+def policy_altering(vllm_config: Any) -> list[str]:
+    """Engine options under which logprobs are not those of the policy."""
+    reasons = []
+    if vllm_config.speculative_config is not None:
+        reasons.append("speculative decoding (--speculative-config)")
+    kv_dtype = str(vllm_config.cache_config.cache_dtype)
+    if kv_dtype not in ("auto", "bfloat16", "float16", "float32", "float", "half"):
+        reasons.append(f"a quantised KV cache (--kv-cache-dtype {kv_dtype})")
+    return reasons
+
+
+def describe(vllm_config: Any, workers: int) -> ServedModel:
+    """Read the facts from vLLM's resolved configuration and the checkpoint's files."""
+    model, lora = vllm_config.model_config, vllm_config.lora_config
+    dummy = str(vllm_config.load_config.load_format) == "dummy"
+    unknown = BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
+    experts = getattr(model.hf_text_config, "num_experts", None) or getattr(
+        model.hf_text_config, "num_local_experts", None
+    )
+    return ServedModel(
+        model=model.model,
+        base=unknown if dummy else fingerprint_checkpoint(model.model, model.revision),
+        vllm_version=compat.vllm_version(),
+        device=str(vllm_config.device_config.device_type),
+        dtype=_DTYPES[str(model.dtype)],
+        lora_dtype=_DTYPES[str(lora.lora_dtype)],
+        max_model_len=model.max_model_len,
+        max_lora_rank=lora.max_lora_rank,
+        workers=workers,
+        logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+        policy_altering=policy_altering(vllm_config),
+        mixture_of_experts=bool(experts),
+    )

@@ -1,0 +1,40 @@
+"""Prometheus metrics of the rollout server, beside vLLM's own on `/metrics`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from shared.errors import LockstepError
+from shared.weights import PushReceipt
+
+PUSHES = Counter("lockstep_pushes", "Adapter pushes by outcome (ok, repeated, or an error code)", ["outcome"])
+PUSH_SECONDS = Histogram(
+    "lockstep_push_seconds",
+    "A push from its first byte to the new version serving",
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+PUSH_BYTES = Counter("lockstep_push_bytes", "Adapter bytes installed")
+POLICY_STEP = Gauge("lockstep_policy_step", "Optimizer step of the version being served", ["run_id"])
+
+
+@contextmanager
+def counted_push() -> Iterator[Callable[[PushReceipt], None]]:
+    """Count a push; call the yielded function with its receipt when it has succeeded."""
+    started = time.monotonic()
+
+    def succeeded(receipt: PushReceipt) -> None:
+        PUSHES.labels("repeated" if receipt.repeated else "ok").inc()
+        if not receipt.repeated:
+            PUSH_SECONDS.observe(time.monotonic() - started)
+            PUSH_BYTES.inc(receipt.bytes)
+            POLICY_STEP.labels(receipt.version.run_id).set(receipt.version.step)
+
+    try:
+        yield succeeded
+    except LockstepError as error:
+        PUSHES.labels(error.code.value).inc()
+        raise

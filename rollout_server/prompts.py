@@ -1,0 +1,50 @@
+"""Prompts as token ids: given as such, tokenised from text, or templated from chat messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rollout_server.service import Service
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import Prompt
+
+
+def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:
+    """Token ids of one prompt.
+
+    Raises:
+        LockstepError: `invalid_request` when the tokenizer or its chat template refuses.
+    """
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    tokenizer = service.door.get_tokenizer()
+    try:
+        if prompt.text is not None:
+            return list(tokenizer(prompt.text)["input_ids"])
+        ids = tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
+        )
+    except Exception as error:  # templates raise whatever their author chose
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"the prompt cannot be tokenised: {error}") from error
+    return list(ids)
+
+
+def check_lengths(service: Service, sequences: list[list[int]], room: int) -> None:
+    """Refuse sequences that leave no `room` tokens in the model's context, or hold ids outside the vocabulary.
+
+    Raises:
+        LockstepError: `invalid_request` with the index of the sequence.
+    """
+    limit = service.served.max_model_len
+    vocabulary = service.door.model_config.get_vocab_size()
+    for index, sequence in enumerate(sequences):
+        if len(sequence) + room > limit:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"sequence {index} has {len(sequence)} tokens, with {room} more that is beyond the model's "
+                f"{limit}; shorten it, lower max_tokens, or start the server with a larger --max-model-len",
+            )
+        if min(sequence) < 0 or max(sequence) >= vocabulary:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST, f"sequence {index} holds token ids outside the vocabulary of {vocabulary}"
+            )

@@ -1,0 +1,37 @@
+"""`POST /v1/score`: teacher-forced logprobs of given sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from fastapi import APIRouter, Request
+
+from rollout_server.cancellation import until_disconnect
+from rollout_server.engine import Admission
+from rollout_server.prompts import check_lengths
+from rollout_server.routes import ServiceDep
+from rollout_server.sampling import scoring_params, token_prompt
+from shared.rollouts import ScoreRequest, ScoreResponse
+
+router = APIRouter()
+
+
+@router.post("/v1/score")
+async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
+    """Raw logprobs at temperature 1 under one version for all sequences."""
+    check_lengths(service, body.sequences, room=1)
+    with await service.admit(body) as admission:
+        jobs = [_score_one(admission, sequence) for sequence in body.sequences]
+        logprobs = await until_disconnect(request, asyncio.gather(*jobs))
+    return ScoreResponse(epoch=service.epoch, version=admission.version, logprobs=logprobs)
+
+
+async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
+    final = None
+    stream = admission.generate(token_prompt(sequence), scoring_params(), f"score-{uuid.uuid4().hex}")
+    async for output in stream:
+        final = output
+    assert final is not None and final.prompt_logprobs is not None
+    positions = zip(list(final.prompt_logprobs)[1:], sequence[1:], strict=True)
+    return [position[token].logprob for position, token in positions]

@@ -1,0 +1,70 @@
+"""Our sampling parameters as vLLM's, and vLLM's outputs as our completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import Completion, VersionSpan
+from shared.sampling import SamplingParams
+
+
+def token_prompt(token_ids: list[int]) -> dict[str, Any]:
+    """vLLM's engine input for a prompt of token ids."""
+    return {"type": "token", "prompt_token_ids": token_ids}
+
+
+def to_vllm(params: SamplingParams) -> Any:
+    """vLLM's SamplingParams for one prompt: final output only, the sampled tokens' logprobs, nothing else.
+
+    Raises:
+        LockstepError: `invalid_request` with vLLM's own words when it refuses a value.
+    """
+    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = params.model_dump(exclude={"structured_outputs"})
+    try:
+        return VllmParams(
+            **fields,
+            structured_outputs=StructuredOutputsParams(**params.structured_outputs) if params.structured_outputs else None,
+            logprobs=0,
+            flat_logprobs=True,
+            # Stop and bad-word strings are matched on decoded text; token ids alone do not need decoding.
+            detokenize=bool(params.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+    except (ValueError, TypeError) as error:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"sampling: {error}") from error
+
+
+def scoring_params() -> Any:
+    """vLLM's SamplingParams that return the raw logprob of every prompt token."""
+    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VllmParams(
+        max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def to_completion(output: Any, spans: list[VersionSpan], text: str | None) -> Completion:
+    """One of vLLM's completion outputs."""
+    token_ids = list(output.token_ids)
+    return Completion(
+        token_ids=token_ids,
+        logprobs=sampled_logprobs(output.logprobs, token_ids),
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_reason,
+        spans=spans,
+        text=text,
+    )
+
+
+def sampled_logprobs(logprobs: Any, token_ids: list[int]) -> list[float]:
+    """ln p of each sampled token, from vLLM's flat logprobs or its list of dicts."""
+    starts = getattr(logprobs, "start_indices", None)
+    if starts is not None:
+        # The sampled token comes first at each position.
+        return [logprobs.logprobs[start] for start in starts]
+    return [position[token].logprob for position, token in zip(logprobs, token_ids, strict=True)]

@@ -1,0 +1,46 @@
+"""What the routes work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rollout_server.engine import POLICY_MODEL, Admission, EngineDoor, openai_lora_request
+from rollout_server.identity import ServedModel
+from rollout_server.installs import Installer
+from rollout_server.settings import ServerSettings
+from rollout_server.slots import RunTable
+from shared.rollouts import PolicyRequest
+from shared.weights import ServerState
+
+
+@dataclass(frozen=True)
+class Service:
+    """Lives from warm-up to shutdown."""
+
+    settings: ServerSettings
+    door: EngineDoor
+    runs: RunTable
+    served: ServedModel
+    installer: Installer
+    epoch: str
+    openai_models: Any
+
+    def state(self) -> ServerState:
+        """The answer of `/v1/state`."""
+        return self.served.state(self.epoch, not self.door.errored, self.settings, self.runs)
+
+    async def admit(self, request: PolicyRequest) -> Admission:
+        """Wait for the step the request asks for, then bind it to what is served."""
+        if request.min_step is not None:
+            await self.runs.get(request.run_id).wait_for_step(request.min_step, request.wait_s)
+        return self.door.admit(request)
+
+    def list_policies(self) -> None:
+        """Show the runs as models on vLLM's OpenAI routes: `policy` where there is one, `policy:RUN_ID` always."""
+        names = [f"{POLICY_MODEL}:{run_id}" for run_id, run in self.runs.runs.items() if run.active]
+        if len(names) == 1:
+            names.insert(0, POLICY_MODEL)
+        listed = self.openai_models.lora_requests
+        listed.clear()
+        listed.update({name: openai_lora_request(name) for name in names})

@@ -1,0 +1,59 @@
+"""This server's own flags, beside vLLM's."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    from dataclasses import field
+
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Each field is a flag of `rollout-server` (`--slots-per-run` and so on)."""
+
+    slots_per_run: int = _flag(2, "adapter slots of each run: one serves while another is filled")
+    max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
+    push_timeout: float = _flag(120.0, "seconds after which a push that has not been installed fails")
+    drain_seconds: float = _flag(60.0, "seconds that running requests get to finish after SIGTERM")
+    max_adapter_mib: int = _flag(8192, "largest adapter accepted, in MiB")
+    allow_policy_altering: bool = _flag(
+        False, "serve although speculative decoding or a quantised KV cache makes logprobs differ from the policy's"
+    )
+
+    @property
+    def adapter_slots(self) -> int:
+        """Slots of all runs together: vLLM's `max_loras`."""
+        return self.slots_per_run * self.max_runs
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per field of `ServerSettings`."""
+    group = parser.add_argument_group("lockstep", "Flags of the rollout server itself; all others are vLLM's.")
+    for field in fields(ServerSettings):
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{field.metadata['help']} (default: {field.default})"
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action="store_true", default=field.default, help=text)
+        else:
+            group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+
+
+def from_args(args: argparse.Namespace) -> ServerSettings:
+    """Read the settings out of parsed flags.
+
+    Raises:
+        ValueError: a figure that cannot work.
+    """
+    settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
+    for name in ("slots_per_run", "max_runs", "push_timeout", "max_adapter_mib"):
+        if getattr(settings, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
+    if settings.drain_seconds < 0:
+        raise ValueError("--drain-seconds must not be negative")
+    return settings

@@ -1,0 +1,274 @@
+"""Which slot serves which run: reserve, flip, free. The only place that changes it.
+
+A run owns a ring of adapter slots. At any time one of them is active (new requests get it), others may be draining
+(running requests finish on them) or being filled. All calls come from one event loop, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import RunState, WeightVersion
+
+
+class SlotState(StrEnum):
+    """`lost`: a worker may still be writing it; it comes back when the worker says that it is done."""
+
+    FREE = "free"
+    FILLING = "filling"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(eq=False)
+class Slot:
+    """One adapter slot of vLLM, known there by `slot_id` (its LoRA id)."""
+
+    slot_id: int
+    state: SlotState = SlotState.FREE
+    version: WeightVersion | None = None
+    install_seq: int = 0
+    checksum: str = ""
+    requests: int = 0
+
+    @property
+    def salt(self) -> str:
+        """Prefix-cache salt: never the same for two installs, whatever their names."""
+        return f"lockstep:{self.install_seq}"
+
+
+@dataclass(eq=False)
+class Ring:
+    """The slots of one run after another; whoever waits for one of them waits on `changed`."""
+
+    slots: list[Slot]
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+
+@dataclass(eq=False)
+class Run:
+    """One training run on this server."""
+
+    run_id: str
+    lease: str
+    ring: Ring
+    active: Slot | None = None
+    push_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    closed: bool = False
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The slots of this run's ring."""
+        return self.ring.slots
+
+    @property
+    def changed(self) -> asyncio.Condition:
+        """Notified whenever a slot changes its state."""
+        return self.ring.changed
+
+    def acquire(self, slot: Slot) -> None:
+        """Keep `slot` from being refilled until `release`."""
+        slot.requests += 1
+
+    def release(self, slot: Slot) -> None:
+        """A request that held `slot` has ended."""
+        slot.requests -= 1
+        if slot.requests == 0 and slot.state is SlotState.DRAINING:
+            slot.state = SlotState.FREE
+            _notify_soon(self.changed)
+
+    async def reserve(self, deadline: float) -> Slot:
+        """Take a free slot for filling; waits for running requests to leave one.
+
+        Raises:
+            LockstepError: `no_free_slot` when `deadline` (monotonic seconds) passes first.
+        """
+
+        def free() -> Slot | None:
+            return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)
+
+        async with self.changed:
+            try:
+                async with asyncio.timeout_at(_loop_time(deadline)):
+                    await self.changed.wait_for(lambda: free() is not None or self.closed)
+            except TimeoutError:
+                busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
+                raise LockstepError(
+                    ErrorCode.NO_FREE_SLOT,
+                    f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
+                    "older versions: wait for them, or start the server with more --slots-per-run",
+                ) from None
+        slot = free()
+        if slot is None or self.closed:
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run {self.run_id} was deleted while a push was waiting")
+        slot.state = SlotState.FILLING
+        slot.version = None
+        return slot
+
+    async def flip(self, slot: Slot, version: WeightVersion, install_seq: int, checksum: str) -> None:
+        """From now on new requests get `slot`; running ones finish where they are."""
+        slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
+        previous, self.active = self.active, slot
+        slot.state = SlotState.ACTIVE
+        if previous is not None:
+            previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def give_back(self, slot: Slot, *, lost: bool = False) -> None:
+        """A fill failed: nothing is served from `slot`; `lost` while a worker may still be writing it."""
+        slot.state = SlotState.LOST if lost else SlotState.FREE
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def wait_for_step(self, step: int, wait_s: float) -> None:
+        """Wait until `step` or a later one is served.
+
+        Raises:
+            LockstepError: `step_not_reached` after `wait_s` seconds.
+        """
+
+        def reached() -> bool:
+            served = self.active.version if self.active else None
+            return (served is not None and served.step >= step) or self.closed
+
+        async with self.changed:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self.changed.wait_for(reached)
+            except TimeoutError:
+                served = self.active.version if self.active else None
+                raise LockstepError(
+                    ErrorCode.STEP_NOT_REACHED,
+                    f"run {self.run_id} serves {served}, step {step} did not arrive within {wait_s} s",
+                ) from None
+
+    def state(self) -> RunState:
+        """The run as told to clients."""
+        active = self.active
+        return RunState(
+            run_id=self.run_id,
+            version=active.version if active else None,
+            checksum=active.checksum if active else None,
+            install_seq=active.install_seq if active else None,
+            slots=[
+                {
+                    "slot_id": slot.slot_id,
+                    "state": slot.state.value,
+                    "version": slot.version and slot.version.model_dump(),
+                    "requests": slot.requests,
+                }
+                for slot in self.slots
+            ],
+            running_requests=sum(slot.requests for slot in self.slots),
+        )
+
+
+class RunTable:
+    """All runs of this server. Slot ids are vLLM's LoRA ids and start at 1."""
+
+    def __init__(self, slots_per_run: int, max_runs: int) -> None:
+        ids = list(range(1, slots_per_run * max_runs + 1))
+        starts = range(0, len(ids), slots_per_run)
+        self._rings = [Ring([Slot(i) for i in ids[start : start + slots_per_run]]) for start in starts]
+        self.runs: dict[str, Run] = {}
+        self._install_seq = 0
+
+    def next_install_seq(self) -> int:
+        """The next number of this server's installs; a failed install uses one up too."""
+        self._install_seq += 1
+        return self._install_seq
+
+    def get(self, run_id: str | None) -> Run:
+        """The run of that name; without a name, the only one there is.
+
+        Raises:
+            LockstepError: `unknown_run`.
+        """
+        if run_id is None and len(self.runs) == 1:
+            return next(iter(self.runs.values()))
+        if run_id is None or run_id not in self.runs:
+            known = ", ".join(sorted(self.runs)) or "none yet: no adapter was pushed"
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run_id {run_id!r} names no run of this server ({known})")
+        return self.runs[run_id]
+
+    def check_open(self, run_id: str, lease: str, takeover: bool) -> None:
+        """Would `open` succeed? Changes nothing.
+
+        Raises:
+            LockstepError: `lease_mismatch`, `no_free_run`.
+        """
+        run = self.runs.get(run_id)
+        if run is not None:
+            if not takeover and not hmac.compare_digest(run.lease.encode(), lease.encode()):
+                raise LockstepError(
+                    ErrorCode.LEASE_MISMATCH,
+                    f"another learner holds run {run_id}; stop it, or take the run over with --takeover",
+                )
+        elif self._free_ring() is None and not self._replaceable(takeover):
+            raise LockstepError(
+                ErrorCode.NO_FREE_RUN,
+                f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs)) or 'a closing run'}; "
+                "end that run with DELETE /v1/runs/{run_id}, use --takeover, or start the server with --max-runs",
+            )
+
+    def open(self, run_id: str, lease: str, takeover: bool) -> Run:
+        """The run to push to; a new one if there is room. `takeover` replaces the lease, or the only other run.
+
+        Raises:
+            LockstepError: `lease_mismatch`, `no_free_run`.
+        """
+        self.check_open(run_id, lease, takeover)
+        run = self.runs.get(run_id)
+        if run is None:
+            ring = self._free_ring()
+            if ring is None:
+                replaced = next(iter(self.runs))
+                ring = self.runs[replaced].ring
+                self.close(replaced)
+            run = self.runs[run_id] = Run(run_id, lease, ring)
+        run.lease = lease
+        return run
+
+    def _replaceable(self, takeover: bool) -> bool:
+        return takeover and len(self._rings) == len(self.runs) == 1
+
+    def _free_ring(self) -> Ring | None:
+        taken = [run.ring for run in self.runs.values()]
+        return next((ring for ring in self._rings if ring not in taken), None)
+
+    def close(self, run_id: str) -> None:
+        """Forget a run. Its running requests finish; its slots serve others once they have."""
+        run = self.runs.pop(run_id)
+        run.closed = True
+        run.active = None
+        for slot in run.slots:
+            if slot.state is SlotState.ACTIVE:
+                slot.state = SlotState.DRAINING if slot.requests else SlotState.FREE
+        _notify_soon(run.changed)
+
+
+def _loop_time(deadline: float) -> float:
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()
+
+
+def _notify_soon(condition: asyncio.Condition) -> None:
+    """Wake waiters from code that cannot await."""
+
+    async def notify() -> None:
+        async with condition:
+            condition.notify_all()
+
+    task = asyncio.get_running_loop().create_task(notify())
+    _NOTIFIERS.add(task)
+    task.add_done_callback(_NOTIFIERS.discard)
+
+
+# The loop keeps only weak references to tasks.
+_NOTIFIERS: set[asyncio.Task[None]] = set()

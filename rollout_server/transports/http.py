@@ -1,0 +1,100 @@
+"""HTTP transport: the request body goes, checked as it arrives, into shared memory that the workers map."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.adapter_file import AdapterHeader, Checksum, header_length, parse_header
+from shared.errors import ErrorCode, LockstepError
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class StagedAdapter:
+    """A complete, checksummed blob in shared memory."""
+
+    path: Path
+    header: AdapterHeader
+    seconds: float
+
+    def discard(self) -> None:
+        """Free the shared memory. Workers that still map it keep their pages."""
+        self.path.unlink(missing_ok=True)
+
+
+async def receive_adapter(
+    body: AsyncIterator[bytes], max_bytes: int, check: Callable[[AdapterHeader], Awaitable[None]]
+) -> StagedAdapter:
+    """Receive one blob. `check` sees its header before any tensor byte is stored and raises to refuse it.
+
+    Raises:
+        LockstepError: `malformed_adapter`, `too_large`, `checksum_mismatch`, and what `check` raises.
+    """
+    started = time.monotonic()
+    head = bytearray()
+    async for chunk in body:
+        head += chunk
+        if len(head) >= 8 and len(head) >= 8 + header_length(head):
+            break
+    else:
+        raise _truncated(len(head), "its header")
+    data_offset = 8 + header_length(head)
+    header = parse_header(bytes(head[8:data_offset]))
+    if header.total_bytes > max_bytes:
+        raise LockstepError(
+            ErrorCode.TOO_LARGE,
+            f"the adapter has {header.total_bytes} bytes, this server takes {max_bytes}; see --max-adapter-mib",
+        )
+    await check(header)
+
+    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    descriptor, name = tempfile.mkstemp(prefix="lockstep-", suffix=".safetensors", dir=folder)
+    path = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            await _store(body, head, header, file)
+        return StagedAdapter(path, header, time.monotonic() - started)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, file) -> None:
+    checksum = Checksum(header.entries)
+    total = header.total_bytes
+    received = len(head)
+    try:
+        file.write(head[: min(received, total)])
+        checksum.update(bytes(head[header.data_offset :]))
+        async for chunk in body:
+            received += len(chunk)
+            if received > total:
+                break
+            checksum.update(chunk)
+            file.write(chunk)
+    except OSError as error:
+        raise LockstepError(
+            ErrorCode.INSTALL_FAILED, f"no room for the adapter in shared memory: {error}; give the server more"
+        ) from error
+    if received > total:
+        raise LockstepError(ErrorCode.MALFORMED_ADAPTER, f"the body goes on after the {total} bytes its header announces")
+    if received < total:
+        raise _truncated(received, f"{total} bytes")
+    if checksum.hexdigest() != header.manifest.checksum:
+        raise LockstepError(
+            ErrorCode.CHECKSUM_MISMATCH,
+            f"the tensors arrived with checksum {checksum.hexdigest()}, announced was {header.manifest.checksum}; "
+            "push again",
+        )
+
+
+def _truncated(received: int, wanted: str) -> LockstepError:
+    return LockstepError(ErrorCode.MALFORMED_ADAPTER, f"the body ends after {received} bytes, before {wanted}; push again")

@@ -1,0 +1,114 @@
+"""What identifies a base model, read from its checkpoint files before anything is loaded or quantised.
+
+The weights' fingerprint covers the architecture and, for every tensor, its name, shape and a fixed sample of its
+elements (widened to float32, so that the dtype a copy was saved in does not matter where the values are the same).
+It does not depend on how tensors are spread over files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from shared.weights import BaseFingerprint
+
+SAMPLES_PER_TENSOR = 32
+_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ARCHITECTURE_KEYS = (
+    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps",
+    "rope_theta", "rope_parameters", "rope_scaling", "hidden_act", "quantization_config",
+)  # fmt: skip
+
+
+def fingerprint_checkpoint(model: str, revision: str | None = None) -> BaseFingerprint:
+    """Fingerprint of a local checkpoint directory, or of a hub repository (downloaded or cached).
+
+    Parts that cannot be read (no safetensors files, no tokenizer) are None; a None never matches anything.
+    """
+    folder = _resolve(model, revision)
+    if folder is None:
+        return BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
+    return BaseFingerprint(
+        weights=_weights(folder), tokenizer=_tokenizer(folder), chat_template=_chat_template(folder)
+    )
+
+
+def _resolve(model: str, revision: str | None) -> Path | None:
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _weights(folder: Path) -> str | None:
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    config_file = folder / "config.json"
+    if not files or not config_file.is_file():
+        return None
+    digests: dict[str, str] = {}
+    for path in files:
+        digests.update(_tensor_digests(path))
+    config = json.loads(config_file.read_text())
+    architecture = {key: config[key] for key in _ARCHITECTURE_KEYS if config.get(key) is not None}
+    document = json.dumps([architecture, sorted(digests.items())], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(document.encode())
+
+
+def _tensor_digests(path: Path) -> dict[str, str]:
+    """Name -> digest of (shape, sampled elements) for every tensor of one file."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+    digests = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        item_bytes = _ITEM_BYTES.get(info["dtype"], 1)
+        start, end = info["data_offsets"]
+        count = (end - start) // item_bytes
+        # Evenly spread, first and last element included; independent of file layout.
+        indices = np.unique(np.linspace(0, max(count - 1, 0), SAMPLES_PER_TENSOR).astype(np.int64))
+        raw = b"".join(bytes(data[start + i * item_bytes : start + (i + 1) * item_bytes]) for i in indices if count)
+        shape = json.dumps([name, info["shape"], math.prod(info["shape"])])
+        digests[name] = xxhash.xxh3_64_hexdigest(shape.encode() + _widen(raw, info["dtype"]))
+    return digests
+
+
+def _widen(raw: bytes, dtype: str) -> bytes:
+    if dtype == "BF16":
+        return (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).tobytes()
+    if dtype == "F16":
+        return np.frombuffer(raw, dtype="<f2").astype("<f4").tobytes()
+    return raw
+
+
+def _tokenizer(folder: Path) -> str | None:
+    """Digest of what maps text to ids: vocabulary, merges and added tokens."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text())
+    kept = {key: document.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def _chat_template(folder: Path) -> str | None:
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return xxhash.xxh3_128_hexdigest(jinja.read_bytes())
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    return xxhash.xxh3_128_hexdigest(json.dumps(template).encode()) if template else None

@@ -1,0 +1,115 @@
+"""Requests and answers of `/v1/generate` and `/v1/score`: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared.sampling import SamplingParams
+from shared.weights import RUN_ID_PATTERN, WeightVersion
+
+PolicySelector = Literal["latest", "base"] | WeightVersion
+
+
+class Prompt(BaseModel):
+    """Exactly one of token ids, text, or chat messages (templated by the server)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token_ids: list[int] | None = Field(None, min_length=1)
+    text: str | None = Field(None, min_length=1)
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Prompt:
+        if sum(form is not None for form in (self.token_ids, self.text, self.messages)) != 1:
+            raise ValueError("a prompt takes exactly one of token_ids, text, messages")
+        return self
+
+
+class PolicyRequest(BaseModel):
+    """Which weights a request wants; shared by generate and score."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run_id: str | None = Field(None, pattern=RUN_ID_PATTERN, description="may be left out where one run is served")
+    policy: PolicySelector = Field(
+        "latest", description="latest, base, or a version as a precondition: 409 if it is not the one being served"
+    )
+    min_step: int | None = Field(None, ge=0, description="wait until this step is served")
+    wait_s: float = Field(0.0, ge=0.0, le=3600.0, description="how long to wait for min_step")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PolicyRequest:
+        if self.policy == "base" and self.min_step is not None:
+            raise ValueError("min_step says nothing about the base; leave it out or ask for policy=latest")
+        if isinstance(self.policy, WeightVersion) and self.run_id not in (None, self.policy.run_id):
+            raise ValueError(f"run_id={self.run_id} contradicts policy={self.policy}")
+        return self
+
+
+class GenerateRequest(PolicyRequest):
+    """`sampling.n` completions for each prompt."""
+
+    prompts: list[Prompt] = Field(min_length=1)
+    sampling: SamplingParams = SamplingParams()
+    chat_template_kwargs: dict[str, Any] = {}
+    return_text: bool | None = Field(None, description="decode completions; default: unless prompts are token ids")
+    skip_special_tokens: bool = Field(True, description="in the decoded text only; token ids always keep them")
+    stream: bool = Field(False, description="answer groups as NDJSON lines in the order they finish")
+
+
+class VersionSpan(BaseModel):
+    """Tokens [start, end) were sampled from `version`. `kv`: fresh, or carried over from older weights."""
+
+    version: WeightVersion | None = Field(description="None: the base model")
+    start: int
+    end: int
+    kv: Literal["fresh", "carried"] = "fresh"
+
+
+class Completion(BaseModel):
+    """One sampled completion; `spans` are contiguous and cover every token."""
+
+    token_ids: list[int]
+    logprobs: list[float] = Field(description="ln p of each sampled token under the distribution it was drawn from")
+    finish_reason: Literal["stop", "length", "abort", "repetition"]
+    stop_reason: int | str | None = None
+    spans: list[VersionSpan]
+    text: str | None = None
+
+
+class RolloutGroup(BaseModel):
+    """The completions of one prompt."""
+
+    prompt_index: int
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+
+
+class GenerateResponse(BaseModel):
+    """Groups in the order of the prompts."""
+
+    epoch: str
+    groups: list[RolloutGroup]
+
+
+class ScoreRequest(PolicyRequest):
+    """Teacher-forced logprobs of given sequences at temperature 1, nothing truncated."""
+
+    sequences: list[list[int]] = Field(min_length=1, description="each of at least two token ids")
+
+    @model_validator(mode="after")
+    def _scorable(self) -> ScoreRequest:
+        if any(len(sequence) < 2 for sequence in self.sequences):
+            raise ValueError("sequences: each needs at least two token ids; the first has no logprob")
+        return self
+
+
+class ScoreResponse(BaseModel):
+    """`logprobs[i][t]` is ln p(sequence[t + 1] | sequence[: t + 1])."""
+
+    epoch: str
+    version: WeightVersion | None
+    logprobs: list[list[float]]

@@ -1,0 +1,67 @@
+"""Sampling parameters with vLLM's names and meanings.
+
+Unknown names are refused instead of ignored: a misspelt field would silently change the policy's distribution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class SamplingParams(BaseModel):
+    """How completions are drawn. Every field means what it means in `vllm.SamplingParams`.
+
+    Fields that only shape vLLM's own answer (`logprobs`, `detokenize`, `output_kind` ...) are not here: the answer of
+    `/v1/generate` always carries token ids and the logprobs of the sampled tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n: int = Field(1, ge=1, description="completions per prompt")
+    temperature: float = Field(1.0, ge=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens")
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = Field(1.0, gt=0.0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(16, ge=1, description="None: as long as the model's context allows")
+    min_tokens: int = Field(0, ge=0)
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    bad_words: list[str] = []
+    allowed_token_ids: list[int] | None = None
+    logit_bias: dict[int, float] | None = None
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="vLLM's structured outputs: one of json, regex, choice, grammar, json_object"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stop_string(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("stop"), str):
+            values = {**values, "stop": [values["stop"]]}
+        if isinstance(values, dict) and values.get("stop", ...) is None:
+            values = {key: value for key, value in values.items() if key != "stop"}
+        return values
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> SamplingParams:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.temperature == 0.0 and self.n > 1:
+            raise ValueError(f"n={self.n} with temperature=0: greedy completions are all the same; use n=1")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty: no token could be sampled")
+        if any(not word for word in self.stop):
+            raise ValueError("stop contains an empty string: every completion would end at once")
+        if self.include_stop_str_in_output and not self.stop:
+            raise ValueError("include_stop_str_in_output without stop: there is no stop string to include")
+        if self.structured_outputs is not None and len(self.structured_outputs) != 1:
+            raise ValueError("structured_outputs takes exactly one of json, regex, choice, grammar, json_object")
+        return self

@@ -1,0 +1,135 @@
+"""Versions of a policy, and what a push of its adapter says and answers."""
+
+from __future__ import annotations
+
+import math
+from functools import total_ordering
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from shared import PROTOCOL_VERSION
+
+RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+@total_ordering
+class WeightVersion(BaseModel):
+    """Which weights: optimizer steps done in one run. Ordered by (fence, step) within a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str = Field(pattern=RUN_ID_PATTERN)
+    fence: int = Field(0, ge=0, description="grows each time a learner takes the run over")
+    step: int = Field(ge=0, description="optimizer steps done; 0 is the initial adapter")
+
+    def __lt__(self, other: WeightVersion) -> bool:
+        if self.run_id != other.run_id:
+            raise ValueError(f"versions of different runs have no order: {self} and {other}")
+        return (self.fence, self.step) < (other.fence, other.step)
+
+    def __str__(self) -> str:
+        return f"{self.run_id}@{self.fence}.{self.step}"
+
+
+class BaseFingerprint(BaseModel):
+    """What identifies a base model: see `shared.fingerprint`. None: not known (dummy or pre-quantised weights)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    weights: str | None
+    tokenizer: str | None
+    chat_template: str | None
+
+
+class ModuleSpec(BaseModel):
+    """One adapted module: A is [rank, in_features], B is [out_features, rank] with the scaling already in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(ge=1)
+    scaling: float = Field(description="PEFT's scaling (alpha/r, alpha/sqrt(r) with rsLoRA); already multiplied into B")
+
+    @field_validator("scaling")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("scaling must be finite")
+        return value
+
+
+class AdapterManifest(BaseModel):
+    """What a push announces before its tensors; travels in the header of the safetensors blob.
+
+    `modules` maps PEFT module names without the `base_model.model.` prefix (`model.layers.0.self_attn.q_proj`) to
+    their rank and scaling. The blob holds `NAME.lora_A.weight` and `NAME.lora_B.weight` for each of them, in `dtype`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    protocol: int = PROTOCOL_VERSION
+    version: WeightVersion
+    base_weights: str | None = Field(description="fingerprint of the base the adapter was trained on; None: unknown")
+    dtype: Literal["float32", "bfloat16", "float16"]
+    modules: dict[str, ModuleSpec] = Field(min_length=1)
+    peft_config: dict[str, Any] = Field(description="the PEFT LoraConfig, for checks and for people")
+    checksum: str = Field(description="xxh3-128 over tensor names, dtypes, shapes and bytes, see shared.adapter_file")
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank of any module."""
+        return max(module.rank for module in self.modules.values())
+
+
+class PushReceipt(BaseModel):
+    """What the server has done with a push. Nothing is served before every worker has acknowledged."""
+
+    epoch: str
+    version: WeightVersion
+    install_seq: int = Field(description="the server's own count of installs, never reused")
+    checksum: str
+    bytes: int
+    workers: int = Field(description="workers that have read the adapter back from their slot and found it equal")
+    modules: int = Field(description="modules written on each worker")
+    transfer_seconds: float
+    install_seconds: float = Field(description="writing the slot and reading it back")
+    flip_seconds: float
+    wait_seconds: float = Field(description="waiting for a free slot")
+    repeated: bool = Field(False, description="this very push was already installed; nothing was done again")
+
+
+class RunState(BaseModel):
+    """One run as this server sees it."""
+
+    run_id: str
+    version: WeightVersion | None
+    checksum: str | None
+    install_seq: int | None
+    slots: list[dict[str, Any]]
+    running_requests: int
+
+
+class ServerState(BaseModel):
+    """Everything a learner must know of a server before it trusts it with a run."""
+
+    protocol: int = PROTOCOL_VERSION
+    epoch: str = Field(description="random at start: when it changes, the server has forgotten everything")
+    ready: bool
+    model: str
+    base: BaseFingerprint
+    vllm_version: str
+    device: str
+    dtype: str
+    lora_dtype: Literal["float32", "bfloat16", "float16"]
+    max_model_len: int
+    max_lora_rank: int
+    slots_per_run: int
+    max_runs: int
+    workers: int
+    logprobs_mode: str
+    policy_altering: list[str] = Field(
+        [], description="engine options that make logprobs differ from the policy's (speculation, quantised KV cache)"
+    )
+    allowed_altering: bool = False
+    mixture_of_experts: bool = False
+    runs: list[RunState] = []

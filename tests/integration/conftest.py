@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from learner.client import RolloutClient
+from tests.integration.server import ServerProcess
+from tests.tiny_model import make_tiny_model
+
+FLAGS = [
+    "--max-lora-rank", "16", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64",
+    "--max-num-batched-tokens", "256", "--enforce-eager", "--served-model-name", "base",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3 in float32."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for all tests that leave it as they found it; prefix cache on, as by default."""
+    process = ServerProcess(model, tmp_path_factory.mktemp("server") / "server.log", *FLAGS)
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[RolloutClient]:
+    with RolloutClient(server.url) as client:
+        yield client
