@@ -21,8 +21,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
-        args, settings = parse(sys.argv[1:])
-        sys.exit(serve(args, settings))
+        _log_to_stderr()
+        sys.exit(serve(*resolve(sys.argv[1:])))
     except (LockstepError, ValueError) as error:
         sys.exit(f"rollout-server: {error}")
 
@@ -61,17 +61,27 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     return args, settings
 
 
-def serve(args: Any, settings: server_settings.ServerSettings) -> int:
-    """Run until SIGTERM, SIGINT or the engine's death; the process's exit status."""
-    import uvloop
+def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
+    """Flags, vLLM's configuration made of them, and our settings.
+
+    Raises:
+        ValueError, LockstepError: what cannot work on a rollout server.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
     from rollout_server import lifecycle
 
-    _log_to_stderr()
+    args, settings = parse(argv)
     vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     lifecycle.refuse_what_cannot_work(vllm_config, settings)
+    return args, vllm_config, settings
+
+
+def serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
+    """Run until SIGTERM, SIGINT or the engine's death; the process's exit status."""
+    import uvloop
+
     return uvloop.run(_serve(args, vllm_config, settings))
 
 
@@ -84,25 +94,21 @@ def _log_to_stderr() -> None:
 
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
-    import uvicorn
-
     from rollout_server import lifecycle
     from rollout_server.gate import Gate
+    from rollout_server.http import make_server
 
     gate = Gate()
-    config = uvicorn.Config(
+    server = make_server(
         gate,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
-        access_log=False,
-        lifespan="off",
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
     )
-    server = uvicorn.Server(config)
     http = asyncio.ensure_future(server.serve())
     starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, gate))
     status = 0

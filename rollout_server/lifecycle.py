@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 from typing import Any
@@ -48,7 +49,7 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     await engine.reset_mm_cache()
     slot_ids = list(range(1, settings.adapter_slots + 1))
     rank = vllm_config.lora_config.max_lora_rank
-    workers = await door.call_workers("lockstep_register", slot_ids, rank, timeout=_REGISTER_SECONDS)
+    workers = await door.call_workers("lockstep_register", slot_ids, rank, os.getpid(), timeout=_REGISTER_SECONDS)
     served = await asyncio.to_thread(identity.describe, vllm_config, len(workers))
     epoch = secrets.token_hex(8)
     installer = Installer(door, runs, served, settings, epoch)

@@ -24,10 +24,11 @@ def to_vllm(params: SamplingParams) -> Any:
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     fields = params.model_dump(exclude={"structured_outputs"})
+    form = params.structured_outputs and params.structured_outputs.model_dump(exclude_none=True, by_alias=True)
     try:
         return VllmParams(
             **fields,
-            structured_outputs=StructuredOutputsParams(**params.structured_outputs) if params.structured_outputs else None,
+            structured_outputs=StructuredOutputsParams(**form) if form else None,
             logprobs=0,
             flat_logprobs=True,
             # Stop and bad-word strings are matched on decoded text; token ids alone do not need decoding.

@@ -215,7 +215,7 @@ class RunTable:
             raise LockstepError(
                 ErrorCode.NO_FREE_RUN,
                 f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs)) or 'a closing run'}; "
-                "end that run with DELETE /v1/runs/{run_id}, use --takeover, or start the server with --max-runs",
+                "end that run, take its place with --takeover, or start the server with --max-runs",
             )
 
     def open(self, run_id: str, lease: str, takeover: bool) -> Run:

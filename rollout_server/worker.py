@@ -7,6 +7,9 @@ Answers are plain dicts, because an exception that crosses `collective_rpc` lose
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import threading
 import traceback
 from typing import Any
@@ -14,18 +17,21 @@ from typing import Any
 import torch
 
 from rollout_server import compat
+from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import ErrorCode
 
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+# vLLM imports this module in each worker process before it loads the model.
+compat.speed_up_cpu_lora()
 
 
 class AdapterWorker:
     """Mixed into vLLM's worker. Every name carries the prefix, so that it never meets one of vLLM's."""
 
-    def lockstep_register(self, slot_ids: list[int], rank: int) -> dict[str, Any]:
+    def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int) -> dict[str, Any]:
         """Pin an empty adapter into each slot; called once, after vLLM's own warm-up (which removes all adapters)."""
         from rollout_server import slot_layout
 
+        threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
         compat.keep_seeds_alive_on_cpu(self)
         for slot_id in slot_ids:
             compat.pin_empty_adapter(self, slot_id, rank)
@@ -106,6 +112,22 @@ class _Fill(threading.Thread):
             if name.endswith(LORA_A)
         }
         return slot_layout.write(self.worker, self.slot_id, pairs)
+
+
+def _end_with(server_pid: int) -> None:
+    """End this engine when the HTTP server's process has gone without stopping it (kill -9, say).
+
+    vLLM's own watch covers workers of a dead engine, but an engine whose server died would hold its GPU for ever.
+    """
+    try:
+        server = os.pidfd_open(server_pid)
+    except (OSError, AttributeError):  # on another host, or no Linux: vLLM's own means have to do
+        return
+    select.select([server], [], [])
+    engine = os.getppid()
+    if engine not in (1, server_pid):
+        os.kill(engine, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _failure(code: ErrorCode, message: str) -> dict[str, Any]:

@@ -10,6 +10,25 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class StructuredOutputs(BaseModel):
+    """What a completion must look like: exactly one of these, as in `vllm.sampling_params.StructuredOutputsParams`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    # Not named `json`, which is a method of pydantic's models.
+    json_schema: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        if len(self.model_dump(exclude_none=True, by_alias=True)) != 1:
+            raise ValueError("structured_outputs takes exactly one of json, regex, choice, grammar, json_object")
+        return self
+
+
 class SamplingParams(BaseModel):
     """How completions are drawn. Every field means what it means in `vllm.SamplingParams`.
 
@@ -37,9 +56,7 @@ class SamplingParams(BaseModel):
     bad_words: list[str] = []
     allowed_token_ids: list[int] | None = None
     logit_bias: dict[int, float] | None = None
-    structured_outputs: dict[str, Any] | None = Field(
-        None, description="vLLM's structured outputs: one of json, regex, choice, grammar, json_object"
-    )
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +79,4 @@ class SamplingParams(BaseModel):
             raise ValueError("stop contains an empty string: every completion would end at once")
         if self.include_stop_str_in_output and not self.stop:
             raise ValueError("include_stop_str_in_output without stop: there is no stop string to include")
-        if self.structured_outputs is not None and len(self.structured_outputs) != 1:
-            raise ValueError("structured_outputs takes exactly one of json, regex, choice, grammar, json_object")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -56,11 +57,11 @@ class ServerProcess:
         return self.log.read_text(errors="replace")[-characters:]
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for the whole group if it does not go."""
+        """SIGTERM, then SIGKILL for whatever is left of the group."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

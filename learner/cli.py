@@ -1,0 +1,51 @@
+"""`learner train | eval`. Each command is imported only when it is called: `eval` needs no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from shared.errors import ErrorCode, LockstepError
+
+COMMANDS = {
+    "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
+    "eval": ("learner.evaluate", "score the policy or the base on a task, over HTTP"),
+}
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong options, 130 interrupted.
+
+    Errors that a user can do something about are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the
+    traceback too.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else EXIT_USAGE
+    if argv[0] not in COMMANDS:
+        print(f"learner: no command {argv[0]!r}\n{_usage()}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    except LockstepError as error:
+        if os.environ.get("LOCKSTEP_TRACEBACK"):
+            raise
+        print(f"learner {argv[0]}: {error}", file=sys.stderr)
+        return EXIT_USAGE if error.code is ErrorCode.INVALID_REQUEST else EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"learner {argv[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: learner COMMAND [options]   (learner COMMAND --help)\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The rollout server as an object: one method per route, errors as `LockstepError`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from shared import PROTOCOL_VERSION
+from shared.errors import ErrorBody, ErrorCode, LockstepError
+from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
+from shared.weights import PushReceipt, RunState, ServerState
+
+LEASE_HEADER = "Lockstep-Lease"
+TAKEOVER_HEADER = "Lockstep-Takeover"
+CONNECT_TIMEOUT_S = 10.0
+STATE_TIMEOUT_S = 30.0
+
+
+class RolloutClient:
+    """Synchronous client of one rollout server; safe to use from several threads.
+
+    Every method raises `LockstepError` with the server's own code and message, `timeout` when a deadline
+    passes and `not_ready` when the server cannot be reached.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        push_timeout_s: float = 120.0,
+        generate_timeout_s: float = 1800.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise LockstepError(ErrorCode.INVALID_REQUEST, f"rollout_url {url!r} must start with http:// or https://")
+        self.url = url.rstrip("/")
+        self.push_timeout_s = push_timeout_s
+        self.generate_timeout_s = generate_timeout_s
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            # A refused connection is retried before anything was sent, so this is safe for every request.
+            transport=transport or httpx.HTTPTransport(retries=2),
+            timeout=httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def __enter__(self) -> RolloutClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state(self) -> ServerState:
+        """`GET /v1/state`.
+
+        Raises:
+            LockstepError: `protocol_mismatch` if the server speaks another protocol.
+        """
+        document = self._json("GET", "/v1/state")
+        spoken = document.get("protocol") if isinstance(document, dict) else None
+        if spoken != PROTOCOL_VERSION:
+            raise LockstepError(
+                ErrorCode.PROTOCOL_MISMATCH,
+                f"the server at {self.url} speaks protocol {spoken}, this learner {PROTOCOL_VERSION}; "
+                "install the same lockstep-rl on both sides",
+            )
+        return self._parse(ServerState, document)
+
+    def wait_ready(self, timeout_s: float, poll_s: float = 0.5) -> ServerState:
+        """Poll `/ready` until the server has loaded and warmed up its model, then answer its state.
+
+        Raises:
+            LockstepError: `not_ready` after `timeout_s` seconds, with what the server last said.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                answer = self._http.get("/ready")
+                if answer.status_code == 200:
+                    return self.state()
+                last = f"answers {answer.status_code} on /ready"
+            except httpx.HTTPError as error:
+                last = _reason(error)
+            if time.monotonic() >= deadline:
+                raise LockstepError(
+                    ErrorCode.NOT_READY,
+                    f"the rollout server at {self.url} was not ready within {timeout_s:g} s ({last}); start "
+                    "it with `rollout-server MODEL`, check rollout_url, or raise ready_timeout_s",
+                )
+            time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
+
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """`POST /v1/generate`, all groups in one answer, in the order of the prompts."""
+        body = request.model_copy(update={"stream": False}).model_dump_json(exclude_defaults=True)
+        document = self._json("POST", "/v1/generate", content=body, timeout=self.generate_timeout_s)
+        return self._parse(GenerateResponse, document)
+
+    def iter_groups(self, request: GenerateRequest) -> Iterator[RolloutGroup]:
+        """`POST /v1/generate` as NDJSON: groups in the order they finish.
+
+        Raises:
+            LockstepError: also when the stream ends without its closing line.
+        """
+        body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
+        try:
+            with self._http.stream("POST", "/v1/generate", **self._body(body, self.generate_timeout_s)) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise self._error(answer)
+                for line in filter(None, answer.iter_lines()):
+                    document = json.loads(line)
+                    if "error" in document:
+                        raise _from_body(document)
+                    if document.get("done"):
+                        return
+                    yield self._parse(RolloutGroup, document)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error, "/v1/generate") from error
+        raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off a stream of completions before its end")
+
+    def score(self, request: ScoreRequest) -> ScoreResponse:
+        """`POST /v1/score`: teacher-forced logprobs at temperature 1."""
+        body = request.model_dump_json(exclude_defaults=True)
+        return self._parse(
+            ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=self.generate_timeout_s)
+        )
+
+    def push(
+        self, run_id: str, pieces: Sequence[bytes | memoryview], lease: str, *, takeover: bool = False
+    ) -> PushReceipt:
+        """`PUT /v1/runs/{run_id}/adapter`.
+
+        Pushing the same version and bytes again is safe and answers the same, so a push whose answer was lost
+        on the way is sent a second time.
+        """
+        headers = {LEASE_HEADER: lease, "content-type": "application/octet-stream"}
+        if takeover:
+            headers[TAKEOVER_HEADER] = "1"
+        blob, path = b"".join(pieces), f"/v1/runs/{run_id}/adapter"
+        for attempt in (1, 2):
+            try:
+                answer = self._http.put(path, content=blob, headers=headers, timeout=self._timeout(self.push_timeout_s))
+                break
+            except httpx.TimeoutException as error:
+                raise self._unreachable(error, path) from error
+            except httpx.HTTPError as error:
+                if attempt == 2:
+                    raise self._unreachable(error, path) from error
+        return self._parse(PushReceipt, self._checked(answer))
+
+    def run(self, run_id: str) -> RunState:
+        """`GET /v1/runs/{run_id}`."""
+        return self._parse(RunState, self._json("GET", f"/v1/runs/{run_id}"))
+
+    def delete_run(self, run_id: str, lease: str) -> None:
+        """`DELETE /v1/runs/{run_id}`: frees the run's slots on the server."""
+        self._json("DELETE", f"/v1/runs/{run_id}", headers={LEASE_HEADER: lease})
+
+    def _json(
+        self, method: str, path: str, *, content: str | None = None, timeout: float | None = None, **kw: Any
+    ) -> Any:
+        if content is not None:
+            kw |= self._body(content, timeout or STATE_TIMEOUT_S)
+        try:
+            return self._checked(self._http.request(method, path, **kw))
+        except httpx.HTTPError as error:
+            raise self._unreachable(error, path) from error
+
+    def _body(self, content: str, timeout: float) -> dict[str, Any]:
+        headers = {"content-type": "application/json"}
+        return {"content": content, "headers": headers, "timeout": self._timeout(timeout)}
+
+    def _timeout(self, seconds: float) -> httpx.Timeout:
+        return httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_S)
+
+    def _checked(self, answer: httpx.Response) -> Any:
+        if answer.is_error:
+            raise self._error(answer)
+        try:
+            return answer.json() if answer.content else None
+        except ValueError as error:
+            raise self._foreign(f"answered {answer.status_code} without JSON") from error
+
+    def _error(self, answer: httpx.Response) -> LockstepError:
+        try:
+            return _from_body(answer.json())
+        except (ValueError, ValidationError):
+            if answer.status_code in (401, 403):
+                return LockstepError(
+                    ErrorCode.LEASE_MISMATCH, f"{self.url} refuses the token (HTTP {answer.status_code})"
+                )
+            return self._foreign(f"answered HTTP {answer.status_code}: {answer.text[:200]!r}")
+
+    def _parse(self, model: Any, document: Any) -> Any:
+        try:
+            return model.model_validate(document)
+        except ValidationError as error:
+            raise self._foreign(f"answered something else than a {model.__name__}: {error}") from error
+
+    def _foreign(self, what: str) -> LockstepError:
+        return LockstepError(
+            ErrorCode.PROTOCOL_MISMATCH,
+            f"{self.url} {what}; is a rollout-server of the same lockstep-rl version running there?",
+        )
+
+    def _unreachable(self, error: httpx.HTTPError, path: str) -> LockstepError:
+        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+            return LockstepError(
+                ErrorCode.TIMEOUT,
+                f"{self.url}{path} did not answer within its deadline; see the server's log",
+            )
+        return LockstepError(
+            ErrorCode.NOT_READY,
+            f"cannot reach the rollout server at {self.url}{path} ({_reason(error)}); "
+            "is rollout-server running there, and is rollout_url right?",
+        )
+
+
+def _from_body(document: Any) -> LockstepError:
+    error = ErrorBody.model_validate(document).error
+    return LockstepError(error.code, error.message, **error.detail)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def read_token(token_file: str | None) -> str | None:
+    """The bearer token: from a file, else $LOCKSTEP_TOKEN, else none.
+
+    Raises:
+        LockstepError: `invalid_request` if the file cannot be read.
+    """
+    if token_file is None:
+        return os.environ.get("LOCKSTEP_TOKEN") or None
+    try:
+        return Path(token_file).read_text().strip()
+    except OSError as error:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"token_file cannot be read: {error}") from error

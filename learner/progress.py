@@ -1,0 +1,108 @@
+"""What the user sees while training: a progress line, and a history of every step on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from learner.session import Session, StepReport
+
+HISTORY_FILE = "metrics.jsonl"
+
+
+class Progress(TrainerCallback):
+    """One line that moves on a terminal, one line per step elsewhere. TRL's `report_to` is not touched."""
+
+    def __init__(self, *, bar: bool | None = None) -> None:
+        self._wants_bar = sys.stderr.isatty() if bar is None else bar
+        self._bar: tqdm | None = None
+        self._started, self._first_step = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started, self._first_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero and self._wants_bar:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", dynamic_ncols=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and "eval_reward" in logs:
+            self._write(f"step {state.global_step}: eval reward {logs['eval_reward']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, report: StepReport) -> None:
+        """A step has ended."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(_figures(report))
+            self._bar.update(report.step - self._bar.n)
+        else:
+            done = report.step - self._first_step
+            left = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
+            self._write(f"step {report.step}/{report.max_steps}  {_figures(report)}  left {_clock(left)}")
+
+    def _write(self, text: str) -> None:
+        if self._bar is not None:
+            tqdm.write(text)
+        else:
+            print(text, flush=True)
+
+
+class History:
+    """`metrics.jsonl`: one JSON object per step, see `learner.session.StepReport`."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.path = Path(output_dir) / HISTORY_FILE
+
+    def begin(self, step: int) -> None:
+        """Keep what a resumed run had done up to `step`, forget the rest."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, report: StepReport) -> None:
+        """Append one step."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(asdict(report)) + "\n")
+
+
+class _HistoryBegin(TrainerCallback):
+    def __init__(self, history: History) -> None:
+        self.history = history
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.history.begin(state.global_step)
+
+
+def show_progress(trainer: Trainer, session: Session, output_dir: str | Path) -> None:
+    """Put our progress line in the place of transformers' own, and keep the history."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    progress, history = Progress(bar=False if trainer.args.disable_tqdm else None), History(output_dir)
+    trainer.add_callback(progress)
+    trainer.add_callback(_HistoryBegin(history))
+    if trainer.accelerator.is_main_process:
+        session.on_report += [progress.show, history.add]
+
+
+def _figures(report: StepReport) -> str:
+    reward = "-" if report.reward is None else f"{report.reward:.3f}"
+    gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
+    return (
+        f"reward {reward}  lag {report.lag}  {report.rollout_tokens_per_second:.0f} tok/s  "
+        f"push {report.push_seconds:.2f} s{gap}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

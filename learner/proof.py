@@ -1,0 +1,292 @@
+"""Proof of sync: does the server sample from the weights that the learner has?
+
+A fixed probe of a few token sequences is scored by the learner's own model and by `/v1/score`. What each
+check catches:
+
+- **Receipt** (`learner.publisher`): the checksum is read back from the slot on every worker. Catches bytes
+  that did not arrive or went elsewhere; says nothing on whether the engine uses the slot.
+- **Gap**: max |served - own| over the probe, at the base and at the proven version. Catches another base,
+  tokenizer or dtype, a missing module, a wrong scaling, a stale cache, a push that did not take effect, as
+  soon as the difference is larger than the tolerance of the dtype.
+- **Movement**: the change of the served logprobs since an earlier version against the change of the
+  learner's own, as the slope of a regression through the origin: 1 when the server follows, 0 when it did not
+  move, 2 when it adds the adapter twice. Judged as soon as the learner's own change stands out from the
+  rounding noise (MIN_SIGNAL), long before it reaches the tolerance: constant differences cancel. References
+  are step 0, so that small steps add up, and the last proof, so that a server that got stuck later is seen.
+- **Canary**: early updates can be smaller than what the server's dtype resolves (learning rate 1e-6 in
+  bfloat16): then neither check above can tell. So before step 0 a throw-away adapter with a large effect is
+  pushed as a run of its own, must move the served logprobs as it moves the learner's, and is deleted. It
+  proves the way from push to logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from learner.adapter import TORCH_DTYPES, active_adapter, lora_layers
+from learner.client import RolloutClient
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import PolicySelector, ScoreRequest
+from shared.weights import WeightVersion
+
+#: The learner's own change must be this many times the noise before its direction is compared.
+MIN_SIGNAL = 4.0
+#: How far the slope may be from 1; the canary's signal is far above any noise.
+SLOPE_SLACK = 0.5
+CANARY_SLACK = 0.2
+#: Largest gap in float32 where models are so small that the derivation below gives less.
+FLOOR = 1e-4
+ROUNDINGS_PER_LAYER = 6
+SAFETY = 4.0
+#: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
+#: where the effect saturates, twice the adapter does not show as twice the change.
+CANARY_SIGNAL = 20.0
+CANARY_NATS = 0.05
+
+
+def derived_tolerance(dtypes: list[str], *, layers: int, width: int, logit_std: float, logit_max: float) -> float:
+    """Largest |gap| in nats that rounding explains between two implementations of one model.
+
+    With unit roundoff u (2^-24 float32, 2^-11 float16, 2^-8 bfloat16), one rounding is a relative error of
+    about u / sqrt(3) rms. A layer rounds its values ROUNDINGS_PER_LAYER = 6 times (two norms, two block
+    outputs, two residual sums); over L layers independent errors add up to sqrt(6 L) u / sqrt(3) of the
+    final hidden state. Sums over `width` terms are accumulated in float32, which adds 2^-24 sqrt(width) each
+    and is all there is in float32. A relative error e of the hidden state moves a logit by e * (std of the
+    logits over the vocabulary); rounding the logit itself adds u |logit| / sqrt(3). A logprob is the
+    difference of a logit and a weighted mean of logits: sqrt(2). Both sides err independently: their
+    variances add. The largest of a few hundred gaps is within 3.5 sigma, so SAFETY = 4 sigma are allowed, and
+    never less than FLOOR. For SmolLM2-135M, bfloat16 against float32, this gives 0.78; measured on 228
+    tokens: rms 0.09, largest 0.34.
+
+    Args:
+        dtypes: compute dtype of each side.
+        layers: decoder layers. width: hidden size.
+        logit_std: rms over probe positions of the logits' standard deviation over the vocabulary.
+        logit_max: largest |logit| on the probe.
+    """
+    variance = 0.0
+    for dtype in dtypes:
+        unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
+        hidden = math.hypot(unit, 2.0**-24 * math.sqrt(width)) * math.sqrt(ROUNDINGS_PER_LAYER * layers / 3)
+        variance += 2 * ((hidden * logit_std) ** 2 + (unit * logit_max) ** 2 / 3)
+    return max(SAFETY * math.sqrt(variance), FLOOR)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Logprobs of all probe tokens at one version, float64 [N], by the learner and by the server."""
+
+    version: WeightVersion | None
+    own: np.ndarray
+    served: np.ndarray
+    tolerance: float
+
+    @property
+    def max_gap(self) -> float:
+        """Largest |served - own| in nats."""
+        return float(np.abs(self.served - self.own).max())
+
+    @property
+    def rms_gap(self) -> float:
+        """Root mean square of served - own in nats."""
+        return float(np.sqrt(np.mean((self.served - self.own) ** 2)))
+
+
+def slope(reference: Measurement, now: Measurement) -> float | None:
+    """How much of the learner's change the server shows: 1 all, 0 none. None: too small to tell."""
+    own, served = now.own - reference.own, now.served - reference.served
+    moved = float(np.sqrt(np.mean(own**2)))
+    if moved < MIN_SIGNAL * _noise(reference):
+        return None
+    return float(served @ own / (own @ own))
+
+
+def _noise(reference: Measurement) -> float:
+    """Rms of what rounding may add to a change of logprobs since `reference`."""
+    return max(math.sqrt(2) * reference.rms_gap, FLOOR / SAFETY)
+
+
+class SyncProof:
+    """Scores a fixed probe on both sides and compares.
+
+    Attributes:
+        sequences: token ids of the probe.
+        first: measurement at the version this learner began with.
+        last: measurement of the last check.
+        max_gap: largest |served - own| of all checks, in nats.
+        slope: of the last check, None where the policy has not moved enough to tell.
+    """
+
+    def __init__(
+        self, client: RolloutClient, model: PeftModel, sequences: list[list[int]], *,
+        served_dtype: str, tolerance: float | None = None,
+    ) -> None:  # fmt: skip
+        self.client = client
+        self.model = model
+        self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
+        self.served_dtype = served_dtype
+        self.fixed_tolerance = tolerance
+        self.first: Measurement | None = None
+        self.last: Measurement | None = None
+        self.max_gap = 0.0
+        self.slope: float | None = None
+
+    def check_base(self) -> Measurement:
+        """Compare both bases, without any adapter."""
+        measurement = self._measure(None)
+        self._check_gap(measurement)
+        return measurement
+
+    def check(self, version: WeightVersion) -> Measurement:
+        """Compare at `version`, which must be served and be what the model holds now.
+
+        Raises:
+            LockstepError: `install_failed`, naming the version and both values.
+        """
+        measurement = self._measure(version)
+        self._check_gap(measurement)
+        references = [reference for reference in (self.first, self.last) if reference is not None]
+        slopes = [self._check_movement(reference, measurement) for reference in references]
+        self.slope = next((s for s in slopes if s is not None), None)
+        self.first, self.last = self.first or measurement, measurement
+        return measurement
+
+    def canary(self, push: Callable[[], WeightVersion]) -> float:
+        """Push an adapter with a large effect and see it in the served logprobs; the model stays as it is.
+
+        Args:
+            push: sends the model's present adapter to a run of its own and answers its version.
+
+        Returns:
+            The slope, near 1.
+
+        Raises:
+            LockstepError: `install_failed` if the server does not follow.
+        """
+        base = self.check_base()
+        with _loud_adapter(self, base.own, max(CANARY_SIGNAL * _noise(base), CANARY_NATS)):
+            loud = self._measure(push())
+        self._check_gap(loud)
+        seen = self._check_movement(base, loud, CANARY_SLACK)
+        if seen is None:
+            raise _failed("the canary adapter moves the learner's own logprobs too little to prove anything")
+        return seen
+
+    def own_logprobs(self, *, adapter: bool = True) -> tuple[np.ndarray, float, float]:
+        """Teacher-forced logprobs of the probe [N] by the learner's model, std and max of its logits.
+
+        In eval mode, without dropout and autocast: the weights in their own dtype, log-softmax in float32.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        device = self.model.get_input_embeddings().weight.device
+        logprobs, variances, largest = [], [], 0.0
+        try:
+            with torch.no_grad(), nullcontext() if adapter else self.model.disable_adapter():
+                for sequence in self.sequences:
+                    ids_1T = torch.tensor([sequence], device=device)
+                    logits_TV = self.model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
+                    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+                    logprobs.append(logprobs_TV.gather(-1, ids_1T[0, 1:, None])[:, 0].double().cpu().numpy())
+                    variances.append(logits_TV.var(dim=-1).mean().item())
+                    largest = max(largest, logits_TV.abs().max().item())
+        finally:
+            self.model.train(was_training)
+        return np.concatenate(logprobs), math.sqrt(sum(variances) / len(variances)), largest
+
+    def _measure(self, version: WeightVersion | None) -> Measurement:
+        own, logit_std, logit_max = self.own_logprobs(adapter=version is not None)
+        policy: PolicySelector = version or "base"
+        run_id = version.run_id if version else None
+        answer = self.client.score(ScoreRequest(sequences=self.sequences, policy=policy, run_id=run_id))
+        served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
+        if answer.version != version or served.shape != own.shape or not np.isfinite(served).all():
+            raise _failed(f"/v1/score answered {served.size} logprobs of {answer.version}, not {own.size} of {version}")
+        tolerance = self.fixed_tolerance or self._tolerance(logit_std, logit_max)
+        return Measurement(version, own, served, tolerance)
+
+    def _tolerance(self, logit_std: float, logit_max: float) -> float:
+        config = self.model.get_base_model().config.get_text_config()
+        own_dtype = str(self.model.get_base_model().dtype).removeprefix("torch.")
+        return derived_tolerance(
+            [own_dtype, self.served_dtype], layers=config.num_hidden_layers, width=config.hidden_size,
+            logit_std=logit_std, logit_max=logit_max,
+        )  # fmt: skip
+
+    def _check_gap(self, m: Measurement) -> None:
+        self.max_gap = max(self.max_gap, m.max_gap)
+        if m.max_gap <= m.tolerance:
+            return
+        worst = int(np.abs(m.served - m.own).argmax())
+        row, position = self._locate(worst)
+        what = f"version {m.version}" if m.version else "the base (no adapter)"
+        hint = (
+            "the server does not sample from the weights that were pushed"
+            if m.version
+            else "learner and server do not hold the same base, or compute it in very different precision"
+        )
+        raise _failed(
+            f"at {what} the server's logprob of token {position} of probe sequence {row} is "
+            f"{m.served[worst]:.6f}, the learner's {m.own[worst]:.6f}: a gap of {m.max_gap:.3g}, tolerance "
+            f"{m.tolerance:.3g}. {hint}. Compare model, revision and dtype on both sides; proof_tolerance "
+            "overrides the derived tolerance"
+        )
+
+    def _check_movement(self, reference: Measurement, now: Measurement, slack: float = SLOPE_SLACK) -> float | None:
+        seen = slope(reference, now)
+        if seen is not None and abs(seen - 1.0) > slack:
+            own, served = now.own - reference.own, now.served - reference.served
+            most = int(np.abs(own).argmax())
+            row, position = self._locate(most)
+            raise _failed(
+                f"from {reference.version or 'the base'} to {now.version} the learner's logprobs moved, the "
+                f"server's followed by a factor of {seen:.2f} instead of 1: token {position} of probe "
+                f"sequence {row} moved by {own[most]:.3g} here and by {served[most]:.3g} there. The push has "
+                "not (or not rightly) taken effect; restart the rollout server"
+            )
+        return seen
+
+    def _locate(self, flat: int) -> tuple[int, int]:
+        """(sequence, position of the token in it) of a flat index."""
+        for row, sequence in enumerate(self.sequences):
+            if flat < len(sequence) - 1:
+                return row, flat + 1
+            flat -= len(sequence) - 1
+        raise IndexError(flat)
+
+
+@contextmanager
+def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> Iterator[None]:
+    """Random B, doubled until the probe's logprobs move by `nats` (rms); put back to the bit at the end."""
+    model = proof.model
+    layers = lora_layers(model, active_adapter(model))
+    weights = [layer.lora_B[active_adapter(model)].weight for layer in layers.values()]
+    kept = [weight.detach().clone() for weight in weights]
+    # A generator of its own, so that the training's random numbers are not used up.
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 2.0**-10)
+            for _ in range(16):
+                moved = proof.own_logprobs()[0] - base_logprobs
+                if np.sqrt(np.mean(moved**2)) >= nats:
+                    break
+                for weight in weights:
+                    weight.mul_(2.0)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, kept, strict=True):
+                weight.copy_(old)
+
+
+def _failed(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INSTALL_FAILED, f"proof of sync failed: {message}")

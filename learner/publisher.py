@@ -1,0 +1,148 @@
+"""Adapter -> server: who owns the run, what was pushed last, and whether it is still there."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peft import PeftModel
+
+from learner.adapter import export_adapter
+from learner.client import RolloutClient
+from learner.config import default_run_id
+from shared.adapter_file import encode_adapter, parse_header
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import AdapterManifest, PushReceipt, ServerState, WeightVersion
+
+LEASE_FILE = "lease.json"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to push to a run: its secret, and a fence that outranks all lower ones."""
+
+    run_id: str
+    secret: str
+    fence: int
+
+
+def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
+    """The lease kept in `output_dir`, or a new one; nothing is written yet.
+
+    A directory that holds a lease is the same run started again: same secret, next fence.
+    """
+    path = Path(output_dir) / LEASE_FILE
+    if path.is_file():
+        try:
+            kept = Lease(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"{path} is damaged ({error}); remove it and use --takeover, or a new output_dir",
+            ) from error
+        if run_id in (None, kept.run_id):
+            return Lease(kept.run_id, kept.secret, kept.fence + 1)
+    return Lease(run_id or default_run_id(output_dir), secrets.token_hex(16), 0)
+
+
+def save_lease(output_dir: str | Path, lease: Lease) -> None:
+    """Keep the lease, readable by its owner only; the file is never seen half-written."""
+    path = Path(output_dir) / LEASE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        json.dump(asdict(lease), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+class Publisher:
+    """Pushes the adapter of one model to one server and knows what is served there.
+
+    Attributes:
+        receipts: one for every push, the initial adapter (step 0) included.
+        seconds: wall-clock seconds of every push, from export to receipt.
+    """
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        model: PeftModel,
+        lease: Lease,
+        state: ServerState,
+        *,
+        base_weights: str | None = None,
+        takeover: bool = False,
+    ) -> None:
+        self.client = client
+        self.model = model
+        self.lease = _above_served(lease, state)
+        self.lora_dtype = state.lora_dtype
+        self.workers = state.workers
+        self.base_weights = base_weights
+        self.takeover = takeover
+        self.receipts: list[PushReceipt] = []
+        self.seconds: list[float] = []
+
+    @property
+    def last(self) -> PushReceipt | None:
+        """Receipt of the last push."""
+        return self.receipts[-1] if self.receipts else None
+
+    def version(self, step: int) -> WeightVersion:
+        """The version that `step` has in this learner's hands."""
+        return WeightVersion(run_id=self.lease.run_id, fence=self.lease.fence, step=step)
+
+    def push(self, step: int) -> PushReceipt:
+        """Export the adapter, send it, and check the receipt. When this returns, the server samples from it.
+
+        Raises:
+            LockstepError: whatever the server refuses; `install_failed` if the receipt is not for what was
+            sent.
+        """
+        started = time.perf_counter()
+        export = export_adapter(self.model, self.version(step), dtype=self.lora_dtype, base_weights=self.base_weights)
+        pieces = encode_adapter(export.tensors, export.manifest)
+        manifest = parse_header(bytes(pieces[1])).manifest
+        receipt = self.client.push(self.lease.run_id, pieces, self.lease.secret, takeover=self.takeover)
+        self.takeover = False  # said once: a learner that is taken over itself must not take the run back
+        self._check(receipt, manifest)
+        self.receipts.append(receipt)
+        self.seconds.append(time.perf_counter() - started)
+        return receipt
+
+    def ensure(self, step: int) -> PushReceipt:
+        """Make sure that the server serves `step`: push again if it restarted or serves anything else."""
+        last = self.last
+        if last is not None and last.version == self.version(step):
+            state = self.client.state()
+            served = {run.run_id: (run.version, run.checksum) for run in state.runs}
+            if state.epoch == last.epoch and served.get(self.lease.run_id) == (last.version, last.checksum):
+                return last
+        return self.push(step)
+
+    def _check(self, receipt: PushReceipt, manifest: AdapterManifest) -> None:
+        expected = (manifest.version, manifest.checksum, len(manifest.modules), self.workers)
+        got = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
+        names = ("version", "checksum", "modules written", "workers that acknowledged")
+        wrong = [f"{n}: {g} instead of {e}" for n, e, g in zip(names, expected, got, strict=True) if e != g]
+        if wrong:
+            raise LockstepError(
+                ErrorCode.INSTALL_FAILED,
+                f"the receipt for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
+                "restart the rollout server",
+            )
+
+
+def _above_served(lease: Lease, state: ServerState) -> Lease:
+    """A fence above that of the version being served; the kept lease may be older than that."""
+    for run in state.runs:
+        if run.run_id == lease.run_id and run.version is not None and run.version.fence >= lease.fence:
+            return Lease(lease.run_id, lease.secret, run.version.fence + 1)
+    return lease

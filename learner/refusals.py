@@ -1,0 +1,212 @@
+"""What cannot be trained or served, said at the start and with what to do instead.
+
+Pure functions of configurations and of the server's state: no model is loaded and no request is made here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from learner.sampling import generation_kwargs, refuse_unmapped
+from shared import PROTOCOL_VERSION
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import BaseFingerprint, ServerState
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from trl import GRPOConfig
+
+#: Initialisations that leave the base weights as they are.
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+#: LoraConfig field -> what to do instead. Refused when set.
+REFUSED_LORA_FIELDS = {
+    "modules_to_save": "only the adapter travels to the server; leave modules_to_save out",
+    "trainable_token_indices": "trained token embeddings cannot be served; leave trainable_token_indices out",
+    "target_parameters": "name linear layers in target_modules instead",
+    "layer_replication": "the server would have other layers than the learner; leave layer_replication out",
+    "lora_bias": "the server applies no bias; leave lora_bias out",
+    "use_dora": "the server cannot apply DoRA; set use_dora to false (use_rslora works)",
+    "use_qalora": "set use_qalora to false",
+    "alora_invocation_tokens": "the server applies the adapter to every token; leave this out",
+    "megatron_config": "leave megatron_config out",
+    "ensure_weight_tying": "adapters on tied embeddings cannot be served; leave ensure_weight_tying out",
+}
+
+_EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert|block_sparse_moe|gate)(\.|$)")
+_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|image_encoder)(\.|$)")
+
+
+def check_lora(config: LoraConfig | None, adapter_type: str = "LORA") -> None:
+    """Refuse everything but plain LoRA; rsLoRA, rank_pattern, alpha_pattern and subsets of layers are plain.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    if config is None:
+        raise _unsupported(
+            "full fine-tuning cannot be served: only a LoRA adapter travels to the server. "
+            "Set use_peft (and lora_r, lora_target_modules), or pass a peft_config to the trainer"
+        )
+    kind = getattr(getattr(config, "peft_type", None), "value", config.__class__.__name__)
+    if kind != adapter_type:
+        raise _unsupported(f"a {kind} adapter cannot be served: use peft.LoraConfig")
+    if config.bias != "none":
+        raise _unsupported(f"bias={config.bias!r}: trained biases cannot be served; set bias='none'")
+    for name, instead in REFUSED_LORA_FIELDS.items():
+        if getattr(config, name, None):
+            raise _unsupported(f"{name}={getattr(config, name)!r}: {instead}")
+    init = config.init_lora_weights
+    if init not in PLAIN_INITS:
+        raise _unsupported(
+            f"init_lora_weights={init!r} changes the base weights or the adapter's form, which the server "
+            f"does not know; use one of {', '.join(map(repr, PLAIN_INITS))}"
+        )
+    # PEFT marks the fields that turn LoRA into something else; those of later versions are refused as well.
+    for f in fields(config):
+        if f.metadata.get("is_lora_variant") and getattr(config, f.name):
+            raise _unsupported(f"{f.name}: this variant of LoRA cannot be served; leave it out")
+
+
+def check_rank(config: LoraConfig, state: ServerState) -> None:
+    """The highest rank of any module fits into the server's slots.
+
+    Raises:
+        LockstepError: `rank_too_high`.
+    """
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if rank > state.max_lora_rank:
+        raise LockstepError(
+            ErrorCode.RANK_TOO_HIGH,
+            f"the adapter's rank {rank} is above the server's {state.max_lora_rank}: lower lora_r "
+            f"(rank_pattern), or start the server with --max-lora-rank {rank}",
+        )
+
+
+def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
+    """No adapter on vision parts, nor on experts or routers of a mixture of experts.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    for name in module_names:
+        if _VISION.search(name):
+            raise _unsupported(f"{name} belongs to a vision encoder; take it out of target_modules")
+        if mixture_of_experts and _EXPERTS.search(name):
+            raise _unsupported(f"{name} belongs to a mixture of experts; target the attention layers only")
+
+
+def check_model(model_config: Any) -> None:
+    """A text model; models with a vision or audio part are not supported yet.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    for part in ("vision_config", "audio_config"):
+        if getattr(model_config, part, None) is not None:
+            raise _unsupported(f"{model_config.model_type} has a {part}: only text models are supported")
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise _unsupported("a quantised base in the learner is not supported yet: load it in bfloat16 or float32")
+
+
+def check_server(state: ServerState, *, allow_policy_altering: bool = False) -> None:
+    """The server speaks our protocol, is ready, and its logprobs are those of the policy.
+
+    Raises:
+        LockstepError: `protocol_mismatch`, `not_ready`, `invalid_request`.
+    """
+    if state.protocol != PROTOCOL_VERSION:
+        raise LockstepError(
+            ErrorCode.PROTOCOL_MISMATCH,
+            f"the server speaks protocol {state.protocol}, this learner {PROTOCOL_VERSION}; install the same "
+            "lockstep-rl on both sides",
+        )
+    if not state.ready:
+        raise LockstepError(ErrorCode.NOT_READY, "the rollout server is not ready; wait until /ready answers 200")
+    if state.logprobs_mode != "processed_logprobs":
+        raise _invalid(
+            f"the server returns {state.logprobs_mode}, not the logprobs tokens were drawn with; start it "
+            "with --logprobs-mode processed_logprobs"
+        )
+    if state.policy_altering and not (allow_policy_altering or state.allowed_altering):
+        raise _invalid(
+            f"the server runs with {', '.join(state.policy_altering)}, so its logprobs are not exactly the "
+            "policy's; start it without, or set allow_policy_altering to train all the same"
+        )
+
+
+def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch: bool = False) -> list[str]:
+    """Learner and server hold the same base weights and tokenizer. Answers warnings.
+
+    Raises:
+        LockstepError: `base_mismatch`.
+    """
+    warnings = []
+    for part, mine, theirs in (
+        ("weights", own.weights, served.weights),
+        ("tokenizer", own.tokenizer, served.tokenizer),
+    ):
+        if mine is not None and mine == theirs:
+            continue
+        if mine is None or theirs is None:
+            side = "learner" if mine is None else "server"
+            problem = f"the {side}'s base {part} cannot be fingerprinted (no safetensors or tokenizer.json?)"
+        else:
+            problem = f"the server's base {part} differ from the learner's ({theirs[:12]} and {mine[:12]})"
+        if not allow_mismatch:
+            raise LockstepError(
+                ErrorCode.BASE_MISMATCH,
+                f"{problem}; give both the same model and revision, or set allow_base_mismatch if you know better",
+                part=part,
+            )
+        warnings.append(f"{problem}; going on because allow_base_mismatch is set")
+    if own.chat_template != served.chat_template:
+        warnings.append(
+            "the server's chat template differs from the learner's: training uses the learner's, chat "
+            "requests and evaluations the server's"
+        )
+    return warnings
+
+
+def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState) -> None:
+    """Prompt and completion fit into the server's context.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    wanted = longest_prompt + (max_completion_length or 1)
+    if wanted > state.max_model_len:
+        raise _invalid(
+            f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
+            f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "
+            "shorten the prompts, or raise the server's --max-model-len"
+        )
+
+
+def check_grpo(args: GRPOConfig) -> None:
+    """Generation options that cannot be honoured; see `learner.sampling`.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    refuse_unmapped(args)
+    if generation_kwargs(args).get("temperature", args.temperature) == 0.0:
+        raise _invalid("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
+    truncating = args.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
+    # TRL checks this in the constructor only where use_vllm is set there already.
+    if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and not truncating:
+        raise _invalid(
+            "loss_type=vespo needs vllm_importance_sampling_mode=token_truncate or token_mask, "
+            f"not {args.vllm_importance_sampling_mode}"
+        )
+
+
+def _unsupported(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, message)
+
+
+def _invalid(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, message)

@@ -1,0 +1,143 @@
+"""What is left of a run for people: a picture of the reward, and a summary for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
+
+
+class EvalPoint(NamedTuple):
+    """The mean score of `n` held-out questions, each between 0 and 1."""
+
+    mean: float
+    n: int
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of a proportion.
+
+        Exact for answers that are right or wrong; for partial credit it is too wide rather than too narrow, since no
+        score between 0 and 1 varies more than a right-or-wrong one of the same mean.
+        """
+        z, n, p = 1.959964, self.n, min(max(self.mean, 0.0), 1.0)
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        # At p = 0 and 1 an end is p itself, but for rounding.
+        return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+
+
+def write_curve(
+    path: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    eval_before: tuple[float, int] | None,
+    eval_after: tuple[float, int] | None,
+    title: str,
+    *,
+    sampled_label: str = "sampled reward, mean of a step's batch",
+    eval_label: str = "held-out questions",
+) -> None:
+    """Draw the reward of every step, and the evaluations before and after training, into a PNG.
+
+    An evaluation is the mean score and the number of questions, see `EvalPoint`; it is drawn with a 95% interval.
+    `rows` are the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
+    The moving average looks back only, so it shows nothing before it was known.
+    """
+    points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
+    last = max((int(r["step"]) for r in rows), default=0)
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.6), dpi=150, layout="constrained")  # no pyplot: no global state, no display
+    axes = figure.add_subplot()
+    if points:
+        steps, rewards = zip(*points, strict=True)
+        window = max(3, len(points) // 10)
+        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=sampled_label)
+        axes.plot(
+            steps,
+            trailing_mean(rewards, window),
+            color=BLUE,
+            linewidth=2,
+            label=f"its mean over the last {window} steps",
+        )
+    labelled = False
+    for evaluation, step in ((eval_before, 0), (eval_after, last)):
+        if evaluation is not None:
+            point = EvalPoint(*evaluation)
+            _draw_eval(axes, point, step, None if labelled else f"{eval_label} (n = {point.n}), 95% interval")
+            labelled = True
+    _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
+    path = Path(path)
+    _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary as JSON; the file is there whole or not at all. NaN and infinity are refused."""
+    text = json.dumps(dict(summary), indent=2, allow_nan=False) + "\n"
+    _atomically(Path(path), lambda temporary: temporary.write_text(text))
+
+
+def trailing_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values up to each, of fewer at the beginning."""
+    means = []
+    for end in range(1, len(values) + 1):
+        seen = values[max(0, end - window) : end]
+        means.append(sum(seen) / len(seen))
+    return means
+
+
+def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:
+    low, high = point.interval()
+    error = [[point.mean - low], [high - point.mean]]
+    axes.errorbar(
+        [step], [point.mean], yerr=error, fmt="D", color=ORANGE, markersize=7, capsize=5, linewidth=1.8, label=label,
+        zorder=5, clip_on=False,
+    )  # fmt: skip
+    # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
+    above = point.mean <= 0.85
+    axes.annotate(
+        f"{point.mean:.2f}", (step, high if above else low), xytext=(0, 5 if above else -5), textcoords="offset points",
+        ha="center", va="bottom" if above else "top", color=ORANGE, fontsize=12, fontweight="bold", zorder=6,
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    )  # fmt: skip
+
+
+def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
+    margin = max(1.0, 0.03 * last)
+    axes.set_xlim(-margin, last + margin)
+    # Scores between 0 and 1 get the whole scale, so that no small gain is drawn as a large one.
+    if all(0 <= v <= 1 for v in values):
+        axes.set_ylim(0, 1.02)
+        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
+    axes.set_xlabel("optimizer step", color=GREY)
+    axes.set_ylabel("score", color=GREY)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY, length=0)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color("#c5c9d0")
+    if values:
+        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

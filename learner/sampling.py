@@ -1,0 +1,128 @@
+"""GRPOConfig -> sampling parameters: every generation option is mapped, used by TRL, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from shared.errors import ErrorCode, LockstepError
+from shared.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+#: Fields that end up in a request.
+MAPPED = {"vllm_structured_outputs_regex"}
+
+#: Fields that TRL's loss reads itself; they work with remote rollouts as they do with TRL's own vLLM.
+USED_BY_TRL = {
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "vllm_importance_sampling_cap",
+}
+
+#: Fields that speak of a vLLM which the learner does not start, and what to do instead.
+REFUSED = {
+    "vllm_mode": "leave it out, or set it to 'server': rollouts come from the server at rollout_url",
+    "vllm_model_impl": "give --model-impl to rollout-server",
+    "vllm_enable_sleep_mode": "give --enable-sleep-mode to rollout-server",
+    "vllm_server_base_url": "use rollout_url",
+    "vllm_server_host": "use rollout_url",
+    "vllm_server_port": "use rollout_url",
+    "vllm_server_timeout": "use ready_timeout_s and generate_timeout_s",
+    "vllm_group_port": "the adapter travels over HTTP; no port is needed",
+    "vllm_gpu_memory_utilization": "give --gpu-memory-utilization to rollout-server",
+    "vllm_max_model_length": "give --max-model-len to rollout-server",
+    "vllm_tensor_parallel_size": "give --tensor-parallel-size to rollout-server",
+    "use_transformers_continuous_batching": "completions come from the rollout server's vLLM",
+    "use_transformers_paged": "completions come from the rollout server's vLLM",
+    "transformers_continuous_batching_config": "completions come from the rollout server's vLLM",
+    "cache_implementation": "completions come from the rollout server's vLLM; see its --kv-cache-dtype",
+}
+
+#: Values besides the default that mean what Lockstep does anyway.
+_HARMLESS: dict[str, tuple[Any, ...]] = {"vllm_mode": ("server",)}
+
+
+def refuse_unmapped(args: GRPOConfig) -> None:
+    """Refuse generation options that would have no effect here.
+
+    Raises:
+        LockstepError: `invalid_request`, naming the field and what to do instead.
+    """
+    defaults = {f.name: f.default for f in fields(args)}
+    for name, instead in REFUSED.items():
+        value = getattr(args, name, defaults.get(name))
+        if name in defaults and value != defaults[name] and value not in _HARMLESS.get(name, ()):
+            raise LockstepError(ErrorCode.INVALID_REQUEST, f"{name}={value!r} has no effect here: {instead}")
+    unknown = {n for n in defaults if n.startswith("vllm_")} - MAPPED - USED_BY_TRL - REFUSED.keys()
+    changed = sorted(n for n in unknown if getattr(args, n) != defaults[n])
+    if changed:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            f"{', '.join(changed)}: this version of Lockstep does not know what it does",
+        )
+
+
+def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> SamplingParams:
+    """Sampling parameters for the completions of one prompt; `n` is left at 1 and set for each request.
+
+    Args:
+        args: TRL's options. `generation_kwargs` holds vLLM's names and overrides the other fields, as in TRL.
+        eos_token_ids: ids that end a completion for TRL. They are stop tokens of the request, so that
+            trainer and server agree even where the server's generation_config.json says something else.
+
+    Raises:
+        LockstepError: `invalid_request`, naming the field that is unknown or contradicts another.
+    """
+    extra = generation_kwargs(args)
+    values: dict[str, Any] = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": 0.0 if args.min_p is None else args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "max_tokens": args.max_completion_length,
+    }
+    if args.vllm_structured_outputs_regex is not None:
+        if extra.get("structured_outputs") is not None:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                "vllm_structured_outputs_regex and generation_kwargs.structured_outputs are both set: give one of them",
+            )
+        values["structured_outputs"] = {"regex": args.vllm_structured_outputs_regex}
+    values.update(extra)
+    if not values.get("ignore_eos"):
+        values["stop_token_ids"] = sorted({*values.get("stop_token_ids", ()), *eos_token_ids})
+    return _validated(values)
+
+
+def generation_kwargs(args: GRPOConfig) -> dict[str, Any]:
+    """`generation_kwargs` as a dict of vLLM's sampling parameters.
+
+    Raises:
+        LockstepError: `invalid_request` if it sets the number of completions.
+    """
+    extra = dict(args.generation_kwargs or {})  # GRPOConfig has parsed a JSON string already
+    if "n" in extra:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            "generation_kwargs.n: set num_generations (and num_generations_eval) instead",
+        )
+    return extra
+
+
+def _validated(values: dict[str, Any]) -> SamplingParams:
+    try:
+        return SamplingParams.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "sampling"
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST, f"sampling option {name}: {first['msg']} (see generation_kwargs)"
+        ) from error

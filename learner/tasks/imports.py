@@ -1,0 +1,85 @@
+"""The user's own code by import path: `my_module:reward`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from learner.tasks.base import RewardFunc, TaskError
+
+
+def import_object(path: str) -> Any:
+    """The object at `module:attribute`. Modules in the current directory are found too.
+
+    Raises:
+        TaskError: the path is malformed, there is no such module, or it has no such attribute. An error inside the
+            module itself is not hidden: it is the cause, and the message names it.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise TaskError(f"{path!r} is not an import path; write it as module:function")
+    _current_directory_is_importable()
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise TaskError(f"no module {error.name!r} for {path!r} in {os.getcwd()} or installed") from error
+        raise TaskError(f"importing {module_name!r} failed: {error}") from error
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise TaskError(f"importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            public = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
+            raise TaskError(f"{path!r}: no {name!r} in {module_name}; it has {', '.join(public) or 'no callables'}")
+        found = getattr(found, name)
+    return found
+
+
+def is_importable(module_name: str) -> bool:
+    """Whether there is such a module; its parents are imported to find out, it is not."""
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        return False
+    _current_directory_is_importable()
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def load_rewards(
+    specs: Sequence[str] | None, weights: Sequence[float] | None, own: RewardFunc | None = None
+) -> tuple[list[RewardFunc], list[float] | None]:
+    """Reward functions and their weights. `own` is the task's own score: the default, and `score` in `specs`.
+
+    Raises:
+        TaskError: no reward at all, one that is not callable, two of one name, or weights that do not match.
+    """
+    if not specs:
+        if own is None:
+            raise TaskError("a dataset needs a reward: give --reward_funcs module:function (one or several)")
+        specs = ["score"]
+    functions: list[RewardFunc] = []
+    for spec in specs:
+        if spec == "score" and own is None:
+            raise TaskError("'score' stands for a task's own score, and a dataset has none; write module:function")
+        function = own if spec == "score" else import_object(spec)
+        if not callable(function):
+            raise TaskError(f"reward {spec!r} is not a function, but a {type(function).__name__}")
+        functions.append(function)
+    names = [getattr(f, "__name__", type(f).__name__) for f in functions]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TaskError(f"two rewards are called {', '.join(twice)}: rewards are logged by name, so rename one")
+    if weights is not None and len(weights) != len(functions):
+        raise TaskError(f"{len(weights)} reward weights for {len(functions)} rewards ({', '.join(names)})")
+    return functions, None if weights is None else [float(w) for w in weights]
+
+
+def _current_directory_is_importable() -> None:
+    # A console script has its own directory on the path, not the one it was called in.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    importlib.invalidate_caches()

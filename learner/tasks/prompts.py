@@ -1,0 +1,86 @@
+"""From a row of a dataset to the prompt the model sees, and back from a prompt to what identifies the question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from learner.tasks.base import TaskError
+
+PromptFormat = Literal["chat", "raw"]
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How text becomes a prompt. The fields can be given among a task's arguments, for every kind of task."""
+
+    # "chat": text becomes a user message. "raw": text goes to the model as it is, without a chat template.
+    prompt_format: PromptFormat = "chat"
+    # Put before the user message, and before messages that have no system message of their own.
+    system_prompt: str | None = None
+    # A format string over the row's fields, e.g. "Question: {question}\nAnswer:". None: the prompt column alone.
+    prompt_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt_format not in get_args(PromptFormat):
+            raise TaskError(f"prompt_format {self.prompt_format!r} is not one of {', '.join(get_args(PromptFormat))}")
+        if self.system_prompt is not None and self.prompt_format == "raw":
+            raise TaskError("system_prompt needs prompt_format chat: raw text has no system message")
+
+    @classmethod
+    def take_from(cls, task_args: dict[str, Any]) -> PromptStyle:
+        """Make a style from the fields found in `task_args`, and remove them there."""
+        return cls(**{name: task_args.pop(name) for name in cls.__dataclass_fields__ if name in task_args})
+
+    def prompt(self, value: Any, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+        """The prompt for one row, whose prompt column holds `value`: text, or a list of chat messages."""
+        if self.prompt_template is not None:
+            value = self._fill(row)
+        if isinstance(value, str):
+            if self.prompt_format == "raw":
+                return value
+            value = [{"role": "user", "content": value}]
+        if not _is_chat(value):
+            raise TaskError(f"a prompt must be text or a list of messages with role and content, not {value!r:.200}")
+        if self.system_prompt is not None and value[0]["role"] != "system":
+            value = [{"role": "system", "content": self.system_prompt}, *value]
+        return value
+
+    def _fill(self, row: Mapping[str, Any]) -> str:
+        assert self.prompt_template is not None
+        try:
+            return self.prompt_template.format_map(row)
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+            raise TaskError(
+                f"prompt_template {self.prompt_template!r} does not fit the rows, whose fields are "
+                f"{', '.join(row)}: {type(error).__name__} {error}"
+            ) from error
+
+
+def question_key(prompt: str | list[dict[str, Any]]) -> str:
+    """What makes two prompts the same question: equal text, whatever the white space, the system message aside."""
+    if isinstance(prompt, str):
+        return " ".join(prompt.split())
+    turns = [m for m in prompt if m["role"] != "system"]
+    return json.dumps([[m["role"], _squeeze(m["content"])] for m in turns], sort_keys=True, default=str)
+
+
+def completion_text(completion: Any) -> str:
+    """The text of one completion as TRL hands it to a reward function: text, or a list of messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(m.get("content") or "" for m in completion if m.get("role", "assistant") == "assistant")
+
+
+def _squeeze(content: Any) -> Any:
+    return " ".join(content.split()) if isinstance(content, str) else content
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    )

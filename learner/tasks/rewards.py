@@ -1,0 +1,72 @@
+"""Rewards to name on the command line: `--reward_funcs learner.tasks.rewards:math_answer`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from functools import cache
+from typing import Any
+
+from learner.tasks.base import TaskError
+from learner.tasks.prompts import completion_text
+
+_WORD = re.compile(r"[A-Za-z]{3,}")
+
+
+def exact_match(
+    prompts: list[Any], completions: list[Any], answer: list[Any] | None = None, **columns: Any
+) -> list[float]:
+    """1 where the completion equals the column `answer`, white space around it aside; else 0."""
+    if answer is None:
+        raise TaskError(f"exact_match needs a column 'answer'; the dataset has {_names(columns)}")
+    return [
+        float(completion_text(completion).strip() == str(gold).strip())
+        for completion, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def math_answer(
+    prompts: list[Any], completions: list[Any], answer: list[Any] | None = None,
+    solution: list[Any] | None = None, **columns: Any,
+) -> list[float | None]:  # fmt: skip
+    """1 where the completion's final answer equals that of the column `answer` (or `solution`) as mathematics; else 0.
+
+    Of GSM8K's answers the part after `####` counts. A boxed answer in the completion is preferred, else its last
+    expression. None, so no reward at all, where the given answer itself cannot be understood.
+    """
+    golds = answer if answer is not None else solution
+    if golds is None:
+        raise TaskError(f"math_answer needs a column 'answer' or 'solution'; the dataset has {_names(columns)}")
+    return [_math_score(completion_text(c), str(gold)) for c, gold in zip(completions, golds, strict=True)]
+
+
+def _math_score(text: str, gold: str) -> float | None:
+    from math_verify import parse, verify
+
+    # Its time limits use SIGALRM, which only the main thread can receive.
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main:
+        for part in ("parser", "grader"):
+            logging.getLogger(f"math_verify.{part}").setLevel(logging.ERROR)
+    limits = {"parse": 5, "verify": 5} if in_main else {"parse": None, "verify": None}
+    expected = _parse_gold(gold.rpartition("####")[2].strip(), limits["parse"])
+    if not expected:
+        return None
+    found = parse(text, parsing_timeout=limits["parse"])
+    return float(bool(found) and verify(expected, found, timeout_seconds=limits["verify"]))
+
+
+@cache
+def _parse_gold(gold: str, limit: int | None) -> list[Any]:
+    from math_verify import parse
+
+    found = parse(gold, parsing_timeout=limit)
+    if not found and ("\\" in gold or not _WORD.search(gold)):  # as LaTeX, where words would be products of letters
+        found = parse(f"${gold}$", parsing_timeout=limit)
+    return list(found)
+
+
+def _names(columns: dict[str, Any]) -> str:
+    passed_by_trl = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+    return ", ".join(sorted(set(columns) - passed_by_trl)) or "no other columns"

@@ -1,0 +1,183 @@
+"""`learner train`: GRPO on a LoRA adapter, rollouts from a server, a push after every optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from learner.attach import attach, save_final_adapter
+from learner.client import RolloutClient, read_token
+from learner.config import LearnerConfig
+from learner.progress import show_progress
+from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
+from learner.sampling import sampling_params
+from learner.tasks import Task, load_task
+from shared.errors import ErrorCode, LockstepError
+from shared.fingerprint import fingerprint_checkpoint
+from shared.weights import ServerState
+
+#: LoRA flags that an adapter given with init_adapter decides itself.
+_ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+
+
+def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
+    """Flags and `--config FILE.yaml` into our options, TRL's GRPOConfig and its ModelConfig.
+
+    `use_peft` is true unless it is set to false, since nothing but adapters can be trained.
+
+    Raises:
+        LockstepError: `invalid_request` for contradictory or unknown options.
+    """
+    parser = TrlParser((LearnerConfig, GRPOConfig, ModelConfig), prog="learner train")
+    parser.set_defaults(use_peft=True)
+    try:
+        return parser.parse_args_and_config(_joined_config(argv))
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise _invalid(str(error)) from error
+
+
+def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """Train, save the adapter in `output_dir/adapter`, and answer the run's figures.
+
+    Raises:
+        LockstepError: every refusal, before the model is loaded where it can be known by then.
+    """
+    started = time.perf_counter()
+    url, task_spec = config.require_url(), config.require_task()
+    if not model_args.model_name_or_path:
+        raise _invalid("give --model_name_or_path: the base model, the same as the rollout server's")
+    args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
+    check_grpo(args)
+    sampling_params(args)
+    lora = _lora_config(config, model_args)
+    check_lora(lora)
+    client = RolloutClient(
+        url, read_token(config.token_file),
+        push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
+    )  # fmt: skip
+    state = client.wait_ready(config.ready_timeout_s)
+    _check_server(state, config, model_args, lora)
+    task = _load_task(task_spec, config, args)
+    trainer = _trainer(task, config, args, model_args, lora)
+    session = attach(trainer, url, config, client=client, state=state, revision=model_args.model_revision)
+    show_progress(trainer, session, args.output_dir)
+    session.say(f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {url}")
+    training = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_resume(args))
+    train_seconds = time.perf_counter() - training
+    save_final_adapter(trainer, Path(args.output_dir) / "adapter")
+    if hasattr(trainer, "end"):
+        trainer.end()  # closes the trackers of report_to
+    client.close()
+    return session.summary() | {
+        "train_seconds": train_seconds,
+        "total_seconds": time.perf_counter() - started,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Answers the exit code."""
+    summary = run(*parse(argv))
+    if int(os.environ.get("RANK", "0")) == 0:
+        gap, push = summary["max_logprob_gap"], summary["push_seconds_median"]
+        print(
+            f"{summary['steps']} steps, {summary['pushes']} pushes, {summary['completions']} completions in "
+            f"{summary['train_seconds']:.0f} s"
+            + (f"; median push {push:.3f} s" if push is not None else "")
+            + (f"; largest logprob gap {gap:.2e}" if gap is not None else "")
+        )
+    return 0
+
+
+def _joined_config(argv: Sequence[str]) -> list[str]:
+    """`--config=FILE` as `--config FILE`, the only form that TrlParser knows, and `--some-flag` as is."""
+    joined: list[str] = []
+    for argument in argv:
+        joined += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    return joined
+
+
+def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
+    """The adapter's config: from flags, or of the adapter that training starts from."""
+    if config.init_adapter is not None:
+        defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+        changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
+        if changed or config.lora_options:
+            what = ", ".join(changed) or "lora_kwargs"
+            raise _invalid(f"{what}: an adapter given with init_adapter keeps its own LoRA settings; leave this out")
+        try:
+            return LoraConfig.from_pretrained(config.init_adapter)
+        except (ValueError, OSError, TypeError) as error:
+            raise _invalid(f"init_adapter {config.init_adapter!r} is no PEFT LoRA adapter: {error}") from error
+    if not model_args.use_peft:
+        return None
+    lora = get_peft_config(model_args)
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    unknown = sorted(set(config.lora_options) - known)
+    if unknown:
+        raise _invalid(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
+    fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+    return LoraConfig(**{**fields, **config.lora_options})
+
+
+def _check_server(state: ServerState, config: LearnerConfig, model_args: ModelConfig, lora: LoraConfig) -> None:
+    """What can be known before the model is loaded; `attach` looks again, for scripts that call it."""
+    check_server(state, allow_policy_altering=config.allow_policy_altering)
+    check_rank(lora, state)
+    own = fingerprint_checkpoint(model_args.model_name_or_path, model_args.model_revision)
+    check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+
+
+def _load_task(spec: str, config: LearnerConfig, args: GRPOConfig) -> Task:
+    return load_task(
+        spec, task_args=config.task_options, eval_size=config.eval_size, train_size=config.train_size,
+        seed=args.seed,
+        reward_specs=config.reward_funcs, reward_weights=args.reward_weights,
+        prompt_column=config.prompt_column, eval_dataset=config.eval_dataset,
+    )  # fmt: skip
+
+
+def _trainer(
+    task: Task, config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig, lora: LoraConfig
+) -> GRPOTrainer:
+    model_init = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    model: Any = model_args.model_name_or_path
+    if config.init_adapter is not None:
+        base = AutoModelForCausalLM.from_pretrained(model, **model_init)
+        model, peft_config, args.model_init_kwargs = PeftModel.from_pretrained(
+            base, config.init_adapter, is_trainable=True
+        ), None, None  # fmt: skip
+    else:
+        peft_config, args.model_init_kwargs = lora, model_init
+    args.reward_weights = task.reward_weights
+    evaluates = args.eval_strategy != "no"
+    return GRPOTrainer(
+        model=model, args=args, reward_funcs=list(task.reward_funcs),
+        train_dataset=task.train, eval_dataset=task.eval if evaluates else None,
+        quantization_config=get_quantization_config(model_args), peft_config=peft_config,
+    )  # fmt: skip
+
+
+def _resume(args: GRPOConfig) -> bool | str | None:
+    """TRL takes a path, or true for the last checkpoint in output_dir."""
+    value = args.resume_from_checkpoint
+    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+
+
+def _invalid(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, message)

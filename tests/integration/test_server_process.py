@@ -1,0 +1,106 @@
+"""The server as a process: start, refusals at start, a clean stop, a dead engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rollout_server import cli
+from shared.errors import LockstepError
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ServerProcess
+
+REFUSED = {
+    "speculation": (["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
+                    "--allow-policy-altering"),
+    "kv-cache": (["--kv-cache-dtype", "fp8_e5m2"], "--allow-policy-altering"),
+    "logprobs": (["--logprobs-mode", "raw_logprobs"], "processed_logprobs"),
+    "lora-modules": (["--lora-modules", "other=/nowhere"], "--lora-modules"),
+    "slots": (["--slots-per-run", "0"], "--slots-per-run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_at_start(model: Path, case: str) -> None:
+    flags, word = REFUSED[case]
+    with pytest.raises((LockstepError, ValueError), match=re.escape(word)):
+        cli.resolve([str(model), *FLAGS, *flags])
+
+
+def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    server = ServerProcess(model, tmp_path / "log", *FLAGS)
+    try:
+        alive_before_ready = False
+        while httpx_status(server.url + "/ready") != 200:
+            assert server.process.poll() is None, server.tail()
+            alive_before_ready |= httpx_status(server.url + "/health") == 200
+            time.sleep(0.2)
+        assert alive_before_ready, "/health must answer while the model loads"
+        body = {"prompts": [{"token_ids": [5, 6, 7]}], "policy": "base",
+                "sampling": {"max_tokens": 900, "ignore_eos": True}}  # fmt: skip
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=120)
+            time.sleep(1.0)
+            assert not running.done()
+            server.process.send_signal(signal.SIGTERM)
+            answer = running.result()
+        assert len(answer.json()["groups"][0]["completions"][0]["token_ids"]) == 900
+        assert server.process.wait(60) == 0, server.tail()
+        _nothing_left(server)
+    finally:
+        server.stop()
+
+
+def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path) -> None:
+    server = ServerProcess(model, tmp_path / "log", *FLAGS)
+    try:
+        server.wait_ready()
+        for pid in _group(server):
+            name = Path(f"/proc/{pid}/comm").read_text()
+            if "EngineCor" in name:
+                os.kill(pid, signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        assert "engine died" in server.tail()
+        _nothing_left(server)
+    finally:
+        server.stop()
+
+
+def test_a_killed_server_leaves_no_engine_behind(model: Path, tmp_path: Path) -> None:
+    server = ServerProcess(model, tmp_path / "log", *FLAGS)
+    try:
+        server.wait_ready()
+        server.process.kill()
+        server.process.wait()
+        _nothing_left(server)
+    finally:
+        server.stop()
+
+
+def httpx_status(url: str) -> int:
+    try:
+        return httpx.get(url, timeout=2).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def _group(server: ServerProcess) -> list[int]:
+    """Processes of the server's session that are alive."""
+    listed = subprocess.run(["ps", "-s", str(server.process.pid), "-o", "pid=,stat="], capture_output=True, text=True)
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, state in rows if not state.startswith("Z")]
+
+
+def _nothing_left(server: ServerProcess) -> None:
+    deadline = time.monotonic() + 20
+    while _group(server):
+        assert time.monotonic() < deadline, f"left behind: {_group(server)}"
+        time.sleep(0.2)

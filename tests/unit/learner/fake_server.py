@@ -1,0 +1,139 @@
+"""A rollout server in this process: real schemas and pushes, a Hugging Face model instead of vLLM."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import load
+
+from shared.adapter_file import LORA_A, LORA_B, header_length, parse_header
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import (
+    Completion,
+    GenerateRequest,
+    GenerateResponse,
+    RolloutGroup,
+    ScoreRequest,
+    ScoreResponse,
+    VersionSpan,
+)  # fmt: skip
+from shared.weights import PushReceipt, RunState, ServerState, WeightVersion
+
+
+class FakeServer:
+    """`transport` answers a RolloutClient's requests. `ignore_pushes`: acknowledge, but do not use them."""
+
+    def __init__(self, model: torch.nn.Module, state: ServerState) -> None:
+        self.model, self.state = model.eval(), state
+        self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.deltas: dict[str, dict[str, torch.Tensor]] = {}
+        self.served: dict[str, tuple[WeightVersion, str]] = {}
+        self.pushed: list[WeightVersion] = []
+        self.generated: list[GenerateRequest] = []
+        self.ignore_pushes = False
+        self.scale = 1.0
+        self.transport = httpx.MockTransport(self._handle)
+
+    def restart(self) -> None:
+        """Forget everything, as a new process would."""
+        self.deltas.clear()
+        self.served.clear()
+        self.state = self.state.model_copy(update={"epoch": self.state.epoch + "x"})
+
+    def _handle(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return self._route(request)
+        except LockstepError as error:
+            return httpx.Response(error.status, json=error.body().model_dump())
+
+    def _route(self, request: httpx.Request) -> httpx.Response:
+        method, path = request.method, request.url.path
+        if path == "/ready":
+            return httpx.Response(200)
+        if path == "/v1/state":
+            runs = [
+                RunState(run_id=r, version=v, checksum=c, install_seq=1, slots=[], running_requests=0)
+                for r, (v, c) in self.served.items()
+            ]
+            return _json(self.state.model_copy(update={"runs": runs}))
+        if method == "PUT":
+            return _json(self._push(path.split("/")[3], request))
+        if method == "DELETE":
+            self.served.pop(path.split("/")[3])
+            return httpx.Response(200, json={})
+        body = json.loads(request.content)
+        if path == "/v1/score":
+            asked = ScoreRequest.model_validate(body)
+            version = self._resolve(asked.policy)
+            logprobs = [self._logprobs(sequence, version) for sequence in asked.sequences]
+            return _json(ScoreResponse(epoch=self.state.epoch, version=version, logprobs=logprobs))
+        asked_g = GenerateRequest.model_validate(body)
+        self.generated.append(asked_g)
+        return _json(self._generate(asked_g))
+
+    def _push(self, run_id: str, request: httpx.Request) -> PushReceipt:
+        assert request.headers["Lockstep-Lease"] and request.headers["content-length"]
+        blob = request.content
+        length = header_length(blob)
+        header = parse_header(blob[8 : 8 + length])
+        manifest = header.manifest
+        tensors = load(blob)
+        deltas = {
+            name: tensors[name + LORA_B].float() @ tensors[name + LORA_A].float() * self.scale
+            for name in manifest.modules
+        }
+        if not self.ignore_pushes or run_id not in self.served:
+            self.deltas[run_id] = deltas
+        self.served[run_id] = (manifest.version, manifest.checksum)
+        self.pushed.append(manifest.version)
+        return PushReceipt(
+            epoch=self.state.epoch, version=manifest.version, install_seq=len(self.pushed),
+            checksum=manifest.checksum,
+            bytes=len(blob), workers=self.state.workers, modules=len(deltas), transfer_seconds=0.0,
+            install_seconds=0.0, flip_seconds=0.0, wait_seconds=0.0,
+        )  # fmt: skip
+
+    def _resolve(self, policy: Any) -> WeightVersion | None:
+        if policy == "base":
+            return None
+        if policy == "latest":
+            return next(iter(self.served.values()))[0]
+        if policy.run_id not in self.served:
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"no run {policy.run_id}")
+        if self.served[policy.run_id][0] != policy:
+            raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"serving {self.served[policy.run_id][0]}")
+        return policy
+
+    @torch.no_grad()
+    def _logprobs(self, sequence: list[int], version: WeightVersion | None) -> list[float]:
+        deltas = self.deltas[version.run_id] if version else {}
+        for name, parameter in self.model.named_parameters():
+            delta = deltas.get(name.removesuffix(".weight"))
+            parameter.copy_(self.base[name] if delta is None else self.base[name] + delta)
+        logits = self.model(input_ids=torch.tensor([sequence])).logits[0, :-1].float()
+        picked = torch.log_softmax(logits, -1).gather(-1, torch.tensor(sequence[1:])[:, None])
+        return picked[:, 0].tolist()
+
+    def _generate(self, request: GenerateRequest) -> GenerateResponse:
+        version = self._resolve(request.policy)
+        vocabulary, groups = self.model.config.vocab_size, []
+        for index, prompt in enumerate(request.prompts):
+            ids = prompt.token_ids or [1, 2, 3]
+            completions = []
+            for _ in range(request.sampling.n):
+                length = int(torch.randint(1, (request.sampling.max_tokens or 4) + 1, ()))
+                tokens = torch.randint(3, vocabulary, (length,)).tolist()
+                logprobs = self._logprobs([*ids, *tokens], version)[-length:]
+                spans = [VersionSpan(version=version, start=0, end=length)]
+                completions.append(
+                    Completion(token_ids=tokens, logprobs=logprobs, finish_reason="length", spans=spans, text="7")
+                )
+            groups.append(RolloutGroup(prompt_index=index, prompt_token_ids=ids, completions=completions))
+        return GenerateResponse(epoch=self.state.epoch, groups=groups)
+
+
+def _json(model: Any) -> httpx.Response:
+    return httpx.Response(200, content=model.model_dump_json(), headers={"content-type": "application/json"})

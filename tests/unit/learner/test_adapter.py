@@ -1,0 +1,107 @@
+"""Export of a PEFT adapter: names, scaling, rounding, and nothing trainable left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM
+
+from learner.adapter import export_adapter
+from shared.adapter_file import encode_adapter, header_length, parse_header
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import WeightVersion
+
+VERSION = WeightVersion(run_id="r", step=0)
+
+
+def peft_model(model_dir, **lora):
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(**{**settings, **lora}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def decoded(export):
+    blob = b"".join(encode_adapter(export.tensors, export.manifest))
+    header = parse_header(blob[8 : 8 + header_length(blob)])
+    assert header.total_bytes == len(blob)
+    return header.manifest, load(blob)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 8, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"target_modules": ["q_proj", "down_proj"]},
+    ],
+)
+def test_delta_equals_pefts_own(model_dir, lora):
+    model = peft_model(model_dir, **lora)
+    manifest, tensors = decoded(export_adapter(model, VERSION, dtype="float32"))
+    layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert set(manifest.modules) == set(layers) and len(tensors) == 2 * len(layers)
+    for name, layer in layers.items():
+        delta = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(delta, layer.get_delta_weight("default"), atol=1e-6, rtol=1e-5)
+        assert manifest.modules[name].rank == layer.r["default"]
+        assert manifest.modules[name].scaling == layer.scaling["default"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_once_after_scaling(model_dir, dtype):
+    model = peft_model(model_dir, lora_alpha=3)
+    manifest, tensors = decoded(export_adapter(model, VERSION, dtype=dtype))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    expected = (layer.lora_B["default"].weight.float() * 0.75).to(getattr(torch, dtype))
+    assert torch.equal(tensors["model.layers.0.self_attn.q_proj.lora_B.weight"], expected)
+    assert manifest.dtype == dtype
+
+
+def test_same_weights_have_the_same_checksum(model_dir):
+    model = peft_model(model_dir)
+    first, again = (decoded(export_adapter(model, VERSION, dtype="float32"))[0] for _ in range(2))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1e-3
+    changed = decoded(export_adapter(model, VERSION, dtype="float32"))[0]
+    assert first.checksum == again.checksum != changed.checksum
+
+
+def test_nothing_trainable_is_left_out(model_dir):
+    model = peft_model(model_dir)
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(LockstepError, match=r"norm\.weight"):
+        export_adapter(model, VERSION, dtype="float32")
+
+
+def test_second_adapter_stays_at_home(model_dir):
+    model = peft_model(model_dir)
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))
+    manifest, _ = decoded(export_adapter(model, VERSION, dtype="float32"))
+    assert manifest.max_rank == 4 and len(manifest.modules) == 14
+
+
+def test_embeddings_and_merged_adapters_are_refused(model_dir):
+    with pytest.raises(LockstepError, match="embedding"):
+        export_adapter(peft_model(model_dir, target_modules=["embed_tokens"]), VERSION, dtype="float32")
+    model = peft_model(model_dir)
+    model.merge_adapter()
+    with pytest.raises(LockstepError, match="unmerge"):
+        export_adapter(model, VERSION, dtype="float32")
+
+
+def test_diverged_training_is_said_before_the_push(model_dir):
+    model = peft_model(model_dir)
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = float("nan")
+    with pytest.raises(LockstepError, match=r"layers\.1\.mlp\.up_proj.*diverged") as caught:
+        export_adapter(model, VERSION, dtype="float32")
+    assert caught.value.code is ErrorCode.NOT_FINITE

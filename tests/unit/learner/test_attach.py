@@ -1,0 +1,129 @@
+"""A real TRL training loop over a fake server: pushes, versions, proofs, importance ratios, evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+
+from learner.attach import attach, save_final_adapter
+from learner.progress import show_progress
+from shared.errors import ErrorCode, LockstepError
+
+
+def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
+    trainer = make_trainer(lora={"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 3}})
+    attachment = attach(trainer, client=client, run_id="r")
+    show_progress(trainer, attachment, trainer.args.output_dir)
+    trainer.train()
+
+    steps = [v.step for v in server.pushed if v.run_id == "r"]
+    assert steps == [0, 1, 2, 3]
+    assert "r.canary" not in server.served and any(v.run_id == "r.canary" for v in server.pushed)
+    summary = attachment.summary()
+    assert summary["pushes"] == summary["steps"] == 3
+    assert summary["completions"] == 3 * 8 and summary["completion_tokens"] >= 24
+    assert summary["max_logprob_gap"] < 1e-4 and abs(summary["canary_slope"] - 1) < 0.01
+    assert abs(attachment.proof.slope - 1) < 0.01
+    # On-policy and the same model: TRL's importance ratios come out as 1 from the server's logprobs.
+    logged = trainer.state.log_history
+    ratios = [log["sampling/importance_sampling_ratio/mean"] for log in logged if "reward" in log]
+    assert len(ratios) == 3 and all(abs(ratio - 1) < 1e-3 for ratio in ratios)
+    assert all("lockstep/push_seconds" in log for log in logged if "reward" in log)
+    # Rollouts of step k are asked of version k, each prompt once with n completions.
+    asked = [r for r in server.generated if r.policy != "base"]
+    assert [r.policy.step for r in asked] == [0, 1, 2]
+    assert all(r.sampling.n == 4 and len(r.prompts) == 2 for r in asked)
+    history = [json.loads(line) for line in Path(trainer.args.output_dir, "metrics.jsonl").read_text().splitlines()]
+    assert [h["step"] for h in history] == [1, 2, 3] and all(h["reward"] is not None for h in history)
+
+    folder = save_final_adapter(trainer, tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([attachment.proof.sequences[0]])
+    with torch.no_grad():
+        logits = again(input_ids=ids).logits[0, :-1]
+    logprobs = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0]
+    expected = attachment.proof.last.served[: len(logprobs)]
+    assert torch.allclose(logprobs.double(), torch.tensor(expected), atol=1e-4)
+
+
+def test_generation_batches_reused_over_steps(make_trainer, server, client):
+    trainer = make_trainer(steps_per_generation=2, num_iterations=1, max_steps=4)
+    attachment = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert [r.policy.step for r in server.generated if r.policy != "base"] == [0, 2]
+    assert attachment.pushes == 4
+
+
+def test_evaluation_has_its_own_group_size(make_trainer, server, client):
+    rows = Dataset.from_list([{"prompt": "w1 w2"}, {"prompt": "w3 w4"}])
+    trainer = make_trainer(
+        trainer_kwargs={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1, num_generations_eval=2,
+        per_device_eval_batch_size=4, max_steps=1, do_eval=True,
+    )  # fmt: skip
+    attachment = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    asked = [r for r in server.generated if r.policy != "base"]
+    assert [(r.policy.step, r.sampling.n) for r in asked] == [(0, 4), (1, 2)]
+    assert attachment.rollouts.stats.completions == 8, "evaluation is not counted"
+    assert any("eval_reward" in log for log in trainer.state.log_history)
+
+
+def test_a_push_that_changes_nothing_stops_the_run(make_trainer, server, client):
+    trainer = make_trainer()
+    attach(trainer, client=client, run_id="r")
+    server.ignore_pushes = True  # the first push of a run is used, later ones only acknowledged
+    with pytest.raises(LockstepError, match=r"r@0\.1") as caught:
+        trainer.train()
+    assert caught.value.code is ErrorCode.INSTALL_FAILED
+
+
+def test_canary_finds_a_wrong_scaling_at_once(make_trainer, server, client):
+    trainer = make_trainer()
+    attach(trainer, client=client, run_id="r", proof_tolerance=100.0)
+    server.scale = 2.0
+    with pytest.raises(LockstepError, match=r"canary.*factor of"):
+        trainer.train()
+
+
+def test_restarted_server_is_brought_up_to_date(make_trainer, server, client):
+    trainer = make_trainer(max_steps=2)
+    attach(trainer, client=client, run_id="r")
+    generate, calls = server._generate, []
+
+    def forget_once(request):
+        calls.append(request.policy)
+        if len(calls) == 3:
+            server.restart()
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, "no run r")
+        return generate(request)
+
+    server._generate = forget_once
+    trainer.train()
+    assert [v.step for v in server.pushed if v.run_id == "r"] == [0, 1, 1, 2]
+
+
+def test_same_directory_is_the_same_run_with_the_next_fence(make_trainer, server, client):
+    for fence in (0, 1):
+        trainer = make_trainer(max_steps=1)
+        attachment = attach(trainer, client=client)
+        trainer.train()
+        assert attachment.publisher.lease.fence == fence
+    lease = Path(trainer.args.output_dir, "lease.json")
+    assert lease.stat().st_mode & 0o777 == 0o600
+    assert len({v.run_id for v in server.pushed if not v.run_id.endswith(".canary")}) == 1
+
+
+def test_refuses_a_trainer_without_adapter_and_one_with_vllm(make_trainer, client):
+    trainer = make_trainer()
+    trainer.use_vllm = True
+    with pytest.raises(LockstepError, match="use_vllm=False"):
+        attach(trainer, client=client)
+    trainer.use_vllm = False
+    trainer.model = trainer.model.unload()
+    with pytest.raises(LockstepError, match="full fine-tuning"):
+        attach(trainer, client=client)

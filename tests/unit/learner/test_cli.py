@@ -1,0 +1,72 @@
+"""The command line: lazy imports, options of TRL, one line for a user's mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from learner.cli import main
+from shared.errors import LockstepError
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_eval_needs_no_torch():
+    blocked = "import sys; sys.modules['torch'] = sys.modules['vllm'] = sys.modules['trl'] = None\n"
+    answer = run(blocked + "from learner.cli import main; sys.exit(main(['eval', '--help']))")
+    assert answer.returncode == 0 and "--policy" in answer.stdout, answer.stderr
+    answer = run(blocked + "from learner.cli import main; sys.exit(main(['--help']))")
+    assert answer.returncode == 0 and "train" in answer.stdout
+
+
+def test_a_users_mistake_is_one_line(capsys):
+    assert main([]) == 2 and main(["dance"]) == 2
+    assert "no command 'dance'" in capsys.readouterr().err
+    eval_flags = ["eval", "--rollout-url", "http://127.0.0.1:9", "--task", "x"]
+    assert main([*eval_flags, "--task-args", "{"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("learner eval: --task-args is not valid JSON") and error.count("\n") == 1
+
+
+def test_config_file_and_flags(tmp_path):
+    from learner.train import parse
+
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "rollout_url: http://a:1\ntask: t\ntask_args: {min: 1}\nlora_kwargs: {rank_pattern: {q_proj: 4}}\n"
+        "lora_r: 8\nlearning_rate: 2.0e-4\nuse_cpu: true\nbf16: false\ngeneration_kwargs: {stop: [x]}\n"
+    )
+    config, args, model_args = parse([f"--config={file}", "--lora_alpha", "32", "--rollout-url", "http://b:2"])
+    assert config.rollout_url == "http://b:2" and config.task_args == {"min": 1}
+    assert config.lora_kwargs == {"rank_pattern": {"q_proj": 4}} and args.learning_rate == 2e-4
+    assert model_args.use_peft and model_args.lora_r == 8 and model_args.lora_alpha == 32
+    assert args.generation_kwargs == {"stop": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--config", "/nonexistent.yaml"], "nonexistent"),
+        (["--task_args", "{", "--use_cpu", "true", "--bf16", "false"], "task_args is not valid JSON"),
+        (["--task_args", "[1]", "--use_cpu", "true", "--bf16", "false"], "JSON object"),
+        (["--run_id", "a/b", "--use_cpu", "true", "--bf16", "false"], "run_id"),
+        (["--num_generations", "7", "--use_cpu", "true", "--bf16", "false"], "num_generations"),
+    ],
+)
+def test_wrong_options(flags, word):
+    from learner.train import parse
+
+    with pytest.raises(LockstepError, match=word):
+        parse(flags)
+
+
+def test_unknown_keys_of_a_config_file(tmp_path):
+    from learner.train import parse
+
+    (tmp_path / "c.yaml").write_text("lerning_rate: 1\nuse_cpu: true\nbf16: false\n")
+    with pytest.raises(LockstepError, match="lerning_rate"):
+        parse(["--config", str(tmp_path / "c.yaml")])

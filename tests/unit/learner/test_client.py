@@ -1,0 +1,106 @@
+"""Errors of every kind become LockstepErrors that name the URL and what to do."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from learner.client import RolloutClient, read_token
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import GenerateRequest, Prompt
+
+REQUEST = GenerateRequest(prompts=[Prompt(token_ids=[1])])
+
+
+def client_of(handler):
+    return RolloutClient("http://host:1", token="secret", transport=httpx.MockTransport(handler))
+
+
+def raising(error):
+    def handler(request):
+        raise error("", request=request)
+
+    return handler
+
+
+def code_of(call):
+    with pytest.raises(LockstepError) as caught:
+        call()
+    assert "http://host:1" in caught.value.message
+    return caught.value.code
+
+
+def test_server_errors_keep_code_message_and_detail():
+    body = LockstepError(ErrorCode.STALE_VERSION, "too old", served=3).body().model_dump()
+    client = client_of(lambda request: httpx.Response(409, json=body))
+    with pytest.raises(LockstepError, match="too old") as caught:
+        client.state()
+    assert caught.value.code is ErrorCode.STALE_VERSION and caught.value.detail == {"served": 3}
+
+
+def test_unreachable_slow_and_foreign_servers():
+    assert code_of(client_of(raising(httpx.ConnectError)).state) is ErrorCode.NOT_READY
+    assert code_of(client_of(raising(httpx.ReadTimeout)).state) is ErrorCode.TIMEOUT
+    assert code_of(client_of(lambda r: httpx.Response(200, text="hello")).state) is ErrorCode.PROTOCOL_MISMATCH
+    assert code_of(client_of(lambda r: httpx.Response(502, text="bad")).state) is ErrorCode.PROTOCOL_MISMATCH
+    assert code_of(client_of(lambda r: httpx.Response(200, json={"protocol": 99})).state) is ErrorCode.PROTOCOL_MISMATCH
+
+
+def test_waits_until_ready(server_state):
+    answers = iter([httpx.Response(503), httpx.Response(503), httpx.Response(200)])
+
+    def handler(request):
+        assert request.headers["authorization"] == "Bearer secret"
+        return next(answers) if request.url.path == "/ready" else httpx.Response(200, json=server_state.model_dump())
+
+    assert client_of(handler).wait_ready(5, poll_s=0.01) == server_state
+    waiting = client_of(lambda r: httpx.Response(503))
+    assert code_of(lambda: waiting.wait_ready(0.05, poll_s=0.01)) is ErrorCode.NOT_READY
+
+
+def test_push_is_sent_again_when_its_answer_is_lost():
+    bodies = []
+    receipt = {
+        "epoch": "e", "version": {"run_id": "r", "fence": 0, "step": 1}, "install_seq": 1, "checksum": "c",
+        "bytes": 4,
+        "workers": 1, "modules": 1, "transfer_seconds": 0, "install_seconds": 0, "flip_seconds": 0,
+        "wait_seconds": 0,
+        "repeated": True,
+    }  # fmt: skip
+
+    def handler(request):
+        bodies.append(request.content)
+        assert request.headers["Lockstep-Lease"] == "lease" and request.headers["Lockstep-Takeover"] == "1"
+        assert request.headers["content-length"] == "4"
+        if len(bodies) == 1:
+            raise httpx.RemoteProtocolError("cut off", request=request)
+        return httpx.Response(200, json=receipt)
+
+    assert client_of(handler).push("r", [b"ab", memoryview(b"cd")], "lease", takeover=True).repeated
+    assert bodies == [b"abcd"] * 2
+
+
+def test_stream_yields_groups_and_notices_a_missing_end():
+    group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
+    error = LockstepError(ErrorCode.ENGINE_DEAD, "gone").body().model_dump()
+
+    def lines(*documents):
+        return client_of(lambda r: httpx.Response(200, text="".join(json.dumps(d) + "\n" for d in documents)))
+
+    assert len(list(lines(group, {"done": True, "epoch": "e"}).iter_groups(REQUEST))) == 1
+    with pytest.raises(LockstepError, match="gone"):
+        list(lines(group, error).iter_groups(REQUEST))
+    with pytest.raises(LockstepError, match="cut off"):
+        list(lines(group).iter_groups(REQUEST))
+
+
+def test_urls_and_tokens(tmp_path, monkeypatch):
+    with pytest.raises(LockstepError, match="http://"):
+        RolloutClient("localhost:8000")
+    monkeypatch.setenv("LOCKSTEP_TOKEN", "from env")
+    (tmp_path / "token").write_text("from file\n")
+    assert read_token(None) == "from env" and read_token(str(tmp_path / "token")) == "from file"
+    with pytest.raises(LockstepError, match="token_file"):
+        read_token(str(tmp_path / "none"))

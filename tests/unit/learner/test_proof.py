@@ -1,0 +1,123 @@
+"""What the gap, the movement and the canary each detect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from learner.proof import Measurement, SyncProof, derived_tolerance, slope
+from learner.publisher import Lease, Publisher
+from shared.errors import LockstepError
+from shared.weights import WeightVersion
+
+SEQUENCES = [[5, 9, 14, 20, 33, 8], [40, 41, 3, 7]]
+
+
+@pytest.fixture
+def model(model_dir):
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), config).train()
+
+
+@pytest.fixture
+def proof(model, client):
+    return SyncProof(client, model, SEQUENCES, served_dtype="float32")
+
+
+@pytest.fixture
+def publisher(model, client):
+    return Publisher(client, model, Lease("r", "s", 0), client.state())
+
+
+def move(model, size):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def measurement(own, served):
+    return Measurement(WeightVersion(run_id="r", step=1), np.array(own), np.array(served), 1.0)
+
+
+def test_own_side_ignores_dropout_and_leaves_the_mode(proof, model):
+    first, again = proof.own_logprobs()[0], proof.own_logprobs()[0]
+    assert model.training and np.array_equal(first, again) and len(first) == 8
+
+
+def test_agrees_with_an_honest_server(proof, publisher, model):
+    proof.check_base()
+    for step in range(3):
+        publisher.push(step)
+        assert proof.check(publisher.version(step)).max_gap < 1e-4
+        move(model, 0.02)
+    assert abs(proof.slope - 1) < 0.01
+
+
+def test_gap_names_version_and_both_values(proof, publisher, model):
+    publisher.push(0)
+    move(model, 0.5)
+    with pytest.raises(
+        LockstepError, match=r"r@0\.0 the server's logprob of token \d+ of probe sequence \d is -\d.*gap"
+    ):
+        proof.check(publisher.version(0))
+
+
+def test_movement_finds_a_no_op_far_below_the_tolerance(model, client, publisher, server):
+    proof = SyncProof(client, model, SEQUENCES, served_dtype="bfloat16", tolerance=0.5)
+    publisher.push(0)
+    proof.check(publisher.version(0))
+    move(model, 1e-4)
+    server.ignore_pushes = True
+    publisher.push(1)
+    with pytest.raises(LockstepError, match=r"from r@0\.0 to r@0\.1 .* factor of -?0\.00"):
+        proof.check(publisher.version(1))
+
+
+def test_stuck_server_is_found_against_the_last_proof(proof, publisher, model, server):
+    publisher.push(0)
+    proof.check(publisher.version(0))
+    move(model, 0.1)
+    publisher.push(1)
+    proof.check(publisher.version(1))
+    server.ignore_pushes = True
+    proof.fixed_tolerance = 10.0
+    move(model, 1e-3)
+    publisher.push(2)
+    with pytest.raises(LockstepError, match=r"from r@0\.1 to r@0\.2"):
+        proof.check(publisher.version(2))
+
+
+def test_canary_finds_a_server_that_ignores_adapters(proof, model, publisher, server):
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert abs(proof.canary(lambda: publisher.push(0).version) - 1) < 0.01
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "put back to the bit"
+    server.scale = 0.0
+    proof.fixed_tolerance = 10.0
+    with pytest.raises(LockstepError, match="factor of 0"):
+        proof.canary(lambda: publisher.push(1).version)
+
+
+def test_slope_is_silent_below_the_noise():
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=200)
+    reference = measurement(own, own + rng.normal(size=200) * 0.02)
+    small, large = rng.normal(size=200) * 0.02, rng.normal(size=200) * 0.5
+    noise = rng.normal(size=200) * 0.02
+    assert slope(reference, measurement(own + small, own + noise)) is None
+    assert abs(slope(reference, measurement(own + large, own + large + noise)) - 1) < 0.1
+    assert abs(slope(reference, measurement(own + large, own + noise))) < 0.1
+    assert abs(slope(reference, measurement(own + large, own + 2 * large + noise)) - 2) < 0.1
+
+
+def test_tolerance_follows_the_dtype():
+    shape = {"layers": 30, "width": 576, "logit_std": 2.0, "logit_max": 20.0}
+    by_dtype = {d: derived_tolerance([d, d], **shape) for d in ("float32", "float16", "bfloat16")}
+    assert 1e-4 <= by_dtype["float32"] < 1e-3 < by_dtype["float16"] < 0.2 < by_dtype["bfloat16"] < 2
+    assert derived_tolerance(["float32", "bfloat16"], **shape) < by_dtype["bfloat16"]
+    tiny = derived_tolerance(["float32"] * 2, layers=2, width=32, logit_std=0.5, logit_max=2.0)
+    assert tiny == pytest.approx(1e-4)

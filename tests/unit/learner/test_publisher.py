@@ -1,0 +1,76 @@
+"""Leases, receipts, and a server that has forgotten."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from learner.publisher import Lease, Publisher, load_lease, save_lease
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import RunState, WeightVersion
+
+
+@pytest.fixture
+def publisher(model_dir, client):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), LoraConfig(target_modules=["q_proj"]))
+    return Publisher(client, model, Lease("r", "secret", 0), client.state())
+
+
+def test_lease_is_kept_private_and_its_fence_grows(tmp_path):
+    first = load_lease(tmp_path / "My Run!", None)
+    assert first.fence == 0 and first.run_id.startswith("My-Run-")
+    save_lease(tmp_path, first)
+    path = tmp_path / "lease.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = load_lease(tmp_path, None)
+    assert (again.run_id, again.secret, again.fence) == (first.run_id, first.secret, 1)
+    other = load_lease(tmp_path, "another")
+    assert other.run_id == "another" and other.secret != first.secret and other.fence == 0
+    path.write_text("{")
+    with pytest.raises(LockstepError, match="damaged"):
+        load_lease(tmp_path, None)
+
+
+def test_fence_is_above_what_is_served(model_dir, client, server_state, publisher):
+    served = WeightVersion(run_id="r", fence=5, step=9)
+    run = RunState(run_id="r", version=served, checksum="c", install_seq=1, slots=[], running_requests=0)
+    state = server_state.model_copy(update={"runs": [run]})
+    assert Publisher(client, publisher.model, Lease("r", "s", 2), state).version(0) > served
+
+
+def test_pushes_again_only_where_the_server_differs(publisher, server):
+    publisher.push(1)
+    publisher.ensure(1)
+    assert len(server.pushed) == 1
+    server.restart()
+    publisher.ensure(1)
+    assert len(server.pushed) == 2 and len(publisher.seconds) == 2
+    server.served["r"] = (publisher.version(1), "another checksum")
+    publisher.ensure(1)
+    publisher.ensure(2)
+    assert [v.step for v in server.pushed] == [1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checksum": "0" * 32},
+        {"modules": 1},
+        {"workers": 0},
+        {"version": {"run_id": "r", "fence": 0, "step": 0}},
+    ],
+)
+def test_a_receipt_for_something_else_is_an_error(publisher, client, monkeypatch, change):
+    push = client.push
+
+    def lying(*args, **kwargs):
+        receipt = push(*args, **kwargs)
+        return type(receipt).model_validate(json.loads(receipt.model_dump_json()) | change)
+
+    monkeypatch.setattr(client, "push", lying)
+    with pytest.raises(LockstepError, match="receipt") as caught:
+        publisher.push(1)
+    assert caught.value.code is ErrorCode.INSTALL_FAILED and not publisher.receipts

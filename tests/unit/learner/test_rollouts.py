@@ -1,0 +1,142 @@
+"""Grouping of rows into requests, and what is asked of every completion."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from learner.rollouts import RemoteRollouts, check_completion
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import Completion, GenerateResponse, RolloutGroup, VersionSpan
+from shared.sampling import SamplingParams
+from shared.weights import WeightVersion
+
+VERSION = WeightVersion(run_id="r", step=3)
+
+
+def completion(*tokens, version=VERSION, **changes):
+    spans = [VersionSpan(version=version, start=0, end=len(tokens))]
+    values = {
+        "token_ids": list(tokens),
+        "logprobs": [-0.5] * len(tokens),
+        "finish_reason": "stop",
+        "spans": spans,
+    }
+    return Completion(**{**values, **changes})
+
+
+class Server:
+    """Numbers its completions: token 100 * first prompt token + index."""
+
+    def __init__(self):
+        self.requests = []
+
+    def generate(self, request):
+        self.requests.append(request)
+        groups = []
+        for i, prompt in enumerate(request.prompts):
+            made = [completion(100 * prompt.token_ids[0] + k) for k in range(request.sampling.n)]
+            groups.append(RolloutGroup(prompt_index=i, prompt_token_ids=prompt.token_ids, completions=made))
+        return GenerateResponse(epoch="e", groups=groups[::-1])
+
+
+def rollouts(server, **changes):
+    values = {
+        "max_model_len": 50,
+        "version": lambda: VERSION,
+        "barrier": lambda: None,
+        "warn": lambda text: None,
+    }
+    return RemoteRollouts(server, SamplingParams(max_tokens=10), **{**values, **changes})
+
+
+def test_equal_neighbours_share_a_request():
+    server = Server()
+    prompts, ids, logprobs, tokens = rollouts(server).generate([[1], [1], [2], [2]], None, 2)
+    assert len(server.requests) == 1 and server.requests[0].sampling.n == 2
+    assert server.requests[0].policy == VERSION
+    assert ids == [[100], [101], [200], [201]] and prompts == [[1], [1], [2], [2]]
+    assert logprobs == [[[-0.5]]] * 4 and tokens[3] == [[201]]
+
+
+def test_rows_keep_their_order_when_groups_differ():
+    server = Server()
+    _, ids, _, _ = rollouts(server).generate([[1], [2], [2], [3], [2]], None, 1)
+    assert ids == [[100], [200], [201], [300], [200]]
+    assert sorted(r.sampling.n for r in server.requests) == [1, 2]
+
+
+def test_long_prompts_are_capped_and_counted():
+    server, said = Server(), []
+    remote = rollouts(server, warn=said.append)
+    remote.generate([[1] * 45, [2] * 46, [3]], None, 1)
+    assert sorted(r.sampling.max_tokens for r in server.requests) == [4, 5, 10]
+    assert remote.stats.capped_prompts == 2 and len(said) == 1
+    with pytest.raises(LockstepError, match="no room"):
+        remote.generate([[1] * 50], None, 1)
+
+
+def test_seed_differs_between_ranks():
+    server = Server()
+    remote = rollouts(server, rank=1)
+    remote.sampling = SamplingParams(seed=7)
+    remote.generate([[1]], None, 1)
+    assert server.requests[0].sampling.seed == 7 + 2**32
+
+
+def test_greedy_groups_are_refused():
+    remote = rollouts(Server())
+    remote.sampling = SamplingParams(temperature=0.0)
+    with pytest.raises(ValueError, match="temperature=0"):
+        remote.generate([[1], [1]], None, 2)
+
+
+def test_images_are_refused():
+    with pytest.raises(LockstepError, match="images"):
+        rollouts(Server()).generate([[1]], [["image"]], 1)
+
+
+def test_server_that_forgot_is_asked_again_once():
+    server, recovered = Server(), []
+    answer = server.generate
+
+    def forgets(request):
+        if not recovered:
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, "no such run")
+        return answer(request)
+
+    server.generate = forgets
+    with pytest.raises(LockstepError):
+        rollouts(server).generate([[1]], None, 1)
+    _, ids, _, _ = rollouts(server, recover=lambda: recovered.append(1)).generate([[1]], None, 1)
+    assert ids == [[100]] and recovered == [1]
+
+
+OTHER = WeightVersion(run_id="r", step=2)
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (completion(), "0 tokens"),
+        (completion(1, finish_reason="abort"), "abort"),
+        (completion(1, 2, logprobs=[-0.1]), "1 logprobs for 2"),
+        (completion(1, logprobs=[float("-inf")]), "not finite"),
+        (completion(1, version=OTHER), "r@0.2"),
+        (completion(1, version=None), "the base"),
+        (completion(1, spans=[VersionSpan(version=VERSION, start=0, end=1, kv="carried")]), "carried"),
+        (completion(1, 2, spans=[VersionSpan(version=VERSION, start=0, end=1)]), "cover 1 of 2"),
+        (completion(1, 2, spans=[VersionSpan(version=VERSION, start=1, end=2)]), "gap"),
+        (completion(1, spans=[]), "cover 0"),
+    ],
+)
+def test_broken_completions(bad, word):
+    with pytest.raises(LockstepError, match=word):
+        check_completion(bad, VERSION)
+
+
+def test_groups_must_answer_the_prompts():
+    server = SimpleNamespace(generate=lambda request: GenerateResponse(epoch="e", groups=[]))
+    with pytest.raises(LockstepError, match="asked for 1 groups"):
+        rollouts(server).generate([[1]], None, 1)

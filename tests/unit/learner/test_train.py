@@ -1,0 +1,136 @@
+"""`learner train` from its flags to its adapter, and `learner eval`, over the fake server."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+
+import learner.evaluate
+import learner.train
+from learner.client import RolloutClient
+from learner.tasks import Task
+from shared.errors import LockstepError
+
+TASK = f"{__name__}:task"
+
+
+def answers_seven(completions, **_):
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [1.0 if text.strip() == "7" else 0.0 for text in texts]
+
+
+def odd(completion_ids, **_):
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def task(**_):
+    rows = Dataset.from_list([{"prompt": f"w{i} w{i + 9}", "answer": i} for i in range(12)])
+    return Task(
+        name="toy",
+        train=rows.select(range(8)),
+        eval=rows.select(range(8, 12)),
+        reward_funcs=[odd, answers_seven],
+    )
+
+
+@pytest.fixture
+def flags(model_dir, server, monkeypatch, tmp_path):
+    """Flags of a short run; both commands talk to the fake server."""
+
+    def connect(url, token=None, **kwargs):
+        return RolloutClient(url, token, transport=server.transport, **kwargs)
+
+    monkeypatch.setattr(learner.train, "RolloutClient", connect)
+    monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
+    return [
+        "--rollout-url", "http://fake", "--task", TASK, "--model_name_or_path", str(model_dir),
+        "--use_cpu", "true",
+        "--bf16", "false", "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--report_to", "none",
+        "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "5",
+        "--learning_rate", "1e-3", "--lora_r", "4", "--lora_target_modules", "all-linear",
+        "--save_strategy", "steps",
+        "--save_steps", "1", "--gradient_checkpointing", "false", "--reward_weights", "1.0", "0.5",
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+
+
+def run(flags, *more):
+    return learner.train.run(*learner.train.parse([*flags, *more]))
+
+
+def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
+    summary = run(flags, "--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}')
+    assert summary["steps"] == summary["pushes"] == 2 and summary["completions"] == 16
+    assert summary["push_seconds_median"] > 0 and summary["train_seconds"] > 0
+    assert "step 2/2  reward" in capsys.readouterr().out
+    adapter = tmp_path / "out" / "adapter"
+    saved = LoraConfig.from_pretrained(adapter)
+    assert saved.use_rslora and saved.rank_pattern == {"q_proj": 8}
+
+    at = flags.index("--lora_r")
+    warm = run(flags[:at] + flags[at + 4 :], "--init_adapter", str(adapter), "--output_dir", str(tmp_path / "warm"))
+    assert warm["max_logprob_gap"] < 1e-4
+
+    before = len(server.pushed)
+    resumed = run(flags, "--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}',
+                  "--max_steps", "3", "--resume_from_checkpoint", "true")  # fmt: skip
+    assert [(v.fence, v.step) for v in server.pushed[before:]] == [(1, 2), (1, 3)]
+    assert resumed["run_id"] == summary["run_id"] and resumed["pushes"] == 1
+    history = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--use_peft", "false"], "full fine-tuning"),
+        (["--use_dora", "true"], "use_dora"),
+        (["--lora_modules_to_save", "lm_head"], "modules_to_save"),
+        (["--lora_r", "32"], "--max-lora-rank 32"),
+        (["--lora_kwargs", '{"rank_patern": {}}'], "rank_patern"),
+        (["--lora_kwargs", '{"init_lora_weights": "pissa"}'], "pissa"),
+        (["--init_adapter", "/nowhere"], "lora_r"),
+        (["--max_completion_length", "127"], "--max-model-len"),
+        (["--vllm_server_host", "x"], "rollout_url"),
+        (["--cache_implementation", "static"], "cache_implementation"),
+    ],
+)
+def test_refusals_of_the_command(flags, more, word):
+    with pytest.raises(LockstepError, match=word):
+        run(flags, *more)
+
+
+def test_another_base_is_refused(flags, server, monkeypatch):
+    base = server.state.base.model_copy(update={"weights": "f" * 32})
+    server.state = server.state.model_copy(update={"base": base})
+    with pytest.raises(LockstepError, match="base weights differ"):
+        run(flags)
+    assert run(flags, "--allow_base_mismatch", "true")["steps"] == 2
+
+
+def test_eval_command(flags, server, tmp_path, capsys):
+    out = tmp_path / "eval.json"
+    flags = [
+        "--rollout-url",
+        "http://fake",
+        "--task",
+        TASK,
+        "--policy",
+        "base",
+        "--max_tokens",
+        "4",
+        "--json",
+        str(out),
+    ]
+    assert learner.evaluate.main([*flags, "--limit", "3"]) == 0
+    result = json.loads(out.read_text())
+    assert result["questions"] == 3 and result["versions"] == ["base"] and len(result["rows"]) == 3
+    assert result["rewards"]["answers_seven"] == 1.0
+    request = server.generated[-1]
+    assert (
+        request.sampling.temperature == 0.0 and request.sampling.max_tokens == 4 and request.prompts[0].text == "w8 w17"
+    )
+    assert "toy  base: reward" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""The one door: salt, slot and version for every route, and what it keeps closed."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rollout_server.engine import EngineDoor
+from rollout_server.slots import RunTable, SlotState
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import PolicyRequest
+from shared.weights import WeightVersion
+
+
+class _Engine:
+    """Records what reaches the engine."""
+
+    errored = False
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any]] = []
+
+    async def generate(self, prompt, params, request_id, *, lora_request=None, **kwargs):
+        self.calls.append((prompt, lora_request))
+        for index in range(3):
+            yield index
+
+    async def sleep(self, level: int) -> None: ...
+
+
+@pytest.fixture
+async def served():
+    engine, table = _Engine(), RunTable(2, 2)
+    door = EngineDoor(engine, table)
+    run = table.open("r", "lease", takeover=False)
+    slot = await run.reserve(time.monotonic() + 1)
+    await run.flip(slot, WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
+    return SimpleNamespace(engine=engine, table=table, door=door, run=run)
+
+
+async def _flip(served, step: int) -> None:
+    slot = await served.run.reserve(time.monotonic() + 1)
+    await served.run.flip(slot, WeightVersion(run_id="r", step=step), served.table.next_install_seq(), "sum")
+
+
+def _openai(name: str) -> SimpleNamespace:
+    return SimpleNamespace(lora_name=name)
+
+
+async def test_openai_requests_get_salt_and_slot(served) -> None:
+    prompt = {"type": "token", "prompt_token_ids": [1], "cache_salt": "own"}
+    _ = [o async for o in served.door.generate(prompt, None, "a", lora_request=_openai("policy"))]
+    await _flip(served, 1)
+    _ = [o async for o in served.door.generate(prompt, None, "b", lora_request=_openai("policy:r"))]
+    _ = [o async for o in served.door.generate(prompt, None, "c")]
+    (first, lora_a), (second, lora_b), (third, lora_c) = served.engine.calls
+    assert first["cache_salt"] != second["cache_salt"] and first["cache_salt"].endswith(":own")
+    assert lora_a.lora_int_id != lora_b.lora_int_id
+    assert lora_c is None and third is prompt
+    assert prompt["cache_salt"] == "own", "the caller's prompt must stay as it is"
+
+
+async def test_an_admission_holds_its_slot_before_it_runs(served) -> None:
+    admission = served.door.admit(PolicyRequest())
+    await _flip(served, 1)
+    assert [slot.state for slot in served.run.slots].count(SlotState.DRAINING) == 1
+    with pytest.raises(LockstepError):
+        await served.run.reserve(time.monotonic() + 0.05)
+    admission.release()
+    admission.release()
+    assert all(slot.requests == 0 for slot in served.run.slots)
+
+
+async def test_an_abandoned_stream_gives_its_slot_back(served) -> None:
+    stream = served.door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=_openai("policy"))
+    assert await anext(stream) == 0
+    assert served.run.active.requests == 1
+    await stream.aclose()
+    assert served.run.active.requests == 0
+
+
+async def test_version_as_precondition(served) -> None:
+    served.door.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=0))).release()
+    with pytest.raises(LockstepError) as refusal:
+        served.door.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=1)))
+    assert refusal.value.code is ErrorCode.VERSION_NOT_ACTIVE and refusal.value.status == 409
+
+
+@pytest.mark.parametrize("name", ["add_lora", "sleep", "update_weights", "pause_generation", "collective_rpc"])
+async def test_back_doors_are_closed(served, name: str) -> None:
+    with pytest.raises(LockstepError, match="closed"):
+        getattr(served.door, name)
