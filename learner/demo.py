@@ -1,6 +1,6 @@
 """`make demo`: a small chat model gets better at sums, with the rollout server and the learner as two processes.
 
-    python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
+python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from shared.sampling import SamplingParams
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 START_SECONDS = 600.0
+#: vLLM shares a prompt's prefill within a group by whole blocks, and the CPU backend's own blocks of 128 tokens are
+#: longer than these prompts; compiling takes longer there than the demo lasts.
+CPU_FLAGS = ("--block-size", "32", "--enforce-eager")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     say(f"2/5 the rollout server: vLLM at {url}, log in {out / 'server.log'}")
-    with ProcessGroup(_server_command(model, port, dtype, options.server_flags), _environment(), out / "server.log") as server:
+    with ProcessGroup(
+        _server_command(model, port, recipe, options.server_flags), _environment(), out / "server.log"
+    ) as server:
         client = RolloutClient(url)
         _wait_ready(client, server, out / "server.log")
         task = _task(recipe, options.seed)
@@ -81,18 +86,17 @@ def say(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
 
-def _server_command(model: Path, port: int, dtype: str, flags: Sequence[str]) -> list[str]:
+def _server_command(model: Path, port: int, recipe: dict[str, Any], flags: Sequence[str]) -> list[str]:
     return [
-        sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", dtype,
-        "--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64", *flags,
+        sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", recipe["dtype"],
+        "--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64",
+        *(CPU_FLAGS if recipe.get("use_cpu") else ()), *flags,
     ]  # fmt: skip
 
 
 def _environment() -> dict[str, str]:
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        # Server and learner take turns on the same cores; each may use all of them.
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -158,7 +162,8 @@ def _report(
     write_curve(
         out / "curve.png", rows, (before.reward, n), (after.reward, n), title=f"{recipe['task']}, SmolLM2-135M-Instruct"
     )
-    say(f"    right before {before.reward:.3f}, after {after.reward:.3f}; see {out / 'curve.png'}, {out / 'summary.json'}")
+    say(f"    right before {before.reward:.3f}, after {after.reward:.3f}")
+    say(f"    see {out / 'curve.png'} and {out / 'summary.json'}")
 
 
 def _free_port() -> int:

@@ -138,7 +138,8 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
 
     if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
         raise DemoModelError(
-            "the GGUF file carries no chat template ending turns with <|im_end|>: not SmolLM2-Instruct?"
+            "the tokenizer made from the GGUF file has no chat template that ends turns with <|im_end|>: either it is "
+            "not SmolLM2-Instruct, or transformers is older than 5.19 and leaves that part of the file unread"
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.config.update(ids)

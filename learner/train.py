@@ -19,12 +19,15 @@ from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.progress import show_progress
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
+from learner.report import write_summary
 from learner.sampling import sampling_params
 from learner.tasks import Task, load_task
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
+#: The run's figures, in output_dir.
+SUMMARY_FILE = "train.json"
 #: LoRA flags that an adapter given with init_adapter decides itself.
 _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -78,10 +81,10 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
     client.close()
-    return session.summary() | {
-        "train_seconds": train_seconds,
-        "total_seconds": time.perf_counter() - started,
-    }
+    summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
+    if trainer.accelerator.is_main_process:
+        write_summary(Path(args.output_dir) / SUMMARY_FILE, summary)
+    return summary
 
 
 def main(argv: Sequence[str]) -> int:

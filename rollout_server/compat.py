@@ -53,9 +53,7 @@ def build_openai_app(args: Any, supported_tasks: tuple[str, ...], model_config: 
 
 async def init_openai_state(engine: Any, state: Any, args: Any, supported_tasks: tuple[str, ...]) -> None:
     """Hang the serving objects behind vLLM's OpenAI routes on `state`, all of them talking to `engine`."""
-    module = _first_module(
-        "vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"
-    )
+    module = _first_module("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server")
     await module.init_app_state(engine, state, args, supported_tasks)
 
 

@@ -17,16 +17,12 @@ _groups: list[tuple[int, torch.Tensor | None]] = []
 
 def set_groups(token_slots: torch.Tensor) -> None:
     """Group the rows of the coming forward pass. `token_slots`: int64 [tokens], -1 for the base model."""
-    _groups.clear()
     slots = token_slots.unique().tolist()
-    for slot in slots:
-        if slot >= 0:
-            _groups.append((int(slot), None if len(slots) == 1 else (token_slots == slot).nonzero()[:, 0]))
+    alone = len(slots) == 1
+    _groups[:] = [(s, None if alone else (token_slots == s).nonzero()[:, 0]) for s in slots if s >= 0]
 
 
-def add_lora(
-    y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], slices: list[int]
-) -> None:
+def add_lora(y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], slices: list[int]) -> None:
     """y[:, slice i] += x Aᵢᵀ Bᵢᵀ in place, each row with its own adapter.
 
     Args:

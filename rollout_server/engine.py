@@ -45,7 +45,7 @@ class Admission:
     def __init__(self, engine: Engine, run: Run | None = None, slot: Slot | None = None) -> None:
         self._engine, self._run, self._slot = engine, run, slot
         self.version: WeightVersion | None = slot.version if slot else None
-        self._salt = slot.salt if slot else None
+        self._salt = slot.salt if slot else ""
         if run and slot:
             run.acquire(slot)
 

@@ -76,7 +76,7 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
         Job(admission, index, token_ids, params, tokenizer, body.skip_special_tokens)
         for index, token_ids in enumerate(prompts)
     ]
-    tasks = [asyncio.ensure_future(job.run()) for job in jobs]
+    tasks: list[asyncio.Future[RolloutGroup]] = [asyncio.ensure_future(job.run()) for job in jobs]
     running = set(tasks)
 
     def ended(task: asyncio.Future) -> None:

@@ -95,7 +95,9 @@ class Installer:
             )
         altering = [key for key in ("use_dora", "lora_bias", "modules_to_save") if manifest.peft_config.get(key)]
         if altering:
-            raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, f"{', '.join(altering)} cannot be served; train plain LoRA")
+            raise LockstepError(
+                ErrorCode.UNSUPPORTED_ADAPTER, f"{', '.join(altering)} cannot be served; train plain LoRA"
+            )
 
     def _check_order(self, run_id: str, manifest: AdapterManifest) -> PushReceipt | None:
         """Refuse what is older than what is served; the receipt again if it is the very same."""
@@ -178,7 +180,8 @@ class Installer:
                 return answers
             if time.monotonic() > deadline:
                 raise LockstepError(
-                    ErrorCode.INSTALL_FAILED, "the workers did not finish writing the adapter before the push's deadline"
+                    ErrorCode.INSTALL_FAILED,
+                    "the workers did not finish writing the adapter before the push's deadline",
                 )
             await asyncio.sleep(_POLL_SECONDS)
             wait_s = 0.0

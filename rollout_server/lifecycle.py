@@ -83,9 +83,11 @@ async def _warm_up(engine: Any, slot_id: int) -> None:
 
 async def watch(service: Service) -> None:
     """Return when the engine has died, with the reason in the log. Never answers with a dead engine behind it."""
-    while not service.door.errored:
+    while not service.door.errored:  # noqa: ASYNC110 - vLLM has no event for it
         await asyncio.sleep(_WATCH_SECONDS)
-    logger.error("the engine died: %s; this server stops so that its supervisor can restart it", service.door.dead_error)
+    logger.error(
+        "the engine died: %s; this server stops so that its supervisor can restart it", service.door.dead_error
+    )
 
 
 def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:

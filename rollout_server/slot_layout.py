@@ -57,6 +57,8 @@ def write(worker: Any, slot_id: int, pairs: dict[str, Pair]) -> dict[str, Any]:
     by_name = {compat.vllm_module_name(worker, name): pair for name, pair in pairs.items()}
     written = 0
     for name, module in manager.modules.items():
+        if not _is_linear(module):  # lm_head and embeddings: never written, so zero for ever
+            continue
         parts = _parts(manager, name, by_name)
         if all(part is None for part in parts):
             module.reset_lora(index)
@@ -64,14 +66,13 @@ def write(worker: Any, slot_id: int, pairs: dict[str, Pair]) -> dict[str, Any]:
         if name in manager.packed_modules:
             module.set_lora(index, [p and p[0] for p in parts], [p and p[1] for p in parts])
         else:
-            module.set_lora(index, *parts[0])
+            a, b = parts[0] or (None, None)
+            module.set_lora(index, a, b)
         written += sum(part is not None for part in parts)
         if not _reads_back(module, index, parts):
             return _refusal(ErrorCode.INSTALL_FAILED, f"{name} does not read back as written from slot {slot_id}")
     if written != len(pairs):
-        return _refusal(
-            ErrorCode.INSTALL_FAILED, f"{written} of {len(pairs)} modules found a place in slot {slot_id}"
-        )
+        return _refusal(ErrorCode.INSTALL_FAILED, f"{written} of {len(pairs)} modules found a place in slot {slot_id}")
     return {"ok": True, "modules": written}
 
 

@@ -214,7 +214,7 @@ class RunTable:
         elif self._free_ring() is None and not self._replaceable(takeover):
             raise LockstepError(
                 ErrorCode.NO_FREE_RUN,
-                f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs)) or 'a closing run'}; "
+                f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
                 "end that run, take its place with --takeover, or start the server with --max-runs",
             )
 

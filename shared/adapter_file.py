@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 from pydantic import ValidationError
@@ -78,7 +79,7 @@ def encode_adapter(tensors: Mapping[str, RawTensor], manifest: AdapterManifest) 
 
     The manifest's checksum is filled in. Any safetensors reader can read the joined pieces.
     """
-    index: dict[str, dict] = {}
+    index: dict[str, dict[str, Any]] = {}
     position = 0
     for name, tensor in tensors.items():
         end = position + len(tensor.data)
@@ -136,7 +137,7 @@ def parse_header(header: bytes) -> AdapterHeader:
     return AdapterHeader(manifest, entries, data_offset=8 + len(header))
 
 
-def _entries(document: dict) -> list[TensorEntry]:
+def _entries(document: dict[str, Any]) -> list[TensorEntry]:
     return [
         TensorEntry(
             name=name,
@@ -163,10 +164,14 @@ def _check_entries(manifest: AdapterManifest, entries: list[TensorEntry]) -> Non
         if entry.dtype != code or len(entry.shape) != 2 or min(entry.shape) < 1:
             raise _malformed(f"{entry.name} is {entry.dtype}{list(entry.shape)}, announced were {code} matrices")
         if entry.start != position or entry.end - entry.start != item_bytes * math.prod(entry.shape):
-            raise _malformed(f"{entry.name}: its bytes [{entry.start}, {entry.end}) do not fit its shape or leave a gap")
+            raise _malformed(
+                f"{entry.name}: its bytes [{entry.start}, {entry.end}) do not fit its shape or leave a gap"
+            )
         position = entry.end
         module, rank_axis = (
-            (entry.name.removesuffix(LORA_A), 0) if entry.name.endswith(LORA_A) else (entry.name.removesuffix(LORA_B), 1)
+            (entry.name.removesuffix(LORA_A), 0)
+            if entry.name.endswith(LORA_A)
+            else (entry.name.removesuffix(LORA_B), 1)
         )
         rank = manifest.modules[module].rank
         if entry.shape[rank_axis] != rank:

@@ -34,9 +34,7 @@ def fingerprint_checkpoint(model: str, revision: str | None = None) -> BaseFinge
     folder = _resolve(model, revision)
     if folder is None:
         return BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
-    return BaseFingerprint(
-        weights=_weights(folder), tokenizer=_tokenizer(folder), chat_template=_chat_template(folder)
-    )
+    return BaseFingerprint(weights=_weights(folder), tokenizer=_tokenizer(folder), chat_template=_chat_template(folder))
 
 
 def _resolve(model: str, revision: str | None) -> Path | None:

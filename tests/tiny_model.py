@@ -97,6 +97,7 @@ def check_with_vllm(directory: Path) -> None:
     llm = LLM(model=str(directory), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8)
     sampling = SamplingParams(temperature=0.0, max_tokens=24, logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
+    llm.llm_engine.engine_core.shutdown()  # left to the interpreter's exit, this can take minutes
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     for ids, output in zip(prompts, outputs, strict=True):
         completion = output.outputs[0]
@@ -118,7 +119,6 @@ if __name__ == "__main__":
 
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for name in ("qwen3", "llama"):
-        with tempfile.TemporaryDirectory() as scratch:
-            target = Path(sys.argv[1]) / name if len(sys.argv) > 1 else Path(scratch)
-            check_with_vllm(make_tiny_model(target, arch=name))
+    chosen: Arch = "llama" if sys.argv[1:] == ["llama"] else "qwen3"
+    with tempfile.TemporaryDirectory() as scratch:
+        check_with_vllm(make_tiny_model(scratch, arch=chosen))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from shared.adapter_file import AdapterHeader, Checksum, header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
 
-_SHARED_MEMORY = Path("/dev/shm")
+#: Without it (no Linux) the default folder for temporary files has to do.
+_SHARED_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,10 @@ async def receive_adapter(
     head = bytearray()
     async for chunk in body:
         head += chunk
-        if len(head) >= 8 and len(head) >= 8 + header_length(head):
+        if len(head) >= 8 and len(head) >= (data_offset := 8 + header_length(bytes(head[:8]))):
             break
     else:
         raise _truncated(len(head), "its header")
-    data_offset = 8 + header_length(head)
     header = parse_header(bytes(head[8:data_offset]))
     if header.total_bytes > max_bytes:
         raise LockstepError(
@@ -54,20 +54,18 @@ async def receive_adapter(
         )
     await check(header)
 
-    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    descriptor, name = tempfile.mkstemp(prefix="lockstep-", suffix=".safetensors", dir=folder)
-    path = Path(name)
+    descriptor, name = tempfile.mkstemp(prefix="lockstep-", suffix=".safetensors", dir=_SHARED_MEMORY)
+    staged = StagedAdapter(Path(name), header, seconds=0.0)
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             await _store(body, head, header, file)
-        return StagedAdapter(path, header, time.monotonic() - started)
     except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        staged.discard()
         raise
+    return replace(staged, seconds=time.monotonic() - started)
 
 
-async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, file) -> None:
+async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, file: BinaryIO) -> None:
     checksum = Checksum(header.entries)
     total = header.total_bytes
     received = len(head)
@@ -85,7 +83,9 @@ async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHea
             ErrorCode.INSTALL_FAILED, f"no room for the adapter in shared memory: {error}; give the server more"
         ) from error
     if received > total:
-        raise LockstepError(ErrorCode.MALFORMED_ADAPTER, f"the body goes on after the {total} bytes its header announces")
+        raise LockstepError(
+            ErrorCode.MALFORMED_ADAPTER, f"the body goes on after the {total} bytes its header announces"
+        )
     if received < total:
         raise _truncated(received, f"{total} bytes")
     if checksum.hexdigest() != header.manifest.checksum:
@@ -97,4 +97,6 @@ async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHea
 
 
 def _truncated(received: int, wanted: str) -> LockstepError:
-    return LockstepError(ErrorCode.MALFORMED_ADAPTER, f"the body ends after {received} bytes, before {wanted}; push again")
+    return LockstepError(
+        ErrorCode.MALFORMED_ADAPTER, f"the body ends after {received} bytes, before {wanted}; push again"
+    )

@@ -59,7 +59,9 @@ def score(client: RolloutClient, sequence: list[int], **policy: Any) -> torch.Te
     return torch.tensor(client.score(ScoreRequest(sequences=[sequence], **policy)).logprobs[0])
 
 
-def generate(client: RolloutClient, prompts: list[list[int]], policy: Any = "latest", **sampling: Any) -> GenerateResponse:
+def generate(
+    client: RolloutClient, prompts: list[list[int]], policy: Any = "latest", **sampling: Any
+) -> GenerateResponse:
     request = GenerateRequest(
         prompts=[Prompt(token_ids=ids) for ids in prompts], policy=policy, sampling=SamplingParams(**sampling)
     )

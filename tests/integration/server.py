@@ -37,7 +37,11 @@ class ServerProcess:
         with log.open("wb") as output:
             # A session of its own: whatever it started can be found and stopped as one group.
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, start_new_session=True
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:

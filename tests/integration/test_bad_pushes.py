@@ -134,7 +134,9 @@ def test_next_good_push_works_after_all_that(client: RolloutClient, policy) -> N
 
 def test_rank_above_the_servers(client: RolloutClient, model: Path) -> None:
     policy = P.make_policy(model, r=32)
-    answer = _put(client, P.blob(policy, WeightVersion(run_id="rank", step=0), None), "rank", **{"Lockstep-Takeover": "1"})
+    answer = _put(
+        client, P.blob(policy, WeightVersion(run_id="rank", step=0), None), "rank", **{"Lockstep-Takeover": "1"}
+    )
     assert answer.status_code == 422 and answer.json()["error"]["code"] == "rank_too_high"
     assert "--max-lora-rank 16" in answer.json()["error"]["message"]
 

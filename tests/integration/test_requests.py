@@ -8,10 +8,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from learner.client import RolloutClient
-from shared.rollouts import RolloutGroup
+from shared.rollouts import GenerateResponse, RolloutGroup, ScoreRequest
 from tests.integration import policy as P
 
 PROMPT = [5, 17, 99, 260, 41]
@@ -134,6 +135,25 @@ def test_policy_and_base_on_the_openai_routes(client: RolloutClient, model: Path
     assert answers["policy"] == answers["policy:openai"] != answers["base"]
     missing = _post(client, {"model": "nobody", "prompt": PROMPT}, "/v1/completions")
     assert missing.status_code == 404
+
+
+def test_scores_beside_decoding(client: RolloutClient, model: Path) -> None:
+    """Prompt logprobs ask for more rows than are sampled, beside rows that are: base and policy, all at once."""
+    policy = P.make_policy(model)
+    P.randomize(policy, seed=12)
+    P.push(client, policy, "scores", step=0)
+    sequences = [[3 + (7 * i + j) % 290 for j in range(20 + 9 * i)] for i in range(8)]
+    body = {"prompts": [{"token_ids": PROMPT}], "sampling": {"n": 4, "max_tokens": 150, "ignore_eos": True}}
+    with ThreadPoolExecutor() as pool:
+        decoding = [pool.submit(_post, client, {**body, "policy": which}) for which in ("base", "latest")]
+        for _ in range(3):
+            served = client.score(ScoreRequest(sequences=sequences)).logprobs
+            for sequence, logprobs in zip(sequences, served, strict=True):
+                assert (torch.tensor(logprobs) - P.reference(policy, sequence)).abs().max() < 1e-4
+        answers = [GenerateResponse.model_validate(future.result().json()) for future in decoding]
+    with policy.disable_adapter():
+        assert P.largest_gap(policy, answers[0]) < 1e-4
+    assert P.largest_gap(policy, answers[1]) < 1e-4
 
 
 def test_metrics_of_both(client: RolloutClient) -> None:
