@@ -127,7 +127,8 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
         spine.set_visible(name == "bottom")
         spine.set_color("#c5c9d0")
     if values:
-        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=9)
+        # Below the axes: inside there is no corner that no curve ever visits.
+        axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)
 
 
 def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
