@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,7 @@ CPU_FLAGS = ("--block-size", "32", "--enforce-eager")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo. Answers the exit code."""
     options = _parser().parse_args(argv)
+    warnings.simplefilter("ignore")
     try:
         with stop_on_signals():
             return run(options)
@@ -100,6 +102,8 @@ def _environment() -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Warnings of other people's packages, which whoever tries this out can do nothing about.
+        "PYTHONWARNINGS": "ignore",
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
