@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import xxhash
 
 from rollout_server import compat
 from shared.errors import ErrorCode
@@ -74,21 +73,6 @@ def write(worker: Any, slot_id: int, pairs: dict[str, Pair]) -> dict[str, Any]:
     if written != len(pairs):
         return _refusal(ErrorCode.INSTALL_FAILED, f"{written} of {len(pairs)} modules found a place in slot {slot_id}")
     return {"ok": True, "modules": written}
-
-
-def digest(worker: Any, slot_id: int) -> str:
-    """xxh3-128 over the slot's bytes of every adapted layer on this worker."""
-    manager = compat.lora_manager(worker)
-    index = manager.lora_index_to_id.index(slot_id)
-    state = xxhash.xxh3_128()
-    for name, module in sorted(manager.modules.items()):
-        if not _is_linear(module):
-            continue
-        for stacked in (*module.lora_a_stacked, *module.lora_b_stacked):
-            tensor = stacked[index].detach().contiguous().cpu()
-            state.update(name.encode())
-            state.update(tensor.view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def _is_linear(module: Any) -> bool:

@@ -61,12 +61,6 @@ class AdapterWorker:
         fill.join(wait_s)
         return {"done": False} if fill.is_alive() else {"done": True, **fill.result}
 
-    def lockstep_digest(self, slot_id: int) -> str:
-        """A digest of everything that lies in one slot on this worker, for diagnosis."""
-        from rollout_server import slot_layout
-
-        return slot_layout.digest(self, slot_id)
-
 
 class _Fill(threading.Thread):
     """Writes one adapter into one slot that no running request reads."""
