@@ -1,8 +1,9 @@
-"""A PEFT model's adapter as named raw tensors: what a push carries."""
+"""A PEFT model's adapter as one flat tensor and its header: what a push carries."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from shared.adapter_file import LORA_A, LORA_B, RawTensor
+from shared.adapter_file import LORA_A, LORA_B, encode_header, lay_out
+from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
@@ -21,18 +23,27 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 @dataclass(frozen=True)
 class AdapterExport:
-    """`tensors`: NAME.lora_A.weight [rank, in] and NAME.lora_B.weight [out, rank], the scaling already in B.
+    """One version of an adapter, ready to be sent.
 
-    The manifest's checksum is empty; `shared.adapter_file.encode_adapter` fills it in.
+    Attributes:
+        header: the blob up to its tensors.
+        flat: 1-D, of the server's LoRA dtype, on the model's device: all tensors one after the other. The next
+            export overwrites it.
     """
 
-    tensors: dict[str, RawTensor]
     manifest: AdapterManifest
+    header: bytes
+    flat: torch.Tensor
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(len(tensor.data) for tensor in self.tensors.values())
+        """Bytes of header and tensors."""
+        return len(self.header) + self.flat.nbytes
+
+    def pieces(self) -> list[bytes | memoryview]:
+        """The whole blob in host memory, without joining it."""
+        host = torch.empty_like(self.flat, device="cpu", pin_memory=self.flat.is_cuda).copy_(self.flat)
+        return [self.header, memoryview(host.view(torch.uint8).numpy())]
 
 
 def active_adapter(model: PeftModel) -> str:
@@ -66,69 +77,109 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def export_adapter(
-    model: PeftModel, version: WeightVersion, *, dtype: str, base_weights: str | None = None
-) -> AdapterExport:
-    """Read the active adapter of `model`.
+class AdapterExporter:
+    """Reads the active adapter of a PEFT model, again and again.
 
-    B is multiplied by the layer's scaling in float32, then A and B are rounded once to `dtype`. All tensors
-    are packed on their device and copied to the host in one go; the raw tensors are views of that copy.
+    B is multiplied by the layer's scaling in float32, then A and B are rounded once to the server's dtype.
 
     Args:
         model: unwrapped (no DDP) PEFT model with plain LoRA layers.
-        version: which weights these are.
         dtype: the server's `lora_dtype`.
         base_weights: fingerprint of the base the adapter is trained on.
 
     Raises:
-        LockstepError: `unsupported_adapter` if anything trainable would be left out, `not_finite` if the
-            adapter holds NaN or infinity (after rounding).
+        LockstepError: `unsupported_adapter` if anything trainable would be left out.
     """
-    adapter = active_adapter(model)
-    modules: dict[str, ModuleSpec] = {}
-    weights: dict[str, torch.Tensor] = {}
-    exported: set[int] = set()
-    for name, layer in lora_layers(model, adapter).items():
-        _refuse_variants(name, layer, adapter)
-        a_RI, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        scaling = float(layer.scaling[adapter])
-        exported |= {id(a_RI), id(b_OR)}
-        modules[name] = ModuleSpec(rank=a_RI.shape[0], scaling=scaling)
-        weights[name + LORA_A] = a_RI.detach().to(TORCH_DTYPES[dtype])
-        weights[name + LORA_B] = (b_OR.detach().float() * scaling).to(TORCH_DTYPES[dtype])
-    if not modules:
-        raise LockstepError(
-            ErrorCode.UNSUPPORTED_ADAPTER, f"adapter {adapter!r} has no LoRA layers; check target_modules"
+
+    def __init__(self, model: PeftModel, *, dtype: str, base_weights: str | None = None) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.base_weights = base_weights
+        self.adapter = active_adapter(model)
+        self.layers = lora_layers(model, self.adapter)
+        if not self.layers:
+            raise LockstepError(
+                ErrorCode.UNSUPPORTED_ADAPTER, "the adapter adapts no linear layer; check target_modules"
+            )
+        for name, layer in self.layers.items():
+            _refuse_variants(name, layer, self.adapter)
+        self._check_trainable()
+        a, b = self._pairs()
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, a_RI, b_OR in zip(self.layers, a, b, strict=True):
+            shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
+        self.entries = lay_out(shapes, dtype)
+        self.peft_config = plain_config(model.peft_config[self.adapter])
+        self.flat = torch.empty(
+            sum(math.prod(shape) for shape in shapes.values()), dtype=TORCH_DTYPES[dtype], device=a[0].device
         )
-    _refuse_leftovers(model, exported)
-    manifest = AdapterManifest(
-        version=version, base_weights=base_weights, dtype=dtype, modules=modules,
-        peft_config=plain_config(model.peft_config[adapter]), checksum="",
-    )  # fmt: skip
-    return AdapterExport(_pack(weights, dtype, version), manifest)
+        views = self.flat.split([math.prod(shape) for shape in shapes.values()])
+        self._views = [view.view(shape) for view, shape in zip(views, shapes.values(), strict=True)]
+        self._weights = torch.from_numpy(block_weights()).to(self.flat.device)
+
+    def export(self, version: WeightVersion) -> AdapterExport:
+        """The adapter as it is now, called `version`.
+
+        Raises:
+            LockstepError: `not_finite` if it holds NaN or infinity (after rounding), `unsupported_adapter` if
+                it is merged or something else has become trainable.
+        """
+        self._check_trainable()
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise LockstepError(
+                    ErrorCode.UNSUPPORTED_ADAPTER, f"{name} is merged into the base: call unmerge_adapter()"
+                )
+        scalings = [float(layer.scaling[self.adapter]) for layer in self.layers.values()]
+        with torch.no_grad():
+            a, b = self._pairs()
+            torch._foreach_copy_(self._views[::2], a)
+            torch._foreach_copy_(self._views[1::2], torch._foreach_mul([w.float() for w in b], scalings))
+            self._refuse_not_finite(version)
+            sums = b"".join(part.cpu().numpy().tobytes() for part in block_sums(self._as_integers(), self._weights))
+        manifest = AdapterManifest(
+            version=version, base_weights=self.base_weights, dtype=self.dtype, peft_config=self.peft_config,
+            modules={
+                name: ModuleSpec(rank=w.shape[0], scaling=s)
+                for name, w, s in zip(self.layers, a, scalings, strict=True)
+            },
+            checksum=checksum(self.entries, sums),
+        )  # fmt: skip
+        return AdapterExport(manifest, encode_header(self.entries, manifest), self.flat)
+
+    def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """A [rank, in] and B [out, rank] of every layer."""
+        layers = self.layers.values()
+        return [x.lora_A[self.adapter].weight for x in layers], [x.lora_B[self.adapter].weight for x in layers]
+
+    def _as_integers(self) -> torch.Tensor:
+        return self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
+
+    def _check_trainable(self) -> None:
+        """Whatever is trained must be pushed, or the server would sample from another policy."""
+        exported = {id(weight) for weights in self._pairs() for weight in weights}
+        left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in exported]
+        if left:
+            raise LockstepError(
+                ErrorCode.UNSUPPORTED_ADAPTER,
+                f"{len(left)} trainable parameters are not part of the adapter, {left[0]} for one: freeze them, "
+                "or train LoRA on linear layers only",
+            )
+
+    def _refuse_not_finite(self, version: WeightVersion) -> None:
+        low, high = self.flat.aminmax()
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            bad = next(e.name for e, v in zip(self.entries, self._views, strict=True) if not torch.isfinite(v).all())
+            raise LockstepError(
+                ErrorCode.NOT_FINITE,
+                f"{bad} of {version} holds NaN or infinity: the training has diverged; "
+                "lower learning_rate or set max_grad_norm",
+            )
 
 
 def plain_config(config: Any) -> dict[str, Any]:
     """A PEFT config as plain JSON values."""
     return json.loads(json.dumps(config.to_dict(), default=lambda o: sorted(o) if isinstance(o, set) else str(o)))
-
-
-def _pack(weights: dict[str, torch.Tensor], dtype: str, version: WeightVersion) -> dict[str, RawTensor]:
-    flat = torch.cat([weight.reshape(-1) for weight in weights.values()])
-    if not torch.isfinite(flat).all():
-        bad = next(name for name, weight in weights.items() if not torch.isfinite(weight).all())
-        raise LockstepError(
-            ErrorCode.NOT_FINITE,
-            f"{bad} of {version} holds NaN or infinity: the training has diverged; "
-            "lower learning_rate or set max_grad_norm",
-        )
-    data = memoryview(flat.cpu().view(torch.uint8).numpy())
-    tensors, position = {}, 0
-    for name, weight in weights.items():
-        end = position + weight.numel() * flat.element_size()
-        tensors[name] = RawTensor(dtype, tuple(weight.shape), data[position:end])
-        position = end
-    return tensors
 
 
 def _refuse_variants(name: str, layer: LoraLayer, adapter: str) -> None:
@@ -139,22 +190,9 @@ def _refuse_variants(name: str, layer: LoraLayer, adapter: str) -> None:
             ErrorCode.UNSUPPORTED_ADAPTER,
             f"{name} uses {what}: only plain LoRA can be served; use a plain LoraConfig",
         )
-    if layer.merged:
-        raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, f"{name} is merged into the base: call unmerge_adapter()")
     if not isinstance(layer.lora_A[adapter], nn.Linear):
         raise LockstepError(
             ErrorCode.UNSUPPORTED_ADAPTER,
             f"{name} is a {type(layer.get_base_layer()).__name__}: only linear layers can be served; "
             "take it out of target_modules",
-        )
-
-
-def _refuse_leftovers(model: nn.Module, exported: set[int]) -> None:
-    """Whatever is trained must be pushed, or the server would sample from another policy."""
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in exported]
-    if left:
-        raise LockstepError(
-            ErrorCode.UNSUPPORTED_ADAPTER,
-            f"{len(left)} trainable parameters are not part of the adapter, {left[0]} for one: freeze them, "
-            "or train LoRA on linear layers only",
         )

@@ -9,7 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
 from datasets import Dataset
 from packaging.specifiers import SpecifierSet
 from peft import PeftModel
@@ -114,6 +117,7 @@ def check_trl(trainer: GRPOTrainer) -> None:
         )
     missing = [n for n in _TRAINER_NAMES if not hasattr(GRPOTrainer, n)]
     missing += [n for n in _INSTANCE_NAMES if not hasattr(trainer, n)]
+    missing += [] if hasattr(trl.trainer.utils, "_use_triton") else ["trainer.utils._use_triton"]
     if missing:
         raise _invalid(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
     if trainer.use_vllm:
@@ -169,7 +173,17 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
     trainer.vllm_mode = "server"
     trainer.vllm_generation = session.rollouts
     trainer._last_loaded_step = -1
+    if trainer.accelerator.device.type == "cpu":
+        trl.trainer.utils._use_triton = _picks_scored_positions
     trainer.add_callback(_PushAfterStep(session))
+
+
+def _picks_scored_positions(device: torch.device) -> bool:
+    """Whether TRL runs the language-model head on the completion's positions only, or on the prompt's too.
+
+    TRL asks this of Triton, since a number of positions that changes would recompile elsewhere. A CPU compiles nothing.
+    """
+    return device.type == "cpu" or trl.kernels.chunked_logprob._use_triton(device)
 
 
 class _PushAfterStep(TrainerCallback):

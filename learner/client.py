@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import httpx
 from pydantic import ValidationError
 
 from shared import PROTOCOL_VERSION
+from shared.collective import GroupInvitation
 from shared.errors import ErrorBody, ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
-from shared.weights import PushReceipt, RunState, ServerState
+from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
 LEASE_HEADER = "Lockstep-Lease"
 TAKEOVER_HEADER = "Lockstep-Takeover"
+IN_FLIGHT_HEADER = "Lockstep-In-Flight"
 CONNECT_TIMEOUT_S = 10.0
+SLICE_BYTES = 2**20
 STATE_TIMEOUT_S = 30.0
 
 
@@ -139,20 +142,24 @@ class RolloutClient:
         )
 
     def push(
-        self, run_id: str, pieces: Sequence[bytes | memoryview], lease: str, *, takeover: bool = False
-    ) -> PushReceipt:
+        self, run_id: str, pieces: Sequence[bytes | memoryview], lease: str, *,
+        takeover: bool = False, in_flight: InFlight = "drain",
+    ) -> PushReceipt:  # fmt: skip
         """`PUT /v1/runs/{run_id}/adapter`.
 
         Pushing the same version and bytes again is safe and answers the same, so a push whose answer was lost
         on the way is sent a second time.
         """
-        headers = {LEASE_HEADER: lease, "content-type": "application/octet-stream"}
+        headers = _push_headers(lease, in_flight)
         if takeover:
             headers[TAKEOVER_HEADER] = "1"
-        blob, path = b"".join(pieces), f"/v1/runs/{run_id}/adapter"
+        headers["content-length"] = str(sum(len(piece) for piece in pieces))
+        path = f"/v1/runs/{run_id}/adapter"
         for attempt in (1, 2):
             try:
-                answer = self._http.put(path, content=blob, headers=headers, timeout=self._timeout(self.push_timeout_s))
+                answer = self._http.put(
+                    path, content=_slices(pieces), headers=headers, timeout=self._timeout(self.push_timeout_s)
+                )
                 break
             except httpx.TimeoutException as error:
                 raise self._unreachable(error, path) from error
@@ -160,6 +167,37 @@ class RolloutClient:
                 if attempt == 2:
                     raise self._unreachable(error, path) from error
         return self._parse(PushReceipt, self._checked(answer))
+
+    def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
+        """`POST /v1/runs/{run_id}/group`: the invitation, then None when all workers have joined."""
+        for document in self._lines(f"/v1/runs/{run_id}/group", b"", _push_headers(lease)):
+            yield None if "joined" in document else self._parse(GroupInvitation, document)
+
+    def broadcast(
+        self, run_id: str, header: bytes, lease: str, *, in_flight: InFlight = "drain"
+    ) -> Generator[PushReceipt | None]:
+        """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt.
+
+        Args:
+            header: the blob up to its tensors.
+        """
+        for document in self._lines(f"/v1/runs/{run_id}/broadcast", header, _push_headers(lease, in_flight)):
+            yield None if "receiving" in document else self._parse(PushReceipt, document)
+
+    def _lines(self, path: str, content: bytes, headers: dict[str, str]) -> Iterator[dict[str, Any]]:
+        timeout = self._timeout(self.push_timeout_s)
+        try:
+            with self._http.stream("POST", path, content=content, headers=headers, timeout=timeout) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise self._error(answer)
+                for line in filter(None, answer.iter_lines()):
+                    document = json.loads(line)
+                    if "error" in document:
+                        raise _from_body(document)
+                    yield document
+        except httpx.HTTPError as error:
+            raise self._unreachable(error, path) from error
 
     def run(self, run_id: str) -> RunState:
         """`GET /v1/runs/{run_id}`."""
@@ -250,3 +288,15 @@ def read_token(token_file: str | None) -> str | None:
         return Path(token_file).read_text().strip()
     except OSError as error:
         raise LockstepError(ErrorCode.INVALID_REQUEST, f"token_file cannot be read: {error}") from error
+
+
+def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:
+    headers = {LEASE_HEADER: lease, "content-type": "application/octet-stream"}
+    return headers if in_flight == "drain" else {**headers, IN_FLIGHT_HEADER: in_flight}
+
+
+def _slices(pieces: Sequence[bytes | memoryview]) -> Iterator[Any]:
+    """The blob in parts that a socket takes at once: nothing is joined or copied."""
+    for piece in pieces:
+        for start in range(0, len(piece), SLICE_BYTES):
+            yield piece[start : start + SLICE_BYTES]

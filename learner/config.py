@@ -7,7 +7,7 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RUN_ID_PATTERN
@@ -63,6 +63,16 @@ class LearnerConfig:
     )
     ready_timeout_s: float = _option(600.0, "How long to wait for the server to be ready, in seconds.")
     push_timeout_s: float = _option(120.0, "Deadline of one adapter push, in seconds.")
+    transport: Literal["auto", "http", "collective"] = _option(
+        "auto",
+        "How adapters travel: auto broadcasts (NCCL) between different GPUs and uses HTTP elsewhere; http; collective "
+        "also between CPUs (gloo).",
+    )
+    in_flight: Literal["drain", "keep", "carried"] = _option(
+        "drain",
+        "What becomes of completions that are under way when a push arrives: drain finishes them on their version; "
+        "keep goes on with the new one and recomputes their KV; carried goes on with the new one and their old KV.",
+    )
     generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
     token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
     allow_base_mismatch: bool = _option(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peft import PeftModel
 
-from learner.adapter import export_adapter
+from learner.adapter import AdapterExporter
 from learner.client import RolloutClient
 from learner.config import default_run_id
-from shared.adapter_file import encode_adapter, parse_header
+from learner.transport import Choice, Transport
 from shared.errors import ErrorCode, LockstepError
-from shared.weights import AdapterManifest, PushReceipt, ServerState, WeightVersion
+from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 LEASE_FILE = "lease.json"
 
@@ -79,16 +81,33 @@ class Publisher:
         *,
         base_weights: str | None = None,
         takeover: bool = False,
+        transport: Choice = "auto",
+        in_flight: InFlight = "drain",
+        say: Callable[[str], None] = print,
     ) -> None:
         self.client = client
-        self.model = model
         self.lease = _above_served(lease, state)
-        self.lora_dtype = state.lora_dtype
-        self.workers = state.workers
         self.base_weights = base_weights
+        self.workers = state.workers
+        self.model, self._state = model, state
+        self._choice, self._in_flight, self._say = transport, in_flight, say
         self.takeover = takeover
         self.receipts: list[PushReceipt] = []
         self.seconds: list[float] = []
+
+    @functools.cached_property
+    def exporter(self) -> AdapterExporter:
+        """Made at the first push: only then the trainer has put the model where it stays."""
+        return AdapterExporter(self.model, dtype=self._state.lora_dtype, base_weights=self.base_weights)
+
+    @functools.cached_property
+    def transport(self) -> Transport:
+        """The way to the server."""
+        device = self.exporter.flat.device
+        return Transport(
+            self.client, self.lease.run_id, self.lease.secret, device, self._state,
+            choice=self._choice, in_flight=self._in_flight, say=self._say,
+        )  # fmt: skip
 
     @property
     def last(self) -> PushReceipt | None:
@@ -107,12 +126,10 @@ class Publisher:
             sent.
         """
         started = time.perf_counter()
-        export = export_adapter(self.model, self.version(step), dtype=self.lora_dtype, base_weights=self.base_weights)
-        pieces = encode_adapter(export.tensors, export.manifest)
-        manifest = parse_header(bytes(pieces[1])).manifest
-        receipt = self.client.push(self.lease.run_id, pieces, self.lease.secret, takeover=self.takeover)
+        export = self.exporter.export(self.version(step))
+        receipt = self.transport.send(export, takeover=self.takeover)
         self.takeover = False  # said once: a learner that is taken over itself must not take the run back
-        self._check(receipt, manifest)
+        self._check(receipt, export.manifest)
         self.receipts.append(receipt)
         self.seconds.append(time.perf_counter() - started)
         return receipt
@@ -126,6 +143,11 @@ class Publisher:
             if state.epoch == last.epoch and served.get(self.lease.run_id) == (last.version, last.checksum):
                 return last
         return self.push(step)
+
+    def close(self) -> None:
+        """Let go of the way to the server; what was pushed stays there."""
+        if "transport" in self.__dict__:
+            self.transport.close()
 
     def _check(self, receipt: PushReceipt, manifest: AdapterManifest) -> None:
         expected = (manifest.version, manifest.checksum, len(manifest.modules), self.workers)

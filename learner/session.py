@@ -105,8 +105,10 @@ class Session:
         lease: list[Lease] = [load_lease(self.trainer.output_dir, self.config.run_id)]
         broadcast_object_list(lease, from_process=0)
         publisher = Publisher(
-            self.client, self.model, lease[0], state, base_weights=base_weights, takeover=self.config.takeover
-        )
+            self.client, self.model, lease[0], state,
+            base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
+            in_flight=self.config.in_flight, say=self.say,
+        )  # fmt: skip
         if self.trainer.accelerator.is_main_process:
             save_lease(self.trainer.output_dir, publisher.lease)
         return publisher
@@ -234,6 +236,7 @@ class Session:
             state,
             base_weights=self.publisher.base_weights,
             takeover=self.config.takeover,
+            transport="http",
         )
         try:
             return proof.canary(lambda: canary.push(0).version)

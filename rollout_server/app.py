@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from rollout_server.routes import generate, runs, score, state
+from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
 from shared.errors import ErrorBody, ErrorCode, LockstepError
 
@@ -23,7 +23,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.lockstep = service
-    for module in (generate, score, runs, state):
+    for module in (generate, score, runs, collective, state):
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

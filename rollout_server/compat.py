@@ -72,6 +72,30 @@ def pin_empty_adapter(worker: Any, slot_id: int, rank: int) -> None:
     manager.pin_adapter(slot_id)
 
 
+def slot_index(worker: Any, slot_id: int) -> int:
+    """Where in the stacked buffers the adapter `slot_id` lies at present."""
+    return lora_manager(worker).lora_index_to_id.index(slot_id)
+
+
+def swap_adapters(worker: Any, one: int, other: int) -> None:
+    """Exchange the GPU slots of two pinned adapters, between two engine steps: no tensor moves."""
+    manager = lora_manager(worker)
+    order = manager.lora_index_to_id
+    i, j = order.index(one), order.index(other)
+    order[i], order[j] = order[j], order[i]
+    manager._last_mapping = None  # or a batch that stays the same would keep the old slot
+
+
+def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
+    """Tokens so far of every output that AsyncLLM is processing, by the caller's request id and output index."""
+    states = engine.output_processor.request_states.values()
+    return {
+        (state.external_req_id, state.request_index): state.detokenizer.num_output_tokens()
+        for state in states
+        if state.detokenizer is not None
+    }
+
+
 def vllm_module_name(worker: Any, peft_name: str) -> str:
     """The served model's own name for a module that PEFT calls `peft_name`."""
     from vllm.lora.utils import parse_fine_tuned_lora_name

@@ -5,13 +5,15 @@ Every route goes through `EngineDoor`, vLLM's own OpenAI routes included: they b
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
-from rollout_server.slots import Run, RunTable, Slot
+from rollout_server import compat
+from rollout_server.admission import Admission
+from rollout_server.slots import Run, RunTable
 from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import PolicyRequest, VersionSpan
+from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion
 
 #: Model name of the trained adapter on vLLM's OpenAI routes. `policy:RUN_ID` names one of several runs.
@@ -24,59 +26,6 @@ _CLOSED = {
 }  # fmt: skip
 
 
-class Engine(Protocol):
-    """What the door needs of vLLM's AsyncLLM; unit tests stand in for it."""
-
-    errored: bool
-
-    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator: ...
-
-    async def collective_rpc(
-        self, method: str, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None
-    ) -> list[Any]: ...
-
-
-class Admission:
-    """A request's place on one version: all it samples comes from there, however long it runs.
-
-    It holds its slot from the moment it exists until `release`, so that no push can refill the slot in between.
-    """
-
-    def __init__(self, engine: Engine, run: Run | None = None, slot: Slot | None = None) -> None:
-        self._engine, self._run, self._slot = engine, run, slot
-        self.version: WeightVersion | None = slot.version if slot else None
-        self._salt = slot.salt if slot else ""
-        if run and slot:
-            run.acquire(slot)
-
-    def release(self) -> None:
-        """Let go of the slot; calling it again does nothing."""
-        run, self._run = self._run, None
-        if run and self._slot:
-            run.release(self._slot)
-
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-    def spans(self, tokens: int) -> list[VersionSpan]:
-        """Spans of a completion of `tokens` tokens: one, because a request never changes its slot."""
-        return [VersionSpan(version=self.version, start=0, end=tokens)] if tokens else []
-
-    async def generate(
-        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        """vLLM's `generate` on this version. `prompt`: one of vLLM's prompt dicts."""
-        if self._slot is not None:
-            prompt = _salted(prompt, self._salt)
-            kwargs["lora_request"] = _lora_request(self._slot)
-        async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
-            async for output in stream:
-                yield output
-
-
 class EngineDoor:
     """AsyncLLM as seen by every route. Attributes that are not here are AsyncLLM's own, but for those that would
     change weights or adapters behind the server's back.
@@ -85,6 +34,21 @@ class EngineDoor:
     def __init__(self, engine: Any, runs: RunTable) -> None:
         self._engine = engine
         self._runs = runs
+        self._given_up: LockstepError | None = None
+
+    @property
+    def errored(self) -> bool:
+        """Whether nothing may be served any more."""
+        return self._given_up is not None or self._engine.errored
+
+    @property
+    def dead_error(self) -> BaseException:
+        """Why, if so."""
+        return self._given_up or self._engine.dead_error
+
+    def give_up(self, reason: LockstepError) -> None:
+        """The workers no longer agree on what they serve: end this server."""
+        self._given_up = reason
 
     def __getattr__(self, name: str) -> Any:
         if name in _CLOSED:
@@ -137,18 +101,20 @@ class EngineDoor:
             raise LockstepError(ErrorCode.INVALID_REQUEST, "pooling requests are served by the base model only")
         return self._engine.encode(*args, **kwargs)
 
-    async def call_workers(self, method: str, *args: Any, timeout: float) -> list[Any]:
-        """Run a method of `worker.AdapterWorker` on every worker; one answer each. For this server's own use.
-
-        Raises:
-            LockstepError: `install_failed` when they do not all answer within `timeout` seconds.
+    @asynccontextmanager
+    async def paused(self, *, clear_cache: bool) -> AsyncIterator[dict[tuple[str, int], int]]:
+        """Hold all running requests between two tokens; yields how many tokens each output has so far, by request id
+        and output index. With `clear_cache` they recompute their KV afterwards.
         """
         try:
-            return await self._engine.collective_rpc(method, timeout=timeout, args=args)
-        except TimeoutError as error:
-            raise LockstepError(
-                ErrorCode.INSTALL_FAILED, f"the engine's workers did not answer {method} within {timeout:.0f} s"
-            ) from error
+            await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
+            yield compat.output_tokens(self._engine)
+        finally:
+            await self._engine.resume_generation()
+
+    async def register_workers(self, *args: Any, timeout: float) -> list[Any]:
+        """Run `worker.AdapterWorker.lockstep_register` on every worker; one answer each."""
+        return await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)
 
 
 def run_of_model(model: str) -> str | None:
@@ -161,18 +127,3 @@ def openai_lora_request(model: str) -> Any:
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(model, 1, "/in-memory")
-
-
-def _lora_request(slot: Slot) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    # Name and id of a slot never change; what tells installs apart is the salt.
-    return LoRARequest(f"slot-{slot.slot_id}", slot.slot_id, "/in-memory")
-
-
-def _salted(prompt: Any, salt: str) -> Any:
-    """The prompt under a prefix-cache salt of this install (and the client's own, if it sent one)."""
-    if not isinstance(prompt, dict):
-        raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
-    own = prompt.get("cache_salt")
-    return {**prompt, "cache_salt": f"{salt}:{own}" if own else salt}

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.engine import Admission
+from rollout_server.admission import Admission
 from rollout_server.prompts import check_lengths, tokenize
 from rollout_server.sampling import to_completion, to_vllm, token_prompt
 from rollout_server.service import Service
@@ -42,7 +42,9 @@ class Job:
             prompt_index=self.prompt_index,
             prompt_token_ids=self.token_ids,
             completions=[
-                to_completion(output, self.admission.spans(len(output.token_ids)), self._text(output))
+                to_completion(
+                    output, self.admission.spans(request_id, output.index, len(output.token_ids)), self._text(output)
+                )
                 for output in sorted(final.outputs, key=lambda output: output.index)
             ],
         )

@@ -27,6 +27,7 @@ class ServedModel:
     max_model_len: int
     max_lora_rank: int
     workers: int
+    devices: list[str | None]
     logprobs_mode: str
     policy_altering: list[str]
     mixture_of_experts: bool
@@ -55,8 +56,12 @@ def policy_altering(vllm_config: Any) -> list[str]:
     return reasons
 
 
-def describe(vllm_config: Any, workers: int) -> ServedModel:
-    """Read the facts from vLLM's resolved configuration and the checkpoint's files."""
+def describe(vllm_config: Any, devices: list[str | None]) -> ServedModel:
+    """Read the facts from vLLM's resolved configuration and the checkpoint's files.
+
+    Args:
+        devices: UUID of each worker's GPU.
+    """
     model, lora = vllm_config.model_config, vllm_config.lora_config
     dummy = str(vllm_config.load_config.load_format) == "dummy"
     unknown = BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
@@ -72,7 +77,8 @@ def describe(vllm_config: Any, workers: int) -> ServedModel:
         lora_dtype=_DTYPES[str(lora.lora_dtype)],
         max_model_len=model.max_model_len,
         max_lora_rank=lora.max_lora_rank,
-        workers=workers,
+        workers=len(devices),
+        devices=devices,
         logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
         policy_altering=policy_altering(vllm_config),
         mixture_of_experts=bool(experts),

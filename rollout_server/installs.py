@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
+from rollout_server.admission import KV
 from rollout_server.engine import EngineDoor
+from rollout_server.groups import Groups
 from rollout_server.identity import ServedModel
 from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run, RunTable, Slot
-from rollout_server.transports.http import StagedAdapter, receive_adapter
-from shared.adapter_file import LORA_A, LORA_B, AdapterHeader
+from rollout_server.transports.http import receive_adapter
+from rollout_server.workers import Call, Workers
+from shared.adapter_file import AdapterHeader
+from shared.checksum import checksum
 from shared.errors import ErrorCode, LockstepError
-from shared.weights import AdapterManifest, PushReceipt
+from shared.weights import AdapterManifest, InFlight, PushReceipt
 
-_POLL_SECONDS = 0.05
-_RPC_SECONDS = 30.0
+_CHECK_SECONDS = 30.0
+_SWAP_SECONDS = 10.0
 
 
 @dataclass
@@ -27,20 +31,27 @@ class Installer:
     """Takes pushes for all runs of this server."""
 
     door: EngineDoor
+    workers: Workers
+    groups: Groups
     runs: RunTable
     served: ServedModel
     settings: ServerSettings
     epoch: str
+    _receipts: dict[int, PushReceipt] = field(default_factory=dict)
+    _known_layouts: dict[str, None] = field(default_factory=dict)
+    _recoveries: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        # Two fills at once would fight over the workers' one fill thread.
+        # The workers have one receive buffer each.
         self._fill_lock = asyncio.Lock()
-        self._ticket = 0
-        self._receipts: dict[int, PushReceipt] = {}
-        self._recoveries: set[asyncio.Task[None]] = set()
 
-    async def push(self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes]) -> PushReceipt:
-        """Receive and install one adapter.
+    async def push(
+        self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight = "drain"
+    ) -> PushReceipt:
+        """Receive one adapter over HTTP and install it.
+
+        Args:
+            in_flight: what becomes of running requests: `shared.weights.InFlight`.
 
         Raises:
             LockstepError: whatever is wrong with the push; what is served has not changed then.
@@ -48,10 +59,7 @@ class Installer:
         deadline = time.monotonic() + self.settings.push_timeout
 
         async def check(header: AdapterHeader) -> None:
-            self._check_identity(run_id, header.manifest)
-            self.runs.check_open(run_id, lease, takeover)
-            self._check_order(run_id, header.manifest)
-            await self._check_shapes(header)
+            await self._check(run_id, lease, takeover, header)
 
         try:
             async with asyncio.timeout(self.settings.push_timeout):
@@ -61,15 +69,64 @@ class Installer:
                 ErrorCode.TIMEOUT, f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
             ) from None
         try:
-            run = self.runs.open(run_id, lease, takeover)
-            async with run.push_lock:
-                repeated = self._check_order(run_id, staged.header.manifest)
-                return repeated or await self._install(run, staged, deadline)
+            async with self._opened(run_id, lease, takeover) as run:
+                if repeated := self._check_order(run_id, staged.header.manifest):
+                    return repeated
+                source = {"path": str(staged.path), "offset": staged.header.data_offset}
+                install = _Install(self, run, staged.header, deadline, in_flight, "http", staged.seconds)
+                async with install.filling(source):
+                    return await install.finish()
         finally:
             staged.discard()
+
+    async def broadcast(
+        self, run_id: str, lease: str, takeover: bool, header: AdapterHeader, in_flight: InFlight = "drain"
+    ) -> AsyncGenerator[PushReceipt | None, None]:
+        """Install one adapter that comes by broadcast: yields None when the workers receive, then the receipt.
+
+        Raises:
+            LockstepError: as `push`; `no_group` if the run's learner has joined none. If the transfer itself fails the
+                group is left on all workers.
+        """
+        deadline = time.monotonic() + self.settings.push_timeout
+        await self._check(run_id, lease, takeover, header)
+        async with self._opened(run_id, lease, takeover) as run:
+            if repeated := self._check_order(run_id, header.manifest):
+                yield repeated
+                return
+            group = self.groups.of(run)
+            timeout = min(self.settings.collective_timeout, deadline - time.monotonic())
+            install = _Install(self, run, header, deadline, in_flight, "collective")
+            try:
+                async with install.filling({"group": group, "timeout": timeout}):
+                    await install.told()
+                    yield None
+                    receipt = await install.finish()
+            except BaseException as error:
+                # After a refusal of what arrived all members are still in step with each other.
+                if not (isinstance(error, LockstepError) and error.code is ErrorCode.NOT_FINITE):
+                    self.groups.leave(run)
+                raise
+            yield receipt
+
+    @contextlib.asynccontextmanager
+    async def _opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
+        """The run, and its turn to install; if its first push fails its place goes to others."""
+        try:
+            run = self.runs.open(run_id, lease, takeover)
+            async with run.push_lock:
+                yield run
+        finally:
             opened = self.runs.runs.get(run_id)
             if opened is not None and opened.active is None and not opened.push_lock.locked():
-                self.runs.close(run_id)  # its first push failed: leave its place to others
+                self.runs.close(run_id)
+
+    async def _check(self, run_id: str, lease: str, takeover: bool, header: AdapterHeader) -> None:
+        """Everything that can be known before a tensor moves."""
+        self._check_identity(run_id, header.manifest)
+        self.runs.check_open(run_id, lease, takeover)
+        self._check_order(run_id, header.manifest)
+        await self._check_shapes(header)
 
     def _check_identity(self, run_id: str, manifest: AdapterManifest) -> None:
         served = self.served
@@ -114,103 +171,139 @@ class Installer:
         )
 
     async def _check_shapes(self, header: AdapterHeader) -> None:
-        shapes = {entry.name: entry.shape for entry in header.entries}
-        modules = {
-            name: [spec.rank, shapes[name + LORA_A][1], shapes[name + LORA_B][0]]
-            for name, spec in header.manifest.modules.items()
-        }
-        _raise_first(await self.door.call_workers("lockstep_check", modules, timeout=_RPC_SECONDS))
+        key = layout_key(header)
+        if key in self._known_layouts:
+            return
+        entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.entries]
+        await self.workers.call("check", _CHECK_SECONDS, key=key, entries=entries)
+        self._known_layouts[key] = None
 
-    async def _install(self, run: Run, staged: StagedAdapter, deadline: float) -> PushReceipt:
-        manifest = staged.header.manifest
-        waited = time.monotonic()
-        slot = await run.reserve(deadline)
-        filling = time.monotonic()
-        answers = await self._fill(run, slot, staged, deadline)
-        flipping = time.monotonic()
-        install_seq = self.runs.next_install_seq()
+    def _remember(self, receipt: PushReceipt) -> None:
+        served = {run.active.install_seq for run in self.runs.runs.values() if run.active}
+        self._receipts = {seq: kept for seq, kept in self._receipts.items() if seq in served}
+        self._receipts[receipt.install_seq] = receipt
+
+
+class _Install:
+    """One adapter on its way into a slot, and the seconds that each part takes."""
+
+    def __init__(
+        self, installer: Installer, run: Run, header: AdapterHeader, deadline: float, in_flight: InFlight,
+        transport: str, sent_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
+        self._installer, self._run, self._header, self._deadline = installer, run, header, deadline
+        self._in_flight, self._transport, self._sent_seconds = in_flight, transport, sent_seconds
+        self._wait_seconds = 0.0
+        self._slot: Slot | None = None
+        self._call: Call | None = None
+
+    @contextlib.asynccontextmanager
+    async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
+        """Let all workers receive and write from `source` into a free slot. Unless `finish` is reached, the slot is
+        given back and nothing has changed.
+        """
+        started = time.monotonic()
+        slot = await self._run.reserve(self._deadline)
+        self._wait_seconds = time.monotonic() - started
+        async with self._installer._fill_lock:
+            try:
+                self._call = self._installer.workers.begin(
+                    "fill", slot_id=slot.slot_id, key=layout_key(self._header),
+                    checksum=self._header.manifest.checksum, **source,
+                )  # fmt: skip
+                self._slot = slot
+                yield
+            finally:
+                if self._slot is not None:
+                    await asyncio.shield(self._recover(slot))
+
+    async def told(self) -> None:
+        """Wait until every worker receives."""
+        assert self._call
+        await self._call.told(self._left())
+
+    async def finish(self) -> PushReceipt:
+        """Wait for every worker's acknowledgement and flip."""
+        assert self._call and self._slot
+        installer, run, slot, manifest = self._installer, self._run, self._slot, self._header.manifest
+        answers = await self._call.answers(self._left())
+        written = time.monotonic()
         if run.closed:
-            await run.give_back(slot)
             raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run {run.run_id} was deleted while a push was under way")
-        await run.flip(slot, manifest.version, install_seq, manifest.checksum)
+        install_seq = installer.runs.next_install_seq()
+        pause_seconds = 0.0
+        if self._in_flight == "drain" or run.active is None or run.active.requests == 0:
+            self._slot = None
+            await run.flip(slot, manifest.version, install_seq, manifest.checksum)
+        else:
+            pause_seconds = await self._move(run, run.active, slot, install_seq)
         receipt = PushReceipt(
-            epoch=self.epoch,
+            epoch=installer.epoch,
             version=manifest.version,
             install_seq=install_seq,
             checksum=manifest.checksum,
-            bytes=staged.header.total_bytes,
+            bytes=self._header.total_bytes,
+            transport=self._transport,
             workers=len(answers),
             modules=answers[0]["modules"],
-            transfer_seconds=staged.seconds,
-            wait_seconds=filling - waited,
-            install_seconds=flipping - filling,
-            flip_seconds=time.monotonic() - flipping,
+            transfer_seconds=self._sent_seconds + max(answer["receive_seconds"] for answer in answers),
+            wait_seconds=self._wait_seconds,
+            install_seconds=max(answer["write_seconds"] for answer in answers),
+            flip_seconds=time.monotonic() - written,
+            pause_seconds=pause_seconds,
         )
-        self._receipts = {install_seq: receipt, **_of_served_slots(self._receipts, self.runs)}
+        installer._remember(receipt)
         return receipt
 
-    async def _fill(self, run: Run, slot: Slot, staged: StagedAdapter, deadline: float) -> list[dict[str, Any]]:
-        """Write and verify on every worker; on any failure the slot is given back and nothing has changed."""
-        async with self._fill_lock:
-            self._ticket += 1
-            ticket = self._ticket
-            try:
-                _raise_first(
-                    await self.door.call_workers(
-                        "lockstep_fill", slot.slot_id, str(staged.path), ticket, timeout=_RPC_SECONDS
-                    )
-                )
-                answers = await self._await_fill(ticket, deadline)
-                _raise_first(answers)
-                if len(answers) != self.served.workers:
-                    raise LockstepError(
-                        ErrorCode.INSTALL_FAILED, f"{len(answers)} of {self.served.workers} workers acknowledged"
-                    )
-                return answers
-            except BaseException:
-                await self._recover(run, slot, ticket)
-                raise
+    async def _move(self, run: Run, active: Slot, spare: Slot, install_seq: int) -> float:
+        """Let running requests go on with the new adapter: the two slots change places while the engine is paused.
 
-    async def _await_fill(self, ticket: int, deadline: float) -> list[dict[str, Any]]:
-        # The first poll waits a moment on the worker: most fills are done by then, and one call is enough.
-        wait_s = 0.02
-        while True:
-            answers = await self.door.call_workers("lockstep_poll", ticket, wait_s, timeout=_RPC_SECONDS)
-            if all(answer["done"] for answer in answers):
-                return answers
-            if time.monotonic() > deadline:
-                raise LockstepError(
-                    ErrorCode.INSTALL_FAILED,
-                    "the workers did not finish writing the adapter before the push's deadline",
-                )
-            await asyncio.sleep(_POLL_SECONDS)
-            wait_s = 0.0
+        Answers the seconds of the pause.
+        """
+        door, manifest = self._installer.door, self._header.manifest
+        kv: KV = "carried" if self._in_flight == "carried" else "fresh"
+        started = time.monotonic()
+        run.not_moving.clear()
+        try:
+            async with asyncio.timeout(self._left()), door.paused(clear_cache=kv == "fresh") as tokens:
+                try:
+                    await self._installer.workers.call(
+                        "swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id
+                    )  # fmt: skip
+                except BaseException:
+                    door.give_up(LockstepError(ErrorCode.ENGINE_DEAD, "not every worker exchanged its adapter slots"))
+                    raise
+                self._slot = None
+                await run.move_to(
+                    spare, manifest.version, install_seq, manifest.checksum,
+                    lambda admission: admission.move(tokens, manifest.version, kv),
+                )  # fmt: skip
+        except TimeoutError:
+            raise LockstepError(
+                ErrorCode.INSTALL_FAILED, "the engine did not pause before the push's deadline"
+            ) from None
+        finally:
+            run.not_moving.set()
+        return time.monotonic() - started
 
-    async def _recover(self, run: Run, slot: Slot, ticket: int) -> None:
-        """Give the slot back once no worker writes it any more."""
+    def _left(self) -> float:
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    async def _recover(self, slot: Slot) -> None:
+        """Give the slot back, as soon as no worker writes it any more."""
+        assert self._call
+        call, run, recoveries = self._call, self._run, self._installer._recoveries
         await run.give_back(slot, lost=True)
 
         async def recover() -> None:
-            with contextlib.suppress(LockstepError):
-                while True:
-                    answers = await self.door.call_workers("lockstep_poll", ticket, 0.0, timeout=_RPC_SECONDS)
-                    if all(answer["done"] for answer in answers):
-                        break
-                    await asyncio.sleep(1.0)
-                await run.give_back(slot)
+            await call.ended()
+            await run.give_back(slot)
 
         task = asyncio.get_running_loop().create_task(recover())
-        self._recoveries.add(task)
-        task.add_done_callback(self._recoveries.discard)
+        recoveries.add(task)
+        task.add_done_callback(recoveries.discard)
 
 
-def _of_served_slots(receipts: dict[int, PushReceipt], runs: RunTable) -> dict[int, PushReceipt]:
-    served = {run.active.install_seq for run in runs.runs.values() if run.active}
-    return {seq: receipt for seq, receipt in receipts.items() if seq in served}
-
-
-def _raise_first(answers: list[dict[str, Any]]) -> None:
-    """Raise what the first worker that refused says."""
-    for answer in answers:
-        if not answer["ok"]:
-            raise LockstepError(ErrorCode(answer["code"]), answer["message"])
+def layout_key(header: AdapterHeader) -> str:
+    """The same for all adapters with the same tensors in the same order."""
+    return checksum(header.entries, b"")

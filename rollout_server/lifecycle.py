@@ -6,18 +6,22 @@ import asyncio
 import logging
 import os
 import secrets
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from rollout_server import compat, identity
 from rollout_server.app import build_app
 from rollout_server.engine import EngineDoor
 from rollout_server.gate import Gate
+from rollout_server.groups import Groups
 from rollout_server.installs import Installer
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
 from rollout_server.slots import RunTable
+from rollout_server.workers import Workers
 from shared.errors import ErrorCode, LockstepError
 
 logger = logging.getLogger("rollout_server")
@@ -49,11 +53,12 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     await engine.reset_mm_cache()
     slot_ids = list(range(1, settings.adapter_slots + 1))
     rank = vllm_config.lora_config.max_lora_rank
-    workers = await door.call_workers("lockstep_register", slot_ids, rank, os.getpid(), timeout=_REGISTER_SECONDS)
-    served = await asyncio.to_thread(identity.describe, vllm_config, len(workers))
+    workers, described = await _reach_workers(door, slot_ids, rank, vllm_config.parallel_config.world_size)
+    served = await asyncio.to_thread(identity.describe, vllm_config, [worker["device"] for worker in described])
     epoch = secrets.token_hex(8)
-    installer = Installer(door, runs, served, settings, epoch)
-    logger.info("model loaded after %.0f s, %s; warming up", time.monotonic() - started, workers[0])
+    groups = Groups(workers, settings, backend="nccl" if described[0]["device"] else "gloo")
+    installer = Installer(door, workers, groups, runs, served, settings, epoch)
+    logger.info("model loaded after %.0f s, %s; warming up", time.monotonic() - started, described[0])
     await _warm_up(engine, slot_ids[0])
     tasks = await engine.get_supported_tasks()
     openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
@@ -62,6 +67,16 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     gate.open(build_app(service, openai_app), healthy=lambda: not door.errored)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service
+
+
+async def _reach_workers(
+    door: EngineDoor, slot_ids: list[int], rank: int, count: int
+) -> tuple[Workers, list[dict[str, Any]]]:
+    """Register the slots on all workers, and open a socket to each."""
+    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        described = await door.register_workers(slot_ids, rank, os.getpid(), folder, timeout=_REGISTER_SECONDS)
+        sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
+        return await Workers.connect(sockets, count), described
 
 
 async def _warm_up(engine: Any, slot_id: int) -> None:

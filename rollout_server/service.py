@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.engine import POLICY_MODEL, Admission, EngineDoor, openai_lora_request
+from rollout_server.admission import Admission
+from rollout_server.engine import POLICY_MODEL, EngineDoor, openai_lora_request
 from rollout_server.identity import ServedModel
 from rollout_server.installs import Installer
 from rollout_server.settings import ServerSettings

@@ -20,6 +20,9 @@ class ServerSettings:
     slots_per_run: int = _flag(2, "adapter slots of each run: one serves while another is filled")
     max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
     push_timeout: float = _flag(120.0, "seconds after which a push that has not been installed fails")
+    collective_timeout: float = _flag(
+        30.0, "seconds after which a broadcast, or the meeting of a collective group, fails; pushes then come over HTTP"
+    )
     drain_seconds: float = _flag(60.0, "seconds that running requests get to finish after SIGTERM")
     max_adapter_mib: int = _flag(8192, "largest adapter accepted, in MiB")
     allow_policy_altering: bool = _flag(
@@ -51,7 +54,7 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
         ValueError: a figure that cannot work.
     """
     settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
-    for name in ("slots_per_run", "max_runs", "push_timeout", "max_adapter_mib"):
+    for name in ("slots_per_run", "max_runs", "push_timeout", "collective_timeout", "max_adapter_mib"):
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
     if settings.drain_seconds < 0:

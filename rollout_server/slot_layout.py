@@ -6,11 +6,13 @@ vLLM keeps A as [max_loras, 1, rank, in] and B as [max_loras, 1, out, rank], one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rollout_server import compat
+from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import ErrorCode
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -22,10 +24,18 @@ def describe(worker: Any) -> dict[str, Any]:
     return {"modules": len(modules), "linear": sum(_is_linear(module) for module in modules.values())}
 
 
-def check(worker: Any, modules: dict[str, list[int]]) -> dict[str, Any]:
-    """Compare announced shapes with the served model; touches nothing."""
+def check(worker: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """Compare announced shapes with the served model; a refusal, or None if they fit. Touches nothing.
+
+    Args:
+        shapes: NAME.lora_A.weight -> (rank, in_features), NAME.lora_B.weight -> (out_features, rank).
+    """
     targets = _targets(worker)
-    for peft_name, (rank, in_features, out_features) in modules.items():
+    for tensor, (rank, in_features) in shapes.items():
+        if not tensor.endswith(LORA_A):
+            continue
+        peft_name = tensor.removesuffix(LORA_A)
+        out_features = shapes[peft_name + LORA_B][0]
         name = compat.vllm_module_name(worker, peft_name)
         if name not in targets:
             return _refusal(
@@ -43,36 +53,60 @@ def check(worker: Any, modules: dict[str, list[int]]) -> dict[str, Any]:
             )
         if rank > module.lora_a_stacked[0].shape[-2] * _rank_shards(module):
             return _refusal(ErrorCode.RANK_TOO_HIGH, f"{peft_name}: rank {rank} does not fit into the slot")
-    return {"ok": True}
+    return None
 
 
-def write(worker: Any, slot_id: int, pairs: dict[str, Pair]) -> dict[str, Any]:
-    """Write A, B pairs (by PEFT name) into a slot, clear what they leave out, and read everything back.
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of one adapter lie in one slot: views that are copied one into the other, in pairs.
 
-    Answers the number of adapted modules, or which one does not read back as it was written.
+    With tensor parallelism a view covers this worker's shard only.
+    """
+
+    received: list[torch.Tensor]
+    slot: list[torch.Tensor]
+    modules: int
+
+
+def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
+    """Find the place of every tensor in a slot.
+
+    Args:
+        index: of the slot in vLLM's stacked buffers (`compat.slot_index`).
+        tensors: NAME.lora_A.weight [rank, in] and NAME.lora_B.weight [out, rank], in a buffer that stays.
+
+    Raises:
+        ValueError: not every tensor has a place; `check` would have refused the adapter.
     """
     manager = compat.lora_manager(worker)
-    index = manager.lora_index_to_id.index(slot_id)
-    by_name = {compat.vllm_module_name(worker, name): pair for name, pair in pairs.items()}
-    written = 0
+    names = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
+    by_name = {
+        compat.vllm_module_name(worker, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
+    }
+    received: list[torch.Tensor] = []
+    slot: list[torch.Tensor] = []
+    modules = 0
     for name, module in manager.modules.items():
-        if not _is_linear(module):  # lm_head and embeddings: never written, so zero for ever
+        parts = [by_name.get(part) for part in manager.packed_modules.get(name, [name])]
+        if not _is_linear(module) or all(part is None for part in parts):
             continue
-        parts = _parts(manager, name, by_name)
-        if all(part is None for part in parts):
-            module.reset_lora(index)
-            continue
-        if name in manager.packed_modules:
-            module.set_lora(index, [p and p[0] for p in parts], [p and p[1] for p in parts])
-        else:
-            a, b = parts[0] or (None, None)
-            module.set_lora(index, a, b)
-        written += sum(part is not None for part in parts)
-        if not _reads_back(module, index, parts):
-            return _refusal(ErrorCode.INSTALL_FAILED, f"{name} does not read back as written from slot {slot_id}")
-    if written != len(pairs):
-        return _refusal(ErrorCode.INSTALL_FAILED, f"{written} of {len(pairs)} modules found a place in slot {slot_id}")
-    return {"ok": True, "modules": written}
+        modules += sum(part is not None for part in parts)
+        for shards, stacks in zip(_shards(module, parts), (module.lora_a_stacked, module.lora_b_stacked), strict=True):
+            for shard, stack in zip(shards, stacks, strict=True):
+                if shard is not None:
+                    received.append(shard)
+                    slot.append(stack[index, 0, : shard.shape[0], : shard.shape[1]])
+    if modules != len(names):
+        raise ValueError(f"{modules} of {len(names)} modules found a place in slot {index}")
+    return Plan(received, slot, modules)
+
+
+def clear(worker: Any, index: int) -> None:
+    """Make a slot the zero adapter: whatever a layout leaves out must not be left over from another one."""
+    for module in compat.lora_manager(worker).modules.values():
+        if _is_linear(module):  # lm_head and embeddings are never written, so zero for ever
+            for stack in (*module.lora_a_stacked, *module.lora_b_stacked):
+                stack[index].zero_()
 
 
 def _is_linear(module: Any) -> bool:
@@ -95,10 +129,6 @@ def _targets(worker: Any) -> dict[str, tuple[Any, int | None]]:
     return targets
 
 
-def _parts(manager: Any, name: str, by_name: dict[str, Pair]) -> list[Pair | None]:
-    return [by_name.get(part) for part in manager.packed_modules.get(name, [name])]
-
-
 def _in_features(module: Any) -> int:
     return int(module.base_layer.input_size)
 
@@ -118,33 +148,14 @@ def _rank_shards(module: Any) -> int:
     return module.tp_size if module.lora_config.fully_sharded_loras else 1
 
 
-def _reads_back(module: Any, index: int, parts: list[Pair | None]) -> bool:
-    """Is what lies in the slot exactly what was written, and zero around it?"""
+def _shards(module: Any, parts: list[Pair | None]) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """This worker's A and B of every slice of a layer, as views."""
     fused = len(parts) > 1
     a: Any = [p and p[0] for p in parts] if fused else parts[0][0]  # type: ignore[index]
     b: Any = [p and p[1] for p in parts] if fused else parts[0][1]  # type: ignore[index]
     if module.tp_size > 1:
         a, b = module.slice_lora_a(a), module.slice_lora_b(b)
-    if not fused:
-        a, b = [a], [b]
-    stacks = ((module.lora_a_stacked, a), (module.lora_b_stacked, b))
-    return all(
-        _equal_in_corner(stacked[index, 0], tensor)
-        for stacks_of_kind, tensors in stacks
-        for stacked, tensor in zip(stacks_of_kind, tensors, strict=True)
-    )
-
-
-def _equal_in_corner(buffer: torch.Tensor, tensor: torch.Tensor | None) -> bool:
-    if tensor is None:
-        return not bool(buffer.any())
-    rows, columns = tensor.shape
-    written = tensor.to(device=buffer.device, dtype=buffer.dtype)
-    return (
-        torch.equal(buffer[:rows, :columns], written)
-        and not bool(buffer[rows:].any())
-        and not bool(buffer[:, columns:].any())
-    )
+    return (a, b) if fused else ([a], [b])
 
 
 def _refusal(code: ErrorCode, message: str) -> dict[str, Any]:

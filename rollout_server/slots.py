@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState, WeightVersion
@@ -38,6 +40,11 @@ class Slot:
     requests: int = 0
 
     @property
+    def serves(self) -> bool:
+        """Whether any request can be sampling from it."""
+        return self.state in (SlotState.ACTIVE, SlotState.DRAINING)
+
+    @property
     def salt(self) -> str:
         """Prefix-cache salt: never the same for two installs, whatever their names."""
         return f"lockstep:{self.install_seq}"
@@ -51,6 +58,9 @@ class Ring:
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
 
+Holder = Any  # of a slot: an `admission.Admission`
+
+
 @dataclass(eq=False)
 class Run:
     """One training run on this server."""
@@ -60,7 +70,12 @@ class Run:
     ring: Ring
     active: Slot | None = None
     push_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    not_moving: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.not_moving.set()
+        self._holders: dict[Slot, set[Holder]] = {slot: set() for slot in self.slots}
 
     @property
     def slots(self) -> list[Slot]:
@@ -72,13 +87,15 @@ class Run:
         """Notified whenever a slot changes its state."""
         return self.ring.changed
 
-    def acquire(self, slot: Slot) -> None:
+    def acquire(self, slot: Slot, holder: Holder) -> None:
         """Keep `slot` from being refilled until `release`."""
         slot.requests += 1
+        self._holders[slot].add(holder)
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: Slot, holder: Holder) -> None:
         """A request that held `slot` has ended."""
         slot.requests -= 1
+        self._holders[slot].discard(holder)
         if slot.requests == 0 and slot.state is SlotState.DRAINING:
             slot.state = SlotState.FREE
             _notify_soon(self.changed)
@@ -121,6 +138,20 @@ class Run:
         async with self.changed:
             self.changed.notify_all()
 
+    async def move_to(
+        self, spare: Slot, version: WeightVersion, install_seq: int, checksum: str, moved: Callable[[Holder], None]
+    ) -> None:
+        """The active slot has taken over `spare`'s adapter, for running requests too: `moved` tells each of them.
+
+        `spare` is free, with the old one.
+        """
+        slot = self.active
+        assert slot is not None
+        slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
+        for holder in self._holders[slot]:
+            moved(holder)
+        await self.give_back(spare)
+
     async def give_back(self, slot: Slot, *, lost: bool = False) -> None:
         """A fill failed: nothing is served from `slot`; `lost` while a worker may still be writing it."""
         slot.state = SlotState.LOST if lost else SlotState.FREE
@@ -161,7 +192,7 @@ class Run:
                 {
                     "slot_id": slot.slot_id,
                     "state": slot.state.value,
-                    "version": slot.version and slot.version.model_dump(),
+                    "version": slot.version.model_dump() if slot.version and slot.serves else None,
                     "requests": slot.requests,
                 }
                 for slot in self.slots

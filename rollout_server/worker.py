@@ -1,24 +1,28 @@
 """Runs inside vLLM's worker processes: checks adapter tensors, writes them into a slot and reads them back.
 
-vLLM mixes `AdapterWorker` into its worker class; the methods are called by `collective_rpc`, between engine steps.
-They only begin and poll: the writing itself happens on a thread (and CUDA stream) of its own while decoding goes on.
-Answers are plain dicts, because an exception that crosses `collective_rpc` loses its type.
+vLLM mixes `AdapterWorker` into its worker class and calls it once, after warm-up. From then on the server talks to each
+worker over a socket of its own (`worker_link`), so that a push never waits for an engine step, nor a step for a push,
+and every worker of every engine is reached. Writing happens on a thread and a CUDA stream of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import threading
-import traceback
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rollout_server import compat
-from shared.adapter_file import LORA_A, LORA_B
-from shared.errors import ErrorCode
+from rollout_server import compat, worker_link
+from rollout_server.transports.collective import ReceivingGroup
+from shared.adapter_file import TensorEntry
+from shared.errors import ErrorCode, LockstepError
 
 # vLLM imports this module in each worker process before it loads the model.
 compat.speed_up_cpu_lora()
@@ -27,85 +31,122 @@ compat.speed_up_cpu_lora()
 class AdapterWorker:
     """Mixed into vLLM's worker. Every name carries the prefix, so that it never meets one of vLLM's."""
 
-    def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int) -> dict[str, Any]:
-        """Pin an empty adapter into each slot; called once, after vLLM's own warm-up (which removes all adapters)."""
+    def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int, folder: str) -> dict[str, Any]:
+        """Pin an empty adapter into each slot, and listen in `folder`; once, after vLLM's own warm-up (which removes
+        all adapters)."""
         from rollout_server import slot_layout
 
         threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
         compat.keep_seeds_alive_on_cpu(self)
         for slot_id in slot_ids:
             compat.pin_empty_adapter(self, slot_id, rank)
-        self._lockstep_fill: _Fill | None = None
-        return slot_layout.describe(self)
+        worker_link.serve(Path(folder), _Operations(self).table())
+        return slot_layout.describe(self) | {"device": _device_id(self)}
 
-    def lockstep_check(self, modules: dict[str, list[int]]) -> dict[str, Any]:
-        """Would an adapter with these modules fit? `modules`: PEFT name -> [rank, in_features, out_features]."""
-        from rollout_server import slot_layout
 
-        return slot_layout.check(self, modules)
+class _Operations:
+    """What the server can ask of a worker. Each call runs on a thread of its own and answers a plain dict."""
 
-    def lockstep_fill(self, slot_id: int, path: str, ticket: int) -> dict[str, Any]:
-        """Begin to write the adapter in the safetensors file `path` into `slot_id`."""
-        fill = self._lockstep_fill
-        if fill is not None and fill.is_alive():
-            return _failure(ErrorCode.INSTALL_FAILED, f"fill {fill.ticket} is still being written on this worker")
-        self._lockstep_fill = _Fill(self, slot_id, path, ticket)
-        self._lockstep_fill.start()
+    def __init__(self, worker: Any) -> None:
+        from rollout_server.slot_writer import SlotWriter
+
+        self.worker = worker
+        self.device: torch.device = worker.device
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.writer = SlotWriter(worker)
+        self.groups: dict[str, ReceivingGroup] = {}
+        self.filling = threading.Lock()
+
+    def table(self) -> dict[str, Callable[..., dict[str, Any]]]:
+        """Operations by name."""
+        return {
+            "check": self.check,
+            "fill": self.fill,
+            "swap": self.swap,
+            "host_group": self.host_group,
+            "join_group": self.join_group,
+            "leave_group": self.leave_group,
+        }
+
+    def check(self, tell: worker_link.Tell, key: str, entries: list[Any]) -> dict[str, Any]:
+        """Would an adapter of this layout fit? It is then known as `key`."""
+        from rollout_server.slot_writer import Layout
+
+        layout = Layout(key, tuple(TensorEntry(n, dtype, tuple(shape), a, b) for n, dtype, shape, a, b in entries))
+        return self.writer.check(layout)
+
+    def fill(
+        self, tell: worker_link.Tell, slot_id: int, key: str, checksum: str, *,
+        path: str | None = None, offset: int = 0, group: str | None = None, timeout: float = 0.0,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Receive an adapter, from a file in shared memory or from a group, and write it into `slot_id`."""
+        if not self.filling.acquire(blocking=False):
+            raise LockstepError(ErrorCode.INSTALL_FAILED, "another adapter is still being written on this worker")
+        try:
+            with self._on_own_stream():
+                started = time.perf_counter()
+                layout = self.writer.layout(key)
+                buffer = self.writer.buffer(layout)
+                if group is not None:
+                    try:
+                        self.groups[group].receive(buffer, timeout, posted=lambda: tell({"receiving": True}))
+                    except BaseException:
+                        self.writer.forget_buffer()
+                        raise
+                else:
+                    buffer.copy_(torch.from_file(str(path), size=offset + layout.bytes, dtype=torch.uint8)[offset:])
+                received = time.perf_counter()
+                modules = self.writer.write(slot_id, layout, checksum)
+            return {
+                "ok": True,
+                "modules": modules,
+                "receive_seconds": received - started,
+                "write_seconds": time.perf_counter() - received,
+            }
+        finally:
+            self.filling.release()
+
+    def swap(self, tell: worker_link.Tell, one: int, other: int) -> dict[str, Any]:
+        """Exchange what two slots hold; the engine is paused."""
+        compat.swap_adapters(self.worker, one, other)
         return {"ok": True}
 
-    def lockstep_poll(self, ticket: int, wait_s: float) -> dict[str, Any]:
-        """What became of a fill; `done` is False while it is being written."""
-        fill = self._lockstep_fill
-        if fill is None or fill.ticket != ticket:
-            return {"done": True, **_failure(ErrorCode.INSTALL_FAILED, f"this worker knows no fill {ticket}")}
-        fill.join(wait_s)
-        return {"done": False} if fill.is_alive() else {"done": True, **fill.result}
+    def host_group(self, tell: worker_link.Tell, group: str, timeout: float) -> dict[str, Any]:
+        """Be the place where a group's members meet."""
+        self.groups[group] = ReceivingGroup(self.device)
+        return {"ok": True, "port": self.groups[group].host(timeout)}
+
+    def join_group(
+        self, tell: worker_link.Tell, group: str, port: int, rank: int, size: int, timeout: float
+    ) -> dict[str, Any]:
+        """Meet the learner and the other workers in a group."""
+        self.groups.setdefault(group, ReceivingGroup(self.device)).join(group, port, rank, size, timeout)
+        return {"ok": True}
+
+    def leave_group(self, tell: worker_link.Tell, group: str) -> dict[str, Any]:
+        """Leave a group, even in the middle of a transfer."""
+        left = self.groups.pop(group, None)
+        if left is not None:
+            left.abort()
+        return {"ok": True}
+
+    @contextlib.contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        if self.stream is None:
+            with torch.inference_mode():
+                yield
+            return
+        torch.cuda.set_device(self.device)
+        with torch.cuda.stream(self.stream), torch.inference_mode():
+            yield
+        self.stream.synchronize()
 
 
-class _Fill(threading.Thread):
-    """Writes one adapter into one slot that no running request reads."""
-
-    def __init__(self, worker: Any, slot_id: int, path: str, ticket: int) -> None:
-        super().__init__(name=f"lockstep-fill-{ticket}", daemon=True)
-        self.worker, self.slot_id, self.path, self.ticket = worker, slot_id, path, ticket
-        self.result: dict[str, Any] = {}
-
-    def run(self) -> None:
-        try:
-            device = self.worker.device
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-                stream = torch.cuda.Stream(device)
-                with torch.cuda.stream(stream), torch.inference_mode():
-                    self.result = self._write()
-                stream.synchronize()
-            else:
-                with torch.inference_mode():
-                    self.result = self._write()
-        except Exception as error:
-            traceback.print_exc()
-            self.result = _failure(ErrorCode.INSTALL_FAILED, f"{type(error).__name__}: {error}")
-
-    def _write(self) -> dict[str, Any]:
-        from safetensors import safe_open
-
-        from rollout_server import slot_layout
-
-        with safe_open(self.path, framework="pt") as blob:
-            tensors = {name: blob.get_tensor(name) for name in blob.keys()}  # noqa: SIM118
-        not_finite = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-        if not_finite:
-            return _failure(
-                ErrorCode.NOT_FINITE,
-                f"{len(not_finite)} tensors hold NaN or infinity, the first is {min(not_finite)}; "
-                "the optimizer step that made them diverged",
-            )
-        pairs = {
-            name.removesuffix(LORA_A): (tensor, tensors[name.removesuffix(LORA_A) + LORA_B])
-            for name, tensor in tensors.items()
-            if name.endswith(LORA_A)
-        }
-        return slot_layout.write(self.worker, self.slot_id, pairs)
+def _device_id(worker: Any) -> str | None:
+    """What tells this worker's GPU from all others, on any host; None on a CPU."""
+    if worker.device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(worker.device).uuid)
 
 
 def _end_with(server_pid: int) -> None:
@@ -122,7 +163,3 @@ def _end_with(server_pid: int) -> None:
     if engine not in (1, server_pid):
         os.kill(engine, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _failure(code: ErrorCode, message: str) -> dict[str, Any]:
-    return {"ok": False, "code": code.value, "message": message}

@@ -1,18 +1,18 @@
 """An adapter on the wire: one safetensors blob whose header carries the manifest.
 
-Layout (safetensors): 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes. The checksum
-covers the tensor index of the header and all tensor bytes, so it holds for exactly what will be installed.
+Layout (safetensors): 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes without gaps.
+Over a collective group the header goes over HTTP and the tensors' bytes as one broadcast. The checksum covers the
+tensor index of the header and all tensor bytes: see `shared.checksum`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
 from pydantic import ValidationError
 
 from shared.errors import ErrorCode, LockstepError
@@ -22,15 +22,6 @@ MANIFEST_KEY = "lockstep_manifest"
 MAX_HEADER_BYTES = 16 * 2**20
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-
-
-@dataclass(frozen=True)
-class RawTensor:
-    """A tensor without a tensor library: row-major little-endian `data` of `shape` in one of `DTYPES`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -44,55 +35,42 @@ class TensorEntry:
     end: int
 
 
-class Checksum:
-    """xxh3-128 over the tensor index (canonical JSON), then the data bytes in file order."""
-
-    def __init__(self, entries: list[TensorEntry]) -> None:
-        index = [[e.name, e.dtype, list(e.shape)] for e in sorted(entries, key=lambda e: e.start)]
-        self._hash = xxhash.xxh3_128(json.dumps(index, separators=(",", ":")).encode())
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Add the next bytes of the data section."""
-        self._hash.update(data)
-
-    def hexdigest(self) -> str:
-        """32 hex digits."""
-        return self._hash.hexdigest()
-
-
 @dataclass(frozen=True)
 class AdapterHeader:
     """The header of a blob, parsed and found consistent with itself."""
 
     manifest: AdapterManifest
-    entries: list[TensorEntry]
+    entries: list[TensorEntry]  # in the order of their bytes
     data_offset: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Length of what follows the header."""
+        return self.entries[-1].end
 
     @property
     def total_bytes(self) -> int:
         """Length of the whole blob."""
-        return self.data_offset + max(entry.end for entry in self.entries)
+        return self.data_offset + self.tensor_bytes
 
 
-def encode_adapter(tensors: Mapping[str, RawTensor], manifest: AdapterManifest) -> list[bytes | memoryview]:
-    """Lay out `tensors` and `manifest` as one blob, in pieces that can be sent without joining them.
-
-    The manifest's checksum is filled in. Any safetensors reader can read the joined pieces.
-    """
-    index: dict[str, dict[str, Any]] = {}
-    position = 0
-    for name, tensor in tensors.items():
-        end = position + len(tensor.data)
-        code = DTYPES[tensor.dtype][0]
-        index[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [position, end]}
+def lay_out(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorEntry]:
+    """Tensors of `shapes`, one after the other in this order."""
+    code, item_bytes = DTYPES[dtype]
+    entries, position = [], 0
+    for name, shape in shapes.items():
+        end = position + item_bytes * math.prod(shape)
+        entries.append(TensorEntry(name, code, tuple(shape), position, end))
         position = end
-    checksum = Checksum(_entries(index))
-    for tensor in tensors.values():
-        checksum.update(tensor.data)
-    manifest = manifest.model_copy(update={"checksum": checksum.hexdigest()})
+    return entries
+
+
+def encode_header(entries: Sequence[TensorEntry], manifest: AdapterManifest) -> bytes:
+    """The blob up to its tensors: length and JSON. Any safetensors reader can read the whole."""
+    index = {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]} for e in entries}
     header = json.dumps({"__metadata__": {MANIFEST_KEY: manifest.model_dump_json()}, **index}).encode()
     header += b" " * (-len(header) % 8)
-    return [len(header).to_bytes(8, "little"), header, *(tensor.data for tensor in tensors.values())]
+    return len(header).to_bytes(8, "little") + header
 
 
 def header_length(prefix: bytes) -> int:
@@ -134,7 +112,7 @@ def parse_header(header: bytes) -> AdapterHeader:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(f"the tensor index of the header is broken: {error!r}") from error
     _check_entries(manifest, entries)
-    return AdapterHeader(manifest, entries, data_offset=8 + len(header))
+    return AdapterHeader(manifest, sorted(entries, key=lambda e: e.start), data_offset=8 + len(header))
 
 
 def _entries(document: dict[str, Any]) -> list[TensorEntry]:

@@ -25,6 +25,7 @@ class ErrorCode(StrEnum):
     VERSION_NOT_ACTIVE = "version_not_active"
     STEP_NOT_REACHED = "step_not_reached"
     NO_FREE_SLOT = "no_free_slot"
+    NO_GROUP = "no_group"
     # adapters
     MALFORMED_ADAPTER = "malformed_adapter"
     CHECKSUM_MISMATCH = "checksum_mismatch"
@@ -46,6 +47,7 @@ _STATUS: dict[ErrorCode, int] = {
     ErrorCode.LEASE_MISMATCH: 403,
     ErrorCode.NO_FREE_RUN: 409,
     ErrorCode.STALE_VERSION: 409,
+    ErrorCode.NO_GROUP: 409,
     ErrorCode.VERSION_NOT_ACTIVE: 409,
     ErrorCode.STEP_NOT_REACHED: 409,
     ErrorCode.BASE_MISMATCH: 409,

@@ -13,6 +13,11 @@ from shared import PROTOCOL_VERSION
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
+#: What becomes of a run's running requests at a push. `drain`: they finish on their version. `keep`: they go on with
+#: the new one and recompute their KV. `carried`: they go on with the new one and their old KV.
+InFlight = Literal["drain", "keep", "carried"]
+
+
 @total_ordering
 class WeightVersion(BaseModel):
     """Which weights: optimizer steps done in one run. Ordered by (fence, step) within a run."""
@@ -73,7 +78,7 @@ class AdapterManifest(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     modules: dict[str, ModuleSpec] = Field(min_length=1)
     peft_config: dict[str, Any] = Field(description="the PEFT LoraConfig, for checks and for people")
-    checksum: str = Field(description="xxh3-128 over tensor names, dtypes, shapes and bytes, see shared.adapter_file")
+    checksum: str = Field(description="over tensor names, dtypes, shapes and bytes, see shared.checksum")
 
     @property
     def max_rank(self) -> int:
@@ -89,12 +94,14 @@ class PushReceipt(BaseModel):
     install_seq: int = Field(description="the server's own count of installs, never reused")
     checksum: str
     bytes: int
+    transport: Literal["http", "collective"] = "http"
     workers: int = Field(description="workers that have read the adapter back from their slot and found it equal")
     modules: int = Field(description="modules written on each worker")
-    transfer_seconds: float
+    transfer_seconds: float = Field(description="until the tensors are in a buffer on every worker's device")
     install_seconds: float = Field(description="writing the slot and reading it back")
     flip_seconds: float
     wait_seconds: float = Field(description="waiting for a free slot")
+    pause_seconds: float = Field(0.0, description="for which no request of this server was decoding")
     repeated: bool = Field(False, description="this very push was already installed; nothing was done again")
 
 
@@ -126,6 +133,7 @@ class ServerState(BaseModel):
     slots_per_run: int
     max_runs: int
     workers: int
+    devices: list[str | None] = Field([], description="UUID of each worker's GPU; null for a CPU")
     logprobs_mode: str
     policy_altering: list[str] = Field(
         [], description="engine options that make logprobs differ from the policy's (speculation, quantised KV cache)"

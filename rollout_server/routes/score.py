@@ -7,8 +7,8 @@ import uuid
 
 from fastapi import APIRouter, Request
 
+from rollout_server.admission import Admission
 from rollout_server.cancellation import until_disconnect
-from rollout_server.engine import Admission
 from rollout_server.prompts import check_lengths
 from rollout_server.routes import ServiceDep
 from rollout_server.sampling import scoring_params, token_prompt
@@ -21,9 +21,12 @@ router = APIRouter()
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
     check_lengths(service, body.sequences, room=1)
-    with await service.admit(body) as admission:
-        jobs = [_score_one(admission, sequence) for sequence in body.sequences]
-        logprobs = await until_disconnect(request, asyncio.gather(*jobs))
+    while True:
+        with await service.admit(body) as admission:
+            jobs = [_score_one(admission, sequence) for sequence in body.sequences]
+            logprobs = await until_disconnect(request, asyncio.gather(*jobs))
+        if not admission.moved:  # else a push came in between and some positions are under another version
+            break
     return ScoreResponse(epoch=service.epoch, version=admission.version, logprobs=logprobs)
 
 

@@ -10,9 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.adapter import export_adapter
+from learner.adapter import AdapterExporter
 from learner.client import RolloutClient
-from shared.adapter_file import encode_adapter
 from shared.rollouts import GenerateRequest, GenerateResponse, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from shared.weights import PushReceipt, WeightVersion
@@ -45,8 +44,7 @@ def reference(policy: PeftModel, sequence: list[int], temperature: float = 1.0) 
 
 
 def blob(policy: PeftModel, version: WeightVersion, base: str | None, dtype: str = "float32") -> bytes:
-    export = export_adapter(policy, version, dtype=dtype, base_weights=base)
-    return b"".join(encode_adapter(export.tensors, export.manifest))
+    return b"".join(AdapterExporter(policy, dtype=dtype, base_weights=base).export(version).pieces())
 
 
 def push(client: RolloutClient, policy: PeftModel, run_id: str, step: int, fence: int = 0) -> PushReceipt:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -59,6 +60,11 @@ class ServerProcess:
 
     def tail(self, characters: int = 4000) -> str:
         return self.log.read_text(errors="replace")[-characters:]
+
+    def engine_processes(self) -> list[int]:
+        """Pids of vLLM's processes: the engine and its workers."""
+        return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)
+                if child.name().startswith("VLLM")]  # fmt: skip
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL for whatever is left of the group."""

@@ -74,13 +74,11 @@ def _swap_shape(document: dict, manifest: dict) -> None:
 def _nan(policy, client: RolloutClient) -> bytes:
     """NaN bytes with a right checksum: as a broken learner would send them."""
     P.randomize(policy, seed=8)
-    export = P.export_adapter(policy, SERVED.model_copy(update={"step": 6}), dtype="float32", base_weights=None)
-    name = sorted(export.tensors)[3]
-    broken = torch.frombuffer(bytearray(export.tensors[name].data), dtype=torch.float32).clone()
-    broken[1] = float("nan")
-    tensor = export.tensors[name]
-    tensors = {**export.tensors, name: type(tensor)(tensor.dtype, tensor.shape, broken.numpy().tobytes())}
-    return b"".join(P.encode_adapter(tensors, export.manifest))
+    exporter = P.AdapterExporter(policy, dtype="float32")
+    exporter._refuse_not_finite = lambda version: None  # type: ignore[method-assign]
+    with torch.no_grad():
+        next(p for n, p in policy.named_parameters() if "lora_B" in n).view(-1)[1] = float("nan")
+    return b"".join(exporter.export(SERVED.model_copy(update={"step": 6})).pieces())
 
 
 CASES: dict[str, tuple[ErrorCode, Callable]] = {

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
-from learner.adapter import export_adapter
-from shared.adapter_file import encode_adapter, header_length, parse_header
+from learner.adapter import AdapterExport, AdapterExporter
+from shared.adapter_file import header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 
@@ -28,8 +28,12 @@ def peft_model(model_dir, **lora):
     return model
 
 
+def export_adapter(model, version, dtype) -> AdapterExport:
+    return AdapterExporter(model, dtype=dtype).export(version)
+
+
 def decoded(export):
-    blob = b"".join(encode_adapter(export.tensors, export.manifest))
+    blob = b"".join(export.pieces())
     header = parse_header(blob[8 : 8 + header_length(blob)])
     assert header.total_bytes == len(blob)
     return header.manifest, load(blob)
@@ -46,7 +50,7 @@ def decoded(export):
 )
 def test_delta_equals_pefts_own(model_dir, lora):
     model = peft_model(model_dir, **lora)
-    manifest, tensors = decoded(export_adapter(model, VERSION, dtype="float32"))
+    manifest, tensors = decoded(export_adapter(model, VERSION, "float32"))
     layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert set(manifest.modules) == set(layers) and len(tensors) == 2 * len(layers)
     for name, layer in layers.items():
@@ -59,7 +63,7 @@ def test_delta_equals_pefts_own(model_dir, lora):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_once_after_scaling(model_dir, dtype):
     model = peft_model(model_dir, lora_alpha=3)
-    manifest, tensors = decoded(export_adapter(model, VERSION, dtype=dtype))
+    manifest, tensors = decoded(export_adapter(model, VERSION, dtype))
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     expected = (layer.lora_B["default"].weight.float() * 0.75).to(getattr(torch, dtype))
     assert torch.equal(tensors["model.layers.0.self_attn.q_proj.lora_B.weight"], expected)
@@ -68,10 +72,10 @@ def test_rounded_once_after_scaling(model_dir, dtype):
 
 def test_same_weights_have_the_same_checksum(model_dir):
     model = peft_model(model_dir)
-    first, again = (decoded(export_adapter(model, VERSION, dtype="float32"))[0] for _ in range(2))
+    first, again = (decoded(export_adapter(model, VERSION, "float32"))[0] for _ in range(2))
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1e-3
-    changed = decoded(export_adapter(model, VERSION, dtype="float32"))[0]
+    changed = decoded(export_adapter(model, VERSION, "float32"))[0]
     assert first.checksum == again.checksum != changed.checksum
 
 
@@ -79,23 +83,23 @@ def test_nothing_trainable_is_left_out(model_dir):
     model = peft_model(model_dir)
     model.get_base_model().model.norm.weight.requires_grad_(True)
     with pytest.raises(LockstepError, match=r"norm\.weight"):
-        export_adapter(model, VERSION, dtype="float32")
+        export_adapter(model, VERSION, "float32")
 
 
 def test_second_adapter_stays_at_home(model_dir):
     model = peft_model(model_dir)
     model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))
-    manifest, _ = decoded(export_adapter(model, VERSION, dtype="float32"))
+    manifest, _ = decoded(export_adapter(model, VERSION, "float32"))
     assert manifest.max_rank == 4 and len(manifest.modules) == 14
 
 
 def test_embeddings_and_merged_adapters_are_refused(model_dir):
     with pytest.raises(LockstepError, match="embedding"):
-        export_adapter(peft_model(model_dir, target_modules=["embed_tokens"]), VERSION, dtype="float32")
+        export_adapter(peft_model(model_dir, target_modules=["embed_tokens"]), VERSION, "float32")
     model = peft_model(model_dir)
     model.merge_adapter()
     with pytest.raises(LockstepError, match="unmerge"):
-        export_adapter(model, VERSION, dtype="float32")
+        export_adapter(model, VERSION, "float32")
 
 
 def test_diverged_training_is_said_before_the_push(model_dir):
@@ -103,5 +107,5 @@ def test_diverged_training_is_said_before_the_push(model_dir):
     with torch.no_grad():
         model.get_base_model().model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = float("nan")
     with pytest.raises(LockstepError, match=r"layers\.1\.mlp\.up_proj.*diverged") as caught:
-        export_adapter(model, VERSION, dtype="float32")
+        export_adapter(model, VERSION, "float32")
     assert caught.value.code is ErrorCode.NOT_FINITE

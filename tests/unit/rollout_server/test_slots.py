@@ -26,7 +26,7 @@ async def test_a_slot_in_use_is_never_refilled() -> None:
     table = RunTable(slots_per_run=2, max_runs=1)
     run = table.open("r", "lease", takeover=False)
     first = await _install(table, run, 0)
-    run.acquire(first)
+    run.acquire(first, "request")
     second = await _install(table, run, 1)
     assert first.state is SlotState.DRAINING and run.active is second
     with pytest.raises(LockstepError) as refusal:
@@ -35,7 +35,7 @@ async def test_a_slot_in_use_is_never_refilled() -> None:
     waiting = asyncio.ensure_future(run.reserve(time.monotonic() + 5))
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    run.release(first)
+    run.release(first, "request")
     assert (await waiting) is first
     assert run.active is second, "the version served must not change while the other slot is filled"
 
@@ -77,13 +77,13 @@ async def test_a_new_run_waits_for_the_old_ones_requests() -> None:
     table = RunTable(1, 1)
     old = table.open("old", "x", takeover=False)
     slot = await _install(table, old, 0)
-    old.acquire(slot)
+    old.acquire(slot, "request")
     table.close("old")
     new = table.open("new", "y", takeover=False)
     waiting = asyncio.ensure_future(new.reserve(time.monotonic() + 5))
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    old.release(slot)
+    old.release(slot, "request")
     assert await waiting is slot
 
 

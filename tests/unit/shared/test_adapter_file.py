@@ -9,21 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from shared.adapter_file import Checksum, RawTensor, encode_adapter, header_length, parse_header
+from shared.adapter_file import encode_header, header_length, lay_out, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
 
 def _blob(rank: int = 2) -> bytes:
-    tensors = {
-        "m.lora_A.weight": RawTensor("float32", (rank, 3), np.arange(rank * 3, dtype="<f4").tobytes()),
-        "m.lora_B.weight": RawTensor("float32", (4, rank), np.ones((4, rank), "<f4").tobytes()),
-    }
+    tensors = {"m.lora_A.weight": np.arange(rank * 3, dtype="<f4").reshape(rank, 3),
+               "m.lora_B.weight": np.ones((4, rank), "<f4")}  # fmt: skip
+    entries = lay_out({name: tensor.shape for name, tensor in tensors.items()}, "float32")
     manifest = AdapterManifest(
         version=WeightVersion(run_id="r", step=0), base_weights=None, dtype="float32",
         modules={"m": ModuleSpec(rank=rank, scaling=2.0)}, peft_config={}, checksum="",
     )  # fmt: skip
-    return b"".join(encode_adapter(tensors, manifest))
+    return encode_header(entries, manifest) + b"".join(tensor.tobytes() for tensor in tensors.values())
 
 
 def _parse(blob: bytes):
@@ -34,17 +33,7 @@ def test_round_trip_and_readable_by_safetensors() -> None:
     blob = _blob()
     header = _parse(blob)
     assert header.total_bytes == len(blob)
-    checksum = Checksum(header.entries)
-    checksum.update(blob[header.data_offset :])
-    assert checksum.hexdigest() == header.manifest.checksum
     assert load(blob)["m.lora_A.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_checksum_covers_names_and_shapes() -> None:
-    header = _parse(_blob())
-    renamed = [type(e)(e.name.replace("m.", "n."), e.dtype, e.shape, e.start, e.end) for e in header.entries]
-    reshaped = [type(e)(e.name, e.dtype, e.shape[::-1], e.start, e.end) for e in header.entries]
-    assert len({Checksum(entries).hexdigest() for entries in (header.entries, renamed, reshaped)}) == 3
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,0 +1,134 @@
+"""Requests that keep a rollout server decoding, from a process of their own, and what pushes cost them.
+
+python -m bench.load URL RUN_ID REQUESTS TOKENS VOCAB    # prints "start end tokens" for every request, until ended
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from bench.measure import Setting, spread
+from learner.processes import ProcessGroup
+
+TOKENS = 64
+PROMPT_TOKENS = 16
+FIRST_REQUEST_S = 120.0
+
+
+class Record(NamedTuple):
+    """One finished request, by the clock that all processes of a machine share."""
+
+    start: float
+    end: float
+    tokens: int
+
+
+def tokens_within(records: Sequence[Record], start: float, end: float) -> float:
+    """Tokens decoded between two instants, each request's spread evenly over its time."""
+    total = 0.0
+    for record in records:
+        overlap = min(record.end, end) - max(record.start, start)
+        if overlap > 0:
+            total += record.tokens * overlap / max(record.end - record.start, 1e-9)
+    return total
+
+
+def decode_under_pushes(
+    url: str, run_id: str, setting: Setting, push: Callable[[], None], vocab: int
+) -> dict[str, Any]:
+    """Decoded tokens per second with one push a second against none, in alternating windows."""
+    log = setting.work / f"load-{run_id}.log"
+    command = [sys.executable, "-m", "bench.load", url, run_id, str(setting.under_load), str(TOKENS), str(vocab)]
+    windows: list[tuple[float, float]] = []
+    with ProcessGroup(command, {}, log) as load:
+        _wait_for_records(load, log)
+        for _ in range(setting.windows):
+            windows.append(_quiet(setting.window_s))
+            windows.append(_pushing(setting.window_s, push))
+        # Requests that were running at the end of the last window are counted once they have finished.
+        longest = max(record.end - record.start for record in read_records(log))
+        time.sleep(2 * longest + 0.2)
+    return compare(read_records(log), windows, setting.under_load)
+
+
+def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], requests: int) -> dict[str, Any]:
+    """Rates of the windows, which alternate between quiet and pushing."""
+    rates = [tokens_within(records, start, end) / (end - start) for start, end in windows]
+    quiet, pushing = rates[::2], rates[1::2]
+    return {
+        "requests": requests,
+        "tokens_per_request": TOKENS,
+        "tokens_per_s_quiet": statistics.median(quiet),
+        "tokens_per_s_pushing": statistics.median(pushing),
+        "ratio": spread([p / q for q, p in zip(quiet, pushing, strict=True)]),
+        "windows_tokens_per_s": [round(rate, 1) for rate in rates],
+    }
+
+
+def read_records(log: Path) -> list[Record]:
+    """Requests that have finished so far."""
+    records = []
+    for line in log.read_text(errors="replace").splitlines():
+        fields = line.split()
+        if len(fields) == 4 and fields[0] == "request":
+            records.append(Record(float(fields[1]), float(fields[2]), int(fields[3])))
+    return records
+
+
+def _quiet(seconds: float) -> tuple[float, float]:
+    start = time.monotonic()
+    time.sleep(seconds)
+    return start, time.monotonic()
+
+
+def _pushing(seconds: float, push: Callable[[], None]) -> tuple[float, float]:
+    start = time.monotonic()
+    due = start
+    while due < start + seconds:
+        time.sleep(max(0.0, due - time.monotonic()))
+        push()
+        due = max(due + 1.0, time.monotonic())
+    time.sleep(max(0.0, start + seconds - time.monotonic()))
+    return start, time.monotonic()
+
+
+def _wait_for_records(load: ProcessGroup, log: Path) -> None:
+    deadline = time.monotonic() + FIRST_REQUEST_S
+    while not read_records(log):
+        if load.process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the load finished no request: {log.read_text()[-1000:]}")
+        time.sleep(0.2)
+
+
+async def run_load(url: str, run_id: str, requests: int, tokens: int, vocab: int) -> None:
+    """Keep `requests` requests running for ever."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=requests)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120.0) as client:
+        await asyncio.gather(*(_one_after_another(client, run_id, tokens, vocab, seed) for seed in range(requests)))
+
+
+async def _one_after_another(client: httpx.AsyncClient, run_id: str, tokens: int, vocab: int, seed: int) -> None:
+    rng = random.Random(f"load {seed}")
+    while True:
+        prompt = [rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)]
+        body = {
+            "prompts": [{"token_ids": prompt}], "run_id": run_id, "policy": "latest", "return_text": False,
+            "sampling": {"max_tokens": tokens, "ignore_eos": True},
+        }  # fmt: skip
+        start = time.monotonic()
+        answer = await client.post("/v1/generate", json=body)
+        answer.raise_for_status()
+        print("request", start, time.monotonic(), tokens, flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(run_load(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])))

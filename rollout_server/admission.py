@@ -1,0 +1,114 @@
+"""A request's place on one slot, and which version each of its tokens came from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from rollout_server.slots import Run, Slot
+from shared.rollouts import VersionSpan
+from shared.weights import WeightVersion
+
+KV = Literal["fresh", "carried"]
+
+
+class Engine(Protocol):
+    """What admissions need of vLLM's AsyncLLM; unit tests stand in for it."""
+
+    errored: bool
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator: ...
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A push that running requests lived through: `tokens` says how many each output had before, by request and
+    output index; an output that is missing had ended."""
+
+    tokens: dict[tuple[str, int], int]
+    version: WeightVersion
+    kv: KV
+
+
+class Admission:
+    """A request's place on one slot: all it samples comes from there, however long it runs.
+
+    It holds its slot from the moment it exists until `release`, so that no push can refill the slot in between. Unless
+    a push moves running requests to its own version, that is also one version.
+    """
+
+    def __init__(self, engine: Engine, run: Run | None = None, slot: Slot | None = None) -> None:
+        self._engine, self._run, self._slot = engine, run, slot
+        self.version: WeightVersion | None = slot.version if slot else None
+        self._submitted: dict[str, WeightVersion | None] = {}
+        self._moves: defaultdict[str, list[_Move]] = defaultdict(list)
+        if run and slot:
+            run.acquire(slot, self)
+
+    @property
+    def moved(self) -> bool:
+        """Whether any of its requests lived through a push."""
+        return bool(self._moves)
+
+    def release(self) -> None:
+        """Let go of the slot; calling it again does nothing."""
+        run, self._run = self._run, None
+        if run and self._slot:
+            run.release(self._slot, self)
+
+    def __enter__(self) -> Admission:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: KV) -> None:
+        """Its slot holds `version` from now on. `tokens`: how many each output of each running request has so far."""
+        for request_id in self._submitted:
+            self._moves[request_id].append(_Move(tokens, version, kv))
+
+    def spans(self, request_id: str, index: int, tokens: int) -> list[VersionSpan]:
+        """Spans of a finished output of `tokens` tokens; without a push in between, one."""
+        version, start, kv = self._submitted[request_id], 0, "fresh"
+        spans = []
+        for move in self._moves.get(request_id, ()):
+            end = move.tokens.get((request_id, index))
+            if end is None:  # it had ended
+                break
+            if end > start:
+                spans.append(VersionSpan(version=version, start=start, end=end, kv=kv))
+            version, start, kv = move.version, end, move.kv
+        if tokens > start:
+            spans.append(VersionSpan(version=version, start=start, end=tokens, kv=kv))
+        return spans
+
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's `generate` on this version. `prompt`: one of vLLM's prompt dicts."""
+        if self._run is not None and self._slot is not None:
+            await self._run.not_moving.wait()
+            prompt = _salted(prompt, self._slot.salt)
+            kwargs["lora_request"] = _lora_request(self._slot)
+        self._submitted[request_id] = self._slot.version if self._slot else None
+        async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
+            async for output in stream:
+                yield output
+
+
+def _lora_request(slot: Slot) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    # Name and id of a slot never change; what tells installs apart is the salt.
+    return LoRARequest(f"slot-{slot.slot_id}", slot.slot_id, "/in-memory")
+
+
+def _salted(prompt: Any, salt: str) -> Any:
+    """The prompt under a prefix-cache salt of this install (and the client's own, if it sent one)."""
+    if not isinstance(prompt, dict):
+        raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
+    own = prompt.get("cache_salt")
+    return {**prompt, "cache_salt": f"{salt}:{own}" if own else salt}

@@ -1,0 +1,75 @@
+"""Which run's learner shares a collective group with the workers."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from rollout_server.settings import ServerSettings
+from rollout_server.slots import Run
+from rollout_server.workers import Workers
+from shared.collective import GroupInvitation
+from shared.errors import ErrorCode, LockstepError
+
+_LEAVE_SECONDS = 10.0
+
+
+@dataclass
+class Groups:
+    """At most one group for each run. A group that failed is left and never used again; a learner may join anew."""
+
+    workers: Workers
+    settings: ServerSettings
+    backend: str
+    _joined: dict[Run, str] = field(default_factory=dict)
+
+    def of(self, run: Run) -> str:
+        """The name of the run's group.
+
+        Raises:
+            LockstepError: `no_group`.
+        """
+        if run not in self._joined:
+            raise LockstepError(
+                ErrorCode.NO_GROUP, f"the learner of run {run.run_id} shares no collective group with this server"
+            )
+        return self._joined[run]
+
+    async def join(self, run: Run) -> AsyncGenerator[GroupInvitation | None, None]:
+        """Make a group for the run: yields the learner's invitation, then None when all workers have heard it.
+
+        Raises:
+            LockstepError: `timeout` or `install_failed`; no group is left behind.
+        """
+        self.leave(run)
+        name, timeout, size = secrets.token_hex(8), self.settings.collective_timeout, len(self.workers) + 1
+        hosting = self.workers.begin_each("host_group", [{"group": name, "timeout": timeout}])
+        port = (await hosting.answers(timeout))[0]["port"]
+        call = self.workers.begin_each(
+            "join_group",
+            [{"group": name, "port": port, "rank": r, "size": size, "timeout": timeout} for r in range(1, size)],
+        )
+        joined = False
+        try:
+            yield GroupInvitation(group=name, port=port, size=size, backend=self.backend, timeout_s=timeout)
+            await call.answers(timeout + _LEAVE_SECONDS)
+            joined = True
+        finally:
+            if not joined:
+                self.workers.begin("leave_group", group=name)
+        self.leave(run)
+        self._joined[run] = name
+        self.leave_closed()
+        yield None
+
+    def leave(self, run: Run) -> None:
+        """Leave the run's group, if it has one, even in the middle of a transfer."""
+        name = self._joined.pop(run, None)
+        if name is not None:
+            self.workers.begin("leave_group", group=name)
+
+    def leave_closed(self) -> None:
+        """Leave the groups of runs that are no more."""
+        for run in [run for run in self._joined if run.closed]:
+            self.leave(run)

@@ -1,0 +1,132 @@
+"""Writes a received adapter into a slot, in a worker process, and proves what lies there.
+
+Whatever the transport, an adapter arrives as one flat buffer on the worker's device. A layout (names, shapes, dtype)
+stays the same over a whole run, so the views of buffer and slot are made once, and an install is a few kernels:
+buffer -> slot, clear the buffer, slot -> buffer, checksum of what came back.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rollout_server import compat, slot_layout
+from shared.adapter_file import TensorEntry
+from shared.checksum import block_sums, block_weights, checksum
+from shared.errors import ErrorCode, LockstepError
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+_LAYOUTS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and dtype of an adapter's tensors, in the order of their bytes; `key` identifies it."""
+
+    key: str
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Length of all tensors together."""
+        return self.entries[-1].end
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all tensors."""
+        return _DTYPES[self.entries[0].dtype]
+
+
+class SlotWriter:
+    """The one writer of a worker's adapter slots; callers take care that only one of them uses it at a time."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._device = worker.device
+        self._layouts: dict[str, Layout] = {}
+        self._held: dict[int, str] = {}  # slot index -> key of the layout that was last written there
+        self._plans: dict[tuple[int, str], slot_layout.Plan] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+
+    def check(self, layout: Layout) -> dict[str, Any]:
+        """Would this adapter fit? If so, the layout is remembered."""
+        shapes = {entry.name: entry.shape for entry in layout.entries}
+        refusal = slot_layout.check(self._worker, shapes)
+        if refusal is None:
+            self._layouts[layout.key] = layout
+            while len(self._layouts) > _LAYOUTS_KEPT:
+                self._layouts.pop(next(iter(self._layouts)))
+        return refusal or {"ok": True}
+
+    def layout(self, key: str) -> Layout:
+        """A layout that `check` has accepted."""
+        return self._layouts[key]
+
+    def buffer(self, layout: Layout) -> torch.Tensor:
+        """Where the tensors' bytes belong: uint8 [layout.bytes] on the worker's device."""
+        if self._buffer.nbytes < layout.bytes:
+            self.forget_buffer()
+            self._buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=self._device)
+        return self._buffer[: layout.bytes]
+
+    def forget_buffer(self) -> None:
+        """Use another buffer from now on: a transfer that was given up may still write into this one."""
+        self._plans.clear()
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+
+    def write(self, slot_id: int, layout: Layout, announced: str) -> int:
+        """Write what lies in the buffer into a slot; the number of modules written.
+
+        Raises:
+            LockstepError: `not_finite`, before the slot is touched; `checksum_mismatch` if the slot does not hold
+                what was announced.
+        """
+        flat = self.buffer(layout).view(layout.dtype)
+        views = {e.name: _view(flat, e) for e in layout.entries}
+        _refuse_not_finite(flat, views)
+        index = compat.slot_index(self._worker, slot_id)
+        if self._held.get(index) != layout.key:
+            slot_layout.clear(self._worker, index)
+            self._held[index] = layout.key
+        plan = self._plans.get((index, layout.key))
+        if plan is None:
+            plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, views)
+        torch._foreach_copy_(plan.slot, plan.received)
+        torch._foreach_zero_(plan.received)
+        torch._foreach_copy_(plan.received, plan.slot)
+        found = _checksum(flat, layout)
+        if found != announced:
+            raise LockstepError(
+                ErrorCode.CHECKSUM_MISMATCH,
+                f"the tensors arrived with checksum {found}, announced was {announced}; push again",
+            )
+        return plan.modules
+
+
+def _view(flat: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    return flat[entry.start // flat.element_size() : entry.end // flat.element_size()].view(entry.shape)
+
+
+def _refuse_not_finite(flat: torch.Tensor, views: dict[str, torch.Tensor]) -> None:
+    low, high = flat.aminmax()
+    if bool(torch.isfinite(low) & torch.isfinite(high)):
+        return
+    bad = [name for name, tensor in views.items() if not bool(torch.isfinite(tensor).all())]
+    raise LockstepError(
+        ErrorCode.NOT_FINITE,
+        f"{len(bad)} tensors hold NaN or infinity, the first is {min(bad)}; the optimizer step that made them diverged",
+    )
+
+
+def _checksum(flat: torch.Tensor, layout: Layout) -> str:
+    sums = torch.cat(list(block_sums(flat.view(_INTEGERS[flat.element_size()]), _weights(flat.device))))
+    return checksum(layout.entries, sums.cpu().numpy().tobytes())
+
+
+@functools.cache
+def _weights(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(block_weights()).to(device)

@@ -1,0 +1,86 @@
+"""The receiving end of a collective group: the learner (rank 0) and the workers of one server (ranks 1, 2, ...).
+
+A stateless `torch.distributed` process group, NCCL between GPUs and gloo without. Neither notices a peer that stopped
+or was cut off, so every wait here has a deadline and can be ended by `abort`; a group is never used again after that.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.collective import GREETING, HOST, NCCL_SETTINGS, POLL_SECONDS
+from shared.errors import ErrorCode, LockstepError
+
+
+class ReceivingGroup:
+    """One worker's membership of one group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._store: Any = None
+        self._group: Any = None
+        self._left = threading.Event()
+
+    def host(self, timeout: float) -> int:
+        """Open the store in which the members meet; its port."""
+        self._store = dist.TCPStore(
+            HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+        )  # fmt: skip
+        return int(self._store.port)
+
+    def join(self, name: str, port: int, rank: int, size: int, timeout: float) -> None:
+        """Meet the other members and hear the learner's greeting.
+
+        Raises:
+            LockstepError: `timeout`.
+        """
+        limit = timedelta(seconds=timeout)
+        deadline = time.monotonic() + timeout
+        store = self._store or dist.TCPStore(HOST, port, is_master=False, timeout=limit)
+        store = dist.PrefixStore(name, store)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            os.environ.update(NCCL_SETTINGS)
+            self._group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, size, limit)
+        greeting = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self.receive(greeting, deadline - time.monotonic())
+        if greeting.item() != GREETING:
+            raise LockstepError(ErrorCode.INSTALL_FAILED, "the learner's greeting arrived garbled")
+
+    def receive(self, buffer: torch.Tensor, timeout: float, posted: Callable[[], None] = lambda: None) -> None:
+        """Receive the learner's next broadcast into `buffer`. After an error the buffer must not be used again.
+
+        Args:
+            posted: called as soon as the learner may send.
+
+        Raises:
+            LockstepError: `timeout`; the group is then left.
+        """
+        deadline = time.monotonic() + timeout
+        work = self._group.broadcast([buffer], dist.BroadcastOptions())
+        posted()
+        while not work.is_completed():
+            if self._left.is_set() or time.monotonic() > deadline:
+                self.abort()
+                raise LockstepError(
+                    ErrorCode.TIMEOUT, f"no adapter arrived from the learner's collective group within {timeout:.1f} s"
+                )
+            time.sleep(POLL_SECONDS)
+        work.wait()
+
+    def abort(self) -> None:
+        """Leave the group; a `receive` under way ends with an error."""
+        self._left.set()
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()

@@ -1,0 +1,23 @@
+"""What both ends of a collective group agree on."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+#: Workers of one server meet on their own host; the learner reaches it under the host name of the rollout URL.
+HOST = "127.0.0.1"
+#: The learner's first broadcast, which makes the connections: int64 [1].
+GREETING = 0x10C_57E9
+POLL_SECONDS = 0.0002
+#: NCCL's own watchdog must not end a process because of a peer that went away: both ends keep their own deadlines.
+NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+class GroupInvitation(BaseModel):
+    """Answer to a learner that wants to push by broadcast: where to meet, as rank 0 of `size`."""
+
+    group: str
+    port: int
+    size: int
+    backend: str
+    timeout_s: float
