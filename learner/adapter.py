@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from shared.adapter_file import LORA_A, LORA_B, encode_header, lay_out
+from shared.adapter_file import LORA_A, LORA_B, HeaderEncoder, index_json, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
@@ -80,7 +80,8 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
 class AdapterExporter:
     """Reads the active adapter of a PEFT model, again and again.
 
-    B is multiplied by the layer's scaling in float32, then A and B are rounded once to the server's dtype.
+    B is multiplied by the layer's scaling in float32, then A and B are rounded once to the server's dtype. The model's
+    parameters must stay the objects they are; their values are read at every export.
 
     Args:
         model: unwrapped (no DDP) PEFT model with plain LoRA layers.
@@ -103,15 +104,19 @@ class AdapterExporter:
             )
         for name, layer in self.layers.items():
             _refuse_variants(name, layer, self.adapter)
+        self._a = [layer.lora_A[self.adapter].weight for layer in self.layers.values()]
+        self._b = [layer.lora_B[self.adapter].weight for layer in self.layers.values()]
+        exported = {id(weight) for weight in (*self._a, *self._b)}
+        self._others = [(name, p) for name, p in model.named_parameters() if id(p) not in exported]
         self._check_trainable()
-        a, b = self._pairs()
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, a_RI, b_OR in zip(self.layers, a, b, strict=True):
+        for name, a_RI, b_OR in zip(self.layers, self._a, self._b, strict=True):
             shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
         self.entries = lay_out(shapes, dtype)
+        self._header, self._index = HeaderEncoder(self.entries), index_json(self.entries)
         self.peft_config = plain_config(model.peft_config[self.adapter])
         self.flat = torch.empty(
-            sum(math.prod(shape) for shape in shapes.values()), dtype=TORCH_DTYPES[dtype], device=a[0].device
+            sum(math.prod(shape) for shape in shapes.values()), dtype=TORCH_DTYPES[dtype], device=self._a[0].device
         )
         views = self.flat.split([math.prod(shape) for shape in shapes.values()])
         self._views = [view.view(shape) for view, shape in zip(views, shapes.values(), strict=True)]
@@ -132,33 +137,26 @@ class AdapterExporter:
                 )
         scalings = [float(layer.scaling[self.adapter]) for layer in self.layers.values()]
         with torch.no_grad():
-            a, b = self._pairs()
-            torch._foreach_copy_(self._views[::2], a)
-            torch._foreach_copy_(self._views[1::2], torch._foreach_mul([w.float() for w in b], scalings))
+            torch._foreach_copy_(self._views[::2], self._a)
+            torch._foreach_copy_(self._views[1::2], torch._foreach_mul([w.float() for w in self._b], scalings))
             self._refuse_not_finite(version)
-            sums = b"".join(part.cpu().numpy().tobytes() for part in block_sums(self._as_integers(), self._weights))
+            sums = torch.cat(list(block_sums(self._as_integers(), self._weights))).cpu().numpy().tobytes()
         manifest = AdapterManifest(
             version=version, base_weights=self.base_weights, dtype=self.dtype, peft_config=self.peft_config,
             modules={
                 name: ModuleSpec(rank=w.shape[0], scaling=s)
-                for name, w, s in zip(self.layers, a, scalings, strict=True)
+                for name, w, s in zip(self.layers, self._a, scalings, strict=True)
             },
-            checksum=checksum(self.entries, sums),
+            checksum=checksum(self._index, sums),
         )  # fmt: skip
-        return AdapterExport(manifest, encode_header(self.entries, manifest), self.flat)
-
-    def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """A [rank, in] and B [out, rank] of every layer."""
-        layers = self.layers.values()
-        return [x.lora_A[self.adapter].weight for x in layers], [x.lora_B[self.adapter].weight for x in layers]
+        return AdapterExport(manifest, self._header.encode(manifest), self.flat)
 
     def _as_integers(self) -> torch.Tensor:
         return self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
 
     def _check_trainable(self) -> None:
         """Whatever is trained must be pushed, or the server would sample from another policy."""
-        exported = {id(weight) for weights in self._pairs() for weight in weights}
-        left = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in exported]
+        left = [name for name, p in self._others if p.requires_grad]
         if left:
             raise LockstepError(
                 ErrorCode.UNSUPPORTED_ADAPTER,

@@ -99,6 +99,8 @@ def _server_command(model: Path, port: int, recipe: dict[str, Any], flags: Seque
 def _environment() -> dict[str, str]:
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
+        # Server and learner take turns, so each may have all cores.
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -15,15 +15,15 @@ from rollout_server.groups import Groups
 from rollout_server.identity import ServedModel
 from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run, RunTable, Slot
-from rollout_server.transports.http import receive_adapter
+from rollout_server.transports.http import Staging
 from rollout_server.workers import Call, Workers
 from shared.adapter_file import AdapterHeader
-from shared.checksum import checksum
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, InFlight, PushReceipt
 
 _CHECK_SECONDS = 30.0
 _SWAP_SECONDS = 10.0
+_LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Installer:
     def __post_init__(self) -> None:
         # The workers have one receive buffer each.
         self._fill_lock = asyncio.Lock()
+        self.staging = Staging(self.settings.max_adapter_mib * 2**20)
 
     async def push(
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight = "drain"
@@ -63,21 +64,32 @@ class Installer:
 
         try:
             async with asyncio.timeout(self.settings.push_timeout):
-                staged = await receive_adapter(body, self.settings.max_adapter_mib * 2**20, check)
+                staged = await self.staging.receive(body, check)
         except TimeoutError:
             raise LockstepError(
                 ErrorCode.TIMEOUT, f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
             ) from None
+        read = False
         try:
             async with self._opened(run_id, lease, takeover) as run:
                 if repeated := self._check_order(run_id, staged.header.manifest):
+                    read = True
                     return repeated
-                source = {"path": str(staged.path), "offset": staged.header.data_offset}
+                source = {
+                    "path": staged.memory.path,
+                    "memory": staged.memory.number,
+                    "offset": staged.header.data_offset,
+                }
                 install = _Install(self, run, staged.header, deadline, in_flight, "http", staged.seconds)
                 async with install.filling(source):
-                    return await install.finish()
+                    receipt = await install.finish()
+                read = True
+                return receipt
         finally:
-            staged.discard()
+            if read:
+                self.staging.give_back(staged.memory)
+            else:  # a worker may still be reading it
+                staged.memory.free()
 
     async def broadcast(
         self, run_id: str, lease: str, takeover: bool, header: AdapterHeader, in_flight: InFlight = "drain"
@@ -171,12 +183,14 @@ class Installer:
         )
 
     async def _check_shapes(self, header: AdapterHeader) -> None:
-        key = layout_key(header)
+        key = header.layout_key
         if key in self._known_layouts:
             return
         entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.entries]
         await self.workers.call("check", _CHECK_SECONDS, key=key, entries=entries)
         self._known_layouts[key] = None
+        if len(self._known_layouts) > _LAYOUTS_KNOWN:
+            self._known_layouts.pop(next(iter(self._known_layouts)))
 
     def _remember(self, receipt: PushReceipt) -> None:
         served = {run.active.install_seq for run in self.runs.runs.values() if run.active}
@@ -208,7 +222,7 @@ class _Install:
         async with self._installer._fill_lock:
             try:
                 self._call = self._installer.workers.begin(
-                    "fill", slot_id=slot.slot_id, key=layout_key(self._header),
+                    "fill", slot_id=slot.slot_id, key=self._header.layout_key,
                     checksum=self._header.manifest.checksum, **source,
                 )  # fmt: skip
                 self._slot = slot
@@ -302,8 +316,3 @@ class _Install:
         task = asyncio.get_running_loop().create_task(recover())
         recoveries.add(task)
         task.add_done_callback(recoveries.discard)
-
-
-def layout_key(header: AdapterHeader) -> str:
-    """The same for all adapters with the same tensors in the same order."""
-    return checksum(header.entries, b"")

@@ -58,6 +58,7 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     epoch = secrets.token_hex(8)
     groups = Groups(workers, settings, backend="nccl" if described[0]["device"] else "gloo")
     installer = Installer(door, workers, groups, runs, served, settings, epoch)
+    gate.on_close(installer.staging.close)
     logger.info("model loaded after %.0f s, %s; warming up", time.monotonic() - started, described[0])
     await _warm_up(engine, slot_ids[0])
     tasks = await engine.get_supported_tasks()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from rollout_server import compat, slot_layout
-from shared.adapter_file import TensorEntry
+from shared.adapter_file import TensorEntry, index_json
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_LAYOUTS_KEPT = 8
+_LAYOUTS_KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,14 @@ class Layout:
     entries: tuple[TensorEntry, ...]
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Length of all tensors together."""
         return self.entries[-1].end
+
+    @functools.cached_property
+    def index(self) -> bytes:
+        """What its checksums begin with."""
+        return index_json(self.entries)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,6 +62,7 @@ class SlotWriter:
         shapes = {entry.name: entry.shape for entry in layout.entries}
         refusal = slot_layout.check(self._worker, shapes)
         if refusal is None:
+            self._layouts.pop(layout.key, None)
             self._layouts[layout.key] = layout
             while len(self._layouts) > _LAYOUTS_KEPT:
                 self._layouts.pop(next(iter(self._layouts)))
@@ -67,11 +73,11 @@ class SlotWriter:
         return self._layouts[key]
 
     def buffer(self, layout: Layout) -> torch.Tensor:
-        """Where the tensors' bytes belong: uint8 [layout.bytes] on the worker's device."""
-        if self._buffer.nbytes < layout.bytes:
+        """Where the tensors' bytes belong: uint8 [layout.nbytes] on the worker's device."""
+        if self._buffer.nbytes < layout.nbytes:
             self.forget_buffer()
-            self._buffer = torch.empty(layout.bytes, dtype=torch.uint8, device=self._device)
-        return self._buffer[: layout.bytes]
+            self._buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
+        return self._buffer[: layout.nbytes]
 
     def forget_buffer(self) -> None:
         """Use another buffer from now on: a transfer that was given up may still write into this one."""
@@ -86,15 +92,14 @@ class SlotWriter:
                 what was announced.
         """
         flat = self.buffer(layout).view(layout.dtype)
-        views = {e.name: _view(flat, e) for e in layout.entries}
-        _refuse_not_finite(flat, views)
+        _refuse_not_finite(flat, layout)
         index = compat.slot_index(self._worker, slot_id)
         if self._held.get(index) != layout.key:
             slot_layout.clear(self._worker, index)
             self._held[index] = layout.key
         plan = self._plans.get((index, layout.key))
         if plan is None:
-            plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, views)
+            plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, _views(flat, layout))
         torch._foreach_copy_(plan.slot, plan.received)
         torch._foreach_zero_(plan.received)
         torch._foreach_copy_(plan.received, plan.slot)
@@ -107,15 +112,16 @@ class SlotWriter:
         return plan.modules
 
 
-def _view(flat: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
-    return flat[entry.start // flat.element_size() : entry.end // flat.element_size()].view(entry.shape)
+def _views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    parts = flat.split([(entry.end - entry.start) // flat.element_size() for entry in layout.entries])
+    return {entry.name: part.view(entry.shape) for entry, part in zip(layout.entries, parts, strict=True)}
 
 
-def _refuse_not_finite(flat: torch.Tensor, views: dict[str, torch.Tensor]) -> None:
+def _refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
     low, high = flat.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
-    bad = [name for name, tensor in views.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in _views(flat, layout).items() if not bool(torch.isfinite(tensor).all())]
     raise LockstepError(
         ErrorCode.NOT_FINITE,
         f"{len(bad)} tensors hold NaN or infinity, the first is {min(bad)}; the optimizer step that made them diverged",
@@ -124,7 +130,7 @@ def _refuse_not_finite(flat: torch.Tensor, views: dict[str, torch.Tensor]) -> No
 
 def _checksum(flat: torch.Tensor, layout: Layout) -> str:
     sums = torch.cat(list(block_sums(flat.view(_INTEGERS[flat.element_size()]), _weights(flat.device))))
-    return checksum(layout.entries, sums.cpu().numpy().tobytes())
+    return checksum(layout.index, sums.cpu().numpy().tobytes())
 
 
 @functools.cache

@@ -56,6 +56,7 @@ class _Operations:
         self.writer = SlotWriter(worker)
         self.groups: dict[str, ReceivingGroup] = {}
         self.filling = threading.Lock()
+        self.mapping: tuple[int, torch.Tensor] | None = None
 
     def table(self) -> dict[str, Callable[..., dict[str, Any]]]:
         """Operations by name."""
@@ -77,7 +78,7 @@ class _Operations:
 
     def fill(
         self, tell: worker_link.Tell, slot_id: int, key: str, checksum: str, *,
-        path: str | None = None, offset: int = 0, group: str | None = None, timeout: float = 0.0,
+        path: str = "", memory: int = -1, offset: int = 0, group: str | None = None, timeout: float = 0.0,
     ) -> dict[str, Any]:  # fmt: skip
         """Receive an adapter, from a file in shared memory or from a group, and write it into `slot_id`."""
         if not self.filling.acquire(blocking=False):
@@ -94,7 +95,7 @@ class _Operations:
                         self.writer.forget_buffer()
                         raise
                 else:
-                    buffer.copy_(torch.from_file(str(path), size=offset + layout.bytes, dtype=torch.uint8)[offset:])
+                    buffer.copy_(self._mapped(path, memory, offset + layout.nbytes)[offset:])
                 received = time.perf_counter()
                 modules = self.writer.write(slot_id, layout, checksum)
             return {
@@ -105,6 +106,12 @@ class _Operations:
             }
         finally:
             self.filling.release()
+
+    def _mapped(self, path: str, memory: int, size: int) -> torch.Tensor:
+        """The first `size` bytes of shared memory. The server uses it again, so it stays mapped."""
+        if self.mapping is None or self.mapping[0] != memory or len(self.mapping[1]) < size:
+            self.mapping = (memory, torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
+        return self.mapping[1][:size]
 
     def swap(self, tell: worker_link.Tell, one: int, other: int) -> dict[str, Any]:
         """Exchange what two slots hold; the engine is paused."""

@@ -7,12 +7,14 @@ tensor index of the header and all tensor bytes: see `shared.checksum`.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import xxhash
 from pydantic import ValidationError
 
 from shared.errors import ErrorCode, LockstepError
@@ -24,8 +26,7 @@ DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """Where a tensor lies in the blob: bytes [start, end) after the header."""
 
     name: str
@@ -42,6 +43,11 @@ class AdapterHeader:
     manifest: AdapterManifest
     entries: list[TensorEntry]  # in the order of their bytes
     data_offset: int
+
+    @functools.cached_property
+    def layout_key(self) -> str:
+        """The same for all adapters with the same tensors in the same order."""
+        return xxhash.xxh3_128_hexdigest(index_json(self.entries))
 
     @property
     def tensor_bytes(self) -> int:
@@ -65,12 +71,24 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorEnt
     return entries
 
 
-def encode_header(entries: Sequence[TensorEntry], manifest: AdapterManifest) -> bytes:
-    """The blob up to its tensors: length and JSON. Any safetensors reader can read the whole."""
-    index = {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]} for e in entries}
-    header = json.dumps({"__metadata__": {MANIFEST_KEY: manifest.model_dump_json()}, **index}).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header
+def index_json(entries: Sequence[TensorEntry]) -> bytes:
+    """Names, dtypes and shapes in the order of their bytes, canonical: what identifies a layout."""
+    return json.dumps([[e.name, e.dtype, list(e.shape)] for e in entries], separators=(",", ":")).encode()
+
+
+class HeaderEncoder:
+    """Writes headers for adapters of one layout: all that changes from push to push is the manifest."""
+
+    def __init__(self, entries: Sequence[TensorEntry]) -> None:
+        index = {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]} for e in entries}
+        self._index = json.dumps(index)[1:].encode()
+
+    def encode(self, manifest: AdapterManifest) -> bytes:
+        """The blob up to its tensors: length and JSON. Any safetensors reader can read the whole."""
+        metadata = json.dumps({MANIFEST_KEY: manifest.model_dump_json()}).encode()
+        header = b'{"__metadata__":%s,%s' % (metadata, self._index)
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header
 
 
 def header_length(prefix: bytes) -> int:
@@ -117,13 +135,7 @@ def parse_header(header: bytes) -> AdapterHeader:
 
 def _entries(document: dict[str, Any]) -> list[TensorEntry]:
     return [
-        TensorEntry(
-            name=name,
-            dtype=str(info["dtype"]),
-            shape=tuple(int(size) for size in info["shape"]),
-            start=int(info["data_offsets"][0]),
-            end=int(info["data_offsets"][1]),
-        )
+        TensorEntry(name, str(info["dtype"]), tuple(map(int, info["shape"])), *map(int, info["data_offsets"]))
         for name, info in document.items()
         if name != "__metadata__"
     ]

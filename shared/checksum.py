@@ -9,14 +9,11 @@ lease can push.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import xxhash
-
-from shared.adapter_file import TensorEntry
 
 BLOCK = 4096
 _CHUNK = 1024 * BLOCK  # elements at a time: bounds the memory for the 64-bit products
@@ -46,9 +43,12 @@ def block_sums(elements: Any, weights: Any) -> Iterator[Any]:
         yield (elements[whole:].reshape(1, -1) * weights[: len(elements) - whole]).sum(-1)
 
 
-def checksum(entries: Sequence[TensorEntry], sums: bytes) -> str:
-    """32 hex digits for tensors `entries`, whose block sums are `sums` (little-endian int64, in order)."""
-    index = [[e.name, e.dtype, list(e.shape)] for e in entries]
-    digest = xxhash.xxh3_128(json.dumps(index, separators=(",", ":")).encode())
+def checksum(index: bytes, sums: bytes) -> str:
+    """32 hex digits for tensors of layout `index` (`adapter_file.index_json`).
+
+    Args:
+        sums: their block sums, little-endian int64, in order.
+    """
+    digest = xxhash.xxh3_128(index)
     digest.update(sums)
     return digest.hexdigest()

@@ -2,82 +2,108 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import dataclass, field
 
 from shared.adapter_file import AdapterHeader, header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
-
-#: Without it (no Linux) the default folder for temporary files has to do.
-_SHARED_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 @dataclass(frozen=True)
 class StagedAdapter:
     """A complete blob in shared memory. Its checksum is the workers' business: it is taken of what lies in the slot."""
 
-    path: Path
+    memory: SharedMemory
     header: AdapterHeader
     seconds: float
 
-    def discard(self) -> None:
-        """Free the shared memory. Workers that still map it keep their pages."""
-        self.path.unlink(missing_ok=True)
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Memory that workers open by path, that has no name in any file system, and that ends with its last user."""
+
+    descriptor: int
+    number: int = field(default_factory=itertools.count().__next__)  # never reused, unlike descriptors and paths
+
+    @property
+    def path(self) -> str:
+        """Where processes of the same user find it."""
+        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
+
+    def free(self) -> None:
+        """Let go of it; whoever maps it keeps its pages."""
+        os.close(self.descriptor)
 
 
-async def receive_adapter(
-    body: AsyncIterator[bytes], max_bytes: int, check: Callable[[AdapterHeader], Awaitable[None]]
-) -> StagedAdapter:
-    """Receive one blob. `check` sees its header before any tensor byte is stored and raises to refuse it.
+@dataclass
+class Staging:
+    """The shared memory of this server, used again and again: fresh pages cost as much as the copy into them."""
 
-    Raises:
-        LockstepError: `malformed_adapter`, `too_large`, and what `check` raises.
-    """
-    started = time.monotonic()
+    max_bytes: int
+    _free: list[SharedMemory] = field(default_factory=list)
+
+    async def receive(
+        self, body: AsyncIterator[bytes], check: Callable[[AdapterHeader], Awaitable[None]]
+    ) -> StagedAdapter:
+        """Receive one blob. `check` sees its header before any tensor byte is stored and raises to refuse it.
+
+        Raises:
+            LockstepError: `malformed_adapter`, `too_large`, and what `check` raises.
+        """
+        started = time.monotonic()
+        head, header = await _receive_header(body)
+        if header.total_bytes > self.max_bytes:
+            raise LockstepError(
+                ErrorCode.TOO_LARGE,
+                f"the adapter has {header.total_bytes} bytes, this server takes {self.max_bytes}; "
+                "see --max-adapter-mib",
+            )
+        await check(header)
+        memory = self._free.pop() if self._free else SharedMemory(os.memfd_create("lockstep-adapter"))
+        try:
+            await _store(body, head, header, memory.descriptor)
+        except BaseException:
+            memory.free()
+            raise
+        return StagedAdapter(memory, header, time.monotonic() - started)
+
+    def give_back(self, memory: SharedMemory) -> None:
+        """All workers have read it: the next adapter may come here."""
+        self._free.append(memory)
+
+    def close(self) -> None:
+        """Free the shared memory."""
+        while self._free:
+            self._free.pop().free()
+
+
+async def _receive_header(body: AsyncIterator[bytes]) -> tuple[bytearray, AdapterHeader]:
+    """What has arrived when the header was complete, and the header."""
     head = bytearray()
     async for chunk in body:
         head += chunk
         if len(head) >= 8 and len(head) >= (data_offset := 8 + header_length(bytes(head[:8]))):
-            break
-    else:
-        raise _truncated(len(head), "its header")
-    header = parse_header(bytes(head[8:data_offset]))
-    if header.total_bytes > max_bytes:
-        raise LockstepError(
-            ErrorCode.TOO_LARGE,
-            f"the adapter has {header.total_bytes} bytes, this server takes {max_bytes}; see --max-adapter-mib",
-        )
-    await check(header)
-
-    descriptor, name = tempfile.mkstemp(prefix="lockstep-", suffix=".safetensors", dir=_SHARED_MEMORY)
-    staged = StagedAdapter(Path(name), header, seconds=0.0)
-    try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            await _store(body, head, header, file)
-    except BaseException:
-        staged.discard()
-        raise
-    return replace(staged, seconds=time.monotonic() - started)
+            return head, parse_header(bytes(head[8:data_offset]))
+    raise _truncated(len(head), "its header")
 
 
-async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, file: BinaryIO) -> None:
+async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, descriptor: int) -> None:
     total = header.total_bytes
     received = len(head)
     try:
-        file.write(head[: min(received, total)])
+        os.pwrite(descriptor, head[: min(received, total)], 0)
         async for chunk in body:
+            if received + len(chunk) <= total:
+                os.pwrite(descriptor, chunk, received)
             received += len(chunk)
             if received > total:
                 break
-            file.write(chunk)
     except OSError as error:
         raise LockstepError(
-            ErrorCode.INSTALL_FAILED, f"no room for the adapter in shared memory: {error}; give the server more"
+            ErrorCode.INSTALL_FAILED, f"no memory for the adapter: {error}; free some on the server's host"
         ) from error
     if received > total:
         raise LockstepError(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from shared.adapter_file import encode_header, header_length, lay_out, parse_header
+from shared.adapter_file import HeaderEncoder, header_length, lay_out, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
@@ -22,7 +22,7 @@ def _blob(rank: int = 2) -> bytes:
         version=WeightVersion(run_id="r", step=0), base_weights=None, dtype="float32",
         modules={"m": ModuleSpec(rank=rank, scaling=2.0)}, peft_config={}, checksum="",
     )  # fmt: skip
-    return encode_header(entries, manifest) + b"".join(tensor.tobytes() for tensor in tensors.values())
+    return HeaderEncoder(entries).encode(manifest) + b"".join(tensor.tobytes() for tensor in tensors.values())
 
 
 def _parse(blob: bytes):
