@@ -12,8 +12,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from shared.adapter_file import LORA_A, LORA_B, HeaderEncoder, index_json, lay_out
+from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
+from shared.collective import Announcement
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
@@ -26,24 +27,25 @@ class AdapterExport:
     """One version of an adapter, ready to be sent.
 
     Attributes:
-        header: the blob up to its tensors.
+        layout: what all adapters of this exporter have in common.
         flat: 1-D, of the server's LoRA dtype, on the model's device: all tensors one after the other. The next
             export overwrites it.
     """
 
     manifest: AdapterManifest
-    header: bytes
+    layout: Layout
     flat: torch.Tensor
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of header and tensors."""
-        return len(self.header) + self.flat.nbytes
+    def announcement(self) -> Announcement:
+        """What the server must know before the tensors come by broadcast."""
+        return Announcement(
+            version=self.manifest.version, checksum=self.manifest.checksum, layout=self.layout.key
+        )  # fmt: skip
 
     def pieces(self) -> list[bytes | memoryview]:
         """The whole blob in host memory, without joining it."""
         host = torch.empty_like(self.flat, device="cpu", pin_memory=self.flat.is_cuda).copy_(self.flat)
-        return [self.header, memoryview(host.view(torch.uint8).numpy())]
+        return [self.layout.header(self.manifest), memoryview(host.view(torch.uint8).numpy())]
 
 
 def active_adapter(model: PeftModel) -> str:
@@ -112,9 +114,9 @@ class AdapterExporter:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, a_RI, b_OR in zip(self.layers, self._a, self._b, strict=True):
             shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
-        self.entries = lay_out(shapes, dtype)
-        self._header, self._index = HeaderEncoder(self.entries), index_json(self.entries)
-        self.peft_config = plain_config(model.peft_config[self.adapter])
+        self.layout = Layout(lay_out(shapes, dtype))
+        self._template: AdapterManifest | None = None
+        self._scalings: list[float] = []
         self.flat = torch.empty(
             sum(math.prod(shape) for shape in shapes.values()), dtype=TORCH_DTYPES[dtype], device=self._a[0].device
         )
@@ -141,15 +143,22 @@ class AdapterExporter:
             torch._foreach_copy_(self._views[1::2], torch._foreach_mul([w.float() for w in self._b], scalings))
             self._refuse_not_finite(version)
             sums = torch.cat(list(block_sums(self._as_integers(), self._weights))).cpu().numpy().tobytes()
-        manifest = AdapterManifest(
-            version=version, base_weights=self.base_weights, dtype=self.dtype, peft_config=self.peft_config,
+        if self._template is None or scalings != self._scalings:
+            self._template, self._scalings = self._manifest(version, scalings), scalings
+        update = {"version": version, "checksum": checksum(self.layout.index, sums)}
+        return AdapterExport(self._template.model_copy(update=update), self.layout, self.flat)
+
+    def _manifest(self, version: WeightVersion, scalings: list[float]) -> AdapterManifest:
+        """What manifests have in common; making it anew for every push would cost more than the transfer."""
+        ranks = [weight.shape[0] for weight in self._a]
+        return AdapterManifest(
+            version=version, base_weights=self.base_weights, dtype=self.dtype, checksum="",
+            peft_config=plain_config(self.model.peft_config[self.adapter]),
             modules={
-                name: ModuleSpec(rank=w.shape[0], scaling=s)
-                for name, w, s in zip(self.layers, self._a, scalings, strict=True)
+                name: ModuleSpec(rank=rank, scaling=scaling)
+                for name, rank, scaling in zip(self.layers, ranks, scalings, strict=True)
             },
-            checksum=checksum(self._index, sums),
         )  # fmt: skip
-        return AdapterExport(manifest, self._header.encode(manifest), self.flat)
 
     def _as_integers(self) -> torch.Tensor:
         return self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
@@ -167,7 +176,9 @@ class AdapterExporter:
     def _refuse_not_finite(self, version: WeightVersion) -> None:
         low, high = self.flat.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            bad = next(e.name for e, v in zip(self.entries, self._views, strict=True) if not torch.isfinite(v).all())
+            bad = next(
+                e.name for e, v in zip(self.layout.entries, self._views, strict=True) if not torch.isfinite(v).all()
+            )
             raise LockstepError(
                 ErrorCode.NOT_FINITE,
                 f"{bad} of {version} holds NaN or infinity: the training has diverged; "

@@ -13,7 +13,7 @@ import httpx
 from pydantic import ValidationError
 
 from shared import PROTOCOL_VERSION
-from shared.collective import GroupInvitation
+from shared.collective import Announcement, GroupInvitation
 from shared.errors import ErrorBody, ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
@@ -174,14 +174,11 @@ class RolloutClient:
             yield None if "joined" in document else self._parse(GroupInvitation, document)
 
     def broadcast(
-        self, run_id: str, header: bytes, lease: str, *, in_flight: InFlight = "drain"
+        self, run_id: str, announced: Announcement, lease: str, *, in_flight: InFlight = "drain"
     ) -> Generator[PushReceipt | None]:
-        """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt.
-
-        Args:
-            header: the blob up to its tensors.
-        """
-        for document in self._lines(f"/v1/runs/{run_id}/broadcast", header, _push_headers(lease, in_flight)):
+        """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt."""
+        headers = _push_headers(lease, in_flight) | {"content-type": "application/json"}
+        for document in self._lines(f"/v1/runs/{run_id}/broadcast", announced.model_dump_json().encode(), headers):
             yield None if "receiving" in document else self._parse(PushReceipt, document)
 
     def _lines(self, path: str, content: bytes, headers: dict[str, str]) -> Iterator[dict[str, Any]]:

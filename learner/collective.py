@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from learner.client import RolloutClient
-from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS, GroupInvitation
+from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS, Announcement, GroupInvitation
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import InFlight, PushReceipt, ServerState
 
@@ -83,14 +83,15 @@ class SendingGroup:
             raise
 
     def push(
-        self, client: RolloutClient, run_id: str, header: bytes, flat: torch.Tensor, lease: str, in_flight: InFlight
-    ) -> PushReceipt:
+        self, client: RolloutClient, run_id: str, announced: Announcement, flat: torch.Tensor, lease: str,
+        in_flight: InFlight,
+    ) -> PushReceipt:  # fmt: skip
         """Announce an adapter, broadcast it, and wait for the receipt.
 
         Raises:
             LockstepError: as `RolloutClient.push`, and `timeout`.
         """
-        events = client.broadcast(run_id, header, lease, in_flight=in_flight)
+        events = client.broadcast(run_id, announced, lease, in_flight=in_flight)
         try:
             for event in events:
                 if event is not None:

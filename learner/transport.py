@@ -64,13 +64,15 @@ class Transport:
         """
         if self._group is not None and not takeover:
             try:
+                announced = export.announcement()
                 return self._group.push(
-                    self._client, self._run_id, export.header, export.flat, self._lease, self._in_flight
+                    self._client, self._run_id, announced, export.flat, self._lease, self._in_flight
                 )
             except LockstepError as error:
-                if error.code not in _OF_THE_WAY:
+                if error.code is not ErrorCode.UNKNOWN_LAYOUT and error.code not in _OF_THE_WAY:
                     raise
-                self._give_up(f"the broadcast of {export.manifest.version} failed, it goes over HTTP: {error}")
+                if error.code in _OF_THE_WAY:
+                    self._give_up(f"the broadcast of {export.manifest.version} failed, it goes over HTTP: {error}")
         receipt = self._client.push(
             self._run_id, export.pieces(), self._lease, takeover=takeover, in_flight=self._in_flight
         )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rollout_server.admission import KV
@@ -18,6 +18,7 @@ from rollout_server.slots import Run, RunTable, Slot
 from rollout_server.transports.http import Staging
 from rollout_server.workers import Call, Workers
 from shared.adapter_file import AdapterHeader
+from shared.collective import Announcement
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, InFlight, PushReceipt
 
@@ -92,17 +93,18 @@ class Installer:
                 staged.memory.free()
 
     async def broadcast(
-        self, run_id: str, lease: str, takeover: bool, header: AdapterHeader, in_flight: InFlight = "drain"
+        self, run_id: str, lease: str, announced: Announcement, in_flight: InFlight = "drain"
     ) -> AsyncGenerator[PushReceipt | None, None]:
         """Install one adapter that comes by broadcast: yields None when the workers receive, then the receipt.
 
         Raises:
-            LockstepError: as `push`; `no_group` if the run's learner has joined none. If the transfer itself fails the
-                group is left on all workers.
+            LockstepError: as `push`; `no_group` if the run's learner has joined none, `unknown_layout` if its last push
+                had another layout. If the transfer itself fails the group is left on all workers.
         """
         deadline = time.monotonic() + self.settings.push_timeout
-        await self._check(run_id, lease, takeover, header)
-        async with self._opened(run_id, lease, takeover) as run:
+        header = self._as_last_time(self.runs.get(run_id), announced)
+        await self._check(run_id, lease, False, header)
+        async with self._opened(run_id, lease, False) as run:
             if repeated := self._check_order(run_id, header.manifest):
                 yield repeated
                 return
@@ -120,6 +122,16 @@ class Installer:
                     self.groups.leave(run)
                 raise
             yield receipt
+
+    def _as_last_time(self, run: Run, announced: Announcement) -> AdapterHeader:
+        """The header of an adapter that is announced as like the last one."""
+        last = run.header
+        if last is None or last.layout.key != announced.layout:
+            raise LockstepError(
+                ErrorCode.UNKNOWN_LAYOUT, f"run {run.run_id} has pushed no adapter of this layout; push it over HTTP"
+            )
+        manifest = last.manifest.model_copy(update={"version": announced.version, "checksum": announced.checksum})
+        return replace(last, manifest=manifest)
 
     @contextlib.asynccontextmanager
     async def _opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
@@ -183,11 +195,11 @@ class Installer:
         )
 
     async def _check_shapes(self, header: AdapterHeader) -> None:
-        key = header.layout_key
+        key = header.layout.key
         if key in self._known_layouts:
             return
-        entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.entries]
-        await self.workers.call("check", _CHECK_SECONDS, key=key, entries=entries)
+        entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
+        await self.workers.call("check", _CHECK_SECONDS, entries=entries)
         self._known_layouts[key] = None
         if len(self._known_layouts) > _LAYOUTS_KNOWN:
             self._known_layouts.pop(next(iter(self._known_layouts)))
@@ -222,7 +234,7 @@ class _Install:
         async with self._installer._fill_lock:
             try:
                 self._call = self._installer.workers.begin(
-                    "fill", slot_id=slot.slot_id, key=self._header.layout_key,
+                    "fill", slot_id=slot.slot_id, key=self._header.layout.key,
                     checksum=self._header.manifest.checksum, **source,
                 )  # fmt: skip
                 self._slot = slot
@@ -266,6 +278,7 @@ class _Install:
             flip_seconds=time.monotonic() - written,
             pause_seconds=pause_seconds,
         )
+        run.header = self._header
         installer._remember(receipt)
         return receipt
 

@@ -8,42 +8,18 @@ buffer -> slot, clear the buffer, slot -> buffer, checksum of what came back.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rollout_server import compat, slot_layout
-from shared.adapter_file import TensorEntry, index_json
+from shared.adapter_file import Layout
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _LAYOUTS_KEPT = 64
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names, shapes and dtype of an adapter's tensors, in the order of their bytes; `key` identifies it."""
-
-    key: str
-    entries: tuple[TensorEntry, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Length of all tensors together."""
-        return self.entries[-1].end
-
-    @functools.cached_property
-    def index(self) -> bytes:
-        """What its checksums begin with."""
-        return index_json(self.entries)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The one dtype of all tensors."""
-        return _DTYPES[self.entries[0].dtype]
 
 
 class SlotWriter:
@@ -91,7 +67,7 @@ class SlotWriter:
             LockstepError: `not_finite`, before the slot is touched; `checksum_mismatch` if the slot does not hold
                 what was announced.
         """
-        flat = self.buffer(layout).view(layout.dtype)
+        flat = self.buffer(layout).view(_dtype(layout))
         _refuse_not_finite(flat, layout)
         index = compat.slot_index(self._worker, slot_id)
         if self._held.get(index) != layout.key:
@@ -110,6 +86,10 @@ class SlotWriter:
                 f"the tensors arrived with checksum {found}, announced was {announced}; push again",
             )
         return plan.modules
+
+
+def _dtype(layout: Layout) -> torch.dtype:
+    return _DTYPES[layout.entries[0].dtype]
 
 
 def _views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:

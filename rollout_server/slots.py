@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from shared.adapter_file import AdapterHeader
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState, WeightVersion
 
@@ -69,6 +70,7 @@ class Run:
     lease: str
     ring: Ring
     active: Slot | None = None
+    header: AdapterHeader | None = None  # of its last install
     push_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     not_moving: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False

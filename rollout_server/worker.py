@@ -21,7 +21,7 @@ import torch
 
 from rollout_server import compat, worker_link
 from rollout_server.transports.collective import ReceivingGroup
-from shared.adapter_file import TensorEntry
+from shared.adapter_file import Layout, TensorEntry
 from shared.errors import ErrorCode, LockstepError
 
 # vLLM imports this module in each worker process before it loads the model.
@@ -69,11 +69,9 @@ class _Operations:
             "leave_group": self.leave_group,
         }
 
-    def check(self, tell: worker_link.Tell, key: str, entries: list[Any]) -> dict[str, Any]:
-        """Would an adapter of this layout fit? It is then known as `key`."""
-        from rollout_server.slot_writer import Layout
-
-        layout = Layout(key, tuple(TensorEntry(n, dtype, tuple(shape), a, b) for n, dtype, shape, a, b in entries))
+    def check(self, tell: worker_link.Tell, entries: list[Any]) -> dict[str, Any]:
+        """Would an adapter of this layout fit? It is then known by its key."""
+        layout = Layout([TensorEntry(n, dtype, tuple(shape), a, b) for n, dtype, shape, a, b in entries])
         return self.writer.check(layout)
 
     def fill(

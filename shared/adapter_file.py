@@ -36,30 +36,6 @@ class TensorEntry(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
-class AdapterHeader:
-    """The header of a blob, parsed and found consistent with itself."""
-
-    manifest: AdapterManifest
-    entries: list[TensorEntry]  # in the order of their bytes
-    data_offset: int
-
-    @functools.cached_property
-    def layout_key(self) -> str:
-        """The same for all adapters with the same tensors in the same order."""
-        return xxhash.xxh3_128_hexdigest(index_json(self.entries))
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Length of what follows the header."""
-        return self.entries[-1].end
-
-    @property
-    def total_bytes(self) -> int:
-        """Length of the whole blob."""
-        return self.data_offset + self.tensor_bytes
-
-
 def lay_out(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorEntry]:
     """Tensors of `shapes`, one after the other in this order."""
     code, item_bytes = DTYPES[dtype]
@@ -71,24 +47,53 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorEnt
     return entries
 
 
-def index_json(entries: Sequence[TensorEntry]) -> bytes:
-    """Names, dtypes and shapes in the order of their bytes, canonical: what identifies a layout."""
-    return json.dumps([[e.name, e.dtype, list(e.shape)] for e in entries], separators=(",", ":")).encode()
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and dtype of an adapter's tensors, in the order of their bytes: the same from push to push."""
 
+    entries: Sequence[TensorEntry]
 
-class HeaderEncoder:
-    """Writes headers for adapters of one layout: all that changes from push to push is the manifest."""
+    @functools.cached_property
+    def index(self) -> bytes:
+        """Names, dtypes and shapes as canonical JSON."""
+        return json.dumps([[e.name, e.dtype, list(e.shape)] for e in self.entries], separators=(",", ":")).encode()
 
-    def __init__(self, entries: Sequence[TensorEntry]) -> None:
-        index = {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]} for e in entries}
-        self._index = json.dumps(index)[1:].encode()
+    @functools.cached_property
+    def key(self) -> str:
+        """The same for all adapters with the same tensors in the same order."""
+        return xxhash.xxh3_128_hexdigest(self.index)
 
-    def encode(self, manifest: AdapterManifest) -> bytes:
+    @functools.cached_property
+    def _file_index(self) -> bytes:
+        return json.dumps(
+            {e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.end]} for e in self.entries}
+        ).encode()
+
+    @property
+    def nbytes(self) -> int:
+        """Length of all tensors together."""
+        return self.entries[-1].end
+
+    def header(self, manifest: AdapterManifest) -> bytes:
         """The blob up to its tensors: length and JSON. Any safetensors reader can read the whole."""
         metadata = json.dumps({MANIFEST_KEY: manifest.model_dump_json()}).encode()
-        header = b'{"__metadata__":%s,%s' % (metadata, self._index)
+        header = b'{"__metadata__":%s,%s' % (metadata, self._file_index[1:])
         header += b" " * (-len(header) % 8)
         return len(header).to_bytes(8, "little") + header
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """The header of a blob, parsed and found consistent with itself."""
+
+    manifest: AdapterManifest
+    layout: Layout
+    data_offset: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Length of the whole blob."""
+        return self.data_offset + self.layout.nbytes
 
 
 def header_length(prefix: bytes) -> int:
@@ -130,7 +135,7 @@ def parse_header(header: bytes) -> AdapterHeader:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(f"the tensor index of the header is broken: {error!r}") from error
     _check_entries(manifest, entries)
-    return AdapterHeader(manifest, sorted(entries, key=lambda e: e.start), data_offset=8 + len(header))
+    return AdapterHeader(manifest, Layout(sorted(entries, key=lambda e: e.start)), data_offset=8 + len(header))
 
 
 def _entries(document: dict[str, Any]) -> list[TensorEntry]:

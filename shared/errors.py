@@ -26,6 +26,7 @@ class ErrorCode(StrEnum):
     STEP_NOT_REACHED = "step_not_reached"
     NO_FREE_SLOT = "no_free_slot"
     NO_GROUP = "no_group"
+    UNKNOWN_LAYOUT = "unknown_layout"
     # adapters
     MALFORMED_ADAPTER = "malformed_adapter"
     CHECKSUM_MISMATCH = "checksum_mismatch"
@@ -48,6 +49,7 @@ _STATUS: dict[ErrorCode, int] = {
     ErrorCode.NO_FREE_RUN: 409,
     ErrorCode.STALE_VERSION: 409,
     ErrorCode.NO_GROUP: 409,
+    ErrorCode.UNKNOWN_LAYOUT: 409,
     ErrorCode.VERSION_NOT_ACTIVE: 409,
     ErrorCode.STEP_NOT_REACHED: 409,
     ErrorCode.BASE_MISMATCH: 409,

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from rollout_server import metrics
 from rollout_server.routes import ServiceDep
-from rollout_server.routes.runs import InFlightHeader, Lease, RunId, Takeover
+from rollout_server.routes.runs import InFlightHeader, Lease, RunId
 from rollout_server.service import Service
-from shared.adapter_file import MAX_HEADER_BYTES, header_length, parse_header
-from shared.errors import ErrorCode, LockstepError
+from shared.collective import Announcement
+from shared.errors import LockstepError
 from shared.weights import PushReceipt
 
 router = APIRouter()
@@ -36,18 +36,13 @@ async def join_group(run_id: RunId, service: ServiceDep, lockstep_lease: Lease) 
 @router.post("/v1/runs/{run_id}/broadcast", response_class=StreamingResponse)
 async def broadcast(
     run_id: RunId,
-    request: Request,
+    announced: Announcement,
     service: ServiceDep,
     lockstep_lease: Lease,
-    lockstep_takeover: Takeover = False,
     lockstep_in_flight: InFlightHeader = "drain",
 ) -> StreamingResponse:
-    """Install an adapter that comes by broadcast; the body is the blob up to its tensors.
-
-    First `{"receiving": true}`, then the `PushReceipt`.
-    """
-    header = parse_header(await _header_json(request))
-    events = service.installer.broadcast(run_id, lockstep_lease, lockstep_takeover, header, lockstep_in_flight)
+    """Install an adapter that comes by broadcast: first `{"receiving": true}`, then the `PushReceipt`."""
+    events = service.installer.broadcast(run_id, lockstep_lease, announced, lockstep_in_flight)
     return await _lines(_counted(service, events), b'{"receiving":true}')
 
 
@@ -61,15 +56,6 @@ async def _counted(
                     count(receipt)
                     service.list_policies()
                 yield receipt
-
-
-async def _header_json(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > 8 + MAX_HEADER_BYTES:
-            raise LockstepError(ErrorCode.TOO_LARGE, f"an adapter's header has at most {MAX_HEADER_BYTES} bytes")
-    return bytes(body[8 : 8 + header_length(bytes(body[:8]))])
 
 
 async def _lines(events: AsyncGenerator[BaseModel | None, None], end: bytes) -> StreamingResponse:

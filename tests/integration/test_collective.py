@@ -94,7 +94,7 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
     export = learner.publisher.exporter.export(learner.publisher.version(2))
     started = time.monotonic()
     with pytest.raises(LockstepError) as silent:
-        for event in learner.client.broadcast(learner.publisher.lease.run_id, export.header, P.LEASE):
+        for event in learner.client.broadcast(learner.publisher.lease.run_id, export.announcement(), P.LEASE):
             assert event is None
             assert torch.equal(P.score(learner.client, PROBE), served), "serving goes on meanwhile"
     assert silent.value.code is ErrorCode.TIMEOUT
@@ -110,7 +110,7 @@ def test_a_learner_that_hangs_up_after_the_announcement(learner: _Learner) -> No
     learner.push(0)
     assert learner.push(1) == "collective"
     export = learner.publisher.exporter.export(learner.publisher.version(2))
-    events = learner.client.broadcast(learner.publisher.lease.run_id, export.header, P.LEASE)
+    events = learner.client.broadcast(learner.publisher.lease.run_id, export.announcement(), P.LEASE)
     assert next(events) is None
     events.close()
     started = time.monotonic()

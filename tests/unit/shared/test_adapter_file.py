@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from shared.adapter_file import HeaderEncoder, header_length, lay_out, parse_header
+from shared.adapter_file import Layout, header_length, lay_out, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
@@ -22,7 +22,7 @@ def _blob(rank: int = 2) -> bytes:
         version=WeightVersion(run_id="r", step=0), base_weights=None, dtype="float32",
         modules={"m": ModuleSpec(rank=rank, scaling=2.0)}, peft_config={}, checksum="",
     )  # fmt: skip
-    return HeaderEncoder(entries).encode(manifest) + b"".join(tensor.tobytes() for tensor in tensors.values())
+    return Layout(entries).header(manifest) + b"".join(tensor.tobytes() for tensor in tensors.values())
 
 
 def _parse(blob: bytes):
@@ -47,7 +47,9 @@ def test_damaged_headers_are_refused_or_unchanged(data: st.DataObject) -> None:
         blob[data.draw(st.integers(0, 8 + length - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(LockstepError):
         parsed = _parse(bytes(blob))
-        assert {e.name for e in parsed.entries} == {e.name for e in good.entries} or parsed.manifest != good.manifest
+        assert {e.name for e in parsed.layout.entries} == {
+            e.name for e in good.layout.entries
+        } or parsed.manifest != good.manifest
 
 
 @pytest.mark.parametrize("prefix", [b"", b"\x00" * 8, b"\xff" * 8, b"1234"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.adapter_file import TensorEntry, index_json, lay_out
+from shared.adapter_file import Layout, TensorEntry, lay_out
 from shared.checksum import _CHUNK, BLOCK, block_sums, block_weights, checksum
 
 ENTRIES = lay_out({"m.lora_A.weight": (2, 3), "m.lora_B.weight": (4, 2)}, "float32")
@@ -51,5 +51,5 @@ def test_every_single_bit_and_every_swap_of_neighbours_is_noticed() -> None:
 def test_covers_names_shapes_and_bytes() -> None:
     renamed = [TensorEntry(e.name.replace("m.", "n."), e.dtype, e.shape, e.start, e.end) for e in ENTRIES]
     reshaped = [TensorEntry(e.name, e.dtype, e.shape[::-1], e.start, e.end) for e in ENTRIES]
-    digests = {checksum(index_json(entries), b"12345678") for entries in (ENTRIES, renamed, reshaped)}
-    assert len(digests | {checksum(index_json(ENTRIES), b"12345679")}) == 4
+    digests = {checksum(Layout(entries).index, b"12345678") for entries in (ENTRIES, renamed, reshaped)}
+    assert len(digests | {checksum(Layout(ENTRIES).index, b"12345679")}) == 4
