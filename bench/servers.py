@@ -1,16 +1,22 @@
-"""Servers as child processes: start, wait until they answer, end."""
+"""Servers as child processes: start, wait until they answer, ask, end."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from learner.processes import ProcessGroup
+from shared.weights import WeightVersion
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -57,6 +63,21 @@ class Server:
                 raise RuntimeError(f"{self.name} was not ready within {timeout_s:.0f} s; {self.tail()}")
             time.sleep(0.25)
 
+    def gpu_memory(self) -> int | None:
+        """MiB that its processes hold by nvidia-smi; None where that says nothing of them."""
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None
+        total = 0
+        for entry in answer.splitlines():
+            with contextlib.suppress(ValueError, OSError):  # "[N/A]", or a process of another machine's
+                pid, mib = (int(cell) for cell in entry.split(","))
+                # All processes of a server are in the session that it leads.
+                total += mib if os.getsid(pid) == self._group.process.pid else 0
+        return total or None
+
     def tail(self, characters: int = 600) -> str:
         """The last errors of the log, or its end."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
@@ -66,6 +87,54 @@ class Server:
     def end(self) -> None:
         """Stop it and whatever it started."""
         self._group.end()
+
+
+Sampled = tuple[list[int], list[float]]  # token ids and logprobs of one sequence
+
+
+@dataclass
+class Way:
+    """One row: a server, whom its requests ask for (None: a vLLM that knows no policies), and what is known of it."""
+
+    row: str
+    server: Server
+    http: httpx.Client
+    policy: WeightVersion | str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def ask(self, prompts: list[list[int]], tokens: int) -> tuple[list[Sampled], float]:
+        """One request of `tokens` tokens for each prompt; what was sampled, and the seconds until the last byte."""
+        sampling = {"max_tokens": tokens, "temperature": 1.0, "ignore_eos": True, "n": 1}
+        if self.policy is None:
+            path = "/v1/completions"
+            body: dict[str, Any] = {"model": "base", "prompt": prompts, "logprobs": 0, "return_token_ids": True}
+            body |= sampling
+        else:
+            policy = self.policy if isinstance(self.policy, str) else self.policy.model_dump()
+            asked = [{"token_ids": prompt} for prompt in prompts]
+            path = "/v1/generate"
+            body = {"prompts": asked, "policy": policy, "return_text": False, "sampling": sampling}
+        content, headers = json.dumps(body), {"content-type": "application/json"}
+        started = time.perf_counter()
+        answer = self.http.post(path, content=content, headers=headers)
+        seconds = time.perf_counter() - started
+        if answer.is_error:
+            raise RuntimeError(f"{path} answered {answer.status_code}: {answer.text[:300]}")
+        sampled = self._completions(answer.json()) if self.policy is None else self._groups(answer.json())
+        if [(len(ids), len(logprobs)) for ids, logprobs in sampled] != [(tokens, tokens)] * len(prompts):
+            raise RuntimeError(f"{len(sampled)} sequences of {[len(ids) for ids, _ in sampled][:8]} tokens came back")
+        return sampled, seconds
+
+    def _completions(self, document: Any) -> list[Sampled]:
+        choices = sorted(document["choices"], key=lambda choice: choice["index"])
+        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+
+    def _groups(self, document: Any) -> list[Sampled]:
+        completions = [group["completions"][0] for group in document["groups"]]
+        version = self.policy.model_dump() if isinstance(self.policy, WeightVersion) else None
+        if others := [c["spans"] for c in completions if [span["version"] for span in c["spans"]] != [version]]:
+            raise RuntimeError(f"tokens are of {others[0]}, not of {self.policy}")
+        return [(c["token_ids"], c["logprobs"]) for c in completions]
 
 
 def environment(server_device: str | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:

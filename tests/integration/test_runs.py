@@ -1,0 +1,128 @@
+"""Several runs on one server, and a thousand pushes: nothing leaks from one run, or one version, into another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from learner.client import RolloutClient
+from learner.publisher import Lease, Publisher
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import GenerateRequest, Prompt
+from shared.sampling import SamplingParams
+from tests.integration import policy as P
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ServerProcess
+
+PROBE = list(range(5, 40))
+FP32 = 1e-4
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server for two runs."""
+    process = ServerProcess(model, tmp_path_factory.mktemp("server") / "server.log", *FLAGS, "--max-runs", "2")
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.stop()
+
+
+def _publisher(client: RolloutClient, policy, run_id: str, **options) -> Publisher:
+    return Publisher(client, policy, Lease(run_id, f"secret-of-{run_id}", 0), client.state(), **options)
+
+
+def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProcess, model: Path) -> None:
+    """Two threads push different adapters, one by broadcast and one over HTTP, with in_flight keep on one of them."""
+    steps = 8
+    failures: list[str] = []
+
+    def learn(run_id: str, seed: int, **options) -> None:
+        with RolloutClient(server.url) as client:
+            policy = P.make_policy(model)
+            publisher = _publisher(client, policy, run_id, say=lambda text: None, **options)
+            for step in range(steps):
+                P.randomize(policy, seed=seed + step)
+                receipt = publisher.push(step)
+                request = GenerateRequest(
+                    prompts=[Prompt(token_ids=[seed % 500, *PROBE])], run_id=run_id,
+                    sampling=SamplingParams(n=2, max_tokens=24, ignore_eos=True),
+                )  # fmt: skip
+                answer = client.generate(request)
+                spans = [span.version for group in answer.groups for c in group.completions for span in c.spans]
+                if set(spans) != {receipt.version}:
+                    failures.append(f"{run_id} step {step}: {spans}")
+                if (gap := P.largest_gap(policy, answer)) > FP32:
+                    failures.append(f"{run_id} step {step}: gap {gap}")
+            publisher.close()
+
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(learn, "one", 1000, transport="collective", in_flight="keep")
+        two = pool.submit(learn, "two", 2000, transport="http")
+        one.result()
+        two.result()
+    assert not failures
+    with RolloutClient(server.url) as client:
+        assert {run.run_id for run in client.state().runs} == {"one", "two"}
+        for run_id in ("one", "two"):
+            assert sorted(slot["state"] for slot in client.run(run_id).slots) == ["active", "free"]
+        with pytest.raises(LockstepError) as full:
+            _publisher(client, P.make_policy(model), "three").push(0)
+        assert full.value.code is ErrorCode.NO_FREE_RUN
+        client.delete_run("one", "secret-of-one")
+        assert _publisher(client, P.make_policy(model), "three").push(0).version.run_id == "three"
+        client.delete_run("three", "secret-of-three")
+        client.delete_run("two", "secret-of-two")
+
+
+def test_a_thousand_pushes_leave_nothing_behind(server: ServerProcess, client: RolloutClient, model: Path) -> None:
+    """Flat memory on both sides, no stale answer, no slot or pause left; every fourth over HTTP, the rest broadcast."""
+    policy = P.make_policy(model)
+    broadcast = _publisher(client, policy, "many", transport="collective", say=lambda text: None)
+    over_http = _publisher(client, policy, "many", transport="http")
+    b = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
+    stop, failures = threading.Event(), []
+
+    def sample() -> None:
+        with RolloutClient(server.url) as own:
+            while not stop.is_set():
+                answer = P.generate(own, [PROBE], max_tokens=6)
+                spans = answer.groups[0].completions[0].spans
+                if len(spans) != 1:
+                    failures.append(str(spans))
+
+    def memory() -> list[float]:
+        processes = [psutil.Process(server.process.pid), *map(psutil.Process, server.engine_processes())]
+        return [process.memory_info().rss / 2**20 for process in (*processes, psutil.Process())]
+
+    broadcast.push(0)
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        for step in range(1, 1001):
+            with torch.no_grad():
+                torch._foreach_mul_(b, -1.01 if step % 100 else 1.01**-99)
+            (over_http if step % 4 == 0 else broadcast).push(step)
+            if step % 50 == 0:
+                gap = (P.score(client, PROBE) - P.reference(policy, PROBE)).abs().max()
+                assert gap < FP32, f"stale or wrong answer at step {step}"
+            if step == 200:
+                before = memory()
+    finally:
+        stop.set()
+        sampler.join()
+    grown = [after - then for after, then in zip(memory(), before, strict=True)]
+    assert not failures
+    assert max(grown) < 30, f"MiB grown over 800 pushes, by process: {grown}"
+    assert sorted(slot["state"] for slot in client.run("many").slots) == ["active", "free"]
+    transports = {receipt.transport for receipt in broadcast.receipts[1:]}
+    assert transports == {"collective"}
+    broadcast.close()
+    client.delete_run("many", "secret-of-many")

@@ -1,0 +1,275 @@
+"""What bench.decode asks, checks and writes down; the servers are stand-ins."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bench import decode
+from bench.decode import ADAPTER, BASE, MERGE, PLAIN, Run, engine_flags, fidelity, new_adapter, write_weights
+from bench.measure import Setting, divergence, random_prompts
+from bench.output import Rates, bars, rates_table
+from bench.policy import Policy
+from bench.servers import Way
+from bench.shapes import SHAPES
+from shared.rollouts import GenerateRequest
+from shared.weights import WeightVersion
+
+TINY = SHAPES["tiny"]
+VERSION = WeightVersion(run_id="r", fence=0, step=5)
+
+
+class Fake:
+    """Answers on both routes: token t of a sequence is 7, its logprob -1.5."""
+
+    def __init__(self, version: WeightVersion | None = None, short: bool = False) -> None:
+        self.version, self.short, self.bodies = version, short, list[Any]()
+        self.http = httpx.Client(base_url="http://fake", transport=httpx.MockTransport(self.answer))
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        self.bodies.append((request.url.path, body))
+        if request.url.path == "/v1/completions":
+            ids, logprobs = self.tokens(body["max_tokens"])
+            choice = {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
+            choices = [{**choice, "index": i} for i in range(len(body["prompt"]))]
+            return httpx.Response(200, json={"choices": choices[::-1]})
+        asked = GenerateRequest.model_validate(body)
+        ids, logprobs = self.tokens(asked.sampling.max_tokens or 0)
+        version = self.version.model_dump() if self.version else None
+        spans = [{"version": version, "start": 0, "end": len(ids), "kv": "fresh"}]
+        group = {"completions": [{"token_ids": ids, "logprobs": logprobs, "spans": spans}]}
+        return httpx.Response(200, json={"epoch": "e", "groups": [group] * len(asked.prompts)})
+
+    def tokens(self, count: int) -> tuple[list[int], list[float]]:
+        count -= self.short
+        return [7] * count, [-1.5] * count
+
+    def way(self, row: str, policy: WeightVersion | str | None = None) -> Way:
+        return Way(row, Server(), self.http, policy)  # type: ignore[arg-type]
+
+
+class Server:
+    """Nothing runs."""
+
+    name, start_s, started = "fake", 1.0, 0.0
+
+    def tail(self) -> str:
+        return "log"
+
+    def gpu_memory(self) -> int | None:
+        return 123
+
+    def wait_ready(self, timeout_s: float) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def test_both_kinds_of_server_are_asked_for_the_same() -> None:
+    prompts = random_prompts(3, 512, 16, seed=0)
+    plain, ours, base = Fake(), Fake(VERSION), Fake()
+    for way in (plain.way(PLAIN), ours.way(ADAPTER, VERSION), base.way(BASE, "base")):
+        sampled, seconds = way.ask(prompts, 4)
+        assert sampled == [([7] * 4, [-1.5] * 4)] * 3 and seconds > 0
+    [(path, body)] = plain.bodies
+    assert path == "/v1/completions" and body["prompt"] == prompts and body["logprobs"] == 0
+    assert (body["ignore_eos"], body["temperature"], body["max_tokens"], body["n"]) == (True, 1.0, 4, 1)
+    [(path, body)] = ours.bodies
+    asked = GenerateRequest.model_validate(body)
+    assert path == "/v1/generate" and asked.policy == VERSION and asked.return_text is False
+    assert [prompt.token_ids for prompt in asked.prompts] == prompts
+    assert (asked.sampling.ignore_eos, asked.sampling.temperature, asked.sampling.max_tokens) == (True, 1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("way", "word"),
+    [
+        (Fake(short=True).way(PLAIN), "came back"),
+        (Fake(VERSION).way(BASE, "base"), "not of base"),
+        (Fake().way(ADAPTER, VERSION), "not of"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_is_no_figure(way: Way, word: str) -> None:
+    with pytest.raises(RuntimeError, match=word):
+        way.ask([[1, 2]], 4)
+
+
+def test_divergence_estimates_the_kl_of_served_from_own() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, dtype=torch.float64)
+    served, own = logits.log_softmax(0), (logits + 0.1 * torch.randn(50, dtype=torch.float64)).log_softmax(0)
+    kl = (served.exp() * (served - own)).sum().item()
+    ids = torch.multinomial(served.exp(), 200_000, replacement=True)
+    figures = divergence(served[ids], own[ids])
+    assert figures["kl_k3"] == pytest.approx(kl, rel=0.05)
+    assert figures["kl_k1"] == pytest.approx(kl, abs=1e-3)
+    assert figures["mean_abs_gap"] > figures["kl_k3"] > 0
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Policy, Path]:
+    folder = TINY.write(tmp_path_factory.mktemp("model"), "float32")
+    made = Policy(folder, torch.device("cpu"), "float32")
+    write_weights(made, TINY, folder, "float32")
+    return made, folder
+
+
+def test_the_servers_load_the_learners_base(policy: tuple[Policy, Path]) -> None:
+    made, folder = policy
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert json.loads((folder / "config.json").read_text()) == TINY.config("float32")
+    for name, tensor in made.base.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def serve(model: PeftModel, way: Way, monkeypatch: pytest.MonkeyPatch, adapter: bool) -> None:
+    """Has `way` answer with the logprobs of the model itself, computed token by token."""
+
+    def ask(prompts: list[list[int]], tokens: int) -> Any:
+        rows = [prompt + random_prompts(1, TINY.vocab, tokens, seed=i)[0] for i, prompt in enumerate(prompts)]
+        ids = torch.tensor(rows)
+        with torch.no_grad():
+            if adapter:
+                logits = model(input_ids=ids).logits
+            else:
+                with model.disable_adapter():
+                    logits = model(input_ids=ids).logits
+        own = [
+            [logits[b, t - 1].log_softmax(-1)[row[t]].item() for t in range(len(prompts[b]), len(row))]
+            for b, row in enumerate(rows)
+        ]
+        return [(row[len(prompts[0]) :], logprobs) for row, logprobs in zip(rows, own, strict=True)], 1.0
+
+    monkeypatch.setattr(way, "ask", ask)
+
+
+def test_fidelity_sees_a_forgotten_adapter(policy: tuple[Policy, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with policy[0].adapter(8, "float32") as model:
+        new_adapter(model)
+        gaps = {}
+        for row, adapter in ((ADAPTER, True), (MERGE, False), (BASE, False)):
+            way = Fake().way(row, "base")
+            serve(model, way, monkeypatch, adapter)
+            gaps[row] = fidelity(way, model, TINY.vocab)["fidelity"]
+    assert gaps[ADAPTER]["tokens"] == 8 * 64
+    assert gaps[ADAPTER]["max_abs_gap"] < 1e-5 and gaps[BASE]["max_abs_gap"] < 1e-5
+    assert gaps[MERGE]["mean_abs_gap"] == pytest.approx(gaps[MERGE]["adapter_effect"], rel=1e-3)
+    assert gaps[MERGE]["mean_abs_gap"] > 100 * gaps[ADAPTER]["mean_abs_gap"]
+
+
+def make_run(tmp_path: Path, deadline: float = float("inf"), parallel: bool = True) -> Run:
+    options = argparse.Namespace(rank=8, batches=[2, 4], tokens=4, waves=3, parallel_start=parallel)
+    setting = Setting(tmp_path, "cpu", None, "float32", ())
+    return Run(setting, options, Rates(tmp_path / "decode.json", {"devices": ["H"]}), TINY, tmp_path, deadline)
+
+
+def test_servers_take_turns_and_a_failure_stays_in_its_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    fakes = {PLAIN: Fake(), ADAPTER: Fake(VERSION), MERGE: Fake(VERSION, short=True)}
+    ways = [fakes[PLAIN].way(PLAIN), fakes[ADAPTER].way(ADAPTER, VERSION), fakes[MERGE].way(MERGE, VERSION)]
+    run.waves(ways, 2)
+    plain, adapter, merge = run.report.rows
+    assert plain["ratio_to_plain"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert adapter["n"] == 3 and adapter["gpu_memory_mib"] == 123
+    ratios = sorted(p / a for p, a in zip(plain["waves_s"], adapter["waves_s"], strict=True))
+    assert adapter["ratio_to_plain"]["median"] == pytest.approx(ratios[1], rel=0.02)
+    assert adapter["tokens_per_s"]["max"] == pytest.approx(2 * 4 / min(adapter["waves_s"]), rel=0.02)
+    assert not merge["ok"] and "came back" in merge["error"]
+    # One wave that is not counted; every server is sent the same prompts; a server that failed is asked no more.
+    assert [len(fakes[row].bodies) for row in (PLAIN, ADAPTER, MERGE)] == [4, 4, 1]
+    sent = [[prompt["token_ids"] for prompt in body["prompts"]] for _, body in fakes[ADAPTER].bodies]
+    assert sent == [body["prompt"] for _, body in fakes[PLAIN].bodies]
+    document = json.loads((tmp_path / "decode.json").read_text())
+    assert set(document) == {"headline", "ok", "machine", "rows"} and not document["ok"]
+
+
+def test_after_the_deadline_rows_are_skipped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, deadline=time.monotonic() - 1)
+    run.waves([Fake().way(PLAIN)], 2)
+    assert run.report.rows[0]["skipped"] == "the deadline had passed"
+    assert run.report.document()["ok"] is False
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_server_that_does_not_know_the_flag(
+    policy: tuple[Policy, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: bool
+) -> None:
+    class Refuses(Server):
+        def wait_ready(self, timeout_s: float) -> None:
+            raise RuntimeError("unrecognized arguments: --apply merge")
+
+    def open_ways(name: str, server: Any, model: Any, stack: Any) -> list[Way]:
+        if name == PLAIN:
+            return [Fake().way(PLAIN)]
+        return [Fake(VERSION).way(ADAPTER, VERSION), Fake().way(BASE, "base")]
+
+    monkeypatch.setattr(decode, "start", lambda name, *_: Refuses() if name == MERGE else Server())
+    monkeypatch.setattr(decode, "open_ways", open_ways)
+    run = make_run(tmp_path, parallel=parallel)
+    run.folder = policy[1]
+    run.all_servers()
+    rows = {(row["row"], row["batch"]): row for row in run.report.rows}
+    assert len(rows) == len(run.report.rows) == 8
+    for batch in (2, 4):
+        assert "unrecognized" in rows[MERGE, batch]["error"]
+        assert all(rows[row, batch]["ratio_to_plain"] for row in (PLAIN, ADAPTER, BASE))
+        assert rows[ADAPTER, batch]["fidelity"]["adapter_effect"] > 0
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    for module in ("bench.decode.Server", "bench.ours.Server"):
+        monkeypatch.setattr(module, lambda name, command, *_, **__: started.append(command))
+    setting = Setting(tmp_path, "cpu", None, "float32", ("--dtype", "float32"))
+    for name in decode.SERVERS:
+        decode.start(name, setting, tmp_path / "tiny", 8)
+    plain, adapter, merge = started
+    assert not any("lora" in word for word in plain) and plain[-2:] == ["--dtype", "float32"]
+    assert "rollout_server.cli" in adapter and "--apply" not in adapter
+    assert merge[-2:] == ["--apply", "merge"]
+
+
+def test_the_key_value_cache_has_room_for_the_largest_wave() -> None:
+    options = argparse.Namespace(batches=[32, 256], tokens=256, server_flags="--seed 3")
+    flags = engine_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert values["--max-num-seqs"] == "256" and values["--max-model-len"] == "288" and values["--seed"] == "3"
+    assert 256 * 272 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 13e9
+    assert "--kv-cache-memory-bytes" not in engine_flags(TINY, options, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--shapes", "qwen3-5b"], "unknown shape"),
+        (["--rank", "1024"], "above 512"),
+        (["--batches", "0,4"], "1 or more"),
+        (["--batches", "many"], "many"),
+    ],
+)
+def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        decode.main(flags)
+    assert word in capsys.readouterr().err
+
+
+def test_table_and_picture(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for batch in (2, 4):
+        run.waves([Fake().way(PLAIN), Fake(VERSION).way(ADAPTER, VERSION), Fake(short=True).way(MERGE, VERSION)], batch)
+    lines = rates_table(run.report.rows).splitlines()
+    assert len(lines) == 2 + 6 and "error: RuntimeError" in lines[4] and "100.0%" in lines[2]
+    bars(tmp_path / "a.png", run.report.rows, "title")
+    bars(tmp_path / "b.png", [], "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
