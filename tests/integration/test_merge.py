@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from learner.client import RolloutClient
+from learner.proof import SyncProof
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P
@@ -75,6 +76,18 @@ def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path
     client.delete_run("many", P.LEASE)
     again = P.score(client, PROBE, policy="base")
     assert torch.equal(base, again), (base - again).abs().max()
+
+
+def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -> None:
+    policy = P.make_policy(model)
+    proof = SyncProof(client, policy, [PROBE], served_dtype="float32", merged=True)
+    slope = proof.canary(lambda: P.push(client, policy, "proven.canary", 0).version)
+    client.delete_run("proven.canary", P.LEASE)
+    assert abs(slope - 1) < 0.01
+    proof.check_base()
+    for step in range(2):
+        assert proof.check(P.push(client, policy, "proven", step).version).max_gap < FP32
+        P.randomize(policy, seed=60 + step)
 
 
 def test_adapters_of_different_modules_one_after_another(client: RolloutClient, model: Path) -> None:

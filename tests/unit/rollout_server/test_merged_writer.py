@@ -66,7 +66,10 @@ def _worker(full: dict[str, torch.Tensor], rank: int = 0, shards: int = 1) -> Si
     )  # fmt: skip
     model = nn.Module()
     model.self_attn, model.mlp = attention, mlp
-    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    model.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
     return SimpleNamespace(get_model=lambda: model, device=torch.device("cpu"), model=model)
 
 
