@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from learner.adapter import TORCH_DTYPES, active_adapter, lora_layers
+from learner.adapter import active_adapter, lora_layers
 from learner.client import RolloutClient
+from learner.tolerance import FLOOR, SAFETY, derived_tolerance, merge_noise
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicySelector, ScoreRequest
 from shared.weights import WeightVersion
@@ -41,52 +42,24 @@ MIN_SIGNAL = 4.0
 #: How far the slope may be from 1; the canary's signal is far above any noise.
 SLOPE_SLACK = 0.5
 CANARY_SLACK = 0.2
-#: Largest gap in float32 where models are so small that the derivation below gives less.
-FLOOR = 1e-4
-ROUNDINGS_PER_LAYER = 6
-SAFETY = 4.0
 #: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
 #: where the effect saturates, twice the adapter does not show as twice the change.
 CANARY_SIGNAL = 20.0
 CANARY_NATS = 0.05
 
 
-def derived_tolerance(dtypes: list[str], *, layers: int, width: int, logit_std: float, logit_max: float) -> float:
-    """Largest |gap| in nats that rounding explains between two implementations of one model.
-
-    With unit roundoff u (2^-24 float32, 2^-11 float16, 2^-8 bfloat16), one rounding is a relative error of
-    about u / sqrt(3) rms. A layer rounds its values ROUNDINGS_PER_LAYER = 6 times (two norms, two block
-    outputs, two residual sums); over L layers independent errors add up to sqrt(6 L) u / sqrt(3) of the
-    final hidden state. Sums over `width` terms are accumulated in float32, which adds 2^-24 sqrt(width) each
-    and is all there is in float32. A relative error e of the hidden state moves a logit by e * (std of the
-    logits over the vocabulary); rounding the logit itself adds u |logit| / sqrt(3). A logprob is the
-    difference of a logit and a weighted mean of logits: sqrt(2). Both sides err independently: their
-    variances add. The largest of a few hundred gaps is within 3.5 sigma, so SAFETY = 4 sigma are allowed, and
-    never less than FLOOR. For SmolLM2-135M, bfloat16 against float32, this gives 0.78; measured on 228
-    tokens: rms 0.09, largest 0.34.
-
-    Args:
-        dtypes: compute dtype of each side.
-        layers: decoder layers. width: hidden size.
-        logit_std: rms over probe positions of the logits' standard deviation over the vocabulary.
-        logit_max: largest |logit| on the probe.
-    """
-    variance = 0.0
-    for dtype in dtypes:
-        unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
-        hidden = math.hypot(unit, 2.0**-24 * math.sqrt(width)) * math.sqrt(ROUNDINGS_PER_LAYER * layers / 3)
-        variance += 2 * ((hidden * logit_std) ** 2 + (unit * logit_max) ** 2 / 3)
-    return max(SAFETY * math.sqrt(variance), FLOOR)
-
-
 @dataclass(frozen=True)
 class Measurement:
-    """Logprobs of all probe tokens at one version, float64 [N], by the learner and by the server."""
+    """Logprobs of all probe tokens at one version, float64 [N], by the learner and by the server.
+
+    `merge_noise`: rms of what the server's rounding of merged weights adds, which differs from version to version.
+    """
 
     version: WeightVersion | None
     own: np.ndarray
     served: np.ndarray
     tolerance: float
+    merge_noise: float = 0.0
 
     @property
     def max_gap(self) -> float:
@@ -110,7 +83,7 @@ def slope(reference: Measurement, now: Measurement) -> float | None:
 
 def _noise(reference: Measurement) -> float:
     """Rms of what rounding may add to a change of logprobs since `reference`."""
-    return max(math.sqrt(2) * reference.rms_gap, FLOOR / SAFETY)
+    return max(math.sqrt(2) * reference.rms_gap, reference.merge_noise, FLOOR / SAFETY)
 
 
 class SyncProof:
@@ -126,13 +99,14 @@ class SyncProof:
 
     def __init__(
         self, client: RolloutClient, model: PeftModel, sequences: list[list[int]], *,
-        served_dtype: str, tolerance: float | None = None,
+        served_dtype: str, tolerance: float | None = None, merged: bool = False,
     ) -> None:  # fmt: skip
         self.client = client
         self.model = model
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
         self.served_dtype = served_dtype
         self.fixed_tolerance = tolerance
+        self.merged = merged
         self.first: Measurement | None = None
         self.last: Measurement | None = None
         self.max_gap = 0.0
@@ -209,16 +183,16 @@ class SyncProof:
         served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
         if answer.version != version or served.shape != own.shape or not np.isfinite(served).all():
             raise _failed(f"/v1/score answered {served.size} logprobs of {answer.version}, not {own.size} of {version}")
-        tolerance = self.fixed_tolerance or self._tolerance(logit_std, logit_max)
-        return Measurement(version, own, served, tolerance)
-
-    def _tolerance(self, logit_std: float, logit_max: float) -> float:
         config = self.model.get_base_model().config.get_text_config()
         own_dtype = str(self.model.get_base_model().dtype).removeprefix("torch.")
-        return derived_tolerance(
-            [own_dtype, self.served_dtype], layers=config.num_hidden_layers, width=config.hidden_size,
-            logit_std=logit_std, logit_max=logit_max,
+        layers, noise = config.num_hidden_layers, 0.0
+        if self.merged and version:
+            noise = merge_noise(self.served_dtype, layers=layers, logit_std=logit_std)
+        derived = derived_tolerance(
+            [own_dtype, self.served_dtype], layers=layers, width=config.hidden_size,
+            logit_std=logit_std, logit_max=logit_max, merge_noise=noise,
         )  # fmt: skip
+        return Measurement(version, own, served, self.fixed_tolerance or derived, noise)
 
     def _check_gap(self, m: Measurement) -> None:
         self.max_gap = max(self.max_gap, m.max_gap)

@@ -20,7 +20,7 @@ from learner.proof import SyncProof
 from learner.publisher import Lease, Publisher, load_lease, save_lease
 from learner.rollouts import RemoteRollouts
 from shared.errors import ErrorCode, ErrorDetail, LockstepError
-from shared.rollouts import GenerateRequest, Prompt
+from shared.rollouts import GenerateRequest, PolicySelector, Prompt
 from shared.sampling import SamplingParams
 from shared.weights import PushReceipt, ServerState
 
@@ -80,7 +80,9 @@ class Session:
         base_weights: str | None,
     ) -> None:
         self.trainer, self.model, self.client, self.config = trainer, model, client, config
-        self.server_dtype = state.dtype
+        self.server = state
+        # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
+        self.base_served = state.apply == "adapter" or not any(run.version for run in state.runs)
         self.prompts = prompts
         self.publisher = self._publisher(state, base_weights)
         self.continues = any(run.run_id == self.run_id for run in state.runs)
@@ -130,11 +132,12 @@ class Session:
             sequences = self._probe()
             self.proof = SyncProof(
                 self.client, self.model, sequences,
-                served_dtype=self.server_dtype, tolerance=self.config.proof_tolerance,
+                served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
+                merged=self.server.apply == "merge",
             )  # fmt: skip
-            if self.config.proof_canary and not self.continues:
+            if self.config.proof_canary and not self.continues and self.base_served:
                 self.canary_slope = self._canary(self.proof)
-            else:
+            elif self.base_served:
                 self.proof.check_base()
             step = self.trainer.step
             self.publisher.push(step)
@@ -216,14 +219,15 @@ class Session:
         self.publisher.ensure(self.trainer.step)
 
     def _probe(self) -> list[list[int]]:
-        """Prompts of the task, each with a greedy completion by the base: text like the policy will see."""
+        """Prompts of the task, each with a greedy completion: text like the policy will see."""
         distinct = list(dict.fromkeys(tuple(p[-PROBE_PROMPT_TOKENS:]) for p in self.prompts))[:PROBE_SEQUENCES]
         room = self.rollouts.max_model_len - max(map(len, distinct))
         if room < 1:
             return [list(p) for p in distinct]
         sampling = SamplingParams(temperature=0.0, max_tokens=min(PROBE_COMPLETION_TOKENS, room))
         asked = [Prompt(token_ids=list(p)) for p in distinct]
-        answer = self.client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy="base"))
+        policy: PolicySelector = "base" if self.base_served else "latest"
+        answer = self.client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
         return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
 
     def _canary(self, proof: SyncProof) -> float | None:

@@ -67,6 +67,7 @@ class Admission:
 
     def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: KV) -> None:
         """Its slot holds `version` from now on. `tokens`: how many each output of each running request has so far."""
+        self.version = version  # of what it submits from now on
         for request_id in self._submitted:
             self._moves[request_id].append(_Move(tokens, version, kv))
 
@@ -92,7 +93,8 @@ class Admission:
         if self._run is not None and self._slot is not None:
             await self._run.not_moving.wait()
             prompt = _salted(prompt, self._slot.salt)
-            kwargs["lora_request"] = _lora_request(self._slot)
+            if self._slot.slot_id:
+                kwargs["lora_request"] = _lora_request(self._slot)
         self._submitted[request_id] = self._slot.version if self._slot else None
         async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
             async for output in stream:

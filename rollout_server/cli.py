@@ -54,6 +54,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     for flag, given in ours.items():
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
+    if settings.merges:
+        args.enable_lora = False
+        args.worker_extension_cls = "rollout_server.merge_worker.MergeWorker"
+        return args, settings
     if not args.enable_lora:
         raise ValueError("--no-enable-lora: a rollout server exists to serve a LoRA adapter; leave it out")
     args.max_loras = args.max_cpu_loras = settings.adapter_slots

@@ -96,15 +96,89 @@ def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
     }
 
 
-def vllm_module_name(worker: Any, peft_name: str) -> str:
+def vllm_module_name(model: Any, peft_name: str) -> str:
     """The served model's own name for a module that PEFT calls `peft_name`."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    mapper = getattr(lora_manager(worker).model, "hf_to_vllm_mapper", None)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is not None:
         rename = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
         mapper = rename() if rename is not None else mapper
     return parse_fine_tuned_lora_name(f"base_model.model.{peft_name}.lora_A.weight", mapper)[0]
+
+
+def packed_modules(model: Any) -> dict[str, list[str]]:
+    """Last part of a fused layer's name -> those of the modules fused in it (`qkv_proj` -> q_proj, k_proj, v_proj)."""
+    from vllm.model_executor.utils import get_packed_modules_mapping
+
+    return get_packed_modules_mapping(model)
+
+
+def plain_linears(model: Any) -> dict[str, Any]:
+    """All linear layers that compute with `layer.weight` as it lies there, by name."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LinearBase)
+        and type(layer.quant_method) is UnquantizedLinearMethod
+        and layer.weight.dim() == 2
+    }
+
+
+def linear_parts(layer: Any) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
+    """How the weight [out, in] of a linear layer is fused and sharded.
+
+    Returns:
+        For every fused part, in the order of the weight's rows: rows on this worker, the first of them among the
+        part's output features, output features of all workers. And: first input feature on this worker, how many.
+    """
+    from vllm.model_executor.layers import linear
+
+    rank, shards = layer.tp_rank, layer.tp_size
+    every_column = (0, layer.input_size)
+    if isinstance(layer, linear.QKVParallelLinear):
+        size, v_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
+        kv_rank = rank // layer.num_kv_head_replicas
+        heads = [
+            (layer.num_heads, rank, layer.total_num_heads, size),
+            (layer.num_kv_heads, kv_rank, layer.total_num_kv_heads, size),
+            (layer.num_kv_heads, kv_rank, layer.total_num_kv_heads, v_size),
+        ]
+        return [(own * each, own * each * index, total * each) for own, index, total, each in heads], every_column
+    if isinstance(layer, linear.MergedColumnParallelLinear):
+        return [(n // shards, n // shards * rank, n) for n in layer.output_sizes], every_column
+    if isinstance(layer, linear.RowParallelLinear):
+        own = layer.input_size_per_partition
+        return [(layer.output_size, 0, layer.output_size)], (own * rank, own)
+    if isinstance(layer, linear.ColumnParallelLinear):
+        own = layer.output_size_per_partition
+        return [(own, own * rank, layer.output_size)], every_column
+    return [(layer.output_size, 0, layer.output_size)], every_column
+
+
+def keep_linear_weights_on_cpu() -> None:
+    """Let linear layers of vLLM's CPU backend (0.26 to 0.33) compute with `layer.weight`; no effect elsewhere.
+
+    It would pack the weights for its own kernels when the model is loaded, and leave `layer.weight` empty.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    import torch
+    from vllm.model_executor.layers import utils
+
+    dispatch: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
+
+    def dispatch_but_linears(layer: Any, remove_weight: bool) -> None:
+        if remove_weight and layer.weight.dim() == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+        else:
+            dispatch(layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_but_linears
 
 
 def keep_seeds_alive_on_cpu(worker: Any) -> None:

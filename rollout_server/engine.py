@@ -9,9 +9,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from fastapi import HTTPException
+
 from rollout_server import compat
 from rollout_server.admission import Admission
-from rollout_server.slots import Run, RunTable
+from rollout_server.run_table import RunTable
+from rollout_server.slots import Run
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion
@@ -63,13 +66,18 @@ class EngineDoor:
         """Bind a request to the version that serves it from now on.
 
         Raises:
-            LockstepError: `unknown_run`, `version_not_active`.
+            LockstepError: `unknown_run`, `version_not_active`, `base_not_served`.
         """
         if request.policy == "base":
-            return Admission(self._engine)
+            return self._admit_base()
         wanted = request.policy if isinstance(request.policy, WeightVersion) else None
         run = self._runs.get(wanted.run_id if wanted else request.run_id)
         return self._admit_run(run, wanted)
+
+    def _admit_base(self) -> Admission:
+        self._runs.check_base_served()
+        base = self._runs.base
+        return Admission(self._engine, base, base.slots[0]) if base else Admission(self._engine)
 
     def _admit_run(self, run: Run, wanted: WeightVersion | None = None) -> Admission:
         slot = run.active
@@ -86,10 +94,14 @@ class EngineDoor:
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """vLLM's engine-client call, as its OpenAI routes make it: a LoRA name is a run, no LoRA is the base."""
-        if lora_request is None:
-            admission = Admission(self._engine)
-        else:
-            admission = self._admit_run(self._runs.get(run_of_model(lora_request.lora_name)))
+        await self._runs.admitting()
+        try:
+            if lora_request is None:
+                admission = self._admit_base()
+            else:
+                admission = self._admit_run(self._runs.get(run_of_model(lora_request.lora_name)))
+        except LockstepError as error:  # in a form that vLLM's routes answer in theirs
+            raise HTTPException(error.status, str(error)) from error
         with admission:
             async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
                 async for output in outputs:
@@ -99,6 +111,8 @@ class EngineDoor:
         """Pooling requests reach the base model only."""
         if lora_request is not None:
             raise LockstepError(ErrorCode.INVALID_REQUEST, "pooling requests are served by the base model only")
+        if self._runs.base is not None:
+            raise LockstepError(ErrorCode.INVALID_REQUEST, "--apply merge serves no pooling requests")
         return self._engine.encode(*args, **kwargs)
 
     @asynccontextmanager
@@ -113,7 +127,7 @@ class EngineDoor:
             await self._engine.resume_generation()
 
     async def register_workers(self, *args: Any, timeout: float) -> list[Any]:
-        """Run `worker.AdapterWorker.lockstep_register` on every worker; one answer each."""
+        """Run `lockstep_register` of our worker class on every worker; one answer each."""
         return await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)
 
 

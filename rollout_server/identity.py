@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server import compat
+from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import RunTable
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import BaseFingerprint, ServerState
 
@@ -37,8 +37,9 @@ class ServedModel:
         return ServerState(
             epoch=epoch,
             ready=ready,
-            slots_per_run=settings.slots_per_run,
+            slots_per_run=1 if settings.merges else settings.slots_per_run,
             max_runs=settings.max_runs,
+            apply="merge" if settings.merges else "adapter",
             allowed_altering=settings.allow_policy_altering,
             runs=[run.state() for run in runs.runs.values()],
             **self.__dict__,
@@ -56,7 +57,7 @@ def policy_altering(vllm_config: Any) -> list[str]:
     return reasons
 
 
-def describe(vllm_config: Any, devices: list[str | None]) -> ServedModel:
+def describe(vllm_config: Any, devices: list[str | None], max_lora_rank: int) -> ServedModel:
     """Read the facts from vLLM's resolved configuration and the checkpoint's files.
 
     Args:
@@ -74,9 +75,9 @@ def describe(vllm_config: Any, devices: list[str | None]) -> ServedModel:
         vllm_version=compat.vllm_version(),
         device=str(vllm_config.device_config.device_type),
         dtype=_DTYPES[str(model.dtype)],
-        lora_dtype=_DTYPES[str(lora.lora_dtype)],
+        lora_dtype=_DTYPES[str(lora.lora_dtype if lora else model.dtype)],
         max_model_len=model.max_model_len,
-        max_lora_rank=lora.max_lora_rank,
+        max_lora_rank=max_lora_rank,
         workers=len(devices),
         devices=devices,
         logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),

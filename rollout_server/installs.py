@@ -7,23 +7,24 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from rollout_server.admission import KV
 from rollout_server.engine import EngineDoor
 from rollout_server.groups import Groups
 from rollout_server.identity import ServedModel
+from rollout_server.install import Install
+from rollout_server.live_weights import LiveWeights
+from rollout_server.merge_install import MergeInstall
+from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import Run, RunTable, Slot
+from rollout_server.slots import Run
 from rollout_server.transports.http import Staging
-from rollout_server.workers import Call, Workers
+from rollout_server.workers import Workers
 from shared.adapter_file import AdapterHeader
 from shared.collective import Announcement
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, InFlight, PushReceipt
 
 _CHECK_SECONDS = 30.0
-_SWAP_SECONDS = 10.0
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 
 
@@ -40,11 +41,13 @@ class Installer:
     epoch: str
     _receipts: dict[int, PushReceipt] = field(default_factory=dict)
     _known_layouts: dict[str, None] = field(default_factory=dict)
-    _recoveries: set[asyncio.Task[None]] = field(default_factory=set)
+    recoveries: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # The workers have one receive buffer each.
-        self._fill_lock = asyncio.Lock()
+        self.fill_lock = asyncio.Lock()
+        self.weights = LiveWeights(self.door, self.workers)
+        self._install = MergeInstall if self.settings.merges else Install
         self.staging = Staging(self.settings.max_adapter_mib * 2**20)
 
     async def push(
@@ -81,7 +84,7 @@ class Installer:
                     "memory": staged.memory.number,
                     "offset": staged.header.data_offset,
                 }
-                install = _Install(self, run, staged.header, deadline, in_flight, "http", staged.seconds)
+                install = self._install(self, run, staged.header, deadline, in_flight, "http", staged.seconds)
                 async with install.filling(source):
                     receipt = await install.finish()
                 read = True
@@ -110,7 +113,7 @@ class Installer:
                 return
             group = self.groups.of(run)
             timeout = min(self.settings.collective_timeout, deadline - time.monotonic())
-            install = _Install(self, run, header, deadline, in_flight, "collective")
+            install = self._install(self, run, header, deadline, in_flight, "collective")
             try:
                 async with install.filling({"group": group, "timeout": timeout}):
                     await install.told()
@@ -133,10 +136,28 @@ class Installer:
         manifest = last.manifest.model_copy(update={"version": announced.version, "checksum": announced.checksum})
         return replace(last, manifest=manifest)
 
+    async def end(self, run_id: str) -> None:
+        """Forget a run, after a push of it that is under way. A base that it was merged into is restored to the bit.
+
+        Raises:
+            LockstepError: `no_free_slot` if that has to wait for running requests too long; the run lives on then.
+        """
+        run = self.runs.get(run_id)
+        async with run.push_lock:
+            if self.settings.merges and run.active is not None:
+                deadline = time.monotonic() + self.settings.push_timeout
+                async with self.weights.changed(run, None, deadline):
+                    self.runs.close(run_id)
+            elif not run.closed:
+                self.runs.close(run_id)
+        self.groups.leave(run)
+
     @contextlib.asynccontextmanager
     async def _opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
         """The run, and its turn to install; if its first push fails its place goes to others."""
         try:
+            while self.settings.merges and (replaced := self.runs.replaced_by(run_id, takeover)):
+                await self.end(replaced)
             run = self.runs.open(run_id, lease, takeover)
             async with run.push_lock:
                 yield run
@@ -204,128 +225,8 @@ class Installer:
         if len(self._known_layouts) > _LAYOUTS_KNOWN:
             self._known_layouts.pop(next(iter(self._known_layouts)))
 
-    def _remember(self, receipt: PushReceipt) -> None:
+    def remember(self, receipt: PushReceipt) -> None:
+        """Keep the receipt as long as its version is served."""
         served = {run.active.install_seq for run in self.runs.runs.values() if run.active}
         self._receipts = {seq: kept for seq, kept in self._receipts.items() if seq in served}
         self._receipts[receipt.install_seq] = receipt
-
-
-class _Install:
-    """One adapter on its way into a slot, and the seconds that each part takes."""
-
-    def __init__(
-        self, installer: Installer, run: Run, header: AdapterHeader, deadline: float, in_flight: InFlight,
-        transport: str, sent_seconds: float = 0.0,
-    ) -> None:  # fmt: skip
-        self._installer, self._run, self._header, self._deadline = installer, run, header, deadline
-        self._in_flight, self._transport, self._sent_seconds = in_flight, transport, sent_seconds
-        self._wait_seconds = 0.0
-        self._slot: Slot | None = None
-        self._call: Call | None = None
-
-    @contextlib.asynccontextmanager
-    async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
-        """Let all workers receive and write from `source` into a free slot. Unless `finish` is reached, the slot is
-        given back and nothing has changed.
-        """
-        started = time.monotonic()
-        slot = await self._run.reserve(self._deadline)
-        self._wait_seconds = time.monotonic() - started
-        async with self._installer._fill_lock:
-            try:
-                self._call = self._installer.workers.begin(
-                    "fill", slot_id=slot.slot_id, key=self._header.layout.key,
-                    checksum=self._header.manifest.checksum, **source,
-                )  # fmt: skip
-                self._slot = slot
-                yield
-            finally:
-                if self._slot is not None:
-                    await asyncio.shield(self._recover(slot))
-
-    async def told(self) -> None:
-        """Wait until every worker receives."""
-        assert self._call
-        await self._call.told(self._left())
-
-    async def finish(self) -> PushReceipt:
-        """Wait for every worker's acknowledgement and flip."""
-        assert self._call and self._slot
-        installer, run, slot, manifest = self._installer, self._run, self._slot, self._header.manifest
-        answers = await self._call.answers(self._left())
-        written = time.monotonic()
-        if run.closed:
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run {run.run_id} was deleted while a push was under way")
-        install_seq = installer.runs.next_install_seq()
-        pause_seconds = 0.0
-        if self._in_flight == "drain" or run.active is None or run.active.requests == 0:
-            self._slot = None
-            await run.flip(slot, manifest.version, install_seq, manifest.checksum)
-        else:
-            pause_seconds = await self._move(run, run.active, slot, install_seq)
-        receipt = PushReceipt(
-            epoch=installer.epoch,
-            version=manifest.version,
-            install_seq=install_seq,
-            checksum=manifest.checksum,
-            bytes=self._header.total_bytes,
-            transport=self._transport,
-            workers=len(answers),
-            modules=answers[0]["modules"],
-            transfer_seconds=self._sent_seconds + max(answer["receive_seconds"] for answer in answers),
-            wait_seconds=self._wait_seconds,
-            install_seconds=max(answer["write_seconds"] for answer in answers),
-            flip_seconds=time.monotonic() - written,
-            pause_seconds=pause_seconds,
-        )
-        run.header = self._header
-        installer._remember(receipt)
-        return receipt
-
-    async def _move(self, run: Run, active: Slot, spare: Slot, install_seq: int) -> float:
-        """Let running requests go on with the new adapter: the two slots change places while the engine is paused.
-
-        Answers the seconds of the pause.
-        """
-        door, manifest = self._installer.door, self._header.manifest
-        kv: KV = "carried" if self._in_flight == "carried" else "fresh"
-        started = time.monotonic()
-        run.not_moving.clear()
-        try:
-            async with asyncio.timeout(self._left()), door.paused(clear_cache=kv == "fresh") as tokens:
-                try:
-                    await self._installer.workers.call(
-                        "swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id
-                    )  # fmt: skip
-                except BaseException:
-                    door.give_up(LockstepError(ErrorCode.ENGINE_DEAD, "not every worker exchanged its adapter slots"))
-                    raise
-                self._slot = None
-                await run.move_to(
-                    spare, manifest.version, install_seq, manifest.checksum,
-                    lambda admission: admission.move(tokens, manifest.version, kv),
-                )  # fmt: skip
-        except TimeoutError:
-            raise LockstepError(
-                ErrorCode.INSTALL_FAILED, "the engine did not pause before the push's deadline"
-            ) from None
-        finally:
-            run.not_moving.set()
-        return time.monotonic() - started
-
-    def _left(self) -> float:
-        return max(self._deadline - time.monotonic(), 0.0)
-
-    async def _recover(self, slot: Slot) -> None:
-        """Give the slot back, as soon as no worker writes it any more."""
-        assert self._call
-        call, run, recoveries = self._call, self._run, self._installer._recoveries
-        await run.give_back(slot, lost=True)
-
-        async def recover() -> None:
-            await call.ended()
-            await run.give_back(slot)
-
-        task = asyncio.get_running_loop().create_task(recover())
-        recoveries.add(task)
-        task.add_done_callback(recoveries.discard)

@@ -17,10 +17,10 @@ from rollout_server.engine import EngineDoor
 from rollout_server.gate import Gate
 from rollout_server.groups import Groups
 from rollout_server.installs import Installer
+from rollout_server.run_table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import RunTable
 from rollout_server.workers import Workers
 from shared.errors import ErrorCode, LockstepError
 
@@ -48,19 +48,20 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     # On a thread: loading takes minutes, and /health has to answer all the while.
     engine = await asyncio.to_thread(_start_engine, vllm_config, args)
     gate.on_close(lambda: engine.shutdown())
-    runs = RunTable(settings.slots_per_run, settings.max_runs)
+    runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     door = EngineDoor(engine, runs)
     await engine.reset_mm_cache()
-    slot_ids = list(range(1, settings.adapter_slots + 1))
-    rank = vllm_config.lora_config.max_lora_rank
-    workers, described = await _reach_workers(door, slot_ids, rank, vllm_config.parallel_config.world_size)
-    served = await asyncio.to_thread(identity.describe, vllm_config, [worker["device"] for worker in described])
+    rank: int = args.max_lora_rank
+    serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
+    workers, described = await _reach_workers(door, serving, vllm_config.parallel_config.world_size)
+    devices = [worker["device"] for worker in described]
+    served = await asyncio.to_thread(identity.describe, vllm_config, devices, rank)
     epoch = secrets.token_hex(8)
     groups = Groups(workers, settings, backend="nccl" if described[0]["device"] else "gloo")
     installer = Installer(door, workers, groups, runs, served, settings, epoch)
     gate.on_close(installer.staging.close)
     logger.info("model loaded after %.0f s, %s; warming up", time.monotonic() - started, described[0])
-    await _warm_up(engine, slot_ids[0])
+    await _warm_up(engine, lora=not settings.merges)
     tasks = await engine.get_supported_tasks()
     openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
     await compat.init_openai_state(door, openai_app.state, args, tasks)
@@ -71,16 +72,20 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
 
 
 async def _reach_workers(
-    door: EngineDoor, slot_ids: list[int], rank: int, count: int
+    door: EngineDoor, serving: tuple[Any, ...], count: int
 ) -> tuple[Workers, list[dict[str, Any]]]:
-    """Register the slots on all workers, and open a socket to each."""
+    """Prepare all workers, and open a socket to each.
+
+    Args:
+        serving: what `lockstep_register` of our worker class wants to know first.
+    """
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        described = await door.register_workers(slot_ids, rank, os.getpid(), folder, timeout=_REGISTER_SECONDS)
+        described = await door.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
         sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
         return await Workers.connect(sockets, count), described
 
 
-async def _warm_up(engine: Any, slot_id: int) -> None:
+async def _warm_up(engine: Any, *, lora: bool) -> None:
     """One short generation with and without adapter: the first ones compile and allocate for many seconds."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -88,13 +93,13 @@ async def _warm_up(engine: Any, slot_id: int) -> None:
 
     params = SamplingParams(max_tokens=4, logprobs=0, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
-    async def run(index: int, lora: LoRARequest | None) -> None:
+    async def run(index: int, request: LoRARequest | None) -> None:
         prompt = {**token_prompt([index + 1] * 16), "cache_salt": "lockstep:warm-up"}
-        async for _ in engine.generate(prompt, params, f"warm-up-{bool(lora)}-{index}", lora_request=lora):
+        async for _ in engine.generate(prompt, params, f"warm-up-{bool(request)}-{index}", lora_request=request):
             pass
 
-    for lora in (None, LoRARequest(f"slot-{slot_id}", slot_id, "/in-memory")):
-        await asyncio.gather(*(run(index, lora) for index in range(4)))
+    for request in (None, LoRARequest("slot-1", 1, "/in-memory")) if lora else (None,):
+        await asyncio.gather(*(run(index, request) for index in range(4)))
 
 
 async def watch(service: Service) -> None:
@@ -129,6 +134,11 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
         raise _refusal(
             "data- and pipeline-parallel engines cannot be proven to hold one adapter everywhere; use "
             "--tensor-parallel-size, or start several rollout servers"
+        )
+    if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
+        raise _refusal(
+            "--apply merge writes plain weights, and this model computes with others made of them (quantised, or MLA): "
+            "use --apply adapter"
         )
     if getattr(vllm_config.model_config, "is_multimodal_model", False):
         raise _refusal("vision and audio models are not supported yet; serve a text model")

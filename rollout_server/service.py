@@ -9,8 +9,8 @@ from rollout_server.admission import Admission
 from rollout_server.engine import POLICY_MODEL, EngineDoor, openai_lora_request
 from rollout_server.identity import ServedModel
 from rollout_server.installs import Installer
+from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import RunTable
 from shared.rollouts import PolicyRequest
 from shared.weights import ServerState
 
@@ -35,6 +35,7 @@ class Service:
         """Wait for the step the request asks for, then bind it to what is served."""
         if request.min_step is not None:
             await self.runs.get(request.run_id).wait_for_step(request.min_step, request.wait_s)
+        await self.runs.admitting()
         return self.door.admit(request)
 
     def list_policies(self) -> None:

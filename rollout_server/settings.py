@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 
-def _flag(default: Any, help_text: str) -> Any:
+def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
     from dataclasses import field
 
-    return field(default=default, metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,17 @@ class ServerSettings:
 
     slots_per_run: int = _flag(2, "adapter slots of each run: one serves while another is filled")
     max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
+    apply: str = _flag(
+        "adapter",
+        "how an adapter is served: `adapter` beside the base, or `merge`: added to the base's weights, which decodes "
+        "as fast as the base but serves one run only, and no base while it lives",
+        ("adapter", "merge"),
+    )
+    keep_base: str = _flag(
+        "auto",
+        "where `--apply merge` keeps the base's weights: on the GPU, in host memory, or on the GPU if they fit",
+        ("auto", "device", "host"),
+    )
     push_timeout: float = _flag(120.0, "seconds after which a push that has not been installed fails")
     collective_timeout: float = _flag(
         30.0, "seconds after which a broadcast, or the meeting of a collective group, fails; pushes then come over HTTP"
@@ -28,6 +39,11 @@ class ServerSettings:
     allow_policy_altering: bool = _flag(
         False, "serve although speculative decoding or a quantised KV cache makes logprobs differ from the policy's"
     )
+
+    @property
+    def merges(self) -> bool:
+        """Whether adapters go into the live weights."""
+        return self.apply == "merge"
 
     @property
     def adapter_slots(self) -> int:
@@ -43,6 +59,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         text = f"{field.metadata['help']} (default: {field.default})"
         if isinstance(field.default, bool):
             group.add_argument(flag, action="store_true", default=field.default, help=text)
+        elif field.metadata["choices"]:
+            group.add_argument(flag, choices=field.metadata["choices"], default=field.default, help=text)
         else:
             group.add_argument(flag, type=type(field.default), default=field.default, help=text)
 
@@ -57,6 +75,8 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
     for name in ("slots_per_run", "max_runs", "push_timeout", "collective_timeout", "max_adapter_mib"):
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
+    if settings.merges and settings.max_runs > 1:
+        raise ValueError("--apply merge serves one run, whose adapter is in the weights: leave out --max-runs")
     if settings.drain_seconds < 0:
         raise ValueError("--drain-seconds must not be negative")
     return settings

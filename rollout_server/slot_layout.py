@@ -31,28 +31,46 @@ def check(worker: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any] | N
         shapes: NAME.lora_A.weight -> (rank, in_features), NAME.lora_B.weight -> (out_features, rank).
     """
     targets = _targets(worker)
-    for tensor, (rank, in_features) in shapes.items():
+    features = {name: (_in_features(module), _out_features(module, part)) for name, (module, part) in targets.items()}
+    model = compat.lora_manager(worker).model
+    if refusal := refuse_misfits(model, features, shapes):
+        return refusal
+    for tensor, (rank, _) in shapes.items():
+        if not tensor.endswith(LORA_A):
+            continue
+        peft_name = tensor.removesuffix(LORA_A)
+        module, _ = targets[compat.vllm_module_name(model, peft_name)]
+        if rank > module.lora_a_stacked[0].shape[-2] * _rank_shards(module):
+            return _refusal(ErrorCode.RANK_TOO_HIGH, f"{peft_name}: rank {rank} does not fit into the slot")
+    return None
+
+
+def refuse_misfits(
+    model: Any, features: dict[str, tuple[int, int]], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Any] | None:
+    """A refusal if a module of the adapter is not among the served ones, or has another shape there.
+
+    Args:
+        features: served name -> (in_features, out_features) over all workers.
+    """
+    for tensor, (_, in_features) in shapes.items():
         if not tensor.endswith(LORA_A):
             continue
         peft_name = tensor.removesuffix(LORA_A)
         out_features = shapes[peft_name + LORA_B][0]
-        name = compat.vllm_module_name(worker, peft_name)
-        if name not in targets:
+        expected = features.get(compat.vllm_module_name(model, peft_name))
+        if expected is None:
             return _refusal(
                 ErrorCode.UNSUPPORTED_ADAPTER,
                 f"the served model has no LoRA-capable linear layer {peft_name!r}; "
                 "choose target_modules among its attention and MLP projections",
             )
-        module, part = targets[name]
-        expected = (_in_features(module), _out_features(module, part))
         if (in_features, out_features) != expected:
             return _refusal(
                 ErrorCode.SHAPE_MISMATCH,
                 f"{peft_name}: the adapter maps {in_features} to {out_features} features, "
                 f"the served layer {expected[0]} to {expected[1]}",
             )
-        if rank > module.lora_a_stacked[0].shape[-2] * _rank_shards(module):
-            return _refusal(ErrorCode.RANK_TOO_HIGH, f"{peft_name}: rank {rank} does not fit into the slot")
     return None
 
 
@@ -81,7 +99,7 @@ def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
     manager = compat.lora_manager(worker)
     names = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
     by_name = {
-        compat.vllm_module_name(worker, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
+        compat.vllm_module_name(manager.model, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
     }
     received: list[torch.Tensor] = []
     slot: list[torch.Tensor] = []

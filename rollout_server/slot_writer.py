@@ -22,13 +22,24 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 _LAYOUTS_KEPT = 64
 
 
+class Layouts(dict[str, Layout]):
+    """The layouts used last, by key."""
+
+    def remember(self, layout: Layout) -> None:
+        """Keep `layout`, and forget the oldest."""
+        self.pop(layout.key, None)
+        self[layout.key] = layout
+        while len(self) > _LAYOUTS_KEPT:
+            self.pop(next(iter(self)))
+
+
 class SlotWriter:
     """The one writer of a worker's adapter slots; callers take care that only one of them uses it at a time."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._device = worker.device
-        self._layouts: dict[str, Layout] = {}
+        self._layouts = Layouts()
         self._held: dict[int, str] = {}  # slot index -> key of the layout that was last written there
         self._plans: dict[tuple[int, str], slot_layout.Plan] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
@@ -38,10 +49,7 @@ class SlotWriter:
         shapes = {entry.name: entry.shape for entry in layout.entries}
         refusal = slot_layout.check(self._worker, shapes)
         if refusal is None:
-            self._layouts.pop(layout.key, None)
-            self._layouts[layout.key] = layout
-            while len(self._layouts) > _LAYOUTS_KEPT:
-                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts.remember(layout)
         return refusal or {"ok": True}
 
     def layout(self, key: str) -> Layout:
@@ -67,19 +75,19 @@ class SlotWriter:
             LockstepError: `not_finite`, before the slot is touched; `checksum_mismatch` if the slot does not hold
                 what was announced.
         """
-        flat = self.buffer(layout).view(_dtype(layout))
-        _refuse_not_finite(flat, layout)
+        flat = self.buffer(layout).view(dtype_of(layout))
+        refuse_not_finite(flat, layout)
         index = compat.slot_index(self._worker, slot_id)
         if self._held.get(index) != layout.key:
             slot_layout.clear(self._worker, index)
             self._held[index] = layout.key
         plan = self._plans.get((index, layout.key))
         if plan is None:
-            plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, _views(flat, layout))
+            plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, views_of(flat, layout))
         torch._foreach_copy_(plan.slot, plan.received)
         torch._foreach_zero_(plan.received)
         torch._foreach_copy_(plan.received, plan.slot)
-        found = _checksum(flat, layout)
+        found = checksum_of(flat, layout)
         if found != announced:
             raise LockstepError(
                 ErrorCode.CHECKSUM_MISMATCH,
@@ -88,27 +96,31 @@ class SlotWriter:
         return plan.modules
 
 
-def _dtype(layout: Layout) -> torch.dtype:
+def dtype_of(layout: Layout) -> torch.dtype:
+    """The one dtype of all tensors."""
     return _DTYPES[layout.entries[0].dtype]
 
 
-def _views(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+def views_of(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by name, as views of the buffer that holds them."""
     parts = flat.split([(entry.end - entry.start) // flat.element_size() for entry in layout.entries])
     return {entry.name: part.view(entry.shape) for entry, part in zip(layout.entries, parts, strict=True)}
 
 
-def _refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
+def refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
+    """Raise `not_finite` if any tensor holds NaN or infinity."""
     low, high = flat.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
-    bad = [name for name, tensor in _views(flat, layout).items() if not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in views_of(flat, layout).items() if not bool(torch.isfinite(tensor).all())]
     raise LockstepError(
         ErrorCode.NOT_FINITE,
         f"{len(bad)} tensors hold NaN or infinity, the first is {min(bad)}; the optimizer step that made them diverged",
     )
 
 
-def _checksum(flat: torch.Tensor, layout: Layout) -> str:
+def checksum_of(flat: torch.Tensor, layout: Layout) -> str:
+    """The checksum of the adapter that lies in `flat`."""
     sums = torch.cat(list(block_sums(flat.view(_INTEGERS[flat.element_size()]), _weights(flat.device))))
     return checksum(layout.index, sums.cpu().numpy().tobytes())
 

@@ -1,4 +1,4 @@
-"""Which slot serves which run: reserve, flip, free. The only place that changes it.
+"""Which slot of a run serves: reserve, flip, free. The only place that changes it.
 
 A run owns a ring of adapter slots. At any time one of them is active (new requests get it), others may be draining
 (running requests finish on them) or being filled. All calls come from one event loop, so nothing here needs a lock.
@@ -7,7 +7,6 @@ A run owns a ring of adapter slots. At any time one of them is active (new reque
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ class SlotState(StrEnum):
 
 @dataclass(eq=False)
 class Slot:
-    """One adapter slot of vLLM, known there by `slot_id` (its LoRA id)."""
+    """One adapter slot of vLLM, known there by `slot_id` (its LoRA id). 0: the live weights, for `--apply merge`."""
 
     slot_id: int
     state: SlotState = SlotState.FREE
@@ -53,10 +52,17 @@ class Slot:
 
 @dataclass(eq=False)
 class Ring:
-    """The slots of one run after another; whoever waits for one of them waits on `changed`."""
+    """The slots of one run after another; whoever waits for one of them waits on `changed`.
+
+    While `admits` is not set nobody may become a holder (`--apply merge`: the weights are about to change).
+    """
 
     slots: list[Slot]
+    admits: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def __post_init__(self) -> None:
+        self.admits.set()
 
 
 Holder = Any  # of a slot: an `admission.Admission`
@@ -98,9 +104,10 @@ class Run:
         """A request that held `slot` has ended."""
         slot.requests -= 1
         self._holders[slot].discard(holder)
-        if slot.requests == 0 and slot.state is SlotState.DRAINING:
-            slot.state = SlotState.FREE
-            _notify_soon(self.changed)
+        if slot.requests == 0:
+            if slot.state is SlotState.DRAINING:
+                slot.state = SlotState.FREE
+            notify_soon(self.changed)
 
     async def reserve(self, deadline: float) -> Slot:
         """Take a free slot for filling; waits for running requests to leave one.
@@ -114,7 +121,7 @@ class Run:
 
         async with self.changed:
             try:
-                async with asyncio.timeout_at(_loop_time(deadline)):
+                async with asyncio.timeout_at(loop_time(deadline)):
                     await self.changed.wait_for(lambda: free() is not None or self.closed)
             except TimeoutError:
                 busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
@@ -135,24 +142,32 @@ class Run:
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         previous, self.active = self.active, slot
         slot.state = SlotState.ACTIVE
-        if previous is not None:
+        if previous is not None and previous is not slot:
             previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
         async with self.changed:
             self.changed.notify_all()
 
     async def move_to(
-        self, spare: Slot, version: WeightVersion, install_seq: int, checksum: str, moved: Callable[[Holder], None]
+        self,
+        spare: Slot | None,
+        version: WeightVersion,
+        install_seq: int,
+        checksum: str,
+        moved: Callable[[Holder], None],
     ) -> None:
-        """The active slot has taken over `spare`'s adapter, for running requests too: `moved` tells each of them.
+        """The active slot holds another adapter, for running requests too: `moved` tells each of them.
 
-        `spare` is free, with the old one.
+        `spare`, where that adapter was, is free.
         """
         slot = self.active
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         for holder in self._holders[slot]:
             moved(holder)
-        await self.give_back(spare)
+        if spare is not None:
+            spare.state = SlotState.FREE
+        async with self.changed:
+            self.changed.notify_all()
 
     async def give_back(self, slot: Slot, *, lost: bool = False) -> None:
         """A fill failed: nothing is served from `slot`; `lost` while a worker may still be writing it."""
@@ -203,95 +218,12 @@ class Run:
         )
 
 
-class RunTable:
-    """All runs of this server. Slot ids are vLLM's LoRA ids and start at 1."""
-
-    def __init__(self, slots_per_run: int, max_runs: int) -> None:
-        ids = list(range(1, slots_per_run * max_runs + 1))
-        starts = range(0, len(ids), slots_per_run)
-        self._rings = [Ring([Slot(i) for i in ids[start : start + slots_per_run]]) for start in starts]
-        self.runs: dict[str, Run] = {}
-        self._install_seq = 0
-
-    def next_install_seq(self) -> int:
-        """The next number of this server's installs; a failed install uses one up too."""
-        self._install_seq += 1
-        return self._install_seq
-
-    def get(self, run_id: str | None) -> Run:
-        """The run of that name; without a name, the only one there is.
-
-        Raises:
-            LockstepError: `unknown_run`.
-        """
-        if run_id is None and len(self.runs) == 1:
-            return next(iter(self.runs.values()))
-        if run_id is None or run_id not in self.runs:
-            known = ", ".join(sorted(self.runs)) or "none yet: no adapter was pushed"
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run_id {run_id!r} names no run of this server ({known})")
-        return self.runs[run_id]
-
-    def check_open(self, run_id: str, lease: str, takeover: bool) -> None:
-        """Would `open` succeed? Changes nothing.
-
-        Raises:
-            LockstepError: `lease_mismatch`, `no_free_run`.
-        """
-        run = self.runs.get(run_id)
-        if run is not None:
-            if not takeover and not hmac.compare_digest(run.lease.encode(), lease.encode()):
-                raise LockstepError(
-                    ErrorCode.LEASE_MISMATCH,
-                    f"another learner holds run {run_id}; stop it, or take the run over with --takeover",
-                )
-        elif self._free_ring() is None and not self._replaceable(takeover):
-            raise LockstepError(
-                ErrorCode.NO_FREE_RUN,
-                f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
-                "end that run, take its place with --takeover, or start the server with --max-runs",
-            )
-
-    def open(self, run_id: str, lease: str, takeover: bool) -> Run:
-        """The run to push to; a new one if there is room. `takeover` replaces the lease, or the only other run.
-
-        Raises:
-            LockstepError: `lease_mismatch`, `no_free_run`.
-        """
-        self.check_open(run_id, lease, takeover)
-        run = self.runs.get(run_id)
-        if run is None:
-            ring = self._free_ring()
-            if ring is None:
-                replaced = next(iter(self.runs))
-                ring = self.runs[replaced].ring
-                self.close(replaced)
-            run = self.runs[run_id] = Run(run_id, lease, ring)
-        run.lease = lease
-        return run
-
-    def _replaceable(self, takeover: bool) -> bool:
-        return takeover and len(self._rings) == len(self.runs) == 1
-
-    def _free_ring(self) -> Ring | None:
-        taken = [run.ring for run in self.runs.values()]
-        return next((ring for ring in self._rings if ring not in taken), None)
-
-    def close(self, run_id: str) -> None:
-        """Forget a run. Its running requests finish; its slots serve others once they have."""
-        run = self.runs.pop(run_id)
-        run.closed = True
-        run.active = None
-        for slot in run.slots:
-            if slot.state is SlotState.ACTIVE:
-                slot.state = SlotState.DRAINING if slot.requests else SlotState.FREE
-        _notify_soon(run.changed)
-
-
-def _loop_time(deadline: float) -> float:
+def loop_time(deadline: float) -> float:
+    """Monotonic seconds as the event loop counts them."""
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
-def _notify_soon(condition: asyncio.Condition) -> None:
+def notify_soon(condition: asyncio.Condition) -> None:
     """Wake waiters from code that cannot await."""
 
     async def notify() -> None:

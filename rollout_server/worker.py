@@ -35,25 +35,22 @@ class AdapterWorker:
         """Pin an empty adapter into each slot, and listen in `folder`; once, after vLLM's own warm-up (which removes
         all adapters)."""
         from rollout_server import slot_layout
-
-        threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
-        compat.keep_seeds_alive_on_cpu(self)
-        for slot_id in slot_ids:
-            compat.pin_empty_adapter(self, slot_id, rank)
-        worker_link.serve(Path(folder), _Operations(self).table())
-        return slot_layout.describe(self) | {"device": _device_id(self)}
-
-
-class _Operations:
-    """What the server can ask of a worker. Each call runs on a thread of its own and answers a plain dict."""
-
-    def __init__(self, worker: Any) -> None:
         from rollout_server.slot_writer import SlotWriter
 
+        for slot_id in slot_ids:
+            compat.pin_empty_adapter(self, slot_id, rank)
+        listen(Operations(self, SlotWriter(self)), server_pid, folder)
+        return slot_layout.describe(self) | {"device": device_id(self)}
+
+
+class Operations:
+    """What the server can ask of a worker. Each call runs on a thread of its own and answers a plain dict."""
+
+    def __init__(self, worker: Any, writer: Any) -> None:
         self.worker = worker
         self.device: torch.device = worker.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.writer = SlotWriter(worker)
+        self.writer = writer
         self.groups: dict[str, ReceivingGroup] = {}
         self.filling = threading.Lock()
         self.mapping: tuple[int, torch.Tensor] | None = None
@@ -82,7 +79,7 @@ class _Operations:
         if not self.filling.acquire(blocking=False):
             raise LockstepError(ErrorCode.INSTALL_FAILED, "another adapter is still being written on this worker")
         try:
-            with self._on_own_stream():
+            with self.on_own_stream():
                 started = time.perf_counter()
                 layout = self.writer.layout(key)
                 buffer = self.writer.buffer(layout)
@@ -136,7 +133,8 @@ class _Operations:
         return {"ok": True}
 
     @contextlib.contextmanager
-    def _on_own_stream(self) -> Iterator[None]:
+    def on_own_stream(self) -> Iterator[None]:
+        """What runs inside does not wait for the engine's work on the device, and has ended at the end."""
         if self.stream is None:
             with torch.inference_mode():
                 yield
@@ -147,7 +145,14 @@ class _Operations:
         self.stream.synchronize()
 
 
-def _device_id(worker: Any) -> str | None:
+def listen(operations: Operations, server_pid: int, folder: str) -> None:
+    """From now on answer the server's calls, and end with its process."""
+    threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
+    compat.keep_seeds_alive_on_cpu(operations.worker)
+    worker_link.serve(Path(folder), operations.table())
+
+
+def device_id(worker: Any) -> str | None:
     """What tells this worker's GPU from all others, on any host; None on a CPU."""
     if worker.device.type != "cuda":
         return None

@@ -23,6 +23,7 @@ class ErrorCode(StrEnum):
     LEASE_MISMATCH = "lease_mismatch"
     STALE_VERSION = "stale_version"
     VERSION_NOT_ACTIVE = "version_not_active"
+    BASE_NOT_SERVED = "base_not_served"
     STEP_NOT_REACHED = "step_not_reached"
     NO_FREE_SLOT = "no_free_slot"
     NO_GROUP = "no_group"
@@ -52,6 +53,7 @@ _STATUS: dict[ErrorCode, int] = {
     ErrorCode.UNKNOWN_LAYOUT: 409,
     ErrorCode.VERSION_NOT_ACTIVE: 409,
     ErrorCode.STEP_NOT_REACHED: 409,
+    ErrorCode.BASE_NOT_SERVED: 409,
     ErrorCode.BASE_MISMATCH: 409,
     ErrorCode.INSTALL_FAILED: 500,
 }

@@ -95,12 +95,12 @@ class PushReceipt(BaseModel):
     checksum: str
     bytes: int
     transport: Literal["http", "collective"] = "http"
-    workers: int = Field(description="workers that have read the adapter back from their slot and found it equal")
+    workers: int = Field(description="workers that have found the checksum right of what they serve from")
     modules: int = Field(description="modules written on each worker")
     transfer_seconds: float = Field(description="until the tensors are in a buffer on every worker's device")
     install_seconds: float = Field(description="writing the slot and reading it back")
     flip_seconds: float
-    wait_seconds: float = Field(description="waiting for a free slot")
+    wait_seconds: float = Field(description="waiting for a free slot, or (merge, drain) for running requests to finish")
     pause_seconds: float = Field(0.0, description="for which no request of this server was decoding")
     repeated: bool = Field(False, description="this very push was already installed; nothing was done again")
 
@@ -132,6 +132,7 @@ class ServerState(BaseModel):
     max_lora_rank: int
     slots_per_run: int
     max_runs: int
+    apply: Literal["adapter", "merge"] = Field("adapter", description="merge: no base is served while a run is")
     workers: int
     devices: list[str | None] = Field([], description="UUID of each worker's GPU; null for a CPU")
     logprobs_mode: str

@@ -45,12 +45,11 @@ async def put_adapter(
 
 @router.delete("/v1/runs/{run_id}", status_code=204)
 async def delete_run(run_id: RunId, service: ServiceDep, lockstep_lease: Lease) -> Response:
-    """End a run: its running requests finish, its slots become free."""
+    """End a run: its running requests finish, its slots become free (and a base it was merged into is restored)."""
     run = service.runs.get(run_id)
     service.runs.check_open(run_id, lockstep_lease, takeover=False)
     if run.push_lock.locked():
         raise LockstepError(ErrorCode.INVALID_REQUEST, f"run {run_id} is receiving a push; stop its learner first")
-    service.runs.close(run_id)
-    service.installer.groups.leave(run)
+    await service.installer.end(run_id)
     service.list_policies()
     return Response(status_code=204)

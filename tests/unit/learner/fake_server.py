@@ -98,6 +98,8 @@ class FakeServer:
 
     def _resolve(self, policy: Any) -> WeightVersion | None:
         if policy == "base":
+            if self.state.apply == "merge" and self.served:
+                raise LockstepError(ErrorCode.BASE_NOT_SERVED, "a run is merged")
             return None
         if policy == "latest":
             return next(iter(self.served.values()))[0]

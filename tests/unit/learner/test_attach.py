@@ -51,6 +51,19 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     assert torch.allclose(logprobs.double(), torch.tensor(expected), atol=1e-4)
 
 
+def test_a_server_that_merges(make_trainer, server, client):
+    """The canary is gone before the run's first push; a run that goes on finds no base, and proves itself without."""
+    server.state = server.state.model_copy(update={"apply": "merge", "max_runs": 1})
+    trainer = make_trainer()
+    attachment = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert abs(attachment.canary_slope - 1) < 0.01 and list(server.served) == ["r"]
+    trainer = make_trainer()
+    again = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert again.canary_slope is None and again.proof.max_gap < 1e-4
+
+
 def test_generation_batches_reused_over_steps(make_trainer, server, client):
     trainer = make_trainer(steps_per_generation=2, num_iterations=1, max_steps=4)
     attachment = attach(trainer, client=client, run_id="r")

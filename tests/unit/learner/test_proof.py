@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from learner.proof import Measurement, SyncProof, derived_tolerance, slope
+from learner.proof import Measurement, SyncProof, slope
 from learner.publisher import Lease, Publisher
+from learner.tolerance import derived_tolerance, merge_noise
 from shared.errors import LockstepError
 from shared.weights import WeightVersion
 
@@ -119,5 +120,12 @@ def test_tolerance_follows_the_dtype():
     by_dtype = {d: derived_tolerance([d, d], **shape) for d in ("float32", "float16", "bfloat16")}
     assert 1e-4 <= by_dtype["float32"] < 1e-3 < by_dtype["float16"] < 0.2 < by_dtype["bfloat16"] < 2
     assert derived_tolerance(["float32", "bfloat16"], **shape) < by_dtype["bfloat16"]
+    noise = merge_noise("bfloat16", layers=30, logit_std=2.0)
+    assert (
+        1
+        < derived_tolerance(["float32", "bfloat16"], **shape, merge_noise=noise)
+        / derived_tolerance(["float32", "bfloat16"], **shape)
+        < 1.6
+    )
     tiny = derived_tolerance(["float32"] * 2, layers=2, width=32, logit_std=0.5, logit_max=2.0)
     assert tiny == pytest.approx(1e-4)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rollout_server.engine import EngineDoor
-from rollout_server.slots import RunTable, SlotState
+from rollout_server.run_table import RunTable
+from rollout_server.slots import SlotState
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from rollout_server.slots import Run, RunTable, Slot, SlotState
+from rollout_server.run_table import RunTable
+from rollout_server.slots import Run, Slot, SlotState
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 

@@ -1,0 +1,104 @@
+"""Changes the weights that all requests compute with, for `--apply merge`: wait or pause, apply, go on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from rollout_server.admission import KV
+from rollout_server.engine import EngineDoor
+from rollout_server.slots import Run, loop_time
+from rollout_server.workers import Workers
+from shared.errors import ErrorCode, LockstepError
+
+#: All of W0 may come from host memory.
+_APPLY_SECONDS = 60.0
+
+
+@dataclass
+class Change:
+    """What a change has cost; `tokens`: how many each output of each running request had before."""
+
+    tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+    pause_seconds: float = 0.0
+
+
+@dataclass
+class LiveWeights:
+    """The weights of all workers."""
+
+    door: EngineDoor
+    workers: Workers
+
+    @asynccontextmanager
+    async def changed(
+        self, run: Run, checksum: str | None, deadline: float, kv: KV | None = None
+    ) -> AsyncIterator[Change]:
+        """Inside, the weights hold the adapter of that checksum (None: no adapter) and the engine stands still.
+
+        Nobody is admitted until the end, so whoever is admitted later sees what the caller does inside.
+
+        Args:
+            kv: None: wait until no request runs. Else running requests live through it, and compute their KV anew
+                (`fresh`) or keep it (`carried`).
+
+        Raises:
+            LockstepError: `no_free_slot`, `install_failed`, what a worker answers; nothing has changed then.
+        """
+        change, started = Change(), time.monotonic()
+        run.ring.admits.clear()
+        try:
+            if kv is None:
+                await self._drained(run, deadline)
+            paused = time.monotonic()
+            change.wait_seconds = paused - started
+            run.not_moving.clear()
+            try:
+                async with (
+                    asyncio.timeout_at(loop_time(deadline)) as limit,
+                    self.door.paused(clear_cache=kv == "fresh") as change.tokens,
+                ):
+                    limit.reschedule(None)
+                    await self._apply(checksum, before=run.slots[0].checksum or None)
+                    yield change
+            except TimeoutError:
+                raise LockstepError(
+                    ErrorCode.INSTALL_FAILED, "the engine did not pause before the push's deadline"
+                ) from None
+            finally:
+                run.not_moving.set()
+                change.pause_seconds = time.monotonic() - paused
+        finally:
+            run.ring.admits.set()
+
+    async def _drained(self, run: Run, deadline: float) -> None:
+        slot = run.slots[0]
+        async with run.changed:
+            try:
+                async with asyncio.timeout_at(loop_time(deadline)):
+                    await run.changed.wait_for(lambda: slot.requests == 0)
+            except TimeoutError:
+                raise LockstepError(
+                    ErrorCode.NO_FREE_SLOT,
+                    f"{slot.requests} requests still ran at the deadline, and the weights may not change under them; "
+                    "push with in_flight = keep, or start the server with a longer --push-timeout",
+                ) from None
+
+    async def _apply(self, checksum: str | None, before: str | None) -> None:
+        """Apply on all workers, or, where one fails, `before` on all of them again."""
+        call = self.workers.begin("apply", checksum=checksum)
+        try:
+            await call.answers(_APPLY_SECONDS)
+        except BaseException:
+            try:
+                async with asyncio.timeout(_APPLY_SECONDS):
+                    await call.ended()
+                await self.workers.call("apply", _APPLY_SECONDS, checksum=before)
+            except BaseException:
+                self.door.give_up(LockstepError(ErrorCode.ENGINE_DEAD, "not every worker holds the same weights"))
+                raise
+            raise

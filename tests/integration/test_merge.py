@@ -1,0 +1,187 @@
+"""`--apply merge`: the adapter is added to the live weights, and the base comes back to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from learner.client import RolloutClient
+from learner.proof import SyncProof
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import WeightVersion
+from tests.integration import policy as P
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ServerProcess
+from tests.integration.test_pushes import _until
+
+PROBE = list(range(5, 40))
+FP32 = 1e-4
+TOKENS = 900
+
+
+@pytest.fixture(scope="module")
+def merging(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    process = ServerProcess(model, tmp_path_factory.mktemp("merging") / "server.log", *FLAGS, "--apply", "merge")
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.stop()
+
+
+@pytest.fixture
+def client(merging: ServerProcess) -> Iterator[RolloutClient]:
+    """The base is served before and after each test."""
+    with RolloutClient(merging.url) as client:
+        yield client
+        for run in client.state().runs:
+            client.delete_run(run.run_id, P.LEASE)
+
+
+def _policy(model: Path, seed: int, **lora) -> object:
+    policy = P.make_policy(model, **lora)
+    P.randomize(policy, seed=seed)
+    return policy
+
+
+def _gap(client: RolloutClient, policy, **kwargs) -> float:
+    return float((P.score(client, PROBE, **kwargs) - P.reference(policy, PROBE)).abs().max())
+
+
+def _chat(client: RolloutClient, name: str) -> httpx.Response:
+    body = {"model": name, "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
+    return httpx.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
+
+
+def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path) -> None:
+    state = client.state()
+    assert state.apply == "merge" and state.lora_dtype == state.dtype == "float32"
+    policy = P.make_policy(model)
+    base = P.score(client, PROBE, policy="base")
+    with policy.disable_adapter():
+        assert float((base - P.reference(policy, PROBE)).abs().max()) < FP32
+    gaps = []
+    for step in range(50):
+        P.randomize(policy, seed=step, scale=0.3 if step % 2 else 0.1)
+        receipt = P.push(client, policy, "many", step)
+        assert receipt.modules == 14 and receipt.workers == 1
+        gaps.append(_gap(client, policy))
+    assert max(gaps) < FP32, gaps
+    assert P.largest_gap(policy, P.generate(client, [PROBE], n=2, max_tokens=40)) < FP32
+    client.delete_run("many", P.LEASE)
+    again = P.score(client, PROBE, policy="base")
+    assert torch.equal(base, again), (base - again).abs().max()
+
+
+def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -> None:
+    policy = P.make_policy(model)
+    proof = SyncProof(client, policy, [PROBE], served_dtype="float32", merged=True)
+    slope = proof.canary(lambda: P.push(client, policy, "proven.canary", 0).version)
+    client.delete_run("proven.canary", P.LEASE)
+    assert abs(slope - 1) < 0.01
+    proof.check_base()
+    for step in range(2):
+        assert proof.check(P.push(client, policy, "proven", step).version).max_gap < FP32
+        P.randomize(policy, seed=60 + step)
+
+
+def test_adapters_of_different_modules_one_after_another(client: RolloutClient, model: Path) -> None:
+    targets = [["q_proj", "down_proj"], ["v_proj", "gate_proj"], ["o_proj"], P.TARGETS, ["k_proj", "up_proj"]]
+    for step, modules in enumerate(targets):
+        policy = _policy(model, 70 + step, target_modules=modules, r=4 + step)
+        P.push(client, policy, "different", step)
+        assert _gap(client, policy) < FP32, modules
+
+
+def test_no_base_while_a_run_lives(client: RolloutClient, model: Path) -> None:
+    assert _chat(client, "base").status_code == 200
+    policy = _policy(model, 80)
+    P.push(client, policy, "only", 0)
+    with pytest.raises(LockstepError) as refusal:
+        P.score(client, PROBE, policy="base")
+    assert refusal.value.code is ErrorCode.BASE_NOT_SERVED
+    answer = _chat(client, "base")
+    assert answer.status_code == 409 and "base_not_served" in answer.json()["error"]["message"]
+    messages = [{"role": "user", "content": "Tell me about the fox."}]
+    prompt = P.chat_token_ids(model, messages)
+    assert P.chat_gap(client, policy, prompt, messages) < FP32
+    assert _chat(client, "policy:only").status_code == 200
+    client.delete_run("only", P.LEASE)
+    assert _chat(client, "base").status_code == 200
+    assert _chat(client, "policy").status_code == 404
+
+
+def test_a_run_that_takes_the_place_of_another(client: RolloutClient, model: Path) -> None:
+    base = P.score(client, PROBE, policy="base")
+    P.push(client, _policy(model, 90), "first", 0)
+    second = _policy(model, 91, target_modules=["q_proj"])
+    P.push(client, second, "second", 0)
+    assert [run.run_id for run in client.state().runs] == ["second"]
+    assert _gap(client, second) < FP32
+    client.delete_run("second", P.LEASE)
+    assert torch.equal(base, P.score(client, PROBE, policy="base"))
+
+
+def test_a_bad_push_changes_nothing(client: RolloutClient, model: Path) -> None:
+    policy = _policy(model, 100)
+    P.push(client, policy, "bad", 0)
+    before = P.score(client, PROBE)
+    version = WeightVersion(run_id="bad", fence=0, step=1)
+    altered = bytearray(P.blob(_policy(model, 101), version, client.state().base.weights))
+    altered[-1] ^= 1
+    with pytest.raises(LockstepError) as refusal:
+        client.push("bad", [bytes(altered)], P.LEASE)
+    assert refusal.value.code is ErrorCode.CHECKSUM_MISMATCH
+    assert torch.equal(before, P.score(client, PROBE))
+    P.push(client, policy, "bad", 2)
+    assert _gap(client, policy) < FP32
+
+
+def test_drain_waits_and_later_requests_queue(client: RolloutClient, merging: ServerProcess, model: Path) -> None:
+    old, new = _policy(model, 110), _policy(model, 111)
+    P.push(client, old, "drained", 0)
+    with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
+        running = pool.submit(P.generate, other, [PROBE], n=2, max_tokens=300, ignore_eos=True)
+        _until(lambda: client.run("drained").running_requests > 0)
+        receipt = P.push(client, new, "drained", 1)
+        answer = running.result()
+    assert receipt.wait_seconds > 0
+    assert {span.version.step for group in answer.groups for c in group.completions for span in c.spans} == {0}
+    assert P.largest_gap(old, answer) < FP32
+    assert _gap(client, new) < FP32
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "carried"])
+def test_running_requests_live_through_pushes(
+    client: RolloutClient, merging: ServerProcess, model: Path, in_flight
+) -> None:
+    policies = [_policy(model, 120 + step) for step in range(3)]
+    run_id = f"lives-{in_flight}"
+    base = client.state().base.weights
+    versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(3)]
+    blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
+    client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
+    with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
+        running = pool.submit(P.generate, other, [[i, *PROBE] for i in (10, 11)], n=2, max_tokens=TOKENS,
+                              ignore_eos=True)  # fmt: skip
+        _until(lambda: client.run(run_id).running_requests > 0)
+        for step in (1, 2):
+            P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
+            client.push(run_id, [blobs[step]], P.LEASE, in_flight=in_flight)
+            assert not running.done(), "the requests must outlive the push for this test to mean something"
+        answer = running.result()
+    for group in answer.groups:
+        for completion in group.completions:
+            assert [span.version.step for span in completion.spans] == [0, 1, 2]
+            assert completion.spans[-1].end == len(completion.token_ids) == TOKENS
+            whole = group.prompt_token_ids + completion.token_ids
+            for span in completion.spans:
+                expected = P.reference(policies[span.version.step], whole)[len(group.prompt_token_ids) - 1 :]
+                part = slice(span.start, span.end)
+                gap = float((torch.tensor(completion.logprobs)[part] - expected[part]).abs().max())
+                assert (gap < FP32) == (span.kv == "fresh"), (span, gap)

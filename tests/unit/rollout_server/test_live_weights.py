@@ -1,0 +1,156 @@
+"""`--apply merge` on the server's side: who may run while the weights change, and what becomes of a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from rollout_server.engine import EngineDoor
+from rollout_server.live_weights import LiveWeights
+from rollout_server.run_table import RunTable
+from rollout_server.workers import Call
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import PolicyRequest
+from shared.weights import WeightVersion
+
+
+class _Engine:
+    errored = False
+    output_processor = SimpleNamespace(request_states={})
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.submitted: list = []
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        self.paused = True
+
+    async def resume_generation(self) -> None:
+        self.paused = False
+
+    async def generate(self, prompt, params, request_id, **kwargs):
+        self.submitted.append((prompt, kwargs))
+        yield request_id
+
+
+class _Workers:
+    """Two workers; `broken` names what the second one cannot apply."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.weights: list[str | None] = [None, None]
+        self.broken: set[str | None] = set()
+
+    def begin(self, op: str, checksum: str | None) -> Call:
+        assert op == "apply" and self.engine.paused
+        pending = []
+        for index in (0, 1):
+            answer = asyncio.get_running_loop().create_future()
+            if index and checksum in self.broken:
+                self.weights[index] = "half of it"
+                answer.set_result({"ok": False, "code": "install_failed", "message": "broken"})
+            else:
+                self.weights[index] = checksum
+                answer.set_result({"ok": True})
+            pending.append(SimpleNamespace(answer=answer, told=answer))
+        return Call(op, pending)
+
+    async def call(self, op: str, timeout: float, checksum: str | None):
+        return await self.begin(op, checksum).answers(timeout)
+
+
+@pytest.fixture
+async def served():
+    engine = _Engine()
+    table = RunTable(2, 1, merged=True)
+    workers = _Workers(engine)
+    door = EngineDoor(engine, table)
+    weights = LiveWeights(door, workers)
+    return SimpleNamespace(engine=engine, table=table, workers=workers, door=door, weights=weights)
+
+
+async def _push(served, step: int, deadline: float = 5.0, kv=None) -> None:
+    run = served.table.open("r", "lease", takeover=False)
+    version, seq = WeightVersion(run_id="r", step=step), served.table.next_install_seq()
+    async with served.weights.changed(run, f"sum{step}", time.monotonic() + deadline, kv) as change:
+        if kv is None:
+            await run.flip(run.slots[0], version, seq, f"sum{step}")
+        else:
+            await run.move_to(None, version, seq, f"sum{step}", lambda a: a.move(change.tokens, version, kv))
+
+
+async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
+    table = RunTable(2, 1, merged=True)
+    door = EngineDoor(_Engine(), table)
+    first = door.admit(PolicyRequest(policy="base"))
+    assert table.base.slots[0].requests == 1
+    first.release()
+    run = table.open("r", "lease", takeover=False)
+    door.admit(PolicyRequest(policy="base")).release()
+    await run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
+    with pytest.raises(LockstepError) as refusal:
+        door.admit(PolicyRequest(policy="base"))
+    assert refusal.value.code is ErrorCode.BASE_NOT_SERVED and refusal.value.status == 409
+    salt = run.slots[0].salt
+    table.close("r")
+    door.admit(PolicyRequest(policy="base")).release()
+    assert table.base.slots[0].salt != salt and table.base.slots[0].checksum == ""
+
+
+async def test_no_lora_request_but_a_salt(served) -> None:
+    await _push(served, 0)
+    with served.door.admit(PolicyRequest()) as admission:
+        _ = [o async for o in admission.generate({"prompt_token_ids": [1]}, None, "a")]
+    ((prompt, kwargs),) = served.engine.submitted
+    assert prompt["cache_salt"] and "lora_request" not in kwargs
+
+
+@pytest.mark.parametrize("holder", ["base", "latest"])
+async def test_drain_waits_for_running_requests_and_new_ones_queue(served, holder: str) -> None:
+    if holder == "latest":
+        await _push(served, 0)
+    running = served.door.admit(PolicyRequest(policy=holder))
+    push = asyncio.ensure_future(_push(served, 1))
+    await asyncio.sleep(0.02)
+    assert not push.done() and not served.engine.paused
+    queued = asyncio.ensure_future(served.table.admitting())
+    await asyncio.sleep(0.02)
+    assert not queued.done()
+    running.release()
+    await asyncio.gather(push, queued)
+    assert served.workers.weights == ["sum1", "sum1"] and not served.engine.paused
+    assert served.door.admit(PolicyRequest()).version.step == 1
+
+
+async def test_a_deadline_leaves_everything_as_it_was(served) -> None:
+    await _push(served, 0)
+    running = served.door.admit(PolicyRequest())
+    with pytest.raises(LockstepError) as refusal:
+        await _push(served, 1, deadline=0.05)
+    assert refusal.value.code is ErrorCode.NO_FREE_SLOT
+    await asyncio.wait_for(served.table.admitting(), 1)
+    assert served.workers.weights == ["sum0", "sum0"] and not served.engine.paused
+    assert running.version.step == 0 and served.table.get("r").active.version.step == 0
+
+
+async def test_kept_requests_are_moved_even_before_they_are_submitted(served) -> None:
+    await _push(served, 0)
+    admission = served.door.admit(PolicyRequest())
+    await _push(served, 1, kv="fresh")
+    assert admission.version.step == 1 and not admission.moved
+
+
+async def test_what_one_worker_cannot_apply_is_undone_on_all(served) -> None:
+    await _push(served, 0)
+    served.workers.broken = {"sum1"}
+    with pytest.raises(LockstepError, match="broken"):
+        await _push(served, 1)
+    assert served.workers.weights == ["sum0", "sum0"] and not served.engine.paused and not served.door.errored
+    assert served.table.get("r").active.version.step == 0
+    served.workers.broken = {"sum0", "sum2"}
+    with pytest.raises(LockstepError, match="broken"):
+        await _push(served, 2)
+    assert served.door.errored and not served.engine.paused
