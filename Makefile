@@ -32,4 +32,4 @@ lock: ## write deploy/constraints-cpu.txt anew (UPGRADE=1: newest versions)
 
 clean: ## remove what was made here, runs/ aside
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info
-	find shared rollout_server learner tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find shared rollout_server learner bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
