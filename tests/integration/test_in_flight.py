@@ -37,7 +37,7 @@ def lived_through(client: RolloutClient, server: ServerProcess, policies, reques
     client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
     prompts, later = [[i, *PROBE] for i in range(10, 13)], {}
     with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
-        running = pool.submit(P.generate, other, prompts, n=2, max_tokens=TOKENS, ignore_eos=True)
+        running = pool.submit(P.generate, other, prompts, n=8, max_tokens=TOKENS, ignore_eos=True)
         _until(lambda: client.run(run_id).running_requests > 0)
         for step in (1, 2, 3):
             P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile

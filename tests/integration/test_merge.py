@@ -146,7 +146,7 @@ def test_drain_waits_and_later_requests_queue(client: RolloutClient, merging: Se
     old, new = _policy(model, 110), _policy(model, 111)
     P.push(client, old, "drained", 0)
     with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
-        running = pool.submit(P.generate, other, [PROBE], n=2, max_tokens=300, ignore_eos=True)
+        running = pool.submit(P.generate, other, [PROBE], n=12, max_tokens=TOKENS, ignore_eos=True)
         _until(lambda: client.run("drained").running_requests > 0)
         receipt = P.push(client, new, "drained", 1)
         answer = running.result()
@@ -167,7 +167,7 @@ def test_running_requests_live_through_pushes(
     blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
     client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
     with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
-        running = pool.submit(P.generate, other, [[i, *PROBE] for i in (10, 11)], n=2, max_tokens=TOKENS,
+        running = pool.submit(P.generate, other, [[i, *PROBE] for i in (10, 11)], n=12, max_tokens=TOKENS,
                               ignore_eos=True)  # fmt: skip
         _until(lambda: client.run(run_id).running_requests > 0)
         for step in (1, 2):

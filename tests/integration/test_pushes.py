@@ -63,7 +63,7 @@ def test_push_in_the_middle_of_generations(client: RolloutClient, server: Server
     P.push(client, old, "middle", step=0)
     prompts = [[i, *PROBE] for i in range(10, 16)]
     with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
-        running = pool.submit(P.generate, other, prompts, max_tokens=400, ignore_eos=True)
+        running = pool.submit(P.generate, other, prompts, n=8, max_tokens=900, ignore_eos=True)
         _until(lambda: client.run("middle").running_requests > 0)
         receipt = P.push(client, new, "middle", step=1)
         assert client.run("middle").running_requests > 0, "the push must not have waited for running requests"
