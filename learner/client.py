@@ -118,20 +118,10 @@ class RolloutClient:
             LockstepError: also when the stream ends without its closing line.
         """
         body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
-        try:
-            with self._http.stream("POST", "/v1/generate", **self._body(body, self.generate_timeout_s)) as answer:
-                if answer.is_error:
-                    answer.read()
-                    raise self._error(answer)
-                for line in filter(None, answer.iter_lines()):
-                    document = json.loads(line)
-                    if "error" in document:
-                        raise _from_body(document)
-                    if document.get("done"):
-                        return
-                    yield self._parse(RolloutGroup, document)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error, "/v1/generate") from error
+        for document in self._lines("/v1/generate", **self._body(body, self.generate_timeout_s)):
+            if document.get("done"):
+                return
+            yield self._parse(RolloutGroup, document)
         raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off a stream of completions before its end")
 
     def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -170,21 +160,23 @@ class RolloutClient:
 
     def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
         """`POST /v1/runs/{run_id}/group`: the invitation, then None when all workers have joined."""
-        for document in self._lines(f"/v1/runs/{run_id}/group", b"", _push_headers(lease)):
+        timeout = self._timeout(self.push_timeout_s)
+        for document in self._lines(f"/v1/runs/{run_id}/group", headers=_push_headers(lease), timeout=timeout):
             yield None if "joined" in document else self._parse(GroupInvitation, document)
 
     def broadcast(
         self, run_id: str, announced: Announcement, lease: str, *, in_flight: InFlight = "drain"
     ) -> Generator[PushReceipt | None]:
         """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt."""
-        headers = _push_headers(lease, in_flight) | {"content-type": "application/json"}
-        for document in self._lines(f"/v1/runs/{run_id}/broadcast", announced.model_dump_json().encode(), headers):
+        body = self._body(announced.model_dump_json(), self.push_timeout_s)
+        body["headers"] = _push_headers(lease, in_flight) | body["headers"]
+        for document in self._lines(f"/v1/runs/{run_id}/broadcast", **body):
             yield None if "receiving" in document else self._parse(PushReceipt, document)
 
-    def _lines(self, path: str, content: bytes, headers: dict[str, str]) -> Iterator[dict[str, Any]]:
-        timeout = self._timeout(self.push_timeout_s)
+    def _lines(self, path: str, **request: Any) -> Iterator[dict[str, Any]]:
+        """The lines of an NDJSON answer; a line with an error is raised."""
         try:
-            with self._http.stream("POST", path, content=content, headers=headers, timeout=timeout) as answer:
+            with self._http.stream("POST", path, **request) as answer:
                 if answer.is_error:
                     answer.read()
                     raise self._error(answer)

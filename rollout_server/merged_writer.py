@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from rollout_server import merged_layout
-from rollout_server.slot_writer import Layouts, checksum_of, dtype_of, refuse_not_finite, views_of
+from rollout_server.slot_writer import Layouts, check_sum, dtype_of, refuse_not_finite, views_of
 from shared.adapter_file import Layout
 from shared.errors import ErrorCode, LockstepError
 
@@ -83,12 +83,7 @@ class MergedWriter:
         """
         flat = self.buffer(layout).view(dtype_of(layout))
         refuse_not_finite(flat, layout)
-        found = checksum_of(flat, layout)
-        if found != announced:
-            raise LockstepError(
-                ErrorCode.CHECKSUM_MISMATCH,
-                f"the tensors arrived with checksum {found}, announced was {announced}; push again",
-            )
+        check_sum(flat, layout, announced)
         updates = merged_layout.plan(self._worker, self._known, views_of(flat, layout))
         self._keep({update.block.layer: update.block.weight for update in updates})
         self._spare.layout, self._spare.checksum = layout, announced

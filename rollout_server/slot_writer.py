@@ -87,12 +87,7 @@ class SlotWriter:
         torch._foreach_copy_(plan.slot, plan.received)
         torch._foreach_zero_(plan.received)
         torch._foreach_copy_(plan.received, plan.slot)
-        found = checksum_of(flat, layout)
-        if found != announced:
-            raise LockstepError(
-                ErrorCode.CHECKSUM_MISMATCH,
-                f"the tensors arrived with checksum {found}, announced was {announced}; push again",
-            )
+        check_sum(flat, layout, announced)
         return plan.modules
 
 
@@ -119,10 +114,15 @@ def refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
     )
 
 
-def checksum_of(flat: torch.Tensor, layout: Layout) -> str:
-    """The checksum of the adapter that lies in `flat`."""
+def check_sum(flat: torch.Tensor, layout: Layout, announced: str) -> None:
+    """Raise `checksum_mismatch` unless the adapter that lies in `flat` has the announced checksum."""
     sums = torch.cat(list(block_sums(flat.view(_INTEGERS[flat.element_size()]), _weights(flat.device))))
-    return checksum(layout.index, sums.cpu().numpy().tobytes())
+    found = checksum(layout.index, sums.cpu().numpy().tobytes())
+    if found != announced:
+        raise LockstepError(
+            ErrorCode.CHECKSUM_MISMATCH,
+            f"the tensors arrived with checksum {found}, announced was {announced}; push again",
+        )
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from learner.client import RolloutClient
-from tests.integration.server import ServerProcess
+from tests.integration.server import ServerProcess, running_server
 from tests.tiny_model import make_tiny_model
 
 FLAGS = [
@@ -29,12 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server for all tests that leave it as they found it; prefix cache on, as by default."""
-    process = ServerProcess(model, tmp_path_factory.mktemp("server") / "server.log", *FLAGS)
-    try:
-        process.wait_ready()
+    with running_server(model, tmp_path_factory.mktemp("server"), *FLAGS) as process:
         yield process
-    finally:
-        process.stop()
 
 
 @pytest.fixture

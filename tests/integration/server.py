@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -26,6 +27,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_server(model: Path, folder: Path, *flags: str) -> Iterator[ServerProcess]:
+    """A server that is ready, with its log in `folder`, until the end of the block."""
+    process = ServerProcess(model, folder / "server.log", *flags)
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.stop()
 
 
 class ServerProcess:

@@ -17,7 +17,7 @@ from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess
+from tests.integration.server import ServerProcess, running_server
 
 PROBE = list(range(5, 40))
 FP32 = 1e-4
@@ -27,13 +27,9 @@ TIMEOUT_S = 4.0
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of its own, whose workers wait less long for a broadcast."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    process = ServerProcess(model, log, *FLAGS, "--collective-timeout", str(TIMEOUT_S), "--push-timeout", "12")
-    try:
-        process.wait_ready()
+    flags = [*FLAGS, "--collective-timeout", str(TIMEOUT_S), "--push-timeout", "12"]
+    with running_server(model, tmp_path_factory.mktemp("server"), *flags) as process:
         yield process
-    finally:
-        process.stop()
 
 
 class _Learner:

@@ -12,7 +12,7 @@ from learner.client import RolloutClient
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.server import ServerProcess
-from tests.integration.test_pushes import _until
+from tests.integration.waiting import outlives, until, with_enough_load
 
 PROBE = list(range(5, 40))
 FP32 = 1e-4
@@ -30,27 +30,31 @@ def policies(model: Path) -> list:
 @pytest.fixture
 def lived_through(client: RolloutClient, server: ServerProcess, policies, request) -> P.GenerateResponse:
     """Completions that were under way during three pushes."""
-    run_id = f"moved-{request.param}"
     base = client.state().base.weights
-    versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(4)]
-    blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
-    client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
-    prompts, later = [[i, *PROBE] for i in range(10, 13)], {}
-    with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
-        running = pool.submit(P.generate, other, prompts, n=8, max_tokens=TOKENS, ignore_eos=True)
-        _until(lambda: client.run(run_id).running_requests > 0)
-        for step in (1, 2, 3):
-            P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
-            receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight=request.param)
-            assert not running.done(), "the requests must outlive the push for this test to mean something"
-            assert receipt.pause_seconds > 0
-            later[step] = P.generate(client, [PROBE], max_tokens=4)
-        assert client.run(run_id).running_requests > 0
-        answer = running.result()
-    for step, afterwards in later.items():
-        assert P.largest_gap(policies[step], afterwards) < FP32
-    _until(lambda: sorted(slot["state"] for slot in client.run(run_id).slots) == ["active", "free"])
-    return answer
+
+    def push_three_times(n: int) -> P.GenerateResponse:
+        run_id = f"moved-{request.param}-{n}"
+        versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(4)]
+        blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
+        client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
+        prompts, later = [[i, *PROBE] for i in range(10, 13)], {}
+        with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
+            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
+            until(lambda: client.run(run_id).running_requests > 0)
+            for step in (1, 2, 3):
+                P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
+                receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight=request.param)
+                outlives(not running.done())
+                assert receipt.pause_seconds > 0
+                later[step] = P.generate(client, [PROBE], max_tokens=4)
+            outlives(client.run(run_id).running_requests)
+            answer = running.result()
+        for step, afterwards in later.items():
+            assert P.largest_gap(policies[step], afterwards) < FP32
+        until(lambda: sorted(slot["state"] for slot in client.run(run_id).slots) == ["active", "free"])
+        return answer
+
+    return with_enough_load(push_three_times)
 
 
 def _gaps(answer: P.GenerateResponse, policies: list) -> list[float]:

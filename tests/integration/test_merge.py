@@ -16,8 +16,8 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess
-from tests.integration.test_pushes import _until
+from tests.integration.server import ServerProcess, running_server
+from tests.integration.waiting import outlives, until, with_enough_load
 
 PROBE = list(range(5, 40))
 FP32 = 1e-4
@@ -26,12 +26,8 @@ TOKENS = 900
 
 @pytest.fixture(scope="module")
 def merging(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    process = ServerProcess(model, tmp_path_factory.mktemp("merging") / "server.log", *FLAGS, "--apply", "merge")
-    try:
-        process.wait_ready()
+    with running_server(model, tmp_path_factory.mktemp("merging"), *FLAGS, "--apply", "merge") as process:
         yield process
-    finally:
-        process.stop()
 
 
 @pytest.fixture
@@ -144,16 +140,23 @@ def test_a_bad_push_changes_nothing(client: RolloutClient, model: Path) -> None:
 
 def test_drain_waits_and_later_requests_queue(client: RolloutClient, merging: ServerProcess, model: Path) -> None:
     old, new = _policy(model, 110), _policy(model, 111)
-    P.push(client, old, "drained", 0)
-    with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
-        running = pool.submit(P.generate, other, [PROBE], n=12, max_tokens=TOKENS, ignore_eos=True)
-        _until(lambda: client.run("drained").running_requests > 0)
-        receipt = P.push(client, new, "drained", 1)
-        answer = running.result()
-    assert receipt.wait_seconds > 0
-    assert {span.version.step for group in answer.groups for c in group.completions for span in c.spans} == {0}
-    assert P.largest_gap(old, answer) < FP32
-    assert _gap(client, new) < FP32
+    base = client.state().base.weights
+
+    def push_during_generations(n: int) -> None:
+        run_id = f"drained-{n}"
+        P.push(client, old, run_id, 0)
+        blob = P.blob(new, WeightVersion(run_id=run_id, fence=0, step=1), base)
+        with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
+            running = pool.submit(P.generate, other, [PROBE], n=n, max_tokens=TOKENS, ignore_eos=True)
+            until(lambda: client.run(run_id).running_requests > 0)
+            receipt = client.push(run_id, [blob], P.LEASE)
+            answer = running.result()
+        outlives(receipt.wait_seconds > 0)
+        assert {span.version.step for group in answer.groups for c in group.completions for span in c.spans} == {0}
+        assert P.largest_gap(old, answer) < FP32
+        assert _gap(client, new) < FP32
+
+    with_enough_load(push_during_generations)
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "carried"])
@@ -161,21 +164,24 @@ def test_running_requests_live_through_pushes(
     client: RolloutClient, merging: ServerProcess, model: Path, in_flight
 ) -> None:
     policies = [_policy(model, 120 + step) for step in range(3)]
-    run_id = f"lives-{in_flight}"
     base = client.state().base.weights
-    versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(3)]
-    blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
-    client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
-    with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
-        running = pool.submit(P.generate, other, [[i, *PROBE] for i in (10, 11)], n=12, max_tokens=TOKENS,
-                              ignore_eos=True)  # fmt: skip
-        _until(lambda: client.run(run_id).running_requests > 0)
-        for step in (1, 2):
-            P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
-            client.push(run_id, [blobs[step]], P.LEASE, in_flight=in_flight)
-            assert not running.done(), "the requests must outlive the push for this test to mean something"
-        answer = running.result()
-    for group in answer.groups:
+
+    def push_twice(n: int) -> P.GenerateResponse:
+        run_id = f"lives-{in_flight}-{n}"
+        versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(3)]
+        blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
+        client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
+        prompts = [[i, *PROBE] for i in (10, 11)]
+        with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
+            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
+            until(lambda: client.run(run_id).running_requests > 0)
+            for step in (1, 2):
+                P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
+                client.push(run_id, [blobs[step]], P.LEASE, in_flight=in_flight)
+                outlives(not running.done())
+            return running.result()
+
+    for group in with_enough_load(push_twice).groups:
         for completion in group.completions:
             assert [span.version.step for span in completion.spans] == [0, 1, 2]
             assert completion.spans[-1].end == len(completion.token_ids) == TOKENS

@@ -14,6 +14,7 @@ from learner.client import RolloutClient
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.server import ServerProcess
+from tests.integration.waiting import outlives, until, with_enough_load
 
 PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
 FP32 = 1e-4
@@ -60,22 +61,29 @@ def test_push_in_the_middle_of_generations(client: RolloutClient, server: Server
     old, new = P.make_policy(model), P.make_policy(model)
     P.randomize(old, seed=3)
     P.randomize(new, seed=4)
-    P.push(client, old, "middle", step=0)
     prompts = [[i, *PROBE] for i in range(10, 16)]
-    with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
-        running = pool.submit(P.generate, other, prompts, n=8, max_tokens=900, ignore_eos=True)
-        _until(lambda: client.run("middle").running_requests > 0)
-        receipt = P.push(client, new, "middle", step=1)
-        assert client.run("middle").running_requests > 0, "the push must not have waited for running requests"
-        later = P.generate(client, prompts, max_tokens=24)
-        assert not running.done(), "the running requests must outlive the push for this test to mean something"
-        first = running.result()
-    assert receipt.wait_seconds < 1.0
-    _check_spans(first, WeightVersion(run_id="middle", step=0))
-    _check_spans(later, receipt.version)
-    assert P.largest_gap(old, first) < FP32
-    assert P.largest_gap(new, later) < FP32
-    assert P.largest_gap(new, first) > 0.05
+    base = client.state().base.weights
+
+    def push_during_generations(n: int) -> None:
+        run_id = f"middle-{n}"
+        P.push(client, old, run_id, step=0)
+        blob = P.blob(new, WeightVersion(run_id=run_id, step=1), base)
+        with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
+            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=900, ignore_eos=True)
+            until(lambda: client.run(run_id).running_requests > 0)
+            receipt = client.push(run_id, [blob], P.LEASE)
+            outlives(client.run(run_id).running_requests)
+            later = P.generate(client, prompts, max_tokens=24)
+            outlives(not running.done())
+            first = running.result()
+        assert receipt.wait_seconds < 1.0
+        _check_spans(first, WeightVersion(run_id=run_id, step=0))
+        _check_spans(later, receipt.version)
+        assert P.largest_gap(old, first) < FP32
+        assert P.largest_gap(new, later) < FP32
+        assert P.largest_gap(new, first) > 0.05
+
+    with_enough_load(push_during_generations)
 
 
 def test_no_stale_answer_over_twenty_pushes(client: RolloutClient, model: Path) -> None:
@@ -133,10 +141,3 @@ def _check_spans(answer: P.GenerateResponse, version: WeightVersion) -> None:
             assert [(s.version, s.start, s.end, s.kv) for s in completion.spans] == [
                 (version, 0, len(completion.token_ids), "fresh")
             ]
-
-
-def _until(condition, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)

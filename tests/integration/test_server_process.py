@@ -45,14 +45,15 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
             time.sleep(0.2)
         assert alive_before_ready, "/health must answer while the model loads"
         body = {"prompts": [{"token_ids": [5, 6, 7]}], "policy": "base",
-                "sampling": {"max_tokens": 900, "ignore_eos": True}}  # fmt: skip
+                "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
         with ThreadPoolExecutor() as pool:
             running = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=120)
-            time.sleep(1.0)
+            time.sleep(0.5)
             assert not running.done()
             server.process.send_signal(signal.SIGTERM)
             answer = running.result()
-        assert len(answer.json()["groups"][0]["completions"][0]["token_ids"]) == 900
+        (group,) = answer.json()["groups"]
+        assert [len(completion["token_ids"]) for completion in group["completions"]] == [900] * 32
         assert server.process.wait(60) == 0, server.tail()
         _nothing_left(server)
     finally:
