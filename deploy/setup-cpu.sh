@@ -70,6 +70,10 @@ pip install --quiet --no-deps "$(pinned setuptools)"
 pip install --no-deps --no-build-isolation --requirement "$list" | progress
 pip install --quiet --no-deps --no-build-isolation --editable .
 
+# A server imports vLLM in three processes; without bytecode (PYTHONDONTWRITEBYTECODE, say) each compiles it anew.
+say "compiling to bytecode"
+.venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # some packages carry files for other Pythons
+
 say "checking that it imports"
 .venv/bin/python -c 'import torch, vllm, trl, learner, rollout_server, shared' 2> .venv/import.log \
   || { cat .venv/import.log >&2; fail "the environment is installed but does not import (above)"; }

@@ -6,6 +6,7 @@ Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapter import active_adapter, lora_layers
+from learner.batches import ComingPrompts, schedule_of
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.refusals import (
@@ -32,7 +34,9 @@ from learner.refusals import (
     check_server,
     check_targets,
 )
+from learner.resume import ExactResume
 from learner.sampling import sampling_params
+from learner.schedule import Schedule
 from learner.session import Session
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -86,7 +90,9 @@ def attach(
     )  # fmt: skip
     state = state or client.wait_ready(config.ready_timeout_s)
     adapter_config = model.peft_config[active_adapter(model)]
-    check_server(state, allow_policy_altering=config.allow_policy_altering)
+    check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+    if config.max_staleness:
+        ComingPrompts(trainer)  # refuses what cannot be read ahead
     check_rank(adapter_config, state)
     check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
     base = adapter_config.base_model_name_or_path or model.config._name_or_path
@@ -102,6 +108,7 @@ def attach(
         base_weights=own.weights if own.weights == state.base.weights else None,
     )  # fmt: skip
     _put_under_trainer(trainer, session)
+    ExactResume(trainer, session)
     return session
 
 
@@ -136,11 +143,32 @@ class TrainerSide:
         self._trainer = trainer
         self.accelerator = trainer.accelerator
         self.output_dir = Path(trainer.args.output_dir)
+        self.seed = trainer.args.seed
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self._trainer.state.global_step
+
+    @property
+    def micro_step(self) -> int:
+        """Forward-backward passes done."""
+        return self._trainer._step
+
+    @property
+    def first_row(self) -> int:
+        """This rank's first row among the rows of a generation batch."""
+        accelerator = self.accelerator
+        return self._trainer.args.generation_batch_size // accelerator.num_processes * accelerator.process_index
+
+    @property
+    def schedule(self) -> Schedule:
+        """When generation batches are trained on; known once the training has begun."""
+        return schedule_of(self._trainer)
+
+    def coming_prompts(self) -> Callable[[int], list[list[int]]]:
+        """Generation batch -> token ids of this rank's prompts."""
+        return ComingPrompts(self._trainer).token_ids
 
     @property
     def max_steps(self) -> int:

@@ -73,6 +73,16 @@ class LearnerConfig:
         "What becomes of completions that are under way when a push arrives: drain finishes them on their version; "
         "keep goes on with the new one and recomputes their KV; carried goes on with the new one and their old KV.",
     )
+    max_staleness: int = _option(
+        0,
+        "Generation batches that rollouts may run ahead of training: 0 alternates strictly; with S > 0 the next S "
+        "batches are requested while the learner trains, and nothing older is ever trained on.",
+    )
+    deterministic: bool = _option(
+        False,
+        "Seeds derived from the place of each prompt, and deterministic kernels: a killed and resumed training makes "
+        "the same updates as one never killed. Needs rollout-server --deterministic.",
+    )
     generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
     token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
     allow_base_mismatch: bool = _option(
@@ -88,6 +98,11 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         for name in ("task_args", "lora_kwargs"):
             setattr(self, name, _json_object(getattr(self, name), name))
+        if self.max_staleness < 0:
+            raise ValueError("max_staleness must not be negative")
+        if self.deterministic and self.max_staleness:
+            raise ValueError("deterministic: how far a push has come when a rollout begins differs from time to time; "
+                             "leave max_staleness at 0")  # fmt: skip
         if self.run_id is not None and not re.match(RUN_ID_PATTERN, self.run_id):
             raise ValueError(f"run_id {self.run_id!r}: letters, digits, dot, dash and underscore, at most 64")
 

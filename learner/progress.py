@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from learner.session import Session, StepReport
+from learner.figures import StepReport
+from learner.session import Session
 
 HISTORY_FILE = "metrics.jsonl"
 
@@ -56,7 +57,7 @@ class Progress(TrainerCallback):
 
 
 class History:
-    """`metrics.jsonl`: one JSON object per step, see `learner.session.StepReport`."""
+    """`metrics.jsonl`: one JSON object per step, see `learner.figures.StepReport`."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.path = Path(output_dir) / HISTORY_FILE
@@ -91,14 +92,14 @@ def show_progress(trainer: Trainer, session: Session, output_dir: str | Path) ->
     trainer.add_callback(progress)
     trainer.add_callback(_HistoryBegin(history))
     if trainer.accelerator.is_main_process:
-        session.on_report += [progress.show, history.add]
+        session.figures.listeners += [progress.show, history.add]
 
 
 def _figures(report: StepReport) -> str:
     reward = "-" if report.reward is None else f"{report.reward:.3f}"
     gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
     return (
-        f"reward {reward}  lag {report.lag}  {report.rollout_tokens_per_second:.0f} tok/s  "
+        f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
         f"push {report.push_seconds:.2f} s{gap}"
     )
 

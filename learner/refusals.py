@@ -112,7 +112,7 @@ def check_model(model_config: Any) -> None:
         raise _unsupported("a quantised base in the learner is not supported yet: load it in bfloat16 or float32")
 
 
-def check_server(state: ServerState, *, allow_policy_altering: bool = False) -> None:
+def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
     """The server speaks our protocol, is ready, and its logprobs are those of the policy.
 
     Raises:
@@ -135,6 +135,10 @@ def check_server(state: ServerState, *, allow_policy_altering: bool = False) -> 
         raise _invalid(
             f"the server runs with {', '.join(state.policy_altering)}, so its logprobs are not exactly the "
             "policy's; start it without, or set allow_policy_altering to train all the same"
+        )
+    if deterministic and not state.deterministic:
+        raise _invalid(
+            "deterministic: the server may answer the same request differently; start it with --deterministic"
         )
 
 

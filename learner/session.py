@@ -2,69 +2,34 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from tqdm import tqdm
 
 from learner.client import RolloutClient
 from learner.config import LearnerConfig
+from learner.fetch import Fetcher, Wanted, asks_of
+from learner.figures import Figures, StepReport
+from learner.prefetch import Prefetcher
+from learner.probing import canary_slope, probe_sequences
 from learner.proof import SyncProof
 from learner.publisher import Lease, Publisher, load_lease, save_lease
-from learner.rollouts import RemoteRollouts
-from shared.errors import ErrorCode, ErrorDetail, LockstepError
-from shared.rollouts import GenerateRequest, PolicySelector, Prompt
+from learner.rollouts import Ahead, RemoteRollouts
+from learner.seeds import prompt_seed
+from learner.trainer_protocol import Trainer
+from shared.errors import ErrorDetail, LockstepError
+from shared.rollouts import Completion, PolicySelector
 from shared.sampling import SamplingParams
 from shared.weights import PushReceipt, ServerState
-
-PROBE_SEQUENCES, PROBE_PROMPT_TOKENS, PROBE_COMPLETION_TOKENS = 4, 64, 24
-
-
-class Trainer(Protocol):
-    """What a session needs of the trainer; see `learner.attach.TrainerSide`."""
-
-    accelerator: Accelerator
-    output_dir: Path
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def max_steps(self) -> int: ...
-    @property
-    def is_training(self) -> bool: ...
-    def latest(self, metric: str) -> float | None: ...
-    def log(self, metric: str, value: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What happened in one optimizer step, in wall-clock seconds; `logprob_gap` is None where not proven."""
-
-    step: int
-    max_steps: int
-    reward: float | None
-    reward_std: float | None
-    completion_length: float | None
-    completion_tokens: int
-    lag: int
-    push_seconds: float
-    push_bytes: int
-    rollout_tokens_per_second: float
-    logprob_gap: float | None
-    seconds: float
 
 
 class Session:
     """Everything that is built under a trainer: client, publisher, rollouts, proof, and the run's figures.
 
-    `begin`, `after_step` and `ensure_served` are collective: every rank calls them, rank 0 acts.
+    `begin`, `after_step`, `ensure_served` and `summary` are collective: every rank calls them, rank 0 acts.
     """
 
     def __init__(
@@ -87,20 +52,20 @@ class Session:
         self.publisher = self._publisher(state, base_weights)
         self.continues = any(run.run_id == self.run_id for run in state.runs)
         self.rollouts = RemoteRollouts(
-            client, sampling, state.max_model_len,
+            Fetcher(
+                client, sampling, state.max_model_len, warn=self.say, rank=trainer.accelerator.process_index
+            ),
             version=lambda: self.publisher.version(trainer.step),
             barrier=self.ensure_served,
-            recover=None if trainer.accelerator.num_processes > 1 else self._recover,
+            recover=self._recover if trainer.accelerator.num_processes == 1 else None,
             is_training=lambda: trainer.is_training,
+            seed_of=self._seed_of,
             warn=self.say,
-            rank=trainer.accelerator.process_index,
         )  # fmt: skip
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
-        self.pushes = 0
-        self.reports: list[StepReport] = []
-        self.on_report: list[Callable[[StepReport], None]] = []
-        self._step_started = time.perf_counter()
+        self.figures = Figures(trainer, self.rollouts)
+        self._served_step = 0
 
     def _publisher(self, state: ServerState, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
@@ -129,14 +94,17 @@ class Session:
         """Prove the base, push the initial adapter, prove it. Collective."""
 
         def start() -> None:
-            sequences = self._probe()
+            policy: PolicySelector = "base" if self.base_served else "latest"
+            sequences = probe_sequences(self.client, self.prompts, policy, self.server.max_model_len)
             self.proof = SyncProof(
                 self.client, self.model, sequences,
                 served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
                 merged=self.server.apply == "merge",
             )  # fmt: skip
             if self.config.proof_canary and not self.continues and self.base_served:
-                self.canary_slope = self._canary(self.proof)
+                self.canary_slope = canary_slope(
+                    self.proof, self.model, self.publisher, takeover=self.config.takeover
+                )  # fmt: skip
             elif self.base_served:
                 self.proof.check_base()
             step = self.trainer.step
@@ -144,7 +112,10 @@ class Session:
             self.proof.check(self.publisher.version(step))
 
         self._on_main(start)
-        self._step_started = time.perf_counter()
+        self._served_step = self.trainer.step
+        if self.config.max_staleness > 0:
+            self._read_ahead(self.config.max_staleness)
+        self.figures.restart_clock()
 
     def after_step(self) -> StepReport:
         """Push the step just made and wait until it is served; prove it where that is due. Collective."""
@@ -158,8 +129,8 @@ class Session:
             return receipt, self.publisher.seconds[-1], gap
 
         receipt, seconds, gap = self._on_main(publish)
-        self.pushes += 1
-        return self._report(receipt, seconds, gap)
+        self._served_step = step
+        return self.figures.add(push_seconds=seconds, push_bytes=receipt.bytes, logprob_gap=gap)
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what the server serves, else it is pushed. Collective."""
@@ -167,93 +138,51 @@ class Session:
         self._on_main(lambda: self.publisher.ensure(step))
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the training, over all ranks; step 0 is not among the pushes. Collective."""
-        reports, stats = self.reports, self.rollouts.stats
-        counts = [(stats.completions, stats.completion_tokens, stats.capped_prompts)]
-        completions, tokens, capped = (sum(column) for column in zip(*gather_object(counts), strict=True))
-        return {
+        """Figures of the training, over all ranks. Collective."""
+        return self.figures.summary() | {
             "run_id": self.run_id,
-            "steps": self.trainer.step,
-            "pushes": self.pushes,
-            "completions": completions,
-            "completion_tokens": tokens,
             "max_logprob_gap": self.proof.max_gap if self.proof else None,
             "logprob_tolerance": self.proof.last.tolerance if self.proof and self.proof.last else None,
             "canary_slope": self.canary_slope,
-            "push_seconds_median": statistics.median(r.push_seconds for r in reports) if reports else None,
-            "capped_prompts": capped,
         }
 
-    def _report(self, receipt: PushReceipt, push_seconds: float, gap: float | None) -> StepReport:
-        stats, trainer = self.rollouts.stats, self.trainer
-        report = StepReport(
-            step=trainer.step, max_steps=trainer.max_steps,
-            reward=self._metric("reward"), reward_std=self._metric("reward_std"),
-            completion_length=self._metric("completions/mean_length"),
-            completion_tokens=stats.completion_tokens, lag=0,
-            push_seconds=push_seconds, push_bytes=receipt.bytes,
-            rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
-            logprob_gap=gap, seconds=time.perf_counter() - self._step_started,
-        )  # fmt: skip
-        self._step_started = time.perf_counter()
-        logged = {"push_seconds": push_seconds, "push_bytes": receipt.bytes, "lag": 0.0, "logprob_gap": gap,
-                  "rollout_tokens_per_second": report.rollout_tokens_per_second}  # fmt: skip
-        for name, value in logged.items():
-            if value is not None:
-                trainer.log(f"lockstep/{name}", float(value))
-        self.reports.append(report)
-        for listener in self.on_report:
-            listener(report)
-        return report
+    def close(self) -> None:
+        """Let go of the server: nothing is asked or pushed any more."""
+        if self.rollouts.ahead is not None:
+            self.rollouts.ahead.prefetcher.close()
+        self.publisher.close()
 
-    def _metric(self, name: str) -> float | None:
-        """TRL's latest value, or that of the step before where the generation batch is being reused."""
-        value = self.trainer.latest(name)
-        if value is not None:
-            return value
-        field = {"completions/mean_length": "completion_length"}.get(name, name)
-        return getattr(self.reports[-1], field) if self.reports else None
+    def _read_ahead(self, max_staleness: int) -> None:
+        """Request the first generation batches; from then on each one that is taken requests another."""
+        schedule = self.trainer.schedule
+
+        def fetch(batch: int, prompts: list[list[int]]) -> list[Completion]:
+            # Rank 0 may be pushing the next step just now; what was served last is known to every rank.
+            version = self.publisher.version(self._served_step)
+            wanted = Wanted(version, exact=False, carried=self.config.in_flight == "carried")
+            return self.rollouts.fetcher.fetch(asks_of(prompts), wanted)
+
+        prefetcher = Prefetcher(
+            self.trainer.coming_prompts(), fetch, last_batch=schedule.last_batch, recover=self.rollouts.recover,
+            patience_s=self.config.ready_timeout_s,
+        )  # fmt: skip
+        self.rollouts.ahead = Ahead(
+            prefetcher, schedule, max_staleness, batch=lambda: schedule.batch_at(self.trainer.micro_step)
+        )  # fmt: skip
+        first = schedule.next_batch(self.trainer.micro_step)
+        prefetcher.request(first, first + max_staleness - 1)
+
+    def _seed_of(self, row: int, token_ids: list[int]) -> int | None:
+        """Seed of the prompt in a row of the present batch, where seeds are derived."""
+        if not self.config.deterministic:
+            return None
+        trainer = self.trainer
+        when = ("train", trainer.micro_step) if trainer.is_training else ("eval", trainer.step)
+        return prompt_seed(trainer.seed, *when, trainer.first_row + row, *token_ids)
 
     def _recover(self) -> None:
         self.client.wait_ready(self.config.ready_timeout_s)
         self.publisher.ensure(self.trainer.step)
-
-    def _probe(self) -> list[list[int]]:
-        """Prompts of the task, each with a greedy completion: text like the policy will see."""
-        distinct = list(dict.fromkeys(tuple(p[-PROBE_PROMPT_TOKENS:]) for p in self.prompts))[:PROBE_SEQUENCES]
-        room = self.rollouts.max_model_len - max(map(len, distinct))
-        if room < 1:
-            return [list(p) for p in distinct]
-        sampling = SamplingParams(temperature=0.0, max_tokens=min(PROBE_COMPLETION_TOKENS, room))
-        asked = [Prompt(token_ids=list(p)) for p in distinct]
-        policy: PolicySelector = "base" if self.base_served else "latest"
-        answer = self.client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
-        return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
-
-    def _canary(self, proof: SyncProof) -> float | None:
-        lease = Lease(f"{self.run_id[:57]}.canary", self.publisher.lease.secret, 0)
-        state = self.client.state()
-        canary = Publisher(
-            self.client,
-            self.model,
-            lease,
-            state,
-            base_weights=self.publisher.base_weights,
-            takeover=self.config.takeover,
-            transport="http",
-        )
-        try:
-            return proof.canary(lambda: canary.push(0).version)
-        except LockstepError as error:
-            if error.code is not ErrorCode.NO_FREE_RUN:
-                raise
-            # The real run will hardly find a place either; its own push says so, and needs no canary to say
-            # it.
-            self.say(f"no free run for the canary: {error}")
-            return None
-        finally:
-            if canary.receipts:
-                self.client.delete_run(lease.run_id, lease.secret)
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0; its result, or its error, reaches every rank, so that none waits in vain."""

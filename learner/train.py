@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from learner.attach import attach, save_final_adapter
+from learner.checkpoint import last_checkpoint
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.progress import show_progress
@@ -58,6 +59,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     url, task_spec = config.require_url(), config.require_task()
     if not model_args.model_name_or_path:
         raise _invalid("give --model_name_or_path: the base model, the same as the rollout server's")
+    args.full_determinism = args.full_determinism or config.deterministic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
     check_grpo(args)
     sampling_params(args)
@@ -75,7 +77,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     show_progress(trainer, session, args.output_dir)
     session.say(f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {url}")
     training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_resume(args))
+    trainer.train(resume_from_checkpoint=_resume(args, session.say))
+    session.close()
     train_seconds = time.perf_counter() - training
     save_final_adapter(trainer, Path(args.output_dir) / "adapter")
     if hasattr(trainer, "end"):
@@ -134,7 +137,7 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
 
 def _check_server(state: ServerState, config: LearnerConfig, model_args: ModelConfig, lora: LoraConfig) -> None:
     """What can be known before the model is loaded; `attach` looks again, for scripts that call it."""
-    check_server(state, allow_policy_altering=config.allow_policy_altering)
+    check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
     check_rank(lora, state)
     own = fingerprint_checkpoint(model_args.model_name_or_path, model_args.model_revision)
     check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
@@ -176,10 +179,19 @@ def _trainer(
     )  # fmt: skip
 
 
-def _resume(args: GRPOConfig) -> bool | str | None:
-    """TRL takes a path, or true for the last checkpoint in output_dir."""
+def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:
+    """A path, or true for the last checkpoint in output_dir, as in TRL; by default the last whole one of ours, if any:
+    a training that was cut off goes on when it is started again.
+    """
     value = args.resume_from_checkpoint
-    return value.lower() == "true" if isinstance(value, str) and value.lower() in ("true", "false") else value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        value = value.lower() == "true"
+    if value is False:
+        return None
+    last = last_checkpoint(args.output_dir)
+    if value is None and last is not None:
+        say(f"going on from {last} (start anew with --resume_from_checkpoint false, or another output_dir)")
+    return (str(last) if last else value) if value in (None, True) else value
 
 
 def _invalid(message: str) -> LockstepError:

@@ -54,6 +54,11 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     for flag, given in ours.items():
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
+    if settings.deterministic:
+        if args.enable_prefix_caching:
+            raise ValueError("--deterministic: what the prefix cache holds differs from time to time; leave it out")
+        args.enable_prefix_caching = False
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")  # has no effect on CPUs
     if settings.merges:
         args.enable_lora = False
         args.worker_extension_cls = "rollout_server.merge_worker.MergeWorker"

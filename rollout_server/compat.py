@@ -5,6 +5,7 @@ reaches into vLLM's private parts. Each function says which versions it was writ
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -94,6 +95,16 @@ def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
         for state in states
         if state.detokenizer is not None
     }
+
+
+def submitted_requests(engine: Any) -> set[str]:
+    """The caller's ids of all requests that AsyncLLM has handed to the engine with every one of their outputs."""
+    outputs: Counter[str] = Counter()
+    wanted: dict[str, int] = {}
+    for state in engine.output_processor.request_states.values():
+        outputs[state.external_req_id] += 1
+        wanted[state.external_req_id] = state.parent_req.n if state.parent_req is not None else 1
+    return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
 
 
 def vllm_module_name(model: Any, peft_name: str) -> str:

@@ -126,6 +126,10 @@ class EngineDoor:
         finally:
             await self._engine.resume_generation()
 
+    def running(self) -> set[str]:
+        """Ids of the requests that the engine has been given, with all their outputs, and not finished."""
+        return compat.submitted_requests(self._engine)
+
     async def register_workers(self, *args: Any, timeout: float) -> list[Any]:
         """Run `lockstep_register` of our worker class on every worker; one answer each."""
         return await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)

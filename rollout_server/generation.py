@@ -25,25 +25,27 @@ class Job:
     params: Any
     tokenizer: Any
     skip_special_tokens: bool
+    request_id: str
 
     async def run(self) -> RolloutGroup:
         """Generate; the group is complete or an error is raised."""
         final = None
         prompt = token_prompt(self.token_ids)
-        request_id = f"generate-{uuid.uuid4().hex}"
         try:
-            async for output in self.admission.generate(prompt, self.params, request_id):
+            async for output in self.admission.generate(prompt, self.params, self.request_id):
                 final = output
         except ValueError as error:  # vLLM's own validation of the parameters
             raise LockstepError(ErrorCode.INVALID_REQUEST, str(error)) from error
         if final is None or len(final.outputs) != self.params.n:
-            raise LockstepError(ErrorCode.ENGINE_DEAD, f"the engine returned no complete group for {request_id}")
+            raise LockstepError(ErrorCode.ENGINE_DEAD, f"the engine returned no complete group for {self.request_id}")
         return RolloutGroup(
             prompt_index=self.prompt_index,
             prompt_token_ids=self.token_ids,
             completions=[
                 to_completion(
-                    output, self.admission.spans(request_id, output.index, len(output.token_ids)), self._text(output)
+                    output,
+                    self.admission.spans(self.request_id, output.index, len(output.token_ids)),
+                    self._text(output),
                 )
                 for output in sorted(final.outputs, key=lambda output: output.index)
             ],
@@ -67,25 +69,53 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
     """
     prompts = [tokenize(service, prompt, body.chat_template_kwargs) for prompt in body.prompts]
     check_lengths(service, prompts, room=body.sampling.max_tokens or 1)
-    params = to_vllm(body.sampling)
-    params.skip_special_tokens = body.skip_special_tokens
     wants_text = body.return_text
     if wants_text is None:
         wants_text = any(prompt.token_ids is None for prompt in body.prompts)
     tokenizer = service.door.get_tokenizer() if wants_text else None
-    admission = await service.admit(body)
+    params = _params(body)
+    give_turn_back = await service.turns.take()
+    try:
+        admission = await service.admit(body)
+    except BaseException:
+        give_turn_back()
+        raise
     jobs = [
-        Job(admission, index, token_ids, params, tokenizer, body.skip_special_tokens)
-        for index, token_ids in enumerate(prompts)
+        Job(admission, index, token_ids, own, tokenizer, body.skip_special_tokens, f"generate-{uuid.uuid4().hex}")
+        for index, (token_ids, own) in enumerate(zip(prompts, params, strict=True))
     ]
-    tasks: list[asyncio.Future[RolloutGroup]] = [asyncio.ensure_future(job.run()) for job in jobs]
-    running = set(tasks)
+    tasks: list[asyncio.Future[RolloutGroup]] = []
+    running: set[asyncio.Future[RolloutGroup]] = set()
 
     def ended(task: asyncio.Future) -> None:
         running.discard(task)
         if not running:
             admission.release()
+            give_turn_back()
 
-    for task in tasks:
-        task.add_done_callback(ended)
+    def submitted(ids: set[str]) -> list[bool]:
+        return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
+
+    try:
+        async with service.turns.together(submitted):
+            tasks += [asyncio.ensure_future(job.run()) for job in jobs]
+            running.update(tasks)
+            for task in tasks:
+                task.add_done_callback(ended)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        if not tasks:
+            admission.release()
+            give_turn_back()
+        raise
     return tasks
+
+
+def _params(body: GenerateRequest) -> list[Any]:
+    """vLLM's parameters for each prompt; those with the same seed share them."""
+    made = {}
+    for seed in {prompt.seed for prompt in body.prompts}:
+        made[seed] = to_vllm(body.sampling if seed is None else body.sampling.model_copy(update={"seed": seed}))
+        made[seed].skip_special_tokens = body.skip_special_tokens
+    return [made[prompt.seed] for prompt in body.prompts]

@@ -41,6 +41,7 @@ class ServedModel:
             max_runs=settings.max_runs,
             apply="merge" if settings.merges else "adapter",
             allowed_altering=settings.allow_policy_altering,
+            deterministic=settings.deterministic,
             runs=[run.state() for run in runs.runs.values()],
             **self.__dict__,
         )

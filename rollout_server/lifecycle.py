@@ -21,6 +21,7 @@ from rollout_server.run_table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
+from rollout_server.turns import Turns
 from rollout_server.workers import Workers
 from shared.errors import ErrorCode, LockstepError
 
@@ -65,7 +66,8 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     tasks = await engine.get_supported_tasks()
     openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
     await compat.init_openai_state(door, openai_app.state, args, tasks)
-    service = Service(settings, door, runs, served, installer, epoch, openai_app.state.openai_serving_models)
+    models, turns = openai_app.state.openai_serving_models, Turns(door, enabled=settings.deterministic)
+    service = Service(settings, door, runs, served, installer, epoch, models, turns)
     gate.open(build_app(service, openai_app), healthy=lambda: not door.errored)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service

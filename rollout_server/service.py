@@ -11,6 +11,7 @@ from rollout_server.identity import ServedModel
 from rollout_server.installs import Installer
 from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
+from rollout_server.turns import Turns
 from shared.rollouts import PolicyRequest
 from shared.weights import ServerState
 
@@ -26,6 +27,7 @@ class Service:
     installer: Installer
     epoch: str
     openai_models: Any
+    turns: Turns
 
     def state(self) -> ServerState:
         """The answer of `/v1/state`."""

@@ -30,6 +30,11 @@ class ServerSettings:
         "where `--apply merge` keeps the base's weights: on the GPU, in host memory, or on the GPU if they fit",
         ("auto", "device", "host"),
     )
+    deterministic: bool = _flag(
+        False,
+        "the same seeded request gives the same tokens and logprobs: one request at a time, no prefix cache, and on "
+        "GPUs vLLM's batch-invariant kernels; slower",
+    )
     push_timeout: float = _flag(120.0, "seconds after which a push that has not been installed fails")
     collective_timeout: float = _flag(
         30.0, "seconds after which a broadcast, or the meeting of a collective group, fails; pushes then come over HTTP"

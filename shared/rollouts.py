@@ -20,6 +20,7 @@ class Prompt(BaseModel):
     token_ids: list[int] | None = Field(None, min_length=1)
     text: str | None = Field(None, min_length=1)
     messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="of this prompt, instead of sampling.seed")
 
     @model_validator(mode="after")
     def _one_form(self) -> Prompt:

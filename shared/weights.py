@@ -140,5 +140,6 @@ class ServerState(BaseModel):
         [], description="engine options that make logprobs differ from the policy's (speculation, quantised KV cache)"
     )
     allowed_altering: bool = False
+    deterministic: bool = Field(False, description="equal seeded requests, one at a time, have equal answers")
     mixture_of_experts: bool = False
     runs: list[RunState] = []

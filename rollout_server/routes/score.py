@@ -21,12 +21,16 @@ router = APIRouter()
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
     check_lengths(service, body.sequences, room=1)
-    while True:
-        with await service.admit(body) as admission:
-            jobs = [_score_one(admission, sequence) for sequence in body.sequences]
-            logprobs = await until_disconnect(request, asyncio.gather(*jobs))
-        if not admission.moved:  # else a push came in between and some positions are under another version
-            break
+    give_turn_back = await service.turns.take()
+    try:
+        while True:
+            with await service.admit(body) as admission:
+                jobs = [_score_one(admission, sequence) for sequence in body.sequences]
+                logprobs = await until_disconnect(request, asyncio.gather(*jobs))
+            if not admission.moved:  # else a push came in between and some positions are under another version
+                break
+    finally:
+        give_turn_back()
     return ScoreResponse(epoch=service.epoch, version=admission.version, logprobs=logprobs)
 
 

@@ -19,6 +19,8 @@ from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer
 
+torch.set_num_threads(1)  # of tensors this small, a second thread only waits for its turn on a busy machine
+
 WORDS = [f"w{i}" for i in range(61)]
 
 
@@ -89,8 +91,8 @@ def make_trainer(model_dir: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
         rows = [{"prompt": f"w{i} w{i + 7} w{i + 20}"} for i in range(16)]
         return GRPOTrainer(
             model=str(model_dir), args=GRPOConfig(**settings), reward_funcs=[reward_odd],
-            train_dataset=Dataset.from_list(rows),
-            peft_config=LoraConfig(**{**lora_settings, **(lora or {})}), **(trainer_kwargs or {}),
+            peft_config=LoraConfig(**{**lora_settings, **(lora or {})}),
+            **{"train_dataset": Dataset.from_list(rows), **(trainer_kwargs or {})},
         )  # fmt: skip
 
     return make

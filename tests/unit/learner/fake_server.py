@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -36,6 +37,8 @@ class FakeServer:
         self.ignore_pushes = False
         self.scale = 1.0
         self.transport = httpx.MockTransport(self._handle)
+        self.drawn = torch.Generator().manual_seed(0)  # not the training's random numbers
+        self._one_at_a_time = threading.Lock()
 
     def restart(self) -> None:
         """Forget everything, as a new process would."""
@@ -45,7 +48,8 @@ class FakeServer:
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         try:
-            return self._route(request)
+            with self._one_at_a_time:
+                return self._route(request)
         except LockstepError as error:
             return httpx.Response(error.status, json=error.body().model_dump())
 
@@ -67,7 +71,7 @@ class FakeServer:
         body = json.loads(request.content)
         if path == "/v1/score":
             asked = ScoreRequest.model_validate(body)
-            version = self._resolve(asked.policy)
+            version = self._resolve(asked.policy, asked.run_id)
             logprobs = [self._logprobs(sequence, version) for sequence in asked.sequences]
             return _json(ScoreResponse(epoch=self.state.epoch, version=version, logprobs=logprobs))
         asked_g = GenerateRequest.model_validate(body)
@@ -96,13 +100,13 @@ class FakeServer:
             install_seconds=0.0, flip_seconds=0.0, wait_seconds=0.0,
         )  # fmt: skip
 
-    def _resolve(self, policy: Any) -> WeightVersion | None:
+    def _resolve(self, policy: Any, run_id: str | None) -> WeightVersion | None:
         if policy == "base":
             if self.state.apply == "merge" and self.served:
                 raise LockstepError(ErrorCode.BASE_NOT_SERVED, "a run is merged")
             return None
         if policy == "latest":
-            return next(iter(self.served.values()))[0]
+            return self.served[run_id or next(iter(self.served))][0]
         if policy.run_id not in self.served:
             raise LockstepError(ErrorCode.UNKNOWN_RUN, f"no run {policy.run_id}")
         if self.served[policy.run_id][0] != policy:
@@ -120,14 +124,15 @@ class FakeServer:
         return picked[:, 0].tolist()
 
     def _generate(self, request: GenerateRequest) -> GenerateResponse:
-        version = self._resolve(request.policy)
+        version = self._resolve(request.policy, request.run_id)
         vocabulary, groups = self.model.config.vocab_size, []
         for index, prompt in enumerate(request.prompts):
             ids = prompt.token_ids or [1, 2, 3]
             completions = []
+            drawn = self.drawn if prompt.seed is None else torch.Generator().manual_seed(prompt.seed)
             for _ in range(request.sampling.n):
-                length = int(torch.randint(1, (request.sampling.max_tokens or 4) + 1, ()))
-                tokens = torch.randint(3, vocabulary, (length,)).tolist()
+                length = int(torch.randint(1, (request.sampling.max_tokens or 4) + 1, (), generator=drawn))
+                tokens = torch.randint(3, vocabulary, (length,), generator=drawn).tolist()
                 logprobs = self._logprobs([*ids, *tokens], version)[-length:]
                 spans = [VersionSpan(version=version, start=0, end=length)]
                 completions.append(

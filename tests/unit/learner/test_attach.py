@@ -69,7 +69,7 @@ def test_generation_batches_reused_over_steps(make_trainer, server, client):
     attachment = attach(trainer, client=client, run_id="r")
     trainer.train()
     assert [r.policy.step for r in server.generated if r.policy != "base"] == [0, 2]
-    assert attachment.pushes == 4
+    assert attachment.figures.pushes == 4
 
 
 def test_evaluation_has_its_own_group_size(make_trainer, server, client):

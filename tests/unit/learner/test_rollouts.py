@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from learner.rollouts import RemoteRollouts, check_completion
+from learner.fetch import Fetcher, Wanted, check_completion
+from learner.rollouts import RemoteRollouts
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion, GenerateResponse, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
@@ -41,14 +42,11 @@ class Server:
         return GenerateResponse(epoch="e", groups=groups[::-1])
 
 
-def rollouts(server, **changes):
-    values = {
-        "max_model_len": 50,
-        "version": lambda: VERSION,
-        "barrier": lambda: None,
-        "warn": lambda text: None,
-    }
-    return RemoteRollouts(server, SamplingParams(max_tokens=10), **{**values, **changes})
+def rollouts(server, recover=None, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
+    fetcher = Fetcher(server, sampling, max_model_len=50, **{"warn": lambda text: None, **changes})
+    return RemoteRollouts(
+        fetcher, version=lambda: VERSION, barrier=lambda: None, recover=recover, warn=lambda text: None
+    )
 
 
 def test_equal_neighbours_share_a_request():
@@ -72,22 +70,20 @@ def test_long_prompts_are_capped_and_counted():
     remote = rollouts(server, warn=said.append)
     remote.generate([[1] * 45, [2] * 46, [3]], None, 1)
     assert sorted(r.sampling.max_tokens for r in server.requests) == [4, 5, 10]
-    assert remote.stats.capped_prompts == 2 and len(said) == 1
+    assert remote.fetcher.capped_prompts == 2 and len(said) == 1
     with pytest.raises(LockstepError, match="no room"):
         remote.generate([[1] * 50], None, 1)
 
 
 def test_seed_differs_between_ranks():
     server = Server()
-    remote = rollouts(server, rank=1)
-    remote.sampling = SamplingParams(seed=7)
+    remote = rollouts(server, sampling=SamplingParams(seed=7), rank=1)
     remote.generate([[1]], None, 1)
     assert server.requests[0].sampling.seed == 7 + 2**32
 
 
 def test_greedy_groups_are_refused():
-    remote = rollouts(Server())
-    remote.sampling = SamplingParams(temperature=0.0)
+    remote = rollouts(Server(), sampling=SamplingParams(temperature=0.0))
     with pytest.raises(ValueError, match="temperature=0"):
         remote.generate([[1], [1]], None, 2)
 
@@ -133,7 +129,7 @@ OTHER = WeightVersion(run_id="r", step=2)
 )
 def test_broken_completions(bad, word):
     with pytest.raises(LockstepError, match=word):
-        check_completion(bad, VERSION)
+        check_completion(bad, Wanted(VERSION))
 
 
 def test_groups_must_answer_the_prompts():

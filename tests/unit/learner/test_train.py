@@ -78,7 +78,11 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     resumed = run(flags, "--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}',
                   "--max_steps", "3", "--resume_from_checkpoint", "true")  # fmt: skip
     assert [(v.fence, v.step) for v in server.pushed[before:]] == [(1, 2), (1, 3)]
-    assert resumed["run_id"] == summary["run_id"] and resumed["pushes"] == 1
+    assert (
+        resumed["run_id"] == summary["run_id"]
+        and resumed["pushes"] == resumed["steps"] == 3
+        and resumed["completions"] == 24
+    )
     history = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == [1, 2, 3]
 

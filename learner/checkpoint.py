@@ -1,0 +1,131 @@
+"""Checkpoints that are whole or not there: written under another name, synced, renamed; and what they add to TRL's.
+
+`checkpoint-N/` holds what transformers writes (adapter, optimizer, scheduler, random states, trainer state), our
+`lockstep.json`, and, inside a generation batch, what is left to train on of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.errors import ErrorCode, LockstepError
+
+#: Written last; a directory without it is no checkpoint of ours.
+STATE_FILE = "lockstep.json"
+#: Where a checkpoint is written before it gets its name.
+STAGING = ".checkpoint-incomplete"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a training stands, as far as transformers' own checkpoint does not say.
+
+    Attributes:
+        step: optimizer steps done.
+        micro_step: TRL's count of forward-backward passes; it says where in a generation batch the training stands.
+        pushes, completions, completion_tokens: counts of the whole run so far.
+    """
+
+    step: int
+    micro_step: int
+    pushes: int
+    completions: int
+    completion_tokens: int
+
+
+def save_state(folder: Path, state: TrainingState) -> None:
+    """Write `state` into a checkpoint directory."""
+    (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+
+
+def load_state(folder: Path) -> TrainingState | None:
+    """The state in a checkpoint directory; None if something else wrote the checkpoint.
+
+    Raises:
+        LockstepError: `invalid_request` if the file is damaged.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text())
+        return TrainingState(**{field.name: document[field.name] for field in fields(TrainingState)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST, f"{path} is damaged ({error}); resume from another checkpoint"
+        ) from error
+
+
+def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
+    """Write the slices of a generation batch.
+
+    Args:
+        batches: one dict of tensors (or None) for each slice.
+
+    Raises:
+        LockstepError: `invalid_request` for anything but tensors.
+    """
+    tensors = {}
+    for index, batch in enumerate(batches):
+        for name, value in batch.items():
+            if value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise LockstepError(
+                    ErrorCode.INVALID_REQUEST,
+                    f"{name} of a generation batch is no tensor and cannot be checkpointed: set save_steps to a "
+                    "multiple of the optimizer steps per generation batch",
+                )
+            tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
+    save_file(tensors, path)
+
+
+def load_batches(path: Path, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """What `save_batches` wrote, on `device`."""
+    batches: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        index, name = key.split(".", 1)
+        batches.setdefault(int(index), {})[name] = tensor.to(device)
+    return [batches[index] for index in sorted(batches)]
+
+
+def commit(staged: Path, final: Path) -> None:
+    """Give a finished checkpoint its name, after everything in it has reached the disk."""
+    for root, _, names in os.walk(staged):
+        for name in names:
+            _sync(Path(root, name))
+        _sync(Path(root))
+    if final.exists():
+        shutil.rmtree(final)  # of a history that was left: training has come to this step once more
+    staged.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of ours in `output_dir`."""
+    folder = Path(output_dir)
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name)) and (path / STATE_FILE).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

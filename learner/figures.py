@@ -1,0 +1,138 @@
+"""The figures of a run: one report per optimizer step, and a summary."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from learner.rollouts import RemoteRollouts
+from learner.trainer_protocol import Trainer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in one optimizer step, in wall-clock seconds.
+
+    Attributes:
+        lag: mean lag of the samples of the generation batch, in generation batches.
+        wait_seconds: for which the trainer waited for completions.
+        idle_seconds: for which nothing was asked of the server (None: rollouts are not read ahead).
+        rollout_tokens_per_second: of the last generation batch, while it was being generated.
+        logprob_gap: None where not proven.
+    """
+
+    step: int
+    max_steps: int
+    reward: float | None
+    reward_std: float | None
+    completion_length: float | None
+    completion_tokens: int
+    lag: float
+    wait_seconds: float
+    idle_seconds: float | None
+    push_seconds: float
+    push_bytes: int
+    rollout_tokens_per_second: float
+    logprob_gap: float | None
+    seconds: float
+
+
+class Figures:
+    """Counts what happens under a trainer.
+
+    Attributes:
+        pushes: of the whole run, without those of step 0 and of recoveries.
+        reports: one per optimizer step that this process made.
+        listeners: called with each report.
+    """
+
+    def __init__(self, trainer: Trainer, rollouts: RemoteRollouts) -> None:
+        self._trainer, self._rollouts = trainer, rollouts
+        self.pushes = 0
+        self.reports: list[StepReport] = []
+        self.listeners: list[Callable[[StepReport], None]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """A step begins now."""
+        self._started = time.perf_counter()
+        self._waited, self._busy = self._rollouts.stats.wait_seconds, self._busy_seconds()
+
+    def add(self, *, push_seconds: float, push_bytes: int, logprob_gap: float | None) -> StepReport:
+        """A step has ended with a push."""
+        self.pushes += 1
+        stats, trainer = self._rollouts.stats, self._trainer
+        seconds = time.perf_counter() - self._started
+        idle = None
+        if self._rollouts.ahead is not None:
+            idle = max(seconds - (self._busy_seconds() - self._busy), 0.0)
+        report = StepReport(
+            step=trainer.step, max_steps=trainer.max_steps,
+            reward=self._metric("reward"), reward_std=self._metric("reward_std"),
+            completion_length=self._metric("completions/mean_length"),
+            completion_tokens=stats.completion_tokens, lag=stats.last_lag,
+            wait_seconds=stats.wait_seconds - self._waited, idle_seconds=idle,
+            push_seconds=push_seconds, push_bytes=push_bytes,
+            rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
+            logprob_gap=logprob_gap, seconds=seconds,
+        )  # fmt: skip
+        self.restart_clock()
+        logged = {
+            "push_seconds": push_seconds, "push_bytes": push_bytes, "lag": report.lag, "logprob_gap": logprob_gap,
+            "rollout_tokens_per_second": report.rollout_tokens_per_second, "wait_seconds": report.wait_seconds,
+            "server_idle_seconds": idle, "regenerated": stats.regenerated,
+        }  # fmt: skip
+        for name, value in logged.items():
+            if value is not None:
+                trainer.log(f"lockstep/{name}", float(value))
+        self.reports.append(report)
+        for listener in self.listeners:
+            listener(report)
+        return report
+
+    def counts(self) -> dict[str, int]:
+        """Counts of the whole run, over all ranks. Collective."""
+        stats = self._rollouts.stats
+        local = [(stats.completions, stats.completion_tokens)]
+        completions, tokens = (sum(column) for column in zip(*gather_object(local), strict=True))
+        return {"pushes": self.pushes, "completions": completions, "completion_tokens": tokens}
+
+    def restore(self, pushes: int, completions: int, completion_tokens: int) -> None:
+        """Go on counting where a checkpoint was written."""
+        self.pushes = pushes
+        if self._trainer.accelerator.is_main_process:
+            self._rollouts.stats.completions += completions
+            self._rollouts.stats.completion_tokens += completion_tokens
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the training, over all ranks. Collective."""
+        stats = self._rollouts.stats
+        local = [(stats.lags, stats.regenerated, self._rollouts.fetcher.capped_prompts)]
+        lags, regenerated, capped = zip(*gather_object(local), strict=True)
+        return {
+            "steps": self._trainer.step,
+            **self.counts(),
+            "lags": {str(lag): n for lag, n in sorted(sum(lags, Counter()).items())},
+            "regenerated": sum(regenerated),
+            "capped_prompts": sum(capped),
+            "wait_seconds": stats.wait_seconds,
+            "push_seconds_median": statistics.median(r.push_seconds for r in self.reports) if self.reports else None,
+        }
+
+    def _busy_seconds(self) -> float:
+        ahead = self._rollouts.ahead
+        return ahead.prefetcher.busy_seconds if ahead is not None else 0.0
+
+    def _metric(self, name: str) -> float | None:
+        """TRL's latest value, or that of the step before where the generation batch is being reused."""
+        value = self._trainer.latest(name)
+        if value is not None:
+            return value
+        field = {"completions/mean_length": "completion_length"}.get(name, name)
+        return getattr(self.reports[-1], field) if self.reports else None

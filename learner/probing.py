@@ -1,0 +1,48 @@
+"""What the proof of sync is made with: sequences to score, and a canary run to push."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from learner.client import RolloutClient
+from learner.proof import SyncProof
+from learner.publisher import Lease, Publisher
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import GenerateRequest, PolicySelector, Prompt
+from shared.sampling import SamplingParams
+
+SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
+
+
+def probe_sequences(
+    client: RolloutClient, prompts: list[list[int]], policy: PolicySelector, max_model_len: int
+) -> list[list[int]]:
+    """Prompts of the task, each with a greedy completion: text like the policy will see. Token ids [N][T]."""
+    distinct = list(dict.fromkeys(tuple(p[-PROMPT_TOKENS:]) for p in prompts))[:SEQUENCES]
+    room = max_model_len - max(map(len, distinct))
+    if room < 1:
+        return [list(p) for p in distinct]
+    sampling = SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room))
+    asked = [Prompt(token_ids=list(p)) for p in distinct]
+    answer = client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
+    return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
+
+
+def canary_slope(proof: SyncProof, model: PeftModel, real: Publisher, *, takeover: bool) -> float | None:
+    """Push a throw-away adapter as a run of its own, see it served, and delete it; the slope of `SyncProof.canary`.
+
+    None where the server has no place for another run: the real run's own push says so.
+    """
+    client, lease = real.client, Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
+    canary = Publisher(
+        client, model, lease, client.state(), base_weights=real.base_weights, takeover=takeover, transport="http"
+    )
+    try:
+        return proof.canary(lambda: canary.push(0).version)
+    except LockstepError as error:
+        if error.code is not ErrorCode.NO_FREE_RUN:
+            raise
+        return None
+    finally:
+        if canary.receipts:
+            client.delete_run(lease.run_id, lease.secret)

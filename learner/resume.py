@@ -1,0 +1,114 @@
+"""Exact resume under a `trl.GRPOTrainer`: what its own checkpoints leave out, saved and put back.
+
+Left out are: where in a generation batch the training stands, the batch itself, and the order of later epochs (TRL's
+sampler draws it from a generator that starts anew). Relies on TRL's internals as `learner.attach` does, in the same
+range of versions.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer_utils
+from trl import GRPOTrainer
+
+from learner.batches import indexable, schedule_of
+from learner.checkpoint import (
+    STAGING,
+    TrainingState,
+    commit,
+    load_batches,
+    load_state,
+    save_batches,
+    save_state,
+)  # fmt: skip
+from learner.lookahead import IndexSampler, skip_epochs
+from learner.session import Session
+
+
+class ExactResume:
+    """Wraps the trainer's methods that write and read checkpoints.
+
+    Args:
+        session: whose counts go on.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, session: Session) -> None:
+        self._trainer, self._session = trainer, session
+        self._samplers: list[IndexSampler] = []
+        self._make_sampler = trainer._get_train_sampler
+        self._save = trainer._save_checkpoint
+        self._load = trainer._load_optimizer_and_scheduler
+        trainer._get_train_sampler = self._remembered_sampler
+        trainer._save_checkpoint = self._save_whole
+        trainer._load_optimizer_and_scheduler = self._load_with_state
+
+    def _remembered_sampler(self, *args: Any) -> IndexSampler:
+        self._samplers.append(self._make_sampler(*args))
+        return self._samplers[-1]
+
+    def _save_whole(self, model: Any, trial: Any) -> None:
+        """transformers' checkpoint under another name, our state beside it, then the name."""
+        trainer = self._trainer
+        output_dir = Path(trainer.args.output_dir)
+        staging, name = output_dir / STAGING, f"checkpoint-{trainer.state.global_step}"
+        if trainer.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed process may have left
+        trainer.accelerator.wait_for_everyone()
+        usual, trainer._get_output_dir = trainer._get_output_dir, lambda trial: str(staging)
+        try:
+            self._save(model, trial)
+        finally:
+            trainer._get_output_dir = usual
+        if self._in_a_batch():
+            save_batches(staging / name / _batch_file(trainer), trainer._buffered_inputs)
+        trainer.accelerator.wait_for_everyone()
+        counts = self._session.figures.counts()
+        if trainer.args.should_save:
+            self._name_the_best(staging / name, output_dir)
+            save_state(
+                staging / name, TrainingState(step=trainer.state.global_step, micro_step=trainer._step, **counts)
+            )
+            commit(staging / name, output_dir / name)
+            transformers.trainer_utils.rotate_checkpoints(
+                output_dir=str(output_dir), save_total_limit=trainer.args.save_total_limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint, use_mtime=True,
+            )  # fmt: skip
+        trainer.accelerator.wait_for_everyone()
+
+    def _name_the_best(self, staged: Path, output_dir: Path) -> None:
+        """transformers has looked for the best checkpoint among those being written."""
+        state = self._trainer.state
+        if not state.best_global_step:
+            return
+        best = output_dir / f"checkpoint-{state.best_global_step}"
+        if best.is_dir() or best.name == staged.name:
+            state.best_model_checkpoint = str(best)
+            state.save_to_json(str(staged / transformers.trainer.TRAINER_STATE_NAME))
+
+    def _load_with_state(self, checkpoint: str | None) -> None:
+        """Called by transformers after the model, and before the first step."""
+        self._load(checkpoint)
+        state = load_state(Path(checkpoint)) if checkpoint else None
+        if checkpoint is None or state is None:
+            return
+        trainer = self._trainer
+        trainer._step = state.micro_step
+        batch_file = Path(checkpoint) / _batch_file(trainer)
+        trainer._buffered_inputs = (
+            load_batches(batch_file, trainer.accelerator.device) if batch_file.is_file() else None
+        )
+        if indexable(trainer):  # transformers itself reads a stream up to its place
+            skip_epochs(self._samplers[-1], schedule_of(trainer).epoch_at(state.step))
+        self._session.figures.restore(state.pushes, state.completions, state.completion_tokens)
+
+    def _in_a_batch(self) -> bool:
+        """Whether the next micro-step goes on with the present generation batch."""
+        trainer = self._trainer
+        return trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+
+
+def _batch_file(trainer: GRPOTrainer) -> str:
+    return f"generation_batch_{trainer.accelerator.process_index}.safetensors"

@@ -1,0 +1,35 @@
+"""What a session needs of the trainer; `learner.attach.TrainerSide` answers it for TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import Accelerator
+
+from learner.schedule import Schedule
+
+
+class Trainer(Protocol):
+    """A GRPO trainer, as far as rollouts, pushes and figures are concerned."""
+
+    accelerator: Accelerator
+    output_dir: Path
+    seed: int
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def micro_step(self) -> int: ...
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def is_training(self) -> bool: ...
+    def coming_prompts(self) -> Callable[[int], list[list[int]]]: ...
+    def latest(self, metric: str) -> float | None: ...
+    def log(self, metric: str, value: float) -> None: ...

@@ -1,0 +1,170 @@
+"""The bound on staleness, and no prompt lost or doubled: real threads, random delays, a server that goes away."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learner.fetch import Fetcher
+from learner.prefetch import Prefetcher
+from learner.rollouts import Ahead, RemoteRollouts
+from learner.schedule import Schedule
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import Completion, GenerateRequest, GenerateResponse, RolloutGroup, VersionSpan
+from shared.sampling import SamplingParams
+from shared.weights import WeightVersion
+
+
+class Server:
+    """Serves what was pushed last, and may be slow, answer late with old weights, or forget everything."""
+
+    def __init__(self, delays: list[float], old: list[int], losses: set[int]) -> None:
+        self.step: int | None = None
+        self.history: list[int] = []
+        self.asked = 0
+        self._delays, self._old, self._losses = delays, old, losses
+        self._lock = threading.Lock()
+
+    def push(self, step: int) -> None:
+        self.step = step
+        self.history.append(step)
+
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        with self._lock:
+            call, self.asked = self.asked, self.asked + 1
+            if call in self._losses:
+                self.step = None
+            step, history = self.step, list(self.history)
+        if step is None:
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, "forgotten")
+        time.sleep(self._delays[call % len(self._delays)])
+        if request.policy == "latest":
+            step = history[-1 - min(self._old[call % len(self._old)], len(history) - 1)]
+        elif request.policy.step != step:
+            raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"serving {step}")
+        version = WeightVersion(run_id="r", step=step)
+        groups = [
+            RolloutGroup(
+                prompt_index=i, prompt_token_ids=prompt.token_ids,
+                completions=[
+                    Completion(token_ids=[*prompt.token_ids, step], logprobs=[-1.0, -1.0], finish_reason="stop",
+                               spans=[VersionSpan(version=version, start=0, end=2)])
+                    for _ in range(request.sampling.n)
+                ],
+            )
+            for i, prompt in enumerate(request.prompts)
+        ]  # fmt: skip
+        return GenerateResponse(epoch="e", groups=groups)
+
+
+class Training:
+    """The trainer's loop: generate, train for `per_batch` micro-steps, push after every optimizer step."""
+
+    def __init__(self, server: Server, schedule: Schedule, staleness: int) -> None:
+        self.server, self.schedule, self.step, self.micro = server, schedule, 0, 0
+        self.recoveries = 0
+        fetcher = Fetcher(server, SamplingParams(max_tokens=4), max_model_len=99)  # type: ignore[arg-type]
+        self.rollouts = RemoteRollouts(
+            fetcher, version=self.version, barrier=lambda: None, recover=self.recover, warn=lambda text: None
+        )
+
+        def fetch(batch, prompts):
+            from learner.fetch import Wanted, asks_of
+
+            return fetcher.fetch(asks_of(prompts), Wanted(self.version(), exact=False))
+
+        self.prefetcher = Prefetcher(
+            lambda batch: [[batch], [batch], [batch + 1000]], fetch, last_batch=schedule.last_batch,
+            recover=self.recover, patience_s=20.0,
+        )  # fmt: skip
+        self.rollouts.ahead = Ahead(self.prefetcher, schedule, staleness, lambda: schedule.batch_at(self.micro))
+
+    def version(self) -> WeightVersion:
+        return WeightVersion(run_id="r", step=self.step)
+
+    def recover(self) -> None:
+        self.recoveries += 1
+        self.server.push(self.step)
+
+    def run(self) -> list[tuple[int, list[list[int]]]]:
+        """Completions by generation batch, in the order in which they were trained on."""
+        trained = []
+        self.server.push(0)
+        while self.step < self.schedule.max_steps:
+            batch = self.schedule.batch_at(self.micro)
+            if self.micro % self.schedule.per_batch == 0:
+                prompts = [[batch], [batch], [batch + 1000]]
+                trained.append((batch, self.rollouts.generate(prompts, None, 2)[1]))
+            self.micro += 1
+            length = self.schedule.per_epoch * self.schedule.per_batch
+            within = (self.micro - 1) % length
+            if (within + 1) % self.schedule.accumulation == 0 or within + 1 == length:
+                self.step += 1
+                self.server.push(self.step)
+        return trained
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.builds(Schedule, per_batch=st.integers(1, 3), accumulation=st.integers(1, 3), per_epoch=st.integers(2, 4),
+              max_steps=st.integers(1, 8)),
+    st.integers(1, 3),
+    st.lists(st.sampled_from([0.0, 0.001, 0.02]), min_size=1, max_size=5),
+    st.lists(st.integers(0, 8), min_size=1, max_size=5),
+    st.sets(st.integers(0, 10), max_size=2),
+)  # fmt: skip
+def test_every_batch_once_in_order_and_never_too_old(schedule, staleness, delays, old, losses) -> None:
+    training = Training(Server(delays, old, losses), schedule, staleness)
+    trained = training.run()
+    assert [batch for batch, _ in trained] == list(range(schedule.last_batch + 1))
+    for batch, completions in trained:
+        assert [tokens[0] for tokens in completions] == [batch, batch, batch + 1000]
+        assert all(schedule.lag(batch, tokens[1]) <= staleness for tokens in completions)
+    stats = training.rollouts.stats
+    assert sum(stats.lags.values()) == stats.completions == 3 * len(trained)
+    assert max(stats.lags) <= staleness
+
+
+def test_the_server_works_while_the_trainer_trains() -> None:
+    """Rollouts and training take equally long: read ahead, the trainer hardly waits."""
+    schedule = Schedule(per_batch=1, accumulation=1, per_epoch=6, max_steps=6)
+    training = Training(Server([0.05], [0], set()), schedule, 1)
+    push = training.server.push
+    training.server.push = lambda step: (time.sleep(0.05 if step else 0.0), push(step))  # type: ignore[method-assign]
+    training.run()
+    assert training.rollouts.stats.wait_seconds < 0.2, "0.3 s without reading ahead, 0.05 with"
+    assert training.rollouts.stats.lags == {0: 3, 1: 15}
+    assert training.prefetcher.busy_seconds == pytest.approx(0.3, rel=0.5)
+
+
+def test_other_prompts_than_expected_are_not_served_from_the_cache() -> None:
+    training = Training(Server([0.0], [0], set()), Schedule(1, 1, 4, 4), 1)
+    training.server.push(0)
+    training.prefetcher.request(0, 1)
+    assert training.prefetcher.take(0, [[7]]) is None
+    _, completions, _, _ = training.rollouts.generate([[7]], None, 1)
+    assert completions == [[7, 0]]
+
+
+def test_errors_reach_the_trainer() -> None:
+    def fail(batch, prompts):
+        raise LockstepError(ErrorCode.INVALID_REQUEST, "too long")
+
+    prefetcher = Prefetcher(lambda batch: [[1]], fail, last_batch=3)
+    prefetcher.request(0, 3)
+    with pytest.raises(LockstepError, match="too long"):
+        prefetcher.take(0, [[1]])
+
+
+def test_a_server_that_stays_away_ends_the_training() -> None:
+    def away(batch, prompts):
+        raise LockstepError(ErrorCode.NOT_READY, "away")
+
+    prefetcher = Prefetcher(lambda batch: [[1]], away, last_batch=3, patience_s=0.3)
+    prefetcher.request(0, 0)
+    with pytest.raises(LockstepError, match="away"):
+        prefetcher.take(0, [[1]])

@@ -1,0 +1,109 @@
+"""A training that is cut off and started again ends with the same bytes: real TRL and transformers, a fake server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from learner.attach import attach
+from learner.checkpoint import STAGING, commit, last_checkpoint, load_state
+from shared.errors import LockstepError
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def train(make_trainer, server, client, tmp_path):
+    """Trains in `name`; with `kill_at` only until the push of that step. Answers the final adapter."""
+    server.state = server.state.model_copy(update={"deterministic": True})
+
+    def run(name: str, kill_at: int | None = None, resume: str | None = None, **config):
+        rows = [{"prompt": f"w{i} w{i + 7}"} for i in range(10)]
+        trainer = make_trainer(
+            trainer_kwargs={"train_dataset": Dataset.from_list(rows)},
+            output_dir=str(tmp_path / name), save_strategy="steps", seed=5, lora={"lora_dropout": 0.1}, **config,
+        )  # fmt: skip
+        session = attach(trainer, client=client, deterministic=True)
+        if kill_at is not None:
+            push = session.after_step
+
+            def push_or_die():
+                if trainer.state.global_step == kill_at:
+                    raise KilledError
+                return push()
+
+            session.after_step = push_or_die
+        if resume or kill_at is None:
+            trainer.train(resume_from_checkpoint=resume)
+        else:
+            with pytest.raises(KilledError):
+                trainer.train()
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+        return weights, session
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"steps_per_generation": 2, "num_iterations": 2},
+        {"steps_per_generation": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    ],
+)
+@pytest.mark.parametrize("kill_at", [4, 8])
+def test_the_same_bytes_as_without_a_kill(train, tmp_path, config, kill_at) -> None:
+    """Two prompts a batch of ten: epochs end within; save_steps=3 also falls inside generation batches."""
+    config = {"max_steps": 11, "save_steps": 3, **config}
+    whole, _ = train("whole", **config)
+    train("cut", kill_at=kill_at, **config)
+    checkpoint = last_checkpoint(tmp_path / "cut")
+    assert (
+        checkpoint is not None and checkpoint.name == f"checkpoint-{kill_at // 3 * 3 - (3 if kill_at % 3 == 0 else 0)}"
+    )
+    resumed, session = train("cut", resume=str(checkpoint), **config)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert session.figures.pushes == 11 and session.publisher.lease.fence == 1
+
+
+def test_checkpoints_are_whole_or_not_there(train, tmp_path) -> None:
+    train("run", max_steps=4, save_steps=1, save_total_limit=2)
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    (tmp_path / "run" / "checkpoint-4" / "lockstep.json").unlink()  # as something else writes them
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    (tmp_path / "run" / "checkpoint-3" / "lockstep.json").write_text("{")
+    with pytest.raises(LockstepError, match="damaged"):
+        load_state(tmp_path / "run" / "checkpoint-3")
+
+
+def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, server, client) -> None:
+    rows = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
+    trainer = make_trainer(
+        trainer_kwargs={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1, save_strategy="best",
+        metric_for_best_model="reward", greater_is_better=True, per_device_eval_batch_size=4, do_eval=True,
+        load_best_model_at_end=True, max_steps=3,
+    )  # fmt: skip
+    attach(trainer, client=client, run_id="r")
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == Path(trainer.args.output_dir) and best.is_dir()
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+def test_a_step_that_is_reached_again_replaces_its_checkpoint(tmp_path) -> None:
+    for content in ("old", "new"):
+        staged = tmp_path / STAGING / "checkpoint-2"
+        staged.mkdir(parents=True)
+        (staged / content).write_text(content)
+        commit(staged, tmp_path / "checkpoint-2")
+    assert [p.name for p in (tmp_path / "checkpoint-2").iterdir()] == ["new"]
+    assert not (tmp_path / STAGING).exists()
