@@ -1,0 +1,70 @@
+"""`learner train` as a process of its own, on a few questions for a tiny model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.integration.waiting import until
+
+REPOSITORY = Path(__file__).parents[2]
+COMMON = [
+    "--reward_funcs", "tests.integration.rewards:odd_tokens", "--eval_size", "2", "--use_cpu", "true", "--bf16", "false",
+    "--dtype", "float32", "--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "all-linear",
+    "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "12",
+    "--learning_rate", "1e-2", "--report_to", "none", "--gradient_checkpointing", "false", "--logging_steps", "1",
+]  # fmt: skip
+
+
+def write_questions(path: Path, count: int = 12) -> Path:
+    """A JSONL task."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "rains", "in", "Spain"]
+    rows = [{"prompt": " ".join(words[i % 5 : i % 5 + 4]) + f" {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class LearnerProcess:
+    """One training in `folder`; the same command goes on where the one before it was killed."""
+
+    def __init__(self, url: str, model: Path, task: Path, folder: Path, *flags: str) -> None:
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        command = [
+            sys.executable, "-m", "learner.cli", "train", "--rollout_url", url, "--model_name_or_path", str(model),
+            "--task", str(task), "--output_dir", str(folder), *COMMON, *flags,
+        ]  # fmt: skip
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+    def steps(self) -> int:
+        """Optimizer steps done, by the history on disk."""
+        history = self.folder / "metrics.jsonl"
+        lines = history.read_text().splitlines() if history.is_file() else []
+        return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+    def kill_after(self, step: int) -> None:
+        """SIGKILL as soon as this step is done."""
+        until(lambda: self.steps() >= step or self.process.poll() is not None, 120.0)
+        assert self.process.poll() is None, self.tail()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self) -> dict:
+        """Wait for the end; the training's summary."""
+        assert self.process.wait(180) == 0, self.tail()
+        return json.loads((self.folder / "train.json").read_text())
+
+    def tail(self, characters: int = 3000) -> str:
+        return self.log.read_text(errors="replace")[-characters:]
+
+    def adapter_digest(self) -> str:
+        """Of the final adapter's bytes."""
+        return hashlib.sha256((self.folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
