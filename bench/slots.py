@@ -53,12 +53,13 @@ class Run:
 
     def all_servers(self) -> None:
         folder = self.shape.write(self.setting.work / self.shape.name, self.setting.dtype)
-        policy = Policy(folder, torch.device(self.setting.device), self.setting.dtype)
-        with policy.adapter(self.options.rank, "float32") as model, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             servers = {}
             for slots in self.options.slots:  # all at once: starting takes longer than measuring
                 servers[slots] = self.start(slots, folder)
                 stack.callback(servers[slots].end)
+            policy = Policy(folder, torch.device(self.setting.device), self.setting.dtype)
+            model = stack.enter_context(policy.adapter(self.options.rank, "float32"))
             for slots, server in servers.items():
                 self.one_server(slots, server, model)
                 server.end()
