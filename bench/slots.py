@@ -61,7 +61,10 @@ class Run:
             policy = Policy(folder, torch.device(self.setting.device), self.setting.dtype)
             model = stack.enter_context(policy.adapter(self.options.rank, "float32"))
             for slots, server in servers.items():
-                self.one_server(slots, server, model)
+                self.ready(slots, server)
+            for slots, server in servers.items():
+                if server.start_s is not None:
+                    self.one_server(slots, server, model)
                 server.end()
 
     def start(self, slots: int, folder: Path) -> Server:
@@ -70,14 +73,20 @@ class Run:
         ours = replace(self.setting, work=work, engine_flags=(*self.setting.engine_flags, *server_flags(slots)))
         return Ours().start(ours, folder, served_rank(self.options.rank))
 
+    def ready(self, slots: int, server: Server) -> None:
+        """Wait for a server: none is measured while another is still starting."""
+        try:
+            server.wait_ready(self.setting.start_timeout_s)
+            print(f"bench: {name_of(slots)} ready after {server.start_s:.0f} s", flush=True)
+        except RuntimeError as error:
+            self.add(slots, {"ok": False, "error": str(error)})
+
     def one_server(self, slots: int, server: Server, model: PeftModel) -> None:
         """All rows of a server; one that fails costs its own only."""
         if time.monotonic() > self.deadline:
             self.add(slots, {"skipped": LATE})
             return
         try:
-            server.wait_ready(self.setting.start_timeout_s)
-            print(f"bench: {name_of(slots)} ready after {server.start_s:.0f} s", flush=True)
             with RolloutClient(server.url) as client:
                 alone = self.setting.on_cpu or self.setting.same_gpu
                 path = OurPath(client, model, HTTP if alone else COLLECTIVE)
