@@ -1,16 +1,19 @@
 """Requests that keep a rollout server decoding, from a process of their own, and what pushes cost them.
 
-python -m bench.load URL RUN_ID REQUESTS TOKENS VOCAB    # prints "start end tokens" for every request, until ended
+python -m bench.load URL RUN_ID REQUESTS LEAST MOST VOCAB    # prints "request start end tokens" for each, until ended
+
+A request decodes LEAST to MOST tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,17 +50,30 @@ def decode_under_pushes(
 ) -> dict[str, Any]:
     """Decoded tokens per second with one push a second against none, in alternating windows."""
     log = setting.work / f"load-{run_id}.log"
-    command = [sys.executable, "-m", "bench.load", url, run_id, str(setting.under_load), str(TOKENS), str(vocab)]
     windows: list[tuple[float, float]] = []
+    with loaded(url, run_id, setting.under_load, (TOKENS, TOKENS), vocab, log):
+        for _ in range(setting.windows):
+            windows.append(quiet(setting.window_s))
+            windows.append(pushing(setting.window_s, push))
+    return compare(read_records(log), windows, setting.under_load)
+
+
+@contextlib.contextmanager
+def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab: int, log: Path) -> Iterator[None]:
+    """Inside, that many requests are running; afterwards `read_records(log)` knows all that ran inside.
+
+    Args:
+        tokens: the least and the most that a request decodes.
+    """
+    command = [sys.executable, "-m", "bench.load", url, run_id, *map(str, (requests, *tokens, vocab))]
     with ProcessGroup(command, {}, log) as load:
         _wait_for_records(load, log)
-        for _ in range(setting.windows):
-            windows.append(_quiet(setting.window_s))
-            windows.append(_pushing(setting.window_s, push))
+        yield
         # Requests that were running at the end of the last window are counted once they have finished.
         longest = max(record.end - record.start for record in read_records(log))
         time.sleep(2 * longest + 0.2)
-    return compare(read_records(log), windows, setting.under_load)
+        if load.process.poll() is not None:
+            raise RuntimeError(f"the load ended while it was needed: {log.read_text()[-1000:]}")
 
 
 def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], requests: int) -> dict[str, Any]:
@@ -84,19 +100,21 @@ def read_records(log: Path) -> list[Record]:
     return records
 
 
-def _quiet(seconds: float) -> tuple[float, float]:
+def quiet(seconds: float) -> tuple[float, float]:
+    """A window without pushes: its start and end."""
     start = time.monotonic()
     time.sleep(seconds)
     return start, time.monotonic()
 
 
-def _pushing(seconds: float, push: Callable[[], None]) -> tuple[float, float]:
+def pushing(seconds: float, push: Callable[[], None], every_s: float = 1.0) -> tuple[float, float]:
+    """A window with a push every `every_s` seconds, or as soon as the one before is done: its start and end."""
     start = time.monotonic()
     due = start
     while due < start + seconds:
         time.sleep(max(0.0, due - time.monotonic()))
         push()
-        due = max(due + 1.0, time.monotonic())
+        due = max(due + every_s, time.monotonic())
     time.sleep(max(0.0, start + seconds - time.monotonic()))
     return start, time.monotonic()
 
@@ -109,16 +127,21 @@ def _wait_for_records(load: ProcessGroup, log: Path) -> None:
         time.sleep(0.2)
 
 
-async def run_load(url: str, run_id: str, requests: int, tokens: int, vocab: int) -> None:
+async def run_load(url: str, run_id: str, requests: int, least: int, most: int, vocab: int) -> None:
     """Keep `requests` requests running for ever."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=requests)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120.0) as client:
-        await asyncio.gather(*(_one_after_another(client, run_id, tokens, vocab, seed) for seed in range(requests)))
+        await asyncio.gather(
+            *(_one_after_another(client, run_id, least, most, vocab, seed) for seed in range(requests))
+        )
 
 
-async def _one_after_another(client: httpx.AsyncClient, run_id: str, tokens: int, vocab: int, seed: int) -> None:
+async def _one_after_another(
+    client: httpx.AsyncClient, run_id: str, least: int, most: int, vocab: int, seed: int
+) -> None:
     rng = random.Random(f"load {seed}")
     while True:
+        tokens = rng.randint(least, most)
         prompt = [rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)]
         body = {
             "prompts": [{"token_ids": prompt}], "run_id": run_id, "policy": "latest", "return_text": False,
@@ -131,4 +154,4 @@ async def _one_after_another(client: httpx.AsyncClient, run_id: str, tokens: int
 
 
 if __name__ == "__main__":
-    asyncio.run(run_load(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])))
+    asyncio.run(run_load(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7])))

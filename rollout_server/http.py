@@ -27,6 +27,12 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
+#: An idle connection must be closed by the client, or a request may be on its way into one that the server just closed.
+#: uvicorn's default is 5 s, and so is the time for which httpx keeps one.
+_KEEP_ALIVE_SECONDS = 75
+
+
 def make_server(app: Any, **options: Any) -> uvicorn.Server:
     """A uvicorn server for `app`; `options` are those of `uvicorn.Config`."""
-    return _Server(uvicorn.Config(app, lifespan="off", access_log=False, **options))
+    config = uvicorn.Config(app, lifespan="off", access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, **options)
+    return _Server(config)

@@ -27,6 +27,7 @@ class ServedModel:
     max_model_len: int
     max_lora_rank: int
     workers: int
+    slot_bytes: int
     devices: list[str | None]
     logprobs_mode: str
     policy_altering: list[str]
@@ -58,11 +59,11 @@ def policy_altering(vllm_config: Any) -> list[str]:
     return reasons
 
 
-def describe(vllm_config: Any, devices: list[str | None], max_lora_rank: int) -> ServedModel:
+def describe(vllm_config: Any, workers: list[dict[str, Any]], max_lora_rank: int) -> ServedModel:
     """Read the facts from vLLM's resolved configuration and the checkpoint's files.
 
     Args:
-        devices: UUID of each worker's GPU.
+        workers: what each worker says of itself when it is registered.
     """
     model, lora = vllm_config.model_config, vllm_config.lora_config
     dummy = str(vllm_config.load_config.load_format) == "dummy"
@@ -79,8 +80,9 @@ def describe(vllm_config: Any, devices: list[str | None], max_lora_rank: int) ->
         lora_dtype=_DTYPES[str(lora.lora_dtype if lora else model.dtype)],
         max_model_len=model.max_model_len,
         max_lora_rank=max_lora_rank,
-        workers=len(devices),
-        devices=devices,
+        workers=len(workers),
+        slot_bytes=max(worker.get("slot_bytes", 0) for worker in workers),
+        devices=[worker["device"] for worker in workers],
         logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
         policy_altering=policy_altering(vllm_config),
         mixture_of_experts=bool(experts),

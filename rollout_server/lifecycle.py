@@ -55,8 +55,7 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
     workers, described = await _reach_workers(door, serving, vllm_config.parallel_config.world_size)
-    devices = [worker["device"] for worker in described]
-    served = await asyncio.to_thread(identity.describe, vllm_config, devices, rank)
+    served = await asyncio.to_thread(identity.describe, vllm_config, described, rank)
     epoch = secrets.token_hex(8)
     groups = Groups(workers, settings, backend="nccl" if described[0]["device"] else "gloo")
     installer = Installer(door, workers, groups, runs, served, settings, epoch)

@@ -17,7 +17,10 @@ def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) 
 class ServerSettings:
     """Each field is a flag of `rollout-server` (`--slots-per-run` and so on)."""
 
-    slots_per_run: int = _flag(2, "adapter slots of each run: one serves while another is filled")
+    slots_per_run: int = _flag(
+        2, "adapter slots of each run, at least 2: one serves while another is filled, and a third lets running "
+        "requests last longer than the time between two pushes"
+    )  # fmt: skip
     max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
     apply: str = _flag(
         "adapter",
@@ -77,9 +80,14 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
         ValueError: a figure that cannot work.
     """
     settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
-    for name in ("slots_per_run", "max_runs", "push_timeout", "collective_timeout", "max_adapter_mib"):
+    for name in ("max_runs", "push_timeout", "collective_timeout", "max_adapter_mib"):
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
+    if settings.slots_per_run < 2 and not settings.merges:
+        raise ValueError(
+            "--slots-per-run must be 2 or more: a push fills and checks one slot while another serves, so that one "
+            "that fails changes nothing"
+        )
     if settings.merges and settings.max_runs > 1:
         raise ValueError("--apply merge serves one run, whose adapter is in the weights: leave out --max-runs")
     if settings.drain_seconds < 0:

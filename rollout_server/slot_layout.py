@@ -19,9 +19,17 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def describe(worker: Any) -> dict[str, Any]:
-    """What this worker can adapt, for the log."""
-    modules = compat.lora_manager(worker).modules
-    return {"modules": len(modules), "linear": sum(_is_linear(module) for module in modules.values())}
+    """What this worker can adapt, and the memory that a slot takes."""
+    manager = compat.lora_manager(worker)
+    modules = manager.modules.values()
+    # One tensor per module, or one per slice of a fused module; of all slots together.
+    stacks = [stack for module in modules for stack in (module.lora_a_stacked, module.lora_b_stacked)]
+    nbytes = sum(t.nbytes for stack in stacks for t in ((stack,) if isinstance(stack, torch.Tensor) else stack))
+    return {
+        "modules": len(modules),
+        "linear": sum(_is_linear(module) for module in modules),
+        "slot_bytes": nbytes // len(manager.lora_index_to_id),
+    }
 
 
 def check(worker: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any] | None:
@@ -75,14 +83,18 @@ def refuse_misfits(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the tensors of one adapter lie in one slot: views that are copied one into the other, in pairs.
-
-    With tensor parallelism a view covers this worker's shard only.
-    """
+class Copies:
+    """Views of the buffer and of a slot that are copied one into the other, in pairs; never empty."""
 
     received: list[torch.Tensor]
     slot: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the tensors of one adapter lie in one slot; with tensor parallelism, those of this worker's shard."""
+
+    copies: list[Copies]
     modules: int
 
 
@@ -101,8 +113,7 @@ def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
     by_name = {
         compat.vllm_module_name(manager.model, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
     }
-    received: list[torch.Tensor] = []
-    slot: list[torch.Tensor] = []
+    pairs: list[Pair] = []
     modules = 0
     for name, module in manager.modules.items():
         parts = [by_name.get(part) for part in manager.packed_modules.get(name, [name])]
@@ -112,11 +123,21 @@ def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
         for shards, stacks in zip(_shards(module, parts), (module.lora_a_stacked, module.lora_b_stacked), strict=True):
             for shard, stack in zip(shards, stacks, strict=True):
                 if shard is not None:
-                    received.append(shard)
-                    slot.append(stack[index, 0, : shard.shape[0], : shard.shape[1]])
+                    pairs.append((shard, stack[index, 0, : shard.shape[0], : shard.shape[1]]))
     if modules != len(names):
         raise ValueError(f"{modules} of {len(names)} modules found a place in slot {index}")
-    return Plan(received, slot, modules)
+    return Plan(grouped(pairs), modules)
+
+
+def grouped(pairs: list[Pair]) -> list[Copies]:
+    """Group what is copied: torch copies a list of tensors in a few kernels only if all of them are contiguous.
+
+    B of a lower rank than the slot's is not, nor is a shard of columns: these take a kernel each.
+    """
+    groups: dict[bool, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(all(view.is_contiguous() for view in pair), []).append(pair)
+    return [Copies([received for received, _ in group], [slot for _, slot in group]) for group in groups.values()]
 
 
 def clear(worker: Any, index: int) -> None:

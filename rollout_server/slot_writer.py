@@ -84,9 +84,10 @@ class SlotWriter:
         plan = self._plans.get((index, layout.key))
         if plan is None:
             plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, views_of(flat, layout))
-        torch._foreach_copy_(plan.slot, plan.received)
-        torch._foreach_zero_(plan.received)
-        torch._foreach_copy_(plan.received, plan.slot)
+        for copies in plan.copies:
+            torch._foreach_copy_(copies.slot, copies.received)
+            torch._foreach_zero_(copies.received)
+            torch._foreach_copy_(copies.received, copies.slot)
         check_sum(flat, layout, announced)
         return plan.modules
 

@@ -131,6 +131,7 @@ class ServerState(BaseModel):
     max_model_len: int
     max_lora_rank: int
     slots_per_run: int
+    slot_bytes: int = Field(0, description="memory of one adapter slot on each worker; 0 where there are none (merge)")
     max_runs: int
     apply: Literal["adapter", "merge"] = Field("adapter", description="merge: no base is served while a run is")
     workers: int

@@ -24,7 +24,7 @@ REFUSED = {
     "kv-cache": (["--kv-cache-dtype", "fp8_e5m2"], "--allow-policy-altering"),
     "logprobs": (["--logprobs-mode", "raw_logprobs"], "processed_logprobs"),
     "lora-modules": (["--lora-modules", "other=/nowhere"], "--lora-modules"),
-    "slots": (["--slots-per-run", "0"], "--slots-per-run"),
+    "slots": (["--slots-per-run", "1"], "--slots-per-run"),
 }  # fmt: skip
 
 

@@ -1,0 +1,114 @@
+"""Our spans beside vLLM's own, which newer versions attach to a completion: one string per engine, whoever is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollout_server import cli, compat, lifecycle
+from rollout_server.engine import EngineDoor
+from rollout_server.gate import Gate
+from rollout_server.sampling import to_vllm, token_prompt
+from rollout_server.service import Service
+from shared.rollouts import PolicyRequest
+from shared.sampling import SamplingParams
+from shared.weights import WeightVersion
+from tests.integration import policy as P
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ENVIRONMENT
+
+Spans = list[tuple[str, int, int]]
+
+PROBE = list(range(5, 40))
+#: Of each request's eight completions. Some end before the last push, and some have to wait for a place till after it.
+TOKENS = (400, 150, 400)
+BETWEEN_PUSHES = 60
+
+
+class LabellingDoor(EngineDoor):
+    """Tells vLLM, too, what it serves from the end of a pause on."""
+
+    label = ""
+
+    @asynccontextmanager
+    async def paused(self, *, clear_cache: bool) -> AsyncIterator[dict[tuple[str, int], int]]:
+        async with super().paused(clear_cache=clear_cache) as tokens:
+            yield tokens
+            await self._engine.update_weight_version(self.label)
+
+
+@asynccontextmanager
+async def serving(model: Path, *flags: str) -> AsyncIterator[Service]:
+    """A rollout server without HTTP."""
+    gate = Gate()
+    try:
+        yield await lifecycle.start(*cli.resolve([str(model), *FLAGS, *flags]), gate)
+    finally:
+        gate.close()
+
+
+async def push(service: Service, door: LabellingDoor, run_id: str, policy: Any, step: int) -> None:
+    version = WeightVersion(run_id=run_id, fence=0, step=step)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield P.blob(policy, version, service.served.base.weights)
+
+    door.label = str(step)
+    await service.installer.push(run_id, P.LEASE, False, body(), "keep")
+
+
+async def ask(service: Service, run_id: str, prompt: list[int], n: int, tokens: int) -> list[tuple[Spans, Spans]]:
+    """Spans of every completion: ours, and vLLM's."""
+    params = to_vllm(SamplingParams(n=n, max_tokens=tokens, ignore_eos=True))
+    with service.door.admit(PolicyRequest(run_id=run_id)) as admission:
+        request_id = f"{run_id}-{prompt[0]}"
+        outputs = [output async for output in admission.generate(token_prompt(prompt), params, request_id)][-1].outputs
+        return [
+            (
+                [(str(s.version.step), s.start, s.end) for s in admission.spans(request_id, output.index, tokens)],
+                [(s.version, s.start, s.end) for s in output.weight_versions],
+            )
+            for output in outputs
+        ]
+
+
+async def test_spans_are_vllms_own_for_one_run_and_right_for_several(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if not hasattr(AsyncLLM, "update_weight_version"):
+        pytest.skip("this vLLM labels no tokens")
+    for name, value in {**ENVIRONMENT, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}.items():
+        monkeypatch.setenv(name, value)
+    policy = P.make_policy(model)
+    async with serving(model, "--max-runs", "2", "--max-num-seqs", "16") as service:
+        engine: AsyncLLM = service.door._engine
+        door = service.installer.door = LabellingDoor(engine, service.runs)
+        for run_id in ("still", "moving"):
+            await push(service, door, run_id, policy, 0)
+        await engine.update_weight_version("0")
+        still = asyncio.create_task(ask(service, "still", [9, *PROBE], 1, max(TOKENS)))
+        moving = [
+            asyncio.create_task(ask(service, "moving", [10 + i, *PROBE], 8, tokens)) for i, tokens in enumerate(TOKENS)
+        ]
+        for step in (1, 2, 3):
+            while max(compat.output_tokens(engine).values(), default=0) < step * BETWEEN_PUSHES:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            P.randomize(policy, seed=step)
+            await push(service, door, "moving", policy, step)
+        spans = [pair for task in moving for pair in await task]
+        ((ours, native),) = await still
+    for own, vllms in spans:
+        assert own == vllms
+    lived_through = [[step for step, _, _ in own] for own, _ in spans]
+    assert ["0", "1", "2", "3"] in lived_through, "some must live through all three pushes"
+    assert ["3"] in lived_through, "some must wait for their first token until after the last push"
+    # The other run's adapter has not changed. vLLM's label says it has, because there is one for the whole engine.
+    assert ours == [("0", 0, max(TOKENS))]
+    assert [step for step, _, _ in native] == ["0", "1", "2", "3"]
