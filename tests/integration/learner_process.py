@@ -15,7 +15,8 @@ from tests.integration.waiting import until
 REPOSITORY = Path(__file__).parents[2]
 COMMON = [
     "--reward_funcs", "tests.integration.rewards:odd_tokens", "--eval_size", "2", "--use_cpu", "true",
-    "--bf16", "false", "--dtype", "float32", "--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "all-linear",
+    "--bf16", "false", "--dtype", "float32", "--lora_r", "4", "--lora_alpha", "8",
+    "--lora_target_modules", "all-linear",
     "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "12",
     "--learning_rate", "1e-2", "--report_to", "none", "--gradient_checkpointing", "false", "--logging_steps", "1",
 ]  # fmt: skip
