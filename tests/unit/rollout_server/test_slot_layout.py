@@ -48,9 +48,14 @@ def _worker(rank: int, shards: int) -> SimpleNamespace:
     )
     own_qkv = (qkv.num_heads + 2 * qkv.num_kv_heads) * SIZE
     modules = {
-        "qkv_proj": _bare(columns.QKVParallelLinearWithLoRA, base_layer=qkv, **tp, **_stacks([own_qkv], HIDDEN)),
+        "qkv_proj": _bare(
+            columns.QKVParallelLinearWithLoRA, base_layer=qkv, q_proj_total_size=Q, kv_proj_total_size=KV,
+            q_proj_shard_size=qkv.num_heads * SIZE, kv_proj_shard_size=qkv.num_kv_heads * SIZE,
+            **tp, **_stacks([own_qkv], HIDDEN),
+        ),
         "gate_up_proj": _bare(
-            columns.ColumnParallelLinearWithLoRA, base_layer=gate_up, **tp, **_stacks([2 * INNER // shards], HIDDEN)
+            columns.ColumnParallelLinearWithLoRA, base_layer=gate_up, is_merged_col_linear=True,
+            output_size=2 * INNER // shards, **tp, **_stacks([2 * INNER // shards], HIDDEN),
         ),
         "down_proj": _bare(
             rows.RowParallelLinearWithLoRA, base_layer=down, input_size=INNER // shards, **tp,
