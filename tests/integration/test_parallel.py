@@ -29,7 +29,7 @@ from tests.integration.waiting import outlives, until, with_enough_load
 PROBE = list(range(5, 40))
 FP32 = 1e-4
 PUSH_TIMEOUT_S = 8.0
-TOKENS = 300
+TOKENS = 200
 
 
 @pytest.fixture(scope="module", params=["tensor", "data"])
@@ -77,15 +77,15 @@ def test_pushes_reach_every_worker_over_both_transports(client: RolloutClient, m
         client, policy, Lease("both", P.LEASE, 0), state, takeover=True, transport="collective", say=lambda text: None
     )
     transports = []
-    for step in range(4):
+    for step in range(3):
         P.randomize(policy, seed=step)
         receipt = publisher.push(step)
         transports.append(receipt.transport)
         assert receipt.workers == 2
         assert max(_gaps(client, policy, engines)) < FP32
-        answer = P.generate(client, [[i, *PROBE] for i in range(10, 14)], n=2, max_tokens=16)
-        assert P.largest_gap(policy, answer) < FP32
-    assert transports == ["http", "collective", "collective", "collective"]
+    assert transports == ["http", "collective", "collective"]
+    answer = P.generate(client, [[i, *PROBE] for i in range(10, 14)], n=2, max_tokens=16)
+    assert P.largest_gap(policy, answer) < FP32
     publisher.close()
 
 
@@ -174,5 +174,5 @@ def _last_worker(server: ServerProcess) -> int:
     processes = [psutil.Process(pid) for pid in server.engine_processes()]
     workers = [process for process in processes if "Worker" in process.name()]
     assert len(workers) == 2
-    second = [process for process in workers if "DP1" in process.parent().name() or "TP1" in process.name()]
-    return (second or workers[-1:])[0].pid
+    (last,) = (process for process in workers if "TP1" in process.name() or "DP1" in process.parent().name())
+    return last.pid
