@@ -36,6 +36,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     from rollout_server import compat
 
     compat.vllm_version()
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
@@ -58,7 +59,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         if args.enable_prefix_caching:
             raise ValueError("--deterministic: what the prefix cache holds differs from time to time; leave it out")
         args.enable_prefix_caching = False
-        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")  # has no effect on CPUs
+        if current_platform.is_cuda():
+            os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     if settings.merges:
         args.enable_lora = False
         args.worker_extension_cls = "rollout_server.merge_worker.MergeWorker"

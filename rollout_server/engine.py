@@ -5,6 +5,7 @@ Every route goes through `EngineDoor`, vLLM's own OpenAI routes included: they b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from shared.weights import WeightVersion
 
 #: Model name of the trained adapter on vLLM's OpenAI routes. `policy:RUN_ID` names one of several runs.
 POLICY_MODEL = "policy"
+
+_RESUME_SECONDS = 10.0
 
 _CLOSED = {
     "add_lora", "remove_lora", "pin_lora", "sleep", "wake_up", "pause_generation", "resume_generation",
@@ -124,15 +127,19 @@ class EngineDoor:
             await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
             yield compat.output_tokens(self._engine)
         finally:
-            await self._engine.resume_generation()
+            # An engine that was stopped by a signal answers when it goes on; nobody else has to wait for that.
+            resumed = asyncio.ensure_future(self._engine.resume_generation())
+            await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
+            if resumed.done():
+                resumed.result()
 
     def running(self) -> set[str]:
         """Ids of the requests that the engine has been given, with all their outputs, and not finished."""
         return compat.submitted_requests(self._engine)
 
-    async def register_workers(self, *args: Any, timeout: float) -> list[Any]:
-        """Run `lockstep_register` of our worker class on every worker; one answer each."""
-        return await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)
+    async def register_workers(self, *args: Any, timeout: float) -> None:
+        """Run `lockstep_register` of our worker class on every worker of every engine."""
+        await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)
 
 
 def run_of_model(model: str) -> str | None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout_server import compat, identity
+from rollout_server import compat, identity, process_layout
 from rollout_server.app import build_app
 from rollout_server.engine import EngineDoor
 from rollout_server.gate import Gate
@@ -28,6 +28,7 @@ from shared.errors import ErrorCode, LockstepError
 logger = logging.getLogger("rollout_server")
 
 _REGISTER_SECONDS = 600.0
+_DESCRIBE_SECONDS = 60.0
 _WATCH_SECONDS = 1.0
 
 
@@ -54,14 +55,17 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     await engine.reset_mm_cache()
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
-    workers, described = await _reach_workers(door, serving, vllm_config.parallel_config.world_size)
+    workers, described = await _reach_workers(door, serving, process_layout.workers(vllm_config.parallel_config))
     served = await asyncio.to_thread(identity.describe, vllm_config, described, rank)
     epoch = secrets.token_hex(8)
     groups = Groups(workers, settings, backend="nccl" if described[0]["device"] else "gloo")
     installer = Installer(door, workers, groups, runs, served, settings, epoch)
     gate.on_close(installer.staging.close)
-    logger.info("model loaded after %.0f s, %s; warming up", time.monotonic() - started, described[0])
-    await _warm_up(engine, lora=not settings.merges)
+    logger.info(
+        "model loaded after %.0f s by %d workers, %s; warming up",
+        time.monotonic() - started, len(workers), described[0],
+    )  # fmt: skip
+    await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
     tasks = await engine.get_supported_tasks()
     openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
     await compat.init_openai_state(door, openai_app.state, args, tasks)
@@ -75,32 +79,36 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
 async def _reach_workers(
     door: EngineDoor, serving: tuple[Any, ...], count: int
 ) -> tuple[Workers, list[dict[str, Any]]]:
-    """Prepare all workers, and open a socket to each.
+    """Prepare all workers, open a socket to each, and ask each what it is.
 
     Args:
         serving: what `lockstep_register` of our worker class wants to know first.
     """
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        described = await door.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
+        await door.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
         sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
-        return await Workers.connect(sockets, count), described
+        workers = await Workers.connect(sockets, count)
+    return workers, await workers.call("describe", _DESCRIBE_SECONDS)
 
 
-async def _warm_up(engine: Any, *, lora: bool) -> None:
-    """One short generation with and without adapter: the first ones compile and allocate for many seconds."""
+async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
+    """One short generation with and without adapter on each data-parallel engine: the first ones compile and allocate
+    for many seconds.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(max_tokens=4, logprobs=0, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
-    async def run(index: int, request: LoRARequest | None) -> None:
+    async def run(rank: int, index: int, request: LoRARequest | None) -> None:
         prompt = {**token_prompt([index + 1] * 16), "cache_salt": "lockstep:warm-up"}
-        async for _ in engine.generate(prompt, params, f"warm-up-{bool(request)}-{index}", lora_request=request):
+        name = f"warm-up-{bool(request)}-{rank}-{index}"
+        async for _ in engine.generate(prompt, params, name, lora_request=request, data_parallel_rank=rank):
             pass
 
     for request in (None, LoRARequest("slot-1", 1, "/in-memory")) if lora else (None,):
-        await asyncio.gather(*(run(index, request) for index in range(4)))
+        await asyncio.gather(*(run(rank, index, request) for rank in range(engines) for index in range(4)))
 
 
 async def watch(service: Service) -> None:
@@ -130,12 +138,11 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
             f"--logprobs-mode {mode}: a learner needs the logprobs that tokens were drawn with; "
             "leave the flag out (processed_logprobs)"
         )
-    parallel = vllm_config.parallel_config
-    if parallel.data_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        raise _refusal(
-            "data- and pipeline-parallel engines cannot be proven to hold one adapter everywhere; use "
-            "--tensor-parallel-size, or start several rollout servers"
-        )
+    unreachable = process_layout.refusal(
+        vllm_config.parallel_config, mixture_of_experts=vllm_config.model_config.is_moe
+    )
+    if unreachable:
+        raise _refusal(unreachable)
     if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
         raise _refusal(
             "--apply merge writes plain weights, and this model computes with others made of them (quantised, or MLA): "

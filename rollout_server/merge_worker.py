@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rollout_server import compat, worker_link
-from rollout_server.worker import Operations, device_id, listen
+from rollout_server.worker import Operations, listen
 
 # vLLM imports this module in each worker process before it loads the model.
 compat.keep_linear_weights_on_cpu()
@@ -19,14 +19,13 @@ compat.keep_linear_weights_on_cpu()
 class MergeWorker:
     """Mixed into vLLM's worker. Every name carries the prefix, so that it never meets one of vLLM's."""
 
-    def lockstep_register(self, keep_base: Any, server_pid: int, folder: str) -> dict[str, Any]:
+    def lockstep_register(self, keep_base: Any, server_pid: int, folder: str) -> None:
         """Find the linear layers, and listen in `folder`; once, after vLLM's own warm-up."""
         from rollout_server.merged_writer import MergedWriter
 
         with torch.inference_mode():
             writer = MergedWriter(self, keep_base)
         listen(MergeOperations(self, writer), server_pid, folder)
-        return writer.describe() | {"device": device_id(self)}
 
 
 class MergeOperations(Operations):

@@ -16,6 +16,7 @@ from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import ErrorCode
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Views = list[torch.Tensor]
 
 
 def describe(worker: Any) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
     by_name = {
         compat.vllm_module_name(manager.model, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
     }
+    buffers = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     pairs: list[Pair] = []
     modules = 0
     for name, module in manager.modules.items():
@@ -121,11 +123,15 @@ def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
             continue
         modules += sum(part is not None for part in parts)
         for shards, stacks in zip(_shards(module, parts), (module.lora_a_stacked, module.lora_b_stacked), strict=True):
-            for shard, stack in zip(shards, stacks, strict=True):
-                if shard is not None:
-                    pairs.append((shard, stack[index, 0, : shard.shape[0], : shard.shape[1]]))
+            for views, stack in zip(shards, stacks, strict=True):
+                row = 0
+                for view in views:
+                    pairs.append((view, stack[index, 0, row : row + view.shape[0], : view.shape[1]]))
+                    row += view.shape[0]
     if modules != len(names):
         raise ValueError(f"{modules} of {len(names)} modules found a place in slot {index}")
+    if not {view.untyped_storage().data_ptr() for view, _ in pairs} <= buffers:
+        raise ValueError("vLLM cut a shard as a copy: it would stay as it is at the next push")
     return Plan(grouped(pairs), modules)
 
 
@@ -187,14 +193,27 @@ def _rank_shards(module: Any) -> int:
     return module.tp_size if module.lora_config.fully_sharded_loras else 1
 
 
-def _shards(module: Any, parts: list[Pair | None]) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """This worker's A and B of every slice of a layer, as views."""
-    fused = len(parts) > 1
-    a: Any = [p and p[0] for p in parts] if fused else parts[0][0]  # type: ignore[index]
-    b: Any = [p and p[1] for p in parts] if fused else parts[0][1]  # type: ignore[index]
-    if module.tp_size > 1:
-        a, b = module.slice_lora_a(a), module.slice_lora_b(b)
-    return (a, b) if fused else ([a], [b])
+def _shards(module: Any, parts: list[Pair | None]) -> tuple[list[Views], list[Views]]:
+    """This worker's A and B of every slice of a layer: views which lie one below the other in the slot."""
+    if len(parts) > 1:
+        all_a: Any = [part and part[0] for part in parts]
+        all_b: Any = [part and part[1] for part in parts]
+        if module.tp_size > 1:
+            all_a, all_b = module.slice_lora_a(all_a), module.slice_lora_b(all_b)
+        return [[] if a is None else [a] for a in all_a], [[] if b is None else [b] for b in all_b]
+    assert parts[0]
+    a, b = parts[0]
+    if module.tp_size == 1:
+        return [[a]], [[b]]
+    rows, _ = compat.linear_parts(module.base_layer)
+    if len(rows) == 1:
+        return [[module.slice_lora_a(a)]], [[module.slice_lora_b(b)]]
+    # One LoRA over a fused layer (Phi-3's `qkv_proj`): vLLM would join this worker's rows of all parts in a copy.
+    views, start = [], 0
+    for own, first, total in rows:
+        views.append(b[start + first : start + first + own])
+        start += total
+    return [[module.slice_lora_a(a)]], [views]
 
 
 def _refusal(code: ErrorCode, message: str) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class SlotWriter:
         self._plans: dict[tuple[int, str], slot_layout.Plan] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
 
+    def describe(self) -> dict[str, Any]:
+        """What this worker can adapt, for the log."""
+        return slot_layout.describe(self._worker)
+
     def check(self, layout: Layout) -> dict[str, Any]:
         """Would this adapter fit? If so, the layout is remembered."""
         shapes = {entry.name: entry.shape for entry in layout.entries}

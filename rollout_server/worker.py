@@ -31,16 +31,14 @@ compat.speed_up_cpu_lora()
 class AdapterWorker:
     """Mixed into vLLM's worker. Every name carries the prefix, so that it never meets one of vLLM's."""
 
-    def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int, folder: str) -> dict[str, Any]:
+    def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int, folder: str) -> None:
         """Pin an empty adapter into each slot, and listen in `folder`; once, after vLLM's own warm-up (which removes
         all adapters)."""
-        from rollout_server import slot_layout
         from rollout_server.slot_writer import SlotWriter
 
         for slot_id in slot_ids:
             compat.pin_empty_adapter(self, slot_id, rank)
         listen(Operations(self, SlotWriter(self)), server_pid, folder)
-        return slot_layout.describe(self) | {"device": device_id(self)}
 
 
 class Operations:
@@ -58,6 +56,7 @@ class Operations:
     def table(self) -> dict[str, Callable[..., dict[str, Any]]]:
         """Operations by name."""
         return {
+            "describe": self.describe,
             "check": self.check,
             "fill": self.fill,
             "swap": self.swap,
@@ -65,6 +64,10 @@ class Operations:
             "join_group": self.join_group,
             "leave_group": self.leave_group,
         }
+
+    def describe(self, tell: worker_link.Tell) -> dict[str, Any]:
+        """What this worker can adapt, and on which device."""
+        return {"ok": True, "device": _device_id(self.device), **self.writer.describe()}
 
     def check(self, tell: worker_link.Tell, entries: list[Any]) -> dict[str, Any]:
         """Would an adapter of this layout fit? It is then known by its key."""
@@ -152,11 +155,11 @@ def listen(operations: Operations, server_pid: int, folder: str) -> None:
     worker_link.serve(Path(folder), operations.table())
 
 
-def device_id(worker: Any) -> str | None:
-    """What tells this worker's GPU from all others, on any host; None on a CPU."""
-    if worker.device.type != "cuda":
+def _device_id(device: torch.device) -> str | None:
+    """What tells this GPU from all others, on any host; None on a CPU."""
+    if device.type != "cuda":
         return None
-    return str(torch.cuda.get_device_properties(worker.device).uuid)
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _end_with(server_pid: int) -> None:

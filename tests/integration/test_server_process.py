@@ -25,6 +25,11 @@ REFUSED = {
     "logprobs": (["--logprobs-mode", "raw_logprobs"], "processed_logprobs"),
     "lora-modules": (["--lora-modules", "other=/nowhere"], "--lora-modules"),
     "slots": (["--slots-per-run", "1"], "--slots-per-run"),
+    "pipeline": (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
+    "engines-elsewhere": (["--data-parallel-size", "4", "--data-parallel-size-local", "2"], "2 of 4 data-parallel"),
+    "hybrid": (["--data-parallel-size", "4", "--data-parallel-size-local", "2", "--data-parallel-hybrid-lb"],
+               "2 of 4 data-parallel"),
+    "hosts": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--nnodes 2"),
 }  # fmt: skip
 
 

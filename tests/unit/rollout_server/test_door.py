@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -94,3 +97,25 @@ async def test_version_as_precondition(served) -> None:
 async def test_back_doors_are_closed(served, name: str) -> None:
     with pytest.raises(LockstepError, match="closed"):
         getattr(served.door, name)
+
+
+@pytest.mark.parametrize("stopped", ["pause_generation", "resume_generation"])
+async def test_a_pause_ends_although_an_engine_does_not_answer(served, monkeypatch, stopped: str) -> None:
+    """One of several data-parallel engines may have been stopped by a signal; the others go on without it."""
+    asked: list[str] = []
+
+    async def answer(name: str, **kwargs: Any) -> None:
+        asked.append(name)
+        if name == stopped:
+            await asyncio.Event().wait()
+
+    for name in ("pause_generation", "resume_generation"):
+        setattr(served.engine, name, functools.partial(answer, name))
+    served.engine.output_processor = SimpleNamespace(request_states={})
+    monkeypatch.setattr("rollout_server.engine._RESUME_SECONDS", 0.05)
+    inside = False
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.2), served.door.paused(clear_cache=True):
+            inside = True
+    assert inside == (stopped == "resume_generation")
+    assert asked == ["pause_generation", "resume_generation"]

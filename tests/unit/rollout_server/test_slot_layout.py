@@ -1,10 +1,112 @@
-"""Which copies between buffer and slot go together."""
+"""Where an adapter's tensors lie in the slots of tensor-parallel workers."""
 
 from __future__ import annotations
 
-import torch
+from types import SimpleNamespace
 
-from rollout_server.slot_layout import grouped
+import pytest
+import torch
+from torch import nn
+from vllm.lora.layers import column_parallel_linear as columns
+from vllm.lora.layers import row_parallel_linear as rows
+from vllm.model_executor.layers import linear
+
+from rollout_server import slot_layout
+from shared.adapter_file import LORA_A, LORA_B
+
+HIDDEN, HEADS, KV_HEADS, SIZE, INNER, RANK = 16, 4, 2, 8, 24, 3
+Q, KV = HEADS * SIZE, KV_HEADS * SIZE
+
+
+def _bare(kind: type, **attributes) -> nn.Module:
+    """A layer of vLLM's without its constructor, which wants process groups."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def _stacks(rows_of: list[int], inputs: int) -> dict:
+    return {
+        "lora_a_stacked": tuple(torch.zeros(1, 1, RANK, inputs) for _ in rows_of),
+        "lora_b_stacked": tuple(torch.zeros(1, 1, n, RANK) for n in rows_of),
+    }
+
+
+def _worker(rank: int, shards: int) -> SimpleNamespace:
+    """A worker whose fused layers take one adapter each, as Phi-3's do, and whose last layer is row-parallel."""
+    tp = {"tp_rank": rank, "tp_size": shards}
+    qkv = _bare(
+        linear.QKVParallelLinear, head_size=SIZE, total_num_heads=HEADS, total_num_kv_heads=KV_HEADS,
+        num_heads=HEADS // shards, num_kv_heads=max(1, KV_HEADS // shards),
+        num_kv_head_replicas=max(1, shards // KV_HEADS), input_size=HIDDEN, **tp,
+    )  # fmt: skip
+    gate_up = _bare(linear.MergedColumnParallelLinear, output_sizes=[INNER, INNER], input_size=HIDDEN, **tp)
+    down = _bare(
+        linear.RowParallelLinear, input_size=INNER, output_size=HIDDEN, input_size_per_partition=INNER // shards, **tp
+    )
+    own_qkv = (qkv.num_heads + 2 * qkv.num_kv_heads) * SIZE
+    modules = {
+        "qkv_proj": _bare(
+            columns.QKVParallelLinearWithLoRA, base_layer=qkv, q_proj_total_size=Q, kv_proj_total_size=KV,
+            q_proj_shard_size=qkv.num_heads * SIZE, kv_proj_shard_size=qkv.num_kv_heads * SIZE,
+            **tp, **_stacks([own_qkv], HIDDEN),
+        ),
+        "gate_up_proj": _bare(
+            columns.ColumnParallelLinearWithLoRA, base_layer=gate_up, is_merged_col_linear=True,
+            output_size=2 * INNER // shards, **tp, **_stacks([2 * INNER // shards], HIDDEN),
+        ),
+        "down_proj": _bare(
+            rows.RowParallelLinearWithLoRA, base_layer=down, input_size=INNER // shards, **tp,
+            **_stacks([HIDDEN], INNER // shards),
+        ),
+    }  # fmt: skip
+    manager = SimpleNamespace(modules=modules, packed_modules={}, model=nn.Module())
+    return SimpleNamespace(
+        model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)), modules=modules
+    )
+
+
+def _adapter() -> dict[str, torch.Tensor]:
+    shapes = {"qkv_proj": (Q + 2 * KV, HIDDEN), "gate_up_proj": (2 * INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
+    tensors = {}
+    for name, (out_features, in_features) in shapes.items():
+        tensors[name + LORA_A] = torch.randn(RANK, in_features)
+        tensors[name + LORA_B] = torch.randn(out_features, RANK)
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_one_adapter_over_a_fused_layer_is_cut_without_a_copy(shards: int) -> None:
+    """What arrives later in the same buffer is what the next push writes."""
+    tensors = _adapter()
+    for rank in range(shards):
+        worker = _worker(rank, shards)
+        plan = slot_layout.plan(worker, 0, tensors)
+        for name, tensor in _adapter().items():
+            tensors[name].copy_(tensor)
+        for copies in plan.copies:
+            torch._foreach_copy_(copies.slot, copies.received)
+        own = {name: module.lora_b_stacked[0][0, 0] for name, module in worker.modules.items()}
+        q, k, v = tensors["qkv_proj" + LORA_B].split([Q, KV, KV])
+        gate, up = tensors["gate_up_proj" + LORA_B].chunk(2)
+        kv_shards = min(shards, KV_HEADS)
+        kv_rank = rank // (shards // kv_shards)
+        expected = [q.chunk(shards)[rank], k.chunk(kv_shards)[kv_rank], v.chunk(kv_shards)[kv_rank]]
+        assert torch.equal(own["qkv_proj"], torch.cat(expected))
+        assert torch.equal(own["gate_up_proj"], torch.cat([gate.chunk(shards)[rank], up.chunk(shards)[rank]]))
+        assert torch.equal(own["down_proj"], tensors["down_proj" + LORA_B])
+        a = worker.modules["down_proj"].lora_a_stacked[0][0, 0]
+        assert torch.equal(a, tensors["down_proj" + LORA_A].chunk(shards, 1)[rank])
+
+
+def test_a_shard_that_is_a_copy_is_refused() -> None:
+    worker = _worker(0, 2)
+    module = worker.modules["down_proj"]
+    module.slice_lora_a = lambda a: a[:, : INNER // 2].clone()
+    with pytest.raises(ValueError, match="copy"):
+        slot_layout.plan(worker, 0, _adapter())
 
 
 def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
@@ -17,7 +119,7 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
         (full_b_OR, stack_b[0, 0]),
         (a_RI[:, :16], stack_a[0, 0, :rank, :16]),
     ]
-    fast, slow = grouped(pairs)
+    fast, slow = slot_layout.grouped(pairs)
     assert [t.shape for t in fast.received] == [a_RI.shape, full_b_OR.shape]
     assert [t.shape for t in slow.received] == [b_OR.shape, (rank, 16)]
     for copies in (fast, slow):
@@ -27,5 +129,5 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
 
 
 def test_there_is_no_empty_group() -> None:
-    (only,) = grouped([(torch.ones(2, 2), torch.zeros(2, 2))])
+    (only,) = slot_layout.grouped([(torch.ones(2, 2), torch.zeros(2, 2))])
     assert len(only.slot) == 1

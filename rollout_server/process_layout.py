@@ -1,0 +1,43 @@
+"""Which of vLLM's process layouts a rollout server can serve: every worker of every engine has to take every push."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ELSEWHERE = "run outside this server, which could not reach their workers"
+
+
+def workers(parallel: Any) -> int:
+    """Workers of all engines. `parallel`: vLLM's resolved ParallelConfig."""
+    return int(parallel.world_size_across_dp)
+
+
+def refusal(parallel: Any, *, mixture_of_experts: bool) -> str | None:
+    """Why this layout cannot be served, and what to do instead; None if it can."""
+    engines, local = parallel.data_parallel_size, parallel.data_parallel_size_local
+    executor = parallel.distributed_executor_backend
+    several = "start several rollout servers"
+    if parallel.pipeline_parallel_size > 1:
+        return "--pipeline-parallel-size: no worker would hold all layers of an adapter; use --tensor-parallel-size"
+    if parallel.nnodes > 1:
+        return f"--nnodes {parallel.nnodes}: workers on other hosts {_ELSEWHERE}; {several}"
+    if executor not in (None, "uni", "mp"):
+        return f"--distributed-executor-backend {executor}: such workers {_ELSEWHERE}; use mp, or leave it out"
+    if engines == 1:
+        return None
+    if parallel.data_parallel_backend != "mp":
+        return (
+            f"--data-parallel-backend {parallel.data_parallel_backend}: such engines {_ELSEWHERE}; "
+            "use mp, or leave it out"
+        )
+    if parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb or local != engines:
+        return (
+            f"{local} of {engines} data-parallel engines would be this server's (external or hybrid load balancing, or "
+            f"engines on several hosts), and the others {_ELSEWHERE}; give --data-parallel-size alone, or {several}"
+        )
+    if mixture_of_experts:
+        return (
+            "--data-parallel-size: engines of a mixture of experts step together, which pushes are not proven against; "
+            f"use --tensor-parallel-size, or {several}"
+        )
+    return None

@@ -1,0 +1,178 @@
+"""Tensor- and data-parallel servers: every worker of every engine takes every push, and none may be missing.
+
+Each layout has one server, and all tests run on both.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from learner.client import RolloutClient
+from learner.publisher import Lease, Publisher
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import WeightVersion
+from tests.integration import policy as P
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ServerProcess, running_server
+from tests.integration.waiting import outlives, until, with_enough_load
+
+PROBE = list(range(5, 40))
+FP32 = 1e-4
+PUSH_TIMEOUT_S = 8.0
+TOKENS = 200
+
+
+@pytest.fixture(scope="module", params=["tensor", "data"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(layout: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    flags = [*FLAGS, f"--{layout}-parallel-size", "2", "--push-timeout", str(PUSH_TIMEOUT_S)]
+    with pytest.MonkeyPatch.context() as environment:
+        # By default every worker wants a NUMA node of its own.
+        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        environment.setenv("OMP_NUM_THREADS", "1")
+        with running_server(model, tmp_path_factory.mktemp(layout), *flags) as process:
+            yield process
+
+
+@pytest.fixture
+def engines(layout: str) -> int:
+    return 2 if layout == "data" else 1
+
+
+def _gaps(client: RolloutClient, policy, engines: int) -> list[float]:
+    """For every engine the gap of a completion of its own to the policy, through vLLM's own route, which can choose."""
+    gaps = []
+    for rank in range(engines):
+        body = {"model": "policy", "prompt": PROBE, "max_tokens": 8, "temperature": 1.0, "logprobs": 0,
+                "return_token_ids": True}  # fmt: skip
+        answer = httpx.post(
+            f"{client.url}/v1/completions", json=body, headers={"X-data-parallel-rank": str(rank)}, timeout=30.0
+        )
+        answer.raise_for_status()
+        (choice,) = answer.json()["choices"]
+        expected = P.reference(policy, PROBE + choice["token_ids"])[len(PROBE) - 1 :]
+        gaps.append(float((torch.tensor(choice["logprobs"]["token_logprobs"]) - expected).abs().max()))
+    return gaps
+
+
+def test_pushes_reach_every_worker_over_both_transports(client: RolloutClient, model: Path, engines: int) -> None:
+    state = client.state()
+    assert state.workers == len(state.devices) == 2
+    policy = P.make_policy(model)
+    publisher = Publisher(
+        client, policy, Lease("both", P.LEASE, 0), state, takeover=True, transport="collective", say=lambda text: None
+    )
+    transports = []
+    for step in range(3):
+        P.randomize(policy, seed=step)
+        receipt = publisher.push(step)
+        transports.append(receipt.transport)
+        assert receipt.workers == 2
+        assert max(_gaps(client, policy, engines)) < FP32
+    assert transports == ["http", "collective", "collective"]
+    answer = P.generate(client, [[i, *PROBE] for i in range(10, 14)], n=2, max_tokens=16)
+    assert P.largest_gap(policy, answer) < FP32
+    publisher.close()
+
+
+def test_a_refused_push_changes_nothing_on_any_worker(client: RolloutClient, model: Path, engines: int) -> None:
+    served, other = P.make_policy(model), P.make_policy(model)
+    P.randomize(served, seed=10)
+    P.randomize(other, seed=11)
+    P.push(client, served, "refused", 0)
+    before = P.score(client, PROBE)
+    version = WeightVersion(run_id="refused", fence=0, step=1)
+    altered = bytearray(P.blob(other, version, client.state().base.weights))
+    altered[-9] ^= 1
+    with pytest.raises(LockstepError) as refusal:
+        client.push("refused", [bytes(altered)], P.LEASE)
+    assert refusal.value.code is ErrorCode.CHECKSUM_MISMATCH
+    assert client.run("refused").version == WeightVersion(run_id="refused", fence=0, step=0)
+    assert max(_gaps(client, served, engines)) < FP32
+    if engines == 1:  # else another engine may answer, with other roundings
+        assert torch.equal(P.score(client, PROBE), before)
+    P.push(client, other, "refused", 2)
+    assert max(_gaps(client, other, engines)) < FP32
+
+
+def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: ServerProcess, model: Path) -> None:
+    policies = [P.make_policy(model) for _ in range(3)]
+    for seed, policy in enumerate(policies):
+        P.randomize(policy, seed=20 + seed)
+    base = client.state().base.weights
+
+    def push_twice(n: int) -> P.GenerateResponse:
+        run_id = f"moved-{n}"
+        versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(3)]
+        blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
+        client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
+        prompts = [[i, *PROBE] for i in range(10, 14)]
+        with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
+            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
+            until(lambda: client.run(run_id).running_requests > 0)
+            for step in (1, 2):
+                P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
+                receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight="keep")
+                outlives(not running.done())
+                assert receipt.pause_seconds > 0 and receipt.workers == 2
+            return running.result()
+
+    answer = with_enough_load(push_twice)
+    for group in answer.groups:
+        for completion in group.completions:
+            assert [span.version.step for span in completion.spans] == [0, 1, 2]
+            assert completion.spans[0].start == 0 and completion.spans[-1].end == TOKENS
+            whole = group.prompt_token_ids + completion.token_ids
+            for span in completion.spans:
+                expected = P.reference(policies[span.version.step], whole)[len(group.prompt_token_ids) - 1 :]
+                part = slice(span.start, span.end)
+                gap = float((torch.tensor(completion.logprobs)[part] - expected[part]).abs().max())
+                assert gap < FP32, span
+
+
+def test_one_stopped_worker_is_one_acknowledgement_missing(
+    client: RolloutClient, server: ServerProcess, model: Path, engines: int
+) -> None:
+    served, other = P.make_policy(model), P.make_policy(model)
+    P.randomize(served, seed=30)
+    P.randomize(other, seed=31)
+    P.push(client, served, "stopped", 0)
+    worker = _last_worker(server)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(LockstepError, match="1 of 2 workers did not answer") as error:
+            P.push(client, other, "stopped", 1)
+        assert error.value.code is ErrorCode.INSTALL_FAILED
+        assert time.monotonic() - started < PUSH_TIMEOUT_S + 5
+        assert client.run("stopped").version == WeightVersion(run_id="stopped", fence=0, step=0)
+        if engines == 2:  # the first engine does not need the second one's worker
+            assert max(_gaps(client, served, engines=1)) < FP32
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert max(_gaps(client, served, engines)) < FP32
+    P.push(client, other, "stopped", 2)
+    assert max(_gaps(client, other, engines)) < FP32
+
+
+def _last_worker(server: ServerProcess) -> int:
+    """Pid of a worker process: rank 1 of the tensor-parallel group, or the worker of the second engine."""
+    processes = [psutil.Process(pid) for pid in server.engine_processes()]
+    workers = [process for process in processes if "Worker" in process.name()]
+    assert len(workers) == 2
+    (last,) = (process for process in workers if "TP1" in process.name() or "DP1" in process.parent().name())
+    return last.pid
