@@ -56,7 +56,7 @@ class RemoteRollouts:
         max_model_len: the server's context in tokens.
         version: answers the version that must be served now.
         barrier: makes sure that this version is served; collective over all ranks.
-        recover: brings a server that restarted back to this version; None where a single rank cannot do it.
+        recover: brings a server that restarted back to this version. Called on the rank that needs it, by itself.
         is_training: False while TRL evaluates; those rollouts are not counted.
         rank: of this process; keeps a fixed `seed` from giving two ranks the same completions.
     """

@@ -64,7 +64,8 @@ class StepReport:
 class Session:
     """Everything that is built under a trainer: client, publisher, rollouts, proof, and the run's figures.
 
-    `begin`, `after_step` and `ensure_served` are collective: every rank calls them, rank 0 acts.
+    `begin`, `after_step` and `ensure_served` are collective: every rank takes part in reading the adapter and in the
+    model's forward, which may be sharded; rank 0 talks to the server. Every rank fetches its own rollouts.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Session:
         base_weights: str | None,
     ) -> None:
         self.trainer, self.model, self.client, self.config = trainer, model, client, config
+        state = self._on_main(lambda: state)  # what follows from it must be the same on every rank
         self.server = state
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self.base_served = state.apply == "adapter" or not any(run.version for run in state.runs)
@@ -90,7 +92,7 @@ class Session:
             client, sampling, state.max_model_len,
             version=lambda: self.publisher.version(trainer.step),
             barrier=self.ensure_served,
-            recover=None if trainer.accelerator.num_processes > 1 else self._recover,
+            recover=self._recover,
             is_training=lambda: trainer.is_training,
             warn=self.say,
             rank=trainer.accelerator.process_index,
@@ -104,12 +106,11 @@ class Session:
 
     def _publisher(self, state: ServerState, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
-        lease: list[Lease] = [load_lease(self.trainer.output_dir, self.config.run_id)]
-        broadcast_object_list(lease, from_process=0)
+        lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
         publisher = Publisher(
-            self.client, self.model, lease[0], state,
+            self.client, self.model, lease, state,
             base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
-            in_flight=self.config.in_flight, say=self.say,
+            in_flight=self.config.in_flight, say=self.say, on_main=self._on_main,
         )  # fmt: skip
         if self.trainer.accelerator.is_main_process:
             save_lease(self.trainer.output_dir, publisher.lease)
@@ -127,44 +128,33 @@ class Session:
 
     def begin(self) -> None:
         """Prove the base, push the initial adapter, prove it. Collective."""
-
-        def start() -> None:
-            sequences = self._probe()
-            self.proof = SyncProof(
-                self.client, self.model, sequences,
-                served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
-                merged=self.server.apply == "merge",
-            )  # fmt: skip
-            if self.config.proof_canary and not self.continues and self.base_served:
-                self.canary_slope = self._canary(self.proof)
-            elif self.base_served:
-                self.proof.check_base()
-            step = self.trainer.step
-            self.publisher.push(step)
-            self.proof.check(self.publisher.version(step))
-
-        self._on_main(start)
+        self.proof = SyncProof(
+            self.client, self.model, self._on_main(self._probe),
+            served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
+            merged=self.server.apply == "merge", on_main=self._on_main,
+        )  # fmt: skip
+        if self.config.proof_canary and not self.continues and self.base_served:
+            self.canary_slope = self._canary(self.proof)
+        elif self.base_served:
+            self.proof.check_base()
+        step = self.trainer.step
+        self.publisher.push(step)
+        self.proof.check(self.publisher.version(step))
         self._step_started = time.perf_counter()
 
     def after_step(self) -> StepReport:
         """Push the step just made and wait until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
-
-        def publish() -> tuple[PushReceipt, float, float | None]:
-            receipt = self.publisher.push(step)
-            every = self.config.proof_every
-            due = step <= 2 or step == steps or (every > 0 and step % every == 0)
-            gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
-            return receipt, self.publisher.seconds[-1], gap
-
-        receipt, seconds, gap = self._on_main(publish)
+        receipt = self.publisher.push(step)
+        every = self.config.proof_every
+        due = step <= 2 or step == steps or (every > 0 and step % every == 0)
+        gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
         self.pushes += 1
-        return self._report(receipt, seconds, gap)
+        return self._report(receipt, self.publisher.seconds[-1], gap)
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what the server serves, else it is pushed. Collective."""
-        step = self.trainer.step
-        self._on_main(lambda: self.publisher.ensure(step))
+        self.publisher.ensure(self.trainer.step)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the training, over all ranks; step 0 is not among the pushes. Collective."""
@@ -215,8 +205,9 @@ class Session:
         return getattr(self.reports[-1], field) if self.reports else None
 
     def _recover(self) -> None:
+        """Not collective: the other ranks may have their rollouts already and be waiting for this one."""
         self.client.wait_ready(self.config.ready_timeout_s)
-        self.publisher.ensure(self.trainer.step)
+        self.publisher.restore()
 
     def _probe(self) -> list[list[int]]:
         """Prompts of the task, each with a greedy completion: text like the policy will see."""
@@ -232,16 +223,12 @@ class Session:
 
     def _canary(self, proof: SyncProof) -> float | None:
         lease = Lease(f"{self.run_id[:57]}.canary", self.publisher.lease.secret, 0)
-        state = self.client.state()
+        state = self._on_main(self.client.state)
         canary = Publisher(
-            self.client,
-            self.model,
-            lease,
-            state,
-            base_weights=self.publisher.base_weights,
-            takeover=self.config.takeover,
-            transport="http",
-        )
+            self.client, self.model, lease, state,
+            base_weights=self.publisher.base_weights, takeover=self.config.takeover, transport="http",
+            on_main=self._on_main,
+        )  # fmt: skip
         try:
             return proof.canary(lambda: canary.push(0).version)
         except LockstepError as error:
@@ -252,7 +239,7 @@ class Session:
             self.say(f"no free run for the canary: {error}")
             return None
         finally:
-            if canary.receipts:
+            if canary.receipts and self.trainer.accelerator.is_main_process:
                 self.client.delete_run(lease.run_id, lease.secret)
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
