@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -96,8 +97,10 @@ class Publisher:
         self.model, self._state = model, state
         self._choice, self._in_flight, self._say = transport, in_flight, say
         self.takeover = takeover
-        self._on_main = on_main
+        self.on_main = on_main
         self._export: AdapterExport | None = None
+        # Rollouts that find their run forgotten restore it from threads of their own.
+        self._sending = threading.Lock()
         self.receipts: list[PushReceipt] = []
         self.seconds: list[float] = []
 
@@ -132,15 +135,16 @@ class Publisher:
             sent.
         """
         started = time.perf_counter()
-        export = self._export = self.exporter.export(self.version(step))
+        with self._sending:
+            export = self._export = self.exporter.export(self.version(step))
 
-        def send() -> PushReceipt:
-            receipt = self.transport.send(export, takeover=self.takeover)
-            self.takeover = False  # said once: a learner that is taken over itself must not take the run back
-            self._check(receipt, export.manifest)
-            return receipt
+            def send() -> PushReceipt:
+                receipt = self.transport.send(export, takeover=self.takeover)
+                self.takeover = False  # said once: a learner that is taken over itself must not take the run back
+                self._check(receipt, export.manifest)
+                return receipt
 
-        receipt = self._on_main(send)
+            receipt = self.on_main(send)
         self.receipts.append(receipt)
         self.seconds.append(time.perf_counter() - started)
         return receipt
@@ -149,7 +153,7 @@ class Publisher:
         """Make sure that the server serves `step`: push again if it restarted or serves anything else. Collective."""
         last = self.last
         if last is not None and last.version == self.version(step):
-            state = self._on_main(self.client.state)
+            state = self.on_main(self.client.state)
             if state.epoch == last.epoch and self._serves(state, last.version, last.checksum):
                 return last
         return self.push(step)
@@ -157,20 +161,19 @@ class Publisher:
     def restore(self) -> None:
         """Send what was exported last once more, over HTTP, if the server has forgotten it.
 
-        Not collective: any rank may call it, at any time between two pushes, and several may at once.
+        Not collective: any rank may call it, from any thread, and several may at once.
 
         Raises:
             LockstepError: as `push`.
         """
-        export = self._export
-        if export is None:
-            return
-        manifest = export.manifest
-        if not self._serves(self.client.state(), manifest.version, manifest.checksum):
+        with self._sending:
+            export = self._export
+            if export is None or self._serves(self.client.state(), export.manifest.version, export.manifest.checksum):
+                return
             receipt = self.client.push(
                 self.lease.run_id, export.pieces(), self.lease.secret, in_flight=self._in_flight
             )  # fmt: skip
-            self._check(receipt, manifest)
+            self._check(receipt, export.manifest)
 
     def close(self) -> None:
         """Let go of the way to the server; what was pushed stays there."""
