@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from learner.ranks import whole
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.collective import Announcement
@@ -19,6 +20,8 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
 PEFT_PREFIX = "base_model.model."
+#: What torch.compile and activation checkpointing put into the names of modules.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,8 +78,23 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
                 f"{name} is an embedding: take it out of the adapter's target_modules",
             )
         if adapter in module.lora_A:
-            layers[name.replace("_orig_mod.", "").removeprefix(PEFT_PREFIX)] = module
+            for wrapper in WRAPPERS:
+                name = name.replace(wrapper, "")
+            layers[name.removeprefix(PEFT_PREFIX)] = module
     return layers
+
+
+def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The active adapter under the names of PEFT's adapter files, whole on every rank. Collective where it is sharded.
+
+    PEFT's own `save_pretrained` writes empty files where activation checkpointing has wrapped the layers.
+    """
+    adapter = active_adapter(model)
+    tensors = {}
+    for name, layer in lora_layers(model, adapter).items():
+        tensors[PEFT_PREFIX + name + LORA_A] = whole(layer.lora_A[adapter].weight.detach())
+        tensors[PEFT_PREFIX + name + LORA_B] = whole(layer.lora_B[adapter].weight.detach())
+    return tensors
 
 
 class AdapterExporter:
@@ -86,7 +104,8 @@ class AdapterExporter:
     parameters must stay the objects they are; their values are read at every export.
 
     Args:
-        model: unwrapped (no DDP) PEFT model with plain LoRA layers.
+        model: unwrapped (no DDP) PEFT model with plain LoRA layers; FSDP2 may have sharded it, then with all of it
+            resharded (`learner.ranks.reshard`).
         dtype: the server's `lora_dtype`.
         base_weights: fingerprint of the base the adapter is trained on.
 
@@ -125,7 +144,7 @@ class AdapterExporter:
         self._weights = torch.from_numpy(block_weights()).to(self.flat.device)
 
     def export(self, version: WeightVersion) -> AdapterExport:
-        """The adapter as it is now, called `version`.
+        """The adapter as it is now, called `version`; whole on every rank. Collective where it is sharded.
 
         Raises:
             LockstepError: `not_finite` if it holds NaN or infinity (after rounding), `unsupported_adapter` if
@@ -139,8 +158,8 @@ class AdapterExporter:
                 )
         scalings = [float(layer.scaling[self.adapter]) for layer in self.layers.values()]
         with torch.no_grad():
-            torch._foreach_copy_(self._views[::2], self._a)
-            torch._foreach_copy_(self._views[1::2], torch._foreach_mul([w.float() for w in self._b], scalings))
+            torch._foreach_copy_(self._views[::2], [whole(w) for w in self._a])
+            torch._foreach_copy_(self._views[1::2], torch._foreach_mul([whole(w).float() for w in self._b], scalings))
             self._refuse_not_finite(version)
             sums = torch.cat(list(block_sums(self._as_integers(), self._weights))).cpu().numpy().tobytes()
         if self._template is None or scalings != self._scalings:

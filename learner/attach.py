@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import trl.trainer.utils
 from datasets import Dataset
 from packaging.specifiers import SpecifierSet
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from learner.adapter import active_adapter, lora_layers
+from learner.adapter import active_adapter, lora_layers, peft_tensors
 from learner.batches import ComingPrompts, schedule_of
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
@@ -131,9 +134,10 @@ def check_trl(trainer: GRPOTrainer) -> None:
         raise _invalid("the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False")
     if trainer._is_vlm:
         raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, "vision models are not supported: use a text model")
-    zero3 = trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3
-    if trainer.is_fsdp_enabled or zero3:
-        raise _invalid("sharded models (FSDP, ZeRO-3) are not supported yet: use one GPU or DDP")
+    if trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3:
+        raise _invalid("DeepSpeed ZeRO-3 is not supported: shard the model with FSDP2, or use DDP")
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise _invalid("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")
 
 
 class TrainerSide:
@@ -228,10 +232,12 @@ class _PushAfterStep(TrainerCallback):
 
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:
-    """The trained adapter and its tokenizer as a PEFT directory (rank 0 writes)."""
+    """The trained adapter and its tokenizer as a PEFT directory. Collective; rank 0 writes."""
     model = _peft_model(trainer)
+    tensors = peft_tensors(model)
     if trainer.accelerator.is_main_process:
-        model.save_pretrained(folder, selected_adapters=[active_adapter(model)])
+        replace(model.peft_config[active_adapter(model)], inference_mode=True).save_pretrained(folder)
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         trainer.processing_class.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
     return folder

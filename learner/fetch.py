@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt,
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
+#: Errors that say the server has forgotten the run, or was away: pushing again may help.
+RECOVERABLE = {ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.NOT_READY}
 MAX_PARALLEL_REQUESTS = 8
 #: Row of a batch and its prompt -> seed; None: the server draws.
 SeedOf = Callable[[int, list[int]], int | None]
 #: How long the server may take until it serves a step that was pushed before the request.
 _STEP_WAIT_S = 30.0
+_RETRY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Fetcher:
         max_model_len: the server's context in tokens.
         warn: told once that completions are cut short by the server's context.
         rank: of this process; keeps a fixed `seed` from giving two ranks the same completions.
+        recover: waits for a server that is away and sends it again what it has forgotten; called on any thread.
+        patience_s: how long a request that fails because the server is away is made again.
     """
 
     client: RolloutClient
@@ -91,14 +97,32 @@ class Fetcher:
     max_model_len: int
     warn: Callable[[str], None] = print
     rank: int = 0
+    recover: Callable[[], None] = lambda: None
+    patience_s: float = 600.0
     capped_prompts: int = field(default=0, init=False)
 
-    def fetch(self, asks: Sequence[Ask], wanted: Wanted) -> list[Completion]:
-        """Completions in row order. Entries with the same `n` and `max_tokens` travel in one request.
+    def fetch(self, asks: Sequence[Ask], wanted: Callable[[], Wanted]) -> list[Completion]:
+        """Completions in row order. A server that is away, or has forgotten the run, is helped and asked again.
+
+        Args:
+            wanted: what is wanted when a request is made.
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or of weights that were not wanted.
         """
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return self._attempt(asks, wanted())
+            except LockstepError as error:
+                if error.code not in RECOVERABLE or time.monotonic() > deadline:
+                    raise
+                self.warn(f"{error}; bringing the server up to date and asking again")
+            time.sleep(_RETRY_S)
+            self.recover()
+
+    def _attempt(self, asks: Sequence[Ask], wanted: Wanted) -> list[Completion]:
+        """Entries with the same `n` and `max_tokens` travel in one request."""
         buckets: dict[tuple[int, int | None], list[Ask]] = {}
         for ask in asks:
             buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)

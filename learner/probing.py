@@ -28,15 +28,16 @@ def probe_sequences(
     return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
 
 
-def canary_slope(proof: SyncProof, model: PeftModel, real: Publisher, *, takeover: bool) -> float | None:
+def canary_slope(proof: SyncProof, model: PeftModel, real: Publisher, *, takeover: bool, is_main: bool) -> float | None:
     """Push a throw-away adapter as a run of its own, see it served, and delete it; the slope of `SyncProof.canary`.
 
-    None where the server has no place for another run: the real run's own push says so.
+    Collective, as a push is. None where the server has no place for another run: the real run's own push says so.
     """
     client, lease = real.client, Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
     canary = Publisher(
-        client, model, lease, client.state(), base_weights=real.base_weights, takeover=takeover, transport="http"
-    )
+        client, model, lease, real.on_main(client.state),
+        base_weights=real.base_weights, takeover=takeover, transport="http", on_main=real.on_main,
+    )  # fmt: skip
     try:
         return proof.canary(lambda: canary.push(0).version)
     except LockstepError as error:
@@ -44,5 +45,5 @@ def canary_slope(proof: SyncProof, model: PeftModel, real: Publisher, *, takeove
             raise
         return None
     finally:
-        if canary.receipts:
+        if canary.receipts and is_main:
             client.delete_run(lease.run_id, lease.secret)

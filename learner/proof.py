@@ -32,6 +32,7 @@ from peft import PeftModel
 
 from learner.adapter import active_adapter, lora_layers
 from learner.client import RolloutClient
+from learner.ranks import OnMain, on_one_rank, overwrite, reshard
 from learner.tolerance import FLOOR, SAFETY, derived_tolerance, merge_noise
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicySelector, ScoreRequest
@@ -87,7 +88,7 @@ def _noise(reference: Measurement) -> float:
 
 
 class SyncProof:
-    """Scores a fixed probe on both sides and compares.
+    """Scores a fixed probe on both sides and compares. Collective: with several ranks all run the forward, rank 0 asks.
 
     Attributes:
         sequences: token ids of the probe.
@@ -99,7 +100,7 @@ class SyncProof:
 
     def __init__(
         self, client: RolloutClient, model: PeftModel, sequences: list[list[int]], *,
-        served_dtype: str, tolerance: float | None = None, merged: bool = False,
+        served_dtype: str, tolerance: float | None = None, merged: bool = False, on_main: OnMain = on_one_rank,
     ) -> None:  # fmt: skip
         self.client = client
         self.model = model
@@ -107,6 +108,7 @@ class SyncProof:
         self.served_dtype = served_dtype
         self.fixed_tolerance = tolerance
         self.merged = merged
+        self._on_main = on_main
         self.first: Measurement | None = None
         self.last: Measurement | None = None
         self.max_gap = 0.0
@@ -171,15 +173,20 @@ class SyncProof:
                     logprobs.append(logprobs_TV.gather(-1, ids_1T[0, 1:, None])[:, 0].double().cpu().numpy())
                     variances.append(logits_TV.var(dim=-1).mean().item())
                     largest = max(largest, logits_TV.abs().max().item())
+                reshard(self.model)
         finally:
             self.model.train(was_training)
-        return np.concatenate(logprobs), math.sqrt(sum(variances) / len(variances)), largest
+        # Rank 0's figures for all, so that all draw the same conclusions.
+        return self._on_main(
+            lambda: (np.concatenate(logprobs), math.sqrt(sum(variances) / len(variances)), largest)
+        )  # fmt: skip
 
     def _measure(self, version: WeightVersion | None) -> Measurement:
         own, logit_std, logit_max = self.own_logprobs(adapter=version is not None)
         policy: PolicySelector = version or "base"
         run_id = version.run_id if version else None
-        answer = self.client.score(ScoreRequest(sequences=self.sequences, policy=policy, run_id=run_id))
+        request = ScoreRequest(sequences=self.sequences, policy=policy, run_id=run_id)
+        answer = self._on_main(lambda: self.client.score(request))
         served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
         if answer.version != version or served.shape != own.shape or not np.isfinite(served).all():
             raise _failed(f"/v1/score answered {served.size} logprobs of {answer.version}, not {own.size} of {version}")
@@ -248,7 +255,7 @@ def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> I
     try:
         with torch.no_grad():
             for weight in weights:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 2.0**-10)
+                overwrite(weight, torch.randn(weight.shape, generator=generator) * 2.0**-10)
             for _ in range(16):
                 moved = proof.own_logprobs()[0] - base_logprobs
                 if np.sqrt(np.mean(moved**2)) >= nats:

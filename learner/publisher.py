@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from learner.adapter import AdapterExporter
+from learner.adapter import AdapterExport, AdapterExporter
 from learner.client import RolloutClient
 from learner.config import default_run_id
+from learner.ranks import OnMain, on_one_rank
 from learner.transport import Choice, Transport
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
@@ -67,6 +69,8 @@ def save_lease(output_dir: str | Path, lease: Lease) -> None:
 class Publisher:
     """Pushes the adapter of one model to one server and knows what is served there.
 
+    With several ranks each has a publisher of the same lease: all take part in an export, rank 0 sends it.
+
     Attributes:
         receipts: one for every push, the initial adapter (step 0) included.
         seconds: wall-clock seconds of every push, from export to receipt.
@@ -84,6 +88,7 @@ class Publisher:
         transport: Choice = "auto",
         in_flight: InFlight = "drain",
         say: Callable[[str], None] = print,
+        on_main: OnMain = on_one_rank,
     ) -> None:
         self.client = client
         self.lease = _above_served(lease, state)
@@ -92,6 +97,10 @@ class Publisher:
         self.model, self._state = model, state
         self._choice, self._in_flight, self._say = transport, in_flight, say
         self.takeover = takeover
+        self.on_main = on_main
+        self._export: AdapterExport | None = None
+        # Rollouts that find their run forgotten restore it from threads of their own.
+        self._sending = threading.Lock()
         self.receipts: list[PushReceipt] = []
         self.seconds: list[float] = []
 
@@ -119,35 +128,62 @@ class Publisher:
         return WeightVersion(run_id=self.lease.run_id, fence=self.lease.fence, step=step)
 
     def push(self, step: int) -> PushReceipt:
-        """Export the adapter, send it, and check the receipt. When this returns, the server samples from it.
+        """Export the adapter, send it, check the receipt. When this returns, the server samples from it. Collective.
 
         Raises:
             LockstepError: whatever the server refuses; `install_failed` if the receipt is not for what was
             sent.
         """
         started = time.perf_counter()
-        export = self.exporter.export(self.version(step))
-        receipt = self.transport.send(export, takeover=self.takeover)
-        self.takeover = False  # said once: a learner that is taken over itself must not take the run back
-        self._check(receipt, export.manifest)
+        with self._sending:
+            export = self._export = self.exporter.export(self.version(step))
+
+            def send() -> PushReceipt:
+                receipt = self.transport.send(export, takeover=self.takeover)
+                self.takeover = False  # said once: a learner that is taken over itself must not take the run back
+                self._check(receipt, export.manifest)
+                return receipt
+
+            receipt = self.on_main(send)
         self.receipts.append(receipt)
         self.seconds.append(time.perf_counter() - started)
         return receipt
 
     def ensure(self, step: int) -> PushReceipt:
-        """Make sure that the server serves `step`: push again if it restarted or serves anything else."""
+        """Make sure that the server serves `step`: push again if it restarted or serves anything else. Collective."""
         last = self.last
         if last is not None and last.version == self.version(step):
-            state = self.client.state()
-            served = {run.run_id: (run.version, run.checksum) for run in state.runs}
-            if state.epoch == last.epoch and served.get(self.lease.run_id) == (last.version, last.checksum):
+            state = self.on_main(self.client.state)
+            if state.epoch == last.epoch and self._serves(state, last.version, last.checksum):
                 return last
         return self.push(step)
+
+    def restore(self) -> None:
+        """Send what was exported last once more, over HTTP, if the server has forgotten it.
+
+        Not collective: any rank may call it, from any thread, and several may at once.
+
+        Raises:
+            LockstepError: as `push`.
+        """
+        with self._sending:
+            export = self._export
+            if export is None or self._serves(self.client.state(), export.manifest.version, export.manifest.checksum):
+                return
+            receipt = self.client.push(
+                self.lease.run_id, export.pieces(), self.lease.secret, in_flight=self._in_flight
+            )  # fmt: skip
+            self._check(receipt, export.manifest)
 
     def close(self) -> None:
         """Let go of the way to the server; what was pushed stays there."""
         if "transport" in self.__dict__:
             self.transport.close()
+
+    def _serves(self, state: ServerState, version: WeightVersion, checksum: str) -> bool:
+        return any(
+            (run.run_id, run.version, run.checksum) == (self.lease.run_id, version, checksum) for run in state.runs
+        )
 
     def _check(self, receipt: PushReceipt, manifest: AdapterManifest) -> None:
         expected = (manifest.version, manifest.checksum, len(manifest.modules), self.workers)

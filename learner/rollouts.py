@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from learner.fetch import Ask, Fetcher, SeedOf, Wanted, asks_of, oldest_step
-from learner.prefetch import RECOVERABLE, Prefetcher
+from learner.prefetch import Prefetcher
 from learner.schedule import Schedule
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion
@@ -62,7 +62,6 @@ class RemoteRollouts:
         fetcher: asks the rollout server.
         version: answers the version that must be served now.
         barrier: makes sure that this version is served; collective over all ranks.
-        recover: brings a server that restarted back to this version; None where a single rank cannot do it.
         is_training: False while TRL evaluates; those rollouts are not counted, and never read ahead.
         seed_of: row of the batch and its prompt -> its seed, where seeds are derived.
     """
@@ -70,10 +69,8 @@ class RemoteRollouts:
     fetcher: Fetcher
     version: Callable[[], WeightVersion]
     barrier: Callable[[], None]
-    recover: Callable[[], None] | None = None
     is_training: Callable[[], bool] = lambda: True
     seed_of: SeedOf = lambda row, token_ids: None
-    warn: Callable[[str], None] = print
     ahead: Ahead | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
 
@@ -127,14 +124,7 @@ class RemoteRollouts:
 
     def _now(self, asks: list[Ask]) -> list[Completion]:
         """Completions of the trainer's present weights."""
-        try:
-            return self.fetcher.fetch(asks, Wanted(self.version()))
-        except LockstepError as error:
-            if error.code not in RECOVERABLE or self.recover is None:
-                raise
-            self.warn(f"{error}; bringing the server up to date and asking again")
-        self.recover()
-        return self.fetcher.fetch(asks, Wanted(self.version()))
+        return self.fetcher.fetch(asks, lambda: Wanted(self.version()))
 
     def _from_ahead(self, ahead: Ahead, prompts: list[list[int]]) -> list[Completion] | None:
         """What was read ahead, with samples that lag too much replaced; None for prompts that were not."""

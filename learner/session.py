@@ -16,20 +16,21 @@ from learner.figures import Figures, StepReport
 from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
 from learner.proof import SyncProof
-from learner.publisher import Lease, Publisher, load_lease, save_lease
+from learner.publisher import Publisher, load_lease, save_lease
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
 from shared.errors import ErrorDetail, LockstepError
-from shared.rollouts import Completion, PolicySelector
+from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
-from shared.weights import PushReceipt, ServerState
+from shared.weights import ServerState
 
 
 class Session:
     """Everything that is built under a trainer: client, publisher, rollouts, proof, and the run's figures.
 
-    `begin`, `after_step`, `ensure_served` and `summary` are collective: every rank calls them, rank 0 acts.
+    `begin`, `after_step` and `ensure_served` are collective: every rank takes part in reading the adapter and in the
+    model's forward, which may be sharded; rank 0 talks to the server. Every rank fetches its own rollouts.
     """
 
     def __init__(
@@ -45,23 +46,24 @@ class Session:
         base_weights: str | None,
     ) -> None:
         self.trainer, self.model, self.client, self.config = trainer, model, client, config
+        state = self._on_main(lambda: state)  # what follows from it must be the same on every rank
         self.server = state
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self.base_served = state.apply == "adapter" or not any(run.version for run in state.runs)
         self.prompts = prompts
         self.publisher = self._publisher(state, base_weights)
         self.continues = any(run.run_id == self.run_id for run in state.runs)
+        fetcher = Fetcher(
+            client, sampling, state.max_model_len, warn=self.say, rank=trainer.accelerator.process_index,
+            recover=self._recover, patience_s=config.ready_timeout_s,
+        )  # fmt: skip
         self.rollouts = RemoteRollouts(
-            Fetcher(
-                client, sampling, state.max_model_len, warn=self.say, rank=trainer.accelerator.process_index
-            ),
+            fetcher,
             version=lambda: self.publisher.version(trainer.step),
             barrier=self.ensure_served,
-            recover=self._recover if trainer.accelerator.num_processes == 1 else None,
             is_training=lambda: trainer.is_training,
             seed_of=self._seed_of,
-            warn=self.say,
-        )  # fmt: skip
+        )
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
         self.figures = Figures(trainer, self.rollouts)
@@ -69,12 +71,11 @@ class Session:
 
     def _publisher(self, state: ServerState, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
-        lease: list[Lease] = [load_lease(self.trainer.output_dir, self.config.run_id)]
-        broadcast_object_list(lease, from_process=0)
+        lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
         publisher = Publisher(
-            self.client, self.model, lease[0], state,
+            self.client, self.model, lease, state,
             base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
-            in_flight=self.config.in_flight, say=self.say,
+            in_flight=self.config.in_flight, say=self.say, on_main=self._on_main,
         )  # fmt: skip
         if self.trainer.accelerator.is_main_process:
             save_lease(self.trainer.output_dir, publisher.lease)
@@ -92,27 +93,24 @@ class Session:
 
     def begin(self) -> None:
         """Prove the base, push the initial adapter, prove it. Collective."""
-
-        def start() -> None:
-            policy: PolicySelector = "base" if self.base_served else "latest"
-            sequences = probe_sequences(self.client, self.prompts, policy, self.server.max_model_len)
-            self.proof = SyncProof(
-                self.client, self.model, sequences,
-                served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
-                merged=self.server.apply == "merge",
+        policy: PolicySelector = "base" if self.base_served else "latest"
+        sequences = self._on_main(lambda: probe_sequences(self.client, self.prompts, policy, self.server.max_model_len))
+        self.proof = SyncProof(
+            self.client, self.model, sequences,
+            served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
+            merged=self.server.apply == "merge", on_main=self._on_main,
+        )  # fmt: skip
+        if self.config.proof_canary and not self.continues and self.base_served:
+            self.canary_slope = canary_slope(
+                self.proof, self.model, self.publisher,
+                takeover=self.config.takeover, is_main=self.trainer.accelerator.is_main_process,
             )  # fmt: skip
-            if self.config.proof_canary and not self.continues and self.base_served:
-                self.canary_slope = canary_slope(
-                    self.proof, self.model, self.publisher, takeover=self.config.takeover
-                )  # fmt: skip
-            elif self.base_served:
-                self.proof.check_base()
-            step = self.trainer.step
-            self.publisher.push(step)
-            self.proof.check(self.publisher.version(step))
-
-        self._on_main(start)
-        self._served_step = self.trainer.step
+        elif self.base_served:
+            self.proof.check_base()
+        step = self.trainer.step
+        self.publisher.push(step)
+        self.proof.check(self.publisher.version(step))
+        self._served_step = step
         if self.config.max_staleness > 0:
             self._read_ahead(self.config.max_staleness)
         self.figures.restart_clock()
@@ -120,22 +118,18 @@ class Session:
     def after_step(self) -> StepReport:
         """Push the step just made and wait until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
-
-        def publish() -> tuple[PushReceipt, float, float | None]:
-            receipt = self.publisher.push(step)
-            every = self.config.proof_every
-            due = step <= 2 or step == steps or (every > 0 and step % every == 0)
-            gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
-            return receipt, self.publisher.seconds[-1], gap
-
-        receipt, seconds, gap = self._on_main(publish)
+        receipt = self.publisher.push(step)
+        every = self.config.proof_every
+        due = step <= 2 or step == steps or (every > 0 and step % every == 0)
+        gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
         self._served_step = step
-        return self.figures.add(push_seconds=seconds, push_bytes=receipt.bytes, logprob_gap=gap)
+        return self.figures.add(
+            push_seconds=self.publisher.seconds[-1], push_bytes=receipt.bytes, logprob_gap=gap
+        )  # fmt: skip
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what the server serves, else it is pushed. Collective."""
-        step = self.trainer.step
-        self._on_main(lambda: self.publisher.ensure(step))
+        self.publisher.ensure(self.trainer.step)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the training, over all ranks. Collective."""
@@ -156,16 +150,16 @@ class Session:
         """Request the first generation batches; from then on each one that is taken requests another."""
         schedule = self.trainer.schedule
 
-        def fetch(batch: int, prompts: list[list[int]]) -> list[Completion]:
+        def wanted() -> Wanted:
             # Rank 0 may be pushing the next step just now; what was served last is known to every rank.
             version = self.publisher.version(self._served_step)
-            wanted = Wanted(version, exact=False, carried=self.config.in_flight == "carried")
-            return self.rollouts.fetcher.fetch(asks_of(prompts), wanted)
+            return Wanted(version, exact=False, carried=self.config.in_flight == "carried")
 
         prefetcher = Prefetcher(
-            self.trainer.coming_prompts(), fetch, last_batch=schedule.last_batch, recover=self.rollouts.recover,
-            patience_s=self.config.ready_timeout_s,
-        )  # fmt: skip
+            self.trainer.coming_prompts(),
+            lambda batch, prompts: self.rollouts.fetcher.fetch(asks_of(prompts), wanted),
+            last_batch=schedule.last_batch,
+        )
         self.rollouts.ahead = Ahead(
             prefetcher, schedule, max_staleness, batch=lambda: schedule.batch_at(self.trainer.micro_step)
         )  # fmt: skip
@@ -181,8 +175,9 @@ class Session:
         return prompt_seed(trainer.seed, *when, trainer.first_row + row, *token_ids)
 
     def _recover(self) -> None:
+        """Not collective: the other ranks may have their rollouts already and be waiting for this one."""
         self.client.wait_ready(self.config.ready_timeout_s)
-        self.publisher.ensure(self.trainer.step)
+        self.publisher.restore()
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0; its result, or its error, reaches every rank, so that none waits in vain."""

@@ -83,9 +83,10 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
             "the question with --prompt_column"
         )
     prompts = [style.prompt(row.get(prompt_column), row) for row in rows]
-    if "prompt" in rows.column_names:
-        rows = rows.remove_columns("prompt")
-    return rows.add_column("prompt", prompts)
+    others = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
+    if not others.column_names:  # a table without columns has no rows either
+        return Dataset.from_dict({"prompt": prompts})
+    return others.add_column("prompt", prompts)
 
 
 def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Dataset]:

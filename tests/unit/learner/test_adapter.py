@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from learner.adapter import AdapterExport, AdapterExporter
+from learner.adapter import AdapterExport, AdapterExporter, peft_tensors
 from shared.adapter_file import header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -109,3 +110,15 @@ def test_diverged_training_is_said_before_the_push(model_dir):
     with pytest.raises(LockstepError, match=r"layers\.1\.mlp\.up_proj.*diverged") as caught:
         export_adapter(model, VERSION, "float32")
     assert caught.value.code is ErrorCode.NOT_FINITE
+
+
+def test_names_are_those_of_the_model_without_wrappers(model_dir):
+    model = peft_model(model_dir)
+    plain, tensors = decoded(export_adapter(model, VERSION, "float32"))[0], peft_tensors(model)
+    layers = model.get_base_model().model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(checkpoint_wrapper(layer))
+    assert decoded(export_adapter(model, VERSION, "float32"))[0] == plain
+    wrapped = peft_tensors(model)
+    assert wrapped.keys() == tensors.keys() == get_peft_model_state_dict(peft_model(model_dir)).keys()
+    assert all(torch.equal(wrapped[name], tensors[name]) for name in tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,4 +140,15 @@ def test_refuses_a_trainer_without_adapter_and_one_with_vllm(make_trainer, clien
     trainer.use_vllm = False
     trainer.model = trainer.model.unload()
     with pytest.raises(LockstepError, match="full fine-tuning"):
+        attach(trainer, client=client)
+
+
+def test_refuses_sharding_that_it_cannot_read(make_trainer, client):
+    trainer = make_trainer()
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(LockstepError, match="fsdp_version"):
+        attach(trainer, client=client)
+    trainer.is_deepspeed_enabled = True
+    trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    with pytest.raises(LockstepError, match="ZeRO-3"):
         attach(trainer, client=client)

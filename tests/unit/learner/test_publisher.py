@@ -54,6 +54,20 @@ def test_pushes_again_only_where_the_server_differs(publisher, server):
     assert [v.step for v in server.pushed] == [1, 1, 1, 2]
 
 
+def test_any_rank_restores_what_was_exported_last(publisher, server, client):
+    """One that sent nothing itself, too: its export is whole, and no other rank is needed."""
+    other = Publisher(client, publisher.model, publisher.lease, client.state(), on_main=lambda send: publisher.last)
+    publisher.push(1)
+    other.push(1)
+    publisher.restore()
+    assert len(server.pushed) == 1, "nothing was forgotten"
+    checksum = server.served["r"][1]
+    server.restart()
+    other.restore()
+    publisher.restore()
+    assert len(server.pushed) == 2 and server.served["r"] == (publisher.version(1), checksum)
+
+
 @pytest.mark.parametrize(
     "change",
     [

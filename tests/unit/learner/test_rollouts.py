@@ -42,11 +42,9 @@ class Server:
         return GenerateResponse(epoch="e", groups=groups[::-1])
 
 
-def rollouts(server, recover=None, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
+def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
     fetcher = Fetcher(server, sampling, max_model_len=50, **{"warn": lambda text: None, **changes})
-    return RemoteRollouts(
-        fetcher, version=lambda: VERSION, barrier=lambda: None, recover=recover, warn=lambda text: None
-    )
+    return RemoteRollouts(fetcher, version=lambda: VERSION, barrier=lambda: None)
 
 
 def test_equal_neighbours_share_a_request():
@@ -93,20 +91,20 @@ def test_images_are_refused():
         rollouts(Server()).generate([[1]], [["image"]], 1)
 
 
-def test_server_that_forgot_is_asked_again_once():
+def test_server_that_forgot_is_helped_and_asked_again():
     server, recovered = Server(), []
     answer = server.generate
 
     def forgets(request):
-        if not recovered:
+        if len(recovered) < 2:
             raise LockstepError(ErrorCode.UNKNOWN_RUN, "no such run")
         return answer(request)
 
     server.generate = forgets
     with pytest.raises(LockstepError):
-        rollouts(server).generate([[1]], None, 1)
+        rollouts(server, patience_s=0.1).generate([[1]], None, 1)
     _, ids, _, _ = rollouts(server, recover=lambda: recovered.append(1)).generate([[1]], None, 1)
-    assert ids == [[100]] and recovered == [1]
+    assert ids == [[100]] and recovered == [1, 1]
 
 
 OTHER = WeightVersion(run_id="r", step=2)

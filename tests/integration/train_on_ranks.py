@@ -1,0 +1,89 @@
+"""A training script as a user would write it, for one rank or several: what `test_ranks.py` launches.
+
+python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.train_on_ranks MODEL URL FOLDER [fsdp2] [forget]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from learner.attach import attach, save_final_adapter
+from learner.session import Session
+
+GLOBAL_BATCH, GROUP, STEPS = 8, 4, 3
+
+
+def reward_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Share of odd token ids."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def make_trainer(model: str, folder: Path) -> GRPOTrainer:
+    """The same global batch on any number of ranks; TRL's defaults where nothing speaks against them."""
+    args = GRPOConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, max_steps=STEPS, max_completion_length=16,
+        per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=True).num_processes, num_generations=GROUP,
+        # Adam divides by the gradient's size: elements whose gradient is nothing but rounding would differ at once.
+        optim="sgd", learning_rate=0.5, max_grad_norm=0.5, beta=0.01, generation_kwargs={"seed": 7},
+        gradient_checkpointing=False,
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    return GRPOTrainer(
+        model=model, args=args, reward_funcs=[reward_odd],
+        train_dataset=Dataset.from_list([{"prompt": f"{i} + {i + 3} ="} for i in range(16)]),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+def shard_on_cpu(trainer: GRPOTrainer) -> None:
+    """What Accelerate sets for FSDP2; on CPUs it leaves it out and quietly takes DDP."""
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
+    )  # fmt: skip
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def forget_once(session: Session) -> None:
+    """Before rank 1 asks for the second batch, let the server lose the run, as if it had restarted."""
+    generate, lease = session.rollouts.generate, session.publisher.lease
+
+    def generate_after_loss(*args: Any, **kwargs: Any) -> Any:
+        if session.trainer.accelerator.process_index == 1 and session.trainer.step == 1:
+            session.client.delete_run(lease.run_id, lease.secret)
+        return generate(*args, **kwargs)
+
+    session.rollouts.generate = generate_after_loss
+
+
+def main(model: str, url: str, folder: Path, options: list[str]) -> None:
+    trainer = make_trainer(model, folder)
+    if "fsdp2" in options:
+        shard_on_cpu(trainer)
+    session = attach(trainer, url)
+    session.rollouts.fetcher.rank = 0  # the seed of a completion must not depend on the number of ranks here
+    if "forget" in options:
+        forget_once(session)
+    trainer.train()
+    save_final_adapter(trainer, folder / "adapter")
+    summary = session.summary()
+    if trainer.accelerator.is_main_process:
+        lease = session.publisher.lease
+        session.client.delete_run(lease.run_id, lease.secret)
+        summary["model_class"] = type(trainer.model_wrapped).__name__
+        summary["installs"] = [receipt.install_seq for receipt in session.publisher.receipts]
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
