@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from learner.client import RolloutClient
+from learner.sampling import policy_logprobs
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion, GenerateRequest, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -95,7 +96,7 @@ class RemoteRollouts:
 
         Returns:
             prompt ids [B][P], completion ids [B][T], logprobs [B][T][1] of the sampled tokens under the
-            distribution they were drawn from, and their token ids [B][T][1].
+            distribution they were drawn from (before it was truncated, if it was), and their token ids [B][T][1].
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or not wholly from the version asked for.
@@ -109,7 +110,7 @@ class RemoteRollouts:
         return (
             prompts,
             [c.token_ids for c in completions],
-            [[[logprob] for logprob in c.logprobs] for c in completions],
+            [[[logprob] for logprob in policy_logprobs(c, self.sampling)] for c in completions],
             [[[token] for token in c.token_ids] for c in completions],
         )
 

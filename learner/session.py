@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from learner.client import RolloutClient
 from learner.config import LearnerConfig
+from learner.drift import Drift
 from learner.proof import SyncProof
 from learner.publisher import Lease, Publisher, load_lease, save_lease
 from learner.rollouts import RemoteRollouts
@@ -45,7 +46,10 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in one optimizer step, in wall-clock seconds; `logprob_gap` is None where not proven."""
+    """What happened in one optimizer step, in wall-clock seconds; `logprob_gap` is None where not proven.
+
+    `drift` is that of the generation batch the step trained on; None without importance correction.
+    """
 
     step: int
     max_steps: int
@@ -59,6 +63,7 @@ class StepReport:
     rollout_tokens_per_second: float
     logprob_gap: float | None
     seconds: float
+    drift: Drift | None = None
 
 
 class Session:
@@ -98,6 +103,7 @@ class Session:
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
         self.pushes = 0
+        self.drift: Drift | None = None
         self.reports: list[StepReport] = []
         self.on_report: list[Callable[[StepReport], None]] = []
         self._step_started = time.perf_counter()
@@ -166,6 +172,12 @@ class Session:
         step = self.trainer.step
         self._on_main(lambda: self.publisher.ensure(step))
 
+    def saw_drift(self, drift: Drift) -> None:
+        """A generation batch's distance between the server's distribution and the trainer's."""
+        self.drift = drift
+        for name, value in asdict(drift).items():
+            self.trainer.log(f"lockstep/drift_{name}", value)
+
     def summary(self) -> dict[str, Any]:
         """Figures of the training, over all ranks; step 0 is not among the pushes. Collective."""
         reports, stats = self.reports, self.rollouts.stats
@@ -182,6 +194,8 @@ class Session:
             "canary_slope": self.canary_slope,
             "push_seconds_median": statistics.median(r.push_seconds for r in reports) if reports else None,
             "capped_prompts": capped,
+            "max_drift_kl": max((r.drift.kl for r in reports if r.drift), default=None),
+            "max_drift_clipped": max((r.drift.clipped for r in reports if r.drift), default=None),
         }
 
     def _report(self, receipt: PushReceipt, push_seconds: float, gap: float | None) -> StepReport:
@@ -193,7 +207,7 @@ class Session:
             completion_tokens=stats.completion_tokens, lag=0,
             push_seconds=push_seconds, push_bytes=receipt.bytes,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
-            logprob_gap=gap, seconds=time.perf_counter() - self._step_started,
+            logprob_gap=gap, seconds=time.perf_counter() - self._step_started, drift=self.drift,
         )  # fmt: skip
         self._step_started = time.perf_counter()
         logged = {"push_seconds": push_seconds, "push_bytes": receipt.bytes, "lag": 0.0, "logprob_gap": gap,

@@ -25,6 +25,7 @@ class Job:
     params: Any
     tokenizer: Any
     skip_special_tokens: bool
+    truncated: bool
 
     async def run(self) -> RolloutGroup:
         """Generate; the group is complete or an error is raised."""
@@ -43,7 +44,10 @@ class Job:
             prompt_token_ids=self.token_ids,
             completions=[
                 to_completion(
-                    output, self.admission.spans(request_id, output.index, len(output.token_ids)), self._text(output)
+                    output,
+                    self.admission.spans(request_id, output.index, len(output.token_ids)),
+                    self._text(output),
+                    truncated=self.truncated,
                 )
                 for output in sorted(final.outputs, key=lambda output: output.index)
             ],
@@ -75,7 +79,7 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
     tokenizer = service.door.get_tokenizer() if wants_text else None
     admission = await service.admit(body)
     jobs = [
-        Job(admission, index, token_ids, params, tokenizer, body.skip_special_tokens)
+        Job(admission, index, token_ids, params, tokenizer, body.skip_special_tokens, body.sampling.truncates)
         for index, token_ids in enumerate(prompts)
     ]
     tasks: list[asyncio.Future[RolloutGroup]] = [asyncio.ensure_future(job.run()) for job in jobs]
