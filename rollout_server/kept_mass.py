@@ -3,8 +3,8 @@
 vLLM's processed logprobs are those of the truncated distribution: ln q(t) - ln Z, where q is the softmax before
 truncation and Z the mass of the kept set. A learner that computes ln q(t) needs ln Z to compare the two. vLLM keeps
 neither, so its sampler is subclassed here: in batches with a truncating request ln Z takes the place of the sampled
-token's rank, which is at least 1 and which no answer of ours contains, as a whole number <= 0 of 2^-24. All of it runs
-on the device, behind the model's graph; batches that truncate nothing pass through untouched.
+token's rank, which is at least 1 and which only vLLM's `/inference/v1/generate` shows, as a whole number <= 0 of 2^-24.
+All of it runs on the device, behind the model's graph; batches that truncate nothing pass through untouched.
 
 Written for both samplers of vLLM 0.26 to 0.33: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample`. With another
 one, and where speculation drafts tokens, ranks stay ranks: `decoded` then answers None, never a wrong mass.
