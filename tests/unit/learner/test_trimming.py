@@ -52,6 +52,17 @@ def one_thread() -> Iterator[None]:
 def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[..., Seen]:
     """Trains two optimizer steps of three micro-batches; what it changes of `learner.attach` is as named."""
 
+    generate = server._generate
+
+    def some_end(request):
+        answer = generate(request)
+        for group in answer.groups:
+            for completion in group.completions[::2]:
+                completion.token_ids[-1] = 2
+        return answer
+
+    server._generate = some_end  # or mask_truncated_completions would leave nothing
+
     def run(changes: dict[str, object], **config: object) -> Seen:
         monkeypatch.setattr("trl.trainer.utils._use_triton", trl.kernels.chunked_logprob._use_triton)
         for name, value in changes.items():
