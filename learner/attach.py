@@ -1,4 +1,4 @@
-"""Remote rollouts under a `trl.GRPOTrainer`: the one file that touches TRL's internals.
+"""Remote rollouts under a `trl.GRPOTrainer`: this file, with `wrappers`, touches TRL's internals.
 
 Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name it relies on is gone.
 """
@@ -6,7 +6,6 @@ Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from trl import GRPOTrainer
 from learner.adapter import active_adapter, lora_layers
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
-from learner.drift import Correction, measure
 from learner.refusals import (
     check_base,
     check_grpo,
@@ -37,7 +35,7 @@ from learner.refusals import (
 )
 from learner.sampling import sampling_params
 from learner.session import Session
-from learner.trimming import may_regroup, scored, sorted_windows
+from learner.wrappers import skip_padding, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -192,8 +190,8 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
     trainer._last_loaded_step = -1
     if trainer.accelerator.device.type == "cpu":
         trl.trainer.utils._use_triton = _picks_scored_positions
-    _skip_padding(trainer)
-    _watch_drift(trainer, session)
+    skip_padding(trainer)
+    watch_drift(trainer, session.saw_drift)
     trainer.add_callback(_PushAfterStep(session))
 
 
@@ -203,45 +201,6 @@ def _picks_scored_positions(device: torch.device) -> bool:
     TRL asks this of Triton, since a number of positions that changes would recompile elsewhere. A CPU compiles nothing.
     """
     return device.type == "cpu" or trl.kernels.chunked_logprob._use_triton(device)
-
-
-def _skip_padding(trainer: GRPOTrainer) -> None:
-    """Forward passes on the columns their rows need, with rows of like length in one micro-batch."""
-    trainer._get_per_token_logps_and_entropies = partial(
-        scored, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
-    )
-    args, prepare = trainer.args, trainer._prepare_inputs
-    if not may_regroup(args, entropy_bonus=trainer._entropy_bonus_enabled, aux_loss=trainer.aux_loss_enabled):
-        return
-
-    def prepare_sorted(generation_batch: Any) -> dict[str, Any]:
-        before = trainer._buffered_inputs
-        inputs = prepare(generation_batch)
-        if trainer._buffered_inputs is before:
-            return inputs
-        trainer._buffered_inputs = sorted_windows(trainer._buffered_inputs, args.gradient_accumulation_steps)
-        return trainer._buffered_inputs[trainer._step % args.steps_per_generation]
-
-    trainer._prepare_inputs = prepare_sorted
-
-
-def _watch_drift(trainer: GRPOTrainer, session: Session) -> None:
-    """Measure every training generation batch; TRL keeps no ratio from before its clipping."""
-    generate, reduce = trainer._generate_and_score_completions, partial(trainer.accelerator.reduce, reduction="sum")
-    args = trainer.args
-    correction = Correction(
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_min,
-        args.vllm_importance_sampling_clip_max,
-    )
-
-    def generate_and_measure(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = generate(inputs)
-        if args.vllm_importance_sampling_correction and trainer.model.training:
-            session.saw_drift(measure(batch, correction, reduce))
-        return batch
-
-    trainer._generate_and_score_completions = generate_and_measure
 
 
 class _PushAfterStep(TrainerCallback):

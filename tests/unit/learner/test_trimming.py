@@ -112,13 +112,13 @@ def assert_same(one: Seen, other: Seen) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_shorter_passes_change_nothing(train, case):
     ours = train({}, **CASES[case])
-    plain = train({"_skip_padding": lambda trainer: None}, **CASES[case])
+    plain = train({"skip_padding": lambda trainer: None}, **CASES[case])
     assert_same(ours, plain)
     assert ours.positions < plain.positions
 
 
 def test_head_on_scored_positions_changes_nothing(train):
-    off = {"_skip_padding": lambda trainer: None}
+    off = {"skip_padding": lambda trainer: None}
     ours = train(off)
     plain = train({**off, "_picks_scored_positions": trl.kernels.chunked_logprob._use_triton})
     assert_same(ours, plain)
