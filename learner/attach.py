@@ -1,4 +1,4 @@
-"""Remote rollouts under a `trl.GRPOTrainer`: the one file that touches TRL's internals.
+"""Remote rollouts under a `trl.GRPOTrainer`. TRL's internals are touched here, in `batches`, `resume`, `wrappers`.
 
 Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name it relies on is gone.
 """
@@ -36,17 +36,29 @@ from learner.refusals import (
     check_rank,
     check_server,
     check_targets,
+    correction_warnings,
 )
 from learner.resume import ExactResume
 from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.session import Session
+from learner.wrappers import skip_padding, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
-_TRAINER_NAMES = ("_generate_single_turn", "_tokenize_prompts", "_generate_and_score_completions")
+_TRAINER_NAMES = (
+    "_generate_single_turn",
+    "_tokenize_prompts",
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_prepare_inputs",
+    "_get_train_sampler",
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_load_optimizer_and_scheduler",
+)
 _INSTANCE_NAMES = (
     "use_vllm",
     "vllm_mode",
@@ -55,6 +67,11 @@ _INSTANCE_NAMES = (
     "_metrics",
     "_tokenizer",
     "num_generations_eval",
+    "_step",
+    "_buffered_inputs",
+    "pad_to_multiple_of",
+    "aux_loss_enabled",
+    "_entropy_bonus_enabled",
 )
 PROMPTS_MEASURED = 512
 NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
@@ -87,6 +104,8 @@ def attach(
     check_trl(trainer)
     model = _peft_model(trainer)
     check_grpo(trainer.args)
+    for warning in correction_warnings(trainer.args):
+        warnings.warn(warning, stacklevel=2)
     client = client or RolloutClient(
         url or config.require_url(), read_token(config.token_file),
         push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
@@ -207,6 +226,8 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
     trainer._last_loaded_step = -1
     if trainer.accelerator.device.type == "cpu":
         trl.trainer.utils._use_triton = _picks_scored_positions
+    skip_padding(trainer)
+    watch_drift(trainer, session.figures.saw_drift)
     trainer.add_callback(_PushAfterStep(session))
 
 

@@ -6,11 +6,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from accelerate.utils import gather_object
 
+from learner.drift import Drift
 from learner.rollouts import RemoteRollouts
 from learner.trainer_protocol import Trainer
 
@@ -25,6 +26,7 @@ class StepReport:
         idle_seconds: for which nothing was asked of the server (None: rollouts are not read ahead).
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
         logprob_gap: None where not proven.
+        drift: of the generation batch the step trained on; None without importance correction.
     """
 
     step: int
@@ -41,6 +43,7 @@ class StepReport:
     rollout_tokens_per_second: float
     logprob_gap: float | None
     seconds: float
+    drift: Drift | None = None
 
 
 class Figures:
@@ -56,6 +59,7 @@ class Figures:
         self._trainer, self._rollouts = trainer, rollouts
         self.pushes = 0
         self.reports: list[StepReport] = []
+        self._drift: Drift | None = None
         self.listeners: list[Callable[[StepReport], None]] = []
         self.restart_clock()
 
@@ -80,7 +84,7 @@ class Figures:
             wait_seconds=stats.wait_seconds - self._waited, idle_seconds=idle,
             push_seconds=push_seconds, push_bytes=push_bytes,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
-            logprob_gap=logprob_gap, seconds=seconds,
+            logprob_gap=logprob_gap, seconds=seconds, drift=self._drift,
         )  # fmt: skip
         self.restart_clock()
         logged = {
@@ -95,6 +99,12 @@ class Figures:
         for listener in self.listeners:
             listener(report)
         return report
+
+    def saw_drift(self, drift: Drift) -> None:
+        """A generation batch's distance between the server's distribution and the trainer's."""
+        self._drift = drift
+        for name, value in asdict(drift).items():
+            self._trainer.log(f"lockstep/drift_{name}", value)
 
     def counts(self) -> dict[str, int]:
         """Counts of the whole run, over all ranks. Collective."""
@@ -122,6 +132,8 @@ class Figures:
             "regenerated": sum(regenerated),
             "capped_prompts": sum(capped),
             "wait_seconds": stats.wait_seconds,
+            "max_drift_kl": max((r.drift.kl for r in self.reports if r.drift), default=None),
+            "max_drift_clipped": max((r.drift.clipped for r in self.reports if r.drift), default=None),
             "push_seconds_median": statistics.median(r.push_seconds for r in self.reports) if self.reports else None,
         }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from learner.sampling import generation_kwargs, refuse_unmapped
+from learner.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared import PROTOCOL_VERSION
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import BaseFingerprint, ServerState
@@ -199,6 +199,7 @@ def check_grpo(args: GRPOConfig) -> None:
     refuse_unmapped(args)
     if generation_kwargs(args).get("temperature", args.temperature) == 0.0:
         raise _invalid("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
+    check_correction(args)
     truncating = args.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
     # TRL checks this in the constructor only where use_vllm is set there already.
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and not truncating:
@@ -206,6 +207,64 @@ def check_grpo(args: GRPOConfig) -> None:
             "loss_type=vespo needs vllm_importance_sampling_mode=token_truncate or token_mask, "
             f"not {args.vllm_importance_sampling_mode}"
         )
+
+
+#: vLLM rules tokens out by these before any probability is computed, and says nothing of the mass they had.
+HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")
+#: These reweight all tokens: the server's logprobs are those of the distribution that results.
+REWEIGHTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+#: vLLM raises lower temperatures to this.
+LEAST_TEMPERATURE = 0.01
+
+
+def check_correction(args: GRPOConfig) -> None:
+    """Where TRL compares the server's logprobs with its own, both must be of one distribution.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    if not _compares_logprobs(args):
+        return
+    for name in _set_options(args, HIDDEN_CUTS):
+        raise _invalid(
+            f"{name} rules out tokens by a mass that the server cannot return, which would bias the importance "
+            f"correction: leave {name} out, or set vllm_importance_sampling_correction=false (and no "
+            "off_policy_mask_threshold)"
+        )
+    if 0 < sampling_params(args).temperature < LEAST_TEMPERATURE:
+        raise _invalid(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
+
+
+def correction_warnings(args: GRPOConfig) -> list[str]:
+    """What is trained on although it was drawn from another distribution than the policy's, each with its effect."""
+    sampling, compares = sampling_params(args), _compares_logprobs(args)
+    warnings = []
+    reweighting = _set_options(args, REWEIGHTING)
+    if sampling.temperature != args.temperature:
+        reweighting.append("generation_kwargs.temperature")
+    if reweighting and compares:
+        warnings.append(
+            f"{', '.join(reweighting)}: completions are drawn from another distribution than the one being trained. "
+            "The importance ratios account for it, so they lie far from 1 and many are clipped or dropped (see "
+            "lockstep/drift_clipped)"
+        )
+    uncorrected = [*reweighting, *_set_options(args, HIDDEN_CUTS)]
+    if uncorrected and not compares:
+        warnings.append(
+            f"{', '.join(uncorrected)}: completions are drawn from another distribution than the one being trained, "
+            "and vllm_importance_sampling_correction is off, so they are trained on as if they were the policy's"
+        )
+    return warnings
+
+
+def _compares_logprobs(args: GRPOConfig) -> bool:
+    return args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None
+
+
+def _set_options(args: GRPOConfig, names: Iterable[str]) -> list[str]:
+    """Those of the sampling options that are not at their default."""
+    chosen = sampling_params(args).model_dump(exclude_defaults=True)
+    return [name for name in names if name in chosen]
 
 
 def _unsupported(message: str) -> LockstepError:

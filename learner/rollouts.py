@@ -11,6 +11,7 @@ from typing import Any
 
 from learner.fetch import Ask, Fetcher, SeedOf, Wanted, asks_of, oldest_step
 from learner.prefetch import Prefetcher
+from learner.sampling import policy_logprobs
 from learner.schedule import Schedule
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion
@@ -97,7 +98,7 @@ class RemoteRollouts:
 
         Returns:
             prompt ids [B][P], completion ids [B][T], logprobs [B][T][1] of the sampled tokens under the
-            distribution they were drawn from, and their token ids [B][T][1].
+            distribution they were drawn from (before it was truncated, if it was), and their token ids [B][T][1].
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on.
@@ -118,7 +119,7 @@ class RemoteRollouts:
         return (
             prompts,
             [c.token_ids for c in completions],
-            [[[logprob] for logprob in c.logprobs] for c in completions],
+            [[[logprob] for logprob in policy_logprobs(c, self.fetcher.sampling)] for c in completions],
             [[[token] for token in c.token_ids] for c in completions],
         )
 

@@ -229,6 +229,13 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
     runner._bookkeeping_sync = MethodType(bookkeeping_without_rewind, runner)
 
 
+def report_kept_mass(worker: Any) -> None:
+    """Let the worker's sampler (0.26 to 0.33 have the same two) say how much mass truncation kept."""
+    from rollout_server import kept_mass
+
+    kept_mass.install(worker.model_runner.sampler)
+
+
 def speed_up_cpu_lora() -> None:
     """Replace the linear LoRA of vLLM's CPU backend (0.26 to 0.33 have the same one); no effect elsewhere.
 

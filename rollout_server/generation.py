@@ -26,6 +26,7 @@ class Job:
     tokenizer: Any
     skip_special_tokens: bool
     request_id: str
+    truncated: bool
 
     async def run(self) -> RolloutGroup:
         """Generate; the group is complete or an error is raised."""
@@ -46,6 +47,7 @@ class Job:
                     output,
                     self.admission.spans(self.request_id, output.index, len(output.token_ids)),
                     self._text(output),
+                    truncated=self.truncated,
                 )
                 for output in sorted(final.outputs, key=lambda output: output.index)
             ],
@@ -81,7 +83,16 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
         give_turn_back()
         raise
     jobs = [
-        Job(admission, index, token_ids, own, tokenizer, body.skip_special_tokens, f"generate-{uuid.uuid4().hex}")
+        Job(
+            admission,
+            index,
+            token_ids,
+            own,
+            tokenizer,
+            body.skip_special_tokens,
+            f"generate-{uuid.uuid4().hex}",
+            body.sampling.truncates,
+        )
         for index, (token_ids, own) in enumerate(zip(prompts, params, strict=True))
     ]
     tasks: list[asyncio.Future[RolloutGroup]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rollout_server import kept_mass
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams
@@ -49,12 +50,13 @@ def scoring_params() -> Any:
     )
 
 
-def to_completion(output: Any, spans: list[VersionSpan], text: str | None) -> Completion:
-    """One of vLLM's completion outputs."""
+def to_completion(output: Any, spans: list[VersionSpan], text: str | None, *, truncated: bool = False) -> Completion:
+    """One of vLLM's completion outputs. `truncated`: its request cuts the distribution, so the kept mass is wanted."""
     token_ids = list(output.token_ids)
     return Completion(
         token_ids=token_ids,
         logprobs=sampled_logprobs(output.logprobs, token_ids),
+        log_kept_mass=kept_mass.decoded(sampled_ranks(output.logprobs, token_ids)) if truncated else None,
         finish_reason=output.finish_reason,
         stop_reason=output.stop_reason,
         spans=spans,
@@ -69,3 +71,11 @@ def sampled_logprobs(logprobs: Any, token_ids: list[int]) -> list[float]:
         # The sampled token comes first at each position.
         return [logprobs.logprobs[start] for start in starts]
     return [position[token].logprob for position, token in zip(logprobs, token_ids, strict=True)]
+
+
+def sampled_ranks(logprobs: Any, token_ids: list[int]) -> list[int | None]:
+    """What vLLM calls the rank of each sampled token; see `kept_mass`."""
+    starts = getattr(logprobs, "start_indices", None)
+    if starts is not None:
+        return [logprobs.ranks[start] for start in starts]
+    return [position[token].rank for position, token in zip(logprobs, token_ids, strict=True)]

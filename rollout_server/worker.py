@@ -152,6 +152,7 @@ def listen(operations: Operations, server_pid: int, folder: str) -> None:
     """From now on answer the server's calls, and end with its process."""
     threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
     compat.keep_seeds_alive_on_cpu(operations.worker)
+    compat.report_kept_mass(operations.worker)
     worker_link.serve(Path(folder), operations.table())
 
 

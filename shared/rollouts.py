@@ -75,6 +75,11 @@ class Completion(BaseModel):
 
     token_ids: list[int]
     logprobs: list[float] = Field(description="ln p of each sampled token under the distribution it was drawn from")
+    log_kept_mass: list[float] | None = Field(
+        None,
+        description="with top_k, top_p or min_p: ln of the mass they kept of the distribution each token was drawn "
+        "from, so that logprobs + log_kept_mass are the logprobs before truncation; None: unknown, or nothing cut",
+    )
     finish_reason: Literal["stop", "length", "abort", "repetition"]
     stop_reason: int | str | None = None
     spans: list[VersionSpan]

@@ -58,6 +58,11 @@ class SamplingParams(BaseModel):
     logit_bias: dict[int, float] | None = None
     structured_outputs: StructuredOutputs | None = None
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top_k, top_p or min_p may keep tokens from being drawn; greedy choices are not drawn."""
+        return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
+
     @model_validator(mode="before")
     @classmethod
     def _one_stop_string(cls, values: Any) -> Any:

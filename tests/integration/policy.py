@@ -43,6 +43,13 @@ def reference(policy: PeftModel, sequence: list[int], temperature: float = 1.0) 
     return torch.log_softmax(logits_TV, -1).gather(1, targets_T[:, None])[:, 0]
 
 
+@torch.no_grad()
+def top_k_mass(policy: PeftModel, sequence: list[int], k: int, temperature: float) -> torch.Tensor:
+    """ln of the mass of the k most likely tokens, before each of tokens 1.. of `sequence` [T - 1]."""
+    logits_TV = policy(torch.tensor([sequence])).logits[0, :-1].float() / temperature
+    return logits_TV.topk(k).values.logsumexp(-1) - logits_TV.logsumexp(-1)
+
+
 def blob(policy: PeftModel, version: WeightVersion, base: str | None, dtype: str = "float32") -> bytes:
     return b"".join(AdapterExporter(policy, dtype=dtype, base_weights=base).export(version).pieces())
 

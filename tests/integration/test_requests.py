@@ -156,6 +156,42 @@ def test_scores_beside_decoding(client: RolloutClient, model: Path) -> None:
     assert P.largest_gap(policy, answers[1]) < 1e-4
 
 
+TRUNCATIONS = [
+    {"top_p": 0.8, "temperature": 0.9},
+    {"top_k": 5, "temperature": 1.2},
+    {"min_p": 0.1},
+    {"top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 7},
+    {"temperature": 0.9},
+    {"temperature": 0.0, "top_p": 0.5, "n": 1},
+]
+
+
+def test_mass_that_truncation_kept(client: RolloutClient, model: Path) -> None:
+    """Requests that truncate in different ways, and some that do not, decoded side by side."""
+    policy = P.make_policy(model)
+    P.randomize(policy, seed=13)
+    P.push(client, policy, "masses", step=0)
+    asks = [{"n": 4, "max_tokens": 50, "ignore_eos": True, **truncation} for truncation in TRUNCATIONS]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda ask: P.generate(client, [PROMPT, PROMPT[1:]], **ask), asks))
+    for ask, answer in zip(asks, answers, strict=True):
+        for group in answer.groups:
+            for completion in group.completions:
+                whole, begin = group.prompt_token_ids + completion.token_ids, len(group.prompt_token_ids) - 1
+                full = P.reference(policy, whole, ask.get("temperature", 1.0) or 1.0)[begin:]
+                served = torch.tensor(completion.logprobs)
+                if not ask.keys() & {"top_p", "top_k", "min_p"} or ask.get("temperature") == 0.0:
+                    assert completion.log_kept_mass is None
+                    assert (served - full).abs().max() < 1e-4
+                    continue
+                mass = torch.tensor(completion.log_kept_mass)
+                assert (served + mass - full).abs().max() < 1e-4
+                assert mass.max() <= 0.0 and mass.min() < -0.01
+                if ask.keys().isdisjoint({"top_p", "min_p"}):
+                    kept = P.top_k_mass(policy, whole, ask["top_k"], ask["temperature"])[begin:]
+                    assert (mass - kept).abs().max() < 1e-4
+
+
 def test_metrics_of_both(client: RolloutClient) -> None:
     text = httpx.get(client.url + "/metrics", follow_redirects=True).text
     assert "lockstep_pushes_total" in text and "vllm:" in text

@@ -25,7 +25,10 @@ from shared.weights import PushReceipt, RunState, ServerState, WeightVersion
 
 
 class FakeServer:
-    """`transport` answers a RolloutClient's requests. `ignore_pushes`: acknowledge, but do not use them."""
+    """`transport` answers a RolloutClient's requests. `ignore_pushes`: acknowledge, but do not use them.
+
+    `log_kept_mass`: what truncation is said to have kept at every token.
+    """
 
     def __init__(self, model: torch.nn.Module, state: ServerState) -> None:
         self.model, self.state = model.eval(), state
@@ -36,6 +39,7 @@ class FakeServer:
         self.generated: list[GenerateRequest] = []
         self.ignore_pushes = False
         self.scale = 1.0
+        self.log_kept_mass = -0.3
         self.transport = httpx.MockTransport(self._handle)
         self.drawn = torch.Generator().manual_seed(0)  # not the training's random numbers
         self._one_at_a_time = threading.Lock()
@@ -135,9 +139,15 @@ class FakeServer:
                 tokens = torch.randint(3, vocabulary, (length,), generator=drawn).tolist()
                 logprobs = self._logprobs([*ids, *tokens], version)[-length:]
                 spans = [VersionSpan(version=version, start=0, end=length)]
+                kept = [self.log_kept_mass] * length if request.sampling.truncates else None
+                if kept is not None:
+                    logprobs = [logprob - self.log_kept_mass for logprob in logprobs]
                 completions.append(
-                    Completion(token_ids=tokens, logprobs=logprobs, finish_reason="length", spans=spans, text="7")
-                )
+                    Completion(
+                        token_ids=tokens, logprobs=logprobs, log_kept_mass=kept, finish_reason="length", spans=spans,
+                        text="7",
+                    )
+                )  # fmt: skip
             groups.append(RolloutGroup(prompt_index=index, prompt_token_ids=ids, completions=completions))
         return GenerateResponse(epoch=self.state.epoch, groups=groups)
 

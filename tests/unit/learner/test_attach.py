@@ -35,12 +35,15 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     ratios = [log["sampling/importance_sampling_ratio/mean"] for log in logged if "reward" in log]
     assert len(ratios) == 3 and all(abs(ratio - 1) < 1e-3 for ratio in ratios)
     assert all("lockstep/push_seconds" in log for log in logged if "reward" in log)
+    assert all(log["lockstep/drift_delta"] < 1e-4 for log in logged if "reward" in log)
+    assert summary["max_drift_kl"] < 1e-6 and summary["max_drift_clipped"] == 0.0
     # Rollouts of step k are asked of version k, each prompt once with n completions.
     asked = [r for r in server.generated if r.policy != "base"]
     assert [r.policy.step for r in asked] == [0, 1, 2]
     assert all(r.sampling.n == 4 and len(r.prompts) == 2 for r in asked)
     history = [json.loads(line) for line in Path(trainer.args.output_dir, "metrics.jsonl").read_text().splitlines()]
     assert [h["step"] for h in history] == [1, 2, 3] and all(h["reward"] is not None for h in history)
+    assert all(h["drift"]["delta"] < 1e-4 for h in history)
 
     folder = save_final_adapter(trainer, tmp_path / "adapter")
     again = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
@@ -65,6 +68,31 @@ def test_a_server_that_merges(make_trainer, server, client):
     assert again.canary_slope is None and again.proof.max_gap < 1e-4
 
 
+def test_truncated_sampling_does_not_bias_the_ratios(make_trainer, server, client):
+    trainer = make_trainer(top_p=0.9, max_steps=1)
+    session = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert session.drift.delta < 1e-4 and session.drift.clipped == 0.0
+
+
+def test_drift_that_is_clipped(make_trainer, server, client):
+    trainer = make_trainer(top_p=0.9, max_steps=1, vllm_importance_sampling_mode="token_mask")
+    session = attach(trainer, client=client, run_id="r")
+    generate = server._generate
+
+    def drifted(request):
+        answer = generate(request)
+        for completion in answer.groups[0].completions:
+            completion.logprobs = [logprob - 2.0 for logprob in completion.logprobs]
+        return answer
+
+    server._generate = drifted
+    trainer.train()
+    assert 0.0 < session.drift.clipped < 1.0 and session.drift.kl > 0.1
+    logged = trainer.state.log_history[0]["lockstep/drift_clipped"]
+    assert logged == pytest.approx(session.drift.clipped, abs=1e-3)
+
+
 def test_generation_batches_reused_over_steps(make_trainer, server, client):
     trainer = make_trainer(steps_per_generation=2, num_iterations=1, max_steps=4)
     attachment = attach(trainer, client=client, run_id="r")
@@ -84,6 +112,7 @@ def test_evaluation_has_its_own_group_size(make_trainer, server, client):
     asked = [r for r in server.generated if r.policy != "base"]
     assert [(r.policy.step, r.sampling.n) for r in asked] == [(0, 4), (1, 2)]
     assert attachment.rollouts.stats.completions == 8, "evaluation is not counted"
+    assert not trainer._metrics["train"]["lockstep/drift_kl"], "nor is its drift"
     assert any("eval_reward" in log for log in trainer.state.log_history)
 
 

@@ -15,6 +15,7 @@ from learner.refusals import (
     check_rank,
     check_server,
     check_targets,
+    correction_warnings,
 )  # fmt: skip
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import BaseFingerprint
@@ -169,3 +170,47 @@ def test_greedy_training_is_refused(grpo):
     for args in (grpo(temperature=0.0), grpo(generation_kwargs={"temperature": 0.0})):
         with pytest.raises(LockstepError, match="temperature"):
             check_grpo(args)
+
+
+CUTS = [
+    {"generation_kwargs": {"min_tokens": 3}},
+    {"generation_kwargs": {"bad_words": ["no"]}},
+    {"generation_kwargs": {"allowed_token_ids": [1, 2]}},
+    {"vllm_structured_outputs_regex": "[0-9]+"},
+]
+
+
+@pytest.mark.parametrize("settings", CUTS)
+def test_cuts_whose_mass_is_unknown(grpo, settings):
+    with pytest.raises(LockstepError, match="vllm_importance_sampling_correction=false"):
+        check_grpo(grpo(**settings))
+    off = {"vllm_importance_sampling_correction": False, **settings}
+    check_grpo(grpo(**off))
+    assert "as if they were the policy's" in correction_warnings(grpo(**off))[0]
+    with pytest.raises(LockstepError, match="off_policy_mask_threshold"):
+        check_grpo(grpo(off_policy_mask_threshold=0.1, **off))
+
+
+def test_temperatures_that_the_server_would_raise(grpo):
+    with pytest.raises(LockstepError, match=r"0\.01 or above"):
+        check_grpo(grpo(temperature=0.005))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
+        ({"temperature": 1.0, "generation_kwargs": {"temperature": 0.7}}, "generation_kwargs.temperature"),
+    ],
+)
+def test_reweighted_sampling_is_a_warning(grpo, settings, named):
+    check_grpo(grpo(**settings))
+    (warning,) = correction_warnings(grpo(**settings))
+    assert named in warning and "ratios" in warning
+
+
+def test_truncation_and_temperature_need_no_warning(grpo):
+    args = grpo(top_p=0.9, top_k=50, min_p=0.05, temperature=0.7)
+    check_grpo(args)
+    assert correction_warnings(args) == []

@@ -7,8 +7,10 @@ from dataclasses import fields
 import pytest
 from trl import GRPOConfig
 
-from learner.sampling import MAPPED, REFUSED, USED_BY_TRL, refuse_unmapped, sampling_params
+from learner.sampling import MAPPED, REFUSED, USED_BY_TRL, policy_logprobs, refuse_unmapped, sampling_params
 from shared.errors import LockstepError
+from shared.rollouts import Completion
+from shared.sampling import SamplingParams
 
 
 def test_every_vllm_field_of_trl_is_known():
@@ -81,3 +83,14 @@ def test_options_without_effect_are_refused_by_name(grpo, name):
 
 def test_what_trl_users_write_anyway_is_accepted(grpo):
     refuse_unmapped(grpo(vllm_mode="server", vllm_importance_sampling_mode="token_truncate"))
+
+
+def test_logprobs_before_truncation():
+    completion = Completion(token_ids=[5, 6], logprobs=[-0.5, 0.0], finish_reason="length", spans=[])
+    assert policy_logprobs(completion, SamplingParams(temperature=0.7)) == [-0.5, 0.0]
+    assert policy_logprobs(completion, SamplingParams(temperature=0.0, top_p=0.5)) == [-0.5, 0.0]
+    for cut in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}):
+        with pytest.raises(LockstepError, match="top_p=1"):
+            policy_logprobs(completion, SamplingParams(**cut))
+        known = completion.model_copy(update={"log_kept_mass": [-0.25, -1.0]})
+        assert policy_logprobs(known, SamplingParams(**cut)) == [-0.75, -1.0]

@@ -1,0 +1,130 @@
+"""Forward passes without the padding of longer batches: completions cost what their own length costs.
+
+TRL pads a whole generation batch to its longest prompt and completion, and every micro-batch keeps that width. Here
+rows of like length are put together, each forward pass is cut to the longest row it holds, and its answers are padded
+back with zeros, which is what TRL's head gives at padding. All shapes outside the forward pass stay as they were, so
+that no loss can tell the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def scored(
+    score: Callable[..., Logps],
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    *,
+    batch_size: int | None = None,
+    multiple_of: int = 1,
+    **options: Any,
+) -> Logps:
+    """TRL's `_get_per_token_logps_and_entropies`, each of its forward passes on as few columns as its rows need.
+
+    Args:
+        score: TRL's own.
+        input_ids, attention_mask: [B, P + T]; prompts padded on the left to P, completions on the right to T.
+        logits_to_keep: T.
+        batch_size: rows of one forward pass, which are taken in order of their length; None: all.
+        multiple_of: widths of prompt and completion are rounded up to this (TRL's `pad_to_multiple_of`).
+        options: passed on. Tensors among them (images) would need cutting too, so nothing is cut then.
+
+    Returns:
+        Logprobs [B, T] and what `options` ask for: entropies [B, T], the auxiliary loss.
+    """
+    if any(isinstance(value, torch.Tensor) for value in options.values()):
+        return score(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **options)
+    rows, width_P = input_ids.size(0), input_ids.size(1) - logits_to_keep
+    batch_size = min(batch_size or rows, rows)
+    prompt_B = attention_mask[:, :width_P].sum(1)
+    completion_B = attention_mask[:, width_P:].sum(1)
+    order_B = (prompt_B + completion_B).argsort(descending=True, stable=True)
+    # One copy from the device for all passes.
+    lengths = torch.stack([prompt_B, completion_B], 1)[order_B].tolist()
+    parts: list[Logps] = []
+    for start in range(0, rows, batch_size):
+        chosen_B = order_B[start : start + batch_size]
+        longest_P, longest_T = (max(column) for column in zip(*lengths[start : start + batch_size], strict=True))
+        keep_P = min(_rounded_up(longest_P, multiple_of), width_P)
+        keep_T = min(_rounded_up(max(longest_T, 1), multiple_of), logits_to_keep)
+        columns = slice(width_P - keep_P, width_P + keep_T)
+        logps_BT, entropies_BT, aux_loss = score(
+            model, input_ids[chosen_B, columns], attention_mask[chosen_B, columns], keep_T, **options
+        )
+        missing = (0, logits_to_keep - keep_T)
+        logps_BT = torch.nn.functional.pad(logps_BT, missing)
+        entropies_BT = None if entropies_BT is None else torch.nn.functional.pad(entropies_BT, missing)
+        parts.append((logps_BT, entropies_BT, aux_loss))
+    return _joined(parts, order_B)
+
+
+def _joined(parts: list[Logps], order_B: torch.Tensor) -> Logps:
+    """The passes' answers, in the order the rows came in."""
+    back_B = order_B.argsort()
+    logps, entropies, aux_losses = zip(*parts, strict=True)
+    return (
+        torch.cat(logps)[back_B],
+        None if entropies[0] is None else torch.cat(entropies)[back_B],
+        None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+    )
+
+
+def sorted_windows(micro_batches: Sequence[dict[str, Any]], window: int) -> list[dict[str, Any]]:
+    """The same rows with those of like length in one micro-batch, longest first (so that memory runs out at once).
+
+    Rows change places only within `window` micro-batches, which make one optimizer step. Whether that leaves the step
+    as it was depends on the loss; see `may_regroup`.
+    """
+    regrouped = []
+    for start in range(0, len(micro_batches), window):
+        step = micro_batches[start : start + window]
+        length_B = torch.cat([(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)) for b in step])
+        order_B = length_B.argsort(descending=True, stable=True)
+        rows = [len(batch["completion_mask"]) for batch in step]
+        whole = {key: _regrouped([batch[key] for batch in step], order_B, rows) for key in step[0]}
+        regrouped += [{key: values[i] for key, values in whole.items()} for i in range(len(step))]
+    return regrouped
+
+
+def _regrouped(values: list[Any], order_B: torch.Tensor, rows: list[int]) -> Sequence[Any]:
+    """One key of the micro-batches: rows of tensors and lists change places, everything else is of the whole batch."""
+    if isinstance(values[0], torch.Tensor) and values[0].ndim > 0:
+        return torch.cat(values)[order_B].split(rows)
+    if isinstance(values[0], list):
+        joined = [item for value in values for item in value]
+        items, starts = [joined[i] for i in order_B.tolist()], [sum(rows[:i]) for i in range(len(rows))]
+        return [items[s : s + n] for s, n in zip(starts, rows, strict=True)]
+    return values
+
+
+#: Losses that sum over rows with a divisor that is the same for every micro-batch of an optimizer step.
+ROWWISE_LOSSES = ("grpo", "sapo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
+
+
+def may_regroup(args: Any, *, entropy_bonus: bool, aux_loss: bool) -> bool:
+    """Whether an optimizer step is the same however its rows are spread over micro-batches.
+
+    Not so where TRL divides or picks within each micro-batch: `bnpo`'s token count, the mean entropy of the bonus,
+    the quantile of `top_entropy_quantile`, the load balance of a mixture of experts; nor where the optimizer steps
+    do not divide a generation batch evenly.
+    """
+    return (
+        args.loss_type in ROWWISE_LOSSES
+        and args.top_entropy_quantile == 1.0
+        and not entropy_bonus
+        and not aux_loss
+        and args.gradient_accumulation_steps > 1
+        and args.steps_per_generation % args.gradient_accumulation_steps == 0
+    )
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

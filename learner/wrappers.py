@@ -1,0 +1,51 @@
+"""What `attach` puts around methods of a `trl.GRPOTrainer`; the names it relies on are checked there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from trl import GRPOTrainer
+
+from learner.drift import Correction, Drift, measure
+from learner.trimming import may_regroup, scored, sorted_windows
+
+
+def skip_padding(trainer: GRPOTrainer) -> None:
+    """Forward passes on the columns their rows need, with rows of like length in one micro-batch."""
+    trainer._get_per_token_logps_and_entropies = partial(
+        scored, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
+    )
+    args, prepare = trainer.args, trainer._prepare_inputs
+    if not may_regroup(args, entropy_bonus=trainer._entropy_bonus_enabled, aux_loss=trainer.aux_loss_enabled):
+        return
+
+    def prepare_sorted(generation_batch: Any) -> dict[str, Any]:
+        before = trainer._buffered_inputs
+        inputs = prepare(generation_batch)
+        if trainer._buffered_inputs is before:
+            return inputs
+        trainer._buffered_inputs = sorted_windows(trainer._buffered_inputs, args.gradient_accumulation_steps)
+        return trainer._buffered_inputs[trainer._step % args.steps_per_generation]
+
+    trainer._prepare_inputs = prepare_sorted
+
+
+def watch_drift(trainer: GRPOTrainer, saw: Callable[[Drift], None]) -> None:
+    """Hand the drift of every training generation batch to `saw`; TRL keeps no ratio from before its clipping."""
+    generate, reduce = trainer._generate_and_score_completions, partial(trainer.accelerator.reduce, reduction="sum")
+    args = trainer.args
+    correction = Correction(
+        args.vllm_importance_sampling_mode,
+        args.vllm_importance_sampling_clip_min,
+        args.vllm_importance_sampling_clip_max,
+    )
+
+    def generate_and_measure(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = generate(inputs)
+        if args.vllm_importance_sampling_correction and trainer.model.training:
+            saw(measure(batch, correction, reduce))
+        return batch
+
+    trainer._generate_and_score_completions = generate_and_measure

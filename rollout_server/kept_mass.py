@@ -1,0 +1,122 @@
+"""How much probability mass top_k, top_p and min_p kept where each token was sampled.
+
+vLLM's processed logprobs are those of the truncated distribution: ln q(t) - ln Z, where q is the softmax before
+truncation and Z the mass of the kept set. A learner that computes ln q(t) needs ln Z to compare the two. vLLM keeps
+neither, so its sampler is subclassed here: in batches with a truncating request ln Z takes the place of the sampled
+token's rank, which is at least 1 and which only vLLM's `/inference/v1/generate` shows, as a whole number <= 0 of 2^-24.
+All of it runs on the device, behind the model's graph; batches that truncate nothing pass through untouched.
+
+Written for both samplers of vLLM 0.26 to 0.33: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample`. With another
+one, and where speculation drafts tokens, ranks stay ranks: `decoded` then answers None, never a wrong mass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_STEPS = 2**24
+_LEAST = -100.0  # a mass of 4e-44; as a number of steps it still fits into 32 bits
+_GREEDY_BELOW = 1e-5  # vLLM's own bound on the temperature
+
+
+def encoded(log_mass_N: torch.Tensor) -> torch.Tensor:
+    """ln Z [N] as what stands in for a rank, int64 [N]."""
+    return (log_mass_N.double().clamp(_LEAST, 0.0) * _STEPS).round().long()
+
+
+def decoded(ranks: Sequence[int | None]) -> list[float] | None:
+    """ln Z of each token; None if one of them still has a rank."""
+    if any(rank is None or rank > 0 for rank in ranks):
+        return None
+    return [rank / _STEPS for rank in ranks if rank is not None]
+
+
+def install(sampler: Any) -> None:
+    """Let this sampler, one of vLLM's two, report ln Z; any other (None where there is none) stays as it is."""
+    if getattr(sampler, "logprobs_mode", None) != "processed_logprobs":
+        return
+    if hasattr(getattr(sampler, "sampling_states", None), "apply_min_p"):
+        states = sampler.sampling_states
+        states.__class__ = _summing_states(type(states))
+        sampler.__class__ = _reporting_v2(type(sampler))
+    elif hasattr(sampler, "topk_topp_sampler"):
+        sampler.__class__ = _reporting_v1(type(sampler))
+
+
+def _with_mass(output: Any, log_mass_N: torch.Tensor | None) -> Any:
+    tensors = output.logprobs_tensors
+    if log_mass_N is not None and tensors is not None and tensors.selected_token_ranks.shape == log_mass_N.shape:
+        output.logprobs_tensors = tensors._replace(selected_token_ranks=encoded(log_mass_N))
+    return output
+
+
+def _reporting_v1(base: Any) -> Any:
+    """The sampler of the CPU backend and of vLLM's first GPU runner."""
+
+    class ReportingSampler(base):
+        log_mass_N: torch.Tensor | None = None
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.log_mass_N = None
+            return _with_mass(super().forward(*args, **kwargs), self.log_mass_N)
+
+        def sample(self, logits: torch.Tensor, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+            if metadata.temperature is None or not _truncates_v1(metadata):
+                return super().sample(logits, metadata, *args, **kwargs)
+            temperature_N = metadata.temperature
+            temperature_N = torch.where(temperature_N < _GREEDY_BELOW, 1.0, temperature_N)
+            logits_NV = logits / temperature_N[:, None]
+            best_N = logits_NV.amax(-1) - logits_NV.logsumexp(-1)
+            del logits_NV
+            sampled, processed_NV = super().sample(logits, metadata, *args, **kwargs)
+            # The most likely token is always kept, so its two logprobs differ by ln Z.
+            self.log_mass_N = None if processed_NV is None else best_N - processed_NV.amax(-1)
+            return sampled, processed_NV
+
+    return ReportingSampler
+
+
+def _truncates_v1(metadata: Any) -> bool:
+    by_min_p = any(getattr(p, "min_p_count", 0) > 0 for p in metadata.logitsprocs.argmax_invariant)
+    return metadata.top_k is not None or metadata.top_p is not None or by_min_p
+
+
+def _summing_states(base: Any) -> Any:
+    """V2's sampling parameters. `apply_min_p` is called on logits after temperature, right before any truncation."""
+
+    class SummingStates(base):
+        log_total_N: torch.Tensor | None = None
+
+        def apply_min_p(self, logits: torch.Tensor, expanded_idx_mapping: Any, idx_mapping_np: Any) -> None:
+            rows = idx_mapping_np
+            by_min_p = (self.min_p.np[rows] > 0.0).any()
+            by_top = (self.top_k.np[rows] != self.vocab_size).any() or (self.top_p.np[rows] != 1.0).any()
+            if by_min_p or by_top:
+                self.log_total_N = logits.float().logsumexp(-1)
+            super().apply_min_p(logits, expanded_idx_mapping, idx_mapping_np)
+
+    return SummingStates
+
+
+def _reporting_v2(base: Any) -> Any:
+    """The sampler of vLLM's second GPU runner."""
+
+    class ReportingSampler(base):
+        log_mass_N: torch.Tensor | None = None
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().__call__(*args, **kwargs)
+            return _with_mass(output, self.log_mass_N)
+
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            self.log_mass_N, self.sampling_states.log_total_N = None, None
+            sampled, processed_NV = super().sample(*args, **kwargs)
+            total_N = self.sampling_states.log_total_N
+            if total_N is not None:
+                self.log_mass_N = processed_NV.float().logsumexp(-1) - total_N
+            return sampled, processed_NV
+
+    return ReportingSampler

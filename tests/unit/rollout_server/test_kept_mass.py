@@ -1,0 +1,86 @@
+"""The kept mass on its way through vLLM; tests/integration/test_requests.py has the real sampler of the CPU backend."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from rollout_server import kept_mass
+
+
+def test_masses_and_ranks_are_told_apart():
+    masses = torch.tensor([0.0, -1e-6, -0.5, -31.25, -torch.inf, 1e-7])
+    numbers = kept_mass.encoded(masses)
+    assert numbers.dtype == torch.int64 and numbers.abs().max() < 2**31
+    expected = [0.0, -1e-6, -0.5, -31.25, -100.0, 0.0]
+    assert kept_mass.decoded(numbers.tolist()) == pytest.approx(expected, abs=1e-7)
+    assert kept_mass.decoded([-5, 1]) is None and kept_mass.decoded([None]) is None
+
+
+class LogprobsTensors(NamedTuple):
+    logprobs: torch.Tensor
+    selected_token_ranks: torch.Tensor
+
+
+class States:
+    """The part of V2's `SamplingStates` that is relied on."""
+
+    def __init__(self, vocab_size: int, top_k: list[int], top_p: list[float], min_p: list[float]) -> None:
+        self.vocab_size = vocab_size
+        self.top_k = SimpleNamespace(np=np.array(top_k))
+        self.top_p = SimpleNamespace(np=np.array(top_p))
+        self.min_p = SimpleNamespace(np=np.array(min_p))
+
+    def apply_min_p(self, logits: torch.Tensor, expanded_idx_mapping: object, idx_mapping_np: np.ndarray) -> None:
+        least = logits.amax(-1, keepdim=True) + torch.tensor(self.min_p.np[idx_mapping_np]).float().log()[:, None]
+        logits.masked_fill_(logits < least, -torch.inf)
+
+
+class Sampler:
+    """The order of V2's calls: temperature, min_p, top_k; logprobs of the first token."""
+
+    def __init__(self, states: States) -> None:
+        self.sampling_states, self.logprobs_mode = states, "processed_logprobs"
+
+    def __call__(self, logits: torch.Tensor, rows: np.ndarray) -> SimpleNamespace:
+        sampled, processed = self.sample(logits, rows)
+        ranks = torch.ones(len(rows), dtype=torch.int64)
+        tensors = LogprobsTensors(processed.log_softmax(-1).gather(1, sampled[:, None]), ranks)
+        return SimpleNamespace(logprobs_tensors=tensors)
+
+    def sample(self, logits: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits / 0.7
+        self.sampling_states.apply_min_p(logits, None, rows)
+        top_k = torch.tensor(self.sampling_states.top_k.np[rows])
+        least = logits.sort(-1, descending=True).values.gather(1, top_k[:, None] - 1)
+        processed = logits.masked_fill(logits < least, -torch.inf)
+        return processed.argmax(-1), processed
+
+
+def test_the_second_runners_sampler():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 20)
+    sampler = Sampler(States(20, top_k=[20, 4, 20, 20], top_p=[1.0] * 4, min_p=[0.0, 0.0, 0.3, 0.0]))
+    plain = Sampler(sampler.sampling_states)(logits, np.array([0, 1, 2])).logprobs_tensors.logprobs[:, 0]
+    kept_mass.install(sampler)
+    cut = sampler(logits, np.array([0, 1, 2])).logprobs_tensors
+    assert torch.equal(cut.logprobs[:, 0], plain)
+    masses = torch.tensor(kept_mass.decoded(cut.selected_token_ranks.tolist()))
+    full = (logits / 0.7).log_softmax(-1).amax(-1)  # the arg-max is what this sampler takes
+    torch.testing.assert_close(plain + masses, full)
+    assert masses[0] == 0.0 and masses[1] < -0.1 and masses[2] < -0.01
+    uncut = sampler(logits[:2], np.array([0, 3])).logprobs_tensors
+    assert uncut.selected_token_ranks.tolist() == [1, 1], "a batch that truncates nothing keeps its ranks"
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logits"])
+def test_other_logprobs_are_left_alone(mode):
+    sampler = Sampler(States(20, top_k=[4], top_p=[1.0], min_p=[0.0]))
+    sampler.logprobs_mode = mode
+    kept_mass.install(sampler)
+    assert type(sampler) is Sampler
+    kept_mass.install(None)
