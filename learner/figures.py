@@ -53,13 +53,14 @@ class Figures:
         pushes: of the whole run, without those of step 0 and of recoveries.
         reports: one per optimizer step that this process made.
         listeners: called with each report.
+        drift: of the last generation batch, None without importance correction.
     """
 
     def __init__(self, trainer: Trainer, rollouts: RemoteRollouts) -> None:
         self._trainer, self._rollouts = trainer, rollouts
         self.pushes = 0
         self.reports: list[StepReport] = []
-        self._drift: Drift | None = None
+        self.drift: Drift | None = None
         self.listeners: list[Callable[[StepReport], None]] = []
         self.restart_clock()
 
@@ -84,7 +85,7 @@ class Figures:
             wait_seconds=stats.wait_seconds - self._waited, idle_seconds=idle,
             push_seconds=push_seconds, push_bytes=push_bytes,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
-            logprob_gap=logprob_gap, seconds=seconds, drift=self._drift,
+            logprob_gap=logprob_gap, seconds=seconds, drift=self.drift,
         )  # fmt: skip
         self.restart_clock()
         logged = {
@@ -102,7 +103,7 @@ class Figures:
 
     def saw_drift(self, drift: Drift) -> None:
         """A generation batch's distance between the server's distribution and the trainer's."""
-        self._drift = drift
+        self.drift = drift
         for name, value in asdict(drift).items():
             self._trainer.log(f"lockstep/drift_{name}", value)
 

@@ -72,7 +72,7 @@ def test_truncated_sampling_does_not_bias_the_ratios(make_trainer, server, clien
     trainer = make_trainer(top_p=0.9, max_steps=1)
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert session.drift.delta < 1e-4 and session.drift.clipped == 0.0
+    assert session.figures.drift.delta < 1e-4 and session.figures.drift.clipped == 0.0
 
 
 def test_drift_that_is_clipped(make_trainer, server, client):
@@ -88,9 +88,9 @@ def test_drift_that_is_clipped(make_trainer, server, client):
 
     server._generate = drifted
     trainer.train()
-    assert 0.0 < session.drift.clipped < 1.0 and session.drift.kl > 0.1
+    assert 0.0 < session.figures.drift.clipped < 1.0 and session.figures.drift.kl > 0.1
     logged = trainer.state.log_history[0]["lockstep/drift_clipped"]
-    assert logged == pytest.approx(session.drift.clipped, abs=1e-3)
+    assert logged == pytest.approx(session.figures.drift.clipped, abs=1e-3)
 
 
 def test_generation_batches_reused_over_steps(make_trainer, server, client):
