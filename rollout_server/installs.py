@@ -61,6 +61,7 @@ class Installer:
         Raises:
             LockstepError: whatever is wrong with the push; what is served has not changed then.
         """
+        self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
 
         async def check(header: AdapterHeader) -> None:
@@ -104,6 +105,7 @@ class Installer:
             LockstepError: as `push`; `no_group` if the run's learner has joined none, `unknown_layout` if its last push
                 had another layout. If the transfer itself fails the group is left on all workers.
         """
+        self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
         header = self._as_last_time(self.runs.get(run_id), announced)
         await self._check(run_id, lease, False, header)
@@ -125,6 +127,15 @@ class Installer:
                     self.groups.leave(run)
                 raise
             yield receipt
+
+    def _check_in_flight(self, in_flight: InFlight) -> None:
+        """When a push overtakes a running request is a matter of time, and both would pause the engine."""
+        if self.settings.deterministic and in_flight != "drain":
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"in_flight={in_flight}: on a server started with --deterministic running requests finish on their "
+                "version; use drain",
+            )
 
     def _as_last_time(self, run: Run, announced: Announcement) -> AdapterHeader:
         """The header of an adapter that is announced as like the last one."""

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from learner.client import RolloutClient
+from shared.errors import LockstepError
+from shared.weights import WeightVersion
+from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions
 from tests.integration.server import ServerProcess, running_server
@@ -61,3 +65,12 @@ def test_rollouts_run_ahead_within_the_bound(server: ServerProcess, model: Path,
     history = [json.loads(line) for line in (tmp_path / "ahead" / "metrics.jsonl").read_text().splitlines()]
     assert [step["lag"] for step in history] == [0, 1, 1, 1, 1, 1]
     assert all(step["idle_seconds"] is not None for step in history)
+
+
+def test_a_push_does_not_overtake_on_a_deterministic_server(server: ServerProcess, model: Path) -> None:
+    with RolloutClient(server.url) as client:
+        policy = P.make_policy(model)
+        P.push(client, policy, "drained", 0)
+        blob = P.blob(policy, WeightVersion(run_id="drained", step=1), client.state().base.weights)
+        with pytest.raises(LockstepError, match="use drain"):
+            client.push("drained", [blob], P.LEASE, in_flight="keep")
