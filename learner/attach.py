@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapter import active_adapter, lora_layers, peft_tensors
-from learner.batches import ComingPrompts, schedule_of
+from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.refusals import (
@@ -115,6 +115,9 @@ def attach(
     check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
     if config.max_staleness:
         ComingPrompts(trainer)  # refuses what cannot be read ahead
+        check_slots(trainer, state, config.max_staleness, config.in_flight)
+    if config.deterministic and not trainer.args.full_determinism:
+        raise _invalid("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     check_rank(adapter_config, state)
     check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
     base = adapter_config.base_model_name_or_path or model.config._name_or_path

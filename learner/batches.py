@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import functools
 
-from datasets import Dataset
+from datasets import IterableDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from trl import GRPOTrainer
 
 from learner.lookahead import Lookahead
 from learner.schedule import Schedule
 from shared.errors import ErrorCode, LockstepError
+from shared.weights import ServerState
 
 
 def indexable(trainer: GRPOTrainer) -> bool:
     """Whether the order of prompts can be read ahead: an index sampler orders a dataset; streams have none."""
-    return isinstance(trainer.train_dataset, Dataset)
+    return not isinstance(trainer.train_dataset, IterableDataset | TorchIterableDataset)
 
 
 def schedule_of(trainer: GRPOTrainer) -> Schedule:
@@ -30,6 +32,24 @@ def schedule_of(trainer: GRPOTrainer) -> Schedule:
         per_epoch=max(len(trainer.train_dataset) // prompts, 1),
         max_steps=trainer.state.max_steps,
     )
+
+
+def check_slots(trainer: GRPOTrainer, state: ServerState, max_staleness: int, in_flight: str) -> None:
+    """A request that runs ahead holds its adapter slot while the pushes of S generation batches come.
+
+    Raises:
+        LockstepError: `invalid_request` where a push would have to wait for it.
+    """
+    if in_flight != "drain" or state.apply == "merge":
+        return
+    micro_steps = max_staleness * trainer.args.steps_per_generation * trainer.num_iterations
+    needed = -(-micro_steps // trainer.args.gradient_accumulation_steps) + 1
+    if state.slots_per_run < needed:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            f"max_staleness={max_staleness}: a rollout can live through {needed - 1} pushes, and the server has only "
+            f"{state.slots_per_run} adapter slots: start it with --slots-per-run {needed}, or set in_flight=keep",
+        )
 
 
 class ComingPrompts:

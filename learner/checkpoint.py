@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written under another name, synced, renamed; and what they add to TRL's.
 
 `checkpoint-N/` holds what transformers writes (adapter, optimizer, scheduler, random states, trainer state), our
-`lockstep.json`, and, inside a generation batch, what is left to train on of it.
+`lockstep.json`, and, inside a generation batch, that batch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ class TrainingState:
     """Where a training stands, as far as transformers' own checkpoint does not say.
 
     Attributes:
+        fence: of the learner that wrote it; a higher one belongs to a later history of the run.
         step: optimizer steps done.
         micro_step: TRL's count of forward-backward passes; it says where in a generation batch the training stands.
         pushes, completions, completion_tokens: counts of the whole run so far.
+        geometry: what `micro_step` and the saved batch depend on, by TRL's names.
     """
 
+    fence: int
     step: int
     micro_step: int
     pushes: int
     completions: int
     completion_tokens: int
+    geometry: dict[str, int]
 
 
 def save_state(folder: Path, state: TrainingState) -> None:
@@ -105,21 +109,21 @@ def commit(staged: Path, final: Path) -> None:
         for name in names:
             _sync(Path(root, name))
         _sync(Path(root))
-    if final.exists():
-        shutil.rmtree(final)  # of a history that was left: training has come to this step once more
+    if final.exists():  # of a history that was left: training has come to this step once more
+        final.rename(staged.parent / "replaced")
     staged.rename(final)
     _sync(final.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint of ours in `output_dir`."""
+    """The newest whole checkpoint of ours in `output_dir`: the last of the latest history."""
     folder = Path(output_dir)
-    found = [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name)) and (path / STATE_FILE).is_file()
-    ]
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        state = load_state(path) if _NAME.fullmatch(path.name) else None
+        if state is not None:
+            found.append(((state.fence, state.step), path))
     return max(found)[1] if found else None
 
 

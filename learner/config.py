@@ -103,6 +103,9 @@ class LearnerConfig:
         if self.deterministic and self.max_staleness:
             raise ValueError("deterministic: how far a push has come when a rollout begins differs from time to time; "
                              "leave max_staleness at 0")  # fmt: skip
+        if self.deterministic and self.in_flight != "drain":
+            raise ValueError("deterministic: when a push overtakes a completion differs from time to time; "
+                             "leave in_flight at drain")  # fmt: skip
         if self.run_id is not None and not re.match(RUN_ID_PATTERN, self.run_id):
             raise ValueError(f"run_id {self.run_id!r}: letters, digits, dot, dash and underscore, at most 64")
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
 from learner.client import RolloutClient
+from learner.parallel import all_of
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
 #: Errors that say the server has forgotten the run, or was away: pushing again may help.
-RECOVERABLE = {ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.NOT_READY}
+RECOVERABLE = {
+    ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.STEP_NOT_REACHED, ErrorCode.NOT_READY,
+}  # fmt: skip
 MAX_PARALLEL_REQUESTS = 8
 #: Row of a batch and its prompt -> seed; None: the server draws.
 SeedOf = Callable[[int, list[int]], int | None]
@@ -110,16 +113,19 @@ class Fetcher:
         Raises:
             LockstepError: also when a completion is empty, aborted, or of weights that were not wanted.
         """
-        deadline = time.monotonic() + self.patience_s
+        deadline, failed = time.monotonic() + self.patience_s, False
         while True:
             try:
+                if failed:
+                    self.recover()
                 return self._attempt(asks, wanted())
             except LockstepError as error:
                 if error.code not in RECOVERABLE or time.monotonic() > deadline:
                     raise
-                self.warn(f"{error}; bringing the server up to date and asking again")
+                if not failed:
+                    self.warn(f"{error}; bringing the server up to date and asking again")
+                failed = True
             time.sleep(_RETRY_S)
-            self.recover()
 
     def _attempt(self, asks: Sequence[Ask], wanted: Wanted) -> list[Completion]:
         """Entries with the same `n` and `max_tokens` travel in one request."""
@@ -127,14 +133,8 @@ class Fetcher:
         for ask in asks:
             buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)
 
-        def request(shape: tuple[int, int | None]) -> list[RolloutGroup]:
-            return self._request(buckets[shape], *shape, wanted)
-
-        if len(buckets) == 1:
-            answers = [request(shape) for shape in buckets]
-        else:
-            with ThreadPoolExecutor(min(len(buckets), MAX_PARALLEL_REQUESTS)) as pool:
-                answers = list(pool.map(request, buckets))
+        requests = [partial(self._request, bucket, *shape, wanted) for shape, bucket in buckets.items()]
+        answers = all_of(requests, "rollouts", MAX_PARALLEL_REQUESTS)
         rows: dict[int, Completion] = {}
         for bucket, groups in zip(buckets.values(), answers, strict=True):
             for ask, group in zip(bucket, groups, strict=True):

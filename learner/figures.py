@@ -23,7 +23,7 @@ class StepReport:
     Attributes:
         lag: mean lag of the samples of the generation batch, in generation batches.
         wait_seconds: for which the trainer waited for completions.
-        idle_seconds: for which nothing was asked of the server (None: rollouts are not read ahead).
+        idle_seconds: for which this rank was reading nothing ahead from the server (None: it never does).
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
         logprob_gap: None where not proven.
         drift: of the generation batch the step trained on; None without importance correction.

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
+from learner.parallel import start
 from shared.rollouts import Completion
 
 Prompts = list[list[int]]
@@ -22,7 +24,9 @@ class _Coming:
 class Prefetcher:
     """A cache of batches that are known to come. What it holds is used only for the very prompts that were requested.
 
-    `last_seconds`: how long it took to fetch the batch that was taken last.
+    Attributes:
+        last_seconds: how long it took to fetch the batch that was taken last.
+        mismatches: batches that were requested with other prompts than the trainer then asked for.
 
     Args:
         prompts_of: generation batch -> token ids of its rows on this rank [B][P]; called on the trainer's thread.
@@ -39,6 +43,7 @@ class Prefetcher:
         self._requested = -1
         self._clock = _BusyClock()
         self.last_seconds = 0.0
+        self.mismatches = 0
 
     @property
     def busy_seconds(self) -> float:
@@ -49,12 +54,9 @@ class Prefetcher:
         """Request the batches from `first` to `last` that have not been requested, and that will be trained on."""
         for batch in range(max(first, self._requested + 1), min(last, self._last_batch) + 1):
             prompts = self._prompts_of(batch)
-            outcome: Future[tuple[list[Completion], float]] = Future()
+            # Not joined at exit: an interrupted training must not wait for completions that nobody wants any more.
+            outcome = start(partial(self._timed, batch, prompts), f"rollouts-{batch}")
             self._coming[batch] = _Coming(prompts, outcome)
-            # Daemons: an interrupted training must not wait for completions that nobody wants any more.
-            threading.Thread(
-                target=self._run, args=(batch, prompts, outcome), name=f"rollouts-{batch}", daemon=True
-            ).start()
             self._requested = batch
 
     def take(self, batch: int, prompts: Prompts) -> list[Completion] | None:
@@ -64,7 +66,11 @@ class Prefetcher:
             LockstepError: what made the request fail.
         """
         coming = self._coming.get(batch)
-        if coming is None or coming.prompts != prompts:
+        if coming is None:
+            return None
+        if coming.prompts != prompts:
+            del self._coming[batch]
+            self.mismatches += 1
             return None
         completions, self.last_seconds = coming.outcome.result()
         for old in [known for known in self._coming if known <= batch]:
@@ -75,13 +81,10 @@ class Prefetcher:
         """Give up what is still being fetched."""
         self._coming.clear()
 
-    def _run(self, batch: int, prompts: Prompts, outcome: Future[tuple[list[Completion], float]]) -> None:
+    def _timed(self, batch: int, prompts: Prompts) -> tuple[list[Completion], float]:
         started = time.monotonic()
         with self._clock:
-            try:
-                outcome.set_result((self._fetch(batch, prompts), time.monotonic() - started))
-            except BaseException as error:
-                outcome.set_exception(error)
+            return self._fetch(batch, prompts), time.monotonic() - started
 
 
 class _BusyClock:

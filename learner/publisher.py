@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from peft import PeftModel
 
@@ -23,6 +24,7 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 LEASE_FILE = "lease.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Publisher:
     Attributes:
         receipts: one for every push, the initial adapter (step 0) included.
         seconds: wall-clock seconds of every push, from export to receipt.
+
+    Args:
+        patience_s: how long a push waits for a server that is away.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Publisher:
         in_flight: InFlight = "drain",
         say: Callable[[str], None] = print,
         on_main: OnMain = on_one_rank,
+        patience_s: float = 0.0,
     ) -> None:
         self.client = client
         self.lease = _above_served(lease, state)
@@ -97,7 +103,7 @@ class Publisher:
         self.model, self._state = model, state
         self._choice, self._in_flight, self._say = transport, in_flight, say
         self.takeover = takeover
-        self.on_main = on_main
+        self.on_main, self._patience_s = on_main, patience_s
         self._export: AdapterExport | None = None
         # Rollouts that find their run forgotten restore it from threads of their own.
         self._sending = threading.Lock()
@@ -139,7 +145,7 @@ class Publisher:
             export = self._export = self.exporter.export(self.version(step))
 
             def send() -> PushReceipt:
-                receipt = self.transport.send(export, takeover=self.takeover)
+                receipt = self._patiently(lambda: self.transport.send(export, takeover=self.takeover))
                 self.takeover = False  # said once: a learner that is taken over itself must not take the run back
                 self._check(receipt, export.manifest)
                 return receipt
@@ -153,7 +159,7 @@ class Publisher:
         """Make sure that the server serves `step`: push again if it restarted or serves anything else. Collective."""
         last = self.last
         if last is not None and last.version == self.version(step):
-            state = self.on_main(self.client.state)
+            state = self.on_main(lambda: self._patiently(self.client.state))
             if state.epoch == last.epoch and self._serves(state, last.version, last.checksum):
                 return last
         return self.push(step)
@@ -170,15 +176,31 @@ class Publisher:
             export = self._export
             if export is None or self._serves(self.client.state(), export.manifest.version, export.manifest.checksum):
                 return
-            receipt = self.client.push(
-                self.lease.run_id, export.pieces(), self.lease.secret, in_flight=self._in_flight
-            )  # fmt: skip
+            try:
+                receipt = self.client.push(
+                    self.lease.run_id, export.pieces(), self.lease.secret, in_flight=self._in_flight
+                )  # fmt: skip
+            except LockstepError as error:
+                if error.code is ErrorCode.STALE_VERSION:  # another rank was faster, with a later step
+                    return
+                raise
             self._check(receipt, export.manifest)
 
     def close(self) -> None:
         """Let go of the way to the server; what was pushed stays there."""
         if "transport" in self.__dict__:
             self.transport.close()
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """Once more if the server is away, as soon as it is back."""
+        try:
+            return action()
+        except LockstepError as error:
+            if error.code is not ErrorCode.NOT_READY or not self._patience_s:
+                raise
+            self._say(f"{error}; waiting until the server is back")
+        self.client.wait_ready(self._patience_s)
+        return action()
 
     def _serves(self, state: ServerState, version: WeightVersion, checksum: str) -> bool:
         return any(

@@ -200,6 +200,8 @@ def check_grpo(args: GRPOConfig) -> None:
     if generation_kwargs(args).get("temperature", args.temperature) == 0.0:
         raise _invalid("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
     check_correction(args)
+    if args.push_to_hub:
+        raise _invalid("push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards")
     truncating = args.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
     # TRL checks this in the constructor only where use_vllm is set there already.
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and not truncating:

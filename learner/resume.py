@@ -26,6 +26,7 @@ from learner.checkpoint import (
 )  # fmt: skip
 from learner.lookahead import IndexSampler, skip_epochs
 from learner.session import Session
+from shared.errors import ErrorCode, LockstepError
 
 
 class ExactResume:
@@ -63,14 +64,20 @@ class ExactResume:
         finally:
             trainer._get_output_dir = usual
         if self._in_a_batch():
+            (staging / name).mkdir(parents=True, exist_ok=True)
             save_batches(staging / name / _batch_file(trainer), trainer._buffered_inputs)
         trainer.accelerator.wait_for_everyone()
         counts = self._session.figures.counts()
+        self._name_the_best(staging / name, output_dir)
         if trainer.args.should_save:
-            self._name_the_best(staging / name, output_dir)
+            fence = self._session.publisher.lease.fence
             save_state(
-                staging / name, TrainingState(step=trainer.state.global_step, micro_step=trainer._step, **counts)
-            )
+                staging / name,
+                TrainingState(
+                    fence=fence, step=trainer.state.global_step, micro_step=trainer._step, geometry=self._geometry(),
+                    **counts,
+                ),
+            )  # fmt: skip
             commit(staging / name, output_dir / name)
             transformers.trainer_utils.rotate_checkpoints(
                 output_dir=str(output_dir), save_total_limit=trainer.args.save_total_limit,
@@ -86,14 +93,22 @@ class ExactResume:
         best = output_dir / f"checkpoint-{state.best_global_step}"
         if best.is_dir() or best.name == staged.name:
             state.best_model_checkpoint = str(best)
-            state.save_to_json(str(staged / transformers.trainer.TRAINER_STATE_NAME))
+            if self._trainer.args.should_save:
+                state.save_to_json(str(staged / transformers.trainer.TRAINER_STATE_NAME))
 
     def _load_with_state(self, checkpoint: str | None) -> None:
         """Called by transformers after the model, and before the first step."""
         self._load(checkpoint)
-        state = load_state(Path(checkpoint)) if checkpoint else None
-        if checkpoint is None or state is None:
+        if checkpoint is None:
             return
+        state = load_state(Path(checkpoint))
+        if state is None:
+            self._session.say(
+                f"{checkpoint} was not written by Lockstep: it does not say where in a generation batch it stands, nor "
+                "in which order later epochs come, so the training goes on from its weights but not exactly"
+            )
+            return
+        self._check_geometry(state, checkpoint)
         trainer = self._trainer
         trainer._step = state.micro_step
         batch_file = Path(checkpoint) / _batch_file(trainer)
@@ -103,6 +118,26 @@ class ExactResume:
         if indexable(trainer):  # transformers itself reads a stream up to its place
             skip_epochs(self._samplers[-1], schedule_of(trainer).epoch_at(state.step))
         self._session.figures.restore(state.pushes, state.completions, state.completion_tokens)
+
+    def _geometry(self) -> dict[str, int]:
+        trainer, args = self._trainer, self._trainer.args
+        return {
+            "num_processes": trainer.accelerator.num_processes,
+            "generation_batch_size": args.generation_batch_size,
+            "steps_per_generation": args.steps_per_generation,
+            "num_iterations": trainer.num_iterations,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        }
+
+    def _check_geometry(self, state: TrainingState, checkpoint: str) -> None:
+        now = self._geometry()
+        changed = [f"{name}={now[name]} instead of {was}" for name, was in state.geometry.items() if now[name] != was]
+        if changed:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"{checkpoint} was written with batches arranged otherwise: {', '.join(changed)}; resume with the same "
+                "options, or start a new run from its adapter with --init_adapter",
+            )
 
     def _in_a_batch(self) -> bool:
         """Whether the next micro-step goes on with the present generation batch."""

@@ -56,7 +56,7 @@ class Schedule:
     def lag(self, batch: int, step: int) -> int:
         """How many generation batches old weights of `step` are when the training on `batch` begins.
 
-        0: no batch has begun since these weights were made.
+        0: no batch has begun with newer weights.
         """
         newest = batch
         while newest > 0 and self.first_step(newest) > step:

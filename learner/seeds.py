@@ -6,7 +6,7 @@ import hashlib
 
 
 def prompt_seed(base: int, *place: int | str) -> int:
-    """A seed in [0, 2^62) for the prompt at `place` (batch, row, attempt) of a training seeded with `base`.
+    """A seed in [0, 2^62) for the prompt at `place` (say: training, micro-step, row) of a training seeded with `base`.
 
     vLLM adds the index of a completion to its prompt's seed, so neighbours must not be close to each other.
     """

@@ -20,7 +20,7 @@ from learner.publisher import Publisher, load_lease, save_lease
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
-from shared.errors import ErrorDetail, LockstepError
+from shared.errors import ErrorCode, ErrorDetail, LockstepError
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 from shared.weights import ServerState
@@ -76,6 +76,7 @@ class Session:
             self.client, self.model, lease, state,
             base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
             in_flight=self.config.in_flight, say=self.say, on_main=self._on_main,
+            patience_s=self.config.ready_timeout_s,
         )  # fmt: skip
         if self.trainer.accelerator.is_main_process:
             save_lease(self.trainer.output_dir, publisher.lease)
@@ -186,11 +187,16 @@ class Session:
         if accelerator.is_main_process:
             try:
                 outcome = [action()]
-            except LockstepError as error:
+            except Exception as error:
                 if accelerator.num_processes == 1:
                     raise
-                outcome = [error.body().error]
+                failure = error if isinstance(error, LockstepError) else _of_rank_0(error)
+                outcome = [failure.body().error]
         broadcast_object_list(outcome, from_process=0)
         if isinstance(outcome[0], ErrorDetail):
             raise LockstepError(outcome[0].code, outcome[0].message, **outcome[0].detail)
         return outcome[0]
+
+
+def _of_rank_0(error: Exception) -> LockstepError:
+    return LockstepError(ErrorCode.INSTALL_FAILED, f"rank 0 failed with {type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from learner.attach import attach, save_final_adapter
-from learner.checkpoint import last_checkpoint
+from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.progress import show_progress
@@ -77,7 +77,14 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     show_progress(trainer, session, args.output_dir)
     session.say(f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {url}")
     training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_resume(args, session.say))
+    checkpoint = _resume(args, session.say)
+    if finished := _finished(checkpoint, args):
+        session.say(f"trained already, {finished.step} steps; more with a higher --max_steps")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state.global_step = finished.step
+        session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     session.close()
     train_seconds = time.perf_counter() - training
     save_final_adapter(trainer, Path(args.output_dir) / "adapter")
@@ -192,6 +199,12 @@ def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:
     if value is None and last is not None:
         say(f"going on from {last} (start anew with --resume_from_checkpoint false, or another output_dir)")
     return (str(last) if last else value) if value in (None, True) else value
+
+
+def _finished(checkpoint: bool | str | None, args: GRPOConfig) -> TrainingState | None:
+    """The state in `checkpoint` if nothing is left to train; transformers would make one step more."""
+    state = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
+    return state if state is not None and 0 < args.max_steps <= state.step else None
 
 
 def _invalid(message: str) -> LockstepError:

@@ -76,6 +76,7 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
         wants_text = any(prompt.token_ids is None for prompt in body.prompts)
     tokenizer = service.door.get_tokenizer() if wants_text else None
     params = _params(body)
+    await service.reached(body)
     give_turn_back = await service.turns.take()
     try:
         admission = await service.admit(body)

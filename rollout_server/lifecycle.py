@@ -143,6 +143,11 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
     )
     if unreachable:
         raise _refusal(unreachable)
+    if settings.deterministic and vllm_config.parallel_config.data_parallel_size > 1:
+        raise _refusal(
+            "--deterministic: which of several engines takes a request depends on their load; leave out "
+            "--data-parallel-size"
+        )
     if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
         raise _refusal(
             "--apply merge writes plain weights, and this model computes with others made of them (quantised, or MLA): "

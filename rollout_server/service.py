@@ -33,10 +33,13 @@ class Service:
         """The answer of `/v1/state`."""
         return self.served.state(self.epoch, not self.door.errored, self.settings, self.runs)
 
-    async def admit(self, request: PolicyRequest) -> Admission:
-        """Wait for the step the request asks for, then bind it to what is served."""
+    async def reached(self, request: PolicyRequest) -> None:
+        """Wait for the step the request asks for."""
         if request.min_step is not None:
             await self.runs.get(request.run_id).wait_for_step(request.min_step, request.wait_s)
+
+    async def admit(self, request: PolicyRequest) -> Admission:
+        """Bind a request to what is served."""
         await self.runs.admitting()
         return self.door.admit(request)
 

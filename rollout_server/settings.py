@@ -35,8 +35,8 @@ class ServerSettings:
     )
     deterministic: bool = _flag(
         False,
-        "the same seeded request gives the same tokens and logprobs: one request at a time, no prefix cache, and on "
-        "GPUs vLLM's batch-invariant kernels; slower",
+        "the same seeded request gives the same tokens and logprobs: one /v1/generate or /v1/score at a time, no "
+        "prefix cache, and on GPUs vLLM's batch-invariant kernels; slower. Requests of vLLM's own routes disturb it",
     )
     push_timeout: float = _flag(120.0, "seconds after which a push that has not been installed fails")
     collective_timeout: float = _flag(

@@ -21,6 +21,7 @@ router = APIRouter()
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
     check_lengths(service, body.sequences, room=1)
+    await service.reached(body)
     give_turn_back = await service.turns.take()
     try:
         while True:

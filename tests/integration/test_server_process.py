@@ -29,6 +29,8 @@ REFUSED = {
     "engines-elsewhere": (["--data-parallel-size", "4", "--data-parallel-size-local", "2"], "2 of 4 data-parallel"),
     "hybrid": (["--data-parallel-size", "4", "--data-parallel-size-local", "2", "--data-parallel-hybrid-lb"],
                "2 of 4 data-parallel"),
+    "deterministic-engines": (["--data-parallel-size", "2", "--deterministic"], "--deterministic"),
+    "deterministic-cache": (["--enable-prefix-caching", "--deterministic"], "prefix cache"),
     "hosts": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--nnodes 2"),
 }  # fmt: skip
 

@@ -67,6 +67,16 @@ def test_rollouts_run_ahead_within_the_bound(server: ServerProcess, model: Path,
     assert all(step["idle_seconds"] is not None for step in history)
 
 
+def test_killed_and_resumed_with_rollouts_ahead(server: ServerProcess, model: Path, task: Path, tmp_path: Path) -> None:
+    """What was being read ahead is asked for again; nothing is counted twice, and nothing too old is trained on."""
+    flags = ["--max_staleness", "1", "--max_steps", "7", "--save_steps", "2", "--proof_canary", "false"]
+    command = (server.url, model, task, tmp_path / "again", *flags)
+    LearnerProcess(*command).kill_after(3)
+    summary = LearnerProcess(*command).finish()
+    assert summary["steps"] == summary["pushes"] == 7 and summary["completions"] == 7 * 8
+    assert set(summary["lags"]) <= {"0", "1"} and summary["regenerated"] == 0
+
+
 def test_a_push_does_not_overtake_on_a_deterministic_server(server: ServerProcess, model: Path) -> None:
     with RolloutClient(server.url) as client:
         policy = P.make_policy(model)

@@ -181,3 +181,30 @@ def test_refuses_sharding_that_it_cannot_read(make_trainer, client):
     trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
     with pytest.raises(LockstepError, match="ZeRO-3"):
         attach(trainer, client=client)
+
+
+def test_reading_ahead_is_refused_where_it_cannot_work(make_trainer, server, client):
+    with pytest.raises(LockstepError, match="--slots-per-run 3"):
+        attach(make_trainer(), client=client, max_staleness=2)
+    with pytest.raises(LockstepError, match="--slots-per-run 5"):
+        attach(make_trainer(steps_per_generation=4), client=client, max_staleness=1)
+    attach(make_trainer(steps_per_generation=4), client=client, max_staleness=1, in_flight="keep")
+    stream = Dataset.from_list([{"prompt": "w1"}] * 8).to_iterable_dataset()
+    with pytest.raises(LockstepError, match="stream"):
+        attach(make_trainer(trainer_kwargs={"train_dataset": stream}), client=client, max_staleness=1)
+    server.state = server.state.model_copy(update={"deterministic": True})
+    with pytest.raises(LockstepError, match="full_determinism"):
+        attach(make_trainer(), client=client, deterministic=True)
+
+
+def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
+    """Generation batches of two steps each, two epochs; the second batch was asked for when the first was taken."""
+    server.state = server.state.model_copy(update={"slots_per_run": 3})
+    trainer = make_trainer(steps_per_generation=2, per_device_train_batch_size=8, max_steps=12)
+    session = attach(trainer, client=client, run_id="r", max_staleness=1)
+    trainer.train()
+    assert session.rollouts.stats.lags == {0: 16, 1: 80} and session.rollouts.ahead.prefetcher.mismatches == 0
+    assert session.rollouts.stats.regenerated == 0 and session.proof.max_gap < 1e-4
+    asked = [r for r in server.generated if r.policy == "latest"]
+    assert [r.min_step for r in asked] == [0, 0, 2, 4, 6, 8]
+    assert [report.lag for report in session.figures.reports] == [0, 0] + [1] * 10

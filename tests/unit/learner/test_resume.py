@@ -27,7 +27,8 @@ def train(make_trainer, server, client, tmp_path):
         rows = [{"prompt": f"w{i} w{i + 7}"} for i in range(10)]
         trainer = make_trainer(
             trainer_kwargs={"train_dataset": Dataset.from_list(rows)},
-            output_dir=str(tmp_path / name), save_strategy="steps", seed=5, lora={"lora_dropout": 0.1}, **config,
+            output_dir=str(tmp_path / name), save_strategy="steps", seed=5,
+            full_determinism=True, lora={"lora_dropout": 0.1}, **config,
         )  # fmt: skip
         session = attach(trainer, client=client, deterministic=True)
         if kill_at is not None:
@@ -83,6 +84,19 @@ def test_checkpoints_are_whole_or_not_there(train, tmp_path) -> None:
     (tmp_path / "run" / "checkpoint-3" / "lockstep.json").write_text("{")
     with pytest.raises(LockstepError, match="damaged"):
         load_state(tmp_path / "run" / "checkpoint-3")
+
+
+def test_the_latest_history_counts(train, tmp_path) -> None:
+    """Started anew in the same place and killed early: its own checkpoint, not the higher one of the history before."""
+    train("run", max_steps=4, save_steps=2)
+    train("run", kill_at=3, max_steps=4, save_steps=2)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_another_arrangement_of_batches_is_refused(train, tmp_path) -> None:
+    train("run", max_steps=2, save_steps=1, steps_per_generation=2)
+    with pytest.raises(LockstepError, match="steps_per_generation=1 instead of 2"):
+        train("run", max_steps=4, save_steps=1, resume=str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, server, client) -> None:

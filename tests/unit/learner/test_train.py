@@ -87,6 +87,15 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     assert [json.loads(line)["step"] for line in history] == [1, 2, 3]
 
 
+def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
+    first = run(flags, "--max_steps", "3")
+    pushed = len(server.pushed)
+    again = run(flags, "--max_steps", "3")
+    assert len(server.pushed) == pushed
+    assert all(again[name] == first[name] for name in ("steps", "pushes", "completions"))
+    assert run(flags, "--max_steps", "4")["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
