@@ -60,10 +60,12 @@ def test_rollouts_run_ahead_within_the_bound(server: ServerProcess, model: Path,
     flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no"]
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
     summary = learner.finish()
-    assert summary["lags"] == {"0": 8, "1": 40} and summary["regenerated"] == 0
+    # A request that meets a proof on its way may be admitted after the next push already.
+    assert set(summary["lags"]) == {"0", "1"} and summary["lags"]["1"] >= 24 and summary["regenerated"] == 0
+    assert sum(summary["lags"].values()) == summary["completions"] == 48
     assert summary["max_logprob_gap"] < 1e-4
     history = [json.loads(line) for line in (tmp_path / "ahead" / "metrics.jsonl").read_text().splitlines()]
-    assert [step["lag"] for step in history] == [0, 1, 1, 1, 1, 1]
+    assert history[0]["lag"] == 0 and max(step["lag"] for step in history) == 1
     assert all(step["idle_seconds"] is not None for step in history)
 
 
