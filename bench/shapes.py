@@ -84,6 +84,7 @@ SHAPES: dict[str, Shape] = {
     for shape in (
         Shape("tiny", 64, 2, 4, 2, 64, 128, vocab=512),
         Shape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072),
+        Shape("qwen3-1.7b", 2048, 28, 16, 8, 128, 6144),
         Shape("qwen3-4b", 2560, 36, 32, 8, 128, 9728),
         Shape("qwen3-14b", 5120, 40, 40, 8, 128, 17408, tied=False),
     )

@@ -1,0 +1,149 @@
+"""What bench.step makes of the steps of trainings; nothing is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import step
+from bench.shapes import SHAPES
+from bench.step_figures import TRL, Step, StepReport, figures, ours, reached, stacked, steps_table, stop_ids, together
+from bench.step_learner import Training, TrlWatch
+
+ABOUT = {"shape": "tiny", "rank": 8, "batch": 16, "tokens": 64, "ok": True}
+ALTERNATING = [Step(10.0, 4.0, 1.0, None, 100), Step(14.0, 6.0, 1.0, None, 300), Step(12.0, 5.0, 1.0, None, 200)]
+AHEAD = [Step(8.0, 1.0, 0.5, 2.0, 200)] * 3
+MERGED = [Step(16.0, 5.0, 3.0, None, 200)] * 3
+
+
+def row(name: str, steps: list[Step], **more: Any) -> dict[str, Any]:
+    return {"row": name, **ABOUT, **(figures(steps) if steps else {}), **more}
+
+
+ROWS = [row(ours(0), ALTERNATING), row(ours(1), AHEAD), row(TRL, MERGED)]
+
+
+def test_a_step_is_waiting_bringing_weights_and_training() -> None:
+    made = figures(ALTERNATING)
+    assert made["n"] == 3 and made["step_s"] == {"median": 12.0, "min": 10.0, "max": 14.0, "mean": 12.0}
+    assert made["train_s"] == {"median": 6.0, "min": 5.0, "max": 7.0, "mean": 6.0}
+    assert made["tokens_per_step"] == 200 and made["tokens_per_s"] == 600 / 36
+    # Nothing is generated ahead: the server works exactly while the trainer waits.
+    assert made["server_bubble"] == 21 / 36 and made["learner_bubble"] == 15 / 36
+    assert made["server_tokens_per_s"] == 600 / 15 and made["learner_tokens_per_s"] == 600 / 18
+    # Ahead: the server says itself for how long nothing was asked of it.
+    ahead = figures(AHEAD)
+    assert ahead["server_bubble"] == 2 / 8 and ahead["server_tokens_per_s"] == 200 / 6
+
+
+def test_ratios() -> None:
+    shown = together(ROWS)
+    assert shown == {
+        "generation_alone_s": 5.0, "training_alone_s": 6.0, "of_larger": 8 / 6, "of_s0": 8 / 12, "trl_of_s1": 2.0,
+    }  # fmt: skip
+    assert together([row(TRL, MERGED), row(ours(2), AHEAD)]) == {}
+    assert "trl_of_s1" not in together([*ROWS[:2], row(TRL, [], skipped="needs two GPUs")])
+
+
+@pytest.mark.parametrize(("of_larger", "trl_of_s1", "met"), [(1.1, 1.6, True), (1.11, 9.0, False), (0.9, 1.59, False)])
+def test_targets(of_larger: float, trl_of_s1: float, met: bool) -> None:
+    assert reached({"of_larger": of_larger, "trl_of_s1": trl_of_s1}) is met
+    assert reached({"of_larger": of_larger}) is None
+
+
+def test_rows_become_a_file_a_table_and_a_picture(tmp_path: Path) -> None:
+    report = StepReport(tmp_path / "step.json", {"devices": ["H", "H"]})
+    for each in [*ROWS[:2], row(TRL, [], skipped="needs two GPUs")]:
+        report.add(each)
+    document = json.loads((tmp_path / "step.json").read_text())
+    assert document["ok"] and document["reached"] is None and len(document["rows"]) == 3
+    assert document["headline"].startswith("tiny, LoRA rank 8, 16 completions of up to 64 tokens a step, on H: ")
+    assert "S = 1 takes 1.33 times the larger of generation alone (5.00 s) and training" in document["headline"]
+    lines = steps_table(document["rows"]).splitlines()
+    assert len(lines) == 2 + 3 and "needs two GPUs" in lines[4] and lines[2].endswith("58%")
+    report.add(row(ours(2), [], ok=False, error="RuntimeError: no\nmore"))
+    assert report.document()["ok"] is False and "more" not in steps_table(report.rows)
+    stacked(tmp_path / "step.png", report.rows, "title")
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    stacked(tmp_path / "empty.png", [], "title")
+
+
+def test_nothing_measured_is_not_ok() -> None:
+    report = StepReport(None, {"devices": ["H"]})
+    report.add(row(TRL, [], skipped="needs two GPUs"))
+    assert report.document()["ok"] is False
+
+
+def test_lengths_spread() -> None:
+    vocab, mean = SHAPES["qwen3-4b"].vocab, 200
+    ends = set(stop_ids(vocab, mean))
+    assert not ends & {0, 1, 2}
+    rng = random.Random(0)
+    lengths = [next(n for n in range(1, 10**6) if rng.randrange(vocab) in ends) for _ in range(2000)]
+    assert 0.9 * mean < statistics.fmean(lengths) < 1.1 * mean
+    assert 0.9 * mean < statistics.stdev(lengths) < 1.1 * mean  # geometric: as wide as its mean
+
+
+def test_steps_that_generate_nothing_ahead_are_not_counted() -> None:
+    training = Training(
+        folder="", url="", max_staleness=2, vocab=9, dtype="float32", rank=8, batch=4, group=2, micro_batch=2,
+        prompt_tokens=4, tokens=8, stop_token_ids=[], steps=5, warm_up=3, output="",
+    )  # fmt: skip
+    steps = [Step(float(i), 0.0, 0.0, 0.0, 0) for i in range(training.max_steps)]
+    assert [one.seconds for one in training.counted(steps)] == [3.0, 4.0, 5.0, 6.0, 7.0]
+    assert training.max_steps == 10
+
+
+def test_trl_is_timed_by_what_its_trainer_calls() -> None:
+    class Generation:
+        def generate(self, prompts: list[list[int]], images: None) -> tuple[list[list[int]], list[list[int]]]:
+            time.sleep(0.05)
+            return prompts, [[1, 2], [3]]
+
+        def sync_weights(self) -> None:
+            time.sleep(0.02)
+
+    generation = Generation()
+    watch = TrlWatch(generation)
+    watch.on_train_begin(None, None, None)
+    for _ in range(2):
+        generation.sync_weights()
+        assert generation.generate([[0]], images=None) == ([[0]], [[1, 2], [3]])
+        time.sleep(0.03)
+        watch.on_step_end(None, None, None)
+    assert len(watch.steps) == 2
+    for one in watch.steps:
+        assert one.tokens == 3 and one.idle is None and one.server_idle == one.seconds - one.wait
+        assert 0.05 <= one.wait < 0.1 and 0.02 <= one.sync < 0.05 and 0.03 <= one.train < 0.1
+
+
+def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
+    options = argparse.Namespace(prompt_tokens=64, tokens=512, mean_tokens=200, batch=256, server_flags="--x 1")
+    flags = step.engine_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert given["--max-num-seqs"] == "512" and given["--max-model-len"] == "592" and given["--x"] == "1"
+    assert int(given["--kv-cache-memory-bytes"]) > 512 * (64 + 200) * 147_456
+    assert "--enforce-eager" in step.engine_flags(SHAPES["tiny"], options, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--shape", "qwen3-5b"], "unknown shape"),
+        (["--staleness", "-1"], "0 or more"),
+        (["--batch", "20", "--micro-batch", "8"], "whole micro-batches"),
+        (["--group", "1"], "at least 2"),
+        (["--steps", "0"], "1 or more"),
+    ],
+)
+def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        step.main(flags)
+    assert word in capsys.readouterr().err
