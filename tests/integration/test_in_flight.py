@@ -40,7 +40,7 @@ def lived_through(client: RolloutClient, server: ServerProcess, policies, reques
         prompts, later = [[i, *PROBE] for i in range(10, 13)], {}
         with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
             running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
-            until(lambda: client.run(run_id).running_requests > 0)
+            until(lambda: client.run(run_id).running_requests > 0, running=running)
             for step in (1, 2, 3):
                 P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
                 receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight=request.param)
@@ -54,7 +54,7 @@ def lived_through(client: RolloutClient, server: ServerProcess, policies, reques
         until(lambda: sorted(slot["state"] for slot in client.run(run_id).slots) == ["active", "free"])
         return answer
 
-    return with_enough_load(push_three_times)
+    return with_enough_load(push_three_times, (8, 16, 21))  # of 3 prompts: all must be decoding at once
 
 
 def _gaps(answer: P.GenerateResponse, policies: list) -> list[float]:

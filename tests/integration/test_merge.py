@@ -148,7 +148,7 @@ def test_drain_waits_and_later_requests_queue(client: RolloutClient, merging: Se
         blob = P.blob(new, WeightVersion(run_id=run_id, fence=0, step=1), base)
         with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
             running = pool.submit(P.generate, other, [PROBE], n=n, max_tokens=TOKENS, ignore_eos=True)
-            until(lambda: client.run(run_id).running_requests > 0)
+            until(lambda: client.run(run_id).running_requests > 0, running=running)
             receipt = client.push(run_id, [blob], P.LEASE)
             answer = running.result()
         outlives(receipt.wait_seconds > 0)
@@ -174,14 +174,14 @@ def test_running_requests_live_through_pushes(
         prompts = [[i, *PROBE] for i in (10, 11)]
         with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
             running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
-            until(lambda: client.run(run_id).running_requests > 0)
+            until(lambda: client.run(run_id).running_requests > 0, running=running)
             for step in (1, 2):
                 P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
                 client.push(run_id, [blobs[step]], P.LEASE, in_flight=in_flight)
                 outlives(not running.done())
             return running.result()
 
-    for group in with_enough_load(push_twice).groups:
+    for group in with_enough_load(push_twice, (12, 24, 32)).groups:  # of 2 prompts: all must be decoding at once
         for completion in group.completions:
             assert [span.version.step for span in completion.spans] == [0, 1, 2]
             assert completion.spans[-1].end == len(completion.token_ids) == TOKENS

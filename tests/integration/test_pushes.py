@@ -70,7 +70,7 @@ def test_push_in_the_middle_of_generations(client: RolloutClient, server: Server
         blob = P.blob(new, WeightVersion(run_id=run_id, step=1), base)
         with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
             running = pool.submit(P.generate, other, prompts, n=n, max_tokens=900, ignore_eos=True)
-            until(lambda: client.run(run_id).running_requests > 0)
+            until(lambda: client.run(run_id).running_requests > 0, running=running)
             receipt = client.push(run_id, [blob], P.LEASE)
             outlives(client.run(run_id).running_requests)
             later = P.generate(client, prompts, max_tokens=24)

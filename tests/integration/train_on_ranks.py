@@ -70,7 +70,7 @@ def main(model: str, url: str, folder: Path, options: list[str]) -> None:
     trainer = make_trainer(model, folder)
     if "fsdp2" in options:
         shard_on_cpu(trainer)
-    session = attach(trainer, url)
+    session = attach(trainer, url, takeover=True)  # the server is shared with other tests
     session.rollouts.fetcher.rank = 0  # the seed of a completion must not depend on the number of ranks here
     if "forget" in options:
         forget_once(session)
