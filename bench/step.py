@@ -132,7 +132,7 @@ class Run:
         asked.write_text(json.dumps(asdict(training)))
         device = None if self.setting.on_cpu else visible_device(torch.device(self.setting.device).index)
         command = [sys.executable, "-m", "bench.step_learner", str(asked), str(answered)]
-        # Threads of small tensors on a CPU that the server uses, too, only wait for each other.
+        # On two cores with a server, a second thread made the training of a tiny model six times as long.
         with ProcessGroup(command, environment(device, {} if device else {"OMP_NUM_THREADS": "1"}), log) as group:
             try:
                 status = group.process.wait(options.row_limit_s)
