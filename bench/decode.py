@@ -28,7 +28,7 @@ from bench.output import Rates, bars, machine, rates_table
 from bench.peer_file import vllm_serve
 from bench.policy import Policy, trained, wait_for
 from bench.run import LATE, describe
-from bench.servers import Server, Way, environment, free_port
+from bench.servers import Server, Way, engine_flags, environment, free_port
 from bench.shapes import Shape, pick_shapes, served_rank
 from bench.sync import pick_devices
 from learner.client import RolloutClient
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for shape in shapes:
                 # The weights are gigabytes: they never lie in --work-dir.
                 with tempfile.TemporaryDirectory(prefix="bench-decode-") as scratch:
-                    flags, work = engine_flags(shape, options, learner), options.work_dir or Path(scratch)
+                    flags, work = sized_flags(shape, options, learner), options.work_dir or Path(scratch)
                     setting = Setting(work, learner, server, dtype, flags)
                     run = Run(setting, options, report, shape, shape.write(Path(scratch) / shape.name, dtype), deadline)
                     with run.failure_kept(ROWS):
@@ -261,17 +261,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if document["ok"] and not stopped else 1
 
 
-def engine_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
+def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
     """Of every server: room for the largest wave."""
     batch = max(*options.batches, FIDELITY_SEQUENCES)
     length = PROMPT_TOKENS + max(options.tokens, FIDELITY_TOKENS) + 16
-    sizes = ("--max-model-len", str(length), "--max-num-seqs", str(batch))
-    if learner == "cpu":
-        return (*sizes, "--dtype", "float32", "--enforce-eager", *shlex.split(options.server_flags))
     per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
-    # Memory is given out, not profiled, for servers side by side would count each other's; the share is free at least.
-    memory = ("--kv-cache-memory-bytes", str(int(1.1 * per_token * batch * length)), "--gpu-memory-utilization", "0.1")
-    return (*sizes, "--dtype", "bfloat16", *memory, *shlex.split(options.server_flags))
+    sizes = ("--max-model-len", str(length), "--max-num-seqs", str(batch))
+    return engine_flags(sizes, int(1.1 * per_token * batch * length), learner, options.server_flags)
 
 
 def make_parser() -> argparse.ArgumentParser:

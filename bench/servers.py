@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
 import subprocess
 import time
@@ -144,6 +145,21 @@ def environment(server_device: str | None, extra: Mapping[str, str] | None = Non
     if server_device is not None:
         chosen["CUDA_VISIBLE_DEVICES"] = server_device
     return {**chosen, **(extra or {})}
+
+
+def engine_flags(sizes: Sequence[str], kv_cache_bytes: int, learner: str, more: str) -> tuple[str, ...]:
+    """vLLM's flags for a server of given sizes.
+
+    Args:
+        kv_cache_bytes: on a GPU. Memory is given out, not profiled, for servers side by side would count each other's.
+        learner: its device; a CPU's server is a CPU's too.
+        more: further flags, in one string.
+    """
+    if learner == "cpu":
+        return (*sizes, "--dtype", "float32", "--enforce-eager", *shlex.split(more))
+    share = "0.1"  # that much is free at least
+    memory = ("--kv-cache-memory-bytes", str(kv_cache_bytes), "--gpu-memory-utilization", share)
+    return (*sizes, "--dtype", "bfloat16", *memory, *shlex.split(more))
 
 
 def visible_device(index: int) -> str:

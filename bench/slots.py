@@ -27,10 +27,10 @@ from peft import PeftModel
 from bench.load import compare, loaded, pushing, quiet, read_records
 from bench.measure import Setting, spread
 from bench.ours import COLLECTIVE, HTTP, OurPath, Ours
-from bench.output import Report, Row, aligned, machine, percent, seconds
+from bench.output import Row, Told, aligned, machine, percent, seconds
 from bench.policy import Policy, optimizer_step
 from bench.run import LATE, describe
-from bench.servers import Server
+from bench.servers import Server, engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
 from bench.sync import pick_devices
 from learner.client import RolloutClient
@@ -150,23 +150,13 @@ def name_of(slots: int) -> str:
     return "one place (--apply merge)" if slots == 1 else f"{slots} slots"
 
 
-class SlotReport(Report):
+class SlotReport(Told):
     """Rows of waits."""
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        print(f"bench: {slot_line(row)}", flush=True)
-        self.write()
+    figure = "wait_s"
 
-    def document(self) -> dict[str, Any]:
-        done = [row for row in self.rows if "wait_s" in row]
-        where = ", ".join(dict.fromkeys(self.machine["devices"]))
-        return {
-            "headline": f"on {where}: {'; '.join(map(slot_line, done))}" if done else "nothing was measured",
-            "ok": all(row["ok"] for row in self.rows) and bool(done),
-            "machine": self.machine,
-            "rows": self.rows,
-        }
+    def line(self, row: Row) -> str:
+        return slot_line(row)
 
 
 def slot_line(row: Row) -> str:
@@ -219,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         dtype = "float32" if learner == "cpu" else "bfloat16"
-        setting = Setting(work, learner, server, dtype, engine_flags(options, learner))
+        setting = Setting(work, learner, server, dtype, sized_flags(options, learner))
         try:
             with stop_on_signals():
                 Run(setting, options, report, shape, time.monotonic() + options.deadline_s).all_servers()
@@ -232,15 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if document["ok"] and not stopped else 1
 
 
-def engine_flags(options: argparse.Namespace, learner: str) -> tuple[str, ...]:
+def sized_flags(options: argparse.Namespace, learner: str) -> tuple[str, ...]:
     """Of every server."""
     sizes = ("--load-format", "dummy", "--max-model-len", str(options.tokens + PROMPT_ROOM), "--max-num-seqs",
              str(max(2, options.requests)))  # fmt: skip
-    if learner == "cpu":
-        return (*sizes, "--dtype", "float32", "--enforce-eager", *shlex.split(options.server_flags))
-    # Memory is given out, not profiled, for servers side by side would count each other's; the share is free at least.
-    memory = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.1")
-    return (*sizes, "--dtype", "bfloat16", *memory, *shlex.split(options.server_flags))
+    return engine_flags(sizes, KV_CACHE_BYTES, learner, options.server_flags)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ from bench.output import machine
 from bench.peer_merged import PeerMerged
 from bench.policy import Policy
 from bench.run import LATE, describe
-from bench.servers import Server, environment, visible_device
+from bench.servers import Server, engine_flags, environment, visible_device
 from bench.shapes import Shape, pick_shapes, served_rank
 from bench.step_figures import TRL, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
 from bench.step_learner import Training
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        setting = Setting(work, learner, server, dtype, engine_flags(shape, options, learner))
+        setting = Setting(work, learner, server, dtype, sized_flags(shape, options, learner))
         folder = shape.write(Path(scratch) / shape.name, dtype)
         try:
             with stop_on_signals():
@@ -207,18 +207,13 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("a batch is made of whole micro-batches and of whole groups")
 
 
-def engine_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
+def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
     """Of every server: room for two batches, the one that is needed and one that is generated ahead."""
     length, sequences = options.prompt_tokens + options.tokens + 16, 2 * options.batch
-    sizes = ("--max-model-len", str(length), "--max-num-seqs", str(sequences))
-    if learner == "cpu":
-        return (*sizes, "--dtype", "float32", "--enforce-eager", *shlex.split(options.server_flags))
     per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
     used = options.prompt_tokens + 16 + min(options.tokens, 1.5 * options.mean_tokens)  # few are long, and not at once
-    # Memory is given out, not profiled, for servers side by side would count each other's; the share is free at least.
-    memory = ("--kv-cache-memory-bytes", str(math.ceil(per_token * sequences * used)),
-              "--gpu-memory-utilization", "0.1")  # fmt: skip
-    return (*sizes, "--dtype", "bfloat16", *memory, *shlex.split(options.server_flags))
+    sizes = ("--max-model-len", str(length), "--max-num-seqs", str(sequences))
+    return engine_flags(sizes, math.ceil(per_token * sequences * used), learner, options.server_flags)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import spread
-from bench.output import Report, Row, aligned
+from bench.output import Row, Told, aligned
 
 TRL = "TRL server mode"
 COLUMNS = ("row", "n", "step s", "wait s", "sync s", "train s", "tokens/s", "server tok/s", "learner tok/s",
@@ -108,25 +108,20 @@ def reached(shown: dict[str, float]) -> bool | None:
     return shown["of_larger"] <= MOST_OF_LARGER and shown["trl_of_s1"] >= LEAST_OF_TRL
 
 
-class StepReport(Report):
+class StepReport(Told):
     """Rows of trainings."""
 
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        print(f"bench: {step_line(row)}", flush=True)
-        self.write()
+    figure = "step_s"
+
+    def line(self, row: Row) -> str:
+        return step_line(row)
+
+    def headline(self, done: Sequence[Row]) -> str:
+        return headline(done, together(self.rows), self.machine["devices"])
 
     def document(self) -> dict[str, Any]:
-        done = [row for row in self.rows if "step_s" in row]
         shown = together(self.rows)
-        return {
-            "headline": headline(done, shown, self.machine["devices"]),
-            "ok": all(row["ok"] for row in self.rows) and bool(done),
-            "reached": reached(shown),
-            "together": shown,
-            "machine": self.machine,
-            "rows": self.rows,
-        }
+        return super().document() | {"reached": reached(shown), "together": shown}
 
 
 def headline(done: Sequence[Row], shown: dict[str, float], devices: Sequence[str]) -> str:

@@ -32,13 +32,14 @@ class Prefetcher:
         prompts_of: generation batch -> token ids of its rows on this rank [B][P]; called on the trainer's thread.
         fetch: batch, prompts -> completions in row order; called on a thread of its own.
         last_batch: the last generation batch of the training.
+        warn: told once that what is read ahead is of no use.
     """
 
     def __init__(
         self, prompts_of: Callable[[int], Prompts], fetch: Callable[[int, Prompts], list[Completion]], *,
-        last_batch: int,
+        last_batch: int, warn: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        self._prompts_of, self._fetch, self._last_batch = prompts_of, fetch, last_batch
+        self._prompts_of, self._fetch, self._last_batch, self._warn = prompts_of, fetch, last_batch, warn
         self._coming: dict[int, _Coming] = {}
         self._requested = -1
         self._clock = _BusyClock()
@@ -71,15 +72,16 @@ class Prefetcher:
         if coming.prompts != prompts:
             del self._coming[batch]
             self.mismatches += 1
+            if self.mismatches == 1:
+                self._warn(
+                    f"generation batch {batch} was read ahead with other prompts than the trainer asks for: its order "
+                    "of prompts is not that of its sampler, so nothing is gained by max_staleness (said once)"
+                )
             return None
         completions, self.last_seconds = coming.outcome.result()
         for old in [known for known in self._coming if known <= batch]:
             del self._coming[old]
         return completions
-
-    def close(self) -> None:
-        """Give up what is still being fetched."""
-        self._coming.clear()
 
     def _timed(self, batch: int, prompts: Prompts) -> tuple[list[Completion], float]:
         started = time.monotonic()

@@ -133,11 +133,6 @@ class RemoteRollouts:
         ahead.prefetcher.request(batch, batch)
         completions = ahead.prefetcher.take(batch, prompts)
         if completions is None:
-            if ahead.prefetcher.mismatches == 1:
-                self.fetcher.warn(
-                    f"generation batch {batch} was read ahead with other prompts than the trainer asks for: its order "
-                    "of prompts is not that of its sampler, so nothing is gained by max_staleness (said once)"
-                )
             return None
         lags = [ahead.schedule.lag(batch, oldest_step(completion)) for completion in completions]
         # First of all, ahead of the batches that are not needed yet.

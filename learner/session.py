@@ -67,7 +67,6 @@ class Session:
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
         self.figures = Figures(trainer, self.rollouts)
-        self._served_step = 0
 
     def _publisher(self, state: ServerState, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
@@ -111,7 +110,6 @@ class Session:
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
-        self._served_step = step
         if self.config.max_staleness > 0:
             self._read_ahead(self.config.max_staleness)
         self.figures.restart_clock()
@@ -123,7 +121,6 @@ class Session:
         every = self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
         gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
-        self._served_step = step
         return self.figures.add(
             push_seconds=self.publisher.seconds[-1], push_bytes=receipt.bytes, logprob_gap=gap
         )  # fmt: skip
@@ -142,9 +139,7 @@ class Session:
         }
 
     def close(self) -> None:
-        """Let go of the server: nothing is asked or pushed any more."""
-        if self.rollouts.ahead is not None:
-            self.rollouts.ahead.prefetcher.close()
+        """Let go of the way to the server; what was pushed stays there."""
         self.publisher.close()
 
     def _read_ahead(self, max_staleness: int) -> None:
@@ -152,14 +147,14 @@ class Session:
         schedule = self.trainer.schedule
 
         def wanted() -> Wanted:
-            # Rank 0 may be pushing the next step just now; what was served last is known to every rank.
-            version = self.publisher.version(self._served_step)
-            return Wanted(version, exact=False, carried=self.config.in_flight == "carried")
+            assert self.publisher.last  # of the push before the first request; the next may be under way just now
+            return Wanted(self.publisher.last.version, exact=False, carried=self.config.in_flight == "carried")
 
         prefetcher = Prefetcher(
             self.trainer.coming_prompts(),
             lambda batch, prompts: self.rollouts.fetcher.fetch(asks_of(prompts), wanted),
             last_batch=schedule.last_batch,
+            warn=self.say,
         )
         self.rollouts.ahead = Ahead(
             prefetcher, schedule, max_staleness, batch=lambda: schedule.batch_at(self.trainer.micro_step)

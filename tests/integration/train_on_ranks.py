@@ -18,13 +18,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from learner.attach import attach, save_final_adapter
 from learner.session import Session
+from tests.integration.rewards import odd_tokens
 
 GLOBAL_BATCH, GROUP, STEPS = 8, 4, 3
-
-
-def reward_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Share of odd token ids."""
-    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def make_trainer(model: str, folder: Path) -> GRPOTrainer:
@@ -38,7 +34,7 @@ def make_trainer(model: str, folder: Path) -> GRPOTrainer:
         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     return GRPOTrainer(
-        model=model, args=args, reward_funcs=[reward_odd],
+        model=model, args=args, reward_funcs=[odd_tokens],
         train_dataset=Dataset.from_list([{"prompt": f"{i} + {i + 3} ="} for i in range(16)]),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip

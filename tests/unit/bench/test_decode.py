@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bench import decode
-from bench.decode import ADAPTER, BASE, MERGE, PLAIN, Run, engine_flags, fidelity, new_adapter, write_weights
+from bench.decode import ADAPTER, BASE, MERGE, PLAIN, Run, fidelity, new_adapter, sized_flags, write_weights
 from bench.measure import Setting, divergence, random_prompts
 from bench.output import Rates, bars, rates_table
 from bench.policy import Policy
@@ -242,11 +242,11 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_key_value_cache_has_room_for_the_largest_wave() -> None:
     options = argparse.Namespace(batches=[32, 256], tokens=256, server_flags="--seed 3")
-    flags = engine_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
     values = dict(zip(flags[::2], flags[1::2], strict=True))
     assert values["--max-num-seqs"] == "256" and values["--max-model-len"] == "288" and values["--seed"] == "3"
     assert 256 * 272 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 13e9
-    assert "--kv-cache-memory-bytes" not in engine_flags(TINY, options, "cpu")
+    assert "--kv-cache-memory-bytes" not in sized_flags(TINY, options, "cpu")
 
 
 @pytest.mark.parametrize(

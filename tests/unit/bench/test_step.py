@@ -126,11 +126,11 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
 
 def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
     options = argparse.Namespace(prompt_tokens=64, tokens=512, mean_tokens=200, batch=256, server_flags="--x 1")
-    flags = step.engine_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    flags = step.sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     assert given["--max-num-seqs"] == "512" and given["--max-model-len"] == "592" and given["--x"] == "1"
     assert int(given["--kv-cache-memory-bytes"]) > 512 * (64 + 200) * 147_456
-    assert "--enforce-eager" in step.engine_flags(SHAPES["tiny"], options, "cpu")
+    assert "--enforce-eager" in step.sized_flags(SHAPES["tiny"], options, "cpu")
 
 
 @pytest.mark.parametrize(
