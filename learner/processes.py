@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -35,18 +35,30 @@ def stop_on_signals() -> Iterator[None]:
 
 
 class ProcessGroup:
-    """A command in a session of its own: a Ctrl-C in the terminal reaches its parent only, which then ends it whole."""
+    """A command in a session of its own: a Ctrl-C in the terminal reaches its parent only, which then ends it whole.
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None) -> None:
+    Args:
+        cores: those it may run on; None: all that this process may.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None, *,
+        cores: Collection[int] | None = None,
+    ) -> None:  # fmt: skip
         # Blocked while the child is being made: a signal in between would leave a child that nobody knows.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+        def begin() -> None:
+            if cores is not None:
+                os.sched_setaffinity(0, cores)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
         try:
             with contextlib.ExitStack() as stack:
                 output = stack.enter_context(log.open("wb")) if log else None
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if output else None,
-                    env={**os.environ, **env}, start_new_session=True,
-                    preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, blocked),
+                    env={**os.environ, **env}, start_new_session=True, preexec_fn=begin,
                 )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
