@@ -6,7 +6,6 @@ Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from learner.refusals import (
     correction_warnings,
 )
 from learner.resume import ExactResume
+from learner.rewards import Rewards
 from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.session import Session
@@ -52,6 +52,7 @@ _TRAINER_NAMES = (
     "_generate_single_turn",
     "_tokenize_prompts",
     "_generate_and_score_completions",
+    "_calculate_rewards",
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "_get_train_sampler",
@@ -67,6 +68,8 @@ _INSTANCE_NAMES = (
     "_metrics",
     "_tokenizer",
     "num_generations_eval",
+    "reward_func_names",
+    "tools",
     "_step",
     "_buffered_inputs",
     "pad_to_multiple_of",
@@ -132,6 +135,8 @@ def attach(
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if own.weights == state.base.weights else None,
     )  # fmt: skip
+    if config.reward_workers:
+        session.use(Rewards(trainer, config, session.say))
     _put_under_trainer(trainer, session)
     ExactResume(trainer, session)
     return session
@@ -192,9 +197,9 @@ class TrainerSide:
         """When generation batches are trained on; known once the training has begun."""
         return schedule_of(self._trainer)
 
-    def coming_prompts(self) -> Callable[[int], list[list[int]]]:
-        """Generation batch -> token ids of this rank's prompts."""
-        return ComingPrompts(self._trainer).token_ids
+    def coming_prompts(self) -> ComingPrompts:
+        """The prompts that this rank will be given."""
+        return ComingPrompts(self._trainer)
 
     @property
     def max_steps(self) -> int:

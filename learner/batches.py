@@ -6,6 +6,7 @@ Relies on TRL's internals as `learner.attach` does, in the same range of version
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -74,11 +75,14 @@ class ComingPrompts:
             per_epoch=schedule.per_epoch,
         )  # fmt: skip
 
-    def token_ids(self, batch: int) -> list[list[int]]:
-        """Token ids of this rank's rows of a generation batch [B][P], templated as TRL does it."""
+    def rows(self, batch: int) -> list[dict[str, Any]]:
+        """This rank's dataset rows of a generation batch, one for each completion. Cheapest in ascending order."""
         trainer = self._trainer
         rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
         first = rows * trainer.accelerator.process_index
         indices = self._lookahead.indices(batch)[first : first + rows]
-        prompts = [trainer.train_dataset[index]["prompt"] for index in indices]
-        return [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]]
+        return [trainer.train_dataset[index] for index in indices]
+
+    def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of the rows' prompts [B][P], templated as TRL does it."""
+        return [list(ids) for ids in self._trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]

@@ -83,6 +83,17 @@ class LearnerConfig:
         "Seeds derived from the place of each prompt, and deterministic kernels: a killed and resumed training makes "
         "the same updates as one never killed. Needs rollout-server --deterministic.",
     )
+    reward_workers: int = _option(
+        2,
+        "Processes of each rank that compute rewards, one group at a time, as soon as its completions arrive. 0: TRL "
+        "calls reward functions itself, for the whole batch, after the last rollout and in the learner's process: for "
+        "functions that look across groups, or keep something from one call to the next.",
+    )
+    reward_timeout_s: float = _option(
+        60.0,
+        "Limit of a reward function per sample, in seconds. What takes longer is killed; the sample is left out of the "
+        "training.",
+    )
     generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
     token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
     allow_base_mismatch: bool = _option(
@@ -100,6 +111,8 @@ class LearnerConfig:
             setattr(self, name, _json_object(getattr(self, name), name))
         if self.max_staleness < 0:
             raise ValueError("max_staleness must not be negative")
+        if self.reward_workers < 0 or self.reward_timeout_s <= 0:
+            raise ValueError("reward_workers must not be negative, reward_timeout_s must be more than 0")
         if self.deterministic and self.max_staleness:
             raise ValueError("deterministic: how far a push has come when a rollout begins differs from time to time; "
                              "leave max_staleness at 0")  # fmt: skip

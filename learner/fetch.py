@@ -24,6 +24,8 @@ RECOVERABLE = {
 MAX_PARALLEL_REQUESTS = 8
 #: Row of a batch and its prompt -> seed; None: the server draws.
 SeedOf = Callable[[int, list[int]], int | None]
+#: First row of an entry, and its completions.
+Arrived = Callable[[int, Sequence[Completion]], None]
 #: How long the server may take until it serves a step that was pushed before the request.
 _STEP_WAIT_S = 30.0
 _RETRY_S = 0.2
@@ -104,11 +106,14 @@ class Fetcher:
     patience_s: float = 600.0
     capped_prompts: int = field(default=0, init=False)
 
-    def fetch(self, asks: Sequence[Ask], wanted: Callable[[], Wanted]) -> list[Completion]:
+    def fetch(
+        self, asks: Sequence[Ask], wanted: Callable[[], Wanted], arrived: Arrived | None = None
+    ) -> list[Completion]:
         """Completions in row order. A server that is away, or has forgotten the run, is helped and asked again.
 
         Args:
             wanted: what is wanted when a request is made.
+            arrived: told of each entry's completions as they come; again if the request has to be made again.
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or of weights that were not wanted.
@@ -118,7 +123,7 @@ class Fetcher:
             try:
                 if failed:
                     self.recover()
-                return self._attempt(asks, wanted())
+                return self._attempt(asks, wanted(), arrived)
             except LockstepError as error:
                 if error.code not in RECOVERABLE or time.monotonic() > deadline:
                     raise
@@ -127,13 +132,13 @@ class Fetcher:
                 failed = True
             time.sleep(_RETRY_S)
 
-    def _attempt(self, asks: Sequence[Ask], wanted: Wanted) -> list[Completion]:
+    def _attempt(self, asks: Sequence[Ask], wanted: Wanted, arrived: Arrived | None) -> list[Completion]:
         """Entries with the same `n` and `max_tokens` travel in one request."""
         buckets: dict[tuple[int, int | None], list[Ask]] = {}
         for ask in asks:
             buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)
 
-        requests = [partial(self._request, bucket, *shape, wanted) for shape, bucket in buckets.items()]
+        requests = [partial(self._request, bucket, *shape, wanted, arrived) for shape, bucket in buckets.items()]
         answers = all_of(requests, "rollouts", MAX_PARALLEL_REQUESTS)
         rows: dict[int, Completion] = {}
         for bucket, groups in zip(buckets.values(), answers, strict=True):
@@ -162,7 +167,9 @@ class Fetcher:
             )
         return room
 
-    def _request(self, asks: list[Ask], n: int, max_tokens: int | None, wanted: Wanted) -> list[RolloutGroup]:
+    def _request(
+        self, asks: list[Ask], n: int, max_tokens: int | None, wanted: Wanted, arrived: Arrived | None
+    ) -> list[RolloutGroup]:
         update: dict[str, Any] = {"n": n, "max_tokens": max_tokens}
         if self.sampling.seed is not None:
             update["seed"] = self.sampling.seed + (self.rank << 32)
@@ -174,15 +181,19 @@ class Fetcher:
             prompts=[Prompt(token_ids=ask.token_ids, seed=ask.seed) for ask in asks],
             sampling=sampling, policy=policy, run_id=wanted.version.run_id, return_text=False, **step,
         )  # fmt: skip
-        groups = sorted(self.client.generate(request).groups, key=lambda group: group.prompt_index)
-        if [group.prompt_index for group in groups] != list(range(len(asks))):
-            raise _broken(f"asked for {len(asks)} groups, got {[g.prompt_index for g in groups]}")
-        for ask, group in zip(asks, groups, strict=True):
-            if len(group.completions) != ask.n or group.prompt_token_ids != ask.token_ids:
-                raise _broken(f"group {group.prompt_index} is not {ask.n} completions of the prompt that was sent")
+        groups: dict[int, RolloutGroup] = {}
+        for group in self.client.iter_groups(request) if arrived else self.client.generate(request).groups:
+            ask = asks[group.prompt_index] if 0 <= group.prompt_index < len(asks) else None
+            if ask is None or len(group.completions) != ask.n or group.prompt_token_ids != ask.token_ids:
+                raise _broken(f"group {group.prompt_index} is not the completions of a prompt that was sent")
             for completion in group.completions:
                 check_completion(completion, wanted)
-        return groups
+            groups[group.prompt_index] = group
+            if arrived:
+                arrived(ask.index, group.completions)
+        if len(groups) != len(asks):
+            raise _broken(f"asked for {len(asks)} groups, got {sorted(groups)}")
+        return [groups[i] for i in range(len(asks))]
 
 
 def check_completion(completion: Completion, wanted: Wanted) -> None:

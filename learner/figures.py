@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from learner.drift import Drift
+from learner.rewards import Rewards
 from learner.rollouts import RemoteRollouts
 from learner.trainer_protocol import Trainer
 
@@ -23,6 +24,7 @@ class StepReport:
     Attributes:
         lag: mean lag of the samples of the generation batch, in generation batches.
         wait_seconds: for which the trainer waited for completions.
+        reward_wait_seconds: for which the trainer waited for rewards (None: TRL computes them itself).
         idle_seconds: for which this rank was reading nothing ahead from the server (None: it never does).
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
         logprob_gap: None where not proven.
@@ -44,6 +46,7 @@ class StepReport:
     logprob_gap: float | None
     seconds: float
     drift: Drift | None = None
+    reward_wait_seconds: float | None = None
 
 
 class Figures:
@@ -54,10 +57,12 @@ class Figures:
         reports: one per optimizer step that this process made.
         listeners: called with each report.
         drift: of the last generation batch, None without importance correction.
+        rewards: where they are computed in workers.
     """
 
     def __init__(self, trainer: Trainer, rollouts: RemoteRollouts) -> None:
         self._trainer, self._rollouts = trainer, rollouts
+        self.rewards: Rewards | None = None
         self.pushes = 0
         self.reports: list[StepReport] = []
         self.drift: Drift | None = None
@@ -68,6 +73,7 @@ class Figures:
         """A step begins now."""
         self._started = time.perf_counter()
         self._waited, self._busy = self._rollouts.stats.wait_seconds, self._busy_seconds()
+        self._reward_waited = self.rewards.wait_seconds if self.rewards else 0.0
 
     def add(self, *, push_seconds: float, push_bytes: int, logprob_gap: float | None) -> StepReport:
         """A step has ended with a push."""
@@ -86,11 +92,13 @@ class Figures:
             push_seconds=push_seconds, push_bytes=push_bytes,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
             logprob_gap=logprob_gap, seconds=seconds, drift=self.drift,
+            reward_wait_seconds=self.rewards.wait_seconds - self._reward_waited if self.rewards else None,
         )  # fmt: skip
         self.restart_clock()
         logged = {
             "push_seconds": push_seconds, "push_bytes": push_bytes, "lag": report.lag, "logprob_gap": logprob_gap,
             "rollout_tokens_per_second": report.rollout_tokens_per_second, "wait_seconds": report.wait_seconds,
+            "reward_wait_seconds": report.reward_wait_seconds,
             "server_idle_seconds": idle, "regenerated": stats.regenerated,
         }  # fmt: skip
         for name, value in logged.items():
@@ -124,14 +132,16 @@ class Figures:
     def summary(self) -> dict[str, Any]:
         """Figures of the training, over all ranks. Collective."""
         stats = self._rollouts.stats
-        local = [(stats.lags, stats.regenerated, self._rollouts.fetcher.capped_prompts)]
-        lags, regenerated, capped = zip(*gather_object(local), strict=True)
+        unscored = self.rewards.unscored.total() if self.rewards else 0
+        local = [(stats.lags, stats.regenerated, self._rollouts.fetcher.capped_prompts, unscored)]
+        lags, regenerated, capped, unscored_rewards = zip(*gather_object(local), strict=True)
         return {
             "steps": self._trainer.step,
             **self.counts(),
             "lags": {str(lag): n for lag, n in sorted(sum(lags, Counter()).items())},
             "regenerated": sum(regenerated),
             "capped_prompts": sum(capped),
+            "unscored_rewards": sum(unscored_rewards),
             "wait_seconds": stats.wait_seconds,
             "max_drift_kl": max((r.drift.kl for r in self.reports if r.drift), default=None),
             "max_drift_clipped": max((r.drift.clipped for r in self.reports if r.drift), default=None),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from learner.fetch import Ask, Fetcher, SeedOf, Wanted, asks_of, oldest_step
@@ -65,6 +66,8 @@ class RemoteRollouts:
         barrier: makes sure that this version is served; collective over all ranks.
         is_training: False while TRL evaluates; those rollouts are not counted, and never read ahead.
         seed_of: row of the batch and its prompt -> its seed, where seeds are derived.
+        arrived: told of a training batch's completions as they come: generation batch (None: the present one), first
+            row, completions. Called on any thread.
     """
 
     fetcher: Fetcher
@@ -73,6 +76,7 @@ class RemoteRollouts:
     is_training: Callable[[], bool] = lambda: True
     seed_of: SeedOf = lambda row, token_ids: None
     ahead: Ahead | None = None
+    arrived: Callable[[int | None, int, Sequence[Completion]], None] | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
 
     def sync_weights(self) -> None:
@@ -114,6 +118,8 @@ class RemoteRollouts:
                 completions = self._now(asks_of(prompts, self.seed_of))
                 if self.is_training():
                     self._count_lags([0] * len(completions))
+            if self.is_training() and self.arrived:
+                self.arrived(None, 0, completions)  # with what was replaced since it arrived
         waited = time.perf_counter() - started
         self._count(completions, waited, ahead.prefetcher.last_seconds if read_ahead and ahead else waited)
         return (
@@ -125,7 +131,16 @@ class RemoteRollouts:
 
     def _now(self, asks: list[Ask]) -> list[Completion]:
         """Completions of the trainer's present weights."""
-        return self.fetcher.fetch(asks, lambda: Wanted(self.version()))
+        return self.fetch(asks, lambda: Wanted(self.version()))
+
+    def fetch(self, asks: list[Ask], wanted: Callable[[], Wanted], batch: int | None = None) -> list[Completion]:
+        """`Fetcher.fetch`; what belongs to a training batch is handed on as it arrives.
+
+        Args:
+            batch: that is read ahead; None: the present one, or an evaluation's.
+        """
+        listens = self.arrived if batch is not None or self.is_training() else None
+        return self.fetcher.fetch(asks, wanted, partial(listens, batch) if listens else None)
 
     def _from_ahead(self, ahead: Ahead, prompts: list[list[int]]) -> list[Completion] | None:
         """What was read ahead, with samples that lag too much replaced; None for prompts that were not."""

@@ -17,6 +17,7 @@ from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
 from learner.proof import SyncProof
 from learner.publisher import Publisher, load_lease, save_lease
+from learner.rewards import Rewards
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
@@ -64,6 +65,7 @@ class Session:
             is_training=lambda: trainer.is_training,
             seed_of=self._seed_of,
         )
+        self.rewards: Rewards | None = None
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
         self.figures = Figures(trainer, self.rollouts)
@@ -138,9 +140,16 @@ class Session:
             "canary_slope": self.canary_slope,
         }
 
+    def use(self, rewards: Rewards) -> None:
+        """Have rewards computed as completions arrive."""
+        self.rewards = self.figures.rewards = rewards
+        self.rollouts.arrived = rewards.arrived
+
     def close(self) -> None:
-        """Let go of the way to the server; what was pushed stays there."""
+        """Let go of the way to the server, where what was pushed stays, and end the reward workers."""
         self.publisher.close()
+        if self.rewards:
+            self.rewards.close()
 
     def _read_ahead(self, max_staleness: int) -> None:
         """Request the first generation batches; from then on each one that is taken requests another."""
@@ -150,9 +159,17 @@ class Session:
             assert self.publisher.last  # of the push before the first request; the next may be under way just now
             return Wanted(self.publisher.last.version, exact=False, carried=self.config.in_flight == "carried")
 
+        coming = self.trainer.coming_prompts()
+
+        def prompts_of(batch: int) -> list[list[int]]:
+            rows = coming.rows(batch)
+            if self.rewards:
+                self.rewards.expect(batch, rows)
+            return coming.token_ids(rows)
+
         prefetcher = Prefetcher(
-            self.trainer.coming_prompts(),
-            lambda batch, prompts: self.rollouts.fetcher.fetch(asks_of(prompts), wanted),
+            prompts_of,
+            lambda batch, prompts: self.rollouts.fetch(asks_of(prompts), wanted, batch),
             last_batch=schedule.last_batch,
             warn=self.say,
         )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 
 from learner.schedule import Schedule
+
+
+class Coming(Protocol):
+    """This rank's prompts in generation batches to come; called on the trainer's thread."""
+
+    def rows(self, batch: int) -> list[dict[str, Any]]: ...
+    def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]: ...
 
 
 class Trainer(Protocol):
@@ -30,6 +36,6 @@ class Trainer(Protocol):
     def first_row(self) -> int: ...
     @property
     def is_training(self) -> bool: ...
-    def coming_prompts(self) -> Callable[[int], list[list[int]]]: ...
+    def coming_prompts(self) -> Coming: ...
     def latest(self, metric: str) -> float | None: ...
     def log(self, metric: str, value: float) -> None: ...

@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from learner.tasks.answers import extractor
-from learner.tasks.base import RewardFunc, Task, TaskError
+from learner.tasks.base import Task, TaskError
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, completion_text, question_key
 
@@ -57,8 +57,7 @@ def load_gym_task(
         logger.info("reasoning_gym:%s: %d different training questions, repeated", name, len(train_entries))
 
     held_out, trained_on = list(eval_entries.values()), list(train_entries.values())
-    scorer = _create(name, generator_args, seed=0)
-    score = _score_function(name, scorer, held_out + trained_on, extract, partial_credit)
+    score = GymScore(name, generator_args, held_out + trained_on, extract, partial_credit)
     functions, weights = load_rewards(reward_specs, reward_weights, own=score)
     rows = [_row(i, entry, style) for i, entry in enumerate(held_out + trained_on)]
     order = _fill_up(len(trained_on), train_size, seed)
@@ -121,25 +120,31 @@ def _row(index: int, entry: Entry, style: PromptStyle) -> dict[str, Any]:
     }
 
 
-def _score_function(
-    name: str, scorer: Any, entries: list[Entry], extract: Callable[[str], str | None], partial_credit: bool
-) -> RewardFunc:
-    """reasoning-gym's own score of the extracted answer, or whether that is full marks.
+class GymScore:
+    """A reward function: reasoning-gym's own score of the extracted answer, or whether that is full marks.
 
     It needs an entry's metadata, whose nested values a dataset column would not give back unchanged; so rows carry the
-    entry's number only.
+    entry's number only. A class, so that another process makes its scorer anew, with what importing it takes.
     """
 
-    def one(completion: Any, item: int) -> float:
-        answer = extract(completion_text(completion))
-        value = 0.0 if answer is None else float(scorer.score_answer(answer, entries[item]))
-        return value if partial_credit else float(value >= 1.0)
+    def __init__(
+        self, name: str, args: dict[str, Any], entries: list[Entry], extract: Callable[[str], str | None],
+        partial_credit: bool,
+    ) -> None:  # fmt: skip
+        self.__name__, self._args, self._entries = name, args, entries
+        self._extract, self._partial_credit = extract, partial_credit
+        self._scorer = _create(name, args, seed=0)
 
-    def score(prompts: list[Any], completions: list[Any], gym_item: list[int], **_: Any) -> list[float]:
-        return [one(completion, item) for completion, item in zip(completions, gym_item, strict=True)]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GymScore, (self.__name__, self._args, self._entries, self._extract, self._partial_credit)
 
-    score.__name__ = name
-    return score
+    def __call__(self, prompts: list[Any], completions: list[Any], gym_item: list[int], **_: Any) -> list[float]:
+        return [self._one(completion, item) for completion, item in zip(completions, gym_item, strict=True)]
+
+    def _one(self, completion: Any, item: int) -> float:
+        answer = self._extract(completion_text(completion))
+        value = 0.0 if answer is None else float(self._scorer.score_answer(answer, self._entries[item]))
+        return value if self._partial_credit else float(value >= 1.0)
 
 
 def _create(name: str, args: dict[str, Any], seed: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from learner import reward_pool
 from learner.client import RolloutClient
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer
+from tests.unit.learner.rewards import reward_odd
 
 torch.set_num_threads(1)  # of tensors this small, a second thread only waits for its turn on a busy machine
 
@@ -68,13 +70,15 @@ def client(server: FakeServer) -> RolloutClient:
     return RolloutClient("http://fake", transport=server.transport)
 
 
-def reward_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Share of odd token ids."""
-    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
+@pytest.fixture
+def no_workers_left() -> Iterator[None]:
+    """Ends the reward workers of what a test attached."""
+    yield
+    reward_pool.close_all()
 
 
 @pytest.fixture
-def make_trainer(model_dir: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
+def make_trainer(model_dir: Path, tmp_path: Path, no_workers_left: None) -> Callable[..., GRPOTrainer]:
     """Builds a GRPOTrainer of the tiny model; keyword arguments go to GRPOConfig, `lora` to LoraConfig."""
 
     def make(
@@ -90,9 +94,9 @@ def make_trainer(model_dir: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
         lora_settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         rows = [{"prompt": f"w{i} w{i + 7} w{i + 20}"} for i in range(16)]
         return GRPOTrainer(
-            model=str(model_dir), args=GRPOConfig(**settings), reward_funcs=[reward_odd],
+            model=str(model_dir), args=GRPOConfig(**settings),
             peft_config=LoraConfig(**{**lora_settings, **(lora or {})}),
-            **{"train_dataset": Dataset.from_list(rows), **(trainer_kwargs or {})},
+            **{"train_dataset": Dataset.from_list(rows), "reward_funcs": [reward_odd], **(trainer_kwargs or {})},
         )  # fmt: skip
 
     return make

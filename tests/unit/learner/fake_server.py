@@ -80,7 +80,11 @@ class FakeServer:
             return _json(ScoreResponse(epoch=self.state.epoch, version=version, logprobs=logprobs))
         asked_g = GenerateRequest.model_validate(body)
         self.generated.append(asked_g)
-        return _json(self._generate(asked_g))
+        answer = self._generate(asked_g)
+        if not asked_g.stream:
+            return _json(answer)
+        lines = [group.model_dump_json() for group in reversed(answer.groups)]  # in the order in which they finish
+        return httpx.Response(200, content="\n".join([*lines, '{"done":true}']))
 
     def _push(self, run_id: str, request: httpx.Request) -> PushReceipt:
         assert request.headers["Lockstep-Lease"] and request.headers["content-length"]

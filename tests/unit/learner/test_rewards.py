@@ -1,0 +1,176 @@
+"""Rewards under a real TRL trainer: the values that TRL itself would compute, ready when it asks for them."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback
+
+from learner.attach import attach
+from learner.config import LearnerConfig
+from learner.rewards import Rewards
+from shared.rollouts import Completion, VersionSpan
+from tests.unit.learner import rewards as R
+from tests.unit.learner.rewards import reward_odd
+
+ROWS = [
+    {"prompt": f"w{i} w{i + 7}", "answer": f"w{i}", "nested": {"k": [i, None, 0.1 * i]}, "nan": float("nan")}
+    for i in range(4)
+]
+CHATS = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+
+
+def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What TRL hands to `_calculate_rewards` for these rows."""
+    rng = random.Random(0)
+    inputs = [dict(row) for row in rows for _ in range(4)]
+    ids = [[rng.randrange(3, 64) for _ in range(rng.randrange(1, 6))] + [2] for _ in inputs]
+    completions = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    if not isinstance(rows[0]["prompt"], str):
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    prompts = [row["prompt"] for row in inputs]
+    return {"inputs": inputs, "prompts": prompts, "completions": completions, "completion_ids_list": ids}
+
+
+def completions_of(batch: dict[str, Any]) -> list[Completion]:
+    return [
+        Completion(token_ids=ids, logprobs=[0.0] * len(ids), finish_reason="stop",
+                   spans=[VersionSpan(version=None, start=0, end=len(ids))])
+        for ids in batch["completion_ids_list"]
+    ]  # fmt: skip
+
+
+def logged(trainer: Any) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    found = dict(trainer._pending_extra_logs), dict(trainer._pending_metrics)
+    trainer._pending_extra_logs.clear()
+    trainer._pending_metrics.clear()
+    return found
+
+
+def attached(make_trainer, functions, rows=ROWS, **config):
+    """A trainer in training mode whose generation batch is all of `rows`; its rewards; and such a batch."""
+    trainer = make_trainer(
+        trainer_kwargs={"train_dataset": Dataset.from_list(rows), "reward_funcs": functions},
+        per_device_train_batch_size=16,
+    )  # fmt: skip
+    trainer.model.train()
+    batch = batch_of(trainer, rows)
+    own = trainer._calculate_rewards(**batch), *logged(trainer)
+    said: list[str] = []
+    return trainer, Rewards(trainer, LearnerConfig(**config), said.append), batch, own, said
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["text", "chat"])
+def test_equal_to_trls_own(make_trainer, rows) -> None:
+    functions = [R.third, R.whole_thirds, reward_odd, R.environments_reader]
+    trainer, rewards, batch, (expected, _, metrics), said = attached(make_trainer, functions, rows)
+    assert functions == [R.third, R.whole_thirds, reward_odd, R.environments_reader], "the user's list stays as it is"
+    assert trainer.reward_funcs[3] is R.environments_reader and trainer.reward_funcs[0].__name__ == "third"
+
+    assert_equal(trainer._calculate_rewards(**batch), expected)
+    extras, found = logged(trainer)
+    assert sum(found["mean_answer"]) / 4 == metrics["mean_answer"][0]
+    assert [value is None for value in extras["said"]] == [True] * 8 + [False] * 4 + [True] * 4
+
+    rewards.expect(0, batch["inputs"])
+    for first in (8, 0, 12, 4):
+        rewards.arrived(None, first, completions_of(batch)[first : first + 4])
+    begun = [group.pending[0] for group in rewards._groups.values()]
+    assert_equal(trainer._calculate_rewards(**batch), expected)
+    assert len(begun) == 4 and not rewards._groups, "each was fetched, and not computed again"
+    assert logged(trainer) == (extras, found) and not said
+
+
+def test_ready_when_trl_asks(make_trainer) -> None:
+    trainer, rewards, batch, (expected, _, _), _ = attached(make_trainer, [R.slow])
+    rewards.expect(0, batch["inputs"])
+    rewards.arrived(None, 0, completions_of(batch))
+    time.sleep(0.7)
+    assert_equal(trainer._calculate_rewards(**batch), expected)
+    assert rewards.wait_seconds < 0.15
+
+    rewards.arrived(None, 0, completions_of(batch))
+    batch["completion_ids_list"] = [*batch["completion_ids_list"][:5], [9] * 6, *batch["completion_ids_list"][6:]]
+    found = trainer._calculate_rewards(**batch)
+    assert found[5, 0] == torch.tensor(0.6), "completions that were replaced are scored anew"
+    batch["inputs"] = [{**row, "answer": "other"} for row in batch["inputs"]]
+    rewards.wait_seconds = 0.0
+    trainer._calculate_rewards(**batch)
+    assert rewards.wait_seconds > 0.3, "and so are rows with other columns"
+
+
+def test_groups_that_straddle_ranks_are_runs_of_equal_prompts(make_trainer) -> None:
+    trainer, rewards, batch, (expected, _, _), _ = attached(make_trainer, [reward_odd])
+    part = {name: values[2:13] for name, values in batch.items()}
+    rewards.expect(0, part["inputs"])
+    rewards.arrived(None, 0, completions_of(part))
+    assert not rewards._groups
+    assert_equal(trainer._calculate_rewards(**part), expected[2:13])
+
+
+def test_evaluation_has_its_own_groups(make_trainer) -> None:
+    trainer, rewards, batch, (expected, _, _), _ = attached(make_trainer, [reward_odd])
+    trainer.model.eval()
+    trainer.num_generations_eval = 1
+    assert_equal(trainer._calculate_rewards(**batch), expected)
+    assert rewards.wait_seconds == 0.0
+
+
+def test_what_hangs_is_left_out_and_counted(make_trainer) -> None:
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": [R.hangs_sometimes]})
+    said: list[str] = []
+    rewards, batch = Rewards(trainer, LearnerConfig(reward_timeout_s=0.2), said.append), batch_of(trainer, ROWS)
+    found = trainer._calculate_rewards(**batch)[:, 0]
+    long = torch.tensor([len(ids) == 6 for ids in batch["completion_ids_list"]])
+    assert long.any() and torch.equal(found.isnan(), long) and (found[~long] == 1.0).all()
+    assert rewards.unscored == {"hangs_sometimes": int(long.sum())}
+    assert len(said) == 1 and "reward_timeout_s" in said[0]
+
+
+@pytest.mark.parametrize(("function", "kind", "words"), [
+    (R.raises, RuntimeError, r"(?s)'raises' failed.*in raises.*no such answer"),
+    (R.too_few, ValueError, r"'too_few' returned 1 rewards, but 4 were expected"),
+])  # fmt: skip
+def test_the_users_errors_reach_the_user(make_trainer, function, kind, words) -> None:
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": [function]})
+    Rewards(trainer, LearnerConfig(), print)
+    with pytest.raises(kind, match=words):
+        trainer._calculate_rewards(**batch_of(trainer, ROWS))
+
+
+def test_reward_models_stay_where_they_are(make_trainer) -> None:
+    trainer = make_trainer()
+    model = nn.Linear(1, 1)
+    trainer.reward_funcs = [model]
+    Rewards(trainer, LearnerConfig(), print)
+    assert trainer.reward_funcs == [model]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_slow_reward_under_a_real_training(make_trainer, server, client, staleness) -> None:
+    """0.2 s of rewards per batch beside 0.4 s of training: read ahead, they cost a step nothing."""
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": [R.slow]}, max_steps=4)
+
+    class Trains(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            time.sleep(0.4)
+
+    session = attach(trainer, client=client, run_id="r", max_staleness=staleness)
+    trainer.add_callback(Trains())
+    trainer.train()
+    session.close()
+    waits = [report.reward_wait_seconds for report in session.figures.reports]
+    assert len(waits) == 4 and session.summary()["unscored_rewards"] == 0
+    assert max(waits[2:]) < 0.1 if staleness else min(waits) > 0.1
+    logged = [log["lockstep/reward_wait_seconds"] for log in trainer.state.log_history if "reward" in log]
+    assert logged == pytest.approx(waits)
