@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapter import active_adapter, lora_layers, peft_tensors
-from learner.batches import ComingPrompts, check_slots, schedule_of
+from learner.batches import ComingPrompts, check_replaceable, check_slots, schedule_of
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.refusals import (
@@ -42,7 +42,7 @@ from learner.rewards import Rewards
 from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.session import Session
-from learner.wrappers import skip_padding, watch_drift
+from learner.wrappers import replace_degenerate, skip_padding, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -138,6 +138,9 @@ def attach(
     if config.reward_workers:
         session.use(Rewards(trainer, config, session.say))
     _put_under_trainer(trainer, session)
+    if config.drop_degenerate_groups:
+        check_replaceable(trainer, complete=bool(session.rewards and session.rewards.complete))
+        replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
     return session
 

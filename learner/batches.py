@@ -6,6 +6,7 @@ Relies on TRL's internals as `learner.attach` does, in the same range of version
 from __future__ import annotations
 
 import functools
+import random
 from typing import Any
 
 from datasets import IterableDataset
@@ -53,6 +54,28 @@ def check_slots(trainer: GRPOTrainer, state: ServerState, max_staleness: int, in
         )
 
 
+def check_replaceable(trainer: GRPOTrainer, *, complete: bool) -> None:
+    """Groups can be replaced before they are trained on.
+
+    Args:
+        complete: all rewards are computed as completions arrive.
+
+    Raises:
+        LockstepError: `invalid_request` where they cannot.
+    """
+    rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
+    why = None
+    if not complete:
+        why = "rewards must be known as completions arrive: no reward models, tools, environments or rollout functions"
+    elif rows % trainer.num_generations:
+        why = (f"groups of {trainer.num_generations} straddle ranks of {rows} rows each; choose a batch size per "
+               "device times gradient_accumulation_steps that is a multiple of num_generations")  # fmt: skip
+    elif not indexable(trainer):
+        why = "the training data is a stream, of which no other rows are known"
+    if why:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"drop_degenerate_groups: {why}")
+
+
 class ComingPrompts:
     """The prompts that this rank will be given."""
 
@@ -65,6 +88,7 @@ class ComingPrompts:
         if refusal:
             raise LockstepError(ErrorCode.INVALID_REQUEST, f"max_staleness: {refusal}; leave it at 0")
         self._trainer = trainer
+        self._known: tuple[int, list[int]] = (-1, [])
 
     @functools.cached_property
     def _lookahead(self) -> Lookahead:
@@ -80,8 +104,22 @@ class ComingPrompts:
         trainer = self._trainer
         rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
         first = rows * trainer.accelerator.process_index
-        indices = self._lookahead.indices(batch)[first : first + rows]
-        return [trainer.train_dataset[index] for index in indices]
+        return [trainer.train_dataset[index] for index in self._indices(batch)[first : first + rows]]
+
+    def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
+        """Up to `count` dataset rows that are not in a generation batch on any rank, derived from seed and batch."""
+        trainer, used = self._trainer, set(self._indices(batch))
+        ranks, length = trainer.accelerator.num_processes, len(trainer.train_dataset)
+        drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(
+            range(length), min(length, count * ranks + len(used))
+        )
+        others = [index for index in drawn if index not in used][trainer.accelerator.process_index :: ranks]
+        return [trainer.train_dataset[index] for index in others[:count]]
+
+    def _indices(self, batch: int) -> list[int]:
+        if self._known[0] != batch:
+            self._known = batch, self._lookahead.indices(batch)
+        return self._known[1]
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         """Token ids of the rows' prompts [B][P], templated as TRL does it."""

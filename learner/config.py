@@ -94,6 +94,14 @@ class LearnerConfig:
         "Limit of a reward function per sample, in seconds. What takes longer is killed; the sample is left out of the "
         "training.",
     )
+    drop_degenerate_groups: bool = _option(
+        False,
+        "Replace groups whose rewards do not vary, which teach nothing, by other prompts of the training data before "
+        "the training (DAPO's dynamic sampling). Needs reward_workers.",
+    )
+    degenerate_rounds: int = _option(
+        4, "How often a group is replaced at most; one that does not vary even then is trained on as it is."
+    )
     generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
     token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
     allow_base_mismatch: bool = _option(
@@ -111,6 +119,11 @@ class LearnerConfig:
             setattr(self, name, _json_object(getattr(self, name), name))
         if self.max_staleness < 0:
             raise ValueError("max_staleness must not be negative")
+        if self.degenerate_rounds < 1:
+            raise ValueError("degenerate_rounds must be at least 1; leave drop_degenerate_groups out to replace none")
+        if self.drop_degenerate_groups and not self.reward_workers:
+            raise ValueError("drop_degenerate_groups: rewards are needed before TRL computes them; set reward_workers "
+                             "to 1 or more")  # fmt: skip
         if self.reward_workers < 0 or self.reward_timeout_s <= 0:
             raise ValueError("reward_workers must not be negative, reward_timeout_s must be more than 0")
         if self.deterministic and self.max_staleness:

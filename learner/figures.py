@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from learner.drift import Drift
+from learner.dynamic import DynamicSampling
 from learner.rewards import Rewards
 from learner.rollouts import RemoteRollouts
 from learner.trainer_protocol import Trainer
@@ -58,11 +59,13 @@ class Figures:
         listeners: called with each report.
         drift: of the last generation batch, None without importance correction.
         rewards: where they are computed in workers.
+        dynamic: where groups are replaced.
     """
 
     def __init__(self, trainer: Trainer, rollouts: RemoteRollouts) -> None:
         self._trainer, self._rollouts = trainer, rollouts
         self.rewards: Rewards | None = None
+        self.dynamic: DynamicSampling | None = None
         self.pushes = 0
         self.reports: list[StepReport] = []
         self.drift: Drift | None = None
@@ -133,8 +136,11 @@ class Figures:
         """Figures of the training, over all ranks. Collective."""
         stats = self._rollouts.stats
         unscored = self.rewards.unscored.total() if self.rewards else 0
-        local = [(stats.lags, stats.regenerated, self._rollouts.fetcher.capped_prompts, unscored)]
-        lags, regenerated, capped, unscored_rewards = zip(*gather_object(local), strict=True)
+        replaced, kept = (self.dynamic.replaced, self.dynamic.kept) if self.dynamic else (0, 0)
+        local = [(stats.lags, stats.regenerated, self._rollouts.fetcher.capped_prompts, unscored, replaced, kept)]
+        lags, regenerated, capped, unscored_rewards, degenerate_replaced, degenerate_kept = zip(
+            *gather_object(local), strict=True
+        )
         return {
             "steps": self._trainer.step,
             **self.counts(),
@@ -142,6 +148,8 @@ class Figures:
             "regenerated": sum(regenerated),
             "capped_prompts": sum(capped),
             "unscored_rewards": sum(unscored_rewards),
+            "degenerate_replaced": sum(degenerate_replaced),
+            "degenerate_kept": sum(degenerate_kept),
             "wait_seconds": stats.wait_seconds,
             "max_drift_kl": max((r.drift.kl for r in self.reports if r.drift), default=None),
             "max_drift_clipped": max((r.drift.clipped for r in self.reports if r.drift), default=None),

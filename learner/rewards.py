@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from trl.data_utils import is_conversational
 
 from learner.config import LearnerConfig
 from learner.reward_pool import Call, Parts, RewardPool
+from learner.reward_worker import Answer
 from shared.rollouts import Completion
 
 Row = dict[str, Any]
@@ -111,6 +113,32 @@ class Rewards:
                 completion_ids = [completion.token_ids for completion in completions[start : start + size]]
                 self._group((batch, first + start), self._early_call(rows, first + start, completion_ids))
 
+    def totals(self, batch: int, first: int) -> list[float]:
+        """Weighted sums of the rewards of the group at row `first`, as TRL adds them up; NaN where there is none.
+
+        Waits for them. They stay there for TRL.
+
+        Raises:
+            RuntimeError: a reward function raised.
+        """
+        with self._lock:
+            pending = dict(self._groups[batch, first].pending)
+        columns = []
+        for i, outcome in pending.items():
+            parts = self._pool.wait(outcome)
+            columns.append([reward for rows, answer in parts for reward in _checked(self._names[i], rows, answer)])
+        weights = self._trainer.reward_weights.tolist()
+        sums = []
+        for row in zip(*columns, strict=True):
+            scored = [weight * reward for weight, reward in zip(weights, row, strict=True) if reward is not None]
+            sums.append(sum(scored) if scored else math.nan)
+        return sums
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rewards are computed as completions arrive."""
+        return self._early and len(self._names) == len(self._trainer.reward_funcs)
+
     def close(self) -> None:
         """End the workers."""
         self._early = False
@@ -190,27 +218,14 @@ class Rewards:
     def _replay(
         self, name: str, parts: Parts, log_extra: Callable[..., None], log_metric: Callable[..., None]
     ) -> list[float | None]:
-        """Rewards in row order; what the function logged goes to TRL in that order too.
-
-        Raises:
-            RuntimeError: the function raised, with its traceback.
-            ValueError: it returned too many rewards, or too few.
-        """
+        """Rewards in row order; what the function logged goes to TRL in that order too. Raises as `_checked`."""
         rewards: list[float | None] = []
         columns = dict.fromkeys(column for _, answer in parts if answer for column, _ in answer.extras)
         extras: dict[str, list[Any]] = {column: [] for column in columns}
         for rows, answer in parts:
             if answer is None:
                 self._missed(name, rows)
-            elif answer.error is not None:
-                raise RuntimeError(f"the reward function '{name}' failed:\n{answer.error}")
-            elif len(answer.rewards) != rows:
-                raise ValueError(
-                    f"The reward function '{name}' returned {len(answer.rewards)} rewards, but {rows} were expected "
-                    "(one per prompt-completion pair). Make sure the reward function returns exactly one reward per "
-                    "completion."
-                )
-            rewards += answer.rewards if answer else [None] * rows
+            rewards += _checked(name, rows, answer)
             for metric, value in answer.metrics if answer else ():
                 log_metric(metric, value)
             logged: dict[str, list[Any]] = {}
@@ -230,6 +245,25 @@ class Rewards:
                 "reward_timeout_s (said once, counted as unscored)"
             )
         self.unscored[name] += rows
+
+
+def _checked(name: str, rows: int, answer: Answer | None) -> list[float | None]:
+    """A reward for each of `rows` rows.
+
+    Raises:
+        RuntimeError: the function raised, with its traceback.
+        ValueError: it returned too many rewards, or too few.
+    """
+    if answer is None:
+        return [None] * rows
+    if answer.error is not None:
+        raise RuntimeError(f"the reward function '{name}' failed:\n{answer.error}")
+    if len(answer.rewards) != rows:
+        raise ValueError(
+            f"The reward function '{name}' returned {len(answer.rewards)} rewards, but {rows} were expected (one per "
+            "prompt-completion pair). Make sure the reward function returns exactly one reward per completion."
+        )
+    return answer.rewards
 
 
 def _may_leave(trainer: GRPOTrainer, function: Callable[..., Any]) -> bool:

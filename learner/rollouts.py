@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from learner.fetch import Ask, Fetcher, SeedOf, Wanted, asks_of, oldest_step
 from learner.prefetch import Prefetcher
@@ -47,13 +47,20 @@ class Ahead:
 
     Attributes:
         max_staleness: how many generation batches old a sample's oldest weights may be.
-        batch: the generation batch that is being generated now.
     """
 
     prefetcher: Prefetcher
     schedule: Schedule
     max_staleness: int
-    batch: Callable[[], int]
+
+
+class Refill(Protocol):
+    """See `learner.dynamic.DynamicSampling`."""
+
+    def fill(
+        self, batch: int, completions: list[Completion], fetch: Callable[[list[Ask]], list[Completion]]
+    ) -> list[Completion]: ...
+    def prompts(self, batch: int) -> list[list[int]] | None: ...
 
 
 @dataclass
@@ -68,6 +75,8 @@ class RemoteRollouts:
         seed_of: row of the batch and its prompt -> its seed, where seeds are derived.
         arrived: told of a training batch's completions as they come: generation batch (None: the present one), first
             row, completions. Called on any thread.
+        batch: the generation batch that is being generated now.
+        refill: replaces groups of training batches.
     """
 
     fetcher: Fetcher
@@ -77,7 +86,10 @@ class RemoteRollouts:
     seed_of: SeedOf = lambda row, token_ids: None
     ahead: Ahead | None = None
     arrived: Callable[[int | None, int, Sequence[Completion]], None] | None = None
+    batch: Callable[[], int] = lambda: 0
+    refill: Refill | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
+    _held: tuple[list[list[int]], list[Completion]] | None = None
 
     def sync_weights(self) -> None:
         """A barrier: when it returns, the trainer's step is served. The push itself follows every step."""
@@ -109,25 +121,42 @@ class RemoteRollouts:
         """
         if images is not None and any(image is not None for image in images):
             raise LockstepError(ErrorCode.INVALID_REQUEST, "images in prompts: only text models are supported")
-        started = time.perf_counter()
+        held, self._held = self._held, None
         with profiler or nullcontext():
-            ahead = self.ahead if self.is_training() else None
-            completions = self._from_ahead(ahead, prompts) if ahead else None
-            read_ahead = completions is not None
-            if completions is None:
-                completions = self._now(asks_of(prompts, self.seed_of))
-                if self.is_training():
-                    self._count_lags([0] * len(completions))
-            if self.is_training() and self.arrived:
-                self.arrived(None, 0, completions)  # with what was replaced since it arrived
-        waited = time.perf_counter() - started
-        self._count(completions, waited, ahead.prefetcher.last_seconds if read_ahead and ahead else waited)
+            completions = held[1] if held and held[0] == prompts else self.draw(prompts)
         return (
             prompts,
             [c.token_ids for c in completions],
             [[[logprob] for logprob in policy_logprobs(c, self.fetcher.sampling)] for c in completions],
             [[[token] for token in c.token_ids] for c in completions],
         )
+
+    def hold(self, prompts: list[list[int]], completions: list[Completion]) -> None:
+        """Answer the next `generate` with these, if it is for these prompts."""
+        self._held = prompts, completions
+
+    def draw(self, prompts: list[list[int]]) -> list[Completion]:
+        """One completion for each row; of other prompts where `refill` has replaced groups."""
+        started = time.perf_counter()
+        ahead = self.ahead if self.is_training() else None
+        completions = self._from_ahead(ahead, prompts) if ahead else None
+        read_ahead = completions is not None
+        if completions is None:
+            completions = self._now(asks_of(prompts, self.seed_of))
+            if self.is_training():
+                completions = self.refill.fill(self.batch(), completions, self._now) if self.refill else completions
+                self._count_lags([0] * len(completions))
+        if self.is_training() and self.arrived:
+            self.arrived(None, 0, completions)  # with what was replaced since it arrived
+        waited = time.perf_counter() - started
+        self._count(completions, waited, ahead.prefetcher.last_seconds if read_ahead and ahead else waited)
+        return completions
+
+    def draw_ahead(self, batch: int, prompts: list[list[int]], wanted: Callable[[], Wanted]) -> list[Completion]:
+        """`draw` for a batch to come; called on a thread of its own."""
+        fetch = partial(self.fetch, wanted=wanted, batch=batch)
+        completions = fetch(asks_of(prompts))
+        return self.refill.fill(batch, completions, fetch) if self.refill else completions
 
     def _now(self, asks: list[Ask]) -> list[Completion]:
         """Completions of the trainer's present weights."""
@@ -144,11 +173,12 @@ class RemoteRollouts:
 
     def _from_ahead(self, ahead: Ahead, prompts: list[list[int]]) -> list[Completion] | None:
         """What was read ahead, with samples that lag too much replaced; None for prompts that were not."""
-        batch = ahead.batch()
+        batch = self.batch()
         ahead.prefetcher.request(batch, batch)
         completions = ahead.prefetcher.take(batch, prompts)
         if completions is None:
             return None
+        prompts = (self.refill.prompts(batch) if self.refill else None) or prompts
         lags = [ahead.schedule.lag(batch, oldest_step(completion)) for completion in completions]
         # First of all, ahead of the batches that are not needed yet.
         self._regenerate(prompts, completions, lags, ahead.max_staleness)

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from learner.client import RolloutClient
 from learner.config import LearnerConfig
-from learner.fetch import Fetcher, Wanted, asks_of
+from learner.dynamic import DynamicSampling
+from learner.fetch import Fetcher, Wanted
 from learner.figures import Figures, StepReport
 from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
@@ -64,8 +65,10 @@ class Session:
             barrier=self.ensure_served,
             is_training=lambda: trainer.is_training,
             seed_of=self._seed_of,
+            batch=lambda: trainer.schedule.batch_at(trainer.micro_step),
         )
         self.rewards: Rewards | None = None
+        self.dynamic: DynamicSampling | None = None
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
         self.figures = Figures(trainer, self.rollouts)
@@ -145,6 +148,21 @@ class Session:
         self.rewards = self.figures.rewards = rewards
         self.rollouts.arrived = rewards.arrived
 
+    def use_dynamic_sampling(self, size: int) -> DynamicSampling:
+        """Have groups of `size` completions replaced whose rewards do not vary; `use` comes first."""
+        assert self.rewards
+        coming = self.trainer.coming_prompts()
+
+        def spare_of(batch: int, count: int) -> list[tuple[dict[str, Any], list[int]]]:
+            rows = coming.spare_rows(batch, count)
+            return list(zip(rows, coming.token_ids(rows), strict=True)) if rows else []
+
+        self.dynamic = DynamicSampling(
+            self.rewards, spare_of, self._seed_of, size=size, rounds=self.config.degenerate_rounds
+        )  # fmt: skip
+        self.rollouts.refill = self.figures.dynamic = self.dynamic
+        return self.dynamic
+
     def close(self) -> None:
         """Let go of the way to the server, where what was pushed stays, and end the reward workers."""
         self.publisher.close()
@@ -163,19 +181,20 @@ class Session:
 
         def prompts_of(batch: int) -> list[list[int]]:
             rows = coming.rows(batch)
-            if self.rewards:
+            prompts = coming.token_ids(rows)
+            if self.dynamic:
+                self.dynamic.expect(batch, rows, prompts)
+            elif self.rewards:
                 self.rewards.expect(batch, rows)
-            return coming.token_ids(rows)
+            return prompts
 
         prefetcher = Prefetcher(
             prompts_of,
-            lambda batch, prompts: self.rollouts.fetch(asks_of(prompts), wanted, batch),
+            lambda batch, prompts: self.rollouts.draw_ahead(batch, prompts, wanted),
             last_batch=schedule.last_batch,
             warn=self.say,
         )
-        self.rollouts.ahead = Ahead(
-            prefetcher, schedule, max_staleness, batch=lambda: schedule.batch_at(self.trainer.micro_step)
-        )  # fmt: skip
+        self.rollouts.ahead = Ahead(prefetcher, schedule, max_staleness)
         first = schedule.next_batch(self.trainer.micro_step)
         prefetcher.request(first, first + max_staleness - 1)
 

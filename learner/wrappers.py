@@ -9,6 +9,8 @@ from typing import Any
 from trl import GRPOTrainer
 
 from learner.drift import Correction, Drift, measure
+from learner.dynamic import DynamicSampling
+from learner.rollouts import RemoteRollouts
 from learner.trimming import may_regroup, scored, sorted_windows
 
 
@@ -49,3 +51,27 @@ def watch_drift(trainer: GRPOTrainer, saw: Callable[[Drift], None]) -> None:
         return batch
 
     trainer._generate_and_score_completions = generate_and_measure
+
+
+def replace_degenerate(trainer: GRPOTrainer, dynamic: DynamicSampling, rollouts: RemoteRollouts) -> None:
+    """Let TRL train on rows of which groups without variance were replaced, with their completions.
+
+    Comes after all that reads the rows TRL is given.
+    """
+    generate, logged = trainer._generate_and_score_completions, trainer._metrics["train"]
+
+    def generate_replaced(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not trainer.model.training:
+            return generate(inputs)
+        batch = rollouts.batch()
+        prompts = [list(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in inputs])[0]]
+        rollouts.sync_weights()
+        dynamic.expect(batch, inputs, prompts)
+        completions = rollouts.draw(prompts)
+        draw = dynamic.take(batch)
+        rollouts.hold(draw.prompts, completions)
+        for name, count in (("replaced", draw.replaced), ("kept", draw.kept)):
+            logged[f"lockstep/degenerate_{name}"].append(float(count))
+        return generate(draw.rows)
+
+    trainer._generate_and_score_completions = generate_replaced

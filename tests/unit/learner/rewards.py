@@ -46,3 +46,11 @@ def raises(completions, **_):
 
 def too_few(completions, **_):
     return [1.0]
+
+
+def first_is_best_unless_easy(completions, easy, **_):
+    return [0.5 if easy[0] else float(i == 0) for i in range(len(completions))]
+
+
+def all_the_same(completions, **_):
+    return [1.0] * len(completions)

@@ -70,13 +70,15 @@ class Training:
         fetcher = Fetcher(
             server, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None, recover=self.recover
         )  # type: ignore[arg-type]
-        self.rollouts = RemoteRollouts(fetcher, version=self.version, barrier=lambda: None)
+        self.rollouts = RemoteRollouts(
+            fetcher, version=self.version, barrier=lambda: None, batch=lambda: schedule.batch_at(self.micro)
+        )  # fmt: skip
         self.prefetcher = Prefetcher(
             lambda batch: [[batch], [batch], [batch + 1000]],
             lambda batch, prompts: fetcher.fetch(asks_of(prompts), lambda: Wanted(self.version(), exact=False)),
             last_batch=schedule.last_batch,
         )
-        self.rollouts.ahead = Ahead(self.prefetcher, schedule, staleness, lambda: schedule.batch_at(self.micro))
+        self.rollouts.ahead = Ahead(self.prefetcher, schedule, staleness)
 
     def version(self) -> WeightVersion:
         return WeightVersion(run_id="r", step=self.step)

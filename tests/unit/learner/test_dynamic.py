@@ -1,0 +1,145 @@
+"""Groups without variance are replaced: within the bound, none twice, and under a real TRL training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from trl import GRPOTrainer
+
+from learner.attach import attach
+from learner.batches import ComingPrompts
+from learner.config import LearnerConfig
+from learner.dynamic import DynamicSampling, varies
+from learner.fetch import Ask
+from shared.errors import LockstepError
+from shared.rollouts import Completion, VersionSpan
+from tests.unit.learner import rewards as R
+
+SIZE = 2
+
+
+def completion(prompt: list[int]) -> Completion:
+    return Completion(token_ids=prompt, logprobs=[0.0], finish_reason="stop",
+                      spans=[VersionSpan(version=None, start=0, end=1)])  # fmt: skip
+
+
+class Scores:
+    """In the place of `Rewards`: the group of a prompt in `flat` does not vary."""
+
+    def __init__(self, flat: set[int]) -> None:
+        self.flat, self.rows, self.completions = flat, [], []
+
+    def expect(self, batch: int, rows: list[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+
+    def arrived(self, batch: int, first: int, completions: list[Completion]) -> None:
+        assert first == 0 and [c.token_ids for c in completions] == [[row["id"]] for row in self.rows]
+        self.completions = completions
+
+    def totals(self, batch: int, first: int) -> list[float]:
+        return [1.0, 1.0] if self.rows[first]["id"] in self.flat else [0.0, 1.0]
+
+
+@given(st.integers(1, 6), st.integers(0, 12), st.integers(1, 4), st.data())
+def test_it_ends_within_the_bound(groups: int, spare: int, rounds: int, data: st.DataObject) -> None:
+    flat = data.draw(st.sets(st.integers(0, groups + spare - 1)))
+    scores, asked = Scores(flat), []
+
+    def fetch(asks: list[Ask]) -> list[Completion]:
+        asked.append([ask.token_ids[0] for ask in asks])
+        assert [ask.index for ask in asks] == sorted(ask.index for ask in asks)
+        return [completion(ask.token_ids) for ask in asks for _ in range(ask.n)]
+
+    def spare_of(batch: int, count: int) -> list[tuple[dict[str, Any], list[int]]]:
+        return [({"id": i}, [i]) for i in range(groups, groups + spare)][:count]
+
+    dynamic = DynamicSampling(scores, spare_of, lambda row, ids: None, size=SIZE, rounds=rounds)  # type: ignore[arg-type]
+    prompts = [[i] for i in range(groups) for _ in range(SIZE)]
+    dynamic.expect(0, [{"id": i} for [i] in prompts], prompts)
+    completions = dynamic.fill(0, [completion(ids) for ids in prompts], fetch)
+    draw = dynamic.take(0)
+
+    assert [c.token_ids for c in completions] == draw.prompts == [[row["id"]] for row in draw.rows]
+    firsts = [ids[0] for ids in draw.prompts[::SIZE]]
+    assert len(set(firsts)) == groups and draw.prompts == [[i] for i in firsts for _ in range(SIZE)]
+    tried = [i for round_of in asked for i in round_of]
+    assert len(asked) <= rounds and tried == list(range(groups, groups + len(tried))) and draw.replaced == len(tried)
+    kept = [i for i in firsts if i in flat]
+    assert draw.kept == len(kept)
+    assert not kept or len(asked) == rounds or len(tried) == min(spare, rounds * groups), "no round, or no prompt, left"
+    assert dynamic.kept == draw.kept and dynamic.prompts(0) is None
+
+
+@pytest.mark.parametrize(("rewards", "expected"), [
+    ([1.0, 1.0], False), ([1.0, 0.0], True), ([math.nan, 1.0], False), ([math.nan] * 2, False),
+    ([math.nan, 0.5, 1.0], True),
+])  # fmt: skip
+def test_what_varies(rewards: list[float], expected: bool) -> None:
+    assert varies(rewards) is expected
+
+
+def trainer_of(make_trainer: Any, function: Any, **config: Any) -> GRPOTrainer:
+    rows = [{"prompt": f"w{i} w{i + 7}", "easy": i % 3 == 0} for i in range(24)]
+    return make_trainer(
+        trainer_kwargs={"train_dataset": Dataset.from_list(rows), "reward_funcs": [function]},
+        per_device_train_batch_size=16, max_steps=4, **config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_is_trained_on_varies(make_trainer, client, server, staleness) -> None:
+    """Groups of easy prompts never vary; the others, of whose completions one is scored higher, always do."""
+    trainer = trainer_of(make_trainer, R.first_is_best_unless_easy)
+    session = attach(trainer, client=client, run_id="r", max_staleness=staleness, drop_degenerate_groups=True)
+    trainer.train()
+    session.close()
+    steps = [log for log in trainer.state.log_history if "reward" in log]
+    assert [log["frac_reward_zero_std"] for log in steps] == [0.0] * 4
+    assert sum(log["lockstep/degenerate_replaced"] for log in steps) == session.summary()["degenerate_replaced"] > 0
+    assert session.summary()["degenerate_kept"] == 0 and session.summary()["completions"] == 64
+    assert set(session.rollouts.stats.lags) <= {0, staleness}
+
+
+def test_all_degenerate_is_bounded_and_counted(make_trainer, client, server) -> None:
+    trainer = trainer_of(make_trainer, R.all_the_same)
+    session = attach(trainer, client=client, run_id="r", drop_degenerate_groups=True, degenerate_rounds=2)
+    trainer.train()
+    session.close()
+    summary = session.summary()
+    assert summary["degenerate_replaced"] == 4 * 4 * 2 and summary["degenerate_kept"] == 4 * 4
+    drawn = [prompt for request in server.generated if request.sampling.n == 4 for prompt in request.prompts]
+    assert len(drawn) == 4 * 4 * 3
+
+
+def test_replacements_are_derived(make_trainer, client, server) -> None:
+    """The same for a resumed training, of the dataset, and none of the batch's own."""
+    one, other = (ComingPrompts(_begun(trainer_of(make_trainer, R.all_the_same))) for _ in range(2))
+    for batch in (0, 2, 1):
+        spare = one.spare_rows(batch, 8)
+        own = {row["prompt"] for row in one.rows(batch)}
+        assert len({row["prompt"] for row in spare} - own) == 8 and spare == other.spare_rows(batch, 8)
+    assert one.spare_rows(0, 8) != one.spare_rows(1, 8) and len(one.spare_rows(0, 99)) == 20
+
+
+def _begun(trainer: GRPOTrainer) -> GRPOTrainer:
+    trainer.state.max_steps = trainer.args.max_steps
+    return trainer
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"reward_workers": 0}, "set reward_workers"), ({"degenerate_rounds": 0}, "at least 1"),
+])  # fmt: skip
+def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LearnerConfig(drop_degenerate_groups=True, **options)
+
+
+def test_what_cannot_be_replaced_is_refused(make_trainer, client, server) -> None:
+    trainer = trainer_of(make_trainer, R.environments_reader)
+    with pytest.raises(LockstepError, match="drop_degenerate_groups: rewards must be known"):
+        attach(trainer, client=client, run_id="r", drop_degenerate_groups=True)
