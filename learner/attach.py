@@ -1,6 +1,6 @@
-"""Remote rollouts under a `trl.GRPOTrainer`. TRL's internals are touched here, in `batches`, `resume`, `wrappers`.
+"""Remote rollouts under a `trl.GRPOTrainer`.
 
-Holds for TRL >=1.16,<1.17; `check_trl` fails outside that range and when a name it relies on is gone.
+TRL's internals are touched here and in `batches`, `resume`, `rewards`, `wrappers`; `trl_internals` says which they are.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from datasets import Dataset
-from packaging.specifiers import SpecifierSet
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -23,9 +21,10 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapter import active_adapter, lora_layers, peft_tensors
-from learner.batches import ComingPrompts, check_replaceable, check_slots, schedule_of
+from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
+from learner.dynamic import check_replaceable
 from learner.refusals import (
     check_base,
     check_grpo,
@@ -42,40 +41,12 @@ from learner.rewards import Rewards
 from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.session import Session
+from learner.trl_internals import check_trl
 from learner.wrappers import replace_degenerate, skip_padding, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
-TRL_RANGE = SpecifierSet(">=1.16,<1.17")
-_TRAINER_NAMES = (
-    "_generate_single_turn",
-    "_tokenize_prompts",
-    "_generate_and_score_completions",
-    "_calculate_rewards",
-    "_get_per_token_logps_and_entropies",
-    "_prepare_inputs",
-    "_get_train_sampler",
-    "_get_output_dir",
-    "_save_checkpoint",
-    "_load_optimizer_and_scheduler",
-)
-_INSTANCE_NAMES = (
-    "use_vllm",
-    "vllm_mode",
-    "eos_token_ids",
-    "_is_vlm",
-    "_metrics",
-    "_tokenizer",
-    "num_generations_eval",
-    "reward_func_names",
-    "tools",
-    "_step",
-    "_buffered_inputs",
-    "pad_to_multiple_of",
-    "aux_loss_enabled",
-    "_entropy_bonus_enabled",
-)
 PROMPTS_MEASURED = 512
 NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
 
@@ -119,6 +90,8 @@ def attach(
     if config.max_staleness:
         ComingPrompts(trainer)  # refuses what cannot be read ahead
         check_slots(trainer, state, config.max_staleness, config.in_flight)
+    if config.drop_degenerate_groups:
+        check_replaceable(trainer)
     if config.deterministic and not trainer.args.full_determinism:
         raise _invalid("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     check_rank(adapter_config, state)
@@ -139,35 +112,9 @@ def attach(
         session.use(Rewards(trainer, config, session.say))
     _put_under_trainer(trainer, session)
     if config.drop_degenerate_groups:
-        check_replaceable(trainer, complete=bool(session.rewards and session.rewards.complete))
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
     return session
-
-
-def check_trl(trainer: GRPOTrainer) -> None:
-    """The installed TRL is one whose internals this file knows, and the trainer is in the state it expects.
-
-    Raises:
-        LockstepError: `invalid_request`.
-    """
-    if not TRL_RANGE.contains(trl.__version__, prereleases=True):
-        raise _invalid(
-            f"Lockstep knows the internals of trl {TRL_RANGE}, not of {trl.__version__}; install one of these"
-        )
-    missing = [n for n in _TRAINER_NAMES if not hasattr(GRPOTrainer, n)]
-    missing += [n for n in _INSTANCE_NAMES if not hasattr(trainer, n)]
-    missing += [] if hasattr(trl.trainer.utils, "_use_triton") else ["trainer.utils._use_triton"]
-    if missing:
-        raise _invalid(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
-    if trainer.use_vllm:
-        raise _invalid("the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False")
-    if trainer._is_vlm:
-        raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, "vision models are not supported: use a text model")
-    if trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3:
-        raise _invalid("DeepSpeed ZeRO-3 is not supported: shard the model with FSDP2, or use DDP")
-    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
-        raise _invalid("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")
 
 
 class TrainerSide:

@@ -54,28 +54,6 @@ def check_slots(trainer: GRPOTrainer, state: ServerState, max_staleness: int, in
         )
 
 
-def check_replaceable(trainer: GRPOTrainer, *, complete: bool) -> None:
-    """Groups can be replaced before they are trained on.
-
-    Args:
-        complete: all rewards are computed as completions arrive.
-
-    Raises:
-        LockstepError: `invalid_request` where they cannot.
-    """
-    rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
-    why = None
-    if not complete:
-        why = "rewards must be known as completions arrive: no reward models, tools, environments or rollout functions"
-    elif rows % trainer.num_generations:
-        why = (f"groups of {trainer.num_generations} straddle ranks of {rows} rows each; choose a batch size per "
-               "device times gradient_accumulation_steps that is a multiple of num_generations")  # fmt: skip
-    elif not indexable(trainer):
-        why = "the training data is a stream, of which no other rows are known"
-    if why:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"drop_degenerate_groups: {why}")
-
-
 class ComingPrompts:
     """The prompts that this rank will be given."""
 

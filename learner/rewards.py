@@ -134,11 +134,6 @@ class Rewards:
             sums.append(sum(scored) if scored else math.nan)
         return sums
 
-    @property
-    def complete(self) -> bool:
-        """Whether all rewards are computed as completions arrive."""
-        return self._early and len(self._names) == len(self._trainer.reward_funcs)
-
     def close(self) -> None:
         """End the workers."""
         self._early = False
@@ -264,6 +259,11 @@ def _checked(name: str, rows: int, answer: Answer | None) -> list[float | None]:
             "prompt-completion pair). Make sure the reward function returns exactly one reward per completion."
         )
     return answer.rewards
+
+
+def all_known_early(trainer: GRPOTrainer) -> bool:
+    """Whether every reward can be computed as completions arrive."""
+    return _plain_completions(trainer) and all(_may_leave(trainer, function) for function in trainer.reward_funcs)
 
 
 def _may_leave(trainer: GRPOTrainer, function: Callable[..., Any]) -> bool:
