@@ -72,7 +72,10 @@ class Run:
         unable = peer.unable(self.setting)
         rank = served_rank(self.options.rank)
         with contextlib.ExitStack() as stack:
-            flags = (*self.setting.engine_flags, *shlex.split(self.options.rollout_server_flags))
+            # A rollout that runs S ahead can live through S pushes.
+            slots = str(max(2, *(1 + bound for bound in self.options.staleness)))
+            more = shlex.split(self.options.rollout_server_flags)
+            flags = (*self.setting.engine_flags, "--slots-per-run", slots, *more)
             own = Ours().start(replace(self.setting, engine_flags=flags), self.folder, rank)
             stack.callback(own.end)
             theirs = None if unable else peer.start(self.setting, self.folder, rank)

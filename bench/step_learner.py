@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.policy import wait_for
@@ -104,9 +104,11 @@ def make_trainer(training: Training, callback: TrainerCallback) -> GRPOTrainer:
     )  # fmt: skip
     lora = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear",
                       task_type="CAUSAL_LM")  # fmt: skip
+    # Not AutoTokenizer, which gives some model types a pre-tokenizer of their own: a word must be one token.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(training.folder)
     return GRPOTrainer(
-        model=training.folder, args=args, reward_funcs=odd_tokens, peft_config=lora, callbacks=[callback],
-        train_dataset=Dataset.from_dict({"prompt": make_prompts(training)}),
+        model=training.folder, processing_class=tokenizer, args=args, reward_funcs=odd_tokens, peft_config=lora,
+        callbacks=[callback], train_dataset=Dataset.from_dict({"prompt": make_prompts(training)}),
     )  # fmt: skip
 
 
