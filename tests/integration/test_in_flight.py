@@ -44,8 +44,7 @@ def lived_through(client: RolloutClient, server: ServerProcess, policies, reques
             for step in (1, 2, 3):
                 P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
                 receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight=request.param)
-                outlives(not running.done())
-                assert receipt.pause_seconds > 0
+                outlives(receipt.pause_seconds > 0)  # else nothing was decoding any more, whatever is on its way to us
                 later[step] = P.generate(client, [PROBE], max_tokens=4)
             outlives(client.run(run_id).running_requests)
             answer = running.result()

@@ -127,8 +127,8 @@ def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: 
             for step in (1, 2):
                 P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
                 receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight="keep")
-                outlives(not running.done())
-                assert receipt.pause_seconds > 0 and receipt.workers == 2
+                outlives(receipt.pause_seconds > 0)  # else nothing was decoding any more, whatever is on its way to us
+                assert receipt.workers == 2
             return running.result()
 
     answer = with_enough_load(push_twice)
