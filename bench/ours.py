@@ -15,6 +15,7 @@ from bench.load import decode_under_pushes
 from bench.measure import Moved, Sample, Setting, Skip, fresh_prompts, one_push, summarize
 from bench.servers import Server, environment, free_port
 from learner.client import RolloutClient
+from learner.fleet import Fleet
 from learner.publisher import Lease, Publisher
 from learner.transport import Choice
 from shared.errors import LockstepError
@@ -34,7 +35,7 @@ class OurPath:
         run_id = f"bench-{re.sub('[^a-z]+', '-', row)}-{secrets.token_hex(3)}"
         self.client, self.lease, self.transport = client, Lease(run_id, secrets.token_hex(16), 0), TRANSPORTS[row]
         self.publisher = Publisher(
-            client, model, self.lease, client.state(), takeover=True,
+            Fleet.of(client), model, self.lease, takeover=True,
             transport=self.transport, in_flight="keep" if row == KEEP else "drain",
         )  # fmt: skip
         self.version: WeightVersion | None = None

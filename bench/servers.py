@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -78,6 +79,15 @@ class Server:
                 # All processes of a server are in the session that it leads.
                 total += mib if os.getsid(pid) == self._group.process.pid else 0
         return total or None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that leads the group."""
+        return self._group.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL for it and whatever it started, at once."""
+        os.killpg(self.pid, signal.SIGKILL)
 
     def tail(self, characters: int = 600) -> str:
         """The last errors of the log, or its end."""

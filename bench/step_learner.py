@@ -176,7 +176,7 @@ def train(training: Training) -> dict[str, Any]:
     session = attach(trainer, training.url, max_staleness=training.max_staleness, proof_canary=False)
     trainer.train()
     session.close()
-    session.client.delete_run(session.run_id, session.publisher.lease.secret)
+    session.publisher.delete_run()
     reports = session.figures.reports
     before = [0, *(report.completion_tokens for report in reports)]  # counted since the start
     steps = [

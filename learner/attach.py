@@ -6,6 +6,7 @@ TRL's internals are touched here and in `batches`, `resume`, `rewards`, `wrapper
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from learner.adapter import active_adapter, lora_layers, peft_tensors
 from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
+from learner.discovery import Places
 from learner.dynamic import check_replaceable
+from learner.fleet import Fleet
 from learner.refusals import (
     check_base,
     check_grpo,
@@ -53,60 +56,64 @@ NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42
 
 def attach(
     trainer: GRPOTrainer,
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     config: LearnerConfig | None = None,
     *,
     client: RolloutClient | None = None,
-    state: ServerState | None = None,
+    fleet: Fleet | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> Session:
-    """Let `trainer` sample from the rollout server at `url` and push its adapter after every optimizer step.
+    """Let `trainer` sample from the rollout servers at `url` and push its adapter to them after every optimizer step.
 
     Args:
         trainer: a GRPOTrainer with a LoRA adapter, built with `use_vllm=False`, before `train()`.
-        url: of the rollout server; `config.rollout_url` by default.
+        url: of one or several rollout servers; `config.rollout_url` by default.
         config, options: `LearnerConfig`, or its fields as keyword arguments.
-        client, state: a client and a state that were already fetched; otherwise waits until the server is
-            ready.
+        client: of one rollout server, instead of `url`.
+        fleet: servers that were already met; otherwise waits until one is ready.
         revision: of the base model, where it was loaded from the hub.
 
     Raises:
         LockstepError: every refusal of `learner.refusals`, before anything is changed.
     """
-    config = config or LearnerConfig(rollout_url=url, **options)
+    config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
     check_trl(trainer)
     model = _peft_model(trainer)
     check_grpo(trainer.args)
     for warning in correction_warnings(trainer.args):
         warnings.warn(warning, stacklevel=2)
-    client = client or RolloutClient(
-        url or config.require_url(), read_token(config.token_file),
-        push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
-    )  # fmt: skip
-    state = state or client.wait_ready(config.ready_timeout_s)
-    adapter_config = model.peft_config[active_adapter(model)]
-    check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+    if fleet is None:
+        fleet = Fleet.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
     if config.max_staleness:
         ComingPrompts(trainer)  # refuses what cannot be read ahead
-        check_slots(trainer, state, config.max_staleness, config.in_flight)
     if config.drop_degenerate_groups:
         check_replaceable(trainer)
     if config.deterministic and not trainer.args.full_determinism:
         raise _invalid("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
-    check_rank(adapter_config, state)
-    check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
-    base = adapter_config.base_model_name_or_path or model.config._name_or_path
-    own = fingerprint_checkpoint(base, revision)
-    for warning in check_base(own, state.base, allow_mismatch=config.allow_base_mismatch):
-        warnings.warn(warning, stacklevel=2)
+    adapter_config = model.peft_config[active_adapter(model)]
+    own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     prompts = _first_prompts(trainer)
-    check_lengths(trainer.args.max_completion_length, max(map(len, prompts), default=0), state)
+    longest_prompt = max(map(len, prompts), default=0)
+
+    def accepts(state: ServerState) -> list[str]:
+        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        if config.max_staleness:
+            check_slots(trainer, state, config.max_staleness, config.in_flight)
+        check_rank(adapter_config, state)
+        check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
+        check_lengths(trainer.args.max_completion_length, longest_prompt, state)
+        return check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+
+    states = [member.known for member in fleet.up()]
+    for warning in dict.fromkeys(warning for state in states for warning in accepts(state)):
+        warnings.warn(warning, stacklevel=2)
     session = Session(
-        TrainerSide(trainer), model, client, state, config,
+        TrainerSide(trainer), model, fleet, config,
         sampling=sampling_params(trainer.args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
-        base_weights=own.weights if own.weights == state.base.weights else None,
+        base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
+        accepts=accepts,
     )  # fmt: skip
     if config.reward_workers:
         session.use(Rewards(trainer, config, session.say))
@@ -115,6 +122,24 @@ def attach(
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
     return session
+
+
+def meet(config: LearnerConfig) -> Fleet:
+    """The servers at `config.rollout_url`, at least one of which is ready.
+
+    Raises:
+        LockstepError: `not_ready` after `config.ready_timeout_s`.
+    """
+    token = read_token(config.token_file)
+
+    def connect(url: str) -> RolloutClient:
+        return RolloutClient(
+            url, token, push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s
+        )  # fmt: skip
+
+    fleet = Fleet(connect, Places(config.require_urls()), patience_s=config.ready_timeout_s)
+    fleet.meet(config.ready_timeout_s)
+    return fleet
 
 
 class TrainerSide:

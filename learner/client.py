@@ -66,13 +66,13 @@ class RolloutClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def state(self) -> ServerState:
+    def state(self, timeout_s: float = STATE_TIMEOUT_S) -> ServerState:
         """`GET /v1/state`.
 
         Raises:
             LockstepError: `protocol_mismatch` if the server speaks another protocol.
         """
-        document = self._json("GET", "/v1/state")
+        document = self._json("GET", "/v1/state", timeout=timeout_s)
         spoken = document.get("protocol") if isinstance(document, dict) else None
         if spoken != PROTOCOL_VERSION:
             raise LockstepError(
@@ -201,6 +201,8 @@ class RolloutClient:
     ) -> Any:
         if content is not None:
             kw |= self._body(content, timeout or STATE_TIMEOUT_S)
+        elif timeout is not None:
+            kw["timeout"] = timeout
         try:
             return self._checked(self._http.request(method, path, **kw))
         except httpx.HTTPError as error:

@@ -25,7 +25,11 @@ class LearnerConfig:
     Dicts are given as JSON on the command line.
     """
 
-    rollout_url: str | None = _option(None, "URL of the rollout server, e.g. http://127.0.0.1:8000 (required).")
+    rollout_url: list[str] | None = _option(
+        None,
+        "URLs of the rollout servers, e.g. http://127.0.0.1:8000 (required). dns+http://NAME:PORT stands for all "
+        "addresses of a name, file:PATH for a file with one URL a line; servers may come and go there while it runs.",
+    )
     task: str | None = _option(
         None,
         "What to train on (required): reasoning_gym:NAME, a JSONL file, a dataset on the hub, or module:object.",
@@ -115,6 +119,8 @@ class LearnerConfig:
     takeover: bool = _option(False, "Take the run over from another learner, whose pushes are refused from then on.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.rollout_url, str):
+            self.rollout_url = [self.rollout_url]
         for name in ("task_args", "lora_kwargs"):
             setattr(self, name, _json_object(getattr(self, name), name))
         if self.max_staleness < 0:
@@ -145,14 +151,19 @@ class LearnerConfig:
         """`lora_kwargs` as a dict."""
         return _json_object(self.lora_kwargs, "lora_kwargs")
 
-    def require_url(self) -> str:
-        """The rollout server's URL.
+    def require_urls(self) -> list[str]:
+        """Where the rollout servers are.
 
         Raises:
-            LockstepError: `invalid_request` if it is missing.
+            LockstepError: `invalid_request` if that is missing, or says several where there can be only one.
         """
         if not self.rollout_url:
             raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, e.g. http://127.0.0.1:8000")
+        if self.deterministic and len(self.rollout_url) > 1:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                "deterministic: which server completes a prompt depends on their speed; give one --rollout-url",
+            )
         return self.rollout_url
 
     def require_task(self) -> str:

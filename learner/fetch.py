@@ -1,34 +1,30 @@
-"""Completions for the rows of a batch, from the rollout server: whole, finite, and of versions that are ours."""
+"""Completions for the rows of a batch, from all rollout servers: each prompt's from one of them, whoever fails."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
-from learner.client import RolloutClient
-from learner.parallel import all_of
+from learner.completions import Wanted, broken, check_completion
+from learner.fleet import Fleet
+from learner.member import Member
+from learner.parallel import start
+from learner.routing import Router
 from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt, RolloutGroup
+from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt
 from shared.sampling import SamplingParams
-from shared.weights import WeightVersion
 
-#: Errors that say the server has forgotten the run, or was away: pushing again may help.
-RECOVERABLE = {
-    ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.STEP_NOT_REACHED, ErrorCode.NOT_READY,
-}  # fmt: skip
-MAX_PARALLEL_REQUESTS = 8
 #: Row of a batch and its prompt -> seed; None: the server draws.
 SeedOf = Callable[[int, list[int]], int | None]
 #: First row of an entry, and its completions.
 Arrived = Callable[[int, Sequence[Completion]], None]
-#: How long the server may take until it serves a step that was pushed before the request.
+#: How long a server may take until it serves a step that was pushed before the request.
 _STEP_WAIT_S = 30.0
-_RETRY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -39,29 +35,6 @@ class Ask:
     token_ids: list[int]
     n: int
     seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which weights completions may come from.
-
-    Attributes:
-        version: what is served when the request is made.
-        exact: every token must be of `version`; else also of later steps of the same learner, as pushes overtake it.
-        carried: tokens may have been sampled with KV that older weights computed.
-    """
-
-    version: WeightVersion
-    exact: bool = True
-    carried: bool = False
-
-    def accepts(self, version: WeightVersion | None, kv: Literal["fresh", "carried"]) -> bool:
-        """Whether a token may be of `version`. How old it may be is decided where it is trained on."""
-        if kv != "fresh" and not self.carried:
-            return False
-        if self.exact or version is None:
-            return version == self.version
-        return (version.run_id, version.fence) == (self.version.run_id, self.version.fence)
 
 
 def _unseeded(row: int, token_ids: list[int]) -> None:
@@ -84,67 +57,91 @@ def asks_of(prompts: Sequence[list[int]], seed_of: SeedOf = _unseeded) -> list[A
 
 
 @dataclass
+class _Request:
+    """One request to one server: entries with the same `n` and `max_tokens`. `rows`: what has come of it."""
+
+    member: Member
+    asks: list[Ask]
+    max_tokens: int | None
+    wanted: Wanted
+    term: int
+    costs: dict[int, float]
+    rows: dict[int, Completion] = field(default_factory=dict)
+
+    def left(self) -> list[Ask]:
+        """What has not come."""
+        return [ask for ask in self.asks if ask.index not in self.rows]
+
+
+@dataclass
 class Fetcher:
-    """Asks the rollout server.
+    """Asks the rollout servers.
 
     Args:
-        client: the rollout server.
+        fleet: the rollout servers.
         sampling: sampling parameters of every completion; `n` is set from the batch.
-        max_model_len: the server's context in tokens.
-        warn: told once that completions are cut short by the server's context.
+        max_model_len: the servers' context in tokens.
+        warn: told once that completions are cut short by the servers' context.
         rank: of this process; keeps a fixed `seed` from giving two ranks the same completions.
-        recover: waits for a server that is away and sends it again what it has forgotten; called on any thread.
-        patience_s: how long a request that fails because the server is away is made again.
     """
 
-    client: RolloutClient
+    fleet: Fleet
     sampling: SamplingParams
     max_model_len: int
     warn: Callable[[str], None] = print
     rank: int = 0
-    recover: Callable[[], None] = lambda: None
-    patience_s: float = 600.0
     capped_prompts: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.router = Router(self.sampling.max_tokens)
 
     def fetch(
         self, asks: Sequence[Ask], wanted: Callable[[], Wanted], arrived: Arrived | None = None
     ) -> list[Completion]:
-        """Completions in row order. A server that is away, or has forgotten the run, is helped and asked again.
+        """Completions in row order. What a server that fails has not sent yet, another one is asked for.
 
         Args:
             wanted: what is wanted when a request is made.
-            arrived: told of each entry's completions as they come; again if the request has to be made again.
+            arrived: told of each entry's completions as they come.
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or of weights that were not wanted.
         """
-        deadline, failed = time.monotonic() + self.patience_s, False
-        while True:
-            try:
-                if failed:
-                    self.recover()
-                return self._attempt(asks, wanted(), arrived)
-            except LockstepError as error:
-                if error.code not in RECOVERABLE or time.monotonic() > deadline:
-                    raise
-                if not failed:
-                    self.warn(f"{error}; bringing the server up to date and asking again")
-                failed = True
-            time.sleep(_RETRY_S)
-
-    def _attempt(self, asks: Sequence[Ask], wanted: Wanted, arrived: Arrived | None) -> list[Completion]:
-        """Entries with the same `n` and `max_tokens` travel in one request."""
-        buckets: dict[tuple[int, int | None], list[Ask]] = {}
-        for ask in asks:
-            buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)
-
-        requests = [partial(self._request, bucket, *shape, wanted, arrived) for shape, bucket in buckets.items()]
-        answers = all_of(requests, "rollouts", MAX_PARALLEL_REQUESTS)
         rows: dict[int, Completion] = {}
-        for bucket, groups in zip(buckets.values(), answers, strict=True):
-            for ask, group in zip(bucket, groups, strict=True):
-                rows.update({ask.index + i: c for i, c in enumerate(group.completions)})
+        waiting, running = list(asks), dict[Future[None], _Request]()
+        progress = time.monotonic()
+        while waiting or running:
+            members = self.fleet.up() if running else self.fleet.available()
+            if waiting and members:
+                for request in self._requests(waiting, members, wanted()):
+                    running[start(partial(self._run, request, arrived), "rollouts")] = request
+                waiting = []
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for outcome in ended:
+                request = running.pop(outcome)
+                rows.update(request.rows)
+                waiting += request.left()
+                progress = time.monotonic() if request.rows else progress
+                error = outcome.exception()
+                if isinstance(error, LockstepError) and time.monotonic() < progress + self.fleet.patience_s:
+                    self.fleet.lost_or_raise(request.member, error, request.term)
+                elif error is not None:
+                    raise error
+                else:
+                    self.fleet.served(request.member)
         return [rows[i] for i in sorted(rows)]
+
+    def _requests(self, asks: list[Ask], members: list[Member], wanted: Wanted) -> list[_Request]:
+        requests = []
+        for member, share in self.router.split(asks, members):
+            buckets: dict[tuple[int, int | None], list[Ask]] = {}
+            for ask in share:
+                buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)
+            for (_, max_tokens), bucket in buckets.items():
+                costs = {ask.index: self.router.cost(ask) for ask in bucket}
+                requests.append(_Request(member, bucket, max_tokens, wanted, member.term, costs))
+                member.load.begin(sum(costs.values()))
+        return requests
 
     def _room(self, prompt_length: int) -> int | None:
         """`max_tokens`, or less where the context ends before (a long prompt, a grown tool history)."""
@@ -167,66 +164,40 @@ class Fetcher:
             )
         return room
 
-    def _request(
-        self, asks: list[Ask], n: int, max_tokens: int | None, wanted: Wanted, arrived: Arrived | None
-    ) -> list[RolloutGroup]:
-        update: dict[str, Any] = {"n": n, "max_tokens": max_tokens}
+    def _run(self, request: _Request, arrived: Arrived | None) -> None:
+        """Make the request; each entry's completions are kept as they come."""
+        costs, load = dict(request.costs), request.member.load
+        try:
+            with request.member.places:
+                for group in request.member.client.iter_groups(self._body(request)):
+                    index = group.prompt_index
+                    ask = request.asks[index] if 0 <= index < len(request.asks) else None
+                    if ask is None or len(group.completions) != ask.n or group.prompt_token_ids != ask.token_ids:
+                        raise broken(f"group {index} is not the completions of a prompt that was sent")
+                    for completion in group.completions:
+                        check_completion(completion, request.wanted)
+                    lengths = [len(completion.token_ids) for completion in group.completions]
+                    self.router.saw(lengths)
+                    load.end(costs.pop(ask.index, 0.0), sum(lengths))
+                    self.fleet.on_tokens(request.member, sum(lengths))
+                    request.rows.update({ask.index + i: c for i, c in enumerate(group.completions)})
+                    if arrived:
+                        arrived(ask.index, group.completions)
+        finally:
+            load.end(sum(costs.values()))
+        if left := request.left():
+            raise broken(f"asked for {len(request.asks)} groups, {len(left)} of them did not come")
+
+    def _body(self, request: _Request) -> GenerateRequest:
+        wanted = request.wanted
+        update: dict[str, Any] = {"n": request.asks[0].n, "max_tokens": request.max_tokens}
         if self.sampling.seed is not None:
             update["seed"] = self.sampling.seed + (self.rank << 32)
         # Validated anew, so that n > 1 with temperature 0 is refused here and by name.
         sampling = SamplingParams.model_validate({**self.sampling.model_dump(), **update})
         policy: PolicySelector = wanted.version if wanted.exact else "latest"
         step = {} if wanted.exact else {"min_step": wanted.version.step, "wait_s": _STEP_WAIT_S}
-        request = GenerateRequest(
-            prompts=[Prompt(token_ids=ask.token_ids, seed=ask.seed) for ask in asks],
+        return GenerateRequest(
+            prompts=[Prompt(token_ids=ask.token_ids, seed=ask.seed) for ask in request.asks],
             sampling=sampling, policy=policy, run_id=wanted.version.run_id, return_text=False, **step,
         )  # fmt: skip
-        groups: dict[int, RolloutGroup] = {}
-        for group in self.client.iter_groups(request) if arrived else self.client.generate(request).groups:
-            ask = asks[group.prompt_index] if 0 <= group.prompt_index < len(asks) else None
-            if ask is None or len(group.completions) != ask.n or group.prompt_token_ids != ask.token_ids:
-                raise _broken(f"group {group.prompt_index} is not the completions of a prompt that was sent")
-            for completion in group.completions:
-                check_completion(completion, wanted)
-            groups[group.prompt_index] = group
-            if arrived:
-                arrived(ask.index, group.completions)
-        if len(groups) != len(asks):
-            raise _broken(f"asked for {len(asks)} groups, got {sorted(groups)}")
-        return [groups[i] for i in range(len(asks))]
-
-
-def check_completion(completion: Completion, wanted: Wanted) -> None:
-    """Every token has a finite logprob and was sampled from weights that are wanted.
-
-    Raises:
-        LockstepError: `protocol_mismatch` for a broken answer, `version_not_active` for tokens of another
-        version.
-    """
-    length = len(completion.token_ids)
-    if length == 0 or completion.finish_reason == "abort":
-        raise _broken(f"a completion of {length} tokens that ended with {completion.finish_reason!r}")
-    if len(completion.logprobs) != length or not all(map(math.isfinite, completion.logprobs)):
-        raise _broken(f"{len(completion.logprobs)} logprobs for {length} tokens, or some that are not finite")
-    position = 0
-    for span in completion.spans:
-        if span.start != position or span.end <= span.start:
-            raise _broken(f"spans leave a gap or overlap at token {position}")
-        if not wanted.accepts(span.version, span.kv):
-            raise LockstepError(
-                ErrorCode.VERSION_NOT_ACTIVE,
-                f"tokens [{span.start}, {span.end}) come from {span.version or 'the base'} (kv {span.kv}), "
-                f"asked for was {wanted.version}: this would be off-policy; does another learner push to this run?",
-            )
-        position = span.end
-    if position != length:
-        raise _broken(f"spans cover {position} of {length} tokens")
-
-
-def oldest_step(completion: Completion) -> int:
-    """The step whose weights sampled the oldest token."""
-    return min(span.version.step for span in completion.spans if span.version is not None)
-
-
-def _broken(what: str) -> LockstepError:
-    return LockstepError(ErrorCode.PROTOCOL_MISMATCH, f"the rollout server's answer is broken: {what}; see its log")

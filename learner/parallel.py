@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from typing import TypeVar
 
@@ -37,3 +38,24 @@ def all_of(calls: Sequence[Callable[[], T]], name: str, at_once: int) -> list[T]
 
     started = [start(partial(in_place, call), f"{name}-{i}") for i, call in enumerate(calls)]
     return [outcome.result() for outcome in started]
+
+
+def first_of(outcomes: Iterable[Future[T]], grace_s: float) -> list[Future[T]]:
+    """Wait for one that succeeds, and `grace_s` seconds more for others; those that have succeeded by then.
+
+    Raises:
+        Exception: the error of the last one if all fail.
+    """
+    running, good = set(outcomes), list[Future[T]]()
+    deadline: float | None = None
+    while running:
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        ended, running = wait(running, left, FIRST_COMPLETED)
+        good += [outcome for outcome in ended if outcome.exception() is None]
+        if not ended:
+            break
+        if good and deadline is None:
+            deadline = time.monotonic() + grace_s
+        if not good and not running:
+            ended.pop().result()
+    return good

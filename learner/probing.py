@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from peft import PeftModel
-
-from learner.client import RolloutClient
+from learner.fleet import Fleet
 from learner.proof import SyncProof
 from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
@@ -14,28 +12,27 @@ from shared.sampling import SamplingParams
 SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
 
 
-def probe_sequences(
-    client: RolloutClient, prompts: list[list[int]], policy: PolicySelector, max_model_len: int
-) -> list[list[int]]:
+def probe_sequences(fleet: Fleet, prompts: list[list[int]], policy: PolicySelector) -> list[list[int]]:
     """Prompts of the task, each with a greedy completion: text like the policy will see. Token ids [N][T]."""
+    member = fleet.available()[0]
     distinct = list(dict.fromkeys(tuple(p[-PROMPT_TOKENS:]) for p in prompts))[:SEQUENCES]
-    room = max_model_len - max(map(len, distinct))
+    room = min(m.known.max_model_len for m in fleet.up()) - max(map(len, distinct))
     if room < 1:
         return [list(p) for p in distinct]
     sampling = SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room))
     asked = [Prompt(token_ids=list(p)) for p in distinct]
-    answer = client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
+    answer = member.client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
     return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
 
 
-def canary_slope(proof: SyncProof, model: PeftModel, real: Publisher, *, takeover: bool, is_main: bool) -> float | None:
+def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool, is_main: bool) -> float | None:
     """Push a throw-away adapter as a run of its own, see it served, and delete it; the slope of `SyncProof.canary`.
 
-    Collective, as a push is. None where the server has no place for another run: the real run's own push says so.
+    Collective, as a push is. None where a server has no place for another run: the real run's own push says so.
     """
-    client, lease = real.client, Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
+    lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
     canary = Publisher(
-        client, model, lease, real.on_main(client.state),
+        real.fleet, real.model, lease,
         base_weights=real.base_weights, takeover=takeover, transport="http", on_main=real.on_main,
     )  # fmt: skip
     try:
@@ -45,5 +42,7 @@ def canary_slope(proof: SyncProof, model: PeftModel, real: Publisher, *, takeove
             raise
         return None
     finally:
-        if canary.receipts and is_main:
-            client.delete_run(lease.run_id, lease.secret)
+        if is_main:
+            canary.delete_run()
+        for member in real.fleet.up():
+            member.receipt = None  # what is served from now on is the real run

@@ -1,6 +1,6 @@
-"""Proof of sync: does the server sample from the weights that the learner has?
+"""Proof of sync: does every server sample from the weights that the learner has?
 
-A fixed probe of a few token sequences is scored by the learner's own model and by `/v1/score`. What each
+A fixed probe of a few token sequences is scored by the learner's own model and by each server's `/v1/score`. What each
 check catches:
 
 - **Receipt** (`learner.publisher`): the checksum is read back from the slot on every worker. Catches bytes
@@ -32,14 +32,15 @@ from peft import PeftModel
 
 from learner.adapter import active_adapter, lora_layers
 from learner.client import RolloutClient
+from learner.fleet import Fleet
+from learner.measurement import Measurement, noise, slope
+from learner.member import Member
 from learner.ranks import OnMain, on_one_rank, overwrite, reshard
-from learner.tolerance import FLOOR, SAFETY, derived_tolerance, merge_noise
+from learner.tolerance import derived_tolerance, merge_noise
 from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import PolicySelector, ScoreRequest
-from shared.weights import WeightVersion
+from shared.rollouts import PolicySelector, ScoreRequest, ScoreResponse
+from shared.weights import ServerState, WeightVersion
 
-#: The learner's own change must be this many times the noise before its direction is compared.
-MIN_SIGNAL = 4.0
 #: How far the slope may be from 1; the canary's signal is far above any noise.
 SLOPE_SLACK = 0.5
 CANARY_SLACK = 0.2
@@ -50,41 +51,13 @@ CANARY_NATS = 0.05
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Logprobs of all probe tokens at one version, float64 [N], by the learner and by the server.
-
-    `merge_noise`: rms of what the server's rounding of merged weights adds, which differs from version to version.
-    """
+class _Own:
+    """The learner's side of a measurement."""
 
     version: WeightVersion | None
-    own: np.ndarray
-    served: np.ndarray
-    tolerance: float
-    merge_noise: float = 0.0
-
-    @property
-    def max_gap(self) -> float:
-        """Largest |served - own| in nats."""
-        return float(np.abs(self.served - self.own).max())
-
-    @property
-    def rms_gap(self) -> float:
-        """Root mean square of served - own in nats."""
-        return float(np.sqrt(np.mean((self.served - self.own) ** 2)))
-
-
-def slope(reference: Measurement, now: Measurement) -> float | None:
-    """How much of the learner's change the server shows: 1 all, 0 none. None: too small to tell."""
-    own, served = now.own - reference.own, now.served - reference.served
-    moved = float(np.sqrt(np.mean(own**2)))
-    if moved < MIN_SIGNAL * _noise(reference):
-        return None
-    return float(served @ own / (own @ own))
-
-
-def _noise(reference: Measurement) -> float:
-    """Rms of what rounding may add to a change of logprobs since `reference`."""
-    return max(math.sqrt(2) * reference.rms_gap, reference.merge_noise, FLOOR / SAFETY)
+    logprobs: np.ndarray
+    logit_std: float
+    logit_max: float
 
 
 class SyncProof:
@@ -92,47 +65,70 @@ class SyncProof:
 
     Attributes:
         sequences: token ids of the probe.
-        first: measurement at the version this learner began with.
-        last: measurement of the last check.
+        last: measurement of the last check, of the server with the largest gap.
         max_gap: largest |served - own| of all checks, in nats.
         slope: of the last check, None where the policy has not moved enough to tell.
     """
 
     def __init__(
-        self, client: RolloutClient, model: PeftModel, sequences: list[list[int]], *,
-        served_dtype: str, tolerance: float | None = None, merged: bool = False, on_main: OnMain = on_one_rank,
+        self, fleet: Fleet, model: PeftModel, sequences: list[list[int]], *,
+        tolerance: float | None = None, on_main: OnMain = on_one_rank,
     ) -> None:  # fmt: skip
-        self.client = client
+        self._fleet = fleet
         self.model = model
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
-        self.served_dtype = served_dtype
         self.fixed_tolerance = tolerance
-        self.merged = merged
         self._on_main = on_main
-        self.first: Measurement | None = None
+        self._own_base: _Own | None = None
+        #: Server -> its measurement at the version this learner began with, and at the last check.
+        self._first: dict[str, Measurement] = {}
+        self._latest: dict[str, Measurement] = {}
         self.last: Measurement | None = None
         self.max_gap = 0.0
         self.slope: float | None = None
 
-    def check_base(self) -> Measurement:
-        """Compare both bases, without any adapter."""
-        measurement = self._measure(None)
-        self._check_gap(measurement)
-        return measurement
+    def check_base(self) -> list[Measurement]:
+        """Compare the bases, without any adapter."""
+        self._own_base = self._own(None)
+        measurements = self._measure(self._own_base)
+        for measurement in measurements:
+            self._check_gap(measurement)
+        return measurements
+
+    def check_newcomer(self, client: RolloutClient, state: ServerState) -> None:
+        """Compare the base of a server that joins, if ours was measured. Not collective.
+
+        Raises:
+            LockstepError: `base_mismatch` if it is another.
+        """
+        if self._own_base is None:
+            return
+        answer = client.score(ScoreRequest(sequences=self.sequences, policy="base"))
+        measurement = self._compare(self._own_base, client.url, state, answer)
+        if measurement.max_gap > measurement.tolerance:
+            raise LockstepError(
+                ErrorCode.BASE_MISMATCH,
+                f"its base's logprobs differ from the learner's by {measurement.max_gap:.3g} (tolerance "
+                f"{measurement.tolerance:.3g}): start that server on the same checkpoint and dtype",
+            )
 
     def check(self, version: WeightVersion) -> Measurement:
-        """Compare at `version`, which must be served and be what the model holds now.
+        """Compare at `version`, which must be served and be what the model holds now; the largest gap of any server.
 
         Raises:
             LockstepError: `install_failed`, naming the version and both values.
         """
-        measurement = self._measure(version)
-        self._check_gap(measurement)
-        references = [reference for reference in (self.first, self.last) if reference is not None]
-        slopes = [self._check_movement(reference, measurement) for reference in references]
+        measurements = self._measure(self._own(version))
+        slopes: list[float | None] = []
+        for now in measurements:
+            self._check_gap(now)
+            references = [known[now.server] for known in (self._first, self._latest) if now.server in known]
+            slopes += [self._check_movement(reference, now) for reference in references]
+            self._first.setdefault(now.server, now)
+            self._latest[now.server] = now
         self.slope = next((s for s in slopes if s is not None), None)
-        self.first, self.last = self.first or measurement, measurement
-        return measurement
+        self.last = max(measurements, key=lambda m: m.max_gap)
+        return self.last
 
     def canary(self, push: Callable[[], WeightVersion]) -> float:
         """Push an adapter with a large effect and see it in the served logprobs; the model stays as it is.
@@ -141,19 +137,24 @@ class SyncProof:
             push: sends the model's present adapter to a run of its own and answers its version.
 
         Returns:
-            The slope, near 1.
+            The slope, near 1: that of the server that is farthest from it.
 
         Raises:
-            LockstepError: `install_failed` if the server does not follow.
+            LockstepError: `install_failed` if a server does not follow.
         """
-        base = self.check_base()
-        with _loud_adapter(self, base.own, max(CANARY_SIGNAL * _noise(base), CANARY_NATS)):
-            loud = self._measure(push())
-        self._check_gap(loud)
-        seen = self._check_movement(base, loud, CANARY_SLACK)
-        if seen is None:
-            raise _failed("the canary adapter moves the learner's own logprobs too little to prove anything")
-        return seen
+        base = {measurement.server: measurement for measurement in self.check_base()}
+        loudest = max(map(noise, base.values()))
+        own = next(iter(base.values())).own
+        with _loud_adapter(self, own, max(CANARY_SIGNAL * loudest, CANARY_NATS)):
+            louds = self._measure(self._own(push()))
+        slopes = []
+        for loud in louds:
+            self._check_gap(loud)
+            seen = self._check_movement(base[loud.server], loud, CANARY_SLACK)
+            if seen is None:
+                raise _failed("the canary adapter moves the learner's own logprobs too little to prove anything")
+            slopes.append(seen)
+        return max(slopes, key=lambda seen: abs(seen - 1.0))
 
     def own_logprobs(self, *, adapter: bool = True) -> tuple[np.ndarray, float, float]:
         """Teacher-forced logprobs of the probe [N] by the learner's model, std and max of its logits.
@@ -181,25 +182,39 @@ class SyncProof:
             lambda: (np.concatenate(logprobs), math.sqrt(sum(variances) / len(variances)), largest)
         )  # fmt: skip
 
-    def _measure(self, version: WeightVersion | None) -> Measurement:
-        own, logit_std, logit_max = self.own_logprobs(adapter=version is not None)
+    def _own(self, version: WeightVersion | None) -> _Own:
+        return _Own(version, *self.own_logprobs(adapter=version is not None))
+
+    def _measure(self, own: _Own) -> list[Measurement]:
+        """One for each server that is up; of the rest the fleet knows."""
+        version = own.version
         policy: PolicySelector = version or "base"
-        run_id = version.run_id if version else None
-        request = ScoreRequest(sequences=self.sequences, policy=policy, run_id=run_id)
-        answer = self._on_main(lambda: self.client.score(request))
+        request = ScoreRequest(sequences=self.sequences, policy=policy, run_id=version.run_id if version else None)
+
+        def ask(member: Member) -> tuple[str, ServerState, ScoreResponse]:
+            return member.url, member.known, member.client.score(request)
+
+        answers = self._on_main(lambda: self._fleet.ask_all(ask, "proof"))
+        return [self._compare(own, *answer) for answer in answers]
+
+    def _compare(self, own: _Own, url: str, state: ServerState, answer: ScoreResponse) -> Measurement:
+        version = own.version
         served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
-        if answer.version != version or served.shape != own.shape or not np.isfinite(served).all():
-            raise _failed(f"/v1/score answered {served.size} logprobs of {answer.version}, not {own.size} of {version}")
+        if answer.version != version or served.shape != own.logprobs.shape or not np.isfinite(served).all():
+            raise _failed(
+                f"{url} scored {served.size} tokens by {answer.version}, not the {own.logprobs.size} by {version}"
+            )
         config = self.model.get_base_model().config.get_text_config()
         own_dtype = str(self.model.get_base_model().dtype).removeprefix("torch.")
-        layers, noise = config.num_hidden_layers, 0.0
-        if self.merged and version:
-            noise = merge_noise(self.served_dtype, layers=layers, logit_std=logit_std)
+        layers, rounding = config.num_hidden_layers, 0.0
+        if state.apply == "merge" and version:
+            rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         derived = derived_tolerance(
-            [own_dtype, self.served_dtype], layers=layers, width=config.hidden_size,
-            logit_std=logit_std, logit_max=logit_max, merge_noise=noise,
+            [own_dtype, state.dtype], layers=layers, width=config.hidden_size,
+            logit_std=own.logit_std, logit_max=own.logit_max, merge_noise=rounding,
         )  # fmt: skip
-        return Measurement(version, own, served, self.fixed_tolerance or derived, noise)
+        tolerance = self.fixed_tolerance or derived
+        return Measurement(version, own.logprobs, served, tolerance, rounding, f"{url}, epoch {answer.epoch}")
 
     def _check_gap(self, m: Measurement) -> None:
         self.max_gap = max(self.max_gap, m.max_gap)
@@ -214,7 +229,7 @@ class SyncProof:
             else "learner and server do not hold the same base, or compute it in very different precision"
         )
         raise _failed(
-            f"at {what} the server's logprob of token {position} of probe sequence {row} is "
+            f"at {what} the logprob of the server at {m.server} of token {position} of probe sequence {row} is "
             f"{m.served[worst]:.6f}, the learner's {m.own[worst]:.6f}: a gap of {m.max_gap:.3g}, tolerance "
             f"{m.tolerance:.3g}. {hint}. Compare model, revision and dtype on both sides; proof_tolerance "
             "overrides the derived tolerance"
@@ -227,8 +242,8 @@ class SyncProof:
             most = int(np.abs(own).argmax())
             row, position = self._locate(most)
             raise _failed(
-                f"from {reference.version or 'the base'} to {now.version} the learner's logprobs moved, the "
-                f"server's followed by a factor of {seen:.2f} instead of 1: token {position} of probe "
+                f"from {reference.version or 'the base'} to {now.version} the learner's logprobs moved, those of the "
+                f"server at {now.server} followed by a factor of {seen:.2f} instead of 1: token {position} of probe "
                 f"sequence {row} moved by {own[most]:.3g} here and by {served[most]:.3g} there. The push has "
                 "not (or not rightly) taken effect; restart the rollout server"
             )

@@ -1,4 +1,4 @@
-"""Adapter -> server: who owns the run, what was pushed last, and whether it is still there."""
+"""Adapter -> servers: who owns the run, what was pushed last, and to whom."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from peft import PeftModel
 
 from learner.adapter import AdapterExport, AdapterExporter
 from learner.client import RolloutClient
 from learner.config import default_run_id
+from learner.fleet import Fleet
+from learner.member import Member
+from learner.parallel import all_of
 from learner.ranks import OnMain, on_one_rank
 from learner.transport import Choice, Transport
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 LEASE_FILE = "lease.json"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,23 @@ def save_lease(output_dir: str | Path, lease: Lease) -> None:
 
 
 class Publisher:
-    """Pushes the adapter of one model to one server and knows what is served there.
+    """Pushes the adapter of one model to all rollout servers.
 
     With several ranks each has a publisher of the same lease: all take part in an export, rank 0 sends it.
 
     Attributes:
-        receipts: one for every push, the initial adapter (step 0) included.
-        seconds: wall-clock seconds of every push, from export to receipt.
+        receipts: one for every push, the initial adapter (step 0) included: that of the server that took longest.
+        seconds: wall-clock seconds of every push, from export to the last receipt.
 
     Args:
-        patience_s: how long a push waits for a server that is away.
+        fleet: the servers; at least one is up.
     """
 
     def __init__(
         self,
-        client: RolloutClient,
+        fleet: Fleet,
         model: PeftModel,
         lease: Lease,
-        state: ServerState,
         *,
         base_weights: str | None = None,
         takeover: bool = False,
@@ -94,35 +94,26 @@ class Publisher:
         in_flight: InFlight = "drain",
         say: Callable[[str], None] = print,
         on_main: OnMain = on_one_rank,
-        patience_s: float = 0.0,
     ) -> None:
-        self.client = client
-        self.lease = _above_served(lease, state)
+        states = [member.known for member in fleet.up()]
+        self.fleet, self.model = fleet, model
+        self.lease: Lease = on_main(lambda: _above_served(lease, states))
+        self.lora_dtype: str = on_main(lambda: states[0].lora_dtype)
         self.base_weights = base_weights
-        self.workers = state.workers
-        self.model, self._state = model, state
         self._choice, self._in_flight, self._say = transport, in_flight, say
-        self.takeover = takeover
-        self.on_main, self._patience_s = on_main, patience_s
+        self._takeover, self._taken_over = takeover, set[str]()
+        self.on_main = on_main
         self._export: AdapterExport | None = None
-        # Rollouts that find their run forgotten restore it from threads of their own.
-        self._sending = threading.Lock()
+        self._ways: dict[str, Transport] = {}
+        # Servers that come back are sent the last export from threads of their own.
+        self._exporting = threading.Lock()
         self.receipts: list[PushReceipt] = []
         self.seconds: list[float] = []
 
     @functools.cached_property
     def exporter(self) -> AdapterExporter:
         """Made at the first push: only then the trainer has put the model where it stays."""
-        return AdapterExporter(self.model, dtype=self._state.lora_dtype, base_weights=self.base_weights)
-
-    @functools.cached_property
-    def transport(self) -> Transport:
-        """The way to the server."""
-        device = self.exporter.flat.device
-        return Transport(
-            self.client, self.lease.run_id, self.lease.secret, device, self._state,
-            choice=self._choice, in_flight=self._in_flight, say=self._say,
-        )  # fmt: skip
+        return AdapterExporter(self.model, dtype=self.lora_dtype, base_weights=self.base_weights)
 
     @property
     def last(self) -> PushReceipt | None:
@@ -134,95 +125,130 @@ class Publisher:
         return WeightVersion(run_id=self.lease.run_id, fence=self.lease.fence, step=step)
 
     def push(self, step: int) -> PushReceipt:
-        """Export the adapter, send it, check the receipt. When this returns, the server samples from it. Collective.
+        """Export the adapter, send it to all servers at once, check the receipts. Collective.
+
+        When this returns, at least one server samples from it; those that do not are lost to the fleet until they do.
 
         Raises:
-            LockstepError: whatever the server refuses; `install_failed` if the receipt is not for what was
-            sent.
+            LockstepError: whatever a server refuses; `install_failed` if a receipt is not for what was sent.
         """
         started = time.perf_counter()
-        with self._sending:
+        with self._exporting:
             export = self._export = self.exporter.export(self.version(step))
-
-            def send() -> PushReceipt:
-                receipt = self._patiently(lambda: self.transport.send(export, takeover=self.takeover))
-                self.takeover = False  # said once: a learner that is taken over itself must not take the run back
-                self._check(receipt, export.manifest)
-                return receipt
-
-            receipt = self.on_main(send)
+            members = self.fleet.up()
+        receipt: PushReceipt = self.on_main(lambda: self._send(export, members))
         self.receipts.append(receipt)
         self.seconds.append(time.perf_counter() - started)
         return receipt
 
     def ensure(self, step: int) -> PushReceipt:
-        """Make sure that the server serves `step`: push again if it restarted or serves anything else. Collective."""
+        """Make sure that `step` was pushed. Collective.
+
+        A server that has restarted since refuses requests for it, and is sent it again.
+        """
         last = self.last
-        if last is not None and last.version == self.version(step):
-            state = self.on_main(lambda: self._patiently(self.client.state))
-            if state.epoch == last.epoch and self._serves(state, last.version, last.checksum):
-                return last
-        return self.push(step)
+        return last if last is not None and last.version == self.version(step) else self.push(step)
 
-    def restore(self) -> None:
-        """Send what was exported last once more, over HTTP, if the server has forgotten it.
+    def bring_up(self, member: Member, admit: Callable[[RolloutClient, ServerState], None]) -> None:
+        """Bring a server that is new, or has failed, up to date, over HTTP, and let it come up. Not collective.
 
-        Not collective: any rank may call it, from any thread, and several may at once.
+        Args:
+            admit: raises what speaks against a server that was not there before, or has restarted.
 
         Raises:
             LockstepError: as `push`.
         """
-        with self._sending:
-            export = self._export
-            if export is None or self._serves(self.client.state(), export.manifest.version, export.manifest.checksum):
-                return
-            try:
-                receipt = self.client.push(
-                    self.lease.run_id, export.pieces(), self.lease.secret, in_flight=self._in_flight
-                )  # fmt: skip
-            except LockstepError as error:
-                if error.code is ErrorCode.STALE_VERSION:  # another rank was faster, with a later step
+        state = member.client.state()
+        if member.state is None or state.epoch != member.state.epoch:
+            admit(member.client, state)
+            if (way := self._ways.pop(member.url, None)) is not None:
+                way.close()  # its workers are gone
+            member.restarted(state)
+        elif not member.serves_receipt(state):
+            member.receipt = None
+        self._catch_up(member)
+
+    def _catch_up(self, member: Member) -> None:
+        while True:
+            with self._exporting:
+                export = self._export
+                if export is None or (member.receipt and member.receipt.version == export.manifest.version):
+                    self.fleet.come_up(member)  # before the next push can choose whom to send to
                     return
-                raise
-            self._check(receipt, export.manifest)
+                manifest, pieces = export.manifest, export.pieces()
+            receipt = member.client.push(
+                self.lease.run_id, pieces, self.lease.secret, takeover=self._takes_over(member),
+                in_flight=self._in_flight,
+            )  # fmt: skip
+            self._accept(member, receipt, manifest)
+
+    def delete_run(self) -> None:
+        """End the run on all servers that are up and have it: its slots become free."""
+        for member in self.fleet.up():
+            try:
+                member.client.delete_run(self.lease.run_id, self.lease.secret)
+            except LockstepError as error:
+                if error.code is not ErrorCode.UNKNOWN_RUN:
+                    raise
 
     def close(self) -> None:
-        """Let go of the way to the server; what was pushed stays there."""
-        if "transport" in self.__dict__:
-            self.transport.close()
+        """Let go of the way to the servers; what was pushed stays there."""
+        for way in list(self._ways.values()):
+            way.close()
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """Once more if the server is away, as soon as it is back."""
-        try:
-            return action()
-        except LockstepError as error:
-            if error.code is not ErrorCode.NOT_READY or not self._patience_s:
-                raise
-            self._say(f"{error}; waiting until the server is back")
-        self.client.wait_ready(self._patience_s)
-        return action()
+    def _send(self, export: AdapterExport, members: list[Member]) -> PushReceipt:
+        """To all of them at once. Answers the receipt of the one that took longest."""
+        version = export.manifest.version
 
-    def _serves(self, state: ServerState, version: WeightVersion, checksum: str) -> bool:
-        return any(
-            (run.run_id, run.version, run.checksum) == (self.lease.run_id, version, checksum) for run in state.runs
-        )
+        def one(member: Member) -> None:
+            term, member.pushing = member.term, True
+            try:
+                receipt = self._way(member).send(export, takeover=self._takes_over(member))
+                self._accept(member, receipt, export.manifest)
+            except LockstepError as error:
+                self.fleet.lost_or_raise(member, error, term)
+            finally:
+                member.pushing = False
 
-    def _check(self, receipt: PushReceipt, manifest: AdapterManifest) -> None:
-        expected = (manifest.version, manifest.checksum, len(manifest.modules), self.workers)
+        all_of([functools.partial(one, member) for member in members], "push", max(len(members), 1))
+        # If all of them failed, one that has come back since has been caught up.
+        serving = self.fleet.available(lambda m: m.receipt is not None and m.receipt.version == version)
+        receipts = [member.receipt for member in serving if member.receipt]
+        return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
+
+    def _way(self, member: Member) -> Transport:
+        if member.url not in self._ways:
+            self._ways[member.url] = Transport(
+                member.client, self.lease.run_id, self.lease.secret, self.exporter.flat.device, member.known,
+                choice=self._choice, in_flight=self._in_flight, say=self._say,
+            )  # fmt: skip
+        return self._ways[member.url]
+
+    def _takes_over(self, member: Member) -> bool:
+        """Said once to each server: a learner that is taken over itself must not take the run back."""
+        return self._takeover and member.url not in self._taken_over
+
+    def _accept(self, member: Member, receipt: PushReceipt, manifest: AdapterManifest) -> None:
+        expected = (manifest.version, manifest.checksum, len(manifest.modules), member.known.workers)
         got = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
         names = ("version", "checksum", "modules written", "workers that acknowledged")
         wrong = [f"{n}: {g} instead of {e}" for n, e, g in zip(names, expected, got, strict=True) if e != g]
         if wrong:
             raise LockstepError(
-                ErrorCode.INSTALL_FAILED,
-                f"the receipt for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
-                "restart the rollout server",
+                ErrorCode.PROTOCOL_MISMATCH,
+                f"the receipt of {member.url} for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
+                "restart that rollout server",
             )
+        self._taken_over.add(member.url)
+        member.receipt = receipt
 
 
-def _above_served(lease: Lease, state: ServerState) -> Lease:
-    """A fence above that of the version being served; the kept lease may be older than that."""
-    for run in state.runs:
-        if run.run_id == lease.run_id and run.version is not None and run.version.fence >= lease.fence:
-            return Lease(lease.run_id, lease.secret, run.version.fence + 1)
-    return lease
+def _above_served(lease: Lease, states: Iterable[ServerState]) -> Lease:
+    """A fence above those of the versions being served; the kept lease may be older than that."""
+    served = [
+        run.version.fence + 1
+        for state in states
+        for run in state.runs
+        if run.run_id == lease.run_id and run.version is not None
+    ]
+    return Lease(lease.run_id, lease.secret, max([lease.fence, *served]))

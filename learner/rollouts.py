@@ -1,4 +1,4 @@
-"""In the place of TRL's `VLLMGeneration`: completions from the rollout server, no older than they may be."""
+"""In the place of TRL's `VLLMGeneration`: completions from the rollout servers, no older than they may be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from learner.fetch import Ask, Fetcher, SeedOf, Wanted, asks_of, oldest_step
+from learner.completions import Wanted, oldest_step
+from learner.fetch import Ask, Fetcher, SeedOf, asks_of
 from learner.prefetch import Prefetcher
 from learner.sampling import policy_logprobs
 from learner.schedule import Schedule
@@ -68,7 +69,7 @@ class RemoteRollouts:
     """TRL calls `sync_weights()` before a batch whose step it has not seen, then `generate()`; on every rank.
 
     Args:
-        fetcher: asks the rollout server.
+        fetcher: asks the rollout servers.
         version: answers the version that must be served now.
         barrier: makes sure that this version is served; collective over all ranks.
         is_training: False while TRL evaluates; those rollouts are not counted, and never read ahead.

@@ -1,4 +1,4 @@
-"""A training run on a rollout server, seen from the learner: begin, push after every step, prove, count."""
+"""A training run on rollout servers, seen from the learner: begin, push after every step, prove, count."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from learner.client import RolloutClient
+from learner.completions import Wanted
 from learner.config import LearnerConfig
 from learner.dynamic import DynamicSampling
-from learner.fetch import Fetcher, Wanted
+from learner.fetch import Fetcher
 from learner.figures import Figures, StepReport
+from learner.fleet import Fleet, serve_base
+from learner.fleet_log import FleetLog
+from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
 from learner.proof import SyncProof
@@ -23,41 +27,46 @@ from learner.rollouts import Ahead, RemoteRollouts
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
 from shared.errors import ErrorCode, ErrorDetail, LockstepError
-from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 from shared.weights import ServerState
 
 
 class Session:
-    """Everything that is built under a trainer: client, publisher, rollouts, proof, and the run's figures.
+    """Everything that is built under a trainer: publisher, rollouts, proof, and the run's figures.
 
     `begin`, `after_step` and `ensure_served` are collective: every rank takes part in reading the adapter and in the
-    model's forward, which may be sharded; rank 0 talks to the server. Every rank fetches its own rollouts.
+    model's forward, which may be sharded; rank 0 pushes. Every rank fetches its own rollouts.
+
+    Args:
+        fleet: the servers; at least one is up.
+        accepts: raises what speaks against a server in this state.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         model: PeftModel,
-        client: RolloutClient,
-        state: ServerState,
+        fleet: Fleet,
         config: LearnerConfig,
         *,
         sampling: SamplingParams,
         prompts: list[list[int]],
         base_weights: str | None,
+        accepts: Callable[[ServerState], object] = lambda state: None,
     ) -> None:
-        self.trainer, self.model, self.client, self.config = trainer, model, client, config
-        state = self._on_main(lambda: state)  # what follows from it must be the same on every rank
-        self.server = state
+        self.trainer, self.model, self.fleet, self.config = trainer, model, fleet, config
+        fleet.say = self.say
+        # What follows from them must be the same on every rank.
+        states: list[ServerState] = self._on_main(lambda: [member.known for member in fleet.up()])
+        self.max_model_len = min(state.max_model_len for state in states)
+        self._accepts = accepts
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
-        self.base_served = state.apply == "adapter" or not any(run.version for run in state.runs)
+        self.base_served = serve_base(states)
         self.prompts = prompts
-        self.publisher = self._publisher(state, base_weights)
-        self.continues = any(run.run_id == self.run_id for run in state.runs)
+        self.publisher = self._publisher(base_weights)
+        self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
         fetcher = Fetcher(
-            client, sampling, state.max_model_len, warn=self.say, rank=trainer.accelerator.process_index,
-            recover=self._recover, patience_s=config.ready_timeout_s,
+            fleet, sampling, self.max_model_len, warn=self.say, rank=trainer.accelerator.process_index
         )  # fmt: skip
         self.rollouts = RemoteRollouts(
             fetcher,
@@ -71,16 +80,16 @@ class Session:
         self.dynamic: DynamicSampling | None = None
         self.proof: SyncProof | None = None
         self.canary_slope: float | None = None
+        self._log: FleetLog | None = None
         self.figures = Figures(trainer, self.rollouts)
 
-    def _publisher(self, state: ServerState, base_weights: str | None) -> Publisher:
+    def _publisher(self, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
         lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
         publisher = Publisher(
-            self.client, self.model, lease, state,
+            self.fleet, self.model, lease,
             base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
             in_flight=self.config.in_flight, say=self.say, on_main=self._on_main,
-            patience_s=self.config.ready_timeout_s,
         )  # fmt: skip
         if self.trainer.accelerator.is_main_process:
             save_lease(self.trainer.output_dir, publisher.lease)
@@ -98,29 +107,31 @@ class Session:
 
     def begin(self) -> None:
         """Prove the base, push the initial adapter, prove it. Collective."""
-        policy: PolicySelector = "base" if self.base_served else "latest"
-        sequences = self._on_main(lambda: probe_sequences(self.client, self.prompts, policy, self.server.max_model_len))
+        sequences = self._on_main(
+            lambda: probe_sequences(self.fleet, self.prompts, "base" if self.base_served else "latest")
+        )
         self.proof = SyncProof(
-            self.client, self.model, sequences,
-            served_dtype=self.server.dtype, tolerance=self.config.proof_tolerance,
-            merged=self.server.apply == "merge", on_main=self._on_main,
+            self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
         )  # fmt: skip
         if self.config.proof_canary and not self.continues and self.base_served:
             self.canary_slope = canary_slope(
-                self.proof, self.model, self.publisher,
+                self.proof, self.publisher,
                 takeover=self.config.takeover, is_main=self.trainer.accelerator.is_main_process,
             )  # fmt: skip
         elif self.base_served:
             self.proof.check_base()
+        if self.trainer.accelerator.is_main_process:
+            self._log = FleetLog(self.trainer.output_dir / "servers.jsonl", self.fleet)
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
+        self.fleet.keep(self._bring_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
         if self.config.max_staleness > 0:
             self._read_ahead(self.config.max_staleness)
         self.figures.restart_clock()
 
     def after_step(self) -> StepReport:
-        """Push the step just made and wait until it is served; prove it where that is due. Collective."""
+        """Push the step just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
         receipt = self.publisher.push(step)
         every = self.config.proof_every
@@ -131,7 +142,7 @@ class Session:
         )  # fmt: skip
 
     def ensure_served(self) -> None:
-        """Barrier: the trainer's step is what the server serves, else it is pushed. Collective."""
+        """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""
         self.publisher.ensure(self.trainer.step)
 
     def summary(self) -> dict[str, Any]:
@@ -164,7 +175,10 @@ class Session:
         return self.dynamic
 
     def close(self) -> None:
-        """Let go of the way to the server, where what was pushed stays, and end the reward workers."""
+        """Let go of the way to the servers, where what was pushed stays, and end the reward workers."""
+        self.fleet.close()
+        if self._log:
+            self._log.close()
         self.publisher.close()
         if self.rewards:
             self.rewards.close()
@@ -206,10 +220,34 @@ class Session:
         when = ("train", trainer.micro_step) if trainer.is_training else ("eval", trainer.step)
         return prompt_seed(trainer.seed, *when, trainer.first_row + row, *token_ids)
 
-    def _recover(self) -> None:
-        """Not collective: the other ranks may have their rollouts already and be waiting for this one."""
-        self.client.wait_ready(self.config.ready_timeout_s)
-        self.publisher.restore()
+    def _bring_up(self, member: Member) -> None:
+        self.publisher.bring_up(member, self._admit)
+
+    def _see_whether_up(self, member: Member) -> None:
+        """On other ranks: rank 0 brings it up to date; until then it is asked for nothing."""
+        state, last = member.client.state(), self.publisher.last
+        if last is None or not any(run.version == last.version for run in state.runs):
+            raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"{member.url} does not serve this run yet")
+        member.state = state
+        self.fleet.come_up(member)
+
+    def _admit(self, client: RolloutClient, state: ServerState) -> None:
+        """Raise what keeps a server from joining those that are there."""
+        self._accepts(state)
+        if state.lora_dtype != self.publisher.lora_dtype:
+            raise LockstepError(
+                ErrorCode.UNSUPPORTED_ADAPTER,
+                f"it holds adapters in {state.lora_dtype}, the first server in {self.publisher.lora_dtype}; start all "
+                "of them with the same --dtype",
+            )
+        if state.max_model_len < self.max_model_len:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"its context is {state.max_model_len} tokens, that of the first servers {self.max_model_len}; start "
+                "all of them with the same --max-model-len",
+            )
+        if self.proof and serve_base([state]):
+            self.proof.check_newcomer(client, state)
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0; its result, or its error, reaches every rank, so that none waits in vain."""

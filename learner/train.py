@@ -14,9 +14,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from learner.attach import attach, save_final_adapter
+from learner.attach import attach, meet, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
-from learner.client import RolloutClient, read_token
 from learner.config import LearnerConfig
 from learner.progress import show_progress
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
@@ -56,7 +55,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         LockstepError: every refusal, before the model is loaded where it can be known by then.
     """
     started = time.perf_counter()
-    url, task_spec = config.require_url(), config.require_task()
+    urls, task_spec = config.require_urls(), config.require_task()
     if not model_args.model_name_or_path:
         raise _invalid("give --model_name_or_path: the base model, the same as the rollout server's")
     args.full_determinism = args.full_determinism or config.deterministic
@@ -65,17 +64,16 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
-    client = RolloutClient(
-        url, read_token(config.token_file),
-        push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
-    )  # fmt: skip
-    state = client.wait_ready(config.ready_timeout_s)
-    _check_server(state, config, model_args, lora)
+    fleet = meet(config)
+    for member in fleet.up():
+        _check_server(member.known, config, model_args, lora)
     task = _load_task(task_spec, config, args)
     trainer = _trainer(task, config, args, model_args, lora)
-    session = attach(trainer, url, config, client=client, state=state, revision=model_args.model_revision)
+    session = attach(trainer, config=config, fleet=fleet, revision=model_args.model_revision)
     show_progress(trainer, session, args.output_dir)
-    session.say(f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {url}")
+    session.say(
+        f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {', '.join(urls)}"
+    )
     training = time.perf_counter()
     checkpoint = _resume(args, session.say)
     if finished := _finished(checkpoint, args):
@@ -90,7 +88,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     save_final_adapter(trainer, Path(args.output_dir) / "adapter")
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
-    client.close()
+    for member in fleet.members.values():
+        member.client.close()
     summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
     if trainer.accelerator.is_main_process:
         write_summary(Path(args.output_dir) / SUMMARY_FILE, summary)

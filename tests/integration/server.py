@@ -41,10 +41,10 @@ def running_server(model: Path, folder: Path, *flags: str) -> Iterator[ServerPro
 
 
 class ServerProcess:
-    """`rollout-server` on a free port of this machine."""
+    """`rollout-server` on a port of this machine."""
 
-    def __init__(self, model: Path, log: Path, *flags: str) -> None:
-        self.port, self.log = free_port(), log
+    def __init__(self, model: Path, log: Path, *flags: str, port: int | None = None) -> None:
+        self.port, self.log = port or free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(self.port), *flags]
         with log.open("wb") as output:

@@ -13,6 +13,7 @@ import torch
 
 from learner.client import RolloutClient
 from learner.collective import SendingGroup
+from learner.fleet import Fleet
 from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
 from tests.integration import policy as P
@@ -40,7 +41,7 @@ class _Learner:
         self.policy = P.make_policy(model)
         self.client = client
         self.publisher = Publisher(
-            client, self.policy, Lease(run_id, P.LEASE, 0), client.state(),
+            Fleet.of(client), self.policy, Lease(run_id, P.LEASE, 0),
             takeover=True, transport="collective", say=self.said.append,
         )  # fmt: skip
 
@@ -98,7 +99,7 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
     assert torch.equal(P.score(learner.client, PROBE), served)
     assert learner.push(3) == "http"
     assert "over HTTP" in learner.said[-1]
-    learner.publisher.transport._retry_at = 0.0
+    learner.publisher._way(learner.publisher.fleet.up()[0])._retry_at = 0.0
     assert learner.push(4) == "http" and learner.push(5) == "collective", "the group is made anew"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from learner.client import RolloutClient
+from learner.fleet import Fleet
 from learner.proof import SyncProof
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -76,7 +77,7 @@ def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path
 
 def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -> None:
     policy = P.make_policy(model)
-    proof = SyncProof(client, policy, [PROBE], served_dtype="float32", merged=True)
+    proof = SyncProof(Fleet.of(client), policy, [PROBE])
     slope = proof.canary(lambda: P.push(client, policy, "proven.canary", 0).version)
     client.delete_run("proven.canary", P.LEASE)
     assert abs(slope - 1) < 0.01

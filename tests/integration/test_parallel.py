@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from learner.client import RolloutClient
+from learner.fleet import Fleet
 from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -74,8 +75,9 @@ def test_pushes_reach_every_worker_over_both_transports(client: RolloutClient, m
     assert state.workers == len(state.devices) == 2
     policy = P.make_policy(model)
     publisher = Publisher(
-        client, policy, Lease("both", P.LEASE, 0), state, takeover=True, transport="collective", say=lambda text: None
-    )
+        Fleet.of(client, state), policy, Lease("both", P.LEASE, 0),
+        takeover=True, transport="collective", say=lambda text: None,
+    )  # fmt: skip
     transports = []
     for step in range(3):
         P.randomize(policy, seed=step)

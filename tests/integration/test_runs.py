@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from learner.client import RolloutClient
+from learner.fleet import Fleet
 from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt
@@ -32,7 +33,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 def _publisher(client: RolloutClient, policy, run_id: str, **options) -> Publisher:
-    return Publisher(client, policy, Lease(run_id, f"secret-of-{run_id}", 0), client.state(), **options)
+    return Publisher(Fleet.of(client), policy, Lease(run_id, f"secret-of-{run_id}", 0), **options)
 
 
 def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProcess, model: Path) -> None:

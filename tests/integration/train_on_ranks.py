@@ -52,11 +52,11 @@ def shard_on_cpu(trainer: GRPOTrainer) -> None:
 
 def forget_once(session: Session) -> None:
     """Before rank 1 asks for the second batch, let the server lose the run, as if it had restarted."""
-    generate, lease = session.rollouts.generate, session.publisher.lease
+    generate = session.rollouts.generate
 
     def generate_after_loss(*args: Any, **kwargs: Any) -> Any:
         if session.trainer.accelerator.process_index == 1 and session.trainer.step == 1:
-            session.client.delete_run(lease.run_id, lease.secret)
+            session.publisher.delete_run()
         return generate(*args, **kwargs)
 
     session.rollouts.generate = generate_after_loss
@@ -74,8 +74,7 @@ def main(model: str, url: str, folder: Path, options: list[str]) -> None:
     save_final_adapter(trainer, folder / "adapter")
     summary = session.summary()
     if trainer.accelerator.is_main_process:
-        lease = session.publisher.lease
-        session.client.delete_run(lease.run_id, lease.secret)
+        session.publisher.delete_run()
         summary["model_class"] = type(trainer.model_wrapped).__name__
         summary["installs"] = [receipt.install_seq for receipt in session.publisher.receipts]
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -70,7 +70,8 @@ class FakeServer:
         if method == "PUT":
             return _json(self._push(path.split("/")[3], request))
         if method == "DELETE":
-            self.served.pop(path.split("/")[3])
+            if self.served.pop(path.split("/")[3], None) is None:
+                raise LockstepError(ErrorCode.UNKNOWN_RUN, "no such run")
             return httpx.Response(200, json={})
         body = json.loads(request.content)
         if path == "/v1/score":

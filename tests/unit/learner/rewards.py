@@ -13,6 +13,11 @@ def reward_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def answers_seven(completions, **_):
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [1.0 if text.strip() == "7" else 0.0 for text in texts]
+
+
 def third(prompts, completions, answer, nested, log_metric, log_extra, **_):
     """Values that float32 rounds, one that does not apply, and columns that not every group logs."""
     log_metric("mean_answer", sum(len(a) for a in answer) / len(answer))

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.fetch import Fetcher, Wanted, asks_of
+from learner.completions import Wanted
+from learner.fetch import Fetcher, asks_of
+from learner.fleet import Fleet
+from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.schedule import Schedule
 from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import Completion, GenerateRequest, GenerateResponse, RolloutGroup, VersionSpan
+from shared.rollouts import Completion, GenerateRequest, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
 
 class Server:
     """Serves what was pushed last, and may be slow, answer late with old weights, or forget everything."""
+
+    url = "http://fake"
 
     def __init__(self, delays: list[float], old: list[int], losses: set[int]) -> None:
         self.step: int | None = None
@@ -33,7 +39,7 @@ class Server:
         self.step = step
         self.history.append(step)
 
-    def generate(self, request: GenerateRequest) -> GenerateResponse:
+    def iter_groups(self, request: GenerateRequest) -> Iterator[RolloutGroup]:
         with self.lock:
             call, self.asked = self.asked, self.asked + 1
             if call in self._losses:
@@ -58,7 +64,10 @@ class Server:
             )
             for i, prompt in enumerate(request.prompts)
         ]  # fmt: skip
-        return GenerateResponse(epoch="e", groups=groups)
+        yield from groups
+
+    def state(self, timeout_s: float = 1.0) -> None:
+        """The keeper asks; what it would compare needs a receipt."""
 
 
 class Training:
@@ -67,9 +76,11 @@ class Training:
     def __init__(self, server: Server, schedule: Schedule, staleness: int) -> None:
         self.server, self.schedule, self.step, self.micro = server, schedule, 0, 0
         self.served, self.step_seconds = 0, 0.0
-        fetcher = Fetcher(
-            server, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None, recover=self.recover
-        )  # type: ignore[arg-type]
+        fleet = Fleet.of(server, object(), patience_s=60.0)  # type: ignore[arg-type]
+        fleet.say = lambda text: None
+        fleet.keep(self.bring_back)
+        self.fleet = fleet
+        fetcher = Fetcher(fleet, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None)
         self.rollouts = RemoteRollouts(
             fetcher, version=self.version, barrier=lambda: None, batch=lambda: schedule.batch_at(self.micro)
         )  # fmt: skip
@@ -83,10 +94,11 @@ class Training:
     def version(self) -> WeightVersion:
         return WeightVersion(run_id="r", step=self.step)
 
-    def recover(self) -> None:
+    def bring_back(self, member: Member) -> None:
         with self.server.lock:
             if self.server.step is None:
                 self.server.push(self.served)
+        self.fleet.come_up(member)
 
     def run(self) -> list[tuple[int, list[list[int]]]]:
         """Completions by generation batch, in the order in which they were trained on."""
@@ -106,6 +118,7 @@ class Training:
                 with self.server.lock:
                     self.served = self.step
                     self.server.push(self.step)
+        self.fleet.close()
         return trained
 
 

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from learner.fleet import Fleet
 from learner.proof import Measurement, SyncProof, slope
 from learner.publisher import Lease, Publisher
 from learner.tolerance import derived_tolerance, merge_noise
@@ -25,12 +26,12 @@ def model(model_dir):
 
 @pytest.fixture
 def proof(model, client):
-    return SyncProof(client, model, SEQUENCES, served_dtype="float32")
+    return SyncProof(Fleet.of(client), model, SEQUENCES)
 
 
 @pytest.fixture
 def publisher(model, client):
-    return Publisher(client, model, Lease("r", "s", 0), client.state())
+    return Publisher(Fleet.of(client), model, Lease("r", "s", 0))
 
 
 def move(model, size):
@@ -63,13 +64,14 @@ def test_gap_names_version_and_both_values(proof, publisher, model):
     publisher.push(0)
     move(model, 0.5)
     with pytest.raises(
-        LockstepError, match=r"r@0\.0 the server's logprob of token \d+ of probe sequence \d is -\d.*gap"
+        LockstepError,
+        match=r"r@0\.0 the logprob of the server at \S+, epoch e1 of token \d+ of .* is -\d.*gap",
     ):
         proof.check(publisher.version(0))
 
 
 def test_movement_finds_a_no_op_far_below_the_tolerance(model, client, publisher, server):
-    proof = SyncProof(client, model, SEQUENCES, served_dtype="bfloat16", tolerance=0.5)
+    proof = SyncProof(Fleet.of(client), model, SEQUENCES, tolerance=0.5)
     publisher.push(0)
     proof.check(publisher.version(0))
     move(model, 1e-4)

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from learner.fetch import Fetcher, Wanted, check_completion
+from learner.completions import Wanted, check_completion
+from learner.fetch import Fetcher
+from learner.fleet import Fleet
 from learner.rollouts import RemoteRollouts
-from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import Completion, GenerateResponse, RolloutGroup, VersionSpan
+from shared.errors import LockstepError
+from shared.rollouts import Completion, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
@@ -30,20 +32,18 @@ def completion(*tokens, version=VERSION, **changes):
 class Server:
     """Numbers its completions: token 100 * first prompt token + index."""
 
-    def __init__(self):
-        self.requests = []
+    def __init__(self, url="http://fake"):
+        self.requests, self.url = [], url
 
-    def generate(self, request):
+    def iter_groups(self, request):
         self.requests.append(request)
-        groups = []
-        for i, prompt in enumerate(request.prompts):
+        for i, prompt in reversed(list(enumerate(request.prompts))):
             made = [completion(100 * prompt.token_ids[0] + k) for k in range(request.sampling.n)]
-            groups.append(RolloutGroup(prompt_index=i, prompt_token_ids=prompt.token_ids, completions=made))
-        return GenerateResponse(epoch="e", groups=groups[::-1])
+            yield RolloutGroup(prompt_index=i, prompt_token_ids=prompt.token_ids, completions=made)
 
 
 def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
-    fetcher = Fetcher(server, sampling, max_model_len=50, **{"warn": lambda text: None, **changes})
+    fetcher = Fetcher(Fleet.of(server, object()), sampling, max_model_len=50, **{"warn": lambda text: None, **changes})
     return RemoteRollouts(fetcher, version=lambda: VERSION, barrier=lambda: None)
 
 
@@ -91,22 +91,6 @@ def test_images_are_refused():
         rollouts(Server()).generate([[1]], [["image"]], 1)
 
 
-def test_server_that_forgot_is_helped_and_asked_again():
-    server, recovered = Server(), []
-    answer = server.generate
-
-    def forgets(request):
-        if len(recovered) < 2:
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, "no such run")
-        return answer(request)
-
-    server.generate = forgets
-    with pytest.raises(LockstepError):
-        rollouts(server, patience_s=0.1).generate([[1]], None, 1)
-    _, ids, _, _ = rollouts(server, recover=lambda: recovered.append(1)).generate([[1]], None, 1)
-    assert ids == [[100]] and recovered == [1, 1]
-
-
 OTHER = WeightVersion(run_id="r", step=2)
 
 
@@ -131,6 +115,6 @@ def test_broken_completions(bad, word):
 
 
 def test_groups_must_answer_the_prompts():
-    server = SimpleNamespace(generate=lambda request: GenerateResponse(epoch="e", groups=[]))
+    server = SimpleNamespace(url="http://fake", iter_groups=lambda request: iter(()))
     with pytest.raises(LockstepError, match="asked for 1 groups"):
         rollouts(server).generate([[1]], None, 1)

@@ -8,22 +8,15 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
+import learner.attach
 import learner.evaluate
 import learner.train
 from learner.client import RolloutClient
 from learner.tasks import Task
 from shared.errors import LockstepError
+from tests.unit.learner.rewards import answers_seven, reward_odd
 
 TASK = f"{__name__}:task"
-
-
-def answers_seven(completions, **_):
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [1.0 if text.strip() == "7" else 0.0 for text in texts]
-
-
-def odd(completion_ids, **_):
-    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def task(**_):
@@ -32,7 +25,7 @@ def task(**_):
         name="toy",
         train=rows.select(range(8)),
         eval=rows.select(range(8, 12)),
-        reward_funcs=[odd, answers_seven],
+        reward_funcs=[reward_odd, answers_seven],
     )
 
 
@@ -43,7 +36,7 @@ def flags(model_dir, server, monkeypatch, tmp_path):
     def connect(url, token=None, **kwargs):
         return RolloutClient(url, token, transport=server.transport, **kwargs)
 
-    monkeypatch.setattr(learner.train, "RolloutClient", connect)
+    monkeypatch.setattr(learner.attach, "RolloutClient", connect)
     monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
     return [
         "--rollout-url", "http://fake", "--task", TASK, "--model_name_or_path", str(model_dir),

@@ -1,0 +1,71 @@
+"""What is asked of every completion: whole, finite, and of weights that are wanted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.errors import ErrorCode, LockstepError
+from shared.rollouts import Completion
+from shared.weights import WeightVersion
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which weights completions may come from.
+
+    Attributes:
+        version: what is served when the request is made.
+        exact: every token must be of `version`; else also of later steps of the same learner, as pushes overtake it.
+        carried: tokens may have been sampled with KV that older weights computed.
+    """
+
+    version: WeightVersion
+    exact: bool = True
+    carried: bool = False
+
+    def accepts(self, version: WeightVersion | None, kv: Literal["fresh", "carried"]) -> bool:
+        """Whether a token may be of `version`. How old it may be is decided where it is trained on."""
+        if kv != "fresh" and not self.carried:
+            return False
+        if self.exact or version is None:
+            return version == self.version
+        return (version.run_id, version.fence) == (self.version.run_id, self.version.fence)
+
+
+def check_completion(completion: Completion, wanted: Wanted) -> None:
+    """Every token has a finite logprob and was sampled from weights that are wanted.
+
+    Raises:
+        LockstepError: `protocol_mismatch` for a broken answer, `version_not_active` for tokens of another
+        version.
+    """
+    length = len(completion.token_ids)
+    if length == 0 or completion.finish_reason == "abort":
+        raise broken(f"a completion of {length} tokens that ended with {completion.finish_reason!r}")
+    if len(completion.logprobs) != length or not all(map(math.isfinite, completion.logprobs)):
+        raise broken(f"{len(completion.logprobs)} logprobs for {length} tokens, or some that are not finite")
+    position = 0
+    for span in completion.spans:
+        if span.start != position or span.end <= span.start:
+            raise broken(f"spans leave a gap or overlap at token {position}")
+        if not wanted.accepts(span.version, span.kv):
+            raise LockstepError(
+                ErrorCode.VERSION_NOT_ACTIVE,
+                f"tokens [{span.start}, {span.end}) come from {span.version or 'the base'} (kv {span.kv}), "
+                f"asked for was {wanted.version}: this would be off-policy; does another learner push to this run?",
+            )
+        position = span.end
+    if position != length:
+        raise broken(f"spans cover {position} of {length} tokens")
+
+
+def oldest_step(completion: Completion) -> int:
+    """The step whose weights sampled the oldest token."""
+    return min(span.version.step for span in completion.spans if span.version is not None)
+
+
+def broken(what: str) -> LockstepError:
+    """The error for an answer that no sound server gives."""
+    return LockstepError(ErrorCode.PROTOCOL_MISMATCH, f"the rollout server's answer is broken: {what}; see its log")

@@ -1,0 +1,269 @@
+"""The rollout servers as one: which there are, which of them serve, and who brings back those that do not.
+
+A server is *up* while it is known to serve what was pushed last; only then it is given requests. Whoever finds that it
+does not, says so (`lost`). A thread of its own for each server then tries to bring it back, with growing pauses, so
+that a sick one delays nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+from learner.client import RolloutClient
+from learner.discovery import Places
+from learner.member import Member
+from learner.parallel import all_of, first_of, start
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import ServerState
+
+T = TypeVar("T")
+#: Errors of one server that another, or the same one later, need not have.
+AWAY = {
+    ErrorCode.NOT_READY, ErrorCode.TIMEOUT, ErrorCode.ENGINE_DEAD, ErrorCode.INSTALL_FAILED, ErrorCode.NO_FREE_SLOT,
+    ErrorCode.CHECKSUM_MISMATCH,
+}  # fmt: skip
+#: It has restarted, or missed a push: pushing again helps.
+FORGOT = {ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.STEP_NOT_REACHED}
+PASSING = AWAY | FORGOT
+#: Another learner has the run: nothing is to be waited for.
+_FINAL = {ErrorCode.LEASE_MISMATCH, ErrorCode.STALE_VERSION}
+
+_GRACE_S = 10.0
+_WATCH_S, _WATCH_TIMEOUT_S, _MISSES = 2.0, 5.0, 3
+_DISCOVER_S = 5.0
+
+
+class Fleet:
+    """All rollout servers.
+
+    Args:
+        connect: URL -> client.
+        places: where they are.
+        patience_s: how long to wait for any server when none is up.
+        say: told whenever a server comes or goes.
+
+    Attributes:
+        on_change, on_tokens: told of a server's coming and going, and of its completions' tokens; on any thread.
+    """
+
+    def __init__(
+        self, connect: Callable[[str], RolloutClient], places: Places, *,
+        patience_s: float = 600.0, say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self._connect, self._places, self.patience_s, self.say = connect, places, patience_s, say
+        self.members: dict[str, Member] = {}
+        self.on_change: Callable[[Member, str], None] = lambda member, what: None
+        self.on_tokens: Callable[[Member, int], None] = lambda member, count: None
+        self._join: Callable[[Member], None] | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @classmethod
+    def of(cls, client: RolloutClient, state: ServerState | None = None, *, patience_s: float = 0.0) -> Fleet:
+        """One server, which is up."""
+        fleet = cls(lambda url: client, Places([client.url]), patience_s=patience_s)
+        fleet.members[client.url] = Member(client, state or client.state())
+        return fleet
+
+    def meet(self, timeout_s: float) -> list[Member]:
+        """Wait until a server is ready, and for a moment more for the others; they are up then.
+
+        Raises:
+            LockstepError: `not_ready` if none is ready, or known, after `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._discover() and not self.members and time.monotonic() < deadline:
+            time.sleep(1.0)
+        members = list(self.members.values())
+        if not members:
+            raise _none()
+        asked = {start(partial(m.client.wait_ready, timeout_s), f"meet-{m.url}"): m for m in members}
+        for outcome in first_of(asked, grace_s=_GRACE_S):
+            member = asked[outcome]
+            member.state = outcome.result()
+            self.come_up(member)
+        return self.up()
+
+    @property
+    def kept(self) -> bool:
+        """Whether servers that are lost are brought back."""
+        return self._join is not None
+
+    def keep(self, join: Callable[[Member], None]) -> None:
+        """From now on look after all servers.
+
+        Args:
+            join: brings a server up to date and calls `come_up`; called on threads, for one server after its failure.
+        """
+        self._join = join
+        for member in list(self.members.values()):
+            self._look_after(member)
+        if self._places.may_change:
+            threading.Thread(target=self._keep_discovering, name="lockstep-fleet", daemon=True).start()
+
+    def close(self) -> None:
+        """Look after nobody any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def up(self) -> list[Member]:
+        """Servers that may be given requests."""
+        return [member for member in list(self.members.values()) if member.up]
+
+    def available(self, suits: Callable[[Member], bool] = lambda member: True) -> list[Member]:
+        """Servers that are up and suit, at least one: waits for it.
+
+        Raises:
+            LockstepError: the last error of a server, when the patience is over or nobody will bring one back.
+        """
+        deadline = time.monotonic() + self.patience_s
+        with self._changed:
+            while True:
+                members = [member for member in self.up() if suits(member)]
+                if members:
+                    return members
+                errors = [member.error for member in self.members.values() if member.error]
+                final = next((error for error in errors if error.code in _FINAL), None)
+                left = deadline - time.monotonic()
+                if final or left <= 0 or not self.kept:
+                    raise final or (errors[-1] if errors else _none())
+                self._changed.wait(min(left, 1.0))
+
+    def ask_all(self, call: Callable[[Member], T], name: str) -> list[T]:
+        """What `call` answers for each server that is up, at once; those it fails on are lost. At least one answer.
+
+        Raises:
+            LockstepError: what no other server would do better.
+        """
+
+        def one(member: Member) -> T | None:
+            term = member.term
+            try:
+                return call(member)
+            except LockstepError as error:
+                self.lost_or_raise(member, error, term)
+                return None
+
+        while True:
+            members = self.available()
+            answers = all_of([partial(one, member) for member in members], name, len(members))
+            if found := [answer for answer in answers if answer is not None]:
+                return found
+
+    def lost_or_raise(self, member: Member, error: LockstepError, term: int) -> None:
+        """`lost` if the error is one that passes, and somebody brings the server back."""
+        if error.code not in PASSING or not self.kept:
+            raise error
+        self.lost(member, error, term)
+
+    def lost(self, member: Member, error: LockstepError, term: int | None = None) -> None:
+        """The server does not serve what was pushed last. `term`: in which that was found."""
+        with self._changed:
+            if not member.up or term not in (None, member.term):
+                return
+            member.up, member.error, member.misses = False, error, 0
+            member.back_off(refused=False)
+            self._changed.notify_all()
+        self._tell(member, f"lost: {error}")
+
+    def come_up(self, member: Member) -> None:
+        """The server serves what was pushed last."""
+        with self._changed:
+            if member.up or self.members.get(member.url) is not member:
+                return
+            member.up, member.error, member.misses = True, None, 0
+            member.term += 1
+            self._changed.notify_all()
+        self._tell(member, "serves")
+
+    def served(self, member: Member) -> None:
+        """It has answered a request well: its next failure is its first."""
+        member.failures = 0
+
+    def status(self) -> str:
+        """One line."""
+        return ", ".join(f"{m.url} {'up' if m.up else 'away'}" for m in self.members.values())
+
+    def _tell(self, member: Member, what: str) -> None:
+        self.on_change(member, what)
+        if self.kept:  # before that, whoever waits says it
+            members = list(self.members.values())
+            others = f" ({sum(m.up for m in members)} of {len(members)} serve)" if len(members) > 1 else ""
+            self.say(f"{member.url} {what}{others}")
+
+    def _look_after(self, member: Member) -> None:
+        threading.Thread(target=self._keeper, args=(member,), name=f"lockstep-keep-{member.url}", daemon=True).start()
+
+    def _keeper(self, member: Member) -> None:
+        while not self._closed and self.members.get(member.url) is member:
+            if member.up:
+                self._watch(member)
+            elif time.monotonic() >= member.retry_at:
+                self._bring_back(member)
+            with self._changed:
+                if member.up:
+                    self._changed.wait_for(lambda: self._closed or not member.up, _WATCH_S)
+                else:
+                    self._changed.wait_for(
+                        lambda: self._closed, max(0.05, min(member.retry_at - time.monotonic(), 1.0))
+                    )
+
+    def _watch(self, member: Member) -> None:
+        """Ask it what it serves: it may have restarted, or hang, while nobody asks it anything else."""
+        receipt, term = member.receipt, member.term
+        try:
+            state = member.client.state(timeout_s=_WATCH_TIMEOUT_S)
+        except LockstepError as error:
+            member.misses += 1
+            if error.code is not ErrorCode.TIMEOUT or member.misses >= _MISSES:
+                self.lost(member, error, term)
+            return
+        member.misses = 0
+        if not member.pushing and member.receipt is receipt and not member.serves_receipt(state):
+            self.lost(member, LockstepError(ErrorCode.UNKNOWN_RUN, "it no longer serves what it was sent"), term)
+
+    def _bring_back(self, member: Member) -> None:
+        assert self._join
+        try:
+            self._join(member)
+        except LockstepError as error:
+            refused = error.code not in PASSING
+            new = member.error is None or member.error.code is not error.code
+            member.error = error
+            member.back_off(refused=refused)
+            if refused and new:
+                self._tell(member, f"is refused: {error}")
+            with self._changed:
+                self._changed.notify_all()
+
+    def _keep_discovering(self) -> None:
+        while not self._closed:
+            for member in self._discover():
+                self._tell(member, "is new")
+                self._look_after(member)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, _DISCOVER_S)
+
+    def _discover(self) -> list[Member]:
+        """Servers that were not known; those that are not listed any more are forgotten."""
+        urls = self._places.urls()
+        for url in [known for known in self.members if known not in urls] if urls else []:
+            gone = self.members.pop(url)
+            self.lost(gone, LockstepError(ErrorCode.NOT_READY, "it is not listed any more"))
+        new = [Member(self._connect(url)) for url in urls if url not in self.members]
+        self.members.update({member.url: member for member in new})
+        return new
+
+
+def serve_base(states: Iterable[ServerState]) -> bool:
+    """Whether every one of these serves its base now; one that merges does not while a run lives."""
+    return all(state.apply == "adapter" or not any(run.version for run in state.runs) for state in states)
+
+
+def _none() -> LockstepError:
+    return LockstepError(ErrorCode.NOT_READY, "no rollout server is up; start one, or check rollout_url")

@@ -1,0 +1,91 @@
+"""Two real servers under one learner: one is killed and comes back at its old address."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from learner.client import RolloutClient
+from learner.completions import Wanted
+from learner.discovery import Places
+from learner.fetch import Fetcher, asks_of
+from learner.fleet import Fleet
+from learner.publisher import Lease, Publisher
+from shared.sampling import SamplingParams
+from tests.integration import policy as P
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ServerProcess
+from tests.integration.waiting import until
+
+PROMPTS = [[i, *range(20, 40)] for i in range(50, 74)]
+
+
+@pytest.fixture
+def second(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    process = ServerProcess(model, tmp_path / "second.log", *FLAGS)
+    yield process
+    process.stop()
+
+
+def test_a_server_that_is_killed_and_comes_back(
+    server: ServerProcess, second: ServerProcess, model: Path, tmp_path: Path
+) -> None:
+    second.wait_ready()
+    policy, said = P.make_policy(model), list[str]()
+    urls = [server.url, second.url]
+    fleet = Fleet(RolloutClient, Places(urls), patience_s=120.0, say=said.append)
+    assert len(fleet.meet(30.0)) == 2
+    publisher = Publisher(fleet, policy, Lease("fleet", P.LEASE, 0), takeover=True, say=said.append)
+    tokens = dict.fromkeys(urls, 0)
+
+    def count(member, count):
+        tokens[member.url] += count
+
+    fleet.on_tokens = count
+    fetcher = Fetcher(fleet, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024, warn=said.append)
+
+    def fetch(step: int) -> None:
+        """Everything that was asked for, of this version, from servers that are up."""
+        before = dict(tokens)
+        completions = fetcher.fetch(asks_of(PROMPTS), lambda: Wanted(publisher.version(step)))
+        assert len(completions) == len(PROMPTS)
+        assert {span.version for c in completions for span in c.spans} == {publisher.version(step)}
+        worked.update({url: tokens[url] - before[url] for url in urls})
+
+    with closing(fleet):
+        worked: dict[str, int] = {}
+        publisher.push(0)
+        fleet.keep(lambda member: publisher.bring_up(member, lambda client, state: None))
+        fetch(0)
+        assert min(worked.values()) >= 300 * 8
+
+        killed = threading.Timer(0.3, lambda: os.killpg(second.process.pid, signal.SIGKILL))
+        killed.start()
+        fetch(0)
+        killed.join()
+        assert sum(worked.values()) == 300 * len(PROMPTS), "no group came twice"
+        until(lambda: [member.url for member in fleet.up()] == [server.url])
+        P.randomize(policy, seed=77)
+        assert publisher.push(1).workers == 1
+        fetch(1)
+        assert worked == {server.url: 300 * len(PROMPTS), second.url: 0}
+
+        again = ServerProcess(model, tmp_path / "again.log", *FLAGS, port=second.port)
+        try:
+            again.wait_ready()
+            until(lambda: len(fleet.up()) == 2, 60.0)
+            fetch(1)
+            assert min(worked.values()) > 0
+            with RolloutClient(again.url) as client:
+                answer = P.generate(client, PROMPTS[:4], policy=publisher.version(1), max_tokens=8)
+            assert P.largest_gap(policy, answer) < 1e-4, "it was sent the version that it missed"
+        finally:
+            again.stop()
+        publisher.delete_run()
+    assert any("lost" in line and "1 of 2 serve" in line for line in said)

@@ -1,0 +1,226 @@
+"""Servers that come, fail, hang and return; who is asked for what meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from learner.completions import Wanted
+from learner.discovery import Places
+from learner.fetch import Fetcher, asks_of
+from learner.fleet import Fleet
+from learner.member import Member
+from learner.routing import Load, Router
+from shared.errors import ErrorCode, LockstepError
+from shared.sampling import SamplingParams
+from tests.unit.learner.test_rollouts import VERSION
+from tests.unit.learner.test_rollouts import Server as Answers
+
+
+class Server(Answers):
+    """Answers after `seconds` a group; `broken` raises instead, from the group of that number on."""
+
+    def __init__(self, url: str, seconds: float = 0.0) -> None:
+        super().__init__(url)
+        self.seconds, self.broken, self.completed = seconds, None, 0
+
+    def wait_ready(self, timeout_s):
+        return self.state()
+
+    def state(self, timeout_s=1.0):
+        if self.broken is not None:
+            raise LockstepError(ErrorCode.NOT_READY, f"{self.url} is away")
+        return SimpleNamespace(epoch="e", runs=[])
+
+    def iter_groups(self, request):
+        for group in super().iter_groups(request):
+            time.sleep(self.seconds)
+            if self.broken is not None and self.completed >= self.broken:
+                raise LockstepError(ErrorCode.NOT_READY, f"{self.url} is away")
+            self.completed += len(group.completions)
+            yield group
+
+
+@pytest.fixture
+def fleet_of():
+    """Builds a fleet of servers; `keep` by a `join` that only looks whether they answer."""
+    fleets = []
+
+    def make(*servers: Server, keep: bool = True, patience_s: float = 10.0) -> Fleet:
+        by_url = {server.url: server for server in servers}
+        fleet = Fleet(by_url.__getitem__, Places(list(by_url)), patience_s=patience_s, say=lambda text: None)
+        fleets.append(fleet)
+        fleet.meet(1.0)
+
+        def join(member: Member) -> None:
+            member.state = member.client.state()
+            fleet.come_up(member)
+
+        if keep:
+            fleet.keep(join)
+        return fleet
+
+    yield make
+    for fleet in fleets:
+        fleet.close()
+
+
+def fetch(fleet: Fleet, prompts: list[list[int]], arrived=None):
+    fetcher = Fetcher(fleet, SamplingParams(max_tokens=10), max_model_len=50, warn=lambda text: None)
+    return [c.token_ids for c in fetcher.fetch(asks_of(prompts), lambda: Wanted(VERSION), arrived)]
+
+
+PROMPTS = [[i] for i in range(1, 13) for _ in range(2)]
+EXPECTED = [[100 * i + k] for i in range(1, 13) for k in range(2)]
+
+
+def test_prompts_are_spread_and_come_back_in_order(fleet_of):
+    servers = [Server(f"http://s{i}", 0.001) for i in range(3)]
+    assert fetch(fleet_of(*servers), PROMPTS) == EXPECTED
+    assert [server.completed for server in servers] == [8, 8, 8]
+
+
+def test_a_dead_server_costs_only_what_it_had_not_sent(fleet_of):
+    dead, alive = Server("http://dead", 0.01), Server("http://alive", 0.01)
+    fleet, seen = fleet_of(dead, alive), Counter()
+    dead.broken = 4
+    assert fetch(fleet, PROMPTS, lambda row, completions: seen.update([row])) == EXPECTED
+    assert set(seen.values()) == {1} and len(seen) == 12, "every group arrives once"
+    assert dead.completed == 4 and alive.completed == 20
+    assert [member.url for member in fleet.up()] == ["http://alive"]
+
+
+def test_a_server_that_returns_is_asked_again(fleet_of):
+    server = Server("http://s")
+    fleet = fleet_of(server)
+    server.broken = 6
+    mended = threading.Timer(0.5, lambda: setattr(server, "broken", None))
+    mended.start()
+    assert fetch(fleet, PROMPTS) == EXPECTED and server.completed == 24
+    assert fleet.members["http://s"].term == 2
+
+
+def test_patience_ends(fleet_of):
+    server = Server("http://s")
+    fleet = fleet_of(server, patience_s=0.3)
+    server.broken = 0
+    with pytest.raises(LockstepError, match="is away"):
+        fetch(fleet, PROMPTS)
+
+
+def test_a_run_that_another_learner_holds_is_not_waited_for(fleet_of):
+    fleet = fleet_of(Server("http://s"), keep=False, patience_s=60.0)
+
+    def refuse(member):
+        raise LockstepError(ErrorCode.LEASE_MISMATCH, "another learner holds it")
+
+    fleet.keep(refuse)
+    fleet.lost(fleet.up()[0], LockstepError(ErrorCode.UNKNOWN_RUN, "gone"))
+    with pytest.raises(LockstepError, match="another learner"):
+        fleet.available()
+
+
+def test_what_a_server_refuses_for_good_is_raised(fleet_of):
+    fleet = fleet_of(Server("http://s"))
+    with pytest.raises(LockstepError, match="bad"):
+        fleet.lost_or_raise(fleet.up()[0], LockstepError(ErrorCode.INVALID_REQUEST, "bad"), 1)
+
+
+def test_an_old_failure_does_not_put_out_a_server_that_came_back(fleet_of):
+    fleet = fleet_of(Server("http://s"))
+    member = fleet.up()[0]
+    fleet.lost(member, LockstepError(ErrorCode.NOT_READY, "old"), term=member.term - 1)
+    assert member.up
+
+
+def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
+    monkeypatch.setattr("learner.fleet._WATCH_S", 0.02)
+    server = Server("http://s")
+    fleet = fleet_of(server, Server("http://t"), keep=False)
+
+    def hang(timeout_s=1.0):
+        raise LockstepError(ErrorCode.TIMEOUT, "no answer")
+
+    server.state = hang
+    fleet.keep(lambda member: hang())
+    member = fleet.members["http://s"]
+    deadline = time.monotonic() + 5
+    while member.up and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not member.up and fleet.members["http://t"].up
+
+
+def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("learner.fleet._DISCOVER_S", 0.05)
+    listed = tmp_path / "servers"
+    listed.write_text("http://a:1 # the first\n\n")
+    servers = {url: Server(url) for url in ("http://a:1", "http://b:1")}
+    fleet = Fleet(servers.__getitem__, Places([f"file:{listed}"]), say=lambda text: None)
+    fleet.meet(1.0)
+    fleet.keep(lambda member: fleet.come_up(member))
+
+    def until(urls):
+        deadline = time.monotonic() + 5
+        while [m.url for m in fleet.up()] != urls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [m.url for m in fleet.up()] == urls
+
+    listed.write_text("http://a:1\nhttp://b:1\n")
+    until(["http://a:1", "http://b:1"])
+    listed.write_text("http://b:1\n")
+    until(["http://b:1"])
+    listed.write_text("")  # a file that is just being written: nobody is thrown out
+    time.sleep(0.2)
+    until(["http://b:1"])
+    fleet.close()
+
+
+@pytest.mark.parametrize("place", ["localhost:8000", "ftp://x", "dns+https://x:1", "file:/nowhere/at/all"])
+def test_places_that_cannot_be(place):
+    with pytest.raises(LockstepError, match="rollout_url"):
+        Places([place])
+
+
+def test_a_name_stands_for_its_addresses():
+    assert set(Places(["dns+http://localhost:81"]).urls()) <= {"http://127.0.0.1:81", "http://[::1]:81"}
+    assert Places(["http://a:1/", "http://a:1"]).urls() == ["http://a:1"]
+
+
+def _server(url, speed=None, outstanding=0.0):
+    load = Load()
+    load.speed, load.outstanding = speed, outstanding
+    return SimpleNamespace(url=url, load=load)
+
+
+def _shares(router, asks, servers):
+    return {server.url: len(share) for server, share in router.split(asks, servers)}
+
+
+def test_slow_and_busy_servers_get_less():
+    asks = asks_of([[i] for i in range(30)])
+    assert _shares(Router(100), asks, [_server("a", 200.0), _server("b", 100.0)]) == {"a": 20, "b": 10}
+    assert _shares(Router(100), asks, [_server("a"), _server("b", outstanding=1010.0)]) == {"a": 20, "b": 10}
+    assert _shares(Router(100), asks[:2], [_server("a"), _server("b", outstanding=1e6)]) == {"a": 2}
+
+
+def test_prompts_go_where_their_beginning_is_known():
+    router, servers = Router(10), [_server("a"), _server("b")]
+    histories = [list(range(start, start + 300)) for start in (0, 1000, 2000, 3000)]
+    first = {tuple(ask.token_ids): s.url for s, share in router.split(asks_of(histories), servers) for ask in share}
+    longer = [[*history, 7, 8, 9] for history in histories]
+    again = {tuple(ask.token_ids[:300]): s.url for s, share in router.split(asks_of(longer), servers) for ask in share}
+    assert again == first and set(first.values()) == {"a", "b"}
+    servers[0].load.outstanding = 1e5
+    assert {s.url for s, _ in router.split(asks_of(longer), servers)} == {"b"}, "unless it is busy"
+
+
+def test_speed_is_measured_while_busy():
+    load = Load()
+    load.begin(100.0)
+    time.sleep(0.1)
+    load.end(100.0, 500)
+    assert load.outstanding == 0 and 500 < load.speed < 5100
