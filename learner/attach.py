@@ -22,8 +22,9 @@ from trl import GRPOTrainer
 
 from learner.adapter import active_adapter, lora_layers, peft_tensors
 from learner.batches import ComingPrompts, check_slots, schedule_of
-from learner.client import RolloutClient, read_token
+from learner.client import RolloutClient
 from learner.config import LearnerConfig
+from learner.credentials import read_token
 from learner.dynamic import check_replaceable
 from learner.refusals import (
     check_base,
@@ -81,7 +82,7 @@ def attach(
     for warning in correction_warnings(trainer.args):
         warnings.warn(warning, stacklevel=2)
     client = client or RolloutClient(
-        url or config.require_url(), read_token(config.token_file),
+        url or config.require_url(), read_token(config.token_file), ca_file=config.ca_file,
         push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
     )  # fmt: skip
     state = state or client.wait_ready(config.ready_timeout_s)

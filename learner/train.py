@@ -16,8 +16,9 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from learner.attach import attach, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
-from learner.client import RolloutClient, read_token
+from learner.client import RolloutClient
 from learner.config import LearnerConfig
+from learner.credentials import read_token
 from learner.progress import show_progress
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
 from learner.report import write_summary
@@ -66,7 +67,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     lora = _lora_config(config, model_args)
     check_lora(lora)
     client = RolloutClient(
-        url, read_token(config.token_file),
+        url, read_token(config.token_file), ca_file=config.ca_file,
         push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
     )  # fmt: skip
     state = client.wait_ready(config.ready_timeout_s)
