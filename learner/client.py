@@ -101,6 +101,8 @@ class RolloutClient:
                 answer = self._http.get("/ready")
                 if answer.status_code == 200:
                     return self.state()
+                if answer.status_code in (401, 403):
+                    raise self._error(answer)
                 last = f"answers {answer.status_code} on /ready"
             except httpx.HTTPError as error:
                 if refusal := tls_refusal(self.url, error):

@@ -52,11 +52,17 @@ def tls_refusal(url: str, error: BaseException) -> LockstepError | None:
     """The error of a connection that failed because of TLS; None where trying again may help."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            why = f"its certificate is not trusted ({cause.verify_message}): give the CA's certificate with --ca_file"
-            return LockstepError(ErrorCode.INVALID_REQUEST, f"no connection to {url}: {why}")
-        if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-            why = "it does not speak TLS: use http://, or start it with --ssl-certfile and --ssl-keyfile"
-            return LockstepError(ErrorCode.INVALID_REQUEST, f"no connection to {url}: {why}")
+        if isinstance(cause, ssl.SSLError) and cause.reason in _FOR_GOOD:
+            what = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
+            message = f"no connection to {url} ({what}): {_FOR_GOOD[cause.reason]}"
+            return LockstepError(ErrorCode.INVALID_REQUEST, message)
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+_NO_TLS = "no TLS is spoken there; use http://, or start the server with --ssl-certfile and --ssl-keyfile"
+_FOR_GOOD = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted; give its CA's certificate with --ca_file",
+    "WRONG_VERSION_NUMBER": _NO_TLS,
+    "RECORD_LAYER_FAILURE": _NO_TLS,
+}

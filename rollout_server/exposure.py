@@ -53,7 +53,6 @@ def tls_options(args: Any) -> dict[str, Any]:
         "ssl_keyfile": args.ssl_keyfile,
         "ssl_certfile": args.ssl_certfile,
         "ssl_ca_certs": args.ssl_ca_certs,
-        "ssl_cert_reqs": args.ssl_cert_reqs,
         "ssl_ciphers": getattr(args, "ssl_ciphers", None),  # younger than the other flags
     }
     return {name: value for name, value in named.items() if value is not None}
@@ -61,12 +60,15 @@ def tls_options(args: Any) -> dict[str, Any]:
 
 def _check_tls(args: Any) -> None:
     """Load key and certificate once: a wrong path is better known now than after the model has been loaded."""
+    if args.ssl_cert_reqs:
+        raise _refusal(
+            "--ssl-cert-reqs: learners prove themselves with a token, not with a certificate; leave it out, or let a "
+            "proxy in front of this server and of the learner see to mutual TLS"
+        )
     if not args.ssl_certfile:
-        if args.ssl_keyfile or args.ssl_ca_certs or args.ssl_cert_reqs:
+        if args.ssl_keyfile or args.ssl_ca_certs:
             raise _refusal("TLS needs a certificate: give --ssl-certfile, and --ssl-keyfile unless the key is in it")
         return
-    if args.ssl_cert_reqs and not args.ssl_ca_certs:
-        raise _refusal("--ssl-cert-reqs: give --ssl-ca-certs, the CA that the clients' certificates are from")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile or None, password=_no_password)
