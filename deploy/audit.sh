@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Looks up known vulnerabilities of everything in deploy/constraints-cpu.txt (`make audit`). Needs pypi.org, so it is no
-# part of continuous integration; what cannot be looked up is a failure. pip-audit is installed into a throwaway environment, and nothing else is.
+# part of continuous integration; what cannot be looked up is a failure. pip-audit is installed into a throwaway
+# environment, and nothing else is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

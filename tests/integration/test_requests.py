@@ -89,6 +89,13 @@ REFUSED = {
     "beyond-the-model": ({"sampling": {"max_tokens": 5000}}, "--max-model-len"),
     "min-step-of-base": ({"min_step": 3}, "min_step"),
     "structured": ({"sampling": {"structured_outputs": {"regexp": "a"}}}, "sampling"),
+    "template": (
+        {
+            "prompts": [{"messages": [{"role": "user", "content": "a"}]}],
+            "chat_template_kwargs": {"chat_template": "{{ 1 }}"},
+        },
+        "the server's own",
+    ),
     "unknown-top-level": ({"polizy": "base"}, "polizy"),
 }
 

@@ -99,10 +99,10 @@ async def _run_state(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _served(**tls: Any) -> AsyncIterator[str]:
+async def _served(app: Any = _run_state, **tls: Any) -> AsyncIterator[str]:
     """`host:port` of a real server behind the guard."""
     gate = Gate()
-    gate.open(_run_state)
+    gate.open(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = make_server(Guard(gate, TOKENS), log_level="error", **exposure.tls_options(arguments(**tls)))
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))
@@ -140,6 +140,19 @@ async def test_a_private_ca(pems, monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.to_thread(client.wait_ready, 60.0)  # at once: waiting does not make it trusted
         monkeypatch.setenv("SSL_CERT_FILE", pems.ca)
         assert (await _ask(f"https://{address}")).run_id == "r"
+
+
+async def test_a_push_without_the_token_gets_its_answer() -> None:
+    """Although the server reads nothing of what is being sent."""
+
+    async def unreachable(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("reached the app")
+
+    async with _served(unreachable) as address:
+        for token in (None, "wrong" * 4):
+            with RolloutClient(f"http://{address}", token) as client, pytest.raises(LockstepError) as refusal:
+                await asyncio.to_thread(client.push, "r", [bytes(2**25)], "a lease of tests")
+            assert refusal.value.code is ErrorCode.UNAUTHENTICATED
 
 
 async def test_https_to_a_server_without_tls(pems) -> None:
