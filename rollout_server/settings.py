@@ -73,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("lockstep", "Flags of the rollout server itself; all others are vLLM's.")
     for field in fields(ServerSettings):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})"
+        text = field.metadata["help"]  # vLLM's parser adds the default
         if isinstance(field.default, bool):
             group.add_argument(flag, action="store_true", default=field.default, help=text)
         elif field.metadata["choices"]:
