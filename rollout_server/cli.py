@@ -54,6 +54,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         "--headless": args.headless,
         "--uds": args.uds,
         "--enable-ssl-refresh": args.enable_ssl_refresh,
+        "--enable-prompt-embeds": args.enable_prompt_embeds,  # embeddings of a request are a pickle
     }
     for flag, given in ours.items():
         if given:
