@@ -22,7 +22,7 @@ lint: setup ## ruff, mypy, and a search for secrets
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m detect_secrets.pre_commit_hook --no-verify $$(git ls-files)
+	files=$$(git ls-files) && $(PY) -m detect_secrets.pre_commit_hook --no-verify $$files
 
 format: setup ## put the code into form
 	$(PY) -m ruff check --fix .
