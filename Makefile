@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves, into .venv/. Needed: Python 3.11 to 3.13, make, pip's index.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-unit lint format lock clean
+.PHONY: help setup demo test test-unit lint format lock audit clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -18,10 +18,11 @@ test: setup ## all tests; the integration tests start a real vLLM
 test-unit: setup ## unit tests only, in seconds
 	$(PY) -m pytest -q tests/unit
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and a search for secrets
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	files=$$(git ls-files) && $(PY) -m detect_secrets.pre_commit_hook --no-verify $$files
 
 format: setup ## put the code into form
 	$(PY) -m ruff check --fix .
@@ -29,6 +30,9 @@ format: setup ## put the code into form
 
 lock: ## write deploy/constraints-cpu.txt anew (UPGRADE=1: newest versions)
 	deploy/lock-cpu.sh
+
+audit: ## look up known vulnerabilities of the pinned packages (needs pypi.org)
+	deploy/audit.sh
 
 clean: ## remove what was made here, runs/ aside
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info

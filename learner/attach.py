@@ -23,8 +23,9 @@ from trl import GRPOTrainer
 
 from learner.adapter import active_adapter, lora_layers, peft_tensors
 from learner.batches import ComingPrompts, check_slots, schedule_of
-from learner.client import RolloutClient, read_token
+from learner.client import RolloutClient
 from learner.config import LearnerConfig
+from learner.credentials import read_token
 from learner.discovery import Places
 from learner.dynamic import check_replaceable
 from learner.fleet import Fleet
@@ -134,7 +135,7 @@ def meet(config: LearnerConfig) -> Fleet:
 
     def connect(url: str) -> RolloutClient:
         return RolloutClient(
-            url, token, push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s
+            url, token, ca_file=config.ca_file, push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s
         )  # fmt: skip
 
     fleet = Fleet(connect, Places(config.require_urls()), patience_s=config.ready_timeout_s)

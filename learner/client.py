@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
+from learner.credentials import tls_refusal, trust, warn_if_exposed
 from shared import PROTOCOL_VERSION
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import ErrorBody, ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
+from shared.tokens import TOKEN_VARIABLE
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
 LEASE_HEADER = "Lockstep-Lease"
@@ -31,6 +31,11 @@ class RolloutClient:
 
     Every method raises `LockstepError` with the server's own code and message, `timeout` when a deadline
     passes and `not_ready` when the server cannot be reached.
+
+    Args:
+        token: sent with every request.
+        ca_file: the CA, in PEM, that the server's certificate must be from; by default the well-known ones,
+            or those of $SSL_CERT_FILE.
     """
 
     def __init__(
@@ -38,12 +43,14 @@ class RolloutClient:
         url: str,
         token: str | None = None,
         *,
+        ca_file: str | None = None,
         push_timeout_s: float = 120.0,
         generate_timeout_s: float = 1800.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise LockstepError(ErrorCode.INVALID_REQUEST, f"rollout_url {url!r} must start with http:// or https://")
+        warn_if_exposed(url, token)
         self.url = url.rstrip("/")
         self.push_timeout_s = push_timeout_s
         self.generate_timeout_s = generate_timeout_s
@@ -52,7 +59,7 @@ class RolloutClient:
             base_url=self.url,
             headers=headers,
             # A refused connection is retried before anything was sent, so this is safe for every request.
-            transport=transport or httpx.HTTPTransport(retries=2),
+            transport=transport or httpx.HTTPTransport(retries=2, verify=trust(ca_file)),
             timeout=httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
         )
 
@@ -94,8 +101,12 @@ class RolloutClient:
                 answer = self._http.get("/ready")
                 if answer.status_code == 200:
                     return self.state()
+                if answer.status_code in (401, 403):
+                    raise self._error(answer)
                 last = f"answers {answer.status_code} on /ready"
             except httpx.HTTPError as error:
+                if refusal := tls_refusal(self.url, error):
+                    raise refusal from error
                 last = _reason(error)
             if time.monotonic() >= deadline:
                 raise LockstepError(
@@ -227,9 +238,12 @@ class RolloutClient:
         try:
             return _from_body(answer.json())
         except (ValueError, ValidationError):
-            if answer.status_code in (401, 403):
+            if answer.status_code in (401, 403):  # of a proxy, say
+                code = ErrorCode.UNAUTHENTICATED if answer.status_code == 401 else ErrorCode.FORBIDDEN
                 return LockstepError(
-                    ErrorCode.LEASE_MISMATCH, f"{self.url} refuses the token (HTTP {answer.status_code})"
+                    code,
+                    f"{self.url} refuses this learner (HTTP {answer.status_code}); give the server's token with "
+                    f"--token_file or ${TOKEN_VARIABLE}",
                 )
             return self._foreign(f"answered HTTP {answer.status_code}: {answer.text[:200]!r}")
 
@@ -246,6 +260,8 @@ class RolloutClient:
         )
 
     def _unreachable(self, error: httpx.HTTPError, path: str) -> LockstepError:
+        if refusal := tls_refusal(self.url, error):
+            return refusal
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
             return LockstepError(
                 ErrorCode.TIMEOUT,
@@ -265,20 +281,6 @@ def _from_body(document: Any) -> LockstepError:
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def read_token(token_file: str | None) -> str | None:
-    """The bearer token: from a file, else $LOCKSTEP_TOKEN, else none.
-
-    Raises:
-        LockstepError: `invalid_request` if the file cannot be read.
-    """
-    if token_file is None:
-        return os.environ.get("LOCKSTEP_TOKEN") or None
-    try:
-        return Path(token_file).read_text().strip()
-    except OSError as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"token_file cannot be read: {error}") from error
 
 
 def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:

@@ -108,6 +108,9 @@ class LearnerConfig:
     )
     generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
     token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
+    ca_file: str | None = _option(
+        None, "Certificate (PEM) of the CA that the server's certificate is from. Default: the well-known ones."
+    )
     allow_base_mismatch: bool = _option(
         False,
         "Train although the server's base model cannot be shown to be the learner's (dummy weights, say).",

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from learner.client import RolloutClient
+from learner.credentials import read_token
 from learner.demo_model import ensure_demo_model
 from learner.evaluate import EvalResult, evaluate
 from learner.processes import ProcessGroup, Stopped, stop_on_signals
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         _server_command(model, port, recipe, options.server_flags), _environment(), out / "server.log",
         cores=_cores(options)[0],
     ) as server:  # fmt: skip
-        client = RolloutClient(url)
+        client = RolloutClient(url, read_token(None))  # the server has inherited it, too
         _wait_ready(client, server, out / "server.log")
         task = _task(recipe, options.seed)
         working = time.monotonic()

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from learner.client import RolloutClient, read_token
+from learner.client import RolloutClient
+from learner.credentials import read_token
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise LockstepError(ErrorCode.INVALID_REQUEST, str(error).replace("\n", " ")) from error
-    with RolloutClient(options.rollout_url, read_token(options.token_file)) as client:
+    with RolloutClient(options.rollout_url, read_token(options.token_file), ca_file=options.ca_file) as client:
         client.wait_ready(options.ready_timeout_s)
         result = evaluate(
             client, task, policy=options.policy, run_id=options.run_id, n_questions=options.limit,
@@ -224,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat-template-kwargs", help="for the server's chat template, as JSON")
     add("--json", help="write every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")
+    add("--ca-file", help="certificate (PEM) of the CA that the server's certificate is from")
     add(
         "--ready-timeout-s",
         type=float,

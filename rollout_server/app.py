@@ -8,12 +8,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from rollout_server.roles import VLLM_PATHS
 from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
 from shared.errors import ErrorBody, ErrorCode, LockstepError
-
-#: vLLM's routes that would change adapters or weights behind the learner's back, or that are ours here.
-_LEFT_OUT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/health", "/score", "/v1/score")
 
 
 def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
@@ -28,7 +26,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     theirs = openai_app.router.routes
-    theirs[:] = [route for route in theirs if getattr(route, "path", None) not in _LEFT_OUT]
+    theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
     app.mount("/", openai_app)
     return app
 

@@ -33,7 +33,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     Raises:
         ValueError, LockstepError: flags that cannot work on a rollout server, with what to do instead.
     """
-    from rollout_server import compat
+    from rollout_server import compat, exposure
+    from rollout_server.tokens import configured_tokens
 
     compat.vllm_version()
     from vllm.platforms import current_platform
@@ -51,10 +52,14 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         "--worker-extension-cls": args.worker_extension_cls,
         "--api-server-count": (args.api_server_count or 1) > 1,
         "--headless": args.headless,
+        "--uds": args.uds,
+        "--enable-ssl-refresh": args.enable_ssl_refresh,
+        "--enable-prompt-embeds": args.enable_prompt_embeds,  # embeddings of a request are a pickle
     }
     for flag, given in ours.items():
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
+    exposure.check(args, settings, configured_tokens(settings))
     if settings.deterministic:
         if args.enable_prefix_caching:
             raise ValueError("--deterministic: what the prefix cache holds differs from time to time; leave it out")
@@ -105,20 +110,20 @@ def _log_to_stderr() -> None:
 
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
-    from rollout_server import lifecycle
+    from rollout_server import exposure, lifecycle
     from rollout_server.gate import Gate
+    from rollout_server.guard import Guard
     from rollout_server.http import make_server
+    from rollout_server.tokens import configured_tokens
 
     gate = Gate()
     server = make_server(
-        gate,
+        Guard(gate, configured_tokens(settings)),
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
+        **exposure.tls_options(args),
     )
     http = asyncio.ensure_future(server.serve())
     starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, gate))

@@ -1,4 +1,4 @@
-"""The outermost ASGI layer: answers `/health` and `/ready` while the model loads, then lets requests through."""
+"""Around the app, inside the guard: answers `/health` and `/ready` while the model loads, then lets requests in."""
 
 from __future__ import annotations
 
@@ -51,3 +51,5 @@ class Gate:
             headers = {"Retry-After": "5"}
             response = JSONResponse(error.body().model_dump(), status_code=error.status, headers=headers)
             await response(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1013})

@@ -17,11 +17,16 @@ _LEAVE_SECONDS = 10.0
 
 @dataclass
 class Groups:
-    """At most one group for each run. A group that failed is left and never used again; a learner may join anew."""
+    """At most one group for each run. A group that failed is left and never used again; a learner may join anew.
+
+    Args:
+        bind: the address that groups meet on, that of the HTTP server.
+    """
 
     workers: Workers
     settings: ServerSettings
     backend: str
+    bind: str
     _joined: dict[Run, str] = field(default_factory=dict)
 
     def of(self, run: Run) -> str:
@@ -44,11 +49,14 @@ class Groups:
         """
         self.leave(run)
         name, timeout, size = secrets.token_hex(8), self.settings.collective_timeout, len(self.workers) + 1
-        hosting = self.workers.begin_each("host_group", [{"group": name, "timeout": timeout}])
+        hosting = self.workers.begin_each("host_group", [{"group": name, "bind": self.bind, "timeout": timeout}])
         port = (await hosting.answers(timeout))[0]["port"]
         call = self.workers.begin_each(
             "join_group",
-            [{"group": name, "port": port, "rank": r, "size": size, "timeout": timeout} for r in range(1, size)],
+            [
+                {"group": name, "bind": self.bind, "port": port, "rank": r, "size": size, "timeout": timeout}
+                for r in range(1, size)
+            ],
         )
         joined = False
         try:

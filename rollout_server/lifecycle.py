@@ -58,7 +58,8 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     workers, described = await _reach_workers(door, serving, process_layout.workers(vllm_config.parallel_config))
     served = await asyncio.to_thread(identity.describe, vllm_config, described, rank)
     epoch = secrets.token_hex(8)
-    groups = Groups(workers, settings, backend="nccl" if described[0]["device"] else "gloo")
+    backend = "nccl" if described[0]["device"] else "gloo"
+    groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
     installer = Installer(door, workers, groups, runs, served, settings, epoch)
     gate.on_close(installer.staging.close)
     logger.info(

@@ -17,6 +17,10 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
+    if "chat_template" in chat_template_kwargs:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST, "chat_template_kwargs: the template is the server's own; leave chat_template out"
+        )
     tokenizer = service.door.get_tokenizer()
     try:
         if prompt.text is not None:

@@ -47,6 +47,15 @@ class ServerSettings:
     allow_policy_altering: bool = _flag(
         False, "serve although speculative decoding or a quantised KV cache makes logprobs differ from the policy's"
     )
+    token_file: str = _flag(
+        "", "file with the bearer token of learners, which may do everything; several lines are several tokens. "
+        "Without it $LOCKSTEP_TOKEN counts. Needed wherever --host is not this machine alone"
+    )  # fmt: skip
+    generate_token_file: str = _flag("", "file with tokens that may generate and score, but change nothing")
+    metrics_token_file: str = _flag("", "file with tokens that may read /metrics and nothing else")
+    allow_unauthenticated: bool = _flag(
+        False, "let everyone who reaches this server use it, and replace the weights it serves"
+    )
 
     @property
     def merges(self) -> bool:
@@ -64,7 +73,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("lockstep", "Flags of the rollout server itself; all others are vLLM's.")
     for field in fields(ServerSettings):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{field.metadata['help']} (default: {field.default})"
+        text = field.metadata["help"]  # vLLM's parser adds the default
         if isinstance(field.default, bool):
             group.add_argument(flag, action="store_true", default=field.default, help=text)
         elif field.metadata["choices"]:

@@ -116,16 +116,16 @@ class Operations:
         compat.swap_adapters(self.worker, one, other)
         return {"ok": True}
 
-    def host_group(self, tell: worker_link.Tell, group: str, timeout: float) -> dict[str, Any]:
+    def host_group(self, tell: worker_link.Tell, group: str, bind: str, timeout: float) -> dict[str, Any]:
         """Be the place where a group's members meet."""
         self.groups[group] = ReceivingGroup(self.device)
-        return {"ok": True, "port": self.groups[group].host(timeout)}
+        return {"ok": True, "port": self.groups[group].host(bind, timeout)}
 
     def join_group(
-        self, tell: worker_link.Tell, group: str, port: int, rank: int, size: int, timeout: float
+        self, tell: worker_link.Tell, group: str, bind: str, port: int, rank: int, size: int, timeout: float
     ) -> dict[str, Any]:
         """Meet the learner and the other workers in a group."""
-        self.groups.setdefault(group, ReceivingGroup(self.device)).join(group, port, rank, size, timeout)
+        self.groups.setdefault(group, ReceivingGroup(self.device)).join(group, bind, port, rank, size, timeout)
         return {"ok": True}
 
     def leave_group(self, tell: worker_link.Tell, group: str) -> dict[str, Any]:

@@ -6,8 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared.weights import WeightVersion
 
-#: Workers of one server meet on their own host; the learner reaches it under the host name of the rollout URL.
-HOST = "127.0.0.1"
 #: The learner's first broadcast, which makes the connections: int64 [1].
 GREETING = 0x10C_57E9
 POLL_SECONDS = 0.0002
@@ -29,7 +27,10 @@ class Announcement(BaseModel):
 
 
 class GroupInvitation(BaseModel):
-    """Answer to a learner that wants to push by broadcast: where to meet, as rank 0 of `size`."""
+    """Answer to a learner that wants to push by broadcast: where to meet, as rank 0 of `size`.
+
+    The host is that of the rollout URL.
+    """
 
     group: str
     port: int

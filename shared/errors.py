@@ -17,6 +17,9 @@ class ErrorCode(StrEnum):
     ENGINE_DEAD = "engine_dead"
     TIMEOUT = "timeout"
     TOO_LARGE = "too_large"
+    # tokens
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
     # runs and versions
     UNKNOWN_RUN = "unknown_run"
     NO_FREE_RUN = "no_free_run"
@@ -45,6 +48,8 @@ _STATUS: dict[ErrorCode, int] = {
     ErrorCode.NO_FREE_SLOT: 503,
     ErrorCode.TIMEOUT: 408,
     ErrorCode.TOO_LARGE: 413,
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.FORBIDDEN: 403,
     ErrorCode.UNKNOWN_RUN: 404,
     ErrorCode.LEASE_MISMATCH: 403,
     ErrorCode.NO_FREE_RUN: 409,

@@ -7,6 +7,7 @@ or was cut off, so every wait here has a deadline and can be ended by `abort`; a
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.collective import GREETING, HOST, NCCL_SETTINGS, POLL_SECONDS
+from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS
 from shared.errors import ErrorCode, LockstepError
+
+
+def meeting_host(bind: str) -> str:
+    """Where workers, all on this machine, reach what is bound to `bind`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
 
 
 class ReceivingGroup:
@@ -29,22 +35,31 @@ class ReceivingGroup:
         self._group: Any = None
         self._left = threading.Event()
 
-    def host(self, timeout: float) -> int:
-        """Open the store in which the members meet; its port."""
-        self._store = dist.TCPStore(
-            HOST, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout)
-        )  # fmt: skip
-        return int(self._store.port)
+    def host(self, bind: str, timeout: float) -> int:
+        """Open the store in which the members meet, on the address `bind`; its port.
 
-    def join(self, name: str, port: int, rank: int, size: int, timeout: float) -> None:
+        torch would listen on all interfaces.
+        """
+        listening = socket.create_server((bind, 0), family=socket.AF_INET6 if ":" in bind else socket.AF_INET)
+        port = int(listening.getsockname()[1])
+        self._store = dist.TCPStore(
+            meeting_host(bind), port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout),
+            master_listen_fd=listening.detach(),
+        )  # fmt: skip
+        return port
+
+    def join(self, name: str, bind: str, port: int, rank: int, size: int, timeout: float) -> None:
         """Meet the other members and hear the learner's greeting.
+
+        Args:
+            bind: what `host` was called with, on whichever worker.
 
         Raises:
             LockstepError: `timeout`.
         """
         limit = timedelta(seconds=timeout)
         deadline = time.monotonic() + timeout
-        store = self._store or dist.TCPStore(HOST, port, is_master=False, timeout=limit)
+        store = self._store or dist.TCPStore(meeting_host(bind), port, is_master=False, timeout=limit)
         store = dist.PrefixStore(name, store)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,6 +90,13 @@ REFUSED = {
     "beyond-the-model": ({"sampling": {"max_tokens": 5000}}, "--max-model-len"),
     "min-step-of-base": ({"min_step": 3}, "min_step"),
     "structured": ({"sampling": {"structured_outputs": {"regexp": "a"}}}, "sampling"),
+    "template": (
+        {
+            "prompts": [{"messages": [{"role": "user", "content": "a"}]}],
+            "chat_template_kwargs": {"chat_template": "{{ 1 }}"},
+        },
+        "the server's own",
+    ),
     "unknown-top-level": ({"polizy": "base"}, "polizy"),
 }
 
@@ -135,6 +143,23 @@ def test_policy_and_base_on_the_openai_routes(client: RolloutClient, model: Path
     assert answers["policy"] == answers["policy:openai"] != answers["base"]
     missing = _post(client, {"model": "nobody", "prompt": PROMPT}, "/v1/completions")
     assert missing.status_code == 404
+
+
+@pytest.mark.parametrize("kind", ["image_url", "audio_url", "video_url"])
+def test_no_url_of_a_request_is_fetched(client: RolloutClient, kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as bait:
+        bait.settimeout(0.5)
+        url = f"http://127.0.0.1:{bait.getsockname()[1]}/x.png"
+        content = [{"type": "text", "text": "what is this?"}, {"type": kind, kind: {"url": url}}]
+        asked = {
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": content}]},
+            "/v1/responses": {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]},
+        }
+        for path, body in asked.items():
+            answer = _post(client, {"model": "base", **body}, path)
+            assert 400 <= answer.status_code < 500, answer.text
+        with pytest.raises(TimeoutError):
+            bait.accept()
 
 
 def test_scores_beside_decoding(client: RolloutClient, model: Path) -> None:

@@ -31,6 +31,11 @@ REFUSED = {
                "2 of 4 data-parallel"),
     "deterministic-engines": (["--data-parallel-size", "2", "--deterministic"], "--deterministic"),
     "deterministic-cache": (["--enable-prefix-caching", "--deterministic"], "prefix cache"),
+    "beyond-loopback": (["--host", "0.0.0.0"], "--token-file"),
+    "beyond-loopback-v6": (["--host", "::"], "--allow-unauthenticated"),
+    "api-key": (["--api-key", "secret"], "--token-file"),
+    "prompt-embeds": (["--enable-prompt-embeds"], "--enable-prompt-embeds"),
+    "unix-socket": (["--uds", "/nowhere/socket"], "--uds"),
     "hosts": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--nnodes 2"),
 }  # fmt: skip
 

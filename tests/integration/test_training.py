@@ -1,21 +1,26 @@
-"""Whole trainings as a user starts them: killed and resumed to the same bytes, and with rollouts that run ahead."""
+"""Whole trainings as a user starts them: killed and resumed to the same bytes, and with rollouts that run ahead; all of
+them with a token, and nothing of it, or of the prompts, in the log.
+"""
 
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from learner.client import RolloutClient
-from shared.errors import LockstepError
+from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions
-from tests.integration.server import ServerProcess, running_server
+from tests.integration.server import ENVIRONMENT, ServerProcess, running_server
 
+TOKEN = "a-token-of-the-training-tests"
 DETERMINISTIC = [
     "--deterministic", "true", "--max_steps", "9", "--save_steps", "2", "--steps_per_generation", "3",
     "--lora_dropout", "0.1", "--proof_canary", "false",
@@ -28,24 +33,36 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A deterministic server, for several runs one after the other."""
-    with running_server(
-        model, tmp_path_factory.mktemp("server"), *FLAGS, "--deterministic", "--max-runs", "8"
-    ) as process:
-        yield process
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same file for both sides."""
+    path = tmp_path_factory.mktemp("token") / "token"
+    path.write_text(TOKEN + "\n")
+    return str(path)
 
 
-def test_killed_and_resumed_to_the_same_bytes(server: ServerProcess, model: Path, task: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server(model: Path, token_file: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A deterministic server with a token, for several runs one after the other; it logs as vLLM does by default."""
+    flags = [*FLAGS, "--deterministic", "--max-runs", "8", "--token-file", token_file]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "VLLM_LOGGING_LEVEL", "INFO")
+        with running_server(model, tmp_path_factory.mktemp("server"), *flags) as process:
+            yield process
+
+
+def test_killed_and_resumed_to_the_same_bytes(
+    server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
+) -> None:
     """Killed inside generation batches; the server is ahead of the checkpoint, and then, started anew, behind it."""
-    whole = LearnerProcess(server.url, model, task, tmp_path / "whole", *DETERMINISTIC)
+    flags = [*DETERMINISTIC, "--token_file", token_file]
+    whole = LearnerProcess(server.url, model, task, tmp_path / "whole", *flags)
     summary = whole.finish()
     assert summary["steps"] == summary["pushes"] == 9
 
-    cut = [server.url, model, task, tmp_path / "cut", *DETERMINISTIC]
+    cut = [server.url, model, task, tmp_path / "cut", *flags]
     LearnerProcess(*cut).kill_after(3)
     LearnerProcess(*cut).kill_after(5)
-    with running_server(model, tmp_path, *FLAGS, "--deterministic") as another:
+    with running_server(model, tmp_path, *FLAGS, "--deterministic", "--token-file", token_file) as another:
         resumed = LearnerProcess(another.url, *cut[1:])
         again = resumed.finish()
     assert resumed.adapter_digest() == whole.adapter_digest()
@@ -56,8 +73,10 @@ def test_killed_and_resumed_to_the_same_bytes(server: ServerProcess, model: Path
     assert lease["fence"] == 2
 
 
-def test_rollouts_run_ahead_within_the_bound(server: ServerProcess, model: Path, task: Path, tmp_path: Path) -> None:
-    flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no"]
+def test_rollouts_run_ahead_within_the_bound(
+    server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
+) -> None:
+    flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no", "--token_file", token_file]
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
     summary = learner.finish()
     # A request that meets a proof on its way may be admitted after the next push already.
@@ -69,9 +88,12 @@ def test_rollouts_run_ahead_within_the_bound(server: ServerProcess, model: Path,
     assert all(step["idle_seconds"] is not None for step in history)
 
 
-def test_killed_and_resumed_with_rollouts_ahead(server: ServerProcess, model: Path, task: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_with_rollouts_ahead(
+    server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
+) -> None:
     """What was being read ahead is asked for again; nothing is counted twice, and nothing too old is trained on."""
-    flags = ["--max_staleness", "1", "--max_steps", "7", "--save_steps", "2", "--proof_canary", "false"]
+    flags = ["--max_staleness", "1", "--max_steps", "7", "--save_steps", "2", "--proof_canary", "false",
+             "--token_file", token_file]  # fmt: skip
     command = (server.url, model, task, tmp_path / "again", *flags)
     LearnerProcess(*command).kill_after(3)
     summary = LearnerProcess(*command).finish()
@@ -80,9 +102,62 @@ def test_killed_and_resumed_with_rollouts_ahead(server: ServerProcess, model: Pa
 
 
 def test_a_push_does_not_overtake_on_a_deterministic_server(server: ServerProcess, model: Path) -> None:
-    with RolloutClient(server.url) as client:
+    with RolloutClient(server.url, TOKEN) as client:
         policy = P.make_policy(model)
         P.push(client, policy, "drained", 0)
         blob = P.blob(policy, WeightVersion(run_id="drained", step=1), client.state().base.weights)
         with pytest.raises(LockstepError, match="use drain"):
             client.push("drained", [blob], P.LEASE, in_flight="keep")
+
+
+#: Requests as they may come over a socket, with what looks like an open path, or like another server's.
+WITHOUT_A_TOKEN = [
+    "GET /v1/state", "POST /v1/generate", "GET /metrics", "GET /metrics/", "GET /openapi.json", "OPTIONS /v1/generate",
+    "OPTIONS *", "GET //v1/state", "GET /health/../v1/state", "GET /health%2f..%2fv1%2fstate", "GET /%76%31/state",
+    "GET http://server/v1/state", "GET /v1/state?/health", "GET /v1/state#/health", "GET /health;/../v1/state",
+    "PUT /v1/runs/r/adapter", "DELETE /v1/runs/ahead", "POST /invocations", "POST /collective_rpc", "HEAD /v1/models",
+]  # fmt: skip
+
+
+def test_nobody_gets_in_without_a_token(server: ServerProcess) -> None:
+    upgrade = "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    for line in WITHOUT_A_TOKEN:
+        assert _status(server, line) in (400, 401), line
+        assert _status(server, line, "Authorization: Bearer a-token-of-the-training-test\r\n") in (400, 401), line
+    for path in ("/v1/realtime", "/health", "/v1/generate"):
+        assert _status(server, f"GET {path}", upgrade, connection="Upgrade") in (400, 401, 403)
+    assert _status(server, "GET /health") == _status(server, "GET /ready") == 200
+    with RolloutClient(server.url) as client, pytest.raises(LockstepError, match="--token_file") as refusal:
+        client.state()
+    assert refusal.value.code is ErrorCode.UNAUTHENTICATED
+
+
+def _status(server: ServerProcess, line: str, headers: str = "", connection: str = "close") -> int:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as wire:
+        wire.sendall(f"{line} HTTP/1.1\r\nHost: server\r\nConnection: {connection}\r\n{headers}\r\n".encode())
+        return int(wire.recv(4096).split()[1])
+
+
+def test_neither_prompts_nor_tokens_are_logged(server: ServerProcess, task: Path) -> None:
+    """By anything that ran in this file before, or by requests that are refused or fail."""
+    secret, ids = "mellifluous armadillo", [251, 252, 253, 254]
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    asked: list[tuple[str, dict]] = [
+        ("/v1/generate", {"prompts": [{"text": secret}], "policy": "base", "sampling": {"max_tokens": 2}}),
+        ("/v1/generate", {"prompts": [{"token_ids": ids}], "policy": "base", "sampling": {"max_tokens": 2}}),
+        ("/v1/generate", {"prompts": [{"token_ids": ids * 300}], "policy": "base"}),
+        ("/v1/generate", {"prompts": [{"text": secret}], "policy": secret}),
+        ("/v1/score", {"sequences": [ids], "policy": "base"}),
+        ("/v1/completions", {"model": "base", "prompt": secret, "max_tokens": 2}),
+        ("/v1/completions", {"model": "base", "prompt": ids * 300, "max_tokens": 2}),
+        ("/v1/completions", {"model": "base", "prompt": secret, "max_tokens": secret}),
+        ("/v1/chat/completions", {"model": "base", "messages": [{"role": secret, "content": secret}], "max_tokens": 2}),
+        ("/v1/chat/completions", {"model": "none", "messages": [{"role": "user", "content": secret}]}),
+    ]
+    statuses = [httpx.post(server.url + p, json=body, headers=headers, timeout=60).status_code for p, body in asked]
+    assert set(statuses) <= {200, 400, 404, 422} and statuses.count(200) >= 4, statuses
+    log = server.log.read_text(errors="replace")
+    assert "ready after" in log
+    questions = [json.loads(line)["prompt"] for line in task.read_text().splitlines()]
+    for what in (TOKEN, "mellifluous", "armadillo", "251, 252", *questions):
+        assert what not in log, what

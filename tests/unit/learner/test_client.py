@@ -7,7 +7,8 @@ import json
 import httpx
 import pytest
 
-from learner.client import RolloutClient, read_token
+from learner.client import RolloutClient
+from learner.credentials import read_token
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt
 
@@ -15,7 +16,7 @@ REQUEST = GenerateRequest(prompts=[Prompt(token_ids=[1])])
 
 
 def client_of(handler):
-    return RolloutClient("http://host:1", token="secret", transport=httpx.MockTransport(handler))
+    return RolloutClient("https://host:1", token="secret", transport=httpx.MockTransport(handler))
 
 
 def raising(error):
@@ -28,7 +29,7 @@ def raising(error):
 def code_of(call):
     with pytest.raises(LockstepError) as caught:
         call()
-    assert "http://host:1" in caught.value.message
+    assert "https://host:1" in caught.value.message
     return caught.value.code
 
 
@@ -99,8 +100,21 @@ def test_stream_yields_groups_and_notices_a_missing_end():
 def test_urls_and_tokens(tmp_path, monkeypatch):
     with pytest.raises(LockstepError, match="http://"):
         RolloutClient("localhost:8000")
-    monkeypatch.setenv("LOCKSTEP_TOKEN", "from env")
-    (tmp_path / "token").write_text("from file\n")
-    assert read_token(None) == "from env" and read_token(str(tmp_path / "token")) == "from file"
-    with pytest.raises(LockstepError, match="token_file"):
-        read_token(str(tmp_path / "none"))
+    monkeypatch.delenv("LOCKSTEP_TOKEN", raising=False)
+    assert read_token(None) is None
+    monkeypatch.setenv("LOCKSTEP_TOKEN", "from-the-environment")
+    (tmp_path / "token").write_text("the-newest-of-a-file\nan-older-one-of-it\n")
+    assert read_token(None) == "from-the-environment"
+    assert read_token(str(tmp_path / "token")) == "the-newest-of-a-file"
+    (tmp_path / "empty").write_text(" \n")
+    for name in ("none", "empty"):
+        with pytest.raises(LockstepError, match="token_file"):
+            read_token(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, ErrorCode.UNAUTHENTICATED), (403, ErrorCode.FORBIDDEN)])
+def test_a_proxy_that_refuses(status, code):
+    client = client_of(lambda r: httpx.Response(status, text="no entry"))
+    assert code_of(client.state) is code
+    with pytest.raises(LockstepError, match="--token_file"):
+        client.wait_ready(60)  # at once: waiting brings no token

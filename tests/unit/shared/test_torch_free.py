@@ -16,7 +16,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 SHARED = ["shared", *(f"shared.{m}" for m in
-          ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "weights"))]  # fmt: skip
+          ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "tokens", "weights"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("modules", [SHARED, ["learner.client"]], ids=["shared", "client"])

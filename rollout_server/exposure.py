@@ -1,0 +1,89 @@
+"""What this server may be bound to, and with which protection; decided before the model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+from typing import Any
+
+from rollout_server.settings import ServerSettings
+from rollout_server.tokens import Tokens
+from shared.errors import ErrorCode, LockstepError
+from shared.tokens import TOKEN_VARIABLE, is_loopback
+
+logger = logging.getLogger("rollout_server")
+
+
+def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
+    """Refuse what would leave the server open, or only seem to protect it.
+
+    Raises:
+        LockstepError: `invalid_request`, with what to do instead.
+    """
+    if args.api_key or os.environ.get("VLLM_API_KEY"):
+        raise _refusal(
+            "--api-key and $VLLM_API_KEY guard some of vLLM's paths and none of this server's: use --token-file or "
+            f"${TOKEN_VARIABLE}"
+        )
+    _check_tls(args)
+    if is_loopback(args.host):
+        return
+    if tokens is None and not settings.allow_unauthenticated:
+        raise _refusal(
+            f"--host {args.host} can be reached from other machines, and no token is set: whoever reaches it could "
+            f"replace the weights. Give --token-file FILE (`openssl rand -hex 32 > FILE`) or ${TOKEN_VARIABLE}; or, "
+            "where nobody else can reach it, --allow-unauthenticated"
+        )
+    if tokens is None:
+        logger.warning(
+            "ANYONE who reaches %s:%s may use this server and replace the weights it serves (--allow-unauthenticated)",
+            args.host, args.port,
+        )  # fmt: skip
+    elif not args.ssl_certfile:
+        logger.warning(
+            "tokens, prompts and completions cross the network unencrypted: give --ssl-certfile and --ssl-keyfile, "
+            "unless something in front of this server encrypts"
+        )
+
+
+def tls_options(args: Any) -> dict[str, Any]:
+    """vLLM's TLS flags, as uvicorn's options."""
+    named = {
+        "ssl_keyfile": args.ssl_keyfile,
+        "ssl_certfile": args.ssl_certfile,
+        "ssl_ca_certs": args.ssl_ca_certs,
+        "ssl_ciphers": getattr(args, "ssl_ciphers", None),  # younger than the other flags
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _check_tls(args: Any) -> None:
+    """Load key and certificate once: a wrong path is better known now than after the model has been loaded."""
+    if args.ssl_cert_reqs:
+        raise _refusal(
+            "--ssl-cert-reqs: learners prove themselves with a token, not with a certificate; leave it out, or let a "
+            "proxy in front of this server and of the learner see to mutual TLS"
+        )
+    if not args.ssl_certfile:
+        if args.ssl_keyfile or args.ssl_ca_certs:
+            raise _refusal("TLS needs a certificate: give --ssl-certfile, and --ssl-keyfile unless the key is in it")
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile or None, password=_no_password)
+        if args.ssl_ca_certs:
+            context.load_verify_locations(args.ssl_ca_certs)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise _refusal(
+            f"TLS cannot work with --ssl-certfile {args.ssl_certfile}, --ssl-keyfile {args.ssl_keyfile}, "
+            f"--ssl-ca-certs {args.ssl_ca_certs}: {error}"
+        ) from error
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; give one that is not")
+
+
+def _refusal(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, message)

@@ -1,0 +1,63 @@
+"""The outermost ASGI layer: without a token that has the role, nothing gets further than this."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rollout_server.roles import OPEN, may, role_needed
+from rollout_server.tokens import Tokens
+from shared.errors import ErrorCode, LockstepError
+from shared.tokens import TOKEN_VARIABLE
+
+_BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
+_HOW = f"a learner takes it from --token_file or ${TOKEN_VARIABLE}, other clients send `Authorization: Bearer TOKEN`"
+
+
+class Guard:
+    """Denies by default: every method, path, mount and websocket but `/health` and `/ready`.
+
+    Args:
+        tokens: None lets everything through.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Tokens | None) -> None:
+        self._app = app
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            headers = {"WWW-Authenticate": "Bearer"} if refusal.code is ErrorCode.UNAUTHENTICATED else None
+            body = refusal.body().model_dump(mode="json")
+            await JSONResponse(body, status_code=refusal.status, headers=headers)(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
+
+    def _refusal(self, scope: Scope) -> LockstepError | None:
+        if self._tokens is None:
+            return None
+        if scope["type"] == "http" and scope["path"] in OPEN:
+            return None
+        presented = _presented(scope)
+        role = self._tokens.role_of(presented) if presented is not None else None
+        if role is None:
+            what = "this token is not known here" if presented is not None else "a bearer token is needed"
+            return LockstepError(ErrorCode.UNAUTHENTICATED, f"{what}: {_HOW}")
+        needed = role_needed(scope.get("method", "websocket"), scope["path"])
+        if not may(role, needed):
+            return LockstepError(
+                ErrorCode.FORBIDDEN, f"this token has the role {role.value}, and this needs {needed.value}"
+            )
+        return None
+
+
+def _presented(scope: Scope) -> bytes | None:
+    """The token in the request's one Authorization header."""
+    values = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
+    match = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
+    return match[1] if match else None

@@ -1,0 +1,79 @@
+"""Which role a request needs: the one table of all routes. What is not in it needs the strongest role.
+
+It is also the list of vLLM's routes that are served at all: development endpoints, runtime LoRA, elastic scaling,
+weight transfer and whatever a plugin or a later version adds are not in it.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a token may do."""
+
+    #: Completions, scores, vLLM's OpenAI routes, and looking at what is served.
+    GENERATE = "generate"
+    #: Everything: pushes, groups, ends of runs, and what the other roles may do. A learner needs it.
+    WEIGHTS = "weights"
+    #: `/metrics` and nothing else.
+    METRICS = "metrics"
+
+
+#: Answer without a token, with an empty body.
+OPEN = frozenset({"/health", "/ready"})
+
+_OURS = {
+    ("GET", "/v1/state"): Role.GENERATE,
+    ("GET", "/v1/runs/{run_id}"): Role.GENERATE,
+    ("POST", "/v1/generate"): Role.GENERATE,
+    ("POST", "/v1/score"): Role.GENERATE,
+    ("GET", "/openapi.json"): Role.GENERATE,
+    ("GET", "/docs"): Role.GENERATE,
+    ("GET", "/redoc"): Role.GENERATE,
+}
+_VLLM = {
+    ("GET", "/v1/models"): Role.GENERATE,
+    ("POST", "/v1/completions"): Role.GENERATE,
+    ("POST", "/v1/chat/completions"): Role.GENERATE,
+    ("POST", "/v1/responses"): Role.GENERATE,
+    ("GET", "/v1/responses/{response_id}"): Role.GENERATE,
+    ("POST", "/v1/responses/{response_id}/cancel"): Role.GENERATE,
+    ("POST", "/v1/messages"): Role.GENERATE,
+    ("POST", "/v1/messages/count_tokens"): Role.GENERATE,
+    ("POST", "/tokenize"): Role.GENERATE,
+    ("POST", "/detokenize"): Role.GENERATE,
+    ("GET", "/tokenizer_info"): Role.GENERATE,
+    ("GET", "/version"): Role.GENERATE,
+    ("GET", "/metrics"): Role.METRICS,
+    ("GET", "/metrics/"): Role.METRICS,
+    # Only there with --profiler-config.
+    ("POST", "/start_profile"): Role.WEIGHTS,
+    ("POST", "/stop_profile"): Role.WEIGHTS,
+}
+VLLM_PATHS = frozenset(path for _, path in _VLLM)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    return re.compile("[^/]+".join(map(re.escape, re.split(r"\{\w+\}", path))))
+
+
+_TABLE = [(method, _pattern(path), role) for (method, path), role in {**_OURS, **_VLLM}.items()]
+
+
+def role_needed(method: str, path: str) -> Role:
+    """The role for a request.
+
+    Args:
+        path: percent-decoded, as ASGI has it.
+    """
+    for listed, pattern, role in _TABLE:
+        if method == listed and pattern.fullmatch(path):
+            return role
+    return Role.WEIGHTS
+
+
+def may(held: Role, needed: Role) -> bool:
+    """Does a token of one role open what needs another?"""
+    return held in (needed, Role.WEIGHTS)

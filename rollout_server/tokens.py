@@ -1,0 +1,104 @@
+"""The server's tokens: which role each one has, read from files that may change while the server runs."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from rollout_server.roles import Role
+from rollout_server.settings import ServerSettings
+from shared.errors import ErrorCode, LockstepError
+from shared.tokens import TOKEN_VARIABLE, parse_tokens
+
+logger = logging.getLogger("rollout_server")
+
+
+class Tokens:
+    """Only digests are kept. A file that changes counts at once; one that becomes unusable changes nothing.
+
+    Raises:
+        LockstepError: `invalid_request`: a file that cannot be read or holds no usable token.
+    """
+
+    def __init__(self, files: Mapping[Role, Path], fixed: Mapping[Role, str] | None = None) -> None:
+        self._files = dict(files)
+        self._fixed = [(_digest(token.encode()), role) for role, token in (fixed or {}).items()]
+        self._seen = self._stamps()
+        self._known = self._read()
+
+    def role_of(self, presented: bytes) -> Role | None:
+        """The role of a token, None if it is not known. Takes as long for a near miss as for any other."""
+        self._follow_files()
+        digest, found = _digest(presented), None
+        for known, role in self._known:
+            if hmac.compare_digest(known, digest):
+                found = role
+        return found
+
+    def _read(self) -> list[tuple[bytes, Role]]:
+        known = list(self._fixed)
+        for role, path in self._files.items():
+            try:
+                text = path.read_text()
+            except (OSError, ValueError) as error:
+                raise LockstepError(ErrorCode.INVALID_REQUEST, f"token file {path} cannot be read: {error}") from error
+            known += [(_digest(token.encode()), role) for token in parse_tokens(text, f"token file {path}")]
+        digests = [digest for digest, _ in known]
+        if len(set(digests)) < len(digests):
+            raise LockstepError(ErrorCode.INVALID_REQUEST, "the same token is given twice; each role needs its own")
+        return known
+
+    def _stamps(self) -> list[tuple[int, int, int] | None]:
+        stamps: list[tuple[int, int, int] | None] = []
+        for path in self._files.values():
+            try:
+                status = os.stat(path)
+                stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
+            except OSError:
+                stamps.append(None)
+        return stamps
+
+    def _follow_files(self) -> None:
+        stamps = self._stamps()
+        if stamps == self._seen:
+            return
+        self._seen = stamps
+        try:
+            self._known = self._read()
+            logger.info("token files read anew: %d tokens", len(self._known))
+        except LockstepError as error:
+            logger.error("the tokens stay as they were: %s", error)
+
+
+def configured_tokens(settings: ServerSettings) -> Tokens | None:
+    """What flags and environment say; None where requests need no token.
+
+    Raises:
+        LockstepError: `invalid_request`: tokens that cannot be used, or none that a learner could push with.
+    """
+    named = {
+        Role.WEIGHTS: settings.token_file,
+        Role.GENERATE: settings.generate_token_file,
+        Role.METRICS: settings.metrics_token_file,
+    }
+    files = {role: Path(name) for role, name in named.items() if name}
+    variable = os.environ.get(TOKEN_VARIABLE) if Role.WEIGHTS not in files else None
+    if variable is not None:
+        (token, *others) = parse_tokens(variable, f"${TOKEN_VARIABLE}")
+        if others:
+            raise LockstepError(ErrorCode.INVALID_REQUEST, f"${TOKEN_VARIABLE} holds several lines; use --token-file")
+        return Tokens(files, {Role.WEIGHTS: token})
+    if files and Role.WEIGHTS not in files:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            f"no learner could push without a token of its own: give --token-file too, or ${TOKEN_VARIABLE}",
+        )
+    return Tokens(files) if files else None
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()

@@ -1,0 +1,48 @@
+"""Bearer tokens as files hold them, and which hosts may be spoken to without encryption."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from shared.errors import ErrorCode, LockstepError
+
+#: Whoever holds one may use the server; both sides look here when no file is named.
+TOKEN_VARIABLE = "LOCKSTEP_TOKEN"
+_MIN_LENGTH = 16
+_USABLE = re.compile(rf"[!-~]{{{_MIN_LENGTH},}}")
+
+
+def parse_tokens(text: str, source: str) -> list[str]:
+    """The tokens in a file: one a line, the newest first. Servers accept all of them, clients send the first.
+
+    Args:
+        source: where `text` comes from, for the error.
+
+    Raises:
+        LockstepError: `invalid_request` if there is none, or one that is too short or cannot stand in a header.
+    """
+    tokens = [line.strip() for line in text.splitlines() if line.strip()]
+    if not tokens:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{source} holds no token; {_ADVICE}")
+    for number, token in enumerate(tokens, 1):
+        if not _USABLE.fullmatch(token):
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"{source}: token {number} of {len(tokens)} must be {_MIN_LENGTH} characters or more, visible ASCII "
+                f"without spaces; {_ADVICE}",
+            )
+    return tokens
+
+
+_ADVICE = "make one with `openssl rand -hex 32`"
+
+
+def is_loopback(host: str | None) -> bool:
+    """Is `host` this machine and nothing else? None and wildcards are every interface, so they are not."""
+    if host is None or host.lower() == "localhost":
+        return host is not None
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,108 @@
+"""Who gets to which of the app's own routes: enumerated from the real app, vLLM's development mode included."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Mount, WebSocketRoute
+
+from rollout_server import cli, compat
+from rollout_server.app import build_app
+from rollout_server.gate import Gate
+from rollout_server.guard import Guard
+from rollout_server.roles import Role, role_needed
+from rollout_server.tokens import Tokens
+
+HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}
+#: Some of what vLLM would serve with these settings.
+CLOSED = ["/collective_rpc", "/sleep", "/update_weights", "/v1/load_lora_adapter", "/reset_prefix_cache", "/pause",
+          "/scale_elastic_ep", "/invocations", "/abort_requests", "/server_info"]  # fmt: skip
+SERVED = ["/v1/generate", "/v1/state", "/v1/runs/x/adapter", "/v1/chat/completions", "/v1/models", "/metrics/"]
+
+
+@pytest.fixture(scope="module")
+def apps(model: Path) -> SimpleNamespace:
+    """The real app, and the paths of vLLM's own before any was left out."""
+    from vllm.config import ModelConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        args, _ = cli.parse([str(model)])
+        config = ModelConfig(model=str(model), dtype="float32")
+        theirs = compat.build_openai_app(args, ("generate", "render"), config)
+        all_of_vllm = {path for _, path in _routes(theirs.routes)}
+        return SimpleNamespace(app=build_app(SimpleNamespace(), theirs), vllm=all_of_vllm)  # type: ignore[arg-type]
+
+
+def _routes(routes: list[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Method and path of every route, in mounts too; of a mount also its root and something below it."""
+    for route in routes:
+        path = prefix + re.sub(r"\{[^}]*\}", "x", route.path)
+        if isinstance(route, Mount):
+            below = path.rstrip("/")
+            yield from (("GET", below or "/"), ("GET", below + "/"), ("POST", below + "/anything"))
+            yield from _routes(route.routes or [], below)
+        elif isinstance(route, WebSocketRoute):
+            yield "websocket", path
+        else:
+            yield from ((method, path) for method in route.methods)
+
+
+async def _status(app: Any, method: str, path: str, role: Role | None) -> int:
+    headers = {"Authorization": f"Bearer {HELD[role]}"} if role else {}
+    if method == "websocket":
+        return await _websocket_status(app, path, headers)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        return (await client.request(method, path, headers=headers)).status_code
+
+
+async def _websocket_status(app: Any, path: str, headers: dict[str, str]) -> int:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await app({"type": "websocket", "path": path, "headers": raw}, None, send)
+    if sent != [{"type": "websocket.close", "code": 1008}]:
+        return 101
+    return 403 if headers else 401
+
+
+async def test_every_route_asks_for_a_token_and_its_role(apps: SimpleNamespace) -> None:
+    gate = Gate()
+    gate.open(apps.app)
+    guard = Guard(gate, Tokens({}, HELD))
+    routes = sorted(set(_routes(apps.app.routes)))
+    assert {path for _, path in routes} >= set(SERVED), routes
+    for method, path in routes:
+        for also in {method, "HEAD", "OPTIONS"} - {"websocket"} or {method}:
+            assert await _status(guard, also, path, None) == 401, (also, path)
+        needed = role_needed(method, path)
+        if needed is not Role.METRICS:
+            assert await _status(guard, method, path, Role.METRICS) == 403, (method, path)
+        if needed is not Role.GENERATE:
+            assert await _status(guard, method, path, Role.GENERATE) == 403, (method, path)
+    open_to_scrapers = {path for method, path in routes if role_needed(method, path) is Role.METRICS}
+    assert open_to_scrapers == {"/metrics", "/metrics/"}
+    for path in ("/health", "/ready"):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://server") as client:
+            answer = await client.get(path)
+        assert answer.status_code == 200 and answer.content == b""
+
+
+async def test_what_vllm_opens_for_developers_is_not_there_at_all(apps: SimpleNamespace) -> None:
+    gate = Gate()
+    gate.open(apps.app)
+    assert set(CLOSED) <= apps.vllm, "vLLM has renamed them: look again at what must stay closed"
+    for path in CLOSED:
+        for method in ("GET", "POST"):
+            assert await _status(Guard(gate, Tokens({}, HELD)), method, path, Role.WEIGHTS) == 404, path
+            assert await _status(gate, method, path, None) == 404, path
