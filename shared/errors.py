@@ -17,6 +17,9 @@ class ErrorCode(StrEnum):
     ENGINE_DEAD = "engine_dead"
     TIMEOUT = "timeout"
     TOO_LARGE = "too_large"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     # runs and versions
     UNKNOWN_RUN = "unknown_run"
     NO_FREE_RUN = "no_free_run"
@@ -45,6 +48,9 @@ _STATUS: dict[ErrorCode, int] = {
     ErrorCode.NO_FREE_SLOT: 503,
     ErrorCode.TIMEOUT: 408,
     ErrorCode.TOO_LARGE: 413,
+    ErrorCode.OVERLOADED: 429,
+    ErrorCode.DRAINING: 503,
+    ErrorCode.IDEMPOTENCY_CONFLICT: 409,
     ErrorCode.UNKNOWN_RUN: 404,
     ErrorCode.LEASE_MISMATCH: 403,
     ErrorCode.NO_FREE_RUN: 409,
