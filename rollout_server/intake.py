@@ -8,12 +8,14 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rollout_server import metrics
 from rollout_server.capacity import Capacity, too_large
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 
 _BODY_SECONDS = 120.0
 _RETRY_AFTER = "1"
+_REFUSALS = (429, 503)
 #: They count for themselves what they bring, and may join what is under way.
 _COUNTED_LATER = ("/v1/generate", "/v1/score")
 
@@ -36,7 +38,8 @@ class Intake:
         held: list[int] = []
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in (429, 503):
+            if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+                metrics.REFUSED.labels(message["status"]).inc()
                 MutableHeaders(scope=message).setdefault("Retry-After", _RETRY_AFTER)
             await send(message)
 

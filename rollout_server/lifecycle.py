@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout_server import compat, identity, process_layout
+from rollout_server import compat, identity, metrics, process_layout
 from rollout_server.answers import Answers
 from rollout_server.app import build_app
 from rollout_server.capacity import Capacity
@@ -77,6 +77,8 @@ async def start(
     await compat.init_openai_state(door, openai_app.state, args, tasks)
     models, turns = openai_app.state.openai_serving_models, Turns(door, enabled=settings.deterministic)
     service = Service(settings, door, runs, served, installer, epoch, models, turns, Answers(settings))
+    metrics.SEQUENCES.set_function(lambda: capacity.sequences)
+    metrics.REQUESTS.set_function(lambda: capacity.requests)
     intake = Intake(build_app(service, openai_app), settings, capacity)
     gate.open(intake, healthy=lambda: not door.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)

@@ -104,3 +104,30 @@ def test_urls_and_tokens(tmp_path, monkeypatch):
     assert read_token(None) == "from env" and read_token(str(tmp_path / "token")) == "from file"
     with pytest.raises(LockstepError, match="token_file"):
         read_token(str(tmp_path / "none"))
+
+
+def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
+    slept = []
+    monkeypatch.setattr("learner.client.time.sleep", slept.append)
+    busy = LockstepError(ErrorCode.OVERLOADED, "too much").body().model_dump()
+    group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
+    answers = []
+
+    def handler(request):
+        assert request.headers["Idempotency-Key"] == "k"
+        answers.append(json.loads(request.content).get("stream", False))
+        if len(answers) % 2:
+            return httpx.Response(429, json=busy, headers={"Retry-After": "3"})
+        if answers[-1]:
+            return httpx.Response(200, text=json.dumps(group) + '\n{"done":true,"epoch":"e"}\n')
+        return httpx.Response(200, json={"epoch": "e", "groups": [group]})
+
+    client = client_of(handler)
+    assert len(client.generate(REQUEST, key="k").groups) == len(list(client.iter_groups(REQUEST, key="k"))) == 1
+    assert answers == [False, False, True, True] and len(slept) == 2 and all(3 <= s <= 4.5 for s in slept)
+    client.generate_timeout_s = 2.0
+    for call in (client.generate, lambda request, key: list(client.iter_groups(request, key))):
+        answers.clear()
+        with pytest.raises(LockstepError, match="too much"):
+            call(REQUEST, key="k")
+    assert len(slept) == 2
