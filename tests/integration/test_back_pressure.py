@@ -26,7 +26,7 @@ from tests.integration.waiting import until
 ORPHAN_S, STALL_S = 2.0, 8.0
 LIMITS = [
     "--max-body-mib", "1", "--max-sequences", "40", "--max-n", "36", "--max-prompts", "16",
-    "--max-request-tokens", "40000", "--orphan-seconds", str(ORPHAN_S), "--idempotency-ttl", "5",
+    "--max-request-tokens", "37000", "--orphan-seconds", str(ORPHAN_S), "--idempotency-ttl", "5",
     "--engine-stall-seconds", str(STALL_S),
 ]  # fmt: skip
 PROMPT = [5, 17, 99, 260, 41]
@@ -88,12 +88,12 @@ def test_what_is_too_large(server: ServerProcess) -> None:
         (_post(server, {**SHORT, "sampling": {"n": 37}}), "--max-n"),
         (_post(server, {**SHORT, "prompts": SHORT["prompts"] * 9}), "--max-sequences"),
         (_post(server, {**LONG, "sampling": {"n": 40, "max_tokens": 1000}}), "--max-n"),
-        (_post(server, {**LONG, "prompts": [{"token_ids": PROMPT * 100}] * 16, "sampling": {"n": 2, "max_tokens": 500}}),
+        (_post(server, {**LONG, "prompts": LONG["prompts"] * 4, "sampling": {"n": 10, "max_tokens": 1000}}),
          "--max-request-tokens"),
         (_post(server, {"sequences": [PROMPT] * 17, "policy": "base"}, "/v1/score"), "--max-prompts"),
     ]  # fmt: skip
     for answer, flag in cases:
-        assert answer.status_code == 413, answer.text
+        assert answer.status_code == 413, (flag, answer.text[:300])
         assert answer.json()["error"]["code"] == "too_large" and flag in answer.json()["error"]["message"]
     theirs = _post(server, {**CHAT, "n": 37}, "/v1/chat/completions")
     assert theirs.status_code == 413 and "--max-n" in theirs.json()["error"]["message"]
@@ -111,7 +111,7 @@ def test_too_much_at_once(server: ServerProcess) -> None:
         ({"model": "base", "prompt": [PROMPT] * 5, "max_tokens": 4}, "/v1/completions"),
     ):
         answer = _post(server, body, path)
-        assert answer.status_code == 429 and answer.headers["Retry-After"] == "1", (path, answer.text)
+        assert answer.status_code == 429 and answer.headers["Retry-After"] == "1", (path, answer.text[:300])
         assert "--max-sequences" in answer.json()["error"]["message"]
         until(lambda: _count(server, "lockstep_sequences") == 36, 2.0)
     full = _sent(server, {**LONG, "sampling": {**LONG["sampling"], "n": 4}})
@@ -206,7 +206,7 @@ def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
         stopped = time.monotonic()
         assert ours.result(STALL_S * 3).json()["error"]["code"] == ErrorCode.ENGINE_DEAD
         assert theirs.result(STALL_S).status_code == 503
-        assert STALL_S <= time.monotonic() - stopped
+        assert time.monotonic() - stopped >= STALL_S
     assert server.process.wait(30) == 1
     assert "the engine died" in server.tail() and "--engine-stall-seconds" in server.tail()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines), 20.0)
