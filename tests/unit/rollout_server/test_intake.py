@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from starlette.requests import Request
 
 from rollout_server.capacity import Capacity
 from rollout_server.intake import Intake
+from rollout_server.routes.state import drain
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 
@@ -126,3 +128,8 @@ async def test_draining_refuses_what_is_new(capacity: Capacity) -> None:
     assert await waiting
     capacity.sequences = 1
     assert not await capacity.drained(0.1)
+
+
+async def test_the_drain_route_does_what_sigterm_does(capacity: Capacity) -> None:
+    service = SimpleNamespace(door=SimpleNamespace(capacity=capacity), state=lambda: capacity.draining)
+    assert await drain(service) is True
