@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -132,7 +133,11 @@ def httpx_status(url: str) -> int:
 
 def _in_use(path: str) -> bool:
     """Whether a process that lives has it open or mapped: other servers of this machine come and go."""
-    return subprocess.run(["fuser", "-s", path], check=False).returncode == 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if path in (process / "maps").read_text() or path in map(os.path.realpath, (process / "fd").iterdir()):
+                return True
+    return False
 
 
 def _group(server: ServerProcess) -> list[int]:
