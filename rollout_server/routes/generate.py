@@ -7,13 +7,13 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import Response
 
 from rollout_server.answers import Answer
 from rollout_server.cancellation import until_disconnect
 from rollout_server.generation import start
 from rollout_server.routes import ServiceDep
+from rollout_server.routes.streaming import Ndjson
 from shared.errors import LockstepError
 from shared.rollouts import GenerateRequest, GenerateResponse
 
@@ -37,7 +37,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep,
     try:
         await until_disconnect(request, answer.started())
         if body.stream:
-            return _Stream(answer, service.epoch)
+            return Ndjson(_lines(answer, service.epoch), answer.leave)
         groups = await until_disconnect(request, answer.groups())
     except BaseException:
         answer.leave()
@@ -47,24 +47,8 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep,
     return Response(whole, media_type="application/json")
 
 
-class _Stream(StreamingResponse):
-    """One line per group; then `{"done": true}`, or `{"error": ...}` if something failed.
-
-    It leaves the answer also when it is never iterated, because the client went away first.
-    """
-
-    def __init__(self, answer: Answer, epoch: str) -> None:
-        super().__init__(_ndjson(answer, epoch), media_type="application/x-ndjson")
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.leave()
-
-
-async def _ndjson(answer: Answer, epoch: str) -> AsyncIterator[bytes]:
+async def _lines(answer: Answer, epoch: str) -> AsyncIterator[bytes]:
+    """One line per group; then `{"done": true}`, or `{"error": ...}` if something failed."""
     try:
         async for line in answer.lines():
             yield line + b"\n"

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from rollout_server.answers import Answer, Answers
-from rollout_server.routes.generate import _Stream
+from rollout_server.routes.generate import _lines
+from rollout_server.routes.streaming import Ndjson
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
@@ -139,7 +140,7 @@ async def test_a_stream_that_is_never_read_ends_its_work(answers: Answers) -> No
     answer = answers.open(work.start, BODY)
     answer.join()
     await answer.started()
-    stream = _Stream(answer, "epoch")
+    stream = Ndjson(_lines(answer, "epoch"), answer.leave)
 
     async def receive() -> dict:
         return {"type": "http.disconnect"}
