@@ -135,7 +135,8 @@ def meet(config: LearnerConfig) -> Fleet:
 
     def connect(url: str) -> RolloutClient:
         return RolloutClient(
-            url, token, ca_file=config.ca_file, push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s
+            url, token, ca_file=config.ca_file,
+            push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
         )  # fmt: skip
 
     fleet = Fleet(connect, Places(config.require_urls()), patience_s=config.ready_timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from shared.tokens import TOKEN_VARIABLE
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
 LEASE_HEADER = "Lockstep-Lease"
+KEY_HEADER = "Idempotency-Key"
 TAKEOVER_HEADER = "Lockstep-Takeover"
 IN_FLIGHT_HEADER = "Lockstep-In-Flight"
 CONNECT_TIMEOUT_S = 10.0
@@ -116,20 +118,24 @@ class RolloutClient:
                 )
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
 
-    def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """`POST /v1/generate`, all groups in one answer, in the order of the prompts."""
+    def generate(self, request: GenerateRequest, key: str | None = None) -> GenerateResponse:
+        """`POST /v1/generate`, all groups in one answer, in the order of the prompts.
+
+        Args:
+            key: a second request with it and the same body gets the first one's answer, for some minutes.
+        """
         body = request.model_copy(update={"stream": False}).model_dump_json(exclude_defaults=True)
-        document = self._json("POST", "/v1/generate", content=body, timeout=self.generate_timeout_s)
+        document = self._json("POST", "/v1/generate", content=body, timeout=self.generate_timeout_s, key=key)
         return self._parse(GenerateResponse, document)
 
-    def iter_groups(self, request: GenerateRequest) -> Iterator[RolloutGroup]:
-        """`POST /v1/generate` as NDJSON: groups in the order they finish.
+    def iter_groups(self, request: GenerateRequest, key: str | None = None) -> Iterator[RolloutGroup]:
+        """`POST /v1/generate` as NDJSON: groups in the order they finish. `key` as for `generate`.
 
         Raises:
             LockstepError: also when the stream ends without its closing line.
         """
         body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
-        for document in self._lines("/v1/generate", **self._body(body, self.generate_timeout_s)):
+        for document in self._lines("/v1/generate", **self._body(body, self.generate_timeout_s, key)):
             if document.get("done"):
                 return
             yield self._parse(RolloutGroup, document)
@@ -186,16 +192,21 @@ class RolloutClient:
 
     def _lines(self, path: str, **request: Any) -> Iterator[dict[str, Any]]:
         """The lines of an NDJSON answer; a line with an error is raised."""
+        deadline = time.monotonic() + request["timeout"].read
         try:
-            with self._http.stream("POST", path, **request) as answer:
-                if answer.is_error:
-                    answer.read()
-                    raise self._error(answer)
-                for line in filter(None, answer.iter_lines()):
-                    document = json.loads(line)
-                    if "error" in document:
-                        raise _from_body(document)
-                    yield document
+            while True:
+                with self._http.stream("POST", path, **request) as answer:
+                    if answer.is_error:
+                        answer.read()
+                        if _waited(answer, deadline):
+                            continue
+                        raise self._error(answer)
+                    for line in filter(None, answer.iter_lines()):
+                        document = json.loads(line)
+                        if "error" in document:
+                            raise _from_body(document)
+                        yield document
+                    return
         except httpx.HTTPError as error:
             raise self._unreachable(error, path) from error
 
@@ -208,19 +219,24 @@ class RolloutClient:
         self._json("DELETE", f"/v1/runs/{run_id}", headers={LEASE_HEADER: lease})
 
     def _json(
-        self, method: str, path: str, *, content: str | None = None, timeout: float | None = None, **kw: Any
-    ) -> Any:
+        self, method: str, path: str, *, content: str | None = None, timeout: float = STATE_TIMEOUT_S,
+        key: str | None = None, **kw: Any,
+    ) -> Any:  # fmt: skip
         if content is not None:
-            kw |= self._body(content, timeout or STATE_TIMEOUT_S)
-        elif timeout is not None:
-            kw["timeout"] = timeout
+            kw |= self._body(content, timeout, key)
+        else:
+            kw["timeout"] = self._timeout(timeout)
+        deadline = time.monotonic() + timeout
         try:
-            return self._checked(self._http.request(method, path, **kw))
+            answer = self._http.request(method, path, **kw)
+            while _waited(answer, deadline):
+                answer = self._http.request(method, path, **kw)
+            return self._checked(answer)
         except httpx.HTTPError as error:
             raise self._unreachable(error, path) from error
 
-    def _body(self, content: str, timeout: float) -> dict[str, Any]:
-        headers = {"content-type": "application/json"}
+    def _body(self, content: str, timeout: float, key: str | None = None) -> dict[str, Any]:
+        headers = {"content-type": "application/json"} | ({KEY_HEADER: key} if key else {})
         return {"content": content, "headers": headers, "timeout": self._timeout(timeout)}
 
     def _timeout(self, seconds: float) -> httpx.Timeout:
@@ -272,6 +288,20 @@ class RolloutClient:
             f"cannot reach the rollout server at {self.url}{path} ({_reason(error)}); "
             "is rollout-server running there, and is rollout_url right?",
         )
+
+
+def _waited(answer: httpx.Response, deadline: float) -> bool:
+    """Whether the server has too much to do (429) and it is time to ask again: after the seconds it names, and a
+    little more, so that not all who were refused come back at once.
+    """
+    if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
+        return False
+    named = answer.headers.get("Retry-After", "")
+    seconds = (float(named) if named.isdecimal() else 1.0) * random.uniform(1.0, 1.5)
+    if time.monotonic() + seconds > deadline:
+        return False
+    time.sleep(seconds)
+    return True
 
 
 def _from_body(document: Any) -> LockstepError:

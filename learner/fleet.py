@@ -24,7 +24,7 @@ T = TypeVar("T")
 #: Errors of one server that another, or the same one later, need not have.
 AWAY = {
     ErrorCode.NOT_READY, ErrorCode.TIMEOUT, ErrorCode.ENGINE_DEAD, ErrorCode.INSTALL_FAILED, ErrorCode.NO_FREE_SLOT,
-    ErrorCode.CHECKSUM_MISMATCH,
+    ErrorCode.CHECKSUM_MISMATCH, ErrorCode.OVERLOADED, ErrorCode.DRAINING,
 }  # fmt: skip
 #: It has restarted, or missed a push: pushing again helps.
 FORGOT = {ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.STEP_NOT_REACHED}
@@ -224,6 +224,8 @@ class Fleet:
                 self.lost(member, error, term)
             return
         member.misses = 0
+        if state.draining:
+            self.lost(member, LockstepError(ErrorCode.DRAINING, "it is about to leave"), term)
         if not member.pushing and member.receipt is receipt and not member.serves_receipt(state):
             self.lost(member, LockstepError(ErrorCode.UNKNOWN_RUN, "it no longer serves what it was sent"), term)
 

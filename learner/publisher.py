@@ -159,6 +159,8 @@ class Publisher:
             LockstepError: as `push`.
         """
         state = member.client.state()
+        if state.draining:
+            raise LockstepError(ErrorCode.DRAINING, f"{member.url} is about to leave")
         if member.state is None or state.epoch != member.state.epoch:
             admit(member.client, state)
             if (way := self._ways.pop(member.url, None)) is not None:

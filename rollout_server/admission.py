@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from rollout_server import compat
 from rollout_server.slots import Run, Slot
+from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
 
@@ -40,8 +42,15 @@ class Admission:
     a push moves running requests to its own version, that is also one version.
     """
 
-    def __init__(self, engine: Engine, run: Run | None = None, slot: Slot | None = None) -> None:
-        self._engine, self._run, self._slot = engine, run, slot
+    def __init__(
+        self,
+        engine: Engine,
+        run: Run | None = None,
+        slot: Slot | None = None,
+        told: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`told`: called with every output of the engine."""
+        self._engine, self._run, self._slot, self._told = engine, run, slot, told
         self.version: WeightVersion | None = slot.version if slot else None
         self._submitted: dict[str, WeightVersion | None] = {}
         self._moves: defaultdict[str, list[_Move]] = defaultdict(list)
@@ -89,7 +98,11 @@ class Admission:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's `generate` on this version. `prompt`: one of vLLM's prompt dicts."""
+        """vLLM's `generate` on this version. `prompt`: one of vLLM's prompt dicts.
+
+        Raises:
+            LockstepError: `engine_dead`.
+        """
         if self._run is not None and self._slot is not None:
             await self._run.not_moving.wait()
             prompt = _salted(prompt, self._slot.salt)
@@ -97,8 +110,14 @@ class Admission:
                 kwargs["lora_request"] = _lora_request(self._slot)
         self._submitted[request_id] = self._slot.version if self._slot else None
         async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
-            async for output in stream:
-                yield output
+            try:
+                async for output in stream:
+                    self._told()
+                    yield output
+            except compat.engine_dead_error() as error:
+                raise LockstepError(
+                    ErrorCode.ENGINE_DEAD, "the engine died while this request was running; ask a server that is ready"
+                ) from error
 
 
 def _lora_request(slot: Slot) -> Any:

@@ -33,8 +33,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LockstepError)
-    headers = {"Retry-After": "1"} if error.status == 503 else None
-    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status, headers=headers)
+    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -14,6 +14,9 @@ from shared.errors import LockstepError
 
 logger = logging.getLogger("rollout_server")
 
+#: For answers that are still being sent when nothing runs any more.
+_CLOSE_SECONDS = 5
+
 
 def main() -> None:
     """Console entry point."""
@@ -111,31 +114,43 @@ def _log_to_stderr() -> None:
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     from rollout_server import exposure, lifecycle
+    from rollout_server.capacity import Capacity
     from rollout_server.gate import Gate
     from rollout_server.guard import Guard
     from rollout_server.http import make_server
     from rollout_server.tokens import configured_tokens
 
-    gate = Gate()
+    gate, capacity = Gate(), Capacity(settings)
+
+    def leave() -> None:
+        if gate.is_open:
+            capacity.drain()
+        else:
+            server.should_exit = True
+
     server = make_server(
         Guard(gate, configured_tokens(settings)),
+        leave,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
         **exposure.tls_options(args),
     )
     http = asyncio.ensure_future(server.serve())
-    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, gate))
+    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, gate, capacity))
     status = 0
     try:
         await asyncio.wait((http, starting), return_when=asyncio.FIRST_COMPLETED)
         if starting.done() and not http.done():
             watching = asyncio.ensure_future(lifecycle.watch(starting.result()))
-            await asyncio.wait((http, watching), return_when=asyncio.FIRST_COMPLETED)
+            leaving = asyncio.ensure_future(lifecycle.drained(starting.result()))
+            await asyncio.wait((http, watching, leaving), return_when=asyncio.FIRST_COMPLETED)
             if watching.done():
+                watching.result()
                 status = 1
             watching.cancel()
+            leaving.cancel()
     finally:
         server.should_exit = True
         with contextlib.suppress(asyncio.CancelledError):

@@ -97,6 +97,20 @@ def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
     }
 
 
+def fail_requests(engine: Any) -> None:
+    """End every request that AsyncLLM is processing with the error of a dead engine, as AsyncLLM itself would."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine.output_processor.propagate_error(EngineDeadError())
+
+
+def engine_dead_error() -> type[Exception]:
+    """What AsyncLLM raises in requests whose engine has died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
 def submitted_requests(engine: Any) -> set[str]:
     """The caller's ids of all requests that AsyncLLM has handed to the engine with every one of their outputs."""
     outputs: Counter[str] = Counter()

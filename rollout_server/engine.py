@@ -6,6 +6,7 @@ Every route goes through `EngineDoor`, vLLM's own OpenAI routes included: they b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -14,7 +15,9 @@ from fastapi import HTTPException
 
 from rollout_server import compat
 from rollout_server.admission import Admission
+from rollout_server.capacity import Capacity
 from rollout_server.run_table import RunTable
+from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
@@ -23,6 +26,7 @@ from shared.weights import WeightVersion
 #: Model name of the trained adapter on vLLM's OpenAI routes. `policy:RUN_ID` names one of several runs.
 POLICY_MODEL = "policy"
 
+_PAUSE_SECONDS = 120.0
 _RESUME_SECONDS = 10.0
 
 _CLOSED = {
@@ -37,10 +41,13 @@ class EngineDoor:
     change weights or adapters behind the server's back.
     """
 
-    def __init__(self, engine: Any, runs: RunTable) -> None:
+    def __init__(self, engine: Any, runs: RunTable, capacity: Capacity | None = None) -> None:
         self._engine = engine
         self._runs = runs
         self._given_up: LockstepError | None = None
+        self.capacity = capacity or Capacity(ServerSettings())
+        self.outputs = 0  # that the engine has given; grows
+        self.held = 0  # pauses under way that the engine has agreed to
 
     @property
     def errored(self) -> bool:
@@ -53,8 +60,9 @@ class EngineDoor:
         return self._given_up or self._engine.dead_error
 
     def give_up(self, reason: LockstepError) -> None:
-        """The workers no longer agree on what they serve: end this server."""
+        """The engine cannot be trusted, or hangs: end this server, and every request with an error."""
         self._given_up = reason
+        compat.fail_requests(self._engine)
 
     def __getattr__(self, name: str) -> Any:
         if name in _CLOSED:
@@ -80,7 +88,7 @@ class EngineDoor:
     def _admit_base(self) -> Admission:
         self._runs.check_base_served()
         base = self._runs.base
-        return Admission(self._engine, base, base.slots[0]) if base else Admission(self._engine)
+        return Admission(self._engine, base, base.slots[0] if base else None, self._told)
 
     def _admit_run(self, run: Run, wanted: WeightVersion | None = None) -> Admission:
         slot = run.active
@@ -91,24 +99,29 @@ class EngineDoor:
                 f"run {run.run_id} serves {served}, not {wanted or 'any adapter'}",
                 served=slot.version.model_dump() if slot and slot.version else None,
             )
-        return Admission(self._engine, run, slot)
+        return Admission(self._engine, run, slot, self._told)
+
+    def _told(self) -> None:
+        self.outputs += 1
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """vLLM's engine-client call, as its OpenAI routes make it: a LoRA name is a run, no LoRA is the base."""
-        await self._runs.admitting()
-        try:
-            if lora_request is None:
-                admission = self._admit_base()
-            else:
-                admission = self._admit_run(self._runs.get(run_of_model(lora_request.lora_name)))
-        except LockstepError as error:  # in a form that vLLM's routes answer in theirs
-            raise HTTPException(error.status, str(error)) from error
-        with admission:
-            async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
-                async for output in outputs:
-                    yield output
+        with contextlib.ExitStack() as held:
+            try:
+                held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
+                await self._runs.admitting()
+                if lora_request is None:
+                    admission = self._admit_base()
+                else:
+                    admission = self._admit_run(self._runs.get(run_of_model(lora_request.lora_name)))
+                held.enter_context(admission)
+                async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
+                    async for output in outputs:
+                        yield output
+            except LockstepError as error:  # in a form that vLLM's routes answer in theirs
+                raise HTTPException(error.status, str(error)) from error
 
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         """Pooling requests reach the base model only."""
@@ -122,16 +135,28 @@ class EngineDoor:
     async def paused(self, *, clear_cache: bool) -> AsyncIterator[dict[tuple[str, int], int]]:
         """Hold all running requests between two tokens; yields how many tokens each output has so far, by request id
         and output index. With `clear_cache` they recompute their KV afterwards.
+
+        Raises:
+            TimeoutError: the engine did not agree to it.
         """
+        held = 0
         try:
-            await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
-            yield compat.output_tokens(self._engine)
+            async with asyncio.timeout(_PAUSE_SECONDS):
+                await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
+            held = 1
+            self.held += held
+            yield self.output_tokens()
         finally:
+            self.held -= held
             # An engine that was stopped by a signal answers when it goes on; nobody else has to wait for that.
             resumed = asyncio.ensure_future(self._engine.resume_generation())
             await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
             if resumed.done():
                 resumed.result()
+
+    def output_tokens(self) -> dict[tuple[str, int], int]:
+        """Tokens so far of every output under way, by request id and output index."""
+        return compat.output_tokens(self._engine)
 
     def running(self) -> set[str]:
         """Ids of the requests that the engine has been given, with all their outputs, and not finished."""

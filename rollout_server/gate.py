@@ -19,11 +19,14 @@ class Gate:
         self._lifespan: Any = None
         self._closers: list[Callable[[], None]] = []
         self.healthy: Callable[[], bool] = lambda: True
+        self.ready: Callable[[], bool] = lambda: True
 
-    def open(self, app: ASGIApp, healthy: Callable[[], bool] = lambda: True) -> None:
-        """From now on `app` answers. `healthy`: is the engine behind it alive?"""
+    def open(
+        self, app: ASGIApp, healthy: Callable[[], bool] = lambda: True, ready: Callable[[], bool] = lambda: True
+    ) -> None:
+        """From now on `app` answers. `healthy`: is the engine behind it alive? `ready`: does it take new requests?"""
         self._app = app
-        self.healthy = healthy
+        self.healthy, self.ready = healthy, ready
 
     def on_close(self, closer: Callable[[], None]) -> None:
         """Run `closer` when the server goes down, last registered first."""
@@ -42,12 +45,14 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] in ("/health", "/ready"):
-            ok = self.healthy() and (scope["path"] == "/health" or self.is_open)
+            ok = self.healthy() and (scope["path"] == "/health" or (self.is_open and self.ready()))
             await Response(status_code=200 if ok else 503)(scope, receive, send)
-        elif self._app is not None:
+        elif self._app is not None and self.healthy():
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             error = LockstepError(ErrorCode.NOT_READY, "the model is still being loaded; wait until /ready answers 200")
+            if not self.healthy():
+                error = LockstepError(ErrorCode.ENGINE_DEAD, "the engine has died; this server is about to stop")
             headers = {"Retry-After": "5"}
             response = JSONResponse(error.body().model_dump(), status_code=error.status, headers=headers)
             await response(scope, receive, send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -64,26 +65,57 @@ class Job:
 async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[RolloutGroup]]:
     """Check the whole request, bind it to a version, and set it running: one task per prompt.
 
-    The version's slot is held until the last task has ended, whoever awaits them.
+    Its room, its turn and the version's slot are held until the last task has ended, whoever awaits them.
 
     Raises:
-        LockstepError: `invalid_request`, `unknown_run`, `version_not_active`, `step_not_reached`.
+        LockstepError: `invalid_request`, `unknown_run`, `version_not_active`, `step_not_reached`, `too_large`,
+            `overloaded`, `draining`.
     """
+    held = contextlib.ExitStack()
+    tasks: list[asyncio.Future[RolloutGroup]] = []
+    running: set[asyncio.Future[RolloutGroup]] = set()
+    try:
+        held.callback(service.door.capacity.take(len(body.prompts), body.sampling.n))
+        jobs = await _jobs(service, body, held)
+
+        def ended(task: asyncio.Future) -> None:
+            running.discard(task)
+            if not running:
+                held.close()
+
+        def submitted(ids: set[str]) -> list[bool]:
+            return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
+
+        async with service.turns.together(submitted):
+            tasks += [asyncio.ensure_future(job.run()) for job in jobs]
+            running.update(tasks)
+            for task in tasks:
+                task.add_done_callback(ended)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        if not tasks:
+            held.close()
+        raise
+    return tasks
+
+
+async def _jobs(service: Service, body: GenerateRequest, held: contextlib.ExitStack) -> list[Job]:
+    """The request's jobs, checked and bound to a version; `held` ends what they hold."""
     prompts = [tokenize(service, prompt, body.chat_template_kwargs) for prompt in body.prompts]
     check_lengths(service, prompts, room=body.sampling.max_tokens or 1)
+    service.door.capacity.check_tokens(
+        sum(len(ids) + body.sampling.n * _room(service, ids, body.sampling.max_tokens) for ids in prompts)
+    )
     wants_text = body.return_text
     if wants_text is None:
         wants_text = any(prompt.token_ids is None for prompt in body.prompts)
     tokenizer = service.door.get_tokenizer() if wants_text else None
     params = _params(body)
     await service.reached(body)
-    give_turn_back = await service.turns.take()
-    try:
-        admission = await service.admit(body)
-    except BaseException:
-        give_turn_back()
-        raise
-    jobs = [
+    held.callback(await service.turns.take())
+    admission = held.enter_context(await service.admit(body))
+    return [
         Job(
             admission,
             index,
@@ -96,32 +128,11 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
         )
         for index, (token_ids, own) in enumerate(zip(prompts, params, strict=True))
     ]
-    tasks: list[asyncio.Future[RolloutGroup]] = []
-    running: set[asyncio.Future[RolloutGroup]] = set()
 
-    def ended(task: asyncio.Future) -> None:
-        running.discard(task)
-        if not running:
-            admission.release()
-            give_turn_back()
 
-    def submitted(ids: set[str]) -> list[bool]:
-        return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
-
-    try:
-        async with service.turns.together(submitted):
-            tasks += [asyncio.ensure_future(job.run()) for job in jobs]
-            running.update(tasks)
-            for task in tasks:
-                task.add_done_callback(ended)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        if not tasks:
-            admission.release()
-            give_turn_back()
-        raise
-    return tasks
+def _room(service: Service, token_ids: list[int], max_tokens: int | None) -> int:
+    """Tokens that a completion may get."""
+    return service.served.max_model_len - len(token_ids) if max_tokens is None else max_tokens
 
 
 def _params(body: GenerateRequest) -> list[Any]:

@@ -5,14 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 
 
 class _Server(uvicorn.Server):
-    """Stops on SIGTERM and SIGINT like uvicorn, then returns: the engine has to be shut down after it."""
+    """Stops on SIGTERM and SIGINT like uvicorn, then returns: the engine has to be shut down after it.
+
+    `on_signal`, if given, decides what the first of them does. A second one ends everything at once.
+    """
+
+    on_signal: Callable[[], None] | None = None
+    _signalled = False
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._signalled:
+            self.should_exit = self.force_exit = True
+        elif self.on_signal is not None:
+            self.on_signal()
+        else:
+            self.should_exit = True
+        self._signalled = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -32,7 +47,9 @@ class _Server(uvicorn.Server):
 _KEEP_ALIVE_SECONDS = 75
 
 
-def make_server(app: Any, **options: Any) -> uvicorn.Server:
+def make_server(app: Any, on_signal: Callable[[], None] | None = None, **options: Any) -> uvicorn.Server:
     """A uvicorn server for `app`; `options` are those of `uvicorn.Config`."""
     config = uvicorn.Config(app, lifespan="off", access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, **options)
-    return _Server(config)
+    server = _Server(config)
+    server.on_signal = on_signal
+    return server

@@ -11,16 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout_server import compat, identity, process_layout
+from rollout_server import compat, identity, metrics, process_layout
+from rollout_server.answers import Answers
 from rollout_server.app import build_app
+from rollout_server.capacity import Capacity
 from rollout_server.engine import EngineDoor
 from rollout_server.gate import Gate
 from rollout_server.groups import Groups
 from rollout_server.installs import Installer
+from rollout_server.intake import Intake
 from rollout_server.run_table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
+from rollout_server.stall import Stall
 from rollout_server.turns import Turns
 from rollout_server.workers import Workers
 from shared.errors import ErrorCode, LockstepError
@@ -44,14 +48,16 @@ def _start_engine(vllm_config: Any, args: Any) -> Any:
     )
 
 
-async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gate) -> Service:
+async def start(
+    args: Any, vllm_config: Any, settings: ServerSettings, gate: Gate, capacity: Capacity
+) -> Service:  # fmt: skip
     """Load the model, register the slots, warm up, open the gate."""
     started = time.monotonic()
     # On a thread: loading takes minutes, and /health has to answer all the while.
     engine = await asyncio.to_thread(_start_engine, vllm_config, args)
     gate.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
-    door = EngineDoor(engine, runs)
+    door = EngineDoor(engine, runs, capacity)
     await engine.reset_mm_cache()
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
@@ -71,8 +77,11 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
     await compat.init_openai_state(door, openai_app.state, args, tasks)
     models, turns = openai_app.state.openai_serving_models, Turns(door, enabled=settings.deterministic)
-    service = Service(settings, door, runs, served, installer, epoch, models, turns)
-    gate.open(build_app(service, openai_app), healthy=lambda: not door.errored)
+    service = Service(settings, door, runs, served, installer, epoch, models, turns, Answers(settings))
+    metrics.SEQUENCES.set_function(lambda: capacity.sequences)
+    metrics.REQUESTS.set_function(lambda: capacity.requests)
+    intake = Intake(build_app(service, openai_app), settings, capacity)
+    gate.open(intake, healthy=lambda: not door.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service
 
@@ -113,12 +122,26 @@ async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
 
 
 async def watch(service: Service) -> None:
-    """Return when the engine has died, with the reason in the log. Never answers with a dead engine behind it."""
-    while not service.door.errored:  # noqa: ASYNC110 - vLLM has no event for it
+    """Return when the engine has died, or hangs, with the reason in the log."""
+    stall = Stall(service.door, service.settings.engine_stall_seconds)
+    while not service.door.errored:
         await asyncio.sleep(_WATCH_SECONDS)
+        stall.look()
     logger.error(
         "the engine died: %s; this server stops so that its supervisor can restart it", service.door.dead_error
     )
+
+
+async def drained(service: Service) -> None:
+    """Return when the server has been told to leave and has finished what it had, or `--drain-seconds` later."""
+    capacity, seconds = service.door.capacity, service.settings.drain_seconds
+    if await capacity.drained(seconds):
+        logger.info("drained: everything under way has been finished")
+    else:
+        logger.warning(
+            "%d sequences of %d requests were still under way after --drain-seconds %g; they are ended",
+            capacity.sequences, capacity.requests, seconds,
+        )  # fmt: skip
 
 
 def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:

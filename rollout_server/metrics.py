@@ -18,6 +18,13 @@ PUSH_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 PUSH_BYTES = Counter("lockstep_push_bytes", "Adapter bytes installed")
+SEQUENCES = Gauge("lockstep_sequences", "Sequences running or waiting, over all routes")
+REQUESTS = Gauge("lockstep_requests", "Requests under way, but for those that only read")
+REFUSED = Counter(
+    "lockstep_refused",
+    "Requests refused because there is too much to do (429), or nothing can be done (503)",
+    ["status"],
+)
 POLICY_STEP = Gauge("lockstep_policy_step", "Optimizer step of the version being served", ["run_id"])
 
 

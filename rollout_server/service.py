@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.admission import Admission
+from rollout_server.answers import Answers
 from rollout_server.engine import POLICY_MODEL, EngineDoor, openai_lora_request
 from rollout_server.identity import ServedModel
 from rollout_server.installs import Installer
@@ -28,10 +29,12 @@ class Service:
     epoch: str
     openai_models: Any
     turns: Turns
+    answers: Answers
 
     def state(self) -> ServerState:
         """The answer of `/v1/state`."""
-        return self.served.state(self.epoch, not self.door.errored, self.settings, self.runs)
+        state = self.served.state(self.epoch, not self.door.errored, self.settings, self.runs)
+        return state.model_copy(update={"draining": self.door.capacity.draining})
 
     async def reached(self, request: PolicyRequest) -> None:
         """Wait for the step the request asks for."""

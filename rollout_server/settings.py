@@ -42,8 +42,30 @@ class ServerSettings:
     collective_timeout: float = _flag(
         30.0, "seconds after which a broadcast, or the meeting of a collective group, fails; pushes then come over HTTP"
     )
-    drain_seconds: float = _flag(60.0, "seconds that running requests get to finish after SIGTERM")
+    drain_seconds: float = _flag(60.0, "seconds that running requests get to finish after SIGTERM or POST /v1/drain")
     max_adapter_mib: int = _flag(8192, "largest adapter accepted, in MiB")
+    max_body_mib: int = _flag(64, "largest body of any other request, in MiB; beyond it 413")
+    max_bodies_mib: int = _flag(1024, "bodies of all requests under way together, in MiB; beyond it 429")
+    max_requests: int = _flag(2048, "requests under way at once; beyond it 429")
+    max_sequences: int = _flag(
+        32768, "sequences (prompts times n) running or waiting at once, over all routes and runs; beyond it 429. A "
+        "step of one learner asks for some thousand"
+    )  # fmt: skip
+    max_prompts: int = _flag(16384, "prompts, or sequences to score, in one request; beyond it 413")
+    max_n: int = _flag(4096, "completions of one prompt in one request; beyond it 413")
+    max_request_tokens: int = _flag(
+        2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
+    )  # fmt: skip
+    idempotency_ttl: float = _flag(600.0, "seconds for which the answer to a request with an Idempotency-Key is kept")
+    idempotency_mib: int = _flag(512, "kept answers together, in MiB; the oldest are forgotten first")
+    orphan_seconds: float = _flag(
+        30.0, "seconds for which a request with an Idempotency-Key goes on after its client went away; one without is "
+        "ended at once"
+    )  # fmt: skip
+    engine_stall_seconds: float = _flag(
+        300.0, "seconds after which an engine that has requests and gives no token for any of them counts as dead, and "
+        "the server stops; must be more than the longest prompt takes. 0: never"
+    )  # fmt: skip
     allow_policy_altering: bool = _flag(
         False, "serve although speculative decoding or a quantised KV cache makes logprobs differ from the policy's"
     )
@@ -82,6 +104,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=type(field.default), default=field.default, help=text)
 
 
+_POSITIVE = (
+    "max_runs", "push_timeout", "collective_timeout", "max_adapter_mib", "max_body_mib", "max_bodies_mib",
+    "max_requests", "max_sequences", "max_prompts", "max_n", "max_request_tokens",
+)  # fmt: skip
+
+
 def from_args(args: argparse.Namespace) -> ServerSettings:
     """Read the settings out of parsed flags.
 
@@ -89,7 +117,7 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
         ValueError: a figure that cannot work.
     """
     settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
-    for name in ("max_runs", "push_timeout", "collective_timeout", "max_adapter_mib"):
+    for name in _POSITIVE:
         if getattr(settings, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
     if settings.slots_per_run < 2 and not settings.merges:
@@ -99,6 +127,7 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
         )
     if settings.merges and settings.max_runs > 1:
         raise ValueError("--apply merge serves one run, whose adapter is in the weights: leave out --max-runs")
-    if settings.drain_seconds < 0:
-        raise ValueError("--drain-seconds must not be negative")
+    for name in ("drain_seconds", "idempotency_ttl", "idempotency_mib", "orphan_seconds", "engine_stall_seconds"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
     return settings

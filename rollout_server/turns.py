@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from rollout_server.engine import EngineDoor
+from shared.errors import ErrorCode, LockstepError
 
 _POLL_SECONDS = 0.002
 
@@ -46,7 +47,12 @@ class Turns:
         if self._lock is None:
             yield
             return
-        async with self._door.paused(clear_cache=False):
-            yield
-            while not all(submitted(self._door.running())):  # noqa: ASYNC110 - vLLM has no event for it
-                await asyncio.sleep(_POLL_SECONDS)
+        try:
+            async with self._door.paused(clear_cache=False):
+                yield
+                while not all(submitted(self._door.running())):  # noqa: ASYNC110 - vLLM has no event for it
+                    await asyncio.sleep(_POLL_SECONDS)
+        except TimeoutError:
+            error = LockstepError(ErrorCode.ENGINE_DEAD, "the engine hangs: it did not pause between two steps")
+            self._door.give_up(error)
+            raise error from None

@@ -17,6 +17,9 @@ class ErrorCode(StrEnum):
     ENGINE_DEAD = "engine_dead"
     TIMEOUT = "timeout"
     TOO_LARGE = "too_large"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     # tokens
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
@@ -48,6 +51,9 @@ _STATUS: dict[ErrorCode, int] = {
     ErrorCode.NO_FREE_SLOT: 503,
     ErrorCode.TIMEOUT: 408,
     ErrorCode.TOO_LARGE: 413,
+    ErrorCode.OVERLOADED: 429,
+    ErrorCode.DRAINING: 503,
+    ErrorCode.IDEMPOTENCY_CONFLICT: 409,
     ErrorCode.UNAUTHENTICATED: 401,
     ErrorCode.FORBIDDEN: 403,
     ErrorCode.UNKNOWN_RUN: 404,

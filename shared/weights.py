@@ -122,6 +122,7 @@ class ServerState(BaseModel):
     protocol: int = PROTOCOL_VERSION
     epoch: str = Field(description="random at start: when it changes, the server has forgotten everything")
     ready: bool
+    draining: bool = Field(False, description="about to leave: takes nothing new, finishes what it has")
     model: str
     base: BaseFingerprint
     vllm_version: str

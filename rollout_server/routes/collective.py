@@ -16,13 +16,13 @@ from pydantic import BaseModel
 from rollout_server import metrics
 from rollout_server.routes import ServiceDep
 from rollout_server.routes.runs import InFlightHeader, Lease, RunId
+from rollout_server.routes.streaming import Ndjson
 from rollout_server.service import Service
 from shared.collective import Announcement
 from shared.errors import LockstepError
 from shared.weights import PushReceipt
 
 router = APIRouter()
-_NDJSON = "application/x-ndjson"
 
 
 @router.post("/v1/runs/{run_id}/group", response_class=StreamingResponse)
@@ -75,4 +75,4 @@ async def _lines(events: AsyncGenerator[BaseModel | None, None], end: bytes) -> 
             except LockstepError as error:
                 yield error.body().model_dump_json().encode() + b"\n"
 
-    return StreamingResponse(body(), media_type=_NDJSON)
+    return Ndjson(body(), events.aclose)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import Response
 
+from rollout_server.answers import Answer
 from rollout_server.cancellation import until_disconnect
 from rollout_server.generation import start
 from rollout_server.routes import ServiceDep
-from rollout_server.service import Service
-from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup
+from rollout_server.routes.streaming import Ndjson
+from shared.errors import LockstepError
+from shared.rollouts import GenerateRequest, GenerateResponse
 
 router = APIRouter()
+Key = Annotated[
+    str | None,
+    Header(min_length=1, max_length=256, description="the same key and body again: the same answer, generated once"),
+]
 
 
 @router.post(
@@ -24,27 +29,29 @@ router = APIRouter()
     response_model=GenerateResponse,
     responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
 )
-async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Any:
+async def generate(body: GenerateRequest, request: Request, service: ServiceDep, idempotency_key: Key = None) -> Any:
     """`sampling.n` completions for each prompt; one JSON answer, or NDJSON groups as they finish."""
-    tasks = await start(service, body)
-    if body.stream:
-        return StreamingResponse(_ndjson(service, tasks), media_type="application/x-ndjson")
-    groups = await until_disconnect(request, asyncio.gather(*tasks))
-    return GenerateResponse(epoch=service.epoch, groups=groups)
+    caller = request.scope.get("lockstep_principal", "")
+    answer = service.answers.open(partial(start, service, body), body, caller, idempotency_key)
+    answer.join()
+    try:
+        await until_disconnect(request, answer.started())
+        if body.stream:
+            return Ndjson(_lines(answer, service.epoch), answer.leave)
+        groups = await until_disconnect(request, answer.groups())
+    except BaseException:
+        answer.leave()
+        raise
+    answer.leave()
+    whole = b'{"epoch":"%s","groups":[%s]}' % (service.epoch.encode(), b",".join(groups))
+    return Response(whole, media_type="application/json")
 
 
-async def _ndjson(service: Service, tasks: list[asyncio.Future[RolloutGroup]]) -> AsyncIterator[bytes]:
+async def _lines(answer: Answer, epoch: str) -> AsyncIterator[bytes]:
     """One line per group; then `{"done": true}`, or `{"error": ...}` if something failed."""
     try:
-        for finished in asyncio.as_completed(tasks):
-            yield (await finished).model_dump_json().encode() + b"\n"
-        yield b'{"done":true,"epoch":"%s"}\n' % service.epoch.encode()
+        async for line in answer.lines():
+            yield line + b"\n"
+        yield b'{"done":true,"epoch":"%s"}\n' % epoch.encode()
     except LockstepError as error:
         yield error.body().model_dump_json().encode() + b"\n"
-    except Exception as error:
-        failure = LockstepError(ErrorCode.ENGINE_DEAD, f"generation failed: {type(error).__name__}: {error}")
-        yield failure.body().model_dump_json().encode() + b"\n"
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 
 from fastapi import APIRouter, Request
@@ -12,6 +13,7 @@ from rollout_server.cancellation import until_disconnect
 from rollout_server.prompts import check_lengths
 from rollout_server.routes import ServiceDep
 from rollout_server.sampling import scoring_params, token_prompt
+from rollout_server.service import Service
 from shared.rollouts import ScoreRequest, ScoreResponse
 
 router = APIRouter()
@@ -20,18 +22,27 @@ router = APIRouter()
 @router.post("/v1/score")
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
-    check_lengths(service, body.sequences, room=1)
-    await service.reached(body)
-    give_turn_back = await service.turns.take()
-    try:
+    return await until_disconnect(request, _score(body, service))
+
+
+async def _score(body: ScoreRequest, service: Service) -> ScoreResponse:
+    with contextlib.ExitStack() as held:
+        held.callback(service.door.capacity.take(len(body.sequences)))
+        check_lengths(service, body.sequences, room=1)
+        service.door.capacity.check_tokens(sum(map(len, body.sequences)))
+        await service.reached(body)
+        held.callback(await service.turns.take())
         while True:
             with await service.admit(body) as admission:
-                jobs = [_score_one(admission, sequence) for sequence in body.sequences]
-                logprobs = await until_disconnect(request, asyncio.gather(*jobs))
+                jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
+                try:
+                    logprobs = await asyncio.gather(*jobs)
+                finally:
+                    for job in jobs:
+                        job.cancel()
+                    await asyncio.gather(*jobs, return_exceptions=True)
             if not admission.moved:  # else a push came in between and some positions are under another version
                 break
-    finally:
-        give_turn_back()
     return ScoreResponse(epoch=service.epoch, version=admission.version, logprobs=logprobs)
 
 

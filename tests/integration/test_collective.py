@@ -64,6 +64,10 @@ def learner(client: RolloutClient, model: Path, request: pytest.FixtureRequest) 
 def test_pushes_go_by_broadcast_from_the_second_on(learner: _Learner) -> None:
     assert [learner.push(step) for step in range(4)] == ["http", "collective", "collective", "collective"]
     assert len(learner.said) == 1 and "by broadcast from now on" in learner.said[0]
+    announced = learner.publisher.exporter.export(learner.publisher.version(3)).announcement()
+    (again,) = learner.client.broadcast(learner.publisher.lease.run_id, announced, P.LEASE)
+    assert again is not None and again.repeated, "a push that is sent again is recognised before anything is sent"
+    assert learner.push(4) == "collective"
 
 
 def test_a_refused_broadcast_changes_nothing_and_the_group_goes_on(learner: _Learner) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -63,6 +64,18 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
             time.sleep(0.5)
             assert not running.done()
             server.process.send_signal(signal.SIGTERM)
+            while httpx_status(server.url + "/ready") == 200:
+                time.sleep(0.05)
+            assert httpx_status(server.url + "/ready") == 503
+            assert httpx_status(server.url + "/health") == 200
+            assert httpx.get(server.url + "/v1/state").json()["draining"] is True
+            pushed = httpx.put(server.url + "/v1/runs/r/adapter", content=b"", headers={"Lockstep-Lease": "a" * 8})
+            for refused in (httpx.post(server.url + "/v1/generate", json=body), pushed):
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "draining"
+                assert refused.headers["Retry-After"]
+            assert httpx.post(server.url + "/v1/drain").status_code == 202
+            assert not running.done()
             answer = running.result()
         (group,) = answer.json()["groups"]
         assert [len(completion["token_ids"]) for completion in group["completions"]] == [900] * 32
@@ -73,16 +86,34 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
 
 
 def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path) -> None:
+    shared_memory = set(os.listdir("/dev/shm"))
     server = ServerProcess(model, tmp_path / "log", *FLAGS)
     try:
         server.wait_ready()
-        for pid in _group(server):
-            name = Path(f"/proc/{pid}/comm").read_text()
-            if "EngineCor" in name:
-                os.kill(pid, signal.SIGKILL)
+        body = {"prompts": [{"token_ids": [5, 6, 7]}], "policy": "base",
+                "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
+        their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 900, "n": 8, "ignore_eos": True}
+        with ThreadPoolExecutor() as pool:
+            ours = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=60)
+            theirs = pool.submit(httpx.post, server.url + "/v1/completions", json=their_body, timeout=60)
+            time.sleep(0.5)
+            assert not ours.done()
+            assert not theirs.done()
+            killed = time.monotonic()
+            for pid in _group(server):
+                name = Path(f"/proc/{pid}/comm").read_text()
+                if "EngineCor" in name:
+                    os.kill(pid, signal.SIGKILL)
+            assert ours.result().status_code == 503
+            assert ours.result().json()["error"]["code"] == "engine_dead"
+            assert theirs.result().status_code == 503
+        for path in ("/health", "/ready", "/v1/state"):
+            assert httpx_status(server.url + path) in (503, 0)
         assert server.process.wait(60) == 1
+        assert time.monotonic() - killed < 20
         assert "engine died" in server.tail()
         _nothing_left(server)
+        assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if not _in_use(f"/dev/shm/{name}")]
     finally:
         server.stop()
 
@@ -103,6 +134,15 @@ def httpx_status(url: str) -> int:
         return httpx.get(url, timeout=2).status_code
     except httpx.TransportError:
         return 0
+
+
+def _in_use(path: str) -> bool:
+    """Whether a process that lives has it open or mapped: other servers of this machine come and go."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if path in (process / "maps").read_text() or path in map(os.path.realpath, (process / "fd").iterdir()):
+                return True
+    return False
 
 
 def _group(server: ServerProcess) -> list[int]:

@@ -118,3 +118,30 @@ def test_a_proxy_that_refuses(status, code):
     assert code_of(client.state) is code
     with pytest.raises(LockstepError, match="--token_file"):
         client.wait_ready(60)  # at once: waiting brings no token
+
+
+def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
+    slept = []
+    monkeypatch.setattr("learner.client.time.sleep", slept.append)
+    busy = LockstepError(ErrorCode.OVERLOADED, "too much").body().model_dump()
+    group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
+    answers = []
+
+    def handler(request):
+        assert request.headers["Idempotency-Key"] == "k"
+        answers.append(json.loads(request.content).get("stream", False))
+        if len(answers) % 2:
+            return httpx.Response(429, json=busy, headers={"Retry-After": "3"})
+        if answers[-1]:
+            return httpx.Response(200, text=json.dumps(group) + '\n{"done":true,"epoch":"e"}\n')
+        return httpx.Response(200, json={"epoch": "e", "groups": [group]})
+
+    client = client_of(handler)
+    assert len(client.generate(REQUEST, key="k").groups) == len(list(client.iter_groups(REQUEST, key="k"))) == 1
+    assert answers == [False, False, True, True] and len(slept) == 2 and all(3 <= s <= 4.5 for s in slept)
+    client.generate_timeout_s = 2.0
+    for call in (client.generate, lambda request, key: list(client.iter_groups(request, key))):
+        answers.clear()
+        with pytest.raises(LockstepError, match="too much"):
+            call(REQUEST, key="k")
+    assert len(slept) == 2

@@ -26,7 +26,7 @@ class Server(Answers):
 
     def __init__(self, url: str, seconds: float = 0.0) -> None:
         super().__init__(url)
-        self.seconds, self.broken, self.completed = seconds, None, 0
+        self.seconds, self.broken, self.completed, self.draining = seconds, None, 0, False
 
     def wait_ready(self, timeout_s):
         return self.state()
@@ -34,7 +34,7 @@ class Server(Answers):
     def state(self, timeout_s=1.0):
         if self.broken is not None:
             raise LockstepError(ErrorCode.NOT_READY, f"{self.url} is away")
-        return SimpleNamespace(epoch="e", runs=[])
+        return SimpleNamespace(epoch="e", runs=[], draining=self.draining)
 
     def iter_groups(self, request):
         for group in super().iter_groups(request):
@@ -152,6 +152,18 @@ def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
     while member.up and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not member.up and fleet.members["http://t"].up
+
+
+def test_a_server_about_to_leave_is_asked_for_nothing_more(fleet_of, monkeypatch):
+    monkeypatch.setattr("learner.fleet._WATCH_S", 0.02)
+    leaving = Server("http://s")
+    fleet = fleet_of(leaving, Server("http://t"), keep=False)
+    leaving.draining = True
+    fleet.keep(lambda member: None)
+    deadline = time.monotonic() + 5
+    while len(fleet.up()) == 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [member.url for member in fleet.up()] == ["http://t"]
 
 
 def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):

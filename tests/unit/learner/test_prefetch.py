@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -66,8 +67,9 @@ class Server:
         ]  # fmt: skip
         yield from groups
 
-    def state(self, timeout_s: float = 1.0) -> None:
-        """The keeper asks; what it would compare needs a receipt."""
+    def state(self, timeout_s: float = 1.0) -> SimpleNamespace:
+        """The keeper asks; what else it would compare needs a receipt."""
+        return SimpleNamespace(draining=False)
 
 
 class Training:

@@ -6,13 +6,18 @@ import asyncio
 import contextlib
 import functools
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import HTTPException
+from vllm.v1.engine.exceptions import EngineDeadError
 
+from rollout_server.capacity import Capacity
 from rollout_server.engine import EngineDoor
 from rollout_server.run_table import RunTable
+from rollout_server.settings import ServerSettings
 from rollout_server.slots import SlotState
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
@@ -84,6 +89,36 @@ async def test_an_abandoned_stream_gives_its_slot_back(served) -> None:
     assert served.run.active.requests == 1
     await stream.aclose()
     assert served.run.active.requests == 0
+
+
+async def test_openai_requests_count_their_sequences(served) -> None:
+    served.door.capacity = Capacity(replace(ServerSettings(), max_sequences=5))
+    stream = served.door.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=4), "a")
+    assert await anext(stream) == 0
+    for n, status in ((2, 429), (6, 413)):
+        with pytest.raises(HTTPException) as refusal:
+            await anext(served.door.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=n), "b"))
+        assert refusal.value.status_code == status
+    unknown = served.door.generate({"prompt_token_ids": [1]}, None, "c", lora_request=_openai("policy:nobody"))
+    with pytest.raises(HTTPException):
+        await anext(unknown)
+    assert served.door.capacity.sequences == 4
+    await stream.aclose()
+    assert served.door.capacity.sequences == 0
+
+
+async def test_a_dead_engine_is_an_error_that_both_sides_know(served) -> None:
+    async def dead(*args: Any, **kwargs: Any):
+        raise EngineDeadError
+        yield
+
+    served.engine.generate = dead
+    with pytest.raises(LockstepError) as ours, served.door.admit(PolicyRequest()) as admission:
+        await anext(admission.generate({"prompt_token_ids": [1]}, None, "a"))
+    assert ours.value.code is ErrorCode.ENGINE_DEAD
+    with pytest.raises(HTTPException) as theirs:
+        await anext(served.door.generate({"prompt_token_ids": [1]}, None, "b"))
+    assert theirs.value.status_code == 503
 
 
 async def test_version_as_precondition(served) -> None:

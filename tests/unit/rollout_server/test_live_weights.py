@@ -19,7 +19,7 @@ from shared.weights import WeightVersion
 
 class _Engine:
     errored = False
-    output_processor = SimpleNamespace(request_states={})
+    output_processor = SimpleNamespace(request_states={}, propagate_error=lambda error: None)
 
     def __init__(self) -> None:
         self.paused = False

@@ -1,0 +1,123 @@
+"""The ASGI layer that bounds requests, how many at once and how large, before anything of them is parsed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rollout_server import metrics
+from rollout_server.capacity import Capacity, too_large
+from rollout_server.settings import ServerSettings
+from shared.errors import ErrorCode, LockstepError
+
+_BODY_SECONDS = 120.0
+_RETRY_AFTER = "1"
+_REFUSALS = (429, 503)
+#: They count for themselves what they bring, and may join what is under way.
+_COUNTED_LATER = ("/v1/generate", "/v1/score")
+
+
+class Intake:
+    """Lets requests through to `app`, each with its whole body.
+
+    Pushes are let through under any load: a learner must be able to go on. Adapters are streamed past it; they have
+    `--max-adapter-mib`, and a deadline of their own.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, capacity: Capacity) -> None:
+        self._app, self._settings, self._capacity = app, settings, capacity
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] == "/v1/drain":
+            await self._app(scope, receive, send)
+            return
+        control = scope["path"].startswith("/v1/runs/")
+        held: list[int] = []
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+                metrics.REFUSED.labels(message["status"]).inc()
+                MutableHeaders(scope=message).setdefault("Retry-After", _RETRY_AFTER)
+            await send(message)
+
+        try:
+            leave = self._capacity.enter(bounded=not control)
+        except LockstepError as error:
+            await _refuse(error, scope, receive, answer)
+            return
+        try:
+            try:
+                self._check(scope["method"], scope["path"])
+                if not (control and scope["method"] == "PUT"):
+                    body = await self._body(Headers(scope=scope), receive, held)
+                    if body is None:
+                        return
+                    receive = _again(body, receive)
+            except LockstepError as error:
+                await _refuse(error, scope, receive, answer)
+                return
+            await self._app(scope, receive, answer)
+        finally:
+            self._capacity.hold(-sum(held))
+            leave()
+
+    def _check(self, method: str, path: str) -> None:
+        """Refuse what can be refused before it is read.
+
+        Raises:
+            LockstepError: `draining`, `overloaded`.
+        """
+        if path.startswith("/v1/runs/"):
+            if method != "DELETE":
+                self._capacity.check(0)
+        elif path not in _COUNTED_LATER:
+            self._capacity.check()  # a streamed answer of vLLM's has begun with 200 before it counts its sequences
+
+    async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes | None:
+        """The whole body; None if the client left. `held`: bytes that were counted as held.
+
+        Raises:
+            LockstepError: `too_large` as soon as that is known, `timeout`, `overloaded`.
+        """
+        limit = self._settings.max_body_mib * 2**20
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limit:
+            raise too_large(f"{announced} bytes", "--max-body-mib", self._settings.max_body_mib)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunk = message.get("body", b"")
+                    if len(body) + len(chunk) > limit:
+                        raise too_large(f"more than {limit} bytes", "--max-body-mib", self._settings.max_body_mib)
+                    self._capacity.hold(len(chunk))
+                    held.append(len(chunk))
+                    body += chunk
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise LockstepError(
+                ErrorCode.TIMEOUT, f"the request's body did not arrive within {_BODY_SECONDS:g} s"
+            ) from None
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body has been read."""
+    left = [body]
+
+    async def again() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return again
+
+
+async def _refuse(error: LockstepError, scope: Scope, receive: Receive, send: Send) -> None:
+    await JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)(scope, receive, send)

@@ -1,0 +1,49 @@
+"""A watchdog for an engine that lives and makes no progress."""
+
+from __future__ import annotations
+
+import time
+
+from rollout_server.engine import EngineDoor
+from shared.errors import ErrorCode, LockstepError
+
+_LOOKS = 30  # within the limit; each goes over all requests
+
+
+class Stall:
+    """Gives the engine up that has requests and, for `limit` seconds, no new token for any of them."""
+
+    def __init__(self, door: EngineDoor, limit: float) -> None:
+        self._door, self._limit, self._interval = door, limit, min(limit / _LOOKS, 10.0)
+        self._looked = time.monotonic()
+        self._stalled = 0.0
+        self._outputs = 0
+        self._tokens: dict[tuple[str, int], int] = {}
+
+    def look(self) -> None:
+        """To be called once a second or so."""
+        now = time.monotonic()
+        passed = now - self._looked
+        if not self._limit or passed < self._interval:
+            return
+        self._looked = now
+        # A process that was stopped itself, and finds an hour gone, has seen none of it.
+        self._stalled += min(passed, 2 * self._interval + 2.0)
+        if self._progressed():
+            self._stalled = 0.0
+        elif self._stalled > self._limit:
+            self._door.give_up(
+                LockstepError(
+                    ErrorCode.ENGINE_DEAD,
+                    f"{len(self._tokens)} sequences are running and none has got a token for {self._stalled:.0f} s "
+                    "(--engine-stall-seconds): the engine hangs",
+                )
+            )
+
+    def _progressed(self) -> bool:
+        """Whether there is a new token, or nothing that should have got one."""
+        door, before, outputs = self._door, self._tokens, self._outputs
+        self._tokens, self._outputs = door.output_tokens(), door.outputs
+        if door.held or not self._tokens or outputs != self._outputs:
+            return True
+        return any(tokens > before.get(output, 0) for output, tokens in self._tokens.items())

@@ -1,0 +1,213 @@
+"""One server with small limits: what it refuses, what it frees, what it keeps, and when it gives its engine up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from learner.client import RolloutClient
+from shared.errors import ErrorCode
+from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
+from shared.sampling import SamplingParams
+from tests.integration import policy as P
+from tests.integration.conftest import FLAGS
+from tests.integration.server import ServerProcess, running_server
+from tests.integration.waiting import until
+
+ORPHAN_S, STALL_S = 2.0, 8.0
+LIMITS = [
+    "--max-body-mib", "1", "--max-sequences", "40", "--max-n", "36", "--max-prompts", "16",
+    "--max-request-tokens", "37000", "--orphan-seconds", str(ORPHAN_S), "--idempotency-ttl", "5",
+    "--engine-stall-seconds", str(STALL_S),
+]  # fmt: skip
+PROMPT = [5, 17, 99, 260, 41]
+#: Seconds of work, even where a step takes a fraction of a millisecond.
+LONG = {"prompts": [{"token_ids": PROMPT}], "policy": "base",
+        "sampling": {"n": 36, "max_tokens": 1000, "ignore_eos": True}}  # fmt: skip
+SHORT = {"prompts": [{"token_ids": PROMPT}], "policy": "base", "sampling": {"n": 5, "max_tokens": 4}}
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with running_server(model, tmp_path_factory.mktemp("limits"), *FLAGS, *LIMITS) as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def left_as_it_was(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[None]:
+    """Nothing is left behind: neither in our count nor in vLLM's, which is of its last step."""
+    yield
+    if "hangs" not in request.node.name:
+        until(lambda: _count(server, "lockstep_sequences") == 0, 5.0)
+        assert _post(server, {**SHORT, "sampling": {"max_tokens": 1}}).status_code == 200
+        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+            until(lambda name=name: _count(server, name) == 0, 5.0)
+
+
+def _count(server: ServerProcess, name: str) -> float:
+    text = httpx.get(server.url + "/metrics", follow_redirects=True, timeout=10).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + " ", name + "{")))
+
+
+def _post(server: ServerProcess, body: dict, path: str = "/v1/generate", **kw) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60, **kw)
+
+
+def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate", headers: str = "") -> socket.socket:
+    """A connection on which the request has just been sent."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n{headers}"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def test_what_is_too_large(server: ServerProcess) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(20):
+            yield b" " * 100_000
+
+    cases = [
+        (_post(server, {**SHORT, "chat_template_kwargs": {"x": "y" * 2**20}}), "--max-body-mib"),
+        (httpx.post(server.url + "/v1/score", content=chunks(), timeout=60), "--max-body-mib"),
+        (httpx.post(server.url + "/v1/completions", content=chunks(), timeout=60), "--max-body-mib"),
+        (_post(server, {**SHORT, "prompts": SHORT["prompts"] * 17}), "--max-prompts"),
+        (_post(server, {**SHORT, "sampling": {"n": 37}}), "--max-n"),
+        (_post(server, {**SHORT, "prompts": SHORT["prompts"] * 9}), "--max-sequences"),
+        (_post(server, {**LONG, "sampling": {"n": 40, "max_tokens": 1000}}), "--max-n"),
+        (_post(server, {**LONG, "prompts": LONG["prompts"] * 4, "sampling": {"n": 10, "max_tokens": 1000}}),
+         "--max-request-tokens"),
+        (_post(server, {"sequences": [PROMPT] * 17, "policy": "base"}, "/v1/score"), "--max-prompts"),
+    ]  # fmt: skip
+    for answer, flag in cases:
+        assert answer.status_code == 413, (flag, answer.text[:300])
+        assert answer.json()["error"]["code"] == "too_large" and flag in answer.json()["error"]["message"]
+    theirs = _post(server, {**CHAT, "n": 37}, "/v1/chat/completions")
+    assert theirs.status_code == 413 and "--max-n" in theirs.json()["error"]["message"]
+
+
+def test_too_much_at_once(server: ServerProcess) -> None:
+    long = _sent(server, LONG)
+    until(lambda: _count(server, "lockstep_sequences") == 36)
+    many = {**CHAT, "n": 5}
+    for body, path in (
+        (SHORT, "/v1/generate"),
+        ({**SHORT, "stream": True}, "/v1/generate"),
+        ({"sequences": [PROMPT] * 5, "policy": "base"}, "/v1/score"),
+        (many, "/v1/chat/completions"),
+        ({"model": "base", "prompt": [PROMPT] * 5, "max_tokens": 4}, "/v1/completions"),
+    ):
+        answer = _post(server, body, path)
+        assert answer.status_code == 429 and answer.headers["Retry-After"] == "1", (path, answer.text[:300])
+        assert "--max-sequences" in answer.json()["error"]["message"]
+        until(lambda: _count(server, "lockstep_sequences") == 36, 2.0)
+    full = _sent(server, {**LONG, "sampling": {**LONG["sampling"], "n": 4}})
+    until(lambda: _count(server, "lockstep_sequences") == 40)
+    streamed = _post(server, {**CHAT, "stream": True}, "/v1/chat/completions")
+    assert streamed.status_code == 429, "before its first byte"
+    request = GenerateRequest(
+        prompts=[Prompt(token_ids=PROMPT)], policy="base", sampling=SamplingParams(n=5, max_tokens=4)
+    )
+    with RolloutClient(server.url) as client, ThreadPoolExecutor() as pool:
+        waiting = [
+            pool.submit(client.generate, request),
+            pool.submit(lambda: list(client.iter_groups(request))),
+            pool.submit(client.score, ScoreRequest(sequences=[PROMPT], policy="base")),
+        ]
+        time.sleep(0.3)
+        assert not any(future.done() for future in waiting), "a learner waits"
+        long.close()
+        full.close()
+        for future in waiting:
+            future.result(20)
+
+
+@pytest.mark.parametrize("case", ["json", "stream", "before-the-first-byte", "waiting", "score", "chat", "chat-stream"])
+def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, model: Path, case: str) -> None:
+    body, path = dict(LONG), "/v1/generate"
+    if case in ("stream", "before-the-first-byte"):
+        body |= {"stream": True}
+    elif case == "waiting":
+        with RolloutClient(server.url) as client:
+            P.push(client, P.make_policy(model), "waiting", step=0)
+        body |= {"policy": "latest", "min_step": 5, "wait_s": 600}
+    elif case == "score":
+        body, path = {"sequences": [[i] * 1000 for i in range(3, 18)], "policy": "base"}, "/v1/score"
+    elif case.startswith("chat"):
+        body = {**CHAT, "n": 36, "max_tokens": 900, "ignore_eos": True, "stream": case == "chat-stream"}
+        path = "/v1/chat/completions"
+    connection = _sent(server, body, path)
+    if case != "before-the-first-byte":
+        until(lambda: _count(server, "lockstep_sequences") > 0, 10.0)
+    if case in ("stream", "chat-stream"):
+        connection.recv(1)
+    connection.close()
+    left = time.monotonic()
+    until(lambda: _count(server, "lockstep_sequences") == 0, 2.0)
+    assert time.monotonic() - left < 2.0
+
+
+def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
+    body = {**LONG, "sampling": {"n": 8, "max_tokens": 1000, "ignore_eos": True}}
+
+    def keyed(key: str, **change) -> httpx.Response:
+        return _post(server, {**body, **change}, headers={"Idempotency-Key": key})
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(keyed, "join")
+        until(lambda: _count(server, "lockstep_sequences") == 8, 10.0, running=first)
+        second = pool.submit(keyed, "join", stream=True)
+        conflict = keyed("join", policy="latest")
+        assert conflict.status_code == 409 and conflict.json()["error"]["code"] == "idempotency_conflict"
+        groups = first.result().json()["groups"]
+        *lines, done = map(json.loads, second.result().text.splitlines())
+    assert lines == groups and done["done"] is True, "generated once: there was no seed"
+    assert keyed("join").json() == {"epoch": done["epoch"], "groups": groups}, "also when it has ended"
+    assert _post(server, body).json()["groups"] != groups
+
+    _sent(server, body, headers="Idempotency-Key: left\r\n").close()
+    until(lambda: _count(server, "lockstep_sequences") == 8, 10.0)
+    time.sleep(0.3)
+    assert len(keyed("left").json()["groups"]) == 1
+
+    before = _count(server, "vllm:generation_tokens_total")
+    orphan = _sent(server, LONG, headers="Idempotency-Key: orphan\r\n")
+    until(lambda: _count(server, "lockstep_sequences") == 36, 10.0)
+    orphan.close()
+    time.sleep(ORPHAN_S * 0.75)
+    if _count(server, "lockstep_sequences"):  # else this machine has done it all by now
+        until(lambda: _count(server, "lockstep_sequences") == 0, ORPHAN_S)
+        assert 0 < _count(server, "vllm:generation_tokens_total") - before < 36 * 1000
+    failed = [keyed("failed", policy={"run_id": "nobody", "step": 0}).status_code for _ in range(2)]
+    assert failed == [404, 404]
+
+
+def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
+    """The last one here: afterwards there is no server."""
+    engines = server.engine_processes()
+    with ThreadPoolExecutor() as pool:
+        ours = pool.submit(_post, server, LONG)
+        theirs = pool.submit(_post, server, {**CHAT, "max_tokens": 900, "ignore_eos": True}, "/v1/chat/completions")
+        until(lambda: _count(server, "lockstep_sequences") == 37, 10.0)
+        for pid in engines:
+            os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert ours.result(STALL_S * 3).json()["error"]["code"] == ErrorCode.ENGINE_DEAD
+        assert theirs.result(STALL_S).status_code == 503
+        assert time.monotonic() - stopped >= STALL_S
+    assert server.process.wait(30) == 1
+    assert "the engine died" in server.tail() and "--engine-stall-seconds" in server.tail()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines), 20.0)
