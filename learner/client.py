@@ -15,7 +15,14 @@ from learner.credentials import tls_refusal, trust, warn_if_exposed
 from shared import PROTOCOL_VERSION
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import ErrorBody, ErrorCode, LockstepError
-from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
+from shared.rollouts import (
+    HEARTBEAT_SECONDS,
+    GenerateRequest,
+    GenerateResponse,
+    RolloutGroup,
+    ScoreRequest,
+    ScoreResponse,
+)
 from shared.tokens import TOKEN_VARIABLE
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
@@ -26,6 +33,8 @@ IN_FLIGHT_HEADER = "Lockstep-In-Flight"
 CONNECT_TIMEOUT_S = 10.0
 SLICE_BYTES = 2**20
 STATE_TIMEOUT_S = 30.0
+#: A stream of groups that is silent for so long is cut off, or its server hangs.
+SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
 
 
 class RolloutClient:
@@ -135,7 +144,8 @@ class RolloutClient:
             LockstepError: also when the stream ends without its closing line.
         """
         body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
-        for document in self._lines("/v1/generate", **self._body(body, self.generate_timeout_s, key)):
+        sent = self._body(body, SILENCE_TIMEOUT_S, key)
+        for document in self._lines("/v1/generate", self.generate_timeout_s, **sent):
             if document.get("done"):
                 return
             yield self._parse(RolloutGroup, document)
@@ -178,7 +188,9 @@ class RolloutClient:
     def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
         """`POST /v1/runs/{run_id}/group`: the invitation, then None when all workers have joined."""
         timeout = self._timeout(self.push_timeout_s)
-        for document in self._lines(f"/v1/runs/{run_id}/group", headers=_push_headers(lease), timeout=timeout):
+        for document in self._lines(
+            f"/v1/runs/{run_id}/group", self.push_timeout_s, headers=_push_headers(lease), timeout=timeout
+        ):
             yield None if "joined" in document else self._parse(GroupInvitation, document)
 
     def broadcast(
@@ -187,12 +199,12 @@ class RolloutClient:
         """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt."""
         body = self._body(announced.model_dump_json(), self.push_timeout_s)
         body["headers"] = _push_headers(lease, in_flight) | body["headers"]
-        for document in self._lines(f"/v1/runs/{run_id}/broadcast", **body):
+        for document in self._lines(f"/v1/runs/{run_id}/broadcast", self.push_timeout_s, **body):
             yield None if "receiving" in document else self._parse(PushReceipt, document)
 
-    def _lines(self, path: str, **request: Any) -> Iterator[dict[str, Any]]:
-        """The lines of an NDJSON answer; a line with an error is raised."""
-        deadline = time.monotonic() + request["timeout"].read
+    def _lines(self, path: str, timeout_s: float, **request: Any) -> Iterator[dict[str, Any]]:
+        """The lines of an NDJSON answer, blank ones aside; one with an error is raised."""
+        deadline = time.monotonic() + timeout_s
         try:
             while True:
                 with self._http.stream("POST", path, **request) as answer:
@@ -201,7 +213,11 @@ class RolloutClient:
                         if _waited(answer, deadline):
                             continue
                         raise self._error(answer)
-                    for line in filter(None, answer.iter_lines()):
+                    for line in answer.iter_lines():
+                        if time.monotonic() > deadline:
+                            raise httpx.ReadTimeout("the whole answer took too long")
+                        if not line:
+                            continue
                         document = json.loads(line)
                         if "error" in document:
                             raise _from_body(document)

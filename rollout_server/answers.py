@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import GenerateRequest, RolloutGroup
+from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, RolloutGroup
 
 logger = logging.getLogger("rollout_server")
 
@@ -85,7 +85,8 @@ class Answer:
         return [group for _, group in sorted(self._groups)]
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """Groups as JSON in the order they finish; those that have finished come at once.
+        """Groups as JSON in the order they finish; those that have finished come at once. Empty where nothing has
+        finished for `HEARTBEAT_SECONDS`.
 
         Raises:
             LockstepError: what it ended with.
@@ -98,7 +99,10 @@ class Answer:
                 sent += 1
             if ended:
                 break
-            await news.wait()
+            try:
+                await asyncio.wait_for(news.wait(), HEARTBEAT_SECONDS)
+            except TimeoutError:
+                yield b""
         self._raise()
 
     async def _run(self, start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from fastapi.responses import JSONResponse
@@ -12,6 +13,8 @@ from rollout_server.tokens import Tokens
 from shared.errors import ErrorCode, LockstepError
 from shared.tokens import TOKEN_VARIABLE
 
+#: Key of the ASGI scope: who asks, as a digest of the token.
+PRINCIPAL = "lockstep_principal"
 _BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
 _HOW = f"a learner takes it from --token_file or ${TOKEN_VARIABLE}, other clients send `Authorization: Bearer TOKEN`"
 
@@ -30,6 +33,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope)
         if refusal is None:
+            if self._tokens is not None and (token := _presented(scope)) is not None:
+                scope[PRINCIPAL] = hashlib.sha256(token).hexdigest()
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             headers = {"WWW-Authenticate": "Bearer"} if refusal.code is ErrorCode.UNAUTHENTICATED else None

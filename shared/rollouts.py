@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shared.sampling import SamplingParams
 from shared.weights import RUN_ID_PATTERN, WeightVersion
 
+#: An NDJSON answer is never silent for longer: where no group has finished, it holds a blank line.
+HEARTBEAT_SECONDS = 5.0
+
 PolicySelector = Literal["latest", "base"] | WeightVersion
 
 

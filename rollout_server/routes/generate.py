@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Annotated, Any
@@ -12,10 +14,11 @@ from fastapi.responses import Response
 from rollout_server.answers import Answer
 from rollout_server.cancellation import until_disconnect
 from rollout_server.generation import start
+from rollout_server.guard import PRINCIPAL
 from rollout_server.routes import ServiceDep
 from rollout_server.routes.streaming import Ndjson
 from shared.errors import LockstepError
-from shared.rollouts import GenerateRequest, GenerateResponse
+from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, GenerateResponse
 
 router = APIRouter()
 Key = Annotated[
@@ -31,13 +34,16 @@ Key = Annotated[
 )
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep, idempotency_key: Key = None) -> Any:
     """`sampling.n` completions for each prompt; one JSON answer, or NDJSON groups as they finish."""
-    caller = request.scope.get("lockstep_principal", "")
+    caller = request.scope.get(PRINCIPAL, "")
     answer = service.answers.open(partial(start, service, body), body, caller, idempotency_key)
     answer.join()
     try:
-        await until_disconnect(request, answer.started())
-        if body.stream:
+        started = asyncio.ensure_future(answer.started())
+        if body.stream:  # what has to wait for long says so by its blank lines
+            with contextlib.suppress(TimeoutError):
+                await until_disconnect(request, asyncio.wait_for(started, HEARTBEAT_SECONDS))
             return Ndjson(_lines(answer, service.epoch), answer.leave)
+        await until_disconnect(request, started)
         groups = await until_disconnect(request, answer.groups())
     except BaseException:
         answer.leave()
@@ -48,7 +54,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep,
 
 
 async def _lines(answer: Answer, epoch: str) -> AsyncIterator[bytes]:
-    """One line per group; then `{"done": true}`, or `{"error": ...}` if something failed."""
+    """One line per group, blank ones in between; then `{"done": true}`, or `{"error": ...}` if something failed."""
     try:
         async for line in answer.lines():
             yield line + b"\n"

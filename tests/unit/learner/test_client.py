@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx
 import pytest
@@ -145,3 +146,16 @@ def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
         with pytest.raises(LockstepError, match="too much"):
             call(REQUEST, key="k")
     assert len(slept) == 2
+
+
+def test_a_stream_that_never_ends_has_a_deadline():
+    def endless():
+        while True:
+            time.sleep(0.01)
+            yield b"\n"
+
+    client = client_of(lambda request: httpx.Response(200, content=endless()))
+    client.generate_timeout_s = 0.1
+    with pytest.raises(LockstepError) as late:
+        list(client.iter_groups(REQUEST))
+    assert late.value.code is ErrorCode.TIMEOUT

@@ -79,6 +79,18 @@ async def test_a_second_request_joins_the_first(answers: Answers) -> None:
     assert answers.open(work.start, BODY, "me", "k") is not first, "its time to live has passed"
 
 
+async def test_a_stream_is_never_silent_for_long(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout_server.answers.HEARTBEAT_SECONDS", 0.02)
+    work = _Work()
+    answer = answers.open(work.start, BODY)
+    answer.join()
+    lines = answer.lines()
+    assert await anext(lines) and await anext(lines) == b"" == await anext(lines)
+    work.release.set()
+    assert b"prompt_index" in await anext(lines)
+    answer.leave()
+
+
 async def test_a_failed_request_is_not_kept(answers: Answers) -> None:
     work = _Work(error=LockstepError(ErrorCode.UNKNOWN_RUN, "no such run"))
     for begun in (1, 2):
