@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
-from shared.errors import ErrorBody, ErrorCode, LockstepError
+from shared.errors import ErrorBody, ErrorCode, LockstepError, sendable
 
 #: vLLM's routes that would change adapters or weights behind the learner's back, or that are ours here.
 _LEFT_OUT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/health", "/score", "/v1/score")
@@ -27,6 +27,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    openai_app.add_exception_handler(LockstepError, _answer_error)  # what the door keeps closed to them, too
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) not in _LEFT_OUT]
     app.mount("/", openai_app)
@@ -42,7 +43,7 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems: list[dict[str, Any]] = [
-        {"field": ".".join(str(part) for part in problem["loc"][1:]), "problem": problem["msg"]}
+        {"field": sendable(".".join(map(str, problem["loc"][1:]))), "problem": sendable(problem["msg"])}
         for problem in error.errors()
     ]
     text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])

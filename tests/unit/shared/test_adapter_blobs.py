@@ -13,7 +13,7 @@ from shared.adapter_file import Layout, header_length, lay_out, parse_header
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 from tests.fuzz.blobs import blobs, digest_of, is_right, parses, put_together, take_apart
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # 0: the same few hundred each time
 
 
 def make_good() -> bytes:
@@ -38,7 +38,9 @@ def test_the_blob_that_all_are_made_of_is_right() -> None:
     assert is_right(make_good()) and parses(make_good())
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=EXAMPLES or 300, derandomize=not EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
+)
 @given(blob=blobs(make_good(), next_version))
 def test_a_broken_blob_is_refused_or_another_reader_takes_it(blob: bytes) -> None:
     if parses(blob):
