@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,6 +29,8 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     openai_app.add_exception_handler(LockstepError, _answer_error)  # what the door keeps closed to them, too
+    for kind in (AttributeError, LookupError, RecursionError):
+        openai_app.add_exception_handler(kind, _answer_unreadable)
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) not in _LEFT_OUT]
     app.mount("/", openai_app)
@@ -38,6 +41,14 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LockstepError)
     headers = {"Retry-After": "1"} if error.status == 503 else None
     return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status, headers=headers)
+
+
+async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse:
+    """vLLM's request models stumble over JSON of a type that they did not think of: a bad request, not a failure."""
+    if not any(frame.f_code.co_name == "solve_dependencies" for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
+    message = f"a field of the request has a type that it cannot have: {type(error).__name__}: {error}"
+    return await _answer_error(request, LockstepError(ErrorCode.INVALID_REQUEST, message))
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--only", default=",".join(SHARES), help="some of: %(default)s")
+    parser.add_argument("--log", type=Path, help="keep the server's log here")
     options = parser.parse_args()
     names = options.only.split(",")
     print(f"fuzz: seed {options.seed}, {options.requests} requests to {', '.join(names)}", flush=True)
@@ -57,8 +58,8 @@ def main() -> int:
                 told = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
                 print(f"fuzz: {name}: {told} in {time.monotonic() - begun:.0f} s", flush=True)
             target.close()
-            if tally.failures:
-                print(server.tail())
+            if options.log:
+                options.log.write_bytes(server.log.read_bytes())
     print(
         f"fuzz: seed {options.seed}: {tally.requests} requests in {time.monotonic() - started:.0f} s, slowest answer "
         f"{tally.slowest_s:.1f} s, {len(tally.failures)} failures"
