@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from urllib.parse import quote
 
@@ -53,6 +54,22 @@ BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/tokenize": ({"model": "base", "prompt": "the fox"}, {"messages": _MESSAGES, "return_token_strs": True}),
     "/detokenize": ({"model": "base", "tokens": [5, 6, 7]}, {"skip_special_tokens": False}),
 }  # fmt: skip
+#: Sampling parameters that have ended engines somewhere, or would if nobody looked. Sent in every campaign.
+_DANGEROUS: list[dict[str, Any]] = [
+    {"min_tokens": 1, "stop_token_ids": [511]}, {"min_tokens": 1, "stop_token_ids": [512]}, {"stop_token_ids": [-1]},
+    {"min_tokens": 1, "stop_token_ids": [2**31]}, {"stop_token_ids": [2**70]}, {"logit_bias": {"512": 1.0}},
+    {"logit_bias": {"-1": 1.0}}, {"logit_bias": {"5": float("inf")}}, {"logit_bias": {"5": float("nan")}},
+    {"logit_bias": {str(i): -100.0 for i in range(512)}}, {"allowed_token_ids": [512]}, {"allowed_token_ids": [-1]},
+    {"allowed_token_ids": [5], "structured_outputs": {"regex": "[x-z]+"}}, {"allowed_token_ids": [2**70]},
+    {"allowed_token_ids": [2], "min_tokens": 1, "stop_token_ids": [2]}, {"bad_words": [" "] * 300}, {"n": 16_385},
+    {"n": 10**18}, {"top_k": 2**40}, {"top_k": 2**70}, {"top_p": 5e-324}, {"min_p": 1.0}, {"temperature": 5e-324},
+    {"temperature": 3.0}, {"temperature": float("inf")}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300},
+    {"presence_penalty": float("nan")}, {"stop": ["a"] * 500}, {"stop": ["x" * 5000]}, {"seed": 2**63}, {"seed": -1},
+    {"min_tokens": 10**12, "max_tokens": 10**12}, {"structured_outputs": {"regex": "((a|b){1,30}){1,30}"}},
+    {"structured_outputs": {"json": {"type": "string", "minLength": 10**7}}}, {"structured_outputs": {"choice": [""]}},
+    {"structured_outputs": {"json": '{"a":' * 500}}, {"structured_outputs": {"grammar": "root ::= root"}},
+    {"structured_outputs": {"grammar": 'root ::= "\\ud800"'}}, {"structured_outputs": {"json": {"enum": []}}},
+]  # fmt: skip
 _SMALL = {"n": 4, "max_tokens": 8, "max_completion_tokens": 8, "best_of": 4, "wait_s": 0.01}
 #: Beyond these every server refuses; in between it would rightly work for a long time.
 _REFUSED = {"n": 16_384, "max_tokens": 100_000, "max_completion_tokens": 100_000, "best_of": 10**9, "wait_s": 3600.0}
@@ -83,6 +100,10 @@ def fuzz_bodies(target: Target, path: str, examples: int, number: int) -> None:
             body.setdefault("max_tokens", 2)
         target.send(path, "POST", path, content=json_bytes(tamed(body)), headers=JSON)
 
+    for parameters in _DANGEROUS if "max_tokens" in str(right) else ():
+        body = copy.deepcopy(right)
+        body.get("sampling", body).update(parameters)
+        target.send(path, "POST", path, content=json_bytes(body), headers=JSON)
     every(changed(right, optional), examples, number, send)
     target.expect_unchanged(path)
 
