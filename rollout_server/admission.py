@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from rollout_server.slots import Run, Slot
+from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
 
@@ -90,6 +91,7 @@ class Admission:
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """vLLM's `generate` on this version. `prompt`: one of vLLM's prompt dicts."""
+        _check_integers(sampling_params)
         if self._run is not None and self._slot is not None:
             await self._run.not_moving.wait()
             prompt = _salted(prompt, self._slot.salt)
@@ -98,7 +100,23 @@ class Admission:
         self._submitted[request_id] = self._slot.version if self._slot else None
         async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
             async for output in stream:
+                if any(completion.finish_reason == "error" for completion in output.outputs):
+                    raise LockstepError(
+                        ErrorCode.INVALID_REQUEST,
+                        "the engine gave a completion up: nothing that its structured_outputs ask for may be sampled; "
+                        "they contradict the other sampling parameters",
+                    )
                 yield output
+
+
+def _check_integers(sampling_params: Any) -> None:
+    """vLLM keeps what it knows of a request for ever if it cannot send it to its engine."""
+    import msgspec  # vLLM's
+
+    try:
+        msgspec.msgpack.encode(sampling_params, enc_hook=repr)
+    except OverflowError as error:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"a sampling parameter has over 64 bits: {error}") from error
 
 
 def _lora_request(slot: Slot) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,8 +14,9 @@ from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
 from shared.errors import ErrorBody, ErrorCode, LockstepError, sendable
 
-#: vLLM's routes that would change adapters or weights behind the learner's back, or that are ours here.
-_LEFT_OUT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/health", "/score", "/v1/score")
+#: vLLM's routes that would change adapters or weights behind the learner's back, that are ours here, or for models that
+#: are not served here.
+_LEFT_OUT = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/health", "/score", "/v1/score", "/v1/systemone")
 
 
 def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
@@ -28,6 +30,8 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    # Their handler of engine errors tells its uvicorn to stop when the engine is dead; ours is stopped by `lifecycle`.
+    openai_app.state.server = SimpleNamespace(should_exit=False)
     openai_app.add_exception_handler(LockstepError, _answer_error)  # what the door keeps closed to them, too
     for kind in (AttributeError, LookupError, RecursionError):
         openai_app.add_exception_handler(kind, _answer_unreadable)

@@ -103,12 +103,12 @@ class EngineDoor:
                 admission = self._admit_base()
             else:
                 admission = self._admit_run(self._runs.get(run_of_model(lora_request.lora_name)))
+            with admission:
+                async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
+                    async for output in outputs:
+                        yield output
         except LockstepError as error:  # in a form that vLLM's routes answer in theirs
             raise HTTPException(error.status, str(error)) from error
-        with admission:
-            async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
-                async for output in outputs:
-                    yield output
 
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         """Pooling requests reach the base model only."""

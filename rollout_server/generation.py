@@ -40,12 +40,6 @@ class Job:
             raise LockstepError(ErrorCode.INVALID_REQUEST, str(error)) from error
         if final is None or len(final.outputs) != self.params.n:
             raise LockstepError(ErrorCode.ENGINE_DEAD, f"the engine returned no complete group for {self.request_id}")
-        if any(output.finish_reason == "error" for output in final.outputs):
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
-                "the engine gave a completion up: no token that its structured_outputs ask for may be sampled; "
-                "look for a contradiction with the other sampling parameters",
-            )
         return RolloutGroup(
             prompt_index=self.prompt_index,
             prompt_token_ids=self.token_ids,

@@ -39,7 +39,7 @@ class Tally:
 
     def fail(self, what: str) -> None:
         """Keep a failure; the first of each kind is told at once."""
-        kind = what[:60]
+        kind = what.split(" to {")[0][:200]
         if not any(known.startswith(kind) for known in self.failures):
             print(f"fuzz: {what[:1500]}", flush=True)
         self.failures.append(what)
