@@ -27,7 +27,7 @@ FLAGS = [
 #: Shares of all requests.
 SHARES = {
     "/v1/generate": 0.15, "/v1/score": 0.05, "/v1/completions": 0.11, "/v1/chat/completions": 0.11, "/tokenize": 0.03,
-    "/detokenize": 0.03, "raw": 0.1, "broadcast": 0.02, "adapter": 0.18, "schema": 0.12, "openai-schema": 0.1,
+    "/detokenize": 0.03, "raw": 0.12, "broadcast": 0.02, "adapter": 0.22, "schema": 0.14, "openai-schema": 0.02,
 }  # fmt: skip
 
 
