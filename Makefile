@@ -19,7 +19,7 @@ test-unit: setup ## unit tests only, in seconds
 	$(PY) -m pytest -q tests/unit
 
 fuzz: setup ## 20,000 requests that nobody would send, to a server of its own (FUZZ_FLAGS="--seed 7")
-	FUZZ_EXAMPLES=20000 $(PY) -m pytest -q --timeout 1200 tests/unit/shared/test_adapter_blobs.py
+	FUZZ_EXAMPLES=10000 $(PY) -m pytest -q --timeout 1200 tests/unit/shared/test_adapter_blobs.py
 	$(PY) -m tests.fuzz $(FUZZ_FLAGS)
 
 lint: setup ## ruff and mypy
