@@ -133,11 +133,13 @@ def measure(contenders: Sequence[Contender], concurrency: int, options: argparse
     """One wave of each that is not counted, then those that are; who comes first changes from round to round."""
     for number in range(options.rounds + 1):
         asks = make_asks(max(options.least, 2 * concurrency), options.tokens, vocab, seed=1000 * concurrency + number)
+        warm_up = make_asks(max(4, concurrency // 2), options.tokens, vocab, seed=-number)
         tokens = sum(ask.tokens for ask in asks)
         first = number % len(contenders)
         for contender in (*contenders[first:], *contenders[:first]):
             if contender.failed is None:
                 try:
+                    contender.wave(warm_up, concurrency)  # it has been idle while the others had their turns
                     seconds, each = contender.wave(asks, concurrency)
                 except Exception as error:
                     contender.failed = f"{describe(error)}; {contender.server.tail()}"
@@ -255,7 +257,16 @@ def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tupl
     """Of every contender: room for as many requests as are ever sent at a time."""
     most, length = max(options.concurrency), PROMPT_TOKENS[1] + options.tokens + 16
     per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
-    sizes = ("--load-format", "dummy", "--max-model-len", str(length), "--max-num-seqs", str(max(2, most)))
+    # Two rows ask one server for the same: the second must not find the prompts in its cache.
+    sizes = (
+        "--load-format",
+        "dummy",
+        "--no-enable-prefix-caching",
+        "--max-model-len",
+        str(length),
+        "--max-num-seqs",
+        str(max(2, most)),
+    )
     return engine_flags(sizes, int(1.1 * per_token * most * length), learner, options.server_flags)
 
 

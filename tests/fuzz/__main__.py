@@ -26,8 +26,8 @@ FLAGS = [
 ]  # fmt: skip
 #: Shares of all requests.
 SHARES = {
-    "/v1/generate": 0.15, "/v1/score": 0.05, "/v1/completions": 0.11, "/v1/chat/completions": 0.11, "/tokenize": 0.03,
-    "/detokenize": 0.03, "raw": 0.12, "broadcast": 0.02, "adapter": 0.22, "schema": 0.14, "openai-schema": 0.02,
+    "/v1/generate": 0.19, "/v1/score": 0.1, "/v1/completions": 0.1, "/v1/chat/completions": 0.1, "/tokenize": 0.07,
+    "/detokenize": 0.07, "raw": 0.19, "broadcast": 0.04, "adapter": 0.11, "schema": 0.02, "openai-schema": 0.01,
 }  # fmt: skip
 
 
