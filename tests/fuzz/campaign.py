@@ -108,8 +108,8 @@ class Target:
                 # A server closes a connection after an answer to a request whose body it did not want.
                 answer = self.http.request(method, path, **request)
         except (httpx.TransportError, httpx.InvalidURL, UnicodeError) as error:
-            counts[0] += 1
-            if not isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL | UnicodeError):
+            if not isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL | UnicodeError):  # else: never sent
+                counts[0] += 1
                 self.tally.fail(f"{campaign}: {method} {path[:80]}: no answer: {error!r} to {shown(request)}")
             return None
         self.judge(campaign, method, path, answer.status_code, answer.text, time.monotonic() - started, request)

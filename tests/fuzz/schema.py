@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import requests
 import schemathesis
@@ -21,12 +21,12 @@ def own_schema(target: Target) -> dict[str, Any]:
 
 def openai_schema(argv: list[str]) -> dict[str, Any]:
     """Of vLLM's routes below ours, from an app like the server's; `argv`: the server's command line."""
-    from rollout_server import cli, compat
-    from rollout_server.app import _LEFT_OUT
+    from rollout_server import app, cli, compat
 
     args, config, _ = cli.resolve(argv)
-    document = compat.build_openai_app(args, ("generate",), config.model_config).openapi()
-    return {**document, "paths": {path: item for path, item in document["paths"].items() if path not in _LEFT_OUT}}
+    openai_app = compat.build_openai_app(args, ("generate",), config.model_config)
+    app.build_app(cast(Any, None), openai_app)  # which leaves out what the server does not show
+    return dict(openai_app.openapi())
 
 
 def fuzz_schema(target: Target, name: str, document: dict[str, Any], examples: int, number: int) -> None:
