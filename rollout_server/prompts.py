@@ -28,7 +28,7 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
     if taken := _OURS & chat_template_kwargs.keys():
         raise LockstepError(
             ErrorCode.INVALID_REQUEST,
-            f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be given, only variables of the template",
+            f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out",
         )
     try:
         if prompt.text is not None:
