@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves, into .venv/. Needed: Python 3.11 to 3.13, make, pip's index.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-unit lint format lock audit clean
+.PHONY: help setup demo test test-unit fuzz lint format lock audit clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -17,6 +17,10 @@ test: setup ## all tests; the integration tests start a real vLLM
 
 test-unit: setup ## unit tests only, in seconds
 	$(PY) -m pytest -q tests/unit
+
+fuzz: setup ## 20,000 requests that nobody would send, to a server of its own (FUZZ_FLAGS="--seed 7")
+	FUZZ_EXAMPLES=10000 $(PY) -m pytest -q --timeout 1200 tests/unit/shared/test_adapter_blobs.py
+	$(PY) -m tests.fuzz $(FUZZ_FLAGS)
 
 lint: setup ## ruff, mypy, and a search for secrets
 	$(PY) -m ruff check .

@@ -103,6 +103,7 @@ class Admission:
         Raises:
             LockstepError: `engine_dead`.
         """
+        _check_integers(sampling_params)
         if self._run is not None and self._slot is not None:
             await self._run.not_moving.wait()
             prompt = _salted(prompt, self._slot.salt)
@@ -113,11 +114,31 @@ class Admission:
             try:
                 async for output in stream:
                     self._told()
+                    _check_given_up(output)
                     yield output
             except compat.engine_dead_error() as error:
                 raise LockstepError(
                     ErrorCode.ENGINE_DEAD, "the engine died while this request was running; ask a server that is ready"
                 ) from error
+
+
+def _check_given_up(output: Any) -> None:
+    if any(completion.finish_reason == "error" for completion in output.outputs):
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            "the engine gave a completion up: nothing that its structured_outputs ask for may be sampled; "
+            "they contradict the other sampling parameters",
+        )
+
+
+def _check_integers(sampling_params: Any) -> None:
+    """vLLM keeps what it knows of a request for ever if it cannot send it to its engine."""
+    import msgspec  # vLLM's
+
+    try:
+        msgspec.msgpack.encode(sampling_params, enc_hook=repr)
+    except OverflowError as error:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"a sampling parameter has over 64 bits: {error}") from error
 
 
 def _lora_request(slot: Slot) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +13,7 @@ from fastapi.responses import JSONResponse
 from rollout_server.roles import VLLM_PATHS
 from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
-from shared.errors import ErrorBody, ErrorCode, LockstepError
+from shared.errors import ErrorBody, ErrorCode, LockstepError, sendable
 
 
 def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
@@ -25,6 +27,11 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    # Their handler of engine errors tells its uvicorn to stop when the engine is dead; ours is stopped by `lifecycle`.
+    openai_app.state.server = SimpleNamespace(should_exit=False)
+    openai_app.add_exception_handler(LockstepError, _answer_error)  # what the door keeps closed to them, too
+    for kind in (AttributeError, LookupError, RecursionError):
+        openai_app.add_exception_handler(kind, _answer_unreadable)
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
     app.mount("/", openai_app)
@@ -36,10 +43,18 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)
 
 
+async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse:
+    """vLLM's request models stumble over JSON of a type that they did not think of: a bad request, not a failure."""
+    if not any(frame.f_code.co_name == "solve_dependencies" for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
+    message = f"a field of the request has a type that it cannot have: {type(error).__name__}: {error}"
+    return await _answer_error(request, LockstepError(ErrorCode.INVALID_REQUEST, message))
+
+
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems: list[dict[str, Any]] = [
-        {"field": ".".join(str(part) for part in problem["loc"][1:]), "problem": problem["msg"]}
+        {"field": sendable(".".join(map(str, problem["loc"][1:]))), "problem": sendable(problem["msg"])}
         for problem in error.errors()
     ]
     text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])

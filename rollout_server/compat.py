@@ -58,6 +58,17 @@ async def init_openai_state(engine: Any, state: Any, args: Any, supported_tasks:
     await module.init_app_state(engine, state, args, supported_tasks)
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises at a request that it refuses: errors of Python's in 0.26, a family of its own in 0.32.
+
+    OverflowError is what its message format says to integers beyond 64 bits.
+    """
+    from vllm import exceptions
+
+    own = [getattr(exceptions, name, None) for name in ("VLLMClientError", "VLLMValidationError")]
+    return (ValueError, TypeError, OverflowError, *(error for error in own if error is not None))
+
+
 def lora_manager(worker: Any) -> Any:
     """vLLM's adapter manager of one worker: `modules`, `packed_modules`, `lora_index_to_id`."""
     return worker.model_runner.lora_manager._adapter_manager

@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from rollout_server import compat
 from rollout_server.admission import Admission
 from rollout_server.prompts import check_lengths, tokenize
 from rollout_server.sampling import to_completion, to_vllm, token_prompt
@@ -36,7 +37,7 @@ class Job:
         try:
             async for output in self.admission.generate(prompt, self.params, self.request_id):
                 final = output
-        except ValueError as error:  # vLLM's own validation of the parameters
+        except compat.refusals() as error:  # vLLM's own validation of the parameters
             raise LockstepError(ErrorCode.INVALID_REQUEST, str(error)) from error
         if final is None or len(final.outputs) != self.params.n:
             raise LockstepError(ErrorCode.ENGINE_DEAD, f"the engine returned no complete group for {self.request_id}")

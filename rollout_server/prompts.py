@@ -8,6 +8,13 @@ from rollout_server.service import Service
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Prompt
 
+#: Parameters of `apply_chat_template` that are no variables of a template. A template is a program: none comes with a
+#: request.
+_OURS = frozenset({
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
+
 
 def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:
     """Token ids of one prompt.
@@ -22,6 +29,11 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
             ErrorCode.INVALID_REQUEST, "chat_template_kwargs: the template is the server's own; leave chat_template out"
         )
     tokenizer = service.door.get_tokenizer()
+    if taken := _OURS & chat_template_kwargs.keys():
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out",
+        )
     try:
         if prompt.text is not None:
             return list(tokenizer(prompt.text)["input_ids"])
@@ -48,6 +60,8 @@ def check_lengths(service: Service, sequences: list[list[int]], room: int) -> No
                 f"sequence {index} has {len(sequence)} tokens, with {room} more that is beyond the model's "
                 f"{limit}; shorten it, lower max_tokens, or start the server with a larger --max-model-len",
             )
+        if not sequence:
+            raise LockstepError(ErrorCode.INVALID_REQUEST, f"sequence {index} has no tokens")
         if min(sequence) < 0 or max(sequence) >= vocabulary:
             raise LockstepError(
                 ErrorCode.INVALID_REQUEST, f"sequence {index} holds token ids outside the vocabulary of {vocabulary}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server import kept_mass
+from rollout_server import compat, kept_mass
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams
@@ -36,7 +36,7 @@ def to_vllm(params: SamplingParams) -> Any:
             detokenize=bool(params.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-    except (ValueError, TypeError) as error:
+    except compat.refusals() as error:
         raise LockstepError(ErrorCode.INVALID_REQUEST, f"sampling: {error}") from error
 
 

@@ -50,8 +50,12 @@ def _run(operation: Operation, call: int, arguments: dict[str, Any], out: Binary
     try:
         answer = operation(lambda event: send("event", event), **arguments)
     except LockstepError as error:
-        answer = {"ok": False, "code": error.code.value, "message": error.message}
+        answer = _refused(error)
     except Exception as error:
         traceback.print_exc()
-        answer = {"ok": False, "code": ErrorCode.INSTALL_FAILED.value, "message": f"{type(error).__name__}: {error}"}
+        answer = _refused(LockstepError(ErrorCode.INSTALL_FAILED, f"{type(error).__name__}: {error}"))
     send("answer", answer)
+
+
+def _refused(error: LockstepError) -> dict[str, Any]:
+    return {"ok": False, "code": error.code.value, "message": error.message}

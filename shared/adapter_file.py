@@ -115,7 +115,7 @@ def parse_header(header: bytes) -> AdapterHeader:
         LockstepError: `malformed_adapter`, `protocol_mismatch`.
     """
     try:
-        document = json.loads(header)
+        document = json.loads(header, object_pairs_hook=_each_key_once)
         metadata = document.get("__metadata__", {})
         raw_manifest = json.loads(metadata[MANIFEST_KEY])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -138,12 +138,29 @@ def parse_header(header: bytes) -> AdapterHeader:
     return AdapterHeader(manifest, Layout(sorted(entries, key=lambda e: e.start)), data_offset=8 + len(header))
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Readers differ in which of two equal keys they take."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key comes twice")
+    for key in document:
+        key.encode()  # JSON can hold halves of characters, which no other reader takes
+    return document
+
+
 def _entries(document: dict[str, Any]) -> list[TensorEntry]:
     return [
-        TensorEntry(name, str(info["dtype"]), tuple(map(int, info["shape"])), *map(int, info["data_offsets"]))
+        TensorEntry(name, info["dtype"], tuple(_integers(info["shape"])), *_integers(info["data_offsets"]))
         for name, info in document.items()
         if name != "__metadata__"
     ]
+
+
+def _integers(values: Any) -> list[int]:
+    """`values` if they are a list of integers, which 1.0, "1", true and Infinity are not."""
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"{values!r} is no list of integers")
+    return values
 
 
 def _check_entries(manifest: AdapterManifest, entries: list[TensorEntry]) -> None:

@@ -84,13 +84,22 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+_LONGEST = 4000
+
+
+def sendable(text: str) -> str:
+    """`text`, which may quote what a client sent, short and encodable: JSON can hold halves of characters."""
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class LockstepError(Exception):
     """An error that both sides of the wire understand."""
 
     def __init__(self, code: ErrorCode, message: str, **detail: Any) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = sendable(message)
         self.detail = detail
 
     @property

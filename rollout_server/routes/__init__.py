@@ -9,8 +9,8 @@ from fastapi import Depends, Request
 from rollout_server.service import Service
 
 
-def _service(request: Request) -> Service:
-    return request.app.state.lockstep
+async def _service(request: Request) -> Service:
+    return request.app.state.lockstep  # a coroutine, or FastAPI would ask a thread for it at every request
 
 
 ServiceDep = Annotated[Service, Depends(_service)]

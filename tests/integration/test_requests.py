@@ -98,6 +98,12 @@ REFUSED = {
         "the server's own",
     ),
     "unknown-top-level": ({"polizy": "base"}, "polizy"),
+    "by-vllm-itself": ({"sampling": {"bad_words": [""]}}, "bad_words"),
+    "a-template-of-ones-own": (
+        {"prompts": [{"messages": [{"role": "user", "content": "a"}]}], "chat_template_kwargs": {"chat_template": "b"}},
+        "chat_template",
+    ),
+    "half-a-character": ({"prompts": [{"text": "\ud800"}]}, "text"),
 }
 
 

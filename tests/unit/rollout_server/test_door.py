@@ -35,7 +35,7 @@ class _Engine:
     async def generate(self, prompt, params, request_id, *, lora_request=None, **kwargs):
         self.calls.append((prompt, lora_request))
         for index in range(3):
-            yield index
+            yield SimpleNamespace(index=index, outputs=[])
 
     async def sleep(self, level: int) -> None: ...
 
@@ -85,7 +85,7 @@ async def test_an_admission_holds_its_slot_before_it_runs(served) -> None:
 
 async def test_an_abandoned_stream_gives_its_slot_back(served) -> None:
     stream = served.door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=_openai("policy"))
-    assert await anext(stream) == 0
+    assert (await anext(stream)).index == 0
     assert served.run.active.requests == 1
     await stream.aclose()
     assert served.run.active.requests == 0
@@ -94,7 +94,7 @@ async def test_an_abandoned_stream_gives_its_slot_back(served) -> None:
 async def test_openai_requests_count_their_sequences(served) -> None:
     served.door.capacity = Capacity(replace(ServerSettings(), max_sequences=5))
     stream = served.door.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=4), "a")
-    assert await anext(stream) == 0
+    assert (await anext(stream)).index == 0
     for n, status in ((2, 429), (6, 413)):
         with pytest.raises(HTTPException) as refusal:
             await anext(served.door.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=n), "b"))
@@ -154,3 +154,19 @@ async def test_a_pause_ends_although_an_engine_does_not_answer(served, monkeypat
             inside = True
     assert inside == (stopped == "resume_generation")
     assert asked == ["pause_generation", "resume_generation"]
+
+
+async def test_integers_that_vllm_cannot_send_are_refused_before_it_keeps_the_request(served) -> None:
+    with pytest.raises(LockstepError, match="64 bits"), served.door.admit(PolicyRequest(policy="base")) as admission:
+        _ = [o async for o in admission.generate({}, {"top_k": 2**70}, "a")]
+    assert served.engine.calls == []
+
+
+async def test_a_completion_that_the_engine_gave_up_is_a_bad_request(served) -> None:
+    async def give_up(*args, **kwargs):
+        yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error")])
+
+    served.engine.generate = give_up
+    with pytest.raises(HTTPException) as refusal:
+        _ = [o async for o in served.door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=None)]
+    assert refusal.value.status_code == 400

@@ -33,7 +33,7 @@ class _Engine:
 
     async def generate(self, prompt, params, request_id, **kwargs):
         self.submitted.append((prompt, kwargs))
-        yield request_id
+        yield SimpleNamespace(request_id=request_id, outputs=[])
 
 
 class _Workers:

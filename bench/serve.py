@@ -1,0 +1,294 @@
+"""Throughput and latency of `/v1/generate` beside the bare engine and `vllm serve`, with the same requests.
+
+python -m bench.serve --quick                                  # a tiny model on the CPU, minutes
+python -m bench.serve --json serve.json                        # all contenders side by side on GPU 0
+
+All have the same engine: adapter slots, worker class and flags of a rollout server, and are asked for the base. They
+take turns, wave by wave, so that what else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import json
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.measure import spread
+from bench.output import Row, Told, aligned, machine, percent, whole
+from bench.peer_file import vllm_serve
+from bench.run import LATE, describe
+from bench.serve_load import (
+    PROMPT_TOKENS,
+    WAVE_LIMIT_S,
+    Ask,
+    completions_body,
+    generate_body,
+    http_wave,
+    make_asks,
+)
+from bench.servers import Server, engine_flags, environment, free_port
+from bench.shapes import Shape, pick_shapes, served_rank
+from bench.sync import pick_devices
+from learner.processes import Stopped, stop_on_signals
+
+BARE, OURS, OUR_OPENAI, VLLM = "AsyncLLM in process", "/v1/generate", "our /v1/completions", "vllm serve"
+ROWS = (BARE, OURS, OUR_OPENAI, VLLM)
+COLUMNS = ("shape", "at a time", "row", "n", "tokens/s", "of bare", "of vllm serve", "request ms, median", "p95")
+NOTES = {
+    BARE: "its requests are made in its own process: no HTTP, no JSON, no client",
+    OUR_OPENAI: "vLLM's own handlers behind our door; they make the texts, too",
+    VLLM: "with our worker class and adapter slots, so that the engine is the same; makes the texts, too",
+}
+Wave = Callable[[Sequence[Ask], int], tuple[float, list[float]]]  # seconds of the whole and of each request
+
+
+@dataclass
+class Contender:
+    """One row: a server, and how a wave is sent to it."""
+
+    row: str
+    server: Server
+    wave: Wave
+    tokens_per_s: list[float] = field(default_factory=list)
+    request_s: list[float] = field(default_factory=list)
+    failed: str | None = None
+
+
+class ServeReport(Told):
+    """Rows of throughput and latency."""
+
+    figure = "tokens_per_s"
+
+    def line(self, row: Row) -> str:
+        what = f"{row['shape']}, {row['concurrency']} at a time, {row['row']}"
+        if "tokens_per_s" not in row:
+            return f"{what}: {'skipped: ' + row['skipped'] if row.get('skipped') else 'ERROR ' + str(row.get('error'))}"
+        of_bare = f", {percent(row['ratio_to_bare'])} of the bare engine" if "ratio_to_bare" in row else ""
+        middle, slow = (f"{row['request_s'][key] * 1e3:.0f} ms" for key in ("median", "p95"))
+        return f"{what}: {whole(row['tokens_per_s'])} tokens/s{of_bare}, a request {middle} (p95 {slow})"
+
+    def headline(self, done: Sequence[Row]) -> str:
+        """What `/v1/generate` reaches of the others, at every concurrency."""
+        where = ", ".join(dict.fromkeys(self.machine.get("devices", []))) or "this machine"
+        found = [
+            f"{row['shape']} at {row['concurrency']}: {row['ratio_to_bare']['median']:.1%} of the bare engine"
+            + (f", {row['ratio_to_vllm_serve']['median']:.1%} of vllm serve" if "ratio_to_vllm_serve" in row else "")
+            for row in done
+            if row["row"] == OURS and "ratio_to_bare" in row
+        ]
+        return f"throughput of /v1/generate on {where}: {'; '.join(found)}" if found else "nothing was measured"
+
+
+def start(
+    shape: Shape, folder: Path, work: Path, options: argparse.Namespace, flags: Sequence[str], device: str | None
+) -> list[Contender]:
+    """All servers, none of them ready yet."""
+    rank = str(served_rank(options.rank))
+    slots = ("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--worker-extension-cls",
+             "rollout_server.worker.AdapterWorker", "--logprobs-mode", "processed_logprobs")  # fmt: skip
+    common = ("--served-model-name", "base", "--max-lora-rank", rank, *flags)
+
+    def server(name: str, module: Sequence[str], more: Sequence[str], ready: str) -> Server:
+        port = free_port()
+        command = [sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", str(port), *common, *more]
+        return Server(name, command, port, work / f"{shape.name}-{name.replace(' ', '-')}.log", environment(device),
+                      ready=ready)  # fmt: skip
+
+    bare = server("engine", ["bench.serve_engine", str(folder)], (), "/health")
+    ours = server("rollout-server", ["rollout_server.cli", str(folder)], (), "/ready")
+    vllm = server("vllm serve", vllm_serve(folder), slots, "/health")
+    return [
+        Contender(BARE, bare, functools.partial(_engine_wave, bare.url)),
+        Contender(OURS, ours, _over_http(ours.url, lambda ask: generate_body(ask, "base"))),
+        Contender(OUR_OPENAI, ours, _over_http(ours.url, lambda ask: completions_body(ask, "base"))),
+        Contender(VLLM, vllm, _over_http(vllm.url, lambda ask: completions_body(ask, "base"))),
+    ]
+
+
+def _over_http(url: str, make: Callable[[Ask], tuple[str, dict[str, Any]]]) -> Wave:
+    return lambda asks, concurrency: asyncio.run(http_wave(url, asks, concurrency, make))
+
+
+def _engine_wave(url: str, asks: Sequence[Ask], concurrency: int) -> tuple[float, list[float]]:
+    body = json.dumps({"asks": asks, "concurrency": concurrency}).encode()
+    with urllib.request.urlopen(f"{url}/wave", body, timeout=WAVE_LIMIT_S) as answer:
+        document = json.load(answer)
+    return document["seconds"], document["each"]
+
+
+def measure(contenders: Sequence[Contender], concurrency: int, options: argparse.Namespace, vocab: int) -> None:
+    """One wave of each that is not counted, then those that are; who comes first changes from round to round."""
+    for number in range(options.rounds + 1):
+        asks = make_asks(max(options.least, 2 * concurrency), options.tokens, vocab, seed=1000 * concurrency + number)
+        warm_up = make_asks(max(4, concurrency // 2), options.tokens, vocab, seed=-number)
+        tokens = sum(ask.tokens for ask in asks)
+        first = number % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            if contender.failed is None:
+                try:
+                    contender.wave(warm_up, concurrency)  # it has been idle while the others had their turns
+                    seconds, each = contender.wave(asks, concurrency)
+                except Exception as error:
+                    contender.failed = f"{describe(error)}; {contender.server.tail()}"
+                    continue
+                if number:
+                    contender.tokens_per_s.append(tokens / seconds)
+                    contender.request_s += each
+
+
+def figures(contender: Contender, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """A row's figures; ratios round by round against those of the same requests."""
+    if contender.failed is not None:
+        return {"ok": False, "error": contender.failed}
+    row: dict[str, Any] = {
+        "n": len(contender.tokens_per_s),
+        "requests": len(contender.request_s),
+        "tokens_per_s": spread(contender.tokens_per_s),
+        "request_s": {
+            "median": statistics.median(contender.request_s),
+            "p95": sorted(contender.request_s)[math.ceil(0.95 * len(contender.request_s)) - 1],
+        },
+        "rounds_tokens_per_s": [round(rate, 1) for rate in contender.tokens_per_s],
+    }
+    for name, peer in (("bare", BARE), ("vllm_serve", VLLM)):
+        rates = next((c.tokens_per_s for c in contenders if c.row == peer and c.failed is None), [])
+        if rates and contender.row != peer:
+            pairs = zip(contender.tokens_per_s, rates, strict=True)
+            row[f"ratio_to_{name}"] = spread([own / other for own, other in pairs])
+    return row
+
+
+def one_shape(
+    shape: Shape, work: Path, options: argparse.Namespace, report: ServeReport, flags: Sequence[str],
+    device: str | None, dtype: str, deadline: float,
+) -> None:  # fmt: skip
+    """Start everything, wait, measure every level."""
+
+    def add(row: str, concurrency: int, found: dict[str, Any]) -> None:
+        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "tokens": options.tokens, "ok": True}
+        report.add({**about, **({"note": NOTES[row]} if row in NOTES else {}), **found})
+
+    folder = shape.write(work / shape.name, dtype)
+    contenders = start(shape, folder, work, options, flags, device)
+    with contextlib.ExitStack() as stack:
+        for server in dict.fromkeys(contender.server for contender in contenders):
+            stack.callback(server.end)
+        for contender in contenders:
+            try:
+                contender.server.wait_ready(options.start_timeout_s)
+            except RuntimeError as error:
+                contender.failed = str(error)
+        for concurrency in options.concurrency:
+            for contender in contenders:
+                contender.tokens_per_s, contender.request_s = [], []
+            late = time.monotonic() > deadline
+            if not late:
+                measure(contenders, concurrency, options, shape.vocab)
+            for contender in contenders:
+                add(contender.row, concurrency, {"skipped": LATE} if late else figures(contender, contenders))
+
+
+def serve_table(rows: Sequence[Row]) -> str:
+    """All rows with their columns aligned."""
+    lines: list[tuple[str, ...]] = [COLUMNS]
+    for row in rows:
+        head = (row["shape"], str(row["concurrency"]), row["row"])
+        if "tokens_per_s" not in row:
+            lines.append((*head, "0", str(row.get("skipped") or row.get("error")).splitlines()[0][:100], *"----"))
+            continue
+        ratios = [percent(row[key]) if key in row else "-" for key in ("ratio_to_bare", "ratio_to_vllm_serve")]
+        times = [f"{row['request_s'][key] * 1e3:.1f}" for key in ("median", "p95")]
+        lines.append((*head, str(row["n"]), whole(row["tokens_per_s"]), *ratios, *times))
+    return aligned(lines, right={1, 3, 7, 8})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure. Answers the exit code: 0 if no row failed."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.shapes, options.rank, options.tokens, options.concurrency = "tiny", 8, 64, "1,8,32"
+    try:
+        shapes = pick_shapes(options.shapes)
+        served_rank(options.rank)
+        options.concurrency = sorted({int(level) for level in options.concurrency.split(",")})
+        if min(*options.concurrency, options.tokens, options.rounds, options.least) < 1:
+            raise ValueError("concurrency, tokens, rounds and requests are 1 or more")
+    except ValueError as error:
+        parser.error(str(error))
+    options.learner_gpu = options.server_gpu
+    command = shlex.join(["python", "-m", "bench.serve", *(sys.argv[1:] if argv is None else argv)])
+    devices, learner, server = pick_devices(options)
+    report = ServeReport(options.json, machine(devices[-1:], command))
+    dtype = "float32" if learner == "cpu" else "bfloat16"
+    deadline = time.monotonic() + options.deadline_s
+    stopped = False
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as scratch:
+        work = options.work_dir or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            with stop_on_signals():
+                for shape in shapes:
+                    flags = sized_flags(shape, options, learner)
+                    one_shape(shape, work, options, report, flags, server, dtype, deadline)
+        except Stopped as signal:
+            print(f"bench: stopped by {signal}", file=sys.stderr)
+            stopped = True
+    report.write()
+    document = report.document()
+    print("\n" + serve_table(report.rows) + "\n\n" + document["headline"], flush=True)
+    return 0 if document["ok"] and not stopped else 1
+
+
+def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
+    """Of every contender: room for as many requests as are ever sent at a time."""
+    most, length = max(options.concurrency), PROMPT_TOKENS[1] + options.tokens + 16
+    per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
+    # Two rows ask one server for the same: the second must not find the prompts in its cache.
+    sizes = (
+        "--load-format",
+        "dummy",
+        "--no-enable-prefix-caching",
+        "--max-model-len",
+        str(length),
+        "--max-num-seqs",
+        str(max(2, most)),
+    )
+    return engine_flags(sizes, int(1.1 * per_token * most * length), learner, options.server_flags)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a tiny model, rank 8, up to 64 tokens, 1, 8 and 32 requests at a time")
+    add("--json", type=Path, help="written after every row")
+    add("--shapes", default="qwen3-4b")
+    add("--rank", type=int, default=32, help="of the adapter slots")
+    add("--concurrency", default="1,8,32,128,256,512", help="requests at a time")
+    add("--tokens", type=int, default=256, help="the most that a request decodes; the least is a quarter of it")
+    add("--rounds", type=int, default=5, help="waves that are counted, after one that is not")
+    add("--least", type=int, default=8, help="requests of a wave; twice the concurrency where that is more")
+    add("--server-gpu", type=int, default=0)
+    add("--server-flags", default="", help="further vLLM flags for every contender, in one string")
+    add("--start-timeout-s", type=float, default=900.0)
+    add("--deadline-s", type=float, default=math.inf, help="begin no new level after this many seconds")
+    add("--work-dir", type=Path, help="keeps the servers' logs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

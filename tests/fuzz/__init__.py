@@ -1,0 +1,1 @@
+"""Requests that nobody would send: what a rollout server must refuse without breaking. `python -m tests.fuzz`."""

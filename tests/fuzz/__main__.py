@@ -1,0 +1,87 @@
+"""python -m tests.fuzz [--requests 20000] [--seed N] [--only NAME,NAME]     # a server of its own, minutes
+
+Prints what came back, and ends with 1 if a request met a failure of the server's or changed what it serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.fuzz.campaign import Tally, Target, pushed
+from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
+from tests.fuzz.schema import fuzz_schema, openai_schema, own_schema
+from tests.integration import policy as P
+from tests.integration.server import running_server
+from tests.tiny_model import make_tiny_model
+
+FLAGS = [
+    "--max-lora-rank", "8", "--max-runs", "2", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32",
+    "--enforce-eager", "--served-model-name", "base", "--push-timeout", "20", "--collective-timeout", "2",
+]  # fmt: skip
+#: Shares of all requests.
+SHARES = {
+    "/v1/generate": 0.19, "/v1/score": 0.1, "/v1/completions": 0.1, "/v1/chat/completions": 0.1, "/tokenize": 0.07,
+    "/detokenize": 0.07, "raw": 0.19, "broadcast": 0.04, "adapter": 0.11, "schema": 0.02, "openai-schema": 0.01,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--only", default=",".join(SHARES), help="some of: %(default)s")
+    parser.add_argument("--log", type=Path, help="keep the server's log here")
+    options = parser.parse_args()
+    names = options.only.split(",")
+    print(f"fuzz: seed {options.seed}, {options.requests} requests to {', '.join(names)}", flush=True)
+    started, tally = time.monotonic(), Tally()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        model = make_tiny_model(Path(scratch) / "model", seed=0)
+        with running_server(model, Path(scratch), *FLAGS) as server:
+            pids = server.engine_processes()
+            target = Target(server.url, tally, alive=lambda: server.engine_processes() == pids)
+            policy = P.make_policy(model)
+            pushed(target, policy, "kept")
+            good = pushed(target, policy, "fuzzed")
+            campaigns = make_campaigns(target, good, [str(model), *FLAGS])
+            whole = sum(SHARES[name] for name in names)
+            for name in names:
+                begun = time.monotonic()
+                campaigns[name](round(options.requests * SHARES[name] / whole), options.seed)
+                counts = tally.statuses.get(name, {})
+                told = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
+                print(f"fuzz: {name}: {told} in {time.monotonic() - begun:.0f} s", flush=True)
+            target.close()
+            if options.log:
+                options.log.write_bytes(server.log.read_bytes())
+    print(
+        f"fuzz: seed {options.seed}: {tally.requests} requests in {time.monotonic() - started:.0f} s, slowest answer "
+        f"{tally.slowest_s:.1f} s, {len(tally.failures)} failures"
+    )
+    return 1 if tally.failures else 0
+
+
+def make_campaigns(target: Target, good: bytes, argv: list[str]) -> dict[str, Callable[[int, int], None]]:
+    """What can be run, by name: (number of requests, seed)."""
+
+    def bodies(path: str) -> Callable[[int, int], None]:
+        return lambda count, seed: fuzz_bodies(target, path, count, seed)
+
+    return {
+        **{path: bodies(path) for path in BODIES},
+        "raw": lambda count, seed: fuzz_raw(target, count, seed),
+        "broadcast": lambda count, seed: fuzz_announcements(target, count, seed),
+        "adapter": lambda count, seed: fuzz_adapters(target, good, count, seed),
+        "schema": lambda count, seed: fuzz_schema(target, "schema", own_schema(target), count, seed),
+        "openai-schema": lambda count, seed: fuzz_schema(target, "openai-schema", openai_schema(argv), count, seed),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

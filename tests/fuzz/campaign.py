@@ -1,0 +1,165 @@
+"""Requests by the thousand against a running rollout server: what must hold of every answer, and after all of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from learner.client import RolloutClient
+from shared.weights import WeightVersion
+from tests.integration import policy as P
+
+#: Longer than anything that the server is asked for may take.
+DEADLINE_S = 30.0
+PROBES = [[(7 * i + 3) % 500 + 3 for i in range(200)], [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]]
+#: 503 says "later": no slot is free, or the server is about to leave. Others are the server's own failures.
+SPECIFIED_503 = ("no_free_slot", "draining")
+
+
+@dataclass
+class Tally:
+    """What came back."""
+
+    statuses: dict[str, Counter[int]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    slowest_s: float = 0.0
+
+    @property
+    def requests(self) -> int:
+        """All that were sent."""
+        return sum(sum(counts.values()) for counts in self.statuses.values())
+
+    def fail(self, what: str) -> None:
+        """Keep a failure; the first of each kind is told at once."""
+        kind = what.split(" to {")[0][:200]
+        if not any(known.startswith(kind) for known in self.failures):
+            print(f"fuzz: {what[:1500]}", flush=True)
+        self.failures.append(what)
+
+
+class Target:
+    """A running server, and the weights it must still hold after every campaign."""
+
+    def __init__(self, url: str, tally: Tally, alive: Callable[[], bool] = lambda: True) -> None:
+        self.url, self.tally, self.alive = url, tally, alive
+        self.http = httpx.Client(base_url=url, timeout=DEADLINE_S)
+        self.client = RolloutClient(url)
+        self.epoch = self.client.state().epoch
+        self.served = self.look()
+
+    def close(self) -> None:
+        self.http.close()
+        self.client.close()
+
+    def look(self) -> dict[str, Any]:
+        """What every run serves: version, checksum, count of installs, and the logprobs of the probes to the bit."""
+        state = self.client.state()
+        runs: dict[str, Any] = {run.run_id: self._told(run) for run in state.runs if run.version}
+        scored = {name: self.probe(name) for name in runs}
+        scored["base"] = self.probe("base", policy="base")
+        return {"runs": runs, "scored": scored}
+
+    def probe(self, run_id: str, **policy: str) -> list[Any]:
+        """Logprobs of the probes by what a run serves. None: not a number, as finite but huge weights compute."""
+        body = {"sequences": PROBES, **(policy or {"run_id": run_id})}
+        return list(self.http.post("/v1/score", json=body).raise_for_status().json()["logprobs"])
+
+    def served_version(self, run_id: str) -> Any:
+        """What a run serves as the server tells it."""
+        return self._told(self.client.run(run_id))
+
+    @staticmethod
+    def _told(run: Any) -> Any:
+        return run.version, run.checksum, run.install_seq
+
+    def expect_unchanged(self, after: str) -> None:
+        """The server lives, and serves what it served."""
+        try:
+            if self.http.get("/health").status_code != 200 or not self.alive():
+                self.tally.fail(f"after {after}: the server is not healthy")
+            if self.client.state().epoch != self.epoch:
+                self.tally.fail(f"after {after}: the server has restarted")
+            now = self.look()
+        except Exception as error:
+            self.tally.fail(f"after {after}: {type(error).__name__}: {error}")
+            return
+        if now["runs"] != self.served["runs"]:
+            self.tally.fail(f"after {after}: served {now['runs']}, was {self.served['runs']}")
+        for name, scores in self.served["scored"].items():
+            if name not in now["scored"] or scores != now["scored"][name]:
+                self.tally.fail(f"after {after}: the weights of {name} answer other logprobs")
+
+    def send(self, campaign: str, method: str, path: str, **request: Any) -> httpx.Response | None:
+        """One request, its answer judged; None if there was none."""
+        counts = self.tally.statuses.setdefault(campaign, Counter())
+        started = time.monotonic()
+        try:
+            try:
+                answer = self.http.request(method, path, **request)
+            except (httpx.RemoteProtocolError, httpx.WriteError, httpx.ReadError):
+                # A server closes a connection after an answer to a request whose body it did not want.
+                answer = self.http.request(method, path, **request)
+        except (httpx.TransportError, httpx.InvalidURL, UnicodeError) as error:
+            if not isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL | UnicodeError):  # else: never sent
+                counts[0] += 1
+                self.tally.fail(f"{campaign}: {method} {path[:80]}: no answer: {error!r} to {shown(request)}")
+            return None
+        self.judge(campaign, method, path, answer.status_code, answer.text, time.monotonic() - started, request)
+        return answer
+
+    def judge(
+        self, campaign: str, method: str, path: str, status: int, text: str, seconds: float, request: Any
+    ) -> None:
+        """No 5xx but a specified 503."""
+        self.tally.statuses.setdefault(campaign, Counter())[status] += 1
+        self.tally.slowest_s = max(self.tally.slowest_s, seconds)
+        if status >= 500 and not (status == 503 and any(code in text for code in SPECIFIED_503)):
+            self.tally.fail(f"{campaign}: {method} {path[:80]}: {status} {text[:300]} to {shown(request)}")
+        if seconds > DEADLINE_S / 2:
+            self.tally.fail(f"{campaign}: {method} {path[:80]}: answered after {seconds:.1f} s: {shown(request)}")
+
+
+def shown(request: Any) -> str:
+    """A request, short enough to be read."""
+    return repr(request)[:700]
+
+
+def every(strategy: st.SearchStrategy[Any], examples: int, number: int, send: Callable[[Any], object]) -> None:
+    """Send `examples` draws; what goes wrong is tallied, so nothing is shrunk or raised."""
+
+    @seed(number)
+    @settings(max_examples=examples, phases=[Phase.generate], database=None, deadline=None,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(strategy)
+    def one(drawn: Any) -> None:
+        send(drawn)
+
+    one()
+
+
+def pushed(target: Target, policy: Any, run_id: str) -> bytes:
+    """Serve a random adapter under `run_id`; answers its blob."""
+    P.randomize(policy, seed=11)
+    data = P.blob(policy, WeightVersion(run_id=run_id, step=0), target.client.state().base.weights)
+    target.client.push(run_id, [data], P.LEASE, takeover=True)
+    target.served = target.look()
+    return data
+
+
+def json_bytes(body: Any) -> bytes:
+    """A body as a careless client sends it: NaN, Infinity and lone surrogates included."""
+    return json.dumps(body).encode()
+
+
+def pieces(data: bytes, size: int) -> Iterator[bytes]:
+    """For a chunked body, which has no content-length."""
+    for start in range(0, len(data), size):
+        yield data[start : start + size]

@@ -1,0 +1,216 @@
+"""What is asked of each route: JSON that is nearly right, adapters that are nearly right, and what a schema allows."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from urllib.parse import quote
+
+from hypothesis import strategies as st
+
+from tests.fuzz.blobs import blobs, is_right, put_together, take_apart
+from tests.fuzz.campaign import Target, every, json_bytes, pieces
+from tests.fuzz.wild import changed, wild_texts, wild_values
+from tests.integration import policy as P
+
+JSON = {"content-type": "application/json"}
+_SAMPLING = {
+    "n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "presence_penalty": 0.5, "seed": 5,
+    "frequency_penalty": 0.5, "repetition_penalty": 1.1, "min_tokens": 1, "stop": ["a"], "stop_token_ids": [9],
+    "ignore_eos": True, "bad_words": ["the"], "allowed_token_ids": [5, 6, 7], "logit_bias": {"5": 1.0},
+    "structured_outputs": {"regex": "[a-z]{1,3}"}, "include_stop_str_in_output": False,
+}  # fmt: skip
+_MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
+_OPENAI = _SAMPLING | {
+    "temperature": 1.0, "logprobs": 2, "echo": True, "return_token_ids": True, "prompt_logprobs": 1, "stream": True,
+    "cache_salt": "x",
+    "stream_options": {"include_usage": True}, "truncate_prompt_tokens": 3, "priority": 0, "request_id": "r",
+    "return_tokens_as_token_ids": True, "suffix": None, "user": "u", "response_format": {"type": "json_object"},
+    "kv_transfer_params": {}, "vllm_xargs": {"a": 1}, "add_special_tokens": False, "logits_processors": ["os.system"],
+    "prompt_embeds": "AAAA", "data_parallel_rank": 0, "repetition_detection": {},
+}  # fmt: skip
+_CHAT = _OPENAI | {
+    "logprobs": True, "top_logprobs": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "tool_choice": "auto", "chat_template": "{{ messages }}", "chat_template_kwargs": {"a": 1}, "documents": [{}],
+    "continue_final_message": True, "add_generation_prompt": False, "max_completion_tokens": 3,
+    "mm_processor_kwargs": {},
+    "reasoning_effort": "low", "parallel_tool_calls": True,
+}  # fmt: skip
+#: Route: a body that is right, and fields that may come with it.
+BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "/v1/generate": (
+        {"prompts": [{"token_ids": [5, 6, 7]}, {"text": "the fox"}], "run_id": "fuzzed", "sampling": {"max_tokens": 2}},
+        {**{f"sampling.{name}": value for name, value in _SAMPLING.items()},
+         "policy": "base", "min_step": 0, "wait_s": 0.01, "return_text": True, "stream": True,
+         "skip_special_tokens": False, "chat_template_kwargs": {"tokenize": False, "enable_thinking": True},
+         "prompts": [{"messages": _MESSAGES, "seed": 4}]},
+    ),
+    "/v1/score": (
+        {"sequences": [[5, 6, 7], [8, 9]], "run_id": "fuzzed"},
+        {"policy": {"run_id": "fuzzed", "fence": 0, "step": 0}, "min_step": 0, "wait_s": 0.01},
+    ),
+    "/v1/completions": ({"model": "base", "prompt": [5, 6, 7], "max_tokens": 2}, _OPENAI | {"model": "policy"}),
+    "/v1/chat/completions": ({"model": "base", "messages": _MESSAGES, "max_tokens": 2}, _CHAT | {"model": "policy"}),
+    "/tokenize": ({"model": "base", "prompt": "the fox"}, {"messages": _MESSAGES, "return_token_strs": True}),
+    "/detokenize": ({"model": "base", "tokens": [5, 6, 7]}, {"skip_special_tokens": False}),
+}  # fmt: skip
+#: Sampling parameters that have ended engines somewhere, or would if nobody looked. Sent in every campaign.
+_DANGEROUS: list[dict[str, Any]] = [
+    {"min_tokens": 1, "stop_token_ids": [511]}, {"min_tokens": 1, "stop_token_ids": [512]}, {"stop_token_ids": [-1]},
+    {"min_tokens": 1, "stop_token_ids": [2**31]}, {"stop_token_ids": [2**70]}, {"logit_bias": {"512": 1.0}},
+    {"logit_bias": {"-1": 1.0}}, {"logit_bias": {"5": float("inf")}}, {"logit_bias": {"5": float("nan")}},
+    {"logit_bias": {str(i): -100.0 for i in range(512)}}, {"allowed_token_ids": [512]}, {"allowed_token_ids": [-1]},
+    {"allowed_token_ids": [5], "structured_outputs": {"regex": "[x-z]+"}}, {"allowed_token_ids": [2**70]},
+    {"allowed_token_ids": [2], "min_tokens": 1, "stop_token_ids": [2]}, {"bad_words": [" "] * 300}, {"n": 16_385},
+    {"n": 10**18}, {"top_k": 2**40}, {"top_k": 2**70}, {"top_p": 5e-324}, {"min_p": 1.0}, {"temperature": 5e-324},
+    {"temperature": 3.0}, {"temperature": float("inf")}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300},
+    {"presence_penalty": float("nan")}, {"stop": ["a"] * 500}, {"stop": ["x" * 5000]}, {"seed": 2**63}, {"seed": -1},
+    {"min_tokens": 10**12, "max_tokens": 10**12}, {"structured_outputs": {"regex": "((a|b){1,30}){1,30}"}},
+    {"structured_outputs": {"json": {"type": "string", "minLength": 10**7}}}, {"structured_outputs": {"choice": [""]}},
+    {"structured_outputs": {"json": '{"a":' * 500}}, {"structured_outputs": {"grammar": "root ::= root"}},
+    {"structured_outputs": {"grammar": 'root ::= "\\ud800"'}}, {"structured_outputs": {"json": {"enum": []}}},
+]  # fmt: skip
+_keys = st.sampled_from([b"", b"", b"", b"", b"one", b"two", b"\xe9", b"k" * 300])
+_SMALL = {"n": 4, "max_tokens": 8, "max_completion_tokens": 8, "best_of": 4, "wait_s": 0.01}
+#: Beyond these every server refuses; in between it would rightly work for a long time.
+_REFUSED = {"n": 16_384, "max_tokens": 100_000, "max_completion_tokens": 100_000, "best_of": 10**9, "wait_s": 3600.0}
+
+
+def tamed(body: Any) -> Any:
+    """The body with everything small that a server may take at its word; what it must refuse stays as it is."""
+    if isinstance(body, list):
+        return [tamed(value) for value in body]
+    if not isinstance(body, dict):
+        return body
+    tame = {}
+    for key, value in body.items():
+        tame[key] = tamed(value)
+        if key in _SMALL and isinstance(value, int | float) and _SMALL[key] < value <= _REFUSED[key]:
+            tame[key] = _SMALL[key]
+        elif key in ("max_tokens", "max_completion_tokens") and value is None:
+            tame[key] = 2
+    return tame
+
+
+def fuzz_bodies(target: Target, path: str, examples: int, number: int) -> None:
+    """JSON that is nearly right."""
+    right, optional = BODIES[path]
+
+    def send(drawn: tuple[dict[str, Any], bytes]) -> None:
+        body, key = drawn
+        if path.startswith("/v1/c"):  # else as many as the context allows
+            body.setdefault("max_tokens", 2)
+        headers = JSON | ({"idempotency-key": key} if key else {})
+        target.send(path, "POST", path, content=json_bytes(tamed(body)), headers=headers)
+
+    for parameters in _DANGEROUS if "max_tokens" in str(right) else ():
+        body = copy.deepcopy(right)
+        body.get("sampling", body).update(parameters)
+        target.send(path, "POST", path, content=json_bytes(body), headers=JSON)
+    every(st.tuples(changed(right, optional), _keys), examples, number, send)
+    target.expect_unchanged(path)
+
+
+_raw_bodies = st.one_of(
+    st.binary(max_size=200),
+    st.sampled_from([b"[" * 100_000, b'{"prompts":' * 9000, b"\xff\xfe{}", b'"\\ud800"', b"9" * 6000, b'{"a":1,"a":2}',
+                    ]),
+    wild_values.map(json_bytes),
+)  # fmt: skip
+_leases = st.one_of(
+    st.just(P.LEASE), st.just(P.LEASE), st.text(st.characters(max_codepoint=255), max_size=300), st.just("")
+)
+_run_ids = st.one_of(st.just("fuzzed"), st.just("fuzzed"), wild_texts, st.sampled_from(["..", "%2e%2e", "a/b", "%00"]))
+_flags = st.one_of(st.sampled_from(["1", "0", "true", "keep", "carried", "drain"]), wild_texts)
+_types = st.sampled_from(
+    ["application/json", "text/plain", "application/octet-stream", "application/x-python-pickle", ""]
+)
+
+
+def _headers(draw: st.DrawFn) -> list[tuple[bytes, bytes]]:
+    headers = {"lockstep-lease": draw(_leases)}
+    for name in draw(st.lists(st.sampled_from(["lockstep-takeover", "lockstep-in-flight"]), max_size=2, unique=True)):
+        headers[name] = draw(_flags)
+    headers["content-type"] = draw(_types)
+    safe = [(name, "".join(c for c in value if c.isprintable())) for name, value in headers.items()]
+    return [(name.encode(), value.strip().encode("latin-1", "replace")) for name, value in safe]
+
+
+def _quoted(run_id: str) -> str:
+    return run_id if "%" in run_id else quote(run_id.encode("utf-8", "replace"), safe="")
+
+
+@st.composite
+def _raw_requests(draw: st.DrawFn) -> tuple[str, str, list[tuple[bytes, bytes]], bytes, bool]:
+    method, path = draw(st.sampled_from([
+        ("POST", "/v1/generate"), ("POST", "/v1/score"), ("PUT", "/v1/runs/{}/adapter"), ("POST", "/v1/runs/{}/group"),
+        ("POST", "/v1/runs/{}/broadcast"), ("DELETE", "/v1/runs/{}"), ("GET", "/v1/runs/{}"), ("PATCH", "/v1/state"),
+        ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/runs/{}/adapter"),
+        ("GET", "/{}"), ("POST", "/tokenize"), ("HEAD", "/v1/models"),
+    ]))  # fmt: skip
+    run_id, headers = draw(_run_ids), _headers(draw)
+    if method == "DELETE" or path.endswith("/group"):  # with the right lease these are no nonsense
+        headers = [(name, b"a stranger's lease" if value == P.LEASE.encode() else value) for name, value in headers]
+    return method, path.format(_quoted(run_id)), headers, draw(_raw_bodies), draw(st.booleans())
+
+
+def fuzz_raw(target: Target, examples: int, number: int) -> None:
+    """Bodies that are no JSON, headers and paths that mean nothing, with a length and without."""
+
+    def send(drawn: tuple[str, str, list[tuple[bytes, bytes]], bytes, bool]) -> None:
+        method, path, headers, body, chunked = drawn
+        target.send("raw", method, path, content=pieces(body, 64) if chunked else body, headers=headers)
+
+    every(_raw_requests(), examples, number, send)
+    target.expect_unchanged("raw requests")
+
+
+def fuzz_announcements(target: Target, examples: int, number: int) -> None:
+    """Broadcasts that are announced with the right lease, but by nobody in a group."""
+    right = {"version": {"run_id": "fuzzed", "fence": 0, "step": 10**6}, "checksum": "0" * 32, "layout": "0" * 32}
+
+    def send(body: dict[str, Any]) -> None:
+        headers = JSON | {"Lockstep-Lease": P.LEASE}
+        target.send("broadcast", "POST", "/v1/runs/fuzzed/broadcast", content=json_bytes(body), headers=headers)
+
+    every(changed(right), examples, number, send)
+    target.expect_unchanged("announcements")
+
+
+def fuzz_adapters(target: Target, good: bytes, examples: int, number: int) -> None:
+    """Blobs for the run `fuzzed`. One that is refused changes nothing; one that is taken is right by another reader."""
+    told = target.served_version("fuzzed")
+    scores, refused, taken = target.probe("fuzzed"), 0, 0
+
+    def next_version() -> dict[str, Any]:
+        return {"run_id": "fuzzed", "fence": told[0].fence, "step": told[0].step + 1}
+
+    def send(drawn: tuple[bytes, int]) -> None:
+        nonlocal told, scores, refused, taken
+        blob, size = drawn
+        answer = _put(target, pieces(blob, size) if size else blob)
+        now = target.served_version("fuzzed")
+        if answer is not None and answer.status_code == 200:
+            if not is_right(blob) or now[1] != take_apart(blob)[1]["checksum"]:
+                target.tally.fail(f"adapter: took a blob that is not right: {blob[:600]!r}")
+            told, scores, taken = now, target.probe("fuzzed"), taken + 1
+            return
+        refused += 1
+        if now != told or (refused % 50 == 0 and target.probe("fuzzed") != scores):
+            target.tally.fail(f"adapter: a refusal changed what is served: {now}, it was {told}")
+        told = now
+
+    every(st.tuples(blobs(good, next_version), st.sampled_from([0, 0, 100, 5000])), examples, number, send)
+    if not taken or not refused:
+        target.tally.fail(f"adapter: {taken} blobs were taken and {refused} refused: this shows nothing")
+    # The first adapter once more: all that the others left behind in the slots must be gone, to the bit.
+    document, manifest, data = take_apart(good)
+    _put(target, put_together(document, manifest | {"version": next_version()}, bytes(data)))
+    target.served["runs"]["fuzzed"] = target.served_version("fuzzed")
+    target.expect_unchanged("adapters")
+
+
+def _put(target: Target, content: Any) -> Any:
+    return target.send(
+        "adapter", "PUT", "/v1/runs/fuzzed/adapter", content=content, headers={"Lockstep-Lease": P.LEASE}
+    )

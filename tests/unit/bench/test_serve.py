@@ -1,0 +1,179 @@
+"""What bench.serve asks, checks and writes down; nothing is started."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from bench import serve
+from bench.serve import BARE, OURS, ROWS, VLLM, Contender, ServeReport, figures, measure, serve_table, sized_flags
+from bench.serve_load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
+from bench.shapes import SHAPES
+from shared.rollouts import GenerateRequest
+
+OPTIONS = serve.make_parser().parse_args(["--concurrency", "2", "--tokens", "8", "--rounds", "4"])
+
+
+class Server:
+    """Nothing runs."""
+
+    def tail(self) -> str:
+        return "log"
+
+
+def contender(row: str, seconds: float = 1.0) -> Contender:
+    return Contender(row, Server(), lambda asks, concurrency: (seconds, [seconds / 2] * len(asks)))  # type: ignore[arg-type]
+
+
+def test_requests_are_the_same_for_all_and_differ_from_round_to_round() -> None:
+    asks = make_asks(100, 64, 512, seed=3)
+    assert asks == make_asks(100, 64, 512, seed=3) != make_asks(100, 64, 512, seed=4)
+    assert {16, 64} >= {min(ask.tokens for ask in asks), max(ask.tokens for ask in asks)}
+    assert all(16 <= len(ask.prompt) <= 64 and min(ask.prompt) >= 3 and max(ask.prompt) < 512 for ask in asks)
+
+
+def test_both_routes_are_asked_for_the_same() -> None:
+    ask = Ask([5, 6], 7)
+    path, body = generate_body(ask, "base")
+    asked = GenerateRequest.model_validate(body)
+    assert path == "/v1/generate" and asked.prompts[0].token_ids == [5, 6] and asked.policy == "base"
+    assert (asked.sampling.max_tokens, asked.sampling.ignore_eos, asked.sampling.temperature) == (7, True, 1.0)
+    path, body = completions_body(ask, "base")
+    assert path == "/v1/completions" and body["prompt"] == [5, 6] and body["logprobs"] == 0
+    assert (body["max_tokens"], body["ignore_eos"], body["temperature"]) == (7, True, 1.0)
+
+
+async def test_never_more_at_a_time_than_asked_for() -> None:
+    running, most = 0, 0
+
+    async def send(ask: Ask) -> float:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001 * ask.tokens)
+        running -= 1
+        return float(ask.tokens)
+
+    seconds, each = await in_parallel(make_asks(20, 8, 512, seed=0), 6, send)
+    assert most == 6 and len(each) == 20 and seconds >= max(each) / 1000
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"), [(None, ""), ("short", "not 4"), ("logprobs", "not 4"), ("status", "answered 500")]
+)
+async def test_answers_over_http_are_checked(fault: str | None, word: str) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        count = json.loads(await request.read())["sampling"]["max_tokens"]
+        found = {"token_ids": [7] * (count - (fault == "short")), "logprobs": [-1.0] * (count - (fault == "logprobs"))}
+        return web.json_response({"groups": [{"completions": [found]}]}, status=500 if fault == "status" else 200)
+
+    app = web.Application()
+    app.router.add_post("/v1/generate", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    asks = [Ask([5, 6], 4)] * 5
+    try:
+        wave = http_wave(url, asks, 2, lambda ask: generate_body(ask, "base"))
+        if fault is None:
+            seconds, each = await wave
+            assert len(each) == 5 and 0 < max(each) <= seconds
+        else:
+            with pytest.raises(RuntimeError, match=word):
+                await wave
+    finally:
+        await runner.cleanup()
+
+
+def test_a_row_says_what_it_reaches_of_the_others() -> None:
+    contenders = [contender(BARE), contender(OURS, 1.25), contender(VLLM, 2.0)]
+    order: list[str] = []
+    for one in contenders:
+        wave = one.wave
+        one.wave = lambda asks, concurrency, row=one.row, wave=wave: (order.append(row), wave(asks, concurrency))[1]  # type: ignore[misc]
+    measure(contenders, 2, OPTIONS, 512)
+    assert order[::2] == order[1::2] and len(order) == 2 * 15  # a warm-up, and what counts
+    assert order[:12:2] == [BARE, OURS, VLLM, OURS, VLLM, BARE]
+    row = figures(contenders[1], contenders)
+    assert row["n"] == 4 and row["requests"] == 4 * 8
+    assert row["ratio_to_bare"]["median"] == pytest.approx(0.8)
+    assert row["ratio_to_vllm_serve"]["median"] == pytest.approx(1.6)
+    assert row["request_s"] == {"median": 0.625, "p95": 0.625}
+    assert "ratio_to_bare" not in figures(contenders[0], contenders)
+
+
+def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
+    def broken(asks: Any, concurrency: int) -> Any:
+        raise RuntimeError("gone")
+
+    contenders = [contender(BARE), Contender(OURS, Server(), broken)]  # type: ignore[arg-type]
+    measure(contenders, 2, OPTIONS, 512)
+    report = ServeReport(tmp_path / "r.json", {"devices": ["a machine"]})
+    for one in contenders:
+        report.add({"row": one.row, "shape": "tiny", "concurrency": 2, "ok": True, **figures(one, contenders)})
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert document["ok"] is False and "gone" in document["rows"][1]["error"]
+    assert document["headline"] == "nothing was measured"
+    lines = serve_table(document["rows"]).splitlines()
+    assert len(lines) == 4 and "gone" in lines[3]
+
+
+def test_the_headline_is_our_routes_share(tmp_path: Path) -> None:
+    contenders = [contender(BARE), contender(OURS, 1.25), contender(VLLM, 2.0)]
+    measure(contenders, 2, OPTIONS, 512)
+    report = ServeReport(None, {"devices": ["a machine"]})
+    for one in contenders:
+        report.add({"row": one.row, "shape": "tiny", "concurrency": 2, "ok": True, **figures(one, contenders)})
+    assert report.document()["headline"] == (
+        "throughput of /v1/generate on a machine: tiny at 2: 80.0% of the bare engine, 160.0% of vllm serve"
+    )
+
+
+def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, list[str]] = {}
+
+    class Recorded:
+        def __init__(self, name: str, command: list[str], *rest: Any, **more: Any) -> None:
+            started[name], self.url = command, "http://nowhere"
+
+    monkeypatch.setattr(serve, "Server", Recorded)
+    options = serve.make_parser().parse_args(["--rank", "8"])
+    rows = serve.start(SHAPES["tiny"], tmp_path, tmp_path, options, ["--dtype", "float32"], None)
+    assert tuple(one.row for one in rows) == ROWS and set(started) == {"engine", "rollout-server", "vllm serve"}
+    for command in started.values():
+        joined = " ".join(command)
+        assert "--max-lora-rank 8" in joined and "--dtype float32" in joined
+    assert "--enable-lora --max-loras 2" in " ".join(started["vllm serve"])
+    assert "rollout_server.worker.AdapterWorker" in started["vllm serve"]
+
+
+def test_the_key_value_cache_has_room_for_the_highest_level() -> None:
+    options = serve.make_parser().parse_args([])
+    options.concurrency = [1, 256]
+    flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    pairs = [flag for flag in flags if flag != "--no-enable-prefix-caching"]
+    values = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    assert len(pairs) == len(flags) - 1 and values["--max-num-seqs"] == "256" and values["--load-format"] == "dummy"
+    assert 256 * 320 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 14e9
+    assert "--kv-cache-memory-bytes" not in sized_flags(SHAPES["tiny"], options, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--shapes", "qwen3-5b"], "unknown shape"),
+        (["--concurrency", "0,4"], "1 or more"),
+        (["--rank", "999"], "above"),
+    ],
+)
+def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        serve.main(flags)
+    assert word in capsys.readouterr().err
