@@ -9,6 +9,7 @@ import argparse
 import json
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -39,12 +40,13 @@ def main() -> int:
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
     say(f"seed {options.seed}: repeat with --seed {options.seed}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("chaos: stopped by SIGTERM"))
     folder = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
     try:
         return run(options, folder)
     finally:
         if options.keep:
-            shutil.copytree(folder, options.keep, dirs_exist_ok=True)
+            shutil.copytree(folder, options.keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("control"))
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     faults = plan(random, count, quick=options.quick, missing=missing)
     if options.only:
         faults = [fault for fault in faults if options.only in fault.name]
-    world.options.steps = options.steps or 4 * len(faults) + 10
+    world.options.steps = options.steps or (3 if options.quick else 4) * len(faults) + 10
     with world:
         records = disturb(world, faults, random)
         ended = finish(world)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from signal import SIGKILL
 
 import httpx
 
@@ -71,17 +70,17 @@ def kill_server_in_a_push(world: World, server: int, random: Random) -> None:
 
 
 def kill_engine(world: World, server: int, random: Random) -> None:
-    """The server has to end by itself: nothing answers with a dead engine behind it."""
-    generation = world.servers[server].generation
-    if not kill(world.servers[server].children("VLLM")):
-        raise NotInjectedError("no engine is running")
-    if not _until(lambda: world.servers[server].generation > generation, 60):
-        world.checker.violated("engine death", "the server lives on without its engine")
-    _until_back(world, server)
+    _kill_part(world, server, "VLLM::EngineCor")
 
 
-def kill_reward_worker(world: World, server: int, random: Random) -> None:
-    if not kill([pid for pid in world.learner.children("python") if pid != world.learner.pid], SIGKILL):
+def kill_engines_worker(world: World, server: int, random: Random) -> None:
+    _kill_part(world, server, "VLLM::Worker")
+
+
+def kill_child_of_learner(world: World, server: int, random: Random) -> None:
+    """A reward worker, or what looks after its semaphores."""
+    children = world.learner.children()
+    if not children or not kill([random.choice(children)]):
         raise NotInjectedError("no reward worker is running")
 
 
@@ -99,12 +98,22 @@ def stop_server_too_long(world: World, server: int, random: Random) -> None:
 
 
 def stop_engine(world: World, server: int, random: Random) -> None:
-    with world.stopped(world.servers[server].children("VLLM")):
+    with world.stopped(world.servers[server].children("VLLM::EngineCor")):
         time.sleep(random.uniform(0.5, 3))
 
 
 def stop_engine_too_long(world: World, server: int, random: Random) -> None:
-    with world.stopped(world.servers[server].children("VLLM")):
+    with world.stopped(world.servers[server].children("VLLM::EngineCor")):
+        time.sleep(TOO_LONG_S)
+
+
+def stop_engines_worker(world: World, server: int, random: Random) -> None:
+    with world.stopped(world.servers[server].children("VLLM::Worker")):
+        time.sleep(random.uniform(0.5, 3))
+
+
+def stop_engines_worker_too_long(world: World, server: int, random: Random) -> None:
+    with world.stopped(world.servers[server].children("VLLM::Worker")):
         time.sleep(TOO_LONG_S)
 
 
@@ -239,7 +248,7 @@ def strangers_push(world: World, server: int, random: Random) -> None:
 
 def full_disk(world: World, server: int, random: Random) -> None:
     generation = world.learner.generation
-    world.disk.fill()
+    world.disk.fill(but=random.choice([0, 20_000, 300_000]))
     _until(lambda: world.learner.generation > generation, random.uniform(3, 12))
     world.disk.free()
 
@@ -266,19 +275,22 @@ def another_model_at_its_address(world: World, server: int, random: Random) -> N
 
 
 FAULTS = [
-    Fault("learner: kill -9", kill_learner, 8, quick=1),
-    Fault("learner: kill -9 inside a push", kill_learner_in_a_push, 8, quick=1),
+    Fault("learner: kill -9", kill_learner, 5),
+    Fault("learner: kill -9 inside a push", kill_learner_in_a_push, 6, quick=1),
     Fault("server: kill -9", kill_server, 2, limit_s=120),
     Fault("server: kill -9 inside a push", kill_server_in_a_push, 2, quick=1, limit_s=120),
     Fault("engine: kill -9", kill_engine, 2, limit_s=120),
-    Fault("reward worker: kill -9", kill_reward_worker, 8, quick=1),
+    Fault("engine's worker: kill -9", kill_engines_worker, 2, limit_s=120),
+    Fault("reward worker: kill -9", kill_child_of_learner, 8, quick=1),
     Fault("server: SIGSTOP", stop_server, 9, quick=1),
     Fault("server: SIGSTOP past deadlines", stop_server_too_long, 3),
     Fault("engine: SIGSTOP", stop_engine, 9, quick=1),
     Fault("engine: SIGSTOP past deadlines", stop_engine_too_long, 3),
+    Fault("engine's worker: SIGSTOP", stop_engines_worker, 9, quick=1),
+    Fault("engine's worker: SIGSTOP past deadlines", stop_engines_worker_too_long, 3),
     Fault("learner: SIGSTOP", stop_learner, 9, quick=1),
     Fault("learner: SIGSTOP past deadlines", stop_learner_too_long, 3),
-    Fault("connections: reset", reset_connections, 14, quick=2),
+    Fault("connections: reset", reset_connections, 14, quick=1),
     Fault("connections: reset again and again", reset_again_and_again, 8, quick=1),
     Fault("connections: refused", refuse_connections, 8, quick=1),
     Fault("connections: delayed", delay, 8, quick=1),
@@ -297,11 +309,11 @@ FAULTS = [
     Fault("push: older", older_push, 6, quick=1),
     Fault("push: stale fence", stale_fence, 6, quick=1),
     Fault("push: a stranger's lease", strangers_push, 4, quick=1),
-    Fault("disk full", full_disk, 3, quick=1, needs="disk"),
+    Fault("disk full", full_disk, 3, needs="disk"),
     Fault("clock of the learner jumps", learner_clock_jumps, 6, quick=1, needs="clock"),
     Fault("clock of the servers jumps", server_clock_jumps, 6, quick=1, needs="clock"),
-    Fault("another version at its address", another_version_at_its_address, 3, quick=1),
-    Fault("another model at its address", another_model_at_its_address, 2, needs="other"),
+    Fault("another version at its address", another_version_at_its_address, 3, limit_s=150),
+    Fault("another model at its address", another_model_at_its_address, 2, limit_s=150, needs="other"),
 ]
 
 
@@ -333,6 +345,16 @@ def _until_back(world: World, server: int) -> None:
     time.sleep(0.5)
     if not _until(lambda: ready(world.url(server)), 240):
         world.checker.violated("hang", f"server {server} does not come back:\n{world.servers[server].tail()}")
+
+
+def _kill_part(world: World, server: int, name: str) -> None:
+    """The server has to end by itself: nothing answers with a dead engine behind it."""
+    generation = world.servers[server].generation
+    if not kill(world.servers[server].children(name)):
+        raise NotInjectedError(f"no {name} is running")
+    if not _until(lambda: world.servers[server].generation > generation, 60):
+        world.checker.violated("engine death", f"the server lives on without its {name}")
+    _until_back(world, server)
 
 
 def _in_a_push(world: World, server: int, random: Random, action: Callable[[], object]) -> None:

@@ -37,7 +37,11 @@ class Impostor:
             def log_message(self, *_: Any) -> None:
                 return
 
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: Any) -> None:
+                return  # its connections are reset, as all others are
+
         self.asked = asked
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -50,13 +50,14 @@ class Disk:
         self.folder, self._ballast = folder, folder / "ballast"
         _run("mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder))
 
-    def fill(self) -> None:
-        """Leave no byte."""
-        with self._ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+    def fill(self, but: int) -> None:
+        """Leave so many bytes."""
+        with self._ballast.open("wb", buffering=0) as stream:
             for size in (2**20, 2**12):
                 with contextlib.suppress(OSError):
                     while True:
                         stream.write(bytes(size))
+            stream.truncate(max(stream.tell() - but, 0))
 
     def free(self) -> None:
         """As it was."""

@@ -96,7 +96,7 @@ class World:
         self.other = None if options.quick else self._server("another-model", free_port(), self._another_model())
         host = self.network.host if self.network else "127.0.0.1"
         command = [sys.executable, "-m", "tests.chaos.proxy", str(self.folder), host, *map(str, self.ports)]
-        proxy = subprocess.Popen(command, cwd=REPOSITORY)
+        proxy = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
         self._open.callback(proxy.kill)
         self.control = Control(self.folder)
         reference = Reference(self.model, self.control.pushed)
