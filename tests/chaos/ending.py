@@ -30,7 +30,7 @@ def _prompts(world: World) -> None:
     trained = {}
     for step in range(1, world.options.steps + 1):
         path = world.output / "completions" / f"completions_{step:05d}.parquet"
-        trained[step] = Counter(pandas.read_parquet(path)["prompt"]) if path.is_file() else Counter()
+        trained[step] = Counter(_prompts_of(path)) if path.is_file() else Counter()
         sizes = sorted(trained[step].values())
         require("I5", sizes == [4] * BATCH, f"step {step} trained on groups of {sizes}")
     for first in range(1, world.options.steps + 1, epoch):
@@ -42,6 +42,12 @@ def _prompts(world: World) -> None:
         require("I5", whole, f"steps {first} to {last - 1} trained on {len(seen)} of {PROMPTS} prompts")
 
 
+def _prompts_of(path: Path) -> list[str]:
+    """The prompt of each completion; a conversation as its text."""
+    prompts = pandas.read_parquet(path)["prompt"]
+    return [p if isinstance(p, str) else "\n".join(message["content"] for message in p) for p in prompts]
+
+
 def _adapter(world: World) -> None:
     """The final adapter can be read, is finite, and is what was pushed last."""
     final = load_file(world.output / "adapter" / "adapter_model.safetensors")
@@ -51,8 +57,3 @@ def _adapter(world: World) -> None:
     same = all(torch.equal(final[PEFT_PREFIX + name], tensor) for name, tensor in pushed.items())
     right = step == world.options.steps and bool(pushed) and same
     world.checker.require("adapter", right, f"it is not what was pushed last, as step {step}")
-
-
-def shared_memory() -> set[Path]:
-    """Segments of shared memory on this machine."""
-    return set(Path("/dev/shm").iterdir())

@@ -42,6 +42,33 @@ class Clock:
         self._page[:8] = struct.pack("q", round(seconds * 1e9))
 
 
+class SharedMemory:
+    """In the place of /dev/shm for the processes of one suite, so that what they leave there can be seen."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        _run("mount", "-t", "tmpfs", "tmpfs", str(folder))
+        try:
+            _run(*self.prefix, "true")
+        except (UnavailableError, FileNotFoundError) as error:
+            self.close()
+            raise UnavailableError(f"mount namespaces: {error}") from error
+
+    @property
+    def prefix(self) -> list[str]:
+        """Before a command that is to see it."""
+        return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/shm && exec "$@"', str(self.folder)]
+
+    def left(self) -> list[str]:
+        """What is there now."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def close(self) -> None:
+        """Unmount it."""
+        subprocess.run(["umount", "-l", str(self.folder)], check=False)
+
+
 class Disk:
     """A small disk of its own, which can be filled."""
 

@@ -20,7 +20,7 @@ from tests.chaos.control import Control
 from tests.chaos.invariants import Checker
 from tests.chaos.processes import REPOSITORY, Supervised, belonging, kill
 from tests.chaos.reference import Reference
-from tests.chaos.surroundings import Clock, Disk, Network, UnavailableError
+from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
 from tests.integration.learner_process import COMMON, write_questions
 from tests.integration.server import ENVIRONMENT, free_port
@@ -74,6 +74,7 @@ class World:
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
         self.network = self._have("network", lambda: Network(str(options.seed)))
         self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
+        self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
         self.output = (self.disk.folder if self.disk else self.folder) / "run"
         self.clocks = {
             name: self._have("clock", lambda name=name: Clock(self.folder, name)) for name in ("server", "learner")
@@ -163,6 +164,11 @@ class World:
         sessions = [session for process in self._supervised for session in process.sessions]
         left = belonging(f"{self.suite}/", sessions)
         self.checker.require("orphans", not left, f"left behind at the end: {left}")
+        if self.memory:
+            deadline = time.monotonic() + 10
+            while (segments := self.memory.left()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self.checker.require("shared memory", not segments, f"left behind at the end: {segments}")
 
     def _have(self, name: str, make: Callable[[], Any]) -> Any:
         try:
@@ -205,6 +211,7 @@ class World:
             else:
                 self._problems.append(problem)
 
+        command = [*(self.memory.prefix if self.memory else []), *command]
         process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report)
         self._open.callback(self._end, process)
         self._supervised.append(process)
