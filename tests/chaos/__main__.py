@@ -9,7 +9,6 @@ import argparse
 import json
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
+from learner.processes import stop_on_signals
 from tests.chaos import ending
 from tests.chaos.faults import Fault, NotInjectedError, plan
 from tests.chaos.report import Record, say, table
@@ -34,16 +34,17 @@ def main() -> int:
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
     add("--steps", type=int, help="optimizer steps of the training (default: 4 for each fault)")
     add("--servers", type=int, default=1, help="rollout servers")
-    add("--max-staleness", type=int, default=1, help="generation batches that rollouts run ahead")
+    add("--deterministic", action="store_true", help="synchronous, one server; the end is compared with that of a "
+        "training that nothing disturbed")  # fmt: skip
     add("--only", help="only faults whose name holds this")
     add("--json", type=Path, help="write what was seen to this file")
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
     say(f"seed {options.seed}: repeat with --seed {options.seed}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("chaos: stopped by SIGTERM"))
     folder = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
     try:
-        return run(options, folder)
+        with stop_on_signals():
+            return run(options, folder)
     finally:
         if options.keep:
             shutil.copytree(folder, options.keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("control"))
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     """The suite in `folder`."""
     random, began = Random(options.seed), time.monotonic()
     count = 10**6 if options.quick else options.faults
-    world = World(Options(folder, options.seed, 0, options.servers, options.max_staleness, options.quick))
+    world = World(Options(folder, options.seed, 0, options.servers, options.quick, options.deterministic))
     missing = {*world.unavailable, *(["other"] if options.quick else [])}
     for name, why in world.unavailable.items():
         say(f"left out, what needs {name}: {why}")
@@ -65,8 +66,10 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     with world:
         records = disturb(world, faults, random)
         ended = finish(world)
-        world.close()
         world.checker.stop()
+        if ended and options.deterministic:
+            ending.same_bytes(world)
+        world.close()
         if ended:
             ending.check(world)
         seconds, violations = time.monotonic() - began, world.checker.violations

@@ -18,10 +18,17 @@ def check(world: World) -> None:
     """Steps, prompts, adapter, and what is left behind."""
     require, steps, summary = world.checker.require, world.options.steps, world.summary()
     require("steps", summary["steps"] == summary["pushes"] == steps, f"{summary} instead of {steps} steps and pushes")
-    require("I6", set(summary["lags"]) <= {str(lag) for lag in range(world.options.max_staleness + 1)},
+    require("I6", set(summary["lags"]) <= {str(lag) for lag in range(world.options.staleness + 1)},
             f"lags {summary['lags']}")  # fmt: skip
     _prompts(world)
     _adapter(world)
+
+
+def same_bytes(world: World) -> None:
+    """A deterministic training that was disturbed ends with the bytes of one that was not."""
+    name = Path("adapter", "adapter_model.safetensors")
+    disturbed = (world.output / name).read_bytes()
+    world.checker.require("same bytes", (world.undisturbed() / name).read_bytes() == disturbed, "the adapters differ")
 
 
 def _prompts(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -49,8 +50,13 @@ class Options:
     seed: int
     steps: int
     servers: int = 1
-    max_staleness: int = 1
     quick: bool = False
+    deterministic: bool = False
+
+    @property
+    def staleness(self) -> int:
+        """Generation batches that rollouts run ahead."""
+        return 0 if self.deterministic else 1
 
 
 class World:
@@ -103,13 +109,14 @@ class World:
         reference = Reference(self.model, self.control.pushed)
         self.checker = Checker(
             [self.url(i) for i in range(options.servers)], RUN_ID, reference, self.control.receipts,
-            self.output / "metrics.jsonl", options.max_staleness, during=lambda: self.during,
+            self.output / "metrics.jsonl", options.staleness, during=lambda: self.during,
         )  # fmt: skip
         for problem in self._problems:
             self.checker.violated("orphans", problem)
         self._wait_ready()
         urls = [f"http://{host}:{port}" for port in self.control("ports")]
-        self.learner = self._supervise("learner", self._learner_command(urls), self._learner_environment())
+        command = [*(self.network.prefix if self.network else []), *self.training(urls, self.output)]
+        self.learner = self._supervise("learner", command, self._learner_environment())
         self.checker.start()
         self._open.callback(self.checker.stop)
 
@@ -157,6 +164,15 @@ class World:
         finally:
             kill(pids, SIGCONT)
 
+    def undisturbed(self) -> Path:
+        """The same training once more, in peace: its folder."""
+        output = self.folder / "undisturbed"
+        command = [*self.training([self.url(0)], output), "--takeover", "true"]
+        environment = {**os.environ, **self._learner_environment()}
+        with (self.folder / "undisturbed.log").open("wb") as log:
+            subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log, timeout=600, check=True)
+        return output
+
     def close(self) -> None:
         """End everything that runs; what is left is a violation."""
         for process in reversed(self._supervised):
@@ -187,17 +203,10 @@ class World:
         command = [
             sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), *SERVER_FLAGS,
             "--push-timeout", str(SERVER_PUSH_S), "--drain-seconds", "5", "--slots-per-run", "3",
+            *(["--deterministic"] if self.options.deterministic else []),
         ]  # fmt: skip
         clock = self.clocks["server"]
         return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}))
-
-    def _learner_command(self, urls: list[str]) -> list[str]:
-        return [
-            *(self.network.prefix if self.network else []), sys.executable, "-m", "learner.cli", "train",
-            "--rollout_url", *urls, "--model_name_or_path", str(self.model), "--task", str(self.task),
-            "--output_dir", str(self.output), *COMMON, *LEARNER_FLAGS,
-            "--max_steps", str(self.options.steps), "--max_staleness", str(self.options.max_staleness),
-        ]  # fmt: skip
 
     def _learner_environment(self) -> dict[str, str]:
         clock = self.clocks["learner"]
@@ -230,6 +239,16 @@ class World:
                 if time.monotonic() > deadline or server.exits:
                     raise RuntimeError(f"{server.name} does not get ready:\n{server.tail()}")
                 time.sleep(0.3)
+
+    def training(self, urls: list[str], output: Path) -> list[str]:
+        """The learner's command."""
+        options = self.options
+        return [
+            sys.executable, "-m", "learner.cli", "train", "--rollout_url", *urls,
+            "--model_name_or_path", str(self.model), "--task", str(self.task), "--output_dir", str(output),
+            *COMMON, *LEARNER_FLAGS, "--max_steps", str(options.steps), "--max_staleness", str(options.staleness),
+            "--deterministic", str(options.deterministic).lower(),
+        ]  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
         """The learner's own."""
