@@ -64,6 +64,7 @@ class World:
 
     Attributes:
         unavailable: what this machine does not permit, by the name of what it would have been.
+        places: where the learner reads its servers from, if there are several.
         during: name of the present fault.
     """
 
@@ -76,6 +77,9 @@ class World:
         self._open = contextlib.ExitStack()
         self._problems: list[str] = []
         self._supervised: list[Supervised] = []
+        self.places = self.folder / "servers" if options.servers > 1 else None
+        if not self.places:
+            self.unavailable["fleet"] = "there is one server (--servers)"
         self.model = make_tiny_model(self.folder / "model", seed=0)
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
         self.network = self._have("network", lambda: Network(str(options.seed)))
@@ -114,7 +118,9 @@ class World:
         for problem in self._problems:
             self.checker.violated("orphans", problem)
         self._wait_ready()
-        urls = [f"http://{host}:{port}" for port in self.control("ports")]
+        self.urls = [f"http://{host}:{port}" for port in self.control("ports")]
+        self.list_servers()
+        urls = [f"file:{self.places}"] if self.places else self.urls
         command = [*(self.network.prefix if self.network else []), *self.training(urls, self.output)]
         self.learner = self._supervise("learner", command, self._learner_environment())
         self.checker.start()
@@ -128,6 +134,13 @@ class World:
     def url(self, index: int) -> str:
         """A server itself, past the proxy."""
         return f"http://127.0.0.1:{self.ports[index]}"
+
+    def list_servers(self, but: int | None = None) -> None:
+        """Tell the learner which servers there are, where it reads that from a file."""
+        if self.places:
+            whole = self.places.with_suffix(".tmp")
+            whole.write_text("".join(f"{url}\n" for i, url in enumerate(self.urls) if i != but))
+            whole.replace(self.places)
 
     @property
     def lease(self) -> Path:
