@@ -80,6 +80,8 @@ def run(options: argparse.Namespace, folder: Path) -> int:
         seconds, violations = time.monotonic() - began, world.checker.violations
         text, ok = table(records, world, seconds)
         print(text, flush=True)
+        if len(records) < len(faults):
+            print(f"only {len(records)} of {len(faults)} faults came before the end: give more --steps", flush=True)
         if options.json:
             document = {
                 "seed": options.seed, "seconds": seconds, "steps": world.options.steps, "servers": options.servers,
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                 "server_exits": {server.name: server.exits for server in world.servers},
             }  # fmt: skip
             options.json.write_text(json.dumps(document, indent=1))
-    return 0 if ok and ended else 1
+    return 0 if ok and ended and len(records) == len(faults) else 1
 
 
 def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:

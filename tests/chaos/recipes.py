@@ -30,8 +30,9 @@ class NotInjectedError(Exception):
 
 def kill_learner(world: World, server: int, random: Random) -> None:
     time.sleep(random.uniform(0, 2))
+    generation = world.learner.generation
     world.learner.kill()
-    _until(lambda: world.learner.exits and world.learner.exits[-1][0] == world.learner.generation, 10)
+    _until(lambda: world.learner.generation > generation, 60)
 
 
 def kill_learner_in_a_push(world: World, server: int, random: Random) -> None:
