@@ -22,6 +22,8 @@ def check(world: World) -> None:
             f"lags {summary['lags']}")  # fmt: skip
     _prompts(world)
     _adapter(world)
+    for invariant in ("I1", "I2", "I3", "I4", "I5", "I6"):
+        require("checks", world.checker.checks.get(invariant, 0) >= steps // 4, f"{invariant} was hardly ever checked")
 
 
 def same_bytes(world: World) -> None:
