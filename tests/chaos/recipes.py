@@ -141,7 +141,8 @@ def silence_too_long(world: World, server: int, random: Random) -> None:
 
 def half_open(world: World, server: int, random: Random) -> None:
     """What is under way never arrives; new connections work. Over when the learner's deadline is."""
-    world.control("half_open", server=server)
+    if not world.control("half_open", server=server):
+        raise NotInjectedError("there is no connection")
     time.sleep(TOO_LONG_S)
 
 
