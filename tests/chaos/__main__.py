@@ -21,9 +21,8 @@ import httpx
 from learner.processes import stop_on_signals
 from tests.chaos import ending
 from tests.chaos.faults import Fault, plan
-from tests.chaos.recipes import NotInjectedError
 from tests.chaos.report import Record, say, table
-from tests.chaos.world import Options, World
+from tests.chaos.world import NotInjectedError, Options, World
 
 _BEGIN_S, _END_S = 180.0, 180.0
 

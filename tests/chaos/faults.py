@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from tests.chaos import recipes
+from tests.chaos import pushes, recipes
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ FAULTS = [
     Fault("connections: reset inside a push", recipes.cut_a_push, 10, quick=1),
     Fault("wire: cut", recipes.cut_the_wire, 6, quick=1, needs="network"),
     Fault("wire: cut past deadlines", recipes.cut_the_wire_too_long, 2, needs="network"),
-    Fault("push: truncated", recipes.truncated_push, 6, quick=1),
-    Fault("push: hung up in the middle", recipes.half_a_push, 6, quick=1),
-    Fault("push: flipped bit", recipes.flipped_bit, 6, quick=1),
-    Fault("push: repeated", recipes.repeated_push, 6, quick=1),
-    Fault("push: older", recipes.older_push, 6, quick=1),
-    Fault("push: stale fence", recipes.stale_fence, 6, quick=1),
-    Fault("push: a stranger's lease", recipes.strangers_push, 4, quick=1),
+    Fault("push: truncated", pushes.truncated_push, 6, quick=1),
+    Fault("push: hung up in the middle", pushes.half_a_push, 6, quick=1),
+    Fault("push: flipped bit", pushes.flipped_bit, 6, quick=1),
+    Fault("push: repeated", pushes.repeated_push, 6, quick=1),
+    Fault("push: older", pushes.older_push, 6, quick=1),
+    Fault("push: stale fence", pushes.stale_fence, 6, quick=1),
+    Fault("push: a stranger's lease", pushes.strangers_push, 4, quick=1),
     Fault("disk full", recipes.full_disk, 3, needs="disk"),
     Fault("clock of the learner jumps", recipes.learner_clock_jumps, 6, quick=1, needs="clock"),
     Fault("clock of the servers jumps", recipes.server_clock_jumps, 6, quick=1, needs="clock"),

@@ -42,6 +42,10 @@ LEARNER_FLAGS = [
 ]  # fmt: skip
 
 
+class NotInjectedError(Exception):
+    """There was nothing to break just now."""
+
+
 @dataclass
 class Options:
     """What the suite is started with."""

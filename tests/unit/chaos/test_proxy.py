@@ -17,8 +17,8 @@ import pytest
 from shared.adapter_file import Layout, lay_out
 from shared.weights import AdapterManifest, ModuleSpec, PushReceipt, WeightVersion
 from tests.chaos.control import Control
+from tests.chaos.forgery import reversioned
 from tests.chaos.processes import REPOSITORY
-from tests.chaos.pushes import reversioned
 
 MANIFEST = AdapterManifest(
     version=WeightVersion(run_id="run", fence=2, step=7), base_weights=None, dtype="float32",
