@@ -67,7 +67,9 @@ class History:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        whole = self.path.with_suffix(".tmp")  # a kill or a full disk must not cost what is there
+        whole.write_text("".join(line + "\n" for line in kept))
+        whole.replace(self.path)
 
     def add(self, report: StepReport) -> None:
         """Append one step."""

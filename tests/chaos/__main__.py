@@ -1,0 +1,152 @@
+"""`make chaos`: a real training run, disturbed by a seeded random schedule of faults until it has ended.
+
+python -m tests.chaos [--quick] [--faults N] [--seed N] [--steps N] [--servers K] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+import httpx
+
+from learner.processes import stop_on_signals
+from tests.chaos import ending
+from tests.chaos.faults import Fault, plan
+from tests.chaos.report import Record, say, table
+from tests.chaos.world import NotInjectedError, Options, World
+
+_BEGIN_S, _END_S = 180.0, 180.0
+
+
+def main() -> int:
+    """Run the suite. Answers the exit code: 0 only without violations and with every fault injected."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
+    add("--faults", type=int, default=210, help="how many faults (not with --quick)")
+    add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
+    add("--steps", type=int, help="optimizer steps of the training (default: 5 to 15 for each fault)")
+    add("--servers", type=int, default=1, help="rollout servers")
+    add("--deterministic", action="store_true", help="synchronous, one server; the end is compared with that of a "
+        "training that nothing disturbed")  # fmt: skip
+    add("--only", help="only faults whose name holds this")
+    add("--json", type=Path, help="write what was seen to this file")
+    add("--keep", type=Path, help="keep logs and checkpoints in this folder")
+    options = parser.parse_args()
+    say(f"seed {options.seed}: repeat with --seed {options.seed}")
+    folder = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
+    try:
+        with stop_on_signals():
+            return run(options, folder)
+    finally:
+        if options.keep:
+            shutil.copytree(folder, options.keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("control"))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    """The suite in `folder`."""
+    random, began = Random(options.seed), time.monotonic()
+    count = 10**6 if options.quick else options.faults
+    world = World(Options(folder, options.seed, 0, options.servers, options.quick, options.deterministic))
+    missing = {*world.unavailable, *(["other"] if options.quick else [])}
+    for name, why in world.unavailable.items():
+        say(f"left out, what needs {name}: {why}")
+    faults = plan(random, count, quick=options.quick, missing=missing)
+    if options.only:
+        faults = [fault for fault in faults if options.only in fault.name]
+    # With several servers the training goes on during most faults.
+    pace = 5 if options.quick else 7 if options.servers == 1 else 15
+    world.options.steps = options.steps or pace * len(faults) + 10
+    with world:
+        records = disturb(world, faults, random)
+        ended = finish(world)
+        world.checker.stop()
+        if ended and options.deterministic:
+            ending.same_bytes(world)
+        world.close()
+        if ended:
+            ending.check(world)
+        seconds, violations = time.monotonic() - began, world.checker.violations
+        text, ok = table(records, world, seconds)
+        print(text, flush=True)
+        if len(records) < len(faults):
+            print(f"only {len(records)} of {len(faults)} faults came before the end: give more --steps", flush=True)
+        if options.json:
+            document = {
+                "seed": options.seed, "seconds": seconds, "steps": world.options.steps, "servers": options.servers,
+                "faults": [asdict(record) for record in records], "violations": [asdict(v) for v in violations],
+                "checks": world.checker.checks, "largest_gap": world.checker.largest_gap,
+                "left_out": world.unavailable, "learner_exits": world.learner.exits,
+                "server_exits": {server.name: server.exits for server in world.servers},
+            }  # fmt: skip
+            options.json.write_text(json.dumps(document, indent=1))
+    return 0 if ok and ended and len(records) == len(faults) else 1
+
+
+def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:
+    """Inject one fault after the other, spread over the training's steps; each must be got over."""
+    records: list[Record] = []
+    if world.progress(time.monotonic(), _BEGIN_S) is None:
+        world.checker.violated("hang", f"the training does not begin:\n{world.learner.tail()}")
+        return records
+    for number, fault in enumerate(faults):
+        if not _reach(world, number * world.options.steps // len(faults)):
+            break
+        own, server = Random(random.random()), random.randrange(world.options.servers)
+        time.sleep(own.uniform(0, 0.5))
+        record = _inject(world, fault, server, own)
+        records.append(record)
+        say(f"{number + 1}/{len(faults)} step {world.step()}  {record}")
+    world.during = "the end"
+    return records
+
+
+def _reach(world: World, step: int) -> bool:
+    """Wait for a step; False if the training has ended, or does not go on."""
+    while world.step() < step and not world.learner.done.is_set():
+        if world.progress(time.monotonic(), 90.0) is None:
+            world.checker.violated("hang", f"no step for 90 s without a fault:\n{world.learner.tail()}")
+            return False
+    return not world.learner.done.is_set()
+
+
+def _inject(world: World, fault: Fault, server: int, random: Random) -> Record:
+    world.during, began = fault.name, time.monotonic()
+    generation, violations = world.learner.generation, len(world.checker.violations)
+    try:
+        fault.recipe(world, server, random)
+    except (NotInjectedError, httpx.HTTPError) as error:  # among several servers one may be away just now
+        return Record(fault.name, server, injected=False, note=f"{type(error).__name__}: {error}")
+    lifted = time.monotonic()
+    recovery = world.progress(lifted, fault.limit_s)
+    if recovery is None:
+        world.checker.violated("hang", f"no step within {fault.limit_s:.0f} s:\n{world.learner.tail()}")
+        world.learner.kill()
+    return Record(
+        fault.name, server, True, lasted=lifted - began, recovery=recovery,
+        learner_restarts=world.learner.generation - generation,
+        violations=len(world.checker.violations) - violations,
+    )  # fmt: skip
+
+
+def finish(world: World) -> bool:
+    """Wait for the training's end."""
+    while not world.learner.done.is_set():
+        if world.progress(time.monotonic(), _END_S) is None:
+            world.checker.violated("hang", f"the training does not end:\n{world.learner.tail()}")
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

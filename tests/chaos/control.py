@@ -1,0 +1,40 @@
+"""The suite's side of the proxy."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+
+class Control:
+    """Asks the proxy for what `tests.chaos.proxy.Link` can do, and for what it has seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._folder = folder / "control", folder
+        self._receipts: list[dict[str, Any]] = []
+
+    def __call__(self, do: str, **arguments: Any) -> Any:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(arguments.get("timeout", 0) + 30.0)
+            connection.connect(str(self._path))
+            stream = connection.makefile("rwb")
+            stream.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            stream.flush()
+            return json.loads(stream.readline())
+
+    def receipts(self) -> list[dict[str, Any]]:
+        """Every receipt that was on its way to the learner by now."""
+        known = list(self._receipts)
+        known += self("receipts", since=len(known))
+        self._receipts = known
+        return known
+
+    def pushed(self) -> dict[tuple[int, int], Path]:
+        """The last adapters that the learner has sent, by fence and step."""
+        found = {}
+        for path in sorted((self._folder / "pushes").glob("*.blob")):
+            fence, step = path.stem.split(".")
+            found[int(fence), int(step)] = path
+        return found

@@ -1,0 +1,85 @@
+"""The faults: what may happen to a training, how often, and how soon it must be got over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tests.chaos import pushes, recipes
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault.
+
+    Attributes:
+        share: how often it comes, in relation to the others.
+        quick: how often in the short suite.
+        limit_s: how long the training may take for its next step once the fault is over.
+        needs: what of the world it needs.
+    """
+
+    name: str
+    recipe: recipes.Recipe
+    share: int
+    quick: int = 0
+    limit_s: float = 90.0
+    needs: str = ""
+
+
+FAULTS = [
+    Fault("learner: kill -9", recipes.kill_learner, 5),
+    Fault("learner: kill -9 inside a push", recipes.kill_learner_in_a_push, 6, quick=1),
+    Fault("server: kill -9", recipes.kill_server, 2, limit_s=120),
+    Fault("server: kill -9 inside a push", recipes.kill_server_in_a_push, 2, quick=1, limit_s=120),
+    Fault("engine: kill -9", recipes.kill_part(recipes.the_engine), 2, limit_s=120),
+    Fault("engine's worker: kill -9", recipes.kill_part(recipes.its_worker), 2, limit_s=120),
+    Fault("reward worker: kill -9", recipes.kill_child_of_learner, 8, quick=1),
+    Fault("server: SIGSTOP", recipes.stop(recipes.the_server), 9, quick=1),
+    Fault("server: SIGSTOP past deadlines", recipes.stop(recipes.the_server, too_long=True), 3),
+    Fault("engine: SIGSTOP", recipes.stop(recipes.the_engine), 9, quick=1),
+    Fault("engine: SIGSTOP past deadlines", recipes.stop(recipes.the_engine, too_long=True), 3),
+    Fault("engine's worker: SIGSTOP", recipes.stop(recipes.its_worker), 9, quick=1),
+    Fault("engine's worker: SIGSTOP past deadlines", recipes.stop(recipes.its_worker, too_long=True), 3),
+    Fault("learner: SIGSTOP", recipes.stop(recipes.the_learner), 9, quick=1),
+    Fault("learner: SIGSTOP past deadlines", recipes.stop(recipes.the_learner, too_long=True), 3),
+    Fault("connections: reset", recipes.reset_connections, 14, quick=1),
+    Fault("connections: reset again and again", recipes.reset_again_and_again, 8, quick=1),
+    Fault("connections: refused", recipes.refuse_connections, 8, quick=1),
+    Fault("connections: delayed", recipes.delay, 8, quick=1),
+    Fault("connections: silent", recipes.silence, 8, quick=1),
+    Fault("connections: silent past deadlines", recipes.silence_too_long, 3),
+    Fault("connections: half-open", recipes.half_open, 3),
+    Fault("connections: answer truncated", recipes.cut_answers, 12, quick=1),
+    Fault("connections: request truncated", recipes.cut_requests, 10, quick=1),
+    Fault("connections: reset inside a push", recipes.cut_a_push, 10, quick=1),
+    Fault("wire: cut", recipes.cut_the_wire, 6, quick=1, needs="network"),
+    Fault("wire: cut past deadlines", recipes.cut_the_wire_too_long, 2, needs="network"),
+    Fault("push: truncated", pushes.truncated_push, 6, quick=1),
+    Fault("push: hung up in the middle", pushes.half_a_push, 6, quick=1),
+    Fault("push: flipped bit", pushes.flipped_bit, 6, quick=1),
+    Fault("push: repeated", pushes.repeated_push, 6, quick=1),
+    Fault("push: older", pushes.older_push, 6, quick=1),
+    Fault("push: stale fence", pushes.stale_fence, 6, quick=1),
+    Fault("push: a stranger's lease", pushes.strangers_push, 4, quick=1),
+    Fault("disk full", recipes.full_disk, 3, needs="disk"),
+    Fault("clock of the learner jumps", recipes.learner_clock_jumps, 6, quick=1, needs="clock"),
+    Fault("clock of the servers jumps", recipes.server_clock_jumps, 6, quick=1, needs="clock"),
+    Fault("server: off the list for a while", recipes.leave_the_list, 6, needs="fleet"),
+    Fault("another version at its address", recipes.another_version_at_its_address, 3, limit_s=150),
+    Fault("another model at its address", recipes.another_model_at_its_address, 2, limit_s=150, needs="other"),
+]
+
+
+def plan(random: Random, count: int, *, quick: bool, missing: set[str]) -> list[Fault]:
+    """Which faults come, in which order. With `quick` their number is the table's."""
+    known = [fault for fault in FAULTS if fault.needs not in missing]
+    if quick:
+        chosen = [fault for fault in known for _ in range(fault.quick)]
+    else:
+        total = sum(fault.share for fault in known)
+        chosen = [fault for fault in known for _ in range(max(round(count * fault.share / total), 1))]
+        cheap = [fault for fault in known if fault.share >= 9]
+        chosen += [random.choice(cheap) for _ in range(count - len(chosen))]
+    random.shuffle(chosen)
+    return chosen[:count]

@@ -1,0 +1,50 @@
+"""Pushes as a broken network, a broken learner or a former one might send them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from random import Random
+from urllib.parse import urlsplit
+
+import httpx
+
+from learner.client import LEASE_HEADER
+from shared.adapter_file import MANIFEST_KEY
+
+
+def reversioned(blob: bytes, fence: int, step: int) -> bytes:
+    """The blob as another version's; its checksum covers the tensors only."""
+    length = int.from_bytes(blob[:8], "little")
+    document = json.loads(blob[8 : 8 + length])
+    manifest = json.loads(document["__metadata__"][MANIFEST_KEY])
+    manifest["version"] |= {"fence": fence, "step": step}
+    document["__metadata__"][MANIFEST_KEY] = json.dumps(manifest)
+    header = json.dumps(document).encode()
+    return len(header).to_bytes(8, "little") + header + blob[8 + length :]
+
+
+def flip_a_bit(blob: bytes, random: Random) -> bytes:
+    """One bit of one tensor."""
+    start = 8 + int.from_bytes(blob[:8], "little")
+    place = random.randrange(start, len(blob))
+    return blob[:place] + bytes([blob[place] ^ 1 << random.randrange(8)]) + blob[place + 1 :]
+
+
+def send(url: str, run_id: str, lease: Path, blob: bytes, *, secret: str | None = None) -> httpx.Response:
+    """One push, straight to a server; `secret` in the place of the lease's own."""
+    secret = secret or json.loads(lease.read_text())["secret"]
+    path = f"{url}/v1/runs/{run_id}/adapter"
+    return httpx.put(path, content=blob, headers={LEASE_HEADER: secret}, timeout=30.0)
+
+
+def send_half(url: str, run_id: str, lease: Path, blob: bytes, share: float) -> None:
+    """Announce the whole body, send a share of it, and hang up."""
+    secret, address = json.loads(lease.read_text())["secret"], urlsplit(url)
+    head = (
+        f"PUT /v1/runs/{run_id}/adapter HTTP/1.1\r\nhost: {address.netloc}\r\n{LEASE_HEADER}: {secret}\r\n"
+        f"content-length: {len(blob)}\r\n\r\n"
+    )
+    with socket.create_connection((address.hostname or "", address.port or 80), timeout=10) as connection:
+        connection.sendall(head.encode() + blob[: round(len(blob) * share)])

@@ -1,0 +1,211 @@
+"""Invariants of DESIGN.md, checked from outside, on the servers' own ports, all through the run."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from tests.chaos.reference import Reference, Version
+
+PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
+PROMPTS = [[5, 17, 99], [260, 41, 33, 270, 8]]
+#: Nats between float32 on the server and float32 here.
+TOLERANCE = 1e-3
+_PROBE_TIMEOUT_S = 5.0
+_EVERY_S = 0.7
+
+
+@dataclass
+class Violation:
+    """What was seen that must not be."""
+
+    invariant: str
+    what: str
+    during: str
+    seconds: float
+
+
+@dataclass
+class Checker:
+    """Asks every server again and again, and looks at what the learner logs.
+
+    Args:
+        urls: of the servers themselves, past the proxy.
+        receipts: what has reached the learner so far.
+        history: the learner's metrics.jsonl.
+        during: name of the present fault.
+
+    Attributes:
+        checks: how often each invariant was checked.
+    """
+
+    urls: list[str]
+    run_id: str
+    reference: Reference
+    receipts: Callable[[], list[dict[str, Any]]]
+    history: Path
+    max_staleness: int
+    during: Callable[[], str]
+    violations: list[Violation] = field(default_factory=list)
+    checks: dict[str, int] = field(default_factory=dict)
+    largest_gap: float = 0.0
+    #: when each step was seen in the history, with what is logged of it
+    steps: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._http = [httpx.Client(base_url=url, timeout=_PROBE_TIMEOUT_S) for url in self.urls]
+        self._scores: dict[str, list[float]] = {}  # by checksum
+        self._served: dict[str, Version] = {}  # newest by epoch
+        self._checksums: dict[Version, str] = {}
+        self._seen: set[str] = set()
+        self._threads = [threading.Thread(target=self._repeat, args=(i,), daemon=True) for i in range(len(self.urls))]
+        self._threads.append(threading.Thread(target=self._follow_history, daemon=True))
+
+    def start(self) -> None:
+        """Check from now on."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Look one last time, and end."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def violated(self, invariant: str, what: str) -> None:
+        """Keep it and say it."""
+        with self._lock:
+            self.violations.append(Violation(invariant, what, self.during(), time.monotonic() - self._began))
+        print(f"VIOLATION of {invariant} ({self.during()}): {what}", flush=True)
+
+    def require(self, invariant: str, holds: bool, what: str) -> None:
+        """Count a check; `what` is said if it fails."""
+        with self._lock:
+            self.checks[invariant] = self.checks.get(invariant, 0) + 1
+        if not holds:
+            self.violated(invariant, what)
+
+    def _repeat(self, index: int) -> None:
+        while not self._stopping.wait(_EVERY_S):
+            try:
+                self.look(index)
+            except (httpx.HTTPError, OSError):  # it is away, or stopped: what it answers next is looked at
+                continue
+
+    def look(self, index: int) -> None:
+        """Check one server once."""
+        floors: dict[str, Version] = {}
+        for receipt in self.receipts():
+            version = (receipt["fence"], receipt["step"])
+            floors[receipt["epoch"]] = max(floors.get(receipt["epoch"], version), version)
+            self._one_checksum(version, receipt["checksum"])
+        http = self._http[index]
+        state = http.get("/v1/state")
+        if state.status_code != 200:
+            return
+        document = state.json()
+        run = next((run for run in document["runs"] if run["run_id"] == self.run_id and run["version"]), None)
+        if run is None:
+            self.require("I2", document["epoch"] not in floors, f"server {index} has forgotten its run within an epoch")
+            return
+        version = (run["version"]["fence"], run["version"]["step"])
+        self._one_checksum(version, run["checksum"])
+        announced = self.reference.checksum(version)
+        self.require("I3", announced in (None, run["checksum"]), f"{version} is served with other bytes than were sent")
+        self._not_older(document["epoch"], version, floors, "state")
+        self._generate(http, floors)
+        self._score(http, floors)
+
+    def _one_checksum(self, version: Version, checksum: str) -> None:
+        known = self._checksums.setdefault(version, checksum)
+        self.require("I3", known == checksum, f"{version} has two checksums: {known} and {checksum}")
+
+    def _not_older(self, epoch: str, version: Version, floors: dict[str, Version], route: str) -> None:
+        """Of what was acknowledged, or seen, before the request."""
+        with self._lock:
+            floor = max(floors.get(epoch, (0, 0)), self._served.get(epoch, (0, 0)))
+            if route == "state":
+                self._served[epoch] = max(floor, version)
+        self.require("I2", version >= floor, f"{route} answers {version} in epoch {epoch} after {floor}")
+
+    def _generate(self, http: httpx.Client, floors: dict[str, Version]) -> None:
+        body = {
+            "run_id": self.run_id, "prompts": [{"token_ids": ids} for ids in PROMPTS],
+            "sampling": {"n": 2, "max_tokens": 12, "temperature": 1.0},
+        }  # fmt: skip
+        answer = http.post("/v1/generate", json=body)
+        if answer.status_code != 200:
+            return
+        document = answer.json()
+        for group in document["groups"]:
+            for completion in group["completions"]:
+                tokens, spans = completion["token_ids"], completion["spans"]
+                ends = [0] + [span["end"] for span in spans]
+                contiguous = [span["start"] for span in spans] == ends[:-1] and ends[-1] == len(tokens)
+                whole = contiguous and all(span["version"] and span["end"] > span["start"] for span in spans)
+                self.require("I1", whole, f"spans {spans} for {len(tokens)} tokens")
+                for span in spans if whole else ():
+                    version = (span["version"]["fence"], span["version"]["step"])
+                    self._not_older(document["epoch"], version, floors, "generate")
+                    start, end = span["start"], span["end"]
+                    sequence, first = group["prompt_token_ids"] + tokens[:end], len(group["prompt_token_ids"]) - 1
+                    self._equal(version, sequence, completion["logprobs"][start:end], first + start)
+
+    def _score(self, http: httpx.Client, floors: dict[str, Version]) -> None:
+        answer = http.post("/v1/score", json={"run_id": self.run_id, "sequences": [PROBE]})
+        if answer.status_code != 200:
+            return
+        document = answer.json()
+        version, scores = (document["version"]["fence"], document["version"]["step"]), document["logprobs"][0]
+        self._not_older(document["epoch"], version, floors, "score")
+        self._equal(version, PROBE, scores, 0)
+        checksum = self._checksums.get(version)
+        if checksum is not None:
+            before = self._scores.setdefault(checksum, scores)
+            gap = max(abs(a - b) for a, b in zip(before, scores, strict=True))
+            self.require("I3", gap <= TOLERANCE, f"scores of {version} moved by {gap:.2e} while its bytes did not")
+
+    def _equal(self, version: Version, sequence: list[int], served: list[float], first: int) -> None:
+        with self._lock:  # one model for all threads
+            own = self.reference.logprobs(version, sequence)
+        if own is None:
+            return
+        gap = (own[first : first + len(served)] - torch.tensor(served)).abs().max().item()
+        self.largest_gap = max(self.largest_gap, gap)
+        self.require("I4", gap <= TOLERANCE, f"logprobs of {version} differ by {gap:.2e} from a recomputation")
+
+    def _follow_history(self) -> None:
+        """Every step that the learner reports, those of histories that were left included."""
+        while True:
+            last = self._stopping.is_set()
+            lines = self.history.read_text(errors="replace").splitlines() if self.history.is_file() else []
+            for line in lines:
+                if line.endswith("}"):
+                    self._saw_step(line)
+            if last:
+                return
+            time.sleep(0.1)
+
+    def _saw_step(self, line: str) -> None:
+        if line in self._seen:
+            return
+        try:
+            step = json.loads(line)
+        except ValueError:  # being written just now, or cut short by a full disk
+            return
+        self._seen.add(line)
+        self.steps.append((time.monotonic(), step))
+        self.require("I6", step["lag"] <= self.max_staleness, f"step {step['step']} trained on lag {step['lag']}")
+        gap = step["logprob_gap"]
+        self.require("I4", gap is not None and gap <= TOLERANCE, f"step {step['step']}: the learner's proof says {gap}")

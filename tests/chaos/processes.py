@@ -1,0 +1,164 @@
+"""Processes that are started again when they die, and everything that they started themselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+#: In the environment of whatever belongs to a suite: SUITE/NAME/GENERATION.
+MARK = "LOCKSTEP_CHAOS"
+_ORPHANS_MAY_LIVE_S = 30.0
+_BACK_OFF_S = 1.0
+
+
+def belonging(mark: str, sessions: Collection[int]) -> dict[int, str]:
+    """Living processes whose mark begins so, or that are of these sessions, and their names.
+
+    Processes inherit the mark whatever group they are in, but a process that sets its title may overwrite it.
+    """
+    wanted, found = f"\0{MARK}={mark}".encode(), {}
+    for path in Path("/proc").iterdir():
+        if not path.name.isdigit():
+            continue
+        try:
+            state, _, _, session = (path / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            ours = int(session) in sessions or wanted in b"\0" + (path / "environ").read_bytes()
+            if ours and state not in "ZX":
+                found[int(path.name)] = (path / "comm").read_text().strip()
+        except OSError:
+            continue
+    return found
+
+
+def kill(pids: Collection[int], number: signal.Signals = signal.SIGKILL) -> list[int]:
+    """Send a signal to each that still lives; those."""
+    reached = []
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+            reached.append(pid)
+        except ProcessLookupError:
+            continue
+    return reached
+
+
+@dataclass
+class Supervised:
+    """One command that is started again, as it is, whenever it ends other than with 0.
+
+    Args:
+        report: told of children that outlive their parent.
+
+    Attributes:
+        exits: generation, status and last words of each that ended.
+        sessions: each generation has one of its own.
+    """
+
+    suite: str
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    report: Callable[[str], None]
+    exits: list[tuple[int, int, str]] = field(default_factory=list)
+    generation: int = 0
+    sessions: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.started = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._supervise, name=f"supervise-{self.name}", daemon=True)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.done = threading.Event()
+
+    @property
+    def mark(self) -> str:
+        """Of the present generation."""
+        return f"{self.suite}/{self.name}/{self.generation}/"
+
+    @property
+    def pid(self) -> int:
+        """Of the process itself, whatever it was wrapped in."""
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> Supervised:
+        """Start it, and look after it from now on."""
+        self._start()
+        self._thread.start()
+        return self
+
+    def family(self) -> dict[int, str]:
+        """Living processes of the present generation, and their names."""
+        return belonging(self.mark, self.sessions[-1:])
+
+    def children(self, name: str = "") -> list[int]:
+        """Its living children whose name begins so, without itself."""
+        return [pid for pid, comm in self.family().items() if pid != self.pid and comm.startswith(name)]
+
+    def kill(self) -> None:
+        """SIGKILL to the process alone: what becomes of its children is its own business."""
+        kill([self.pid])
+
+    def stop(self) -> None:
+        """End it for good, first politely."""
+        self._stopping.set()
+        if self.process is not None and self.process.poll() is None:
+            kill(self.family(), signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._thread.join()
+
+    def tail(self, characters: int = 2000) -> str:
+        """The end of its log."""
+        with self.log.open("rb") as stream:
+            stream.seek(max(self.log.stat().st_size - characters, 0))
+            return stream.read().decode(errors="replace")
+
+    def _start(self) -> None:
+        self.generation += 1
+        self.started = time.monotonic()
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **self.environment, MARK: self.mark},
+            )  # fmt: skip
+        self.sessions.append(self.process.pid)
+
+    def _supervise(self) -> None:
+        while True:
+            assert self.process is not None
+            status = self.process.wait()
+            self.exits.append((self.generation, status, _last_words(self.tail())))
+            self._look_for_orphans()
+            if status == 0:
+                self.done.set()
+            if status == 0 or self._stopping.wait(_BACK_OFF_S):
+                return
+            self._start()
+
+    def _look_for_orphans(self) -> None:
+        """Children have to go with their parent, without help."""
+        deadline = time.monotonic() + _ORPHANS_MAY_LIVE_S
+        while left := self.family():
+            if time.monotonic() > deadline:
+                self.report(f"{self.name} has left processes behind: {left}")
+                kill(left)
+                return
+            time.sleep(0.2)
+
+
+def _last_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,292 @@
+"""A TCP proxy between learner and rollout servers, in a process of its own, that breaks connections in every way.
+
+It follows the requests just far enough to know pushes and receipts: it can hold a push in its middle, keeps every
+adapter that passes (`FOLDER/pushes/FENCE.STEP.blob`), and remembers every receipt that reaches the learner.
+
+python -m tests.chaos.proxy FOLDER HOST UPSTREAM_PORT...     # controlled over FOLDER/control, see `tests.chaos.control`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import re
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.adapter_file import header_length, parse_header
+
+_PIECE = 4096
+_PUSH = re.compile(rb"PUT /v1/runs/[^/ ]+/adapter ")
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+#: The beginning of a PushReceipt.
+_RECEIPT = re.compile(
+    rb'\{"epoch":"(\w+)","version":\{"run_id":"[^"]+","fence":(\d+),"step":(\d+)\},"install_seq":\d+,"checksum":"(\w+)"'
+)
+_BLOBS_KEPT = 60
+
+
+class Requests:
+    """The requests of one connection, cut into pieces."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._left = 0
+        self.push: bytearray | None = None  #: the body of the push that is passing, as far as it has come
+        self.length = 0
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """`data` again, in pieces that never reach over the end of a request."""
+        while data:
+            if not self._left:
+                known = len(self._head)
+                self._head += data
+                end = self._head.find(b"\r\n\r\n")
+                if end < 0:
+                    yield data
+                    return
+                piece, data = data[: end + 4 - known], data[end + 4 - known :]
+                self._begin(bytes(self._head[: end + 4]))
+                self._head.clear()
+            else:
+                piece, data = data[: min(self._left, _PIECE)], data[min(self._left, _PIECE) :]
+                self._left -= len(piece)
+                if self.push is not None:
+                    self.push += piece
+            yield piece
+
+    def _begin(self, head: bytes) -> None:
+        length = _LENGTH.search(head)
+        self._left = self.length = int(length[1]) if length else 0
+        self.push = bytearray() if _PUSH.match(head) else None
+
+    @property
+    def whole_push(self) -> bytes | None:
+        """The push whose last piece came just now."""
+        whole = self.push is not None and len(self.push) == self.length
+        return bytes(self.push) if whole and self.push else None
+
+
+class Connection:
+    """One connection of the learner, and ours to the server behind it."""
+
+    def __init__(self, *writers: asyncio.StreamWriter) -> None:
+        self.writers = writers
+        self.swallows = False  #: half-open: nothing arrives any more, and nobody is told
+        self.left: list[int | None] = [None, None]  #: bytes that still pass to the server, to the learner
+
+    def abort(self) -> None:
+        """End both sides with a reset."""
+        for writer in self.writers:
+            with contextlib.suppress(OSError):
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+    def close(self) -> None:
+        """End both sides in order."""
+        for writer in self.writers:
+            writer.close()
+
+
+class Link:
+    """The way to one server. Its methods that begin with `do_` are what the suite may ask for."""
+
+    def __init__(self, proxy: Proxy, upstream: int) -> None:
+        self.proxy, self.upstream, self.port = proxy, upstream, 0
+        self.connections: set[Connection] = set()
+        self.delay, self.refuses = 0.0, False
+        self.passing, self.released, self.held = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.passing.set()
+        self.hold_at: float | None = None
+
+    async def serve(self, host: str) -> None:
+        """Listen on a free port."""
+        server = await asyncio.start_server(self._accept, host, 0)
+        self.port = server.sockets[0].getsockname()[1]
+
+    async def do_reset(self) -> int:
+        """Reset every connection there is; how many."""
+        for connection in (connections := list(self.connections)):
+            connection.abort()
+        return len(connections)
+
+    async def do_half_open(self) -> int:
+        """From now on nothing passes over the present connections, without a word; how many."""
+        for connection in self.connections:
+            connection.swallows = True
+        return len(self.connections)
+
+    async def do_refuse(self, on: bool) -> None:
+        """Reset every new connection."""
+        self.refuses = on
+
+    async def do_block(self, on: bool) -> None:
+        """Let nothing pass until told otherwise; what comes meanwhile is delivered then."""
+        (self.passing.clear if on else self.passing.set)()
+
+    async def do_delay(self, seconds: float) -> None:
+        """Keep back everything that comes for so long."""
+        self.delay = seconds
+
+    async def do_cut(self, side: int, after: int) -> None:
+        """End the present connections after so many more bytes to the server (0) or to the learner (1)."""
+        for connection in self.connections:
+            connection.left[side] = after
+
+    async def do_hold(self, at: float, timeout: float) -> bool:
+        """Hold the next push when this share of its body has passed; whether one came in time."""
+        self.held.clear()
+        self.released.clear()
+        self.hold_at = at
+        try:
+            await asyncio.wait_for(self.held.wait(), timeout)
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            self.hold_at = None
+
+    async def do_release(self) -> None:
+        """Let a held push go on."""
+        self.released.set()
+
+    async def do_upstream(self, port: int) -> int:
+        """Another server is at this address from now on; the port of the one before."""
+        before, self.upstream = self.upstream, port
+        await self.do_reset()
+        return before
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(writer)
+        try:
+            if self.refuses:
+                return connection.abort()
+            await self.passing.wait()
+            try:
+                server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
+            except OSError:
+                return connection.abort()
+            connection.writers = (writer, server_writer)
+            self.connections.add(connection)
+            both = [self._to_server(connection, reader, server_writer), self._back(connection, server_reader, writer)]
+            tasks = [asyncio.ensure_future(pump) for pump in both]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if connection.swallows:  # the other side never hears of it
+                await asyncio.wait(tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self.connections.discard(connection)
+            connection.close()
+        return None
+
+    async def _to_server(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+        requests = Requests()
+        while data := await _read(reader):
+            for piece in requests.pieces(data):
+                push, at = requests.push, self.hold_at
+                if push and at is not None and len(push) >= at * requests.length:
+                    self.held.set()
+                    await self.released.wait()
+                if not await self._pass(connection, 0, piece, to):
+                    return
+                if whole := requests.whole_push:
+                    self.proxy.keep(whole)
+                    requests.push = None
+
+    async def _back(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+        tail = b""
+        while data := await _read(reader):
+            tail += data
+            for receipt in _RECEIPT.finditer(tail):
+                self.proxy.saw_receipt(self, receipt)
+                tail = tail[receipt.end() :]
+            tail = tail[-300:]
+            if not await self._pass(connection, 1, data, to):
+                return
+
+    async def _pass(self, connection: Connection, side: int, data: bytes, to: asyncio.StreamWriter) -> bool:
+        """Hand on a piece; whether the connection goes on."""
+        await self.passing.wait()
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if connection.swallows:
+            return True
+        left = connection.left[side]
+        if left is not None:
+            connection.left[side] = left - len(data[:left])
+            data = data[:left]
+        try:
+            to.write(data)
+            await to.drain()
+        except OSError:
+            return False
+        return left is None or left > len(data)
+
+
+class Proxy:
+    """All links, and what has passed over them."""
+
+    def __init__(self, folder: Path, upstreams: list[int]) -> None:
+        self.links = [Link(self, port) for port in upstreams]
+        self._folder = folder
+        self._pushes = folder / "pushes"
+        self._receipts: list[dict[str, Any]] = []
+        self._count = itertools.count()
+
+    async def run(self, host: str) -> None:
+        """Serve until the process ends."""
+        self._pushes.mkdir(exist_ok=True)
+        for link in self.links:
+            await link.serve(host)
+        server = await asyncio.start_unix_server(self._control, self._folder / "control")
+        await server.serve_forever()
+
+    def keep(self, blob: bytes) -> None:
+        """Write an adapter that has passed to the disk."""
+        version = parse_header(blob[8 : 8 + header_length(blob)]).manifest.version
+        temporary = self._pushes / f"{next(self._count)}.tmp"
+        temporary.write_bytes(blob)
+        temporary.rename(self._pushes / f"{version.fence:05d}.{version.step:07d}.blob")
+        for old in sorted(self._pushes.glob("*.blob"))[:-_BLOBS_KEPT]:
+            old.unlink()
+
+    def saw_receipt(self, link: Link, found: re.Match[bytes]) -> None:
+        """A receipt is on its way to the learner."""
+        epoch, fence, step, checksum = (part.decode() for part in found.groups())
+        self._receipts.append({
+            "server": self.links.index(link), "epoch": epoch, "fence": int(fence), "step": int(step),
+            "checksum": checksum, "time": time.monotonic(),
+        })  # fmt: skip
+
+    async def _control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = json.loads(await reader.readline())
+        do = asked.pop("do")
+        if do == "ports":
+            answer: Any = [link.port for link in self.links]
+        elif do == "receipts":
+            answer = self._receipts[asked["since"] :]
+        else:
+            link = self.links[asked.pop("server")]
+            answer = await getattr(link, f"do_{do}")(**asked)
+        writer.write(json.dumps(answer).encode() + b"\n")
+        writer.close()
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.read(2**16)
+    except OSError:
+        return b""
+
+
+if __name__ == "__main__":
+    asyncio.run(Proxy(Path(sys.argv[1]), [int(port) for port in sys.argv[3:]]).run(sys.argv[2]))

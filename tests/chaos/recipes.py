@@ -1,0 +1,249 @@
+"""How each fault is done: recipes of a few lines that break something and, where it lasts, mend it before they return.
+
+A recipe takes the world, the server it is about, and random numbers of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from random import Random
+
+import httpx
+
+from tests.chaos.impostor import Impostor
+from tests.chaos.processes import kill
+from tests.chaos.world import GENERATE_S, NotInjectedError, World, ready
+
+Recipe = Callable[[World, int, Random], None]
+#: Longer than the deadline of a rollout, of a push, and of a push on the server.
+TOO_LONG_S = GENERATE_S + 2.0
+
+
+# --- processes die
+
+
+def kill_learner(world: World, server: int, random: Random) -> None:
+    time.sleep(random.uniform(0, 2))
+    generation = world.learner.generation
+    world.learner.kill()
+    _until(lambda: world.learner.generation > generation, 60)
+
+
+def kill_learner_in_a_push(world: World, server: int, random: Random) -> None:
+    _in_a_push(world, server, random, world.learner.kill)
+
+
+def kill_server(world: World, server: int, random: Random) -> None:
+    time.sleep(random.uniform(0, 2))
+    world.servers[server].kill()
+    _until_back(world, server)
+
+
+def kill_server_in_a_push(world: World, server: int, random: Random) -> None:
+    _in_a_push(world, server, random, world.servers[server].kill)
+    _until_back(world, server)
+
+
+def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
+    """The server has to end by itself: nothing answers with a dead engine behind it."""
+
+    def recipe(world: World, server: int, random: Random) -> None:
+        generation = world.servers[server].generation
+        if not kill(who(world, server)):
+            raise NotInjectedError("it is not running")
+        if not _until(lambda: world.servers[server].generation > generation, 60):
+            world.checker.violated("engine death", "the server lives on without it")
+        _until_back(world, server)
+
+    return recipe
+
+
+def kill_child_of_learner(world: World, server: int, random: Random) -> None:
+    """A reward worker, or what looks after its semaphores."""
+    children = world.learner.children()
+    if not children or not kill([random.choice(children)]):
+        raise NotInjectedError("no reward worker is running")
+
+
+# --- processes stop, and go on
+
+
+def stop(who: Callable[[World, int], list[int]], *, too_long: bool = False) -> Recipe:
+    """SIGSTOP to some processes, for a moment or for longer than every deadline."""
+
+    def recipe(world: World, server: int, random: Random) -> None:
+        with world.stopped(who(world, server)):
+            time.sleep(TOO_LONG_S if too_long else random.uniform(0.5, 3))
+
+    return recipe
+
+
+def the_server(world: World, server: int) -> list[int]:
+    return [world.servers[server].pid]
+
+
+def the_engine(world: World, server: int) -> list[int]:
+    return world.servers[server].children("VLLM::EngineCor")
+
+
+def its_worker(world: World, server: int) -> list[int]:
+    return world.servers[server].children("VLLM::Worker")
+
+
+def the_learner(world: World, server: int) -> list[int]:
+    return [world.learner.pid]
+
+
+# --- the network
+
+
+def reset_connections(world: World, server: int, random: Random) -> None:
+    time.sleep(random.uniform(0, 1))
+    world.control("reset", server=server)
+
+
+def reset_again_and_again(world: World, server: int, random: Random) -> None:
+    for _ in range(random.randint(5, 20)):
+        world.control("reset", server=server)
+        time.sleep(random.uniform(0, 0.2))
+
+
+def refuse_connections(world: World, server: int, random: Random) -> None:
+    world.control("refuse", server=server, on=True)
+    world.control("reset", server=server)
+    time.sleep(random.uniform(0.5, 4))
+    world.control("refuse", server=server, on=False)
+
+
+def delay(world: World, server: int, random: Random) -> None:
+    world.control("delay", server=server, seconds=random.uniform(0.05, 0.3))
+    time.sleep(random.uniform(1, 3))
+    world.control("delay", server=server, seconds=0.0)
+
+
+def silence(world: World, server: int, random: Random) -> None:
+    world.control("block", server=server, on=True)
+    time.sleep(random.uniform(0.5, 4))
+    world.control("block", server=server, on=False)
+
+
+def silence_too_long(world: World, server: int, random: Random) -> None:
+    world.control("block", server=server, on=True)
+    time.sleep(TOO_LONG_S)
+    world.control("block", server=server, on=False)
+
+
+def half_open(world: World, server: int, random: Random) -> None:
+    """What is under way never arrives; new connections work. Over when the learner's deadline is."""
+    if not world.control("half_open", server=server):
+        raise NotInjectedError("there is no connection")
+    time.sleep(TOO_LONG_S)
+
+
+def cut_answers(world: World, server: int, random: Random) -> None:
+    world.control("cut", server=server, side=1, after=random.randrange(3000))
+
+
+def cut_requests(world: World, server: int, random: Random) -> None:
+    world.control("cut", server=server, side=0, after=random.randrange(3000))
+
+
+def cut_a_push(world: World, server: int, random: Random) -> None:
+    _in_a_push(world, server, random, lambda: world.control("reset", server=server))
+
+
+def cut_the_wire(world: World, server: int, random: Random) -> None:
+    world.network.wire(up=False)
+    time.sleep(random.uniform(0.5, 4))
+    world.network.wire(up=True)
+
+
+def cut_the_wire_too_long(world: World, server: int, random: Random) -> None:
+    world.network.wire(up=False)
+    time.sleep(TOO_LONG_S)
+    world.network.wire(up=True)
+
+
+# --- the rest of the world
+
+
+def full_disk(world: World, server: int, random: Random) -> None:
+    generation = world.learner.generation
+    world.disk.fill(but=random.choice([0, 20_000, 300_000]))
+    _until(lambda: world.learner.generation > generation, random.uniform(3, 12))
+    world.disk.free()
+
+
+def learner_clock_jumps(world: World, server: int, random: Random) -> None:
+    _jump(world, "learner", random)
+
+
+def server_clock_jumps(world: World, server: int, random: Random) -> None:
+    _jump(world, "server", random)
+
+
+def leave_the_list(world: World, server: int, random: Random) -> None:
+    """As an operator, or Kubernetes, takes a server out of service for a while."""
+    world.list_servers(but=server)
+    time.sleep(random.uniform(3, 15))
+    world.list_servers()
+
+
+def another_version_at_its_address(world: World, server: int, random: Random) -> None:
+    state = httpx.get(f"{world.url(server)}/v1/state", timeout=5).json()
+    _at_its_address(world, server, Impostor(state).port, random)
+
+
+def another_model_at_its_address(world: World, server: int, random: Random) -> None:
+    assert world.other is not None
+    port = int(world.other.command[world.other.command.index("--port") + 1])
+    _at_its_address(world, server, port, random)
+    runs = httpx.get(f"http://127.0.0.1:{port}/v1/state", timeout=5).json()["runs"]
+    world.checker.require("another model", not runs, f"it has taken pushes: {runs}")
+
+
+# --- what they are made of
+
+
+def _until(condition: Callable[[], object], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _until_back(world: World, server: int) -> None:
+    """The fault is over when the supervisor has brought the server back; with several it need not be."""
+    if world.places:
+        return
+    time.sleep(0.5)
+    if not _until(lambda: ready(world.url(server)), 240):
+        world.checker.violated("hang", f"server {server} does not come back:\n{world.servers[server].tail()}")
+
+
+def _in_a_push(world: World, server: int, random: Random, action: Callable[[], object]) -> None:
+    """Do it when a part of the next push has reached the server."""
+    try:
+        if not world.control("hold", server=server, at=random.uniform(0.01, 1), timeout=20):
+            raise NotInjectedError("no push came")
+        action()
+        time.sleep(0.2)
+    finally:
+        world.control("release", server=server)
+
+
+def _jump(world: World, name: str, random: Random) -> None:
+    world.clocks[name].set(random.choice([-1, 1]) * random.choice([5, 120, 7200, 3e6]))
+    time.sleep(random.uniform(0.5, 2))
+    if random.random() < 0.5:
+        world.clocks[name].set(0)
+
+
+def _at_its_address(world: World, server: int, port: int, random: Random) -> None:
+    generation = world.learner.generation
+    before = world.control("upstream", server=server, port=port)
+    _until(lambda: world.learner.generation > generation, random.uniform(1, 8))
+    world.control("upstream", server=server, port=before)

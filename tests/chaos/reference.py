@@ -1,0 +1,62 @@
+"""What the model must answer, computed here from the adapters that the learner has sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM
+
+from shared.adapter_file import LORA_A, LORA_B, header_length, parse_header
+
+Version = tuple[int, int]
+
+
+class Reference:
+    """The base model with one pushed adapter at a time merged into its weights, in float32.
+
+    Args:
+        pushed: where the adapters lie that have passed, by fence and step.
+    """
+
+    def __init__(self, model: Path, pushed: Callable[[], dict[Version, Path]]) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._base = {name: weight.detach().clone() for name, weight in self._model.named_parameters()}
+        self._pushed, self._merged = pushed, None
+        self._checksums: dict[Version, str] = {}
+
+    @torch.no_grad()
+    def logprobs(self, version: Version, sequence: Sequence[int]) -> torch.Tensor | None:
+        """ln p of tokens 1.. of `sequence` [T - 1]; None if that version was not seen, or is gone."""
+        if self._merged != version and not self._merge(version):
+            return None
+        logits_TV = self._model(torch.tensor([list(sequence)])).logits[0, :-1]
+        return logits_TV.log_softmax(-1).gather(1, torch.tensor(list(sequence[1:]))[:, None])[:, 0]
+
+    def checksum(self, version: Version) -> str | None:
+        """What the learner announced for it; None if it was not seen."""
+        if version not in self._checksums and (blob := self._read(version)) is not None:
+            self._checksums[version] = parse_header(blob[8 : 8 + header_length(blob)]).manifest.checksum
+        return self._checksums.get(version)
+
+    def _read(self, version: Version) -> bytes | None:
+        path = self._pushed().get(version)
+        try:
+            return path.read_bytes() if path else None
+        except FileNotFoundError:  # made room for others just now
+            return None
+
+    def _merge(self, version: Version) -> bool:
+        blob = self._read(version)
+        if blob is None:
+            return False
+        tensors = load(blob)
+        self._merged = None
+        for name, weight in self._model.named_parameters():
+            module = name.removesuffix(".weight")
+            a, b = tensors.get(module + LORA_A), tensors.get(module + LORA_B)
+            weight.copy_(self._base[name] if a is None or b is None else self._base[name] + b @ a)
+        self._merged = version
+        return True

@@ -1,0 +1,280 @@
+"""Everything that is disturbed: rollout servers, a learner that trains on them, a proxy between, and supervisors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from signal import SIGCONT, SIGSTOP
+from typing import Any
+
+import httpx
+
+from tests.chaos.control import Control
+from tests.chaos.invariants import Checker
+from tests.chaos.processes import REPOSITORY, Supervised, belonging, kill
+from tests.chaos.reference import Reference
+from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
+from tests.integration.conftest import FLAGS as SERVER_FLAGS
+from tests.integration.learner_process import COMMON, write_questions
+from tests.integration.server import ENVIRONMENT, free_port
+from tests.tiny_model import make_tiny_model
+
+RUN_ID = "chaos"
+#: Deadlines, shortened so that a fault can outlast them.
+GENERATE_S, PUSH_S, SERVER_PUSH_S = 10, 10, 8
+START_S = 300.0
+#: Prompts to train on, and how many make a batch: an epoch has a whole number of batches.
+PROMPTS, BATCH = 40, 2
+SAVE_STEPS = 5
+LEARNER_FLAGS = [
+    "--run_id", RUN_ID, "--generate_timeout_s", str(GENERATE_S), "--push_timeout_s", str(PUSH_S),
+    "--ready_timeout_s", str(START_S), "--proof_every", "1", "--proof_canary", "false", "--save_steps",
+    str(SAVE_STEPS), "--save_total_limit", "3", "--reward_workers", "1", "--reward_timeout_s", "5",
+    "--log_completions", "true", "--num_completions_to_print", "0",
+]  # fmt: skip
+
+
+class NotInjectedError(Exception):
+    """There was nothing to break just now."""
+
+
+@dataclass
+class Options:
+    """What the suite is started with."""
+
+    folder: Path
+    seed: int
+    steps: int
+    servers: int = 1
+    quick: bool = False
+    deterministic: bool = False
+
+    @property
+    def staleness(self) -> int:
+        """Generation batches that rollouts run ahead."""
+        return 0 if self.deterministic else 1
+
+
+class World:
+    """One training under fire.
+
+    Attributes:
+        unavailable: what this machine does not permit, by the name of what it would have been.
+        places: where the learner reads its servers from, if there are several.
+        during: name of the present fault.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.folder = options, options.folder
+        self.random = Random(options.seed)
+        self.suite = f"{options.folder.name}-{time.time_ns()}"
+        self.unavailable: dict[str, str] = {}
+        self.during = "start"
+        self._open = contextlib.ExitStack()
+        self._problems: list[str] = []
+        self._supervised: list[Supervised] = []
+        self.places = self.folder / "servers" if options.servers > 1 else None
+        if not self.places:
+            self.unavailable["fleet"] = "there is one server (--servers)"
+        self.model = make_tiny_model(self.folder / "model", seed=0)
+        self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
+        self.network = self._have("network", lambda: Network(str(options.seed)))
+        self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
+        self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
+        self.output = (self.disk.folder if self.disk else self.folder) / "run"
+        self.clocks = {
+            name: self._have("clock", lambda name=name: Clock(self.folder, name)) for name in ("server", "learner")
+        }
+
+    def __enter__(self) -> World:
+        try:
+            self._start()
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+    def _start(self) -> None:
+        options = self.options
+        self.servers = [self._server(f"server-{i}", free_port(), self.model) for i in range(options.servers)]
+        self.other = None if options.quick else self._server("another-model", free_port(), self._another_model())
+        host = self.network.host if self.network else "127.0.0.1"
+        command = [sys.executable, "-m", "tests.chaos.proxy", str(self.folder), host, *map(str, self.ports)]
+        proxy = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+        self._open.callback(proxy.kill)
+        self.control = Control(self.folder)
+        reference = Reference(self.model, self.control.pushed)
+        self.checker = Checker(
+            [self.url(i) for i in range(options.servers)], RUN_ID, reference, self.control.receipts,
+            self.output / "metrics.jsonl", options.staleness, during=lambda: self.during,
+        )  # fmt: skip
+        for problem in self._problems:
+            self.checker.violated("orphans", problem)
+        self._wait_ready()
+        self.urls = [f"http://{host}:{port}" for port in self.control("ports")]
+        self.list_servers()
+        urls = [f"file:{self.places}"] if self.places else self.urls
+        command = [*(self.network.prefix if self.network else []), *self.training(urls, self.output)]
+        self.learner = self._supervise("learner", command, self._learner_environment())
+        self.checker.start()
+        self._open.callback(self.checker.stop)
+
+    @property
+    def ports(self) -> list[int]:
+        """Of the servers themselves."""
+        return [int(server.command[server.command.index("--port") + 1]) for server in self.servers]
+
+    def url(self, index: int) -> str:
+        """A server itself, past the proxy."""
+        return f"http://127.0.0.1:{self.ports[index]}"
+
+    def list_servers(self, but: int | None = None) -> None:
+        """Tell the learner which servers there are, where it reads that from a file."""
+        if self.places:
+            whole = self.places.with_suffix(".tmp")
+            whole.write_text("".join(f"{url}\n" for i, url in enumerate(self.urls) if i != but))
+            whole.replace(self.places)
+
+    @property
+    def lease(self) -> Path:
+        return self.output / "lease.json"
+
+    def newest(self) -> tuple[tuple[int, int], bytes]:
+        """Version and bytes of the adapter that was sent last."""
+        for version, path in reversed(self.control.pushed().items()):
+            with contextlib.suppress(FileNotFoundError):
+                return version, path.read_bytes()
+        raise LookupError("no adapter has been sent yet")
+
+    def step(self) -> int:
+        """The last step that the learner has reported."""
+        return self.checker.steps[-1][1]["step"] if self.checker.steps else 0
+
+    def progress(self, since: float, within: float) -> float | None:
+        """Seconds from `since` until the learner has made a step that began after it; None if it does not come."""
+        while time.monotonic() < since + within:
+            if self.learner.done.is_set():
+                return time.monotonic() - since
+            for seen, step in self.checker.steps[-20:]:
+                if seen - step["seconds"] >= since - 0.1:
+                    return seen - since
+            time.sleep(0.05)
+        return None
+
+    @contextlib.contextmanager
+    def stopped(self, pids: list[int]) -> Iterator[None]:
+        """SIGSTOP, and SIGCONT at the end."""
+        try:
+            kill(pids, SIGSTOP)
+            yield
+        finally:
+            kill(pids, SIGCONT)
+
+    def undisturbed(self) -> Path:
+        """The same training once more, in peace: its folder."""
+        output = self.folder / "undisturbed"
+        command = [*self.training([self.url(0)], output), "--takeover", "true"]
+        environment = {**os.environ, **self._learner_environment()}
+        with (self.folder / "undisturbed.log").open("wb") as log:
+            subprocess.run(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log, timeout=600, check=True)
+        return output
+
+    def close(self) -> None:
+        """End everything that runs; what is left is a violation."""
+        for process in reversed(self._supervised):
+            process.stop()
+        sessions = [session for process in self._supervised for session in process.sessions]
+        left = belonging(f"{self.suite}/", sessions)
+        self.checker.require("orphans", not left, f"left behind at the end: {left}")
+        if self.memory:
+            deadline = time.monotonic() + 10
+            while (segments := self.memory.left()) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self.checker.require("shared memory", not segments, f"left behind at the end: {segments}")
+
+    def _have(self, name: str, make: Callable[[], Any]) -> Any:
+        try:
+            made = make()
+        except UnavailableError as error:
+            self.unavailable[name] = str(error)
+            return None
+        if hasattr(made, "close"):
+            self._open.callback(made.close)
+        return made
+
+    def _another_model(self) -> Path:
+        return make_tiny_model(self.folder / "another-model", seed=1)
+
+    def _server(self, name: str, port: int, model: Path) -> Supervised:
+        command = [
+            sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), *SERVER_FLAGS,
+            "--push-timeout", str(SERVER_PUSH_S), "--drain-seconds", "5", "--slots-per-run", "3",
+            *(["--deterministic"] if self.options.deterministic else []),
+        ]  # fmt: skip
+        clock = self.clocks["server"]
+        return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}))
+
+    def _learner_environment(self) -> dict[str, str]:
+        clock = self.clocks["learner"]
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        return own | (clock.environment if clock else {})
+
+    def _supervise(self, name: str, command: list[str], environment: dict[str, str]) -> Supervised:
+        def report(problem: str) -> None:
+            if hasattr(self, "checker"):
+                self.checker.violated("orphans", problem)
+            else:
+                self._problems.append(problem)
+
+        command = [*(self.memory.prefix if self.memory else []), *command]
+        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report)
+        self._open.callback(self._end, process)
+        self._supervised.append(process)
+        return process.start()
+
+    @staticmethod
+    def _end(process: Supervised) -> None:
+        process.stop()
+        kill(process.family())
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        for server in [*self.servers, *([self.other] if self.other else [])]:
+            port = server.command[server.command.index("--port") + 1]
+            while not ready(f"http://127.0.0.1:{port}"):
+                if time.monotonic() > deadline or server.exits:
+                    raise RuntimeError(f"{server.name} does not get ready:\n{server.tail()}")
+                time.sleep(0.3)
+
+    def training(self, urls: list[str], output: Path) -> list[str]:
+        """The learner's command."""
+        options = self.options
+        return [
+            sys.executable, "-m", "learner.cli", "train", "--rollout_url", *urls,
+            "--model_name_or_path", str(self.model), "--task", str(self.task), "--output_dir", str(output),
+            *COMMON, *LEARNER_FLAGS, "--max_steps", str(options.steps), "--max_staleness", str(options.staleness),
+            "--deterministic", str(options.deterministic).lower(),
+        ]  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """The learner's own."""
+        return json.loads((self.output / "train.json").read_text())
+
+
+def ready(url: str) -> bool:
+    """Whether a server is there and has loaded its model."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False

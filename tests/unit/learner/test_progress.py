@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learner.progress import History
+
+
+def _steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_history_keeps_what_its_checkpoint_had(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "rew')
+    History(tmp_path).begin(2)
+    assert _steps(tmp_path) == [1, 2]
+
+
+def test_a_history_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    whole = Path.write_text
+
+    def half(path: Path, text: str) -> int:
+        whole(path, text[:3])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        History(tmp_path).begin(1)
+    assert _steps(tmp_path) == [1]
