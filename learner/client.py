@@ -144,7 +144,7 @@ class RolloutClient:
             LockstepError: also when the stream ends without its closing line.
         """
         body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
-        sent = self._body(body, SILENCE_TIMEOUT_S, key)
+        sent = self._body(body, min(SILENCE_TIMEOUT_S, self.generate_timeout_s), key)
         for document in self._lines("/v1/generate", self.generate_timeout_s, **sent):
             if document.get("done"):
                 return
