@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from signal import SIGCONT, SIGSTOP
 from typing import Any
 
@@ -74,7 +73,6 @@ class World:
 
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, options.folder
-        self.random = Random(options.seed)
         self.suite = f"{options.folder.name}-{time.time_ns()}"
         self.unavailable: dict[str, str] = {}
         self.during = "start"
@@ -86,7 +84,7 @@ class World:
             self.unavailable["fleet"] = "there is one server (--servers)"
         self.model = make_tiny_model(self.folder / "model", seed=0)
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
-        self.network = self._have("network", lambda: Network(str(options.seed)))
+        self.network = self._have("network", lambda: Network(str(os.getpid())))
         self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
         self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
         self.output = (self.disk.folder if self.disk else self.folder) / "run"
