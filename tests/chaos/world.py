@@ -221,14 +221,16 @@ class World:
             *(["--deterministic"] if self.options.deterministic else []),
         ]  # fmt: skip
         clock = self.clocks["server"]
-        return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}))
+        return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}), forever=True)
 
     def _learner_environment(self) -> dict[str, str]:
         clock = self.clocks["learner"]
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         return own | (clock.environment if clock else {})
 
-    def _supervise(self, name: str, command: list[str], environment: dict[str, str]) -> Supervised:
+    def _supervise(
+        self, name: str, command: list[str], environment: dict[str, str], *, forever: bool = False
+    ) -> Supervised:
         def report(problem: str) -> None:
             if hasattr(self, "checker"):
                 self.checker.violated("orphans", problem)
@@ -236,7 +238,7 @@ class World:
                 self._problems.append(problem)
 
         command = [*(self.memory.prefix if self.memory else []), *command]
-        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report)
+        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report, forever)
         self._open.callback(self._end, process)
         self._supervised.append(process)
         return process.start()
