@@ -21,6 +21,8 @@ PROMPTS = [[5, 17, 99], [260, 41, 33, 270, 8]]
 TOLERANCE = 1e-3
 _PROBE_TIMEOUT_S = 5.0
 _EVERY_S = 0.7
+#: How long a server that answers may serve nothing, or what is many steps old, while others are pushed to.
+CATCH_UP_S, _MANY_STEPS = 90.0, 20
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Checker:
         self._served: dict[str, Version] = {}  # newest by epoch
         self._checksums: dict[Version, str] = {}
         self._seen: set[str] = set()
+        self._near = [self._began] * len(self.urls)  # when each was last seen up to date, or away
         self._threads = [threading.Thread(target=self._repeat, args=(i,), daemon=True) for i in range(len(self.urls))]
         self._threads.append(threading.Thread(target=self._follow_history, daemon=True))
 
@@ -101,7 +104,7 @@ class Checker:
             try:
                 self.look(index)
             except (httpx.HTTPError, OSError):  # it is away, or stopped: what it answers next is looked at
-                continue
+                self._near[index] = time.monotonic()
 
     def look(self, index: int) -> None:
         """Check one server once."""
@@ -113,19 +116,32 @@ class Checker:
         http = self._http[index]
         state = http.get("/v1/state")
         if state.status_code != 200:
+            self._near[index] = time.monotonic()
             return
         document = state.json()
         run = next((run for run in document["runs"] if run["run_id"] == self.run_id and run["version"]), None)
+        served = (run["version"]["fence"], run["version"]["step"]) if run else None
+        self._catches_up(index, served, max(floors.values(), default=None))
         if run is None:
             self.require("I2", document["epoch"] not in floors, f"server {index} has forgotten its run within an epoch")
             return
-        version = (run["version"]["fence"], run["version"]["step"])
+        assert served
+        version = served
         self._one_checksum(version, run["checksum"])
         announced = self.reference.checksum(version)
         self.require("I3", announced in (None, run["checksum"]), f"{version} is served with other bytes than were sent")
         self._not_older(document["epoch"], version, floors, "state")
         self._generate(http, floors)
         self._score(http, floors)
+
+    def _catches_up(self, index: int, served: Version | None, newest: Version | None) -> None:
+        """A server that came back, or missed a push, is brought up to date."""
+        if newest is None or (served is not None and served >= (newest[0], newest[1] - _MANY_STEPS)):
+            self._near[index] = time.monotonic()
+        behind_s = time.monotonic() - self._near[index]
+        self.require("catching up", behind_s < CATCH_UP_S, f"server {index} is at {served}, others at {newest}")
+        if behind_s >= CATCH_UP_S:  # said once in a while
+            self._near[index] = time.monotonic()
 
     def _one_checksum(self, version: Version, checksum: str) -> None:
         known = self._checksums.setdefault(version, checksum)

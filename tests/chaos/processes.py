@@ -51,7 +51,7 @@ def kill(pids: Collection[int], number: signal.Signals = signal.SIGKILL) -> list
 
 @dataclass
 class Supervised:
-    """One command that is started again, as it is, whenever it ends other than with 0.
+    """One command that is started again, as it is, whenever it ends; with status 0 only if it is to run for ever.
 
     Args:
         report: told of children that outlive their parent.
@@ -67,6 +67,7 @@ class Supervised:
     environment: dict[str, str]
     log: Path
     report: Callable[[str], None]
+    forever: bool = False
     exits: list[tuple[int, int, str]] = field(default_factory=list)
     generation: int = 0
     sessions: list[int] = field(default_factory=list)
@@ -142,10 +143,10 @@ class Supervised:
             status = self.process.wait()
             self.exits.append((self.generation, status, _last_words(self.tail())))
             self._look_for_orphans()
-            if status == 0:
-                self.done.set()
-            if status == 0 or self._stopping.wait(_BACK_OFF_S):
-                return
+            if status == 0 and not self.forever:
+                return self.done.set()
+            if self._stopping.wait(_BACK_OFF_S):
+                return None
             self._start()
 
     def _look_for_orphans(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from random import Random
+from signal import SIGTERM
 
 import httpx
 
@@ -42,6 +43,17 @@ def kill_server(world: World, server: int, random: Random) -> None:
 
 def kill_server_in_a_push(world: World, server: int, random: Random) -> None:
     _in_a_push(world, server, random, world.servers[server].kill)
+    _until_back(world, server)
+
+
+def upgrade_server(world: World, server: int, random: Random) -> None:
+    """SIGTERM: it finishes what it has, and ends well."""
+    generation = world.servers[server].generation
+    kill([world.servers[server].pid], SIGTERM)
+    if not _until(lambda: world.servers[server].generation > generation, 60):
+        world.checker.violated("hang", "the server does not leave when it is told to")
+    elif (status := world.servers[server].exits[-1][1]) != 0:
+        world.checker.violated("drain", f"the server left with status {status}")
     _until_back(world, server)
 
 

@@ -16,9 +16,12 @@ class UnavailableError(Exception):
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UnavailableError(f"`{' '.join(command)}` failed: {done.stderr.strip()[:200]}")
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise UnavailableError(f"there is no `{command[0]}`") from None
+    except subprocess.CalledProcessError as error:
+        raise UnavailableError(f"`{' '.join(command)}` failed: {error.stderr.strip()[:200]}") from None
 
 
 class Clock:
@@ -51,7 +54,7 @@ class SharedMemory:
         _run("mount", "-t", "tmpfs", "tmpfs", str(folder))
         try:
             _run(*self.prefix, "true")
-        except (UnavailableError, FileNotFoundError) as error:
+        except UnavailableError as error:
             self.close()
             raise UnavailableError(f"mount namespaces: {error}") from error
 
@@ -113,7 +116,7 @@ class Network:
             _run("ip", "link", "set", self._wire, "up")
             for command in (f"addr add {inside}/30 dev wire", "link set wire up", "link set lo up"):
                 _run("ip", "-n", self.name, *command.split())
-        except (UnavailableError, FileNotFoundError) as error:
+        except UnavailableError as error:
             self.close()
             raise UnavailableError(f"network namespaces: {error}") from error
 

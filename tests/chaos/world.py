@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from signal import SIGCONT, SIGSTOP
 from typing import Any
 
@@ -74,7 +73,6 @@ class World:
 
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, options.folder
-        self.random = Random(options.seed)
         self.suite = f"{options.folder.name}-{time.time_ns()}"
         self.unavailable: dict[str, str] = {}
         self.during = "start"
@@ -86,7 +84,7 @@ class World:
             self.unavailable["fleet"] = "there is one server (--servers)"
         self.model = make_tiny_model(self.folder / "model", seed=0)
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
-        self.network = self._have("network", lambda: Network(str(options.seed)))
+        self.network = self._have("network", lambda: Network(str(os.getpid())))
         self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
         self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
         self.output = (self.disk.folder if self.disk else self.folder) / "run"
@@ -223,14 +221,16 @@ class World:
             *(["--deterministic"] if self.options.deterministic else []),
         ]  # fmt: skip
         clock = self.clocks["server"]
-        return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}))
+        return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}), forever=True)
 
     def _learner_environment(self) -> dict[str, str]:
         clock = self.clocks["learner"]
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         return own | (clock.environment if clock else {})
 
-    def _supervise(self, name: str, command: list[str], environment: dict[str, str]) -> Supervised:
+    def _supervise(
+        self, name: str, command: list[str], environment: dict[str, str], *, forever: bool = False
+    ) -> Supervised:
         def report(problem: str) -> None:
             if hasattr(self, "checker"):
                 self.checker.violated("orphans", problem)
@@ -238,7 +238,7 @@ class World:
                 self._problems.append(problem)
 
         command = [*(self.memory.prefix if self.memory else []), *command]
-        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report)
+        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report, forever)
         self._open.callback(self._end, process)
         self._supervised.append(process)
         return process.start()

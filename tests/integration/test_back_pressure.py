@@ -178,10 +178,13 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
     assert keyed("join").json() == {"epoch": done["epoch"], "groups": groups}, "also when it has ended"
     assert _post(server, body).json()["groups"] != groups
 
-    _sent(server, body, headers="Idempotency-Key: left\r\n").close()
+    before = _count(server, "vllm:generation_tokens_total")
+    left = _sent(server, body, headers="Idempotency-Key: left\r\n")
     until(lambda: _count(server, "lockstep_sequences") == 8, 10.0)
+    left.close()
     time.sleep(0.3)
     assert len(keyed("left").json()["groups"]) == 1
+    assert _count(server, "vllm:generation_tokens_total") - before <= 8 * 1000, "generated once"
 
     before = _count(server, "vllm:generation_tokens_total")
     orphan = _sent(server, LONG, headers="Idempotency-Key: orphan\r\n")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.chaos import invariants
 from tests.chaos.faults import FAULTS, plan
 from tests.chaos.invariants import Checker
 
@@ -139,6 +140,17 @@ def test_the_learners_history_is_read(
     checker.stop()
     assert [violation.invariant for violation in checker.violations] == [invariant]
     assert [step["step"] for _, step in checker.steps] == [1, 2]
+
+
+def test_a_server_that_is_left_behind_is_seen(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = _checker(told, tmp_path / "history")
+    newest = {"epoch": "another server's", "fence": 1, "step": 60, "checksum": "c9"}
+    checker.receipts = lambda: [newest]
+    checker.look(0)
+    assert not checker.violations
+    monkeypatch.setattr(invariants, "CATCH_UP_S", 0.0)
+    checker.look(0)
+    assert [violation.invariant for violation in checker.violations] == ["catching up"]
 
 
 def test_a_seed_is_a_schedule() -> None:
