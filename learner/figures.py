@@ -30,6 +30,7 @@ class StepReport:
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
         logprob_gap: None where not proven.
         drift: of the generation batch the step trained on; None without importance correction.
+        servers_up, servers: rollout servers that serve the present version, and all that are known.
     """
 
     step: int
@@ -48,6 +49,8 @@ class StepReport:
     seconds: float
     drift: Drift | None = None
     reward_wait_seconds: float | None = None
+    servers_up: int = 1
+    servers: int = 1
 
 
 class Figures:
@@ -81,7 +84,7 @@ class Figures:
     def add(self, *, push_seconds: float, push_bytes: int, logprob_gap: float | None) -> StepReport:
         """A step has ended with a push."""
         self.pushes += 1
-        stats, trainer = self._rollouts.stats, self._trainer
+        stats, trainer, fleet = self._rollouts.stats, self._trainer, self._rollouts.fetcher.fleet
         seconds = time.perf_counter() - self._started
         idle = None
         if self._rollouts.ahead is not None:
@@ -96,13 +99,14 @@ class Figures:
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
             logprob_gap=logprob_gap, seconds=seconds, drift=self.drift,
             reward_wait_seconds=self.rewards.wait_seconds - self._reward_waited if self.rewards else None,
+            servers_up=len(fleet.up()), servers=len(fleet.members),
         )  # fmt: skip
         self.restart_clock()
         logged = {
             "push_seconds": push_seconds, "push_bytes": push_bytes, "lag": report.lag, "logprob_gap": logprob_gap,
             "rollout_tokens_per_second": report.rollout_tokens_per_second, "wait_seconds": report.wait_seconds,
             "reward_wait_seconds": report.reward_wait_seconds,
-            "server_idle_seconds": idle, "regenerated": stats.regenerated,
+            "server_idle_seconds": idle, "regenerated": stats.regenerated, "servers_up": report.servers_up,
         }  # fmt: skip
         for name, value in logged.items():
             if value is not None:

@@ -99,7 +99,9 @@ class Fleet:
         Args:
             join: brings a server up to date and calls `come_up`; called on threads, for one server after its failure.
         """
-        self._join = join
+        began, self._join, self._closed = self.kept and not self._closed, join, False
+        if began:
+            return
         for member in list(self.members.values()):
             self._look_after(member)
         if self._places.may_change:
@@ -184,10 +186,6 @@ class Fleet:
     def served(self, member: Member) -> None:
         """It has answered a request well: its next failure is its first."""
         member.failures = 0
-
-    def status(self) -> str:
-        """One line."""
-        return ", ".join(f"{m.url} {'up' if m.up else 'away'}" for m in self.members.values())
 
     def _tell(self, member: Member, what: str) -> None:
         self.on_change(member, what)

@@ -99,10 +99,11 @@ def show_progress(trainer: Trainer, session: Session, output_dir: str | Path) ->
 
 def _figures(report: StepReport) -> str:
     reward = "-" if report.reward is None else f"{report.reward:.3f}"
+    servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
     gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
     return (
         f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
-        f"push {report.push_seconds:.2f} s{gap}"
+        f"push {report.push_seconds:.2f} s{servers}{gap}"
     )
 
 
