@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import random
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import httpx
-from pydantic import ValidationError
 
-from learner.credentials import tls_refusal, trust, warn_if_exposed
+from learner.channel import STATE_TIMEOUT_S, Channel, reason
+from learner.credentials import tls_refusal
 from shared import PROTOCOL_VERSION
 from shared.collective import Announcement, GroupInvitation
-from shared.errors import ErrorBody, ErrorCode, LockstepError
+from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import (
     HEARTBEAT_SECONDS,
     GenerateRequest,
@@ -23,21 +21,17 @@ from shared.rollouts import (
     ScoreRequest,
     ScoreResponse,
 )
-from shared.tokens import TOKEN_VARIABLE
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
 LEASE_HEADER = "Lockstep-Lease"
-KEY_HEADER = "Idempotency-Key"
 TAKEOVER_HEADER = "Lockstep-Takeover"
 IN_FLIGHT_HEADER = "Lockstep-In-Flight"
-CONNECT_TIMEOUT_S = 10.0
 SLICE_BYTES = 2**20
-STATE_TIMEOUT_S = 30.0
 #: A stream of groups that is silent for so long is cut off, or its server hangs.
 SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
 
 
-class RolloutClient:
+class RolloutClient(Channel):
     """Synchronous client of one rollout server; safe to use from several threads.
 
     Every method raises `LockstepError` with the server's own code and message, `timeout` when a deadline
@@ -59,30 +53,12 @@ class RolloutClient:
         generate_timeout_s: float = 1800.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"rollout_url {url!r} must start with http:// or https://")
-        warn_if_exposed(url, token)
-        self.url = url.rstrip("/")
+        super().__init__(url, token, ca_file, transport)
         self.push_timeout_s = push_timeout_s
         self.generate_timeout_s = generate_timeout_s
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers=headers,
-            # A refused connection is retried before anything was sent, so this is safe for every request.
-            transport=transport or httpx.HTTPTransport(retries=2, verify=trust(ca_file)),
-            timeout=httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-        )
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._http.close()
 
     def __enter__(self) -> RolloutClient:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def state(self, timeout_s: float = STATE_TIMEOUT_S) -> ServerState:
         """`GET /v1/state`.
@@ -118,7 +94,7 @@ class RolloutClient:
             except httpx.HTTPError as error:
                 if refusal := tls_refusal(self.url, error):
                     raise refusal from error
-                last = _reason(error)
+                last = reason(error)
             if time.monotonic() >= deadline:
                 raise LockstepError(
                     ErrorCode.NOT_READY,
@@ -202,30 +178,6 @@ class RolloutClient:
         for document in self._lines(f"/v1/runs/{run_id}/broadcast", self.push_timeout_s, **body):
             yield None if "receiving" in document else self._parse(PushReceipt, document)
 
-    def _lines(self, path: str, timeout_s: float, **request: Any) -> Iterator[dict[str, Any]]:
-        """The lines of an NDJSON answer, blank ones aside; one with an error is raised."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            while True:
-                with self._http.stream("POST", path, **request) as answer:
-                    if answer.is_error:
-                        answer.read()
-                        if _waited(answer, deadline):
-                            continue
-                        raise self._error(answer)
-                    for line in answer.iter_lines():
-                        if time.monotonic() > deadline:
-                            raise httpx.ReadTimeout("the whole answer took too long")
-                        if not line:
-                            continue
-                        document = json.loads(line)
-                        if "error" in document:
-                            raise _from_body(document)
-                        yield document
-                    return
-        except httpx.HTTPError as error:
-            raise self._unreachable(error, path) from error
-
     def run(self, run_id: str) -> RunState:
         """`GET /v1/runs/{run_id}`."""
         return self._parse(RunState, self._json("GET", f"/v1/runs/{run_id}"))
@@ -233,100 +185,6 @@ class RolloutClient:
     def delete_run(self, run_id: str, lease: str) -> None:
         """`DELETE /v1/runs/{run_id}`: frees the run's slots on the server."""
         self._json("DELETE", f"/v1/runs/{run_id}", headers={LEASE_HEADER: lease})
-
-    def _json(
-        self, method: str, path: str, *, content: str | None = None, timeout: float = STATE_TIMEOUT_S,
-        key: str | None = None, **kw: Any,
-    ) -> Any:  # fmt: skip
-        if content is not None:
-            kw |= self._body(content, timeout, key)
-        else:
-            kw["timeout"] = self._timeout(timeout)
-        deadline = time.monotonic() + timeout
-        try:
-            answer = self._http.request(method, path, **kw)
-            while _waited(answer, deadline):
-                answer = self._http.request(method, path, **kw)
-            return self._checked(answer)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error, path) from error
-
-    def _body(self, content: str, timeout: float, key: str | None = None) -> dict[str, Any]:
-        headers = {"content-type": "application/json"} | ({KEY_HEADER: key} if key else {})
-        return {"content": content, "headers": headers, "timeout": self._timeout(timeout)}
-
-    def _timeout(self, seconds: float) -> httpx.Timeout:
-        return httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_S)
-
-    def _checked(self, answer: httpx.Response) -> Any:
-        if answer.is_error:
-            raise self._error(answer)
-        try:
-            return answer.json() if answer.content else None
-        except ValueError as error:
-            raise self._foreign(f"answered {answer.status_code} without JSON") from error
-
-    def _error(self, answer: httpx.Response) -> LockstepError:
-        try:
-            return _from_body(answer.json())
-        except (ValueError, ValidationError):
-            if answer.status_code in (401, 403):  # of a proxy, say
-                code = ErrorCode.UNAUTHENTICATED if answer.status_code == 401 else ErrorCode.FORBIDDEN
-                return LockstepError(
-                    code,
-                    f"{self.url} refuses this learner (HTTP {answer.status_code}); give the server's token with "
-                    f"--token_file or ${TOKEN_VARIABLE}",
-                )
-            return self._foreign(f"answered HTTP {answer.status_code}: {answer.text[:200]!r}")
-
-    def _parse(self, model: Any, document: Any) -> Any:
-        try:
-            return model.model_validate(document)
-        except ValidationError as error:
-            raise self._foreign(f"answered something else than a {model.__name__}: {error}") from error
-
-    def _foreign(self, what: str) -> LockstepError:
-        return LockstepError(
-            ErrorCode.PROTOCOL_MISMATCH,
-            f"{self.url} {what}; is a rollout-server of the same lockstep-rl version running there?",
-        )
-
-    def _unreachable(self, error: httpx.HTTPError, path: str) -> LockstepError:
-        if refusal := tls_refusal(self.url, error):
-            return refusal
-        if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-            return LockstepError(
-                ErrorCode.TIMEOUT,
-                f"{self.url}{path} did not answer within its deadline; see the server's log",
-            )
-        return LockstepError(
-            ErrorCode.NOT_READY,
-            f"cannot reach the rollout server at {self.url}{path} ({_reason(error)}); "
-            "is rollout-server running there, and is rollout_url right?",
-        )
-
-
-def _waited(answer: httpx.Response, deadline: float) -> bool:
-    """Whether the server has too much to do (429) and it is time to ask again: after the seconds it names, and a
-    little more, so that not all who were refused come back at once.
-    """
-    if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
-        return False
-    named = answer.headers.get("Retry-After", "")
-    seconds = (float(named) if named.isdecimal() else 1.0) * random.uniform(1.0, 1.5)
-    if time.monotonic() + seconds > deadline:
-        return False
-    time.sleep(seconds)
-    return True
-
-
-def _from_body(document: Any) -> LockstepError:
-    error = ErrorBody.model_validate(document).error
-    return LockstepError(error.code, error.message, **error.detail)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:

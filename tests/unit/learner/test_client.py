@@ -123,7 +123,7 @@ def test_a_proxy_that_refuses(status, code):
 
 def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
     slept = []
-    monkeypatch.setattr("learner.client.time.sleep", slept.append)
+    monkeypatch.setattr("learner.channel.time.sleep", slept.append)
     busy = LockstepError(ErrorCode.OVERLOADED, "too much").body().model_dump()
     group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
     answers = []
