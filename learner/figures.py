@@ -73,6 +73,7 @@ class Figures:
         self.reports: list[StepReport] = []
         self.drift: Drift | None = None
         self.listeners: list[Callable[[StepReport], None]] = []
+        self._server_tokens: dict[str, int] = {}
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -111,10 +112,19 @@ class Figures:
         for name, value in logged.items():
             if value is not None:
                 trainer.log(f"lockstep/{name}", float(value))
+        if report.servers > 1:
+            self._log_servers()
         self.reports.append(report)
         for listener in self.listeners:
             listener(report)
         return report
+
+    def _log_servers(self) -> None:
+        """Tokens that came from each server since the last step."""
+        for url, member in list(self._rollouts.fetcher.fleet.members.items()):
+            total, before = member.load.tokens, self._server_tokens.get(url, 0)
+            self._trainer.log(f"lockstep/tokens_from/{url.split('://')[-1]}", float(total - before))
+            self._server_tokens[url] = total
 
     def saw_drift(self, drift: Drift) -> None:
         """A generation batch's distance between the server's distribution and the trainer's."""

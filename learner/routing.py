@@ -18,32 +18,40 @@ _AFFINITY_SLACK = 1.25
 
 
 class Load:
-    """What one server still has to do, and how fast it has been; in tokens, and tokens per second."""
+    """What one server still has to do, and how fast it has been.
+
+    Attributes:
+        outstanding: tokens that it was asked for and has not sent.
+        speed: tokens per second while it had something to do; None: not known yet.
+        tokens: that have come from it so far.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.outstanding = 0.0
         self.speed: float | None = None
-        self._tokens, self._busy_since = 0, 0.0
+        self.tokens = 0
+        self._tokens_before, self._busy_since = 0, 0.0
 
     def begin(self, expected: float) -> None:
         """So many more tokens were asked for."""
         with self._lock:
             if self.outstanding <= 0:
-                self._tokens, self._busy_since = 0, time.monotonic()
+                self._tokens_before, self._busy_since = self.tokens, time.monotonic()
             self.outstanding += expected
 
     def end(self, expected: float, tokens: int = 0) -> None:
         """Of what was asked for, this much has come (or will not come), as `tokens` tokens."""
         with self._lock:
             self.outstanding -= expected
-            self._tokens += tokens
+            self.tokens += tokens
             if self.outstanding > 0.5:
                 return
             self.outstanding = 0.0
             seconds = time.monotonic() - self._busy_since
-            if self._tokens and seconds > 0:
-                speed = self._tokens / seconds
+            came = self.tokens - self._tokens_before
+            if came and seconds > 0:
+                speed = came / seconds
                 self.speed = speed if self.speed is None else (1 - _NEWEST) * self.speed + _NEWEST * speed
 
 
