@@ -36,18 +36,21 @@ def kill_learner_in_a_push(world: World, server: int, random: Random) -> None:
 
 
 def kill_server(world: World, server: int, random: Random) -> None:
+    _spare(world, server)
     time.sleep(random.uniform(0, 2))
     world.servers[server].kill()
     _until_back(world, server)
 
 
 def kill_server_in_a_push(world: World, server: int, random: Random) -> None:
+    _spare(world, server)
     _in_a_push(world, server, random, world.servers[server].kill)
     _until_back(world, server)
 
 
 def upgrade_server(world: World, server: int, random: Random) -> None:
     """SIGTERM: it finishes what it has, and ends well."""
+    _spare(world, server)
     generation = world.servers[server].generation
     kill([world.servers[server].pid], SIGTERM)
     if not _until(lambda: world.servers[server].generation > generation, 60):
@@ -61,6 +64,7 @@ def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
     """The server has to end by itself: nothing answers with a dead engine behind it."""
 
     def recipe(world: World, server: int, random: Random) -> None:
+        _spare(world, server)
         generation = world.servers[server].generation
         if not kill(who(world, server)):
             raise NotInjectedError("it is not running")
@@ -234,6 +238,13 @@ def _until_back(world: World, server: int) -> None:
     time.sleep(0.5)
     if not _until(lambda: ready(world.url(server)), 240):
         world.checker.violated("hang", f"server {server} does not come back:\n{world.servers[server].tail()}")
+
+
+def _spare(world: World, server: int) -> None:
+    """Of several servers the last one is left alone: the training would rightly stand still until one is back."""
+    others = [index for index in range(len(world.servers)) if index != server]
+    if others and not any(ready(world.url(index)) for index in others):
+        raise NotInjectedError("no other server is up")
 
 
 def _in_a_push(world: World, server: int, random: Random, action: Callable[[], object]) -> None:
