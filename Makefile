@@ -13,7 +13,7 @@ demo: setup ## train a small model on a real task, both processes on this machin
 	$(PY) -m learner.demo $(DEMO_FLAGS)
 
 test: setup ## all tests; the integration tests start a real vLLM
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 test-unit: setup ## unit tests only, in seconds
 	$(PY) -m pytest -q tests/unit

@@ -32,6 +32,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     openai_app.add_exception_handler(LockstepError, _answer_error)  # what the door keeps closed to them, too
     for kind in (AttributeError, LookupError, RecursionError):
         openai_app.add_exception_handler(kind, _answer_unreadable)
+    openai_app.middleware_stack = None  # vLLM has built it already, with the handlers that there were
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
     app.mount("/", openai_app)
