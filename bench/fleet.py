@@ -78,7 +78,8 @@ class Run:
         port = self.ports[name]
         command = [sys.executable, "-m", "rollout_server.cli", str(self.folder), "--port", str(port), *flags]
         device = visible_device(index + 1) if cuda else None
-        extra = {"OMP_NUM_THREADS": "1"} if not cuda else {}
+        # On a CPU vLLM binds every engine to the same first cores.
+        extra = {} if cuda else {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return Server(
             f"server {name}", command, port, self.work / f"{name}.log", environment(device, extra), ready="/ready"
         )  # fmt: skip
