@@ -12,7 +12,7 @@ from shared.errors import LockstepError
 from shared.weights import PushReceipt, ServerState
 
 MAX_PARALLEL_REQUESTS = 8
-_SECOND_RETRY_S, _LAST_RETRY_S, _REFUSED_RETRY_S = 0.2, 30.0, 60.0
+_SECOND_RETRY_S, _LAST_RETRY_S, _REFUSED_RETRY_S = 0.2, 10.0, 15.0
 
 
 class Member:
