@@ -64,13 +64,28 @@ class Channel:
                             raise httpx.ReadTimeout("the whole answer took too long")
                         if not line:
                             continue
-                        document = json.loads(line)
+                        document = self._line(line)
                         if "error" in document:
-                            raise _from_body(document)
+                            raise self._told(document)
                         yield document
                     return
         except httpx.HTTPError as error:
             raise self._unreachable(error, path) from error
+
+    def _told(self, document: dict[str, Any]) -> LockstepError:
+        try:
+            return _from_body(document)
+        except ValidationError:
+            return self._foreign(f"answered an error that this learner does not know: {str(document)[:200]}")
+
+    def _line(self, line: str) -> dict[str, Any]:
+        try:
+            document = json.loads(line)
+        except ValueError as error:  # a proxy has ended the answer
+            raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off an answer: {line[:80]!r}") from error
+        if not isinstance(document, dict):
+            raise self._foreign(f"answered a line that is no object: {line[:80]!r}")
+        return document
 
     def _json(
         self, method: str, path: str, *, content: str | None = None, timeout: float = STATE_TIMEOUT_S,
@@ -114,6 +129,10 @@ class Channel:
                     code,
                     f"{self.url} refuses this learner (HTTP {answer.status_code}); give the server's token with "
                     f"--token_file or ${TOKEN_VARIABLE}",
+                )
+            if answer.status_code in (502, 503, 504):  # a proxy's: nothing answers behind it
+                return LockstepError(
+                    ErrorCode.NOT_READY, f"{self.url} answers HTTP {answer.status_code}: {answer.text[:200]!r}"
                 )
             return self._foreign(f"answered HTTP {answer.status_code}: {answer.text[:200]!r}")
 
@@ -159,6 +178,7 @@ def _waited(answer: httpx.Response, deadline: float) -> bool:
 
 
 def _from_body(document: Any) -> LockstepError:
+    """Raises pydantic's ValueError for what is no error of ours."""
     error = ErrorBody.model_validate(document).error
     return LockstepError(error.code, error.message, **error.detail)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from learner.discovery import Places
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RUN_ID_PATTERN
 
@@ -65,7 +66,9 @@ class LearnerConfig:
         True,
         "At the start, push a throw-away adapter with a large effect, to prove that adapters reach the logits.",
     )
-    ready_timeout_s: float = _option(600.0, "How long to wait for the server to be ready, in seconds.")
+    ready_timeout_s: float = _option(
+        600.0, "How long to wait for a rollout server to be ready, at the start and whenever none is up, in seconds."
+    )
     push_timeout_s: float = _option(120.0, "Deadline of one adapter push, in seconds.")
     transport: Literal["auto", "http", "collective"] = _option(
         "auto",
@@ -162,7 +165,7 @@ class LearnerConfig:
         """
         if not self.rollout_url:
             raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, e.g. http://127.0.0.1:8000")
-        if self.deterministic and len(self.rollout_url) > 1:
+        if self.deterministic and (len(self.rollout_url) > 1 or Places(self.rollout_url).may_change):
             raise LockstepError(
                 ErrorCode.INVALID_REQUEST,
                 "deterministic: which server completes a prompt depends on their speed; give one --rollout-url",

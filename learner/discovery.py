@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ class Places:
             raise _invalid("give --rollout_url, e.g. http://127.0.0.1:8000")
         self._given = list(given)
         self._last: dict[str, list[str]] = {}
+        self._complaints: dict[str, str] = {}
 
     @property
     def may_change(self) -> bool:
@@ -44,14 +46,21 @@ class Places:
     def _resolve(self, place: str) -> list[str]:
         try:
             if place.startswith(DNS):
-                self._last[place] = _addresses(place.removeprefix(DNS))
+                found = _addresses(place.removeprefix(DNS))
             elif place.startswith(FILE):
-                self._last[place] = _listed(Path(place.removeprefix(FILE)))
+                found = _listed(Path(place.removeprefix(FILE)))
             else:
                 return [place]
-        except (OSError, LockstepError):
-            pass
+            self._last[place] = found or self._last.get(place, [])  # it may be about to be written
+        except (OSError, LockstepError) as error:
+            self._complain(place, str(error))
         return self._last.get(place, [])
+
+    def _complain(self, place: str, why: str) -> None:
+        """Once for each reason."""
+        if self._complaints.get(place) != why:
+            self._complaints[place] = why
+            warnings.warn(f"rollout_url {place}: {why}; the servers stay as they were", stacklevel=2)
 
 
 def _check(place: str) -> None:
@@ -61,13 +70,12 @@ def _check(place: str) -> None:
         except OSError as error:
             raise _invalid(f"rollout_url {place!r}: {error}") from error
         return
-    parts = urlsplit(place.removeprefix(DNS))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_url(place.removeprefix(DNS)):
         raise _invalid(
             f"rollout_url {place!r} must start with http:// or https://, be dns+http://NAME:PORT for all addresses of "
             "a name, or file:PATH for a file with one URL a line"
         )
-    if place.startswith(DNS) and parts.scheme == "https":
+    if place.startswith(DNS + "https:"):
         raise _invalid(
             f"rollout_url {place!r}: a certificate is for a name, not for the addresses behind it; list the servers' "
             "own names in a file (file:PATH)"
@@ -84,12 +92,20 @@ def _addresses(url: str) -> list[str]:
 
 
 def _listed(path: Path) -> list[str]:
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    lines = (line.split("#")[0].strip() for line in path.read_text(errors="replace").splitlines())
     urls = [line for line in lines if line]
     for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise _invalid(f"{path}: {url!r} must start with http:// or https://")
+        if not _is_url(url):
+            raise _invalid(f"{path}: {url!r} is not http://HOST:PORT or https://HOST:PORT")
     return urls
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isascii()
+    except ValueError:  # of the port
+        return False
 
 
 def _invalid(message: str) -> LockstepError:

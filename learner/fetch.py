@@ -109,7 +109,7 @@ class Fetcher:
         """
         rows: dict[int, Completion] = {}
         waiting, running = list(asks), dict[Future[None], _Request]()
-        progress = time.monotonic()
+        failing_since: float | None = None
         while waiting or running:
             members = self.fleet.up() if running else self.fleet.available()
             if waiting and members:
@@ -121,9 +121,12 @@ class Fetcher:
                 request = running.pop(outcome)
                 rows.update(request.rows)
                 waiting += request.left()
-                progress = time.monotonic() if request.rows else progress
+                failing_since = None if request.rows else failing_since
                 error = outcome.exception()
-                if isinstance(error, LockstepError) and time.monotonic() < progress + self.fleet.patience_s:
+                if isinstance(error, LockstepError):
+                    failing_since = failing_since or time.monotonic()
+                    if time.monotonic() > failing_since + self.fleet.patience_s:
+                        raise error
                     self.fleet.lost_or_raise(request.member, error, request.term)
                 elif error is not None:
                     raise error

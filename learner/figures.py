@@ -123,7 +123,8 @@ class Figures:
         """Tokens that came from each server since the last step."""
         for url, member in list(self._rollouts.fetcher.fleet.members.items()):
             total, before = member.load.tokens, self._server_tokens.get(url, 0)
-            self._trainer.log(f"lockstep/tokens_from/{url.split('://')[-1]}", float(total - before))
+            since = total - before if total >= before else total  # it was forgotten and listed again
+            self._trainer.log(f"lockstep/tokens_from/{url.split('://')[-1]}", float(since))
             self._server_tokens[url] = total
 
     def saw_drift(self, drift: Drift) -> None:

@@ -61,6 +61,7 @@ class Fleet:
         self._join: Callable[[Member], None] | None = None
         self._changed = threading.Condition()
         self._closed = False
+        self._watch_number = 0
 
     @classmethod
     def of(cls, client: RolloutClient, state: ServerState | None = None, *, patience_s: float = 0.0) -> Fleet:
@@ -91,7 +92,7 @@ class Fleet:
     @property
     def kept(self) -> bool:
         """Whether servers that are lost are brought back."""
-        return self._join is not None
+        return self._join is not None and not self._closed
 
     def keep(self, join: Callable[[Member], None]) -> None:
         """From now on look after all servers.
@@ -99,9 +100,10 @@ class Fleet:
         Args:
             join: brings a server up to date and calls `come_up`; called on threads, for one server after its failure.
         """
-        began, self._join, self._closed = self.kept and not self._closed, join, False
+        began, self._join, self._closed = self.kept, join, False
         if began:
             return
+        self._watch_number += 1  # threads of an earlier one end
         for member in list(self.members.values()):
             self._look_after(member)
         if self._places.may_change:
@@ -129,8 +131,9 @@ class Fleet:
                 members = [member for member in self.up() if suits(member)]
                 if members:
                     return members
-                errors = [member.error for member in self.members.values() if member.error]
-                final = next((error for error in errors if error.code in _FINAL), None)
+                away = [(member, member.error) for member in list(self.members.values()) if member.error]
+                errors = [error for _, error in away]
+                final = next((error for member, error in away if member.term and error.code in _FINAL), None)
                 left = deadline - time.monotonic()
                 if final or left <= 0 or not self.kept:
                     raise final or (errors[-1] if errors else _none())
@@ -151,11 +154,14 @@ class Fleet:
                 self.lost_or_raise(member, error, term)
                 return None
 
+        deadline = time.monotonic() + self.patience_s
         while True:
             members = self.available()
             answers = all_of([partial(one, member) for member in members], name, len(members))
             if found := [answer for answer in answers if answer is not None]:
                 return found
+            if time.monotonic() > deadline:
+                raise next((member.error for member in members if member.error), _none())
 
     def lost_or_raise(self, member: Member, error: LockstepError, term: int) -> None:
         """`lost` if the error is one that passes, and somebody brings the server back."""
@@ -195,10 +201,11 @@ class Fleet:
             self.say(f"{member.url} {what}{others}")
 
     def _look_after(self, member: Member) -> None:
-        threading.Thread(target=self._keeper, args=(member,), name=f"lockstep-keep-{member.url}", daemon=True).start()
+        keeper = partial(self._keeper, member, self._watch_number)
+        threading.Thread(target=keeper, name=f"lockstep-keep-{member.url}", daemon=True).start()
 
-    def _keeper(self, member: Member) -> None:
-        while not self._closed and self.members.get(member.url) is member:
+    def _keeper(self, member: Member, number: int) -> None:
+        while not self._closed and number == self._watch_number and self.members.get(member.url) is member:
             if member.up:
                 self._watch(member)
             elif time.monotonic() >= member.retry_at:
@@ -216,7 +223,8 @@ class Fleet:
         receipt, term = member.receipt, member.term
         try:
             state = member.client.state(timeout_s=_WATCH_TIMEOUT_S)
-        except LockstepError as error:
+        except Exception as caught:
+            error = _known(caught)
             member.misses += 1
             if error.code is not ErrorCode.TIMEOUT or member.misses >= _MISSES:
                 self.lost(member, error, term)
@@ -231,7 +239,8 @@ class Fleet:
         assert self._join
         try:
             self._join(member)
-        except LockstepError as error:
+        except Exception as caught:  # a keeper that dies would lose its server for good
+            error = _known(caught)
             refused = error.code not in PASSING
             new = member.error is None or member.error.code is not error.code
             member.error = error
@@ -242,7 +251,8 @@ class Fleet:
                 self._changed.notify_all()
 
     def _keep_discovering(self) -> None:
-        while not self._closed:
+        number = self._watch_number
+        while not self._closed and number == self._watch_number:
             for member in self._discover():
                 self._tell(member, "is new")
                 self._look_after(member)
@@ -252,17 +262,24 @@ class Fleet:
     def _discover(self) -> list[Member]:
         """Servers that were not known; those that are not listed any more are forgotten."""
         urls = self._places.urls()
-        for url in [known for known in self.members if known not in urls] if urls else []:
+        for url in [known for known in self.members if known not in urls]:
             gone = self.members.pop(url)
             self.lost(gone, LockstepError(ErrorCode.NOT_READY, "it is not listed any more"))
         new = [Member(self._connect(url)) for url in urls if url not in self.members]
-        self.members.update({member.url: member for member in new})
+        for member in new:
+            self.members[member.url] = member
         return new
 
 
 def serve_base(states: Iterable[ServerState]) -> bool:
     """Whether every one of these serves its base now; one that merges does not while a run lives."""
     return all(state.apply == "adapter" or not any(run.version for run in state.runs) for state in states)
+
+
+def _known(error: Exception) -> LockstepError:
+    if isinstance(error, LockstepError):
+        return error
+    return LockstepError(ErrorCode.INVALID_REQUEST, f"{type(error).__name__}: {error}")
 
 
 def _none() -> LockstepError:

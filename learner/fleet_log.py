@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -48,5 +49,6 @@ class FleetLog:
         self._tokens.clear()
 
     def _write(self, lines: list[dict[str, object]]) -> None:
-        self._stream.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # a full disk must not end a training that writes no checkpoint just now
+            self._stream.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._stream.flush()

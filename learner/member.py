@@ -34,7 +34,7 @@ class Member:
         self.places = threading.BoundedSemaphore(MAX_PARALLEL_REQUESTS)
         self.receipt: PushReceipt | None = None
         self.up = state is not None
-        self.term = 0
+        self.term = int(self.up)
         self.pushing = False
         self.error: LockstepError | None = None
         self.failures = 0
@@ -62,6 +62,6 @@ class Member:
     def back_off(self, *, refused: bool) -> None:
         """Try again: at once after the first failure, then later each time, and not all servers together."""
         self.failures += 1
-        growing = _SECOND_RETRY_S * 2 ** (self.failures - 2) if self.failures > 1 else 0.0
+        growing = _SECOND_RETRY_S * 2 ** min(self.failures - 2, 10) if self.failures > 1 else 0.0
         pause = _REFUSED_RETRY_S if refused else min(growing, _LAST_RETRY_S)
         self.retry_at = time.monotonic() + pause * random.uniform(0.75, 1.25)

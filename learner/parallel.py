@@ -37,6 +37,7 @@ def all_of(calls: Sequence[Callable[[], T]], name: str, at_once: int) -> list[T]
             return call()
 
     started = [start(partial(in_place, call), f"{name}-{i}") for i, call in enumerate(calls)]
+    wait(started)  # an error must leave no call behind
     return [outcome.result() for outcome in started]
 
 

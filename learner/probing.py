@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from learner.fleet import Fleet
+from learner.fleet import Fleet, serve_base
 from learner.proof import SyncProof
 from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
@@ -12,9 +12,10 @@ from shared.sampling import SamplingParams
 SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
 
 
-def probe_sequences(fleet: Fleet, prompts: list[list[int]], policy: PolicySelector) -> list[list[int]]:
+def probe_sequences(fleet: Fleet, prompts: list[list[int]]) -> list[list[int]]:
     """Prompts of the task, each with a greedy completion: text like the policy will see. Token ids [N][T]."""
     member = fleet.available()[0]
+    policy: PolicySelector = "base" if serve_base([member.known]) else "latest"
     distinct = list(dict.fromkeys(tuple(p[-PROMPT_TOKENS:]) for p in prompts))[:SEQUENCES]
     room = min(m.known.max_model_len for m in fleet.up()) - max(map(len, distinct))
     if room < 1:
@@ -25,7 +26,7 @@ def probe_sequences(fleet: Fleet, prompts: list[list[int]], policy: PolicySelect
     return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
 
 
-def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool, is_main: bool) -> float | None:
+def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float | None:
     """Push a throw-away adapter as a run of its own, see it served, and delete it; the slope of `SyncProof.canary`.
 
     Collective, as a push is. None where a server has no place for another run: the real run's own push says so.
@@ -42,7 +43,6 @@ def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool, is_main: 
             raise
         return None
     finally:
-        if is_main:
-            canary.delete_run()
+        real.on_main(canary.delete_run)
         for member in real.fleet.up():
             member.receipt = None  # what is served from now on is the real run

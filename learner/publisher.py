@@ -185,13 +185,22 @@ class Publisher:
             self._accept(member, receipt, manifest)
 
     def delete_run(self) -> None:
-        """End the run on all servers that are up and have it: its slots become free."""
+        """End the run on all servers that are up and have it: its slots become free.
+
+        Raises:
+            LockstepError: the first error, after all of them have been asked.
+        """
+        with self._exporting:
+            self._export = None  # nobody sends it again
+        errors = []
         for member in self.fleet.up():
             try:
                 member.client.delete_run(self.lease.run_id, self.lease.secret)
             except LockstepError as error:
                 if error.code is not ErrorCode.UNKNOWN_RUN:
-                    raise
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Let go of the way to the servers; what was pushed stays there."""
@@ -219,18 +228,21 @@ class Publisher:
         return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
 
     def _way(self, member: Member) -> Transport:
-        if member.url not in self._ways:
-            self._ways[member.url] = Transport(
+        way = self._ways.get(member.url)
+        if way is None:
+            way = self._ways[member.url] = Transport(
                 member.client, self.lease.run_id, self.lease.secret, self.exporter.flat.device, member.known,
                 choice=self._choice, in_flight=self._in_flight, say=self._say,
             )  # fmt: skip
-        return self._ways[member.url]
+        return way
 
     def _takes_over(self, member: Member) -> bool:
         """Said once to each server: a learner that is taken over itself must not take the run back."""
         return self._takeover and member.url not in self._taken_over
 
     def _accept(self, member: Member, receipt: PushReceipt, manifest: AdapterManifest) -> None:
+        if receipt.epoch != member.known.epoch:  # whoever brings it back looks at it first
+            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"{member.url} has restarted")
         expected = (manifest.version, manifest.checksum, len(manifest.modules), member.known.workers)
         got = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
         names = ("version", "checksum", "modules written", "workers that acknowledged")

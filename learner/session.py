@@ -107,17 +107,12 @@ class Session:
 
     def begin(self) -> None:
         """Prove the base, push the initial adapter, prove it. Collective."""
-        sequences = self._on_main(
-            lambda: probe_sequences(self.fleet, self.prompts, "base" if self.base_served else "latest")
-        )
+        sequences = self._on_main(lambda: probe_sequences(self.fleet, self.prompts))
         self.proof = SyncProof(
             self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
         )  # fmt: skip
         if self.config.proof_canary and not self.continues and self.base_served:
-            self.canary_slope = canary_slope(
-                self.proof, self.publisher,
-                takeover=self.config.takeover, is_main=self.trainer.accelerator.is_main_process,
-            )  # fmt: skip
+            self.canary_slope = canary_slope(self.proof, self.publisher, takeover=self.config.takeover)
         elif self.base_served:
             self.proof.check_base()
         if self.trainer.accelerator.is_main_process:
@@ -226,13 +221,16 @@ class Session:
     def _see_whether_up(self, member: Member) -> None:
         """On other ranks: rank 0 brings it up to date; until then it is asked for nothing."""
         state, last = member.client.state(), self.publisher.last
-        if last is None or not any(run.version == last.version for run in state.runs):
+        if last is None or state.draining or not any(run.version == last.version for run in state.runs):
             raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"{member.url} does not serve this run yet")
         member.state = state
         self.fleet.come_up(member)
 
     def _admit(self, client: RolloutClient, state: ServerState) -> None:
         """Raise what keeps a server from joining those that are there."""
+        same = next((m for m in self.fleet.up() if m.url != client.url and m.known.epoch == state.epoch), None)
+        if same is not None:
+            raise LockstepError(ErrorCode.INVALID_REQUEST, f"it is the server at {same.url}, by another address")
         self._accepts(state)
         if state.lora_dtype != self.publisher.lora_dtype:
             raise LockstepError(

@@ -76,14 +76,16 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     )
     training = time.perf_counter()
     checkpoint = _resume(args, session.say)
-    if finished := _finished(checkpoint, args):
-        session.say(f"trained already, {finished.step} steps; more with a higher --max_steps")
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step = finished.step
-        session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    session.close()
+    try:
+        if finished := _finished(checkpoint, args):
+            session.say(f"trained already, {finished.step} steps; more with a higher --max_steps")
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state.global_step = finished.step
+            session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        session.close()
     train_seconds = time.perf_counter() - training
     save_final_adapter(trainer, Path(args.output_dir) / "adapter")
     if hasattr(trainer, "end"):
@@ -111,11 +113,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _joined_config(argv: Sequence[str]) -> list[str]:
-    """`--config=FILE` as `--config FILE`, the only form that TrlParser knows, and `--some-flag` as is."""
+    """`--config=FILE` as `--config FILE`, the only form that TrlParser knows; the values of several `--rollout_url`
+    behind one, since the parser would take the last one only.
+    """
     joined: list[str] = []
+    urls: list[str] = []
+    into = joined
     for argument in argv:
-        joined += argument.split("=", 1) if argument.startswith("--config=") else [argument]
-    return joined
+        flag, equals, value = argument.partition("=")
+        if flag in ("--rollout_url", "--rollout-url"):
+            urls += [value] if equals else []
+            into = joined if equals else urls
+            continue
+        if argument.startswith("--"):
+            into = joined
+        into += argument.split("=", 1) if flag == "--config" else [argument]
+    return [*joined, "--rollout_url", *urls] if urls else joined
 
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:

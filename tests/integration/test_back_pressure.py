@@ -99,8 +99,11 @@ def test_what_is_too_large(server: ServerProcess) -> None:
     assert theirs.status_code == 413 and "--max-n" in theirs.json()["error"]["message"]
 
 
-def test_too_much_at_once(server: ServerProcess) -> None:
-    long = _sent(server, LONG)
+def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
+    with RolloutClient(server.url) as client:
+        P.push(client, P.make_policy(model), "waiting", step=0)
+    endless = {**LONG, "policy": "latest", "min_step": 5, "wait_s": 600}  # until it is hung up on
+    long = _sent(server, endless)
     until(lambda: _count(server, "lockstep_sequences") == 36)
     many = {**CHAT, "n": 5}
     for body, path in (
@@ -114,11 +117,7 @@ def test_too_much_at_once(server: ServerProcess) -> None:
         assert answer.status_code == 429 and answer.headers["Retry-After"] == "1", (path, answer.text[:300])
         assert "--max-sequences" in answer.json()["error"]["message"]
         until(lambda: _count(server, "lockstep_sequences") == 36, 2.0)
-    long.close()  # it may be about to end by now
-    until(lambda: _count(server, "lockstep_sequences") == 0)
-    long = _sent(server, LONG)
-    until(lambda: _count(server, "lockstep_sequences") == 36)
-    full = _sent(server, {**LONG, "sampling": {**LONG["sampling"], "n": 4}})
+    full = _sent(server, {**endless, "sampling": {**LONG["sampling"], "n": 4}})
     until(lambda: _count(server, "lockstep_sequences") == 40)
     streamed = _post(server, {**CHAT, "stream": True}, "/v1/chat/completions")
     assert streamed.status_code == 429, "before its first byte"

@@ -41,7 +41,7 @@ def test_config_file_and_flags(tmp_path):
         "lora_r: 8\nlearning_rate: 2.0e-4\nuse_cpu: true\nbf16: false\ngeneration_kwargs: {stop: [x]}\n"
     )
     config, args, model_args = parse([f"--config={file}", "--lora_alpha", "32", "--rollout-url", "http://b:2"])
-    assert config.rollout_url == "http://b:2" and config.task_args == {"min": 1}
+    assert config.rollout_url == ["http://b:2"] and config.task_args == {"min": 1}
     assert config.lora_kwargs == {"rank_pattern": {"q_proj": 4}} and args.learning_rate == 2e-4
     assert model_args.use_peft and model_args.lora_r == 8 and model_args.lora_alpha == 32
     assert args.generation_kwargs == {"stop": ["x"]}
@@ -70,3 +70,14 @@ def test_unknown_keys_of_a_config_file(tmp_path):
     (tmp_path / "c.yaml").write_text("lerning_rate: 1\nuse_cpu: true\nbf16: false\n")
     with pytest.raises(LockstepError, match="lerning_rate"):
         parse(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_several_servers():
+    several = ["http://a:1", "http://b:2", "http://c:3"]
+    for flags in (["--rollout_url", *several], ["--rollout-url=http://a:1", "--rollout_url", *several[1:]]):
+        config, _, _ = parse([*flags, "--task", "t", "--output_dir", "x"])
+        assert config.require_urls() == several
+    for urls in (several, ["dns+http://a:1"]):
+        config, _, _ = parse(["--rollout_url", *urls, "--deterministic", "true"])
+        with pytest.raises(LockstepError, match="one --rollout-url"):
+            config.require_urls()

@@ -46,7 +46,7 @@ def test_unreachable_slow_and_foreign_servers():
     assert code_of(client_of(raising(httpx.ConnectError)).state) is ErrorCode.NOT_READY
     assert code_of(client_of(raising(httpx.ReadTimeout)).state) is ErrorCode.TIMEOUT
     assert code_of(client_of(lambda r: httpx.Response(200, text="hello")).state) is ErrorCode.PROTOCOL_MISMATCH
-    assert code_of(client_of(lambda r: httpx.Response(502, text="bad")).state) is ErrorCode.PROTOCOL_MISMATCH
+    assert code_of(client_of(lambda r: httpx.Response(418, text="bad")).state) is ErrorCode.PROTOCOL_MISMATCH
     assert code_of(client_of(lambda r: httpx.Response(200, json={"protocol": 99})).state) is ErrorCode.PROTOCOL_MISMATCH
 
 
@@ -159,3 +159,17 @@ def test_a_stream_that_never_ends_has_a_deadline():
     with pytest.raises(LockstepError) as late:
         list(client.iter_groups(REQUEST))
     assert late.value.code is ErrorCode.TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (httpx.Response(502, text="<html>Bad Gateway</html>"), ErrorCode.NOT_READY),
+        (httpx.Response(200, text='{"prompt_index": 0, "pro'), ErrorCode.NOT_READY),
+        (httpx.Response(200, text="[1]\n"), ErrorCode.PROTOCOL_MISMATCH),
+        (httpx.Response(200, text='{"error": {"code": "of_tomorrow", "message": "?"}}\n'), ErrorCode.PROTOCOL_MISMATCH),
+    ],
+)
+def test_answers_of_somebody_in_between(answer, code):
+    client = client_of(lambda request: answer)
+    assert code_of(lambda: list(client.iter_groups(REQUEST))) is code

@@ -191,7 +191,44 @@ def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
     fleet.close()
 
 
-@pytest.mark.parametrize("place", ["localhost:8000", "ftp://x", "dns+https://x:1", "file:/nowhere/at/all"])
+def test_a_keeper_outlives_whatever_happens_to_it(fleet_of):
+    server = Server("http://s")
+    fleet = fleet_of(server, keep=False)
+    member = fleet.up()[0]
+    for _ in range(2000):
+        member.back_off(refused=False)
+    member.retry_at, tries = 0.0, []
+
+    def join(member):
+        tries.append(1)
+        if len(tries) < 3:
+            member.retry_at = 0.0
+            raise RuntimeError("out of memory")
+        fleet.come_up(member)
+
+    member.failures = 0
+    fleet.keep(join)
+    fleet.lost(member, LockstepError(ErrorCode.NOT_READY, "gone"))
+    member.back_off = lambda *, refused: None
+    assert fleet.available() == [member] and len(tries) == 3
+
+
+def test_lines_that_are_no_urls_change_nothing(tmp_path):
+    listed = tmp_path / "servers"
+    listed.write_text("http://a:1\n")
+    places = Places([f"file:{listed}", "http://b:1"])
+    for content in (b"http://a:80o0\n", b"\xff\xfe\n", b"", b"http://a:1\nrubbish\n"):
+        assert places.urls() == ["http://a:1", "http://b:1"]
+        listed.write_bytes(content)
+        if content:
+            with pytest.warns(UserWarning, match="stay as they were"):
+                assert places.urls() == ["http://a:1", "http://b:1"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["dns+http://x:99999", "http://h:80o0", "localhost:8000", "ftp://x", "dns+https://x:1", "file:/nowhere/at/all"],
+)
 def test_places_that_cannot_be(place):
     with pytest.raises(LockstepError, match="rollout_url"):
         Places([place])
