@@ -73,6 +73,8 @@ def test_unknown_keys_of_a_config_file(tmp_path):
 
 
 def test_several_servers():
+    from learner.train import parse
+
     several = ["http://a:1", "http://b:2", "http://c:3"]
     for flags in (["--rollout_url", *several], ["--rollout-url=http://a:1", "--rollout_url", *several[1:]]):
         config, _, _ = parse([*flags, "--task", "t", "--output_dir", "x"])
