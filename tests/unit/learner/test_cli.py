@@ -75,11 +75,12 @@ def test_unknown_keys_of_a_config_file(tmp_path):
 def test_several_servers():
     from learner.train import parse
 
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "x"]
     several = ["http://a:1", "http://b:2", "http://c:3"]
     for flags in (["--rollout_url", *several], ["--rollout-url=http://a:1", "--rollout_url", *several[1:]]):
-        config, _, _ = parse([*flags, "--task", "t", "--output_dir", "x"])
+        config, _, _ = parse([*flags, *cpu])
         assert config.require_urls() == several
     for urls in (several, ["dns+http://a:1"]):
-        config, _, _ = parse(["--rollout_url", *urls, "--deterministic", "true"])
+        config, _, _ = parse(["--rollout_url", *urls, "--deterministic", "true", *cpu])
         with pytest.raises(LockstepError, match="one --rollout-url"):
             config.require_urls()
