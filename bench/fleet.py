@@ -100,20 +100,31 @@ class Run:
             counts: list[int] = []
             fleet.on_tokens = lambda member, count: counts.append(count)
             with self.load(fleet, publisher, len(self.ports)):
-                time.sleep(SETTLE_S)
+                training = self.training(publisher, model)
+                training(for_seconds(SETTLE_S))
                 before, started = len(counts), time.monotonic()
-                time.sleep(self.options.window_s)
+                training(for_seconds(self.options.window_s))
                 rate = sum(counts[before:]) / (time.monotonic() - started)
             publisher.delete_run()
             return rate
 
+    def training(self, publisher: Publisher, model: Any) -> Callable[[Callable[[], bool]], None]:
+        """What a learner does meanwhile: pushes, until something is so."""
+        steps = iter(range(1, 10**6))
+
+        def train(until: Callable[[], bool]) -> None:
+            while not until():
+                optimizer_step(model)
+                publisher.push(next(steps))
+                time.sleep(self.options.push_every_s)
+
+        return train
+
     @contextlib.contextmanager
     def load(self, fleet: Fleet, publisher: Publisher, share: int = 1) -> Any:
-        """Inside, batches are fetched one after the other by several loops: together as many completions as all servers
-        compute at once, and half as many again.
-        """
+        """Inside, two batches of `--prompts` prompts are being fetched at any time, as with `max_staleness` 1."""
         stopping, options = threading.Event(), self.options
-        per_loop = max(1, round(1.5 * options.seqs * len(self.ports) / share / options.loops / options.n))
+        per_loop = max(1, options.prompts // share)
         failed: list[BaseException] = []
 
         def wanted() -> Wanted:
@@ -129,7 +140,7 @@ class Run:
             except BaseException as error:
                 failed.append(error)
 
-        threads = [threading.Thread(target=loop, args=(seed,), daemon=True) for seed in range(options.loops)]
+        threads = [threading.Thread(target=loop, args=(seed,), daemon=True) for seed in range(2)]
         for thread in threads:
             thread.start()
         try:
@@ -168,37 +179,32 @@ class Run:
             publisher.push(0)
             fleet.keep(lambda member: publisher.bring_up(member, lambda client, state: None))
             with self.load(fleet, publisher):
-                steps = iter(range(1, 10**6))
-
-                def training(until: Callable[[], bool]) -> None:
-                    while not until():
-                        optimizer_step(model)
-                        publisher.push(next(steps))
-                        time.sleep(options.push_every_s)
-
-                def for_a_while() -> Callable[[], bool]:
-                    end = time.monotonic() + options.window_s + SETTLE_S
-                    return lambda: time.monotonic() > end
-
-                training(for_a_while())
+                training, window_s = self.training(publisher, model), options.window_s + SETTLE_S
+                training(for_seconds(window_s))
                 listed.write_text("".join(f"{server.url}\n" for server in servers.values()))  # the last one joins
                 training(lambda: len(fleet.up()) == len(names))
-                training(for_a_while())
+                training(for_seconds(window_s))
                 victim = names[0]
                 servers[victim].kill()
-                training(for_a_while())
+                training(for_seconds(window_s))
                 servers[victim].end()
                 servers[victim] = self.start(victim)
                 training(lambda: _ready(servers[victim]))
                 if victim in groups:
                     groups[victim].add(servers[victim].pid)
                 training(lambda: len(fleet.up()) == len(names))
-                training(for_a_while())
+                training(for_seconds(window_s))
             fleet.close()
             log.close()
             by_url = {server.url: name for name, server in servers.items()}
             records = [json.loads(line) for line in log_file.read_text().splitlines()]
             self.report.take([{**record, "server": by_url[record["server"]]} for record in records], alone)
+
+
+def for_seconds(seconds: float) -> Callable[[], bool]:
+    """Becomes true then."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
 
 
 def end_all(servers: dict[str, Server]) -> None:
@@ -219,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.quick:
         options.servers, options.window_s, options.shape, options.seqs = 2, 8.0, "tiny", 8
+        options.prompts = 12
     options.names = [chr(ord("A") + i) for i in range(options.servers)]
     try:
         [shape] = pick_shapes(options.shape)
@@ -265,7 +272,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seqs", type=int, default=16, help="--max-num-seqs of every server")
     add("--n", type=int, default=4, help="completions of a prompt")
     add("--tokens", type=int, default=48, help="of each completion")
-    add("--loops", type=int, default=4, help="batches that are being fetched at the same time")
+    add("--prompts", type=int, default=36, help="of a batch; two batches are being fetched at the same time")
     add("--window-s", type=float, default=30.0, help="between two events, and for each server alone")
     add("--push-every-s", type=float, default=2.0)
     add("--server-flags", default="", help="further vLLM flags for every server, in one string")
