@@ -116,7 +116,8 @@ class Fetcher:
                 for request in self._requests(waiting, members, wanted()):
                     running[start(partial(self._run, request, arrived), "rollouts")] = request
                 waiting = []
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            # A server may come back while others are still busy with their share.
+            ended, _ = wait(running, 1.0 if waiting else None, FIRST_COMPLETED)
             for outcome in ended:
                 request = running.pop(outcome)
                 rows.update(request.rows)
