@@ -236,6 +236,9 @@ class _PushAfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.session.after_step()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.session.fleet.close()  # else it would go on pushing this run to servers that restart
+
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:
     """The trained adapter and its tokenizer as a PEFT directory. Collective; rank 0 writes."""

@@ -101,7 +101,7 @@ def test_what_is_too_large(server: ServerProcess) -> None:
 
 def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
     with RolloutClient(server.url) as client:
-        P.push(client, P.make_policy(model), "waiting", step=0)
+        P.push(client, P.make_policy(model), "held", step=0)
     endless = {**LONG, "policy": "latest", "min_step": 5, "wait_s": 600}  # until it is hung up on
     long = _sent(server, endless)
     until(lambda: _count(server, "lockstep_sequences") == 36)

@@ -48,6 +48,7 @@ def lived_through(client: RolloutClient, server: ServerProcess, policies, reques
                 later[step] = P.generate(client, [PROBE], max_tokens=4)
             outlives(client.run(run_id).running_requests)
             answer = running.result()
+        outlives(all(len(completion.spans) == 4 for group in answer.groups for completion in group.completions))
         for step, afterwards in later.items():
             assert P.largest_gap(policies[step], afterwards) < FP32
         until(lambda: sorted(slot["state"] for slot in client.run(run_id).slots) == ["active", "free"])

@@ -180,7 +180,9 @@ def test_running_requests_live_through_pushes(
                 P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
                 client.push(run_id, [blobs[step]], P.LEASE, in_flight=in_flight)
                 outlives(client.run(run_id).running_requests)  # the server's word: an answer takes a while to arrive
-            return running.result()
+            moved = running.result()
+        outlives(all(len(completion.spans) == 3 for group in moved.groups for completion in group.completions))
+        return moved
 
     for group in with_enough_load(push_twice, (12, 24, 32)).groups:  # of 2 prompts: all must be decoding at once
         for completion in group.completions:

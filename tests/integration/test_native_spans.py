@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rollout_server import cli, compat, lifecycle
+from rollout_server.capacity import Capacity
 from rollout_server.engine import EngineDoor
 from rollout_server.gate import Gate
 from rollout_server.sampling import to_vllm, token_prompt
@@ -54,9 +55,9 @@ class LabellingDoor(EngineDoor):
 @asynccontextmanager
 async def serving(model: Path, *flags: str) -> AsyncIterator[Service]:
     """A rollout server without HTTP."""
-    gate = Gate()
+    gate, (args, config, settings) = Gate(), cli.resolve([str(model), *FLAGS, *flags])
     try:
-        yield await lifecycle.start(*cli.resolve([str(model), *FLAGS, *flags]), gate)
+        yield await lifecycle.start(args, config, settings, gate, Capacity(settings))
     finally:
         gate.close()
 

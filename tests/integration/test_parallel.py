@@ -131,7 +131,9 @@ def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: 
                 receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight="keep")
                 outlives(receipt.pause_seconds > 0)  # else nothing was decoding any more, whatever is on its way to us
                 assert receipt.workers == 2
-            return running.result()
+            moved = running.result()
+        outlives(all(len(completion.spans) == 3 for group in moved.groups for completion in group.completions))
+        return moved
 
     answer = with_enough_load(push_twice)
     for group in answer.groups:

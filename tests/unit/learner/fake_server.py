@@ -93,6 +93,8 @@ class FakeServer:
         length = header_length(blob)
         header = parse_header(blob[8 : 8 + length])
         manifest = header.manifest
+        if run_id in self.served and manifest.version < self.served[run_id][0]:
+            raise LockstepError(ErrorCode.STALE_VERSION, f"{manifest.version} is not after {self.served[run_id][0]}")
         tensors = load(blob)
         deltas = {
             name: tensors[name + LORA_B].float() @ tensors[name + LORA_A].float() * self.scale
