@@ -34,7 +34,7 @@ def main() -> int:
     add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
     add("--faults", type=int, default=210, help="how many faults (not with --quick)")
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
-    add("--steps", type=int, help="optimizer steps of the training (default: 5 to 15 for each fault)")
+    add("--steps", type=int, help="optimizer steps of the training (default: 12 for each fault, 20 with several servers)")
     add("--servers", type=int, default=1, help="rollout servers")
     add("--deterministic", action="store_true", help="synchronous, one server; the end is compared with that of a "
         "training that nothing disturbed")  # fmt: skip
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     if options.only:
         faults = [fault for fault in faults if options.only in fault.name]
     # With several servers the training goes on during most faults.
-    pace = 5 if options.quick else 7 if options.servers == 1 else 15
+    pace = 12 if options.servers == 1 else 20
     world.options.steps = options.steps or pace * len(faults) + 10
     with world:
         records = disturb(world, faults, random)

@@ -37,6 +37,14 @@ def belonging(mark: str, sessions: Collection[int]) -> dict[int, str]:
     return found
 
 
+def command_line(pid: int) -> bytes:
+    """Of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def kill(pids: Collection[int], number: signal.Signals = signal.SIGKILL) -> list[int]:
     """Send a signal to each that still lives; those."""
     reached = []

@@ -13,7 +13,7 @@ from signal import SIGTERM
 import httpx
 
 from tests.chaos.impostor import Impostor
-from tests.chaos.processes import kill
+from tests.chaos.processes import command_line, kill
 from tests.chaos.world import GENERATE_S, NotInjectedError, World, ready
 
 Recipe = Callable[[World, int, Random], None]
@@ -76,8 +76,8 @@ def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
 
 
 def kill_child_of_learner(world: World, server: int, random: Random) -> None:
-    """A reward worker, or what looks after its semaphores."""
-    children = world.learner.children()
+    """A reward worker. What looks after its semaphores would leave them behind, whoever used it: that is spared."""
+    children = [pid for pid in world.learner.children() if b"resource_tracker" not in command_line(pid)]
     if not children or not kill([random.choice(children)]):
         raise NotInjectedError("no reward worker is running")
 
