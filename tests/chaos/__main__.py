@@ -34,7 +34,7 @@ def main() -> int:
     add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
     add("--faults", type=int, default=210, help="how many faults (not with --quick)")
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
-    add("--steps", type=int, help="optimizer steps of the training (default: 12 for each fault, 20 with several servers)")
+    add("--steps", type=int, help="optimizer steps of the training (default: 12 for each fault, 20 with more servers)")
     add("--servers", type=int, default=1, help="rollout servers")
     add("--deterministic", action="store_true", help="synchronous, one server; the end is compared with that of a "
         "training that nothing disturbed")  # fmt: skip
