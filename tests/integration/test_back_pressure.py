@@ -206,11 +206,11 @@ def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
     engines = server.engine_processes()
     with ThreadPoolExecutor() as pool:
         ours = pool.submit(_post, server, LONG)
-        theirs = pool.submit(_post, server, {**CHAT, "max_tokens": 900, "ignore_eos": True}, "/v1/chat/completions")
-        until(lambda: _count(server, "lockstep_sequences") == 37, 10.0)
+        until(lambda: _count(server, "vllm:num_requests_running") > 0, 10.0, running=ours)
         for pid in engines:
             os.kill(pid, signal.SIGSTOP)
         stopped = time.monotonic()
+        theirs = pool.submit(_post, server, {**CHAT, "max_tokens": 900, "ignore_eos": True}, "/v1/chat/completions")
         assert ours.result(STALL_S * 3).json()["error"]["code"] == ErrorCode.ENGINE_DEAD
         assert theirs.result(STALL_S).status_code == 503
         assert time.monotonic() - stopped >= STALL_S
