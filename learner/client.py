@@ -127,12 +127,11 @@ class RolloutClient(Channel):
             yield self._parse(RolloutGroup, document)
         raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off a stream of completions before its end")
 
-    def score(self, request: ScoreRequest) -> ScoreResponse:
-        """`POST /v1/score`: teacher-forced logprobs at temperature 1."""
+    def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreResponse:
+        """`POST /v1/score`: teacher-forced logprobs at temperature 1; `timeout_s`: if less than `generate_timeout_s`."""
         body = request.model_dump_json(exclude_defaults=True)
-        return self._parse(
-            ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=self.generate_timeout_s)
-        )
+        timeout = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
+        return self._parse(ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=timeout))
 
     def push(
         self, run_id: str, pieces: Sequence[bytes | memoryview], lease: str, *,

@@ -48,6 +48,8 @@ CANARY_SLACK = 0.2
 #: where the effect saturates, twice the adapter does not show as twice the change.
 CANARY_SIGNAL = 20.0
 CANARY_NATS = 0.05
+#: For a few hundred tokens, behind whatever the server has to do; a path that has died shows no other way.
+_SCORE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class SyncProof:
         """
         if self._own_base is None:
             return
-        answer = client.score(ScoreRequest(sequences=self.sequences, policy="base"))
+        answer = client.score(ScoreRequest(sequences=self.sequences, policy="base"), _SCORE_TIMEOUT_S)
         measurement = self._compare(self._own_base, client.url, state, answer)
         if measurement.max_gap > measurement.tolerance:
             raise LockstepError(
@@ -192,7 +194,7 @@ class SyncProof:
         request = ScoreRequest(sequences=self.sequences, policy=policy, run_id=version.run_id if version else None)
 
         def ask(member: Member) -> tuple[str, ServerState, ScoreResponse]:
-            return member.url, member.known, member.client.score(request)
+            return member.url, member.known, member.client.score(request, _SCORE_TIMEOUT_S)
 
         answers = self._on_main(lambda: self._fleet.ask_all(ask, "proof"))
         return [self._compare(own, *answer) for answer in answers]
