@@ -128,7 +128,7 @@ class RolloutClient(Channel):
         raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off a stream of completions before its end")
 
     def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreResponse:
-        """`POST /v1/score`: teacher-forced logprobs at temperature 1; `timeout_s`: if less than `generate_timeout_s`."""
+        """`POST /v1/score`: teacher-forced logprobs at temperature 1, within `timeout_s` if that is given."""
         body = request.model_dump_json(exclude_defaults=True)
         timeout = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
         return self._parse(ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=timeout))
