@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -73,6 +74,20 @@ def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate", headers
     )
     connection.sendall(head.encode() + content)
     return connection
+
+
+@contextlib.contextmanager
+def frozen(server: ServerProcess) -> Iterator[None]:
+    """The engine stands still: what was sent inside is under way until the end, on the fastest machine."""
+    engines = server.engine_processes()
+    for pid in engines:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in engines:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def test_what_is_too_large(server: ServerProcess) -> None:
@@ -152,15 +167,16 @@ def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, model: Pat
     elif case.startswith("chat"):
         body = {**CHAT, "n": 36, "max_tokens": 900, "ignore_eos": True, "stream": case == "chat-stream"}
         path = "/v1/chat/completions"
-    connection = _sent(server, body, path)
-    if case != "before-the-first-byte":
-        until(lambda: _count(server, "lockstep_sequences") > 0, 10.0)
-    if case in ("stream", "chat-stream"):
-        connection.recv(1)
-    connection.close()
-    left = time.monotonic()
-    until(lambda: _count(server, "lockstep_sequences") == 0, 2.0)
-    assert time.monotonic() - left < 2.0
+    with frozen(server) if case == "score" else contextlib.nullcontext():
+        connection = _sent(server, body, path)
+        if case != "before-the-first-byte":
+            until(lambda: _count(server, "lockstep_sequences") > 0, 10.0)
+        if case in ("stream", "chat-stream"):
+            connection.recv(1)
+        connection.close()
+        left = time.monotonic()
+        until(lambda: _count(server, "lockstep_sequences") == 0, 2.0)
+        assert time.monotonic() - left < 2.0
 
 
 def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
@@ -170,10 +186,11 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
         return _post(server, {**body, **change}, headers={"Idempotency-Key": key})
 
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(keyed, "join")
-        until(lambda: _count(server, "lockstep_sequences") == 8, 10.0, running=first)
-        second = pool.submit(keyed, "join", stream=True)
-        conflict = keyed("join", policy="latest")
+        with frozen(server):
+            first = pool.submit(keyed, "join")
+            until(lambda: _count(server, "lockstep_sequences") == 8, 10.0, running=first)
+            second = pool.submit(keyed, "join", stream=True)
+            conflict = keyed("join", policy="latest")
         assert conflict.status_code == 409 and conflict.json()["error"]["code"] == "idempotency_conflict"
         groups = first.result().json()["groups"]
         *lines, done = map(json.loads, filter(None, second.result().text.splitlines()))
@@ -182,17 +199,19 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
     assert _post(server, body).json()["groups"] != groups
 
     before = _count(server, "vllm:generation_tokens_total")
-    left = _sent(server, body, headers="Idempotency-Key: left\r\n")
-    until(lambda: _count(server, "lockstep_sequences") == 8, 10.0)
-    left.close()
-    time.sleep(0.3)
+    with frozen(server):
+        left = _sent(server, body, headers="Idempotency-Key: left\r\n")
+        until(lambda: _count(server, "lockstep_sequences") == 8, 10.0)
+        left.close()
+        time.sleep(0.3)
     assert len(keyed("left").json()["groups"]) == 1
     assert _count(server, "vllm:generation_tokens_total") - before <= 8 * 1000, "generated once"
 
     before = _count(server, "vllm:generation_tokens_total")
-    orphan = _sent(server, LONG, headers="Idempotency-Key: orphan\r\n")
-    until(lambda: _count(server, "lockstep_sequences") == 36, 10.0)
-    orphan.close()
+    with frozen(server):
+        orphan = _sent(server, LONG, headers="Idempotency-Key: orphan\r\n")
+        until(lambda: _count(server, "lockstep_sequences") == 36, 10.0)
+        orphan.close()
     time.sleep(ORPHAN_S * 0.75)
     if _count(server, "lockstep_sequences"):  # else this machine has done it all by now
         until(lambda: _count(server, "lockstep_sequences") == 0, ORPHAN_S)
@@ -204,16 +223,13 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
 def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
     """The last one here: afterwards there is no server."""
     engines = server.engine_processes()
-    with ThreadPoolExecutor() as pool:
-        ours = pool.submit(_post, server, LONG)
-        until(lambda: _count(server, "vllm:num_requests_running") > 0, 10.0, running=ours)
-        for pid in engines:
-            os.kill(pid, signal.SIGSTOP)
+    with frozen(server), ThreadPoolExecutor() as pool:
         stopped = time.monotonic()
+        ours = pool.submit(_post, server, LONG)
         theirs = pool.submit(_post, server, {**CHAT, "max_tokens": 900, "ignore_eos": True}, "/v1/chat/completions")
         assert ours.result(STALL_S * 3).json()["error"]["code"] == ErrorCode.ENGINE_DEAD
         assert theirs.result(STALL_S).status_code == 503
         assert time.monotonic() - stopped >= STALL_S
-    assert server.process.wait(30) == 1
+        assert server.process.wait(30) == 1
     assert "the engine died" in server.tail() and "--engine-stall-seconds" in server.tail()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines), 20.0)
