@@ -31,7 +31,7 @@ FAULTS = [
     Fault("learner: kill -9", recipes.kill_learner, 5),
     Fault("learner: kill -9 inside a push", recipes.kill_learner_in_a_push, 6, quick=1),
     Fault("server: kill -9", recipes.kill_server, 2, limit_s=120),
-    Fault("server: kill -9 inside a push", recipes.kill_server_in_a_push, 2, quick=1, limit_s=120),
+    Fault("server: kill -9 inside a push", recipes.kill_server_in_a_push, 2, limit_s=120),
     Fault("server: SIGTERM", recipes.upgrade_server, 2, limit_s=120),
     Fault("engine: kill -9", recipes.kill_part(recipes.the_engine), 2, limit_s=120),
     Fault("engine's worker: kill -9", recipes.kill_part(recipes.its_worker), 2, limit_s=120),
