@@ -41,9 +41,9 @@ class Stall:
             )
 
     def _progressed(self) -> bool:
-        """Whether there is a new token, or nothing that should have got one."""
+        """Whether there is a new token, or nothing that should have got one since the last look."""
         door, before, outputs = self._door, self._tokens, self._outputs
         self._tokens, self._outputs = door.output_tokens(), door.outputs
-        if door.held or not self._tokens or outputs != self._outputs:
+        if door.held or not self._tokens or not before or outputs != self._outputs:
             return True
         return any(tokens > before.get(output, 0) for output, tokens in self._tokens.items())

@@ -68,6 +68,17 @@ def test_requests_that_come_and_go_are_no_progress(watched) -> None:
     assert watched.door.reasons
 
 
+def test_the_time_before_a_request_came_does_not_count(watched) -> None:
+    watched.wait(3)
+    watched.clock.now += 4
+    watched.door.tokens = {("a", 0): 0}
+    watched.stall.look()
+    watched.wait(30)
+    assert not watched.door.reasons
+    watched.wait(2)
+    assert watched.door.reasons
+
+
 def test_a_server_that_was_stopped_itself_blames_nobody(watched) -> None:
     watched.door.tokens = {("a", 0): 5}
     watched.wait(3)
