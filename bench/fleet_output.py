@@ -123,8 +123,8 @@ def plot(path: Path, records: Sequence[Row], alone: dict[str, float], title: str
               label="sum of what the servers that are up give alone")  # fmt: skip
     axes.set_xlabel("seconds")
     axes.set_ylabel("tokens a second, mean of 5 s")
-    axes.set_ylim(0, 1.35 * max(rate for _, rate in expected))
+    axes.set_ylim(0, 1.15 * max(*map(sum, zip(*rates.values(), strict=True)), *(rate for _, rate in expected)))
     axes.set_title(title, fontsize=10)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=len(rates) + 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
