@@ -1,7 +1,7 @@
 # `make demo` and `make test` set everything up themselves, into .venv/. Needed: Python 3.11 to 3.13, make, pip's index.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-unit fuzz chaos chaos-quick lint format lock audit clean
+.PHONY: help setup demo test test-unit fuzz chaos chaos-quick lint format reference lock audit clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,6 +37,9 @@ lint: setup ## ruff, mypy, and a search for secrets
 format: setup ## put the code into form
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+reference: setup ## write docs/cli.md and docs/http.md anew from the code
+	$(PY) -m docs.reference
 
 lock: ## write deploy/constraints-cpu.txt anew (UPGRADE=1: newest versions)
 	deploy/lock-cpu.sh

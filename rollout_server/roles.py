@@ -33,7 +33,8 @@ _OURS = {
     ("GET", "/docs"): Role.GENERATE,
     ("GET", "/redoc"): Role.GENERATE,
 }
-_VLLM = {
+#: Those of vLLM that are served at all.
+VLLM_ROUTES = {
     ("GET", "/v1/models"): Role.GENERATE,
     ("POST", "/v1/completions"): Role.GENERATE,
     ("POST", "/v1/chat/completions"): Role.GENERATE,
@@ -52,14 +53,14 @@ _VLLM = {
     ("POST", "/start_profile"): Role.WEIGHTS,
     ("POST", "/stop_profile"): Role.WEIGHTS,
 }
-VLLM_PATHS = frozenset(path for _, path in _VLLM)
+VLLM_PATHS = frozenset(path for _, path in VLLM_ROUTES)
 
 
 def _pattern(path: str) -> re.Pattern[str]:
     return re.compile("[^/]+".join(map(re.escape, re.split(r"\{\w+\}", path))))
 
 
-_TABLE = [(method, _pattern(path), role) for (method, path), role in {**_OURS, **_VLLM}.items()]
+_TABLE = [(method, _pattern(path), role) for (method, path), role in {**_OURS, **VLLM_ROUTES}.items()]
 
 
 def role_needed(method: str, path: str) -> Role:

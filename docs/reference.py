@@ -1,0 +1,134 @@
+"""Writes docs/cli.md and docs/http.md from the code: `make reference`. A test says when they are behind it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from learner.config import LearnerConfig
+from rollout_server.app import build_app
+from rollout_server.roles import OPEN, VLLM_ROUTES, role_needed
+from rollout_server.settings import ServerSettings
+from shared.errors import ErrorCode, LockstepError
+
+FOLDER = Path(__file__).parent
+_NOTE = "<!-- Written by `make reference` from the code; do not edit. -->\n\n"
+
+
+def cli_page() -> str:
+    """All flags of our commands."""
+    return _NOTE + "\n\n".join([
+        "# Commands",
+        "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags of the "
+        "learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
+        "## rollout-server MODEL",
+        "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
+        _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
+        "## learner train",
+        "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
+        _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
+    ]) + "\n"  # fmt: skip
+
+
+def http_page() -> str:
+    """All routes, who may use them, what they take and answer, and the errors."""
+    schema = build_app(None, FastAPI()).openapi()  # type: ignore[arg-type]
+    models = schema["components"]["schemas"]
+    parts = [
+        "# HTTP",
+        "The server itself has the same as OpenAPI at `/openapi.json` and `/docs`. A bearer token is needed where the "
+        "server was given one; [security.md](security.md) says what the roles may do.",
+        "`GET " + "` and `GET ".join(sorted(OPEN)) + "` need none and answer with an empty body.",
+    ]
+    used: dict[str, None] = {}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            parts += [f"## {method.upper()} {path}", f"Role: {role_needed(method.upper(), path)}. "
+                      + operation.get("description", "")]  # fmt: skip
+            if headers := [p for p in operation.get("parameters", ()) if p["in"] != "path"]:
+                parts.append(_table((headers[0]["in"], "type", ""), map(_parameter, headers)))
+            for title, content in (
+                ("Request", operation.get("requestBody", {}).get("content", {})),
+                ("Answer", operation["responses"].get("200", {}).get("content", {})),
+            ):
+                if name := _referred(content.get("application/json", {}).get("schema", {})):
+                    parts.append(f"{title}: [{name}](#{name.lower()})")
+                    used |= _mentioned(name, models)
+    parts.append("## vLLM's routes")
+    parts.append("As vLLM documents them. `model` is `policy` or `policy:RUN_ID` for an adapter, or the base's name.")
+    parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
+    parts.append("## Errors")
+    parts.append("Every answer that is no success is `{\"error\": {\"code\", \"message\", \"detail\"}}`; "
+                 "the message says what to do.")  # fmt: skip
+    parts.append(_table(("code", "status"), ((f"`{c.value}`", str(LockstepError(c, "").status)) for c in ErrorCode)))
+    parts.append("## Bodies")
+    for name in used:
+        parts += [f"### {name}", models[name].get("description", "")]
+        parts.append(_table(("field", "type", "default", ""), _fields(models[name])))
+    return _NOTE + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _row(field: dataclasses.Field[Any], joint: str) -> tuple[str, str, str]:
+    default = "" if field.default in (None, "") else f"`{str(field.default).lower()}`"
+    return f"`--{field.name.replace('_', joint)}`", default, field.metadata["help"]
+
+
+def _parameter(parameter: dict[str, Any]) -> tuple[str, str, str]:
+    schema = parameter["schema"]
+    return f"`{parameter['name']}`", _type(schema), parameter.get("description", schema.get("description", ""))
+
+
+def _fields(model: dict[str, Any]) -> Iterable[tuple[str, str, str, str]]:
+    for name, field in model.get("properties", {}).items():
+        default = "required" if name in model.get("required", ()) else _default(field.get("default"))
+        yield f"`{name}`", _type(field), default, field.get("description", "")
+
+
+def _default(value: Any) -> str:
+    return "" if value is None or isinstance(value, dict) else f"`{json.dumps(value)}`"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if name := _referred(schema):
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(s) for s in schema["anyOf"] if s.get("type") != "null"))
+    if "enum" in schema or "const" in schema:
+        return " or ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    return schema.get("type", "any")
+
+
+def _referred(schema: dict[str, Any]) -> str:
+    return schema.get("$ref", "").rpartition("/")[2]
+
+
+def _mentioned(name: str, models: dict[str, Any]) -> dict[str, None]:
+    """`name` and the models inside it, in reading order."""
+    found = {name: None}
+    for inner in re.findall(r"#/components/schemas/(\w+)", str(models[name])):
+        if inner not in found and "enum" not in models[inner]:
+            found |= _mentioned(inner, models)
+    return found
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
+
+
+PAGES = {"cli.md": cli_page, "http.md": http_page}
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page())
