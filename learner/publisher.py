@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
@@ -123,6 +123,10 @@ class Publisher:
     def version(self, step: int) -> WeightVersion:
         """The version that `step` has in this learner's hands."""
         return WeightVersion(run_id=self.lease.run_id, fence=self.lease.fence, step=step)
+
+    def begin_anew(self) -> None:
+        """What is pushed from now on outranks all before: another training of the same adapter counts from 0 again."""
+        self.lease = replace(self.lease, fence=self.lease.fence + 1)
 
     def push(self, step: int) -> PushReceipt:
         """Export the adapter, send it to all servers at once, check the receipts. Collective.

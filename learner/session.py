@@ -64,6 +64,7 @@ class Session:
         self.base_served = serve_base(states)
         self.prompts = prompts
         self.publisher = self._publisher(base_weights)
+        self._keep_lease()
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
         fetcher = Fetcher(
             fleet, sampling, self.max_model_len, warn=self.say, rank=trainer.accelerator.process_index
@@ -86,14 +87,15 @@ class Session:
     def _publisher(self, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
         lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
-        publisher = Publisher(
+        return Publisher(
             self.fleet, self.model, lease,
             base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
             in_flight=self.config.in_flight, say=self.say, on_main=self._on_main,
         )  # fmt: skip
+
+    def _keep_lease(self) -> None:
         if self.trainer.accelerator.is_main_process:
-            save_lease(self.trainer.output_dir, publisher.lease)
-        return publisher
+            save_lease(self.trainer.output_dir, self.publisher.lease)
 
     @property
     def run_id(self) -> str:
@@ -106,16 +108,22 @@ class Session:
             tqdm.write(text)
 
     def begin(self) -> None:
-        """Prove the base, push the initial adapter, prove it. Collective."""
+        """Prove the base, push the initial adapter, prove it. Collective.
+
+        A second training of the same trainer pushes under the next fence.
+        """
+        if again := self.publisher.last is not None:
+            self.publisher.begin_anew()
+            self._keep_lease()
         sequences = self._on_main(lambda: probe_sequences(self.fleet, self.prompts))
         self.proof = SyncProof(
             self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
         )  # fmt: skip
-        if self.config.proof_canary and not self.continues and self.base_served:
+        if self.config.proof_canary and not self.continues and not again and self.base_served:
             self.canary_slope = canary_slope(self.proof, self.publisher, takeover=self.config.takeover)
         elif self.base_served:
             self.proof.check_base()
-        if self.trainer.accelerator.is_main_process:
+        if self.trainer.accelerator.is_main_process and self._log is None:
             self._log = FleetLog(self.trainer.output_dir / "servers.jsonl", self.fleet)
         step = self.trainer.step
         self.publisher.push(step)

@@ -209,3 +209,20 @@ def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
     assert session.rollouts.stats.regenerated == 0 and session.proof.max_gap < 1e-4
     asked = [r for r in server.generated if r.policy == "latest"]
     assert len(asked) == 6 and asked[-1].min_step < 10
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_second_training_goes_on_under_the_next_fence(make_trainer, server, client, max_staleness):
+    trainer = make_trainer()
+    session = attach(trainer, client=client, run_id="r", max_staleness=max_staleness)
+    trainer.train()
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    pushed = [(v.fence, v.step) for v in server.pushed if v.run_id == "r"]
+    assert pushed == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert sum(v.run_id == "r.canary" for v in server.pushed) == 1
+    assert any((weights[n] != p).any() for n, p in trainer.model.named_parameters() if n in weights)
+    summary = session.summary()
+    assert summary["pushes"] == 6 and summary["max_logprob_gap"] < 1e-4
+    assert json.loads(Path(trainer.args.output_dir, "lease.json").read_text())["fence"] == 1
+    assert set(summary["lags"]) <= {str(lag) for lag in range(max_staleness + 1)}
