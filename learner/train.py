@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from learner.attach import attach, meet, save_final_adapter
+from learner.attachment import attach, meet, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.config import LearnerConfig
 from learner.progress import show_progress

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
-import learner.attach
+import learner.attachment
 import learner.evaluate
 import learner.train
 from learner.client import RolloutClient
@@ -36,7 +36,7 @@ def flags(model_dir, server, monkeypatch, tmp_path):
     def connect(url, token=None, **kwargs):
         return RolloutClient(url, token, transport=server.transport, **kwargs)
 
-    monkeypatch.setattr(learner.attach, "RolloutClient", connect)
+    monkeypatch.setattr(learner.attachment, "RolloutClient", connect)
     monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
     return [
         "--rollout-url", "http://fake", "--task", TASK, "--model_name_or_path", str(model_dir),
