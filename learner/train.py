@@ -21,7 +21,7 @@ from learner.progress import show_progress
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
 from learner.report import write_summary
 from learner.sampling import sampling_params
-from learner.tasks import Task, load_task
+from learner.tasks import Task, import_object, load_task
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -195,6 +195,8 @@ def _trainer(
         model=model, args=args, reward_funcs=list(task.reward_funcs),
         train_dataset=task.train, eval_dataset=task.eval if evaluates else None,
         quantization_config=get_quantization_config(model_args), peft_config=peft_config,
+        tools=[import_object(path) for path in config.tools or ()] or None,
+        environment_factory=import_object(config.environment) if config.environment else None,
     )  # fmt: skip
 
 
