@@ -1,6 +1,6 @@
 """The generation batches of a `trl.GRPOTrainer`: when they come, and with which prompts.
 
-Relies on TRL's internals as `learner.attach` does, in the same range of versions.
+Relies on TRL's internals as `learner.attachment` does, in the same range of versions.
 """
 
 from __future__ import annotations

@@ -39,6 +39,14 @@ class LearnerConfig:
     reward_funcs: list[str] | None = _option(
         None, "Reward functions by import path, module:function. Default: those the task brings along."
     )
+    tools: list[str] | None = _option(
+        None, "Functions that the model may call, by import path, module:function; TRL's tools."
+    )
+    environment: str | None = _option(
+        None,
+        "Class whose methods the model may call, one object a completion, by import path, module:Class; TRL's "
+        "environment_factory. Its get_reward, if it has one, is a reward.",
+    )
     eval_dataset: str | None = _option(None, "Another task or file to evaluate on. Default: held-out rows of --task.")
     eval_size: int = _option(128, "Questions held out for evaluation; training never sees them.")
     train_size: int | None = _option(None, "Questions to train on. Default: as many as the task has or makes.")

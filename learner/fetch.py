@@ -95,6 +95,11 @@ class Fetcher:
     def __post_init__(self) -> None:
         self.router = Router(self.sampling.max_tokens)
 
+    @property
+    def fixed_seed(self) -> int | None:
+        """The sampling's seed on this rank."""
+        return None if self.sampling.seed is None else self.sampling.seed + (self.rank << 32)
+
     def fetch(
         self, asks: Sequence[Ask], wanted: Callable[[], Wanted], arrived: Arrived | None = None
     ) -> list[Completion]:
@@ -195,8 +200,8 @@ class Fetcher:
     def _body(self, request: _Request) -> GenerateRequest:
         wanted = request.wanted
         update: dict[str, Any] = {"n": request.asks[0].n, "max_tokens": request.max_tokens}
-        if self.sampling.seed is not None:
-            update["seed"] = self.sampling.seed + (self.rank << 32)
+        if self.fixed_seed is not None:
+            update["seed"] = self.fixed_seed
         # Validated anew, so that n > 1 with temperature 0 is refused here and by name.
         sampling = SamplingParams.model_validate({**self.sampling.model_dump(), **update})
         policy: PolicySelector = wanted.version if wanted.exact else "latest"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from learner.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared import PROTOCOL_VERSION
@@ -109,7 +109,19 @@ def check_model(model_config: Any) -> None:
         if getattr(model_config, part, None) is not None:
             raise _unsupported(f"{model_config.model_type} has a {part}: only text models are supported")
     if getattr(model_config, "quantization_config", None) is not None:
-        raise _unsupported("a quantised base in the learner is not supported yet: load it in bfloat16 or float32")
+        refuse_quantised()
+
+
+def refuse_quantised() -> NoReturn:
+    """No quantised base in the learner (QLoRA).
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    raise _unsupported(
+        "a quantised base in the learner (load_in_4bit, load_in_8bit) is another policy than the server's, by more "
+        "than the proof of sync can tell from a push that failed: load it in bfloat16 or float32"
+    )
 
 
 def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:

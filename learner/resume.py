@@ -1,7 +1,7 @@
 """Exact resume under a `trl.GRPOTrainer`: what its own checkpoints leave out, saved and put back.
 
 Left out are: where in a generation batch the training stands, the batch itself, and the order of later epochs (TRL's
-sampler draws it from a generator that starts anew). Relies on TRL's internals as `learner.attach` does, in the same
+sampler draws it from a generator that starts anew). Relies on TRL's internals as `learner.attachment` does, in the same
 range of versions.
 """
 

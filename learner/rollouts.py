@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], lis
 @dataclass
 class RolloutStats:
     """Counts of training rollouts on this rank, and the last batch's speed.
+
+    A completion of several turns is one completion; tokens and seconds are those of all its turns.
 
     Attributes:
         wait_seconds: for which the trainer waited for completions.
@@ -91,6 +93,7 @@ class RemoteRollouts:
     refill: Refill | None = None
     stats: RolloutStats = field(default_factory=RolloutStats)
     _held: tuple[list[list[int]], list[Completion]] | None = None
+    _goes_on: bool = False
 
     def sync_weights(self) -> None:
         """A barrier: when it returns, the trainer's step is served. The push itself follows every step."""
@@ -116,6 +119,7 @@ class RemoteRollouts:
         Returns:
             prompt ids [B][P], completion ids [B][T], logprobs [B][T][1] of the sampled tokens under the
             distribution they were drawn from (before it was truncated, if it was), and their token ids [B][T][1].
+            T is 0 only for later turns that find the context full.
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on.
@@ -124,13 +128,25 @@ class RemoteRollouts:
             raise LockstepError(ErrorCode.INVALID_REQUEST, "images in prompts: only text models are supported")
         held, self._held = self._held, None
         with profiler or nullcontext():
-            completions = held[1] if held and held[0] == prompts else self.draw(prompts)
+            if self._goes_on:
+                completions = self._go_on(prompts)
+            else:
+                completions = held[1] if held and held[0] == prompts else self.draw(prompts)
         return (
             prompts,
             [c.token_ids for c in completions],
             [[[logprob] for logprob in policy_logprobs(c, self.fetcher.sampling)] for c in completions],
             [[[token] for token in c.token_ids] for c in completions],
         )
+
+    @contextmanager
+    def later_turns(self) -> Iterator[None]:
+        """Within it TRL's tool loop runs: `generate` goes on with completions that were counted already."""
+        self._goes_on = True
+        try:
+            yield
+        finally:
+            self._goes_on = False
 
     def hold(self, prompts: list[list[int]], completions: list[Completion]) -> None:
         """Answer the next `generate` with these, if it is for these prompts."""
@@ -152,6 +168,28 @@ class RemoteRollouts:
         waited = time.perf_counter() - started
         self._count(completions, waited, ahead.prefetcher.last_seconds if read_ahead and ahead else waited)
         return completions
+
+    def _go_on(self, prompts: list[list[int]]) -> list[Completion]:
+        """The next turn of each row, by the trainer's present weights; nothing where its history fills the context."""
+        started = time.perf_counter()
+        fetcher = self.fetcher
+        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < fetcher.max_model_len]
+        fetcher.capped_prompts += len(prompts) - len(fitting)
+        asks = asks_of([prompts[row] for row in fitting], self._seed_of_turn)
+        fetched = iter(fetcher.fetch(asks, lambda: Wanted(self.version())))
+        full = Completion(token_ids=[], logprobs=[], log_kept_mass=[], finish_reason="length", spans=[])
+        completions = [full] * len(prompts)
+        for row in fitting:
+            completions[row] = next(fetched)
+        seconds = time.perf_counter() - started
+        self.stats.last_tokens += self._count_tokens(completions, seconds)
+        self.stats.last_seconds += seconds
+        return completions
+
+    def _seed_of_turn(self, row: int, token_ids: list[int]) -> int | None:
+        """Rows of one group may have the same history: one fixed seed would give them the same turn."""
+        seed, fixed = self.seed_of(row, token_ids), self.fetcher.fixed_seed
+        return seed if seed is not None or fixed is None else fixed + row
 
     def draw_ahead(self, batch: int, prompts: list[list[int]], wanted: Callable[[], Wanted]) -> list[Completion]:
         """`draw` for a batch to come; called on a thread of its own."""
@@ -202,9 +240,13 @@ class RemoteRollouts:
         self.stats.last_lag = sum(lags) / max(len(lags), 1)
 
     def _count(self, completions: list[Completion], waited: float, seconds: float) -> None:
-        tokens = sum(len(c.token_ids) for c in completions)
-        self.stats.last_tokens, self.stats.last_seconds = tokens, seconds
+        self.stats.last_tokens, self.stats.last_seconds = self._count_tokens(completions, waited), seconds
         if self.is_training():
             self.stats.completions += len(completions)
+
+    def _count_tokens(self, completions: list[Completion], waited: float) -> int:
+        tokens = sum(len(c.token_ids) for c in completions)
+        if self.is_training():
             self.stats.completion_tokens += tokens
             self.stats.wait_seconds += waited
+        return tokens

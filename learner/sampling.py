@@ -46,6 +46,9 @@ REFUSED = {
     "cache_implementation": "completions come from the rollout server's vLLM; see its --kv-cache-dtype",
 }
 
+#: Fields that Unsloth adds to GRPOConfig, and where they are read.
+OF_UNSLOTH = {"vllm_sampling_params"}  # learner.vllm_params
+
 #: Values besides the default that mean what Lockstep does anyway.
 _HARMLESS: dict[str, tuple[Any, ...]] = {"vllm_mode": ("server",)}
 
@@ -61,7 +64,7 @@ def refuse_unmapped(args: GRPOConfig) -> None:
         value = getattr(args, name, defaults.get(name))
         if name in defaults and value != defaults[name] and value not in _HARMLESS.get(name, ()):
             raise LockstepError(ErrorCode.INVALID_REQUEST, f"{name}={value!r} has no effect here: {instead}")
-    unknown = {n for n in defaults if n.startswith("vllm_")} - MAPPED - USED_BY_TRL - REFUSED.keys()
+    unknown = {n for n in defaults if n.startswith("vllm_")} - MAPPED - USED_BY_TRL - REFUSED.keys() - OF_UNSLOTH
     changed = sorted(n for n in unknown if getattr(args, n) != defaults[n])
     if changed:
         raise LockstepError(

@@ -12,16 +12,16 @@ from typing import Any
 import yaml
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
-from learner.attach import attach, meet, save_final_adapter
+from learner.attachment import attach, meet, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.config import LearnerConfig
 from learner.progress import show_progress
-from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
+from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server, refuse_quantised
 from learner.report import write_summary
 from learner.sampling import sampling_params
-from learner.tasks import Task, load_task
+from learner.tasks import Task, import_object, load_task
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -64,6 +64,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        refuse_quantised()
     fleet = meet(config)
     for member in fleet.up():
         _check_server(member.known, config, model_args, lora)
@@ -194,7 +196,9 @@ def _trainer(
     return GRPOTrainer(
         model=model, args=args, reward_funcs=list(task.reward_funcs),
         train_dataset=task.train, eval_dataset=task.eval if evaluates else None,
-        quantization_config=get_quantization_config(model_args), peft_config=peft_config,
+        peft_config=peft_config,
+        tools=[import_object(path) for path in config.tools or ()] or None,
+        environment_factory=import_object(config.environment) if config.environment else None,
     )  # fmt: skip
 
 

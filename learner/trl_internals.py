@@ -12,6 +12,7 @@ from shared.errors import ErrorCode, LockstepError
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
 _TRAINER_NAMES = (
     "_generate_single_turn",
+    "_tool_call_loop",
     "_tokenize_prompts",
     "_generate_and_score_completions",
     "_calculate_rewards",

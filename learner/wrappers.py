@@ -34,6 +34,17 @@ def skip_padding(trainer: GRPOTrainer) -> None:
     trainer._prepare_inputs = prepare_sorted
 
 
+def tell_turns_apart(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
+    """Let `rollouts` know which generations of TRL go on with completions whose tools have answered."""
+    loop = trainer._tool_call_loop
+
+    def loop_of_later_turns(*args: Any, **kwargs: Any) -> Any:
+        with rollouts.later_turns():
+            return loop(*args, **kwargs)
+
+    trainer._tool_call_loop = loop_of_later_turns
+
+
 def watch_drift(trainer: GRPOTrainer, saw: Callable[[Drift], None]) -> None:
     """Hand the drift of every training generation batch to `saw`; TRL keeps no ratio from before its clipping."""
     generate, reduce = trainer._generate_and_score_completions, partial(trainer.accelerator.reduce, reduction="sum")

@@ -8,7 +8,7 @@ from typing import Any
 from learner.tasks.base import RewardFunc, Task, TaskError
 from learner.tasks.imports import import_object, is_importable
 
-__all__ = ["RewardFunc", "Task", "TaskError", "load_task"]
+__all__ = ["RewardFunc", "Task", "TaskError", "import_object", "load_task"]
 
 GYM_PREFIX = "reasoning_gym:"
 

@@ -148,7 +148,7 @@ class GymScore:
 
 
 def _create(name: str, args: dict[str, Any], seed: int) -> Any:
-    _import_reasoning_gym()
+    import_reasoning_gym()
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if name not in DATASETS:
@@ -171,7 +171,7 @@ def _too_small(name: str, args: dict[str, Any], questions: int, eval_size: int) 
     )
 
 
-def _import_reasoning_gym() -> None:
+def import_reasoning_gym() -> None:
     """Import reasoning-gym, with or without pycosat.
 
     It imports pycosat for one of its hundred tasks (zebra_puzzles), and pycosat has no wheel: every install would need

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from learner.attach import attach, save_final_adapter
+from learner.attachment import attach, save_final_adapter
 from learner.session import Session
 from tests.integration.rewards import odd_tokens
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 
-from learner.attach import attach, save_final_adapter
+from learner.attachment import attach, save_final_adapter
 from learner.progress import show_progress
 from shared.errors import ErrorCode, LockstepError
 

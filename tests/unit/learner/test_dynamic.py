@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOTrainer
 
-from learner.attach import attach
+from learner.attachment import attach
 from learner.batches import ComingPrompts
 from learner.config import LearnerConfig
 from learner.dynamic import DynamicSampling, varies

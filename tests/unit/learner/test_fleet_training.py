@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.attach import attach
+from learner.attachment import attach
 from learner.client import RolloutClient
 from learner.discovery import Places
 from learner.fleet import Fleet

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from learner.attach import attach
+from learner.attachment import attach
 from learner.checkpoint import STAGING, commit, last_checkpoint, load_state
 from shared.errors import LockstepError
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
-from learner.attach import attach
+from learner.attachment import attach
 from learner.config import LearnerConfig
 from learner.rewards import Rewards
 from shared.rollouts import Completion, VersionSpan

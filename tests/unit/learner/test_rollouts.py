@@ -38,7 +38,7 @@ class Server:
     def iter_groups(self, request):
         self.requests.append(request)
         for i, prompt in reversed(list(enumerate(request.prompts))):
-            made = [completion(100 * prompt.token_ids[0] + k) for k in range(request.sampling.n)]
+            made = [completion(100 * prompt.token_ids[0] + k, log_kept_mass=[0.0]) for k in range(request.sampling.n)]
             yield RolloutGroup(prompt_index=i, prompt_token_ids=prompt.token_ids, completions=made)
 
 
@@ -78,6 +78,17 @@ def test_seed_differs_between_ranks():
     remote = rollouts(server, sampling=SamplingParams(seed=7), rank=1)
     remote.generate([[1]], None, 1)
     assert server.requests[0].sampling.seed == 7 + 2**32
+
+
+def test_later_turns_of_rows_with_one_history_differ():
+    """Not with one fixed seed for all of them; and a row whose history fills the context ends there."""
+    server = Server()
+    remote = rollouts(server, sampling=SamplingParams(seed=7, top_p=0.5))
+    with remote.later_turns():
+        _, ids, logprobs, _ = remote.generate([[1], [2] * 50, [2], [1]], None, 1)
+    assert {p.seed for r in server.requests for p in r.prompts} == {7, 8, 9}
+    assert ids == [[100], [], [200], [100]] and logprobs[1] == []
+    assert remote.fetcher.capped_prompts == 1 and remote.stats.completions == 0 and remote.stats.completion_tokens == 3
 
 
 def test_greedy_groups_are_refused():

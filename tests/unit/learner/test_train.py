@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
-import learner.attach
+import learner.attachment
 import learner.evaluate
 import learner.train
 from learner.client import RolloutClient
@@ -36,7 +36,7 @@ def flags(model_dir, server, monkeypatch, tmp_path):
     def connect(url, token=None, **kwargs):
         return RolloutClient(url, token, transport=server.transport, **kwargs)
 
-    monkeypatch.setattr(learner.attach, "RolloutClient", connect)
+    monkeypatch.setattr(learner.attachment, "RolloutClient", connect)
     monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
     return [
         "--rollout-url", "http://fake", "--task", TASK, "--model_name_or_path", str(model_dir),
@@ -102,6 +102,8 @@ def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
         (["--max_completion_length", "127"], "--max-model-len"),
         (["--vllm_server_host", "x"], "rollout_url"),
         (["--cache_implementation", "static"], "cache_implementation"),
+        (["--load_in_4bit", "true"], "a quantised base in the learner"),
+        (["--tools", "no.such:tool"], "no module 'no'"),
     ],
 )
 def test_refusals_of_the_command(flags, more, word):

@@ -11,8 +11,8 @@ import trl.kernels.chunked_logprob
 from datasets import Dataset
 from transformers import TrainerCallback
 
-import learner.attach
-from learner.attach import attach
+import learner.attachment
+from learner.attachment import attach
 from learner.trimming import sorted_windows
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[..., Seen]:
-    """Trains two optimizer steps of three micro-batches; what it changes of `learner.attach` is as named."""
+    """Trains two optimizer steps of three micro-batches; what it changes of `learner.attachment` is as named."""
 
     generate = server._generate
 
@@ -66,7 +66,7 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
     def run(changes: dict[str, object], **config: object) -> Seen:
         monkeypatch.setattr("trl.trainer.utils._use_triton", trl.kernels.chunked_logprob._use_triton)
         for name, value in changes.items():
-            monkeypatch.setattr(learner.attach, name, value)
+            monkeypatch.setattr(learner.attachment, name, value)
         torch.manual_seed(0)
         server.drawn.manual_seed(0)
         server.restart()

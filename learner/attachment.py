@@ -46,7 +46,8 @@ from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.session import Session
 from learner.trl_internals import check_trl
-from learner.wrappers import replace_degenerate, skip_padding, watch_drift
+from learner.vllm_params import with_vllm_params
+from learner.wrappers import replace_degenerate, skip_padding, tell_turns_apart, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -63,6 +64,7 @@ def attach(
     client: RolloutClient | None = None,
     fleet: Fleet | None = None,
     revision: str | None = None,
+    vllm_sampling_params: Any = None,
     **options: Any,
 ) -> Session:
     """Let `trainer` sample from the rollout servers at `url` and push its adapter to them after every optimizer step.
@@ -74,6 +76,8 @@ def attach(
         client: of one rollout server, instead of `url`.
         fleet: servers that were already met; otherwise waits until one is ready.
         revision: of the base model, where it was loaded from the hub.
+        vllm_sampling_params: as in Unsloth, see `learner.vllm_params`; by default the attribute of that name of the
+            trainer's arguments, if they have it.
 
     Raises:
         LockstepError: every refusal of `learner.refusals`, before anything is changed.
@@ -81,8 +85,11 @@ def attach(
     config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
     check_trl(trainer)
     model = _peft_model(trainer)
-    check_grpo(trainer.args)
-    for warning in correction_warnings(trainer.args):
+    if vllm_sampling_params is None:
+        vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
+    args = with_vllm_params(trainer.args, vllm_sampling_params)
+    check_grpo(args)
+    for warning in correction_warnings(args):
         warnings.warn(warning, stacklevel=2)
     if fleet is None:
         fleet = Fleet.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
@@ -111,7 +118,7 @@ def attach(
         warnings.warn(warning, stacklevel=2)
     session = Session(
         TrainerSide(trainer), model, fleet, config,
-        sampling=sampling_params(trainer.args, trainer.eos_token_ids),
+        sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
         accepts=accepts,
@@ -212,6 +219,7 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
     if trainer.accelerator.device.type == "cpu":
         trl.trainer.utils._use_triton = _picks_scored_positions
     skip_padding(trainer)
+    tell_turns_apart(trainer, session.rollouts)
     watch_drift(trainer, session.figures.saw_drift)
     trainer.add_callback(_PushAfterStep(session))
 

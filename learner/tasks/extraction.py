@@ -1,0 +1,79 @@
+"""A made-up task for structured decoding: a sentence about a person, to be answered with a JSON object."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from learner.tasks.base import Task
+from learner.tasks.imports import load_rewards
+from learner.tasks.prompts import completion_text
+
+_NAMES = (
+    "Ada",
+    "Bruno",
+    "Chen",
+    "Dalia",
+    "Emre",
+    "Fatima",
+    "Goran",
+    "Hana",
+    "Ivo",
+    "Jun",
+    "Kofi",
+    "Lena",
+    "Mei",
+    "Nuno",
+)
+_CITIES = ("Oslo", "Lagos", "Lima", "Osaka", "Porto", "Quito", "Riga", "Seoul", "Tunis", "Turin", "Wroclaw", "Zagreb")
+_FORMS = (
+    "{name}, who is {age}, moved to {city} last year.",
+    "In {city} we met {name}, {age} years old.",
+    "At {age}, {name} opened a bakery in {city}.",
+    "{name} lives in {city} and has just turned {age}.",
+)
+_INSTRUCTION = "Reply with a JSON object with the keys name (text), age (number) and city (text), and nothing else.\n\n"
+
+
+def people(
+    task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int,
+    reward_specs: Sequence[str] | None = None, reward_weights: Sequence[float] | None = None, **_: Any,
+) -> Task:  # fmt: skip
+    """`--task learner.tasks.extraction:people`. Takes no `task_args`."""
+    everyone = [(name, age, city) for name in _NAMES for age in range(18, 90) for city in _CITIES]
+    random.Random("lockstep people").shuffle(everyone)
+    held_out, others = everyone[:eval_size], everyone[eval_size:]
+    random.Random(seed).shuffle(others)
+    functions, weights = load_rewards(reward_specs, reward_weights, own=fields_right)
+    return Task(
+        name="people", train=_rows(others[: train_size or 2000]), eval=_rows(held_out),
+        reward_funcs=functions, reward_weights=weights,
+    )  # fmt: skip
+
+
+def fields_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+    """Share of the fields in the column `answer` (JSON) that the completion has with the same value; 0 if no JSON."""
+    return [_share(completion_text(c), json.loads(gold)) for c, gold in zip(completions, answer, strict=True)]
+
+
+def _share(text: str, expected: dict[str, Any]) -> float:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return 0.0
+    if not isinstance(found, dict):
+        return 0.0
+    return sum(found.get(key) == value for key, value in expected.items()) / len(expected)
+
+
+def _rows(people: list[tuple[str, int, str]]) -> Dataset:
+    rows = []
+    for name, age, city in people:
+        said = _FORMS[(age + len(name) + len(city)) % len(_FORMS)].format(name=name, age=age, city=city)
+        answer = json.dumps({"name": name, "age": age, "city": city})
+        rows.append({"prompt": [{"role": "user", "content": _INSTRUCTION + said}], "answer": answer})
+    return Dataset.from_list(rows)

@@ -1,0 +1,64 @@
+"""A small environment for tool use: a secret number, found by asking whether it is higher or lower."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from datasets import Dataset
+
+from learner.tasks.base import Task, TaskError
+
+_PROMPT = (
+    "I think of a whole number from 1 to {most}. Find it with the tool guess, with as few guesses as you can; it says "
+    "whether the number is higher or lower. Stop when it says that you are right."
+)
+
+
+class Guessing:
+    """`--environment learner.tasks.guessing:Guessing`: TRL makes one for each completion; `guess` is a tool."""
+
+    def reset(self, secret: int, **_: Any) -> None:
+        """Begin anew, with the row's `secret`."""
+        self._secret, self._guesses, self._found = secret, 0, False
+
+    def guess(self, number: int) -> str:
+        """Guess the secret number.
+
+        Args:
+            number: The guess.
+
+        Returns:
+            Whether the secret number is higher or lower, or that the guess is right.
+        """
+        self._guesses += 1
+        self._found = self._found or number == self._secret
+        if number == self._secret:
+            return "right"
+        return "higher" if self._secret > number else "lower"
+
+    def get_reward(self) -> float:
+        """1 for finding it with the first guess, a tenth less for every other one; 0.1 for having guessed at all."""
+        if not self._found:
+            return 0.1 if self._guesses else 0.0
+        return max(1.1 - 0.1 * self._guesses, 0.2)
+
+
+def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int, **others: Any) -> Task:
+    """`--task learner.tasks.guessing:numbers`, with `most` (100) among the `task_args`. The environment has the reward.
+
+    The prompt is always the same and secrets are drawn, so no numbers are held out.
+    """
+    if others.get("reward_specs"):
+        raise TaskError("learner.tasks.guessing: the environment gives the reward; leave --reward_funcs out")
+    most = int(task_args.get("most", 100))
+    prompt = [{"role": "user", "content": _PROMPT.format(most=most)}]
+
+    def rows(count: int, seed: str) -> Dataset:
+        draw = random.Random(seed)
+        return Dataset.from_list([{"prompt": prompt, "secret": draw.randint(1, most)} for _ in range(count)])
+
+    return Task(
+        name="guessing", train=rows(train_size or 2000, f"train {seed}"), eval=rows(max(eval_size, 1), "eval"),
+        reward_funcs=[],
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Unsloth's `vllm_sampling_params`: a `vllm.SamplingParams`, or a dict of its fields, over TRL's own options.
+
+Nothing of vLLM is imported: the learner's machine need not have it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from learner.sampling import generation_kwargs
+from shared.errors import ErrorCode, LockstepError
+from shared.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+#: Fields that shape what vLLM hands out (text, stream), of which training reads nothing: it has the token ids.
+_ANSWER_ONLY = {
+    "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "flat_logprobs", "output_kind",
+    "stream_interval", "skip_clone", "output_text_buffer_length",
+}  # fmt: skip
+
+
+def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
+    """A copy of `args` whose `generation_kwargs` hold what `given` sets; `args` itself if that is nothing.
+
+    Args:
+        given: a `vllm.SamplingParams`, of which fields at vLLM's default count as not set; or a dict; or None.
+
+    Raises:
+        LockstepError: `invalid_request`, naming what cannot be honoured and what to do instead.
+    """
+    fields = {} if given is None else _set_fields(given)
+    _check_owned_by_trl(fields, args)
+    if fields.get("skip_special_tokens") is False and fields.get("stop"):
+        raise _invalid(
+            "skip_special_tokens=False with stop: the server looks for stop strings in text without special tokens; "
+            "name special tokens in stop_token_ids"
+        )
+    fields = {name: value for name, value in fields.items() if name not in _ANSWER_ONLY}
+    if unknown := sorted(fields.keys() - SamplingParams.model_fields.keys()):
+        raise _invalid(f"{', '.join(unknown)}: rollout requests have no such field; leave it out")
+    extra = generation_kwargs(args)
+    for name in fields.keys() & extra.keys():
+        if fields[name] != extra[name]:
+            raise _invalid(f"{name}={fields[name]!r}, and generation_kwargs.{name}={extra[name]!r}: give one of them")
+    if not fields:
+        return args
+    changed = copy.copy(args)
+    changed.generation_kwargs = {**extra, **fields}
+    return changed
+
+
+def _check_owned_by_trl(fields: dict[str, Any], args: GRPOConfig) -> None:
+    """Take out what TRL decides; a value that says the same, or nothing, does no harm."""
+    owned: dict[str, tuple[str, tuple[Any, ...]]] = {
+        "n": ("num_generations", (1, args.num_generations)),
+        "temperature": ("temperature", (args.temperature,)),
+        "max_tokens": ("max_completion_length", (args.max_completion_length,)),
+    }
+    for name, (option, same) in owned.items():
+        value = fields.pop(name, same[-1])
+        if value not in same:
+            raise _invalid(
+                f"{name}={value!r} contradicts {option}={same[-1]!r}, which the loss is computed with: set {option} in "
+                "GRPOConfig"
+            )
+    if (value := fields.pop("logprobs", 0)) != 0:
+        raise _invalid(f"logprobs={value!r}: rollouts carry the sampled tokens' logprobs and no others; leave it out")
+
+
+def _set_fields(given: Any) -> dict[str, Any]:
+    """What was set, by name; None means "not set" for every field of vLLM's."""
+    if isinstance(given, Mapping):
+        fields = dict(given)
+    elif isinstance(written := getattr(given, "_set_kwargs", None), Mapping):  # Unsloth's vLLMSamplingParams notes it
+        fields = dict(written)
+    else:
+        fields = _differing(given)
+    form = fields.get("structured_outputs")
+    if form is not None and not isinstance(form, Mapping):
+        fields["structured_outputs"] = {k: v for k, v in _values(form).items() if v not in (None, False)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _differing(given: Any) -> dict[str, Any]:
+    """Fields that are not at the default of their class."""
+    defaults = _values(type(given)())
+    return {
+        name: value
+        for name, value in _values(given).items()
+        if (value is not None if defaults.get(name) is None else value != defaults[name])
+    }
+
+
+def _values(record: Any) -> dict[str, Any]:
+    """Public fields of one of vLLM's records: a msgspec.Struct or a dataclass, depending on its version."""
+    names = getattr(record, "__struct_fields__", None)
+    if names is None and dataclasses.is_dataclass(record):
+        names = [f.name for f in dataclasses.fields(record)]
+    if names is None:
+        raise _invalid(f"a {type(record).__name__}: give a vllm.SamplingParams, or a dict of its fields")
+    return {name: getattr(record, name) for name in names if not name.startswith("_")}
+
+
+def _invalid(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, f"vllm_sampling_params: {message}")
