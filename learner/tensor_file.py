@@ -31,7 +31,7 @@ class TensorFile:
         try:
             with path.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
-                document: dict[str, Any] = json.loads(stream.read(length))
+                document: dict[str, Any] = json.loads(stream.read(min(length, path.stat().st_size)))
             document.pop("__metadata__", None)
             self.entries = {
                 name: TensorEntry(name, info["dtype"], tuple(info["shape"]), *info["data_offsets"])
