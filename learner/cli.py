@@ -12,7 +12,7 @@ from shared.errors import ErrorCode, LockstepError
 COMMANDS = {
     "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
     "export": ("learner.export", "write a trained adapter for others to load, alone or merged into its base"),
-    "eval": ("learner.evaluate", "score the policy or the base on a task, over HTTP"),
+    "eval": ("learner.evaluate", "score and compare policies on a task, over HTTP"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

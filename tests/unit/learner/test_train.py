@@ -132,11 +132,11 @@ def test_eval_command(flags, server, tmp_path, capsys):
         str(out),
     ]
     assert learner.evaluate.main([*flags, "--limit", "3"]) == 0
-    result = json.loads(out.read_text())
+    (result,) = json.loads(out.read_text())["results"]
     assert result["questions"] == 3 and result["versions"] == ["base"] and len(result["rows"]) == 3
     assert result["rewards"]["answers_seven"] == 1.0
     request = server.generated[-1]
     assert (
         request.sampling.temperature == 0.0 and request.sampling.max_tokens == 4 and request.prompts[0].text == "w8 w17"
     )
-    assert "toy  base: reward" in capsys.readouterr().out
+    assert f"base  {result['reward']:.3f} [" in capsys.readouterr().out
