@@ -1,4 +1,4 @@
-"""`learner train | eval`. Each command is imported only when it is called: `eval` needs no torch."""
+"""`learner train | eval | export`. Each command is imported only when it is called: only `train` needs torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from shared.errors import ErrorCode, LockstepError
 
 COMMANDS = {
     "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
-    "eval": ("learner.evaluate", "score the policy or the base on a task, over HTTP"),
+    "export": ("learner.export", "write a trained adapter for others to load, alone or merged into its base"),
+    "eval": ("learner.evaluate", "score and compare policies on a task, over HTTP"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -62,6 +62,11 @@ class LearnerConfig:
         None,
         "Fields of peft.LoraConfig that have no flag, as JSON: rank_pattern, alpha_pattern, exclude_modules ...",
     )
+    save_merged: bool = _option(
+        False,
+        "At the end, also write the base model with the adapter in its weights, in bfloat16, to output_dir/merged (see "
+        "learner export --merge).",
+    )
     proof_every: int = _option(
         10,
         "Compare served and own logprobs every so many steps (also at steps 0, 1, 2 and the last). 0: only those.",

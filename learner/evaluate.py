@@ -1,20 +1,25 @@
-"""`learner eval`: ask the policy (or the base) the questions of a task over HTTP and score the answers."""
+"""`learner eval`: ask policies, and the base, the questions of a task over HTTP and score the answers."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import inspect
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.client import RolloutClient
+from learner.compare import document, lines, mean_and_stderr
 from learner.credentials import read_token
+from learner.flags import either_spelling
+from learner.processes import Stopped, stop_on_signals
+from learner.stored_adapter import StoredAdapter, open_adapter
+from learner.temporary_run import temporary_run
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from learner.tasks import Task
 
 QUESTIONS_PER_REQUEST = 64
+#: Policies that a server has by itself; all others are adapters on disk.
+SERVED = ("base", "latest")
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     task_args = _json_option(options.task_args, "--task-args")
     chat_kwargs = _json_option(options.chat_template_kwargs, "--chat-template-kwargs")
+    policies = {name: None if name in SERVED else open_adapter(name) for name in options.policy}
     from learner.tasks import load_task
 
     task = load_task(
@@ -110,20 +118,39 @@ def main(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise LockstepError(ErrorCode.INVALID_REQUEST, str(error).replace("\n", " ")) from error
-    with RolloutClient(options.rollout_url, read_token(options.token_file), ca_file=options.ca_file) as client:
-        client.wait_ready(options.ready_timeout_s)
-        result = evaluate(
-            client, task, policy=options.policy, run_id=options.run_id, n_questions=options.limit,
-            sampling=sampling, chat_template_kwargs=chat_kwargs, progress=_show,
-        )  # fmt: skip
-    parts = "  ".join(f"{name} {value:.3f}" for name, value in result.rewards.items() if value is not None)
-    print(
-        f"{result.task}  {', '.join(result.versions)}: reward {result.reward:.3f} ± {result.stderr:.3f} over "
-        f"{result.questions} questions" + (f"  ({parts})" if len(result.rewards) > 1 else "")
-    )
+
+    def ask(client: RolloutClient, name: str, stored: StoredAdapter | None) -> EvalResult:
+        with _serving(client, name, stored, options.run_id) as (policy, run_id):
+            result = evaluate(
+                client, task, policy=policy, run_id=run_id, n_questions=options.limit,
+                sampling=sampling, chat_template_kwargs=chat_kwargs, progress=_show,
+            )  # fmt: skip
+        return replace(result, policy=name)
+
+    token = read_token(options.token_file)
+    try:
+        with stop_on_signals(), RolloutClient(options.rollout_url, token, ca_file=options.ca_file) as client:
+            client.wait_ready(options.ready_timeout_s)
+            results = [ask(client, name, stored) for name, stored in policies.items()]
+    except Stopped as stopped:  # on the way up here a temporary run has been ended
+        raise KeyboardInterrupt from stopped
+    print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
+    print("\n".join(lines(results)))
     if options.json:
-        Path(options.json).write_text(json.dumps(asdict(result), indent=2, default=str))
+        Path(options.json).write_text(json.dumps(document(results), indent=2, default=str))
     return 0
+
+
+@contextlib.contextmanager
+def _serving(
+    client: RolloutClient, name: str, stored: StoredAdapter | None, run_id: str | None
+) -> Iterator[tuple[PolicySelector, str | None]]:
+    """What to ask for, and the run, to be answered by a policy of the command line."""
+    if stored is None:
+        yield ("base" if name == "base" else "latest"), run_id
+        return
+    with temporary_run(client, stored) as version:
+        yield version, version.run_id
 
 
 def _prompt(prompt: str | list[dict[str, Any]]) -> Prompt:
@@ -187,8 +214,7 @@ def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[
     for row in rows:
         by_question.setdefault(row.question, []).append(row.reward)
     means = [sum(values) / len(values) for values in by_question.values()]
-    mean = sum(means) / len(means)
-    variance = sum((m - mean) ** 2 for m in means) / max(len(means) - 1, 1)
+    mean, stderr = mean_and_stderr(means)
     scored: dict[str, list[float]] = {name: [] for name in rows[0].rewards}
     for row in rows:
         for name, value in row.rewards.items():
@@ -196,7 +222,7 @@ def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[
                 scored[name].append(value)
     return EvalResult(
         task=task.name, policy=str(policy), versions=versions, questions=len(means), reward=mean,
-        stderr=math.sqrt(variance / len(means)),
+        stderr=stderr,
         rewards={name: sum(v) / len(v) if v else None for name, v in scored.items()},
         completion_tokens=sum(row.tokens for row in rows), rows=rows,
     )  # fmt: skip
@@ -204,7 +230,7 @@ def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="learner eval", description=__doc__, allow_abbrev=False)
-    add = _either_spelling(parser)
+    add = either_spelling(parser)
     add("--rollout-url", required=True, help="URL of the rollout server")
     add("--task", required=True, help="reasoning_gym:NAME, a JSONL file, a hub dataset, or module:object")
     add("--task-args", help="parameters of the task, as JSON")
@@ -216,14 +242,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-size", type=int, help="training questions; as in training, where the split depends on it")
     add("--seed", type=int, default=42, help="of the split; as in training (default %(default)s)")
     add("--limit", type=int, help="ask only the first so many questions")
-    add("--policy", choices=("base", "latest"), default="latest", help="default %(default)s")
+    add("--policy", nargs="+", default=["latest"], metavar="POLICY", help="base, latest, or a stored adapter: a run's "
+        "output_dir, a checkpoint, a PEFT directory, served in a run of its own meanwhile. Several are compared with "
+        "the first (default latest)")  # fmt: skip
     add("--run-id", help="which run, where the server serves several")
     add("--n", type=int, default=1, help="completions per question (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="default %(default)s: greedy")
     add("--top-p", type=float, default=1.0, help="default %(default)s")
     add("--max-tokens", type=int, default=256, help="per completion (default %(default)s)")
     add("--chat-template-kwargs", help="for the server's chat template, as JSON")
-    add("--json", help="write every question and answer to this file")
+    add("--json", help="write results, differences, and every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")
     add("--ca-file", help="certificate (PEM) of the CA that the server's certificate is from")
     add(
@@ -233,16 +261,6 @@ def _parser() -> argparse.ArgumentParser:
         help="wait so long for the server (default %(default)s)",
     )
     return parser
-
-
-def _either_spelling(parser: argparse.ArgumentParser) -> Callable[..., Any]:
-    """Flags with dashes, and with underscores as in `learner train`."""
-
-    def add(flag: str, **kwargs: Any) -> None:
-        spellings = dict.fromkeys([flag, "--" + flag.removeprefix("--").replace("-", "_")])
-        parser.add_argument(*spellings, **kwargs)
-
-    return add
 
 
 def _json_option(value: str | None, flag: str) -> dict[str, Any]:

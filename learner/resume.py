@@ -14,16 +14,9 @@ from typing import Any
 import transformers.trainer_utils
 from trl import GRPOTrainer
 
+from learner.batch_file import load_batches, save_batches
 from learner.batches import indexable, schedule_of
-from learner.checkpoint import (
-    STAGING,
-    TrainingState,
-    commit,
-    load_batches,
-    load_state,
-    save_batches,
-    save_state,
-)  # fmt: skip
+from learner.checkpoint import STAGING, TrainingState, commit, load_state, save_state
 from learner.lookahead import IndexSampler, skip_epochs
 from learner.session import Session
 from shared.errors import ErrorCode, LockstepError

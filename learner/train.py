@@ -17,17 +17,20 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 from learner.attachment import attach, meet, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.config import LearnerConfig
+from learner.export import export
 from learner.progress import show_progress
+from learner.provenance import provenance
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server, refuse_quantised
 from learner.report import write_summary
 from learner.sampling import sampling_params
+from learner.stored_adapter import FINAL_ADAPTER, SUMMARY_FILE
 from learner.tasks import Task, import_object, load_task
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
-#: The run's figures, in output_dir.
-SUMMARY_FILE = "train.json"
+#: Where in output_dir a merged model goes.
+MERGED = "merged"
 #: LoRA flags that an adapter given with init_adapter decides itself.
 _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -67,6 +70,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     if model_args.load_in_4bit or model_args.load_in_8bit:
         refuse_quantised()
     fleet = meet(config)
+    server = fleet.up()[0].known
     for member in fleet.up():
         _check_server(member.known, config, model_args, lora)
     task = _load_task(task_spec, config, args)
@@ -89,14 +93,19 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     finally:
         session.close()
     train_seconds = time.perf_counter() - training
-    save_final_adapter(trainer, Path(args.output_dir) / "adapter")
+    save_final_adapter(trainer, Path(args.output_dir) / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
     for member in fleet.members.values():
         member.client.close()
     summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
+    summary |= provenance(
+        model_args.model_name_or_path, model_args.model_revision, task.name, session.publisher.base_weights, server
+    )
     if trainer.accelerator.is_main_process:
         write_summary(Path(args.output_dir) / SUMMARY_FILE, summary)
+        if config.save_merged:
+            _save_merged(Path(args.output_dir), model_args, session.say)
     return summary
 
 
@@ -112,6 +121,14 @@ def main(argv: Sequence[str]) -> int:
             + (f"; largest logprob gap {gap:.2e}" if gap is not None else "")
         )
     return 0
+
+
+def _save_merged(output_dir: Path, model_args: ModelConfig, say: Callable[[str], None]) -> None:
+    export(
+        output_dir / FINAL_ADAPTER, output_dir / MERGED, merged=True, model=model_args.model_name_or_path,
+        revision=model_args.model_revision, force=True,
+    )  # fmt: skip
+    say(f"the merged model is in {output_dir / MERGED}")
 
 
 def _joined_config(argv: Sequence[str]) -> list[str]:

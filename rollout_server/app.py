@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from rollout_server.roles import VLLM_PATHS
 from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
+from rollout_server.versioned import Versioned
 from shared.errors import ErrorBody, ErrorCode, LockstepError, sendable
 
 
@@ -35,7 +36,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     openai_app.middleware_stack = None  # vLLM has built it already, with the handlers that there were
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
-    app.mount("/", openai_app)
+    app.mount("/", Versioned(openai_app))
     return app
 
 

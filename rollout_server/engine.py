@@ -19,6 +19,7 @@ from rollout_server.capacity import Capacity
 from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run
+from rollout_server.versioned import CALL, Call
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion
@@ -85,6 +86,16 @@ class EngineDoor:
         run = self._runs.get(wanted.run_id if wanted else request.run_id)
         return self._admit_run(run, wanted)
 
+    def _admit_model(self, model: str | None, wanted: WeightVersion | None) -> Admission:
+        """`model`: of the OpenAI routes, None for the base."""
+        if model is not None:
+            return self._admit_run(self._runs.get(run_of_model(model)), wanted)
+        if wanted is not None:
+            raise LockstepError(
+                ErrorCode.VERSION_NOT_ACTIVE, f"the model asked for is the base, not {wanted}; ask for {POLICY_MODEL}"
+            )
+        return self._admit_base()
+
     def _admit_base(self) -> Admission:
         self._runs.check_base_served()
         base = self._runs.base
@@ -108,19 +119,20 @@ class EngineDoor:
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """vLLM's engine-client call, as its OpenAI routes make it: a LoRA name is a run, no LoRA is the base."""
+        call = CALL.get() or Call()
         with contextlib.ExitStack() as held:
             try:
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
                 await self._runs.admitting()
-                if lora_request is None:
-                    admission = self._admit_base()
-                else:
-                    admission = self._admit_run(self._runs.get(run_of_model(lora_request.lora_name)))
+                admission = self._admit_model(lora_request.lora_name if lora_request else None, call.wanted)
                 held.enter_context(admission)
+                call.admitted(admission.version)
                 async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
                     async for output in outputs:
                         yield output
-            except LockstepError as error:  # in a form that vLLM's routes answer in theirs
+            except LockstepError as error:
+                call.refusal = error
+                # In a form that vLLM's routes answer in theirs, where it comes too late to be answered in ours.
                 raise HTTPException(error.status, str(error)) from error
 
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:

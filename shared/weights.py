@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import total_ordering
 from typing import Any, Literal
 
@@ -35,6 +36,18 @@ class WeightVersion(BaseModel):
 
     def __str__(self) -> str:
         return f"{self.run_id}@{self.fence}.{self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> WeightVersion:
+        """The version that `str` writes so.
+
+        Raises:
+            ValueError: it is none.
+        """
+        match = re.fullmatch(r"([^@]+)@(\d{1,18})\.(\d{1,18})", text.strip(), re.ASCII)
+        if match is None or not re.match(RUN_ID_PATTERN, match[1]):
+            raise ValueError(f"{text!r} is no version; it is written RUN_ID@FENCE.STEP")
+        return cls(run_id=match[1], fence=int(match[2]), step=int(match[3]))
 
 
 class BaseFingerprint(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,8 +56,17 @@ class LearnerProcess:
         """SIGKILL as soon as this step is done."""
         until(lambda: self.steps() >= step or self.process.poll() is not None, 120.0)
         assert self.process.poll() is None, self.tail()
-        os.killpg(self.process.pid, signal.SIGKILL)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL for whatever is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def run_id(self) -> str:
+        """Name of its run on the server."""
+        return json.loads((self.folder / "lease.json").read_text())["run_id"]
 
     def finish(self) -> dict:
         """Wait for the end; the training's summary."""

@@ -103,7 +103,7 @@ def test_no_base_while_a_run_lives(client: RolloutClient, model: Path) -> None:
         P.score(client, PROBE, policy="base")
     assert refusal.value.code is ErrorCode.BASE_NOT_SERVED
     answer = _chat(client, "base")
-    assert answer.status_code == 409 and "base_not_served" in answer.json()["error"]["message"]
+    assert answer.status_code == 409 and answer.json()["error"]["code"] == "base_not_served"
     messages = [{"role": "user", "content": "Tell me about the fox."}]
     prompt = P.chat_token_ids(model, messages)
     assert P.chat_gap(client, policy, prompt, messages) < FP32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from learner.cli import main
 from learner.client import RolloutClient
 from learner.fleet import Fleet
 from learner.publisher import Lease, Publisher
@@ -77,6 +79,37 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
         assert _publisher(client, P.make_policy(model), "three").push(0).version.run_id == "three"
         client.delete_run("three", "secret-of-three")
         client.delete_run("two", "secret-of-two")
+
+
+def test_eval_of_stored_adapters_beside_a_training(
+    server: ServerProcess, client: RolloutClient, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base, the run's policy, and two adapters from disk; then without room for them."""
+    task = tmp_path / "questions.jsonl"
+    task.write_text("".join(json.dumps({"prompt": f"the quick brown fox {i}"}) + "\n" for i in range(16)))
+    for seed, name in ((31, "one"), (32, "two")):
+        policy = P.make_policy(model, use_rslora=seed == 32)
+        P.randomize(policy, seed=seed)
+        policy.save_pretrained(tmp_path / name)
+    publisher = _publisher(client, policy, "training")
+    publisher.push(7)
+    flags = ["eval", "--rollout-url", server.url, "--task", str(task), "--run-id", "training", "--eval-size", "8",
+             "--reward-funcs", "tests.integration.rewards:odd_tokens", "--max-tokens", "8",
+             "--json", str(tmp_path / "eval.json"), "--policy"]  # fmt: skip
+    assert main([*flags, "base", "latest", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    base, latest, one, two = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert latest["versions"] == ["training@0.7"] and one["versions"] != two["versions"]
+    texts = [[row["completion"] for row in result["rows"]] for result in (base, latest, one, two)]
+    assert texts[1] == texts[3], "the same adapter, pushed by its learner and from disk"
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    assert [run.run_id for run in client.state().runs] == ["training"]
+
+    other = _publisher(client, policy, "other")
+    other.push(0)
+    assert main([*flags, str(tmp_path / "one")]) == 1
+    assert "--max-runs" in capsys.readouterr().err
+    for ended in (publisher, other):
+        ended.delete_run()
 
 
 @pytest.mark.timeout(900)

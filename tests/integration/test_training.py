@@ -8,9 +8,12 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
+from transformers import AutoTokenizer
 
 from learner.client import RolloutClient
 from shared.errors import ErrorCode, LockstepError
@@ -18,7 +21,9 @@ from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions
+from tests.integration.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
 from tests.integration.server import ENVIRONMENT, ServerProcess, running_server
+from tests.integration.waiting import until
 
 TOKEN = "a-token-of-the-training-tests"
 DETERMINISTIC = [
@@ -99,6 +104,97 @@ def test_killed_and_resumed_with_rollouts_ahead(
     summary = LearnerProcess(*command).finish()
     assert summary["steps"] == summary["pushes"] == 7 and summary["completions"] == 7 * 8
     assert set(summary["lags"]) <= {"0", "1"} and summary["regenerated"] == 0
+
+
+@pytest.fixture(scope="module")
+def live(
+    server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LearnerProcess]:
+    """A training that goes on for as long as it is looked at."""
+    flags = ["--max_steps", "100000", "--save_strategy", "no", "--proof_canary", "false", "--token_file", token_file]
+    learner = LearnerProcess(server.url, model, task, tmp_path_factory.mktemp("live") / "live", *flags)
+    try:
+        until(lambda: learner.steps() >= 1 or learner.process.poll() is not None, 120.0)
+        yield learner
+        assert learner.process.poll() is None, learner.tail()
+    finally:
+        learner.kill()
+
+
+def _version(answer: Any) -> WeightVersion:
+    return WeightVersion.parse(answer.headers["Lockstep-Version"])
+
+
+def test_the_openai_sdk_beside_a_training(server: ServerProcess, live: LearnerProcess) -> None:
+    """Policy and base, whole and streamed, each with its version; and no other where one is asked for."""
+    policy, messages = f"policy:{live.run_id()}", [{"role": "user", "content": "the quick brown fox"}]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN, max_retries=0) as api:
+        assert {"base", policy} <= {model.id for model in api.models.list()}
+        raw, texts, versions = api.chat.completions.with_raw_response, {}, []
+        for name in (policy, "base"):
+            ask: dict[str, Any] = {"model": name, "messages": messages, "max_tokens": 8, "temperature": 0.0}
+            whole, streamed = raw.create(**ask), raw.create(**ask, stream=True)
+            parts = [chunk.choices[0].delta.content or "" for chunk in streamed.parse() if chunk.choices]
+            texts[name] = whole.parse().choices[0].message.content, "".join(parts)
+            assert whole.parse().usage.completion_tokens == 8 and len(parts) > 4
+            if name == "base":
+                assert whole.headers["Lockstep-Version"] == streamed.headers["Lockstep-Version"] == "base"
+            else:
+                versions += [_version(whole), _version(streamed)]
+        assert texts["base"][0] == texts["base"][1] and versions[0] <= versions[1]
+        until(lambda: live.steps() > versions[1].step or live.process.poll() is not None, 60.0)
+        later = api.completions.with_raw_response.create(model=policy, prompt="the fox", max_tokens=2)
+        assert _version(later) > versions[0]
+        for stream in (False, True):
+            with pytest.raises(openai.ConflictError) as conflict:
+                old = {"Lockstep-Policy": str(versions[0])}
+                api.completions.create(model=policy, prompt="the fox", stream=stream, extra_headers=old)
+            assert conflict.value.code == "version_not_active"
+
+
+def test_plain_http_beside_a_training(server: ServerProcess, live: LearnerProcess) -> None:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    body = {"model": f"policy:{live.run_id()}", "prompt": "the quick", "max_tokens": 6, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60.0) as answer:
+        assert answer.status_code == 200 and _version(answer).run_id == live.run_id()
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines[-1] == "[DONE]" and len(lines) > 4 and "choices" in json.loads(lines[0])
+
+
+def test_lm_eval_beside_a_training(
+    server: ServerProcess, live: LearnerProcess, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logprobs of given tokens and answers in a chat; those of the base are compared with a forward of our own."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    tasks = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
+    tokenizer, before = AutoTokenizer.from_pretrained(model), live.steps()
+
+    def run(kind: str, path: str, name: str, task: str, **options: Any) -> list[dict[str, Any]]:
+        at = f"model={name},base_url={server.url}{path},tokenizer={model},tokenizer_backend=huggingface,max_length=512"
+        done = simple_evaluate(
+            model=kind, model_args=f"{at},num_concurrent=2", tasks=[task], task_manager=tasks, bootstrap_iters=0,
+            **options,
+        )  # fmt: skip
+        return done["samples"][task]
+
+    base = P.make_policy(model)
+    for name in ("base", f"policy:{live.run_id()}"):
+        choices = run("local-completions", "/v1/completions", name, CHOICE)
+        assert len(choices) == len(QUESTIONS)
+        if name != "base":
+            continue
+        for row, sample in zip(QUESTIONS, sorted(choices, key=lambda s: s["doc_id"]), strict=True):
+            begun = tokenizer(row["question"])["input_ids"]
+            for choice, answer in zip(row["choices"], sample["filtered_resps"], strict=True):
+                whole = tokenizer(row["question"] + choice)["input_ids"]
+                expected = P.reference(base, whole)[len(begun) - 1 :].sum().item()
+                assert answer[0] == pytest.approx(expected, abs=1e-3)
+        answers = run("local-chat-completions", "/v1/chat/completions", name, ANSWER, apply_chat_template=True)
+        assert len(answers) == len(QUESTIONS) and all(sample["resps"][0][0] for sample in answers)
+    assert live.steps() > before, "nothing was trained meanwhile"
 
 
 def test_a_push_does_not_overtake_on_a_deterministic_server(server: ServerProcess, model: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import learner.attachment
 import learner.evaluate
@@ -80,6 +83,20 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     assert [json.loads(line)["step"] for line in history] == [1, 2, 3]
 
 
+def test_a_merged_model_at_the_end(flags, model_dir, tmp_path):
+    for steps in ("1", "2"):  # the second goes on, and replaces the first one's model
+        run(flags, "--save_merged", "true", "--max_steps", steps)
+    out = tmp_path / "out"
+    merged = load_file(out / "merged" / "model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    trained = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        assert tensor.dtype is torch.bfloat16
+        torch.testing.assert_close(tensor.float(), trained[name], rtol=2**-8, atol=1e-6)
+    card = (out / "merged" / "README.md").read_text()
+    assert "| optimizer steps | 2 |" in card and "| task | toy |" in card and "trl 1.16.0" in card
+
+
 def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
     first = run(flags, "--max_steps", "3")
     pushed = len(server.pushed)
@@ -134,11 +151,11 @@ def test_eval_command(flags, server, tmp_path, capsys):
         str(out),
     ]
     assert learner.evaluate.main([*flags, "--limit", "3"]) == 0
-    result = json.loads(out.read_text())
+    (result,) = json.loads(out.read_text())["results"]
     assert result["questions"] == 3 and result["versions"] == ["base"] and len(result["rows"]) == 3
     assert result["rewards"]["answers_seven"] == 1.0
     request = server.generated[-1]
     assert (
         request.sampling.temperature == 0.0 and request.sampling.max_tokens == 4 and request.prompts[0].text == "w8 w17"
     )
-    assert "toy  base: reward" in capsys.readouterr().out
+    assert f"base  {result['reward']:.3f} [" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""`learner export`: a run's adapter for others to load, alone or merged into its base model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from learner.flags import either_spelling
+from learner.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
+from learner.model_card import MARK, model_card
+from learner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
+from shared.adapter_file import DTYPES
+from shared.errors import ErrorCode, LockstepError
+from shared.fingerprint import fingerprint_checkpoint
+
+CARD_FILE = "README.md"
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    merged: bool = False,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    force: bool = False,
+) -> Path:
+    """Write the adapter in `source` (see `learner.stored_adapter.find_adapter`) to `out`. Answers where it was.
+
+    Needs neither torch nor much memory: weights go through in blocks. `out` is there whole or not at all.
+
+    Args:
+        merged: a whole model with the adapter in its weights; else the adapter alone, as PEFT reads it.
+        model, revision: the base model; by default the one named in the adapter.
+        dtype: of a merged model's weights.
+        force: replace what an earlier export has left in `out`.
+
+    Raises:
+        LockstepError: `invalid_request`, `unsupported_adapter`, `shape_mismatch`, `base_mismatch`, and what
+            `learner.stored_adapter.open_adapter` raises.
+    """
+    adapter, target = open_adapter(source), Path(out).absolute()
+    model, revision = (model, revision) if model else (_named_base(adapter), revision or adapter.config.get("revision"))
+    adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": model, "revision": revision})
+    _check_target(target, force, sources=(adapter.folder, Path(model)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        if merged:
+            base = fetch_base(model, revision)
+            _check_base(adapter, base)
+            merge(base, adapter, building, dtype)
+            # What the adapter was trained with, chat template included, comes before what its base came with.
+            own = (adapter.folder / "tokenizer_config.json").is_file()
+            copy_files(adapter.folder if own else base, building, TOKENIZER_FILES)
+        else:
+            copy_files(adapter.folder, building, (WEIGHTS_FILE, *TOKENIZER_FILES))
+            (building / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
+        (building / CARD_FILE).write_text(model_card(adapter, dtype if merged else None))
+        building.chmod(0o755)  # mkdtemp makes it private
+        _put_in_place(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return adapter.folder
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Answers the exit code."""
+    options = _parser().parse_args(argv)
+    source = export(
+        options.source, options.out, merged=options.merge, model=options.model_name_or_path,
+        revision=options.model_revision, dtype=options.dtype, force=options.force,
+    )  # fmt: skip
+    what = f"merged in {options.dtype}" if options.merge else "as it is"
+    print(f"{source}, {what}, is in {options.out} ({_size(Path(options.out)) / 2**20:,.1f} MiB)")
+    return 0
+
+
+def _named_base(adapter: StoredAdapter) -> str:
+    name = adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise _invalid(f"{adapter.folder} does not say which base it is for: name it with --model_name_or_path")
+    return str(name)
+
+
+def _check_base(adapter: StoredAdapter, base: Path) -> None:
+    """The base is the one that the run was trained on, where the run has kept its fingerprint."""
+    trained_on, given = adapter.run.get("base_weights"), fingerprint_checkpoint(str(base)).weights
+    if trained_on is not None and trained_on != given:
+        raise LockstepError(
+            ErrorCode.BASE_MISMATCH,
+            f"{base} is not the base that {adapter.folder} was trained on ({str(given)[:12]} and {trained_on[:12]}): "
+            "name that with --model_name_or_path, and --model_revision",
+        )
+
+
+def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
+    if any(source.absolute() == target for source in sources):
+        raise _invalid(f"{target} is what is to be exported; choose another --out")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise _invalid(f"{target} exists; choose another --out, or replace it with --force")
+    card = target / CARD_FILE
+    if not card.is_file() or MARK not in card.read_text(errors="replace"):
+        raise _invalid(f"{target} is no export, so --force does not replace it; choose another --out")
+
+
+def _put_in_place(building: Path, target: Path) -> None:
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        os.replace(target, old)  # an empty directory may be replaced
+        os.replace(building, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(building, target)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="learner export", description=__doc__, allow_abbrev=False)
+    add = either_spelling(parser)
+    add("source", help="a run's output_dir, one of its checkpoints, or a PEFT LoRA directory")
+    add("--out", required=True, help="directory to write")
+    add("--merge", action="store_true", help="a whole model, W0 + s*B*A computed in float32 (default: the adapter)")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of a merged model (default %(default)s)")
+    add("--model-name-or-path", help="the base model (default: the one the adapter names)")
+    add("--model-revision", help="of the base model on the hub")
+    add("--force", action="store_true", help="replace an earlier export")
+    return parser
+
+
+def _invalid(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, message)

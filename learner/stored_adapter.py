@@ -1,0 +1,156 @@
+"""A trained adapter as it lies on disk: found in a run, checked, and read without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learner.checkpoint import last_checkpoint, load_state
+from learner.refusals import PLAIN_INITS, REFUSED_LORA_FIELDS
+from learner.tensor_file import TensorFile
+from shared.adapter_file import LORA_A, LORA_B
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import ModuleSpec
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+#: Names of a run's output_dir, see `learner.train`.
+FINAL_ADAPTER, SUMMARY_FILE, EVALS_FILE = "adapter", "train.json", "summary.json"
+PEFT_PREFIX = "base_model.model."
+#: What PEFT marks as a variant of LoRA, beside the fields that `refusals` names.
+_VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """One PEFT LoRA directory; plain LoRA on linear layers, or it would not have been opened.
+
+    Attributes:
+        config: adapter_config.json.
+        modules: rank and scaling of every adapted module, by its name in the base model.
+        run: the summary of the training it is from, as far as that is known; else empty.
+        step: optimizer steps it was trained for, where that is known.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    modules: dict[str, ModuleSpec]
+    run: dict[str, Any]
+    step: int | None
+
+    @cached_property
+    def tensors(self) -> TensorFile:
+        """Its tensors, under PEFT's names."""
+        return TensorFile(self.folder / WEIGHTS_FILE)
+
+    def pair(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """A [rank, in] and B [out, rank] of a module in float32; the scaling is in neither.
+
+        Raises:
+            LockstepError: `not_finite`.
+        """
+        a_RI, b_OR = (self.tensors.float32(PEFT_PREFIX + module + suffix) for suffix in (LORA_A, LORA_B))
+        if not (np.isfinite(a_RI).all() and np.isfinite(b_OR).all()):
+            raise LockstepError(ErrorCode.NOT_FINITE, f"{module} in {self.folder} holds NaN or infinity")
+        return a_RI, b_OR
+
+
+def open_adapter(path: str | Path) -> StoredAdapter:
+    """The adapter in a PEFT directory, a checkpoint, or a run's output_dir (see `find_adapter`).
+
+    Raises:
+        LockstepError: `invalid_request` if there is none, `unsupported_adapter` for all but plain LoRA,
+            `malformed_adapter` if its tensors do not fit its settings.
+    """
+    folder = find_adapter(path)
+    config = _json_file(folder / CONFIG_FILE)
+    _check_config(config, folder)
+    shapes = {name: entry.shape for name, entry in TensorFile(folder / WEIGHTS_FILE).entries.items()}
+    state = load_state(folder)
+    run = {**_if_there(folder.parent / EVALS_FILE), **_if_there(folder.parent / SUMMARY_FILE)}
+    step = state.step if state else run.get("steps") if folder.name == FINAL_ADAPTER else None
+    return StoredAdapter(folder, config, _modules(config, shapes, folder), run, step)
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The PEFT directory that is meant: `path` itself, or in an output_dir what was trained for longest.
+
+    That is the final adapter, unless a training that went on since has left a later checkpoint.
+    """
+    folder = Path(path)
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    final, last = folder / FINAL_ADAPTER, last_checkpoint(folder)
+    has_final = (final / CONFIG_FILE).is_file()
+    if last is not None and has_final:
+        state, steps = load_state(last), _if_there(folder / SUMMARY_FILE).get("steps")
+        has_final = state is None or steps is None or state.step <= steps
+    if has_final:
+        return final
+    if last is not None:
+        return last
+    raise LockstepError(
+        ErrorCode.INVALID_REQUEST,
+        f"{folder} holds no adapter: give a run's output_dir, a checkpoint of it, or a directory with {CONFIG_FILE}",
+    )
+
+
+def _check_config(config: dict[str, Any], folder: Path) -> None:
+    """What `refusals.check_lora` refuses to train, by the file alone."""
+    if config.get("peft_type") != "LORA":
+        raise _unsupported(folder, f"a {config.get('peft_type')} adapter, not LoRA")
+    for name in (*REFUSED_LORA_FIELDS, *_VARIANTS, "fan_in_fan_out"):
+        if config.get(name):
+            raise _unsupported(
+                folder, f"{name}={config[name]!r}, and only plain LoRA on linear layers can be merged or served"
+            )
+    if config.get("bias", "none") != "none":
+        raise _unsupported(folder, f"bias={config['bias']!r}: trained biases are no part of LoRA")
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise _unsupported(folder, f"init_lora_weights={config['init_lora_weights']!r}, which changed its base weights")
+
+
+def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, ModuleSpec]:
+    names = {name.removeprefix(PEFT_PREFIX).removesuffix(suffix) for name in shapes
+             for suffix in (LORA_A, LORA_B) if name.endswith(suffix)}  # fmt: skip
+    wanted = {PEFT_PREFIX + name + suffix for name in names for suffix in (LORA_A, LORA_B)}
+    if not names or shapes.keys() != wanted:
+        odd = sorted(shapes.keys() ^ wanted)[:3]
+        raise _unsupported(folder, f"tensors that are no pairs of lora_A and lora_B: {', '.join(odd) or 'none at all'}")
+    modules = {}
+    for name in sorted(names):
+        a, b = (shapes[PEFT_PREFIX + name + suffix] for suffix in (LORA_A, LORA_B))
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            message = f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices"
+            raise LockstepError(ErrorCode.MALFORMED_ADAPTER, message)
+        modules[name] = ModuleSpec(rank=a[0], scaling=_scaling(config, name, a[0]))
+    return modules
+
+
+def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
+    """PEFT's: the first pattern that ends the module's name gives its alpha."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    alpha = next(matching, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _if_there(path: Path) -> dict[str, Any]:
+    return _json_file(path) if path.is_file() else {}
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{path} cannot be read: {error}") from error
+
+
+def _unsupported(folder: Path, what: str) -> LockstepError:
+    return LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, f"{folder} holds {what}")

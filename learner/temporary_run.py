@@ -1,0 +1,72 @@
+"""A stored adapter on a server for a while, in a run of its own: no training notices, and nothing of it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from learner.client import RolloutClient
+from learner.stored_adapter import StoredAdapter
+from learner.tensor_file import rounded
+from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
+from shared.checksum import block_sums, block_weights, checksum
+from shared.errors import ErrorCode, LockstepError
+from shared.fingerprint import fingerprint_checkpoint
+from shared.weights import AdapterManifest, WeightVersion
+
+
+@contextlib.contextmanager
+def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[WeightVersion]:
+    """Push `adapter` into a new run of the server, which is ended with the block. Yields what it is served as.
+
+    Raises:
+        LockstepError: `no_free_run` if the server has no room for one, and what it refuses.
+    """
+    version = WeightVersion(run_id=f"eval-{secrets.token_hex(4)}", step=adapter.step or 0)
+    lease = secrets.token_hex(16)
+    pieces = adapter_blob(adapter, version, client.state().lora_dtype)
+    try:
+        try:
+            client.push(version.run_id, pieces, lease)
+        except LockstepError as error:
+            if error.code is not ErrorCode.NO_FREE_RUN:
+                raise
+            raise LockstepError(
+                error.code,
+                f"the server at {client.url} has no room for {adapter.folder} beside the runs that it serves: start it "
+                "with --max-runs 2, or one more than it has now",
+            ) from error
+        yield version
+    finally:
+        with contextlib.suppress(LockstepError):  # what happened before says more
+            client.delete_run(version.run_id, lease)
+
+
+def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> list[bytes | memoryview]:
+    """What a push of the stored adapter carries: the bytes that `learner.adapter` exports from a model with it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: list[np.ndarray] = []
+    for name, module in adapter.modules.items():
+        a_RI, b_OR = adapter.pair(name)
+        shapes |= {name + LORA_A: a_RI.shape, name + LORA_B: b_OR.shape}
+        scaled = b_OR * np.float32(module.scaling)
+        parts += [rounded(a_RI, dtype).reshape(-1), rounded(scaled, dtype).reshape(-1)]
+    flat, layout = np.concatenate(parts), Layout(lay_out(shapes, dtype))
+    sums = block_sums(flat.view(np.int32 if flat.itemsize == 4 else np.int16), block_weights())
+    manifest = AdapterManifest(
+        version=version, base_weights=_base_weights(adapter), dtype=dtype, modules=adapter.modules,
+        peft_config=adapter.config, checksum=checksum(layout.index, np.concatenate(list(sums)).tobytes()),
+    )  # fmt: skip
+    return [layout.header(manifest), flat.view(np.uint8).data]
+
+
+def _base_weights(adapter: StoredAdapter) -> str | None:
+    """Fingerprint of the base it was trained on, from its run, or from that base where it is at hand."""
+    named = adapter.config.get("base_model_name_or_path")
+    if (known := adapter.run.get("base_weights")) is not None or not named or not Path(named).is_dir():
+        return known
+    return fingerprint_checkpoint(named).weights

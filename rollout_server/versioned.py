@@ -1,0 +1,103 @@
+"""Around vLLM's OpenAI routes: the version of an answer as a header, one as a precondition, and refusals of the door.
+
+vLLM's routes know nothing of versions, and begin a streamed answer before they ask the engine for anything. So the
+start of every answer is held back until its first bytes: by then the door has admitted the request, or refused it.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Receive, Scope, Send
+
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import WeightVersion
+
+#: Of an answer: the version that it started on, `base` for the base model. With several prompts, and a push between
+#: them, it names several.
+VERSION_HEADER = "Lockstep-Version"
+#: Of a request: the version it must be answered by, or else 409 `version_not_active`.
+POLICY_HEADER = "Lockstep-Policy"
+
+
+@dataclass
+class Call:
+    """One HTTP request to vLLM's routes, which may become several requests to the engine.
+
+    Attributes:
+        wanted: the precondition.
+        versions: those it was admitted to, in order.
+        refusal: what the door said instead.
+    """
+
+    wanted: WeightVersion | None = None
+    versions: dict[str, None] = field(default_factory=dict)
+    refusal: LockstepError | None = None
+
+    def admitted(self, version: WeightVersion | None) -> None:
+        """The door has admitted a part of it."""
+        self.versions[str(version or "base")] = None
+
+
+#: That of the running task; None beneath our own routes.
+CALL: ContextVar[Call | None] = ContextVar("lockstep_call", default=None)
+
+
+class Versioned:
+    """The ASGI layer around vLLM's app; `routes` are those of the app."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self.routes = app.routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call, start, refused = Call(), None, False
+        try:
+            call.wanted = _wanted(Headers(scope=scope).get(POLICY_HEADER))
+        except LockstepError as error:
+            await _error(error)(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            nonlocal start, refused
+            if refused:
+                return
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            if start is not None:
+                if call.refusal is not None:
+                    refused = True
+                    await _error(call.refusal)(scope, receive, send)
+                    return
+                if call.versions:
+                    MutableHeaders(scope=start)[VERSION_HEADER] = ", ".join(call.versions)
+                await send(start)
+                start = None
+            await send(message)
+
+        token = CALL.set(call)
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            CALL.reset(token)
+
+
+def _wanted(header: str | None) -> WeightVersion | None:
+    if header is None:
+        return None
+    try:
+        return WeightVersion.parse(header)
+    except ValueError as error:
+        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{POLICY_HEADER}: {error}") from error
+
+
+def _error(error: LockstepError) -> JSONResponse:
+    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)

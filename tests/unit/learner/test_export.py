@@ -1,0 +1,239 @@
+"""`learner export` against PEFT's own merge, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from learner.cli import main
+from learner.export import export
+from learner.stored_adapter import find_adapter, open_adapter
+from learner.tensor_file import TensorFile, rounded, widened
+from shared.errors import ErrorCode, LockstepError
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 16},
+    "patterns": {
+        "rank_pattern": {"q_proj": 4, "layers.1.mlp.down_proj": 6},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, "o_proj": 40},
+    },
+    "subset": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+}
+
+
+def _adapter(model_dir: Path, folder: Path, **lora) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    config = LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **lora})
+    policy = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    policy.save_pretrained(folder)
+    return policy
+
+
+@pytest.mark.parametrize("lora", LORA)
+def test_a_merged_model_is_pefts(model_dir: Path, tmp_path: Path, lora: str) -> None:
+    policy = _adapter(model_dir, tmp_path / "adapter", **LORA[lora])
+    scalings = {name.removeprefix("base_model.model."): module.scaling["default"]
+                for name, module in policy.named_modules() if hasattr(module, "lora_A")}  # fmt: skip
+    stored = open_adapter(tmp_path / "adapter")
+    assert {name: module.scaling for name, module in stored.modules.items()} == pytest.approx(scalings)
+    expected = policy.merge_and_unload().state_dict()
+
+    export(tmp_path / "adapter", tmp_path / "float32", merged=True, dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "float32")
+    assert merged.dtype is torch.float32
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+    export(tmp_path / "adapter", tmp_path / "bfloat16", merged=True)
+    written, whole = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("bfloat16", "float32"))
+    assert written.keys() == whole.keys() and len(written) > 10
+    for name, tensor in written.items():
+        assert torch.equal(tensor, whole[name].to(torch.bfloat16)), f"{name} was rounded more than once"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype is torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "bfloat16")("w1 w2")["input_ids"] == [4, 5]
+
+
+def test_shards_and_other_dtypes(model_dir: Path, tmp_path: Path) -> None:
+    """A base in several files, with a tensor that holds integers; blocks smaller than a matrix."""
+    policy = _adapter(model_dir, tmp_path / "adapter")
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="30KB")
+    shard = next(base.glob("model-*.safetensors"))
+    save_file({**load_file(shard), "positions": torch.arange(7)}, shard, metadata={"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("learner.merge._BLOCK_ELEMENTS", 100)
+        export(tmp_path / "adapter", tmp_path / "out", merged=True, model=str(base), dtype="float16")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(files) == len(list(base.glob("*.safetensors"))) > 1
+    assert {name for file in files for name in load_file(file)} == index["weight_map"].keys()
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert tensors.pop("positions").tolist() == list(range(7))
+    assert sum(tensor.nbytes for tensor in tensors.values()) + 56 == index["metadata"]["total_size"]
+
+    bfloat16 = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(bfloat16, tmp_path / "adapter").merge_and_unload().state_dict()
+    for name, tensor in tensors.items():
+        assert tensor.dtype is torch.float16
+        torch.testing.assert_close(tensor.float(), expected[name].half().float(), rtol=2**-10, atol=1e-6)
+    del policy
+
+
+def test_rounding_is_torchs() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    ties = (np.arange(256, dtype=np.uint32) << 16 | 0x8000) + 0x3F000000
+    edges = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7F7FFFFF, 0, 0x80000000, 1], np.uint32)
+    values = np.concatenate([bits, ties, edges]).view(np.float32)
+    values = values[~np.isnan(values) | (np.arange(len(values)) == 0)]
+    for dtype, torch_dtype, code in (("bfloat16", torch.bfloat16, "BF16"), ("float16", torch.float16, "F16")):
+        expected = torch.from_numpy(values).to(torch_dtype).float()
+        back = widened(rounded(values, dtype).view(np.uint8), code)
+        assert torch.equal(torch.from_numpy(back.copy()).nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert np.isnan(widened(rounded(np.array([np.nan], np.float32), "bfloat16").view(np.uint8), "BF16")).all()
+
+
+def test_an_adapter_alone(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = _adapter(model_dir, tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    tokens = torch.tensor([[3, 5, 8, 13]])
+    assert torch.equal(loaded(tokens).logits, policy(tokens).logits)
+
+    assert main(command) == 2 and "--force" in capsys.readouterr().err
+    assert main([*command, "--force", "--model_name_or_path", "org/base"]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    assert "base_model: org/base" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_force_replaces_exports_only(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("years of work")
+    assert main(["export", str(tmp_path / "adapter"), "--out", str(mine), "--force"]) == 2
+    assert "no export" in capsys.readouterr().err
+    for source in (model_dir, tmp_path / "adapter"):
+        assert main(["export", str(tmp_path / "adapter"), "--out", str(source), "--force"]) == 2
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing half done is left"
+
+
+def _checkpoint(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    state = {"fence": 0, "step": step, "micro_step": 0, "pushes": 0, "completions": 0, "completion_tokens": 0}
+    (folder / "lockstep.json").write_text(json.dumps({**state, "geometry": {}}))
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def test_the_adapter_of_a_run_is_the_one_trained_for_longest(tmp_path: Path) -> None:
+    with pytest.raises(LockstepError, match="holds no adapter"):
+        find_adapter(tmp_path)
+    _checkpoint(tmp_path / "checkpoint-4", 4)
+    _checkpoint(tmp_path / "checkpoint-10", 10)
+    assert find_adapter(tmp_path).name == "checkpoint-10"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "train.json").write_text('{"steps": 10}')
+    assert find_adapter(tmp_path).name == "adapter"
+    _checkpoint(tmp_path / "checkpoint-12", 12)
+    assert find_adapter(tmp_path).name == "checkpoint-12"
+    assert find_adapter(tmp_path / "checkpoint-4").name == "checkpoint-4"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "word"),
+    [
+        ({"use_dora": True}, ErrorCode.UNSUPPORTED_ADAPTER, "use_dora"),
+        ({"peft_type": "IA3"}, ErrorCode.UNSUPPORTED_ADAPTER, "IA3"),
+        ({"modules_to_save": ["lm_head"]}, ErrorCode.UNSUPPORTED_ADAPTER, "modules_to_save"),
+        ({"bias": "all"}, ErrorCode.UNSUPPORTED_ADAPTER, "bias"),
+        ({"init_lora_weights": "pissa"}, ErrorCode.UNSUPPORTED_ADAPTER, "pissa"),
+        ({"base_model_name_or_path": None}, ErrorCode.INVALID_REQUEST, "--model_name_or_path"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, ErrorCode.INVALID_REQUEST, "--model_name_or_path"),
+    ],
+)
+def test_settings_that_are_refused(model_dir: Path, tmp_path: Path, change: dict, code: ErrorCode, word: str) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(LockstepError, match=word) as refusal:
+        export(tmp_path / "adapter", tmp_path / "out", merged=True)
+    assert refusal.value.code is code and not (tmp_path / "out").exists()
+
+
+def test_bases_that_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    adapter, out = tmp_path / "runs" / "adapter", tmp_path / "out"
+    _adapter(model_dir, adapter)
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    config = json.loads((model_dir / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    (quantised / "model.safetensors").symlink_to(model_dir / "model.safetensors")
+    with pytest.raises(LockstepError, match="quantised"):
+        export(adapter, out, merged=True, model=str(quantised))
+    (tmp_path / "runs" / "train.json").write_text(json.dumps({"base_weights": "0" * 32, "steps": 3}))
+    with pytest.raises(LockstepError, match="not the base") as other:
+        export(adapter, out, merged=True)
+    assert other.value.code is ErrorCode.BASE_MISMATCH
+    assert open_adapter(tmp_path / "runs").step == 3
+
+
+def test_tensors_that_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    one = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    other = one.replace("q_proj", "x_proj")
+    for changed, word in (
+        ({name: t for name, t in tensors.items() if name != one}, "no pairs"),
+        ({**tensors, "base_model.model.lm_head.weight": torch.ones(2, 2)}, "no pairs"),
+        ({**tensors, one: tensors[one] * float("nan")}, "NaN"),
+        ({**tensors, one: tensors[one][:, 1:].contiguous()}, "its own base"),
+        (
+            {**tensors, other: torch.ones(8, 32), other.replace("_A", "_B"): torch.ones(32, 8)},
+            "x_proj.weight",
+        ),
+    ):
+        save_file(changed, file)
+        with pytest.raises(LockstepError, match=word):
+            export(tmp_path / "adapter", tmp_path / "out", merged=True)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(LockstepError, match="cut off"):
+        TensorFile(file)
+    file.write_bytes(b"nonsense, and more of it")
+    with pytest.raises(LockstepError, match="safetensors"):
+        open_adapter(tmp_path / "adapter")
+
+
+def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
+    _adapter(model_dir, tmp_path / "adapter", rank_pattern={"q_proj": 4})
+    summary = {"run_id": "sums", "steps": 40, "task": "reasoning_gym:chain_sum", "completions": 640,
+               "versions": {"trl": "1.16.0", "vllm": "0.32.0"}}  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(json.dumps({"eval_before": 0.25, "eval_after": 0.75, "eval_questions": 64}))
+    export(tmp_path, tmp_path / "out", merged=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "# sums", "| optimizer steps | 40 |", "| task | reasoning_gym:chain_sum |", "0.250 before training, 0.750",
+        "| LoRA rank | ", "4 (2 modules)", "vllm serve", "library_name: transformers", "trl 1.16.0, vllm 0.32.0",
+        "| adapted | 14 linear layers: down_proj, gate_proj,",
+    ):  # fmt: skip
+        assert line in card, card

@@ -1,0 +1,106 @@
+"""Versions in headers around routes that know nothing of them, over the real door."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from rollout_server.capacity import Capacity
+from rollout_server.engine import EngineDoor
+from rollout_server.run_table import RunTable
+from rollout_server.settings import ServerSettings
+from rollout_server.versioned import CALL, Versioned
+from shared.weights import WeightVersion
+
+
+class _Engine:
+    errored = False
+
+    async def generate(self, prompt, params, request_id, **kwargs):
+        for index in range(2):
+            yield SimpleNamespace(index=index, outputs=[])
+
+
+@pytest.fixture
+async def served():
+    """A door with one run at step 3, and an app with routes as vLLM writes them."""
+    table = RunTable(2, 2)
+    door = EngineDoor(_Engine(), table, Capacity(ServerSettings()))
+    run = table.open("r", "lease", takeover=False)
+    await _flip(table, 3)
+    app = FastAPI()
+
+    def outputs(model: str) -> Any:
+        lora = None if model == "base" else SimpleNamespace(lora_name=model)
+        return door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=lora)
+
+    @app.post("/whole/{model}")
+    async def whole(model: str) -> dict[str, int]:
+        return {"outputs": len([output async for output in outputs(model)])}
+
+    @app.post("/stream/{model}")
+    async def stream(model: str, request: Request) -> StreamingResponse:
+        async def chunks():
+            try:
+                async for output in outputs(model):
+                    yield f"{output.index};"
+            except Exception as error:  # as vLLM's generators do
+                yield f"error {error};"
+
+        return StreamingResponse(chunks())
+
+    @app.get("/models")
+    async def models() -> list[str]:
+        return ["policy"]
+
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(Versioned(app)), base_url="http://server")
+    return SimpleNamespace(table=table, run=run, client=client)
+
+
+async def _flip(table: RunTable, step: int) -> None:
+    run = table.get("r")
+    slot = await run.reserve(time.monotonic() + 1)
+    await run.flip(slot, WeightVersion(run_id="r", step=step), table.next_install_seq(), "sum")
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream"])
+async def test_the_version_is_in_the_header(served, kind: str) -> None:
+    for model, version in (("policy", "r@0.3"), ("policy:r", "r@0.3"), ("base", "base")):
+        answer = await served.client.post(f"/{kind}/{model}")
+        assert answer.status_code == 200 and answer.headers["lockstep-version"] == version
+    await _flip(served.table, 4)
+    assert (await served.client.post(f"/{kind}/policy")).headers["lockstep-version"] == "r@0.4"
+    assert CALL.get() is None
+    assert "lockstep-version" not in (await served.client.get("/models")).headers
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream"])
+async def test_a_version_as_a_precondition(served, kind: str) -> None:
+    ask = {"policy": "r@0.3"}
+    assert (await served.client.post(f"/{kind}/policy", headers={"Lockstep-Policy": ask["policy"]})).status_code == 200
+    for model, wanted in (("policy", "r@0.2"), ("policy", "r@1.3"), ("policy", "other@0.3"), ("base", "r@0.3")):
+        answer = await served.client.post(f"/{kind}/{model}", headers={"Lockstep-Policy": wanted})
+        assert answer.status_code == 409 and answer.json()["error"]["code"] == "version_not_active", answer.text
+    for wanted in ("r", "r@3", "r@0.-1", "../r@0.3", "r@0.3\u00b2", "", "r@0." + "9" * 40):
+        headers = {"Lockstep-Policy": wanted.encode()}
+        answer = await served.client.post(f"/{kind}/policy", headers=headers)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request", wanted
+    assert served.run.active.requests == 0
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream"])
+async def test_refusals_keep_their_status_in_streams(served, kind: str) -> None:
+    answer = await served.client.post(f"/{kind}/policy:nobody")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "unknown_run"
+    assert "lockstep-version" not in answer.headers
+
+
+def test_versions_are_read_as_they_are_written() -> None:
+    version = WeightVersion(run_id="a.b-c_1", fence=3, step=120)
+    assert WeightVersion.parse(str(version)) == version
