@@ -46,6 +46,7 @@ from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.session import Session
 from learner.trl_internals import check_trl
+from learner.watching import watch
 from learner.wrappers import replace_degenerate, skip_padding, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -122,6 +123,7 @@ def attach(
     if config.drop_degenerate_groups:
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
+    watch(trainer, session)
     return session
 
 

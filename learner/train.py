@@ -20,14 +20,13 @@ from learner.config import LearnerConfig
 from learner.progress import show_progress
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
 from learner.report import write_summary
+from learner.run_files import SUMMARY_FILE
 from learner.sampling import sampling_params
 from learner.tasks import Task, load_task
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
-#: The run's figures, in output_dir.
-SUMMARY_FILE = "train.json"
 #: LoRA flags that an adapter given with init_adapter decides itself.
 _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -70,7 +69,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     task = _load_task(task_spec, config, args)
     trainer = _trainer(task, config, args, model_args, lora)
     session = attach(trainer, config=config, fleet=fleet, revision=model_args.model_revision)
-    show_progress(trainer, session, args.output_dir)
+    show_progress(trainer, session)
     session.say(
         f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {', '.join(urls)}"
     )

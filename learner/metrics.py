@@ -1,0 +1,158 @@
+"""Prometheus metrics of the learner, on a port of their own: `--metrics_port`."""
+
+from __future__ import annotations
+
+from collections import Counter as Counts
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from learner.figures import StepReport
+from learner.fleet import Fleet
+from learner.rollouts import RolloutStats
+from shared.errors import ErrorCode, LockstepError
+
+PREFIX = "lockstep_learner_"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_STEP_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_LAGS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+
+#: Gauges that are set from TRL's logs, every `logging_steps`: name in TRL's logs -> ours, and what it is.
+_LOGGED = {
+    "loss": ("loss", "Loss, as TRL logs it"),
+    "kl": ("kl_nats", "KL(policy || reference), as TRL logs it; only with beta > 0"),
+    "entropy": ("entropy_nats", "Mean entropy of the policy at its completions' tokens"),
+    "grad_norm": ("gradient_norm", "Norm of the gradient before it is clipped"),
+    "learning_rate": ("learning_rate", "Learning rate"),
+    "frac_reward_zero_std": ("flat_group_ratio", "Share of groups whose rewards do not vary: they teach nothing"),
+    "completions/clipped_ratio": ("truncated_ratio", "Share of completions that max_completion_length cut off"),
+    "eval_reward": ("eval_reward", "Mean reward of the last evaluation"),
+}
+
+
+class LearnerMetrics:
+    """All metrics of one learner process, in a registry of their own.
+
+    Counters begin at 0 with the process, whatever a resumed run had counted before.
+    """
+
+    def __init__(self, fleet: Fleet, *, run_id: str, model: str) -> None:
+        self.registry = CollectorRegistry()
+        self._seen, self._tokens = Counts[int](), 0
+        self._regenerated_seen = 0
+        run = self._gauge("run_info", "The run that is being trained; always 1", "run_id", "model")
+        run.labels(run_id, model).set(1)
+        self._step = self._gauge("step", "Optimizer steps done")
+        self._max_steps = self._gauge("max_steps", "Optimizer steps of the whole training")
+        self._reward = self._gauge("reward", "Mean reward of the last generation batch")
+        self._reward_std = self._gauge("reward_std", "Standard deviation of the rewards of the last generation batch")
+        self._function = self._gauge("reward_function", "Mean of one reward function, before its weight", "function")
+        self._function_std = self._gauge("reward_function_std", "Its standard deviation", "function")
+        self._logged = {logged: self._gauge(*names) for logged, names in _LOGGED.items()}
+        self._length = self._gauge("completion_length_tokens", "Mean length of completions")
+        self._speed = self._gauge("rollout_tokens_per_second", "Of the last generation batch, while it was generated")
+        self._drift = self._gauge("drift_nats", "Mean |ln p(learner) - ln p(server)| over sampled tokens")
+        self._drift_kl = self._gauge("drift_kl_nats", "KL(server || learner) over sampled tokens, k3 estimator")
+        self._clipped = self._gauge("drift_clipped_ratio", "Share of importance ratios that the correction clipped")
+        self._gap = self._gauge("logprob_gap_nats", "Largest |served - own| logprob at the last proof of sync")
+        self._step_seconds = self._histogram("step_seconds", "Optimizer steps, with all they waited for", _STEP_SECONDS)
+        self._push_seconds = self._histogram("push_seconds", "From the adapter's export to the last receipt", _SECONDS)
+        self._lag = self._histogram("lag_batches", "Lag of the samples trained on, in generation batches", _LAGS)
+        self._push_bytes = self._counter("push_bytes", "Adapter bytes pushed to each server")
+        self._pause = self._counter("pause_seconds", "For which no request was decoding because of a push")
+        self._wait = self._counter("wait_seconds", "For which the trainer waited for completions: the bubble")
+        self._reward_wait = self._counter("reward_wait_seconds", "For which the trainer waited for rewards")
+        self._idle = self._counter("server_idle_seconds", "For which nothing was being read ahead from the servers")
+        self._completion_tokens = self._counter("completion_tokens", "Tokens of the completions trained on")
+        self._regenerated = self._counter("regenerated", "Samples generated again because they lagged too much")
+        self.registry.register(_Servers(fleet))
+
+    def begin(self, stats: RolloutStats) -> None:
+        """What was counted until now belongs to an earlier process."""
+        self._tokens = stats.completion_tokens
+
+    def stepped(self, report: StepReport, stats: RolloutStats) -> None:
+        """A step has ended."""
+        self._step.set(report.step)
+        self._max_steps.set(report.max_steps)
+        for gauge, value in (
+            (self._reward, report.reward),
+            (self._reward_std, report.reward_std),
+            (self._length, report.completion_length),
+            (self._speed, report.rollout_tokens_per_second),
+            (self._gap, report.logprob_gap),
+        ):
+            if value is not None:
+                gauge.set(value)
+        if report.drift:
+            self._drift.set(report.drift.delta)
+            self._drift_kl.set(report.drift.kl)
+            self._clipped.set(report.drift.clipped)
+        self._step_seconds.observe(report.seconds)
+        self._push_seconds.observe(report.push_seconds)
+        self._push_bytes.inc(report.push_bytes)
+        self._pause.inc(report.pause_seconds)
+        self._wait.inc(report.wait_seconds)
+        self._reward_wait.inc(report.reward_wait_seconds or 0.0)
+        self._idle.inc(report.idle_seconds or 0.0)
+        self._completion_tokens.inc(stats.completion_tokens - self._tokens)
+        self._regenerated.inc(stats.regenerated - self._regenerated_seen)
+        for lag, count in (stats.lags - self._seen).items():
+            for _ in range(count):
+                self._lag.observe(lag)
+        self._tokens, self._seen = stats.completion_tokens, stats.lags.copy()
+        self._regenerated_seen = stats.regenerated
+
+    def logged(self, logs: Mapping[str, float | None]) -> None:
+        """TRL has logged: means over the steps since it did so last, or an evaluation."""
+        for name, value in logs.items():
+            if value is None:
+                continue
+            if name in self._logged:
+                self._logged[name].set(value)
+            elif name.startswith("rewards/") and name.endswith("/mean"):
+                self._function.labels(name.removeprefix("rewards/").removesuffix("/mean")).set(value)
+            elif name.startswith("rewards/") and name.endswith("/std"):
+                self._function_std.labels(name.removeprefix("rewards/").removesuffix("/std")).set(value)
+
+    def serve(self, host: str, port: int) -> None:
+        """Answer on `http://HOST:PORT/metrics` from a thread, until the process ends.
+
+        Raises:
+            LockstepError: `invalid_request` if that cannot be listened on.
+        """
+        try:
+            start_http_server(port, host, registry=self.registry)
+        except (OSError, OverflowError) as error:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out",
+            ) from error
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(PREFIX + name, text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
+
+class _Servers(Collector):
+    """Every rollout server as it is when it is asked for, since servers come and go."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily(PREFIX + "server_up", "1: serves the present version; 0: does not", labels=["server"])
+        step = GaugeMetricFamily(PREFIX + "server_step", "Step of the version it was sent last", labels=["server"])
+        for member in list(self._fleet.members.values()):
+            up.add_metric([member.url], float(member.up))
+            if member.receipt is not None:
+                step.add_metric([member.url], member.receipt.version.step)
+        yield up
+        yield step

@@ -1,0 +1,64 @@
+"""What a training leaves in its output_dir for whoever watches it. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: Every optimizer step, see `learner.figures.StepReport`.
+HISTORY_FILE = "metrics.jsonl"
+#: What TRL logs every `logging_steps` and at every evaluation, by TRL's names; `step` is in each of them.
+LOGS_FILE = "logs.jsonl"
+#: Some completions of some steps, see `learner.samples`.
+SAMPLES_FILE = "completions.jsonl"
+#: The figures of a training that has ended.
+SUMMARY_FILE = "train.json"
+#: All of it for a browser.
+PAGE_FILE = "run.html"
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with the `step` it belongs to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, step: int) -> None:
+        """Keep what a resumed run had written up to `step`, forget the rest."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        whole = self.path.with_suffix(".tmp")  # a kill or a full disk must not cost what is there
+        whole.write_text("".join(line + "\n" for line in kept))
+        whole.replace(self.path)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of such a file, which may be being written; none if it is not there."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn, else None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as it was or as it will be, never in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(f".{path.name}.tmp")
+    try:
+        whole.write_bytes(text.encode("utf-8", "replace"))  # a lone surrogate has no encoding
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
