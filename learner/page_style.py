@@ -58,13 +58,12 @@ pre { margin: 6px 0 0; padding: 9px 11px; border-radius: 6px; background: var(--
   overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   unicode-bidi: plaintext; max-height: 26em; overflow-y: auto; }
 pre.prompt { background: none; padding: 0; color: var(--soft); }
-.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { text-align: left; vertical-align: top; padding: 6px 14px; border-bottom: 1px solid var(--rule); }
-tr:last-child > * { border-bottom: 0; }
-th { font-weight: 600; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-weight: 400; font-size: 13px; }
+.servers { margin: 0; padding: 0; list-style: none; background: var(--card); border: 1px solid var(--rule);
+  border-radius: 8px; }
+.servers li { display: flex; flex-wrap: wrap; gap: 0 18px; padding: 8px 14px; }
+.servers li + li { border-top: 1px solid var(--rule); }
+.servers b { font-weight: 600; overflow-wrap: anywhere; min-width: 0; }
+.servers p { flex-basis: 100%; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
 .up { color: var(--good); } .down { color: var(--bad); }
 .settings { columns: 2 420px; column-gap: 30px; padding: 10px 14px; margin: 0; font-size: 14px; }
 .settings div { break-inside: avoid; padding: 3px 0; }

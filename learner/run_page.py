@@ -5,6 +5,7 @@ Prompts and completions are what a model and a data set say, and are never taken
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from learner.report import trailing_mean
 from learner.run_files import finite
 
 #: The page may show what is in it and nothing else, whatever its text says.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+#: Control characters, changes of the writing direction, halves of surrogate pairs.
+_UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NONE = "\N{EN DASH}"
 _STATES = {"training": "training", "finished": "finished", "stopped": "stopped early"}
 
@@ -188,19 +191,16 @@ def _spans(spans: Sequence[Sequence[Any]]) -> str:
 
 
 def _servers(servers: Sequence[Mapping[str, Any]]) -> str:
-    if not servers:
-        return ""
     rows = "".join(
-        f"<tr><td>{_text(server['url'])}</td>"
-        f'<td class="{"up" if server["up"] else "down"}">{"serves" if server["up"] else "away"}</td>'
-        f"<td>{_text(_NONE if server['step'] is None else server['step'])}</td><td>{server['tokens']:,}</td>"
-        f"<td>{_text(server['error'] or '')}</td></tr>"
+        f'<li><b>{_text(server["url"])}</b> <span class="{"up" if server["up"] else "down"}">'
+        f"{'serves' if server['up'] else 'away'}</span>"
+        f"<span>step {_NONE if server['step'] is None else _text(server['step'])}</span>"
+        f"<span>{server['tokens']:,} tokens</span>"
+        + (f"<p>{_text(server['error'])}</p>" if server["error"] else "")
+        + "</li>"
         for server in servers
     )
-    return (
-        '<h2>Rollout servers</h2><div class="scroll"><table><thead><tr><th>server</th><th>state</th><th>step</th>'
-        f"<th>tokens</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    return f'<h2>Rollout servers</h2><ul class="servers">{rows}</ul>' if servers else ""
 
 
 def _settings(sections: Mapping[str, Mapping[str, Any]]) -> str:
@@ -222,9 +222,8 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
 
 
 def _text(value: Any) -> str:
-    """As HTML: escaped, and control characters as pictures of themselves."""
-    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in str(value))
-    return escape(shown)
+    """As HTML: escaped; characters that control how others are shown, and half characters, by their numbers."""
+    return escape(_UNSEEN.sub(lambda c: f"\\u{ord(c[0]):04x}", str(value)))
 
 
 def _number(value: float) -> str:
@@ -237,7 +236,7 @@ def _number(value: float) -> str:
 
 
 def _short(value: float | None) -> str:
-    return _NONE if value is None else f"{value / 1000:.3g}k" if abs(value) >= 10_000 else _number(value)
+    return _NONE if value is None else f"{value / 1000:.3g}k" if abs(value) >= 1000 else _number(value)
 
 
 def _power(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
@@ -28,6 +29,8 @@ from learner.run_page import RunData, render
 from learner.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, Samples, choose, text_of, total
 from learner.session import Session
 
+#: The page is written at every log, unless that would take more than one part in so many of the training's time.
+_PAGE_EVERY = 20
 #: Names of settings whose values are nobody's business, and what stands before the host in a URL.
 _SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
 _USER = re.compile(r"//[^/@\s]+@")
@@ -56,7 +59,7 @@ class Watching(TrainerCallback):
         self._samples, self._page = Samples(output_dir / SAMPLES_FILE), output_dir / PAGE_FILE
         self._metrics = LearnerMetrics(session.fleet, run_id=session.run_id, model=model)
         self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
-        self._complained = False
+        self._complained, self._next_page = False, 0.0
         self._steps: list[dict[str, Any]] = []
         self._logged: list[dict[str, Any]] = []
         if self._config.run_page:
@@ -89,7 +92,8 @@ class Watching(TrainerCallback):
         self._quietly(lambda: self._logs.add(row))
         self._logged.append(row)
         self._metrics.logged(row)
-        self._write("training")
+        if time.monotonic() >= self._next_page:
+            self._write("training")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._write("finished" if state.global_step >= state.max_steps else "stopped")
@@ -109,7 +113,7 @@ class Watching(TrainerCallback):
     def _write(self, state: str) -> None:
         if not self._config.run_page:
             return
-        run = self._run
+        began, run = time.monotonic(), self._run
         run.state, run.steps, run.logs, run.batches = state, self._steps, self._logged, self._samples.batches
         run.servers = [
             {
@@ -121,6 +125,8 @@ class Watching(TrainerCallback):
         ]  # fmt: skip
         self._quietly(self._samples.write)
         self._quietly(lambda: write_whole(self._page, render(run)))
+        ended = time.monotonic()
+        self._next_page = ended + _PAGE_EVERY * (ended - began)
 
     def _quietly(self, write: Callable[[], None]) -> None:
         """A full disk must not end a training that writes no checkpoint just now."""

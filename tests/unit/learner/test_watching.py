@@ -35,7 +35,7 @@ def test_metrics_of_a_training(make_trainer, client):
     trainer = make_trainer(eval_strategy="steps", eval_steps=3, trainer_kwargs={"eval_dataset": held_out})
     session = attach(trainer, client=client, run_id="r", metrics_port=port)
     before = _scrape(port)
-    assert before["lockstep_learner_run_info{run_id=r}{model=" + str(session.model.config._name_or_path) + "}"] == 1
+    assert before[f"lockstep_learner_run_info{{model={session.model.config._name_or_path}}}{{run_id=r}}"] == 1
     assert before["lockstep_learner_server_up{server=http://fake}"] == 1
     trainer.train()
     after = _scrape(port)
