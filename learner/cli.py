@@ -11,6 +11,7 @@ from shared.errors import ErrorCode, LockstepError
 
 COMMANDS = {
     "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
+    "status": ("learner.status", "which servers serve what, and how far a run has come"),
     "eval": ("learner.evaluate", "score the policy or the base on a task, over HTTP"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

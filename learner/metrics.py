@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from learner.figures import StepReport
 from learner.fleet import Fleet
 from learner.rollouts import RolloutStats
+from learner.run_files import finite
 from shared.errors import ErrorCode, LockstepError
 
 PREFIX = "lockstep_learner_"
@@ -19,6 +20,19 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STEP_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _LAGS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
+#: Gauges that are set at every step, and what they are.
+_STEPPED = {
+    "step": "Optimizer steps done",
+    "max_steps": "Optimizer steps of the whole training",
+    "reward": "Mean reward of the last generation batch",
+    "reward_std": "Standard deviation of the rewards of the last generation batch",
+    "completion_length_tokens": "Mean length of completions",
+    "rollout_tokens_per_second": "Of the last generation batch, while it was being generated",
+    "drift_nats": "Mean |ln p(learner) - ln p(server)| over sampled tokens",
+    "drift_kl_nats": "KL(server || learner) over sampled tokens, k3 estimator",
+    "drift_clipped_ratio": "Share of importance ratios that the correction clipped or dropped",
+    "logprob_gap_nats": "Largest |served - own| logprob at the last proof of sync",
+}
 #: Gauges that are set from TRL's logs, every `logging_steps`: name in TRL's logs -> ours, and what it is.
 _LOGGED = {
     "loss": ("loss", "Loss, as TRL logs it"),
@@ -42,21 +56,12 @@ class LearnerMetrics:
         self.registry = CollectorRegistry()
         self._seen, self._tokens = Counts[int](), 0
         self._regenerated_seen = 0
-        run = self._gauge("run_info", "The run that is being trained; always 1", "run_id", "model")
+        run = self._labelled("run_info", "The run that is being trained; always 1", "run_id", "model")
         run.labels(run_id, model).set(1)
-        self._step = self._gauge("step", "Optimizer steps done")
-        self._max_steps = self._gauge("max_steps", "Optimizer steps of the whole training")
-        self._reward = self._gauge("reward", "Mean reward of the last generation batch")
-        self._reward_std = self._gauge("reward_std", "Standard deviation of the rewards of the last generation batch")
-        self._function = self._gauge("reward_function", "Mean of one reward function, before its weight", "function")
-        self._function_std = self._gauge("reward_function_std", "Its standard deviation", "function")
-        self._logged = {logged: self._gauge(*names) for logged, names in _LOGGED.items()}
-        self._length = self._gauge("completion_length_tokens", "Mean length of completions")
-        self._speed = self._gauge("rollout_tokens_per_second", "Of the last generation batch, while it was generated")
-        self._drift = self._gauge("drift_nats", "Mean |ln p(learner) - ln p(server)| over sampled tokens")
-        self._drift_kl = self._gauge("drift_kl_nats", "KL(server || learner) over sampled tokens, k3 estimator")
-        self._clipped = self._gauge("drift_clipped_ratio", "Share of importance ratios that the correction clipped")
-        self._gap = self._gauge("logprob_gap_nats", "Largest |served - own| logprob at the last proof of sync")
+        self._function = self._labelled("reward_function", "Mean of one reward function, before its weight", "function")
+        self._function_std = self._labelled("reward_function_std", "Its standard deviation", "function")
+        self._gauges = _Gauges({**_STEPPED, **dict(_LOGGED.values())})
+        self.registry.register(self._gauges)
         self._step_seconds = self._histogram("step_seconds", "Optimizer steps, with all they waited for", _STEP_SECONDS)
         self._push_seconds = self._histogram("push_seconds", "From the adapter's export to the last receipt", _SECONDS)
         self._lag = self._histogram("lag_batches", "Lag of the samples trained on, in generation batches", _LAGS)
@@ -69,27 +74,21 @@ class LearnerMetrics:
         self._regenerated = self._counter("regenerated", "Samples generated again because they lagged too much")
         self.registry.register(_Servers(fleet))
 
-    def begin(self, stats: RolloutStats) -> None:
+    def begin(self, step: int, max_steps: int, stats: RolloutStats) -> None:
         """What was counted until now belongs to an earlier process."""
+        self._gauges.set(step=step, max_steps=max_steps)
         self._tokens = stats.completion_tokens
 
     def stepped(self, report: StepReport, stats: RolloutStats) -> None:
         """A step has ended."""
-        self._step.set(report.step)
-        self._max_steps.set(report.max_steps)
-        for gauge, value in (
-            (self._reward, report.reward),
-            (self._reward_std, report.reward_std),
-            (self._length, report.completion_length),
-            (self._speed, report.rollout_tokens_per_second),
-            (self._gap, report.logprob_gap),
-        ):
-            if value is not None:
-                gauge.set(value)
-        if report.drift:
-            self._drift.set(report.drift.delta)
-            self._drift_kl.set(report.drift.kl)
-            self._clipped.set(report.drift.clipped)
+        drift = report.drift
+        self._gauges.set(
+            step=report.step, max_steps=report.max_steps, reward=report.reward, reward_std=report.reward_std,
+            completion_length_tokens=report.completion_length, logprob_gap_nats=report.logprob_gap,
+            rollout_tokens_per_second=report.rollout_tokens_per_second,
+            drift_nats=drift and drift.delta, drift_kl_nats=drift and drift.kl,
+            drift_clipped_ratio=drift and drift.clipped,
+        )  # fmt: skip
         self._step_seconds.observe(report.seconds)
         self._push_seconds.observe(report.push_seconds)
         self._push_bytes.inc(report.push_bytes)
@@ -110,8 +109,8 @@ class LearnerMetrics:
         for name, value in logs.items():
             if value is None:
                 continue
-            if name in self._logged:
-                self._logged[name].set(value)
+            if name in _LOGGED:
+                self._gauges.set(**{_LOGGED[name][0]: value})
             elif name.startswith("rewards/") and name.endswith("/mean"):
                 self._function.labels(name.removeprefix("rewards/").removesuffix("/mean")).set(value)
             elif name.startswith("rewards/") and name.endswith("/std"):
@@ -131,7 +130,7 @@ class LearnerMetrics:
                 f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out",
             ) from error
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+    def _labelled(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -139,6 +138,21 @@ class LearnerMetrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
+
+class _Gauges(Collector):
+    """Values that are not there, rather than 0, until they are known: no evaluation is not a bad one."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts, self._values = texts, dict[str, float]()
+
+    def set(self, **values: float | None) -> None:
+        """What is None, or no number, keeps the value before."""
+        self._values.update({name: known for name, value in values.items() if (known := finite(value)) is not None})
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text in self._texts.items():
+            yield GaugeMetricFamily(PREFIX + name, text, self._values.get(name))
 
 
 class _Servers(Collector):

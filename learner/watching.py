@@ -74,7 +74,7 @@ class Watching(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for lines in (self._history, self._logs):
             lines.begin(state.global_step)
-        self._metrics.begin(self._session.rollouts.stats)
+        self._metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
         if self._config.run_page:
             self._steps, self._logged = read_lines(self._history.path), read_lines(self._logs.path)
             self._samples.begin(state.global_step)

@@ -37,6 +37,7 @@ def test_metrics_of_a_training(make_trainer, client):
     before = _scrape(port)
     assert before[f"lockstep_learner_run_info{{model={session.model.config._name_or_path}}}{{run_id=r}}"] == 1
     assert before["lockstep_learner_server_up{server=http://fake}"] == 1
+    assert "lockstep_learner_eval_reward" not in before and "lockstep_learner_reward" not in before
     trainer.train()
     after = _scrape(port)
     logs = [log for log in trainer.state.log_history if "reward" in log]
@@ -45,6 +46,7 @@ def test_metrics_of_a_training(make_trainer, client):
     assert after["lockstep_learner_reward_std"] == pytest.approx(logs[-1]["reward_std"])
     assert after["lockstep_learner_reward_function{function=reward_odd}"] == pytest.approx(logs[-1]["reward"])
     assert after["lockstep_learner_loss"] == pytest.approx(logs[-1]["loss"])
+    assert "lockstep_learner_kl_nats" not in after, "without beta TRL knows none"
     assert "lockstep_learner_eval_reward" in after and after["lockstep_learner_entropy_nats"] > 0
     assert after["lockstep_learner_lag_batches_count"] == session.rollouts.stats.completions == 24
     assert after["lockstep_learner_lag_batches_bucket{le=0.0}"] == 24
