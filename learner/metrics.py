@@ -28,15 +28,15 @@ _STEPPED = {
     "reward_std": "Standard deviation of the rewards of the last generation batch",
     "completion_length_tokens": "Mean length of completions",
     "rollout_tokens_per_second": "Of the last generation batch, while it was being generated",
-    "drift_nats": "Mean |ln p(learner) - ln p(server)| over sampled tokens",
-    "drift_kl_nats": "KL(server || learner) over sampled tokens, k3 estimator",
+    "drift_nats": "Mean absolute difference of ln p(learner) and ln p(server) over sampled tokens",
+    "drift_kl_nats": "KL from the server to the learner over sampled tokens, k3 estimator",
     "drift_clipped_ratio": "Share of importance ratios that the correction clipped or dropped",
-    "logprob_gap_nats": "Largest |served - own| logprob at the last proof of sync",
+    "logprob_gap_nats": "Largest difference of served and own logprobs at the last proof of sync",
 }
 #: Gauges that are set from TRL's logs, every `logging_steps`: name in TRL's logs -> ours, and what it is.
 _LOGGED = {
     "loss": ("loss", "Loss, as TRL logs it"),
-    "kl": ("kl_nats", "KL(policy || reference), as TRL logs it; only with beta > 0"),
+    "kl": ("kl_nats", "KL from the policy to the reference, as TRL logs it; only with beta > 0"),
     "entropy": ("entropy_nats", "Mean entropy of the policy at its completions' tokens"),
     "grad_norm": ("gradient_norm", "Norm of the gradient before it is clipped"),
     "learning_rate": ("learning_rate", "Learning rate"),

@@ -80,3 +80,17 @@ def test_the_scrape_configuration_asks_with_a_token_of_the_servers_role() -> Non
         "names": ["rollout-server"], "type": "A", "port": 8000, "refresh_interval": ""
     }  # fmt: skip
     assert jobs["learner"]["static_configs"] == [{"targets": ["learner:9100"]}]
+
+
+@pytest.mark.parametrize("whose", ["learner", "server"])
+def test_the_tables_of_the_docs(learner: LearnerMetrics, whose: str) -> None:
+    registry = learner.registry if whose == "learner" else REGISTRY
+    exported = [
+        f"| `{family.name}{'_total' if family.type == 'counter' else ''}` | {family.type} | {family.documentation} |"
+        for family in registry.collect()
+        if family.name.startswith("lockstep_")
+    ]
+    section = (
+        (DEPLOY.parent / "docs" / "watching.md").read_text().split(f"<!-- {whose} metrics -->")[1].split("\n\n")[0]
+    )
+    assert section.splitlines()[3:] == exported
