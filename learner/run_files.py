@@ -30,10 +30,9 @@ class JsonLines:
     def begin(self, step: int) -> None:
         """Keep what a resumed run had written up to `step`, forget the rest."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [entry for entry in read_lines(self.path) if entry["step"] <= step] if step else []
         whole = self.path.with_suffix(".tmp")  # a kill or a full disk must not cost what is there
-        whole.write_text("".join(line + "\n" for line in kept))
+        whole.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         whole.replace(self.path)
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -43,9 +42,12 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of such a file, which may be being written; none if it is not there."""
+    """The objects of such a file; none if it is not there.
+
+    Lines that a kill or a full disk has cut off are left out, and what was then written behind them on the same line.
+    """
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry for line in lines if (entry := _object(line)) is not None]
 
 
 def finite(value: Any) -> float | None:
@@ -62,3 +64,11 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(whole, path)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and "step" in entry else None

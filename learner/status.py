@@ -107,8 +107,10 @@ def read_progress(run_dir: Path) -> Progress | None:
     ended = summary.is_file() and summary.stat().st_mtime >= history.stat().st_mtime
     rewards = [value for row in rows if (value := finite(row.get("reward"))) is not None]
     return Progress(
-        _run_id(run_dir), rows[-1]["step"], rows[-1]["max_steps"], max(time.time() - history.stat().st_mtime, 0.0),
-        ended, rewards, *((evals[-1]["eval_reward"], evals[-1]["step"]) if evals else (None, None)), rows[-1],
+        run_id=_run_id(run_dir), step=rows[-1]["step"], max_steps=rows[-1]["max_steps"],
+        seconds_ago=max(time.time() - history.stat().st_mtime, 0.0), finished=ended, rewards=rewards,
+        eval_reward=evals[-1]["eval_reward"] if evals else None, eval_step=evals[-1]["step"] if evals else None,
+        last=rows[-1],
     )  # fmt: skip
 
 
@@ -149,9 +151,8 @@ def _with_runs(row: ServerRow, runs: Sequence[RunState], newest: dict[str, int])
     for run in runs:
         version = run.version
         lag = newest[run.run_id] - version.step if version else None
-        rows.append(
-            RunRow(run.run_id, version and version.step, version and version.fence, lag, run.running_requests)
-        )  # fmt: skip
+        step, fence = (version.step, version.fence) if version else (None, None)
+        rows.append(RunRow(run.run_id, step, fence, lag, run.running_requests))
     return ServerRow(row.url, row.state, row.model, row.epoch, tuple(rows), row.error)
 
 

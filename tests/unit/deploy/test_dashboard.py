@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
-import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,8 @@ import rollout_server.metrics  # noqa: F401 - registers the server's
 from learner.discovery import Places
 from learner.fleet import Fleet
 from learner.metrics import LearnerMetrics
+from tests.dashboard import DASHBOARD, DEPLOY, names_asked_for
 
-DEPLOY = Path(__file__).parents[3] / "deploy"
-DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "lockstep.json").read_text())
 SERIES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 
 
@@ -39,11 +36,6 @@ def _vllm() -> set[str]:
     return names | {name + "_total" for name in names}
 
 
-def _expressions() -> list[str]:
-    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
-    return queries + [variable["query"]["query"] for variable in DASHBOARD["templating"]["list"][1:]]
-
-
 @pytest.fixture
 def learner() -> LearnerMetrics:
     fleet = Fleet(lambda url: pytest.fail("nobody is called"), Places(["http://a:1"]))
@@ -51,7 +43,7 @@ def learner() -> LearnerMetrics:
 
 
 def test_every_name_is_exported(learner: LearnerMetrics) -> None:
-    asked = {name for text in _expressions() for name in re.findall(r"\b(?:lockstep|vllm)[\w:]+", text)}
+    asked = names_asked_for()
     assert len(asked) > 30
     ours = _exported(learner.registry) | _exported(REGISTRY)
     assert {name for name in asked if name.startswith("lockstep")} <= ours

@@ -14,6 +14,7 @@ def _steps(folder: Path) -> list[int]:
 
 def test_a_resumed_history_keeps_what_its_checkpoint_had(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    lines.insert(1, '{"step": 1, "rew{"step": 2}')  # cut off by a full disk, and written on
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "rew')
     JsonLines(tmp_path / "metrics.jsonl").begin(2)
     assert _steps(tmp_path) == [1, 2]
