@@ -47,6 +47,7 @@ from learner.schedule import Schedule
 from learner.session import Session
 from learner.trl_internals import check_trl
 from learner.vllm_params import with_vllm_params
+from learner.watching import watch
 from learner.wrappers import replace_degenerate, skip_padding, tell_turns_apart, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -129,6 +130,7 @@ def attach(
     if config.drop_degenerate_groups:
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
+    watch(trainer, session)
     return session
 
 

@@ -11,8 +11,9 @@ from shared.errors import ErrorCode, LockstepError
 
 COMMANDS = {
     "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
-    "export": ("learner.export", "write a trained adapter for others to load, alone or merged into its base"),
+    "status": ("learner.status", "which servers serve what, and how far a run has come"),
     "eval": ("learner.evaluate", "score and compare policies on a task, over HTTP"),
+    "export": ("learner.export", "write a trained adapter for others to load, alone or merged into its base"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -123,6 +123,13 @@ class LearnerConfig:
         4, "How often a group is replaced at most; one that does not vary even then is trained on as it is."
     )
     generate_timeout_s: float = _option(1800.0, "Deadline of one generate request, in seconds.")
+    metrics_port: int | None = _option(None, "Serve Prometheus metrics of the learner on this port. Default: nowhere.")
+    metrics_host: str = _option(
+        "127.0.0.1", "Address that metrics_port listens on. They are numbers and names, and ask for no token."
+    )
+    run_page: bool = _option(
+        True, "Write output_dir/run.html while training: charts, settings, and sample completions to read."
+    )
     token_file: str | None = _option(None, "File with the bearer token for the server. Default: $LOCKSTEP_TOKEN.")
     ca_file: str | None = _option(
         None, "Certificate (PEM) of the CA that the server's certificate is from. Default: the well-known ones."
@@ -142,6 +149,8 @@ class LearnerConfig:
             self.rollout_url = [self.rollout_url]
         for name in ("task_args", "lora_kwargs"):
             setattr(self, name, _json_object(getattr(self, name), name))
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port {self.metrics_port}: a port is between 1 and 65535; 0 serves no metrics")
         if self.max_staleness < 0:
             raise ValueError("max_staleness must not be negative")
         if self.degenerate_rounds < 1:

@@ -182,7 +182,7 @@ def _report(
         out / "curve.png", rows, (before.reward, n), (after.reward, n), title=f"{recipe['task']}, SmolLM2-135M-Instruct"
     )
     say(f"    right before {before.reward:.3f}, after {after.reward:.3f}")
-    say(f"    see {out / 'curve.png'} and {out / 'summary.json'}")
+    say(f"    see {out / 'run.html'}, {out / 'curve.png'} and {out / 'summary.json'}")
 
 
 def _free_port() -> int:

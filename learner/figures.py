@@ -16,6 +16,7 @@ from learner.dynamic import DynamicSampling
 from learner.rewards import Rewards
 from learner.rollouts import RemoteRollouts
 from learner.trainer_protocol import Trainer
+from shared.weights import PushReceipt
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class StepReport:
         logprob_gap: None where not proven.
         drift: of the generation batch the step trained on; None without importance correction.
         servers_up, servers: rollout servers that serve the present version, and all that are known.
+        pause_seconds: for which no request of the slowest server was decoding because of the push.
     """
 
     step: int
@@ -51,6 +53,7 @@ class StepReport:
     reward_wait_seconds: float | None = None
     servers_up: int = 1
     servers: int = 1
+    pause_seconds: float = 0.0
 
 
 class Figures:
@@ -82,7 +85,7 @@ class Figures:
         self._waited, self._busy = self._rollouts.stats.wait_seconds, self._busy_seconds()
         self._reward_waited = self.rewards.wait_seconds if self.rewards else 0.0
 
-    def add(self, *, push_seconds: float, push_bytes: int, logprob_gap: float | None) -> StepReport:
+    def add(self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None) -> StepReport:
         """A step has ended with a push."""
         self.pushes += 1
         stats, trainer, fleet = self._rollouts.stats, self._trainer, self._rollouts.fetcher.fleet
@@ -96,7 +99,7 @@ class Figures:
             completion_length=self._metric("completions/mean_length"),
             completion_tokens=stats.completion_tokens, lag=stats.last_lag,
             wait_seconds=stats.wait_seconds - self._waited, idle_seconds=idle,
-            push_seconds=push_seconds, push_bytes=push_bytes,
+            push_seconds=push_seconds, push_bytes=receipt.bytes, pause_seconds=receipt.pause_seconds,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
             logprob_gap=logprob_gap, seconds=seconds, drift=self.drift,
             reward_wait_seconds=self.rewards.wait_seconds - self._reward_waited if self.rewards else None,
@@ -104,10 +107,11 @@ class Figures:
         )  # fmt: skip
         self.restart_clock()
         logged = {
-            "push_seconds": push_seconds, "push_bytes": push_bytes, "lag": report.lag, "logprob_gap": logprob_gap,
+            "push_seconds": push_seconds, "push_bytes": receipt.bytes, "lag": report.lag, "logprob_gap": logprob_gap,
             "rollout_tokens_per_second": report.rollout_tokens_per_second, "wait_seconds": report.wait_seconds,
             "reward_wait_seconds": report.reward_wait_seconds,
             "server_idle_seconds": idle, "regenerated": stats.regenerated, "servers_up": report.servers_up,
+            "pause_seconds": receipt.pause_seconds,
         }  # fmt: skip
         for name, value in logged.items():
             if value is not None:

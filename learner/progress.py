@@ -1,12 +1,9 @@
-"""What the user sees while training: a progress line, and a history of every step on disk."""
+"""What the user sees on the terminal while training: a line of progress."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,8 +11,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from learner.figures import StepReport
 from learner.session import Session
-
-HISTORY_FILE = "metrics.jsonl"
 
 
 class Progress(TrainerCallback):
@@ -56,45 +51,14 @@ class Progress(TrainerCallback):
             print(text, flush=True)
 
 
-class History:
-    """`metrics.jsonl`: one JSON object per step, see `learner.figures.StepReport`."""
-
-    def __init__(self, output_dir: str | Path) -> None:
-        self.path = Path(output_dir) / HISTORY_FILE
-
-    def begin(self, step: int) -> None:
-        """Keep what a resumed run had done up to `step`, forget the rest."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        whole = self.path.with_suffix(".tmp")  # a kill or a full disk must not cost what is there
-        whole.write_text("".join(line + "\n" for line in kept))
-        whole.replace(self.path)
-
-    def add(self, report: StepReport) -> None:
-        """Append one step."""
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(asdict(report)) + "\n")
-
-
-class _HistoryBegin(TrainerCallback):
-    def __init__(self, history: History) -> None:
-        self.history = history
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.history.begin(state.global_step)
-
-
-def show_progress(trainer: Trainer, session: Session, output_dir: str | Path) -> None:
-    """Put our progress line in the place of transformers' own, and keep the history."""
+def show_progress(trainer: Trainer, session: Session) -> None:
+    """Put our progress line in the place of transformers' own."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    progress, history = Progress(bar=False if trainer.args.disable_tqdm else None), History(output_dir)
+    progress = Progress(bar=False if trainer.args.disable_tqdm else None)
     trainer.add_callback(progress)
-    trainer.add_callback(_HistoryBegin(history))
     if trainer.accelerator.is_main_process:
-        session.figures.listeners += [progress.show, history.add]
+        session.figures.listeners.append(progress.show)
 
 
 def _figures(report: StepReport) -> str:

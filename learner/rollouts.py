@@ -80,6 +80,9 @@ class RemoteRollouts:
             row, completions. Called on any thread.
         batch: the generation batch that is being generated now.
         refill: replaces groups of training batches.
+
+    Attributes:
+        drawn: what `draw` has answered last.
     """
 
     fetcher: Fetcher
@@ -91,6 +94,7 @@ class RemoteRollouts:
     arrived: Callable[[int | None, int, Sequence[Completion]], None] | None = None
     batch: Callable[[], int] = lambda: 0
     refill: Refill | None = None
+    drawn: list[Completion] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
     _held: tuple[list[list[int]], list[Completion]] | None = None
     _goes_on: bool = False
@@ -165,6 +169,7 @@ class RemoteRollouts:
                 self._count_lags([0] * len(completions))
         if self.is_training() and self.arrived:
             self.arrived(None, 0, completions)  # with what was replaced since it arrived
+        self.drawn = completions
         waited = time.perf_counter() - started
         self._count(completions, waited, ahead.prefetcher.last_seconds if read_ahead and ahead else waited)
         return completions

@@ -140,9 +140,7 @@ class Session:
         every = self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
         gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
-        return self.figures.add(
-            push_seconds=self.publisher.seconds[-1], push_bytes=receipt.bytes, logprob_gap=gap
-        )  # fmt: skip
+        return self.figures.add(push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap)
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""

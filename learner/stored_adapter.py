@@ -14,6 +14,7 @@ import numpy as np
 
 from learner.checkpoint import last_checkpoint, load_state
 from learner.refusals import PLAIN_INITS, REFUSED_LORA_FIELDS
+from learner.run_files import SUMMARY_FILE
 from learner.tensor_file import TensorFile
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import ErrorCode, LockstepError
@@ -21,7 +22,7 @@ from shared.weights import ModuleSpec
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 #: Names of a run's output_dir, see `learner.train`.
-FINAL_ADAPTER, SUMMARY_FILE, EVALS_FILE = "adapter", "train.json", "summary.json"
+FINAL_ADAPTER, EVALS_FILE = "adapter", "summary.json"
 PEFT_PREFIX = "base_model.model."
 #: What PEFT marks as a variant of LoRA, beside the fields that `refusals` names.
 _VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")

@@ -22,8 +22,9 @@ from learner.progress import show_progress
 from learner.provenance import provenance
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server, refuse_quantised
 from learner.report import write_summary
+from learner.run_files import SUMMARY_FILE
 from learner.sampling import sampling_params
-from learner.stored_adapter import FINAL_ADAPTER, SUMMARY_FILE
+from learner.stored_adapter import FINAL_ADAPTER
 from learner.tasks import Task, import_object, load_task
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -76,7 +77,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     task = _load_task(task_spec, config, args)
     trainer = _trainer(task, config, args, model_args, lora)
     session = attach(trainer, config=config, fleet=fleet, revision=model_args.model_revision)
-    show_progress(trainer, session, args.output_dir)
+    show_progress(trainer, session)
     session.say(
         f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {', '.join(urls)}"
     )

@@ -29,6 +29,8 @@ _INSTANCE_NAMES = (
     "eos_token_ids",
     "_is_vlm",
     "_metrics",
+    "_logs",
+    "reward_weights",
     "_tokenizer",
     "num_generations_eval",
     "reward_func_names",

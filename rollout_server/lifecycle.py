@@ -80,6 +80,7 @@ async def start(
     service = Service(settings, door, runs, served, installer, epoch, models, turns, Answers(settings))
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)
+    metrics.POLICY_STEPS.served = runs.steps
     intake = Intake(build_app(service, openai_app), settings, capacity)
     gate.open(intake, healthy=lambda: not door.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)

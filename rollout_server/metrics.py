@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from shared.errors import LockstepError
 from shared.weights import PushReceipt
@@ -18,6 +20,10 @@ PUSH_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 PUSH_BYTES = Counter("lockstep_push_bytes", "Adapter bytes installed")
+PUSH_WAIT_SECONDS = Counter(
+    "lockstep_push_wait_seconds", "For which pushes waited for a free slot, or (merge) for running requests to finish"
+)
+PAUSE_SECONDS = Counter("lockstep_pause_seconds", "For which no request was decoding because of a push")
 SEQUENCES = Gauge("lockstep_sequences", "Sequences running or waiting, over all routes")
 REQUESTS = Gauge("lockstep_requests", "Requests under way, but for those that only read")
 REFUSED = Counter(
@@ -25,7 +31,29 @@ REFUSED = Counter(
     "Requests refused because there is too much to do (429), or nothing can be done (503)",
     ["status"],
 )
-POLICY_STEP = Gauge("lockstep_policy_step", "Optimizer step of the version being served", ["run_id"])
+
+
+class PolicySteps(Collector):
+    """The step that each run's requests are given now; a run that ends leaves nothing behind.
+
+    Attributes:
+        served: answers run id -> step.
+    """
+
+    def __init__(self) -> None:
+        self.served: Callable[[], dict[str, int]] = dict
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "lockstep_policy_step", "Optimizer step of the version being served", labels=["run_id"]
+        )
+        for run_id, step in self.served().items():
+            family.add_metric([run_id], step)
+        yield family
+
+
+POLICY_STEPS = PolicySteps()
+REGISTRY.register(POLICY_STEPS)
 
 
 @contextmanager
@@ -38,7 +66,8 @@ def counted_push() -> Iterator[Callable[[PushReceipt], None]]:
         if not receipt.repeated:
             PUSH_SECONDS.observe(time.monotonic() - started)
             PUSH_BYTES.inc(receipt.bytes)
-            POLICY_STEP.labels(receipt.version.run_id).set(receipt.version.step)
+            PUSH_WAIT_SECONDS.inc(receipt.wait_seconds)
+            PAUSE_SECONDS.inc(receipt.pause_seconds)
 
     try:
         yield succeeded

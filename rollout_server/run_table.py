@@ -63,6 +63,11 @@ class RunTable:
             raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run_id {run_id!r} names no run of this server ({known})")
         return self.runs[run_id]
 
+    def steps(self) -> dict[str, int]:
+        """Run id -> the step it is served at."""
+        active = [(run_id, run.active) for run_id, run in self.runs.items()]
+        return {run_id: slot.version.step for run_id, slot in active if slot and slot.version}
+
     def check_open(self, run_id: str, lease: str, takeover: bool) -> None:
         """Would `open` succeed? Changes nothing.
 

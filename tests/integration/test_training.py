@@ -4,8 +4,13 @@ them with a token, and nothing of it, or of the prompts, in the log.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +23,12 @@ from transformers import AutoTokenizer
 from learner.client import RolloutClient
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
+from tests.dashboard import names_asked_for
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions
 from tests.integration.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
-from tests.integration.server import ENVIRONMENT, ServerProcess, running_server
+from tests.integration.server import ENVIRONMENT, ServerProcess, free_port, running_server
 from tests.integration.waiting import until
 
 TOKEN = "a-token-of-the-training-tests"
@@ -81,9 +87,16 @@ def test_killed_and_resumed_to_the_same_bytes(
 def test_rollouts_run_ahead_within_the_bound(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
 ) -> None:
-    flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no", "--token_file", token_file]
+    port = free_port()
+    flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no", "--token_file", token_file,
+             "--metrics_port", str(port)]  # fmt: skip
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
+    metrics = _watched(server, learner, port, token_file)
     summary = learner.finish()
+    assert {
+        name for name in names_asked_for() if re.sub("_(total|bucket|sum|count)$", "", name) not in metrics
+    } == set()
+    assert 'lockstep_policy_step{run_id="ahead-' in metrics and 'canary"} ' not in metrics
     # A request that meets a proof on its way may be admitted after the next push already.
     assert set(summary["lags"]) == {"0", "1"} and summary["lags"]["1"] >= 24 and summary["regenerated"] == 0
     assert sum(summary["lags"].values()) == summary["completions"] == 48
@@ -91,6 +104,38 @@ def test_rollouts_run_ahead_within_the_bound(
     history = [json.loads(line) for line in (tmp_path / "ahead" / "metrics.jsonl").read_text().splitlines()]
     assert history[0]["lag"] == 0 and max(step["lag"] for step in history) == 1
     assert all(step["idle_seconds"] is not None for step in history)
+
+
+def _watched(server: ServerProcess, learner: LearnerProcess, port: int, token_file: str) -> str:
+    """What Prometheus would have got last while the training ran, of both; `learner status` sees it, too."""
+    metrics = ["", ""]
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    while learner.process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            metrics = [
+                httpx.get(f"{url}/metrics/", headers=headers).text for url in (server.url, f"http://127.0.0.1:{port}")
+            ]
+        time.sleep(0.2)
+    assert learner.process.returncode == 0, learner.tail()
+    steps = re.search(r"^lockstep_learner_step ([0-9.]+)$", metrics[1], re.MULTILINE)
+    assert steps and float(steps[1]) >= 1, metrics[1]
+    command = [
+        "status",
+        "--json",
+        "--rollout-url",
+        server.url,
+        "--run-dir",
+        str(learner.folder),
+        "--token-file",
+        token_file,
+    ]
+    shown = subprocess.run([sys.executable, "-m", "learner.cli", *command], capture_output=True, text=True, check=True)
+    found = json.loads(shown.stdout)
+    assert found["run"]["finished"] and found["run"]["step"] == 6 and len(found["run"]["rewards"]) == 6
+    run = next(run for run in found["servers"][0]["runs"] if run["run_id"] == found["run"]["run_id"])
+    assert run["step"] == 6 and run["lag"] == 0
+    assert "6 / 6" in (learner.folder / "run.html").read_text()
+    return "\n".join(metrics)
 
 
 def test_killed_and_resumed_with_rollouts_ahead(

@@ -19,7 +19,7 @@ from shared.errors import ErrorCode, LockstepError
 def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     trainer = make_trainer(lora={"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 3}})
     attachment = attach(trainer, client=client, run_id="r")
-    show_progress(trainer, attachment, trainer.args.output_dir)
+    show_progress(trainer, attachment)
     trainer.train()
 
     steps = [v.step for v in server.pushed if v.run_id == "r"]

@@ -15,10 +15,11 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_eval_needs_no_torch():
+@pytest.mark.parametrize(("command", "flag"), [("eval", "--policy"), ("status", "--run-dir")])
+def test_needs_no_torch(command, flag):
     blocked = "import sys; sys.modules['torch'] = sys.modules['vllm'] = sys.modules['trl'] = None\n"
-    answer = run(blocked + "from learner.cli import main; sys.exit(main(['eval', '--help']))")
-    assert answer.returncode == 0 and "--policy" in answer.stdout, answer.stderr
+    answer = run(blocked + f"from learner.cli import main; sys.exit(main(['{command}', '--help']))")
+    assert answer.returncode == 0 and flag in answer.stdout, answer.stderr
     answer = run(blocked + "from learner.cli import main; sys.exit(main(['--help']))")
     assert answer.returncode == 0 and "train" in answer.stdout
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.progress import History
+from learner.run_files import JsonLines
 
 
 def _steps(folder: Path) -> list[int]:
@@ -14,8 +14,9 @@ def _steps(folder: Path) -> list[int]:
 
 def test_a_resumed_history_keeps_what_its_checkpoint_had(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step}) for step in (1, 2, 3)]
+    lines.insert(1, '{"step": 1, "rew{"step": 2}')  # cut off by a full disk, and written on
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "rew')
-    History(tmp_path).begin(2)
+    JsonLines(tmp_path / "metrics.jsonl").begin(2)
     assert _steps(tmp_path) == [1, 2]
 
 
@@ -29,5 +30,5 @@ def test_a_history_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space"):
-        History(tmp_path).begin(1)
+        JsonLines(tmp_path / "metrics.jsonl").begin(1)
     assert _steps(tmp_path) == [1]

@@ -1,0 +1,183 @@
+"""Line charts as inline SVG: no script, colours and fonts from the page's style, readable from 320 pixels on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+#: Points of a series that are drawn; of longer ones, means of as many buckets.
+POINTS = 200
+_WIDTH, _HEIGHT = 360.0, 190.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 8.0, 24.0
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        points: (step, value), by rising step.
+        look: line; dots, for values that scatter; or marks, each drawn as it is, joined by a line.
+        colour: 1 to 4, of the page's style.
+    """
+
+    label: str
+    points: Sequence[Point]
+    look: str = "line"
+    colour: int = 1
+
+
+def chart(
+    title: str, note: str, series: Sequence[Series], *,
+    show: Callable[[float], str], log: bool = False, whole: tuple[float, float] | None = None,
+) -> str:  # fmt: skip
+    """A `<figure>`; empty where there is nothing to draw.
+
+    Args:
+        note: what is drawn, for people, in a few words.
+        show: a value as text.
+        log: logarithmic; values that are not positive are left out.
+        whole: the range to show where all values lie in it. By default from 0 up, or from the least value if that is
+            negative.
+    """
+    drawn = [Series(s.label, _usable(s, log), s.look, s.colour) for s in series]
+    drawn = [s for s in drawn if s.points]
+    if not drawn:
+        return ""
+    values = [y for s in drawn for _, y in s.points]
+    last = max(x for s in drawn for x, _ in s.points)
+    low, high = _range(values, log, whole)
+    ticks = _decades(low, high) if log else _ticks(low, high)
+    across = _Scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
+    up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log=log)
+    parts = [_grid(ticks, up, show), _steps(across, last)]
+    parts += [_line(s, across, up) for s in drawn]
+    parts.append(_bands(drawn, across, show))
+    legend = "".join(
+        f'<li><span class="key c{s.colour} {s.look}"></span>{escape(s.label)} '
+        f"<b>{escape(show(s.points[-1][1]))}</b></li>"
+        for s in drawn
+    )
+    return (
+        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3><p>{escape(note)}</p></figcaption>'
+        f'<ul class="legend">{legend}</ul>'
+        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        "</figure>"
+    )
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """The values as one line of block characters, at most `width` of them."""
+    if not values:
+        return ""
+    means = [y for _, y in bucketed([(float(i), value) for i, value in enumerate(values)], width)]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 0] for value in means)
+
+
+def bucketed(points: Sequence[Point], count: int = POINTS) -> list[Point]:
+    """At most `count` points: means of neighbours."""
+    if len(points) <= count:
+        return list(points)
+    edges = [round(i * len(points) / count) for i in range(count + 1)]
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
+        for part in (points[start:end] for start, end in pairwise(edges))
+    ]
+
+
+def _usable(series: Series, log: bool) -> list[Point]:
+    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
+    return points if series.look == "marks" and len(points) <= POINTS else bucketed(points)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        at = ((math.log10(value) if self.log else value) - low) / (high - low)
+        return round(self.start + at * (self.end - self.start), 1)
+
+
+def _range(values: Sequence[float], log: bool, whole: tuple[float, float] | None) -> Point:
+    low, high = min(values), max(values)
+    if log:
+        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
+        return low, high if high > low else 10 * low
+    if whole and whole[0] <= low and high <= whole[1]:
+        return whole
+    low = min(low, 0.0)
+    room = 0.05 * (high - low)
+    return (low - room if low < 0 else low), (high + room if high > low else low + 1.0)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    first, last = round(math.log10(low)), round(math.log10(high))
+    every = max(1, math.ceil((last - first) / 5))
+    return [10.0**power for power in range(first, last + 1, every)]
+
+
+def _grid(ticks: Sequence[float], up: _Scale, show: Callable[[float], str]) -> str:
+    lines = "".join(f'<path class="grid" d="M{_LEFT:g} {up(t):g}H{_WIDTH - _RIGHT:g}"/>' for t in ticks)
+    texts = "".join(
+        f'<text x="{_LEFT - 5:g}" y="{up(t) + 3.5:g}" text-anchor="end">{escape(show(t))}</text>' for t in ticks
+    )
+    return lines + texts
+
+
+def _steps(across: _Scale, last: float) -> str:
+    """Numbers of steps under the axis; the outer ones end with it."""
+    marks = [t for t in _ticks(0.0, max(last, 1.0)) if t == round(t)]
+    at = [(t, "start" if t == 0 else "end" if across(t) > _WIDTH - _RIGHT - 12 else "middle") for t in marks]
+    texts = "".join(
+        f'<text x="{across(t):g}" y="{_HEIGHT - 8:g}" text-anchor="{anchor}">{t:g}</text>' for t, anchor in at
+    )
+    return f'<path class="axis" d="M{_LEFT:g} {_HEIGHT - _BOTTOM:g}H{_WIDTH - _RIGHT:g}"/>{texts}'
+
+
+def _line(series: Series, across: _Scale, up: _Scale) -> str:
+    at = [(across(x), up(y)) for x, y in series.points]
+    kind = f"c{series.colour}"
+    dots = "".join(f'<circle class="dot {kind}" cx="{x:g}" cy="{y:g}" r="1.8"/>' for x, y in at)
+    if series.look == "dots":
+        return dots
+    path = f'<path class="line {kind}" d="M' + "L".join(f"{x:g} {y:g}" for x, y in at) + '"/>'
+    if series.look == "marks":
+        return path + "".join(f'<circle class="mark {kind}" cx="{x:g}" cy="{y:g}" r="3.5"/>' for x, y in at)
+    return path if len(at) > 1 else dots
+
+
+def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str]) -> str:
+    """Invisible bands, one a step, that show its values when pointed at."""
+    values: dict[float, list[str]] = {}
+    for s in series:
+        for x, y in s.points:
+            values.setdefault(x, []).append(f"{s.label} {show(y)}")
+    places = sorted(values)
+    edges = [_LEFT, *(across((a + b) / 2) for a, b in pairwise(places)), _WIDTH - _RIGHT]
+    height = _HEIGHT - _TOP - _BOTTOM
+    return "".join(
+        f'<rect class="band" x="{start:g}" y="{_TOP:g}" width="{max(end - start, 0):.1f}" height="{height:g}">'
+        f"<title>{escape(f'step {round(x, 1):g}: ' + ', '.join(values[x]))}</title></rect>"
+        for x, start, end in zip(places, edges, edges[1:], strict=False)
+    )

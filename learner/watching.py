@@ -1,0 +1,198 @@
+"""Where TRL's logs and our figures meet: whatever shows a training while it runs is fed from here, on rank 0."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from learner.adapter import active_adapter
+from learner.completions import oldest_step
+from learner.figures import StepReport
+from learner.metrics import LearnerMetrics
+from learner.run_files import (
+    HISTORY_FILE,
+    LOGS_FILE,
+    PAGE_FILE,
+    SAMPLES_FILE,
+    JsonLines,
+    finite,
+    read_lines,
+    write_whole,
+)
+from learner.run_page import RunData, render
+from learner.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, Samples, choose, text_of, total
+from learner.session import Session
+
+#: The page is written at every log, unless that would take more than one part in so many of the training's time.
+_PAGE_EVERY = 20
+#: Names of settings whose values are nobody's business, and what stands before the host in a URL.
+_SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
+_USER = re.compile(r"//[^/@\s]+@")
+
+
+def watch(trainer: GRPOTrainer, session: Session) -> None:
+    """Keep the history on disk, write the run's page, and serve metrics. Collective.
+
+    Raises:
+        LockstepError: `invalid_request` if nothing can listen on `metrics_port`.
+    """
+    watching = Watching(trainer, session) if trainer.accelerator.is_main_process else None
+    session.publisher.on_main(watching.serve_metrics if watching else lambda: None)
+    if watching:
+        session.figures.listeners.append(watching.stepped)
+        trainer.add_callback(watching)
+
+
+class Watching(TrainerCallback):
+    """Everything that shows the training, under one trainer."""
+
+    def __init__(self, trainer: GRPOTrainer, session: Session) -> None:
+        self._trainer, self._session, self._config = trainer, session, session.config
+        output_dir, model = session.trainer.output_dir, str(session.model.config._name_or_path)
+        self._history, self._logs = JsonLines(output_dir / HISTORY_FILE), JsonLines(output_dir / LOGS_FILE)
+        self._samples, self._page = Samples(output_dir / SAMPLES_FILE), output_dir / PAGE_FILE
+        self._metrics = LearnerMetrics(session.fleet, run_id=session.run_id, model=model)
+        self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
+        self._complained, self._next_page = False, 0.0
+        self._steps: list[dict[str, Any]] = []
+        self._logged: list[dict[str, Any]] = []
+        if self._config.run_page:
+            self._read_completions()
+
+    def serve_metrics(self) -> None:
+        """On the port that was asked for."""
+        if self._config.metrics_port:
+            self._metrics.serve(self._config.metrics_host, self._config.metrics_port)
+            self._session.say(f"metrics on http://{self._config.metrics_host}:{self._config.metrics_port}/metrics")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for lines in (self._history, self._logs):
+            lines.begin(state.global_step)
+        self._metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
+        if self._config.run_page:
+            self._steps, self._logged = read_lines(self._history.path), read_lines(self._logs.path)
+            self._samples.begin(state.global_step)
+            self._write("training")
+
+    def stepped(self, report: StepReport) -> None:
+        """A step has ended."""
+        row = asdict(report)
+        self._history.add(row)
+        self._steps.append(row)
+        self._metrics.stepped(report, self._session.rollouts.stats)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        row = {"step": state.global_step, **{name: finite(value) for name, value in (logs or {}).items()}}
+        self._quietly(lambda: self._logs.add(row))
+        self._logged.append(row)
+        self._metrics.logged(row)
+        if time.monotonic() >= self._next_page:
+            self._write("training")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._write("finished" if state.global_step >= state.max_steps else "stopped")
+
+    def _read_completions(self) -> None:
+        """Keep some of every training batch, as soon as TRL has scored it."""
+        trainer, generate = self._trainer, self._trainer._generate_and_score_completions
+
+        def generate_and_read(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = generate(inputs)
+            if trainer.model.training:
+                self._samples.add(trainer.state.global_step + 1, _samples(trainer, self._session))
+            return batch
+
+        trainer._generate_and_score_completions = generate_and_read
+
+    def _write(self, state: str) -> None:
+        if not self._config.run_page:
+            return
+        began, run = time.monotonic(), self._run
+        run.state, run.steps, run.logs, run.batches = state, self._steps, self._logged, self._samples.batches
+        run.servers = [
+            {
+                "url": _plain(member.url), "up": member.up, "tokens": member.load.tokens,
+                "step": member.receipt.version.step if member.receipt else None,
+                "error": str(member.error) if member.error else None,
+            }
+            for member in list(self._session.fleet.members.values())
+        ]  # fmt: skip
+        self._quietly(self._samples.write)
+        self._quietly(lambda: write_whole(self._page, render(run)))
+        ended = time.monotonic()
+        self._next_page = ended + _PAGE_EVERY * (ended - began)
+
+    def _quietly(self, write: Callable[[], None]) -> None:
+        """A full disk must not end a training that writes no checkpoint just now."""
+        try:
+            write()
+        except OSError as error:
+            if not self._complained:
+                self._session.say(f"what shows the run is not up to date: {error} (said once)")
+            self._complained = True
+
+
+def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
+    """Of the training batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
+    logs, names = trainer._logs, trainer.reward_func_names
+    columns = [list(map(finite, logs["rewards"][name])) for name in names]
+    weights = trainer.reward_weights.tolist()
+    rewards = [total(row, weights) for row in zip(*columns, strict=True)]
+    # Of several turns only the first is known.
+    own = [] if trainer.tools else session.rollouts.drawn
+    prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
+    batch, schedule = session.rollouts.batch(), session.trainer.schedule
+    samples = []
+    for row, why in choose(rewards).items():
+        known: dict[str, Any] = {}
+        if row < len(own):
+            known = {
+                "tokens": len(own[row].token_ids),
+                "finish_reason": own[row].finish_reason,
+                "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
+                "lag": schedule.lag(batch, oldest_step(own[row])),
+            }
+        samples.append(
+            Sample(
+                why,
+                text_of(prompts[row], PROMPT_CHARACTERS),
+                text_of(completions[row], COMPLETION_CHARACTERS),
+                rewards[row],
+                {name: column[row] for name, column in zip(names, columns, strict=True)},
+                finite(advantages[row]),
+                **known,
+            )
+        )
+    return samples
+
+
+def _settings(trainer: GRPOTrainer, session: Session) -> dict[str, dict[str, Any]]:
+    """What was set otherwise than by default."""
+    ours = {f.name: getattr(session.config, f.name) for f in fields(session.config)}
+    lora = session.model.peft_config[active_adapter(session.model)].to_dict()
+    return {
+        "Lockstep": _changed(session.config, ours),
+        "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # which leaves tokens out
+        "LoRA": {name: _plain(value) for name, value in lora.items() if value not in (None, False, {}, [], "")},
+    }
+
+
+def _changed(config: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    return {name: _plain(value) for name, value in values.items() if value != defaults.get(name) and value is not None}
+
+
+def _plain(value: Any) -> str:
+    """As text, with what may be a password or a token left out: the page may be passed on."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {'…' if _SECRET.search(str(k)) else _plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple | set):
+        texts = map(_plain, value)
+        return ", ".join(sorted(texts) if isinstance(value, set) else texts)
+    return _USER.sub("//…@", str(value))

@@ -1,0 +1,104 @@
+"""A real TRL training over a fake server, and what it leaves for whoever watches."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+from datasets import Dataset
+from prometheus_client.parser import text_string_to_metric_families
+
+from learner.attach import attach
+from shared.errors import LockstepError
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _scrape(port: int) -> dict[str, float]:
+    """Every series as `name{label=value}`."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {s.name + "".join(f"{{{k}={v}}}" for k, v in s.labels.items()): s.value for s in samples}
+
+
+def test_metrics_of_a_training(make_trainer, client):
+    port = _free_port()
+    held_out = Dataset.from_list([{"prompt": f"w{i}"} for i in range(4)])
+    trainer = make_trainer(eval_strategy="steps", eval_steps=3, trainer_kwargs={"eval_dataset": held_out})
+    session = attach(trainer, client=client, run_id="r", metrics_port=port)
+    before = _scrape(port)
+    assert before[f"lockstep_learner_run_info{{model={session.model.config._name_or_path}}}{{run_id=r}}"] == 1
+    assert before["lockstep_learner_server_up{server=http://fake}"] == 1
+    assert "lockstep_learner_eval_reward" not in before and "lockstep_learner_reward" not in before
+    trainer.train()
+    after = _scrape(port)
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    assert after["lockstep_learner_step"] == after["lockstep_learner_max_steps"] == 3
+    assert after["lockstep_learner_reward"] == pytest.approx(logs[-1]["reward"])
+    assert after["lockstep_learner_reward_std"] == pytest.approx(logs[-1]["reward_std"])
+    assert after["lockstep_learner_reward_function{function=reward_odd}"] == pytest.approx(logs[-1]["reward"])
+    assert after["lockstep_learner_loss"] == pytest.approx(logs[-1]["loss"])
+    assert "lockstep_learner_kl_nats" not in after, "without beta TRL knows none"
+    assert "lockstep_learner_eval_reward" in after and after["lockstep_learner_entropy_nats"] > 0
+    assert after["lockstep_learner_lag_batches_count"] == session.rollouts.stats.completions == 24
+    assert after["lockstep_learner_lag_batches_bucket{le=0.0}"] == 24
+    assert after["lockstep_learner_completion_tokens_total"] == session.rollouts.stats.completion_tokens
+    assert after["lockstep_learner_push_seconds_count"] == after["lockstep_learner_step_seconds_count"] == 3
+    assert after["lockstep_learner_push_bytes_total"] == sum(r.push_bytes for r in session.figures.reports)
+    assert after["lockstep_learner_wait_seconds_total"] == pytest.approx(session.rollouts.stats.wait_seconds)
+    assert after["lockstep_learner_drift_nats"] == session.figures.drift.delta
+    assert after["lockstep_learner_server_step{server=http://fake}"] == 3
+
+
+def test_a_port_that_is_taken(make_trainer, client, server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LockstepError, match=f"metrics_port {port}: cannot listen on 127.0.0.1:{port}"):
+            attach(make_trainer(), client=client, run_id="r", metrics_port=port)
+    assert server.pushed == []
+
+
+def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tmp_path):
+    run = Path(tmp_path / "run")
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    attach(trainer := make_trainer(**settings), client=client, run_id="r").close()
+    trainer.train()
+    first = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert [batch["step"] for batch in first] == [1, 2, 3]
+    sample = first[0]["samples"][0]
+    assert sample["why"].startswith("first") and sample["spans"] == [[0, 0, sample["tokens"], "fresh"]]
+    assert sample["lag"] == 0 and re.fullmatch(r"w\d+ w\d+ w\d+", sample["prompt"])
+    assert "finished" in (run / "run.html").read_text()
+
+    attach(trainer := make_trainer(**{**settings, "max_steps": 4}), client=client, run_id="r")
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    again = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert again[:2] == first[:2] and [batch["step"] for batch in again] == [1, 2, 3, 4]
+    logged = [json.loads(line) for line in (run / "logs.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if "reward" in row] == [1, 2, 3, 4]
+    page = (run / "run.html").read_text()
+    assert "4 / 4" in page and page.count('<details class="batch"') == 4 and "learning_rate" in page
+
+
+def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, capsys):
+    trainer = make_trainer(max_steps=1)
+    attach(trainer, client=client, run_id="r", run_page=False)
+    trainer.train()
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"metrics.jsonl", "logs.jsonl"}
+    assert not (tmp_path / "run" / "run.html").exists() and not (tmp_path / "run" / "completions.jsonl").exists()
+
+    (tmp_path / "run" / "run.html").mkdir()
+    trainer = make_trainer(max_steps=2)
+    attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert trainer.state.global_step == 2 and capsys.readouterr().out.count("is not up to date") == 1
