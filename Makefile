@@ -38,8 +38,9 @@ format: setup ## put the code into form
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-lock: ## write deploy/constraints-cpu.txt anew (UPGRADE=1: newest versions)
+lock: ## write the lists of pinned packages anew (UPGRADE=1: newest versions)
 	deploy/lock-cpu.sh
+	deploy/lock-images.sh
 
 audit: ## look up known vulnerabilities of the pinned packages (needs pypi.org)
 	deploy/audit.sh
