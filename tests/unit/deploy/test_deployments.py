@@ -72,8 +72,8 @@ def test_supervisors_wait_for_draining(place: str) -> None:
     if place in COMPOSE:
         grace = int(server.spec["stop_grace_period"].removesuffix("s"))
     else:
-        pods = (manifest["spec"]["template"]["spec"] for manifest in manifests(place) if manifest["kind"] == "StatefulSet")
-        grace = next(pods)["terminationGracePeriodSeconds"]
+        stateful = next(manifest for manifest in manifests(place) if manifest["kind"] == "StatefulSet")
+        grace = stateful["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace >= int(server.value("--drain-seconds")) + 15
 
 
