@@ -28,10 +28,11 @@ fuzz: setup ## 20,000 requests that nobody would send, to a server of its own (F
 	FUZZ_EXAMPLES=10000 $(PY) -m pytest -q --timeout 1200 tests/unit/shared/test_adapter_blobs.py
 	$(PY) -m tests.fuzz $(FUZZ_FLAGS)
 
-lint: setup ## ruff, mypy, and a search for secrets
+lint: setup ## ruff, mypy, hadolint, Kubernetes schemas, and a search for secrets
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	deploy/lint.sh
 	files=$$(git ls-files) && $(PY) -m detect_secrets.pre_commit_hook --no-verify $$files
 
 format: setup ## put the code into form
@@ -41,8 +42,9 @@ format: setup ## put the code into form
 reference: setup ## write docs/cli.md and docs/http.md anew from the code
 	$(PY) -m docs.reference
 
-lock: ## write deploy/constraints-cpu.txt anew (UPGRADE=1: newest versions)
+lock: ## write the lists of pinned packages anew (UPGRADE=1: newest versions)
 	deploy/lock-cpu.sh
+	deploy/lock-images.sh
 
 audit: ## look up known vulnerabilities of the pinned packages (needs pypi.org)
 	deploy/audit.sh

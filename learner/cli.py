@@ -1,4 +1,4 @@
-"""`learner train | eval | export`. Each command is imported only when it is called: only `train` needs torch."""
+"""`learner train | status | eval | export`. Each is imported only when it is called: only `train` needs torch."""
 
 from __future__ import annotations
 
