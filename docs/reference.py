@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from learner import evaluate, export, status
 from learner.config import LearnerConfig
 from rollout_server.app import build_app
 from rollout_server.roles import OPEN, VLLM_ROUTES, role_needed
@@ -34,6 +35,7 @@ def cli_page() -> str:
         "## learner train",
         "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
         _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
+        *(part for module in (evaluate, export, status) for part in _command(module.make_parser())),
     ]) + "\n"  # fmt: skip
 
 
@@ -73,6 +75,17 @@ def http_page() -> str:
         parts += [f"### {name}", models[name].get("description", "")]
         parts.append(_table(("field", "type", "default", ""), _fields(models[name])))
     return _NOTE + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _command(parser: argparse.ArgumentParser) -> Iterable[str]:
+    """A heading, what the command does, and a table of its flags."""
+    rows = []
+    for action in parser._actions[1:]:  # without --help
+        required = action.required and action.option_strings
+        default = "required" if required else "" if action.default in (None, False) else f"`{action.default}`"
+        text = (action.help or "").replace(" (default %(default)s)", "").replace("%%", "%")
+        rows.append((f"`{(action.option_strings or [(action.dest).upper()])[0]}`", default, text))
+    return f"## {parser.prog}", parser.description or "", _table(("flag", "default", ""), rows)
 
 
 def _row(field: dataclasses.Field[Any], joint: str) -> tuple[str, str, str]:

@@ -101,7 +101,7 @@ def evaluate(
 
 def main(argv: Sequence[str]) -> int:
     """The command. Answers the exit code."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     task_args = _json_option(options.task_args, "--task-args")
     chat_kwargs = _json_option(options.chat_template_kwargs, "--chat-template-kwargs")
     policies = {name: None if name in SERVED else open_adapter(name) for name in options.policy}
@@ -228,7 +228,8 @@ def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[
     )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Flags of `learner eval`."""
     parser = argparse.ArgumentParser(prog="learner eval", description=__doc__, allow_abbrev=False)
     add = either_spelling(parser)
     add("--rollout-url", required=True, help="URL of the rollout server")

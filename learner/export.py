@@ -73,7 +73,7 @@ def export(
 
 def main(argv: Sequence[str]) -> int:
     """The command. Answers the exit code."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     source = export(
         options.source, options.out, merged=options.merge, model=options.model_name_or_path,
         revision=options.model_revision, dtype=options.dtype, force=options.force,
@@ -127,7 +127,8 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Flags of `learner export`."""
     parser = argparse.ArgumentParser(prog="learner export", description=__doc__, allow_abbrev=False)
     add = either_spelling(parser)
     add("source", help="a run's output_dir, one of its checkpoints, or a PEFT LoRA directory")

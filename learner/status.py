@@ -73,7 +73,7 @@ class Progress:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Answers the exit code: 1 if nothing is known of what was asked for."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     if not options.rollout_url and not options.run_dir:
         raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, --run-dir, or both")
     clients = _Clients(options)
@@ -204,7 +204,8 @@ def _ago(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Flags of `learner status`."""
     parser = argparse.ArgumentParser(prog="learner status", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--rollout-url", "--rollout_url", nargs="+", help="as for `learner train`: URLs, dns+http://..., file:PATH")
