@@ -188,7 +188,8 @@ def test_recipes(server: ServerProcess, tool_model: Path, tmp_path: Path, name: 
         "--output_dir", str(tmp_path / name), "--run_id", name, "--takeover", "true", "--max_steps", "1",
         "--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--per_device_train_batch_size", "8",
         "--num_generations", "4", "--eval_size", "4", "--max_completion_length", "24", "--lora_r", "4",
-        "--gradient_checkpointing", "false", *(flag.replace("{gsm8k}", str(gsm8k)) for flag in RECIPES[name]),
+        "--gradient_checkpointing", "false", "--reward_workers", "1", "--proof_canary", "false",
+        *(flag.replace("{gsm8k}", str(gsm8k)) for flag in RECIPES[name]),
     ]  # fmt: skip
     summary = learner.train.run(*learner.train.parse(flags))
     assert summary["steps"] == summary["pushes"] == 1 and summary["completions"] == 8

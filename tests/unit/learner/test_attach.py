@@ -11,9 +11,14 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 
+import learner
 from learner.attachment import attach, save_final_adapter
 from learner.progress import show_progress
 from shared.errors import ErrorCode, LockstepError
+
+
+def test_attach_is_what_the_package_exports():
+    assert learner.attach is attach
 
 
 def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
