@@ -109,6 +109,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     write_whole(path, render(made_up_run()))
     browser.console.clear()
     browser.open(path, width)
+    browser.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     assert browser.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width]
     # Whatever sticks out to the right, or is cut off inside its box; what scrolls by itself aside.
     out = browser.evaluate(
