@@ -231,7 +231,7 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) < 1e-3:
-        return f"{value:.0e}"
+        return _power(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -240,7 +240,9 @@ def _short(value: float | None) -> str:
 
 
 def _power(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+") if value < 0.01 or value >= 1000 else f"{value:.2g}"
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.2g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def _three(value: float | None) -> str:

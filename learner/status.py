@@ -110,7 +110,7 @@ def read_progress(run_dir: Path) -> Progress | None:
         run_id=_run_id(run_dir), step=rows[-1]["step"], max_steps=rows[-1]["max_steps"],
         seconds_ago=max(time.time() - history.stat().st_mtime, 0.0), finished=ended, rewards=rewards,
         eval_reward=evals[-1]["eval_reward"] if evals else None, eval_step=evals[-1]["step"] if evals else None,
-        last=rows[-1],
+        last={name: None if isinstance(v, float) and finite(v) is None else v for name, v in rows[-1].items()},
     )  # fmt: skip
 
 

@@ -109,6 +109,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     write_whole(path, render(made_up_run()))
     browser.console.clear()
     browser.open(path, width)
+    browser.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     assert browser.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width]
     # Whatever sticks out to the right, or is cut off inside its box; what scrolls by itself aside.
     out = browser.evaluate(
@@ -123,13 +124,14 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
         " return [Math.max(...lines.map(b => b.right)) - Math.min(...lines.map(b => b.left)), svg.clientHeight]; })"
     )
     assert len(boxes) == 11 and all(across > 200 and height > 100 for across, height in boxes)
-    # No two texts of a chart lie on each other, and none is smaller than can be read.
+    # No two texts of a chart lie on each other, none is cut off, and none is smaller than can be read.
     overlaps = browser.evaluate(
-        "[...document.querySelectorAll('.chart svg')].flatMap(svg => {"
+        "[...document.querySelectorAll('.chart svg')].flatMap(svg => { const box = svg.getBoundingClientRect();"
         " const t = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);"
         " return t.flatMap(([a, p], i) => t.slice(i + 1).filter(([b, q]) =>"
         "  p.left < q.right && q.left < p.right && p.top < q.bottom - 2 && q.top < p.bottom - 2)"
-        "  .map(([b]) => a + ' on ' + b)).concat(t.filter(([a, p]) => p.height < 9).map(([a]) => a + ' is small')); })"
+        "  .map(([b]) => a + ' on ' + b)).concat(t.filter(([a, p]) => p.height < 9).map(([a]) => a + ' is small'))"
+        "  .concat(t.filter(([a, p]) => p.left < box.left || p.right > box.right).map(([a]) => a + ' is cut')); })"
     )
     assert overlaps == []
     assert browser.evaluate("document.title") == "gsm8k-3f2a1c · Lockstep"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def run_dir(tmp_path: Path) -> Path:
     """Of a training at step 7 of 10."""
     same = {"max_steps": 10, "lag": 1.0, "seconds": 2.0, "wait_seconds": 0.5, "push_seconds": 0.25,
-            "rollout_tokens_per_second": 1234.5, "logprob_gap": None}  # fmt: skip
+            "rollout_tokens_per_second": 1234.5, "logprob_gap": None, "reward_std": math.nan}  # fmt: skip
     lines = "".join(json.dumps({"step": i, "reward": i / 10, **same}) + "\n" for i in range(1, 8))
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 8, "rew')  # being written
     (tmp_path / "logs.jsonl").write_text('{"step": 5, "loss": 0.1}\n{"step": 5, "eval_reward": 0.625}\n')
@@ -74,6 +75,7 @@ def test_servers_of_a_file_and_the_run(served, run_dir, tmp_path, capsys):
     assert "refused" in found["servers"][3]["error"]
     run = found["run"]
     assert (run["run_id"], run["step"], run["max_steps"], run["finished"]) == ("r", 7, 10, False)
+    assert run["last"]["push_seconds"] == 0.25 and run["last"]["reward_std"] is None
     assert run["rewards"][-1] == 0.7 and (run["eval_reward"], run["eval_step"]) == (0.625, 5)
 
     assert main(["status", "--rollout-url", f"file:{places}", "--run-dir", str(run_dir)]) == 0
