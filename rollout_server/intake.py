@@ -74,7 +74,7 @@ class Intake:
             if method != "DELETE":
                 self._capacity.check(0)
         elif path not in _COUNTED_LATER:
-            self._capacity.check()  # a streamed answer of vLLM's has begun with 200 before it counts its sequences
+            self._capacity.check()
 
     async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes | None:
         """The whole body; None if the client left. `held`: bytes that were counted as held.

@@ -15,7 +15,7 @@ def write_tasks(folder: Path) -> Path:
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {questions}}}}}\ntest_split: test\n"
-    common += 'doc_to_text: "{{question}}"\n'
+    common += 'doc_to_text: "{{question}}"\ntarget_delimiter: ""\n'
     (folder / f"{CHOICE}.yaml").write_text(
         f"task: {CHOICE}\n{common}output_type: multiple_choice\n"
         "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
