@@ -112,6 +112,12 @@ def main(argv: Sequence[str]) -> int:
         seed=options.seed, reward_specs=options.reward_funcs, reward_weights=options.reward_weights,
         prompt_column=options.prompt_column, eval_dataset=options.eval_dataset,
     )  # fmt: skip
+    if not task.reward_funcs:
+        raise LockstepError(
+            ErrorCode.INVALID_REQUEST,
+            f"{task.name} has no reward functions to score answers with (an environment's reward needs its tools, and "
+            "TRL, to be run): name some with --reward-funcs, or another task",
+        )
     try:
         sampling = SamplingParams(
             n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens

@@ -85,3 +85,8 @@ def test_several_servers():
         config, _, _ = parse(["--rollout_url", *urls, "--deterministic", "true", *cpu])
         with pytest.raises(LockstepError, match="one --rollout-url"):
             config.require_urls()
+
+
+def test_eval_of_a_task_whose_environment_has_the_reward(capsys):
+    assert cli.main(["eval", "--rollout-url", "http://127.0.0.1:1", "--task", "learner.tasks.guessing:numbers"]) == 2
+    assert "--reward-funcs" in capsys.readouterr().err
