@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -63,6 +64,11 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
     exposure.check(args, settings, configured_tokens(settings))
+    if current_platform.is_cpu() and not shutil.which(os.environ.get("CXX", "g++")):
+        # vLLM compiles its sampler even with --enforce-eager, and its engine dies where it cannot.
+        logger.warning("no C++ compiler here (g++, or $CXX): the model runs without torch.compile")
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        args.enforce_eager = True
     if settings.deterministic:
         if args.enable_prefix_caching:
             raise ValueError("--deterministic: what the prefix cache holds differs from time to time; leave it out")

@@ -119,10 +119,14 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
         server.stop()
 
 
-def test_a_killed_server_leaves_no_engine_behind(model: Path, tmp_path: Path) -> None:
+def test_a_killed_server_without_a_compiler_leaves_no_engine_behind(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
     server = ServerProcess(model, tmp_path / "log", *FLAGS)
     try:
         server.wait_ready()
+        assert "without torch.compile" in server.tail()
         server.process.kill()
         server.process.wait()
         _nothing_left(server)
