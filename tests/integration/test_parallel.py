@@ -30,7 +30,7 @@ from tests.integration.waiting import outlives, until, with_enough_load
 PROBE = list(range(5, 40))
 FP32 = 1e-4
 PUSH_TIMEOUT_S = 8.0
-TOKENS = 200
+TOKENS = 900
 
 
 @pytest.fixture(scope="module", params=["tensor", "data"])
