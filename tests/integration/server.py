@@ -81,6 +81,24 @@ class ServerProcess:
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)
                 if child.name().startswith("VLLM")]  # fmt: skip
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values over its labels."""
+        text = httpx.get(self.url + "/metrics", follow_redirects=True, timeout=10).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + " ", name + "{")))
+
+    @contextlib.contextmanager
+    def frozen_engine(self) -> Iterator[None]:
+        """The engine stands still: what was sent inside is under way until the end, on any machine."""
+        engines = self.engine_processes()
+        for pid in engines:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in engines:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """SIGTERM, then SIGKILL for whatever is left of the group."""
         if self.process.poll() is None:

@@ -18,6 +18,7 @@ from rollout_server import cli
 from shared.errors import LockstepError
 from tests.integration.conftest import FLAGS
 from tests.integration.server import ServerProcess
+from tests.integration.waiting import until
 
 REFUSED = {
     "speculation": (["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
@@ -60,22 +61,21 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
         body = {"prompts": [{"token_ids": [5, 6, 7]}], "policy": "base",
                 "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
         with ThreadPoolExecutor() as pool:
-            running = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=120)
-            time.sleep(0.5)
-            assert not running.done()
-            server.process.send_signal(signal.SIGTERM)
-            while httpx_status(server.url + "/ready") == 200:
-                time.sleep(0.05)
-            assert httpx_status(server.url + "/ready") == 503
-            assert httpx_status(server.url + "/health") == 200
-            assert httpx.get(server.url + "/v1/state").json()["draining"] is True
-            pushed = httpx.put(server.url + "/v1/runs/r/adapter", content=b"", headers={"Lockstep-Lease": "a" * 8})
-            for refused in (httpx.post(server.url + "/v1/generate", json=body), pushed):
-                assert refused.status_code == 503
-                assert refused.json()["error"]["code"] == "draining"
-                assert refused.headers["Retry-After"]
-            assert httpx.post(server.url + "/v1/drain").status_code == 202
-            assert not running.done()
+            with server.frozen_engine():
+                running = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=120)
+                time.sleep(1.0)
+                server.process.send_signal(signal.SIGTERM)
+                until(lambda: httpx_status(server.url + "/ready") != 200)
+                assert httpx_status(server.url + "/ready") == 503
+                assert httpx_status(server.url + "/health") == 200
+                assert httpx.get(server.url + "/v1/state").json()["draining"] is True
+                pushed = httpx.put(server.url + "/v1/runs/r/adapter", content=b"", headers={"Lockstep-Lease": "a" * 8})
+                for refused in (httpx.post(server.url + "/v1/generate", json=body), pushed):
+                    assert refused.status_code == 503
+                    assert refused.json()["error"]["code"] == "draining"
+                    assert refused.headers["Retry-After"]
+                assert httpx.post(server.url + "/v1/drain").status_code == 202
+                assert not running.done()
             answer = running.result()
         (group,) = answer.json()["groups"]
         assert [len(completion["token_ids"]) for completion in group["completions"]] == [900] * 32
@@ -94,16 +94,14 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
                 "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
         their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 900, "n": 8, "ignore_eos": True}
         with ThreadPoolExecutor() as pool:
-            ours = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=60)
-            theirs = pool.submit(httpx.post, server.url + "/v1/completions", json=their_body, timeout=60)
-            time.sleep(0.5)
-            assert not ours.done()
-            assert not theirs.done()
-            killed = time.monotonic()
-            for pid in _group(server):
-                name = Path(f"/proc/{pid}/comm").read_text()
-                if "EngineCor" in name:
-                    os.kill(pid, signal.SIGKILL)
+            with server.frozen_engine():
+                ours = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=60)
+                theirs = pool.submit(httpx.post, server.url + "/v1/completions", json=their_body, timeout=60)
+                until(lambda: server.metric("lockstep_sequences") == 40)
+                killed = time.monotonic()
+                for pid in _group(server):
+                    if "EngineCor" in Path(f"/proc/{pid}/comm").read_text():
+                        os.kill(pid, signal.SIGKILL)
             assert ours.result().status_code == 503
             assert ours.result().json()["error"]["code"] == "engine_dead"
             assert theirs.result().status_code == 503
