@@ -198,5 +198,7 @@ class Run:
 
 
 def describe(error: BaseException) -> str:
-    """Type and message, short."""
+    """Type and message, short; of a group, those of the first."""
+    if isinstance(error, BaseExceptionGroup):
+        return describe(error.exceptions[0])
     return f"{type(error).__name__}: {error}"[:2000]

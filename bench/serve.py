@@ -46,7 +46,8 @@ from learner.processes import Stopped, stop_on_signals
 
 BARE, OURS, OUR_OPENAI, VLLM = "AsyncLLM in process", "/v1/generate", "our /v1/completions", "vllm serve"
 ROWS = (BARE, OURS, OUR_OPENAI, VLLM)
-COLUMNS = ("shape", "at a time", "row", "n", "tokens/s", "of bare", "of vllm serve", "request ms, median", "p95")
+COLUMNS = ("shape", "at a time", "row", "n", "tokens/s", "of bare", "of vllm serve", "processor us/token",
+           "request ms, median", "p95")  # fmt: skip
 NOTES = {
     BARE: "its requests are made in its own process: no HTTP, no JSON, no client",
     OUR_OPENAI: "vLLM's own handlers behind our door; they make the texts, too",
@@ -63,6 +64,7 @@ class Contender:
     server: Server
     wave: Wave
     tokens_per_s: list[float] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)  # a token, of the process that answers requests
     request_s: list[float] = field(default_factory=list)
     failed: str | None = None
 
@@ -129,34 +131,50 @@ def _engine_wave(url: str, asks: Sequence[Ask], concurrency: int) -> tuple[float
     return document["seconds"], document["each"]
 
 
-def measure(contenders: Sequence[Contender], concurrency: int, options: argparse.Namespace, vocab: int) -> None:
-    """One wave of each that is not counted, then those that are; who comes first changes from round to round."""
+def measure(
+    contenders: Sequence[Contender],
+    concurrency: int,
+    options: argparse.Namespace,
+    vocab: int,
+    deadline: float = math.inf,
+) -> None:
+    """One wave of each that is not counted, then those that are; who comes first changes from round to round. A round
+    counts as a whole or not at all: none begins after the deadline, and one that is interrupted is forgotten.
+    """
     for number in range(options.rounds + 1):
+        if number > 1 and time.monotonic() > deadline:
+            return
         asks = make_asks(max(options.least, 2 * concurrency), options.tokens, vocab, seed=1000 * concurrency + number)
         warm_up = make_asks(max(4, concurrency // 2), options.tokens, vocab, seed=-number)
         tokens = sum(ask.tokens for ask in asks)
         first = number % len(contenders)
+        found: list[tuple[Contender, float, float, list[float]]] = []
         for contender in (*contenders[first:], *contenders[:first]):
             if contender.failed is None:
                 try:
                     contender.wave(warm_up, concurrency)  # it has been idle while the others had their turns
+                    before = contender.server.processor_s()
                     seconds, each = contender.wave(asks, concurrency)
+                    found.append((contender, seconds, contender.server.processor_s() - before, each))
                 except Exception as error:
                     contender.failed = f"{describe(error)}; {contender.server.tail()}"
-                    continue
-                if number:
-                    contender.tokens_per_s.append(tokens / seconds)
-                    contender.request_s += each
+        for contender, seconds, processor_s, each in found if number else ():
+            contender.tokens_per_s.append(tokens / seconds)
+            contender.processor_s.append(processor_s / tokens)
+            contender.request_s += each
 
 
 def figures(contender: Contender, contenders: Sequence[Contender]) -> dict[str, Any]:
     """A row's figures; ratios round by round against those of the same requests."""
     if contender.failed is not None:
         return {"ok": False, "error": contender.failed}
+    if not contender.tokens_per_s:
+        return {"skipped": LATE}
     row: dict[str, Any] = {
         "n": len(contender.tokens_per_s),
         "requests": len(contender.request_s),
         "tokens_per_s": spread(contender.tokens_per_s),
+        "processor_s_per_token": spread(contender.processor_s),
         "request_s": {
             "median": statistics.median(contender.request_s),
             "p95": sorted(contender.request_s)[math.ceil(0.95 * len(contender.request_s)) - 1],
@@ -193,12 +211,13 @@ def one_shape(
                 contender.failed = str(error)
         for concurrency in options.concurrency:
             for contender in contenders:
-                contender.tokens_per_s, contender.request_s = [], []
-            late = time.monotonic() > deadline
-            if not late:
-                measure(contenders, concurrency, options, shape.vocab)
-            for contender in contenders:
-                add(contender.row, concurrency, {"skipped": LATE} if late else figures(contender, contenders))
+                contender.tokens_per_s, contender.processor_s, contender.request_s = [], [], []
+            try:
+                if time.monotonic() < deadline:
+                    measure(contenders, concurrency, options, shape.vocab, deadline)
+            finally:  # also when it is stopped
+                for contender in contenders:
+                    add(contender.row, concurrency, figures(contender, contenders))
 
 
 def serve_table(rows: Sequence[Row]) -> str:
@@ -207,12 +226,13 @@ def serve_table(rows: Sequence[Row]) -> str:
     for row in rows:
         head = (row["shape"], str(row["concurrency"]), row["row"])
         if "tokens_per_s" not in row:
-            lines.append((*head, "0", str(row.get("skipped") or row.get("error")).splitlines()[0][:100], *"----"))
+            lines.append((*head, "0", str(row.get("skipped") or row.get("error")).splitlines()[0][:100], *"-----"))
             continue
         ratios = [percent(row[key]) if key in row else "-" for key in ("ratio_to_bare", "ratio_to_vllm_serve")]
         times = [f"{row['request_s'][key] * 1e3:.1f}" for key in ("median", "p95")]
-        lines.append((*head, str(row["n"]), whole(row["tokens_per_s"]), *ratios, *times))
-    return aligned(lines, right={1, 3, 7, 8})
+        processor = whole({key: 1e6 * value for key, value in row["processor_s_per_token"].items()})
+        lines.append((*head, str(row["n"]), whole(row["tokens_per_s"]), *ratios, processor, *times))
+    return aligned(lines, right={1, 3, 8, 9})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -285,7 +305,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--server-gpu", type=int, default=0)
     add("--server-flags", default="", help="further vLLM flags for every contender, in one string")
     add("--start-timeout-s", type=float, default=900.0)
-    add("--deadline-s", type=float, default=math.inf, help="begin no new level after this many seconds")
+    add("--deadline-s", type=float, default=math.inf, help="begin no new round after this many seconds")
     add("--work-dir", type=Path, help="keeps the servers' logs")
     return parser
 

@@ -8,6 +8,7 @@ python -m bench.serve_engine MODEL --port N [any flag of rollout-server]    # co
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from typing import Any
@@ -46,8 +47,13 @@ async def serve(argv: list[str]) -> None:
 
     args, config, _ = cli.resolve(argv)
     engine = await asyncio.to_thread(
-        AsyncLLM.from_vllm_config, config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True
+        AsyncLLM.from_vllm_config,
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        disable_log_stats=args.disable_log_stats,
     )
+    gc.collect()
+    gc.freeze()  # as servers do
     asked = 0
 
     async def wave(request: Request) -> JSONResponse:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from learner.processes import ProcessGroup
 from shared.weights import WeightVersion
@@ -84,6 +85,11 @@ class Server:
     def pid(self) -> int:
         """Of the process that leads the group."""
         return self._group.process.pid
+
+    def processor_s(self) -> float:
+        """Processor time of that process alone: vLLM's engine and workers are its children."""
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
 
     def kill(self) -> None:
         """SIGKILL for it and whatever it started, at once."""

@@ -70,11 +70,17 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"t{i}": i for i in range(vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t2"))
+    # Special tokens are found within words, too: no word may begin with one.
+    special = ("<eos>", "<pad>", "<unk>")
+    words = {**{token: i for i, token in enumerate(special)}, **{f"t{i}": i for i in range(len(special), vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=special[2]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="t0", pad_token="t1", unk_token="t2", model_max_length=MAX_POSITION
+        tokenizer_object=tokenizer,
+        eos_token=special[0],
+        pad_token=special[1],
+        unk_token=special[2],
+        model_max_length=MAX_POSITION,
     )
     fast.save_pretrained(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -82,6 +83,9 @@ async def start(
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
     intake = Intake(build_app(service, openai_app), settings, capacity)
+    # Or every full collection walks over all that the imports and the configuration left behind.
+    gc.collect()
+    gc.freeze()
     gate.open(intake, healthy=lambda: not door.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service

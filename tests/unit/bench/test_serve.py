@@ -14,6 +14,7 @@ from bench import serve
 from bench.serve import BARE, OURS, ROWS, VLLM, Contender, ServeReport, figures, measure, serve_table, sized_flags
 from bench.serve_load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
 from bench.shapes import SHAPES
+from learner.processes import Stopped
 from shared.rollouts import GenerateRequest
 
 OPTIONS = serve.make_parser().parse_args(["--concurrency", "2", "--tokens", "8", "--rounds", "4"])
@@ -24,6 +25,9 @@ class Server:
 
     def tail(self) -> str:
         return "log"
+
+    def processor_s(self) -> float:
+        return 0.0
 
 
 def contender(row: str, seconds: float = 1.0) -> Contender:
@@ -123,6 +127,27 @@ def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
     assert document["headline"] == "nothing was measured"
     lines = serve_table(document["rows"]).splitlines()
     assert len(lines) == 4 and "gone" in lines[3]
+
+
+def test_a_round_counts_as_a_whole_and_none_begins_too_late() -> None:
+    contenders = [contender(BARE), contender(OURS)]
+    measure(contenders, 2, OPTIONS, 512, deadline=0.0)
+    assert [figures(one, contenders)["n"] for one in contenders] == [1, 1]
+    contenders = [contender(BARE), contender(OURS)]
+    waves, wave = 0, contenders[1].wave
+
+    def stopped(asks: Any, concurrency: int) -> Any:
+        nonlocal waves
+        waves += 1
+        if waves == 6:
+            raise Stopped("SIGTERM")
+        return wave(asks, concurrency)
+
+    contenders[1].wave = stopped
+    with pytest.raises(Stopped):
+        measure(contenders, 2, OPTIONS, 512)
+    assert [figures(one, contenders)["n"] for one in contenders] == [1, 1]
+    assert "skipped" in figures(contender(VLLM), contenders)
 
 
 def test_the_headline_is_our_routes_share(tmp_path: Path) -> None:
