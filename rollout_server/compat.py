@@ -274,3 +274,11 @@ def speed_up_cpu_lora() -> None:
         from rollout_server import cpu_lora
 
         cpu_lora.install(PunicaWrapperCPU)
+
+
+def cache_environment() -> None:
+    """Let vLLM's front end read its environment variables once, as its engine does; else it does so for every token
+    (0.26 to 0.33)."""
+    from vllm import envs
+
+    envs.enable_envs_cache()

@@ -38,12 +38,10 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep,
     answer = service.answers.open(partial(start, service, body), body, caller, idempotency_key)
     answer.join()
     try:
-        started = asyncio.ensure_future(answer.started())
         if body.stream:  # what has to wait for long says so by its blank lines
             with contextlib.suppress(TimeoutError):
-                await until_disconnect(request, asyncio.wait_for(started, HEARTBEAT_SECONDS))
+                await until_disconnect(request, asyncio.wait_for(answer.started(), HEARTBEAT_SECONDS))
             return Ndjson(_lines(answer, service.epoch), answer.leave)
-        await until_disconnect(request, started)
         groups = await until_disconnect(request, answer.groups())
     except BaseException:
         answer.leave()
