@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from learner import evaluate, export, status
+from learner import evaluate, export, four_bit, status
 from learner.config import LearnerConfig
 from rollout_server.app import build_app
 from rollout_server.roles import OPEN, VLLM_ROUTES, role_needed
@@ -35,7 +35,7 @@ def cli_page() -> str:
         "## learner train",
         "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
         _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
-        *(part for module in (evaluate, export, status) for part in _command(module.make_parser())),
+        *(part for module in (evaluate, export, status, four_bit) for part in _command(module.make_parser())),
     ]) + "\n"  # fmt: skip
 
 

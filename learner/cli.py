@@ -1,4 +1,7 @@
-"""`learner train | status | eval | export`. Each is imported only when it is called: only `train` needs torch."""
+"""`learner train | status | eval | export | four-bit-base`.
+
+Each is imported only when it is called: `status`, `eval` and `export` need no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ COMMANDS = {
     "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
     "status": ("learner.status", "which servers serve what, and how far a run has come"),
     "eval": ("learner.evaluate", "score and compare policies on a task, over HTTP"),
+    "four-bit-base": ("learner.four_bit", "make a base that a learner can hold in four bits (QLoRA)"),
     "export": ("learner.export", "write a trained adapter for others to load, alone or merged into its base"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

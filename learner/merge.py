@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from learner.refusals import FOUR_BIT
 from learner.stored_adapter import StoredAdapter
 from learner.tensor_file import WIDENED, TensorFile, item_bytes, rounded, widened, write_tensors
 from shared.adapter_file import DTYPES
@@ -70,6 +71,7 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> int:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     config.pop("torch_dtype", None)  # what `dtype` was called before
+    config.pop(FOUR_BIT, None)  # merged weights are no longer those of four bits
     (out / _CONFIG_FILE).write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     copy_files(base, out, (_GENERATION_FILE,))
     return total

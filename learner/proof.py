@@ -207,12 +207,11 @@ class SyncProof:
                 f"{url} scored {served.size} tokens by {answer.version}, not the {own.logprobs.size} by {version}"
             )
         config = self.model.get_base_model().config.get_text_config()
-        own_dtype = str(self.model.get_base_model().dtype).removeprefix("torch.")
         layers, rounding = config.num_hidden_layers, 0.0
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         derived = derived_tolerance(
-            [own_dtype, state.dtype], layers=layers, width=config.hidden_size,
+            [_computed_in(self.model), state.dtype], layers=layers, width=config.hidden_size,
             logit_std=own.logit_std, logit_max=own.logit_max, merge_noise=rounding,
         )  # fmt: skip
         tolerance = self.fixed_tolerance or derived
@@ -258,6 +257,13 @@ class SyncProof:
                 return row, flat + 1
             flat -= len(sequence) - 1
         raise IndexError(flat)
+
+
+def _computed_in(model: PeftModel) -> str:
+    """The coarser dtype of base and adapter."""
+    adapter = next(iter(lora_layers(model, active_adapter(model)).values())).lora_A[active_adapter(model)].weight
+    coarser = max(model.get_base_model().dtype, adapter.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return str(coarser).removeprefix("torch.")
 
 
 @contextmanager

@@ -11,16 +11,17 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from learner.attachment import attach, meet, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.config import LearnerConfig
 from learner.export import export
+from learner.four_bit import quantisation
 from learner.progress import show_progress
 from learner.provenance import provenance
-from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server, refuse_quantised
+from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
 from learner.report import write_summary
 from learner.run_files import SUMMARY_FILE
 from learner.sampling import sampling_params
@@ -68,14 +69,13 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        refuse_quantised()
+    quantised = quantisation(model_args)
     fleet = meet(config)
     server = fleet.up()[0].known
     for member in fleet.up():
         _check_server(member.known, config, model_args, lora)
     task = _load_task(task_spec, config, args)
-    trainer = _trainer(task, config, args, model_args, lora)
+    trainer = _trainer(task, config, args, model_args, lora, quantised)
     session = attach(trainer, config=config, fleet=fleet, revision=model_args.model_revision)
     show_progress(trainer, session)
     session.say(
@@ -192,13 +192,15 @@ def _load_task(spec: str, config: LearnerConfig, args: GRPOConfig) -> Task:
 
 
 def _trainer(
-    task: Task, config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig, lora: LoraConfig
-) -> GRPOTrainer:
+    task: Task, config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig, lora: LoraConfig,
+    quantised: BitsAndBytesConfig | None,
+) -> GRPOTrainer:  # fmt: skip
     model_init = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        **({"quantization_config": quantised} if quantised else {}),
         **(args.model_init_kwargs or {}),
     }
     model: Any = model_args.model_name_or_path

@@ -119,7 +119,7 @@ def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
         (["--max_completion_length", "127"], "--max-model-len"),
         (["--vllm_server_host", "x"], "rollout_url"),
         (["--cache_implementation", "static"], "cache_implementation"),
-        (["--load_in_4bit", "true"], "a quantised base in the learner"),
+        (["--load_in_4bit", "true"], "four-bit-base"),
         (["--tools", "no.such:tool"], "no module 'no'"),
     ],
 )
