@@ -26,6 +26,12 @@ ENVIRONMENT = {
 }
 
 
+#: For requests to servers of this machine: httpx.get and httpx.post load the certificates of the whole world each time,
+#: which takes seconds where the processor is busy.
+HTTP = httpx.Client(verify=False, trust_env=False, follow_redirects=True, timeout=60.0,
+                    limits=httpx.Limits(max_keepalive_connections=0))  # fmt: skip
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -66,7 +72,7 @@ class ServerProcess:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
             try:
-                if httpx.get(self.url + "/ready", timeout=5.0).status_code == 200:
+                if HTTP.get(self.url + "/ready", timeout=5.0).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -83,7 +89,7 @@ class ServerProcess:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's values over its labels."""
-        text = httpx.get(self.url + "/metrics", follow_redirects=True, timeout=10).text
+        text = HTTP.get(self.url + "/metrics").text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + " ", name + "{")))
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import time
@@ -18,7 +19,7 @@ from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess, running_server
+from tests.integration.server import HTTP, ServerProcess, running_server
 from tests.integration.waiting import until
 
 ORPHAN_S, STALL_S = 5.0, 15.0
@@ -53,7 +54,7 @@ def left_as_it_was(request: pytest.FixtureRequest, server: ServerProcess) -> Ite
 
 
 def _post(server: ServerProcess, body: dict, path: str = "/v1/generate", **kw) -> httpx.Response:
-    return httpx.post(server.url + path, json=body, timeout=60, **kw)
+    return HTTP.post(server.url + path, json=body, **kw)
 
 
 def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate", headers: str = "") -> socket.socket:
@@ -68,6 +69,13 @@ def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate", headers
     return connection
 
 
+def _answer(connection: socket.socket) -> dict:
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    assert answer.status == 200
+    return json.load(answer)
+
+
 def test_what_is_too_large(server: ServerProcess) -> None:
     def chunks() -> Iterator[bytes]:
         for _ in range(20):
@@ -75,8 +83,8 @@ def test_what_is_too_large(server: ServerProcess) -> None:
 
     cases = [
         (_post(server, {**SHORT, "chat_template_kwargs": {"x": "y" * 2**20}}), "--max-body-mib"),
-        (httpx.post(server.url + "/v1/score", content=chunks(), timeout=60), "--max-body-mib"),
-        (httpx.post(server.url + "/v1/completions", content=chunks(), timeout=60), "--max-body-mib"),
+        (HTTP.post(server.url + "/v1/score", content=chunks()), "--max-body-mib"),
+        (HTTP.post(server.url + "/v1/completions", content=chunks()), "--max-body-mib"),
         (_post(server, {**SHORT, "prompts": SHORT["prompts"] * 17}), "--max-prompts"),
         (_post(server, {**SHORT, "sampling": {"n": 37}}), "--max-n"),
         (_post(server, {**SHORT, "prompts": SHORT["prompts"] * 9}), "--max-sequences"),
@@ -189,7 +197,8 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
         until(lambda: server.metric("lockstep_sequences") == 8, 10.0)
         left.close()
         time.sleep(0.3)
-    assert len(keyed("left").json()["groups"]) == 1
+        again = _sent(server, body, headers="Idempotency-Key: left\r\n")
+    assert len(_answer(again)["groups"]) == 1
     assert server.metric("vllm:generation_tokens_total") - before <= 8 * 1000, "generated once"
 
     with server.frozen_engine():

@@ -17,7 +17,7 @@ import pytest
 from rollout_server import cli
 from shared.errors import LockstepError
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess
+from tests.integration.server import HTTP, ServerProcess
 from tests.integration.waiting import until
 
 REFUSED = {
@@ -62,19 +62,19 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
                 "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
-                running = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=120)
+                running = pool.submit(HTTP.post, server.url + "/v1/generate", json=body, timeout=120)
                 time.sleep(1.0)
                 server.process.send_signal(signal.SIGTERM)
                 until(lambda: httpx_status(server.url + "/ready") != 200)
                 assert httpx_status(server.url + "/ready") == 503
                 assert httpx_status(server.url + "/health") == 200
-                assert httpx.get(server.url + "/v1/state").json()["draining"] is True
-                pushed = httpx.put(server.url + "/v1/runs/r/adapter", content=b"", headers={"Lockstep-Lease": "a" * 8})
-                for refused in (httpx.post(server.url + "/v1/generate", json=body), pushed):
+                assert HTTP.get(server.url + "/v1/state").json()["draining"] is True
+                pushed = HTTP.put(server.url + "/v1/runs/r/adapter", content=b"", headers={"Lockstep-Lease": "a" * 8})
+                for refused in (HTTP.post(server.url + "/v1/generate", json=body), pushed):
                     assert refused.status_code == 503
                     assert refused.json()["error"]["code"] == "draining"
                     assert refused.headers["Retry-After"]
-                assert httpx.post(server.url + "/v1/drain").status_code == 202
+                assert HTTP.post(server.url + "/v1/drain").status_code == 202
                 assert not running.done()
             answer = running.result()
         (group,) = answer.json()["groups"]
@@ -95,8 +95,8 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
         their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 900, "n": 8, "ignore_eos": True}
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
-                ours = pool.submit(httpx.post, server.url + "/v1/generate", json=body, timeout=60)
-                theirs = pool.submit(httpx.post, server.url + "/v1/completions", json=their_body, timeout=60)
+                ours = pool.submit(HTTP.post, server.url + "/v1/generate", json=body, timeout=60)
+                theirs = pool.submit(HTTP.post, server.url + "/v1/completions", json=their_body, timeout=60)
                 until(lambda: server.metric("lockstep_sequences") == 40)
                 killed = time.monotonic()
                 for pid in _group(server):
@@ -134,7 +134,7 @@ def test_a_killed_server_without_a_compiler_leaves_no_engine_behind(
 
 def httpx_status(url: str) -> int:
     try:
-        return httpx.get(url, timeout=2).status_code
+        return HTTP.get(url, timeout=2).status_code
     except httpx.TransportError:
         return 0
 
