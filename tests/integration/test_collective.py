@@ -99,7 +99,7 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
             assert event is None
             assert torch.equal(P.score(learner.client, PROBE), served), "serving goes on meanwhile"
     assert silent.value.code is ErrorCode.TIMEOUT
-    assert time.monotonic() - started < TIMEOUT_S + 3
+    assert time.monotonic() - started < TIMEOUT_S + 10
     assert torch.equal(P.score(learner.client, PROBE), served)
     assert learner.push(3) == "http"
     assert "over HTTP" in learner.said[-1]
@@ -116,7 +116,7 @@ def test_a_learner_that_hangs_up_after_the_announcement(learner: _Learner) -> No
     events.close()
     started = time.monotonic()
     assert learner.push(3) == "http"
-    assert time.monotonic() - started < TIMEOUT_S + 3
+    assert time.monotonic() - started < TIMEOUT_S + 10
     states = [slot["state"] for slot in learner.client.run(learner.publisher.lease.run_id).slots]
     assert sorted(states) == ["active", "free"]
 

@@ -162,7 +162,7 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
         with pytest.raises(LockstepError, match="1 of 2 workers did not answer") as error:
             P.push(client, other, "stopped", 1)
         assert error.value.code is ErrorCode.INSTALL_FAILED
-        assert time.monotonic() - started < PUSH_TIMEOUT_S + 5
+        assert time.monotonic() - started < PUSH_TIMEOUT_S + 15
         assert client.run("stopped").version == WeightVersion(run_id="stopped", fence=0, step=0)
         if engines == 2:  # the first engine does not need the second one's worker
             assert max(_gaps(client, served, engines=1)) < FP32

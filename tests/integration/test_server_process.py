@@ -134,7 +134,7 @@ def test_a_killed_server_without_a_compiler_leaves_no_engine_behind(
 
 def httpx_status(url: str) -> int:
     try:
-        return HTTP.get(url, timeout=2).status_code
+        return HTTP.get(url, timeout=10).status_code
     except httpx.TransportError:
         return 0
 

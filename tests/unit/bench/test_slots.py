@@ -40,9 +40,9 @@ def test_rows_become_a_file_a_table_and_a_sentence(tmp_path: Path) -> None:
 
 def test_a_push_that_waits_delays_the_next_one() -> None:
     quick, slow = list[float](), list[float]()
-    pushing(0.45, lambda: quick.append(time.monotonic()), every_s=0.1)
-    pushing(0.45, lambda: (slow.append(time.monotonic()), time.sleep(0.4)), every_s=0.1)
-    assert len(slow) == 2 < len(quick) <= 5
+    pushing(1.5, lambda: quick.append(time.monotonic()), every_s=0.1)
+    pushing(1.5, lambda: (slow.append(time.monotonic()), time.sleep(1.0)), every_s=0.1)
+    assert len(slow) == 2 < len(quick) <= 15
 
 
 @pytest.mark.parametrize(

@@ -113,15 +113,18 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
     generation = Generation()
     watch = TrlWatch(generation)
     watch.on_train_begin(None, None, None)
-    for _ in range(2):
+    for _ in range(6):
         generation.sync_weights()
         assert generation.generate([[0]], images=None) == ([[0]], [[1, 2], [3]])
         time.sleep(0.03)
         watch.on_step_end(None, None, None)
-    assert len(watch.steps) == 2
+    assert len(watch.steps) == 6
     for one in watch.steps:
         assert one.tokens == 3 and one.idle is None and one.server_idle == one.seconds - one.wait
-        assert 0.05 <= one.wait < 0.1 and 0.02 <= one.sync < 0.05 and 0.03 <= one.train < 0.1
+        assert one.wait >= 0.05 and one.sync >= 0.02 and one.train >= 0.03
+    # A busy machine may spoil most of them.
+    assert min(one.wait for one in watch.steps) < 0.1 and min(one.sync for one in watch.steps) < 0.05
+    assert min(one.train for one in watch.steps) < 0.1
 
 
 def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:

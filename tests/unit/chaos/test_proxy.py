@@ -96,8 +96,8 @@ def test_pushes_and_receipts_are_seen(control: Control, http: httpx.Client) -> N
 
 def test_a_push_is_held_in_its_middle(control: Control, http: httpx.Client) -> None:
     with ThreadPoolExecutor() as pool:
-        held = pool.submit(control, "hold", server=0, at=0.5, timeout=10)
-        time.sleep(0.3)
+        held = pool.submit(control, "hold", server=0, at=0.5, timeout=20)
+        time.sleep(1.0)
         push = pool.submit(_push, http)
         assert held.result() is True
         time.sleep(0.3)
@@ -109,8 +109,8 @@ def test_a_push_is_held_in_its_middle(control: Control, http: httpx.Client) -> N
 
 def test_a_push_is_reset_in_its_middle(control: Control, http: httpx.Client) -> None:
     with ThreadPoolExecutor() as pool:
-        held = pool.submit(control, "hold", server=0, at=0.5, timeout=10)
-        time.sleep(0.3)
+        held = pool.submit(control, "hold", server=0, at=0.5, timeout=20)
+        time.sleep(1.0)
         push = pool.submit(_push, http)
         assert held.result() is True
         assert control("reset", server=0) == 1

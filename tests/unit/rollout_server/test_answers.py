@@ -15,7 +15,7 @@ from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
 
-SETTINGS = replace(ServerSettings(), orphan_seconds=0.1, idempotency_ttl=0.2)
+SETTINGS = replace(ServerSettings(), orphan_seconds=0.8, idempotency_ttl=1.0)
 BODY = GenerateRequest(prompts=[Prompt(token_ids=[1]), Prompt(token_ids=[2])])
 
 
@@ -75,7 +75,7 @@ async def test_a_second_request_joins_the_first(answers: Answers) -> None:
     with pytest.raises(LockstepError) as conflict:
         answers.open(work.start, BODY.model_copy(update={"policy": "base"}), "me", "k")
     assert conflict.value.code is ErrorCode.IDEMPOTENCY_CONFLICT and conflict.value.status == 409
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.3)
     assert answers.open(work.start, BODY, "me", "k") is not first, "its time to live has passed"
 
 
@@ -125,11 +125,11 @@ async def test_with_a_key_it_waits_for_another_try(answers: Answers) -> None:
     await answer.started()
     for _ in range(3):  # a client that comes back in time
         answer.leave()
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.35)  # thrice that is longer than an orphan lives
         answer.join()
     assert not answer.task.done()
     answer.leave()
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(1.2)
     assert work.cancelled == 1 and answers.open(work.start, BODY, "", "k") is not answer
 
 
