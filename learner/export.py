@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
 from learner.model_card import MARK, model_card
 from learner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
+from learner.whole_directory import whole_directory
 from shared.adapter_file import DTYPES
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -50,9 +48,7 @@ def export(
     model, revision = (model, revision) if model else (_named_base(adapter), revision or adapter.config.get("revision"))
     adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": model, "revision": revision})
     _check_target(target, force, sources=(adapter.folder, Path(model)))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with whole_directory(target) as building:
         if merged:
             base = fetch_base(model, revision)
             _check_base(adapter, base)
@@ -64,10 +60,6 @@ def export(
             copy_files(adapter.folder, building, (WEIGHTS_FILE, *TOKENIZER_FILES))
             (building / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
         (building / CARD_FILE).write_text(model_card(adapter, dtype if merged else None))
-        building.chmod(0o755)  # mkdtemp makes it private
-        _put_in_place(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return adapter.folder
 
 
@@ -111,16 +103,6 @@ def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
     card = target / CARD_FILE
     if not card.is_file() or MARK not in card.read_text(errors="replace"):
         raise _invalid(f"{target} is no export, so --force does not replace it; choose another --out")
-
-
-def _put_in_place(building: Path, target: Path) -> None:
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        os.replace(target, old)  # an empty directory may be replaced
-        os.replace(building, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(building, target)
 
 
 def _size(folder: Path) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base
 from learner.refusals import FOUR_BIT, check_quantised
+from learner.whole_directory import whole_directory
 from shared.errors import ErrorCode, LockstepError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _ROUNDS = 8
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
     """Write `model` to `out` with its linear layers quantised. Answers how many those are; the others stay as they are.
 
+    `out` is there whole or not at all.
+
     Args:
         model: a directory, or a repository of the hub.
         dtype: of all weights, and of the learner's `--dtype` later.
@@ -47,7 +50,7 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    folder, target = fetch_base(model, revision), Path(out)
+    folder, target = fetch_base(model, revision), Path(out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise _invalid(f"{target} exists; choose another --out")
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
@@ -65,8 +68,9 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
             weight = loaded.get_submodule(name).weight
             weight.copy_(_settled(weight.detach(), quant_type, name))
     setattr(loaded.config, FOUR_BIT, {"quant_type": quant_type, "dtype": dtype})
-    loaded.save_pretrained(target)
-    copy_files(folder, target, TOKENIZER_FILES)
+    with whole_directory(target) as building:
+        loaded.save_pretrained(building)
+        copy_files(folder, building, TOKENIZER_FILES)
     return len(layers)
 
 

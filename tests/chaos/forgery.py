@@ -12,6 +12,7 @@ import httpx
 
 from learner.client import LEASE_HEADER
 from shared.adapter_file import MANIFEST_KEY
+from tests.integration.server import HTTP
 
 
 def reversioned(blob: bytes, fence: int, step: int) -> bytes:
@@ -36,7 +37,7 @@ def send(url: str, run_id: str, lease: Path, blob: bytes, *, secret: str | None 
     """One push, straight to a server; `secret` in the place of the lease's own."""
     secret = secret or json.loads(lease.read_text())["secret"]
     path = f"{url}/v1/runs/{run_id}/adapter"
-    return httpx.put(path, content=blob, headers={LEASE_HEADER: secret}, timeout=30.0)
+    return HTTP.put(path, content=blob, headers={LEASE_HEADER: secret}, timeout=30.0)
 
 
 def send_half(url: str, run_id: str, lease: Path, blob: bytes, share: float) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from random import Random
 
-import httpx
-
 from tests.chaos import forgery
 from tests.chaos.world import RUN_ID, NotInjectedError, World
+from tests.integration.server import HTTP
 
 
 def truncated_push(world: World, server: int, random: Random) -> None:
@@ -60,7 +59,7 @@ def _served(world: World, server: int) -> tuple[tuple[int, int], bytes]:
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         (fence, step), blob = world.newest()
-        run = httpx.get(f"{world.url(server)}/v1/runs/{RUN_ID}", timeout=5)
+        run = HTTP.get(f"{world.url(server)}/v1/runs/{RUN_ID}", timeout=5)
         version = run.json()["version"] if run.status_code == 200 else None
         if version and (version["fence"], version["step"]) >= (fence, step):
             return (fence, step), blob

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from random import Random
 from signal import SIGTERM
 
-import httpx
-
 from tests.chaos.impostor import Impostor
 from tests.chaos.processes import command_line, kill
 from tests.chaos.world import GENERATE_S, NotInjectedError, World, ready
+from tests.integration.server import HTTP
 
 Recipe = Callable[[World, int, Random], None]
 #: Longer than the deadline of a rollout, of a push, and of a push on the server.
@@ -207,7 +206,7 @@ def leave_the_list(world: World, server: int, random: Random) -> None:
 
 
 def another_version_at_its_address(world: World, server: int, random: Random) -> None:
-    state = httpx.get(f"{world.url(server)}/v1/state", timeout=5).json()
+    state = HTTP.get(f"{world.url(server)}/v1/state", timeout=5).json()
     _at_its_address(world, server, Impostor(state).port, random)
 
 
@@ -215,7 +214,7 @@ def another_model_at_its_address(world: World, server: int, random: Random) -> N
     assert world.other is not None
     port = int(world.other.command[world.other.command.index("--port") + 1])
     _at_its_address(world, server, port, random)
-    runs = httpx.get(f"http://127.0.0.1:{port}/v1/state", timeout=5).json()["runs"]
+    runs = HTTP.get(f"http://127.0.0.1:{port}/v1/state", timeout=5).json()["runs"]
     world.checker.require("another model", not runs, f"it has taken pushes: {runs}")
 
 

@@ -23,7 +23,7 @@ from tests.chaos.reference import Reference
 from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
 from tests.integration.learner_process import COMMON, write_questions
-from tests.integration.server import ENVIRONMENT, free_port
+from tests.integration.server import ENVIRONMENT, HTTP, free_port
 from tests.tiny_model import make_tiny_model
 
 RUN_ID = "chaos"
@@ -275,6 +275,6 @@ class World:
 def ready(url: str) -> bool:
     """Whether a server is there and has loaded its model."""
     try:
-        return httpx.get(f"{url}/ready", timeout=2.0).status_code == 200
+        return HTTP.get(f"{url}/ready", timeout=2.0).status_code == 200
     except httpx.HTTPError:
         return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +14,7 @@ from learner.client import RolloutClient
 from shared.rollouts import GenerateRequest, GenerateResponse, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from shared.weights import PushReceipt, WeightVersion
+from tests.integration.server import HTTP
 
 LEASE = "a lease for tests"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -99,7 +99,7 @@ def chat_gap(client: RolloutClient, policy: PeftModel, prompt: list[int], messag
     """Largest gap of vLLM's own chat route, model `policy`, at temperature 1."""
     body = {"model": "policy", "messages": messages, "max_tokens": 8, "temperature": 1.0, "logprobs": True,
             "return_token_ids": True}  # fmt: skip
-    answer = httpx.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
+    answer = HTTP.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
     answer.raise_for_status()
     choice = answer.json()["choices"][0]
     served = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])

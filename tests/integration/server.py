@@ -87,10 +87,14 @@ class ServerProcess:
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)
                 if child.name().startswith("VLLM")]  # fmt: skip
 
+    def metrics(self, name: str) -> list[float]:
+        """A metric's values, one for each combination of its labels."""
+        text = HTTP.get(self.url + "/metrics").text
+        return [float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + " ", name + "{"))]
+
     def metric(self, name: str) -> float:
         """The sum of a metric's values over its labels."""
-        text = HTTP.get(self.url + "/metrics").text
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + " ", name + "{")))
+        return sum(self.metrics(name))
 
     @contextlib.contextmanager
     def frozen_engine(self) -> Iterator[None]:

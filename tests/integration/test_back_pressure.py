@@ -22,7 +22,7 @@ from tests.integration.conftest import FLAGS
 from tests.integration.server import HTTP, ServerProcess, running_server
 from tests.integration.waiting import until
 
-ORPHAN_S, STALL_S = 5.0, 15.0
+ORPHAN_S, STALL_S = 5.0, 25.0
 LIMITS = [
     "--max-body-mib", "1", "--max-sequences", "40", "--max-n", "36", "--max-prompts", "16",
     "--max-request-tokens", "37000", "--orphan-seconds", str(ORPHAN_S), "--idempotency-ttl", "60",
@@ -47,10 +47,10 @@ def left_as_it_was(request: pytest.FixtureRequest, server: ServerProcess) -> Ite
     """Nothing is left behind: neither in our count nor in vLLM's, which is of its last step."""
     yield
     if "hangs" not in request.node.name:
-        until(lambda: server.metric("lockstep_sequences") == 0, 5.0)
+        until(lambda: server.metric("lockstep_sequences") == 0)
         assert _post(server, {**SHORT, "sampling": {"max_tokens": 1}}).status_code == 200
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
-            until(lambda name=name: server.metric(name) == 0, 5.0)
+            until(lambda name=name: server.metric(name) == 0)
 
 
 def _post(server: ServerProcess, body: dict, path: str = "/v1/generate", **kw) -> httpx.Response:
@@ -117,7 +117,7 @@ def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
         answer = _post(server, body, path)
         assert answer.status_code == 429 and answer.headers["Retry-After"] == "1", (path, answer.text[:300])
         assert "--max-sequences" in answer.json()["error"]["message"]
-        until(lambda: server.metric("lockstep_sequences") == 36, 2.0)
+        until(lambda: server.metric("lockstep_sequences") == 36)
     full = _sent(server, {**endless, "sampling": {**LONG["sampling"], "n": 4}})
     until(lambda: server.metric("lockstep_sequences") == 40)
     streamed = _post(server, {**CHAT, "stream": True}, "/v1/chat/completions")
@@ -136,7 +136,7 @@ def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
         long.close()
         full.close()
         for future in waiting:
-            future.result(20)
+            future.result(60)
 
 
 @pytest.mark.parametrize("case", ["json", "stream", "before-the-first-byte", "waiting", "score", "chat", "chat-stream"])
@@ -157,7 +157,7 @@ def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, model: Pat
     with server.frozen_engine():  # or a fast machine has done it all before the client leaves
         connection = _sent(server, body, path)
         if case != "before-the-first-byte":
-            until(lambda: server.metric("lockstep_sequences") > 0, 10.0)
+            until(lambda: server.metric("lockstep_sequences") > 0)
         if not streamed:
             _left(server, connection)
     if streamed:
@@ -169,7 +169,7 @@ def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, model: Pat
 def _left(server: ServerProcess, connection: socket.socket) -> None:
     """Leave, and see that at once nothing is held for the request, though the engine has not moved."""
     connection.close()
-    until(lambda: server.metric("lockstep_sequences") == 0, 5.0)
+    until(lambda: server.metric("lockstep_sequences") == 0)
 
 
 def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
@@ -181,7 +181,7 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
     with ThreadPoolExecutor() as pool:
         with server.frozen_engine():
             first = pool.submit(keyed, "join")
-            until(lambda: server.metric("lockstep_sequences") == 8, 10.0, running=first)
+            until(lambda: server.metric("lockstep_sequences") == 8, running=first)
             second = pool.submit(keyed, "join", stream=True)
             conflict = keyed("join", policy="latest")
         assert conflict.status_code == 409 and conflict.json()["error"]["code"] == "idempotency_conflict"
@@ -194,7 +194,7 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
     before = server.metric("vllm:generation_tokens_total")
     with server.frozen_engine():
         left = _sent(server, body, headers="Idempotency-Key: left\r\n")
-        until(lambda: server.metric("lockstep_sequences") == 8, 10.0)
+        until(lambda: server.metric("lockstep_sequences") == 8)
         left.close()
         time.sleep(0.3)
         again = _sent(server, body, headers="Idempotency-Key: left\r\n")
@@ -203,10 +203,10 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
 
     with server.frozen_engine():
         orphan = _sent(server, LONG, headers="Idempotency-Key: orphan\r\n")
-        until(lambda: server.metric("lockstep_sequences") == 36, 10.0)
+        until(lambda: server.metric("lockstep_sequences") == 36)
         orphan.close()
         left = time.monotonic()
-        until(lambda: server.metric("lockstep_sequences") == 0, 2 * ORPHAN_S)
+        until(lambda: server.metric("lockstep_sequences") == 0)
         assert time.monotonic() - left > ORPHAN_S * 0.75
     failed = [keyed("failed", policy={"run_id": "nobody", "step": 0}).status_code for _ in range(2)]
     assert failed == [404, 404]
@@ -224,4 +224,4 @@ def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
         assert time.monotonic() - stopped >= STALL_S
         assert server.process.wait(30) == 1
     assert "the engine died" in server.tail() and "--engine-stall-seconds" in server.tail()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines), 20.0)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines))

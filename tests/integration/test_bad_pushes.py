@@ -15,6 +15,7 @@ from shared.adapter_file import MANIFEST_KEY
 from shared.errors import ErrorBody, ErrorCode
 from shared.weights import WeightVersion
 from tests.integration import policy as P
+from tests.integration.server import HTTP
 
 RUN = "bad-pushes"
 SERVED = WeightVersion(run_id=RUN, fence=1, step=5)
@@ -32,7 +33,7 @@ def policy(client: RolloutClient, model: Path):
 
 
 def _put(client: RolloutClient, data: bytes, run_id: str = RUN, lease: str = P.LEASE, **headers: str) -> httpx.Response:
-    return httpx.put(
+    return HTTP.put(
         f"{client.url}/v1/runs/{run_id}/adapter", content=data, headers={"Lockstep-Lease": lease, **headers}, timeout=60
     )
 

@@ -17,12 +17,9 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess, running_server
+from tests.integration.moving import FP32, PROBE, TOKENS, check_every_span, live_through_pushes
+from tests.integration.server import HTTP, ServerProcess, running_server
 from tests.integration.waiting import outlives, until, with_enough_load
-
-PROBE = list(range(5, 40))
-FP32 = 1e-4
-TOKENS = 900
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,7 @@ def _gap(client: RolloutClient, policy, **kwargs) -> float:
 
 def _chat(client: RolloutClient, name: str) -> httpx.Response:
     body = {"model": name, "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
-    return httpx.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
+    return HTTP.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
 
 
 def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path) -> None:
@@ -165,32 +162,4 @@ def test_running_requests_live_through_pushes(
     client: RolloutClient, merging: ServerProcess, model: Path, in_flight
 ) -> None:
     policies = [_policy(model, 120 + step) for step in range(3)]
-    base = client.state().base.weights
-
-    def push_twice(n: int) -> P.GenerateResponse:
-        run_id = f"lives-{in_flight}-{n}"
-        versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(3)]
-        blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
-        client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
-        prompts = [[i, *PROBE] for i in (10, 11)]
-        with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
-            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
-            until(lambda: client.run(run_id).running_requests > 0, running=running)
-            for step in (1, 2):
-                P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
-                client.push(run_id, [blobs[step]], P.LEASE, in_flight=in_flight)
-                outlives(client.run(run_id).running_requests)  # the server's word: an answer takes a while to arrive
-            moved = running.result()
-        outlives(all(len(completion.spans) == 3 for group in moved.groups for completion in group.completions))
-        return moved
-
-    for group in with_enough_load(push_twice, (12, 24, 32)).groups:  # of 2 prompts: all must be decoding at once
-        for completion in group.completions:
-            assert [span.version.step for span in completion.spans] == [0, 1, 2]
-            assert completion.spans[-1].end == len(completion.token_ids) == TOKENS
-            whole = group.prompt_token_ids + completion.token_ids
-            for span in completion.spans:
-                expected = P.reference(policies[span.version.step], whole)[len(group.prompt_token_ids) - 1 :]
-                part = slice(span.start, span.end)
-                gap = float((torch.tensor(completion.logprobs)[part] - expected[part]).abs().max())
-                assert (gap < FP32) == (span.kv == "fresh"), (span, gap)
+    check_every_span(live_through_pushes(client, merging, policies, in_flight), policies, in_flight)

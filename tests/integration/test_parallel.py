@@ -9,10 +9,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import torch
@@ -24,13 +22,10 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess, running_server
-from tests.integration.waiting import outlives, until, with_enough_load
+from tests.integration.moving import FP32, PROBE, check_every_span, live_through_pushes
+from tests.integration.server import HTTP, ServerProcess, running_server
 
-PROBE = list(range(5, 40))
-FP32 = 1e-4
 PUSH_TIMEOUT_S = 8.0
-TOKENS = 900
 
 
 @pytest.fixture(scope="module", params=["tensor", "data"])
@@ -60,7 +55,7 @@ def _gaps(client: RolloutClient, policy, engines: int) -> list[float]:
     for rank in range(engines):
         body = {"model": "policy", "prompt": PROBE, "max_tokens": 8, "temperature": 1.0, "logprobs": 0,
                 "return_token_ids": True}  # fmt: skip
-        answer = httpx.post(
+        answer = HTTP.post(
             f"{client.url}/v1/completions", json=body, headers={"X-data-parallel-rank": str(rank)}, timeout=30.0
         )
         answer.raise_for_status()
@@ -115,37 +110,12 @@ def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: 
     policies = [P.make_policy(model) for _ in range(3)]
     for seed, policy in enumerate(policies):
         P.randomize(policy, seed=20 + seed)
-    base = client.state().base.weights
-
-    def push_twice(n: int) -> P.GenerateResponse:
-        run_id = f"moved-{n}"
-        versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(3)]
-        blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
-        client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
-        prompts = [[i, *PROBE] for i in range(10, 14)]
-        with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
-            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=TOKENS, ignore_eos=True)
-            until(lambda: client.run(run_id).running_requests > 0)
-            for step in (1, 2):
-                P.generate(client, [PROBE], max_tokens=10, ignore_eos=True)  # the others decode about as far meanwhile
-                receipt = client.push(run_id, [blobs[step]], P.LEASE, in_flight="keep")
-                outlives(receipt.pause_seconds > 0)  # else nothing was decoding any more, whatever is on its way to us
-                assert receipt.workers == 2
-            moved = running.result()
-        outlives(all(len(completion.spans) == 3 for group in moved.groups for completion in group.completions))
-        return moved
-
-    answer = with_enough_load(push_twice)
-    for group in answer.groups:
-        for completion in group.completions:
-            assert [span.version.step for span in completion.spans] == [0, 1, 2]
-            assert completion.spans[0].start == 0 and completion.spans[-1].end == TOKENS
-            whole = group.prompt_token_ids + completion.token_ids
-            for span in completion.spans:
-                expected = P.reference(policies[span.version.step], whole)[len(group.prompt_token_ids) - 1 :]
-                part = slice(span.start, span.end)
-                gap = float((torch.tensor(completion.logprobs)[part] - expected[part]).abs().max())
-                assert gap < FP32, span
+    workers = []
+    answer = live_through_pushes(
+        client, server, policies, "keep", after_push=lambda receipt: workers.append(receipt.workers)
+    )  # fmt: skip
+    assert set(workers) == {2}
+    check_every_span(answer, policies, "keep")
 
 
 def test_one_stopped_worker_is_one_acknowledgement_missing(

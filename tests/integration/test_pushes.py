@@ -76,7 +76,7 @@ def test_push_in_the_middle_of_generations(client: RolloutClient, server: Server
             later = P.generate(client, prompts, max_tokens=24)
             outlives(not running.done())
             first = running.result()
-        assert receipt.wait_seconds < 1.0
+        assert receipt.wait_seconds < 5.0, "a push takes a free slot, and no request is waited for"
         _check_spans(first, WeightVersion(run_id=run_id, step=0))
         _check_spans(later, receipt.version)
         assert P.largest_gap(old, first) < FP32

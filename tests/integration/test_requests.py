@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 from learner.client import RolloutClient
 from shared.rollouts import GenerateResponse, RolloutGroup, ScoreRequest
 from tests.integration import policy as P
+from tests.integration.server import HTTP
 
 PROMPT = [5, 17, 99, 260, 41]
 
 
 def _post(client: RolloutClient, body: dict, path: str = "/v1/generate") -> httpx.Response:
     headers = {"content-type": "application/json"}  # escaped, so that it can hold what is no character
-    return httpx.post(client.url + path, content=json.dumps(body), headers=headers, timeout=60)
+    return HTTP.post(client.url + path, content=json.dumps(body), headers=headers, timeout=60)
 
 
 def test_three_forms_of_prompt(client: RolloutClient, model: Path) -> None:
@@ -77,7 +78,7 @@ def test_seeded_request_with_a_long_prompt_does_not_kill_the_engine(client: Roll
     assert [c["token_ids"] for c in again] == [c["token_ids"] for c in alone], "a seed must mean the same completion"
     chat = {"model": "base", "prompt": [3 + i % 200 for i in range(600)], "max_tokens": 4, "seed": 1}
     assert _post(client, chat, "/v1/completions").status_code == 200
-    assert httpx.get(client.url + "/health").status_code == 200
+    assert HTTP.get(client.url + "/health").status_code == 200
 
 
 REFUSED = {
@@ -140,7 +141,7 @@ def test_policy_and_base_on_the_openai_routes(client: RolloutClient, model: Path
     policy = P.make_policy(model)
     P.randomize(policy, seed=10)
     P.push(client, policy, "openai", step=0)
-    models = [m["id"] for m in httpx.get(client.url + "/v1/models").json()["data"]]
+    models = [m["id"] for m in HTTP.get(client.url + "/v1/models").json()["data"]]
     assert models == ["base", "policy", "policy:openai"]
     texts = {
         name: _post(client, {"model": name, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}, "/v1/completions")
@@ -225,5 +226,5 @@ def test_mass_that_truncation_kept(client: RolloutClient, model: Path) -> None:
 
 
 def test_metrics_of_both(client: RolloutClient) -> None:
-    text = httpx.get(client.url + "/metrics", follow_redirects=True).text
+    text = HTTP.get(client.url + "/metrics").text
     assert "lockstep_pushes_total" in text and "vllm:" in text

@@ -108,7 +108,7 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
         for path in ("/health", "/ready", "/v1/state"):
             assert httpx_status(server.url + path) in (503, 0)
         assert server.process.wait(60) == 1
-        assert time.monotonic() - killed < 20
+        assert time.monotonic() - killed < 45
         assert "engine died" in server.tail()
         _nothing_left(server)
         left = set(os.listdir("/dev/shm")) - shared_memory

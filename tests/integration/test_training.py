@@ -28,7 +28,7 @@ from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions
 from tests.integration.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
-from tests.integration.server import ENVIRONMENT, ServerProcess, free_port, running_server
+from tests.integration.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
 from tests.integration.waiting import until
 
 TOKEN = "a-token-of-the-training-tests"
@@ -113,7 +113,7 @@ def _watched(server: ServerProcess, learner: LearnerProcess, port: int, token_fi
     while learner.process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
             metrics = [
-                httpx.get(f"{url}/metrics/", headers=headers).text for url in (server.url, f"http://127.0.0.1:{port}")
+                HTTP.get(f"{url}/metrics/", headers=headers).text for url in (server.url, f"http://127.0.0.1:{port}")
             ]
         time.sleep(0.2)
     assert learner.process.returncode == 0, learner.tail()
@@ -298,7 +298,7 @@ def test_neither_prompts_nor_tokens_are_logged(server: ServerProcess, task: Path
         ("/v1/chat/completions", {"model": "base", "messages": [{"role": secret, "content": secret}], "max_tokens": 2}),
         ("/v1/chat/completions", {"model": "none", "messages": [{"role": "user", "content": secret}]}),
     ]
-    statuses = [httpx.post(server.url + p, json=body, headers=headers, timeout=60).status_code for p, body in asked]
+    statuses = [HTTP.post(server.url + p, json=body, headers=headers, timeout=60).status_code for p, body in asked]
     assert set(statuses) <= {200, 400, 404, 422} and statuses.count(200) >= 4, statuses
     log = server.log.read_text(errors="replace")
     assert "ready after" in log

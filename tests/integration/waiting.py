@@ -16,7 +16,7 @@ class EndedEarlyError(Exception):
     """The running requests were done before the push they had to outlive."""
 
 
-def until(condition: Callable[[], object], timeout_s: float = 30.0, running: Future | None = None) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 60.0, running: Future | None = None) -> None:
     """Return as soon as `condition()` holds. `running`: what it depends on, whose error is raised."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -112,3 +112,13 @@ def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("learner.four_bit.find_spec", lambda name: None)
     with pytest.raises(LockstepError, match="qlora"):
         quantisation(ModelConfig(**asked))
+
+
+def test_what_fails_on_the_way_leaves_nothing(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("learner.four_bit.copy_files", full)
+    with pytest.raises(OSError, match="no space left"):
+        make_base(str(model_dir), tmp_path / "base", dtype="float32")
+    assert not list(tmp_path.iterdir())

@@ -142,7 +142,7 @@ def test_what_cannot_be_pickled_has_a_soft_limit(pool: RewardPool, said: list[st
             assert scored(pool, "waits_for_a_lock", "a") == [(1, None)]
         with pytest.raises(LockstepError, match="stuck on 3 threads"):
             scored(pool, "waits_for_a_lock", "a")
-    until(lambda: not pool._threads[5]._alive(), 5.0)
+    until(lambda: not pool._threads[5]._alive())
     assert scored(pool, "waits_for_a_lock", "a", "b")[0][1].rewards == [1.0, 1.0]
 
 
@@ -204,11 +204,11 @@ def test_nothing_outlives_a_script_that_ends(tmp_path: Path) -> None:
     process, children = run_script(tmp_path)
     assert process.communicate(timeout=20)[0] == "", "workers do not execute __main__ again"
     assert process.returncode == 0
-    until(lambda: not any(map(psutil.pid_exists, children)), 10.0)
+    until(lambda: not any(map(psutil.pid_exists, children)))
 
 
 def test_nothing_outlives_a_script_that_is_killed(tmp_path: Path) -> None:
     process, children = run_script(tmp_path, "wait")
     process.kill()
     process.communicate(timeout=20)
-    until(lambda: not any(map(psutil.pid_exists, children)), 10.0)
+    until(lambda: not any(map(psutil.pid_exists, children)))

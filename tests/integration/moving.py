@@ -1,0 +1,82 @@
+"""Requests that live through pushes, as `in_flight` = `keep` and `carried` promise it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import ge
+
+import torch
+from peft import PeftModel
+
+from learner.client import RolloutClient
+from shared.weights import PushReceipt, WeightVersion
+from tests.integration import policy as P
+from tests.integration.server import ServerProcess
+from tests.integration.waiting import outlives, until, with_enough_load
+
+PROBE = list(range(5, 40))
+FP32 = 1e-4
+TOKENS = 900
+
+
+def live_through_pushes(
+    client: RolloutClient,
+    server: ServerProcess,
+    policies: Sequence[PeftModel],
+    in_flight: str,
+    prompts: int = 3,
+    after_push: Callable[[PushReceipt], object] = lambda receipt: None,
+) -> P.GenerateResponse:
+    """Completions of TOKENS tokens that were under way while all but the first of `policies` were pushed.
+
+    `after_push(receipt)` is called after each of these pushes.
+    """
+    base = client.state().base.weights
+
+    def push_meanwhile(n: int) -> P.GenerateResponse:
+        run_id = f"moved-{in_flight}-{n}"
+        versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(len(policies))]
+        blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
+        client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
+        asked = [[i, *PROBE] for i in range(10, 10 + prompts)]
+        with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
+            decoded = server.metrics("vllm:generation_tokens_total")
+            running = pool.submit(P.generate, other, asked, n=n, max_tokens=TOKENS, ignore_eos=True)
+            for blob in blobs[1:]:
+                enough = [tokens + 4 * prompts * n / len(decoded) for tokens in decoded]  # a few of every request
+
+                def decoded_enough(enough: list[float] = enough) -> bool:
+                    return all(map(ge, server.metrics("vllm:generation_tokens_total"), enough))
+
+                until(decoded_enough, running=running)
+                after_push(client.push(run_id, [blob], P.LEASE, in_flight=in_flight))
+                decoded = server.metrics("vllm:generation_tokens_total")
+            answer = running.result()
+        completions = [completion for group in answer.groups for completion in group.completions]
+        outlives(all(completion.spans[-1].version == versions[-1] for completion in completions))
+        whole = [completion for completion in completions if len(completion.spans) == len(policies)]
+        outlives(len(whole) > 0.75 * len(completions))  # not quite all: a busy machine may begin with some late
+        until(lambda: all(slot["state"] in ("active", "free") for slot in client.run(run_id).slots))
+        return answer
+
+    return with_enough_load(push_meanwhile, (8, 16, 21))  # of 3 prompts: all must be decoding at once
+
+
+def check_every_span(answer: P.GenerateResponse, policies: Sequence[PeftModel], in_flight: str) -> None:
+    """Every token is of the version that its span names; with KV of an older version where the span says so, only."""
+    for group in answer.groups:
+        for completion in group.completions:
+            spans = completion.spans
+            assert [span.start for span in spans] == [0] + [span.end for span in spans[:-1]]
+            assert spans[-1].end == len(completion.token_ids) == len(completion.logprobs) == TOKENS
+            steps = [span.version.step for span in spans]
+            assert steps == list(range(steps[0], len(policies)))
+            moved = "carried" if in_flight == "carried" else "fresh"
+            assert [span.kv for span in spans] == ["fresh"] + [moved] * (len(spans) - 1)
+            whole = group.prompt_token_ids + completion.token_ids
+            for span in spans:
+                expected = P.reference(policies[span.version.step], whole)[len(group.prompt_token_ids) - 1 :]
+                part = slice(span.start, span.end)
+                gap = (torch.tensor(completion.logprobs)[part] - expected[part]).abs().max().item()
+                assert (gap < FP32) == (span.kv == "fresh"), (span, gap)
