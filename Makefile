@@ -12,9 +12,8 @@ setup: ## the CPU environment, into .venv/
 demo: setup ## train a small model on a real task, both processes on this machine
 	$(PY) -m learner.demo $(DEMO_FLAGS)
 
-# In order, not by size: the long integration tests come first, and the short ones even out the workers' ends.
 test: setup ## all tests; the integration tests start a real vLLM
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
 test-unit: setup ## unit tests only, in seconds
 	$(PY) -m pytest -q tests/unit

@@ -75,7 +75,7 @@ class ServeReport(Told):
     figure = "tokens_per_s"
 
     def line(self, row: Row) -> str:
-        what = f"{row['shape']}, {row['concurrency']} at a time, {row['row']}"
+        what = f"{row['shape']}, {row['concurrency']} sequences at a time, {row['row']}"
         if "tokens_per_s" not in row:
             return f"{what}: {'skipped: ' + row['skipped'] if row.get('skipped') else 'ERROR ' + str(row.get('error'))}"
         of_bare = f", {percent(row['ratio_to_bare'])} of the bare engine" if "ratio_to_bare" in row else ""
@@ -144,17 +144,19 @@ def measure(
     for number in range(options.rounds + 1):
         if number > 1 and time.monotonic() > deadline:
             return
-        asks = make_asks(max(options.least, 2 * concurrency), options.tokens, vocab, seed=1000 * concurrency + number)
-        warm_up = make_asks(max(4, concurrency // 2), options.tokens, vocab, seed=-number)
-        tokens = sum(ask.tokens for ask in asks)
+        at_once = max(1, concurrency // options.n)  # requests
+        count, most = max(options.least, 2 * at_once), options.tokens
+        asks = make_asks(count, most, vocab, seed=1000 * concurrency + number, n=options.n)
+        warm_up = make_asks(max(4, at_once // 2), most, vocab, seed=-number, n=options.n)
+        tokens = sum(ask.tokens for ask in asks) * options.n
         first = number % len(contenders)
         found: list[tuple[Contender, float, float, list[float]]] = []
         for contender in (*contenders[first:], *contenders[:first]):
             if contender.failed is None:
                 try:
-                    contender.wave(warm_up, concurrency)  # it has been idle while the others had their turns
+                    contender.wave(warm_up, at_once)  # it has been idle while the others had their turns
                     before = contender.server.processor_s()
-                    seconds, each = contender.wave(asks, concurrency)
+                    seconds, each = contender.wave(asks, at_once)
                     found.append((contender, seconds, contender.server.processor_s() - before, each))
                 except Exception as error:
                     contender.failed = f"{describe(error)}; {contender.server.tail()}"
@@ -196,7 +198,8 @@ def one_shape(
     """Start everything, wait, measure every level."""
 
     def add(row: str, concurrency: int, found: dict[str, Any]) -> None:
-        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "tokens": options.tokens, "ok": True}
+        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "tokens": options.tokens,
+                 "completions": options.n, "ok": True}  # fmt: skip
         report.add({**about, **({"note": NOTES[row]} if row in NOTES else {}), **found})
 
     folder = shape.write(work / shape.name, dtype)
@@ -245,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = pick_shapes(options.shapes)
         served_rank(options.rank)
         options.concurrency = sorted({int(level) for level in options.concurrency.split(",")})
-        if min(*options.concurrency, options.tokens, options.rounds, options.least) < 1:
-            raise ValueError("concurrency, tokens, rounds and requests are 1 or more")
+        if min(*options.concurrency, options.tokens, options.n, options.rounds, options.least) < 1:
+            raise ValueError("concurrency, tokens, completions, rounds and requests are 1 or more")
     except ValueError as error:
         parser.error(str(error))
     options.learner_gpu = options.server_gpu
@@ -294,14 +297,15 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="a tiny model, rank 8, up to 64 tokens, 1, 8 and 32 requests at a time")
+    add("--quick", action="store_true", help="a tiny model, rank 8, up to 64 tokens, 1, 8 and 32 sequences at a time")
     add("--json", type=Path, help="written after every row")
     add("--shapes", default="qwen3-4b")
     add("--rank", type=int, default=32, help="of the adapter slots")
-    add("--concurrency", default="1,8,32,128,256,512", help="requests at a time")
+    add("--concurrency", default="1,8,32,128,256,512", help="sequences at a time")
     add("--tokens", type=int, default=256, help="the most that a request decodes; the least is a quarter of it")
+    add("--n", type=int, default=1, help="completions of each request, all of one length; learners ask for a group's")
     add("--rounds", type=int, default=5, help="waves that are counted, after one that is not")
-    add("--least", type=int, default=8, help="requests of a wave; twice the concurrency where that is more")
+    add("--least", type=int, default=8, help="requests of a wave; twice those at a time where that is more")
     add("--server-gpu", type=int, default=0)
     add("--server-flags", default="", help="further vLLM flags for every contender, in one string")
     add("--start-timeout-s", type=float, default=900.0)

@@ -28,13 +28,13 @@ async def answer_one(engine: Any, ask: Ask, number: int) -> float:
     from shared.sampling import SamplingParams
 
     started = time.perf_counter()
-    params = to_vllm(SamplingParams(max_tokens=ask.tokens, ignore_eos=True))
+    params = to_vllm(SamplingParams(n=ask.n, max_tokens=ask.tokens, ignore_eos=True))
     final = None
     async for output in engine.generate(token_prompt(ask.prompt), params, f"bench-{number}"):
         final = output
     assert final is not None
-    [completion] = final.outputs
-    assert len(sampled_logprobs(completion.logprobs, completion.token_ids)) == ask.tokens
+    counts = [len(sampled_logprobs(one.logprobs, one.token_ids)) for one in final.outputs]
+    assert counts == [ask.tokens] * ask.n
     return time.perf_counter() - started
 
 

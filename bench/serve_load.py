@@ -14,17 +14,22 @@ WAVE_LIMIT_S = 600.0
 
 
 class Ask(NamedTuple):
-    """One request: a prompt of token ids, and how many tokens to sample."""
+    """One request: a prompt of token ids, how many tokens to sample, and for how many completions each."""
 
     prompt: list[int]
     tokens: int
+    n: int = 1
 
 
-def make_asks(count: int, most: int, vocab: int, seed: int) -> list[Ask]:
+def make_asks(count: int, most: int, vocab: int, seed: int, n: int = 1) -> list[Ask]:
     """Requests of a quarter of `most` tokens up to `most`, the same for the same seed."""
     rng = random.Random(f"serve {seed}")
     return [
-        Ask([rng.randrange(3, vocab) for _ in range(rng.randint(*PROMPT_TOKENS))], rng.randint(max(1, most // 4), most))
+        Ask(
+            [rng.randrange(3, vocab) for _ in range(rng.randint(*PROMPT_TOKENS))],
+            rng.randint(max(1, most // 4), most),
+            n,
+        )
         for _ in range(count)
     ]
 
@@ -48,25 +53,23 @@ async def in_parallel(
 
 def generate_body(ask: Ask, policy: str) -> tuple[str, dict[str, Any]]:
     """Path and body of our own route."""
-    sampling = {"max_tokens": ask.tokens, "ignore_eos": True, "temperature": 1.0}
+    sampling = {"n": ask.n, "max_tokens": ask.tokens, "ignore_eos": True, "temperature": 1.0}
     prompts = [{"token_ids": ask.prompt}]
     return "/v1/generate", {"prompts": prompts, "policy": policy, "return_text": False, "sampling": sampling}
 
 
 def completions_body(ask: Ask, model: str) -> tuple[str, dict[str, Any]]:
     """Path and body of vLLM's."""
-    body = {"model": model, "prompt": ask.prompt, "logprobs": 0, "return_token_ids": True, "max_tokens": ask.tokens,
-            "ignore_eos": True, "temperature": 1.0}  # fmt: skip
+    body = {"model": model, "prompt": ask.prompt, "logprobs": 0, "return_token_ids": True, "n": ask.n,
+            "max_tokens": ask.tokens, "ignore_eos": True, "temperature": 1.0}  # fmt: skip
     return "/v1/completions", body
 
 
-def sampled(path: str, document: Any) -> tuple[list[int], list[float]]:
-    """Token ids and logprobs of an answer."""
+def sampled(path: str, document: Any) -> list[tuple[list[int], list[float]]]:
+    """Token ids and logprobs of every completion of an answer."""
     if path == "/v1/generate":
-        completion = document["groups"][0]["completions"][0]
-        return completion["token_ids"], completion["logprobs"]
-    choice = document["choices"][0]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        return [(one["token_ids"], one["logprobs"]) for one in document["groups"][0]["completions"]]
+    return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in document["choices"]]
 
 
 async def http_wave(
@@ -98,7 +101,9 @@ async def http_wave(
     for ask, path, status, content in answers:
         if status != 200:
             raise RuntimeError(f"{path} answered {status}: {content[:300]!r}")
-        ids, logprobs = sampled(path, json.loads(content))
-        if not len(ids) == len(logprobs) == ask.tokens:
-            raise RuntimeError(f"{path}: {len(ids)} tokens and {len(logprobs)} logprobs came back, not {ask.tokens}")
+        counts = [(len(ids), len(logprobs)) for ids, logprobs in sampled(path, json.loads(content))]
+        if counts != [(ask.tokens, ask.tokens)] * ask.n:
+            raise RuntimeError(
+                f"{path}: tokens and logprobs came back as {counts}, not {ask.tokens} for each of {ask.n}"
+            )
     return figures

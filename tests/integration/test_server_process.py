@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -63,7 +62,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
                 running = pool.submit(HTTP.post, server.url + "/v1/generate", json=body, timeout=120)
-                time.sleep(1.0)
+                until(lambda: server.metric("lockstep_sequences") == 32)
                 server.process.send_signal(signal.SIGTERM)
                 until(lambda: httpx_status(server.url + "/ready") != 200)
                 assert httpx_status(server.url + "/ready") == 503
@@ -86,7 +85,6 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
 
 
 def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path) -> None:
-    shared_memory = set(os.listdir("/dev/shm"))
     server = ServerProcess(model, tmp_path / "log", *FLAGS)
     try:
         server.wait_ready()
@@ -98,6 +96,8 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
                 ours = pool.submit(HTTP.post, server.url + "/v1/generate", json=body, timeout=60)
                 theirs = pool.submit(HTTP.post, server.url + "/v1/completions", json=their_body, timeout=60)
                 until(lambda: server.metric("lockstep_sequences") == 40)
+                shared_memory = _shared_memory(server)
+                assert shared_memory, "between the engine and its worker"
                 killed = time.monotonic()
                 for pid in _group(server):
                     if "EngineCor" in Path(f"/proc/{pid}/comm").read_text():
@@ -111,8 +111,7 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
         assert time.monotonic() - killed < 45
         assert "engine died" in server.tail()
         _nothing_left(server)
-        left = set(os.listdir("/dev/shm")) - shared_memory
-        assert not [name for name in left if not name.startswith("sem.loky") and not _in_use(f"/dev/shm/{name}")]
+        assert not shared_memory & set(os.listdir("/dev/shm"))
     finally:
         server.stop()
 
@@ -139,16 +138,16 @@ def httpx_status(url: str) -> int:
         return 0
 
 
-def _in_use(path: str) -> bool:
-    """Whether a process that lives has it open or mapped: other servers of this machine come and go.
-
-    The semaphores of reward workers, which servers have none of, are neither for a moment.
-    """
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if path in (process / "maps").read_text() or path in map(os.path.realpath, (process / "fd").iterdir()):
-                return True
-    return False
+def _shared_memory(server: ServerProcess) -> set[str]:
+    """What lies in shared memory and is mapped or opened by a process of the server."""
+    names = os.listdir("/dev/shm")
+    used: set[str] = set()
+    for pid in _group(server):
+        process = Path(f"/proc/{pid}")
+        opened = [os.path.realpath(link) for link in (process / "fd").iterdir()]
+        mapped = (process / "maps").read_text()
+        used.update(name for name in names if f"/dev/shm/{name}" in opened or f"/dev/shm/{name}" in mapped)
+    return used
 
 
 def _group(server: ServerProcess) -> list[int]:

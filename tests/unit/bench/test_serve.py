@@ -42,14 +42,15 @@ def test_requests_are_the_same_for_all_and_differ_from_round_to_round() -> None:
 
 
 def test_both_routes_are_asked_for_the_same() -> None:
-    ask = Ask([5, 6], 7)
+    ask = Ask([5, 6], 7, n=3)
     path, body = generate_body(ask, "base")
     asked = GenerateRequest.model_validate(body)
     assert path == "/v1/generate" and asked.prompts[0].token_ids == [5, 6] and asked.policy == "base"
     assert (asked.sampling.max_tokens, asked.sampling.ignore_eos, asked.sampling.temperature) == (7, True, 1.0)
+    assert asked.sampling.n == body["sampling"]["n"] == 3
     path, body = completions_body(ask, "base")
     assert path == "/v1/completions" and body["prompt"] == [5, 6] and body["logprobs"] == 0
-    assert (body["max_tokens"], body["ignore_eos"], body["temperature"]) == (7, True, 1.0)
+    assert (body["n"], body["max_tokens"], body["ignore_eos"], body["temperature"]) == (3, 7, True, 1.0)
 
 
 async def test_never_more_at_a_time_than_asked_for() -> None:
@@ -68,13 +69,15 @@ async def test_never_more_at_a_time_than_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "word"), [(None, ""), ("short", "not 4"), ("logprobs", "not 4"), ("status", "answered 500")]
+    ("fault", "word"),
+    [(None, ""), ("short", "not 4"), ("logprobs", "not 4"), ("fewer", "each of 2"), ("status", "answered 500")],
 )
 async def test_answers_over_http_are_checked(fault: str | None, word: str) -> None:
     async def answer(request: web.Request) -> web.Response:
         count = json.loads(await request.read())["sampling"]["max_tokens"]
         found = {"token_ids": [7] * (count - (fault == "short")), "logprobs": [-1.0] * (count - (fault == "logprobs"))}
-        return web.json_response({"groups": [{"completions": [found]}]}, status=500 if fault == "status" else 200)
+        completions = [found] * (2 - (fault == "fewer"))
+        return web.json_response({"groups": [{"completions": completions}]}, status=500 if fault == "status" else 200)
 
     app = web.Application()
     app.router.add_post("/v1/generate", answer)
@@ -83,7 +86,7 @@ async def test_answers_over_http_are_checked(fault: str | None, word: str) -> No
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    asks = [Ask([5, 6], 4)] * 5
+    asks = [Ask([5, 6], 4, n=2)] * 5
     try:
         wave = http_wave(url, asks, 2, lambda ask: generate_body(ask, "base"))
         if fault is None:
@@ -111,6 +114,21 @@ def test_a_row_says_what_it_reaches_of_the_others() -> None:
     assert row["ratio_to_vllm_serve"]["median"] == pytest.approx(1.6)
     assert row["request_s"] == {"median": 0.625, "p95": 0.625}
     assert "ratio_to_bare" not in figures(contenders[0], contenders)
+
+
+def test_sequences_at_a_time_are_those_of_all_requests() -> None:
+    sent: list[tuple[int, int]] = []
+
+    def wave(asks: Any, at_once: int) -> tuple[float, list[float]]:
+        sent.append((len(asks), at_once))
+        return 1.0, [1.0] * len(asks)
+
+    one = Contender(BARE, Server(), wave)  # type: ignore[arg-type]
+    options = serve.make_parser().parse_args(["--n", "8", "--tokens", "4", "--rounds", "1"])
+    measure([one], 256, options, 512)
+    assert set(sent[1::2]) == {(64, 32)}
+    tokens = sum(ask.tokens for ask in make_asks(64, 4, 512, seed=256_001))
+    assert figures(one, [one])["tokens_per_s"]["median"] == 8 * tokens
 
 
 def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
