@@ -54,9 +54,9 @@ rm -f "$stamp"
 # there already are left alone.
 torch=$(pinned torch)
 say "$torch"
-if ! pip install --quiet --no-deps --retries 1 "$torch" 2> .venv/torch.log; then
+if ! pip install --quiet --no-deps --no-compile --retries 1 "$torch" 2> .venv/torch.log; then
   say "not on the configured indexes; trying $torch_index"
-  pip install --quiet --no-deps --index-url "$torch_index" "$torch" || {
+  pip install --quiet --no-deps --no-compile --index-url "$torch_index" "$torch" || {
     cat .venv/torch.log >&2
     fail "no $torch: neither on the configured indexes (above) nor at $torch_index"
   }
@@ -67,10 +67,10 @@ packages=$(grep -c '==' "$list")
 say "$packages packages of $list (about 2 GB; some minutes the first time)"
 # The two that come as source are built by the pinned setuptools, not by whatever an isolated build would download.
 pip install --quiet --no-deps "$(pinned setuptools)"
-pip install --no-deps --no-build-isolation --requirement "$list" | progress
+pip install --no-deps --no-build-isolation --no-compile --requirement "$list" | progress
 pip install --quiet --no-deps --no-build-isolation --editable .
 
-# A server imports vLLM in three processes; without bytecode (PYTHONDONTWRITEBYTECODE, say) each compiles it anew.
+# On all cores, where pip would use one. A server imports vLLM in three processes; without bytecode each compiles it.
 say "compiling to bytecode"
 .venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # some packages carry files for other Pythons
 

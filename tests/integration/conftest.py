@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,16 @@ FLAGS = [
     "--max-lora-rank", "16", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64",
     "--max-num-batched-tokens", "256", "--enforce-eager", "--served-model-name", "base",
 ]  # fmt: skip
+
+
+_LEVEL = logging.root.level
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """vLLM within this process lets the root logger pass errors only."""
+    yield
+    logging.root.setLevel(_LEVEL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,6 @@ PROBE = list(range(5, 40))
 #: Of each request's eight completions. Some end before the last push, and some have to wait for a place till after it.
 TOKENS = (400, 150, 400)
 BETWEEN_PUSHES = 60
-
-
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """An engine in this process lets the root logger pass errors only."""
-    level = logging.root.level
-    yield
-    logging.root.setLevel(level)
 
 
 class LabellingDoor(EngineDoor):
