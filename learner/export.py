@@ -12,7 +12,7 @@ from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
 from learner.model_card import MARK, model_card
 from learner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
-from learner.whole_directory import whole_directory
+from learner.whole_directory import is_vacant, whole_directory
 from shared.adapter_file import DTYPES
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -96,7 +96,7 @@ def _check_base(adapter: StoredAdapter, base: Path) -> None:
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
     if any(source.absolute() == target for source in sources):
         raise _invalid(f"{target} is what is to be exported; choose another --out")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if is_vacant(target):
         return
     if not force:
         raise _invalid(f"{target} exists; choose another --out, or replace it with --force")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base
-from learner.refusals import FOUR_BIT, check_quantised
-from learner.whole_directory import whole_directory
+from learner.quantised import FOUR_BIT, check_quantised
+from learner.whole_directory import is_vacant, whole_directory
 from shared.errors import ErrorCode, LockstepError
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    folder, target = fetch_base(model, revision), Path(out).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = Path(out).absolute()
+    if not is_vacant(target):
         raise _invalid(f"{target} exists; choose another --out")
+    folder = fetch_base(model, revision)
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
         raise _invalid(f"{model} is quantised already: name the checkpoint that it was made from")
     as_four_bits = BitsAndBytesConfig(
@@ -91,7 +92,7 @@ def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     """What `load_in_4bit` asks for, refused before the model is loaded; None where it does not.
 
     Raises:
-        LockstepError: `unsupported_adapter`.
+        LockstepError: `invalid_request`, `unsupported_adapter`.
     """
     from transformers import AutoConfig
     from trl import get_quantization_config

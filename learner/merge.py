@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.refusals import FOUR_BIT
+from learner.quantised import FOUR_BIT
 from learner.stored_adapter import StoredAdapter
 from learner.tensor_file import WIDENED, TensorFile, item_bytes, rounded, widened, write_tensors
 from shared.adapter_file import DTYPES

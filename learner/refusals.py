@@ -6,10 +6,11 @@ Pure functions of configurations and of the server's state: no model is loaded a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from learner.quantised import check_quantised
 from learner.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared import PROTOCOL_VERSION
 from shared.errors import ErrorCode, LockstepError
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import GRPOConfig
 
-#: In the config.json of a base that `learner.four_bit` made: what it was quantised with.
-FOUR_BIT = "lockstep_four_bit"
-_HOW = "make a base for learner and server with `learner four-bit-base MODEL --out DIR`"
 #: Initialisations that leave the base weights as they are.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -112,41 +110,6 @@ def check_model(model_config: Any) -> None:
         if getattr(model_config, part, None) is not None:
             raise _unsupported(f"{model_config.model_type} has a {part}: only text models are supported")
     check_quantised(model_config)
-
-
-def check_quantised(model_config: Any) -> None:
-    """A model that was loaded in few bits has a base that lost nothing by it.
-
-    Raises:
-        LockstepError: `unsupported_adapter`.
-    """
-    quantisation = getattr(model_config, "quantization_config", None)
-    if quantisation is None:
-        return
-    options: Mapping[str, Any] = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
-    if not options.get("load_in_4bit"):
-        raise _unsupported(
-            f"a base quantised by {options.get('quant_method')} in the learner is another policy than the server's: "
-            f"load it whole, or in 4 bits; {_HOW}"
-        )
-    if options.get("bnb_4bit_use_double_quant"):
-        raise _unsupported(
-            "nested quantisation (use_bnb_nested_quant) rounds the scales too, and no base stays what it is under "
-            "that: leave it out"
-        )
-    made = getattr(model_config, FOUR_BIT, None)
-    if made is None:
-        raise _unsupported(
-            "a base quantised to 4 bits (load_in_4bit) is another policy than the one it was made from, which the "
-            f"server would serve: {_HOW}, and give DIR to both"
-        )
-    compute = str(options.get("bnb_4bit_compute_dtype")).removeprefix("torch.")
-    for what, given, needed in (
-        ("dtype", compute, made["dtype"]),
-        ("bnb_4bit_quant_type", options.get("bnb_4bit_quant_type"), made["quant_type"]),
-    ):
-        if given != needed:
-            raise _unsupported(f"the base was made for {what}={needed}, not {given}: give --{what} {needed}")
 
 
 def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:

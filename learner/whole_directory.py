@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def is_vacant(target: Path) -> bool:
+    """Whether nothing would be replaced there: it does not exist, or is an empty directory."""
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """An empty directory beside `target`; when the block has ended, it takes the place of what is there."""

@@ -13,7 +13,7 @@ from trl import ModelConfig
 
 from learner.cli import main
 from learner.four_bit import make_base, quantisation
-from learner.refusals import FOUR_BIT, check_quantised
+from learner.quantised import FOUR_BIT, check_quantised
 from shared.errors import ErrorCode, LockstepError
 
 IDS = torch.tensor([[5, 9, 14, 20, 33, 8, 40, 41, 3, 7]])

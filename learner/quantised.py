@@ -1,0 +1,51 @@
+"""Which quantised base a learner may hold: one that lost nothing by it, see `learner.four_bit`. No model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shared.errors import ErrorCode, LockstepError
+
+#: In the config.json of a base that `learner.four_bit` made: what it was quantised with.
+FOUR_BIT = "lockstep_four_bit"
+_HOW = "make a base for learner and server with `learner four-bit-base MODEL --out DIR`"
+
+
+def check_quantised(model_config: Any) -> None:
+    """A model that was loaded in few bits has a base that lost nothing by it.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    quantisation = getattr(model_config, "quantization_config", None)
+    if quantisation is None:
+        return
+    options: Mapping[str, Any] = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
+    if not options.get("load_in_4bit"):
+        raise _unsupported(
+            f"a base quantised by {options.get('quant_method')} in the learner is another policy than the server's: "
+            f"load it whole, or in 4 bits; {_HOW}"
+        )
+    if options.get("bnb_4bit_use_double_quant"):
+        raise _unsupported(
+            "nested quantisation (use_bnb_nested_quant) rounds the scales too, and no base stays what it is under "
+            "that: leave it out"
+        )
+    made = getattr(model_config, FOUR_BIT, None)
+    if made is None:
+        raise _unsupported(
+            "a base quantised to 4 bits (load_in_4bit) is another policy than the one it was made from, which the "
+            f"server would serve: {_HOW}, and give DIR to both"
+        )
+    compute = str(options.get("bnb_4bit_compute_dtype")).removeprefix("torch.")
+    for what, given, needed in (
+        ("dtype", compute, made["dtype"]),
+        ("bnb_4bit_quant_type", options.get("bnb_4bit_quant_type"), made["quant_type"]),
+    ):
+        if given != needed:
+            raise _unsupported(f"the base was made for {what}={needed}, not {given}: give --{what} {needed}")
+
+
+def _unsupported(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, message)
