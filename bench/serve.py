@@ -10,63 +10,29 @@ take turns, wave by wave, so that what else the machine does meets all of them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import functools
-import json
 import math
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.measure import spread
 from bench.output import Row, Told, aligned, machine, percent, whole
-from bench.peer_file import vllm_serve
 from bench.run import LATE, describe
-from bench.serve_load import (
-    PROMPT_TOKENS,
-    WAVE_LIMIT_S,
-    Ask,
-    completions_body,
-    generate_body,
-    http_wave,
-    make_asks,
-)
-from bench.servers import Server, engine_flags, environment, free_port
+from bench.serve_contenders import BARE, NOTES, OURS, VLLM, Contender, start
+from bench.serve_load import PROMPT_TOKENS, make_asks
+from bench.servers import engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
 from bench.sync import pick_devices
 from learner.processes import Stopped, stop_on_signals
 
-BARE, OURS, OUR_OPENAI, VLLM = "AsyncLLM in process", "/v1/generate", "our /v1/completions", "vllm serve"
-ROWS = (BARE, OURS, OUR_OPENAI, VLLM)
 COLUMNS = ("shape", "at a time", "row", "n", "tokens/s", "of bare", "of vllm serve", "processor us/token",
            "request ms, median", "p95")  # fmt: skip
-NOTES = {
-    BARE: "its requests are made in its own process: no HTTP, no JSON, no client",
-    OUR_OPENAI: "vLLM's own handlers behind our door; they make the texts, too",
-    VLLM: "with our worker class and adapter slots, so that the engine is the same; makes the texts, too",
-}
-Wave = Callable[[Sequence[Ask], int], tuple[float, list[float]]]  # seconds of the whole and of each request
-
-
-@dataclass
-class Contender:
-    """One row: a server, and how a wave is sent to it."""
-
-    row: str
-    server: Server
-    wave: Wave
-    tokens_per_s: list[float] = field(default_factory=list)
-    processor_s: list[float] = field(default_factory=list)  # a token, of the process that answers requests
-    request_s: list[float] = field(default_factory=list)
-    failed: str | None = None
 
 
 class ServeReport(Told):
@@ -94,43 +60,6 @@ class ServeReport(Told):
         return f"throughput of /v1/generate on {where}: {'; '.join(found)}" if found else "nothing was measured"
 
 
-def start(
-    shape: Shape, folder: Path, work: Path, options: argparse.Namespace, flags: Sequence[str], device: str | None
-) -> list[Contender]:
-    """All servers, none of them ready yet."""
-    rank = str(served_rank(options.rank))
-    slots = ("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--worker-extension-cls",
-             "rollout_server.worker.AdapterWorker", "--logprobs-mode", "processed_logprobs")  # fmt: skip
-    common = ("--served-model-name", "base", "--max-lora-rank", rank, *flags)
-
-    def server(name: str, module: Sequence[str], more: Sequence[str], ready: str) -> Server:
-        port = free_port()
-        command = [sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", str(port), *common, *more]
-        return Server(name, command, port, work / f"{shape.name}-{name.replace(' ', '-')}.log", environment(device),
-                      ready=ready)  # fmt: skip
-
-    bare = server("engine", ["bench.serve_engine", str(folder)], (), "/health")
-    ours = server("rollout-server", ["rollout_server.cli", str(folder)], (), "/ready")
-    vllm = server("vllm serve", vllm_serve(folder), slots, "/health")
-    return [
-        Contender(BARE, bare, functools.partial(_engine_wave, bare.url)),
-        Contender(OURS, ours, _over_http(ours.url, lambda ask: generate_body(ask, "base"))),
-        Contender(OUR_OPENAI, ours, _over_http(ours.url, lambda ask: completions_body(ask, "base"))),
-        Contender(VLLM, vllm, _over_http(vllm.url, lambda ask: completions_body(ask, "base"))),
-    ]
-
-
-def _over_http(url: str, make: Callable[[Ask], tuple[str, dict[str, Any]]]) -> Wave:
-    return lambda asks, concurrency: asyncio.run(http_wave(url, asks, concurrency, make))
-
-
-def _engine_wave(url: str, asks: Sequence[Ask], concurrency: int) -> tuple[float, list[float]]:
-    body = json.dumps({"asks": asks, "concurrency": concurrency}).encode()
-    with urllib.request.urlopen(f"{url}/wave", body, timeout=WAVE_LIMIT_S) as answer:
-        document = json.load(answer)
-    return document["seconds"], document["each"]
-
-
 def measure(
     contenders: Sequence[Contender],
     concurrency: int,
@@ -144,7 +73,7 @@ def measure(
     for number in range(options.rounds + 1):
         if number > 1 and time.monotonic() > deadline:
             return
-        at_once = max(1, concurrency // options.n)  # requests
+        at_once = concurrency // options.n  # requests
         count, most = max(options.least, 2 * at_once), options.tokens
         asks = make_asks(count, most, vocab, seed=1000 * concurrency + number, n=options.n)
         warm_up = make_asks(max(4, at_once // 2), most, vocab, seed=-number, n=options.n)
@@ -250,6 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.concurrency = sorted({int(level) for level in options.concurrency.split(",")})
         if min(*options.concurrency, options.tokens, options.n, options.rounds, options.least) < 1:
             raise ValueError("concurrency, tokens, completions, rounds and requests are 1 or more")
+        options.concurrency = [level for level in options.concurrency if level % options.n == 0]
+        if not options.concurrency:
+            raise ValueError(f"--n {options.n}: no --concurrency is a multiple of it")
     except ValueError as error:
         parser.error(str(error))
     options.learner_gpu = options.server_gpu
@@ -301,8 +233,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="written after every row")
     add("--shapes", default="qwen3-4b")
     add("--rank", type=int, default=32, help="of the adapter slots")
-    add("--concurrency", default="1,8,32,128,256,512", help="sequences at a time")
-    add("--tokens", type=int, default=256, help="the most that a request decodes; the least is a quarter of it")
+    add("--concurrency", default="1,8,32,128,256,512", help="sequences at a time; multiples of --n only")
+    add("--tokens", type=int, default=256, help="the most that a completion gets; the least is a quarter of it")
     add("--n", type=int, default=1, help="completions of each request, all of one length; learners ask for a group's")
     add("--rounds", type=int, default=5, help="waves that are counted, after one that is not")
     add("--least", type=int, default=8, help="requests of a wave; twice those at a time where that is more")

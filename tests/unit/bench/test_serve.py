@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench import serve
-from bench.serve import BARE, OURS, ROWS, VLLM, Contender, ServeReport, figures, measure, serve_table, sized_flags
+from bench import serve, serve_contenders
+from bench.serve import ServeReport, figures, measure, serve_table, sized_flags
+from bench.serve_contenders import BARE, OURS, ROWS, VLLM, Contender
 from bench.serve_load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
 from bench.shapes import SHAPES
 from learner.processes import Stopped
@@ -186,9 +187,9 @@ def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def __init__(self, name: str, command: list[str], *rest: Any, **more: Any) -> None:
             started[name], self.url = command, "http://nowhere"
 
-    monkeypatch.setattr(serve, "Server", Recorded)
+    monkeypatch.setattr(serve_contenders, "Server", Recorded)
     options = serve.make_parser().parse_args(["--rank", "8"])
-    rows = serve.start(SHAPES["tiny"], tmp_path, tmp_path, options, ["--dtype", "float32"], None)
+    rows = serve_contenders.start(SHAPES["tiny"], tmp_path, tmp_path, options, ["--dtype", "float32"], None)
     assert tuple(one.row for one in rows) == ROWS and set(started) == {"engine", "rollout-server", "vllm serve"}
     for command in started.values():
         joined = " ".join(command)
@@ -214,6 +215,8 @@ def test_the_key_value_cache_has_room_for_the_highest_level() -> None:
         (["--shapes", "qwen3-5b"], "unknown shape"),
         (["--concurrency", "0,4"], "1 or more"),
         (["--rank", "999"], "above"),
+        (["--n", "0"], "1 or more"),
+        (["--concurrency", "1,4", "--n", "8"], "multiple"),
     ],
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""Who is measured in `bench.serve`: one engine behind four front ends, and how a wave of requests is sent to each."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import sys
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.peer_file import vllm_serve
+from bench.serve_load import WAVE_LIMIT_S, Ask, completions_body, generate_body, http_wave
+from bench.servers import Server, environment, free_port
+from bench.shapes import Shape, served_rank
+
+BARE, OURS, OUR_OPENAI, VLLM = "AsyncLLM in process", "/v1/generate", "our /v1/completions", "vllm serve"
+ROWS = (BARE, OURS, OUR_OPENAI, VLLM)
+NOTES = {
+    BARE: "its requests are made in its own process: no HTTP, no JSON, no client",
+    OUR_OPENAI: "vLLM's own handlers behind our door; they make the texts, too",
+    VLLM: "with our worker class and adapter slots, so that the engine is the same; makes the texts, too",
+}
+Wave = Callable[[Sequence[Ask], int], tuple[float, list[float]]]  # seconds of the whole and of each request
+
+
+@dataclass
+class Contender:
+    """One row: a server, and how a wave is sent to it."""
+
+    row: str
+    server: Server
+    wave: Wave
+    tokens_per_s: list[float] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)  # a token, of the process that answers requests
+    request_s: list[float] = field(default_factory=list)
+    failed: str | None = None
+
+
+def start(
+    shape: Shape, folder: Path, work: Path, options: argparse.Namespace, flags: Sequence[str], device: str | None
+) -> list[Contender]:
+    """All servers, none of them ready yet."""
+    rank = str(served_rank(options.rank))
+    slots = ("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--worker-extension-cls",
+             "rollout_server.worker.AdapterWorker", "--logprobs-mode", "processed_logprobs")  # fmt: skip
+    common = ("--served-model-name", "base", "--max-lora-rank", rank, *flags)
+
+    def server(name: str, module: Sequence[str], more: Sequence[str], ready: str) -> Server:
+        port = free_port()
+        command = [sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", str(port), *common, *more]
+        return Server(name, command, port, work / f"{shape.name}-{name.replace(' ', '-')}.log", environment(device),
+                      ready=ready)  # fmt: skip
+
+    bare = server("engine", ["bench.serve_engine", str(folder)], (), "/health")
+    ours = server("rollout-server", ["rollout_server.cli", str(folder)], (), "/ready")
+    vllm = server("vllm serve", vllm_serve(folder), slots, "/health")
+    return [
+        Contender(BARE, bare, functools.partial(_engine_wave, bare.url)),
+        Contender(OURS, ours, _over_http(ours.url, lambda ask: generate_body(ask, "base"))),
+        Contender(OUR_OPENAI, ours, _over_http(ours.url, lambda ask: completions_body(ask, "base"))),
+        Contender(VLLM, vllm, _over_http(vllm.url, lambda ask: completions_body(ask, "base"))),
+    ]
+
+
+def _over_http(url: str, make: Callable[[Ask], tuple[str, dict[str, Any]]]) -> Wave:
+    return lambda asks, concurrency: asyncio.run(http_wave(url, asks, concurrency, make))
+
+
+def _engine_wave(url: str, asks: Sequence[Ask], concurrency: int) -> tuple[float, list[float]]:
+    body = json.dumps({"asks": asks, "concurrency": concurrency}).encode()
+    with urllib.request.urlopen(f"{url}/wave", body, timeout=WAVE_LIMIT_S) as answer:
+        document = json.load(answer)
+    return document["seconds"], document["each"]
