@@ -12,11 +12,10 @@ from peft import PeftModel
 from learner.client import RolloutClient
 from shared.weights import PushReceipt, WeightVersion
 from tests.integration import policy as P
+from tests.integration.policy import FP32, PROBE
 from tests.integration.server import ServerProcess
 from tests.integration.waiting import outlives, until, with_enough_load
 
-PROBE = list(range(5, 40))
-FP32 = 1e-4
 TOKENS = 900
 
 
@@ -44,7 +43,8 @@ def live_through_pushes(
             decoded = server.metrics("vllm:generation_tokens_total")
             running = pool.submit(P.generate, other, asked, n=n, max_tokens=TOKENS, ignore_eos=True)
             for blob in blobs[1:]:
-                enough = [tokens + 4 * prompts * n / len(decoded) for tokens in decoded]  # a few of every request
+                # Some of every request: the engine takes fewer steps than this to fill all their KV again.
+                enough = [tokens + 40 * prompts * n / len(decoded) for tokens in decoded]
 
                 def decoded_enough(enough: list[float] = enough) -> bool:
                     return all(map(ge, server.metrics("vllm:generation_tokens_total"), enough))
@@ -54,9 +54,7 @@ def live_through_pushes(
                 decoded = server.metrics("vllm:generation_tokens_total")
             answer = running.result()
         completions = [completion for group in answer.groups for completion in group.completions]
-        outlives(all(completion.spans[-1].version == versions[-1] for completion in completions))
-        whole = [completion for completion in completions if len(completion.spans) == len(policies)]
-        outlives(len(whole) > 0.75 * len(completions))  # not quite all: a busy machine may begin with some late
+        outlives(all(len(completion.spans) == len(policies) for completion in completions))
         until(lambda: all(slot["state"] in ("active", "free") for slot in client.run(run_id).slots))
         return answer
 
@@ -70,8 +68,7 @@ def check_every_span(answer: P.GenerateResponse, policies: Sequence[PeftModel], 
             spans = completion.spans
             assert [span.start for span in spans] == [0] + [span.end for span in spans[:-1]]
             assert spans[-1].end == len(completion.token_ids) == len(completion.logprobs) == TOKENS
-            steps = [span.version.step for span in spans]
-            assert steps == list(range(steps[0], len(policies)))
+            assert [span.version.step for span in spans] == list(range(len(policies)))
             moved = "carried" if in_flight == "carried" else "fresh"
             assert [span.kv for span in spans] == ["fresh"] + [moved] * (len(spans) - 1)
             whole = group.prompt_token_ids + completion.token_ids

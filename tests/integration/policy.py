@@ -17,6 +17,9 @@ from shared.weights import PushReceipt, WeightVersion
 from tests.integration.server import HTTP
 
 LEASE = "a lease for tests"
+PROBE = list(range(5, 40))
+#: Largest gap between two float32 computations of the same logprobs, in nats.
+FP32 = 1e-4
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -99,7 +102,7 @@ def chat_gap(client: RolloutClient, policy: PeftModel, prompt: list[int], messag
     """Largest gap of vLLM's own chat route, model `policy`, at temperature 1."""
     body = {"model": "policy", "messages": messages, "max_tokens": 8, "temperature": 1.0, "logprobs": True,
             "return_token_ids": True}  # fmt: skip
-    answer = HTTP.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
+    answer = HTTP.post(f"{client.url}/v1/chat/completions", json=body)
     answer.raise_for_status()
     choice = answer.json()["choices"][0]
     served = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])

@@ -18,10 +18,9 @@ from learner.publisher import Lease, Publisher
 from shared.errors import ErrorCode, LockstepError
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
+from tests.integration.policy import FP32, PROBE
 from tests.integration.server import ServerProcess, running_server
 
-PROBE = list(range(5, 40))
-FP32 = 1e-4
 TIMEOUT_S = 4.0
 
 

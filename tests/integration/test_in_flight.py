@@ -9,7 +9,8 @@ import pytest
 from learner.client import RolloutClient
 from shared.weights import PushReceipt
 from tests.integration import policy as P
-from tests.integration.moving import FP32, PROBE, check_every_span, live_through_pushes
+from tests.integration.moving import check_every_span, live_through_pushes
+from tests.integration.policy import FP32, PROBE
 from tests.integration.server import ServerProcess
 
 

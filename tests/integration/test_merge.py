@@ -17,7 +17,8 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.moving import FP32, PROBE, TOKENS, check_every_span, live_through_pushes
+from tests.integration.moving import TOKENS, check_every_span, live_through_pushes
+from tests.integration.policy import FP32, PROBE
 from tests.integration.server import HTTP, ServerProcess, running_server
 from tests.integration.waiting import outlives, until, with_enough_load
 
@@ -49,7 +50,7 @@ def _gap(client: RolloutClient, policy, **kwargs) -> float:
 
 def _chat(client: RolloutClient, name: str) -> httpx.Response:
     body = {"model": name, "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
-    return HTTP.post(f"{client.url}/v1/chat/completions", json=body, timeout=60.0)
+    return HTTP.post(f"{client.url}/v1/chat/completions", json=body)
 
 
 def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path) -> None:

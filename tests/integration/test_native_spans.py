@@ -21,11 +21,11 @@ from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
+from tests.integration.policy import PROBE
 from tests.integration.server import ENVIRONMENT
 
 Spans = list[tuple[str, int, int]]
 
-PROBE = list(range(5, 40))
 #: Of each request's eight completions. Some end before the last push, and some have to wait for a place till after it.
 TOKENS = (400, 150, 400)
 BETWEEN_PUSHES = 60

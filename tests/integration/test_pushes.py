@@ -13,11 +13,11 @@ import torch
 from learner.client import RolloutClient
 from shared.weights import WeightVersion
 from tests.integration import policy as P
+from tests.integration.policy import FP32
 from tests.integration.server import ServerProcess
 from tests.integration.waiting import outlives, until, with_enough_load
 
 PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
-FP32 = 1e-4
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ PROMPT = [5, 17, 99, 260, 41]
 
 def _post(client: RolloutClient, body: dict, path: str = "/v1/generate") -> httpx.Response:
     headers = {"content-type": "application/json"}  # escaped, so that it can hold what is no character
-    return HTTP.post(client.url + path, content=json.dumps(body), headers=headers, timeout=60)
+    return HTTP.post(client.url + path, content=json.dumps(body), headers=headers)
 
 
 def test_three_forms_of_prompt(client: RolloutClient, model: Path) -> None:

@@ -21,10 +21,8 @@ from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
+from tests.integration.policy import FP32, PROBE
 from tests.integration.server import ServerProcess, running_server
-
-PROBE = list(range(5, 40))
-FP32 = 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,8 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
         their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 900, "n": 8, "ignore_eos": True}
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
-                ours = pool.submit(HTTP.post, server.url + "/v1/generate", json=body, timeout=60)
-                theirs = pool.submit(HTTP.post, server.url + "/v1/completions", json=their_body, timeout=60)
+                ours = pool.submit(HTTP.post, server.url + "/v1/generate", json=body)
+                theirs = pool.submit(HTTP.post, server.url + "/v1/completions", json=their_body)
                 until(lambda: server.metric("lockstep_sequences") == 40)
                 shared_memory = _shared_memory(server)
                 assert shared_memory, "between the engine and its worker"

@@ -298,7 +298,7 @@ def test_neither_prompts_nor_tokens_are_logged(server: ServerProcess, task: Path
         ("/v1/chat/completions", {"model": "base", "messages": [{"role": secret, "content": secret}], "max_tokens": 2}),
         ("/v1/chat/completions", {"model": "none", "messages": [{"role": "user", "content": secret}]}),
     ]
-    statuses = [HTTP.post(server.url + p, json=body, headers=headers, timeout=60).status_code for p, body in asked]
+    statuses = [HTTP.post(server.url + p, json=body, headers=headers).status_code for p, body in asked]
     assert set(statuses) <= {200, 400, 404, 422} and statuses.count(200) >= 4, statuses
     log = server.log.read_text(errors="replace")
     assert "ready after" in log
