@@ -22,6 +22,7 @@ import httpx
 import torch
 from peft import PeftModel
 
+from bench.choices import pick_devices
 from bench.measure import Setting, divergence, random_prompts, spread
 from bench.ours import HTTP, OurPath, Ours
 from bench.output import Rates, bars, machine, rates_table
@@ -30,7 +31,6 @@ from bench.policy import Policy, trained, wait_for
 from bench.run import LATE, describe
 from bench.servers import Server, Way, engine_flags, environment, free_port
 from bench.shapes import Shape, pick_shapes, served_rank
-from bench.sync import pick_devices
 from learner.client import RolloutClient
 from learner.processes import Stopped, stop_on_signals
 from shared.weights import WeightVersion

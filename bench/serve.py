@@ -21,17 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.choices import pick_devices, pick_rows
 from bench.measure import spread
 from bench.output import Row, Told, aligned, machine, percent, whole
 from bench.run import LATE, describe
-from bench.serve_contenders import BARE, NOTES, OURS, VLLM, Contender, start
+from bench.serve_contenders import BARE, NOTES, OURS, ROWS, VLLM, Contender, start
 from bench.serve_load import PROMPT_TOKENS, make_asks
 from bench.servers import engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
-from bench.sync import pick_devices
 from learner.processes import Stopped, stop_on_signals
 
-COLUMNS = ("shape", "at a time", "row", "n", "tokens/s", "of bare", "of vllm serve", "processor us/token",
+COLUMNS = ("shape", "at a time", "a request", "row", "n", "tokens/s", "of bare", "of vllm serve", "processor us/token",
            "request ms, median", "p95")  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class ServeReport(Told):
     figure = "tokens_per_s"
 
     def line(self, row: Row) -> str:
-        what = f"{row['shape']}, {row['concurrency']} sequences at a time, {row['row']}"
+        what = f"{row['shape']}, {row['concurrency']} sequences at a time, {row['completions']} a request, {row['row']}"
         if "tokens_per_s" not in row:
             return f"{what}: {'skipped: ' + row['skipped'] if row.get('skipped') else 'ERROR ' + str(row.get('error'))}"
         of_bare = f", {percent(row['ratio_to_bare'])} of the bare engine" if "ratio_to_bare" in row else ""
@@ -49,10 +49,11 @@ class ServeReport(Told):
         return f"{what}: {whole(row['tokens_per_s'])} tokens/s{of_bare}, a request {middle} (p95 {slow})"
 
     def headline(self, done: Sequence[Row]) -> str:
-        """What `/v1/generate` reaches of the others, at every concurrency."""
+        """What `/v1/generate` reaches of the others, at every level."""
         where = ", ".join(dict.fromkeys(self.machine.get("devices", []))) or "this machine"
         found = [
-            f"{row['shape']} at {row['concurrency']}: {row['ratio_to_bare']['median']:.1%} of the bare engine"
+            f"{row['shape']} at {row['concurrency']}, {row['completions']} a request: "
+            f"{row['ratio_to_bare']['median']:.1%} of the bare engine"
             + (f", {row['ratio_to_vllm_serve']['median']:.1%} of vllm serve" if "ratio_to_vllm_serve" in row else "")
             for row in done
             if row["row"] == OURS and "ratio_to_bare" in row
@@ -63,6 +64,7 @@ class ServeReport(Told):
 def measure(
     contenders: Sequence[Contender],
     concurrency: int,
+    n: int,
     options: argparse.Namespace,
     vocab: int,
     deadline: float = math.inf,
@@ -73,11 +75,11 @@ def measure(
     for number in range(options.rounds + 1):
         if number > 1 and time.monotonic() > deadline:
             return
-        at_once = concurrency // options.n  # requests
+        at_once = concurrency // n  # requests
         count, most = max(options.least, 2 * at_once), options.tokens
-        asks = make_asks(count, most, vocab, seed=1000 * concurrency + number, n=options.n)
-        warm_up = make_asks(max(4, at_once // 2), most, vocab, seed=-number, n=options.n)
-        tokens = sum(ask.tokens for ask in asks) * options.n
+        asks = make_asks(count, most, vocab, seed=1000 * concurrency + number, n=n)
+        warm_up = make_asks(max(4, at_once // 2), most, vocab, seed=-number, n=n)
+        tokens = sum(ask.tokens for ask in asks) * n
         first = number % len(contenders)
         found: list[tuple[Contender, float, float, list[float]]] = []
         for contender in (*contenders[first:], *contenders[:first]):
@@ -126,9 +128,9 @@ def one_shape(
 ) -> None:  # fmt: skip
     """Start everything, wait, measure every level."""
 
-    def add(row: str, concurrency: int, found: dict[str, Any]) -> None:
-        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "tokens": options.tokens,
-                 "completions": options.n, "ok": True}  # fmt: skip
+    def add(row: str, concurrency: int, n: int, found: dict[str, Any]) -> None:
+        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "completions": n,
+                 "tokens": options.tokens, "ok": True}  # fmt: skip
         report.add({**about, **({"note": NOTES[row]} if row in NOTES else {}), **found})
 
     folder = shape.write(work / shape.name, dtype)
@@ -141,22 +143,22 @@ def one_shape(
                 contender.server.wait_ready(options.start_timeout_s)
             except RuntimeError as error:
                 contender.failed = str(error)
-        for concurrency in options.concurrency:
+        for concurrency, n in options.levels:
             for contender in contenders:
                 contender.tokens_per_s, contender.processor_s, contender.request_s = [], [], []
             try:
                 if time.monotonic() < deadline:
-                    measure(contenders, concurrency, options, shape.vocab, deadline)
+                    measure(contenders, concurrency, n, options, shape.vocab, deadline)
             finally:  # also when it is stopped
                 for contender in contenders:
-                    add(contender.row, concurrency, figures(contender, contenders))
+                    add(contender.row, concurrency, n, figures(contender, contenders))
 
 
 def serve_table(rows: Sequence[Row]) -> str:
     """All rows with their columns aligned."""
     lines: list[tuple[str, ...]] = [COLUMNS]
     for row in rows:
-        head = (row["shape"], str(row["concurrency"]), row["row"])
+        head = (row["shape"], str(row["concurrency"]), str(row["completions"]), row["row"])
         if "tokens_per_s" not in row:
             lines.append((*head, "0", str(row.get("skipped") or row.get("error")).splitlines()[0][:100], *"-----"))
             continue
@@ -164,7 +166,7 @@ def serve_table(rows: Sequence[Row]) -> str:
         times = [f"{row['request_s'][key] * 1e3:.1f}" for key in ("median", "p95")]
         processor = whole({key: 1e6 * value for key, value in row["processor_s_per_token"].items()})
         lines.append((*head, str(row["n"]), whole(row["tokens_per_s"]), *ratios, processor, *times))
-    return aligned(lines, right={1, 3, 8, 9})
+    return aligned(lines, right={1, 2, 4, 9, 10})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,12 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         shapes = pick_shapes(options.shapes)
         served_rank(options.rank)
-        options.concurrency = sorted({int(level) for level in options.concurrency.split(",")})
-        if min(*options.concurrency, options.tokens, options.n, options.rounds, options.least) < 1:
-            raise ValueError("concurrency, tokens, completions, rounds and requests are 1 or more")
-        options.concurrency = [level for level in options.concurrency if level % options.n == 0]
-        if not options.concurrency:
-            raise ValueError(f"--n {options.n}: no --concurrency is a multiple of it")
+        options.levels = levels(options)
+        options.only = pick_rows(options.only, ROWS)
     except ValueError as error:
         parser.error(str(error))
     options.learner_gpu = options.server_gpu
@@ -208,9 +206,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if document["ok"] and not stopped else 1
 
 
+def levels(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Sequences at a time and completions of each request: all pairs that are a whole number of requests.
+
+    Raises:
+        ValueError: there is none, or a number that is not 1 or more.
+    """
+    at_a_time, counts = (sorted({int(part) for part in text.split(",")}) for text in (options.concurrency, options.n))
+    if min(*at_a_time, *counts, options.tokens, options.rounds, options.least) < 1:
+        raise ValueError("concurrency, tokens, completions, rounds and requests are 1 or more")
+    found = [(concurrency, n) for concurrency in at_a_time for n in counts if concurrency % n == 0]
+    if not found:
+        raise ValueError(f"--n {options.n}: no --concurrency is a multiple of it")
+    return found
+
+
 def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
     """Of every contender: room for as many requests as are ever sent at a time."""
-    most, length = max(options.concurrency), PROMPT_TOKENS[1] + options.tokens + 16
+    most, length = max(concurrency for concurrency, _ in options.levels), PROMPT_TOKENS[1] + options.tokens + 16
     per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
     # Two rows ask one server for the same: the second must not find the prompts in its cache.
     sizes = (
@@ -235,7 +248,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=32, help="of the adapter slots")
     add("--concurrency", default="1,8,32,128,256,512", help="sequences at a time; multiples of --n only")
     add("--tokens", type=int, default=256, help="the most that a completion gets; the least is a quarter of it")
-    add("--n", type=int, default=1, help="completions of each request, all of one length; learners ask for a group's")
+    add("--n", default="1", help="completions of each request, all of one length; learners ask for a group's")
+    add("--only", help="rows to measure, by the beginnings of their names, comma-separated: " + "; ".join(ROWS))
     add("--rounds", type=int, default=5, help="waves that are counted, after one that is not")
     add("--least", type=int, default=8, help="requests of a wave; twice those at a time where that is more")
     add("--server-gpu", type=int, default=0)

@@ -19,6 +19,7 @@ from bench.servers import Server, environment, free_port
 from bench.shapes import Shape, served_rank
 
 BARE, OURS, OUR_OPENAI, VLLM = "AsyncLLM in process", "/v1/generate", "our /v1/completions", "vllm serve"
+OUR_BODIES = ((OURS, generate_body), (OUR_OPENAI, completions_body))
 ROWS = (BARE, OURS, OUR_OPENAI, VLLM)
 NOTES = {
     BARE: "its requests are made in its own process: no HTTP, no JSON, no client",
@@ -44,7 +45,7 @@ class Contender:
 def start(
     shape: Shape, folder: Path, work: Path, options: argparse.Namespace, flags: Sequence[str], device: str | None
 ) -> list[Contender]:
-    """All servers, none of them ready yet."""
+    """The servers of all rows that are asked for, none of them ready yet."""
     rank = str(served_rank(options.rank))
     slots = ("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--worker-extension-cls",
              "rollout_server.worker.AdapterWorker", "--logprobs-mode", "processed_logprobs")  # fmt: skip
@@ -56,19 +57,22 @@ def start(
         return Server(name, command, port, work / f"{shape.name}-{name.replace(' ', '-')}.log", environment(device),
                       ready=ready)  # fmt: skip
 
-    bare = server("engine", ["bench.serve_engine", str(folder)], (), "/health")
-    ours = server("rollout-server", ["rollout_server.cli", str(folder)], (), "/ready")
-    vllm = server("vllm serve", vllm_serve(folder), slots, "/health")
-    return [
-        Contender(BARE, bare, functools.partial(_engine_wave, bare.url)),
-        Contender(OURS, ours, _over_http(ours.url, lambda ask: generate_body(ask, "base"))),
-        Contender(OUR_OPENAI, ours, _over_http(ours.url, lambda ask: completions_body(ask, "base"))),
-        Contender(VLLM, vllm, _over_http(vllm.url, lambda ask: completions_body(ask, "base"))),
-    ]
+    contenders: list[Contender] = []
+    if BARE in options.only:
+        bare = server("engine", ["bench.serve_engine", str(folder)], (), "/health")
+        contenders.append(Contender(BARE, bare, functools.partial(_engine_wave, bare.url)))
+    wanted = [(row, make) for row, make in OUR_BODIES if row in options.only]
+    if wanted:
+        own = server("rollout-server", ["rollout_server.cli", str(folder)], (), "/ready")
+        contenders += [Contender(row, own, _over_http(own.url, make)) for row, make in wanted]
+    if VLLM in options.only:
+        vllm = server("vllm serve", vllm_serve(folder), slots, "/health")
+        contenders.append(Contender(VLLM, vllm, _over_http(vllm.url, completions_body)))
+    return contenders
 
 
-def _over_http(url: str, make: Callable[[Ask], tuple[str, dict[str, Any]]]) -> Wave:
-    return lambda asks, concurrency: asyncio.run(http_wave(url, asks, concurrency, make))
+def _over_http(url: str, make: Callable[[Ask, str], tuple[str, dict[str, Any]]]) -> Wave:
+    return lambda asks, concurrency: asyncio.run(http_wave(url, asks, concurrency, lambda ask: make(ask, "base")))
 
 
 def _engine_wave(url: str, asks: Sequence[Ask], concurrency: int) -> tuple[float, list[float]]:

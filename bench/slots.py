@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from bench.choices import pick_devices
 from bench.load import compare, loaded, pushing, quiet, read_records
 from bench.measure import Setting, spread
 from bench.ours import COLLECTIVE, HTTP, OurPath, Ours
@@ -32,7 +33,6 @@ from bench.policy import Policy, optimizer_step
 from bench.run import LATE, describe
 from bench.servers import Server, engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
-from bench.sync import pick_devices
 from learner.client import RolloutClient
 from learner.processes import Stopped, stop_on_signals
 

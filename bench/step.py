@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from bench.choices import pick_devices
 from bench.decode import write_weights
 from bench.measure import Setting
 from bench.ours import Ours
@@ -41,7 +42,6 @@ from bench.servers import Server, engine_flags, environment, visible_device
 from bench.shapes import Shape, pick_shapes, served_rank
 from bench.step_figures import TRL, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
 from bench.step_learner import Training
-from bench.sync import pick_devices
 from learner.processes import ProcessGroup, Stopped, stop_on_signals
 
 QUICK = {"shape": "tiny", "rank": 8, "batch": 16, "group": 4, "micro_batch": 8, "prompt_tokens": 16, "tokens": 64,

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.choices import pick_devices, pick_rows
 from bench.measure import Setting
-from bench.output import Report, cpu_name, machine, plot, table
+from bench.output import Report, machine, plot, table
 from bench.run import ROWS, Plan, Run
-from bench.servers import visible_device
 from bench.shapes import pick_shapes, served_rank
 from learner.processes import Stopped, stop_on_signals
 
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = pick_shapes(options.shapes)
         ranks = sorted({int(rank) for rank in options.ranks.split(",")})
         [served_rank(rank) for rank in ranks]
-        only = pick_rows(options.only)
+        only = pick_rows(options.only, ROWS)
     except ValueError as error:
         parser.error(str(error))
     command = shlex.join(["python", "-m", "bench.sync", *(sys.argv[1:] if argv is None else argv)])
@@ -69,30 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped as stopped:
             print(f"bench: stopped by {stopped}", file=sys.stderr)
     return finish(report, options)
-
-
-def pick_rows(names: str | None) -> list[str]:
-    """Rows whose names begin with one of a comma-separated list; all of them without one.
-
-    Raises:
-        ValueError: a name that no row begins with.
-    """
-    asked = [name.strip() for name in (names or "").split(",") if name.strip()]
-    for name in asked:
-        if not any(row.startswith(name) for row in ROWS):
-            raise ValueError(f"unknown row {name!r}; there are {'; '.join(ROWS)} (their beginnings are enough)")
-    return [row for row in ROWS if not asked or row.startswith(tuple(asked))]
-
-
-def pick_devices(options: argparse.Namespace) -> tuple[list[str], str, str | None]:
-    """Names of the devices, the learner's device, the server's CUDA_VISIBLE_DEVICES."""
-    if not torch.cuda.is_available():
-        return [cpu_name()], "cpu", None
-    last = torch.cuda.device_count() - 1
-    learner, server = min(options.learner_gpu, last), min(options.server_gpu, last)
-    torch.cuda.set_device(learner)
-    names = [f"{torch.cuda.get_device_name(learner)} (learner)", f"{torch.cuda.get_device_name(server)} (server)"]
-    return names, f"cuda:{learner}", visible_device(server)
 
 
 def gpu_flags(options: argparse.Namespace, learner: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from learner.processes import Stopped
 from shared.rollouts import GenerateRequest
 
 OPTIONS = serve.make_parser().parse_args(["--concurrency", "2", "--tokens", "8", "--rounds", "4"])
+ABOUT = {"shape": "tiny", "concurrency": 2, "completions": 1, "ok": True}
 
 
 class Server:
@@ -106,7 +107,7 @@ def test_a_row_says_what_it_reaches_of_the_others() -> None:
     for one in contenders:
         wave = one.wave
         one.wave = lambda asks, concurrency, row=one.row, wave=wave: (order.append(row), wave(asks, concurrency))[1]  # type: ignore[misc]
-    measure(contenders, 2, OPTIONS, 512)
+    measure(contenders, 2, 1, OPTIONS, 512)
     assert order[::2] == order[1::2] and len(order) == 2 * 15  # a warm-up, and what counts
     assert order[:12:2] == [BARE, OURS, VLLM, OURS, VLLM, BARE]
     row = figures(contenders[1], contenders)
@@ -125,8 +126,8 @@ def test_sequences_at_a_time_are_those_of_all_requests() -> None:
         return 1.0, [1.0] * len(asks)
 
     one = Contender(BARE, Server(), wave)  # type: ignore[arg-type]
-    options = serve.make_parser().parse_args(["--n", "8", "--tokens", "4", "--rounds", "1"])
-    measure([one], 256, options, 512)
+    options = serve.make_parser().parse_args(["--tokens", "4", "--rounds", "1"])
+    measure([one], 256, 8, options, 512)
     assert set(sent[1::2]) == {(64, 32)}
     tokens = sum(ask.tokens for ask in make_asks(64, 4, 512, seed=256_001))
     assert figures(one, [one])["tokens_per_s"]["median"] == 8 * tokens
@@ -137,10 +138,19 @@ def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
         raise RuntimeError("gone")
 
     contenders = [contender(BARE), Contender(OURS, Server(), broken)]  # type: ignore[arg-type]
-    measure(contenders, 2, OPTIONS, 512)
+    measure(contenders, 2, 1, OPTIONS, 512)
     report = ServeReport(tmp_path / "r.json", {"devices": ["a machine"]})
     for one in contenders:
-        report.add({"row": one.row, "shape": "tiny", "concurrency": 2, "ok": True, **figures(one, contenders)})
+        report.add(
+            {
+                "row": one.row,
+                "shape": "tiny",
+                "concurrency": 2,
+                "completions": 1,
+                "ok": True,
+                **figures(one, contenders),
+            }
+        )
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["ok"] is False and "gone" in document["rows"][1]["error"]
     assert document["headline"] == "nothing was measured"
@@ -150,7 +160,7 @@ def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
 
 def test_a_round_counts_as_a_whole_and_none_begins_too_late() -> None:
     contenders = [contender(BARE), contender(OURS)]
-    measure(contenders, 2, OPTIONS, 512, deadline=0.0)
+    measure(contenders, 2, 1, OPTIONS, 512, deadline=0.0)
     assert [figures(one, contenders)["n"] for one in contenders] == [1, 1]
     contenders = [contender(BARE), contender(OURS)]
     waves, wave = 0, contenders[1].wave
@@ -164,19 +174,29 @@ def test_a_round_counts_as_a_whole_and_none_begins_too_late() -> None:
 
     contenders[1].wave = stopped
     with pytest.raises(Stopped):
-        measure(contenders, 2, OPTIONS, 512)
+        measure(contenders, 2, 1, OPTIONS, 512)
     assert [figures(one, contenders)["n"] for one in contenders] == [1, 1]
     assert "skipped" in figures(contender(VLLM), contenders)
 
 
 def test_the_headline_is_our_routes_share(tmp_path: Path) -> None:
     contenders = [contender(BARE), contender(OURS, 1.25), contender(VLLM, 2.0)]
-    measure(contenders, 2, OPTIONS, 512)
+    measure(contenders, 2, 1, OPTIONS, 512)
     report = ServeReport(None, {"devices": ["a machine"]})
     for one in contenders:
-        report.add({"row": one.row, "shape": "tiny", "concurrency": 2, "ok": True, **figures(one, contenders)})
+        report.add(
+            {
+                "row": one.row,
+                "shape": "tiny",
+                "concurrency": 2,
+                "completions": 1,
+                "ok": True,
+                **figures(one, contenders),
+            }
+        )
     assert report.document()["headline"] == (
-        "throughput of /v1/generate on a machine: tiny at 2: 80.0% of the bare engine, 160.0% of vllm serve"
+        "throughput of /v1/generate on a machine: "
+        "tiny at 2, 1 a request: 80.0% of the bare engine, 160.0% of vllm serve"
     )
 
 
@@ -189,6 +209,10 @@ def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(serve_contenders, "Server", Recorded)
     options = serve.make_parser().parse_args(["--rank", "8"])
+    options.only = [BARE, OURS]
+    serve_contenders.start(SHAPES["tiny"], tmp_path, tmp_path, options, [], None)
+    assert set(started) == {"engine", "rollout-server"}  # those of the rows that are asked for
+    options.only = ROWS
     rows = serve_contenders.start(SHAPES["tiny"], tmp_path, tmp_path, options, ["--dtype", "float32"], None)
     assert tuple(one.row for one in rows) == ROWS and set(started) == {"engine", "rollout-server", "vllm serve"}
     for command in started.values():
@@ -200,7 +224,7 @@ def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_key_value_cache_has_room_for_the_highest_level() -> None:
     options = serve.make_parser().parse_args([])
-    options.concurrency = [1, 256]
+    options.levels = [(1, 1), (256, 8)]
     flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
     pairs = [flag for flag in flags if flag != "--no-enable-prefix-caching"]
     values = dict(zip(pairs[::2], pairs[1::2], strict=True))
@@ -209,10 +233,16 @@ def test_the_key_value_cache_has_room_for_the_highest_level() -> None:
     assert "--kv-cache-memory-bytes" not in sized_flags(SHAPES["tiny"], options, "cpu")
 
 
+def test_levels_are_whole_numbers_of_requests() -> None:
+    options = serve.make_parser().parse_args(["--concurrency", "32,4", "--n", "8,1"])
+    assert serve.levels(options) == [(4, 1), (32, 1), (32, 8)]
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
         (["--shapes", "qwen3-5b"], "unknown shape"),
+        (["--only", "theirs"], "unknown row"),
         (["--concurrency", "0,4"], "1 or more"),
         (["--rank", "999"], "above"),
         (["--n", "0"], "1 or more"),

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from bench import measure as measuring
 from bench import sync
+from bench.choices import pick_rows
 from bench.load import Record, compare, tokens_within
 from bench.measure import Moved, fresh_prompts, measure
 from bench.run import ROWS
 from bench.shapes import SHAPES, pick_shapes, served_rank
-from bench.sync import pick_rows
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_rows_are_picked_by_their_beginnings() -> None:
-    assert pick_rows(None) == list(ROWS)
-    assert pick_rows("lockstep") == ["lockstep http", "lockstep collective", "lockstep collective, keep"]
-    assert pick_rows("merged, lockstep http") == ["lockstep http", "merged weights (TRL)"]
+    assert pick_rows(None, ROWS) == list(ROWS)
+    assert pick_rows("lockstep", ROWS) == ["lockstep http", "lockstep collective", "lockstep collective, keep"]
+    assert pick_rows("merged, lockstep http", ROWS) == ["lockstep http", "merged weights (TRL)"]
 
 
 @pytest.mark.parametrize(
