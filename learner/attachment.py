@@ -29,6 +29,7 @@ from learner.credentials import read_token
 from learner.discovery import Places
 from learner.dynamic import check_replaceable
 from learner.fleet import Fleet
+from learner.quantised import keep_dtype_on_cpu
 from learner.refusals import (
     check_base,
     check_grpo,
@@ -220,6 +221,7 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
     trainer._last_loaded_step = -1
     if trainer.accelerator.device.type == "cpu":
         trl.trainer.utils._use_triton = _picks_scored_positions
+        keep_dtype_on_cpu(trainer.model)
     skip_padding(trainer)
     tell_turns_apart(trainer, session.rollouts)
     watch_drift(trainer, session.figures.saw_drift)

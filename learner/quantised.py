@@ -1,4 +1,4 @@
-"""Which quantised base a learner may hold: one that lost nothing by it, see `learner.four_bit`. No model is loaded."""
+"""Which quantised base a learner may hold: one that lost nothing by it, see `learner.four_bit`. And how it computes."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ def check_quantised(model_config: Any) -> None:
     ):
         if given != needed:
             raise _unsupported(f"the base was made for {what}={needed}, not {given}: give --{what} {needed}")
+
+
+def keep_dtype_on_cpu(model: Any) -> None:
+    """Let no eval pass change how `model` computes.
+
+    On a CPU that has bfloat16 the first one would make bitsandbytes' layers compute in it for good, and backwards they
+    would then pass no gradient on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _unsupported(message: str) -> LockstepError:

@@ -8,12 +8,13 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
 from learner.cli import main
 from learner.four_bit import make_base, quantisation
-from learner.quantised import FOUR_BIT, check_quantised
+from learner.quantised import FOUR_BIT, check_quantised, keep_dtype_on_cpu
 from shared.errors import ErrorCode, LockstepError
 
 IDS = torch.tensor([[5, 9, 14, 20, 33, 8, 40, 41, 3, 7]])
@@ -29,7 +30,9 @@ def base(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_four_bits(folder: Path, dtype: torch.dtype, quant_type: str = "nf4") -> torch.nn.Module:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    keep_dtype_on_cpu(model)
+    return model
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -56,6 +59,24 @@ def test_both_are_one_policy_and_not_that_of_the_original(model_dir: Path, base:
     careless = in_four_bits(model_dir, torch.float32)(IDS).logits
     assert (whole - quantised).abs().max() < 1e-5
     assert (original - careless).abs().max() > 0.1
+
+
+def test_an_eval_pass_leaves_gradients_as_they_were(base: Path) -> None:
+    """Without `keep_dtype_on_cpu` it fails on CPUs that have bfloat16, and on no others."""
+    gradients = []
+    for model in (AutoModelForCausalLM.from_pretrained(base), in_four_bits(base, torch.float32)):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        policy = get_peft_model(model, config)
+        policy.eval()
+        with torch.no_grad():
+            policy(IDS)
+        policy.train()
+        policy(IDS).logits.square().mean().backward()
+        gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
+    assert len(gradients[0]) == len(gradients[1]) == 28
+    for whole, quantised in zip(*gradients, strict=True):
+        assert whole.abs().max() > 0 and torch.allclose(whole, quantised, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_there_is_kept(model_dir: Path, base: Path, tmp_path: Path) -> None:
