@@ -9,6 +9,9 @@ its own. The weights are random and on disk, the same for learner and servers. A
 token ids, so lengths are geometric, cut at `--tokens`. Generation alone and training alone are those of S = 0, where
 server and learner take turns; what they take is the trainer's waiting for completions, and its step without that and
 without the push. On a CPU server and learner share the cores: reading ahead has little to gain there.
+
+With `--share-gpu --learner-gpu 0 --server-gpu 0` the server sleeps in one more training while the learner computes; the
+other rows have both side by side on that GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from bench.policy import Policy
 from bench.run import LATE, describe
 from bench.servers import Server, engine_flags, environment, visible_device
 from bench.shapes import Shape, pick_shapes, served_rank
-from bench.step_figures import TRL, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
+from bench.step_figures import TRL, TURNS, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
 from bench.step_learner import Training
 from learner.processes import ProcessGroup, Stopped, stop_on_signals
 
@@ -75,6 +78,7 @@ class Run:
             # A rollout that runs S ahead can live through S pushes.
             slots = str(max(2, *(1 + bound for bound in self.options.staleness)))
             more = shlex.split(self.options.rollout_server_flags)
+            more += ["--share-gpu"] if self.options.share_gpu else []
             flags = (*self.setting.engine_flags, "--slots-per-run", slots, *more)
             own = Ours().start(replace(self.setting, engine_flags=flags), self.folder, rank)
             stack.callback(own.end)
@@ -85,6 +89,8 @@ class Run:
             failed = {server.name: self.not_ready(server) for server in started}  # none starts while one is measured
             for bound in self.options.staleness:
                 self.one(ours(bound), own, bound, failed[own.name])
+            if self.options.share_gpu:
+                self.one(TURNS, own, 0, failed[own.name])
             own.end()
             # TRL's comes last: its collective operations know no deadline.
             if theirs is None:
@@ -129,7 +135,7 @@ class Run:
             dtype=self.setting.dtype, rank=options.rank, batch=options.batch, group=options.group,
             micro_batch=options.micro_batch, prompt_tokens=options.prompt_tokens, tokens=options.tokens,
             stop_token_ids=stop_ids(self.shape.vocab, options.mean_tokens), steps=options.steps,
-            warm_up=options.warm_up, output=str(work / "trainer"), profile=profile,
+            warm_up=options.warm_up, output=str(work / "trainer"), profile=profile, share_gpu=row == TURNS,
         )  # fmt: skip
         asked, answered, log = work / "training.json", work / "steps.json", work / "learner.log"
         asked.write_text(json.dumps(asdict(training)))
@@ -240,6 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warm-up", type=int, default=3, help="steps before these")
     add("--learner-gpu", type=int, default=0)
     add("--server-gpu", type=int, default=1)
+    add("--share-gpu", action="store_true", help="also S = 0 with a server that sleeps while the learner trains")
     add("--server-flags", default="", help="further vLLM flags for every server, in one string")
     add("--rollout-server-flags", default="", help="further flags for ours, in one string: --apply merge, say")
     add("--deadline-s", type=float, default=math.inf, help="start no training after this many seconds")

@@ -12,6 +12,7 @@ from bench.measure import spread
 from bench.output import Row, Told, aligned
 
 TRL = "TRL server mode"
+TURNS = "lockstep, S = 0, one GPU by turns"
 COLUMNS = ("row", "n", "step s", "wait s", "sync s", "train s", "tokens/s", "server tok/s", "learner tok/s",
            "learner bubble", "server bubble")  # fmt: skip
 #: What two GPUs have to show: S = 1 against the larger of generation and training alone, TRL against S = 1.

@@ -43,6 +43,7 @@ class Training:
         stop_token_ids: what ends a completion before.
         steps, warm_up: that are counted, and that come before these.
         profile: a file for the profile of a further step.
+        share_gpu: the server sleeps while the learner trains.
     """
 
     folder: str
@@ -61,6 +62,7 @@ class Training:
     warm_up: int
     output: str
     profile: str | None = None
+    share_gpu: bool = False
 
     @property
     def max_steps(self) -> int:
@@ -173,7 +175,9 @@ def train(training: Training) -> dict[str, Any]:
         trainer.add_callback(watch)
         trainer.train()
         return {"steps": [asdict(step) for step in training.counted(watch.steps)]}
-    session = attach(trainer, training.url, max_staleness=training.max_staleness, proof_canary=False)
+    session = attach(
+        trainer, training.url, max_staleness=training.max_staleness, proof_canary=False, share_gpu=training.share_gpu
+    )  # fmt: skip
     trainer.train()
     session.close()
     session.publisher.delete_run()
@@ -187,6 +191,8 @@ def train(training: Training) -> dict[str, Any]:
     return {
         "steps": [asdict(step) for step in training.counted(steps)],
         "transport": session.publisher.receipts[-1].transport,
+        "turn_s": session.turns.seconds if session.turns else [],
+        "learner_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         **{name: summary[name] for name in ("lags", "regenerated", "max_logprob_gap", "max_drift_kl")},
     }
 

@@ -29,6 +29,7 @@ from learner.credentials import read_token
 from learner.discovery import Places
 from learner.dynamic import check_replaceable
 from learner.fleet import Fleet
+from learner.gpu_turns import check_shared_gpu
 from learner.quantised import keep_dtype_on_cpu
 from learner.refusals import (
     check_base,
@@ -49,7 +50,7 @@ from learner.session import Session
 from learner.trl_internals import check_trl
 from learner.vllm_params import with_vllm_params
 from learner.watching import watch
-from learner.wrappers import replace_degenerate, skip_padding, tell_turns_apart, watch_drift
+from learner.wrappers import begin_passes_with, replace_degenerate, skip_padding, tell_turns_apart, watch_drift
 from shared.errors import ErrorCode, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -108,6 +109,8 @@ def attach(
 
     def accepts(state: ServerState) -> list[str]:
         check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        if config.share_gpu:
+            check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         if config.max_staleness:
             check_slots(trainer, state, config.max_staleness, config.in_flight)
         check_rank(adapter_config, state)
@@ -223,6 +226,8 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
         trl.trainer.utils._use_triton = _picks_scored_positions
         keep_dtype_on_cpu(trainer.model)
     skip_padding(trainer)
+    if session.turns:
+        begin_passes_with(trainer, session.turns.train)
     tell_turns_apart(trainer, session.rollouts)
     watch_drift(trainer, session.figures.saw_drift)
     trainer.add_callback(_PushAfterStep(session))
@@ -249,7 +254,7 @@ class _PushAfterStep(TrainerCallback):
         self.session.after_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.session.fleet.close()  # else it would go on pushing this run to servers that restart
+        self.session.rest()
 
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:

@@ -177,6 +177,14 @@ class RolloutClient(Channel):
         for document in self._lines(f"/v1/runs/{run_id}/broadcast", self.push_timeout_s, **body):
             yield None if "receiving" in document else self._parse(PushReceipt, document)
 
+    def sleep(self) -> ServerState:
+        """`POST /v1/sleep`: the server gives its GPU's memory back and lets requests wait."""
+        return self._parse(ServerState, self._json("POST", "/v1/sleep", timeout=self.push_timeout_s))
+
+    def wake(self) -> ServerState:
+        """`POST /v1/wake`: it takes the memory again and goes on."""
+        return self._parse(ServerState, self._json("POST", "/v1/wake", timeout=self.push_timeout_s))
+
     def run(self, run_id: str) -> RunState:
         """`GET /v1/runs/{run_id}`."""
         return self._parse(RunState, self._json("GET", f"/v1/runs/{run_id}"))

@@ -98,6 +98,11 @@ class LearnerConfig:
         "Generation batches that rollouts may run ahead of training: 0 alternates strictly; with S > 0 the next S "
         "batches are requested while the learner trains, and nothing older is ever trained on.",
     )
+    share_gpu: bool = _option(
+        False,
+        "Train on the rollout server's own GPU, by turns: it sleeps while the learner computes. Needs rollout-server "
+        "--share-gpu, one server and one learner process.",
+    )
     deterministic: bool = _option(
         False,
         "Seeds derived from the place of each prompt, and deterministic kernels: a killed and resumed training makes "
@@ -160,6 +165,9 @@ class LearnerConfig:
                              "to 1 or more")  # fmt: skip
         if self.reward_workers < 0 or self.reward_timeout_s <= 0:
             raise ValueError("reward_workers must not be negative, reward_timeout_s must be more than 0")
+        if self.share_gpu and self.max_staleness:
+            raise ValueError("share_gpu: rollouts ahead of the training need a GPU of their own; "
+                             "leave max_staleness at 0")  # fmt: skip
         if self.deterministic and self.max_staleness:
             raise ValueError("deterministic: how far a push has come when a rollout begins differs from time to time; "
                              "leave max_staleness at 0")  # fmt: skip
@@ -187,11 +195,13 @@ class LearnerConfig:
         """
         if not self.rollout_url:
             raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, e.g. http://127.0.0.1:8000")
-        if self.deterministic and (len(self.rollout_url) > 1 or Places(self.rollout_url).may_change):
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
-                "deterministic: which server completes a prompt depends on their speed; give one --rollout-url",
-            )
+        several = len(self.rollout_url) > 1 or Places(self.rollout_url).may_change
+        for option, why in (
+            ("deterministic", "which server completes a prompt depends on their speed"),
+            ("share_gpu", "the learner is on the GPU of one server"),
+        ):
+            if several and getattr(self, option):
+                raise LockstepError(ErrorCode.INVALID_REQUEST, f"{option}: {why}; give one --rollout-url")
         return self.rollout_url
 
     def require_task(self) -> str:

@@ -83,6 +83,7 @@ class Fetcher:
         max_model_len: the servers' context in tokens.
         warn: told once that completions are cut short by the servers' context.
         rank: of this process; keeps a fixed `seed` from giving two ranks the same completions.
+        before: called before anything is asked for.
     """
 
     fleet: Fleet
@@ -90,6 +91,7 @@ class Fetcher:
     max_model_len: int
     warn: Callable[[str], None] = print
     rank: int = 0
+    before: Callable[[], None] = lambda: None
     capped_prompts: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -112,6 +114,7 @@ class Fetcher:
         Raises:
             LockstepError: also when a completion is empty, aborted, or of weights that were not wanted.
         """
+        self.before()
         rows: dict[int, Completion] = {}
         waiting, running = list(asks), dict[Future[None], _Request]()
         failing_since: float | None = None

@@ -17,6 +17,7 @@ from learner.fetch import Fetcher
 from learner.figures import Figures, StepReport
 from learner.fleet import Fleet, serve_base
 from learner.fleet_log import FleetLog
+from learner.gpu_turns import GpuTurns
 from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
@@ -66,8 +67,10 @@ class Session:
         self.publisher = self._publisher(base_weights)
         self._keep_lease()
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
+        self.turns = GpuTurns(fleet.up()[0].client, self.say) if config.share_gpu else None
         fetcher = Fetcher(
-            fleet, sampling, self.max_model_len, warn=self.say, rank=trainer.accelerator.process_index
+            fleet, sampling, self.max_model_len, warn=self.say, rank=trainer.accelerator.process_index,
+            before=self._let_serve,
         )  # fmt: skip
         self.rollouts = RemoteRollouts(
             fetcher,
@@ -115,6 +118,7 @@ class Session:
         if again := self.publisher.last is not None:
             self.publisher.begin_anew()
             self._keep_lease()
+        self._let_serve()
         sequences = self._on_main(lambda: probe_sequences(self.fleet, self.prompts))
         self.proof = SyncProof(
             self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
@@ -136,6 +140,7 @@ class Session:
     def after_step(self) -> StepReport:
         """Push the step just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
+        self._let_serve()
         receipt = self.publisher.push(step)
         every = self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
@@ -144,6 +149,7 @@ class Session:
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""
+        self._let_serve()
         self.publisher.ensure(self.trainer.step)
 
     def summary(self) -> dict[str, Any]:
@@ -153,6 +159,7 @@ class Session:
             "max_logprob_gap": self.proof.max_gap if self.proof else None,
             "logprob_tolerance": self.proof.last.tolerance if self.proof and self.proof.last else None,
             "canary_slope": self.canary_slope,
+            **({"gpu_turn_seconds": sum(self.turns.seconds)} if self.turns else {}),
         }
 
     def use(self, rewards: Rewards) -> None:
@@ -175,9 +182,14 @@ class Session:
         self.rollouts.refill = self.figures.dynamic = self.dynamic
         return self.dynamic
 
+    def rest(self) -> None:
+        """After a training: push to nobody who restarts, and let a server that shares its GPU have it."""
+        self.fleet.close()
+        self._let_serve()
+
     def close(self) -> None:
         """Let go of the way to the servers, where what was pushed stays, and end the reward workers."""
-        self.fleet.close()
+        self.rest()
         if self._log:
             self._log.close()
         self.publisher.close()
@@ -212,6 +224,10 @@ class Session:
         self.rollouts.ahead = Ahead(prefetcher, schedule, max_staleness)
         first = schedule.next_batch(self.trainer.micro_step)
         prefetcher.request(first, first + max_staleness - 1)
+
+    def _let_serve(self) -> None:
+        if self.turns:
+            self.turns.serve()
 
     def _seed_of(self, row: int, token_ids: list[int]) -> int | None:
         """Seed of the prompt in a row of the present batch, where seeds are derived."""

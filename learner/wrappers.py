@@ -34,6 +34,17 @@ def skip_padding(trainer: GRPOTrainer) -> None:
     trainer._prepare_inputs = prepare_sorted
 
 
+def begin_passes_with(trainer: GRPOTrainer, begin: Callable[[], None]) -> None:
+    """Call `begin` before each of TRL's forward passes: of the policy, also in the loss, and of the reference."""
+    score = trainer._get_per_token_logps_and_entropies
+
+    def scored_after(*args: Any, **kwargs: Any) -> Any:
+        begin()
+        return score(*args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = scored_after
+
+
 def tell_turns_apart(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
     """Let `rollouts` know which generations of TRL go on with completions whose tools have answered."""
     loop = trainer._tool_call_loop

@@ -75,6 +75,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         args.enable_prefix_caching = False
         if current_platform.is_cuda():
             os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+    if settings.share_gpu:
+        args.enable_sleep_mode = current_platform.is_sleep_mode_available()  # else it only stands still
     if settings.merges:
         args.enable_lora = False
         args.worker_extension_cls = "rollout_server.merge_worker.MergeWorker"

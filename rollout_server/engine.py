@@ -49,6 +49,8 @@ class EngineDoor:
         self.capacity = capacity or Capacity(ServerSettings())
         self.outputs = 0  # that the engine has given; grows
         self.held = 0  # pauses under way that the engine has agreed to
+        self.asleep = False
+        self._still = asyncio.Lock()  # whoever ends a pause lets the engine go on, also one that another had begun
 
     @property
     def errored(self) -> bool:
@@ -152,19 +154,34 @@ class EngineDoor:
             TimeoutError: the engine did not agree to it.
         """
         held = 0
-        try:
-            async with asyncio.timeout(_PAUSE_SECONDS):
-                await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
-            held = 1
-            self.held += held
-            yield self.output_tokens()
-        finally:
-            self.held -= held
-            # An engine that was stopped by a signal answers when it goes on; nobody else has to wait for that.
-            resumed = asyncio.ensure_future(self._engine.resume_generation())
-            await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
-            if resumed.done():
-                resumed.result()
+        async with self._still:
+            try:
+                async with asyncio.timeout(_PAUSE_SECONDS):
+                    await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
+                held = 1
+                self.held += held
+                yield self.output_tokens()
+            finally:
+                self.held -= held
+                # An engine that was stopped by a signal answers when it goes on; nobody else has to wait for that.
+                resumed = asyncio.ensure_future(self._engine.resume_generation())
+                await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
+                if resumed.done():
+                    resumed.result()
+
+    async def put_to_sleep(self, level: int) -> None:
+        """Hold all requests, and nobody may pause, until `wake`. `level`: vLLM's."""
+        await self._still.acquire()
+        self.asleep = True
+        self.held += 1
+        await self._engine.sleep(level, mode="keep")
+
+    async def wake(self, level: int) -> None:
+        """Go on after `put_to_sleep`."""
+        await self._engine.wake_up(None if level else ["scheduling"])
+        self.asleep = False
+        self.held -= 1
+        self._still.release()
 
     def output_tokens(self) -> dict[tuple[str, int], int]:
         """Tokens so far of every output under way, by request id and output index."""

@@ -43,6 +43,7 @@ class ServedModel:
             apply="merge" if settings.merges else "adapter",
             allowed_altering=settings.allow_policy_altering,
             deterministic=settings.deterministic,
+            shares_gpu=settings.share_gpu,
             runs=[run.state() for run in runs.runs.values()],
             **self.__dict__,
         )

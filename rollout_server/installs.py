@@ -16,6 +16,7 @@ from rollout_server.live_weights import LiveWeights
 from rollout_server.merge_install import MergeInstall
 from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
+from rollout_server.sleep import Sleep
 from rollout_server.slots import Run
 from rollout_server.transports.http import Staging
 from rollout_server.workers import Workers
@@ -39,6 +40,7 @@ class Installer:
     served: ServedModel
     settings: ServerSettings
     epoch: str
+    sleep: Sleep
     _receipts: dict[int, PushReceipt] = field(default_factory=dict)
     _known_layouts: dict[str, None] = field(default_factory=dict)
     recoveries: set[asyncio.Task[None]] = field(default_factory=set)
@@ -154,7 +156,7 @@ class Installer:
             LockstepError: `no_free_slot` if that has to wait for running requests too long; the run lives on then.
         """
         run = self.runs.get(run_id)
-        async with run.push_lock:
+        async with self.sleep.kept_awake(), run.push_lock:
             if self.settings.merges and run.active is not None:
                 deadline = time.monotonic() + self.settings.push_timeout
                 async with self.weights.changed(run, None, deadline):
@@ -169,9 +171,10 @@ class Installer:
         try:
             while self.settings.merges and (replaced := self.runs.replaced_by(run_id, takeover)):
                 await self.end(replaced)
-            run = self.runs.open(run_id, lease, takeover)
-            async with run.push_lock:
-                yield run
+            async with self.sleep.kept_awake():
+                run = self.runs.open(run_id, lease, takeover)
+                async with run.push_lock:
+                    yield run
         finally:
             opened = self.runs.runs.get(run_id)
             if opened is not None and opened.active is None and not opened.push_lock.locked():

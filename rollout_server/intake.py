@@ -16,6 +16,8 @@ from shared.errors import ErrorCode, LockstepError
 _BODY_SECONDS = 120.0
 _RETRY_AFTER = "1"
 _REFUSALS = (429, 503)
+#: Ordered under any load, also that which waits for it: they have no body worth a bound, and begin nothing.
+_ORDERS = ("/v1/drain", "/v1/sleep", "/v1/wake")
 #: They count for themselves what they bring, and may join what is under way.
 _COUNTED_LATER = ("/v1/generate", "/v1/score")
 
@@ -31,7 +33,7 @@ class Intake:
         self._app, self._settings, self._capacity = app, settings, capacity
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] == "/v1/drain":
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] in _ORDERS:
             await self._app(scope, receive, send)
             return
         control = scope["path"].startswith("/v1/runs/")

@@ -25,6 +25,7 @@ from rollout_server.run_table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
+from rollout_server.sleep import Sleep
 from rollout_server.stall import Stall
 from rollout_server.turns import Turns
 from rollout_server.workers import Workers
@@ -67,7 +68,8 @@ async def start(
     epoch = secrets.token_hex(8)
     backend = "nccl" if described[0]["device"] else "gloo"
     groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
-    installer = Installer(door, workers, groups, runs, served, settings, epoch)
+    sleep = Sleep(door, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
+    installer = Installer(door, workers, groups, runs, served, settings, epoch, sleep)
     gate.on_close(installer.staging.close)
     logger.info(
         "model loaded after %.0f s by %d workers, %s; warming up",
@@ -182,6 +184,8 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
             "--deterministic: which of several engines takes a request depends on their load; leave out "
             "--data-parallel-size"
         )
+    if settings.share_gpu and process_layout.workers(vllm_config.parallel_config) > 1:
+        raise _refusal("--share-gpu: the learner is on one GPU; leave out --tensor-parallel-size and the like")
     if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
         raise _refusal(
             "--apply merge writes plain weights, and this model computes with others made of them (quantised, or MLA): "

@@ -34,7 +34,7 @@ class Service:
     def state(self) -> ServerState:
         """The answer of `/v1/state`."""
         state = self.served.state(self.epoch, not self.door.errored, self.settings, self.runs)
-        return state.model_copy(update={"draining": self.door.capacity.draining})
+        return state.model_copy(update={"draining": self.door.capacity.draining, "asleep": self.door.asleep})
 
     async def reached(self, request: PolicyRequest) -> None:
         """Wait for the step the request asks for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 
@@ -32,6 +32,11 @@ class ServerSettings:
         "auto",
         "where `--apply merge` keeps the base's weights: on the GPU, in host memory, or on the GPU if they fit",
         ("auto", "device", "host"),
+    )
+    share_gpu: bool = _flag(
+        False,
+        "the GPU is also a learner's: the server sleeps while that one trains (learner --share_gpu). One run, one GPU; "
+        "--gpu-memory-utilization must leave room for the learner's model",
     )
     deterministic: bool = _flag(
         False,
@@ -127,7 +132,11 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
         )
     if settings.merges and settings.max_runs > 1:
         raise ValueError("--apply merge serves one run, whose adapter is in the weights: leave out --max-runs")
+    if settings.share_gpu and settings.max_runs > 1:
+        raise ValueError("--share-gpu: the server would sleep under the other runs' learners; leave out --max-runs")
+    if settings.share_gpu and settings.keep_base == "device":
+        raise ValueError("--share-gpu: what is kept on the GPU does not sleep; leave out --keep-base")
     for name in ("drain_seconds", "idempotency_ttl", "idempotency_mib", "orphan_seconds", "engine_stall_seconds"):
         if getattr(settings, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative")
-    return settings
+    return replace(settings, keep_base="host") if settings.share_gpu else settings

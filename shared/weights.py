@@ -156,5 +156,7 @@ class ServerState(BaseModel):
     )
     allowed_altering: bool = False
     deterministic: bool = Field(False, description="equal seeded requests, one at a time, have equal answers")
+    shares_gpu: bool = Field(False, description="may be put to sleep by a learner that trains on the same GPU")
+    asleep: bool = Field(False, description="requests wait until the learner, or a push, wakes it")
     mixture_of_experts: bool = False
     runs: list[RunState] = []

@@ -1,4 +1,6 @@
-"""`GET /v1/state`: what this server is and serves. `POST /v1/drain`: it is to leave."""
+"""`GET /v1/state`: what this server is and serves. `POST /v1/drain`: it is to leave; `/v1/sleep`, `/v1/wake`: it is the
+learner's turn on a GPU that they share, or its own.
+"""
 
 from __future__ import annotations
 
@@ -20,4 +22,18 @@ async def get_state(service: ServiceDep) -> ServerState:
 async def drain(service: ServiceDep) -> ServerState:
     """Take nothing new from now on, finish what is under way, and stop: the same as SIGTERM."""
     service.door.capacity.drain()
+    return service.state()
+
+
+@router.post("/v1/sleep")
+async def sleep(service: ServiceDep) -> ServerState:
+    """Give the GPU's memory back (--share-gpu): requests wait until `/v1/wake`, or the next push."""
+    await service.installer.sleep.fall_asleep()
+    return service.state()
+
+
+@router.post("/v1/wake")
+async def wake(service: ServiceDep) -> ServerState:
+    """Take the GPU's memory again, and go on with the requests that wait."""
+    await service.installer.sleep.wake()
     return service.state()

@@ -37,6 +37,9 @@ REFUSED = {
     "api-key": (["--api-key", "secret"], "--token-file"),
     "prompt-embeds": (["--enable-prompt-embeds"], "--enable-prompt-embeds"),
     "unix-socket": (["--uds", "/nowhere/socket"], "--uds"),
+    "shared-runs": (["--share-gpu", "--max-runs", "2"], "--max-runs"),
+    "shared-base": (["--share-gpu", "--apply", "merge", "--keep-base", "device"], "--keep-base"),
+    "shared-engines": (["--share-gpu", "--data-parallel-size", "2"], "--share-gpu"),
     "hosts": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--nnodes 2"),
 }  # fmt: skip
 

@@ -27,7 +27,8 @@ from shared.weights import PushReceipt, RunState, ServerState, WeightVersion
 class FakeServer:
     """`transport` answers a RolloutClient's requests. `ignore_pushes`: acknowledge, but do not use them.
 
-    `log_kept_mass`: what truncation is said to have kept at every token.
+    `log_kept_mass`: what truncation is said to have kept at every token. One that sleeps answers no request but for
+    `/v1/wake` and pushes, which wake it; `naps`: how often it fell asleep.
     """
 
     def __init__(self, model: torch.nn.Module, state: ServerState) -> None:
@@ -40,6 +41,7 @@ class FakeServer:
         self.ignore_pushes = False
         self.scale = 1.0
         self.log_kept_mass = -0.3
+        self.naps = 0
         self.transport = httpx.MockTransport(self._handle)
         self.drawn = torch.Generator().manual_seed(0)  # not the training's random numbers
         self._one_at_a_time = threading.Lock()
@@ -67,12 +69,16 @@ class FakeServer:
                 for r, (v, c) in self.served.items()
             ]
             return _json(self.state.model_copy(update={"runs": runs}))
+        if path in ("/v1/sleep", "/v1/wake"):
+            return _json(self._turn(asleep=path == "/v1/sleep"))
         if method == "PUT":
+            self._turn(asleep=False)
             return _json(self._push(path.split("/")[3], request))
         if method == "DELETE":
             if self.served.pop(path.split("/")[3], None) is None:
                 raise LockstepError(ErrorCode.UNKNOWN_RUN, "no such run")
             return httpx.Response(200, json={})
+        assert not self.state.asleep, f"{path} would wait"
         body = json.loads(request.content)
         if path == "/v1/score":
             asked = ScoreRequest.model_validate(body)
@@ -86,6 +92,12 @@ class FakeServer:
             return _json(answer)
         lines = [group.model_dump_json() for group in reversed(answer.groups)]  # in the order in which they finish
         return httpx.Response(200, content="\n".join([*lines, '{"done":true}']))
+
+    def _turn(self, *, asleep: bool) -> ServerState:
+        assert not asleep or self.state.shares_gpu
+        self.naps += asleep and not self.state.asleep
+        self.state = self.state.model_copy(update={"asleep": asleep})
+        return self.state
 
     def _push(self, run_id: str, request: httpx.Request) -> PushReceipt:
         assert request.headers["Lockstep-Lease"] and request.headers["content-length"]

@@ -1,0 +1,79 @@
+"""`share_gpu`: learner and server compute on one GPU by turns, and whoever waits holds as little of it as it can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from learner.client import RolloutClient
+from learner.fleet import PASSING
+from shared.errors import ErrorCode, LockstepError
+from shared.weights import ServerState
+
+
+def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -> None:
+    """Refuse to share where there is nothing to share.
+
+    Args:
+        device: that the learner trains on.
+        processes: of the learner.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    if not state.shares_gpu:
+        raise _invalid("share_gpu: the server has its GPU to itself; start it with --share-gpu")
+    if processes > 1:
+        raise _invalid(f"share_gpu: {processes} learner processes cannot take turns with one GPU; start one")
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    if own not in state.devices:
+        raise _invalid(
+            f"share_gpu: the learner is on {own or device}, the server on {state.devices[0] or state.device}; leave "
+            "share_gpu out, or set CUDA_VISIBLE_DEVICES to the same GPU for both"
+        )
+
+
+class GpuTurns:
+    """Whose turn it is. A server that is away is not waited for: it holds nothing, and is awake when it comes back.
+
+    Args:
+        client: of the only server.
+
+    Attributes:
+        seconds: that each change of turns took.
+    """
+
+    def __init__(self, client: RolloutClient, say: Callable[[str], None] = print) -> None:
+        self._client, self._say = client, say
+        self.seconds: list[float] = []
+        self._trains: bool | None = None  # None: an earlier learner may have left the server asleep
+
+    def serve(self) -> None:
+        """The server's turn: it is awake from now on, and PyTorch keeps no memory that it does not use."""
+        if self._trains is not False:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._trains = False
+            self._order(self._client.wake)
+
+    def train(self) -> None:
+        """The learner's turn: the server sleeps."""
+        if self._trains is not True:
+            self._trains = True
+            self._order(self._client.sleep)
+
+    def _order(self, order: Callable[[], ServerState]) -> None:
+        started = time.perf_counter()
+        try:
+            order()
+            self.seconds.append(time.perf_counter() - started)
+        except LockstepError as error:
+            if error.code not in PASSING:
+                raise
+            self._say(f"share_gpu: {self._client.url} is away: {error}")
+
+
+def _invalid(message: str) -> LockstepError:
+    return LockstepError(ErrorCode.INVALID_REQUEST, message)

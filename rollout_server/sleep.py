@@ -1,0 +1,89 @@
+"""`--share-gpu`: the engine sleeps while a learner trains on its GPU, and is awake while it serves or takes a push."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+
+from rollout_server.engine import EngineDoor
+from shared.errors import ErrorCode, LockstepError
+
+logger = logging.getLogger("rollout_server")
+
+#: Weights go to host memory and back.
+_MOVE_SECONDS = 300.0
+
+
+class Sleep:
+    """Puts the engine to sleep and wakes it, one after the other, and never during a push.
+
+    Requests that run or come meanwhile wait, whatever their route, and go on when the engine wakes: they compute their
+    KV anew and keep their versions.
+
+    Args:
+        level: vLLM's: 1 moves the weights to host memory and gives up the KV cache; 0, for CPUs, only stands still.
+    """
+
+    def __init__(self, door: EngineDoor, *, enabled: bool, level: int = 1) -> None:
+        self._door, self._enabled, self._level = door, enabled, level
+        self._turn = asyncio.Lock()
+
+    async def fall_asleep(self) -> None:
+        """Give the GPU's memory back, after a push that is under way; nothing if it sleeps already.
+
+        Raises:
+            LockstepError: `invalid_request` without --share-gpu, `engine_dead`.
+        """
+        self._check_enabled()
+        async with self._turn:
+            if not self._door.asleep:
+                await self._moved(self._door.put_to_sleep(self._level), "fall asleep")
+
+    async def wake(self) -> None:
+        """Take the memory again and go on; nothing if it is awake.
+
+        Raises:
+            LockstepError: `invalid_request` without --share-gpu, `engine_dead`.
+        """
+        self._check_enabled()
+        async with self._turn:
+            await self._wake()
+
+    @asynccontextmanager
+    async def kept_awake(self) -> AsyncIterator[None]:
+        """Within it the engine is awake, since its weights are about to be written."""
+        if not self._enabled:
+            yield
+            return
+        async with self._turn:
+            await self._wake()
+            yield
+
+    async def _wake(self) -> None:
+        if self._door.asleep:
+            await self._moved(self._door.wake(self._level), "wake up")
+
+    async def _moved(self, move: Awaitable[None], what: str) -> None:
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(_MOVE_SECONDS):
+                await move
+        except BaseException as error:  # half of its memory may be there
+            reason = LockstepError(
+                ErrorCode.ENGINE_DEAD,
+                f"the engine did not {what}: {type(error).__name__} {error}; if the GPU's memory is taken by others, "
+                "lower --gpu-memory-utilization until the learner fits beside it",
+            )
+            self._door.give_up(reason)
+            raise reason from error
+        logger.info("%s after %.2f s", "asleep" if self._door.asleep else "awake", time.monotonic() - started)
+
+    def _check_enabled(self) -> None:
+        if not self._enabled:
+            raise LockstepError(
+                ErrorCode.INVALID_REQUEST,
+                "this server has its GPU to itself: start it with --share-gpu to let it sleep",
+            )

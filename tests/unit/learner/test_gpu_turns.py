@@ -1,0 +1,113 @@
+"""`share_gpu`: the server sleeps while the learner computes, and is awake whenever it is asked for anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from learner import attach
+from learner.client import RolloutClient
+from learner.config import LearnerConfig
+from learner.gpu_turns import GpuTurns, check_shared_gpu
+from shared.errors import ErrorCode, LockstepError
+from tests.unit.learner.fake_server import FakeServer
+
+MakeTrainer = Callable[..., GRPOTrainer]
+
+
+@pytest.fixture(autouse=True)
+def _shares(server: FakeServer) -> None:
+    server.state = server.state.model_copy(update={"shares_gpu": True, "devices": [None]})
+
+
+def test_a_training_by_turns(make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient) -> None:
+    """The fake server fails whatever it is asked in its sleep; a pass for the gradient must find it asleep."""
+    server.state = server.state.model_copy(update={"asleep": True})  # an earlier learner was killed
+    trainer = make_trainer(
+        steps_per_generation=2, num_iterations=2, max_steps=6, eval_strategy="steps", eval_steps=2,
+        per_device_eval_batch_size=8,
+        trainer_kwargs={"eval_dataset": [{"prompt": f"w{i} w3"} for i in range(4)]},
+    )  # fmt: skip
+    session = attach(trainer, client=client, run_id="r", share_gpu=True)
+    asleep: list[bool] = []
+    trainer.model.register_forward_pre_hook(
+        lambda *_: asleep.append(server.state.asleep) if torch.is_grad_enabled() else None
+    )
+    trainer.train()
+    assert len(asleep) == 6 and all(asleep)
+    assert server.naps >= 6, "every step is followed by a push, which wakes it"
+    assert not server.state.asleep, "a server is left awake"
+    assert session.proof is not None and session.proof.max_gap < 1e-4
+
+
+def test_a_training_that_fails_leaves_the_server_awake(
+    make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient
+) -> None:
+    trainer = make_trainer()
+    session = attach(trainer, client=client, run_id="r", share_gpu=True)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert server.state.asleep
+    session.close()
+    assert not server.state.asleep
+
+
+def test_without_it_nobody_sleeps(make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient) -> None:
+    trainer = make_trainer()
+    attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert server.naps == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "processes", "word"),
+    [
+        ({"shares_gpu": False}, 1, "--share-gpu"),
+        ({}, 2, "2 learner processes"),
+        ({"devices": ["GPU-1"]}, 1, "the server on GPU-1"),
+    ],
+)
+def test_refused(server: FakeServer, state: dict[str, Any], processes: int, word: str) -> None:
+    check_shared_gpu(server.state, torch.device("cpu"), 1)
+    with pytest.raises(LockstepError, match=word):
+        check_shared_gpu(server.state.model_copy(update=state), torch.device("cpu"), processes)
+
+
+def test_options_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="max_staleness"):
+        LearnerConfig(share_gpu=True, max_staleness=1)
+    with pytest.raises(LockstepError, match="one --rollout-url"):
+        LearnerConfig(share_gpu=True, rollout_url=["http://a", "http://b"]).require_urls()
+
+
+def test_a_server_that_is_away_is_not_waited_for() -> None:
+    said: list[str] = []
+
+    def away(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    turns = GpuTurns(RolloutClient("http://gone", transport=httpx.MockTransport(away)), said.append)
+    turns.train()
+    turns.serve()
+    assert len(said) == 2 and all("http://gone is away" in text for text in said)
+
+
+def test_a_server_that_may_not_sleep_is_an_error() -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        error = LockstepError(ErrorCode.INVALID_REQUEST, "this server has its GPU to itself")
+        return httpx.Response(error.status, json=error.body().model_dump())
+
+    turns = GpuTurns(RolloutClient("http://alone", transport=httpx.MockTransport(refuse)))
+    with pytest.raises(LockstepError, match="to itself"):
+        turns.train()
