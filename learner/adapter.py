@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from learner.ranks import whole
+from learner.ranks import gathered, shape_of, whole
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.collective import Announcement
@@ -84,17 +84,24 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The active adapter under the names of PEFT's adapter files, whole on every rank. Collective where it is sharded.
+def peft_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The active adapter's parameters under the names of PEFT's adapter files.
 
-    PEFT's own `save_pretrained` writes empty files where activation checkpointing has wrapped the layers.
+    PEFT's own names are others where activation checkpointing has wrapped the layers, and its files are empty then.
     """
     adapter = active_adapter(model)
-    tensors = {}
+    weights = {}
     for name, layer in lora_layers(model, adapter).items():
-        tensors[PEFT_PREFIX + name + LORA_A] = whole(layer.lora_A[adapter].weight.detach())
-        tensors[PEFT_PREFIX + name + LORA_B] = whole(layer.lora_B[adapter].weight.detach())
-    return tensors
+        weights[PEFT_PREFIX + name + LORA_A] = layer.lora_A[adapter].weight
+        weights[PEFT_PREFIX + name + LORA_B] = layer.lora_B[adapter].weight
+    return weights
+
+
+def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The values of `peft_weights`, whole on every rank. Collective where they are sharded."""
+    weights = peft_weights(model)
+    with gathered(list(weights.values())):
+        return {name: whole(weight.detach()).clone() for name, weight in weights.items()}
 
 
 class AdapterExporter:
@@ -104,8 +111,8 @@ class AdapterExporter:
     parameters must stay the objects they are; their values are read at every export.
 
     Args:
-        model: unwrapped (no DDP) PEFT model with plain LoRA layers; FSDP2 may have sharded it, then with all of it
-            resharded (`learner.ranks.reshard`).
+        model: unwrapped (no DDP) PEFT model with plain LoRA layers; ZeRO-3 may have sharded it, or FSDP2, then with
+            all of it resharded (`learner.ranks.reshard`).
         dtype: the server's `lora_dtype`.
         base_weights: fingerprint of the base the adapter is trained on.
 
@@ -132,7 +139,7 @@ class AdapterExporter:
         self._check_trainable()
         shapes: dict[str, tuple[int, ...]] = {}
         for name, a_RI, b_OR in zip(self.layers, self._a, self._b, strict=True):
-            shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
+            shapes |= {name + LORA_A: tuple(shape_of(a_RI)), name + LORA_B: tuple(shape_of(b_OR))}
         self.layout = Layout(lay_out(shapes, dtype))
         self._template: AdapterManifest | None = None
         self._scalings: list[float] = []
@@ -158,8 +165,11 @@ class AdapterExporter:
                 )
         scalings = [float(layer.scaling[self.adapter]) for layer in self.layers.values()]
         with torch.no_grad():
-            torch._foreach_copy_(self._views[::2], [whole(w) for w in self._a])
-            torch._foreach_copy_(self._views[1::2], torch._foreach_mul([whole(w).float() for w in self._b], scalings))
+            with gathered([*self._a, *self._b]):
+                torch._foreach_copy_(self._views[::2], [whole(w) for w in self._a])
+                torch._foreach_copy_(
+                    self._views[1::2], torch._foreach_mul([whole(w).float() for w in self._b], scalings)
+                )
             self._refuse_not_finite(version)
             sums = torch.cat(list(block_sums(self._as_integers(), self._weights))).cpu().numpy().tobytes()
         if self._template is None or scalings != self._scalings:
@@ -169,7 +179,7 @@ class AdapterExporter:
 
     def _manifest(self, version: WeightVersion, scalings: list[float]) -> AdapterManifest:
         """What manifests have in common; making it anew for every push would cost more than the transfer."""
-        ranks = [weight.shape[0] for weight in self._a]
+        ranks = [shape_of(weight)[0] for weight in self._a]
         return AdapterManifest(
             version=version, base_weights=self.base_weights, dtype=self.dtype, checksum="",
             peft_config=plain_config(self.model.peft_config[self.adapter]),

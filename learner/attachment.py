@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from learner.adapter import active_adapter, lora_layers, peft_tensors
+from learner.adapter import active_adapter, lora_layers
+from learner.adapter_directory import save_adapter
 from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.client import RolloutClient
 from learner.config import LearnerConfig
@@ -259,11 +257,9 @@ class _PushAfterStep(TrainerCallback):
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:
     """The trained adapter and its tokenizer as a PEFT directory. Collective; rank 0 writes."""
-    model = _peft_model(trainer)
-    tensors = peft_tensors(model)
-    if trainer.accelerator.is_main_process:
-        replace(model.peft_config[active_adapter(model)], inference_mode=True).save_pretrained(folder)
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    is_main = trainer.accelerator.is_main_process
+    save_adapter(_peft_model(trainer), folder, writes=is_main)
+    if is_main:
         trainer.processing_class.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -33,6 +33,7 @@ class StepReport:
         drift: of the generation batch the step trained on; None without importance correction.
         servers_up, servers: rollout servers that serve the present version, and all that are known.
         pause_seconds: for which no request of the slowest server was decoding because of the push.
+        update_lost: of the optimizer's step, by rounding (see `learner.rounding`); None where nothing is rounded.
     """
 
     step: int
@@ -54,6 +55,7 @@ class StepReport:
     servers_up: int = 1
     servers: int = 1
     pause_seconds: float = 0.0
+    update_lost: float | None = None
 
 
 class Figures:
@@ -85,7 +87,9 @@ class Figures:
         self._waited, self._busy = self._rollouts.stats.wait_seconds, self._busy_seconds()
         self._reward_waited = self.rewards.wait_seconds if self.rewards else 0.0
 
-    def add(self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None) -> StepReport:
+    def add(
+        self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None, update_lost: float | None = None
+    ) -> StepReport:
         """A step has ended with a push."""
         self.pushes += 1
         stats, trainer, fleet = self._rollouts.stats, self._trainer, self._rollouts.fetcher.fleet
@@ -103,7 +107,7 @@ class Figures:
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
             logprob_gap=logprob_gap, seconds=seconds, drift=self.drift,
             reward_wait_seconds=self.rewards.wait_seconds - self._reward_waited if self.rewards else None,
-            servers_up=len(fleet.up()), servers=len(fleet.members),
+            servers_up=len(fleet.up()), servers=len(fleet.members), update_lost=update_lost,
         )  # fmt: skip
         self.restart_clock()
         logged = {
@@ -111,7 +115,7 @@ class Figures:
             "rollout_tokens_per_second": report.rollout_tokens_per_second, "wait_seconds": report.wait_seconds,
             "reward_wait_seconds": report.reward_wait_seconds,
             "server_idle_seconds": idle, "regenerated": stats.regenerated, "servers_up": report.servers_up,
-            "pause_seconds": receipt.pause_seconds,
+            "pause_seconds": receipt.pause_seconds, "update_lost": update_lost,
         }  # fmt: skip
         for name, value in logged.items():
             if value is not None:
@@ -172,6 +176,7 @@ class Figures:
             "wait_seconds": stats.wait_seconds,
             "max_drift_kl": max((r.drift.kl for r in self.reports if r.drift), default=None),
             "max_drift_clipped": max((r.drift.clipped for r in self.reports if r.drift), default=None),
+            "max_update_lost": max((r.update_lost for r in self.reports if r.update_lost is not None), default=None),
             "push_seconds_median": statistics.median(r.push_seconds for r in self.reports) if self.reports else None,
         }
 

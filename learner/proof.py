@@ -35,7 +35,7 @@ from learner.client import RolloutClient
 from learner.fleet import Fleet
 from learner.measurement import Measurement, noise, slope
 from learner.member import Member
-from learner.ranks import OnMain, on_one_rank, overwrite, reshard
+from learner.ranks import OnMain, gathered, on_one_rank, overwrite, reshard
 from learner.tolerance import derived_tolerance, merge_noise
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicySelector, ScoreRequest, ScoreResponse
@@ -272,22 +272,25 @@ def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> I
     model = proof.model
     layers = lora_layers(model, active_adapter(model))
     weights = [layer.lora_B[active_adapter(model)].weight for layer in layers.values()]
-    kept = [weight.detach().clone() for weight in weights]
+    with gathered(weights):
+        kept = [weight.detach().clone() for weight in weights]
     # A generator of its own, so that the training's random numbers are not used up.
     generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for weight in weights:
-                overwrite(weight, torch.randn(weight.shape, generator=generator) * 2.0**-10)
+            with gathered(weights, written=True):
+                for weight in weights:
+                    overwrite(weight, torch.randn(weight.shape, generator=generator) * 2.0**-10)
             for _ in range(16):
                 moved = proof.own_logprobs()[0] - base_logprobs
                 if np.sqrt(np.mean(moved**2)) >= nats:
                     break
-                for weight in weights:
-                    weight.mul_(2.0)
+                with gathered(weights, written=True):
+                    for weight in weights:
+                        weight.mul_(2.0)
         yield
     finally:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(weights, written=True):
             for weight, old in zip(weights, kept, strict=True):
                 weight.copy_(old)
 

@@ -1,8 +1,9 @@
 """Exact resume under a `trl.GRPOTrainer`: what its own checkpoints leave out, saved and put back.
 
-Left out are: where in a generation batch the training stands, the batch itself, and the order of later epochs (TRL's
-sampler draws it from a generator that starts anew). Relies on TRL's internals as `learner.attachment` does, in the same
-range of versions.
+Left out are: where in a generation batch the training stands, the batch itself, the order of later epochs (TRL's
+sampler draws it from a generator that starts anew), and under FSDP2 the adapter, for which no name is the expected one
+once activation checkpointing has wrapped the layers. Relies on TRL's internals as `learner.attachment` does, in the
+same range of versions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import transformers.trainer_utils
 from trl import GRPOTrainer
 
+from learner.adapter_directory import load_adapter, save_adapter
 from learner.batch_file import load_batches, save_batches
 from learner.batches import indexable, schedule_of
 from learner.checkpoint import STAGING, TrainingState, commit, load_state, save_state
@@ -56,8 +58,10 @@ class ExactResume:
             self._save(model, trial)
         finally:
             trainer._get_output_dir = usual
+        (staging / name).mkdir(parents=True, exist_ok=True)
+        if trainer.is_fsdp_enabled:
+            save_adapter(self._session.model, staging / name, writes=trainer.args.should_save)
         if self._in_a_batch():
-            (staging / name).mkdir(parents=True, exist_ok=True)
             save_batches(staging / name / _batch_file(trainer), trainer._buffered_inputs)
         trainer.accelerator.wait_for_everyone()
         counts = self._session.figures.counts()
@@ -103,6 +107,8 @@ class ExactResume:
             return
         self._check_geometry(state, checkpoint)
         trainer = self._trainer
+        if trainer.is_fsdp_enabled:
+            load_adapter(self._session.model, Path(checkpoint))
         trainer._step = state.micro_step
         batch_file = Path(checkpoint) / _batch_file(trainer)
         trainer._buffered_inputs = (

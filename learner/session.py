@@ -25,6 +25,7 @@ from learner.proof import SyncProof
 from learner.publisher import Publisher, load_lease, save_lease
 from learner.rewards import Rewards
 from learner.rollouts import Ahead, RemoteRollouts
+from learner.rounding import RoundedUpdates
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
 from shared.errors import ErrorCode, ErrorDetail, LockstepError
@@ -83,6 +84,7 @@ class Session:
         self.rewards: Rewards | None = None
         self.dynamic: DynamicSampling | None = None
         self.proof: SyncProof | None = None
+        self.rounded: RoundedUpdates | None = None
         self.canary_slope: float | None = None
         self._log: FleetLog | None = None
         self.figures = Figures(trainer, self.rollouts)
@@ -129,6 +131,7 @@ class Session:
             self.proof.check_base()
         if self.trainer.accelerator.is_main_process and self._log is None:
             self._log = FleetLog(self.trainer.output_dir / "servers.jsonl", self.fleet)
+        self.rounded = RoundedUpdates(self.model)
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
@@ -145,7 +148,10 @@ class Session:
         every = self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
         gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
-        return self.figures.add(push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap)
+        lost = self.rounded.last_lost() if self.rounded else None
+        return self.figures.add(
+            push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap, update_lost=lost
+        )  # fmt: skip
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""

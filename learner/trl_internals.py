@@ -62,10 +62,13 @@ def check_trl(trainer: GRPOTrainer) -> None:
         raise _invalid("the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False")
     if trainer._is_vlm:
         raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, "vision models are not supported: use a text model")
-    if trainer.is_deepspeed_enabled and trainer.args.deepspeed_plugin.zero_stage == 3:
-        raise _invalid("DeepSpeed ZeRO-3 is not supported: shard the model with FSDP2, or use DDP")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise _invalid("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")
+    if trainer.is_fsdp_enabled and trainer.args.load_best_model_at_end:
+        raise _invalid(
+            "load_best_model_at_end: under FSDP transformers does not find the adapter in its checkpoints; leave it "
+            "out, and choose among them with learner eval --policy"
+        )
 
 
 def _invalid(message: str) -> LockstepError:

@@ -1,53 +1,52 @@
 """A training script as a user would write it, for one rank or several: what `test_ranks.py` launches.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.train_on_ranks MODEL URL FOLDER [fsdp2] [forget]
+python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.train_on_ranks \\
+    MODEL URL FOLDER [fsdp2 | zero3 | zero3-bf16] [forget] [cut]
+
+`cut` ends it when the checkpoint of step 2 has been written; the same command without it goes on from there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.attachment import attach, save_final_adapter
+from learner.checkpoint import last_checkpoint
 from learner.session import Session
 from tests.integration.rewards import odd_tokens
+from tests.integration.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
 
-GLOBAL_BATCH, GROUP, STEPS = 8, 4, 3
+GLOBAL_BATCH, GROUP, STEPS, CUT = 8, 4, 3, 2
 
 
-def make_trainer(model: str, folder: Path) -> GRPOTrainer:
+def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
     """The same global batch on any number of ranks; TRL's defaults where nothing speaks against them."""
+    zero = next((option for option in options if option.startswith("zero3")), None)
+    devices: dict[str, Any] = zero3_on_cpu(bf16=zero == "zero3-bf16") if zero else {"use_cpu": True}
     args = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, max_steps=STEPS, max_completion_length=16,
-        per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=True).num_processes, num_generations=GROUP,
+        output_dir=str(folder), bf16=zero == "zero3-bf16", max_steps=STEPS, max_completion_length=16,
+        per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=not zero).num_processes, num_generations=GROUP,
         # Adam divides by the gradient's size: elements whose gradient is nothing but rounding would differ at once.
         optim="sgd", learning_rate=0.5, max_grad_norm=0.5, beta=0.01, generation_kwargs={"seed": 7},
         gradient_checkpointing=False,
-        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+        logging_steps=1, report_to="none", disable_tqdm=True,
+        save_strategy="steps" if "cut" in options else "no", save_steps=CUT, **devices,
     )  # fmt: skip
     return GRPOTrainer(
         model=model, args=args, reward_funcs=[odd_tokens],
         train_dataset=Dataset.from_list([{"prompt": f"{i} + {i + 3} ="} for i in range(16)]),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
-
-
-def shard_on_cpu(trainer: GRPOTrainer) -> None:
-    """What Accelerate sets for FSDP2; on CPUs it leaves it out and quietly takes DDP."""
-    state = trainer.accelerator.state
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
-    )  # fmt: skip
-    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    trainer.is_fsdp_enabled = True
 
 
 def forget_once(session: Session) -> None:
@@ -62,15 +61,24 @@ def forget_once(session: Session) -> None:
     session.rollouts.generate = generate_after_loss
 
 
+class Cut(TrainerCallback):
+    """Ends every rank as a kill would, after a checkpoint."""
+
+    def on_save(self, *args: Any, **_: Any) -> None:
+        os._exit(0)
+
+
 def main(model: str, url: str, folder: Path, options: list[str]) -> None:
-    trainer = make_trainer(model, folder)
+    trainer = make_trainer(model, folder, options)
     if "fsdp2" in options:
-        shard_on_cpu(trainer)
+        fsdp2_on_cpu(trainer)
     session = attach(trainer, url, takeover=True)  # the server is shared with other tests
     session.rollouts.fetcher.rank = 0  # the seed of a completion must not depend on the number of ranks here
     if "forget" in options:
         forget_once(session)
-    trainer.train()
+    if "cut" in options:
+        trainer.add_callback(Cut())
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save_final_adapter(trainer, folder / "adapter")
     summary = session.summary()
     if trainer.accelerator.is_main_process:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,14 +176,14 @@ def test_refuses_a_trainer_without_adapter_and_one_with_vllm(make_trainer, clien
         attach(trainer, client=client)
 
 
-def test_refuses_sharding_that_it_cannot_read(make_trainer, client):
+def test_refuses_sharding_that_it_cannot_read(make_trainer, client, monkeypatch):
     trainer = make_trainer()
     trainer.is_fsdp_enabled = True
     with pytest.raises(LockstepError, match="fsdp_version"):
         attach(trainer, client=client)
-    trainer.is_deepspeed_enabled = True
-    trainer.args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
-    with pytest.raises(LockstepError, match="ZeRO-3"):
+    monkeypatch.setattr(type(trainer.accelerator), "is_fsdp2", True)
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(LockstepError, match="load_best_model_at_end"):
         attach(trainer, client=client)
 
 

@@ -1,0 +1,42 @@
+"""Models sharded over ranks without a GPU: what `accelerate launch` sets on GPUs, and Accelerate leaves out on CPUs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers.training_args
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from trl import GRPOTrainer
+
+
+def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
+    """FSDP2 with activation checkpointing, where Accelerate would quietly take DDP. Before anything is attached."""
+    state = trainer.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
+    )  # fmt: skip
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    trainer.is_fsdp_enabled = True
+
+
+def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
+    """ZeRO-3, of which Accelerate would count a single rank; answers what GRPOConfig needs for it."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    state = PartialState()
+    state.device = torch.device("cpu")
+    state.num_processes, state.process_index = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    state.local_process_index = state.process_index
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: bf16
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {
+        **dict.fromkeys(sizes, "auto"), "bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True,
+        # Nothing is so small here that it would stay whole on every rank.
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }  # fmt: skip
+    return {
+        "deepspeed": config, "accelerator_config": {"use_configured_state": True},
+        "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"},
+    }  # fmt: skip
