@@ -252,7 +252,11 @@ class _PushAfterStep(TrainerCallback):
         self.session.after_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.session.rest()
+        self.session.fleet.close()  # else it would go on pushing this run to servers that restart
+        self.session.let_serve()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.session.let_serve()  # also of an evaluation that no training follows
 
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:

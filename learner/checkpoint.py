@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written under another name, synced, renamed; and what they add to TRL's.
 
 `checkpoint-N/` holds what transformers writes (adapter, optimizer, scheduler, random states, trainer state), our
-`lockstep.json`, and, inside a generation batch, that batch.
+`lockstep.json`, under FSDP2 the adapter, and, inside a generation batch, that batch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from learner.client import RolloutClient
 from learner.fleet import PASSING
+from learner.member import Member
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import ServerState
 
@@ -39,40 +39,44 @@ class GpuTurns:
     """Whose turn it is. A server that is away is not waited for: it holds nothing, and is awake when it comes back.
 
     Args:
-        client: of the only server.
+        member: the only server.
 
     Attributes:
         seconds: that each change of turns took.
     """
 
-    def __init__(self, client: RolloutClient, say: Callable[[str], None] = print) -> None:
-        self._client, self._say = client, say
+    def __init__(self, member: Member, say: Callable[[str], None] = print) -> None:
+        self._member, self._say = member, say
         self.seconds: list[float] = []
-        self._trains: bool | None = None  # None: an earlier learner may have left the server asleep
+        #: Whether the server sleeps, and which epoch of it; None: unknown, an earlier learner may have left it asleep.
+        self._asleep: tuple[bool, str] | None = None
 
     def serve(self) -> None:
         """The server's turn: it is awake from now on, and PyTorch keeps no memory that it does not use."""
-        if self._trains is not False:
+        if self._asleep != (False, self._member.known.epoch):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._trains = False
-            self._order(self._client.wake)
+            self._order(self._member.client.wake)
 
     def train(self) -> None:
         """The learner's turn: the server sleeps."""
-        if self._trains is not True:
-            self._trains = True
-            self._order(self._client.sleep)
+        if self._asleep != (True, self._member.known.epoch):
+            self._order(self._member.client.sleep)
 
     def _order(self, order: Callable[[], ServerState]) -> None:
         started = time.perf_counter()
-        try:
-            order()
-            self.seconds.append(time.perf_counter() - started)
-        except LockstepError as error:
-            if error.code not in PASSING:
-                raise
-            self._say(f"share_gpu: {self._client.url} is away: {error}")
+        self._asleep = None
+        for attempt in (1, 2):
+            try:
+                state = order()
+                self._asleep = state.asleep, state.epoch
+                self.seconds.append(time.perf_counter() - started)
+                return
+            except LockstepError as error:
+                if error.code not in PASSING or error.code is ErrorCode.TIMEOUT:
+                    raise
+                if attempt == 2:  # else it may be that only the answer was lost
+                    self._say(f"share_gpu: {self._member.url} is away: {error}")
 
 
 def _invalid(message: str) -> LockstepError:

@@ -7,18 +7,22 @@ they add up in the copy until they move the adapter by a whole unit in its last 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from peft import PeftModel
 
 
 class RoundedUpdates:
-    """Compares the steps that the adapter makes with those of the optimizer's float32 copy of it.
+    """Compares the steps that the adapter makes with those of ZeRO-3's float32 copy of it.
 
     Args:
         model: of which the optimizer has been made.
+        total: sum of a tensor over all ranks, each of which looks at its own part of the copy.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._total = total
         self._parameters = [
             parameter
             for parameter in model.parameters()
@@ -34,18 +38,18 @@ class RoundedUpdates:
         if not self._parameters:
             return None
         before, self._before = self._before, self._copies()
-        moved, missed = 0.0, 0.0
+        squares_2 = torch.zeros(2, device=self._before[0].device)  # moved, missed
         for parameter, old, new in zip(self._parameters, before, self._before, strict=True):
             meant = new - old
             made = new.to(parameter.dtype).float() - old.to(parameter.dtype).float()
-            moved += float(meant.square().sum())
-            missed += float((made - meant).square().sum())
+            squares_2 += torch.stack([meant.square().sum(), (made - meant).square().sum()])
+        moved, missed = self._total(squares_2).tolist()
         return (missed / moved) ** 0.5 if moved else None
 
     def _copies(self) -> list[torch.Tensor]:
-        """float32 copies of all parameters, whole."""
+        """This rank's part of the copy of each parameter, 1-D, float32."""
         if not self._parameters:
             return []
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_local_fp32_param
 
-        return [safe_get_full_fp32_param(parameter).clone() for parameter in self._parameters]
+        return [safe_get_local_fp32_param(parameter).detach().clone() for parameter in self._parameters]

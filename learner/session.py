@@ -68,10 +68,10 @@ class Session:
         self.publisher = self._publisher(base_weights)
         self._keep_lease()
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
-        self.turns = GpuTurns(fleet.up()[0].client, self.say) if config.share_gpu else None
+        self.turns = GpuTurns(fleet.up()[0], self.say) if config.share_gpu else None
         fetcher = Fetcher(
             fleet, sampling, self.max_model_len, warn=self.say, rank=trainer.accelerator.process_index,
-            before=self._let_serve,
+            before=self.let_serve,
         )  # fmt: skip
         self.rollouts = RemoteRollouts(
             fetcher,
@@ -120,7 +120,7 @@ class Session:
         if again := self.publisher.last is not None:
             self.publisher.begin_anew()
             self._keep_lease()
-        self._let_serve()
+        self.let_serve()
         sequences = self._on_main(lambda: probe_sequences(self.fleet, self.prompts))
         self.proof = SyncProof(
             self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
@@ -131,7 +131,7 @@ class Session:
             self.proof.check_base()
         if self.trainer.accelerator.is_main_process and self._log is None:
             self._log = FleetLog(self.trainer.output_dir / "servers.jsonl", self.fleet)
-        self.rounded = RoundedUpdates(self.model)
+        self.rounded = RoundedUpdates(self.model, lambda local: self.trainer.accelerator.reduce(local, reduction="sum"))
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
@@ -143,7 +143,7 @@ class Session:
     def after_step(self) -> StepReport:
         """Push the step just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
-        self._let_serve()
+        self.let_serve()
         receipt = self.publisher.push(step)
         every = self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
@@ -155,7 +155,7 @@ class Session:
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""
-        self._let_serve()
+        self.let_serve()
         self.publisher.ensure(self.trainer.step)
 
     def summary(self) -> dict[str, Any]:
@@ -188,19 +188,23 @@ class Session:
         self.rollouts.refill = self.figures.dynamic = self.dynamic
         return self.dynamic
 
-    def rest(self) -> None:
-        """After a training: push to nobody who restarts, and let a server that shares its GPU have it."""
-        self.fleet.close()
-        self._let_serve()
+    def let_serve(self) -> None:
+        """Let a server that shares the learner's GPU have it."""
+        if self.turns:
+            self.turns.serve()
 
     def close(self) -> None:
         """Let go of the way to the servers, where what was pushed stays, and end the reward workers."""
-        self.rest()
+        self.fleet.close()
         if self._log:
             self._log.close()
         self.publisher.close()
         if self.rewards:
             self.rewards.close()
+        try:
+            self.let_serve()
+        except (LockstepError, RuntimeError) as error:  # after a failure the learner may not let its memory go
+            self.say(f"share_gpu: the server is left asleep: {error}")
 
     def _read_ahead(self, max_staleness: int) -> None:
         """Request the first generation batches; from then on each one that is taken requests another."""
@@ -230,10 +234,6 @@ class Session:
         self.rollouts.ahead = Ahead(prefetcher, schedule, max_staleness)
         first = schedule.next_batch(self.trainer.micro_step)
         prefetcher.request(first, first + max_staleness - 1)
-
-    def _let_serve(self) -> None:
-        if self.turns:
-            self.turns.serve()
 
     def _seed_of(self, row: int, token_ids: list[int]) -> int | None:
         """Seed of the prompt in a row of the present batch, where seeds are derived."""

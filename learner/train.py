@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
+from learner.adapter_directory import load_adapter
 from learner.attachment import attach, meet, save_final_adapter
 from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.config import LearnerConfig
@@ -86,7 +87,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     try:
         if finished := _finished(checkpoint, args):
             session.say(f"trained already, {finished.step} steps; more with a higher --max_steps")
-            trainer._load_from_checkpoint(checkpoint)
+            load_adapter(session.model, Path(str(checkpoint)))
             trainer.state.global_step = finished.step
             session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
         else:

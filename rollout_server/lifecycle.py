@@ -68,7 +68,7 @@ async def start(
     epoch = secrets.token_hex(8)
     backend = "nccl" if described[0]["device"] else "gloo"
     groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
-    sleep = Sleep(door, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
+    sleep = Sleep(door, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
     installer = Installer(door, workers, groups, runs, served, settings, epoch, sleep)
     gate.on_close(installer.staging.close)
     logger.info(

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from rollout_server.engine import EngineDoor
+from rollout_server.workers import Workers
 from shared.errors import ErrorCode, LockstepError
 
 logger = logging.getLogger("rollout_server")
@@ -27,26 +28,32 @@ class Sleep:
         level: vLLM's: 1 moves the weights to host memory and gives up the KV cache; 0, for CPUs, only stands still.
     """
 
-    def __init__(self, door: EngineDoor, *, enabled: bool, level: int = 1) -> None:
-        self._door, self._enabled, self._level = door, enabled, level
+    def __init__(self, door: EngineDoor, workers: Workers, *, enabled: bool, level: int = 1) -> None:
+        self._door, self._workers, self._enabled, self._level = door, workers, enabled, level
         self._turn = asyncio.Lock()
+        self._given_back: list[int] = []  # bytes, of each worker's GPU
 
     async def fall_asleep(self) -> None:
         """Give the GPU's memory back, after a push that is under way; nothing if it sleeps already.
 
         Raises:
-            LockstepError: `invalid_request` without --share-gpu, `engine_dead`.
+            LockstepError: `invalid_request` without --share-gpu, `install_failed` if a worker is still writing what a
+                push left behind; `engine_dead`.
         """
         self._check_enabled()
         async with self._turn:
             if not self._door.asleep:
+                before = await self._free()
+                self._given_back = [0] * len(before)
                 await self._moved(self._door.put_to_sleep(self._level), "fall asleep")
+                self._given_back = [free - old for old, free in zip(before, await self._free(), strict=True)]
 
     async def wake(self) -> None:
         """Take the memory again and go on; nothing if it is awake.
 
         Raises:
-            LockstepError: `invalid_request` without --share-gpu, `engine_dead`.
+            LockstepError: `invalid_request` without --share-gpu, or while others hold the memory: it sleeps on then;
+                `engine_dead`.
         """
         self._check_enabled()
         async with self._turn:
@@ -63,8 +70,21 @@ class Sleep:
             yield
 
     async def _wake(self) -> None:
-        if self._door.asleep:
-            await self._moved(self._door.wake(self._level), "wake up")
+        if not self._door.asleep:
+            return
+        for free, needed in zip(await self._free(), self._given_back, strict=True):
+            if free < needed:
+                raise LockstepError(
+                    ErrorCode.INVALID_REQUEST,
+                    f"the server sleeps on: it needs {_gib(needed)} GiB of its GPU, and others have left {_gib(free)}. "
+                    "Lower its --gpu-memory-utilization until it fits beside the learner",
+                )
+        await self._moved(self._door.wake(self._level), "wake up")
+
+    async def _free(self) -> list[int]:
+        """Free bytes of each worker's GPU, when none is writing any more; nothing on CPUs."""
+        answers = await self._workers.call("free_memory", _MOVE_SECONDS)
+        return [answer["free"] for answer in answers if answer["free"] is not None]
 
     async def _moved(self, move: Awaitable[None], what: str) -> None:
         started = time.monotonic()
@@ -73,9 +93,7 @@ class Sleep:
                 await move
         except BaseException as error:  # half of its memory may be there
             reason = LockstepError(
-                ErrorCode.ENGINE_DEAD,
-                f"the engine did not {what}: {type(error).__name__} {error}; if the GPU's memory is taken by others, "
-                "lower --gpu-memory-utilization until the learner fits beside it",
+                ErrorCode.ENGINE_DEAD, f"the engine did not {what}: {type(error).__name__} {error}".rstrip()
             )
             self._door.give_up(reason)
             raise reason from error
@@ -87,3 +105,7 @@ class Sleep:
                 ErrorCode.INVALID_REQUEST,
                 "this server has its GPU to itself: start it with --share-gpu to let it sleep",
             )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"

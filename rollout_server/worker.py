@@ -57,6 +57,7 @@ class Operations:
         """Operations by name."""
         return {
             "describe": self.describe,
+            "free_memory": self.free_memory,
             "check": self.check,
             "fill": self.fill,
             "swap": self.swap,
@@ -68,6 +69,11 @@ class Operations:
     def describe(self, tell: worker_link.Tell) -> dict[str, Any]:
         """What this worker can adapt, and on which device."""
         return {"ok": True, "device": _device_id(self.device), **self.writer.describe()}
+
+    def free_memory(self, tell: worker_link.Tell) -> dict[str, Any]:
+        """Bytes that nobody has taken of the GPU, after what is being written now; None on a CPU."""
+        with self.filling:
+            return {"ok": True, "free": torch.cuda.mem_get_info(self.device)[0] if self.stream else None}
 
     def check(self, tell: worker_link.Tell, entries: list[Any]) -> dict[str, Any]:
         """Would an adapter of this layout fit? It is then known by its key."""

@@ -37,6 +37,7 @@ def test_requests_wait_while_it_sleeps(client: RolloutClient, sharing: ServerPro
     chat = {"model": "policy", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
 
     def sleep_during_generations(n: int) -> None:
+        client.wake()
         with ThreadPoolExecutor() as pool, RolloutClient(sharing.url) as other:
             running = pool.submit(P.generate, other, [PROBE], n=n, max_tokens=300, ignore_eos=True)
             until(lambda: client.run("held").running_requests > 0, running=running)
@@ -74,7 +75,7 @@ def test_a_learner_that_was_killed_in_its_turn_goes_on(client: RolloutClient, mo
     task = write_questions(tmp_path / "questions.jsonl")
     flags = ["--share_gpu", "true", "--max_steps", "10", "--save_steps", "1", "--steps_per_generation", "2"]
     learner = LearnerProcess(client.url, model, task, tmp_path / "run", *flags)
-    until(lambda: learner.steps() >= 2 or learner.process.poll() is not None)
+    until(lambda: learner.steps() >= 2 or learner.process.poll() is not None, 120.0)
     until(lambda: client.state().asleep or learner.process.poll() is not None)
     learner.kill()
     assert learner.steps() < 10, learner.tail()

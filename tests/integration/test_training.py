@@ -88,8 +88,10 @@ def test_rollouts_run_ahead_within_the_bound(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
 ) -> None:
     port = free_port()
+    # Many passes to a step, so that requests are admitted before the push that follows it.
     flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no", "--token_file", token_file,
-             "--metrics_port", str(port)]  # fmt: skip
+             "--metrics_port", str(port), "--per_device_train_batch_size", "1",
+             "--gradient_accumulation_steps", "8"]  # fmt: skip
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
     metrics = _watched(server, learner, port, token_file)
     summary = learner.finish()

@@ -36,8 +36,10 @@ def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
     args = GRPOConfig(
         output_dir=str(folder), bf16=zero == "zero3-bf16", max_steps=STEPS, max_completion_length=16,
         per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=not zero).num_processes, num_generations=GROUP,
-        # Adam divides by the gradient's size: elements whose gradient is nothing but rounding would differ at once.
-        optim="sgd", learning_rate=0.5, max_grad_norm=0.5, beta=0.01, generation_kwargs={"seed": 7},
+        # Adam divides by the gradient's size: elements whose gradient is nothing but rounding would differ at once. So
+        # large an epsilon takes that away and leaves the momentum, which a resumed training must have.
+        optim="adamw_torch", adam_epsilon=1.0, learning_rate=0.5, max_grad_norm=0.5, beta=0.01,
+        generation_kwargs={"seed": 7},
         gradient_checkpointing=False,
         logging_steps=1, report_to="none", disable_tqdm=True,
         save_strategy="steps" if "cut" in options else "no", save_steps=CUT, **devices,

@@ -14,7 +14,9 @@ from learner import attach
 from learner.client import RolloutClient
 from learner.config import LearnerConfig
 from learner.gpu_turns import GpuTurns, check_shared_gpu
+from learner.member import Member
 from shared.errors import ErrorCode, LockstepError
+from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer
 
 MakeTrainer = Callable[..., GRPOTrainer]
@@ -91,23 +93,77 @@ def test_options_that_do_not_go_together() -> None:
         LearnerConfig(share_gpu=True, rollout_url=["http://a", "http://b"]).require_urls()
 
 
-def test_a_server_that_is_away_is_not_waited_for() -> None:
+def turns_with(answer: Callable[[httpx.Request], httpx.Response], state: ServerState) -> tuple[GpuTurns, list[str]]:
     said: list[str] = []
+    client = RolloutClient("http://one", transport=httpx.MockTransport(answer))
+    return GpuTurns(Member(client, state), said.append), said
 
+
+def test_a_server_that_is_away_is_not_waited_for(server: FakeServer) -> None:
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    turns = GpuTurns(RolloutClient("http://gone", transport=httpx.MockTransport(away)), said.append)
+    turns, said = turns_with(away, server.state)
     turns.train()
     turns.serve()
-    assert len(said) == 2 and all("http://gone is away" in text for text in said)
+    assert len(said) == 2 and all("http://one is away" in text for text in said)
 
 
-def test_a_server_that_may_not_sleep_is_an_error() -> None:
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_lost_answer_leaves_no_doubt_behind(server: FakeServer, lost: int) -> None:
+    """It is asked again: at once, and where that fails too, at the next pass or request."""
+    orders: list[str] = []
+
+    def cut_off(request: httpx.Request) -> httpx.Response:
+        orders.append(request.url.path)
+        if len(orders) <= lost:
+            raise httpx.RemoteProtocolError("cut off")
+        return httpx.Response(200, json=server.state.model_copy(update={"asleep": True}).model_dump())
+
+    turns, _ = turns_with(cut_off, server.state)
+    turns.train()
+    turns.train()
+    turns.train()
+    assert orders == ["/v1/sleep"] * (lost + 1)
+
+
+def test_a_server_that_came_back_is_put_to_sleep_again(server: FakeServer) -> None:
+    server.state = server.state.model_copy(update={"asleep": False})
+    member = Member(RolloutClient("http://fake", transport=server.transport), server.state)
+    turns = GpuTurns(member)
+    turns.train()
+    turns.train()
+    assert server.naps == 1
+    server.restart()
+    server.state = server.state.model_copy(update={"asleep": False})
+    member.restarted(server.state)
+    turns.train()
+    assert server.naps == 2 and server.state.asleep
+
+
+@pytest.mark.parametrize("status", [0, 400])
+def test_what_does_not_pass_is_an_error(server: FakeServer, status: int) -> None:
+    """No answer in time: it may be half asleep. A refusal: it has its GPU to itself, or others hold its memory."""
+
     def refuse(request: httpx.Request) -> httpx.Response:
-        error = LockstepError(ErrorCode.INVALID_REQUEST, "this server has its GPU to itself")
+        if not status:
+            raise httpx.ReadTimeout("late")
+        error = LockstepError(ErrorCode.INVALID_REQUEST, "the server sleeps on")
         return httpx.Response(error.status, json=error.body().model_dump())
 
-    turns = GpuTurns(RolloutClient("http://alone", transport=httpx.MockTransport(refuse)))
-    with pytest.raises(LockstepError, match="to itself"):
-        turns.train()
+    turns, _ = turns_with(refuse, server.state)
+    with pytest.raises(LockstepError, match=r"sleeps on|deadline"):
+        turns.serve()
+
+
+def test_an_evaluation_after_the_training_leaves_the_server_awake(
+    make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient
+) -> None:
+    trainer = make_trainer(
+        per_device_eval_batch_size=8, trainer_kwargs={"eval_dataset": [{"prompt": f"w{i} w3"} for i in range(4)]}
+    )
+    attach(trainer, client=client, run_id="r", share_gpu=True)
+    trainer.train()
+    naps = server.naps
+    trainer.evaluate()
+    assert server.naps > naps and not server.state.asleep

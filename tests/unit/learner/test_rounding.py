@@ -15,7 +15,7 @@ Masters = dict[int, torch.Tensor]
 def masters(monkeypatch: pytest.MonkeyPatch) -> Masters:
     """The float32 copies, by the number that ZeRO-3 gives a parameter."""
     held: Masters = {}
-    monkeypatch.setattr(deepspeed.utils, "safe_get_full_fp32_param", lambda parameter: held[parameter.ds_id])
+    monkeypatch.setattr(deepspeed.utils, "safe_get_local_fp32_param", lambda parameter: held[parameter.ds_id])
     return held
 
 
@@ -29,7 +29,7 @@ def make_model(dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
 def test_what_is_lost_of_a_step(masters: Masters) -> None:
     """Units in the last place of bfloat16 are 2^-7 at 1 and 2^-6 at 2."""
     masters.update({0: torch.tensor([[1.0, 2.0]]), 1: torch.tensor([[1.0]])})
-    rounded = RoundedUpdates(make_model())  # type: ignore[arg-type]
+    rounded = RoundedUpdates(make_model(), lambda local: local)  # type: ignore[arg-type]
 
     def step(*by: float) -> float | None:
         masters[0] = masters[0] + torch.tensor([by[:2]])
@@ -45,6 +45,6 @@ def test_what_is_lost_of_a_step(masters: Masters) -> None:
 
 def test_where_nothing_is_rounded(masters: Masters) -> None:
     """Adapters in float32, and those without a copy, are what their optimizer updates: nobody is asked for a copy."""
-    assert RoundedUpdates(make_model(torch.float32)).last_lost() is None  # type: ignore[arg-type]
+    assert RoundedUpdates(make_model(torch.float32), torch.neg).last_lost() is None  # type: ignore[arg-type]
     plain = torch.nn.Linear(2, 1).to(torch.bfloat16)
-    assert RoundedUpdates(plain).last_lost() is None  # type: ignore[arg-type]
+    assert RoundedUpdates(plain, torch.neg).last_lost() is None  # type: ignore[arg-type]

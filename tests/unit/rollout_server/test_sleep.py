@@ -16,13 +16,14 @@ from shared.errors import ErrorCode, LockstepError
 
 
 class _Engine:
-    """Stands still in vLLM's ways; `broken`: raised by the next move."""
+    """Stands still in vLLM's ways, and gives back 60 bytes; `broken`: raised by the next move."""
 
     errored = False
     broken: Exception | None = None
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.free = 20
         self.output_processor = SimpleNamespace(request_states={}, propagate_error=lambda error: None)
 
     async def _call(self, *call: Any) -> None:
@@ -33,9 +34,11 @@ class _Engine:
 
     async def sleep(self, level: int, mode: str) -> None:
         await self._call("sleep", level, mode)
+        self.free += 60
 
     async def wake_up(self, tags: list[str] | None) -> None:
         await self._call("wake", tags)
+        self.free -= 60
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
         await self._call("pause")
@@ -47,9 +50,26 @@ class _Engine:
         return [call[0] for call in self.calls]
 
 
+class _Workers:
+    """One worker, on the engine's GPU. `writing`: held while an adapter is being written."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine, self.writing = engine, asyncio.Lock()
+
+    async def call(self, op: str, timeout: float) -> list[dict[str, Any]]:
+        assert op == "free_memory"
+        async with self.writing:
+            return [{"ok": True, "free": self.engine.free}]
+
+
 @pytest.fixture
 def engine() -> _Engine:
     return _Engine()
+
+
+@pytest.fixture
+def workers(engine: _Engine) -> _Workers:
+    return _Workers(engine)
 
 
 @pytest.fixture
@@ -57,23 +77,23 @@ def door(engine: _Engine) -> EngineDoor:
     return EngineDoor(engine, RunTable(2, 1))
 
 
-async def test_it_sleeps_and_wakes_once(engine: _Engine, door: EngineDoor) -> None:
-    sleep = Sleep(door, enabled=True)
+async def test_it_sleeps_and_wakes_once(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+    sleep = Sleep(door, workers, enabled=True)
     await asyncio.gather(sleep.fall_asleep(), sleep.fall_asleep())
     assert door.asleep and engine.calls == [("sleep", 1, "keep")]
     await asyncio.gather(sleep.wake(), sleep.wake())
     assert not door.asleep and engine.calls[1:] == [("wake", None)]
 
 
-async def test_where_there_is_no_gpu_it_only_stands_still(engine: _Engine, door: EngineDoor) -> None:
-    sleep = Sleep(door, enabled=True, level=0)
+async def test_where_there_is_no_gpu_it_only_stands_still(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+    sleep = Sleep(door, workers, enabled=True, level=0)
     await sleep.fall_asleep()
     await sleep.wake()
     assert engine.calls == [("sleep", 0, "keep"), ("wake", ["scheduling"])]
 
 
-async def test_a_push_wakes_it_and_is_not_slept_through(engine: _Engine, door: EngineDoor) -> None:
-    sleep = Sleep(door, enabled=True)
+async def test_a_push_wakes_it_and_is_not_slept_through(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+    sleep = Sleep(door, workers, enabled=True)
     await sleep.fall_asleep()
     async with sleep.kept_awake():
         assert not door.asleep
@@ -86,9 +106,9 @@ async def test_a_push_wakes_it_and_is_not_slept_through(engine: _Engine, door: E
     assert door.asleep and engine.names() == ["sleep", "wake", "pause", "resume", "sleep"]
 
 
-async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, door: EngineDoor) -> None:
+async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
     """What ends a pause of vLLM's ends every pause."""
-    sleep = Sleep(door, enabled=True)
+    sleep = Sleep(door, workers, enabled=True)
     await sleep.fall_asleep()
 
     async def pause() -> None:
@@ -103,7 +123,7 @@ async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, door: EngineDoo
     assert engine.names() == ["sleep", "wake", "pause", "resume"]
 
 
-async def test_one_pause_after_another(engine: _Engine, door: EngineDoor) -> None:
+async def test_one_pause_after_another(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
     async def pause() -> None:
         async with door.paused(clear_cache=False):
             await asyncio.sleep(0.005)
@@ -112,22 +132,52 @@ async def test_one_pause_after_another(engine: _Engine, door: EngineDoor) -> Non
     assert engine.names() == ["pause", "resume"] * 2
 
 
-async def test_an_engine_that_cannot_wake_ends_the_server(engine: _Engine, door: EngineDoor) -> None:
-    sleep = Sleep(door, enabled=True)
+async def test_memory_that_others_hold_is_not_taken(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+    """vLLM would take a part of it, and die."""
+    sleep = Sleep(door, workers, enabled=True)
     await sleep.fall_asleep()
-    engine.broken = RuntimeError("CUDA out of memory")
-    with pytest.raises(LockstepError, match=r"out of memory.*--gpu-memory-utilization") as failure:
-        await sleep.wake()
+    engine.free -= 30
+    with pytest.raises(LockstepError, match=r"sleeps on.*--gpu-memory-utilization"):
+        async with sleep.kept_awake():
+            pytest.fail("there is nothing to write to")
+    assert door.asleep and not door.errored
+    engine.free += 20  # what is left of it was free before
+    await sleep.wake()
+    assert not door.asleep and engine.names() == ["sleep", "wake"]
+
+
+async def test_a_write_that_outlived_its_push_is_waited_for(
+    engine: _Engine, workers: _Workers, door: EngineDoor
+) -> None:
+    sleep = Sleep(door, workers, enabled=True)
+    async with workers.writing:
+        asked = asyncio.ensure_future(sleep.fall_asleep())
+        await asyncio.sleep(0.01)
+        assert engine.calls == []
+    await asked
+    assert door.asleep
+
+
+@pytest.mark.parametrize("what", ["fall asleep", "wake up"])
+async def test_an_engine_that_does_not_do_it_ends_the_server(
+    engine: _Engine, workers: _Workers, door: EngineDoor, what: str
+) -> None:
+    sleep = Sleep(door, workers, enabled=True)
+    if what == "wake up":
+        await sleep.fall_asleep()
+    engine.broken = RuntimeError("CUDA error")
+    with pytest.raises(LockstepError, match=f"did not {what}: RuntimeError CUDA error") as failure:
+        await (sleep.wake() if what == "wake up" else sleep.fall_asleep())
     assert failure.value.code is ErrorCode.ENGINE_DEAD and door.errored
 
 
 async def test_a_sleeping_engine_does_not_hang(
-    engine: _Engine, door: EngineDoor, monkeypatch: pytest.MonkeyPatch
+    engine: _Engine, workers: _Workers, door: EngineDoor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("rollout_server.stall.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(EngineDoor, "output_tokens", lambda self: {("held", 0): 3})
-    stall, sleep = Stall(door, 30.0), Sleep(door, enabled=True)
+    stall, sleep = Stall(door, 30.0), Sleep(door, workers, enabled=True)
 
     def look_for(seconds: int) -> None:
         for _ in range(seconds):
@@ -142,8 +192,8 @@ async def test_a_sleeping_engine_does_not_hang(
     assert door.errored
 
 
-async def test_a_server_with_a_gpu_of_its_own_refuses(engine: _Engine, door: EngineDoor) -> None:
-    sleep = Sleep(door, enabled=False)
+async def test_a_server_with_a_gpu_of_its_own_refuses(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+    sleep = Sleep(door, workers, enabled=False)
     for order in (sleep.fall_asleep, sleep.wake):
         with pytest.raises(LockstepError, match="--share-gpu"):
             await order()
