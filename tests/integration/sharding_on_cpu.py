@@ -27,12 +27,12 @@ def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
     import deepspeed
 
+    # Its own collective for one host would be compiled first, for a minute; gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     state = PartialState()
     state.device = torch.device("cpu")
     state.num_processes, state.process_index = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     state.local_process_index = state.process_index
-    # Its own collective for one host would be compiled, for a minute; gloo serves.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     transformers.training_args.is_torch_bf16_gpu_available = lambda: bf16
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     config = {
