@@ -64,10 +64,20 @@ def forget_once(session: Session) -> None:
 
 
 class Cut(TrainerCallback):
-    """Ends every rank as a kill would, after a checkpoint."""
+    """Ends every rank after a checkpoint, with nothing of what a training does at its end."""
+
+    def __init__(self, session: Session, folder: Path) -> None:
+        self.session, self.folder = session, folder
 
     def on_save(self, *args: Any, **_: Any) -> None:
+        write_summary(self.session, self.folder)
         os._exit(0)
+
+
+def write_summary(session: Session, folder: Path, **more: Any) -> None:
+    summary = session.summary() | {"installs": [receipt.install_seq for receipt in session.publisher.receipts], **more}
+    if session.trainer.accelerator.is_main_process:
+        (folder / "summary.json").write_text(json.dumps(summary))
 
 
 def main(model: str, url: str, folder: Path, options: list[str]) -> None:
@@ -79,15 +89,12 @@ def main(model: str, url: str, folder: Path, options: list[str]) -> None:
     if "forget" in options:
         forget_once(session)
     if "cut" in options:
-        trainer.add_callback(Cut())
+        trainer.add_callback(Cut(session, folder))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save_final_adapter(trainer, folder / "adapter")
-    summary = session.summary()
+    write_summary(session, folder, model_class=type(trainer.model_wrapped).__name__)
     if trainer.accelerator.is_main_process:
         session.publisher.delete_run()
-        summary["model_class"] = type(trainer.model_wrapped).__name__
-        summary["installs"] = [receipt.install_seq for receipt in session.publisher.receipts]
-        (folder / "summary.json").write_text(json.dumps(summary))
 
 
 if __name__ == "__main__":
