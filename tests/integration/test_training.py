@@ -4,13 +4,9 @@ them with a token, and nothing of it, or of the prompts, in the log.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from tests.integration.learner_process import LearnerProcess, write_questions
 from tests.integration.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
 from tests.integration.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
 from tests.integration.waiting import until
+from tests.integration.watching import watched
 
 TOKEN = "a-token-of-the-training-tests"
 DETERMINISTIC = [
@@ -93,7 +90,7 @@ def test_rollouts_run_ahead_within_the_bound(
              "--metrics_port", str(port), "--per_device_train_batch_size", "1",
              "--gradient_accumulation_steps", "8"]  # fmt: skip
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
-    metrics = _watched(server, learner, port, token_file)
+    metrics = watched(server, learner, port, TOKEN, token_file)
     summary = learner.finish()
     assert {
         name for name in names_asked_for() if re.sub("_(total|bucket|sum|count)$", "", name) not in metrics
@@ -106,38 +103,6 @@ def test_rollouts_run_ahead_within_the_bound(
     history = [json.loads(line) for line in (tmp_path / "ahead" / "metrics.jsonl").read_text().splitlines()]
     assert history[0]["lag"] == 0 and max(step["lag"] for step in history) == 1
     assert all(step["idle_seconds"] is not None for step in history)
-
-
-def _watched(server: ServerProcess, learner: LearnerProcess, port: int, token_file: str) -> str:
-    """What Prometheus would have got last while the training ran, of both; `learner status` sees it, too."""
-    metrics = ["", ""]
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    while learner.process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            metrics = [
-                HTTP.get(f"{url}/metrics/", headers=headers).text for url in (server.url, f"http://127.0.0.1:{port}")
-            ]
-        time.sleep(0.2)
-    assert learner.process.returncode == 0, learner.tail()
-    steps = re.search(r"^lockstep_learner_step ([0-9.]+)$", metrics[1], re.MULTILINE)
-    assert steps and float(steps[1]) >= 1, metrics[1]
-    command = [
-        "status",
-        "--json",
-        "--rollout-url",
-        server.url,
-        "--run-dir",
-        str(learner.folder),
-        "--token-file",
-        token_file,
-    ]
-    shown = subprocess.run([sys.executable, "-m", "learner.cli", *command], capture_output=True, text=True, check=True)
-    found = json.loads(shown.stdout)
-    assert found["run"]["finished"] and found["run"]["step"] == 6 and len(found["run"]["rewards"]) == 6
-    run = next(run for run in found["servers"][0]["runs"] if run["run_id"] == found["run"]["run_id"])
-    assert run["step"] == 6 and run["lag"] == 0
-    assert "6 / 6" in (learner.folder / "run.html").read_text()
-    return "\n".join(metrics)
 
 
 def test_killed_and_resumed_with_rollouts_ahead(

@@ -1,0 +1,40 @@
+"""What is seen of a training while it runs and afterwards: metrics of both sides, `learner status`, the run's page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+
+import httpx
+
+from tests.integration.learner_process import LearnerProcess
+from tests.integration.server import HTTP, ServerProcess
+
+
+def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: str, token_file: str) -> str:
+    """What Prometheus would have got last while a training of six steps ran, of both; the others see its end."""
+    metrics = ["", ""]
+    headers = {"Authorization": f"Bearer {token}"}
+    while learner.process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            metrics = [
+                HTTP.get(f"{url}/metrics/", headers=headers).text for url in (server.url, f"http://127.0.0.1:{port}")
+            ]
+        time.sleep(0.2)
+    assert learner.process.returncode == 0, learner.tail()
+    steps = re.search(r"^lockstep_learner_step ([0-9.]+)$", metrics[1], re.MULTILINE)
+    assert steps and float(steps[1]) >= 1, metrics[1]
+    command = [
+        sys.executable, "-m", "learner.cli", "status", "--json", "--rollout-url", server.url,
+        "--run-dir", str(learner.folder), "--token-file", token_file,
+    ]  # fmt: skip
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["run"]["finished"] and found["run"]["step"] == 6 and len(found["run"]["rewards"]) == 6
+    run = next(run for run in found["servers"][0]["runs"] if run["run_id"] == found["run"]["run_id"])
+    assert run["step"] == 6 and run["lag"] == 0
+    assert "6 / 6" in (learner.folder / "run.html").read_text()
+    return "\n".join(metrics)
