@@ -139,7 +139,7 @@ class AdapterExporter:
         self._check_trainable()
         shapes: dict[str, tuple[int, ...]] = {}
         for name, a_RI, b_OR in zip(self.layers, self._a, self._b, strict=True):
-            shapes |= {name + LORA_A: tuple(shape_of(a_RI)), name + LORA_B: tuple(shape_of(b_OR))}
+            shapes |= {name + LORA_A: shape_of(a_RI), name + LORA_B: shape_of(b_OR)}
         self.layout = Layout(lay_out(shapes, dtype))
         self._template: AdapterManifest | None = None
         self._scalings: list[float] = []

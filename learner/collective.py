@@ -21,12 +21,17 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import InFlight, PushReceipt, ServerState
 
 
+def gpu_uuid(device: torch.device) -> str | None:
+    """What tells this GPU from all others, on any host, as a server names its own; None on a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def can_broadcast(device: torch.device, state: ServerState) -> str | None:
     """None if a learner on `device` can share a group with the server, else why not."""
     on_gpu = device.type == "cuda"
     if on_gpu != any(state.devices):
         return f"the learner computes on {device.type}, the server on {state.device}"
-    if on_gpu and str(torch.cuda.get_device_properties(device).uuid) in state.devices:
+    if on_gpu and gpu_uuid(device) in state.devices:
         return "learner and server share a GPU, which NCCL does not allow"
     return None
 

@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(Path(options.config).read_text())
+    if recipe.get("use_cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is there, warns that it found no GPU
     dtype = recipe["dtype"]
     say(f"1/5 the model: SmolLM2-135M-Instruct, dequantised to {dtype}")
     model = ensure_demo_model(options.model_dir, gguf_path=options.gguf, dtype=dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from learner.collective import gpu_uuid
 from learner.fleet import PASSING
 from learner.member import Member
 from shared.errors import ErrorCode, LockstepError
@@ -27,7 +28,7 @@ def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -
         raise _invalid("share_gpu: the server has its GPU to itself; start it with --share-gpu")
     if processes > 1:
         raise _invalid(f"share_gpu: {processes} learner processes cannot take turns with one GPU; start one")
-    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    own = gpu_uuid(device)
     if own not in state.devices:
         raise _invalid(
             f"share_gpu: the learner is on {own or device}, the server on {state.devices[0] or state.device}; leave "

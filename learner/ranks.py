@@ -24,9 +24,9 @@ def on_one_rank(action: Callable[[], Any]) -> Any:
     return action()
 
 
-def shape_of(parameter: torch.Tensor) -> torch.Size:
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     """Its shape as a whole."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager

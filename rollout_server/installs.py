@@ -156,7 +156,9 @@ class Installer:
             LockstepError: `no_free_slot` if that has to wait for running requests too long; the run lives on then.
         """
         run = self.runs.get(run_id)
-        async with self.sleep.kept_awake(), run.push_lock:
+        # Only a base that is to be restored is written to.
+        awake = self.sleep.kept_awake() if self.settings.merges else contextlib.nullcontext()
+        async with awake, run.push_lock:
             if self.settings.merges and run.active is not None:
                 deadline = time.monotonic() + self.settings.push_timeout
                 async with self.weights.changed(run, None, deadline):

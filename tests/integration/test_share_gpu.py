@@ -68,7 +68,8 @@ def test_a_push_wakes_it(client: RolloutClient, model: Path) -> None:
         assert float((P.score(client, PROBE) - P.reference(policy, PROBE)).abs().max()) < FP32
     client.sleep()
     client.delete_run("woken", P.LEASE)
-    assert not client.state().runs
+    state = client.state()
+    assert not state.runs and state.asleep, "the end of a run writes nothing"
 
 
 def test_a_learner_that_was_killed_in_its_turn_goes_on(client: RolloutClient, model: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from learner.processes import Stopped
 from shared.rollouts import GenerateRequest
 
 OPTIONS = serve.make_parser().parse_args(["--concurrency", "2", "--tokens", "8", "--rounds", "4"])
-ABOUT = {"shape": "tiny", "concurrency": 2, "completions": 1, "ok": True}
 
 
 class Server:
@@ -34,6 +33,12 @@ class Server:
 
 def contender(row: str, seconds: float = 1.0) -> Contender:
     return Contender(row, Server(), lambda asks, concurrency: (seconds, [seconds / 2] * len(asks)))  # type: ignore[arg-type]
+
+
+def add_rows(report: ServeReport, contenders: list[Contender]) -> None:
+    about = {"shape": "tiny", "concurrency": 2, "completions": 1, "ok": True}
+    for one in contenders:
+        report.add({**about, "row": one.row, **figures(one, contenders)})
 
 
 def test_requests_are_the_same_for_all_and_differ_from_round_to_round() -> None:
@@ -140,17 +145,7 @@ def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
     contenders = [contender(BARE), Contender(OURS, Server(), broken)]  # type: ignore[arg-type]
     measure(contenders, 2, 1, OPTIONS, 512)
     report = ServeReport(tmp_path / "r.json", {"devices": ["a machine"]})
-    for one in contenders:
-        report.add(
-            {
-                "row": one.row,
-                "shape": "tiny",
-                "concurrency": 2,
-                "completions": 1,
-                "ok": True,
-                **figures(one, contenders),
-            }
-        )
+    add_rows(report, contenders)
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["ok"] is False and "gone" in document["rows"][1]["error"]
     assert document["headline"] == "nothing was measured"
@@ -183,17 +178,7 @@ def test_the_headline_is_our_routes_share(tmp_path: Path) -> None:
     contenders = [contender(BARE), contender(OURS, 1.25), contender(VLLM, 2.0)]
     measure(contenders, 2, 1, OPTIONS, 512)
     report = ServeReport(None, {"devices": ["a machine"]})
-    for one in contenders:
-        report.add(
-            {
-                "row": one.row,
-                "shape": "tiny",
-                "concurrency": 2,
-                "completions": 1,
-                "ok": True,
-                **figures(one, contenders),
-            }
-        )
+    add_rows(report, contenders)
     assert report.document()["headline"] == (
         "throughput of /v1/generate on a machine: "
         "tiny at 2, 1 a request: 80.0% of the bare engine, 160.0% of vllm serve"
