@@ -39,8 +39,11 @@ Codec = tuple[Callable[[bytes], Any], Callable[[Any, int], Any]]
 
 def codecs() -> dict[str, Codec]:
     """Compress, and decompress to a known size, by name."""
-    arrow = {"lz4": pyarrow.Codec("lz4_raw"), "zstd -1": pyarrow.Codec("zstd", compression_level=1),
-             "zstd -3": pyarrow.Codec("zstd", compression_level=3)}  # fmt: skip
+    arrow = {
+        "lz4": pyarrow.Codec("lz4_raw"),
+        "zstd -1": pyarrow.Codec("zstd", compression_level=1),
+        "zstd -3": pyarrow.Codec("zstd", compression_level=3),
+    }
     return {
         "zlib -1": (lambda data: zlib.compress(data, 1), lambda data, size: zlib.decompress(data, bufsize=size)),
         **{name: (codec.compress, codec.decompress) for name, codec in arrow.items()},
@@ -127,8 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for width in (None, 2 if dtype == "bfloat16" else 4):
                     about = {"row": name + (", planes" if width else ""), "dtype": dtype, "steps": steps}
                     rows.append({**about, "ok": True, "bytes": len(data), **measure(data, codec, width)})
-    best = max((row for row in rows if row["steps"] == STEPS[-1] and row["dtype"] == "bfloat16"),
-               key=lambda row: row["pays_below_gbit_s"])  # fmt: skip
+    best = max(
+        (row for row in rows if row["steps"] == STEPS[-1] and row["dtype"] == "bfloat16"),
+        key=lambda row: row["pays_below_gbit_s"],
+    )
     headline = (
         f"bfloat16 adapter after {best['steps']} AdamW steps on {cpu_name()}: the codec that pays longest is "
         f"{best['row']}, ratio {best['ratio']:.2f}, {best['in_mb_s']:.0f} MB/s in and {best['out_mb_s']:.0f} MB/s out, "
@@ -140,10 +145,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps(document, indent=1))
     lines = [
-        (row["dtype"], str(row["steps"]), row["row"], f"{row['ratio']:.3f}", f"{row['in_mb_s']:.0f}",
-         f"{row['out_mb_s']:.0f}", f"{row['pays_below_gbit_s']:.2f}")
+        (
+            row["dtype"],
+            str(row["steps"]),
+            row["row"],
+            f"{row['ratio']:.3f}",
+            f"{row['in_mb_s']:.0f}",
+            f"{row['out_mb_s']:.0f}",
+            f"{row['pays_below_gbit_s']:.2f}",
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     print(aligned([COLUMNS, *lines], right={1, 3, 4, 5, 6}) + "\n\n" + headline)
     return 0
 

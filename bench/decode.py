@@ -143,8 +143,15 @@ class Run:
                     self.add(row, batch, figures)
 
     def add(self, row: str, batch: int, figures: dict[str, Any]) -> None:
-        about = {"row": row, "shape": self.shape.name, "rank": self.options.rank, "batch": batch, "ok": True,
-                 "tokens": self.options.tokens, "servers_side_by_side": self.options.parallel_start}  # fmt: skip
+        about = {
+            "row": row,
+            "shape": self.shape.name,
+            "rank": self.options.rank,
+            "batch": batch,
+            "ok": True,
+            "tokens": self.options.tokens,
+            "servers_side_by_side": self.options.parallel_start,
+        }
         self.report.add({**about, **({"note": NOTES[row]} if row in NOTES else {}), **figures})
 
     def late(self) -> bool:
@@ -159,8 +166,18 @@ def start(name: str, setting: Setting, folder: Path, max_rank: int) -> Server:
         ours = replace(setting, work=work, engine_flags=(*setting.engine_flags, *SERVERS[name][1]))
         return Ours().start(ours, folder, max_rank)
     port = free_port()
-    command = [sys.executable, "-m", *vllm_serve(folder), "--served-model-name", "base", "--host", "127.0.0.1",
-               "--port", str(port), *setting.engine_flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        *vllm_serve(folder),
+        "--served-model-name",
+        "base",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *setting.engine_flags,
+    ]
     return Server("vllm serve", command, port, work / f"{folder.name}.log", environment(setting.server_device))
 
 

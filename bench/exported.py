@@ -47,16 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stop_on_signals(), tempfile.TemporaryDirectory(prefix="lockstep-exported-") as scratch:
         folder = Path(scratch)
         for name in ("merged", "adapter"):
-            export(
-                options.adapter, folder / name, merged=name == "merged", model=options.model, dtype=options.dtype
-            )  # fmt: skip
+            export(options.adapter, folder / name, merged=name == "merged", model=options.model, dtype=options.dtype)
 
         def run(row: str, command: list[str], model: str | None) -> Answers:
             port = free_port()
             server = Server(
-                row, [*command, "--port", str(port), *flags], port, folder / f"{len(row)}.log",
-                environment(options.device), ready="/health" if model else "/ready",
-            )  # fmt: skip
+                row,
+                [*command, "--port", str(port), *flags],
+                port,
+                folder / f"{len(row)}.log",
+                environment(options.device),
+                ready="/health" if model else "/ready",
+            )
             try:
                 server.wait_ready(START_S)
                 if model:
@@ -71,10 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             SERVED: run(SERVED, [*python, "rollout_server.cli", options.model, *lora], None),
             MERGED: run(MERGED, [*python, *vllm_serve(folder / "merged"), "--served-model-name", "merged"], "merged"),
             LORA: run(
-                LORA, [*python, *vllm_serve(Path(options.model)), "--enable-lora", *lora, "--lora-modules",
-                       f"mine={folder / 'adapter'}"], "mine",
+                LORA,
+                [
+                    *python,
+                    *vllm_serve(Path(options.model)),
+                    "--enable-lora",
+                    *lora,
+                    "--lora-modules",
+                    f"mine={folder / 'adapter'}",
+                ],
+                "mine",
             ),
-        }  # fmt: skip
+        }
     print(
         json.dumps(
             {
@@ -124,10 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="GPU (default: the CPU)")
     add("--questions", type=int, default=64)
     add("--task", default="reasoning_gym:chain_sum")
-    add("--task-args", help="as JSON; default: the demo's", default=json.dumps({
-        "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "partial_credit": False,
-        "system_prompt": "Reply with the result only.",
-    }))  # fmt: skip
+    add(
+        "--task-args",
+        help="as JSON; default: the demo's",
+        default=json.dumps(
+            {
+                "min_terms": 2,
+                "max_terms": 2,
+                "min_digits": 1,
+                "max_digits": 1,
+                "partial_credit": False,
+                "system_prompt": "Reply with the result only.",
+            }
+        ),
+    )
     return parser
 
 

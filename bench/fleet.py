@@ -71,8 +71,16 @@ class Run:
     def start(self, name: str) -> Server:
         """A server at the place that this name has."""
         options, index = self.options, self.options.names.index(name)
-        sizes = ("--load-format", "dummy", "--max-model-len", str(options.tokens + 64), "--max-num-seqs",
-                 str(options.seqs), "--max-runs", "1")  # fmt: skip
+        sizes = (
+            "--load-format",
+            "dummy",
+            "--max-model-len",
+            str(options.tokens + 64),
+            "--max-num-seqs",
+            str(options.seqs),
+            "--max-runs",
+            "1",
+        )
         cuda = torch.cuda.is_available()
         flags = engine_flags(sizes, KV_CACHE_BYTES, "cuda" if cuda else "cpu", options.server_flags)
         port = self.ports[name]
@@ -82,7 +90,7 @@ class Run:
         extra = {} if cuda else {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return Server(
             f"server {name}", command, port, self.work / f"{name}.log", environment(device, extra), ready="/ready"
-        )  # fmt: skip
+        )
 
     def fetcher(self, fleet: Fleet) -> Fetcher:
         sampling = SamplingParams(max_tokens=self.options.tokens, ignore_eos=True)

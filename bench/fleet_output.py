@@ -67,10 +67,18 @@ def stretches(records: Sequence[Row], alone: dict[str, float]) -> list[dict[str,
             continue
         tokens = sum(r["tokens"] for r in records if "tokens" in r and first <= r["time"] < last)
         rate, expected = tokens / (last - first), sum(alone[name] for name in who)
-        rows.append({
-            "row": "+".join(sorted(who)), "servers": sorted(who), "start": first - start, "end": last - start,
-            "tokens_per_s": rate, "expected": expected, "ratio": rate / expected, "ok": True,
-        })  # fmt: skip
+        rows.append(
+            {
+                "row": "+".join(sorted(who)),
+                "servers": sorted(who),
+                "start": first - start,
+                "end": last - start,
+                "tokens_per_s": rate,
+                "expected": expected,
+                "ratio": rate / expected,
+                "ok": True,
+            }
+        )
     return rows
 
 
@@ -78,10 +86,17 @@ def table(rows: Sequence[Row]) -> str:
     """All stretches."""
     lines: list[tuple[str, ...]] = [COLUMNS]
     lines += [
-        (f"{row['start']:.0f}", f"{row['end']:.0f}", row["row"], f"{row['tokens_per_s']:.0f}",
-         f"{row['expected']:.0f}", f"{row['ratio']:.1%}")
-        for row in rows if "tokens_per_s" in row
-    ]  # fmt: skip
+        (
+            f"{row['start']:.0f}",
+            f"{row['end']:.0f}",
+            row["row"],
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['expected']:.0f}",
+            f"{row['ratio']:.1%}",
+        )
+        for row in rows
+        if "tokens_per_s" in row
+    ]
     return aligned(lines, right={0, 1, 3, 4, 5})
 
 
@@ -103,8 +118,13 @@ def plot(path: Path, records: Sequence[Row], alone: dict[str, float], title: str
                 by_second[int(record["time"])] = by_second.get(int(record["time"]), 0) + record["tokens"]
         rates[name] = [statistics.fmean(by_second.get(t, 0) for t in range(s - 2, s + 3)) for s in seconds]
     x = [second - start for second in seconds]
-    axes.stackplot(x, list(rates.values()), labels=[f"server {name}" for name in rates], alpha=0.85,
-                   colors=["#2f6fb0", "#e08a2c", "#3a8f4d", "#8b5fbf"])  # fmt: skip
+    axes.stackplot(
+        x,
+        list(rates.values()),
+        labels=[f"server {name}" for name in rates],
+        alpha=0.85,
+        colors=["#2f6fb0", "#e08a2c", "#3a8f4d", "#8b5fbf"],
+    )
     up: set[str] = set()
     expected: list[tuple[float, float]] = []
     for event in sorted((r for r in records if "event" in r), key=lambda r: r["time"]):
@@ -115,12 +135,23 @@ def plot(path: Path, records: Sequence[Row], alone: dict[str, float], title: str
         if what == "serves" or what.startswith("lost"):
             axes.axvline(at, color="#555", linewidth=0.8, linestyle=":")
             axes.annotate(
-                f"{name} {'up' if what == 'serves' else 'lost'}", (at, 1.0), xytext=(2, -2 - 9 * (len(up) % 3)),
-                xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7, va="top",
-            )  # fmt: skip
+                f"{name} {'up' if what == 'serves' else 'lost'}",
+                (at, 1.0),
+                xytext=(2, -2 - 9 * (len(up) % 3)),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                fontsize=7,
+                va="top",
+            )
     expected.append((x[-1], expected[-1][1]))
-    axes.step([at for at, _ in expected], [rate for _, rate in expected], where="post", color="black", linewidth=1.2,
-              label="sum of what the servers that are up give alone")  # fmt: skip
+    axes.step(
+        [at for at, _ in expected],
+        [rate for _, rate in expected],
+        where="post",
+        color="black",
+        linewidth=1.2,
+        label="sum of what the servers that are up give alone",
+    )
     axes.set_xlabel("seconds")
     axes.set_ylabel("tokens a second, mean of 5 s")
     axes.set_ylim(0, 1.15 * max(*map(sum, zip(*rates.values(), strict=True)), *(rate for _, rate in expected)))

@@ -144,9 +144,12 @@ async def _one_after_another(
         tokens = rng.randint(least, most)
         prompt = [rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)]
         body = {
-            "prompts": [{"token_ids": prompt}], "run_id": run_id, "policy": "latest", "return_text": False,
+            "prompts": [{"token_ids": prompt}],
+            "run_id": run_id,
+            "policy": "latest",
+            "return_text": False,
             "sampling": {"max_tokens": tokens, "ignore_eos": True},
-        }  # fmt: skip
+        }
         start = time.monotonic()
         answer = await client.post("/v1/generate", json=body)
         answer.raise_for_status()

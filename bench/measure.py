@@ -187,8 +187,13 @@ def divergence(served: Any, own: Any) -> dict[str, float]:
     """
     gap = served - own
     k3 = (-gap).expm1() + gap
-    return {"tokens": gap.numel(), "mean_abs_gap": gap.abs().mean().item(), "max_abs_gap": gap.abs().max().item(),
-            "kl_k1": gap.mean().item(), "kl_k3": k3.mean().item()}  # fmt: skip
+    return {
+        "tokens": gap.numel(),
+        "mean_abs_gap": gap.abs().mean().item(),
+        "max_abs_gap": gap.abs().max().item(),
+        "kl_k1": gap.mean().item(),
+        "kl_k3": k3.mean().item(),
+    }
 
 
 def random_prompts(count: int, vocab: int, length: int, seed: int) -> list[list[int]]:

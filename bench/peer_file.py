@@ -48,8 +48,14 @@ class FilePath:
         return Moved((folder / "adapter_model.safetensors").stat().st_size, {"write": write_s, "load": load_s})
 
     def first_token(self, prompt: list[int]) -> tuple[int, float]:
-        body = {"model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": 1,
-                "return_token_ids": True}  # fmt: skip
+        body = {
+            "model": self.name,
+            "prompt": prompt,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 1,
+            "return_token_ids": True,
+        }
         choice = self._post("/v1/completions", body).json()["choices"][0]
         return choice["token_ids"][0], choice["logprobs"]["token_logprobs"][0]
 
@@ -98,11 +104,24 @@ class PeerFile:
     def start(self, setting: Setting, folder: Path, max_rank: int) -> Server:
         port = free_port()
         command = [
-            sys.executable, "-m", *vllm_serve(folder), "--served-model-name", "base",
-            "--host", "127.0.0.1", "--port", str(port),
-            "--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(max_rank),
+            sys.executable,
+            "-m",
+            *vllm_serve(folder),
+            "--served-model-name",
+            "base",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--enable-lora",
+            "--max-loras",
+            "1",
+            "--max-cpu-loras",
+            "2",
+            "--max-lora-rank",
+            str(max_rank),
             *setting.engine_flags,
-        ]  # fmt: skip
+        ]
         env = environment(setting.server_device, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
         return Server("vllm serve", command, port, setting.work / f"{folder.name}-file-{max_rank}.log", env)
 

@@ -154,11 +154,14 @@ class Run:
     def add(self, block: Block, row: str, rank: int, figures: dict[str, Any]) -> None:
         """Complete a row and keep it."""
         about = {
-            "row": row, "shape": block.shape.name, "rank": rank, "parameters": block.shape.parameters,
+            "row": row,
+            "shape": block.shape.name,
+            "rank": rank,
+            "parameters": block.shape.parameters,
             "server_max_lora_rank": block.max_rank if block.contender.needs_rank else None,
             "server_start_s": block.server.start_s if block.server else None,
             "servers_side_by_side": bool(self.plan.parallel_start),
-        }  # fmt: skip
+        }
         note = block.contender.notes.get(row)
         self.report.add({**about, "ok": True, **({"note": note} if note else {}), **figures})
 

@@ -31,8 +31,19 @@ from bench.servers import engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
 from learner.processes import Stopped, stop_on_signals
 
-COLUMNS = ("shape", "at a time", "a request", "row", "n", "tokens/s", "of bare", "of vllm serve", "processor us/token",
-           "request ms, median", "p95")  # fmt: skip
+COLUMNS = (
+    "shape",
+    "at a time",
+    "a request",
+    "row",
+    "n",
+    "tokens/s",
+    "of bare",
+    "of vllm serve",
+    "processor us/token",
+    "request ms, median",
+    "p95",
+)
 
 
 class ServeReport(Told):
@@ -123,14 +134,26 @@ def figures(contender: Contender, contenders: Sequence[Contender]) -> dict[str, 
 
 
 def one_shape(
-    shape: Shape, work: Path, options: argparse.Namespace, report: ServeReport, flags: Sequence[str],
-    device: str | None, dtype: str, deadline: float,
-) -> None:  # fmt: skip
+    shape: Shape,
+    work: Path,
+    options: argparse.Namespace,
+    report: ServeReport,
+    flags: Sequence[str],
+    device: str | None,
+    dtype: str,
+    deadline: float,
+) -> None:
     """Start everything, wait, measure every level."""
 
     def add(row: str, concurrency: int, n: int, found: dict[str, Any]) -> None:
-        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "completions": n,
-                 "tokens": options.tokens, "ok": True}  # fmt: skip
+        about = {
+            "row": row,
+            "shape": shape.name,
+            "concurrency": concurrency,
+            "completions": n,
+            "tokens": options.tokens,
+            "ok": True,
+        }
         report.add({**about, **({"note": NOTES[row]} if row in NOTES else {}), **found})
 
     folder = shape.write(work / shape.name, dtype)

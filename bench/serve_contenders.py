@@ -47,15 +47,25 @@ def start(
 ) -> list[Contender]:
     """The servers of all rows that are asked for, none of them ready yet."""
     rank = str(served_rank(options.rank))
-    slots = ("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--worker-extension-cls",
-             "rollout_server.worker.AdapterWorker", "--logprobs-mode", "processed_logprobs")  # fmt: skip
+    slots = (
+        "--enable-lora",
+        "--max-loras",
+        "2",
+        "--max-cpu-loras",
+        "2",
+        "--worker-extension-cls",
+        "rollout_server.worker.AdapterWorker",
+        "--logprobs-mode",
+        "processed_logprobs",
+    )
     common = ("--served-model-name", "base", "--max-lora-rank", rank, *flags)
 
     def server(name: str, module: Sequence[str], more: Sequence[str], ready: str) -> Server:
         port = free_port()
         command = [sys.executable, "-m", *module, "--host", "127.0.0.1", "--port", str(port), *common, *more]
-        return Server(name, command, port, work / f"{shape.name}-{name.replace(' ', '-')}.log", environment(device),
-                      ready=ready)  # fmt: skip
+        return Server(
+            name, command, port, work / f"{shape.name}-{name.replace(' ', '-')}.log", environment(device), ready=ready
+        )
 
     contenders: list[Contender] = []
     if BARE in options.only:

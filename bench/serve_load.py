@@ -60,8 +60,16 @@ def generate_body(ask: Ask, policy: str) -> tuple[str, dict[str, Any]]:
 
 def completions_body(ask: Ask, model: str) -> tuple[str, dict[str, Any]]:
     """Path and body of vLLM's."""
-    body = {"model": model, "prompt": ask.prompt, "logprobs": 0, "return_token_ids": True, "n": ask.n,
-            "max_tokens": ask.tokens, "ignore_eos": True, "temperature": 1.0}  # fmt: skip
+    body = {
+        "model": model,
+        "prompt": ask.prompt,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "n": ask.n,
+        "max_tokens": ask.tokens,
+        "ignore_eos": True,
+        "temperature": 1.0,
+    }
     return "/v1/completions", body
 
 

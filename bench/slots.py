@@ -135,8 +135,15 @@ class Run:
             }
 
     def add(self, slots: int, figures: dict[str, Any]) -> None:
-        about = {"row": name_of(slots), "slots": slots, "shape": self.shape.name, "rank": self.options.rank,
-                 "requests": self.options.requests, "tokens": self.options.tokens, "ok": True}  # fmt: skip
+        about = {
+            "row": name_of(slots),
+            "slots": slots,
+            "shape": self.shape.name,
+            "rank": self.options.rank,
+            "requests": self.options.requests,
+            "tokens": self.options.tokens,
+            "ok": True,
+        }
         self.report.add({**about, **figures})
 
 
@@ -178,10 +185,18 @@ def slots_table(rows: Sequence[Row]) -> str:
             lines.append((row["row"], "-", "0", (row.get("skipped") or row["error"]).splitlines()[0][:100], *"----"))
             continue
         memory = f"{row['slots'] * row['slot_mib']:.1f}" if row["slot_mib"] else "-"
-        lines.append((
-            row["row"], f"{row['pace']:g}", str(row["n"]), seconds(row["wait_s"]), seconds(row["push_s"]),
-            f"{row['tokens_per_s_pushing']:.0f}", percent(row["ratio"]), memory,
-        ))  # fmt: skip
+        lines.append(
+            (
+                row["row"],
+                f"{row['pace']:g}",
+                str(row["n"]),
+                seconds(row["wait_s"]),
+                seconds(row["push_s"]),
+                f"{row['tokens_per_s_pushing']:.0f}",
+                percent(row["ratio"]),
+                memory,
+            )
+        )
     return aligned(lines, right={1, 2, 5, 7})
 
 
@@ -224,8 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sized_flags(options: argparse.Namespace, learner: str) -> tuple[str, ...]:
     """Of every server."""
-    sizes = ("--load-format", "dummy", "--max-model-len", str(options.tokens + PROMPT_ROOM), "--max-num-seqs",
-             str(max(2, options.requests)))  # fmt: skip
+    sizes = (
+        "--load-format",
+        "dummy",
+        "--max-model-len",
+        str(options.tokens + PROMPT_ROOM),
+        "--max-num-seqs",
+        str(max(2, options.requests)),
+    )
     return engine_flags(sizes, KV_CACHE_BYTES, learner, options.server_flags)
 
 

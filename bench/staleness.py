@@ -69,11 +69,25 @@ def train(work: Path, options: argparse.Namespace, bound: int, seed: int) -> dic
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "summary.json").exists():
         recipe = yaml.safe_load(Path(options.config).read_text())
-        recipe |= {"max_staleness": bound, "vllm_importance_sampling_correction": True, "max_steps": options.steps,
-                   "eval_size": options.eval_size}  # fmt: skip
+        recipe |= {
+            "max_staleness": bound,
+            "vllm_importance_sampling_correction": True,
+            "max_steps": options.steps,
+            "eval_size": options.eval_size,
+        }
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "learner.demo", "--split-cores", "--config", str(out / "recipe.yaml"),
-                   "--output-dir", str(out), "--seed", str(seed)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "learner.demo",
+            "--split-cores",
+            "--config",
+            str(out / "recipe.yaml"),
+            "--output-dir",
+            str(out),
+            "--seed",
+            str(seed),
+        ]
         with ProcessGroup(command, {}, out / "demo.log") as demo:
             if demo.process.wait():
                 raise RuntimeError(f"the demo failed: ...{(out / 'demo.log').read_text()[-600:]}")
@@ -96,13 +110,26 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
         color = COLORS[bounds.index(row["max_staleness"]) % len(COLORS)]
         first = row is next(other for other in done if other["max_staleness"] == row["max_staleness"])
         ends = [sum(row["step_seconds"][: i + 1]) for i in range(len(row["step_seconds"]))]
-        axes.plot(ends, trailing_mean(row["rewards"], 5), color=color, alpha=0.8, linewidth=1.3,
-                  label=f"S = {row['max_staleness']}: sampled reward, mean of 5 steps" if first else None)  # fmt: skip
+        axes.plot(
+            ends,
+            trailing_mean(row["rewards"], 5),
+            color=color,
+            alpha=0.8,
+            linewidth=1.3,
+            label=f"S = {row['max_staleness']}: sampled reward, mean of 5 steps" if first else None,
+        )
         low, high = EvalPoint(row["eval_after"], row["eval_questions"]).interval()
         after = row["eval_after"]
-        axes.errorbar([ends[-1]], [after], yerr=[[after - low], [high - after]], color=color, fmt="D", markersize=5,
-                      capsize=3, label=f"S = {row['max_staleness']}: held-out questions right, 95% interval"
-                      if first else None)  # fmt: skip
+        axes.errorbar(
+            [ends[-1]],
+            [after],
+            yerr=[[after - low], [high - after]],
+            color=color,
+            fmt="D",
+            markersize=5,
+            capsize=3,
+            label=f"S = {row['max_staleness']}: held-out questions right, 95% interval" if first else None,
+        )
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("share of right answers")
     axes.set_ylim(0, 1)
@@ -123,10 +150,16 @@ def cells(row: Row) -> tuple[str, ...]:
     """A line of the table."""
     drift = row.get("max_drift_kl")
     return (
-        str(row["max_staleness"]), str(row["seed"]), f"{row['eval_before']:.3f}", f"{row['eval_after']:.3f}",
-        str(row["steps"]), f"{row['train_seconds']:.0f}", f"{statistics.median(row['step_seconds']):.1f}",
-        f"{drift:.1e}" if drift is not None else "-", str(row["lags"]),
-    )  # fmt: skip
+        str(row["max_staleness"]),
+        str(row["seed"]),
+        f"{row['eval_before']:.3f}",
+        f"{row['eval_after']:.3f}",
+        str(row["steps"]),
+        f"{row['train_seconds']:.0f}",
+        f"{statistics.median(row['step_seconds']):.1f}",
+        f"{drift:.1e}" if drift is not None else "-",
+        str(row["lags"]),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,8 +47,17 @@ from bench.step_figures import TRL, TURNS, Step, StepReport, figures, ours, stac
 from bench.step_learner import Training
 from learner.processes import ProcessGroup, Stopped, stop_on_signals
 
-QUICK = {"shape": "tiny", "rank": 8, "batch": 16, "group": 4, "micro_batch": 8, "prompt_tokens": 16, "tokens": 64,
-         "mean_tokens": 24, "warm_up": 2}  # fmt: skip
+QUICK = {
+    "shape": "tiny",
+    "rank": 8,
+    "batch": 16,
+    "group": 4,
+    "micro_batch": 8,
+    "prompt_tokens": 16,
+    "tokens": 64,
+    "mean_tokens": 24,
+    "warm_up": 2,
+}
 
 #: Options that all rows share.
 SAME = ("rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up")
@@ -131,12 +140,24 @@ class Run:
             options.profile_dir.mkdir(parents=True, exist_ok=True)
             profile = str((options.profile_dir / f"{work.name}.txt").resolve())
         training = Training(
-            folder=str(self.folder), url=server.url, max_staleness=max_staleness, vocab=self.shape.vocab,
-            dtype=self.setting.dtype, rank=options.rank, batch=options.batch, group=options.group,
-            micro_batch=options.micro_batch, prompt_tokens=options.prompt_tokens, tokens=options.tokens,
-            stop_token_ids=stop_ids(self.shape.vocab, options.mean_tokens), steps=options.steps,
-            warm_up=options.warm_up, output=str(work / "trainer"), profile=profile, share_gpu=row == TURNS,
-        )  # fmt: skip
+            folder=str(self.folder),
+            url=server.url,
+            max_staleness=max_staleness,
+            vocab=self.shape.vocab,
+            dtype=self.setting.dtype,
+            rank=options.rank,
+            batch=options.batch,
+            group=options.group,
+            micro_batch=options.micro_batch,
+            prompt_tokens=options.prompt_tokens,
+            tokens=options.tokens,
+            stop_token_ids=stop_ids(self.shape.vocab, options.mean_tokens),
+            steps=options.steps,
+            warm_up=options.warm_up,
+            output=str(work / "trainer"),
+            profile=profile,
+            share_gpu=row == TURNS,
+        )
         asked, answered, log = work / "training.json", work / "steps.json", work / "learner.log"
         asked.write_text(json.dumps(asdict(training)))
         device = None if self.setting.on_cpu else visible_device(torch.device(self.setting.device).index)

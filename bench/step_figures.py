@@ -13,12 +13,26 @@ from bench.output import Row, Told, aligned
 
 TRL = "TRL server mode"
 TURNS = "lockstep, S = 0, one GPU by turns"
-COLUMNS = ("row", "n", "step s", "wait s", "sync s", "train s", "tokens/s", "server tok/s", "learner tok/s",
-           "learner bubble", "server bubble")  # fmt: skip
+COLUMNS = (
+    "row",
+    "n",
+    "step s",
+    "wait s",
+    "sync s",
+    "train s",
+    "tokens/s",
+    "server tok/s",
+    "learner tok/s",
+    "learner bubble",
+    "server bubble",
+)
 #: What two GPUs have to show: S = 1 against the larger of generation and training alone, TRL against S = 1.
 MOST_OF_LARGER, LEAST_OF_TRL = 1.1, 1.6
-PARTS = (("train_s", "training", "#2f6fb0"), ("sync_s", "bringing weights to the server", "#8c8c8c"),
-         ("wait_s", "waiting for completions", "#e08a2c"))  # fmt: skip
+PARTS = (
+    ("train_s", "training", "#2f6fb0"),
+    ("sync_s", "bringing weights to the server", "#8c8c8c"),
+    ("wait_s", "waiting for completions", "#e08a2c"),
+)
 
 
 def ours(max_staleness: int) -> str:
@@ -163,11 +177,16 @@ def steps_table(rows: Sequence[Row]) -> str:
             why = (row.get("skipped") or row["error"]).splitlines()[0][:100]
             lines.append((row["row"], "0", why, *["-"] * (len(COLUMNS) - 3)))
             continue
-        lines.append((
-            row["row"], str(row["n"]), *(_seconds(row[f"{part}_s"]) for part in ("step", "wait", "sync", "train")),
-            *(f"{row[f'{who}tokens_per_s']:,.0f}" for who in ("", "server_", "learner_")),
-            f"{row['learner_bubble']:.0%}", f"{row['server_bubble']:.0%}",
-        ))  # fmt: skip
+        lines.append(
+            (
+                row["row"],
+                str(row["n"]),
+                *(_seconds(row[f"{part}_s"]) for part in ("step", "wait", "sync", "train")),
+                *(f"{row[f'{who}tokens_per_s']:,.0f}" for who in ("", "server_", "learner_")),
+                f"{row['learner_bubble']:.0%}",
+                f"{row['server_bubble']:.0%}",
+            )
+        )
     return aligned(lines, right={1, 6, 7, 8, 9, 10})
 
 

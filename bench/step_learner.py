@@ -84,34 +84,54 @@ def make_prompts(training: Training) -> list[str]:
     rng = random.Random(0)
     # As many as the longest training of a run needs: which of them come first must not depend on the staleness.
     count = (training.warm_up + training.steps + 8) * (training.batch // training.group)
-    return [" ".join(f"t{rng.randrange(3, training.vocab)}" for _ in range(training.prompt_tokens))
-            for _ in range(count)]  # fmt: skip
+    return [
+        " ".join(f"t{rng.randrange(3, training.vocab)}" for _ in range(training.prompt_tokens)) for _ in range(count)
+    ]
 
 
 def make_trainer(training: Training, callback: TrainerCallback) -> GRPOTrainer:
     """A GRPOTrainer; ours and TRL's server mode differ in `use_vllm` only."""
     own_vllm: dict[str, Any] = {}
     if training.max_staleness is None:
-        own_vllm = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": training.url,
-                    "vllm_group_port": free_port()}  # fmt: skip
+        own_vllm = {
+            "use_vllm": True,
+            "vllm_mode": "server",
+            "vllm_server_base_url": training.url,
+            "vllm_group_port": free_port(),
+        }
     args = GRPOConfig(
-        output_dir=training.output, use_cpu=not torch.cuda.is_available(), bf16=training.dtype == "bfloat16",
-        model_init_kwargs={"dtype": training.dtype}, gradient_checkpointing=False,
+        output_dir=training.output,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=training.dtype == "bfloat16",
+        model_init_kwargs={"dtype": training.dtype},
+        gradient_checkpointing=False,
         per_device_train_batch_size=training.micro_batch,
         gradient_accumulation_steps=training.batch // training.micro_batch,
-        num_generations=training.group, max_completion_length=training.tokens, temperature=1.0,
+        num_generations=training.group,
+        max_completion_length=training.tokens,
+        temperature=1.0,
         generation_kwargs={"stop_token_ids": training.stop_token_ids},
-        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", max_steps=training.max_steps, seed=0,
-        save_strategy="no", report_to="none", disable_tqdm=True, **own_vllm,
-    )  # fmt: skip
-    lora = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear",
-                      task_type="CAUSAL_LM")  # fmt: skip
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=training.max_steps,
+        seed=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **own_vllm,
+    )
+    lora = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     # Not AutoTokenizer, which gives some model types a pre-tokenizer of their own: a word must be one token.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(training.folder)
     return GRPOTrainer(
-        model=training.folder, processing_class=tokenizer, args=args, reward_funcs=odd_tokens, peft_config=lora,
-        callbacks=[callback], train_dataset=Dataset.from_dict({"prompt": make_prompts(training)}),
-    )  # fmt: skip
+        model=training.folder,
+        processing_class=tokenizer,
+        args=args,
+        reward_funcs=odd_tokens,
+        peft_config=lora,
+        callbacks=[callback],
+        train_dataset=Dataset.from_dict({"prompt": make_prompts(training)}),
+    )
 
 
 class StepWatch(TrainerCallback):
@@ -177,7 +197,7 @@ def train(training: Training) -> dict[str, Any]:
         return {"steps": [asdict(step) for step in training.counted(watch.steps)]}
     session = attach(
         trainer, training.url, max_staleness=training.max_staleness, proof_canary=False, share_gpu=training.share_gpu
-    )  # fmt: skip
+    )
     trainer.train()
     session.close()
     session.publisher.delete_run()

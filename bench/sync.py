@@ -23,8 +23,17 @@ from bench.shapes import pick_shapes, served_rank
 from learner.processes import Stopped, stop_on_signals
 
 GPU_FLAGS = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "64")
-CPU_FLAGS = ("--load-format", "dummy", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "16",
-             "--enforce-eager")  # fmt: skip
+CPU_FLAGS = (
+    "--load-format",
+    "dummy",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "256",
+    "--max-num-seqs",
+    "16",
+    "--enforce-eager",
+)
 #: Of servers that start side by side: memory is given out, not profiled, for they would count each other's.
 KV_CACHE_BYTES = 4 << 30
 SHARED_UTILIZATION, UTILIZATION = 0.28, 0.5
@@ -47,20 +56,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.parallel_start and not options.share_server:
         parser.error("--parallel-start needs --share-server: one server per rank would not fit side by side")
     plan = Plan(
-        shapes, ranks, only, options.adapter_dtype, options.share_server, options.parallel_start,
-        options.deadline_s, options.row_limit_s,
-    )  # fmt: skip
+        shapes,
+        ranks,
+        only,
+        options.adapter_dtype,
+        options.share_server,
+        options.parallel_start,
+        options.deadline_s,
+        options.row_limit_s,
+    )
     devices, learner, server = pick_devices(options)
     report = Report(options.json, machine(devices, command), kept_rows(options))
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as scratch:
         work = options.work_dir or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         setting = Setting(
-            work=work, device=learner, server_device=server, dtype="float32" if learner == "cpu" else "bfloat16",
-            engine_flags=(*(CPU_FLAGS if learner == "cpu" else GPU_FLAGS), *gpu_flags(options, learner),
-                          *shlex.split(options.server_flags)),
-            pushes=options.pushes, under_load=options.under_load, windows=options.windows, window_s=options.window_s,
-        )  # fmt: skip
+            work=work,
+            device=learner,
+            server_device=server,
+            dtype="float32" if learner == "cpu" else "bfloat16",
+            engine_flags=(
+                *(CPU_FLAGS if learner == "cpu" else GPU_FLAGS),
+                *gpu_flags(options, learner),
+                *shlex.split(options.server_flags),
+            ),
+            pushes=options.pushes,
+            under_load=options.under_load,
+            windows=options.windows,
+            window_s=options.window_s,
+        )
         try:
             with stop_on_signals():
                 Run(setting, plan, report, lambda: finish(report, options)).all_shapes()

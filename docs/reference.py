@@ -25,18 +25,24 @@ _NOTE = "<!-- Written by `make reference` from the code; do not edit. -->\n\n"
 
 def cli_page() -> str:
     """All flags of our commands."""
-    return _NOTE + "\n\n".join([
-        "# Commands",
-        "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags of the "
-        "learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
-        "## rollout-server MODEL",
-        "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
-        _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
-        "## learner train",
-        "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
-        _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
-        *(part for module in (evaluate, export, status, four_bit) for part in _command(module.make_parser())),
-    ]) + "\n"  # fmt: skip
+    return (
+        _NOTE
+        + "\n\n".join(
+            [
+                "# Commands",
+                "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags of the "
+                "learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
+                "## rollout-server MODEL",
+                "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
+                _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
+                "## learner train",
+                "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
+                _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
+                *(part for module in (evaluate, export, status, four_bit) for part in _command(module.make_parser())),
+            ]
+        )
+        + "\n"
+    )
 
 
 def http_page() -> str:
@@ -52,8 +58,10 @@ def http_page() -> str:
     used: dict[str, None] = {}
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
-            parts += [f"## {method.upper()} {path}", f"Role: {role_needed(method.upper(), path)}. "
-                      + operation.get("description", "")]  # fmt: skip
+            parts += [
+                f"## {method.upper()} {path}",
+                f"Role: {role_needed(method.upper(), path)}. " + operation.get("description", ""),
+            ]
             if headers := [p for p in operation.get("parameters", ()) if p["in"] != "path"]:
                 parts.append(_table((headers[0]["in"], "type", ""), map(_parameter, headers)))
             for title, content in (
@@ -67,8 +75,9 @@ def http_page() -> str:
     parts.append("As vLLM documents them. `model` is `policy` or `policy:RUN_ID` for an adapter, or the base's name.")
     parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
     parts.append("## Errors")
-    parts.append("Every answer that is no success is `{\"error\": {\"code\", \"message\", \"detail\"}}`; "
-                 "the message says what to do.")  # fmt: skip
+    parts.append(
+        'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do.'
+    )
     parts.append(_table(("code", "status"), ((f"`{c.value}`", str(LockstepError(c, "").status)) for c in ErrorCode)))
     parts.append("## Bodies")
     for name in used:

@@ -41,9 +41,7 @@ class AdapterExport:
 
     def announcement(self) -> Announcement:
         """What the server must know before the tensors come by broadcast."""
-        return Announcement(
-            version=self.manifest.version, checksum=self.manifest.checksum, layout=self.layout.key
-        )  # fmt: skip
+        return Announcement(version=self.manifest.version, checksum=self.manifest.checksum, layout=self.layout.key)
 
     def pieces(self) -> list[bytes | memoryview]:
         """The whole blob in host memory, without joining it."""
@@ -181,13 +179,16 @@ class AdapterExporter:
         """What manifests have in common; making it anew for every push would cost more than the transfer."""
         ranks = [shape_of(weight)[0] for weight in self._a]
         return AdapterManifest(
-            version=version, base_weights=self.base_weights, dtype=self.dtype, checksum="",
+            version=version,
+            base_weights=self.base_weights,
+            dtype=self.dtype,
+            checksum="",
             peft_config=plain_config(self.model.peft_config[self.adapter]),
             modules={
                 name: ModuleSpec(rank=rank, scaling=scaling)
                 for name, rank, scaling in zip(self.layers, ranks, scalings, strict=True)
             },
-        )  # fmt: skip
+        )
 
     def _as_integers(self) -> torch.Tensor:
         return self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)

@@ -120,12 +120,15 @@ def attach(
     for warning in dict.fromkeys(warning for state in states for warning in accepts(state)):
         warnings.warn(warning, stacklevel=2)
     session = Session(
-        TrainerSide(trainer), model, fleet, config,
+        TrainerSide(trainer),
+        model,
+        fleet,
+        config,
         sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
         accepts=accepts,
-    )  # fmt: skip
+    )
     if config.reward_workers:
         session.use(Rewards(trainer, config, session.say))
     _put_under_trainer(trainer, session)
@@ -146,9 +149,12 @@ def meet(config: LearnerConfig) -> Fleet:
 
     def connect(url: str) -> RolloutClient:
         return RolloutClient(
-            url, token, ca_file=config.ca_file,
-            push_timeout_s=config.push_timeout_s, generate_timeout_s=config.generate_timeout_s,
-        )  # fmt: skip
+            url,
+            token,
+            ca_file=config.ca_file,
+            push_timeout_s=config.push_timeout_s,
+            generate_timeout_s=config.generate_timeout_s,
+        )
 
     fleet = Fleet(connect, Places(config.require_urls()), patience_s=config.ready_timeout_s)
     fleet.meet(config.ready_timeout_s)

@@ -73,9 +73,11 @@ class ComingPrompts:
         trainer = self._trainer
         schedule = schedule_of(trainer)
         return Lookahead(
-            trainer._get_train_sampler, rows=trainer.args.generation_batch_size, repeats=schedule.per_batch,
+            trainer._get_train_sampler,
+            rows=trainer.args.generation_batch_size,
+            repeats=schedule.per_batch,
             per_epoch=schedule.per_epoch,
-        )  # fmt: skip
+        )
 
     def rows(self, batch: int) -> list[dict[str, Any]]:
         """This rank's dataset rows of a generation batch, one for each completion. Cheapest in ascending order."""

@@ -88,9 +88,15 @@ class Channel:
         return document
 
     def _json(
-        self, method: str, path: str, *, content: str | None = None, timeout: float = STATE_TIMEOUT_S,
-        key: str | None = None, **kw: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        method: str,
+        path: str,
+        *,
+        content: str | None = None,
+        timeout: float = STATE_TIMEOUT_S,
+        key: str | None = None,
+        **kw: Any,
+    ) -> Any:
         if content is not None:
             kw |= self._body(content, timeout, key)
         else:

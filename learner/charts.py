@@ -33,9 +33,14 @@ class Series:
 
 
 def chart(
-    title: str, note: str, series: Sequence[Series], *,
-    show: Callable[[float], str], log: bool = False, whole: tuple[float, float] | None = None,
-) -> str:  # fmt: skip
+    title: str,
+    note: str,
+    series: Sequence[Series],
+    *,
+    show: Callable[[float], str],
+    log: bool = False,
+    whole: tuple[float, float] | None = None,
+) -> str:
     """A `<figure>`; empty where there is nothing to draw.
 
     Args:

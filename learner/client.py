@@ -134,9 +134,14 @@ class RolloutClient(Channel):
         return self._parse(ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=timeout))
 
     def push(
-        self, run_id: str, pieces: Sequence[bytes | memoryview], lease: str, *,
-        takeover: bool = False, in_flight: InFlight = "drain",
-    ) -> PushReceipt:  # fmt: skip
+        self,
+        run_id: str,
+        pieces: Sequence[bytes | memoryview],
+        lease: str,
+        *,
+        takeover: bool = False,
+        in_flight: InFlight = "drain",
+    ) -> PushReceipt:
         """`PUT /v1/runs/{run_id}/adapter`.
 
         Pushing the same version and bytes again is safe and answers the same, so a push whose answer was lost

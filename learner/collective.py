@@ -88,9 +88,14 @@ class SendingGroup:
             raise
 
     def push(
-        self, client: RolloutClient, run_id: str, announced: Announcement, flat: torch.Tensor, lease: str,
+        self,
+        client: RolloutClient,
+        run_id: str,
+        announced: Announcement,
+        flat: torch.Tensor,
+        lease: str,
         in_flight: InFlight,
-    ) -> PushReceipt:  # fmt: skip
+    ) -> PushReceipt:
         """Announce an adapter, broadcast it, and wait for the receipt.
 
         Raises:

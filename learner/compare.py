@@ -79,11 +79,15 @@ def lines(results: Sequence[EvalResult]) -> list[str]:
         parts = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
         table.append(
             f"{result.policy:<{width}}  {result.reward:.3f} [{low:.3f}, {high:.3f}]"
-            + (f"  {difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] against "
-               f"{difference.against}" if difference else "")
+            + (
+                f"  {difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] against "
+                f"{difference.against}"
+                if difference
+                else ""
+            )
             + (f"  ({parts})" if len(named) > 1 else "")
             + f"  {', '.join(result.versions)}"
-        )  # fmt: skip
+        )
     return table
 
 

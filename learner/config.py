@@ -161,19 +161,24 @@ class LearnerConfig:
         if self.degenerate_rounds < 1:
             raise ValueError("degenerate_rounds must be at least 1; leave drop_degenerate_groups out to replace none")
         if self.drop_degenerate_groups and not self.reward_workers:
-            raise ValueError("drop_degenerate_groups: rewards are needed before TRL computes them; set reward_workers "
-                             "to 1 or more")  # fmt: skip
+            raise ValueError(
+                "drop_degenerate_groups: rewards are needed before TRL computes them; set reward_workers to 1 or more"
+            )
         if self.reward_workers < 0 or self.reward_timeout_s <= 0:
             raise ValueError("reward_workers must not be negative, reward_timeout_s must be more than 0")
         if self.share_gpu and self.max_staleness:
-            raise ValueError("share_gpu: rollouts ahead of the training need a GPU of their own; "
-                             "leave max_staleness at 0")  # fmt: skip
+            raise ValueError(
+                "share_gpu: rollouts ahead of the training need a GPU of their own; leave max_staleness at 0"
+            )
         if self.deterministic and self.max_staleness:
-            raise ValueError("deterministic: how far a push has come when a rollout begins differs from time to time; "
-                             "leave max_staleness at 0")  # fmt: skip
+            raise ValueError(
+                "deterministic: how far a push has come when a rollout begins differs from time to time; "
+                "leave max_staleness at 0"
+            )
         if self.deterministic and self.in_flight != "drain":
-            raise ValueError("deterministic: when a push overtakes a completion differs from time to time; "
-                             "leave in_flight at drain")  # fmt: skip
+            raise ValueError(
+                "deterministic: when a push overtakes a completion differs from time to time; leave in_flight at drain"
+            )
         if self.run_id is not None and not re.match(RUN_ID_PATTERN, self.run_id):
             raise ValueError(f"run_id {self.run_id!r}: letters, digits, dot, dash and underscore, at most 64")
 

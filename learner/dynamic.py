@@ -88,9 +88,14 @@ class DynamicSampling:
     """
 
     def __init__(
-        self, rewards: Rewards, spare_of: Callable[[int, int], list[tuple[Row, list[int]]]], seed_of: SeedOf, *,
-        size: int, rounds: int,
-    ) -> None:  # fmt: skip
+        self,
+        rewards: Rewards,
+        spare_of: Callable[[int, int], list[tuple[Row, list[int]]]],
+        seed_of: SeedOf,
+        *,
+        size: int,
+        rounds: int,
+    ) -> None:
         self._rewards, self._spare_of, self._seed_of = rewards, spare_of, seed_of
         self._size, self._rounds = size, rounds
         self._draws: dict[int, Draw] = {}

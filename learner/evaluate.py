@@ -88,10 +88,13 @@ def evaluate(
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
         chunk = rows[start : start + QUESTIONS_PER_REQUEST]
         request = GenerateRequest(
-            prompts=[_prompt(row["prompt"]) for row in chunk], sampling=sampling, policy=policy,
-            run_id=None if policy == "base" else run_id, return_text=True,
+            prompts=[_prompt(row["prompt"]) for row in chunk],
+            sampling=sampling,
+            policy=policy,
+            run_id=None if policy == "base" else run_id,
+            return_text=True,
             chat_template_kwargs=chat_template_kwargs or {},
-        )  # fmt: skip
+        )
         groups = client.generate(request).groups
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
         results += _score(task, start, chunk, groups)
@@ -108,10 +111,16 @@ def main(argv: Sequence[str]) -> int:
     from learner.tasks import load_task
 
     task = load_task(
-        options.task, task_args=task_args, eval_size=options.eval_size, train_size=options.train_size,
-        seed=options.seed, reward_specs=options.reward_funcs, reward_weights=options.reward_weights,
-        prompt_column=options.prompt_column, eval_dataset=options.eval_dataset,
-    )  # fmt: skip
+        options.task,
+        task_args=task_args,
+        eval_size=options.eval_size,
+        train_size=options.train_size,
+        seed=options.seed,
+        reward_specs=options.reward_funcs,
+        reward_weights=options.reward_weights,
+        prompt_column=options.prompt_column,
+        eval_dataset=options.eval_dataset,
+    )
     if not task.reward_funcs:
         raise LockstepError(
             ErrorCode.INVALID_REQUEST,
@@ -128,9 +137,15 @@ def main(argv: Sequence[str]) -> int:
     def ask(client: RolloutClient, name: str, stored: StoredAdapter | None) -> EvalResult:
         with _serving(client, name, stored, options.run_id) as (policy, run_id):
             result = evaluate(
-                client, task, policy=policy, run_id=run_id, n_questions=options.limit,
-                sampling=sampling, chat_template_kwargs=chat_kwargs, progress=_show,
-            )  # fmt: skip
+                client,
+                task,
+                policy=policy,
+                run_id=run_id,
+                n_questions=options.limit,
+                sampling=sampling,
+                chat_template_kwargs=chat_kwargs,
+                progress=_show,
+            )
         return replace(result, policy=name)
 
     token = read_token(options.token_file)
@@ -227,11 +242,16 @@ def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[
             if value is not None:
                 scored[name].append(value)
     return EvalResult(
-        task=task.name, policy=str(policy), versions=versions, questions=len(means), reward=mean,
+        task=task.name,
+        policy=str(policy),
+        versions=versions,
+        questions=len(means),
+        reward=mean,
         stderr=stderr,
         rewards={name: sum(v) / len(v) if v else None for name, v in scored.items()},
-        completion_tokens=sum(row.tokens for row in rows), rows=rows,
-    )  # fmt: skip
+        completion_tokens=sum(row.tokens for row in rows),
+        rows=rows,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -249,9 +269,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-size", type=int, help="training questions; as in training, where the split depends on it")
     add("--seed", type=int, default=42, help="of the split; as in training (default %(default)s)")
     add("--limit", type=int, help="ask only the first so many questions")
-    add("--policy", nargs="+", default=["latest"], metavar="POLICY", help="base, latest, or a stored adapter: a run's "
+    add(
+        "--policy",
+        nargs="+",
+        default=["latest"],
+        metavar="POLICY",
+        help="base, latest, or a stored adapter: a run's "
         "output_dir, a checkpoint, a PEFT directory, served in a run of its own meanwhile. Several are compared with "
-        "the first (default latest)")  # fmt: skip
+        "the first (default latest)",
+    )
     add("--run-id", help="which run, where the server serves several")
     add("--n", type=int, default=1, help="completions per question (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="default %(default)s: greedy")

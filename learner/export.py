@@ -67,9 +67,14 @@ def main(argv: Sequence[str]) -> int:
     """The command. Answers the exit code."""
     options = make_parser().parse_args(argv)
     source = export(
-        options.source, options.out, merged=options.merge, model=options.model_name_or_path,
-        revision=options.model_revision, dtype=options.dtype, force=options.force,
-    )  # fmt: skip
+        options.source,
+        options.out,
+        merged=options.merge,
+        model=options.model_name_or_path,
+        revision=options.model_revision,
+        dtype=options.dtype,
+        force=options.force,
+    )
     what = f"merged in {options.dtype}" if options.merge else "as it is"
     print(f"{source}, {what}, is in {options.out} ({_size(Path(options.out)) / 2**20:,.1f} MiB)")
     return 0

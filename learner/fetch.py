@@ -211,5 +211,9 @@ class Fetcher:
         step = {} if wanted.exact else {"min_step": wanted.version.step, "wait_s": _STEP_WAIT_S}
         return GenerateRequest(
             prompts=[Prompt(token_ids=ask.token_ids, seed=ask.seed) for ask in request.asks],
-            sampling=sampling, policy=policy, run_id=wanted.version.run_id, return_text=False, **step,
-        )  # fmt: skip
+            sampling=sampling,
+            policy=policy,
+            run_id=wanted.version.run_id,
+            return_text=False,
+            **step,
+        )

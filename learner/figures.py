@@ -98,25 +98,42 @@ class Figures:
         if self._rollouts.ahead is not None:
             idle = max(seconds - (self._busy_seconds() - self._busy), 0.0)
         report = StepReport(
-            step=trainer.step, max_steps=trainer.max_steps,
-            reward=self._metric("reward"), reward_std=self._metric("reward_std"),
+            step=trainer.step,
+            max_steps=trainer.max_steps,
+            reward=self._metric("reward"),
+            reward_std=self._metric("reward_std"),
             completion_length=self._metric("completions/mean_length"),
-            completion_tokens=stats.completion_tokens, lag=stats.last_lag,
-            wait_seconds=stats.wait_seconds - self._waited, idle_seconds=idle,
-            push_seconds=push_seconds, push_bytes=receipt.bytes, pause_seconds=receipt.pause_seconds,
+            completion_tokens=stats.completion_tokens,
+            lag=stats.last_lag,
+            wait_seconds=stats.wait_seconds - self._waited,
+            idle_seconds=idle,
+            push_seconds=push_seconds,
+            push_bytes=receipt.bytes,
+            pause_seconds=receipt.pause_seconds,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
-            logprob_gap=logprob_gap, seconds=seconds, drift=self.drift,
+            logprob_gap=logprob_gap,
+            seconds=seconds,
+            drift=self.drift,
             reward_wait_seconds=self.rewards.wait_seconds - self._reward_waited if self.rewards else None,
-            servers_up=len(fleet.up()), servers=len(fleet.members), update_lost=update_lost,
-        )  # fmt: skip
+            servers_up=len(fleet.up()),
+            servers=len(fleet.members),
+            update_lost=update_lost,
+        )
         self.restart_clock()
         logged = {
-            "push_seconds": push_seconds, "push_bytes": receipt.bytes, "lag": report.lag, "logprob_gap": logprob_gap,
-            "rollout_tokens_per_second": report.rollout_tokens_per_second, "wait_seconds": report.wait_seconds,
+            "push_seconds": push_seconds,
+            "push_bytes": receipt.bytes,
+            "lag": report.lag,
+            "logprob_gap": logprob_gap,
+            "rollout_tokens_per_second": report.rollout_tokens_per_second,
+            "wait_seconds": report.wait_seconds,
             "reward_wait_seconds": report.reward_wait_seconds,
-            "server_idle_seconds": idle, "regenerated": stats.regenerated, "servers_up": report.servers_up,
-            "pause_seconds": receipt.pause_seconds, "update_lost": update_lost,
-        }  # fmt: skip
+            "server_idle_seconds": idle,
+            "regenerated": stats.regenerated,
+            "servers_up": report.servers_up,
+            "pause_seconds": receipt.pause_seconds,
+            "update_lost": update_lost,
+        }
         for name, value in logged.items():
             if value is not None:
                 trainer.log(f"lockstep/{name}", float(value))

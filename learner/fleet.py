@@ -23,9 +23,15 @@ from shared.weights import ServerState
 T = TypeVar("T")
 #: Errors of one server that another, or the same one later, need not have.
 AWAY = {
-    ErrorCode.NOT_READY, ErrorCode.TIMEOUT, ErrorCode.ENGINE_DEAD, ErrorCode.INSTALL_FAILED, ErrorCode.NO_FREE_SLOT,
-    ErrorCode.CHECKSUM_MISMATCH, ErrorCode.OVERLOADED, ErrorCode.DRAINING,
-}  # fmt: skip
+    ErrorCode.NOT_READY,
+    ErrorCode.TIMEOUT,
+    ErrorCode.ENGINE_DEAD,
+    ErrorCode.INSTALL_FAILED,
+    ErrorCode.NO_FREE_SLOT,
+    ErrorCode.CHECKSUM_MISMATCH,
+    ErrorCode.OVERLOADED,
+    ErrorCode.DRAINING,
+}
 #: It has restarted, or missed a push: pushing again helps.
 FORGOT = {ErrorCode.UNKNOWN_RUN, ErrorCode.VERSION_NOT_ACTIVE, ErrorCode.STEP_NOT_REACHED}
 PASSING = AWAY | FORGOT
@@ -51,9 +57,13 @@ class Fleet:
     """
 
     def __init__(
-        self, connect: Callable[[str], RolloutClient], places: Places, *,
-        patience_s: float = 600.0, say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+        self,
+        connect: Callable[[str], RolloutClient],
+        places: Places,
+        *,
+        patience_s: float = 600.0,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._connect, self._places, self.patience_s, self.say = connect, places, patience_s, say
         self.members: dict[str, Member] = {}
         self.on_change: Callable[[Member, str], None] = lambda member, what: None

@@ -19,10 +19,19 @@ from shared.errors import ErrorCode, LockstepError
 INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 #: What tells a text how to become token ids, and back; the weights aside, all of a model that is copied as it is.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
     "chat_template.json",
-)  # fmt: skip
+)
 _CONFIG_FILE, _GENERATION_FILE = "config.json", "generation_config.json"
 _BLOCK_ELEMENTS = 2**24  # converted at a time: bounds the memory
 

@@ -82,10 +82,14 @@ class LearnerMetrics:
     def stepped(self, report: StepReport, stats: RolloutStats) -> None:
         """A step has ended."""
         self._gauges.set(
-            step=report.step, max_steps=report.max_steps, reward=report.reward, reward_std=report.reward_std,
-            completion_length_tokens=report.completion_length, logprob_gap_nats=report.logprob_gap,
+            step=report.step,
+            max_steps=report.max_steps,
+            reward=report.reward,
+            reward_std=report.reward_std,
+            completion_length_tokens=report.completion_length,
+            logprob_gap_nats=report.logprob_gap,
             rollout_tokens_per_second=report.rollout_tokens_per_second,
-        )  # fmt: skip
+        )
         if drift := report.drift:
             self._gauges.set(drift_nats=drift.delta, drift_kl_nats=drift.kl, drift_clipped_ratio=drift.clipped)
         self._step_seconds.observe(report.seconds)

@@ -36,9 +36,13 @@ class Prefetcher:
     """
 
     def __init__(
-        self, prompts_of: Callable[[int], Prompts], fetch: Callable[[int, Prompts], list[Completion]], *,
-        last_batch: int, warn: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+        self,
+        prompts_of: Callable[[int], Prompts],
+        fetch: Callable[[int, Prompts], list[Completion]],
+        *,
+        last_batch: int,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         self._prompts_of, self._fetch, self._last_batch, self._warn = prompts_of, fetch, last_batch, warn
         self._coming: dict[int, _Coming] = {}
         self._requested = -1

@@ -33,9 +33,14 @@ def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float 
     """
     lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
     canary = Publisher(
-        real.fleet, real.model, lease,
-        base_weights=real.base_weights, takeover=takeover, transport="http", on_main=real.on_main,
-    )  # fmt: skip
+        real.fleet,
+        real.model,
+        lease,
+        base_weights=real.base_weights,
+        takeover=takeover,
+        transport="http",
+        on_main=real.on_main,
+    )
     try:
         return proof.canary(lambda: canary.push(0).version)
     except LockstepError as error:

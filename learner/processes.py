@@ -42,9 +42,13 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], log: Path | None = None, *,
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path | None = None,
+        *,
         cores: Collection[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         # Blocked while the child is being made: a signal in between would leave a child that nobody knows.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
@@ -57,9 +61,14 @@ class ProcessGroup:
             with contextlib.ExitStack() as stack:
                 output = stack.enter_context(log.open("wb")) if log else None
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if output else None,
-                    env={**os.environ, **env}, start_new_session=True, preexec_fn=begin,
-                )  # fmt: skip
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT if output else None,
+                    env={**os.environ, **env},
+                    start_new_session=True,
+                    preexec_fn=begin,
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

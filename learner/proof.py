@@ -73,9 +73,14 @@ class SyncProof:
     """
 
     def __init__(
-        self, fleet: Fleet, model: PeftModel, sequences: list[list[int]], *,
-        tolerance: float | None = None, on_main: OnMain = on_one_rank,
-    ) -> None:  # fmt: skip
+        self,
+        fleet: Fleet,
+        model: PeftModel,
+        sequences: list[list[int]],
+        *,
+        tolerance: float | None = None,
+        on_main: OnMain = on_one_rank,
+    ) -> None:
         self._fleet = fleet
         self.model = model
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
@@ -180,9 +185,7 @@ class SyncProof:
         finally:
             self.model.train(was_training)
         # Rank 0's figures for all, so that all draw the same conclusions.
-        return self._on_main(
-            lambda: (np.concatenate(logprobs), math.sqrt(sum(variances) / len(variances)), largest)
-        )  # fmt: skip
+        return self._on_main(lambda: (np.concatenate(logprobs), math.sqrt(sum(variances) / len(variances)), largest))
 
     def _own(self, version: WeightVersion | None) -> _Own:
         return _Own(version, *self.own_logprobs(adapter=version is not None))
@@ -211,9 +214,13 @@ class SyncProof:
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         derived = derived_tolerance(
-            [_computed_in(self.model), state.dtype], layers=layers, width=config.hidden_size,
-            logit_std=own.logit_std, logit_max=own.logit_max, merge_noise=rounding,
-        )  # fmt: skip
+            [_computed_in(self.model), state.dtype],
+            layers=layers,
+            width=config.hidden_size,
+            logit_std=own.logit_std,
+            logit_max=own.logit_max,
+            merge_noise=rounding,
+        )
         tolerance = self.fixed_tolerance or derived
         return Measurement(version, own.logprobs, served, tolerance, rounding, f"{url}, epoch {answer.epoch}")
 

@@ -21,5 +21,9 @@ def provenance(
         except PackageNotFoundError:  # of a source tree that was never installed
             continue
     return {
-        "model": model, "model_revision": revision, "base_weights": base_weights, "task": task, "versions": versions
-    }  # fmt: skip
+        "model": model,
+        "model_revision": revision,
+        "base_weights": base_weights,
+        "task": task,
+        "versions": versions,
+    }

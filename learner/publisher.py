@@ -183,9 +183,12 @@ class Publisher:
                     return
                 manifest, pieces = export.manifest, export.pieces()
             receipt = member.client.push(
-                self.lease.run_id, pieces, self.lease.secret, takeover=self._takes_over(member),
+                self.lease.run_id,
+                pieces,
+                self.lease.secret,
+                takeover=self._takes_over(member),
                 in_flight=self._in_flight,
-            )  # fmt: skip
+            )
             self._accept(member, receipt, manifest)
 
     def delete_run(self) -> None:
@@ -235,9 +238,15 @@ class Publisher:
         way = self._ways.get(member.url)
         if way is None:
             way = self._ways[member.url] = Transport(
-                member.client, self.lease.run_id, self.lease.secret, self.exporter.flat.device, member.known,
-                choice=self._choice, in_flight=self._in_flight, say=self._say,
-            )  # fmt: skip
+                member.client,
+                self.lease.run_id,
+                self.lease.secret,
+                self.exporter.flat.device,
+                member.known,
+                choice=self._choice,
+                in_flight=self._in_flight,
+                say=self._say,
+            )
         return way
 
     def _takes_over(self, member: Member) -> bool:

@@ -97,16 +97,33 @@ def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> Non
     low, high = point.interval()
     error = [[point.mean - low], [high - point.mean]]
     axes.errorbar(
-        [step], [point.mean], yerr=error, fmt="D", color=ORANGE, markersize=7, capsize=5, linewidth=1.8, label=label,
-        zorder=5, clip_on=False,
-    )  # fmt: skip
+        [step],
+        [point.mean],
+        yerr=error,
+        fmt="D",
+        color=ORANGE,
+        markersize=7,
+        capsize=5,
+        linewidth=1.8,
+        label=label,
+        zorder=5,
+        clip_on=False,
+    )
     # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
     above = point.mean <= 0.85
     axes.annotate(
-        f"{point.mean:.2f}", (step, high if above else low), xytext=(0, 5 if above else -5), textcoords="offset points",
-        ha="center", va="bottom" if above else "top", color=ORANGE, fontsize=12, fontweight="bold", zorder=6,
+        f"{point.mean:.2f}",
+        (step, high if above else low),
+        xytext=(0, 5 if above else -5),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if above else "top",
+        color=ORANGE,
+        fontsize=12,
+        fontweight="bold",
+        zorder=6,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )  # fmt: skip
+    )
 
 
 def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:

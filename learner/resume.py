@@ -71,15 +71,20 @@ class ExactResume:
             save_state(
                 staging / name,
                 TrainingState(
-                    fence=fence, step=trainer.state.global_step, micro_step=trainer._step, geometry=self._geometry(),
+                    fence=fence,
+                    step=trainer.state.global_step,
+                    micro_step=trainer._step,
+                    geometry=self._geometry(),
                     **counts,
                 ),
-            )  # fmt: skip
+            )
             commit(staging / name, output_dir / name)
             transformers.trainer_utils.rotate_checkpoints(
-                output_dir=str(output_dir), save_total_limit=trainer.args.save_total_limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint, use_mtime=True,
-            )  # fmt: skip
+                output_dir=str(output_dir),
+                save_total_limit=trainer.args.save_total_limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
         trainer.accelerator.wait_for_everyone()
 
     def _name_the_best(self, staged: Path, output_dir: Path) -> None:

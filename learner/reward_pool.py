@@ -81,9 +81,13 @@ class RewardPool:
     """
 
     def __init__(
-        self, functions: Sequence[tuple[str, Callable[..., Any]]], *, workers: int, timeout_s: float,
+        self,
+        functions: Sequence[tuple[str, Callable[..., Any]]],
+        *,
+        workers: int,
+        timeout_s: float,
         warn: Callable[[str], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._functions, self._workers, self._timeout_s, self._warn = functions, workers, timeout_s, warn
         self._threads: dict[int, FunctionThread] = {}
         self._lock = threading.RLock()
@@ -165,9 +169,11 @@ class RewardPool:
     def _running(self) -> ProcessPool:
         if self._pool is None:
             self._pool = ProcessPool(
-                max_workers=self._workers, context=get_context("loky"),
-                initializer=reward_worker.prepare, initargs=(os.getpid(), self._blobs),
-            )  # fmt: skip
+                max_workers=self._workers,
+                context=get_context("loky"),
+                initializer=reward_worker.prepare,
+                initargs=(os.getpid(), self._blobs),
+            )
             self._closed, started = threading.Event(), threading.Event()
             start(partial(_keep, self._pool, started, self._closed), "reward-pool")
             started.wait()

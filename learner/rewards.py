@@ -73,8 +73,10 @@ class Rewards:
         self._names = [trainer.reward_func_names[i] for i in pooled]
         self._pool = RewardPool(
             [(trainer.reward_func_names[i], trainer.reward_funcs[i]) for i in pooled],
-            workers=config.reward_workers, timeout_s=config.reward_timeout_s, warn=say,
-        )  # fmt: skip
+            workers=config.reward_workers,
+            timeout_s=config.reward_timeout_s,
+            warn=say,
+        )
         wrapped = list(trainer.reward_funcs)  # not in place: the list may be the user's
         for number, i in enumerate(pooled):
             wrapped[i] = PooledReward(trainer.reward_func_names[i], partial(self._collect, number))

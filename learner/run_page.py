@@ -109,41 +109,90 @@ def _charts(run: RunData) -> list[str]:
     functions = sorted({name for row in logs for name in row if name.startswith("rewards/") and name.endswith("/mean")})
     drifts = [{"step": row["step"], **(row.get("drift") or {})} for row in steps]
     return [
-        chart("Reward", "mean of each batch, a trailing mean of it, and evaluations", [
-            Series("batch", reward, "dots"),
-            Series("trailing mean", [(x, y) for (x, _), y in zip(reward, smooth, strict=True)]),
-            Series("evaluation", _column(logs, "eval_reward"), "marks", 2),
-        ], show=_number, whole=(0.0, 1.0)),
-        chart("Reward functions", "mean of each, before its weight", [
-            Series(name.split("/")[1], _column(logs, name), colour=1 + i) for i, name in enumerate(functions[:4])
-        ] if len(functions) > 1 else [], show=_number, whole=(0.0, 1.0)),
-        chart("Spread of rewards", "standard deviation in a batch; share of groups that teach nothing", [
-            Series("deviation", _column(steps, "reward_std")),
-            Series("groups without variance", _column(logs, "frac_reward_zero_std"), colour=2),
-        ], show=_number),
-        chart("Server against learner", "over sampled tokens, in nats; gap: largest at a proof of sync", [
-            Series("mean |difference|", _column(drifts, "delta")), Series("KL", _column(drifts, "kl"), colour=2),
-            Series("gap", _column(steps, "logprob_gap"), "marks", 3),
-        ], show=_power, log=True),
-        chart("Lag", "generation batches that samples are behind, mean of a batch",
-              [Series("lag", _column(steps, "lag"))], show=_number, whole=(0.0, 1.0)),
-        chart("Seconds per step", "and for how long of it the trainer waited", [
-            Series("step", _column(steps, "seconds")),
-            Series("for completions", _column(steps, "wait_seconds"), colour=2),
-            Series("for rewards", _column(steps, "reward_wait_seconds"), colour=3),
-        ], show=_number),
-        chart("Push", "seconds from export to the last receipt, and those in which no request was decoding", [
-            Series("push", _column(steps, "push_seconds")), Series("pause", _column(steps, "pause_seconds"), colour=2),
-        ], show=_number),
-        chart("Tokens per second", "of the servers, while a batch was generated",
-              [Series("tokens/s", _column(steps, "rollout_tokens_per_second"))], show=_short),
+        chart(
+            "Reward",
+            "mean of each batch, a trailing mean of it, and evaluations",
+            [
+                Series("batch", reward, "dots"),
+                Series("trailing mean", [(x, y) for (x, _), y in zip(reward, smooth, strict=True)]),
+                Series("evaluation", _column(logs, "eval_reward"), "marks", 2),
+            ],
+            show=_number,
+            whole=(0.0, 1.0),
+        ),
+        chart(
+            "Reward functions",
+            "mean of each, before its weight",
+            [Series(name.split("/")[1], _column(logs, name), colour=1 + i) for i, name in enumerate(functions[:4])]
+            if len(functions) > 1
+            else [],
+            show=_number,
+            whole=(0.0, 1.0),
+        ),
+        chart(
+            "Spread of rewards",
+            "standard deviation in a batch; share of groups that teach nothing",
+            [
+                Series("deviation", _column(steps, "reward_std")),
+                Series("groups without variance", _column(logs, "frac_reward_zero_std"), colour=2),
+            ],
+            show=_number,
+        ),
+        chart(
+            "Server against learner",
+            "over sampled tokens, in nats; gap: largest at a proof of sync",
+            [
+                Series("mean |difference|", _column(drifts, "delta")),
+                Series("KL", _column(drifts, "kl"), colour=2),
+                Series("gap", _column(steps, "logprob_gap"), "marks", 3),
+            ],
+            show=_power,
+            log=True,
+        ),
+        chart(
+            "Lag",
+            "generation batches that samples are behind, mean of a batch",
+            [Series("lag", _column(steps, "lag"))],
+            show=_number,
+            whole=(0.0, 1.0),
+        ),
+        chart(
+            "Seconds per step",
+            "and for how long of it the trainer waited",
+            [
+                Series("step", _column(steps, "seconds")),
+                Series("for completions", _column(steps, "wait_seconds"), colour=2),
+                Series("for rewards", _column(steps, "reward_wait_seconds"), colour=3),
+            ],
+            show=_number,
+        ),
+        chart(
+            "Push",
+            "seconds from export to the last receipt, and those in which no request was decoding",
+            [
+                Series("push", _column(steps, "push_seconds")),
+                Series("pause", _column(steps, "pause_seconds"), colour=2),
+            ],
+            show=_number,
+        ),
+        chart(
+            "Tokens per second",
+            "of the servers, while a batch was generated",
+            [Series("tokens/s", _column(steps, "rollout_tokens_per_second"))],
+            show=_short,
+        ),
         chart("Completion length", "mean tokens", [Series("tokens", _column(steps, "completion_length"))], show=_short),
-        chart("Policy", "entropy, and KL to the reference (with beta > 0), in nats, as TRL logs them", [
-            Series("entropy", _column(logs, "entropy")), Series("KL", _column(logs, "kl"), colour=2),
-        ], show=_number),
-        chart("Gradient", "norm before it is clipped",
-              [Series("norm", _column(logs, "grad_norm"))], show=_number),
-    ]  # fmt: skip
+        chart(
+            "Policy",
+            "entropy, and KL to the reference (with beta > 0), in nats, as TRL logs them",
+            [
+                Series("entropy", _column(logs, "entropy")),
+                Series("KL", _column(logs, "kl"), colour=2),
+            ],
+            show=_number,
+        ),
+        chart("Gradient", "norm before it is clipped", [Series("norm", _column(logs, "grad_norm"))], show=_number),
+    ]
 
 
 def _completions(batches: Sequence[Mapping[str, Any]]) -> str:

@@ -70,9 +70,13 @@ class Session:
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
         self.turns = GpuTurns(fleet.up()[0], self.say) if config.share_gpu else None
         fetcher = Fetcher(
-            fleet, sampling, self.max_model_len, warn=self.say, rank=trainer.accelerator.process_index,
+            fleet,
+            sampling,
+            self.max_model_len,
+            warn=self.say,
+            rank=trainer.accelerator.process_index,
             before=self.let_serve,
-        )  # fmt: skip
+        )
         self.rollouts = RemoteRollouts(
             fetcher,
             version=lambda: self.publisher.version(trainer.step),
@@ -93,10 +97,16 @@ class Session:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
         lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
         return Publisher(
-            self.fleet, self.model, lease,
-            base_weights=base_weights, takeover=self.config.takeover, transport=self.config.transport,
-            in_flight=self.config.in_flight, say=self.say, on_main=self._on_main,
-        )  # fmt: skip
+            self.fleet,
+            self.model,
+            lease,
+            base_weights=base_weights,
+            takeover=self.config.takeover,
+            transport=self.config.transport,
+            in_flight=self.config.in_flight,
+            say=self.say,
+            on_main=self._on_main,
+        )
 
     def _keep_lease(self) -> None:
         if self.trainer.accelerator.is_main_process:
@@ -124,7 +134,7 @@ class Session:
         sequences = self._on_main(lambda: probe_sequences(self.fleet, self.prompts))
         self.proof = SyncProof(
             self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
-        )  # fmt: skip
+        )
         if self.config.proof_canary and not self.continues and not again and self.base_served:
             self.canary_slope = canary_slope(self.proof, self.publisher, takeover=self.config.takeover)
         elif self.base_served:
@@ -151,7 +161,7 @@ class Session:
         lost = self.rounded.last_lost() if self.rounded else None
         return self.figures.add(
             push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap, update_lost=lost
-        )  # fmt: skip
+        )
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""
@@ -184,7 +194,7 @@ class Session:
 
         self.dynamic = DynamicSampling(
             self.rewards, spare_of, self._seed_of, size=size, rounds=self.config.degenerate_rounds
-        )  # fmt: skip
+        )
         self.rollouts.refill = self.figures.dynamic = self.dynamic
         return self.dynamic
 

@@ -107,11 +107,16 @@ def read_progress(run_dir: Path) -> Progress | None:
     ended = summary.is_file() and summary.stat().st_mtime >= history.stat().st_mtime
     rewards = [value for row in rows if (value := finite(row.get("reward"))) is not None]
     return Progress(
-        run_id=_run_id(run_dir), step=rows[-1]["step"], max_steps=rows[-1]["max_steps"],
-        seconds_ago=max(time.time() - history.stat().st_mtime, 0.0), finished=ended, rewards=rewards,
-        eval_reward=evals[-1]["eval_reward"] if evals else None, eval_step=evals[-1]["step"] if evals else None,
+        run_id=_run_id(run_dir),
+        step=rows[-1]["step"],
+        max_steps=rows[-1]["max_steps"],
+        seconds_ago=max(time.time() - history.stat().st_mtime, 0.0),
+        finished=ended,
+        rewards=rewards,
+        eval_reward=evals[-1]["eval_reward"] if evals else None,
+        eval_step=evals[-1]["step"] if evals else None,
         last={name: None if isinstance(v, float) and finite(v) is None else v for name, v in rows[-1].items()},
-    )  # fmt: skip
+    )
 
 
 class _Clients:
@@ -175,10 +180,13 @@ def _progress_lines(progress: Progress | None, run_dir: str | None) -> list[str]
     if p.eval_reward is not None:
         lines.append(f"eval    {p.eval_reward:.3f} at step {p.eval_step}")
     facts = [
-        ("lag", last.get("lag"), "{:g}"), ("tok/s", last.get("rollout_tokens_per_second"), "{:,.0f}"),
-        ("push s", last.get("push_seconds"), "{:.2f}"), ("step s", last.get("seconds"), "{:.1f}"),
-        ("waited s", last.get("wait_seconds"), "{:.1f}"), ("gap", last.get("logprob_gap"), "{:.1e}"),
-    ]  # fmt: skip
+        ("lag", last.get("lag"), "{:g}"),
+        ("tok/s", last.get("rollout_tokens_per_second"), "{:,.0f}"),
+        ("push s", last.get("push_seconds"), "{:.2f}"),
+        ("step s", last.get("seconds"), "{:.1f}"),
+        ("waited s", last.get("wait_seconds"), "{:.1f}"),
+        ("gap", last.get("logprob_gap"), "{:.1e}"),
+    ]
     return [*lines, "        " + "  ".join(f"{n} {form.format(v)}" for n, v, form in facts if v is not None), ""]
 
 

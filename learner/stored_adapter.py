@@ -118,8 +118,12 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
 
 
 def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, ModuleSpec]:
-    names = {name.removeprefix(PEFT_PREFIX).removesuffix(suffix) for name in shapes
-             for suffix in (LORA_A, LORA_B) if name.endswith(suffix)}  # fmt: skip
+    names = {
+        name.removeprefix(PEFT_PREFIX).removesuffix(suffix)
+        for name in shapes
+        for suffix in (LORA_A, LORA_B)
+        if name.endswith(suffix)
+    }
     wanted = {PEFT_PREFIX + name + suffix for name in names for suffix in (LORA_A, LORA_B)}
     if not names or shapes.keys() != wanted:
         odd = sorted(shapes.keys() ^ wanted)[:3]

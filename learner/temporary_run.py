@@ -58,9 +58,13 @@ def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> 
     flat, layout = np.concatenate(parts), Layout(lay_out(shapes, dtype))
     sums = block_sums(flat.view(np.int32 if flat.itemsize == 4 else np.int16), block_weights())
     manifest = AdapterManifest(
-        version=version, base_weights=_base_weights(adapter), dtype=dtype, modules=adapter.modules,
-        peft_config=adapter.config, checksum=checksum(layout.index, np.concatenate(list(sums)).tobytes()),
-    )  # fmt: skip
+        version=version,
+        base_weights=_base_weights(adapter),
+        dtype=dtype,
+        modules=adapter.modules,
+        peft_config=adapter.config,
+        checksum=checksum(layout.index, np.concatenate(list(sums)).tobytes()),
+    )
     return [layout.header(manifest), flat.view(np.uint8).data]
 
 

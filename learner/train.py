@@ -127,9 +127,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _save_merged(output_dir: Path, model_args: ModelConfig, say: Callable[[str], None]) -> None:
     export(
-        output_dir / FINAL_ADAPTER, output_dir / MERGED, merged=True, model=model_args.model_name_or_path,
-        revision=model_args.model_revision, force=True,
-    )  # fmt: skip
+        output_dir / FINAL_ADAPTER,
+        output_dir / MERGED,
+        merged=True,
+        model=model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        force=True,
+    )
     say(f"the merged model is in {output_dir / MERGED}")
 
 
@@ -185,17 +189,26 @@ def _check_server(state: ServerState, config: LearnerConfig, model_args: ModelCo
 
 def _load_task(spec: str, config: LearnerConfig, args: GRPOConfig) -> Task:
     return load_task(
-        spec, task_args=config.task_options, eval_size=config.eval_size, train_size=config.train_size,
+        spec,
+        task_args=config.task_options,
+        eval_size=config.eval_size,
+        train_size=config.train_size,
         seed=args.seed,
-        reward_specs=config.reward_funcs, reward_weights=args.reward_weights,
-        prompt_column=config.prompt_column, eval_dataset=config.eval_dataset,
-    )  # fmt: skip
+        reward_specs=config.reward_funcs,
+        reward_weights=args.reward_weights,
+        prompt_column=config.prompt_column,
+        eval_dataset=config.eval_dataset,
+    )
 
 
 def _trainer(
-    task: Task, config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig, lora: LoraConfig,
+    task: Task,
+    config: LearnerConfig,
+    args: GRPOConfig,
+    model_args: ModelConfig,
+    lora: LoraConfig,
     quantised: BitsAndBytesConfig | None,
-) -> GRPOTrainer:  # fmt: skip
+) -> GRPOTrainer:
     model_init = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -207,20 +220,25 @@ def _trainer(
     model: Any = model_args.model_name_or_path
     if config.init_adapter is not None:
         base = AutoModelForCausalLM.from_pretrained(model, **model_init)
-        model, peft_config, args.model_init_kwargs = PeftModel.from_pretrained(
-            base, config.init_adapter, is_trainable=True
-        ), None, None  # fmt: skip
+        model, peft_config, args.model_init_kwargs = (
+            PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True),
+            None,
+            None,
+        )
     else:
         peft_config, args.model_init_kwargs = lora, model_init
     args.reward_weights = task.reward_weights
     evaluates = args.eval_strategy != "no"
     return GRPOTrainer(
-        model=model, args=args, reward_funcs=list(task.reward_funcs),
-        train_dataset=task.train, eval_dataset=task.eval if evaluates else None,
+        model=model,
+        args=args,
+        reward_funcs=list(task.reward_funcs),
+        train_dataset=task.train,
+        eval_dataset=task.eval if evaluates else None,
         peft_config=peft_config,
         tools=[import_object(path) for path in config.tools or ()] or None,
         environment_factory=import_object(config.environment) if config.environment else None,
-    )  # fmt: skip
+    )
 
 
 def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:

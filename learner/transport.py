@@ -22,9 +22,13 @@ from shared.weights import InFlight, PushReceipt, ServerState
 Choice = Literal["auto", "http", "collective"]
 #: Failures of the way, not of what was sent.
 _OF_THE_WAY = {
-    ErrorCode.TIMEOUT, ErrorCode.NO_GROUP, ErrorCode.INSTALL_FAILED, ErrorCode.CHECKSUM_MISMATCH, ErrorCode.NOT_READY,
+    ErrorCode.TIMEOUT,
+    ErrorCode.NO_GROUP,
+    ErrorCode.INSTALL_FAILED,
+    ErrorCode.CHECKSUM_MISMATCH,
+    ErrorCode.NOT_READY,
     ErrorCode.UNKNOWN_RUN,
-}  # fmt: skip
+}
 _FIRST_RETRY_S, _LAST_RETRY_S = 15.0, 900.0
 
 
@@ -42,9 +46,16 @@ class Transport:
     """
 
     def __init__(
-        self, client: RolloutClient, run_id: str, lease: str, device: torch.device, state: ServerState,
-        choice: Choice = "auto", in_flight: InFlight = "drain", say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+        self,
+        client: RolloutClient,
+        run_id: str,
+        lease: str,
+        device: torch.device,
+        state: ServerState,
+        choice: Choice = "auto",
+        in_flight: InFlight = "drain",
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._client, self._run_id, self._lease, self._device, self._say = client, run_id, lease, device, say
         obstacle = can_broadcast(device, state)
         if choice == "collective" and obstacle:

@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 #: Fields that shape what vLLM hands out (text, stream), of which training reads nothing: it has the token ids.
 _ANSWER_ONLY = {
-    "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "flat_logprobs", "output_kind",
-    "stream_interval", "skip_clone", "output_text_buffer_length",
-}  # fmt: skip
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "flat_logprobs",
+    "output_kind",
+    "stream_interval",
+    "skip_clone",
+    "output_text_buffer_length",
+}
 
 
 def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:

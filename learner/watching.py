@@ -117,12 +117,14 @@ class Watching(TrainerCallback):
         run.state, run.steps, run.logs, run.batches = state, self._steps, self._logged, self._samples.batches
         run.servers = [
             {
-                "url": _plain(member.url), "up": member.up, "tokens": member.load.tokens,
+                "url": _plain(member.url),
+                "up": member.up,
+                "tokens": member.load.tokens,
                 "step": member.receipt.version.step if member.receipt else None,
                 "error": str(member.error) if member.error else None,
             }
             for member in list(self._session.fleet.members.values())
-        ]  # fmt: skip
+        ]
         self._quietly(self._samples.write)
         self._quietly(lambda: write_whole(self._page, render(run)))
         ended = time.monotonic()

@@ -68,9 +68,15 @@ def install(wrapper_class: Any) -> None:
         set_groups(self.token_lora_indices)
 
     def add_lora_linear(
-        self: Any, y: torch.Tensor, x: torch.Tensor, lora_a_stacked: Any, lora_b_stacked: Any, scale: float,
-        output_slices: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Any,
+        lora_b_stacked: Any,
+        scale: float,
+        output_slices: Any,
+        **kwargs: Any,
+    ) -> None:
         torch.ops.vllm.lockstep_add_lora(y, x, list(lora_a_stacked), list(lora_b_stacked), list(output_slices))
 
     def add_lora_logits(self: Any, *args: Any, **kwargs: Any) -> None:

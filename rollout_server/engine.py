@@ -31,10 +31,21 @@ _PAUSE_SECONDS = 120.0
 _RESUME_SECONDS = 10.0
 
 _CLOSED = {
-    "add_lora", "remove_lora", "pin_lora", "sleep", "wake_up", "pause_generation", "resume_generation",
-    "init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update",
-    "update_weight_version", "collective_rpc", "scale_elastic_ep",
-}  # fmt: skip
+    "add_lora",
+    "remove_lora",
+    "pin_lora",
+    "sleep",
+    "wake_up",
+    "pause_generation",
+    "resume_generation",
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "update_weight_version",
+    "collective_rpc",
+    "scale_elastic_ep",
+}
 
 
 class EngineDoor:

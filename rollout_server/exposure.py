@@ -38,8 +38,9 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
     if tokens is None:
         logger.warning(
             "ANYONE who reaches %s:%s may use this server and replace the weights it serves (--allow-unauthenticated)",
-            args.host, args.port,
-        )  # fmt: skip
+            args.host,
+            args.port,
+        )
     elif not args.ssl_certfile:
         logger.warning(
             "tokens, prompts and completions cross the network unencrypted: give --ssl-certfile and --ssl-keyfile, "

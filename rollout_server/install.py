@@ -25,9 +25,15 @@ class Install:
     """One adapter on its way into a slot, and the seconds that each part takes."""
 
     def __init__(
-        self, installer: Installer, run: Run, header: AdapterHeader, deadline: float, in_flight: InFlight,
-        transport: str, sent_seconds: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        installer: Installer,
+        run: Run,
+        header: AdapterHeader,
+        deadline: float,
+        in_flight: InFlight,
+        transport: str,
+        sent_seconds: float = 0.0,
+    ) -> None:
         self._installer, self._run, self._header, self._deadline = installer, run, header, deadline
         self._in_flight, self._transport, self._sent_seconds = in_flight, transport, sent_seconds
         self._wait_seconds = 0.0
@@ -45,9 +51,12 @@ class Install:
         async with self._installer.fill_lock:
             try:
                 self._call = self._installer.workers.begin(
-                    "fill", slot_id=slot.slot_id, key=self._header.layout.key,
-                    checksum=self._header.manifest.checksum, **source,
-                )  # fmt: skip
+                    "fill",
+                    slot_id=slot.slot_id,
+                    key=self._header.layout.key,
+                    checksum=self._header.manifest.checksum,
+                    **source,
+                )
                 self._slot = slot
                 yield
             finally:
@@ -111,17 +120,18 @@ class Install:
         try:
             async with asyncio.timeout(self._left()), door.paused(clear_cache=kv == "fresh") as tokens:
                 try:
-                    await self._installer.workers.call(
-                        "swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id
-                    )  # fmt: skip
+                    await self._installer.workers.call("swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id)
                 except BaseException:
                     door.give_up(LockstepError(ErrorCode.ENGINE_DEAD, "not every worker exchanged its adapter slots"))
                     raise
                 self._slot = None
                 await run.move_to(
-                    spare, manifest.version, install_seq, manifest.checksum,
+                    spare,
+                    manifest.version,
+                    install_seq,
+                    manifest.checksum,
                     lambda admission: admission.move(tokens, manifest.version, kv),
-                )  # fmt: skip
+                )
         except TimeoutError:
             raise LockstepError(
                 ErrorCode.INSTALL_FAILED, "the engine did not pause before the push's deadline"

@@ -50,9 +50,7 @@ def _start_engine(vllm_config: Any, args: Any) -> Any:
     )
 
 
-async def start(
-    args: Any, vllm_config: Any, settings: ServerSettings, gate: Gate, capacity: Capacity
-) -> Service:  # fmt: skip
+async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gate, capacity: Capacity) -> Service:
     """Load the model, register the slots, warm up, open the gate."""
     started = time.monotonic()
     # On a thread: loading takes minutes, and /health has to answer all the while.
@@ -73,8 +71,10 @@ async def start(
     gate.on_close(installer.staging.close)
     logger.info(
         "model loaded after %.0f s by %d workers, %s; warming up",
-        time.monotonic() - started, len(workers), described[0],
-    )  # fmt: skip
+        time.monotonic() - started,
+        len(workers),
+        described[0],
+    )
     await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
     tasks = await engine.get_supported_tasks()
     openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
@@ -152,8 +152,10 @@ async def drained(service: Service) -> None:
     else:
         logger.warning(
             "%d sequences of %d requests were still under way after --drain-seconds %g; they are ended",
-            capacity.sequences, capacity.requests, seconds,
-        )  # fmt: skip
+            capacity.sequences,
+            capacity.requests,
+            seconds,
+        )
 
 
 def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:

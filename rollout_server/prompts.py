@@ -10,10 +10,22 @@ from shared.rollouts import Prompt
 
 #: Parameters of `apply_chat_template` that are no variables of a template. A template is a program: none comes with a
 #: request.
-_OURS = frozenset({
-    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
-    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-})  # fmt: skip
+_OURS = frozenset(
+    {
+        "conversation",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
 
 
 def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:

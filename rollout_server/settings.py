@@ -18,9 +18,10 @@ class ServerSettings:
     """Each field is a flag of `rollout-server` (`--slots-per-run` and so on)."""
 
     slots_per_run: int = _flag(
-        2, "adapter slots of each run, at least 2: one serves while another is filled, and a third lets running "
-        "requests last longer than the time between two pushes"
-    )  # fmt: skip
+        2,
+        "adapter slots of each run, at least 2: one serves while another is filled, and a third lets running "
+        "requests last longer than the time between two pushes",
+    )
     max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
     apply: str = _flag(
         "adapter",
@@ -53,31 +54,35 @@ class ServerSettings:
     max_bodies_mib: int = _flag(1024, "bodies of all requests under way together, in MiB; beyond it 429")
     max_requests: int = _flag(2048, "requests under way at once; beyond it 429")
     max_sequences: int = _flag(
-        32768, "sequences (prompts times n) running or waiting at once, over all routes and runs; beyond it 429. A "
-        "step of one learner asks for some thousand"
-    )  # fmt: skip
+        32768,
+        "sequences (prompts times n) running or waiting at once, over all routes and runs; beyond it 429. A "
+        "step of one learner asks for some thousand",
+    )
     max_prompts: int = _flag(16384, "prompts, or sequences to score, in one request; beyond it 413")
     max_n: int = _flag(4096, "completions of one prompt in one request; beyond it 413")
     max_request_tokens: int = _flag(
         2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
-    )  # fmt: skip
+    )
     idempotency_ttl: float = _flag(600.0, "seconds for which the answer to a request with an Idempotency-Key is kept")
     idempotency_mib: int = _flag(512, "kept answers together, in MiB; the oldest are forgotten first")
     orphan_seconds: float = _flag(
-        30.0, "seconds for which a request with an Idempotency-Key goes on after its client went away; one without is "
-        "ended at once"
-    )  # fmt: skip
+        30.0,
+        "seconds for which a request with an Idempotency-Key goes on after its client went away; one without is "
+        "ended at once",
+    )
     engine_stall_seconds: float = _flag(
-        300.0, "seconds after which an engine that has requests and gives no token for any of them counts as dead, and "
-        "the server stops; must be more than the longest prompt takes. 0: never"
-    )  # fmt: skip
+        300.0,
+        "seconds after which an engine that has requests and gives no token for any of them counts as dead, and "
+        "the server stops; must be more than the longest prompt takes. 0: never",
+    )
     allow_policy_altering: bool = _flag(
         False, "serve although speculative decoding or a quantised KV cache makes logprobs differ from the policy's"
     )
     token_file: str = _flag(
-        "", "file with the bearer token of learners, which may do everything; several lines are several tokens. "
-        "Without it $LOCKSTEP_TOKEN counts. Needed wherever --host is not this machine alone"
-    )  # fmt: skip
+        "",
+        "file with the bearer token of learners, which may do everything; several lines are several tokens. "
+        "Without it $LOCKSTEP_TOKEN counts. Needed wherever --host is not this machine alone",
+    )
     generate_token_file: str = _flag("", "file with tokens that may generate and score, but change nothing")
     metrics_token_file: str = _flag("", "file with tokens that may read /metrics and nothing else")
     allow_unauthenticated: bool = _flag(
@@ -110,9 +115,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 _POSITIVE = (
-    "max_runs", "push_timeout", "collective_timeout", "max_adapter_mib", "max_body_mib", "max_bodies_mib",
-    "max_requests", "max_sequences", "max_prompts", "max_n", "max_request_tokens",
-)  # fmt: skip
+    "max_runs",
+    "push_timeout",
+    "collective_timeout",
+    "max_adapter_mib",
+    "max_body_mib",
+    "max_bodies_mib",
+    "max_requests",
+    "max_sequences",
+    "max_prompts",
+    "max_n",
+    "max_request_tokens",
+)
 
 
 def from_args(args: argparse.Namespace) -> ServerSettings:

@@ -81,9 +81,18 @@ class Operations:
         return self.writer.check(layout)
 
     def fill(
-        self, tell: worker_link.Tell, slot_id: int, key: str, checksum: str, *,
-        path: str = "", memory: int = -1, offset: int = 0, group: str | None = None, timeout: float = 0.0,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        tell: worker_link.Tell,
+        slot_id: int,
+        key: str,
+        checksum: str,
+        *,
+        path: str = "",
+        memory: int = -1,
+        offset: int = 0,
+        group: str | None = None,
+        timeout: float = 0.0,
+    ) -> dict[str, Any]:
         """Receive an adapter, from a file in shared memory or from a group, and write it into `slot_id`."""
         if not self.filling.acquire(blocking=False):
             raise LockstepError(ErrorCode.INSTALL_FAILED, "another adapter is still being written on this worker")

@@ -20,10 +20,23 @@ from shared.weights import BaseFingerprint
 SAMPLES_PER_TENSOR = 32
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ARCHITECTURE_KEYS = (
-    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps",
-    "rope_theta", "rope_parameters", "rope_scaling", "hidden_act", "quantization_config",
-)  # fmt: skip
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "hidden_act",
+    "quantization_config",
+)
 
 
 def fingerprint_checkpoint(model: str, revision: str | None = None) -> BaseFingerprint:

@@ -17,9 +17,17 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions",
-    "--disable-background-networking", "--disable-dev-shm-usage", "--remote-debugging-pipe", "about:blank",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
+    "about:blank",
+)
 
 
 def find_browser() -> str | None:
@@ -57,8 +65,9 @@ class Page:
     def open(self, path: Path, width: int, height: int = 900, *, dark: bool = False) -> None:
         """Show a file as a screen of that width would, and wait until it is there."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                 mobile=width < 600)  # fmt: skip
+        self.ask(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
         self._events.clear()
         self.ask("Page.navigate", url=path.resolve().as_uri())
@@ -104,9 +113,13 @@ def browser_page(browser: str) -> Iterator[Page]:
                 os.dup2(end, number)
 
         process = subprocess.Popen(
-            [browser, *_FLAGS, f"--user-data-dir={profile}"], preexec_fn=as_3_and_4, pass_fds=(3, 4),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [browser, *_FLAGS, f"--user-data-dir={profile}"],
+            preexec_fn=as_3_and_4,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(browser_in)
         os.close(browser_out)
         try:

@@ -29,10 +29,20 @@ CORPUS = (
 
 
 def make_tiny_model(
-    directory: str | Path, *, seed: int = 0, arch: Arch = "qwen3", vocab: int = 512, hidden: int = 64, layers: int = 2,
-    heads: int = 4, kv_heads: int = 2, head_dim: int = 32, max_position: int = 2048, std: float = 0.2,
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    arch: Arch = "qwen3",
+    vocab: int = 512,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    max_position: int = 2048,
+    std: float = 0.2,
     dtype: str = "float32",
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a random model and its tokenizer to `directory`, and return it. Equal arguments give equal bytes.
 
     `std` is large against the usual 0.02, so that logits are not flat: greedy answers depend on the prompt and a wrong
@@ -45,11 +55,20 @@ def make_tiny_model(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tiny_tokenizer(vocab, max_position)
     sizes = {
-        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
-        "max_position_embeddings": max_position, "initializer_range": std, "tie_word_embeddings": False,
-        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_position,
+        "initializer_range": std,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config_class, model_class = {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -71,9 +90,11 @@ def make_tiny_tokenizer(vocab: int = 512, max_length: int = 2048):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=max_length
@@ -109,8 +130,10 @@ def check_with_vllm(directory: Path) -> None:
         own = logits.log_softmax(-1)
         gap = (own.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0] - served).abs().max().item()
         greedy = (own.argmax(-1) == torch.tensor(completion.token_ids)).all().item()
-        print(f"{len(set(completion.token_ids))} different of {len(completion.token_ids)} tokens, gap {gap:.1e}, "
-              f"greedy {greedy}, {completion.finish_reason}: {completion.text!r:.60}")  # fmt: skip
+        print(
+            f"{len(set(completion.token_ids))} different of {len(completion.token_ids)} tokens, gap {gap:.1e}, "
+            f"greedy {greedy}, {completion.finish_reason}: {completion.text!r:.60}"
+        )
         assert greedy and gap < 1e-4
 
 

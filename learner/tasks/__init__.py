@@ -14,10 +14,17 @@ GYM_PREFIX = "reasoning_gym:"
 
 
 def load_task(
-    spec: str, *, task_args: dict[str, Any] | None = None, eval_size: int = 128, train_size: int | None = None,
-    seed: int = 42, reward_specs: Sequence[str] | None = None, reward_weights: Sequence[float] | None = None,
-    eval_dataset: str | None = None, prompt_column: str = "prompt",
-) -> Task:  # fmt: skip
+    spec: str,
+    *,
+    task_args: dict[str, Any] | None = None,
+    eval_size: int = 128,
+    train_size: int | None = None,
+    seed: int = 42,
+    reward_specs: Sequence[str] | None = None,
+    reward_weights: Sequence[float] | None = None,
+    eval_dataset: str | None = None,
+    prompt_column: str = "prompt",
+) -> Task:
     """Load the task that `spec` names, with `eval_size` questions that training never sees.
 
     Which questions are held out depends on the task and `eval_size` only, never on `seed` or `train_size`.
@@ -44,9 +51,12 @@ def load_task(
     if eval_size < 0 or (train_size is not None and train_size < 1):
         raise TaskError(f"eval_size {eval_size} and train_size {train_size} must not be negative, nor train_size zero")
     common: dict[str, Any] = {
-        "eval_size": eval_size, "train_size": train_size, "seed": seed,
-        "reward_specs": reward_specs, "reward_weights": reward_weights,
-    }  # fmt: skip
+        "eval_size": eval_size,
+        "train_size": train_size,
+        "seed": seed,
+        "reward_specs": reward_specs,
+        "reward_weights": reward_weights,
+    }
     if spec.startswith(GYM_PREFIX):
         from learner.tasks.gym import load_gym_task
 

@@ -15,9 +15,15 @@ from learner.tasks.prompts import question_key
 
 
 def levels(
-    task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int,
-    reward_specs: Sequence[str] | None = None, reward_weights: Sequence[float] | None = None, **_: Any,
-) -> Task:  # fmt: skip
+    task_args: dict[str, Any],
+    *,
+    eval_size: int,
+    train_size: int | None,
+    seed: int,
+    reward_specs: Sequence[str] | None = None,
+    reward_weights: Sequence[float] | None = None,
+    **_: Any,
+) -> Task:
     """The first levels of reasoning-gym's own curriculum for a task, one after the other in the training questions.
 
     A level's questions include those of the levels before it, as in reasoning-gym. As many questions of each level are
@@ -37,11 +43,16 @@ def levels(
     train_size = train_size or DEFAULT_TRAIN_SIZE
     parts = [
         load_gym_task(
-            name, {**_parameters(name, level), **given}, eval_size=eval_size // count, train_size=train_size // count,
-            seed=seed, reward_specs=None, reward_weights=None,
+            name,
+            {**_parameters(name, level), **given},
+            eval_size=eval_size // count,
+            train_size=train_size // count,
+            seed=seed,
+            reward_specs=None,
+            reward_weights=None,
         )
         for level in range(count)
-    ]  # fmt: skip
+    ]
     held_out = {question_key(prompt) for part in parts for prompt in part.eval["prompt"]} if eval_size else set()
     train, evaluation = [], []
     for level, part in enumerate(parts):
@@ -51,9 +62,12 @@ def levels(
     score = LevelScore(name, [part.reward_funcs[0] for part in parts])
     functions, weights = load_rewards(reward_specs, reward_weights, own=score)
     return Task(
-        name=f"reasoning_gym:{name}, {count} levels", train=concatenate_datasets(train),
-        eval=concatenate_datasets(evaluation), reward_funcs=functions, reward_weights=weights,
-    )  # fmt: skip
+        name=f"reasoning_gym:{name}, {count} levels",
+        train=concatenate_datasets(train),
+        eval=concatenate_datasets(evaluation),
+        reward_funcs=functions,
+        reward_weights=weights,
+    )
 
 
 class LevelScore:

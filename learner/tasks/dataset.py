@@ -20,10 +20,17 @@ FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 
 
 def load_dataset_task(
-    spec: str, task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int,
-    reward_specs: Sequence[str] | None, reward_weights: Sequence[float] | None,
-    eval_dataset: str | None, prompt_column: str,
-) -> Task:  # fmt: skip
+    spec: str,
+    task_args: dict[str, Any],
+    *,
+    eval_size: int,
+    train_size: int | None,
+    seed: int,
+    reward_specs: Sequence[str] | None,
+    reward_weights: Sequence[float] | None,
+    eval_dataset: str | None,
+    prompt_column: str,
+) -> Task:
     """A file or `name[:config][@split]` of the hub. See `learner.tasks.load_task`."""
     functions, weights = load_rewards(reward_specs, reward_weights)  # first: a typo should not cost a download
     remaining = dict(task_args)

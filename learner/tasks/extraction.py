@@ -40,9 +40,15 @@ _INSTRUCTION = "Reply with a JSON object with the keys name (text), age (number)
 
 
 def people(
-    task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int,
-    reward_specs: Sequence[str] | None = None, reward_weights: Sequence[float] | None = None, **_: Any,
-) -> Task:  # fmt: skip
+    task_args: dict[str, Any],
+    *,
+    eval_size: int,
+    train_size: int | None,
+    seed: int,
+    reward_specs: Sequence[str] | None = None,
+    reward_weights: Sequence[float] | None = None,
+    **_: Any,
+) -> Task:
     """`--task learner.tasks.extraction:people`. Takes no `task_args`."""
     everyone = [(name, age, city) for name in _NAMES for age in range(18, 90) for city in _CITIES]
     random.Random("lockstep people").shuffle(everyone)
@@ -50,9 +56,12 @@ def people(
     random.Random(seed).shuffle(others)
     functions, weights = load_rewards(reward_specs, reward_weights, own=fields_right)
     return Task(
-        name="people", train=_rows(others[: train_size or 2000]), eval=_rows(held_out),
-        reward_funcs=functions, reward_weights=weights,
-    )  # fmt: skip
+        name="people",
+        train=_rows(others[: train_size or 2000]),
+        eval=_rows(held_out),
+        reward_funcs=functions,
+        reward_weights=weights,
+    )
 
 
 def fields_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:

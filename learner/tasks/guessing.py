@@ -59,6 +59,8 @@ def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None
         return Dataset.from_list([{"prompt": prompt, "secret": draw.randint(1, most)} for _ in range(count)])
 
     return Task(
-        name="guessing", train=rows(train_size or 2000, f"train {seed}"), eval=rows(max(eval_size, 1), "eval"),
+        name="guessing",
+        train=rows(train_size or 2000, f"train {seed}"),
+        eval=rows(max(eval_size, 1), "eval"),
         reward_funcs=[],
-    )  # fmt: skip
+    )

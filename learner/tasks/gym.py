@@ -30,9 +30,15 @@ Entry = dict[str, Any]
 
 
 def load_gym_task(
-    name: str, task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int,
-    reward_specs: Sequence[str] | None, reward_weights: Sequence[float] | None,
-) -> Task:  # fmt: skip
+    name: str,
+    task_args: dict[str, Any],
+    *,
+    eval_size: int,
+    train_size: int | None,
+    seed: int,
+    reward_specs: Sequence[str] | None,
+    reward_weights: Sequence[float] | None,
+) -> Task:
     """`reasoning_gym:NAME`. See `learner.tasks.load_task`."""
     generator_args = dict(task_args)
     style = PromptStyle.take_from(generator_args)
@@ -128,9 +134,13 @@ class GymScore:
     """
 
     def __init__(
-        self, name: str, args: dict[str, Any], entries: list[Entry], extract: Callable[[str], str | None],
+        self,
+        name: str,
+        args: dict[str, Any],
+        entries: list[Entry],
+        extract: Callable[[str], str | None],
         partial_credit: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.__name__, self._args, self._entries = name, args, entries
         self._extract, self._partial_credit = extract, partial_credit
         self._scorer = _create(name, args, seed=0)

@@ -27,9 +27,12 @@ def exact_match(
 
 
 def math_answer(
-    prompts: list[Any], completions: list[Any], answer: list[Any] | None = None,
-    solution: list[Any] | None = None, **columns: Any,
-) -> list[float | None]:  # fmt: skip
+    prompts: list[Any],
+    completions: list[Any],
+    answer: list[Any] | None = None,
+    solution: list[Any] | None = None,
+    **columns: Any,
+) -> list[float | None]:
     """1 where the completion's final answer equals that of the column `answer` (or `solution`) as mathematics; else 0.
 
     Of GSM8K's answers the part after `####` counts. A boxed answer in the completion is preferred, else its last

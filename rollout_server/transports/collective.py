@@ -43,9 +43,13 @@ class ReceivingGroup:
         listening = socket.create_server((bind, 0), family=socket.AF_INET6 if ":" in bind else socket.AF_INET)
         port = int(listening.getsockname()[1])
         self._store = dist.TCPStore(
-            meeting_host(bind), port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout),
+            meeting_host(bind),
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout),
             master_listen_fd=listening.detach(),
-        )  # fmt: skip
+        )
         return port
 
     def join(self, name: str, bind: str, port: int, rank: int, size: int, timeout: float) -> None:

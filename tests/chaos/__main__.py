@@ -36,8 +36,11 @@ def main() -> int:
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
     add("--steps", type=int, help="optimizer steps of the training (default: 12 for each fault, 20 with more servers)")
     add("--servers", type=int, default=1, help="rollout servers")
-    add("--deterministic", action="store_true", help="synchronous, one server; the end is compared with that of a "
-        "training that nothing disturbed")  # fmt: skip
+    add(
+        "--deterministic",
+        action="store_true",
+        help="synchronous, one server; the end is compared with that of a training that nothing disturbed",
+    )
     add("--only", help="only faults whose name holds this")
     add("--json", type=Path, help="write what was seen to this file")
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
@@ -83,12 +86,18 @@ def run(options: argparse.Namespace, folder: Path) -> int:
             print(f"only {len(records)} of {len(faults)} faults came before the end: give more --steps", flush=True)
         if options.json:
             document = {
-                "seed": options.seed, "seconds": seconds, "steps": world.options.steps, "servers": options.servers,
-                "faults": [asdict(record) for record in records], "violations": [asdict(v) for v in violations],
-                "checks": world.checker.checks, "largest_gap": world.checker.largest_gap,
-                "left_out": world.unavailable, "learner_exits": world.learner.exits,
+                "seed": options.seed,
+                "seconds": seconds,
+                "steps": world.options.steps,
+                "servers": options.servers,
+                "faults": [asdict(record) for record in records],
+                "violations": [asdict(v) for v in violations],
+                "checks": world.checker.checks,
+                "largest_gap": world.checker.largest_gap,
+                "left_out": world.unavailable,
+                "learner_exits": world.learner.exits,
                 "server_exits": {server.name: server.exits for server in world.servers},
-            }  # fmt: skip
+            }
             options.json.write_text(json.dumps(document, indent=1))
     return 0 if ok and ended and len(records) == len(faults) else 1
 
@@ -133,10 +142,14 @@ def _inject(world: World, fault: Fault, server: int, random: Random) -> Record:
         world.checker.violated("hang", f"no step within {fault.limit_s:.0f} s:\n{world.learner.tail()}")
         world.learner.kill()
     return Record(
-        fault.name, server, True, lasted=lifted - began, recovery=recovery,
+        fault.name,
+        server,
+        True,
+        lasted=lifted - began,
+        recovery=recovery,
         learner_restarts=world.learner.generation - generation,
         violations=len(world.checker.violations) - violations,
-    )  # fmt: skip
+    )
 
 
 def finish(world: World) -> bool:

@@ -18,8 +18,11 @@ def check(world: World) -> None:
     """Steps, prompts, adapter, and what is left behind."""
     require, steps, summary = world.checker.require, world.options.steps, world.summary()
     require("steps", summary["steps"] == summary["pushes"] == steps, f"{summary} instead of {steps} steps and pushes")
-    require("I6", set(summary["lags"]) <= {str(lag) for lag in range(world.options.staleness + 1)},
-            f"lags {summary['lags']}")  # fmt: skip
+    require(
+        "I6",
+        set(summary["lags"]) <= {str(lag) for lag in range(world.options.staleness + 1)},
+        f"lags {summary['lags']}",
+    )
     _prompts(world)
     _adapter(world)
     for invariant in ("I1", "I2", "I3", "I4", "I5", "I6"):

@@ -157,9 +157,10 @@ class Checker:
 
     def _generate(self, http: httpx.Client, floors: dict[str, Version]) -> None:
         body = {
-            "run_id": self.run_id, "prompts": [{"token_ids": ids} for ids in PROMPTS],
+            "run_id": self.run_id,
+            "prompts": [{"token_ids": ids} for ids in PROMPTS],
             "sampling": {"n": 2, "max_tokens": 12, "temperature": 1.0},
-        }  # fmt: skip
+        }
         answer = http.post("/v1/generate", json=body)
         if answer.status_code != 200:
             return

@@ -140,9 +140,13 @@ class Supervised:
         self.started = time.monotonic()
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                self.command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                self.command,
+                cwd=REPOSITORY,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**os.environ, **self.environment, MARK: self.mark},
-            )  # fmt: skip
+            )
         self.sessions.append(self.process.pid)
 
     def _supervise(self) -> None:

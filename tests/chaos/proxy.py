@@ -262,10 +262,16 @@ class Proxy:
     def saw_receipt(self, link: Link, found: re.Match[bytes]) -> None:
         """A receipt is on its way to the learner."""
         epoch, fence, step, checksum = (part.decode() for part in found.groups())
-        self._receipts.append({
-            "server": self.links.index(link), "epoch": epoch, "fence": int(fence), "step": int(step),
-            "checksum": checksum, "time": time.monotonic(),
-        })  # fmt: skip
+        self._receipts.append(
+            {
+                "server": self.links.index(link),
+                "epoch": epoch,
+                "fence": int(fence),
+                "step": int(step),
+                "checksum": checksum,
+                "time": time.monotonic(),
+            }
+        )
 
     async def _control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = json.loads(await reader.readline())

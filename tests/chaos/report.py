@@ -49,8 +49,11 @@ def say(text: str) -> None:
 def table(records: list[Record], world: World, seconds: float) -> tuple[str, bool]:
     """Markdown, and whether all is well."""
     checker = world.checker
-    rows = ["", "| fault | injected | next step after, median / max | learner restarts | violations |",
-            "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    rows = [
+        "",
+        "| fault | injected | next step after, median / max | learner restarts | violations |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     injected = [record for record in records if record.injected]
     for name in sorted({record.fault for record in injected}):
         of_kind = [record for record in injected if record.fault == name]
@@ -60,11 +63,15 @@ def table(records: list[Record], world: World, seconds: float) -> tuple[str, boo
         rows.append(f"| {name} | {len(of_kind)} | {took} | {restarts} | {violations} |")
     times = [record.recovery for record in injected if record.recovery is not None]
     took = f"{statistics.median(times):.1f} / {max(times):.1f} s" if times else "-"
-    rows.append(f"| all | {len(injected)} | {took} | {sum(r.learner_restarts for r in injected)} | "
-                f"{len(checker.violations)} |")  # fmt: skip
+    rows.append(
+        f"| all | {len(injected)} | {took} | {sum(r.learner_restarts for r in injected)} | {len(checker.violations)} |"
+    )
     checks = ", ".join(f"{name} {count}" for name, count in sorted(checker.checks.items()))
-    rows += ["", f"seed {world.options.seed}, {world.options.steps} steps, {world.options.servers} server(s), "
-             f"{seconds:.0f} s; checks: {checks}; largest logprob gap {checker.largest_gap:.1e}"]  # fmt: skip
+    rows += [
+        "",
+        f"seed {world.options.seed}, {world.options.steps} steps, {world.options.servers} server(s), "
+        f"{seconds:.0f} s; checks: {checks}; largest logprob gap {checker.largest_gap:.1e}",
+    ]
     ends = [(status, words) for _, status, words in world.learner.exits if status]
     endings = Counter(words if status > 0 else f"signal {-status}" for status, words in ends)
     rows += [f"the learner ended {count} times with: {words}" for words, count in endings.most_common()]

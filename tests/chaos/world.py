@@ -34,11 +34,31 @@ START_S = 300.0
 PROMPTS, BATCH = 40, 2
 SAVE_STEPS = 5
 LEARNER_FLAGS = [
-    "--run_id", RUN_ID, "--generate_timeout_s", str(GENERATE_S), "--push_timeout_s", str(PUSH_S),
-    "--ready_timeout_s", str(START_S), "--proof_every", "1", "--proof_canary", "false", "--save_steps",
-    str(SAVE_STEPS), "--save_total_limit", "3", "--reward_workers", "1", "--reward_timeout_s", "5",
-    "--log_completions", "true", "--num_completions_to_print", "0",
-]  # fmt: skip
+    "--run_id",
+    RUN_ID,
+    "--generate_timeout_s",
+    str(GENERATE_S),
+    "--push_timeout_s",
+    str(PUSH_S),
+    "--ready_timeout_s",
+    str(START_S),
+    "--proof_every",
+    "1",
+    "--proof_canary",
+    "false",
+    "--save_steps",
+    str(SAVE_STEPS),
+    "--save_total_limit",
+    "3",
+    "--reward_workers",
+    "1",
+    "--reward_timeout_s",
+    "5",
+    "--log_completions",
+    "true",
+    "--num_completions_to_print",
+    "0",
+]
 
 
 class NotInjectedError(Exception):
@@ -114,9 +134,14 @@ class World:
         self.control = Control(self.folder)
         reference = Reference(self.model, self.control.pushed)
         self.checker = Checker(
-            [self.url(i) for i in range(options.servers)], RUN_ID, reference, self.control.receipts,
-            self.output / "metrics.jsonl", options.staleness, during=lambda: self.during,
-        )  # fmt: skip
+            [self.url(i) for i in range(options.servers)],
+            RUN_ID,
+            reference,
+            self.control.receipts,
+            self.output / "metrics.jsonl",
+            options.staleness,
+            during=lambda: self.during,
+        )
         for problem in self._problems:
             self.checker.violated("orphans", problem)
         self._wait_ready()
@@ -216,10 +241,21 @@ class World:
 
     def _server(self, name: str, port: int, model: Path) -> Supervised:
         command = [
-            sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), *SERVER_FLAGS,
-            "--push-timeout", str(SERVER_PUSH_S), "--drain-seconds", "5", "--slots-per-run", "3",
+            sys.executable,
+            "-m",
+            "rollout_server.cli",
+            str(model),
+            "--port",
+            str(port),
+            *SERVER_FLAGS,
+            "--push-timeout",
+            str(SERVER_PUSH_S),
+            "--drain-seconds",
+            "5",
+            "--slots-per-run",
+            "3",
             *(["--deterministic"] if self.options.deterministic else []),
-        ]  # fmt: skip
+        ]
         clock = self.clocks["server"]
         return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}), forever=True)
 
@@ -261,11 +297,27 @@ class World:
         """The learner's command."""
         options = self.options
         return [
-            sys.executable, "-m", "learner.cli", "train", "--rollout_url", *urls,
-            "--model_name_or_path", str(self.model), "--task", str(self.task), "--output_dir", str(output),
-            *COMMON, *LEARNER_FLAGS, "--max_steps", str(options.steps), "--max_staleness", str(options.staleness),
-            "--deterministic", str(options.deterministic).lower(),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "learner.cli",
+            "train",
+            "--rollout_url",
+            *urls,
+            "--model_name_or_path",
+            str(self.model),
+            "--task",
+            str(self.task),
+            "--output_dir",
+            str(output),
+            *COMMON,
+            *LEARNER_FLAGS,
+            "--max_steps",
+            str(options.steps),
+            "--max_staleness",
+            str(options.staleness),
+            "--deterministic",
+            str(options.deterministic).lower(),
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The learner's own."""

@@ -21,14 +21,38 @@ from tests.integration.server import running_server
 from tests.tiny_model import make_tiny_model
 
 FLAGS = [
-    "--max-lora-rank", "8", "--max-runs", "2", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "32",
-    "--enforce-eager", "--served-model-name", "base", "--push-timeout", "20", "--collective-timeout", "2",
-]  # fmt: skip
+    "--max-lora-rank",
+    "8",
+    "--max-runs",
+    "2",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "256",
+    "--max-num-seqs",
+    "32",
+    "--enforce-eager",
+    "--served-model-name",
+    "base",
+    "--push-timeout",
+    "20",
+    "--collective-timeout",
+    "2",
+]
 #: Shares of all requests.
 SHARES = {
-    "/v1/generate": 0.19, "/v1/score": 0.1, "/v1/completions": 0.1, "/v1/chat/completions": 0.1, "/tokenize": 0.07,
-    "/detokenize": 0.07, "raw": 0.19, "broadcast": 0.04, "adapter": 0.11, "schema": 0.02, "openai-schema": 0.01,
-}  # fmt: skip
+    "/v1/generate": 0.19,
+    "/v1/score": 0.1,
+    "/v1/completions": 0.1,
+    "/v1/chat/completions": 0.1,
+    "/tokenize": 0.07,
+    "/detokenize": 0.07,
+    "raw": 0.19,
+    "broadcast": 0.04,
+    "adapter": 0.11,
+    "schema": 0.02,
+    "openai-schema": 0.01,
+}
 
 
 def main() -> int:

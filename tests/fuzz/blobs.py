@@ -39,8 +39,9 @@ def digest_of(document: dict[str, Any], data: bytes) -> str:
     """The right checksum of a float32 blob, read without the parser under test."""
     entries = [
         TensorEntry(name, info["dtype"], tuple(info["shape"]), *info["data_offsets"])
-        for name, info in document.items() if name != "__metadata__"
-    ]  # fmt: skip
+        for name, info in document.items()
+        if name != "__metadata__"
+    ]
     elements = np.frombuffer(bytes(data), "<i4")
     sums = b"".join(part.astype("<i8").tobytes() for part in block_sums(elements, block_weights()))
     return checksum(Layout(sorted(entries, key=lambda entry: entry.start)).index, sums)
@@ -190,8 +191,22 @@ def _bits(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: bytear
         data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
 
 
-_CHANGES = [_offsets, _overlap, _shape, _dtype, _rename, _remove, _unknown, _thousands, _manifest, _version, _module,
-            _peft, _not_finite, _bits]  # fmt: skip
+_CHANGES = [
+    _offsets,
+    _overlap,
+    _shape,
+    _dtype,
+    _rename,
+    _remove,
+    _unknown,
+    _thousands,
+    _manifest,
+    _version,
+    _module,
+    _peft,
+    _not_finite,
+    _bits,
+]
 
 
 def _truncated(draw: st.DrawFn, blob: bytes) -> bytes:
@@ -211,12 +226,27 @@ def _length_lies(draw: st.DrawFn, blob: bytes) -> bytes:
 def _other_header(draw: st.DrawFn, blob: bytes) -> bytes:
     """A header that is no JSON, no UTF-8, too deep, of another form, or says everything twice."""
     header = blob[8 : 8 + header_length(blob)]
-    other = draw(st.sampled_from([
-        b"[" * 5000 + b"]" * 5000, b'{"a":' * 20_000 + b"1" + b"}" * 20_000, b"\xff\xfe" + header, b"\x80\x04]q.",
-        header.replace(b'"F32"', b'"F32", "dtype": "F32"'), header[:-1] + b"," + header[1:], b"null", b"[]", b'"a"',
-        b'{"__metadata__":null}', b'{"__metadata__":{"lockstep_manifest":"[1]"}}', b"1" * 6000, header.upper(),
-        b'{"__metadata__":{"lockstep_manifest":"' + b"[" * 3000 + b'"}}', header.replace(b"[", b"[1e999,", 3),
-    ]))  # fmt: skip
+    other = draw(
+        st.sampled_from(
+            [
+                b"[" * 5000 + b"]" * 5000,
+                b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
+                b"\xff\xfe" + header,
+                b"\x80\x04]q.",
+                header.replace(b'"F32"', b'"F32", "dtype": "F32"'),
+                header[:-1] + b"," + header[1:],
+                b"null",
+                b"[]",
+                b'"a"',
+                b'{"__metadata__":null}',
+                b'{"__metadata__":{"lockstep_manifest":"[1]"}}',
+                b"1" * 6000,
+                header.upper(),
+                b'{"__metadata__":{"lockstep_manifest":"' + b"[" * 3000 + b'"}}',
+                header.replace(b"[", b"[1e999,", 3),
+            ]
+        )
+    )
     return len(other).to_bytes(8, "little") + other + blob[8 + len(header) :]
 
 

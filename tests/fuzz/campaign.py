@@ -136,8 +136,13 @@ def every(strategy: st.SearchStrategy[Any], examples: int, number: int, send: Ca
     """Send `examples` draws; what goes wrong is tallied, so nothing is shrunk or raised."""
 
     @seed(number)
-    @settings(max_examples=examples, phases=[Phase.generate], database=None, deadline=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def one(drawn: Any) -> None:
         send(drawn)

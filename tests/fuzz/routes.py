@@ -15,35 +15,80 @@ from tests.integration import policy as P
 
 JSON = {"content-type": "application/json"}
 _SAMPLING = {
-    "n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "presence_penalty": 0.5, "seed": 5,
-    "frequency_penalty": 0.5, "repetition_penalty": 1.1, "min_tokens": 1, "stop": ["a"], "stop_token_ids": [9],
-    "ignore_eos": True, "bad_words": ["the"], "allowed_token_ids": [5, 6, 7], "logit_bias": {"5": 1.0},
-    "structured_outputs": {"regex": "[a-z]{1,3}"}, "include_stop_str_in_output": False,
-}  # fmt: skip
+    "n": 2,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.1,
+    "presence_penalty": 0.5,
+    "seed": 5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "min_tokens": 1,
+    "stop": ["a"],
+    "stop_token_ids": [9],
+    "ignore_eos": True,
+    "bad_words": ["the"],
+    "allowed_token_ids": [5, 6, 7],
+    "logit_bias": {"5": 1.0},
+    "structured_outputs": {"regex": "[a-z]{1,3}"},
+    "include_stop_str_in_output": False,
+}
 _MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
 _OPENAI = _SAMPLING | {
-    "temperature": 1.0, "logprobs": 2, "echo": True, "return_token_ids": True, "prompt_logprobs": 1, "stream": True,
+    "temperature": 1.0,
+    "logprobs": 2,
+    "echo": True,
+    "return_token_ids": True,
+    "prompt_logprobs": 1,
+    "stream": True,
     "cache_salt": "x",
-    "stream_options": {"include_usage": True}, "truncate_prompt_tokens": 3, "priority": 0, "request_id": "r",
-    "return_tokens_as_token_ids": True, "suffix": None, "user": "u", "response_format": {"type": "json_object"},
-    "kv_transfer_params": {}, "vllm_xargs": {"a": 1}, "add_special_tokens": False, "logits_processors": ["os.system"],
-    "prompt_embeds": "AAAA", "data_parallel_rank": 0, "repetition_detection": {},
-}  # fmt: skip
+    "stream_options": {"include_usage": True},
+    "truncate_prompt_tokens": 3,
+    "priority": 0,
+    "request_id": "r",
+    "return_tokens_as_token_ids": True,
+    "suffix": None,
+    "user": "u",
+    "response_format": {"type": "json_object"},
+    "kv_transfer_params": {},
+    "vllm_xargs": {"a": 1},
+    "add_special_tokens": False,
+    "logits_processors": ["os.system"],
+    "prompt_embeds": "AAAA",
+    "data_parallel_rank": 0,
+    "repetition_detection": {},
+}
 _CHAT = _OPENAI | {
-    "logprobs": True, "top_logprobs": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-    "tool_choice": "auto", "chat_template": "{{ messages }}", "chat_template_kwargs": {"a": 1}, "documents": [{}],
-    "continue_final_message": True, "add_generation_prompt": False, "max_completion_tokens": 3,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    "tool_choice": "auto",
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"a": 1},
+    "documents": [{}],
+    "continue_final_message": True,
+    "add_generation_prompt": False,
+    "max_completion_tokens": 3,
     "mm_processor_kwargs": {},
-    "reasoning_effort": "low", "parallel_tool_calls": True,
-}  # fmt: skip
+    "reasoning_effort": "low",
+    "parallel_tool_calls": True,
+}
 #: Route: a body that is right, and fields that may come with it.
 BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/v1/generate": (
         {"prompts": [{"token_ids": [5, 6, 7]}, {"text": "the fox"}], "run_id": "fuzzed", "sampling": {"max_tokens": 2}},
-        {**{f"sampling.{name}": value for name, value in _SAMPLING.items()},
-         "policy": "base", "min_step": 0, "wait_s": 0.01, "return_text": True, "stream": True,
-         "skip_special_tokens": False, "chat_template_kwargs": {"tokenize": False, "enable_thinking": True},
-         "prompts": [{"messages": _MESSAGES, "seed": 4}]},
+        {
+            **{f"sampling.{name}": value for name, value in _SAMPLING.items()},
+            "policy": "base",
+            "min_step": 0,
+            "wait_s": 0.01,
+            "return_text": True,
+            "stream": True,
+            "skip_special_tokens": False,
+            "chat_template_kwargs": {"tokenize": False, "enable_thinking": True},
+            "prompts": [{"messages": _MESSAGES, "seed": 4}],
+        },
     ),
     "/v1/score": (
         {"sequences": [[5, 6, 7], [8, 9]], "run_id": "fuzzed"},
@@ -53,23 +98,50 @@ BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/v1/chat/completions": ({"model": "base", "messages": _MESSAGES, "max_tokens": 2}, _CHAT | {"model": "policy"}),
     "/tokenize": ({"model": "base", "prompt": "the fox"}, {"messages": _MESSAGES, "return_token_strs": True}),
     "/detokenize": ({"model": "base", "tokens": [5, 6, 7]}, {"skip_special_tokens": False}),
-}  # fmt: skip
+}
 #: Sampling parameters that have ended engines somewhere, or would if nobody looked. Sent in every campaign.
 _DANGEROUS: list[dict[str, Any]] = [
-    {"min_tokens": 1, "stop_token_ids": [511]}, {"min_tokens": 1, "stop_token_ids": [512]}, {"stop_token_ids": [-1]},
-    {"min_tokens": 1, "stop_token_ids": [2**31]}, {"stop_token_ids": [2**70]}, {"logit_bias": {"512": 1.0}},
-    {"logit_bias": {"-1": 1.0}}, {"logit_bias": {"5": float("inf")}}, {"logit_bias": {"5": float("nan")}},
-    {"logit_bias": {str(i): -100.0 for i in range(512)}}, {"allowed_token_ids": [512]}, {"allowed_token_ids": [-1]},
-    {"allowed_token_ids": [5], "structured_outputs": {"regex": "[x-z]+"}}, {"allowed_token_ids": [2**70]},
-    {"allowed_token_ids": [2], "min_tokens": 1, "stop_token_ids": [2]}, {"bad_words": [" "] * 300}, {"n": 16_385},
-    {"n": 10**18}, {"top_k": 2**40}, {"top_k": 2**70}, {"top_p": 5e-324}, {"min_p": 1.0}, {"temperature": 5e-324},
-    {"temperature": 3.0}, {"temperature": float("inf")}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300},
-    {"presence_penalty": float("nan")}, {"stop": ["a"] * 500}, {"stop": ["x" * 5000]}, {"seed": 2**63}, {"seed": -1},
-    {"min_tokens": 10**12, "max_tokens": 10**12}, {"structured_outputs": {"regex": "((a|b){1,30}){1,30}"}},
-    {"structured_outputs": {"json": {"type": "string", "minLength": 10**7}}}, {"structured_outputs": {"choice": [""]}},
-    {"structured_outputs": {"json": '{"a":' * 500}}, {"structured_outputs": {"grammar": "root ::= root"}},
-    {"structured_outputs": {"grammar": 'root ::= "\\ud800"'}}, {"structured_outputs": {"json": {"enum": []}}},
-]  # fmt: skip
+    {"min_tokens": 1, "stop_token_ids": [511]},
+    {"min_tokens": 1, "stop_token_ids": [512]},
+    {"stop_token_ids": [-1]},
+    {"min_tokens": 1, "stop_token_ids": [2**31]},
+    {"stop_token_ids": [2**70]},
+    {"logit_bias": {"512": 1.0}},
+    {"logit_bias": {"-1": 1.0}},
+    {"logit_bias": {"5": float("inf")}},
+    {"logit_bias": {"5": float("nan")}},
+    {"logit_bias": {str(i): -100.0 for i in range(512)}},
+    {"allowed_token_ids": [512]},
+    {"allowed_token_ids": [-1]},
+    {"allowed_token_ids": [5], "structured_outputs": {"regex": "[x-z]+"}},
+    {"allowed_token_ids": [2**70]},
+    {"allowed_token_ids": [2], "min_tokens": 1, "stop_token_ids": [2]},
+    {"bad_words": [" "] * 300},
+    {"n": 16_385},
+    {"n": 10**18},
+    {"top_k": 2**40},
+    {"top_k": 2**70},
+    {"top_p": 5e-324},
+    {"min_p": 1.0},
+    {"temperature": 5e-324},
+    {"temperature": 3.0},
+    {"temperature": float("inf")},
+    {"repetition_penalty": 1e-300},
+    {"repetition_penalty": 1e300},
+    {"presence_penalty": float("nan")},
+    {"stop": ["a"] * 500},
+    {"stop": ["x" * 5000]},
+    {"seed": 2**63},
+    {"seed": -1},
+    {"min_tokens": 10**12, "max_tokens": 10**12},
+    {"structured_outputs": {"regex": "((a|b){1,30}){1,30}"}},
+    {"structured_outputs": {"json": {"type": "string", "minLength": 10**7}}},
+    {"structured_outputs": {"choice": [""]}},
+    {"structured_outputs": {"json": '{"a":' * 500}},
+    {"structured_outputs": {"grammar": "root ::= root"}},
+    {"structured_outputs": {"grammar": 'root ::= "\\ud800"'}},
+    {"structured_outputs": {"json": {"enum": []}}},
+]
 _keys = st.sampled_from([b"", b"", b"", b"", b"one", b"two", b"\xe9", b"k" * 300])
 _SMALL = {"n": 4, "max_tokens": 8, "max_completion_tokens": 8, "best_of": 4, "wait_s": 0.01}
 #: Beyond these every server refuses; in between it would rightly work for a long time.
@@ -113,10 +185,18 @@ def fuzz_bodies(target: Target, path: str, examples: int, number: int) -> None:
 
 _raw_bodies = st.one_of(
     st.binary(max_size=200),
-    st.sampled_from([b"[" * 100_000, b'{"prompts":' * 9000, b"\xff\xfe{}", b'"\\ud800"', b"9" * 6000, b'{"a":1,"a":2}',
-                    ]),
+    st.sampled_from(
+        [
+            b"[" * 100_000,
+            b'{"prompts":' * 9000,
+            b"\xff\xfe{}",
+            b'"\\ud800"',
+            b"9" * 6000,
+            b'{"a":1,"a":2}',
+        ]
+    ),
     wild_values.map(json_bytes),
-)  # fmt: skip
+)
 _leases = st.one_of(
     st.just(P.LEASE), st.just(P.LEASE), st.text(st.characters(max_codepoint=255), max_size=300), st.just("")
 )
@@ -142,12 +222,26 @@ def _quoted(run_id: str) -> str:
 
 @st.composite
 def _raw_requests(draw: st.DrawFn) -> tuple[str, str, list[tuple[bytes, bytes]], bytes, bool]:
-    method, path = draw(st.sampled_from([
-        ("POST", "/v1/generate"), ("POST", "/v1/score"), ("PUT", "/v1/runs/{}/adapter"), ("POST", "/v1/runs/{}/group"),
-        ("POST", "/v1/runs/{}/broadcast"), ("DELETE", "/v1/runs/{}"), ("GET", "/v1/runs/{}"), ("PATCH", "/v1/state"),
-        ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/runs/{}/adapter"),
-        ("GET", "/{}"), ("POST", "/tokenize"), ("HEAD", "/v1/models"),
-    ]))  # fmt: skip
+    method, path = draw(
+        st.sampled_from(
+            [
+                ("POST", "/v1/generate"),
+                ("POST", "/v1/score"),
+                ("PUT", "/v1/runs/{}/adapter"),
+                ("POST", "/v1/runs/{}/group"),
+                ("POST", "/v1/runs/{}/broadcast"),
+                ("DELETE", "/v1/runs/{}"),
+                ("GET", "/v1/runs/{}"),
+                ("PATCH", "/v1/state"),
+                ("POST", "/v1/completions"),
+                ("POST", "/v1/chat/completions"),
+                ("OPTIONS", "/v1/runs/{}/adapter"),
+                ("GET", "/{}"),
+                ("POST", "/tokenize"),
+                ("HEAD", "/v1/models"),
+            ]
+        )
+    )
     run_id, headers = draw(_run_ids), _headers(draw)
     if method == "DELETE" or path.endswith("/group"):  # with the right lease these are no nonsense
         headers = [(name, b"a stranger's lease" if value == P.LEASE.encode() else value) for name, value in headers]

@@ -49,9 +49,14 @@ def fuzz_schema(target: Target, name: str, document: dict[str, Any], examples: i
                 )
                 return
             target.judge(
-                name, case.method, case.formatted_path, answer.status_code, answer.text,
-                answer.elapsed, about,
-            )  # fmt: skip
+                name,
+                case.method,
+                case.formatted_path,
+                answer.status_code,
+                answer.text,
+                answer.elapsed,
+                about,
+            )
 
         share = max(1, examples // (2 * len(operations)))
         for operation in operations:

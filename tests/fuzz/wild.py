@@ -11,18 +11,56 @@ from hypothesis import strategies as st
 _INTEGERS = [-(2**63) - 1, -(2**31), -1, 0, 1, 2, 255, 511, 512, 2**31 - 1, 2**31, 2**53 + 1, 2**63, 2**64, 10**30]
 _FLOATS = [math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 1e-30, -0.0, 0.5, 1.0000001]
 _TEXTS = [
-    "", " ", "\x00", "\ud800", "a\udfffb", "\u202e", "\U0001d4b3" * 40, "x" * 3000, "../../etc/passwd", "/proc/self/m",
-    "{{ 7 * 7 }}", "{% for i in range(9) %}x{% endfor %}", "%s%n", "NaN", "1e999", "true", "null", "policy", "base",
-    "policy:", "policy:fuzzed", "slot-1", "<|im_end|>", "\r\n\r\nHTTP/1.1 200 OK", "A" * 70, "ﷺ" * 20,
-]  # fmt: skip
+    "",
+    " ",
+    "\x00",
+    "\ud800",
+    "a\udfffb",
+    "\u202e",
+    "\U0001d4b3" * 40,
+    "x" * 3000,
+    "../../etc/passwd",
+    "/proc/self/m",
+    "{{ 7 * 7 }}",
+    "{% for i in range(9) %}x{% endfor %}",
+    "%s%n",
+    "NaN",
+    "1e999",
+    "true",
+    "null",
+    "policy",
+    "base",
+    "policy:",
+    "policy:fuzzed",
+    "slot-1",
+    "<|im_end|>",
+    "\r\n\r\nHTTP/1.1 200 OK",
+    "A" * 70,
+    "ﷺ" * 20,
+]
 #: Grammars, schemas and patterns that are wrong, empty, self-referring or large.
 _FORMS = [
-    {"regex": "(a|a)*b"}, {"regex": "(((("}, {"regex": "[0-9]{1,40}"}, {"regex": "(?=x)"}, {"regex": "\\p{Zz}"},
-    {"json": "{"}, {"json": {"$ref": "#"}}, {"json": {"type": "nothing"}}, {"json": {"type": "string", "pattern": "("}},
-    {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, {"json": {"type": "array", "minItems": -3}},
-    {"grammar": "root ::= root"}, {"grammar": "root ::="}, {"grammar": 'root ::= "a" | missing'}, {"grammar": "\x00"},
-    {"choice": []}, {"choice": [""]}, {"choice": ["a", "a"]}, {"json_object": False}, {"json_object": True},
-]  # fmt: skip
+    {"regex": "(a|a)*b"},
+    {"regex": "(((("},
+    {"regex": "[0-9]{1,40}"},
+    {"regex": "(?=x)"},
+    {"regex": "\\p{Zz}"},
+    {"json": "{"},
+    {"json": {"$ref": "#"}},
+    {"json": {"type": "nothing"}},
+    {"json": {"type": "string", "pattern": "("}},
+    {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
+    {"json": {"type": "array", "minItems": -3}},
+    {"grammar": "root ::= root"},
+    {"grammar": "root ::="},
+    {"grammar": 'root ::= "a" | missing'},
+    {"grammar": "\x00"},
+    {"choice": []},
+    {"choice": [""]},
+    {"choice": ["a", "a"]},
+    {"json_object": False},
+    {"json_object": True},
+]
 
 
 def _nested(depth: int) -> list[Any]:

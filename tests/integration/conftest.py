@@ -11,9 +11,20 @@ from tests.integration.server import ServerProcess, running_server
 from tests.tiny_model import make_tiny_model
 
 FLAGS = [
-    "--max-lora-rank", "16", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64",
-    "--max-num-batched-tokens", "256", "--enforce-eager", "--served-model-name", "base",
-]  # fmt: skip
+    "--max-lora-rank",
+    "16",
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "1024",
+    "--max-num-seqs",
+    "64",
+    "--max-num-batched-tokens",
+    "256",
+    "--enforce-eager",
+    "--served-model-name",
+    "base",
+]
 
 
 _LEVEL = logging.root.level

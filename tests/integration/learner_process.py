@@ -15,12 +15,37 @@ from tests.integration.waiting import until
 
 REPOSITORY = Path(__file__).parents[2]
 COMMON = [
-    "--reward_funcs", "tests.integration.rewards:odd_tokens", "--eval_size", "2", "--use_cpu", "true",
-    "--bf16", "false", "--dtype", "float32", "--lora_r", "4", "--lora_alpha", "8",
-    "--lora_target_modules", "all-linear",
-    "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "12",
-    "--learning_rate", "1e-2", "--report_to", "none", "--gradient_checkpointing", "false", "--logging_steps", "1",
-]  # fmt: skip
+    "--reward_funcs",
+    "tests.integration.rewards:odd_tokens",
+    "--eval_size",
+    "2",
+    "--use_cpu",
+    "true",
+    "--bf16",
+    "false",
+    "--dtype",
+    "float32",
+    "--lora_r",
+    "4",
+    "--lora_alpha",
+    "8",
+    "--lora_target_modules",
+    "all-linear",
+    "--per_device_train_batch_size",
+    "8",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "12",
+    "--learning_rate",
+    "1e-2",
+    "--report_to",
+    "none",
+    "--gradient_checkpointing",
+    "false",
+    "--logging_steps",
+    "1",
+]
 
 
 def write_questions(path: Path, count: int = 12) -> Path:
@@ -37,14 +62,30 @@ class LearnerProcess:
     def __init__(self, url: str, model: Path, task: Path, folder: Path, *flags: str) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
         command = [
-            sys.executable, "-m", "learner.cli", "train", "--rollout_url", url, "--model_name_or_path", str(model),
-            "--task", str(task), "--output_dir", str(folder), *COMMON, *flags,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "learner.cli",
+            "train",
+            "--rollout_url",
+            url,
+            "--model_name_or_path",
+            str(model),
+            "--task",
+            str(task),
+            "--output_dir",
+            str(folder),
+            *COMMON,
+            *flags,
+        ]
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                command,
+                cwd=REPOSITORY,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
+            )
 
     def steps(self) -> int:
         """Optimizer steps done, by the history on disk."""

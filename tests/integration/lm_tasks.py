@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 CHOICE, ANSWER = "toy_choice", "toy_answer"
-QUESTIONS = [{"question": f"The quick brown {animal}", "choices": [" jumps over", " is lazy"], "answer": i % 2}
-             for i, animal in enumerate(["fox", "dog", "cat", "cow"])]  # fmt: skip
+QUESTIONS = [
+    {"question": f"The quick brown {animal}", "choices": [" jumps over", " is lazy"], "answer": i % 2}
+    for i, animal in enumerate(["fox", "dog", "cat", "cow"])
+]
 
 
 def write_tasks(folder: Path) -> Path:

@@ -100,8 +100,14 @@ def chat_token_ids(model: Path, messages: list[dict]) -> list[int]:
 
 def chat_gap(client: RolloutClient, policy: PeftModel, prompt: list[int], messages: list[dict]) -> float:
     """Largest gap of vLLM's own chat route, model `policy`, at temperature 1."""
-    body = {"model": "policy", "messages": messages, "max_tokens": 8, "temperature": 1.0, "logprobs": True,
-            "return_token_ids": True}  # fmt: skip
+    body = {
+        "model": "policy",
+        "messages": messages,
+        "max_tokens": 8,
+        "temperature": 1.0,
+        "logprobs": True,
+        "return_token_ids": True,
+    }
     answer = HTTP.post(f"{client.url}/v1/chat/completions", json=body)
     answer.raise_for_status()
     choice = answer.json()["choices"][0]

@@ -28,8 +28,9 @@ ENVIRONMENT = {
 
 #: For requests to servers of this machine: httpx.get and httpx.post load the certificates of the whole world each time,
 #: which takes seconds where the processor is busy.
-HTTP = httpx.Client(verify=False, trust_env=False, follow_redirects=True, timeout=60.0,
-                    limits=httpx.Limits(max_keepalive_connections=0))  # fmt: skip
+HTTP = httpx.Client(
+    verify=False, trust_env=False, follow_redirects=True, timeout=60.0, limits=httpx.Limits(max_keepalive_connections=0)
+)
 
 
 def free_port() -> int:
@@ -84,8 +85,11 @@ class ServerProcess:
 
     def engine_processes(self) -> list[int]:
         """Pids of vLLM's processes: the engine and its workers."""
-        return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)
-                if child.name().startswith("VLLM")]  # fmt: skip
+        return [
+            child.pid
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if child.name().startswith("VLLM")
+        ]
 
     def metrics(self, name: str) -> list[float]:
         """A metric's values, one for each combination of its labels."""

@@ -17,7 +17,7 @@ def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
     state = trainer.accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
-    )  # fmt: skip
+    )
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
 
@@ -36,11 +36,14 @@ def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
     transformers.training_args.is_torch_bf16_gpu_available = lambda: bf16
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     config = {
-        **dict.fromkeys(sizes, "auto"), "bf16": {"enabled": bf16}, "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(sizes, "auto"),
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
         # Nothing is so small here that it would stay whole on every rank.
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }  # fmt: skip
+    }
     return {
-        "deepspeed": config, "accelerator_config": {"use_configured_state": True},
+        "deepspeed": config,
+        "accelerator_config": {"use_configured_state": True},
         "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"},
-    }  # fmt: skip
+    }

@@ -21,8 +21,18 @@ from rollout_server.tokens import Tokens
 
 HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}
 #: Some of what vLLM would serve with these settings.
-CLOSED = ["/collective_rpc", "/sleep", "/update_weights", "/v1/load_lora_adapter", "/reset_prefix_cache", "/pause",
-          "/scale_elastic_ep", "/invocations", "/abort_requests", "/server_info"]  # fmt: skip
+CLOSED = [
+    "/collective_rpc",
+    "/sleep",
+    "/update_weights",
+    "/v1/load_lora_adapter",
+    "/reset_prefix_cache",
+    "/pause",
+    "/scale_elastic_ep",
+    "/invocations",
+    "/abort_requests",
+    "/server_info",
+]
 SERVED = ["/v1/generate", "/v1/state", "/v1/runs/x/adapter", "/v1/chat/completions", "/v1/models", "/metrics/"]
 
 

@@ -24,14 +24,30 @@ from tests.integration.waiting import until
 
 ORPHAN_S, STALL_S = 5.0, 25.0
 LIMITS = [
-    "--max-body-mib", "1", "--max-sequences", "40", "--max-n", "36", "--max-prompts", "16",
-    "--max-request-tokens", "37000", "--orphan-seconds", str(ORPHAN_S), "--idempotency-ttl", "60",
-    "--engine-stall-seconds", str(STALL_S),
-]  # fmt: skip
+    "--max-body-mib",
+    "1",
+    "--max-sequences",
+    "40",
+    "--max-n",
+    "36",
+    "--max-prompts",
+    "16",
+    "--max-request-tokens",
+    "37000",
+    "--orphan-seconds",
+    str(ORPHAN_S),
+    "--idempotency-ttl",
+    "60",
+    "--engine-stall-seconds",
+    str(STALL_S),
+]
 PROMPT = [5, 17, 99, 260, 41]
 #: Seconds of work, even where a step takes a fraction of a millisecond.
-LONG = {"prompts": [{"token_ids": PROMPT}], "policy": "base",
-        "sampling": {"n": 36, "max_tokens": 1000, "ignore_eos": True}}  # fmt: skip
+LONG = {
+    "prompts": [{"token_ids": PROMPT}],
+    "policy": "base",
+    "sampling": {"n": 36, "max_tokens": 1000, "ignore_eos": True},
+}
 SHORT = {"prompts": [{"token_ids": PROMPT}], "policy": "base", "sampling": {"n": 5, "max_tokens": 4}}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 4}
 
@@ -89,10 +105,12 @@ def test_what_is_too_large(server: ServerProcess) -> None:
         (_post(server, {**SHORT, "sampling": {"n": 37}}), "--max-n"),
         (_post(server, {**SHORT, "prompts": SHORT["prompts"] * 9}), "--max-sequences"),
         (_post(server, {**LONG, "sampling": {"n": 40, "max_tokens": 1000}}), "--max-n"),
-        (_post(server, {**LONG, "prompts": LONG["prompts"] * 4, "sampling": {"n": 10, "max_tokens": 1000}}),
-         "--max-request-tokens"),
+        (
+            _post(server, {**LONG, "prompts": LONG["prompts"] * 4, "sampling": {"n": 10, "max_tokens": 1000}}),
+            "--max-request-tokens",
+        ),
         (_post(server, {"sequences": [PROMPT] * 17, "policy": "base"}, "/v1/score"), "--max-prompts"),
-    ]  # fmt: skip
+    ]
     for answer, flag in cases:
         assert answer.status_code == 413, (flag, answer.text[:300])
         assert answer.json()["error"]["code"] == "too_large" and flag in answer.json()["error"]["message"]

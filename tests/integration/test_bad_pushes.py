@@ -90,27 +90,37 @@ CASES: dict[str, tuple[ErrorCode, Callable]] = {
     "trailing-bytes": (ErrorCode.MALFORMED_ADAPTER, lambda p, c: _next(p, c) + b"x"),
     "flipped-bit": (ErrorCode.CHECKSUM_MISMATCH, lambda p, c: (d := _next(p, c))[:-9] + bytes([d[-9] ^ 1]) + d[-8:]),
     "wrong-checksum": (
-        ErrorCode.CHECKSUM_MISMATCH, lambda p, c: _edit(_next(p, c), lambda d, m: m.update(checksum="0" * 32))),
+        ErrorCode.CHECKSUM_MISMATCH,
+        lambda p, c: _edit(_next(p, c), lambda d, m: m.update(checksum="0" * 32)),
+    ),
     "nan": (ErrorCode.NOT_FINITE, _nan),
     "wrong-shape": (ErrorCode.SHAPE_MISMATCH, lambda p, c: _edit(_next(p, c), _swap_shape)),
     "unknown-module": (ErrorCode.UNSUPPORTED_ADAPTER, lambda p, c: _edit(_next(p, c), _rename)),
-    "missing-tensor": (
-        ErrorCode.MALFORMED_ADAPTER, lambda p, c: _edit(_next(p, c), lambda d, m: d.pop(sorted(d)[-1]))),
+    "missing-tensor": (ErrorCode.MALFORMED_ADAPTER, lambda p, c: _edit(_next(p, c), lambda d, m: d.pop(sorted(d)[-1]))),
     "wrong-base": (
-        ErrorCode.BASE_MISMATCH, lambda p, c: _edit(_next(p, c), lambda d, m: m.update(base_weights="ab" * 16))),
+        ErrorCode.BASE_MISMATCH,
+        lambda p, c: _edit(_next(p, c), lambda d, m: m.update(base_weights="ab" * 16)),
+    ),
     "wrong-dtype": (
-        ErrorCode.UNSUPPORTED_ADAPTER, lambda p, c: P.blob(p, SERVED.model_copy(update={"step": 6}), None, "bfloat16")),
+        ErrorCode.UNSUPPORTED_ADAPTER,
+        lambda p, c: P.blob(p, SERVED.model_copy(update={"step": 6}), None, "bfloat16"),
+    ),
     "other-protocol": (
-        ErrorCode.PROTOCOL_MISMATCH, lambda p, c: _edit(_next(p, c), lambda d, m: m.update(protocol=99))),
+        ErrorCode.PROTOCOL_MISMATCH,
+        lambda p, c: _edit(_next(p, c), lambda d, m: m.update(protocol=99)),
+    ),
     "dora": (
         ErrorCode.UNSUPPORTED_ADAPTER,
-        lambda p, c: _edit(_next(p, c), lambda d, m: m["peft_config"].update(use_dora=True))),
+        lambda p, c: _edit(_next(p, c), lambda d, m: m["peft_config"].update(use_dora=True)),
+    ),
     "other-run-inside": (
-        ErrorCode.MALFORMED_ADAPTER, lambda p, c: _edit(_next(p, c), lambda d, m: m["version"].update(run_id="other"))),
+        ErrorCode.MALFORMED_ADAPTER,
+        lambda p, c: _edit(_next(p, c), lambda d, m: m["version"].update(run_id="other")),
+    ),
     "older-step": (ErrorCode.STALE_VERSION, lambda p, c: _next(p, c, step=4)),
     "older-fence": (ErrorCode.STALE_VERSION, lambda p, c: _next(p, c, fence=0, step=9)),
     "same-version-other-bytes": (ErrorCode.STALE_VERSION, lambda p, c: _next(p, c, step=5)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

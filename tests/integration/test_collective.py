@@ -40,9 +40,13 @@ class _Learner:
         self.policy = P.make_policy(model)
         self.client = client
         self.publisher = Publisher(
-            Fleet.of(client), self.policy, Lease(run_id, P.LEASE, 0),
-            takeover=True, transport="collective", say=self.said.append,
-        )  # fmt: skip
+            Fleet.of(client),
+            self.policy,
+            Lease(run_id, P.LEASE, 0),
+            takeover=True,
+            transport="collective",
+            say=self.said.append,
+        )
 
     def push(self, step: int) -> str:
         """Push new weights, see them served, and answer the transport."""

@@ -26,7 +26,5 @@ def test_every_token_is_of_the_version_its_span_names(
         afterwards = P.generate(client, [PROBE], max_tokens=4)
         assert P.largest_gap(policies[receipt.version.step], afterwards) < FP32
 
-    answer = live_through_pushes(
-        client, server, policies, in_flight, after_push=new_requests_have_the_new_version
-    )  # fmt: skip
+    answer = live_through_pushes(client, server, policies, in_flight, after_push=new_requests_have_the_new_version)
     check_every_span(answer, policies, in_flight)

@@ -54,8 +54,14 @@ def _gaps(client: RolloutClient, policy, engines: int) -> list[float]:
     """For every engine the gap of a completion of its own to the policy, through vLLM's own route, which can choose."""
     gaps = []
     for rank in range(engines):
-        body = {"model": "policy", "prompt": PROBE, "max_tokens": 8, "temperature": 1.0, "logprobs": 0,
-                "return_token_ids": True}  # fmt: skip
+        body = {
+            "model": "policy",
+            "prompt": PROBE,
+            "max_tokens": 8,
+            "temperature": 1.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
         answer = HTTP.post(
             f"{client.url}/v1/completions", json=body, headers={"X-data-parallel-rank": str(rank)}, timeout=30.0
         )
@@ -71,9 +77,13 @@ def test_pushes_reach_every_worker_over_both_transports(client: RolloutClient, m
     assert state.workers == len(state.devices) == 2
     policy = P.make_policy(model)
     publisher = Publisher(
-        Fleet.of(client, state), policy, Lease("both", P.LEASE, 0),
-        takeover=True, transport="collective", say=lambda text: None,
-    )  # fmt: skip
+        Fleet.of(client, state),
+        policy,
+        Lease("both", P.LEASE, 0),
+        takeover=True,
+        transport="collective",
+        say=lambda text: None,
+    )
     transports = []
     for step in range(3):
         P.randomize(policy, seed=step)
@@ -114,7 +124,7 @@ def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: 
     workers = []
     answer = live_through_pushes(
         client, server, policies, "keep", after_push=lambda receipt: workers.append(receipt.workers)
-    )  # fmt: skip
+    )
     assert set(workers) == {2}
     check_every_span(answer, policies, "keep")
 

@@ -24,16 +24,28 @@ TIMEOUT_S = 150
 def launch(model: Path, server: ServerProcess, folder: Path, ranks: int, *options: str) -> None:
     """Run the script on so many ranks, with torchrun where a rank has to be counted."""
     folder.mkdir(exist_ok=True)
-    launcher = [] if ranks == 1 and not options else [
-        "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port()), "-m",
-    ]  # fmt: skip
+    launcher = (
+        []
+        if ranks == 1 and not options
+        else [
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+            "-m",
+        ]
+    )
     command = [sys.executable, "-m", *launcher, "tests.integration.train_on_ranks", model, server.url, folder, *options]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
     try:
         code = process.wait(TIMEOUT_S)
     finally:
@@ -102,8 +114,11 @@ def test_zero3_in_bfloat16_says_what_rounding_takes(model: Path, server: ServerP
     summaries = [train(model, server, tmp_path / str(ranks), ranks, "zero3-bf16") for ranks in (1, 2)]
     one, two = (adapter(tmp_path / str(ranks)) for ranks in (1, 2))
     assert {tensor.dtype for tensor in two.values()} == {torch.bfloat16}
-    check_same({name: tensor.float() for name, tensor in two.items()},
-               {name: tensor.float() for name, tensor in one.items()}, 0.1)  # fmt: skip
+    check_same(
+        {name: tensor.float() for name, tensor in two.items()},
+        {name: tensor.float() for name, tensor in one.items()},
+        0.1,
+    )
     for summary in summaries:
         assert 1e-4 < summary["max_update_lost"] < 0.5
         assert summary["max_logprob_gap"] < summary["logprob_tolerance"]

@@ -29,8 +29,11 @@ def test_three_forms_of_prompt(client: RolloutClient, model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     messages = [{"role": "user", "content": "the quick brown fox"}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    body = {"prompts": [{"token_ids": PROMPT}, {"text": "the lazy dog"}, {"messages": messages}], "policy": "base",
-            "sampling": {"max_tokens": 5, "n": 3, "ignore_eos": True}}  # fmt: skip
+    body = {
+        "prompts": [{"token_ids": PROMPT}, {"text": "the lazy dog"}, {"messages": messages}],
+        "policy": "base",
+        "sampling": {"max_tokens": 5, "n": 3, "ignore_eos": True},
+    }
     groups = _post(client, body).json()["groups"]
     assert [group["prompt_token_ids"] for group in groups] == [PROMPT, tokenizer("the lazy dog")["input_ids"], chat]
     for group in groups:
@@ -46,16 +49,24 @@ def test_three_forms_of_prompt(client: RolloutClient, model: Path) -> None:
 def test_special_tokens_are_kept(client: RolloutClient, model: Path) -> None:
     """The end-of-sequence token is part of the completion, as TRL needs it."""
     eos = AutoTokenizer.from_pretrained(model).eos_token_id
-    body = {"prompts": [{"token_ids": PROMPT}], "policy": "base", "return_text": True,
-            "sampling": {"max_tokens": 8, "logit_bias": {str(eos): 100.0}}}  # fmt: skip
+    body = {
+        "prompts": [{"token_ids": PROMPT}],
+        "policy": "base",
+        "return_text": True,
+        "sampling": {"max_tokens": 8, "logit_bias": {str(eos): 100.0}},
+    }
     completion = _post(client, body).json()["groups"][0]["completions"][0]
     assert completion["token_ids"] == [eos] and completion["finish_reason"] == "stop"
     assert completion["text"] == ""
 
 
 def test_ndjson_groups_as_they_finish(client: RolloutClient) -> None:
-    body = {"prompts": [{"token_ids": [*PROMPT, i]} for i in range(4)], "policy": "base", "stream": True,
-            "sampling": {"max_tokens": 6, "n": 2}}  # fmt: skip
+    body = {
+        "prompts": [{"token_ids": [*PROMPT, i]} for i in range(4)],
+        "policy": "base",
+        "stream": True,
+        "sampling": {"max_tokens": 6, "n": 2},
+    }
     with httpx.stream("POST", client.url + "/v1/generate", json=body, timeout=60) as answer:
         assert answer.headers["content-type"].startswith("application/x-ndjson")
         lines = [json.loads(line) for line in answer.iter_lines()]
@@ -65,10 +76,16 @@ def test_ndjson_groups_as_they_finish(client: RolloutClient) -> None:
 
 def test_seeded_request_with_a_long_prompt_does_not_kill_the_engine(client: RolloutClient) -> None:
     """The prompt is prefilled in several chunks (--max-num-batched-tokens 256), beside other requests."""
-    long = {"prompts": [{"token_ids": [(7 * i) % 250 + 3 for i in range(700)]}], "policy": "base",
-            "sampling": {"max_tokens": 16, "seed": 11, "n": 2, "ignore_eos": True}}  # fmt: skip
-    other = {"prompts": [{"token_ids": [i, *PROMPT]} for i in range(8)], "policy": "base",
-             "sampling": {"max_tokens": 60, "seed": 5, "ignore_eos": True}}  # fmt: skip
+    long = {
+        "prompts": [{"token_ids": [(7 * i) % 250 + 3 for i in range(700)]}],
+        "policy": "base",
+        "sampling": {"max_tokens": 16, "seed": 11, "n": 2, "ignore_eos": True},
+    }
+    other = {
+        "prompts": [{"token_ids": [i, *PROMPT]} for i in range(8)],
+        "policy": "base",
+        "sampling": {"max_tokens": 60, "seed": 5, "ignore_eos": True},
+    }
     alone = _post(client, long).json()["groups"][0]["completions"]
     with ThreadPoolExecutor() as pool:
         crowd = pool.submit(_post, client, other)

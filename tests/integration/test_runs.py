@@ -49,9 +49,10 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
                 P.randomize(policy, seed=seed + step)
                 receipt = publisher.push(step)
                 request = GenerateRequest(
-                    prompts=[Prompt(token_ids=[seed % 500, *PROBE])], run_id=run_id,
+                    prompts=[Prompt(token_ids=[seed % 500, *PROBE])],
+                    run_id=run_id,
                     sampling=SamplingParams(n=2, max_tokens=24, ignore_eos=True),
-                )  # fmt: skip
+                )
                 answer = client.generate(request)
                 spans = [span.version for group in answer.groups for c in group.completions for span in c.spans]
                 if set(spans) != {receipt.version}:
@@ -91,9 +92,24 @@ def test_eval_of_stored_adapters_beside_a_training(
         policy.save_pretrained(tmp_path / name)
     publisher = _publisher(client, policy, "training")
     publisher.push(7)
-    flags = ["eval", "--rollout-url", server.url, "--task", str(task), "--run-id", "training", "--eval-size", "8",
-             "--reward-funcs", "tests.integration.rewards:odd_tokens", "--max-tokens", "8",
-             "--json", str(tmp_path / "eval.json"), "--policy"]  # fmt: skip
+    flags = [
+        "eval",
+        "--rollout-url",
+        server.url,
+        "--task",
+        str(task),
+        "--run-id",
+        "training",
+        "--eval-size",
+        "8",
+        "--reward-funcs",
+        "tests.integration.rewards:odd_tokens",
+        "--max-tokens",
+        "8",
+        "--json",
+        str(tmp_path / "eval.json"),
+        "--policy",
+    ]
     assert main([*flags, "base", "latest", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     base, latest, one, two = json.loads((tmp_path / "eval.json").read_text())["results"]
     assert latest["versions"] == ["training@0.7"] and one["versions"] != two["versions"]

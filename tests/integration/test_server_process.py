@@ -20,16 +20,20 @@ from tests.integration.server import HTTP, ServerProcess
 from tests.integration.waiting import until
 
 REFUSED = {
-    "speculation": (["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
-                    "--allow-policy-altering"),
+    "speculation": (
+        ["--speculative-config", '{"method":"ngram","num_speculative_tokens":2,"prompt_lookup_max":3}'],
+        "--allow-policy-altering",
+    ),
     "kv-cache": (["--kv-cache-dtype", "fp8_e5m2"], "--allow-policy-altering"),
     "logprobs": (["--logprobs-mode", "raw_logprobs"], "processed_logprobs"),
     "lora-modules": (["--lora-modules", "other=/nowhere"], "--lora-modules"),
     "slots": (["--slots-per-run", "1"], "--slots-per-run"),
     "pipeline": (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
     "engines-elsewhere": (["--data-parallel-size", "4", "--data-parallel-size-local", "2"], "2 of 4 data-parallel"),
-    "hybrid": (["--data-parallel-size", "4", "--data-parallel-size-local", "2", "--data-parallel-hybrid-lb"],
-               "2 of 4 data-parallel"),
+    "hybrid": (
+        ["--data-parallel-size", "4", "--data-parallel-size-local", "2", "--data-parallel-hybrid-lb"],
+        "2 of 4 data-parallel",
+    ),
     "deterministic-engines": (["--data-parallel-size", "2", "--deterministic"], "--deterministic"),
     "deterministic-cache": (["--enable-prefix-caching", "--deterministic"], "prefix cache"),
     "beyond-loopback": (["--host", "0.0.0.0"], "--token-file"),
@@ -41,7 +45,7 @@ REFUSED = {
     "shared-base": (["--share-gpu", "--apply", "merge", "--keep-base", "device"], "--keep-base"),
     "shared-engines": (["--share-gpu", "--data-parallel-size", "2"], "--share-gpu"),
     "hosts": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--nnodes 2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -60,8 +64,11 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
             alive_before_ready |= httpx_status(server.url + "/health") == 200
             time.sleep(0.2)
         assert alive_before_ready, "/health must answer while the model loads"
-        body = {"prompts": [{"token_ids": [5, 6, 7]}], "policy": "base",
-                "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
+        body = {
+            "prompts": [{"token_ids": [5, 6, 7]}],
+            "policy": "base",
+            "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True},
+        }
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
                 running = pool.submit(HTTP.post, server.url + "/v1/generate", json=body, timeout=120)
@@ -91,8 +98,11 @@ def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path
     server = ServerProcess(model, tmp_path / "log", *FLAGS)
     try:
         server.wait_ready()
-        body = {"prompts": [{"token_ids": [5, 6, 7]}], "policy": "base",
-                "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True}}  # fmt: skip
+        body = {
+            "prompts": [{"token_ids": [5, 6, 7]}],
+            "policy": "base",
+            "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True},
+        }
         their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 900, "n": 8, "ignore_eos": True}
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():

@@ -30,9 +30,19 @@ from tests.integration.watching import watched
 
 TOKEN = "a-token-of-the-training-tests"
 DETERMINISTIC = [
-    "--deterministic", "true", "--max_steps", "9", "--save_steps", "2", "--steps_per_generation", "3",
-    "--lora_dropout", "0.1", "--proof_canary", "false",
-]  # fmt: skip
+    "--deterministic",
+    "true",
+    "--max_steps",
+    "9",
+    "--save_steps",
+    "2",
+    "--steps_per_generation",
+    "3",
+    "--lora_dropout",
+    "0.1",
+    "--proof_canary",
+    "false",
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +96,22 @@ def test_rollouts_run_ahead_within_the_bound(
 ) -> None:
     port = free_port()
     # Many passes to a step, so that requests are admitted before the push that follows it.
-    flags = ["--max_staleness", "1", "--max_steps", "6", "--save_strategy", "no", "--token_file", token_file,
-             "--metrics_port", str(port), "--per_device_train_batch_size", "1",
-             "--gradient_accumulation_steps", "8"]  # fmt: skip
+    flags = [
+        "--max_staleness",
+        "1",
+        "--max_steps",
+        "6",
+        "--save_strategy",
+        "no",
+        "--token_file",
+        token_file,
+        "--metrics_port",
+        str(port),
+        "--per_device_train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "8",
+    ]
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
     metrics = watched(server, learner, port, TOKEN, token_file)
     summary = learner.finish()
@@ -109,8 +132,18 @@ def test_killed_and_resumed_with_rollouts_ahead(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
 ) -> None:
     """What was being read ahead is asked for again; nothing is counted twice, and nothing too old is trained on."""
-    flags = ["--max_staleness", "1", "--max_steps", "7", "--save_steps", "2", "--proof_canary", "false",
-             "--token_file", token_file]  # fmt: skip
+    flags = [
+        "--max_staleness",
+        "1",
+        "--max_steps",
+        "7",
+        "--save_steps",
+        "2",
+        "--proof_canary",
+        "false",
+        "--token_file",
+        token_file,
+    ]
     command = (server.url, model, task, tmp_path / "again", *flags)
     LearnerProcess(*command).kill_after(3)
     summary = LearnerProcess(*command).finish()
@@ -123,8 +156,18 @@ def live(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LearnerProcess]:
     """A training that goes on for as long as it is looked at."""
-    flags = ["--max_steps", "100000", "--learning_rate", "1e-5", "--save_strategy", "no", "--proof_canary", "false",
-             "--token_file", token_file]  # fmt: skip
+    flags = [
+        "--max_steps",
+        "100000",
+        "--learning_rate",
+        "1e-5",
+        "--save_strategy",
+        "no",
+        "--proof_canary",
+        "false",
+        "--token_file",
+        token_file,
+    ]
     learner = LearnerProcess(server.url, model, task, tmp_path_factory.mktemp("live") / "live", *flags)
     try:
         until(lambda: learner.steps() >= 1 or learner.process.poll() is not None, 120.0)
@@ -145,8 +188,13 @@ def test_the_openai_sdk_beside_a_training(server: ServerProcess, live: LearnerPr
         assert {"base", policy} <= {model.id for model in api.models.list()}
         raw, texts, versions = api.chat.completions.with_raw_response, {}, []
         for name in (policy, "base"):
-            ask: dict[str, Any] = {"model": name, "messages": messages, "max_tokens": 8, "temperature": 0.0,
-                                   "extra_body": {"ignore_eos": True}}  # fmt: skip
+            ask: dict[str, Any] = {
+                "model": name,
+                "messages": messages,
+                "max_tokens": 8,
+                "temperature": 0.0,
+                "extra_body": {"ignore_eos": True},
+            }
             whole, streamed = raw.create(**ask), raw.create(**ask, stream=True)
             parts = [chunk.choices[0].delta.content or "" for chunk in streamed.parse() if chunk.choices]
             texts[name] = whole.parse().choices[0].message.content, "".join(parts)
@@ -168,8 +216,13 @@ def test_the_openai_sdk_beside_a_training(server: ServerProcess, live: LearnerPr
 
 def test_plain_http_beside_a_training(server: ServerProcess, live: LearnerProcess) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    body = {"model": f"policy:{live.run_id()}", "prompt": "the quick", "max_tokens": 6, "stream": True,
-            "ignore_eos": True}  # fmt: skip
+    body = {
+        "model": f"policy:{live.run_id()}",
+        "prompt": "the quick",
+        "max_tokens": 6,
+        "stream": True,
+        "ignore_eos": True,
+    }
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=headers, timeout=60.0) as answer:
         assert answer.status_code == 200 and _version(answer).run_id == live.run_id()
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
@@ -190,9 +243,13 @@ def test_lm_eval_beside_a_training(
     def run(kind: str, path: str, name: str, task: str, **options: Any) -> list[dict[str, Any]]:
         at = f"model={name},base_url={server.url}{path},tokenizer={model},tokenizer_backend=huggingface,max_length=512"
         done = simple_evaluate(
-            model=kind, model_args=f"{at},num_concurrent=2", tasks=[task], task_manager=tasks, bootstrap_iters=0,
+            model=kind,
+            model_args=f"{at},num_concurrent=2",
+            tasks=[task],
+            task_manager=tasks,
+            bootstrap_iters=0,
             **options,
-        )  # fmt: skip
+        )
         return done["samples"][task]
 
     base = P.make_policy(model)
@@ -223,11 +280,27 @@ def test_a_push_does_not_overtake_on_a_deterministic_server(server: ServerProces
 
 #: Requests as they may come over a socket, with what looks like an open path, or like another server's.
 WITHOUT_A_TOKEN = [
-    "GET /v1/state", "POST /v1/generate", "GET /metrics", "GET /metrics/", "GET /openapi.json", "OPTIONS /v1/generate",
-    "OPTIONS *", "GET //v1/state", "GET /health/../v1/state", "GET /health%2f..%2fv1%2fstate", "GET /%76%31/state",
-    "GET http://server/v1/state", "GET /v1/state?/health", "GET /v1/state#/health", "GET /health;/../v1/state",
-    "PUT /v1/runs/r/adapter", "DELETE /v1/runs/ahead", "POST /invocations", "POST /collective_rpc", "HEAD /v1/models",
-]  # fmt: skip
+    "GET /v1/state",
+    "POST /v1/generate",
+    "GET /metrics",
+    "GET /metrics/",
+    "GET /openapi.json",
+    "OPTIONS /v1/generate",
+    "OPTIONS *",
+    "GET //v1/state",
+    "GET /health/../v1/state",
+    "GET /health%2f..%2fv1%2fstate",
+    "GET /%76%31/state",
+    "GET http://server/v1/state",
+    "GET /v1/state?/health",
+    "GET /v1/state#/health",
+    "GET /health;/../v1/state",
+    "PUT /v1/runs/r/adapter",
+    "DELETE /v1/runs/ahead",
+    "POST /invocations",
+    "POST /collective_rpc",
+    "HEAD /v1/models",
+]
 
 
 def test_nobody_gets_in_without_a_token(server: ServerProcess) -> None:

@@ -37,12 +37,15 @@ CALLS_ON_E = {
     "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "tool_calls": {
-            "open": "e", "close": "<|im_end|>", "content": "text", "repeats": True,
+            "open": "e",
+            "close": "<|im_end|>",
+            "content": "text",
+            "repeats": True,
             "transform": {"type": "function", "function": {"name": "look_up", "arguments": {"word": "{content}"}}},
         },
         "content": {"close": "<|im_end|>", "content": "text"},
     },
-}  # fmt: skip
+}
 
 
 def look_up(word: str) -> str:
@@ -61,16 +64,30 @@ def make_trainer(model: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
         tokenizer.chat_template, tokenizer.response_template = qwen3_chat_template, CALLS_ON_E if tools else None
         args = GRPOConfig(
             **{
-                "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none",
-                "max_steps": 2, "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 16,
-                "learning_rate": 1e-2, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1,
+                "output_dir": str(tmp_path / "run"),
+                "use_cpu": True,
+                "bf16": False,
+                "report_to": "none",
+                "max_steps": 2,
+                "per_device_train_batch_size": 8,
+                "num_generations": 4,
+                "max_completion_length": 16,
+                "learning_rate": 1e-2,
+                "gradient_checkpointing": False,
+                "save_strategy": "no",
+                "logging_steps": 1,
                 **settings,
             }
-        )  # fmt: skip
+        )
         return GRPOTrainer(
-            model=str(model), args=args, reward_funcs=odd_tokens, train_dataset=CHATS, tools=tools,
-            processing_class=tokenizer, peft_config=LoraConfig(r=4, target_modules="all-linear"),
-        )  # fmt: skip
+            model=str(model),
+            args=args,
+            reward_funcs=odd_tokens,
+            train_dataset=CHATS,
+            tools=tools,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
 
     return make
 
@@ -107,12 +124,40 @@ def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_pa
     (tmp_path / "data").mkdir()
     write_questions(tmp_path / "data" / "train.jsonl")
     command = [
-        sys.executable, str(script), "--model_name_or_path", str(model), "--dataset_name", str(tmp_path / "data"),
-        "--reward_funcs", "tests.integration.rewards.odd_tokens", "--use_peft", "--lora_r", "4", "--max_steps", "2",
-        "--lora_target_modules", "all-linear", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16",
-        "false", "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "12",
-        "--learning_rate", "1e-2", "--report_to", "none", "--gradient_checkpointing", "false",
-    ]  # fmt: skip
+        sys.executable,
+        str(script),
+        "--model_name_or_path",
+        str(model),
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--reward_funcs",
+        "tests.integration.rewards.odd_tokens",
+        "--use_peft",
+        "--lora_r",
+        "4",
+        "--max_steps",
+        "2",
+        "--lora_target_modules",
+        "all-linear",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--per_device_train_batch_size",
+        "8",
+        "--num_generations",
+        "4",
+        "--max_completion_length",
+        "12",
+        "--learning_rate",
+        "1e-2",
+        "--report_to",
+        "none",
+        "--gradient_checkpointing",
+        "false",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -129,9 +174,11 @@ def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_pa
 
 def test_turns_of_a_tool_loop(server: ServerProcess, make_trainer: Callable[..., GRPOTrainer]) -> None:
     trainer = make_trainer(
-        tools=[look_up], max_completion_length=64, max_tool_calling_iterations=3,
+        tools=[look_up],
+        max_completion_length=64,
+        max_tool_calling_iterations=3,
         generation_kwargs={"max_tokens": 12},
-    )  # fmt: skip
+    )
     session = attach(trainer, server.url, run_id="tools", takeover=True)
     batches = batches_of(trainer)
     trainer.train()
@@ -169,13 +216,27 @@ RECIPES = {
     "curriculum": ["--train_size", "64"],
     "json_schema": ["--train_size", "16", "--max_completion_length", "96"],
     "tools": [
-        "--train_size", "16", "--gradient_accumulation_steps", "1", "--max_completion_length", "160",
-        "--max_tool_calling_iterations", "1", "--vllm_importance_sampling_correction", "false",
+        "--train_size",
+        "16",
+        "--gradient_accumulation_steps",
+        "1",
+        "--max_completion_length",
+        "160",
+        "--max_tool_calling_iterations",
+        "1",
+        "--vllm_importance_sampling_correction",
+        "false",
         # A random model calls no tool unless its tokens are chosen for it.
-        "--generation_kwargs", json.dumps({"structured_outputs": {
-            "regex": r'<tool_call>\n\{"name": "guess", "arguments": \{"number": [1-9]\}\}\n</tool_call>'}}),
+        "--generation_kwargs",
+        json.dumps(
+            {
+                "structured_outputs": {
+                    "regex": r'<tool_call>\n\{"name": "guess", "arguments": \{"number": [1-9]\}\}\n</tool_call>'
+                }
+            }
+        ),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -184,13 +245,44 @@ def test_recipes(server: ServerProcess, tool_model: Path, tmp_path: Path, name: 
     rows = [{"question": f"Ann has {i} apples. And now?", "answer": f"{i} + 2.\n#### {i + 2}"} for i in range(16)]
     gsm8k.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [
-        "--config", f"recipes/{name}.yaml", "--rollout_url", server.url, "--model_name_or_path", str(tool_model),
-        "--output_dir", str(tmp_path / name), "--run_id", name, "--takeover", "true", "--max_steps", "1",
-        "--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--per_device_train_batch_size", "8",
-        "--num_generations", "4", "--eval_size", "4", "--max_completion_length", "24", "--lora_r", "4",
-        "--gradient_checkpointing", "false", "--reward_workers", "1", "--proof_canary", "false",
+        "--config",
+        f"recipes/{name}.yaml",
+        "--rollout_url",
+        server.url,
+        "--model_name_or_path",
+        str(tool_model),
+        "--output_dir",
+        str(tmp_path / name),
+        "--run_id",
+        name,
+        "--takeover",
+        "true",
+        "--max_steps",
+        "1",
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--dtype",
+        "float32",
+        "--per_device_train_batch_size",
+        "8",
+        "--num_generations",
+        "4",
+        "--eval_size",
+        "4",
+        "--max_completion_length",
+        "24",
+        "--lora_r",
+        "4",
+        "--gradient_checkpointing",
+        "false",
+        "--reward_workers",
+        "1",
+        "--proof_canary",
+        "false",
         *(flag.replace("{gsm8k}", str(gsm8k)) for flag in RECIPES[name]),
-    ]  # fmt: skip
+    ]
     summary = learner.train.run(*learner.train.parse(flags))
     assert summary["steps"] == summary["pushes"] == 1 and summary["completions"] == 8
     history = json.loads((tmp_path / name / "metrics.jsonl").read_text())

@@ -34,21 +34,35 @@ def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
     zero = next((option for option in options if option.startswith("zero3")), None)
     devices: dict[str, Any] = zero3_on_cpu(bf16=zero == "zero3-bf16") if zero else {"use_cpu": True}
     args = GRPOConfig(
-        output_dir=str(folder), bf16=zero == "zero3-bf16", max_steps=STEPS, max_completion_length=16,
-        per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=not zero).num_processes, num_generations=GROUP,
+        output_dir=str(folder),
+        bf16=zero == "zero3-bf16",
+        max_steps=STEPS,
+        max_completion_length=16,
+        per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=not zero).num_processes,
+        num_generations=GROUP,
         # Adam divides by the gradient's size: elements whose gradient is nothing but rounding would differ at once. So
         # large an epsilon takes that away and leaves the momentum, which a resumed training must have.
-        optim="adamw_torch", adam_epsilon=1.0, learning_rate=0.5, max_grad_norm=0.5, beta=0.01,
+        optim="adamw_torch",
+        adam_epsilon=1.0,
+        learning_rate=0.5,
+        max_grad_norm=0.5,
+        beta=0.01,
         generation_kwargs={"seed": 7},
         gradient_checkpointing=False,
-        logging_steps=1, report_to="none", disable_tqdm=True,
-        save_strategy="steps" if "cut" in options else "no", save_steps=CUT, **devices,
-    )  # fmt: skip
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="steps" if "cut" in options else "no",
+        save_steps=CUT,
+        **devices,
+    )
     return GRPOTrainer(
-        model=model, args=args, reward_funcs=[odd_tokens],
+        model=model,
+        args=args,
+        reward_funcs=[odd_tokens],
         train_dataset=Dataset.from_list([{"prompt": f"{i} + {i + 3} ="} for i in range(16)]),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )  # fmt: skip
+    )
 
 
 def forget_once(session: Session) -> None:

@@ -29,9 +29,18 @@ def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: st
     steps = re.search(r"^lockstep_learner_step ([0-9.]+)$", metrics[1], re.MULTILINE)
     assert steps and float(steps[1]) >= 1, metrics[1]
     command = [
-        sys.executable, "-m", "learner.cli", "status", "--json", "--rollout-url", server.url,
-        "--run-dir", str(learner.folder), "--token-file", token_file,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "learner.cli",
+        "status",
+        "--json",
+        "--rollout-url",
+        server.url,
+        "--run-dir",
+        str(learner.folder),
+        "--token-file",
+        token_file,
+    ]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["run"]["finished"] and found["run"]["step"] == 6 and len(found["run"]["rewards"]) == 6
     run = next(run for run in found["servers"][0]["runs"] if run["run_id"] == found["run"]["run_id"])

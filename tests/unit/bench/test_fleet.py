@@ -21,8 +21,10 @@ RECORDS = [
 def test_stretches_lie_between_events_and_count_who_was_up():
     rows = stretches(RECORDS, {"A": 10.0, "B": 20.0})
     assert [(row["row"], row["tokens_per_s"], row["expected"]) for row in rows] == [
-        ("A", 10.0, 10.0), ("A+B", 26.0, 30.0), ("A", 10.0, 10.0)
-    ]  # fmt: skip
+        ("A", 10.0, 10.0),
+        ("A+B", 26.0, 30.0),
+        ("A", 10.0, 10.0),
+    ]
 
 
 def test_the_headline_says_the_least():

@@ -46,8 +46,12 @@ def test_a_step_is_waiting_bringing_weights_and_training() -> None:
 def test_ratios() -> None:
     shown = together(ROWS)
     assert shown == {
-        "generation_alone_s": 5.0, "training_alone_s": 6.0, "of_larger": 8 / 6, "of_s0": 8 / 12, "trl_of_s1": 2.0,
-    }  # fmt: skip
+        "generation_alone_s": 5.0,
+        "training_alone_s": 6.0,
+        "of_larger": 8 / 6,
+        "of_s0": 8 / 12,
+        "trl_of_s1": 2.0,
+    }
     assert together([row(TRL, MERGED), row(ours(2), AHEAD)]) == {}
     assert "trl_of_s1" not in together([*ROWS[:2], row(TRL, [], skipped="needs two GPUs")])
 
@@ -93,9 +97,22 @@ def test_lengths_spread() -> None:
 
 def test_steps_that_generate_nothing_ahead_are_not_counted() -> None:
     training = Training(
-        folder="", url="", max_staleness=2, vocab=9, dtype="float32", rank=8, batch=4, group=2, micro_batch=2,
-        prompt_tokens=4, tokens=8, stop_token_ids=[], steps=5, warm_up=3, output="",
-    )  # fmt: skip
+        folder="",
+        url="",
+        max_staleness=2,
+        vocab=9,
+        dtype="float32",
+        rank=8,
+        batch=4,
+        group=2,
+        micro_batch=2,
+        prompt_tokens=4,
+        tokens=8,
+        stop_token_ids=[],
+        steps=5,
+        warm_up=3,
+        output="",
+    )
     steps = [Step(float(i), 0.0, 0.0, 0.0, 0) for i in range(training.max_steps)]
     assert [one.seconds for one in training.counted(steps)] == [3.0, 4.0, 5.0, 6.0, 7.0]
     assert training.max_steps == 10

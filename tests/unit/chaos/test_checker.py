@@ -34,8 +34,10 @@ class _Reference:
 def _honest() -> dict[str, Any]:
     run = {"run_id": "run", "version": VERSION, "checksum": "c1"}
     completion = {
-        "token_ids": [1, 2, 3], "logprobs": [LOGPROB] * 3, "spans": [{"version": VERSION, "start": 0, "end": 3}],
-    }  # fmt: skip
+        "token_ids": [1, 2, 3],
+        "logprobs": [LOGPROB] * 3,
+        "spans": [{"version": VERSION, "start": 0, "end": 3}],
+    }
     return {
         "/v1/state": {"epoch": "e", "runs": [run]},
         "/v1/generate": {"epoch": "e", "groups": [{"prompt_token_ids": [7, 8], "completions": [completion]}]},
@@ -129,9 +131,7 @@ def test_a_lie_is_seen(told: Told, tmp_path: Path, lie: str) -> None:
 
 
 @pytest.mark.parametrize(("field", "value", "invariant"), [("lag", 1.5, "I6"), ("logprob_gap", 0.1, "I4")])
-def test_the_learners_history_is_read(
-    told: Told, tmp_path: Path, field: str, value: float, invariant: str
-) -> None:  # fmt: skip
+def test_the_learners_history_is_read(told: Told, tmp_path: Path, field: str, value: float, invariant: str) -> None:
     history = tmp_path / "history"
     good = {"step": 1, "lag": 1.0, "logprob_gap": 1e-6}
     history.write_text(json.dumps(good) + "\n" + json.dumps({**good, "step": 2, field: value}) + "\n" + '{"step": 3')

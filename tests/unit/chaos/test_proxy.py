@@ -21,15 +21,28 @@ from tests.chaos.forgery import reversioned
 from tests.chaos.processes import REPOSITORY
 
 MANIFEST = AdapterManifest(
-    version=WeightVersion(run_id="run", fence=2, step=7), base_weights=None, dtype="float32",
-    modules={"a": ModuleSpec(rank=8, scaling=1.0)}, peft_config={}, checksum="ab" * 16,
-)  # fmt: skip
+    version=WeightVersion(run_id="run", fence=2, step=7),
+    base_weights=None,
+    dtype="float32",
+    modules={"a": ModuleSpec(rank=8, scaling=1.0)},
+    peft_config={},
+    checksum="ab" * 16,
+)
 LAYOUT = Layout(lay_out({"a.lora_A.weight": (8, 1000), "a.lora_B.weight": (1000, 8)}, "float32"))
 BLOB = LAYOUT.header(MANIFEST) + bytes(LAYOUT.nbytes)
 RECEIPT = PushReceipt(
-    epoch="e1", version=MANIFEST.version, install_seq=3, checksum=MANIFEST.checksum, bytes=len(BLOB), workers=1,
-    modules=1, transfer_seconds=0, install_seconds=0, flip_seconds=0, wait_seconds=0,
-)  # fmt: skip
+    epoch="e1",
+    version=MANIFEST.version,
+    install_seq=3,
+    checksum=MANIFEST.checksum,
+    bytes=len(BLOB),
+    workers=1,
+    modules=1,
+    transfer_seconds=0,
+    install_seconds=0,
+    flip_seconds=0,
+    wait_seconds=0,
+)
 
 
 class _Server(BaseHTTPRequestHandler):

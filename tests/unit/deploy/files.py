@@ -52,8 +52,11 @@ def containers(name: str) -> list[Container]:
         service = compose(file)["services"][name]
         found.append(Container(file, name, shlex.split(service["command"]), service))
     for folder in KUBERNETES:
-        pods = [manifest["spec"]["template"]["spec"] for manifest in manifests(folder)
-                if manifest["kind"] in ("StatefulSet", "Job")]  # fmt: skip
+        pods = [
+            manifest["spec"]["template"]["spec"]
+            for manifest in manifests(folder)
+            if manifest["kind"] in ("StatefulSet", "Job")
+        ]
         specs = [spec for pod in pods for spec in pod["containers"] if spec["name"] == name]
         found += [Container(folder, name, spec["args"], spec) for spec in specs]
     return found

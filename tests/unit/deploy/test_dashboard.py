@@ -54,8 +54,11 @@ def test_panels_do_not_overlap_and_fill_their_rows() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         place = panel["gridPos"]
-        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"])
-                 for y in range(place["y"], place["y"] + place["h"])}  # fmt: skip
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
         assert not cells & taken and max(x for x, _ in cells) < 24, panel["title"]
         taken |= cells
     assert len(taken) == 24 * (1 + max(y for _, y in taken)), "no holes"
@@ -69,8 +72,11 @@ def test_the_scrape_configuration_asks_with_a_token_of_the_servers_role() -> Non
     server = jobs["rollout-server"]
     assert server["authorization"]["credentials_file"] == "/run/secrets/metrics_token"
     assert server["dns_sd_configs"][0] | {"refresh_interval": ""} == {
-        "names": ["rollout-server"], "type": "A", "port": 8000, "refresh_interval": ""
-    }  # fmt: skip
+        "names": ["rollout-server"],
+        "type": "A",
+        "port": 8000,
+        "refresh_interval": "",
+    }
     assert jobs["learner"]["static_configs"] == [{"targets": ["learner:9100"]}]
 
 

@@ -104,13 +104,17 @@ def test_probes_and_scrapes_ask_for_routes_that_they_may_read() -> None:
 
 
 def test_only_what_the_learner_needs_reaches_a_server() -> None:
-    policies = {manifest["metadata"]["name"]: manifest["spec"] for manifest in manifests("base")
-                if manifest["kind"] == "NetworkPolicy"}  # fmt: skip
+    policies = {
+        manifest["metadata"]["name"]: manifest["spec"]
+        for manifest in manifests("base")
+        if manifest["kind"] == "NetworkPolicy"
+    }
     server = policies["rollout-server"]
     assert [rule["ports"] for rule in server["ingress"]] == [[{"port": 8000}]]
     assert server["egress"] == []
-    published = [port for service in compose("docker-compose.yml")["services"].values()
-                 for port in service.get("ports", ())]  # fmt: skip
+    published = [
+        port for service in compose("docker-compose.yml")["services"].values() for port in service.get("ports", ())
+    ]
     assert published and all(port.startswith("127.0.0.1:") for port in published)
 
 

@@ -32,10 +32,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
@@ -50,12 +60,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server_state(model_dir: Path) -> ServerState:
     """What a healthy server of the tiny model says of itself."""
     return ServerState(
-        epoch="e1", ready=True, model=str(model_dir), base=fingerprint_checkpoint(str(model_dir)),
+        epoch="e1",
+        ready=True,
+        model=str(model_dir),
+        base=fingerprint_checkpoint(str(model_dir)),
         vllm_version="0.32.0",
-        device="cpu", dtype="float32", lora_dtype="float32", max_model_len=128, max_lora_rank=16,
+        device="cpu",
+        dtype="float32",
+        lora_dtype="float32",
+        max_model_len=128,
+        max_lora_rank=16,
         slots_per_run=2,
-        max_runs=2, workers=1, logprobs_mode="processed_logprobs",
-    )  # fmt: skip
+        max_runs=2,
+        workers=1,
+        logprobs_mode="processed_logprobs",
+    )
 
 
 @pytest.fixture
@@ -85,19 +104,29 @@ def make_trainer(model_dir: Path, tmp_path: Path, no_workers_left: None) -> Call
         lora: dict[str, Any] | None = None, trainer_kwargs: dict[str, Any] | None = None, **config: Any
     ) -> GRPOTrainer:
         settings = {
-            "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "max_steps": 3,
-            "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6,
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "max_steps": 3,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
             "learning_rate": 1e-2,
-            "logging_steps": 1, "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False,
-            "disable_tqdm": True, **config,
-        }  # fmt: skip
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            **config,
+        }
         lora_settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
         rows = [{"prompt": f"w{i} w{i + 7} w{i + 20}"} for i in range(16)]
         return GRPOTrainer(
-            model=str(model_dir), args=GRPOConfig(**settings),
+            model=str(model_dir),
+            args=GRPOConfig(**settings),
             peft_config=LoraConfig(**{**lora_settings, **(lora or {})}),
             **{"train_dataset": Dataset.from_list(rows), "reward_funcs": [reward_odd], **(trainer_kwargs or {})},
-        )  # fmt: skip
+        )
 
     return make
 

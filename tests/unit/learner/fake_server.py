@@ -20,7 +20,7 @@ from shared.rollouts import (
     ScoreRequest,
     ScoreResponse,
     VersionSpan,
-)  # fmt: skip
+)
 from shared.weights import PushReceipt, RunState, ServerState, WeightVersion
 
 
@@ -117,11 +117,18 @@ class FakeServer:
         self.served[run_id] = (manifest.version, manifest.checksum)
         self.pushed.append(manifest.version)
         return PushReceipt(
-            epoch=self.state.epoch, version=manifest.version, install_seq=len(self.pushed),
+            epoch=self.state.epoch,
+            version=manifest.version,
+            install_seq=len(self.pushed),
             checksum=manifest.checksum,
-            bytes=len(blob), workers=self.state.workers, modules=len(deltas), transfer_seconds=0.0,
-            install_seconds=0.0, flip_seconds=0.0, wait_seconds=0.0,
-        )  # fmt: skip
+            bytes=len(blob),
+            workers=self.state.workers,
+            modules=len(deltas),
+            transfer_seconds=0.0,
+            install_seconds=0.0,
+            flip_seconds=0.0,
+            wait_seconds=0.0,
+        )
 
     def _resolve(self, policy: Any, run_id: str | None) -> WeightVersion | None:
         if policy == "base":
@@ -163,10 +170,14 @@ class FakeServer:
                     logprobs = [logprob - self.log_kept_mass for logprob in logprobs]
                 completions.append(
                     Completion(
-                        token_ids=tokens, logprobs=logprobs, log_kept_mass=kept, finish_reason="length", spans=spans,
+                        token_ids=tokens,
+                        logprobs=logprobs,
+                        log_kept_mass=kept,
+                        finish_reason="length",
+                        spans=spans,
                         text="7",
                     )
-                )  # fmt: skip
+                )
             groups.append(RolloutGroup(prompt_index=index, prompt_token_ids=ids, completions=completions))
         return GenerateResponse(epoch=self.state.epoch, groups=groups)
 

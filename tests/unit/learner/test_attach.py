@@ -108,9 +108,14 @@ def test_generation_batches_reused_over_steps(make_trainer, server, client):
 def test_evaluation_has_its_own_group_size(make_trainer, server, client):
     rows = Dataset.from_list([{"prompt": "w1 w2"}, {"prompt": "w3 w4"}])
     trainer = make_trainer(
-        trainer_kwargs={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1, num_generations_eval=2,
-        per_device_eval_batch_size=4, max_steps=1, do_eval=True,
-    )  # fmt: skip
+        trainer_kwargs={"eval_dataset": rows},
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        max_steps=1,
+        do_eval=True,
+    )
     attachment = attach(trainer, client=client, run_id="r")
     trainer.train()
     asked = [r for r in server.generated if r.policy != "base"]

@@ -65,12 +65,19 @@ def test_waits_until_ready(server_state):
 def test_push_is_sent_again_when_its_answer_is_lost():
     bodies = []
     receipt = {
-        "epoch": "e", "version": {"run_id": "r", "fence": 0, "step": 1}, "install_seq": 1, "checksum": "c",
+        "epoch": "e",
+        "version": {"run_id": "r", "fence": 0, "step": 1},
+        "install_seq": 1,
+        "checksum": "c",
         "bytes": 4,
-        "workers": 1, "modules": 1, "transfer_seconds": 0, "install_seconds": 0, "flip_seconds": 0,
+        "workers": 1,
+        "modules": 1,
+        "transfer_seconds": 0,
+        "install_seconds": 0,
+        "flip_seconds": 0,
         "wait_seconds": 0,
         "repeated": True,
-    }  # fmt: skip
+    }
 
     def handler(request):
         bodies.append(request.content)

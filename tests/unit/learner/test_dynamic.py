@@ -24,8 +24,9 @@ SIZE = 2
 
 
 def completion(prompt: list[int]) -> Completion:
-    return Completion(token_ids=prompt, logprobs=[0.0], finish_reason="stop",
-                      spans=[VersionSpan(version=None, start=0, end=1)])  # fmt: skip
+    return Completion(
+        token_ids=prompt, logprobs=[0.0], finish_reason="stop", spans=[VersionSpan(version=None, start=0, end=1)]
+    )
 
 
 class Scores:
@@ -75,10 +76,16 @@ def test_it_ends_within_the_bound(groups: int, spare: int, rounds: int, data: st
     assert dynamic.kept == draw.kept and dynamic.prompts(0) is None
 
 
-@pytest.mark.parametrize(("rewards", "expected"), [
-    ([1.0, 1.0], False), ([1.0, 0.0], True), ([math.nan, 1.0], False), ([math.nan] * 2, False),
-    ([math.nan, 0.5, 1.0], True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([1.0, 1.0], False),
+        ([1.0, 0.0], True),
+        ([math.nan, 1.0], False),
+        ([math.nan] * 2, False),
+        ([math.nan, 0.5, 1.0], True),
+    ],
+)
 def test_what_varies(rewards: list[float], expected: bool) -> None:
     assert varies(rewards) is expected
 
@@ -87,8 +94,10 @@ def trainer_of(make_trainer: Any, function: Any, **config: Any) -> GRPOTrainer:
     rows = [{"prompt": f"w{i} w{i + 7}", "easy": i % 3 == 0} for i in range(24)]
     return make_trainer(
         trainer_kwargs={"train_dataset": Dataset.from_list(rows), "reward_funcs": [function]},
-        per_device_train_batch_size=16, max_steps=4, **config,
-    )  # fmt: skip
+        per_device_train_batch_size=16,
+        max_steps=4,
+        **config,
+    )
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -131,9 +140,13 @@ def _begun(trainer: GRPOTrainer) -> GRPOTrainer:
     return trainer
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"reward_workers": 0}, "set reward_workers"), ({"degenerate_rounds": 0}, "at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reward_workers": 0}, "set reward_workers"),
+        ({"degenerate_rounds": 0}, "at least 1"),
+    ],
+)
 def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LearnerConfig(drop_degenerate_groups=True, **options)

@@ -48,8 +48,11 @@ def _adapter(model_dir: Path, folder: Path, **lora) -> PeftModel:
 @pytest.mark.parametrize("lora", LORA)
 def test_a_merged_model_is_pefts(model_dir: Path, tmp_path: Path, lora: str) -> None:
     policy = _adapter(model_dir, tmp_path / "adapter", **LORA[lora])
-    scalings = {name.removeprefix("base_model.model."): module.scaling["default"]
-                for name, module in policy.named_modules() if hasattr(module, "lora_A")}  # fmt: skip
+    scalings = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in policy.named_modules()
+        if hasattr(module, "lora_A")
+    }
     stored = open_adapter(tmp_path / "adapter")
     assert {name: module.scaling for name, module in stored.modules.items()} == pytest.approx(scalings)
     expected = policy.merge_and_unload().state_dict()
@@ -123,8 +126,10 @@ def test_an_adapter_alone(model_dir: Path, tmp_path: Path, capsys: pytest.Captur
     command = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors"
-    }  # fmt: skip
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
     tokens = torch.tensor([[3, 5, 8, 13]])
@@ -237,15 +242,27 @@ def test_tensors_that_are_refused(model_dir: Path, tmp_path: Path) -> None:
 
 def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
     _adapter(model_dir, tmp_path / "adapter", rank_pattern={"q_proj": 4})
-    summary = {"run_id": "sums", "steps": 40, "task": "reasoning_gym:chain_sum", "completions": 640,
-               "versions": {"trl": "1.16.0", "vllm": "0.32.0"}}  # fmt: skip
+    summary = {
+        "run_id": "sums",
+        "steps": 40,
+        "task": "reasoning_gym:chain_sum",
+        "completions": 640,
+        "versions": {"trl": "1.16.0", "vllm": "0.32.0"},
+    }
     (tmp_path / "train.json").write_text(json.dumps(summary))
     (tmp_path / "summary.json").write_text(json.dumps({"eval_before": 0.25, "eval_after": 0.75, "eval_questions": 64}))
     export(tmp_path, tmp_path / "out", merged=True)
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
-        "# sums", "| optimizer steps | 40 |", "| task | reasoning_gym:chain_sum |", "0.250 before training, 0.750",
-        "| LoRA rank | ", "4 (2 modules)", "vllm serve", "library_name: transformers", "trl 1.16.0, vllm 0.32.0",
+        "# sums",
+        "| optimizer steps | 40 |",
+        "| task | reasoning_gym:chain_sum |",
+        "0.250 before training, 0.750",
+        "| LoRA rank | ",
+        "4 (2 modules)",
+        "vllm serve",
+        "library_name: transformers",
+        "trl 1.16.0, vllm 0.32.0",
         "| adapted | 14 linear layers: down_proj, gate_proj,",
-    ):  # fmt: skip
+    ):
         assert line in card, card

@@ -31,10 +31,14 @@ def test_a_training_by_turns(make_trainer: MakeTrainer, server: FakeServer, clie
     """The fake server fails whatever it is asked in its sleep; a pass for the gradient must find it asleep."""
     server.state = server.state.model_copy(update={"asleep": True})  # an earlier learner was killed
     trainer = make_trainer(
-        steps_per_generation=2, num_iterations=2, max_steps=6, eval_strategy="steps", eval_steps=2,
+        steps_per_generation=2,
+        num_iterations=2,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
         per_device_eval_batch_size=8,
         trainer_kwargs={"eval_dataset": [{"prompt": f"w{i} w3"} for i in range(4)]},
-    )  # fmt: skip
+    )
     session = attach(trainer, client=client, run_id="r", share_gpu=True)
     asleep: list[bool] = []
     trainer.model.register_forward_pre_hook(

@@ -56,15 +56,20 @@ class Server:
         version = WeightVersion(run_id="r", step=step)
         groups = [
             RolloutGroup(
-                prompt_index=i, prompt_token_ids=prompt.token_ids,
+                prompt_index=i,
+                prompt_token_ids=prompt.token_ids,
                 completions=[
-                    Completion(token_ids=[*prompt.token_ids, step], logprobs=[-1.0, -1.0], finish_reason="stop",
-                               spans=[VersionSpan(version=version, start=0, end=2)])
+                    Completion(
+                        token_ids=[*prompt.token_ids, step],
+                        logprobs=[-1.0, -1.0],
+                        finish_reason="stop",
+                        spans=[VersionSpan(version=version, start=0, end=2)],
+                    )
                     for _ in range(request.sampling.n)
                 ],
             )
             for i, prompt in enumerate(request.prompts)
-        ]  # fmt: skip
+        ]
         yield from groups
 
     def state(self, timeout_s: float = 1.0) -> SimpleNamespace:
@@ -85,7 +90,7 @@ class Training:
         fetcher = Fetcher(fleet, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None)
         self.rollouts = RemoteRollouts(
             fetcher, version=self.version, barrier=lambda: None, batch=lambda: schedule.batch_at(self.micro)
-        )  # fmt: skip
+        )
         self.prefetcher = Prefetcher(
             lambda batch: [[batch], [batch], [batch + 1000]],
             lambda batch, prompts: fetcher.fetch(asks_of(prompts), lambda: Wanted(self.version(), exact=False)),
@@ -126,13 +131,18 @@ class Training:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.builds(Schedule, per_batch=st.integers(1, 3), accumulation=st.integers(1, 3), per_epoch=st.integers(2, 4),
-              max_steps=st.integers(1, 8)),
+    st.builds(
+        Schedule,
+        per_batch=st.integers(1, 3),
+        accumulation=st.integers(1, 3),
+        per_epoch=st.integers(2, 4),
+        max_steps=st.integers(1, 8),
+    ),
     st.integers(1, 3),
     st.lists(st.sampled_from([0.0, 0.001, 0.02]), min_size=1, max_size=5),
     st.lists(st.integers(0, 8), min_size=1, max_size=5),
     st.sets(st.integers(0, 10), max_size=2),
-)  # fmt: skip
+)
 def test_every_batch_once_in_order_and_never_too_old(schedule, staleness, delays, old, losses) -> None:
     training = Training(Server(delays, old, losses), schedule, staleness)
     trained = training.run()

@@ -16,7 +16,7 @@ from learner.refusals import (
     check_server,
     check_targets,
     correction_warnings,
-)  # fmt: skip
+)
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import BaseFingerprint
 

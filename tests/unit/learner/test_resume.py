@@ -27,9 +27,13 @@ def train(make_trainer, server, client, tmp_path):
         rows = [{"prompt": f"w{i} w{i + 7}"} for i in range(10)]
         trainer = make_trainer(
             trainer_kwargs={"train_dataset": Dataset.from_list(rows)},
-            output_dir=str(tmp_path / name), save_strategy="steps", seed=5,
-            full_determinism=True, lora={"lora_dropout": 0.1}, **config,
-        )  # fmt: skip
+            output_dir=str(tmp_path / name),
+            save_strategy="steps",
+            seed=5,
+            full_determinism=True,
+            lora={"lora_dropout": 0.1},
+            **config,
+        )
         session = attach(trainer, client=client, deterministic=True)
         if kill_at is not None:
             push = session.after_step
@@ -102,10 +106,17 @@ def test_another_arrangement_of_batches_is_refused(train, tmp_path) -> None:
 def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, server, client) -> None:
     rows = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
     trainer = make_trainer(
-        trainer_kwargs={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1, save_strategy="best",
-        metric_for_best_model="reward", greater_is_better=True, per_device_eval_batch_size=4, do_eval=True,
-        load_best_model_at_end=True, max_steps=3,
-    )  # fmt: skip
+        trainer_kwargs={"eval_dataset": rows},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="reward",
+        greater_is_better=True,
+        per_device_eval_batch_size=4,
+        do_eval=True,
+        load_best_model_at_end=True,
+        max_steps=3,
+    )
     attach(trainer, client=client, run_id="r")
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)

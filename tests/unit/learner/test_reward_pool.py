@@ -67,16 +67,22 @@ def waits_for_a_lock():
 
 
 FUNCTIONS = {
-    "lengths": lengths, "in_a_coroutine": in_a_coroutine, "misbehaving": misbehaving, "heavy_modules": heavy_modules,
-    "closure": closure(), "waits_for_a_lock": waits_for_a_lock(),
-}  # fmt: skip
+    "lengths": lengths,
+    "in_a_coroutine": in_a_coroutine,
+    "misbehaving": misbehaving,
+    "heavy_modules": heavy_modules,
+    "closure": closure(),
+    "waits_for_a_lock": waits_for_a_lock(),
+}
 
 
 def group(*completions: str) -> Call:
     rows = {
-        "prompts": ["p"] * len(completions), "completions": list(completions),
-        "completion_ids": [[1, 2]] * len(completions), "scale": [2.0] * len(completions),
-    }  # fmt: skip
+        "prompts": ["p"] * len(completions),
+        "completions": list(completions),
+        "completion_ids": [[1, 2]] * len(completions),
+        "scale": [2.0] * len(completions),
+    }
     return Call(rows, SimpleNamespace(global_step=7))
 
 
@@ -190,9 +196,12 @@ def run_script(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], li
     path = folder / "script.py"
     path.write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, str(path), *arguments], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3],
+        [sys.executable, str(path), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-    )  # fmt: skip
+    )
     assert process.stdout
     assert process.stdout.readline() == "executed\n"
     children = [int(pid) for pid in process.stdout.readline().split()]

@@ -40,10 +40,14 @@ def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def completions_of(batch: dict[str, Any]) -> list[Completion]:
     return [
-        Completion(token_ids=ids, logprobs=[0.0] * len(ids), finish_reason="stop",
-                   spans=[VersionSpan(version=None, start=0, end=len(ids))])
+        Completion(
+            token_ids=ids,
+            logprobs=[0.0] * len(ids),
+            finish_reason="stop",
+            spans=[VersionSpan(version=None, start=0, end=len(ids))],
+        )
         for ids in batch["completion_ids_list"]
-    ]  # fmt: skip
+    ]
 
 
 def logged(trainer: Any) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -58,7 +62,7 @@ def attached(make_trainer, functions, rows=ROWS, **config):
     trainer = make_trainer(
         trainer_kwargs={"train_dataset": Dataset.from_list(rows), "reward_funcs": functions},
         per_device_train_batch_size=16,
-    )  # fmt: skip
+    )
     trainer.model.train()
     batch = batch_of(trainer, rows)
     own = trainer._calculate_rewards(**batch), *logged(trainer)
@@ -137,10 +141,13 @@ def test_what_hangs_is_left_out_and_counted(make_trainer) -> None:
     assert len(said) == 1 and "reward_timeout_s" in said[0]
 
 
-@pytest.mark.parametrize(("function", "kind", "words"), [
-    (R.raises, RuntimeError, r"(?s)'raises' failed.*in raises.*no such answer"),
-    (R.too_few, ValueError, r"'too_few' returned 1 rewards, but 4 were expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "kind", "words"),
+    [
+        (R.raises, RuntimeError, r"(?s)'raises' failed.*in raises.*no such answer"),
+        (R.too_few, ValueError, r"'too_few' returned 1 rewards, but 4 were expected"),
+    ],
+)
 def test_the_users_errors_reach_the_user(make_trainer, function, kind, words) -> None:
     trainer = make_trainer(trainer_kwargs={"reward_funcs": [function]})
     Rewards(trainer, LearnerConfig(), print)

@@ -23,18 +23,30 @@ def test_every_vllm_field_of_trl_is_known():
 def test_maps_all_generation_options(grpo):
     params = sampling_params(
         grpo(
-            temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1, max_completion_length=33,
+            temperature=0.7,
+            top_p=0.9,
+            top_k=5,
+            min_p=0.1,
+            repetition_penalty=1.1,
+            max_completion_length=33,
             vllm_structured_outputs_regex="[0-9]+",
             generation_kwargs={"stop": ["\n"], "seed": 3, "presence_penalty": 0.5, "top_p": 0.8},
         ),
         eos_token_ids=[2, 7],
-    )  # fmt: skip
+    )
     assert params.model_dump(exclude_defaults=True) == {
-        "temperature": 0.7, "top_p": 0.8, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
         "max_tokens": 33,
-        "structured_outputs": {"regex": "[0-9]+"}, "stop": ["\n"], "seed": 3, "presence_penalty": 0.5,
+        "structured_outputs": {"regex": "[0-9]+"},
+        "stop": ["\n"],
+        "seed": 3,
+        "presence_penalty": 0.5,
         "stop_token_ids": [2, 7],
-    }  # fmt: skip
+    }
 
 
 def test_ignore_eos_is_not_undone_by_our_stop_tokens(grpo):
@@ -62,14 +74,22 @@ def test_two_structures_contradict(grpo):
 
 
 _OTHER_VALUES = {
-    "vllm_mode": "banana", "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": True,
-    "vllm_server_base_url": "http://x", "vllm_server_host": "h", "vllm_server_port": 1,
+    "vllm_mode": "banana",
+    "vllm_model_impl": "transformers",
+    "vllm_enable_sleep_mode": True,
+    "vllm_server_base_url": "http://x",
+    "vllm_server_host": "h",
+    "vllm_server_port": 1,
     "vllm_server_timeout": 1.0,
-    "vllm_group_port": 1, "vllm_gpu_memory_utilization": 0.5, "vllm_max_model_length": 10,
-    "vllm_tensor_parallel_size": 2, "use_transformers_continuous_batching": True,
+    "vllm_group_port": 1,
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_max_model_length": 10,
+    "vllm_tensor_parallel_size": 2,
+    "use_transformers_continuous_batching": True,
     "use_transformers_paged": True,
-    "transformers_continuous_batching_config": {"max_memory_percent": 0.1}, "cache_implementation": "static",
-}  # fmt: skip
+    "transformers_continuous_batching_config": {"max_memory_percent": 0.1},
+    "cache_implementation": "static",
+}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

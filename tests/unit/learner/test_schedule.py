@@ -11,9 +11,12 @@ from learner.schedule import Schedule
 from learner.seeds import prompt_seed
 
 schedules = st.builds(
-    Schedule, per_batch=st.integers(1, 6), accumulation=st.integers(1, 6), per_epoch=st.integers(1, 5),
+    Schedule,
+    per_batch=st.integers(1, 6),
+    accumulation=st.integers(1, 6),
+    per_epoch=st.integers(1, 5),
     max_steps=st.integers(1, 40),
-)  # fmt: skip
+)
 
 
 def walk(schedule: Schedule):

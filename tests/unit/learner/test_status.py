@@ -18,10 +18,21 @@ from learner.client import RolloutClient
 from shared.weights import BaseFingerprint, RunState, ServerState, WeightVersion
 
 STATE = ServerState(
-    epoch="e1", ready=True, model="tiny", base=BaseFingerprint(weights=None, tokenizer=None, chat_template=None),
-    vllm_version="0.32.0", device="cpu", dtype="float32", lora_dtype="float32", max_model_len=128, max_lora_rank=16,
-    slots_per_run=2, max_runs=2, workers=1, logprobs_mode="processed_logprobs",
-)  # fmt: skip
+    epoch="e1",
+    ready=True,
+    model="tiny",
+    base=BaseFingerprint(weights=None, tokenizer=None, chat_template=None),
+    vllm_version="0.32.0",
+    device="cpu",
+    dtype="float32",
+    lora_dtype="float32",
+    max_model_len=128,
+    max_lora_rank=16,
+    slots_per_run=2,
+    max_runs=2,
+    workers=1,
+    logprobs_mode="processed_logprobs",
+)
 
 
 def _run(step: int) -> RunState:
@@ -50,8 +61,16 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Of a training at step 7 of 10."""
-    same = {"max_steps": 10, "lag": 1.0, "seconds": 2.0, "wait_seconds": 0.5, "push_seconds": 0.25,
-            "rollout_tokens_per_second": 1234.5, "logprob_gap": None, "reward_std": math.nan}  # fmt: skip
+    same = {
+        "max_steps": 10,
+        "lag": 1.0,
+        "seconds": 2.0,
+        "wait_seconds": 0.5,
+        "push_seconds": 0.25,
+        "rollout_tokens_per_second": 1234.5,
+        "logprob_gap": None,
+        "reward_std": math.nan,
+    }
     lines = "".join(json.dumps({"step": i, "reward": i / 10, **same}) + "\n" for i in range(1, 8))
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 8, "rew')  # being written
     (tmp_path / "logs.jsonl").write_text('{"step": 5, "loss": 0.1}\n{"step": 5, "eval_reward": 0.625}\n')
@@ -65,8 +84,11 @@ def _json(capsys: pytest.CaptureFixture, *flags: str) -> tuple[int, dict[str, An
 
 
 def test_servers_of_a_file_and_the_run(served, run_dir, tmp_path, capsys):
-    served |= {"a": STATE.model_copy(update={"runs": [_run(7)]}), "b": STATE.model_copy(update={"runs": [_run(5)]}),
-               "c": STATE.model_copy(update={"draining": True})}  # fmt: skip
+    served |= {
+        "a": STATE.model_copy(update={"runs": [_run(7)]}),
+        "b": STATE.model_copy(update={"runs": [_run(5)]}),
+        "c": STATE.model_copy(update={"draining": True}),
+    }
     places = tmp_path / "servers.txt"
     places.write_text("http://a:1\nhttp://b:1\nhttp://c:1\nhttp://d:1\n")
     status, found = _json(capsys, "--rollout-url", f"file:{places}", "--run-dir", str(run_dir))
@@ -84,8 +106,9 @@ def test_servers_of_a_file_and_the_run(served, run_dir, tmp_path, capsys):
     assert "eval    0.625 at step 5" in shown and "tok/s 1,234" in shown and "gap" not in shown
     lines = shown.splitlines()
     assert [line.split()[2:] for line in lines if line.startswith(("http://a", "http://b"))] == [
-        ["r", "1.7", "0", "3"], ["r", "1.5", "2", "3"]
-    ]  # fmt: skip
+        ["r", "1.7", "0", "3"],
+        ["r", "1.5", "2", "3"],
+    ]
 
 
 def test_a_learner_that_is_ahead_of_its_server(served, run_dir, capsys):

@@ -263,10 +263,18 @@ def test_own_rewards_and_tasks_from_the_current_directory(questions: Path, tmp_p
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("3 + 4 = 7.", "7"), ("1 - 9 = -8", "-8"), ("It is 9-8", "8"), ("so \N{MINUS SIGN}3", "-3"), ("1,2,3", "3"),
-        ("1,234,567 people", "1234567"), ("about 3.50 euros", "3.50"), ("none", None), ("-", None), ("(2)-1", "1"),
+        ("3 + 4 = 7.", "7"),
+        ("1 - 9 = -8", "-8"),
+        ("It is 9-8", "8"),
+        ("so \N{MINUS SIGN}3", "-3"),
+        ("1,2,3", "3"),
+        ("1,234,567 people", "1234567"),
+        ("about 3.50 euros", "3.50"),
+        ("none", None),
+        ("-", None),
+        ("(2)-1", "1"),
     ],
-)  # fmt: skip
+)
 def test_last_number(text: str, number: str | None) -> None:
     assert last_number(text) == number
 

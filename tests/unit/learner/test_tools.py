@@ -24,12 +24,15 @@ RESPONSE_TEMPLATE = {
     "start_anchor": "<eos>",
     "fields": {
         "tool_calls": {
-            "open_pattern": "w(?=1)", "close_pattern": "<eos>", "content": "text", "repeats": True,
+            "open_pattern": "w(?=1)",
+            "close_pattern": "<eos>",
+            "content": "text",
+            "repeats": True,
             "transform": {"type": "function", "function": {"name": "count", "arguments": {"words": "{content}"}}},
         },
         "content": {"close_pattern": "<eos>", "content": "text"},
     },
-}  # fmt: skip
+}
 CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"w{i} w{i + 7}"}]} for i in range(16)])
 
 

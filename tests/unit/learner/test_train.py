@@ -42,15 +42,46 @@ def flags(model_dir, server, monkeypatch, tmp_path):
     monkeypatch.setattr(learner.attachment, "RolloutClient", connect)
     monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
     return [
-        "--rollout-url", "http://fake", "--task", TASK, "--model_name_or_path", str(model_dir),
-        "--use_cpu", "true",
-        "--bf16", "false", "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--report_to", "none",
-        "--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "5",
-        "--learning_rate", "1e-3", "--lora_r", "4", "--lora_target_modules", "all-linear",
-        "--save_strategy", "steps",
-        "--save_steps", "1", "--gradient_checkpointing", "false", "--reward_weights", "1.0", "0.5",
-        "--disable_tqdm", "true",
-    ]  # fmt: skip
+        "--rollout-url",
+        "http://fake",
+        "--task",
+        TASK,
+        "--model_name_or_path",
+        str(model_dir),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "2",
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        "8",
+        "--num_generations",
+        "4",
+        "--max_completion_length",
+        "5",
+        "--learning_rate",
+        "1e-3",
+        "--lora_r",
+        "4",
+        "--lora_target_modules",
+        "all-linear",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--gradient_checkpointing",
+        "false",
+        "--reward_weights",
+        "1.0",
+        "0.5",
+        "--disable_tqdm",
+        "true",
+    ]
 
 
 def run(flags, *more):
@@ -71,8 +102,16 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     assert warm["max_logprob_gap"] < 1e-4
 
     before = len(server.pushed)
-    resumed = run(flags, "--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}',
-                  "--max_steps", "3", "--resume_from_checkpoint", "true")  # fmt: skip
+    resumed = run(
+        flags,
+        "--use_rslora",
+        "--lora_kwargs",
+        '{"rank_pattern": {"q_proj": 8}}',
+        "--max_steps",
+        "3",
+        "--resume_from_checkpoint",
+        "true",
+    )
     assert [(v.fence, v.step) for v in server.pushed[before:]] == [(1, 2), (1, 3)]
     assert (
         resumed["run_id"] == summary["run_id"]

@@ -71,10 +71,19 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
         server.drawn.manual_seed(0)
         server.restart()
         trainer = make_trainer(
-            **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_completion_length": 24,
-               "temperature": 0.9, "vllm_importance_sampling_mode": "token_truncate", "max_steps": 2, "optim": "sgd",
-               "learning_rate": 0.1, "max_grad_norm": 0.0, **config}
-        )  # fmt: skip
+            **{
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 3,
+                "max_completion_length": 24,
+                "temperature": 0.9,
+                "vllm_importance_sampling_mode": "token_truncate",
+                "max_steps": 2,
+                "optim": "sgd",
+                "learning_rate": 0.1,
+                "max_grad_norm": 0.0,
+                **config,
+            }
+        )
         rows = [{"prompt": " ".join(f"w{(7 * i + j) % 60}" for j in range(1 + 5 * (i % 4)))} for i in range(12)]
         trainer.train_dataset = Dataset.from_list(rows)
         for name, parameter in trainer.model.named_parameters():
@@ -129,8 +138,13 @@ def test_windows_keep_their_rows_together():
     def batch(lengths, first):
         mask = torch.tensor([[1] * n + [0] * (6 - n) for n in lengths])
         rows = range(first, first + len(lengths))
-        return {"prompt_mask": torch.ones(len(lengths), 1), "completion_mask": mask, "row": torch.tensor(rows),
-                "name": [str(row) for row in rows], "num_items_in_batch": torch.tensor(9)}  # fmt: skip
+        return {
+            "prompt_mask": torch.ones(len(lengths), 1),
+            "completion_mask": mask,
+            "row": torch.tensor(rows),
+            "name": [str(row) for row in rows],
+            "num_items_in_batch": torch.tensor(9),
+        }
 
     sorted_ = sorted_windows([batch([1, 6], 0), batch([5, 2], 2), batch([3, 4], 4), batch([6, 1], 6)], 2)
     assert [b["row"].tolist() for b in sorted_] == [[1, 2], [3, 0], [6, 5], [4, 7]]

@@ -16,8 +16,13 @@ from shared.errors import LockstepError
 
 #: Of Unsloth's GRPO notebooks.
 NOTEBOOK = {
-    "min_p": 0.1, "top_p": 1.0, "top_k": -1, "seed": 3407, "stop": ["<|im_end|>"], "include_stop_str_in_output": True,
-}  # fmt: skip
+    "min_p": 0.1,
+    "top_p": 1.0,
+    "top_k": -1,
+    "seed": 3407,
+    "stop": ["<|im_end|>"],
+    "include_stop_str_in_output": True,
+}
 AS_ASKED = {"min_p": 0.1, "top_k": -1, "seed": 3407, "stop": ["<|im_end|>"], "include_stop_str_in_output": True}
 
 
@@ -52,8 +57,16 @@ def test_structured_outputs(grpo):
 
 def test_what_says_the_same_or_nothing_is_accepted(grpo):
     args = grpo(num_generations=4, generation_batch_size=8, generation_kwargs={"seed": 1}, temperature=0.5)
-    same = {"n": 4, "temperature": 0.5, "max_tokens": args.max_completion_length, "logprobs": 0, "detokenize": False,
-            "seed": 1, "stop": None, "skip_special_tokens": False}  # fmt: skip
+    same = {
+        "n": 4,
+        "temperature": 0.5,
+        "max_tokens": args.max_completion_length,
+        "logprobs": 0,
+        "detokenize": False,
+        "seed": 1,
+        "stop": None,
+        "skip_special_tokens": False,
+    }
     assert with_vllm_params(args, same).generation_kwargs == {"seed": 1}
     assert with_vllm_params(args, {"n": 1}) is args
 

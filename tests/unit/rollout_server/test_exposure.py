@@ -33,8 +33,16 @@ TOKENS = Tokens({}, {Role.WEIGHTS: TOKEN})
 
 def arguments(**given: Any) -> SimpleNamespace:
     """vLLM's flags as the parser leaves them."""
-    defaults = {"host": "127.0.0.1", "port": 8000, "api_key": None, "ssl_keyfile": None, "ssl_certfile": None,
-                "ssl_ca_certs": None, "ssl_cert_reqs": 0, "ssl_ciphers": None}  # fmt: skip
+    defaults = {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "api_key": None,
+        "ssl_keyfile": None,
+        "ssl_certfile": None,
+        "ssl_ca_certs": None,
+        "ssl_cert_reqs": 0,
+        "ssl_ciphers": None,
+    }
     return SimpleNamespace(**{**defaults, **given})
 
 

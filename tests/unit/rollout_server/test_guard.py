@@ -17,11 +17,33 @@ HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789"
 PUSH = "/v1/runs/r/adapter"
 #: Paths, percent-decoded, that some servers take for others.
 TWISTED = [
-    "//v1/generate", "/v1//generate", "/v1/generate/", "/V1/generate", "/v1/Generate", "/v1/generate;x", "v1/generate",
-    "/./v1/generate", "/x/../v1/generate", "/health/../v1/state", "/ready/../v1/state", "/health/", "//health",
-    "/Health", "/health\0", "/health\n", "/v1/generate\n", "/metrics/../v1/state", "/metrics//", "/v1/runs/a/b",
-    "/docs/oauth2-redirect", "/nothing", "/", "", "*", "http://server/health",
-]  # fmt: skip
+    "//v1/generate",
+    "/v1//generate",
+    "/v1/generate/",
+    "/V1/generate",
+    "/v1/Generate",
+    "/v1/generate;x",
+    "v1/generate",
+    "/./v1/generate",
+    "/x/../v1/generate",
+    "/health/../v1/state",
+    "/ready/../v1/state",
+    "/health/",
+    "//health",
+    "/Health",
+    "/health\0",
+    "/health\n",
+    "/v1/generate\n",
+    "/metrics/../v1/state",
+    "/metrics//",
+    "/v1/runs/a/b",
+    "/docs/oauth2-redirect",
+    "/nothing",
+    "/",
+    "",
+    "*",
+    "http://server/health",
+]
 
 
 async def _echo(scope: Any, receive: Any, send: Any) -> None:
@@ -46,14 +68,26 @@ def _bearer(role: Role) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("method", "path", "needed"),
-    [("POST", "/v1/generate", Role.GENERATE), ("POST", "/v1/score", Role.GENERATE), ("GET", "/v1/state", Role.GENERATE),
-     ("GET", "/v1/runs/r-1.x", Role.GENERATE), ("POST", "/v1/chat/completions", Role.GENERATE),
-     ("GET", "/v1/responses/abc", Role.GENERATE), ("GET", "/metrics", Role.METRICS), ("GET", "/metrics/", Role.METRICS),
-     ("DELETE", "/v1/runs/r", Role.WEIGHTS), ("PUT", PUSH, Role.WEIGHTS), ("POST", "/v1/runs/r/group", Role.WEIGHTS),
-     ("POST", "/v1/runs/r/broadcast", Role.WEIGHTS), ("GET", PUSH, Role.WEIGHTS), ("POST", "/metrics", Role.WEIGHTS),
-     ("POST", "/collective_rpc", Role.WEIGHTS), ("POST", "/sleep", Role.WEIGHTS),
-     ("POST", "/v1/load_lora_adapter", Role.WEIGHTS)],
-)  # fmt: skip
+    [
+        ("POST", "/v1/generate", Role.GENERATE),
+        ("POST", "/v1/score", Role.GENERATE),
+        ("GET", "/v1/state", Role.GENERATE),
+        ("GET", "/v1/runs/r-1.x", Role.GENERATE),
+        ("POST", "/v1/chat/completions", Role.GENERATE),
+        ("GET", "/v1/responses/abc", Role.GENERATE),
+        ("GET", "/metrics", Role.METRICS),
+        ("GET", "/metrics/", Role.METRICS),
+        ("DELETE", "/v1/runs/r", Role.WEIGHTS),
+        ("PUT", PUSH, Role.WEIGHTS),
+        ("POST", "/v1/runs/r/group", Role.WEIGHTS),
+        ("POST", "/v1/runs/r/broadcast", Role.WEIGHTS),
+        ("GET", PUSH, Role.WEIGHTS),
+        ("POST", "/metrics", Role.WEIGHTS),
+        ("POST", "/collective_rpc", Role.WEIGHTS),
+        ("POST", "/sleep", Role.WEIGHTS),
+        ("POST", "/v1/load_lora_adapter", Role.WEIGHTS),
+    ],
+)
 async def test_roles(client: httpx.AsyncClient, method: str, path: str, needed: Role) -> None:
     for role in Role:
         answer = await client.request(method, path, headers=_bearer(role))
@@ -95,9 +129,18 @@ async def test_twisted_paths_need_the_strongest_role() -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["", "Bearer", "Bearer ", "Basic " + HELD[Role.WEIGHTS], HELD[Role.WEIGHTS], f"Bearer {HELD[Role.WEIGHTS]} x",
-     f"Bearer {HELD[Role.WEIGHTS]}, Bearer x", f"Bearer {HELD[Role.WEIGHTS][:-1]}", f"Bearer{HELD[Role.WEIGHTS]}"],
-)  # fmt: skip
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic " + HELD[Role.WEIGHTS],
+        HELD[Role.WEIGHTS],
+        f"Bearer {HELD[Role.WEIGHTS]} x",
+        f"Bearer {HELD[Role.WEIGHTS]}, Bearer x",
+        f"Bearer {HELD[Role.WEIGHTS][:-1]}",
+        f"Bearer{HELD[Role.WEIGHTS]}",
+    ],
+)
 async def test_malformed_credentials(client: httpx.AsyncClient, header: str) -> None:
     assert (await client.get("/v1/state", headers={"Authorization": header})).status_code == 401
 

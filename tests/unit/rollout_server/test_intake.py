@@ -18,9 +18,15 @@ from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 
 SETTINGS = replace(
-    ServerSettings(), max_requests=2, max_sequences=8, max_prompts=4, max_n=6, max_body_mib=1, max_bodies_mib=2,
+    ServerSettings(),
+    max_requests=2,
+    max_sequences=8,
+    max_prompts=4,
+    max_n=6,
+    max_body_mib=1,
+    max_bodies_mib=2,
     max_request_tokens=100,
-)  # fmt: skip
+)
 
 
 @pytest.fixture

@@ -18,10 +18,14 @@ from shared.errors import ErrorCode, LockstepError
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER, RANK = 16, 4, 2, 8, 24, 3
 SHAPES = {
-    "q_proj": (HEADS * SIZE, HIDDEN), "k_proj": (KV_HEADS * SIZE, HIDDEN), "v_proj": (KV_HEADS * SIZE, HIDDEN),
-    "o_proj": (HIDDEN, HEADS * SIZE), "gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN),
+    "q_proj": (HEADS * SIZE, HIDDEN),
+    "k_proj": (KV_HEADS * SIZE, HIDDEN),
+    "v_proj": (KV_HEADS * SIZE, HIDDEN),
+    "o_proj": (HIDDEN, HEADS * SIZE),
+    "gate_proj": (INNER, HIDDEN),
+    "up_proj": (INNER, HIDDEN),
     "down_proj": (HIDDEN, INNER),
-}  # fmt: skip
+}
 
 
 def _layer(kind: type, weight: torch.Tensor, **attributes) -> nn.Module:
@@ -48,22 +52,38 @@ def _worker(full: dict[str, torch.Tensor], rank: int = 0, shards: int = 1) -> Si
     attention.qkv_proj = _layer(
         linear.QKVParallelLinear,
         torch.cat([rows("q_proj", rank, shards), rows("k_proj", *kv), rows("v_proj", *kv)]),
-        input_size=HIDDEN, head_size=SIZE, total_num_heads=HEADS, total_num_kv_heads=KV_HEADS,
-        num_heads=HEADS // shards, num_kv_heads=max(1, KV_HEADS // shards), num_kv_head_replicas=replicas, **tp,
-    )  # fmt: skip
+        input_size=HIDDEN,
+        head_size=SIZE,
+        total_num_heads=HEADS,
+        total_num_kv_heads=KV_HEADS,
+        num_heads=HEADS // shards,
+        num_kv_heads=max(1, KV_HEADS // shards),
+        num_kv_head_replicas=replicas,
+        **tp,
+    )
     attention.o_proj = _layer(
-        linear.RowParallelLinear, full["o_proj"].chunk(shards, 1)[rank].clone(), input_size=HEADS * SIZE,
-        output_size=HIDDEN, input_size_per_partition=HEADS * SIZE // shards, **tp,
-    )  # fmt: skip
+        linear.RowParallelLinear,
+        full["o_proj"].chunk(shards, 1)[rank].clone(),
+        input_size=HEADS * SIZE,
+        output_size=HIDDEN,
+        input_size_per_partition=HEADS * SIZE // shards,
+        **tp,
+    )
     mlp.gate_up_proj = _layer(
         linear.MergedColumnParallelLinear,
         torch.cat([rows("gate_proj", rank, shards), rows("up_proj", rank, shards)]),
-        input_size=HIDDEN, output_sizes=[INNER, INNER], **tp,
-    )  # fmt: skip
+        input_size=HIDDEN,
+        output_sizes=[INNER, INNER],
+        **tp,
+    )
     mlp.down_proj = _layer(
-        linear.RowParallelLinear, full["down_proj"].chunk(shards, 1)[rank].clone(), input_size=INNER,
-        output_size=HIDDEN, input_size_per_partition=INNER // shards, **tp,
-    )  # fmt: skip
+        linear.RowParallelLinear,
+        full["down_proj"].chunk(shards, 1)[rank].clone(),
+        input_size=INNER,
+        output_size=HIDDEN,
+        input_size_per_partition=INNER // shards,
+        **tp,
+    )
     model = nn.Module()
     model.self_attn, model.mlp = attention, mlp
     model.packed_modules_mapping = {
@@ -189,7 +209,9 @@ def test_overflow_is_refused_and_undone() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     writer = MergedWriter(_worker(_base(torch.float32)))
-    for name, shape, code in (("self_attn.qk_proj", (HEADS * SIZE, HIDDEN), ErrorCode.UNSUPPORTED_ADAPTER),
-                              ("self_attn.k_proj", (HEADS * SIZE, HIDDEN), ErrorCode.SHAPE_MISMATCH)):  # fmt: skip
+    for name, shape, code in (
+        ("self_attn.qk_proj", (HEADS * SIZE, HIDDEN), ErrorCode.UNSUPPORTED_ADAPTER),
+        ("self_attn.k_proj", (HEADS * SIZE, HIDDEN), ErrorCode.SHAPE_MISMATCH),
+    ):
         entries = lay_out({name + LORA_A: (RANK, shape[1]), name + LORA_B: (shape[0], RANK)}, "float32")
         assert writer.check(Layout(entries))["code"] == code.value

@@ -15,10 +15,15 @@ from shared.errors import ErrorCode, LockstepError
 def _layout(**changes) -> SimpleNamespace:
     """As vLLM resolves two data-parallel engines of one host."""
     plain = {
-        "data_parallel_size": 2, "data_parallel_size_local": 2, "data_parallel_backend": "mp",
-        "data_parallel_external_lb": False, "data_parallel_hybrid_lb": False, "pipeline_parallel_size": 1,
-        "nnodes": 1, "distributed_executor_backend": "mp",
-    }  # fmt: skip
+        "data_parallel_size": 2,
+        "data_parallel_size_local": 2,
+        "data_parallel_backend": "mp",
+        "data_parallel_external_lb": False,
+        "data_parallel_hybrid_lb": False,
+        "pipeline_parallel_size": 1,
+        "nnodes": 1,
+        "distributed_executor_backend": "mp",
+    }
     assert all(hasattr(ParallelConfig, name) or name in ParallelConfig.__dataclass_fields__ for name in plain)
     return SimpleNamespace(**{**plain, **changes})
 

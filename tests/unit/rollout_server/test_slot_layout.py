@@ -38,10 +38,16 @@ def _worker(rank: int, shards: int) -> SimpleNamespace:
     """A worker whose fused layers take one adapter each, as Phi-3's do, and whose last layer is row-parallel."""
     tp = {"tp_rank": rank, "tp_size": shards}
     qkv = _bare(
-        linear.QKVParallelLinear, head_size=SIZE, total_num_heads=HEADS, total_num_kv_heads=KV_HEADS,
-        num_heads=HEADS // shards, num_kv_heads=max(1, KV_HEADS // shards),
-        num_kv_head_replicas=max(1, shards // KV_HEADS), input_size=HIDDEN, **tp,
-    )  # fmt: skip
+        linear.QKVParallelLinear,
+        head_size=SIZE,
+        total_num_heads=HEADS,
+        total_num_kv_heads=KV_HEADS,
+        num_heads=HEADS // shards,
+        num_kv_heads=max(1, KV_HEADS // shards),
+        num_kv_head_replicas=max(1, shards // KV_HEADS),
+        input_size=HIDDEN,
+        **tp,
+    )
     gate_up = _bare(linear.MergedColumnParallelLinear, output_sizes=[INNER, INNER], input_size=HIDDEN, **tp)
     down = _bare(
         linear.RowParallelLinear, input_size=INNER, output_size=HIDDEN, input_size_per_partition=INNER // shards, **tp
@@ -49,19 +55,31 @@ def _worker(rank: int, shards: int) -> SimpleNamespace:
     own_qkv = (qkv.num_heads + 2 * qkv.num_kv_heads) * SIZE
     modules = {
         "qkv_proj": _bare(
-            columns.QKVParallelLinearWithLoRA, base_layer=qkv, q_proj_total_size=Q, kv_proj_total_size=KV,
-            q_proj_shard_size=qkv.num_heads * SIZE, kv_proj_shard_size=qkv.num_kv_heads * SIZE,
-            **tp, **_stacks([own_qkv], HIDDEN),
+            columns.QKVParallelLinearWithLoRA,
+            base_layer=qkv,
+            q_proj_total_size=Q,
+            kv_proj_total_size=KV,
+            q_proj_shard_size=qkv.num_heads * SIZE,
+            kv_proj_shard_size=qkv.num_kv_heads * SIZE,
+            **tp,
+            **_stacks([own_qkv], HIDDEN),
         ),
         "gate_up_proj": _bare(
-            columns.ColumnParallelLinearWithLoRA, base_layer=gate_up, is_merged_col_linear=True,
-            output_size=2 * INNER // shards, **tp, **_stacks([2 * INNER // shards], HIDDEN),
+            columns.ColumnParallelLinearWithLoRA,
+            base_layer=gate_up,
+            is_merged_col_linear=True,
+            output_size=2 * INNER // shards,
+            **tp,
+            **_stacks([2 * INNER // shards], HIDDEN),
         ),
         "down_proj": _bare(
-            rows.RowParallelLinearWithLoRA, base_layer=down, input_size=INNER // shards, **tp,
+            rows.RowParallelLinearWithLoRA,
+            base_layer=down,
+            input_size=INNER // shards,
+            **tp,
             **_stacks([HIDDEN], INNER // shards),
         ),
-    }  # fmt: skip
+    }
     manager = SimpleNamespace(modules=modules, packed_modules={}, model=nn.Module())
     return SimpleNamespace(
         model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)), modules=modules

@@ -53,10 +53,15 @@ def test_the_environment_stands_in_for_the_learners_file(tmp_path, monkeypatch) 
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("", "holds no token"), (" \n\t\n", "holds no token"), ("short\n", "16 characters"),
-     ("two words that are long", "without spaces"), ("sixteen-äöü-letters", "visible ASCII"),
-     (f"{LEARNER}\nshort", "token 2 of 2")],
-)  # fmt: skip
+    [
+        ("", "holds no token"),
+        (" \n\t\n", "holds no token"),
+        ("short\n", "16 characters"),
+        ("two words that are long", "without spaces"),
+        ("sixteen-äöü-letters", "visible ASCII"),
+        (f"{LEARNER}\nshort", "token 2 of 2"),
+    ],
+)
 def test_unusable_tokens_are_refused_and_not_shown(tmp_path, monkeypatch, text: str, word: str) -> None:
     with pytest.raises(LockstepError, match=word) as refusal:
         configured_tokens(ServerSettings(token_file=write(tmp_path / "w", text)))
@@ -105,9 +110,22 @@ def test_tokens_of_a_file_in_order() -> None:
 
 @pytest.mark.parametrize(
     ("host", "alone"),
-    [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("localhost", True), ("LOCALHOST", True),
-     ("0.0.0.0", False), ("::", False), ("", False), (None, False), ("10.0.0.1", False), ("fe80::1", False),
-     ("localhost.example.org", False), ("gpu-1", False), ("127.0.0.1.example.org", False)],
-)  # fmt: skip
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("LOCALHOST", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("", False),
+        (None, False),
+        ("10.0.0.1", False),
+        ("fe80::1", False),
+        ("localhost.example.org", False),
+        ("gpu-1", False),
+        ("127.0.0.1.example.org", False),
+    ],
+)
 def test_what_is_this_machine_alone(host: str | None, alone: bool) -> None:
     assert is_loopback(host) is alone

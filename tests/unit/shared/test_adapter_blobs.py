@@ -17,13 +17,19 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # 0: the same few hundred 
 
 
 def make_good() -> bytes:
-    shapes = {f"model.layers.{i}.up_proj.lora_{ab}.weight": shape
-              for i in range(2) for ab, shape in (("A", (2, 3)), ("B", (4, 2)))}  # fmt: skip
+    shapes = {
+        f"model.layers.{i}.up_proj.lora_{ab}.weight": shape
+        for i in range(2)
+        for ab, shape in (("A", (2, 3)), ("B", (4, 2)))
+    }
     manifest = AdapterManifest(
-        version=WeightVersion(run_id="r", step=0), base_weights=None, dtype="float32",
+        version=WeightVersion(run_id="r", step=0),
+        base_weights=None,
+        dtype="float32",
         modules={f"model.layers.{i}.up_proj": ModuleSpec(rank=2, scaling=2.0) for i in range(2)},
-        peft_config={}, checksum="",
-    )  # fmt: skip
+        peft_config={},
+        checksum="",
+    )
     header = Layout(lay_out(shapes, "float32")).header(manifest)
     document, fields, data = take_apart(header + np.linspace(-1, 1, 28, dtype="<f4").tobytes())
     fields["checksum"] = digest_of(document, data)

@@ -15,13 +15,19 @@ from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
 
 def _blob(rank: int = 2) -> bytes:
-    tensors = {"m.lora_A.weight": np.arange(rank * 3, dtype="<f4").reshape(rank, 3),
-               "m.lora_B.weight": np.ones((4, rank), "<f4")}  # fmt: skip
+    tensors = {
+        "m.lora_A.weight": np.arange(rank * 3, dtype="<f4").reshape(rank, 3),
+        "m.lora_B.weight": np.ones((4, rank), "<f4"),
+    }
     entries = lay_out({name: tensor.shape for name, tensor in tensors.items()}, "float32")
     manifest = AdapterManifest(
-        version=WeightVersion(run_id="r", step=0), base_weights=None, dtype="float32",
-        modules={"m": ModuleSpec(rank=rank, scaling=2.0)}, peft_config={}, checksum="",
-    )  # fmt: skip
+        version=WeightVersion(run_id="r", step=0),
+        base_weights=None,
+        dtype="float32",
+        modules={"m": ModuleSpec(rank=rank, scaling=2.0)},
+        peft_config={},
+        checksum="",
+    )
     return Layout(entries).header(manifest) + b"".join(tensor.tobytes() for tensor in tensors.values())
 
 

@@ -39,9 +39,12 @@ def test_other_weights_shape_name_or_architecture_differ(tmp_path: Path, weights
 
     changed = {**weights, "b": weights["b"] + np.float16(0.25)}
     digests = {
-        of("same", weights), of("value", changed), of("shape", {**weights, "a": weights["a"].reshape(8, 50)}),
-        of("name", {**{k: weights[k] for k in "ab"}, "d": weights["c"]}), of("config", weights, hidden_size=16),
-    }  # fmt: skip
+        of("same", weights),
+        of("value", changed),
+        of("shape", {**weights, "a": weights["a"].reshape(8, 50)}),
+        of("name", {**{k: weights[k] for k in "ab"}, "d": weights["c"]}),
+        of("config", weights, hidden_size=16),
+    }
     assert len(digests) == 5 and None not in digests
 
 

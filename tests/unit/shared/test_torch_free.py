@@ -15,8 +15,10 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 """
-SHARED = ["shared", *(f"shared.{m}" for m in
-          ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "tokens", "weights"))]  # fmt: skip
+SHARED = [
+    "shared",
+    *(f"shared.{m}" for m in ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "tokens", "weights")),
+]
 
 
 @pytest.mark.parametrize("modules", [SHARED, ["learner.client"]], ids=["shared", "client"])
