@@ -17,7 +17,7 @@ from learner.config import LearnerConfig
 from rollout_server.app import build_app
 from rollout_server.roles import OPEN, VLLM_ROUTES, role_needed
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, error_class
 
 FOLDER = Path(__file__).parent
 _NOTE = "<!-- Written by `make reference` from the code; do not edit. -->\n\n"
@@ -30,8 +30,8 @@ def cli_page() -> str:
         + "\n\n".join(
             [
                 "# Commands",
-                "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags of the "
-                "learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
+                "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags "
+                "of the learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
                 "## rollout-server MODEL",
                 "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
                 _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
@@ -78,7 +78,7 @@ def http_page() -> str:
     parts.append(
         'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do.'
     )
-    parts.append(_table(("code", "status"), ((f"`{c.value}`", str(LockstepError(c, "").status)) for c in ErrorCode)))
+    parts.append(_table(("code", "status"), ((f"`{c.value}`", str(error_class(c).status)) for c in ErrorCode)))
     parts.append("## Bodies")
     for name in used:
         parts += [f"### {name}", models[name].get("description", "")]

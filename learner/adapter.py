@@ -16,7 +16,7 @@ from learner.ranks import gathered, shape_of, whole
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.collective import Announcement
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import NotFinite, UnsupportedAdapter
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
 PEFT_PREFIX = "base_model.model."
@@ -57,10 +57,7 @@ def active_adapter(model: PeftModel) -> str:
     """
     names = model.active_adapters
     if len(names) != 1:
-        raise LockstepError(
-            ErrorCode.UNSUPPORTED_ADAPTER,
-            f"adapters {names} are active at once; activate one with set_adapter(name)",
-        )
+        raise UnsupportedAdapter(f"adapters {names} are active at once; activate one with set_adapter(name)")
     return names[0]
 
 
@@ -71,10 +68,7 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
         if not isinstance(module, LoraLayer):
             continue
         if adapter in module.lora_embedding_A:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER,
-                f"{name} is an embedding: take it out of the adapter's target_modules",
-            )
+            raise UnsupportedAdapter(f"{name} is an embedding: take it out of the adapter's target_modules")
         if adapter in module.lora_A:
             for wrapper in WRAPPERS:
                 name = name.replace(wrapper, "")
@@ -125,9 +119,7 @@ class AdapterExporter:
         self.adapter = active_adapter(model)
         self.layers = lora_layers(model, self.adapter)
         if not self.layers:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER, "the adapter adapts no linear layer; check target_modules"
-            )
+            raise UnsupportedAdapter("the adapter adapts no linear layer; check target_modules")
         for name, layer in self.layers.items():
             _refuse_variants(name, layer, self.adapter)
         self._a = [layer.lora_A[self.adapter].weight for layer in self.layers.values()]
@@ -158,9 +150,7 @@ class AdapterExporter:
         self._check_trainable()
         for name, layer in self.layers.items():
             if layer.merged:
-                raise LockstepError(
-                    ErrorCode.UNSUPPORTED_ADAPTER, f"{name} is merged into the base: call unmerge_adapter()"
-                )
+                raise UnsupportedAdapter(f"{name} is merged into the base: call unmerge_adapter()")
         scalings = [float(layer.scaling[self.adapter]) for layer in self.layers.values()]
         with torch.no_grad():
             with gathered([*self._a, *self._b]):
@@ -197,10 +187,9 @@ class AdapterExporter:
         """Whatever is trained must be pushed, or the server would sample from another policy."""
         left = [name for name, p in self._others if p.requires_grad]
         if left:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER,
+            raise UnsupportedAdapter(
                 f"{len(left)} trainable parameters are not part of the adapter, {left[0]} for one: freeze them, "
-                "or train LoRA on linear layers only",
+                "or train LoRA on linear layers only"
             )
 
     def _refuse_not_finite(self, version: WeightVersion) -> None:
@@ -209,10 +198,9 @@ class AdapterExporter:
             bad = next(
                 e.name for e, v in zip(self.layout.entries, self._views, strict=True) if not torch.isfinite(v).all()
             )
-            raise LockstepError(
-                ErrorCode.NOT_FINITE,
+            raise NotFinite(
                 f"{bad} of {version} holds NaN or infinity: the training has diverged; "
-                "lower learning_rate or set max_grad_norm",
+                "lower learning_rate or set max_grad_norm"
             )
 
 
@@ -225,13 +213,9 @@ def _refuse_variants(name: str, layer: LoraLayer, adapter: str) -> None:
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None or layer.lora_bias.get(adapter):
         what = type(variant).__name__ if variant is not None else "lora_bias"
-        raise LockstepError(
-            ErrorCode.UNSUPPORTED_ADAPTER,
-            f"{name} uses {what}: only plain LoRA can be served; use a plain LoraConfig",
-        )
+        raise UnsupportedAdapter(f"{name} uses {what}: only plain LoRA can be served; use a plain LoraConfig")
     if not isinstance(layer.lora_A[adapter], nn.Linear):
-        raise LockstepError(
-            ErrorCode.UNSUPPORTED_ADAPTER,
+        raise UnsupportedAdapter(
             f"{name} is a {type(layer.get_base_layer()).__name__}: only linear layers can be served; "
-            "take it out of target_modules",
+            "take it out of target_modules"
         )

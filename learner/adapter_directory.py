@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from learner.adapter import active_adapter, peft_tensors, peft_weights
 from learner.ranks import gathered, overwrite
 from learner.stored_adapter import WEIGHTS_FILE
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 
 def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
@@ -33,9 +33,7 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     path, weights = folder / WEIGHTS_FILE, peft_weights(model)
     tensors = load_file(path) if path.is_file() else {}
     if tensors.keys() != weights.keys():
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST, f"{path} does not hold this adapter; resume from another checkpoint"
-        )
+        raise InvalidRequest(f"{path} does not hold this adapter; resume from another checkpoint")
     with gathered(list(weights.values()), written=True):
         for name, weight in weights.items():
             overwrite(weight, tensors[name].to(weight.device, weight.dtype))

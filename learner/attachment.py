@@ -49,7 +49,7 @@ from learner.trl_internals import check_trl
 from learner.vllm_params import with_vllm_params
 from learner.watching import watch
 from learner.wrappers import begin_passes_with, replace_degenerate, skip_padding, tell_turns_apart, watch_drift
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
@@ -99,7 +99,7 @@ def attach(
     if config.drop_degenerate_groups:
         check_replaceable(trainer)
     if config.deterministic and not trainer.args.full_determinism:
-        raise _invalid("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
+        raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     adapter_config = model.peft_config[active_adapter(model)]
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     prompts = _first_prompts(trainer)
@@ -293,7 +293,3 @@ def _first_prompts(trainer: GRPOTrainer) -> list[list[int]]:
         return []
     prompts = dataset[:PROMPTS_MEASURED]["prompt"]
     return [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]] if prompts else []
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

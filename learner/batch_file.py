@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 
 def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
@@ -26,10 +26,9 @@ def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
             if value is None:
                 continue
             if not isinstance(value, torch.Tensor):
-                raise LockstepError(
-                    ErrorCode.INVALID_REQUEST,
+                raise InvalidRequest(
                     f"{name} of a generation batch is no tensor and cannot be checkpointed: set save_steps to a "
-                    "multiple of the optimizer steps per generation batch",
+                    "multiple of the optimizer steps per generation batch"
                 )
             tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, path)

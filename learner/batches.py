@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 
 from learner.lookahead import Lookahead
 from learner.schedule import Schedule
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.weights import ServerState
 
 
@@ -47,10 +47,9 @@ def check_slots(trainer: GRPOTrainer, state: ServerState, max_staleness: int, in
     micro_steps = max_staleness * trainer.args.steps_per_generation * trainer.num_iterations
     needed = -(-micro_steps // trainer.args.gradient_accumulation_steps) + 1
     if state.slots_per_run < needed:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
+        raise InvalidRequest(
             f"max_staleness={max_staleness}: a rollout can live through {needed - 1} pushes, and the server has only "
-            f"{state.slots_per_run} adapter slots: start it with --slots-per-run {needed}, or set in_flight=keep",
+            f"{state.slots_per_run} adapter slots: start it with --slots-per-run {needed}, or set in_flight=keep"
         )
 
 
@@ -64,7 +63,7 @@ class ComingPrompts:
         elif getattr(trainer, "environment_factories", None) is not None or trainer.rollout_func is not None:
             refusal = "environments and rollout functions make their prompts when they are generated"
         if refusal:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"max_staleness: {refusal}; leave it at 0")
+            raise InvalidRequest(f"max_staleness: {refusal}; leave it at 0")
         self._trainer = trainer
         self._known: tuple[int, list[int]] = (-1, [])
 

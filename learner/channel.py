@@ -12,7 +12,16 @@ import httpx
 from pydantic import ValidationError
 
 from learner.credentials import tls_refusal, trust, warn_if_exposed
-from shared.errors import ErrorBody, ErrorCode, LockstepError
+from shared.errors import (
+    ErrorBody,
+    Forbidden,
+    InvalidRequest,
+    LockstepError,
+    NotReady,
+    ProtocolMismatch,
+    Timeout,
+    Unauthenticated,
+)
 from shared.tokens import TOKEN_VARIABLE
 
 KEY_HEADER = "Idempotency-Key"
@@ -29,7 +38,7 @@ class Channel:
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, transport: httpx.BaseTransport | None) -> None:
         if not url.startswith(("http://", "https://")):
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"rollout_url {url!r} must start with http:// or https://")
+            raise InvalidRequest(f"rollout_url {url!r} must start with http:// or https://")
         warn_if_exposed(url, token)
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -82,7 +91,7 @@ class Channel:
         try:
             document = json.loads(line)
         except ValueError as error:  # a proxy has ended the answer
-            raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off an answer: {line[:80]!r}") from error
+            raise NotReady(f"{self.url} cut off an answer: {line[:80]!r}") from error
         if not isinstance(document, dict):
             raise self._foreign(f"answered a line that is no object: {line[:80]!r}")
         return document
@@ -130,16 +139,13 @@ class Channel:
             return _from_body(answer.json())
         except (ValueError, ValidationError):
             if answer.status_code in (401, 403):  # of a proxy, say
-                code = ErrorCode.UNAUTHENTICATED if answer.status_code == 401 else ErrorCode.FORBIDDEN
-                return LockstepError(
-                    code,
+                refusal = Unauthenticated if answer.status_code == 401 else Forbidden
+                return refusal(
                     f"{self.url} refuses this learner (HTTP {answer.status_code}); give the server's token with "
                     f"--token_file or ${TOKEN_VARIABLE}",
                 )
             if answer.status_code in (502, 503, 504):  # a proxy's: nothing answers behind it
-                return LockstepError(
-                    ErrorCode.NOT_READY, f"{self.url} answers HTTP {answer.status_code}: {answer.text[:200]!r}"
-                )
+                return NotReady(f"{self.url} answers HTTP {answer.status_code}: {answer.text[:200]!r}")
             return self._foreign(f"answered HTTP {answer.status_code}: {answer.text[:200]!r}")
 
     def _parse(self, model: Any, document: Any) -> Any:
@@ -149,23 +155,18 @@ class Channel:
             raise self._foreign(f"answered something else than a {model.__name__}: {error}") from error
 
     def _foreign(self, what: str) -> LockstepError:
-        return LockstepError(
-            ErrorCode.PROTOCOL_MISMATCH,
-            f"{self.url} {what}; is a rollout-server of the same lockstep-rl version running there?",
+        return ProtocolMismatch(
+            f"{self.url} {what}; is a rollout-server of the same lockstep-rl version running there?"
         )
 
     def _unreachable(self, error: httpx.HTTPError, path: str) -> LockstepError:
         if refusal := tls_refusal(self.url, error):
             return refusal
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-            return LockstepError(
-                ErrorCode.TIMEOUT,
-                f"{self.url}{path} did not answer within its deadline; see the server's log",
-            )
-        return LockstepError(
-            ErrorCode.NOT_READY,
+            return Timeout(f"{self.url}{path} did not answer within its deadline; see the server's log")
+        return NotReady(
             f"cannot reach the rollout server at {self.url}{path} ({reason(error)}); "
-            "is rollout-server running there, and is rollout_url right?",
+            "is rollout-server running there, and is rollout_url right?"
         )
 
 
@@ -186,7 +187,7 @@ def _waited(answer: httpx.Response, deadline: float) -> bool:
 def _from_body(document: Any) -> LockstepError:
     """Raises pydantic's ValueError for what is no error of ours."""
     error = ErrorBody.model_validate(document).error
-    return LockstepError(error.code, error.message, **error.detail)
+    return LockstepError.from_detail(error)
 
 
 def reason(error: Exception) -> str:

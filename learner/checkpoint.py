@@ -13,7 +13,7 @@ import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 #: Written last; a directory without it is no checkpoint of ours.
 STATE_FILE = "lockstep.json"
@@ -61,9 +61,7 @@ def load_state(folder: Path) -> TrainingState | None:
         document = json.loads(path.read_text())
         return TrainingState(**{field.name: document[field.name] for field in fields(TrainingState)})
     except (ValueError, KeyError, TypeError) as error:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST, f"{path} is damaged ({error}); resume from another checkpoint"
-        ) from error
+        raise InvalidRequest(f"{path} is damaged ({error}); resume from another checkpoint") from error
 
 
 def commit(staged: Path, final: Path) -> None:

@@ -12,7 +12,7 @@ from learner.channel import STATE_TIMEOUT_S, Channel, reason
 from learner.credentials import tls_refusal
 from shared import PROTOCOL_VERSION
 from shared.collective import Announcement, GroupInvitation
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import NotReady, ProtocolMismatch
 from shared.rollouts import (
     HEARTBEAT_SECONDS,
     GenerateRequest,
@@ -69,10 +69,9 @@ class RolloutClient(Channel):
         document = self._json("GET", "/v1/state", timeout=timeout_s)
         spoken = document.get("protocol") if isinstance(document, dict) else None
         if spoken != PROTOCOL_VERSION:
-            raise LockstepError(
-                ErrorCode.PROTOCOL_MISMATCH,
+            raise ProtocolMismatch(
                 f"the server at {self.url} speaks protocol {spoken}, this learner {PROTOCOL_VERSION}; "
-                "install the same lockstep-rl on both sides",
+                "install the same lockstep-rl on both sides"
             )
         return self._parse(ServerState, document)
 
@@ -96,10 +95,9 @@ class RolloutClient(Channel):
                     raise refusal from error
                 last = reason(error)
             if time.monotonic() >= deadline:
-                raise LockstepError(
-                    ErrorCode.NOT_READY,
+                raise NotReady(
                     f"the rollout server at {self.url} was not ready within {timeout_s:g} s ({last}); start "
-                    "it with `rollout-server MODEL`, check rollout_url, or raise ready_timeout_s",
+                    "it with `rollout-server MODEL`, check rollout_url, or raise ready_timeout_s"
                 )
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
 
@@ -125,7 +123,7 @@ class RolloutClient(Channel):
             if document.get("done"):
                 return
             yield self._parse(RolloutGroup, document)
-        raise LockstepError(ErrorCode.NOT_READY, f"{self.url} cut off a stream of completions before its end")
+        raise NotReady(f"{self.url} cut off a stream of completions before its end")
 
     def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreResponse:
         """`POST /v1/score`: teacher-forced logprobs at temperature 1, within `timeout_s` if that is given."""

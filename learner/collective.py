@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from learner.client import RolloutClient
 from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS, Announcement, GroupInvitation
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import NotReady, Timeout
 from shared.weights import InFlight, PushReceipt, ServerState
 
 
@@ -59,7 +59,7 @@ class SendingGroup:
             group.send(torch.tensor([GREETING], dtype=torch.int64, device=device))
             next(events)
         except (RuntimeError, StopIteration) as error:  # torch's own errors: store or peers not reached
-            raise LockstepError(ErrorCode.TIMEOUT, f"the workers of {client.url} cannot be reached: {error}") from error
+            raise Timeout(f"the workers of {client.url} cannot be reached: {error}") from error
         finally:
             events.close()
         return group
@@ -75,14 +75,12 @@ class SendingGroup:
             work = self._group.broadcast([tensor], dist.BroadcastOptions())
             while not work.is_completed():
                 if time.monotonic() > deadline:
-                    raise LockstepError(
-                        ErrorCode.TIMEOUT, f"the rollout server took no broadcast within {self._timeout_s:.0f} s"
-                    )
+                    raise Timeout(f"the rollout server took no broadcast within {self._timeout_s:.0f} s")
                 time.sleep(POLL_SECONDS)
             work.wait()
         except RuntimeError as error:
             self.leave()
-            raise LockstepError(ErrorCode.TIMEOUT, f"the broadcast failed: {error}") from error
+            raise Timeout(f"the broadcast failed: {error}") from error
         except BaseException:
             self.leave()
             raise
@@ -109,7 +107,7 @@ class SendingGroup:
                 self.send(flat.view(torch.uint8))
         finally:
             events.close()
-        raise LockstepError(ErrorCode.NOT_READY, f"{client.url} ended a push without a receipt")
+        raise NotReady(f"{client.url} ended a push without a receipt")
 
     def leave(self) -> None:
         """Leave the group, even in the middle of a broadcast."""

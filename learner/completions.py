@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import LockstepError, ProtocolMismatch, VersionNotActive
 from shared.rollouts import Completion
 from shared.weights import WeightVersion
 
@@ -51,10 +51,9 @@ def check_completion(completion: Completion, wanted: Wanted) -> None:
         if span.start != position or span.end <= span.start:
             raise broken(f"spans leave a gap or overlap at token {position}")
         if not wanted.accepts(span.version, span.kv):
-            raise LockstepError(
-                ErrorCode.VERSION_NOT_ACTIVE,
+            raise VersionNotActive(
                 f"tokens [{span.start}, {span.end}) come from {span.version or 'the base'} (kv {span.kv}), "
-                f"asked for was {wanted.version}: this would be off-policy; does another learner push to this run?",
+                f"asked for was {wanted.version}: this would be off-policy; does another learner push to this run?"
             )
         position = span.end
     if position != length:
@@ -68,4 +67,4 @@ def oldest_step(completion: Completion) -> int:
 
 def broken(what: str) -> LockstepError:
     """The error for an answer that no sound server gives."""
-    return LockstepError(ErrorCode.PROTOCOL_MISMATCH, f"the rollout server's answer is broken: {what}; see its log")
+    return ProtocolMismatch(f"the rollout server's answer is broken: {what}; see its log")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learner.discovery import Places
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN
 
 
@@ -199,14 +199,14 @@ class LearnerConfig:
             LockstepError: `invalid_request` if that is missing, or says several where there can be only one.
         """
         if not self.rollout_url:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, e.g. http://127.0.0.1:8000")
+            raise InvalidRequest("give --rollout-url, e.g. http://127.0.0.1:8000")
         several = len(self.rollout_url) > 1 or Places(self.rollout_url).may_change
         for option, why in (
             ("deterministic", "which server completes a prompt depends on their speed"),
             ("share_gpu", "the learner is on the GPU of one server"),
         ):
             if several and getattr(self, option):
-                raise LockstepError(ErrorCode.INVALID_REQUEST, f"{option}: {why}; give one --rollout-url")
+                raise InvalidRequest(f"{option}: {why}; give one --rollout-url")
         return self.rollout_url
 
     def require_task(self) -> str:
@@ -216,7 +216,7 @@ class LearnerConfig:
             LockstepError: `invalid_request` if it is missing.
         """
         if not self.task:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, "give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
+            raise InvalidRequest("give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
         return self.task
 
 

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.tokens import TOKEN_VARIABLE, is_loopback, parse_tokens
 
 
@@ -24,7 +24,7 @@ def read_token(token_file: str | None) -> str | None:
     try:
         text = Path(token_file).read_text()
     except (OSError, ValueError) as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"token_file cannot be read: {error}") from error
+        raise InvalidRequest(f"token_file cannot be read: {error}") from error
     return parse_tokens(text, f"token_file {token_file}")[0]
 
 
@@ -39,7 +39,7 @@ def trust(ca_file: str | None) -> ssl.SSLContext | bool:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"ca_file {ca_file} cannot be used: {error}") from error
+        raise InvalidRequest(f"ca_file {ca_file} cannot be used: {error}") from error
 
 
 def warn_if_exposed(url: str, token: str | None) -> None:
@@ -55,7 +55,7 @@ def tls_refusal(url: str, error: BaseException) -> LockstepError | None:
         if isinstance(cause, ssl.SSLError) and cause.reason in _FOR_GOOD:
             what = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
             message = f"no connection to {url} ({what}): {_FOR_GOOD[cause.reason]}"
-            return LockstepError(ErrorCode.INVALID_REQUEST, message)
+            return InvalidRequest(message)
         cause = cause.__cause__ or cause.__context__
     return None
 

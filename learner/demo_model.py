@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,11 +27,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 COMPLETE = ".complete"
 
 
-class DemoModelError(LockstepError):
+class DemoModelError(InvalidRequest):
     """The demo model cannot be built; the message says what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ErrorCode.INVALID_REQUEST, message)
 
 
 def default_model_dir() -> Path:

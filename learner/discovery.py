@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 
 DNS = "dns+"
 FILE = "file:"
@@ -29,7 +29,7 @@ class Places:
         for place in given:
             _check(place)
         if not given:
-            raise _invalid("give --rollout_url, e.g. http://127.0.0.1:8000")
+            raise InvalidRequest("give --rollout_url, e.g. http://127.0.0.1:8000")
         self._given = list(given)
         self._last: dict[str, list[str]] = {}
         self._complaints: dict[str, str] = {}
@@ -68,15 +68,15 @@ def _check(place: str) -> None:
         try:
             _listed(Path(place.removeprefix(FILE)))
         except OSError as error:
-            raise _invalid(f"rollout_url {place!r}: {error}") from error
+            raise InvalidRequest(f"rollout_url {place!r}: {error}") from error
         return
     if not _is_url(place.removeprefix(DNS)):
-        raise _invalid(
+        raise InvalidRequest(
             f"rollout_url {place!r} must start with http:// or https://, be dns+http://NAME:PORT for all addresses of "
             "a name, or file:PATH for a file with one URL a line"
         )
     if place.startswith(DNS + "https:"):
-        raise _invalid(
+        raise InvalidRequest(
             f"rollout_url {place!r}: a certificate is for a name, not for the addresses behind it; list the servers' "
             "own names in a file (file:PATH)"
         )
@@ -96,7 +96,7 @@ def _listed(path: Path) -> list[str]:
     urls = [line for line in lines if line]
     for url in urls:
         if not _is_url(url):
-            raise _invalid(f"{path}: {url!r} is not http://HOST:PORT or https://HOST:PORT")
+            raise InvalidRequest(f"{path}: {url!r} is not http://HOST:PORT or https://HOST:PORT")
     return urls
 
 
@@ -106,7 +106,3 @@ def _is_url(url: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isascii()
     except ValueError:  # of the port
         return False
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

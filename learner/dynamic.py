@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 from learner.batches import indexable
 from learner.fetch import Ask, SeedOf
 from learner.rewards import Rewards, all_known_early
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def check_replaceable(trainer: GRPOTrainer) -> None:
     elif not indexable(trainer):
         why = "the training data is a stream, of which no other rows are known"
     if why:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"drop_degenerate_groups: {why}")
+        raise InvalidRequest(f"drop_degenerate_groups: {why}")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from learner.flags import either_spelling
 from learner.processes import Stopped, stop_on_signals
 from learner.stored_adapter import StoredAdapter, open_adapter
 from learner.temporary_run import temporary_run
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
 
@@ -81,7 +81,7 @@ def evaluate(
     """
     rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
     if not rows:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"task {task.name} has no evaluation questions; see --eval-size")
+        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size")
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
@@ -122,17 +122,16 @@ def main(argv: Sequence[str]) -> int:
         eval_dataset=options.eval_dataset,
     )
     if not task.reward_funcs:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
+        raise InvalidRequest(
             f"{task.name} has no reward functions to score answers with (an environment's reward needs its tools, and "
-            "TRL, to be run): name some with --reward-funcs, or another task",
+            "TRL, to be run): name some with --reward-funcs, or another task"
         )
     try:
         sampling = SamplingParams(
             n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens
         )
     except ValueError as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, str(error).replace("\n", " ")) from error
+        raise InvalidRequest(str(error).replace("\n", " ")) from error
 
     def ask(client: RolloutClient, name: str, stored: StoredAdapter | None) -> EvalResult:
         with _serving(client, name, stored, options.run_id) as (policy, run_id):
@@ -214,10 +213,9 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float
     if inspect.isawaitable(values):
         values = asyncio.run(_awaited(values))
     if len(values) != len(arguments["prompts"]):
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
+        raise InvalidRequest(
             f"reward function {_name(function)} returned {len(values)} rewards for "
-            f"{len(arguments['prompts'])} completions",
+            f"{len(arguments['prompts'])} completions"
         )
     return [None if value is None else float(value) for value in values]
 
@@ -300,9 +298,9 @@ def _json_option(value: str | None, flag: str) -> dict[str, Any]:
     try:
         document = json.loads(value) if value else {}
     except ValueError as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{flag} is not valid JSON: {error}") from error
+        raise InvalidRequest(f"{flag} is not valid JSON: {error}") from error
     if not isinstance(document, dict):
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{flag} must be a JSON object")
+        raise InvalidRequest(f"{flag} must be a JSON object")
     return document
 
 

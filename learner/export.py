@@ -14,7 +14,7 @@ from learner.model_card import MARK, model_card
 from learner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
 from learner.whole_directory import is_vacant, whole_directory
 from shared.adapter_file import DTYPES
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import BaseMismatch, InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 
 CARD_FILE = "README.md"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
 def _named_base(adapter: StoredAdapter) -> str:
     name = adapter.config.get("base_model_name_or_path")
     if not name:
-        raise _invalid(f"{adapter.folder} does not say which base it is for: name it with --model_name_or_path")
+        raise InvalidRequest(f"{adapter.folder} does not say which base it is for: name it with --model_name_or_path")
     return str(name)
 
 
@@ -91,23 +91,22 @@ def _check_base(adapter: StoredAdapter, base: Path) -> None:
     """The base is the one that the run was trained on, where the run has kept its fingerprint."""
     trained_on, given = adapter.run.get("base_weights"), fingerprint_checkpoint(str(base)).weights
     if trained_on is not None and trained_on != given:
-        raise LockstepError(
-            ErrorCode.BASE_MISMATCH,
+        raise BaseMismatch(
             f"{base} is not the base that {adapter.folder} was trained on ({str(given)[:12]} and {trained_on[:12]}): "
-            "name that with --model_name_or_path, and --model_revision",
+            "name that with --model_name_or_path, and --model_revision"
         )
 
 
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
     if any(source.absolute() == target for source in sources):
-        raise _invalid(f"{target} is what is to be exported; choose another --out")
+        raise InvalidRequest(f"{target} is what is to be exported; choose another --out")
     if is_vacant(target):
         return
     if not force:
-        raise _invalid(f"{target} exists; choose another --out, or replace it with --force")
+        raise InvalidRequest(f"{target} exists; choose another --out, or replace it with --force")
     card = target / CARD_FILE
     if not card.is_file() or MARK not in card.read_text(errors="replace"):
-        raise _invalid(f"{target} is no export, so --force does not replace it; choose another --out")
+        raise InvalidRequest(f"{target} is no export, so --force does not replace it; choose another --out")
 
 
 def _size(folder: Path) -> int:
@@ -126,7 +125,3 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model-revision", help="of the base model on the hub")
     add("--force", action="store_true", help="replace an earlier export")
     return parser
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

@@ -15,7 +15,7 @@ from learner.fleet import Fleet
 from learner.member import Member
 from learner.parallel import start
 from learner.routing import Router
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt
 from shared.sampling import SamplingParams
 
@@ -159,10 +159,9 @@ class Fetcher:
         """`max_tokens`, or less where the context ends before (a long prompt, a grown tool history)."""
         room = self.max_model_len - prompt_length
         if room < 1:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"a prompt of {prompt_length} tokens leaves no room in the server's context of "
-                f"{self.max_model_len}: shorten the prompts or raise the server's --max-model-len",
+                f"{self.max_model_len}: shorten the prompts or raise the server's --max-model-len"
             )
         wanted = self.sampling.max_tokens
         if wanted is None or wanted <= room:

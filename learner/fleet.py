@@ -17,7 +17,7 @@ from learner.client import RolloutClient
 from learner.discovery import Places
 from learner.member import Member
 from learner.parallel import all_of, first_of, start
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
 from shared.weights import ServerState
 
 T = TypeVar("T")
@@ -241,9 +241,9 @@ class Fleet:
             return
         member.misses = 0
         if state.draining:
-            self.lost(member, LockstepError(ErrorCode.DRAINING, "it is about to leave"), term)
+            self.lost(member, Draining("it is about to leave"), term)
         if not member.pushing and member.receipt is receipt and not member.serves_receipt(state):
-            self.lost(member, LockstepError(ErrorCode.UNKNOWN_RUN, "it no longer serves what it was sent"), term)
+            self.lost(member, UnknownRun("it no longer serves what it was sent"), term)
 
     def _bring_back(self, member: Member) -> None:
         assert self._join
@@ -274,7 +274,7 @@ class Fleet:
         urls = self._places.urls()
         for url in [known for known in self.members if known not in urls]:
             gone = self.members.pop(url)
-            self.lost(gone, LockstepError(ErrorCode.NOT_READY, "it is not listed any more"))
+            self.lost(gone, NotReady("it is not listed any more"))
         new = [Member(self._connect(url)) for url in urls if url not in self.members]
         for member in new:
             self.members[member.url] = member
@@ -289,8 +289,8 @@ def serve_base(states: Iterable[ServerState]) -> bool:
 def _known(error: Exception) -> LockstepError:
     if isinstance(error, LockstepError):
         return error
-    return LockstepError(ErrorCode.INVALID_REQUEST, f"{type(error).__name__}: {error}")
+    return InvalidRequest(f"{type(error).__name__}: {error}")
 
 
 def _none() -> LockstepError:
-    return LockstepError(ErrorCode.NOT_READY, "no rollout server is up; start one, or check rollout_url")
+    return NotReady("no rollout server is up; start one, or check rollout_url")

@@ -21,7 +21,7 @@ from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base
 from learner.quantised import FOUR_BIT, check_quantised
 from learner.whole_directory import is_vacant, whole_directory
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import torch
@@ -52,17 +52,17 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
 
     target = Path(out).absolute()
     if not is_vacant(target):
-        raise _invalid(f"{target} exists; choose another --out")
+        raise InvalidRequest(f"{target} exists; choose another --out")
     folder = fetch_base(model, revision)
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
-        raise _invalid(f"{model} is quantised already: name the checkpoint that it was made from")
+        raise InvalidRequest(f"{model} is quantised already: name the checkpoint that it was made from")
     as_four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=as_four_bits)
     layers = [name for name, module in loaded.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
-        raise _invalid(f"{model} has no linear layer that bitsandbytes quantises")
+        raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantises")
     loaded = loaded.dequantize(getattr(torch, dtype))
     with torch.no_grad():
         for name in layers:
@@ -85,7 +85,7 @@ def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
         if torch.equal(again, weight):
             return weight
         weight = again
-    raise _invalid(f"{name} changes whenever it is quantised again; are there NaN or infinities in it?")
+    raise InvalidRequest(f"{name} changes whenever it is quantised again; are there NaN or infinities in it?")
 
 
 def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
@@ -101,7 +101,7 @@ def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
         return None
     _check_installed()
     if model_args.dtype not in DTYPES:
-        raise _invalid(f"load_in_4bit needs --dtype, as the base was made for ({', '.join(DTYPES)})")
+        raise InvalidRequest(f"load_in_4bit needs --dtype, as the base was made for ({', '.join(DTYPES)})")
     wanted = get_quantization_config(model_args)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     config.quantization_config = wanted
@@ -138,8 +138,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _check_installed() -> None:
     if find_spec("bitsandbytes") is None:
-        raise _invalid("four bits need bitsandbytes: pip install 'lockstep-rl[qlora]'")
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)
+        raise InvalidRequest("four bits need bitsandbytes: pip install 'lockstep-rl[qlora]'")

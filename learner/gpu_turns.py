@@ -10,7 +10,7 @@ import torch
 from learner.collective import gpu_uuid
 from learner.fleet import PASSING
 from learner.member import Member
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import ServerState
 
 
@@ -25,12 +25,12 @@ def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -
         LockstepError: `invalid_request`.
     """
     if not state.shares_gpu:
-        raise _invalid("share_gpu: the server has its GPU to itself; start it with --share-gpu")
+        raise InvalidRequest("share_gpu: the server has its GPU to itself; start it with --share-gpu")
     if processes > 1:
-        raise _invalid(f"share_gpu: {processes} learner processes cannot take turns with one GPU; start one")
+        raise InvalidRequest(f"share_gpu: {processes} learner processes cannot take turns with one GPU; start one")
     own = gpu_uuid(device)
     if own not in state.devices:
-        raise _invalid(
+        raise InvalidRequest(
             f"share_gpu: the learner is on {own or device}, the server on {state.devices[0] or state.device}; leave "
             "share_gpu out, or set CUDA_VISIBLE_DEVICES to the same GPU for both"
         )
@@ -78,7 +78,3 @@ class GpuTurns:
                     raise
                 if attempt == 2:  # else it may be that only the answer was lost
                     self._say(f"share_gpu: {self._member.url} is away: {error}")
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

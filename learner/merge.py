@@ -14,7 +14,7 @@ from learner.quantised import FOUR_BIT
 from learner.stored_adapter import StoredAdapter
 from learner.tensor_file import WIDENED, TensorFile, item_bytes, rounded, widened, write_tensors
 from shared.adapter_file import DTYPES
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
 
 INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 #: What tells a text how to become token ids, and back; the weights aside, all of a model that is copied as it is.
@@ -51,10 +51,9 @@ def fetch_base(name: str, revision: str | None = None) -> Path:
         patterns = ["*.safetensors", "*.json", "*.jinja", *TOKENIZER_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
+        raise InvalidRequest(
             f"the base model {name!r} is no directory here and cannot be had from the hub "
-            f"({str(error).splitlines()[0]}); name it with --model_name_or_path",
+            f"({str(error).splitlines()[0]}); name it with --model_name_or_path"
         ) from error
 
 
@@ -97,12 +96,11 @@ def _config(base: Path) -> dict[str, Any]:
     try:
         config = json.loads((base / _CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{base} is no model directory: {error}") from error
+        raise InvalidRequest(f"{base} is no model directory: {error}") from error
     if config.get("quantization_config"):
-        raise LockstepError(
-            ErrorCode.UNSUPPORTED_ADAPTER,
+        raise UnsupportedAdapter(
             f"{base} is quantised, and rounding an adapter into its few bits would lose it: name the checkpoint that "
-            "it was quantised from with --model_name_or_path, or export the adapter alone (without --merge)",
+            "it was quantised from with --model_name_or_path, or export the adapter alone (without --merge)"
         )
     return config
 
@@ -112,9 +110,8 @@ def _weight_files(base: Path) -> list[Path]:
         return [base / name for name in sorted(set(json.loads((base / INDEX_FILE).read_text())["weight_map"].values()))]
     if (base / ONE_FILE).is_file():
         return [base / ONE_FILE]
-    raise LockstepError(
-        ErrorCode.INVALID_REQUEST,
-        f"{base} has neither {INDEX_FILE} nor {ONE_FILE}: load it with transformers and save_pretrained() it first",
+    raise InvalidRequest(
+        f"{base} has neither {INDEX_FILE} nor {ONE_FILE}: load it with transformers and save_pretrained() it first"
     )
 
 
@@ -124,17 +121,15 @@ def _check_fit(adapter: StoredAdapter, files: list[TensorFile]) -> None:
     for module in adapter.modules:
         weight = weights.get(module + ".weight")
         if weight is None:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER,
+            raise UnsupportedAdapter(
                 f"the base has no weight {module}.weight of its own (tied to another, or named otherwise in its "
-                f"files), so the adapter of {adapter.folder} cannot be merged into it; export it without --merge",
+                f"files), so the adapter of {adapter.folder} cannot be merged into it; export it without --merge"
             )
         a, b = adapter.pair(module)
         if weight.shape != (b.shape[0], a.shape[1]) or weight.dtype not in WIDENED:
-            raise LockstepError(
-                ErrorCode.SHAPE_MISMATCH,
+            raise ShapeMismatch(
                 f"{weight.name} of the base is {weight.dtype}{list(weight.shape)}, its adapter in {adapter.folder} for "
-                f"floats of [{b.shape[0]}, {a.shape[1]}]; name its own base with --model_name_or_path",
+                f"floats of [{b.shape[0]}, {a.shape[1]}]; name its own base with --model_name_or_path"
             )
 
 

@@ -13,7 +13,7 @@ from learner.figures import StepReport
 from learner.fleet import Fleet
 from learner.rollouts import RolloutStats
 from learner.run_files import finite
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 PREFIX = "lockstep_learner_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -128,9 +128,8 @@ class LearnerMetrics:
         try:
             start_http_server(port, host, registry=self.registry)
         except (OSError, OverflowError) as error:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
-                f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out",
+            raise InvalidRequest(
+                f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out"
             ) from error
 
     def _labelled(self, name: str, text: str, *labels: str) -> Gauge:

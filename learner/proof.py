@@ -37,7 +37,7 @@ from learner.measurement import Measurement, noise, slope
 from learner.member import Member
 from learner.ranks import OnMain, gathered, on_one_rank, overwrite, reshard
 from learner.tolerance import derived_tolerance, merge_noise
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import BaseMismatch, InstallFailed, LockstepError
 from shared.rollouts import PolicySelector, ScoreRequest, ScoreResponse
 from shared.weights import ServerState, WeightVersion
 
@@ -113,10 +113,9 @@ class SyncProof:
         answer = client.score(ScoreRequest(sequences=self.sequences, policy="base"), _SCORE_TIMEOUT_S)
         measurement = self._compare(self._own_base, client.url, state, answer)
         if measurement.max_gap > measurement.tolerance:
-            raise LockstepError(
-                ErrorCode.BASE_MISMATCH,
+            raise BaseMismatch(
                 f"its base's logprobs differ from the learner's by {measurement.max_gap:.3g} (tolerance "
-                f"{measurement.tolerance:.3g}): start that server on the same checkpoint and dtype",
+                f"{measurement.tolerance:.3g}): start that server on the same checkpoint and dtype"
             )
 
     def check(self, version: WeightVersion) -> Measurement:
@@ -303,4 +302,4 @@ def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> I
 
 
 def _failed(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INSTALL_FAILED, f"proof of sync failed: {message}")
+    return InstallFailed(f"proof of sync failed: {message}")

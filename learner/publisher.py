@@ -22,7 +22,7 @@ from learner.member import Member
 from learner.parallel import all_of
 from learner.ranks import OnMain, on_one_rank
 from learner.transport import Choice, Transport
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, ProtocolMismatch, UnknownRun
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 LEASE_FILE = "lease.json"
@@ -47,9 +47,8 @@ def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
         try:
             kept = Lease(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
-                f"{path} is damaged ({error}); remove it and use --takeover, or a new output_dir",
+            raise InvalidRequest(
+                f"{path} is damaged ({error}); remove it and use --takeover, or a new output_dir"
             ) from error
         if run_id in (None, kept.run_id):
             return Lease(kept.run_id, kept.secret, kept.fence + 1)
@@ -164,7 +163,7 @@ class Publisher:
         """
         state = member.client.state()
         if state.draining:
-            raise LockstepError(ErrorCode.DRAINING, f"{member.url} is about to leave")
+            raise Draining(f"{member.url} is about to leave")
         if member.state is None or state.epoch != member.state.epoch:
             admit(member.client, state)
             if (way := self._ways.pop(member.url, None)) is not None:
@@ -255,16 +254,15 @@ class Publisher:
 
     def _accept(self, member: Member, receipt: PushReceipt, manifest: AdapterManifest) -> None:
         if receipt.epoch != member.known.epoch:  # whoever brings it back looks at it first
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"{member.url} has restarted")
+            raise UnknownRun(f"{member.url} has restarted")
         expected = (manifest.version, manifest.checksum, len(manifest.modules), member.known.workers)
         got = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
         names = ("version", "checksum", "modules written", "workers that acknowledged")
         wrong = [f"{n}: {g} instead of {e}" for n, e, g in zip(names, expected, got, strict=True) if e != g]
         if wrong:
-            raise LockstepError(
-                ErrorCode.PROTOCOL_MISMATCH,
+            raise ProtocolMismatch(
                 f"the receipt of {member.url} for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
-                "restart that rollout server",
+                "restart that rollout server"
             )
         self._taken_over.add(member.url)
         member.receipt = receipt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import UnsupportedAdapter
 
 #: In the config.json of a base that `learner.four_bit` made: what it was quantised with.
 FOUR_BIT = "lockstep_four_bit"
@@ -23,18 +23,18 @@ def check_quantised(model_config: Any) -> None:
         return
     options: Mapping[str, Any] = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
     if not options.get("load_in_4bit"):
-        raise _unsupported(
+        raise UnsupportedAdapter(
             f"a base quantised by {options.get('quant_method')} in the learner is another policy than the server's: "
             f"load it whole, or in 4 bits; {_HOW}"
         )
     if options.get("bnb_4bit_use_double_quant"):
-        raise _unsupported(
+        raise UnsupportedAdapter(
             "nested quantisation (use_bnb_nested_quant) rounds the scales too, and no base stays what it is under "
             "that: leave it out"
         )
     made = getattr(model_config, FOUR_BIT, None)
     if made is None:
-        raise _unsupported(
+        raise UnsupportedAdapter(
             "a base quantised to 4 bits (load_in_4bit) is another policy than the one it was made from, which the "
             f"server would serve: {_HOW}, and give DIR to both"
         )
@@ -44,7 +44,7 @@ def check_quantised(model_config: Any) -> None:
         ("bnb_4bit_quant_type", options.get("bnb_4bit_quant_type"), made["quant_type"]),
     ):
         if given != needed:
-            raise _unsupported(f"the base was made for {what}={needed}, not {given}: give --{what} {needed}")
+            raise UnsupportedAdapter(f"the base was made for {what}={needed}, not {given}: give --{what} {needed}")
 
 
 def keep_dtype_on_cpu(model: Any) -> None:
@@ -56,7 +56,3 @@ def keep_dtype_on_cpu(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _unsupported(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, message)

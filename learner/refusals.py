@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from learner.quantised import check_quantised
 from learner.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared import PROTOCOL_VERSION
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import (
+    BaseMismatch,
+    InvalidRequest,
+    NotReady,
+    ProtocolMismatch,
+    RankTooHigh,
+    UnsupportedAdapter,
+)
 from shared.weights import BaseFingerprint, ServerState
 
 if TYPE_CHECKING:
@@ -48,28 +55,28 @@ def check_lora(config: LoraConfig | None, adapter_type: str = "LORA") -> None:
         LockstepError: `unsupported_adapter`.
     """
     if config is None:
-        raise _unsupported(
+        raise UnsupportedAdapter(
             "full fine-tuning cannot be served: only a LoRA adapter travels to the server. "
             "Set use_peft (and lora_r, lora_target_modules), or pass a peft_config to the trainer"
         )
     kind = getattr(getattr(config, "peft_type", None), "value", config.__class__.__name__)
     if kind != adapter_type:
-        raise _unsupported(f"a {kind} adapter cannot be served: use peft.LoraConfig")
+        raise UnsupportedAdapter(f"a {kind} adapter cannot be served: use peft.LoraConfig")
     if config.bias != "none":
-        raise _unsupported(f"bias={config.bias!r}: trained biases cannot be served; set bias='none'")
+        raise UnsupportedAdapter(f"bias={config.bias!r}: trained biases cannot be served; set bias='none'")
     for name, instead in REFUSED_LORA_FIELDS.items():
         if getattr(config, name, None):
-            raise _unsupported(f"{name}={getattr(config, name)!r}: {instead}")
+            raise UnsupportedAdapter(f"{name}={getattr(config, name)!r}: {instead}")
     init = config.init_lora_weights
     if init not in PLAIN_INITS:
-        raise _unsupported(
+        raise UnsupportedAdapter(
             f"init_lora_weights={init!r} changes the base weights or the adapter's form, which the server "
             f"does not know; use one of {', '.join(map(repr, PLAIN_INITS))}"
         )
     # PEFT marks the fields that turn LoRA into something else; those of later versions are refused as well.
     for f in fields(config):
         if f.metadata.get("is_lora_variant") and getattr(config, f.name):
-            raise _unsupported(f"{f.name}: this variant of LoRA cannot be served; leave it out")
+            raise UnsupportedAdapter(f"{f.name}: this variant of LoRA cannot be served; leave it out")
 
 
 def check_rank(config: LoraConfig, state: ServerState) -> None:
@@ -80,10 +87,9 @@ def check_rank(config: LoraConfig, state: ServerState) -> None:
     """
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > state.max_lora_rank:
-        raise LockstepError(
-            ErrorCode.RANK_TOO_HIGH,
+        raise RankTooHigh(
             f"the adapter's rank {rank} is above the server's {state.max_lora_rank}: lower lora_r "
-            f"(rank_pattern), or start the server with --max-lora-rank {rank}",
+            f"(rank_pattern), or start the server with --max-lora-rank {rank}"
         )
 
 
@@ -95,9 +101,9 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
     """
     for name in module_names:
         if _VISION.search(name):
-            raise _unsupported(f"{name} belongs to a vision encoder; take it out of target_modules")
+            raise UnsupportedAdapter(f"{name} belongs to a vision encoder; take it out of target_modules")
         if mixture_of_experts and _EXPERTS.search(name):
-            raise _unsupported(f"{name} belongs to a mixture of experts; target the attention layers only")
+            raise UnsupportedAdapter(f"{name} belongs to a mixture of experts; target the attention layers only")
 
 
 def check_model(model_config: Any) -> None:
@@ -108,7 +114,7 @@ def check_model(model_config: Any) -> None:
     """
     for part in ("vision_config", "audio_config"):
         if getattr(model_config, part, None) is not None:
-            raise _unsupported(f"{model_config.model_type} has a {part}: only text models are supported")
+            raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
     check_quantised(model_config)
 
 
@@ -119,25 +125,24 @@ def check_server(state: ServerState, *, allow_policy_altering: bool = False, det
         LockstepError: `protocol_mismatch`, `not_ready`, `invalid_request`.
     """
     if state.protocol != PROTOCOL_VERSION:
-        raise LockstepError(
-            ErrorCode.PROTOCOL_MISMATCH,
+        raise ProtocolMismatch(
             f"the server speaks protocol {state.protocol}, this learner {PROTOCOL_VERSION}; install the same "
-            "lockstep-rl on both sides",
+            "lockstep-rl on both sides"
         )
     if not state.ready:
-        raise LockstepError(ErrorCode.NOT_READY, "the rollout server is not ready; wait until /ready answers 200")
+        raise NotReady("the rollout server is not ready; wait until /ready answers 200")
     if state.logprobs_mode != "processed_logprobs":
-        raise _invalid(
+        raise InvalidRequest(
             f"the server returns {state.logprobs_mode}, not the logprobs tokens were drawn with; start it "
             "with --logprobs-mode processed_logprobs"
         )
     if state.policy_altering and not (allow_policy_altering or state.allowed_altering):
-        raise _invalid(
+        raise InvalidRequest(
             f"the server runs with {', '.join(state.policy_altering)}, so its logprobs are not exactly the "
             "policy's; start it without, or set allow_policy_altering to train all the same"
         )
     if deterministic and not state.deterministic:
-        raise _invalid(
+        raise InvalidRequest(
             "deterministic: the server may answer the same request differently; start it with --deterministic"
         )
 
@@ -161,8 +166,7 @@ def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch:
         else:
             problem = f"the server's base {part} differ from the learner's ({theirs[:12]} and {mine[:12]})"
         if not allow_mismatch:
-            raise LockstepError(
-                ErrorCode.BASE_MISMATCH,
+            raise BaseMismatch(
                 f"{problem}; give both the same model and revision, or set allow_base_mismatch if you know better",
                 part=part,
             )
@@ -183,7 +187,7 @@ def check_lengths(max_completion_length: int | None, longest_prompt: int, state:
     """
     wanted = longest_prompt + (max_completion_length or 1)
     if wanted > state.max_model_len:
-        raise _invalid(
+        raise InvalidRequest(
             f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
             f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "
             "shorten the prompts, or raise the server's --max-model-len"
@@ -198,14 +202,16 @@ def check_grpo(args: GRPOConfig) -> None:
     """
     refuse_unmapped(args)
     if generation_kwargs(args).get("temperature", args.temperature) == 0.0:
-        raise _invalid("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
+        raise InvalidRequest("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
     check_correction(args)
     if args.push_to_hub:
-        raise _invalid("push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards")
+        raise InvalidRequest(
+            "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"
+        )
     truncating = args.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
     # TRL checks this in the constructor only where use_vllm is set there already.
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and not truncating:
-        raise _invalid(
+        raise InvalidRequest(
             "loss_type=vespo needs vllm_importance_sampling_mode=token_truncate or token_mask, "
             f"not {args.vllm_importance_sampling_mode}"
         )
@@ -228,13 +234,13 @@ def check_correction(args: GRPOConfig) -> None:
     if not _compares_logprobs(args):
         return
     for name in _set_options(args, HIDDEN_CUTS):
-        raise _invalid(
+        raise InvalidRequest(
             f"{name} rules out tokens by a mass that the server cannot return, which would bias the importance "
             f"correction: leave {name} out, or set vllm_importance_sampling_correction=false (and no "
             "off_policy_mask_threshold)"
         )
     if 0 < sampling_params(args).temperature < LEAST_TEMPERATURE:
-        raise _invalid(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
+        raise InvalidRequest(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
 
 
 def correction_warnings(args: GRPOConfig) -> list[str]:
@@ -267,11 +273,3 @@ def _set_options(args: GRPOConfig, names: Iterable[str]) -> list[str]:
     """Those of the sampling options that are not at their default."""
     chosen = sampling_params(args).model_dump(exclude_defaults=True)
     return [name for name in names if name in chosen]
-
-
-def _unsupported(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, message)
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

@@ -21,7 +21,7 @@ from learner.batches import indexable, schedule_of
 from learner.checkpoint import STAGING, TrainingState, commit, load_state, save_state
 from learner.lookahead import IndexSampler, skip_epochs
 from learner.session import Session
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 
 class ExactResume:
@@ -137,10 +137,9 @@ class ExactResume:
         now = self._geometry()
         changed = [f"{name}={now[name]} instead of {was}" for name, was in state.geometry.items() if now[name] != was]
         if changed:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"{checkpoint} was written with batches arranged otherwise: {', '.join(changed)}; resume with the same "
-                "options, or start a new run from its adapter with --init_adapter",
+                "options, or start a new run from its adapter with --init_adapter"
             )
 
     def _in_a_batch(self) -> bool:

@@ -24,7 +24,7 @@ from learner import reward_worker
 from learner.parallel import start
 from learner.reward_threads import FunctionThread
 from learner.reward_worker import Answer
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 #: How long workers may take to start and to import what the functions need.
 START_S = 300.0
@@ -191,10 +191,9 @@ class RewardPool:
             if not task.done():
                 task.set_exception(BrokenProcessPool("the pool of reward workers broke"))
         if self._restarts > _MAX_RESTARTS:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 "reward workers die again and again: is there enough memory for them? Lower reward_workers, or set it "
-                "to 0 to run rewards in the learner's process",
+                "to 0 to run rewards in the learner's process"
             )
 
     def _blob(self, index: int) -> bytes:
@@ -224,10 +223,9 @@ class RewardPool:
                 error = task.result(0)
             except _LOST as lost:
                 self.close()
-                raise LockstepError(
-                    ErrorCode.INVALID_REQUEST,
+                raise InvalidRequest(
                     f"reward workers do not start ({type(lost).__name__}: {lost}), or a reward function's imports hang "
-                    "or end the process; set reward_workers=0 to run rewards in the learner's process",
+                    "or end the process; set reward_workers=0 to run rewards in the learner's process"
                 ) from lost
             if error is not None:
                 self._on_a_thread(index, f"it cannot be imported there ({error.strip().splitlines()[-1]})")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.parallel import start
 from learner.reward_worker import Answer, call
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import LockstepError, Timeout
 
 if TYPE_CHECKING:
     from learner.reward_pool import Call, Parts
@@ -47,10 +47,9 @@ class FunctionThread:
 
     def _answer(self, asked: Call) -> Answer | None:
         if len(self._alive()) >= MAX_STUCK:
-            raise LockstepError(
-                ErrorCode.TIMEOUT,
+            raise Timeout(
                 f"the reward {self._name} is stuck on {MAX_STUCK} threads, which cannot be stopped: give it a "
-                "time limit of its own, or make it importable so that it runs in a reward worker",
+                "time limit of its own, or make it importable so that it runs in a reward worker"
             )
         running = start(partial(call, self._function, asked.kwargs), f"reward-{self._name}")
         try:

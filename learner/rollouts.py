@@ -15,7 +15,7 @@ from learner.fetch import Ask, Fetcher, SeedOf, asks_of
 from learner.prefetch import Prefetcher
 from learner.sampling import policy_logprobs
 from learner.schedule import Schedule
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 from shared.weights import WeightVersion
 
@@ -129,7 +129,7 @@ class RemoteRollouts:
             LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on.
         """
         if images is not None and any(image is not None for image in images):
-            raise LockstepError(ErrorCode.INVALID_REQUEST, "images in prompts: only text models are supported")
+            raise InvalidRequest("images in prompts: only text models are supported")
         held, self._held = self._held, None
         with profiler or nullcontext():
             if self._goes_on:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 from shared.sampling import SamplingParams
 
@@ -63,14 +63,11 @@ def refuse_unmapped(args: GRPOConfig) -> None:
     for name, instead in REFUSED.items():
         value = getattr(args, name, defaults.get(name))
         if name in defaults and value != defaults[name] and value not in _HARMLESS.get(name, ()):
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"{name}={value!r} has no effect here: {instead}")
+            raise InvalidRequest(f"{name}={value!r} has no effect here: {instead}")
     unknown = {n for n in defaults if n.startswith("vllm_")} - MAPPED - USED_BY_TRL - REFUSED.keys() - OF_UNSLOTH
     changed = sorted(n for n in unknown if getattr(args, n) != defaults[n])
     if changed:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
-            f"{', '.join(changed)}: this version of Lockstep does not know what it does",
-        )
+        raise InvalidRequest(f"{', '.join(changed)}: this version of Lockstep does not know what it does")
 
 
 def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> SamplingParams:
@@ -95,9 +92,8 @@ def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> Samp
     }
     if args.vllm_structured_outputs_regex is not None:
         if extra.get("structured_outputs") is not None:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
-                "vllm_structured_outputs_regex and generation_kwargs.structured_outputs are both set: give one of them",
+            raise InvalidRequest(
+                "vllm_structured_outputs_regex and generation_kwargs.structured_outputs are both set: give one of them"
             )
         values["structured_outputs"] = {"regex": args.vllm_structured_outputs_regex}
     values.update(extra)
@@ -115,10 +111,9 @@ def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[fl
     if not sampling.truncates:
         return completion.logprobs
     if completion.log_kept_mass is None or len(completion.log_kept_mass) != len(completion.logprobs):
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
+        raise InvalidRequest(
             "the rollout server does not say how much probability top_k, top_p or min_p kept (older than the learner, "
-            "or speculating), so its logprobs cannot be compared with the trainer's: set top_k=0, top_p=1, min_p=0",
+            "or speculating), so its logprobs cannot be compared with the trainer's: set top_k=0, top_p=1, min_p=0"
         )
     return [logprob + mass for logprob, mass in zip(completion.logprobs, completion.log_kept_mass, strict=True)]
 
@@ -131,10 +126,7 @@ def generation_kwargs(args: GRPOConfig) -> dict[str, Any]:
     """
     extra = dict(args.generation_kwargs or {})  # GRPOConfig has parsed a JSON string already
     if "n" in extra:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
-            "generation_kwargs.n: set num_generations (and num_generations_eval) instead",
-        )
+        raise InvalidRequest("generation_kwargs.n: set num_generations (and num_generations_eval) instead")
     return extra
 
 
@@ -144,6 +136,4 @@ def _validated(values: dict[str, Any]) -> SamplingParams:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "sampling"
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST, f"sampling option {name}: {first['msg']} (see generation_kwargs)"
-        ) from error
+        raise InvalidRequest(f"sampling option {name}: {first['msg']} (see generation_kwargs)") from error

@@ -28,7 +28,14 @@ from learner.rollouts import Ahead, RemoteRollouts
 from learner.rounding import RoundedUpdates
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
-from shared.errors import ErrorCode, ErrorDetail, LockstepError
+from shared.errors import (
+    ErrorDetail,
+    InstallFailed,
+    InvalidRequest,
+    LockstepError,
+    UnsupportedAdapter,
+    VersionNotActive,
+)
 from shared.sampling import SamplingParams
 from shared.weights import ServerState
 
@@ -260,7 +267,7 @@ class Session:
         """On other ranks: rank 0 brings it up to date; until then it is asked for nothing."""
         state, last = member.client.state(), self.publisher.last
         if last is None or state.draining or not any(run.version == last.version for run in state.runs):
-            raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"{member.url} does not serve this run yet")
+            raise VersionNotActive(f"{member.url} does not serve this run yet")
         member.state = state
         self.fleet.come_up(member)
 
@@ -268,19 +275,17 @@ class Session:
         """Raise what keeps a server from joining those that are there."""
         same = next((m for m in self.fleet.up() if m.url != client.url and m.known.epoch == state.epoch), None)
         if same is not None:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"it is the server at {same.url}, by another address")
+            raise InvalidRequest(f"it is the server at {same.url}, by another address")
         self._accepts(state)
         if state.lora_dtype != self.publisher.lora_dtype:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER,
+            raise UnsupportedAdapter(
                 f"it holds adapters in {state.lora_dtype}, the first server in {self.publisher.lora_dtype}; start all "
-                "of them with the same --dtype",
+                "of them with the same --dtype"
             )
         if state.max_model_len < self.max_model_len:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"its context is {state.max_model_len} tokens, that of the first servers {self.max_model_len}; start "
-                "all of them with the same --max-model-len",
+                "all of them with the same --max-model-len"
             )
         if self.proof and serve_base([state]):
             self.proof.check_newcomer(client, state)
@@ -299,9 +304,9 @@ class Session:
                 outcome = [failure.body().error]
         broadcast_object_list(outcome, from_process=0)
         if isinstance(outcome[0], ErrorDetail):
-            raise LockstepError(outcome[0].code, outcome[0].message, **outcome[0].detail)
+            raise LockstepError.from_detail(outcome[0])
         return outcome[0]
 
 
 def _of_rank_0(error: Exception) -> LockstepError:
-    return LockstepError(ErrorCode.INSTALL_FAILED, f"rank 0 failed with {type(error).__name__}: {error}")
+    return InstallFailed(f"rank 0 failed with {type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from learner.credentials import read_token
 from learner.discovery import Places
 from learner.parallel import all_of
 from learner.run_files import HISTORY_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState
 
 _ASK_TIMEOUT_S = 5.0
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     """The command. Answers the exit code: 1 if nothing is known of what was asked for."""
     options = make_parser().parse_args(argv)
     if not options.rollout_url and not options.run_dir:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, "give --rollout-url, --run-dir, or both")
+        raise InvalidRequest("give --rollout-url, --run-dir, or both")
     clients = _Clients(options)
     while True:
         progress = read_progress(Path(options.run_dir)) if options.run_dir else None
@@ -98,7 +98,7 @@ def read_progress(run_dir: Path) -> Progress | None:
         LockstepError: `invalid_request` if there is no such directory.
     """
     if not run_dir.is_dir():
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"run_dir {run_dir} is no directory; give a run's output_dir")
+        raise InvalidRequest(f"run_dir {run_dir} is no directory; give a run's output_dir")
     history, summary = run_dir / HISTORY_FILE, run_dir / SUMMARY_FILE
     rows = read_lines(history)
     if not rows:

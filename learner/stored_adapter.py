@@ -17,7 +17,7 @@ from learner.refusals import PLAIN_INITS, REFUSED_LORA_FIELDS
 from learner.run_files import SUMMARY_FILE
 from learner.tensor_file import TensorFile
 from shared.adapter_file import LORA_A, LORA_B
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFinite, UnsupportedAdapter
 from shared.weights import ModuleSpec
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -58,7 +58,7 @@ class StoredAdapter:
         """
         a_RI, b_OR = (self.tensors.float32(PEFT_PREFIX + module + suffix) for suffix in (LORA_A, LORA_B))
         if not (np.isfinite(a_RI).all() and np.isfinite(b_OR).all()):
-            raise LockstepError(ErrorCode.NOT_FINITE, f"{module} in {self.folder} holds NaN or infinity")
+            raise NotFinite(f"{module} in {self.folder} holds NaN or infinity")
         return a_RI, b_OR
 
 
@@ -96,9 +96,8 @@ def find_adapter(path: str | Path) -> Path:
         return final
     if last is not None:
         return last
-    raise LockstepError(
-        ErrorCode.INVALID_REQUEST,
-        f"{folder} holds no adapter: give a run's output_dir, a checkpoint of it, or a directory with {CONFIG_FILE}",
+    raise InvalidRequest(
+        f"{folder} holds no adapter: give a run's output_dir, a checkpoint of it, or a directory with {CONFIG_FILE}"
     )
 
 
@@ -133,7 +132,7 @@ def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder:
         a, b = (shapes[PEFT_PREFIX + name + suffix] for suffix in (LORA_A, LORA_B))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             message = f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices"
-            raise LockstepError(ErrorCode.MALFORMED_ADAPTER, message)
+            raise MalformedAdapter(message)
         modules[name] = ModuleSpec(rank=a[0], scaling=_scaling(config, name, a[0]))
     return modules
 
@@ -154,8 +153,8 @@ def _json_file(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{path} cannot be read: {error}") from error
+        raise InvalidRequest(f"{path} cannot be read: {error}") from error
 
 
 def _unsupported(folder: Path, what: str) -> LockstepError:
-    return LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, f"{folder} holds {what}")
+    return UnsupportedAdapter(f"{folder} holds {what}")

@@ -14,7 +14,7 @@ from learner.stored_adapter import StoredAdapter
 from learner.tensor_file import rounded
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import LockstepError, NoFreeRun
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import AdapterManifest, WeightVersion
 
@@ -32,11 +32,8 @@ def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[Wei
     try:
         try:
             client.push(version.run_id, pieces, lease)
-        except LockstepError as error:
-            if error.code is not ErrorCode.NO_FREE_RUN:
-                raise
-            raise LockstepError(
-                error.code,
+        except NoFreeRun as error:
+            raise NoFreeRun(
                 f"the server at {client.url} has no room for {adapter.folder} beside the runs that it serves: start it "
                 "with --max-runs 2, or one more than it has now",
             ) from error

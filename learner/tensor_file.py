@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shared.adapter_file import DTYPES, TensorEntry
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import MalformedAdapter, UnsupportedAdapter
 
 #: What can be widened to float32 without loss.
 WIDENED = ("F32", "BF16", "F16")
@@ -40,9 +40,9 @@ class TensorFile:
             self._data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{path} is no readable safetensors file ({error})"
-            raise LockstepError(ErrorCode.MALFORMED_ADAPTER, message) from error
+            raise MalformedAdapter(message) from error
         if any(entry.end > len(self._data) for entry in self.entries.values()):
-            raise LockstepError(ErrorCode.MALFORMED_ADAPTER, f"{path} has been cut off: some tensors are missing")
+            raise MalformedAdapter(f"{path} has been cut off: some tensors are missing")
 
     def raw(self, name: str) -> np.ndarray:
         """A tensor's bytes, uint8 [n]."""
@@ -57,9 +57,8 @@ class TensorFile:
         """
         entry = self.entries[name]
         if entry.dtype not in WIDENED:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER,
-                f"{name} in {self.path} is {entry.dtype}: only float32, bfloat16 and float16 can be computed with",
+            raise UnsupportedAdapter(
+                f"{name} in {self.path} is {entry.dtype}: only float32, bfloat16 and float16 can be computed with"
             )
         return widened(self.raw(name), entry.dtype).reshape(entry.shape)
 

@@ -28,7 +28,7 @@ from learner.run_files import SUMMARY_FILE
 from learner.sampling import sampling_params
 from learner.stored_adapter import FINAL_ADAPTER
 from learner.tasks import Task, import_object, load_task
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
     try:
         return parser.parse_args_and_config(_joined_config(argv))
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        raise _invalid(str(error)) from error
+        raise InvalidRequest(str(error)) from error
 
 
 def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     started = time.perf_counter()
     urls, task_spec = config.require_urls(), config.require_task()
     if not model_args.model_name_or_path:
-        raise _invalid("give --model_name_or_path: the base model, the same as the rollout server's")
+        raise InvalidRequest("give --model_name_or_path: the base model, the same as the rollout server's")
     args.full_determinism = args.full_determinism or config.deterministic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
     check_grpo(args)
@@ -163,18 +163,20 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
         changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
         if changed or config.lora_options:
             what = ", ".join(changed) or "lora_kwargs"
-            raise _invalid(f"{what}: an adapter given with init_adapter keeps its own LoRA settings; leave this out")
+            raise InvalidRequest(
+                f"{what}: an adapter given with init_adapter keeps its own LoRA settings; leave this out"
+            )
         try:
             return LoraConfig.from_pretrained(config.init_adapter)
         except (ValueError, OSError, TypeError) as error:
-            raise _invalid(f"init_adapter {config.init_adapter!r} is no PEFT LoRA adapter: {error}") from error
+            raise InvalidRequest(f"init_adapter {config.init_adapter!r} is no PEFT LoRA adapter: {error}") from error
     if not model_args.use_peft:
         return None
     lora = get_peft_config(model_args)
     known = {f.name for f in dataclasses.fields(LoraConfig)}
     unknown = sorted(set(config.lora_options) - known)
     if unknown:
-        raise _invalid(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
+        raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
     fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
     return LoraConfig(**{**fields, **config.lora_options})
 
@@ -260,7 +262,3 @@ def _finished(checkpoint: bool | str | None, args: GRPOConfig) -> TrainingState 
     """The state in `checkpoint` if nothing is left to train; transformers would make one step more."""
     state = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
     return state if state is not None and 0 < args.max_steps <= state.step else None
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

@@ -16,7 +16,7 @@ import torch
 from learner.adapter import AdapterExport
 from learner.client import RolloutClient
 from learner.collective import SendingGroup, can_broadcast
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import InFlight, PushReceipt, ServerState
 
 Choice = Literal["auto", "http", "collective"]
@@ -59,7 +59,7 @@ class Transport:
         self._client, self._run_id, self._lease, self._device, self._say = client, run_id, lease, device, say
         obstacle = can_broadcast(device, state)
         if choice == "collective" and obstacle:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"transport=collective: {obstacle}; use transport=auto")
+            raise InvalidRequest(f"transport=collective: {obstacle}; use transport=auto")
         self._in_flight = in_flight
         self._waits = choice == "collective"
         self._may_broadcast = choice == "collective" or (choice == "auto" and not obstacle and device.type == "cuda")

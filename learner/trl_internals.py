@@ -7,7 +7,7 @@ import trl.trainer.utils
 from packaging.specifiers import SpecifierSet
 from trl import GRPOTrainer
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, UnsupportedAdapter
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
 _TRAINER_NAMES = (
@@ -50,26 +50,24 @@ def check_trl(trainer: GRPOTrainer) -> None:
         LockstepError: `invalid_request`.
     """
     if not TRL_RANGE.contains(trl.__version__, prereleases=True):
-        raise _invalid(
+        raise InvalidRequest(
             f"Lockstep knows the internals of trl {TRL_RANGE}, not of {trl.__version__}; install one of these"
         )
     missing = [n for n in _TRAINER_NAMES if not hasattr(GRPOTrainer, n)]
     missing += [n for n in _INSTANCE_NAMES if not hasattr(trainer, n)]
     missing += [] if hasattr(trl.trainer.utils, "_use_triton") else ["trainer.utils._use_triton"]
     if missing:
-        raise _invalid(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
+        raise InvalidRequest(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
     if trainer.use_vllm:
-        raise _invalid("the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False")
+        raise InvalidRequest(
+            "the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False"
+        )
     if trainer._is_vlm:
-        raise LockstepError(ErrorCode.UNSUPPORTED_ADAPTER, "vision models are not supported: use a text model")
+        raise UnsupportedAdapter("vision models are not supported: use a text model")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
-        raise _invalid("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")
+        raise InvalidRequest("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")
     if trainer.is_fsdp_enabled and trainer.args.load_best_model_at_end:
-        raise _invalid(
+        raise InvalidRequest(
             "load_best_model_at_end: under FSDP transformers does not find the adapter in its checkpoints; leave it "
             "out, and choose among them with learner eval --policy"
         )
-
-
-def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

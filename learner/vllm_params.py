@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from learner.sampling import generation_kwargs
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -113,4 +113,4 @@ def _values(record: Any) -> dict[str, Any]:
 
 
 def _invalid(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, f"vllm_sampling_params: {message}")
+    return InvalidRequest(f"vllm_sampling_params: {message}")

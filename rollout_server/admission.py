@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from rollout_server import compat
 from rollout_server.slots import Run, Slot
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, InvalidRequest
 from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
 
@@ -117,17 +117,16 @@ class Admission:
                     _check_given_up(output)
                     yield output
             except compat.engine_dead_error() as error:
-                raise LockstepError(
-                    ErrorCode.ENGINE_DEAD, "the engine died while this request was running; ask a server that is ready"
+                raise EngineDead(
+                    "the engine died while this request was running; ask a server that is ready"
                 ) from error
 
 
 def _check_given_up(output: Any) -> None:
     if any(completion.finish_reason == "error" for completion in output.outputs):
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
+        raise InvalidRequest(
             "the engine gave a completion up: nothing that its structured_outputs ask for may be sampled; "
-            "they contradict the other sampling parameters",
+            "they contradict the other sampling parameters"
         )
 
 
@@ -138,7 +137,7 @@ def _check_integers(sampling_params: Any) -> None:
     try:
         msgspec.msgpack.encode(sampling_params, enc_hook=repr)
     except OverflowError as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"a sampling parameter has over 64 bits: {error}") from error
+        raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
 
 
 def _lora_request(slot: Slot) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, IdempotencyConflict, LockstepError, Timeout
 from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, RolloutGroup
 
 logger = logging.getLogger("rollout_server")
@@ -124,12 +124,12 @@ class Answer:
         if self._orphaned is not None:
             self._orphaned.cancel()
         if task.cancelled():
-            self._error = LockstepError(ErrorCode.TIMEOUT, "ended because no client waited for it any more")
+            self._error = Timeout("ended because no client waited for it any more")
         elif isinstance(error := task.exception(), LockstepError):
             self._error = error
         elif error is not None:
             logger.error("a generate request failed", exc_info=error)
-            self._error = LockstepError(ErrorCode.ENGINE_DEAD, f"generation failed: {type(error).__name__}: {error}")
+            self._error = EngineDead(f"generation failed: {type(error).__name__}: {error}")
         self._ended = True
         self._tell()
 
@@ -140,7 +140,7 @@ class Answer:
     def _raise(self) -> None:
         if self._error is not None:
             # One object for several clients would collect the tracebacks of all of them.
-            raise LockstepError(self._error.code, self._error.message, **self._error.detail)
+            raise LockstepError.from_detail(self._error.body().error)
 
 
 @dataclass(eq=False)
@@ -177,9 +177,8 @@ class Answers:
             answer.task.add_done_callback(lambda _: self._finished(place))
             return answer
         if known.digest != digest:
-            raise LockstepError(
-                ErrorCode.IDEMPOTENCY_CONFLICT,
-                "this Idempotency-Key was used for another request; take a new key for every request",
+            raise IdempotencyConflict(
+                "this Idempotency-Key was used for another request; take a new key for every request"
             )
         return known.answer
 

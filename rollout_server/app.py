@@ -14,7 +14,7 @@ from rollout_server.roles import VLLM_PATHS
 from rollout_server.routes import collective, generate, runs, score, state
 from rollout_server.service import Service
 from rollout_server.versioned import Versioned
-from shared.errors import ErrorBody, ErrorCode, LockstepError, sendable
+from shared.errors import ErrorBody, InvalidRequest, LockstepError, sendable
 
 
 def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
@@ -50,7 +50,7 @@ async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse
     if not any(frame.f_code.co_name == "solve_dependencies" for frame, _ in traceback.walk_tb(error.__traceback__)):
         raise error
     message = f"a field of the request has a type that it cannot have: {type(error).__name__}: {error}"
-    return await _answer_error(request, LockstepError(ErrorCode.INVALID_REQUEST, message))
+    return await _answer_error(request, InvalidRequest(message))
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
@@ -60,4 +60,4 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
         for problem in error.errors()
     ]
     text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])
-    return await _answer_error(request, LockstepError(ErrorCode.INVALID_REQUEST, text, problems=problems[:20]))
+    return await _answer_error(request, InvalidRequest(text, problems=problems[:20]))

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import Timeout
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise LockstepError(ErrorCode.TIMEOUT, "the client went away")  # nobody reads it
+            raise Timeout("the client went away")  # nobody reads it
         return task.result()
     finally:
         gone.cancel()

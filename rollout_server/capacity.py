@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import Draining, LockstepError, Overloaded, TooLarge
 
 _POLL_SECONDS = 0.05
 
@@ -51,12 +51,9 @@ class Capacity:
             LockstepError: `draining`, `overloaded`.
         """
         if self.draining:
-            raise LockstepError(
-                ErrorCode.DRAINING, "this server is about to leave and takes nothing new; ask another, or its successor"
-            )
+            raise Draining("this server is about to leave and takes nothing new; ask another, or its successor")
         if self.sequences + sequences > self._settings.max_sequences:
-            raise LockstepError(
-                ErrorCode.OVERLOADED,
+            raise Overloaded(
                 f"{self.sequences} sequences are under way, {sequences} more would go beyond --max-sequences "
                 f"{self._settings.max_sequences}; ask again after the seconds of Retry-After",
                 sequences=self.sequences,
@@ -98,10 +95,9 @@ class Capacity:
             LockstepError: `overloaded`.
         """
         if bounded and self.requests >= self._settings.max_requests:
-            raise LockstepError(
-                ErrorCode.OVERLOADED,
+            raise Overloaded(
                 f"{self.requests} requests are under way, as many as --max-requests allows; ask again after the "
-                "seconds of Retry-After",
+                "seconds of Retry-After"
             )
         self.requests += 1
 
@@ -117,10 +113,9 @@ class Capacity:
             LockstepError: `overloaded`.
         """
         if size > 0 and self._body_bytes + size > self._settings.max_bodies_mib * 2**20:
-            raise LockstepError(
-                ErrorCode.OVERLOADED,
+            raise Overloaded(
                 f"requests of --max-bodies-mib {self._settings.max_bodies_mib} are being read or worked on; ask again "
-                "after the seconds of Retry-After",
+                "after the seconds of Retry-After"
             )
         self._body_bytes += size
 
@@ -130,9 +125,7 @@ class Capacity:
 
 def too_large(what: str, flag: str, limit: int) -> LockstepError:
     """What to answer a request beyond a limit."""
-    return LockstepError(
-        ErrorCode.TOO_LARGE, f"{what} are beyond the server's {flag} {limit}; split the request", limit=limit
-    )
+    return TooLarge(f"{what} are beyond the server's {flag} {limit}; split the request", limit=limit)
 
 
 def _once(function: Callable[[], None]) -> Callable[[], None]:

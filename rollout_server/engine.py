@@ -20,7 +20,7 @@ from rollout_server.run_table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run
 from rollout_server.versioned import CALL, Call
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError, VersionNotActive
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion
 
@@ -80,10 +80,9 @@ class EngineDoor:
 
     def __getattr__(self, name: str) -> Any:
         if name in _CLOSED:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"{name} is closed on a rollout server: it would change weights behind the learner's back; "
-                "push adapters with PUT /v1/runs/{run_id}/adapter",
+                "push adapters with PUT /v1/runs/{run_id}/adapter"
             )
         return getattr(self._engine, name)
 
@@ -104,9 +103,7 @@ class EngineDoor:
         if model is not None:
             return self._admit_run(self._runs.get(run_of_model(model)), wanted)
         if wanted is not None:
-            raise LockstepError(
-                ErrorCode.VERSION_NOT_ACTIVE, f"the model asked for is the base, not {wanted}; ask for {POLICY_MODEL}"
-            )
+            raise VersionNotActive(f"the model asked for is the base, not {wanted}; ask for {POLICY_MODEL}")
         return self._admit_base()
 
     def _admit_base(self) -> Admission:
@@ -118,8 +115,7 @@ class EngineDoor:
         slot = run.active
         if slot is None or (wanted is not None and slot.version != wanted):
             served = slot.version if slot else "nothing yet"
-            raise LockstepError(
-                ErrorCode.VERSION_NOT_ACTIVE,
+            raise VersionNotActive(
                 f"run {run.run_id} serves {served}, not {wanted or 'any adapter'}",
                 served=slot.version.model_dump() if slot and slot.version else None,
             )
@@ -151,9 +147,9 @@ class EngineDoor:
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         """Pooling requests reach the base model only."""
         if lora_request is not None:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, "pooling requests are served by the base model only")
+            raise InvalidRequest("pooling requests are served by the base model only")
         if self._runs.base is not None:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, "--apply merge serves no pooling requests")
+            raise InvalidRequest("--apply merge serves no pooling requests")
         return self._engine.encode(*args, **kwargs)
 
     @asynccontextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from rollout_server.settings import ServerSettings
 from rollout_server.tokens import Tokens
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.tokens import TOKEN_VARIABLE, is_loopback
 
 logger = logging.getLogger("rollout_server")
@@ -22,7 +22,7 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
         LockstepError: `invalid_request`, with what to do instead.
     """
     if args.api_key or os.environ.get("VLLM_API_KEY"):
-        raise _refusal(
+        raise InvalidRequest(
             "--api-key and $VLLM_API_KEY guard some of vLLM's paths and none of this server's: use --token-file or "
             f"${TOKEN_VARIABLE}"
         )
@@ -30,7 +30,7 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
     if is_loopback(args.host):
         return
     if tokens is None and not settings.allow_unauthenticated:
-        raise _refusal(
+        raise InvalidRequest(
             f"--host {args.host} can be reached from other machines, and no token is set: whoever reaches it could "
             f"replace the weights. Give --token-file FILE (`openssl rand -hex 32 > FILE`) or ${TOKEN_VARIABLE}; or, "
             "where nobody else can reach it, --allow-unauthenticated"
@@ -62,13 +62,15 @@ def tls_options(args: Any) -> dict[str, Any]:
 def _check_tls(args: Any) -> None:
     """Load key and certificate once: a wrong path is better known now than after the model has been loaded."""
     if args.ssl_cert_reqs:
-        raise _refusal(
+        raise InvalidRequest(
             "--ssl-cert-reqs: learners prove themselves with a token, not with a certificate; leave it out, or let a "
             "proxy in front of this server and of the learner see to mutual TLS"
         )
     if not args.ssl_certfile:
         if args.ssl_keyfile or args.ssl_ca_certs:
-            raise _refusal("TLS needs a certificate: give --ssl-certfile, and --ssl-keyfile unless the key is in it")
+            raise InvalidRequest(
+                "TLS needs a certificate: give --ssl-certfile, and --ssl-keyfile unless the key is in it"
+            )
         return
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -76,7 +78,7 @@ def _check_tls(args: Any) -> None:
         if args.ssl_ca_certs:
             context.load_verify_locations(args.ssl_ca_certs)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise _refusal(
+        raise InvalidRequest(
             f"TLS cannot work with --ssl-certfile {args.ssl_certfile}, --ssl-keyfile {args.ssl_keyfile}, "
             f"--ssl-ca-certs {args.ssl_ca_certs}: {error}"
         ) from error
@@ -84,7 +86,3 @@ def _check_tls(args: Any) -> None:
 
 def _no_password() -> str:
     raise ValueError("the key is encrypted; give one that is not")
-
-
-def _refusal(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)

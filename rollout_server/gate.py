@@ -8,7 +8,7 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, NotReady
 
 
 class Gate:
@@ -50,9 +50,9 @@ class Gate:
         elif self._app is not None and self.healthy():
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            error = LockstepError(ErrorCode.NOT_READY, "the model is still being loaded; wait until /ready answers 200")
+            error = NotReady("the model is still being loaded; wait until /ready answers 200")
             if not self.healthy():
-                error = LockstepError(ErrorCode.ENGINE_DEAD, "the engine has died; this server is about to stop")
+                error = EngineDead("the engine has died; this server is about to stop")
             headers = {"Retry-After": "5"}
             response = JSONResponse(error.body().model_dump(), status_code=error.status, headers=headers)
             await response(scope, receive, send)

@@ -13,7 +13,7 @@ from rollout_server.admission import Admission
 from rollout_server.prompts import check_lengths, tokenize
 from rollout_server.sampling import to_completion, to_vllm, token_prompt
 from rollout_server.service import Service
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, InvalidRequest
 from shared.rollouts import GenerateRequest, RolloutGroup
 
 
@@ -38,9 +38,9 @@ class Job:
             async for output in self.admission.generate(prompt, self.params, self.request_id):
                 final = output
         except compat.refusals() as error:  # vLLM's own validation of the parameters
-            raise LockstepError(ErrorCode.INVALID_REQUEST, str(error)) from error
+            raise InvalidRequest(str(error)) from error
         if final is None or len(final.outputs) != self.params.n:
-            raise LockstepError(ErrorCode.ENGINE_DEAD, f"the engine returned no complete group for {self.request_id}")
+            raise EngineDead(f"the engine returned no complete group for {self.request_id}")
         return RolloutGroup(
             prompt_index=self.prompt_index,
             prompt_token_ids=self.token_ids,

@@ -10,7 +10,7 @@ from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run
 from rollout_server.workers import Workers
 from shared.collective import GroupInvitation
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import NoGroup
 
 _LEAVE_SECONDS = 10.0
 
@@ -36,9 +36,7 @@ class Groups:
             LockstepError: `no_group`.
         """
         if run not in self._joined:
-            raise LockstepError(
-                ErrorCode.NO_GROUP, f"the learner of run {run.run_id} shares no collective group with this server"
-            )
+            raise NoGroup(f"the learner of run {run.run_id} shares no collective group with this server")
         return self._joined[run]
 
     async def join(self, run: Run) -> AsyncGenerator[GroupInvitation | None, None]:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rollout_server.roles import OPEN, may, role_needed
 from rollout_server.tokens import Tokens
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, Forbidden, LockstepError, Unauthenticated
 from shared.tokens import TOKEN_VARIABLE
 
 #: Key of the ASGI scope: who asks, as a digest of the token.
@@ -52,12 +52,10 @@ class Guard:
         role = self._tokens.role_of(presented) if presented is not None else None
         if role is None:
             what = "this token is not known here" if presented is not None else "a bearer token is needed"
-            return LockstepError(ErrorCode.UNAUTHENTICATED, f"{what}: {_HOW}")
+            return Unauthenticated(f"{what}: {_HOW}")
         needed = role_needed(scope.get("method", "websocket"), scope["path"])
         if not may(role, needed):
-            return LockstepError(
-                ErrorCode.FORBIDDEN, f"this token has the role {role.value}, and this needs {needed.value}"
-            )
+            return Forbidden(f"this token has the role {role.value}, and this needs {needed.value}")
         return None
 
 

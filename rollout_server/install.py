@@ -12,7 +12,7 @@ from rollout_server.admission import KV
 from rollout_server.slots import Run, Slot
 from rollout_server.workers import Call
 from shared.adapter_file import AdapterHeader
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, InstallFailed, UnknownRun
 from shared.weights import InFlight, PushReceipt
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Install:
         answers = await self._call.answers(self._left())
         written = time.monotonic()
         if run.closed:
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run {run.run_id} was deleted while a push was under way")
+            raise UnknownRun(f"run {run.run_id} was deleted while a push was under way")
         install_seq = installer.runs.next_install_seq()
         waited = self._wait_seconds
         pause_seconds = await self._switch(install_seq)
@@ -122,7 +122,7 @@ class Install:
                 try:
                     await self._installer.workers.call("swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id)
                 except BaseException:
-                    door.give_up(LockstepError(ErrorCode.ENGINE_DEAD, "not every worker exchanged its adapter slots"))
+                    door.give_up(EngineDead("not every worker exchanged its adapter slots"))
                     raise
                 self._slot = None
                 await run.move_to(
@@ -133,9 +133,7 @@ class Install:
                     lambda admission: admission.move(tokens, manifest.version, kv),
                 )
         except TimeoutError:
-            raise LockstepError(
-                ErrorCode.INSTALL_FAILED, "the engine did not pause before the push's deadline"
-            ) from None
+            raise InstallFailed("the engine did not pause before the push's deadline") from None
         finally:
             run.not_moving.set()
         return time.monotonic() - started

@@ -22,7 +22,18 @@ from rollout_server.transports.http import Staging
 from rollout_server.workers import Workers
 from shared.adapter_file import AdapterHeader
 from shared.collective import Announcement
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import (
+    BaseMismatch,
+    ErrorCode,
+    InvalidRequest,
+    LockstepError,
+    MalformedAdapter,
+    RankTooHigh,
+    StaleVersion,
+    Timeout,
+    UnknownLayout,
+    UnsupportedAdapter,
+)
 from shared.weights import AdapterManifest, InFlight, PushReceipt
 
 _CHECK_SECONDS = 30.0
@@ -73,8 +84,8 @@ class Installer:
             async with asyncio.timeout(self.settings.push_timeout):
                 staged = await self.staging.receive(body, check)
         except TimeoutError:
-            raise LockstepError(
-                ErrorCode.TIMEOUT, f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
+            raise Timeout(
+                f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
             ) from None
         read = False
         try:
@@ -133,19 +144,16 @@ class Installer:
     def _check_in_flight(self, in_flight: InFlight) -> None:
         """When a push overtakes a running request is a matter of time, and both would pause the engine."""
         if self.settings.deterministic and in_flight != "drain":
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"in_flight={in_flight}: on a server started with --deterministic running requests finish on their "
-                "version; use drain",
+                "version; use drain"
             )
 
     def _as_last_time(self, run: Run, announced: Announcement) -> AdapterHeader:
         """The header of an adapter that is announced as like the last one."""
         last = run.header
         if last is None or last.layout.key != announced.layout:
-            raise LockstepError(
-                ErrorCode.UNKNOWN_LAYOUT, f"run {run.run_id} has pushed no adapter of this layout; push it over HTTP"
-            )
+            raise UnknownLayout(f"run {run.run_id} has pushed no adapter of this layout; push it over HTTP")
         manifest = last.manifest.model_copy(update={"version": announced.version, "checksum": announced.checksum})
         return replace(last, manifest=manifest)
 
@@ -192,30 +200,21 @@ class Installer:
     def _check_identity(self, run_id: str, manifest: AdapterManifest) -> None:
         served = self.served
         if manifest.version.run_id != run_id:
-            raise LockstepError(
-                ErrorCode.MALFORMED_ADAPTER, f"the push for run {run_id} carries version {manifest.version}"
-            )
+            raise MalformedAdapter(f"the push for run {run_id} carries version {manifest.version}")
         if manifest.base_weights is not None and manifest.base_weights != served.base.weights:
-            raise LockstepError(
-                ErrorCode.BASE_MISMATCH,
+            raise BaseMismatch(
                 f"the adapter was trained on base {manifest.base_weights}, this server serves {served.base.weights} "
-                f"({served.model}); start both on the same checkpoint",
+                f"({served.model}); start both on the same checkpoint"
             )
         if manifest.max_rank > served.max_lora_rank:
-            raise LockstepError(
-                ErrorCode.RANK_TOO_HIGH,
-                f"rank {manifest.max_rank} is above the server's --max-lora-rank {served.max_lora_rank}",
-            )
+            raise RankTooHigh(f"rank {manifest.max_rank} is above the server's --max-lora-rank {served.max_lora_rank}")
         if manifest.dtype != served.lora_dtype:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER,
-                f"the adapter comes in {manifest.dtype}, the slots hold {served.lora_dtype} (/v1/state: lora_dtype)",
+            raise UnsupportedAdapter(
+                f"the adapter comes in {manifest.dtype}, the slots hold {served.lora_dtype} (/v1/state: lora_dtype)"
             )
         altering = [key for key in ("use_dora", "lora_bias", "modules_to_save") if manifest.peft_config.get(key)]
         if altering:
-            raise LockstepError(
-                ErrorCode.UNSUPPORTED_ADAPTER, f"{', '.join(altering)} cannot be served; train plain LoRA"
-            )
+            raise UnsupportedAdapter(f"{', '.join(altering)} cannot be served; train plain LoRA")
 
     def _check_order(self, run_id: str, manifest: AdapterManifest) -> PushReceipt | None:
         """Refuse what is older than what is served; the receipt again if it is the very same."""
@@ -225,8 +224,7 @@ class Installer:
             return None
         if manifest.version == slot.version and manifest.checksum == slot.checksum:
             return self._receipts[slot.install_seq].model_copy(update={"repeated": True})
-        raise LockstepError(
-            ErrorCode.STALE_VERSION,
+        raise StaleVersion(
             f"{manifest.version} does not come after {slot.version}, which is being served",
             served=slot.version.model_dump(),
         )

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rollout_server import metrics
 from rollout_server.capacity import Capacity, too_large
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import LockstepError, Timeout
 
 _BODY_SECONDS = 120.0
 _RETRY_AFTER = "1"
@@ -104,9 +104,7 @@ class Intake:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise LockstepError(
-                ErrorCode.TIMEOUT, f"the request's body did not arrive within {_BODY_SECONDS:g} s"
-            ) from None
+            raise Timeout(f"the request's body did not arrive within {_BODY_SECONDS:g} s") from None
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -29,7 +29,7 @@ from rollout_server.sleep import Sleep
 from rollout_server.stall import Stall
 from rollout_server.turns import Turns
 from rollout_server.workers import Workers
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 logger = logging.getLogger("rollout_server")
 
@@ -166,13 +166,13 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
     """
     altering = identity.policy_altering(vllm_config)
     if altering and not settings.allow_policy_altering:
-        raise _refusal(
+        raise InvalidRequest(
             f"{' and '.join(altering)} make the logprobs differ from the policy's; "
             "leave them out, or accept that with --allow-policy-altering"
         )
     mode = vllm_config.model_config.logprobs_mode
     if str(getattr(mode, "value", mode)) != "processed_logprobs":
-        raise _refusal(
+        raise InvalidRequest(
             f"--logprobs-mode {mode}: a learner needs the logprobs that tokens were drawn with; "
             "leave the flag out (processed_logprobs)"
         )
@@ -180,22 +180,18 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
         vllm_config.parallel_config, mixture_of_experts=vllm_config.model_config.is_moe
     )
     if unreachable:
-        raise _refusal(unreachable)
+        raise InvalidRequest(unreachable)
     if settings.deterministic and vllm_config.parallel_config.data_parallel_size > 1:
-        raise _refusal(
+        raise InvalidRequest(
             "--deterministic: which of several engines takes a request depends on their load; leave out "
             "--data-parallel-size"
         )
     if settings.share_gpu and process_layout.workers(vllm_config.parallel_config) > 1:
-        raise _refusal("--share-gpu: the learner is on one GPU; leave out --tensor-parallel-size and the like")
+        raise InvalidRequest("--share-gpu: the learner is on one GPU; leave out --tensor-parallel-size and the like")
     if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
-        raise _refusal(
+        raise InvalidRequest(
             "--apply merge writes plain weights, and this model computes with others made of them (quantised, or MLA): "
             "use --apply adapter"
         )
     if getattr(vllm_config.model_config, "is_multimodal_model", False):
-        raise _refusal("vision and audio models are not supported yet; serve a text model")
-
-
-def _refusal(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.INVALID_REQUEST, message)
+        raise InvalidRequest("vision and audio models are not supported yet; serve a text model")

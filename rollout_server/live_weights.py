@@ -12,7 +12,7 @@ from rollout_server.admission import KV
 from rollout_server.engine import EngineDoor
 from rollout_server.slots import Run, loop_time
 from rollout_server.workers import Workers
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, InstallFailed, NoFreeSlot
 
 #: All of W0 may come from host memory.
 _APPLY_SECONDS = 60.0
@@ -66,9 +66,7 @@ class LiveWeights:
                     await self._apply(checksum, before=run.slots[0].checksum or None)
                     yield change
             except TimeoutError:
-                raise LockstepError(
-                    ErrorCode.INSTALL_FAILED, "the engine did not pause before the push's deadline"
-                ) from None
+                raise InstallFailed("the engine did not pause before the push's deadline") from None
             finally:
                 run.not_moving.set()
                 change.pause_seconds = time.monotonic() - paused
@@ -82,10 +80,9 @@ class LiveWeights:
                 async with asyncio.timeout_at(loop_time(deadline)):
                     await run.changed.wait_for(lambda: slot.requests == 0)
             except TimeoutError:
-                raise LockstepError(
-                    ErrorCode.NO_FREE_SLOT,
+                raise NoFreeSlot(
                     f"{slot.requests} requests still ran at the deadline, and the weights may not change under them; "
-                    "push with in_flight = keep, or start the server with a longer --push-timeout",
+                    "push with in_flight = keep, or start the server with a longer --push-timeout"
                 ) from None
 
     async def _apply(self, checksum: str | None, before: str | None) -> None:
@@ -99,6 +96,6 @@ class LiveWeights:
                     await call.ended()
                 await self.workers.call("apply", _APPLY_SECONDS, checksum=before)
             except BaseException:
-                self.door.give_up(LockstepError(ErrorCode.ENGINE_DEAD, "not every worker holds the same weights"))
+                self.door.give_up(EngineDead("not every worker holds the same weights"))
                 raise
             raise

@@ -14,7 +14,7 @@ import torch
 from rollout_server import merged_layout
 from rollout_server.slot_writer import Layouts, check_sum, dtype_of, refuse_not_finite, views_of
 from shared.adapter_file import Layout
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InstallFailed, NotFinite
 
 KeepBase = Literal["auto", "device", "host"]
 
@@ -99,7 +99,7 @@ class MergedWriter:
         """
         if checksum is not None and checksum != self._applied.checksum:
             if checksum != self._spare.checksum:
-                raise LockstepError(ErrorCode.INSTALL_FAILED, f"no adapter with checksum {checksum} was received")
+                raise InstallFailed(f"no adapter with checksum {checksum} was received")
             self._applied, self._spare = self._spare, self._applied
         wanted = self._applied if checksum is not None else None
         updates: list[merged_layout.Update] = []
@@ -116,9 +116,7 @@ class MergedWriter:
             self._touched[update.block.layer, update.block.at] = update.block
             bounds += merge(update, self._kept(update.block))
         if bounds and not bool(torch.stack(bounds).isfinite().all()):
-            raise LockstepError(
-                ErrorCode.NOT_FINITE, f"base plus adapter overflows {updates[0].block.weight.dtype}; training diverged"
-            )
+            raise NotFinite(f"base plus adapter overflows {updates[0].block.weight.dtype}; training diverged")
         return len(wanted.layout.entries) // 2 if wanted is not None and wanted.layout is not None else 0
 
     def _empty(self) -> _Received:
@@ -139,10 +137,9 @@ class MergedWriter:
                 place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if host else {"device": self._device}
                 copies[name] = torch.empty(weight.shape, dtype=weight.dtype, **place).copy_(weight)
         except (RuntimeError, MemoryError) as error:
-            raise LockstepError(
-                ErrorCode.INSTALL_FAILED,
+            raise InstallFailed(
                 f"no room to keep the base weights beside the live ones: {error}; start the server with "
-                "--keep-base host, or with a lower --gpu-memory-utilization",
+                "--keep-base host, or with a lower --gpu-memory-utilization"
             ) from error
         self._base |= copies
 

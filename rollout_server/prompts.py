@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollout_server.service import Service
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
 #: Parameters of `apply_chat_template` that are no variables of a template. A template is a program: none comes with a
@@ -37,14 +37,11 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
     if prompt.token_ids is not None:
         return prompt.token_ids
     if "chat_template" in chat_template_kwargs:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST, "chat_template_kwargs: the template is the server's own; leave chat_template out"
-        )
+        raise InvalidRequest("chat_template_kwargs: the template is the server's own; leave chat_template out")
     tokenizer = service.door.get_tokenizer()
     if taken := _OURS & chat_template_kwargs.keys():
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
-            f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out",
+        raise InvalidRequest(
+            f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out"
         )
     try:
         if prompt.text is not None:
@@ -53,7 +50,7 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
             prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
         )
     except Exception as error:  # templates raise whatever their author chose
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"the prompt cannot be tokenised: {error}") from error
+        raise InvalidRequest(f"the prompt cannot be tokenised: {error}") from error
     return list(ids)
 
 
@@ -67,14 +64,11 @@ def check_lengths(service: Service, sequences: list[list[int]], room: int) -> No
     vocabulary = service.door.model_config.get_vocab_size()
     for index, sequence in enumerate(sequences):
         if len(sequence) + room > limit:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"sequence {index} has {len(sequence)} tokens, with {room} more that is beyond the model's "
-                f"{limit}; shorten it, lower max_tokens, or start the server with a larger --max-model-len",
+                f"{limit}; shorten it, lower max_tokens, or start the server with a larger --max-model-len"
             )
         if not sequence:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"sequence {index} has no tokens")
+            raise InvalidRequest(f"sequence {index} has no tokens")
         if min(sequence) < 0 or max(sequence) >= vocabulary:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST, f"sequence {index} holds token ids outside the vocabulary of {vocabulary}"
-            )
+            raise InvalidRequest(f"sequence {index} holds token ids outside the vocabulary of {vocabulary}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 
 from rollout_server.slots import Ring, Run, Slot, SlotState, notify_soon
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
 
 
 class RunTable:
@@ -38,10 +38,9 @@ class RunTable:
         """Raise `base_not_served` while an adapter is merged into the weights."""
         served = [run.run_id for run in self.runs.values() if run.active] if self.base else []
         if served:
-            raise LockstepError(
-                ErrorCode.BASE_NOT_SERVED,
+            raise BaseNotServed(
                 f"run {served[0]} is merged into this server's weights (--apply merge): the base is not there until "
-                "that run is deleted; ask a server with --apply adapter",
+                "that run is deleted; ask a server with --apply adapter"
             )
 
     def replaced_by(self, run_id: str, takeover: bool) -> str | None:
@@ -60,7 +59,7 @@ class RunTable:
             return next(iter(self.runs.values()))
         if run_id is None or run_id not in self.runs:
             known = ", ".join(sorted(self.runs)) or "none yet: no adapter was pushed"
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run_id {run_id!r} names no run of this server ({known})")
+            raise UnknownRun(f"run_id {run_id!r} names no run of this server ({known})")
         return self.runs[run_id]
 
     def steps(self) -> dict[str, int]:
@@ -77,15 +76,13 @@ class RunTable:
         run = self.runs.get(run_id)
         if run is not None:
             if not takeover and not hmac.compare_digest(run.lease.encode(), lease.encode()):
-                raise LockstepError(
-                    ErrorCode.LEASE_MISMATCH,
-                    f"another learner holds run {run_id}; stop it, or take the run over with --takeover",
+                raise LeaseMismatch(
+                    f"another learner holds run {run_id}; stop it, or take the run over with --takeover"
                 )
         elif self._free_ring() is None and not self._replaceable(takeover):
-            raise LockstepError(
-                ErrorCode.NO_FREE_RUN,
+            raise NoFreeRun(
                 f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
-                "end that run, take its place with --takeover, or start the server with --max-runs",
+                "end that run, take its place with --takeover, or start the server with --max-runs"
             )
 
     def open(self, run_id: str, lease: str, takeover: bool) -> Run:

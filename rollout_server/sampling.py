@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollout_server import compat, kept_mass
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams
 
@@ -37,7 +37,7 @@ def to_vllm(params: SamplingParams) -> Any:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
     except compat.refusals() as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"sampling: {error}") from error
+        raise InvalidRequest(f"sampling: {error}") from error
 
 
 def scoring_params() -> Any:

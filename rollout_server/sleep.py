@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from rollout_server.engine import EngineDoor
 from rollout_server.workers import Workers
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, InvalidRequest
 
 logger = logging.getLogger("rollout_server")
 
@@ -74,10 +74,9 @@ class Sleep:
             return
         for free, needed in zip(await self._free(), self._given_back, strict=True):
             if free < needed:
-                raise LockstepError(
-                    ErrorCode.INVALID_REQUEST,
+                raise InvalidRequest(
                     f"the server sleeps on: it needs {_gib(needed)} GiB of its GPU, and others have left {_gib(free)}. "
-                    "Lower its --gpu-memory-utilization until it fits beside the learner",
+                    "Lower its --gpu-memory-utilization until it fits beside the learner"
                 )
         await self._moved(self._door.wake(self._level), "wake up")
 
@@ -92,19 +91,14 @@ class Sleep:
             async with asyncio.timeout(_MOVE_SECONDS):
                 await move
         except BaseException as error:  # half of its memory may be there
-            reason = LockstepError(
-                ErrorCode.ENGINE_DEAD, f"the engine did not {what}: {type(error).__name__} {error}".rstrip()
-            )
+            reason = EngineDead(f"the engine did not {what}: {type(error).__name__} {error}".rstrip())
             self._door.give_up(reason)
             raise reason from error
         logger.info("%s after %.2f s", "asleep" if self._door.asleep else "awake", time.monotonic() - started)
 
     def _check_enabled(self) -> None:
         if not self._enabled:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
-                "this server has its GPU to itself: start it with --share-gpu to let it sleep",
-            )
+            raise InvalidRequest("this server has its GPU to itself: start it with --share-gpu to let it sleep")
 
 
 def _gib(count: int) -> str:

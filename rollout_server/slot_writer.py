@@ -15,7 +15,7 @@ import torch
 from rollout_server import compat, slot_layout
 from shared.adapter_file import Layout
 from shared.checksum import block_sums, block_weights, checksum
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ChecksumMismatch, NotFinite
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -113,9 +113,8 @@ def refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     bad = [name for name, tensor in views_of(flat, layout).items() if not bool(torch.isfinite(tensor).all())]
-    raise LockstepError(
-        ErrorCode.NOT_FINITE,
-        f"{len(bad)} tensors hold NaN or infinity, the first is {min(bad)}; the optimizer step that made them diverged",
+    raise NotFinite(
+        f"{len(bad)} tensors hold NaN or infinity, the first is {min(bad)}; the optimizer step that made them diverged"
     )
 
 
@@ -124,10 +123,7 @@ def check_sum(flat: torch.Tensor, layout: Layout, announced: str) -> None:
     sums = torch.cat(list(block_sums(flat.view(_INTEGERS[flat.element_size()]), _weights(flat.device))))
     found = checksum(layout.index, sums.cpu().numpy().tobytes())
     if found != announced:
-        raise LockstepError(
-            ErrorCode.CHECKSUM_MISMATCH,
-            f"the tensors arrived with checksum {found}, announced was {announced}; push again",
-        )
+        raise ChecksumMismatch(f"the tensors arrived with checksum {found}, announced was {announced}; push again")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from shared.adapter_file import AdapterHeader
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import NoFreeSlot, StepNotReached, UnknownRun
 from shared.weights import RunState, WeightVersion
 
 
@@ -125,14 +125,13 @@ class Run:
                     await self.changed.wait_for(lambda: free() is not None or self.closed)
             except TimeoutError:
                 busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
-                raise LockstepError(
-                    ErrorCode.NO_FREE_SLOT,
+                raise NoFreeSlot(
                     f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
-                    "older versions: wait for them, or start the server with more --slots-per-run",
+                    "older versions: wait for them, or start the server with more --slots-per-run"
                 ) from None
         slot = free()
         if slot is None or self.closed:
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"run {self.run_id} was deleted while a push was waiting")
+            raise UnknownRun(f"run {self.run_id} was deleted while a push was waiting")
         slot.state = SlotState.FILLING
         slot.version = None
         return slot
@@ -192,9 +191,8 @@ class Run:
                     await self.changed.wait_for(reached)
             except TimeoutError:
                 served = self.active.version if self.active else None
-                raise LockstepError(
-                    ErrorCode.STEP_NOT_REACHED,
-                    f"run {self.run_id} serves {served}, step {step} did not arrive within {wait_s} s",
+                raise StepNotReached(
+                    f"run {self.run_id} serves {served}, step {step} did not arrive within {wait_s} s"
                 ) from None
 
     def state(self) -> RunState:

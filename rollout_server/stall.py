@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from rollout_server.engine import EngineDoor
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead
 
 _LOOKS = 30  # within the limit; each goes over all requests
 
@@ -33,10 +33,9 @@ class Stall:
             self._stalled = 0.0
         elif self._stalled > self._limit:
             self._door.give_up(
-                LockstepError(
-                    ErrorCode.ENGINE_DEAD,
+                EngineDead(
                     f"{len(self._tokens)} sequences are running and none has got a token for {self._stalled:.0f} s "
-                    "(--engine-stall-seconds): the engine hangs",
+                    "(--engine-stall-seconds): the engine hangs"
                 )
             )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rollout_server.roles import Role
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.tokens import TOKEN_VARIABLE, parse_tokens
 
 logger = logging.getLogger("rollout_server")
@@ -45,11 +45,11 @@ class Tokens:
             try:
                 text = path.read_text()
             except (OSError, ValueError) as error:
-                raise LockstepError(ErrorCode.INVALID_REQUEST, f"token file {path} cannot be read: {error}") from error
+                raise InvalidRequest(f"token file {path} cannot be read: {error}") from error
             known += [(_digest(token.encode()), role) for token in parse_tokens(text, f"token file {path}")]
         digests = [digest for digest, _ in known]
         if len(set(digests)) < len(digests):
-            raise LockstepError(ErrorCode.INVALID_REQUEST, "the same token is given twice; each role needs its own")
+            raise InvalidRequest("the same token is given twice; each role needs its own")
         return known
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
@@ -90,12 +90,11 @@ def configured_tokens(settings: ServerSettings) -> Tokens | None:
     if variable is not None:
         (token, *others) = parse_tokens(variable, f"${TOKEN_VARIABLE}")
         if others:
-            raise LockstepError(ErrorCode.INVALID_REQUEST, f"${TOKEN_VARIABLE} holds several lines; use --token-file")
+            raise InvalidRequest(f"${TOKEN_VARIABLE} holds several lines; use --token-file")
         return Tokens(files, {Role.WEIGHTS: token})
     if files and Role.WEIGHTS not in files:
-        raise LockstepError(
-            ErrorCode.INVALID_REQUEST,
-            f"no learner could push without a token of its own: give --token-file too, or ${TOKEN_VARIABLE}",
+        raise InvalidRequest(
+            f"no learner could push without a token of its own: give --token-file too, or ${TOKEN_VARIABLE}"
         )
     return Tokens(files) if files else None
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 from rollout_server.engine import EngineDoor
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead
 
 _POLL_SECONDS = 0.002
 
@@ -53,6 +53,6 @@ class Turns:
                 while not all(submitted(self._door.running())):  # noqa: ASYNC110 - vLLM has no event for it
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
-            error = LockstepError(ErrorCode.ENGINE_DEAD, "the engine hangs: it did not pause between two steps")
+            error = EngineDead("the engine hangs: it did not pause between two steps")
             self._door.give_up(error)
             raise error from None

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.weights import WeightVersion
 
 #: Of an answer: the version that it started on, `base` for the base model. With several prompts, and a push between
@@ -96,7 +96,7 @@ def _wanted(header: str | None) -> WeightVersion | None:
     try:
         return WeightVersion.parse(header)
     except ValueError as error:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{POLICY_HEADER}: {error}") from error
+        raise InvalidRequest(f"{POLICY_HEADER}: {error}") from error
 
 
 def _error(error: LockstepError) -> JSONResponse:

@@ -22,7 +22,7 @@ import torch
 from rollout_server import compat, worker_link
 from rollout_server.transports.collective import ReceivingGroup
 from shared.adapter_file import Layout, TensorEntry
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InstallFailed
 
 # vLLM imports this module in each worker process before it loads the model.
 compat.speed_up_cpu_lora()
@@ -95,7 +95,7 @@ class Operations:
     ) -> dict[str, Any]:
         """Receive an adapter, from a file in shared memory or from a group, and write it into `slot_id`."""
         if not self.filling.acquire(blocking=False):
-            raise LockstepError(ErrorCode.INSTALL_FAILED, "another adapter is still being written on this worker")
+            raise InstallFailed("another adapter is still being written on this worker")
         try:
             with self.on_own_stream():
                 started = time.perf_counter()

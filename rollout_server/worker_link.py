@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InstallFailed, LockstepError
 
 Tell = Callable[[dict[str, Any]], None]
 Operation = Callable[..., dict[str, Any]]
@@ -53,7 +53,7 @@ def _run(operation: Operation, call: int, arguments: dict[str, Any], out: Binary
         answer = _refused(error)
     except Exception as error:
         traceback.print_exc()
-        answer = _refused(LockstepError(ErrorCode.INSTALL_FAILED, f"{type(error).__name__}: {error}"))
+        answer = _refused(InstallFailed(f"{type(error).__name__}: {error}"))
     send("answer", answer)
 
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, LockstepError, error_class
 
 Answer = dict[str, Any]
 
@@ -28,10 +28,9 @@ class Workers:
             LockstepError: `invalid_request` if they are not `count`: some run where this server cannot reach them.
         """
         if len(paths) != count:
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"{len(paths)} of the engine's {count} workers run on this host; a rollout server reaches only those: "
-                "choose a layout that fits on one host, or start several rollout servers",
+                "choose a layout that fits on one host, or start several rollout servers"
             )
         return cls([_Link(*await asyncio.open_unix_connection(str(path))) for path in paths])
 
@@ -96,9 +95,8 @@ class Call:
                 return [await asyncio.shield(future) for future in futures]
         except TimeoutError:
             late = sum(not future.done() for future in futures)
-            raise LockstepError(
-                ErrorCode.INSTALL_FAILED,
-                f"{late} of {len(futures)} workers did not answer {self._op} within {timeout:.1f} s",
+            raise InstallFailed(
+                f"{late} of {len(futures)} workers did not answer {self._op} within {timeout:.1f} s"
             ) from None
 
 
@@ -168,11 +166,11 @@ class _Link:
 
 
 def _gone() -> LockstepError:
-    return LockstepError(ErrorCode.ENGINE_DEAD, "a worker of the engine has ended")
+    return EngineDead("a worker of the engine has ended")
 
 
 def _raise_first(answers: list[Answer]) -> None:
     """Raise what the first worker that refused says."""
     for answer in answers:
         if not answer["ok"]:
-            raise LockstepError(ErrorCode(answer["code"]), answer["message"])
+            raise error_class(ErrorCode(answer["code"]))(answer["message"])

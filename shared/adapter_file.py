@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import xxhash
 from pydantic import ValidationError
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import MalformedAdapter, ProtocolMismatch, ShapeMismatch
 from shared.weights import AdapterManifest
 
 MANIFEST_KEY = "lockstep_manifest"
@@ -104,7 +104,7 @@ def header_length(prefix: bytes) -> int:
     """
     length = int.from_bytes(prefix[:8], "little")
     if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
-        raise _malformed("the body is not a safetensors blob: its header length makes no sense")
+        raise MalformedAdapter("the body is not a safetensors blob: its header length makes no sense")
     return length
 
 
@@ -119,21 +119,20 @@ def parse_header(header: bytes) -> AdapterHeader:
         metadata = document.get("__metadata__", {})
         raw_manifest = json.loads(metadata[MANIFEST_KEY])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _malformed(f"the safetensors header holds no readable {MANIFEST_KEY!r}: {error!r}") from error
+        raise MalformedAdapter(f"the safetensors header holds no readable {MANIFEST_KEY!r}: {error!r}") from error
     protocol = raw_manifest.get("protocol") if isinstance(raw_manifest, dict) else None
     expected = AdapterManifest.model_fields["protocol"].default
     if protocol != expected:
-        raise LockstepError(
-            ErrorCode.PROTOCOL_MISMATCH,
-            f"the push speaks protocol {protocol}, this server {expected}; install the same lockstep-rl on both sides",
+        raise ProtocolMismatch(
+            f"the push speaks protocol {protocol}, this server {expected}; install the same lockstep-rl on both sides"
         )
     try:
         manifest = AdapterManifest.model_validate(raw_manifest)
         entries = _entries(document)
     except ValidationError as error:
-        raise _malformed(f"the manifest does not fit its schema: {error}") from error
+        raise MalformedAdapter(f"the manifest does not fit its schema: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _malformed(f"the tensor index of the header is broken: {error!r}") from error
+        raise MalformedAdapter(f"the tensor index of the header is broken: {error!r}") from error
     _check_entries(manifest, entries)
     return AdapterHeader(manifest, Layout(sorted(entries, key=lambda e: e.start)), data_offset=8 + len(header))
 
@@ -169,14 +168,14 @@ def _check_entries(manifest: AdapterManifest, entries: list[TensorEntry]) -> Non
     names = {entry.name for entry in entries}
     if names != wanted:
         missing, unknown = sorted(wanted - names)[:3], sorted(names - wanted)[:3]
-        raise _malformed(f"tensors and manifest disagree: missing {missing}, not announced {unknown}")
+        raise MalformedAdapter(f"tensors and manifest disagree: missing {missing}, not announced {unknown}")
     code, item_bytes = DTYPES[manifest.dtype]
     position = 0
     for entry in sorted(entries, key=lambda e: (e.start, e.end)):
         if entry.dtype != code or len(entry.shape) != 2 or min(entry.shape) < 1:
-            raise _malformed(f"{entry.name} is {entry.dtype}{list(entry.shape)}, announced were {code} matrices")
+            raise MalformedAdapter(f"{entry.name} is {entry.dtype}{list(entry.shape)}, announced were {code} matrices")
         if entry.start != position or entry.end - entry.start != item_bytes * math.prod(entry.shape):
-            raise _malformed(
+            raise MalformedAdapter(
                 f"{entry.name}: its bytes [{entry.start}, {entry.end}) do not fit its shape or leave a gap"
             )
         position = entry.end
@@ -187,10 +186,4 @@ def _check_entries(manifest: AdapterManifest, entries: list[TensorEntry]) -> Non
         )
         rank = manifest.modules[module].rank
         if entry.shape[rank_axis] != rank:
-            raise LockstepError(
-                ErrorCode.SHAPE_MISMATCH, f"{entry.name} has shape {list(entry.shape)}, its announced rank is {rank}"
-            )
-
-
-def _malformed(message: str) -> LockstepError:
-    return LockstepError(ErrorCode.MALFORMED_ADAPTER, message)
+            raise ShapeMismatch(f"{entry.name} has shape {list(entry.shape)}, its announced rank is {rank}")

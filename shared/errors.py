@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -45,31 +45,6 @@ class ErrorCode(StrEnum):
     INSTALL_FAILED = "install_failed"
 
 
-_STATUS: dict[ErrorCode, int] = {
-    ErrorCode.NOT_READY: 503,
-    ErrorCode.ENGINE_DEAD: 503,
-    ErrorCode.NO_FREE_SLOT: 503,
-    ErrorCode.TIMEOUT: 408,
-    ErrorCode.TOO_LARGE: 413,
-    ErrorCode.OVERLOADED: 429,
-    ErrorCode.DRAINING: 503,
-    ErrorCode.IDEMPOTENCY_CONFLICT: 409,
-    ErrorCode.UNAUTHENTICATED: 401,
-    ErrorCode.FORBIDDEN: 403,
-    ErrorCode.UNKNOWN_RUN: 404,
-    ErrorCode.LEASE_MISMATCH: 403,
-    ErrorCode.NO_FREE_RUN: 409,
-    ErrorCode.STALE_VERSION: 409,
-    ErrorCode.NO_GROUP: 409,
-    ErrorCode.UNKNOWN_LAYOUT: 409,
-    ErrorCode.VERSION_NOT_ACTIVE: 409,
-    ErrorCode.STEP_NOT_REACHED: 409,
-    ErrorCode.BASE_NOT_SERVED: 409,
-    ErrorCode.BASE_MISMATCH: 409,
-    ErrorCode.INSTALL_FAILED: 500,
-}
-
-
 class ErrorDetail(BaseModel):
     """`message` says what to do; `detail` carries figures a program may want."""
 
@@ -94,22 +69,185 @@ def sendable(text: str) -> str:
 
 
 class LockstepError(Exception):
-    """An error that both sides of the wire understand."""
+    """Base of every error that both sides of the wire understand; raise a subclass.
 
-    def __init__(self, code: ErrorCode, message: str, **detail: Any) -> None:
+    Attributes:
+        code: for programs; the wire carries it.
+        status: HTTP status.
+        message: for people; says what to do.
+        detail: figures a program may want.
+
+    Example:
+        try:
+            client.state()
+        except Unauthenticated:
+            ...  # the token is wrong
+        except LockstepError as error:
+            print(error.code, error.message)
+    """
+
+    code: ClassVar[ErrorCode]
+    status: ClassVar[int] = 422
+
+    def __init__(self, message: str, **detail: Any) -> None:
         super().__init__(message)
-        self.code = code
         self.message = sendable(message)
         self.detail = detail
 
-    @property
-    def status(self) -> int:
-        """HTTP status code for this error."""
-        return _STATUS.get(self.code, 422 if self.code is not ErrorCode.INVALID_REQUEST else 400)
+    @staticmethod
+    def from_detail(detail: ErrorDetail) -> LockstepError:
+        """Return the error that a body of the wire describes."""
+        return error_class(detail.code)(detail.message, **detail.detail)
 
     def body(self) -> ErrorBody:
-        """The JSON body for this error."""
+        """Return the JSON body of this error."""
         return ErrorBody(error=ErrorDetail(code=self.code, message=self.message, detail=self.detail))
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code.value}]"
+
+
+class InvalidRequest(LockstepError):
+    code = ErrorCode.INVALID_REQUEST
+    status = 400
+
+
+class ProtocolMismatch(LockstepError):
+    code = ErrorCode.PROTOCOL_MISMATCH
+
+
+class NotReady(LockstepError):
+    code = ErrorCode.NOT_READY
+    status = 503
+
+
+class EngineDead(LockstepError):
+    code = ErrorCode.ENGINE_DEAD
+    status = 503
+
+
+class Timeout(LockstepError):
+    code = ErrorCode.TIMEOUT
+    status = 408
+
+
+class TooLarge(LockstepError):
+    code = ErrorCode.TOO_LARGE
+    status = 413
+
+
+class Overloaded(LockstepError):
+    code = ErrorCode.OVERLOADED
+    status = 429
+
+
+class Draining(LockstepError):
+    code = ErrorCode.DRAINING
+    status = 503
+
+
+class IdempotencyConflict(LockstepError):
+    code = ErrorCode.IDEMPOTENCY_CONFLICT
+    status = 409
+
+
+class Unauthenticated(LockstepError):
+    code = ErrorCode.UNAUTHENTICATED
+    status = 401
+
+
+class Forbidden(LockstepError):
+    code = ErrorCode.FORBIDDEN
+    status = 403
+
+
+class UnknownRun(LockstepError):
+    code = ErrorCode.UNKNOWN_RUN
+    status = 404
+
+
+class NoFreeRun(LockstepError):
+    code = ErrorCode.NO_FREE_RUN
+    status = 409
+
+
+class LeaseMismatch(LockstepError):
+    code = ErrorCode.LEASE_MISMATCH
+    status = 403
+
+
+class StaleVersion(LockstepError):
+    code = ErrorCode.STALE_VERSION
+    status = 409
+
+
+class VersionNotActive(LockstepError):
+    code = ErrorCode.VERSION_NOT_ACTIVE
+    status = 409
+
+
+class BaseNotServed(LockstepError):
+    code = ErrorCode.BASE_NOT_SERVED
+    status = 409
+
+
+class StepNotReached(LockstepError):
+    code = ErrorCode.STEP_NOT_REACHED
+    status = 409
+
+
+class NoFreeSlot(LockstepError):
+    code = ErrorCode.NO_FREE_SLOT
+    status = 503
+
+
+class NoGroup(LockstepError):
+    code = ErrorCode.NO_GROUP
+    status = 409
+
+
+class UnknownLayout(LockstepError):
+    code = ErrorCode.UNKNOWN_LAYOUT
+    status = 409
+
+
+class MalformedAdapter(LockstepError):
+    code = ErrorCode.MALFORMED_ADAPTER
+
+
+class ChecksumMismatch(LockstepError):
+    code = ErrorCode.CHECKSUM_MISMATCH
+
+
+class BaseMismatch(LockstepError):
+    code = ErrorCode.BASE_MISMATCH
+    status = 409
+
+
+class UnsupportedAdapter(LockstepError):
+    code = ErrorCode.UNSUPPORTED_ADAPTER
+
+
+class RankTooHigh(LockstepError):
+    code = ErrorCode.RANK_TOO_HIGH
+
+
+class ShapeMismatch(LockstepError):
+    code = ErrorCode.SHAPE_MISMATCH
+
+
+class NotFinite(LockstepError):
+    code = ErrorCode.NOT_FINITE
+
+
+class InstallFailed(LockstepError):
+    code = ErrorCode.INSTALL_FAILED
+    status = 500
+
+
+_BY_CODE = {kind.code: kind for kind in LockstepError.__subclasses__()}
+
+
+def error_class(code: ErrorCode) -> type[LockstepError]:
+    """Return the class that carries `code`."""
+    return _BY_CODE[code]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 #: Whoever holds one may use the server; both sides look here when no file is named.
 TOKEN_VARIABLE = "LOCKSTEP_TOKEN"
@@ -24,13 +24,12 @@ def parse_tokens(text: str, source: str) -> list[str]:
     """
     tokens = [line.strip() for line in text.splitlines() if line.strip()]
     if not tokens:
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"{source} holds no token; {_ADVICE}")
+        raise InvalidRequest(f"{source} holds no token; {_ADVICE}")
     for number, token in enumerate(tokens, 1):
         if not _USABLE.fullmatch(token):
-            raise LockstepError(
-                ErrorCode.INVALID_REQUEST,
+            raise InvalidRequest(
                 f"{source}: token {number} of {len(tokens)} must be {_MIN_LENGTH} characters or more, visible ASCII "
-                f"without spaces; {_ADVICE}",
+                f"without spaces; {_ADVICE}"
             )
     return tokens
 

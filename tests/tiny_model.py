@@ -134,7 +134,8 @@ def check_with_vllm(directory: Path) -> None:
             f"{len(set(completion.token_ids))} different of {len(completion.token_ids)} tokens, gap {gap:.1e}, "
             f"greedy {greedy}, {completion.finish_reason}: {completion.text!r:.60}"
         )
-        assert greedy and gap < 1e-4
+        assert greedy
+        assert gap < 1e-4
 
 
 if __name__ == "__main__":

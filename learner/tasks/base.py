@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,11 +15,8 @@ if TYPE_CHECKING:
 RewardFunc = Callable[..., Any]
 
 
-class TaskError(LockstepError):
+class TaskError(InvalidRequest):
     """A task that cannot be loaded as asked for; the message says what to do instead."""
-
-    def __init__(self, message: str, **detail: Any) -> None:
-        super().__init__(ErrorCode.INVALID_REQUEST, message, **detail)
 
 
 @dataclass(frozen=True)

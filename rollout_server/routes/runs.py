@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Path, Request, Response
 
 from rollout_server import metrics
 from rollout_server.routes import ServiceDep
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState
 
 router = APIRouter()
@@ -49,7 +49,7 @@ async def delete_run(run_id: RunId, service: ServiceDep, lockstep_lease: Lease) 
     run = service.runs.get(run_id)
     service.runs.check_open(run_id, lockstep_lease, takeover=False)
     if run.push_lock.locked():
-        raise LockstepError(ErrorCode.INVALID_REQUEST, f"run {run_id} is receiving a push; stop its learner first")
+        raise InvalidRequest(f"run {run_id} is receiving a push; stop its learner first")
     await service.installer.end(run_id)
     service.list_policies()
     return Response(status_code=204)

@@ -51,6 +51,7 @@ async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
     stream = admission.generate(token_prompt(sequence), scoring_params(), f"score-{uuid.uuid4().hex}")
     async for output in stream:
         final = output
-    assert final is not None and final.prompt_logprobs is not None
+    assert final is not None
+    assert final.prompt_logprobs is not None
     positions = zip(list(final.prompt_logprobs)[1:], sequence[1:], strict=True)
     return [position[token].logprob for position, token in positions]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InstallFailed, Timeout
 
 
 def meeting_host(bind: str) -> str:
@@ -74,7 +74,7 @@ class ReceivingGroup:
         greeting = torch.zeros(1, dtype=torch.int64, device=self._device)
         self.receive(greeting, deadline - time.monotonic())
         if greeting.item() != GREETING:
-            raise LockstepError(ErrorCode.INSTALL_FAILED, "the learner's greeting arrived garbled")
+            raise InstallFailed("the learner's greeting arrived garbled")
 
     def receive(self, buffer: torch.Tensor, timeout: float, posted: Callable[[], None] = lambda: None) -> None:
         """Receive the learner's next broadcast into `buffer`. After an error the buffer must not be used again.
@@ -91,9 +91,7 @@ class ReceivingGroup:
         while not work.is_completed():
             if self._left.is_set() or time.monotonic() > deadline:
                 self.abort()
-                raise LockstepError(
-                    ErrorCode.TIMEOUT, f"no adapter arrived from the learner's collective group within {timeout:.1f} s"
-                )
+                raise Timeout(f"no adapter arrived from the learner's collective group within {timeout:.1f} s")
             time.sleep(POLL_SECONDS)
         work.wait()
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from shared.adapter_file import AdapterHeader, header_length, parse_header
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InstallFailed, LockstepError, MalformedAdapter, TooLarge
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ class Staging:
         started = time.monotonic()
         head, header = await _receive_header(body)
         if header.total_bytes > self.max_bytes:
-            raise LockstepError(
-                ErrorCode.TOO_LARGE,
-                f"the adapter has {header.total_bytes} bytes, this server takes {self.max_bytes}; "
-                "see --max-adapter-mib",
+            raise TooLarge(
+                f"the adapter has {header.total_bytes} bytes, this server takes {self.max_bytes}; see --max-adapter-mib"
             )
         await check(header)
         memory = self._free.pop() if self._free else SharedMemory(os.memfd_create("lockstep-adapter"))
@@ -102,18 +100,12 @@ async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHea
             if received > total:
                 break
     except OSError as error:
-        raise LockstepError(
-            ErrorCode.INSTALL_FAILED, f"no memory for the adapter: {error}; free some on the server's host"
-        ) from error
+        raise InstallFailed(f"no memory for the adapter: {error}; free some on the server's host") from error
     if received > total:
-        raise LockstepError(
-            ErrorCode.MALFORMED_ADAPTER, f"the body goes on after the {total} bytes its header announces"
-        )
+        raise MalformedAdapter(f"the body goes on after the {total} bytes its header announces")
     if received < total:
         raise _truncated(received, f"{total} bytes")
 
 
 def _truncated(received: int, wanted: str) -> LockstepError:
-    return LockstepError(
-        ErrorCode.MALFORMED_ADAPTER, f"the body ends after {received} bytes, before {wanted}; push again"
-    )
+    return MalformedAdapter(f"the body ends after {received} bytes, before {wanted}; push again")

@@ -105,7 +105,8 @@ async def test_every_route_asks_for_a_token_and_its_role(apps: SimpleNamespace) 
     for path in ("/health", "/ready"):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://server") as client:
             answer = await client.get(path)
-        assert answer.status_code == 200 and answer.content == b""
+        assert answer.status_code == 200
+        assert answer.content == b""
 
 
 async def test_what_vllm_opens_for_developers_is_not_there_at_all(apps: SimpleNamespace) -> None:

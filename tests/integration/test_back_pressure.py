@@ -113,9 +113,11 @@ def test_what_is_too_large(server: ServerProcess) -> None:
     ]
     for answer, flag in cases:
         assert answer.status_code == 413, (flag, answer.text[:300])
-        assert answer.json()["error"]["code"] == "too_large" and flag in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == "too_large"
+        assert flag in answer.json()["error"]["message"]
     theirs = _post(server, {**CHAT, "n": 37}, "/v1/chat/completions")
-    assert theirs.status_code == 413 and "--max-n" in theirs.json()["error"]["message"]
+    assert theirs.status_code == 413
+    assert "--max-n" in theirs.json()["error"]["message"]
 
 
 def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
@@ -133,7 +135,8 @@ def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
         ({"model": "base", "prompt": [PROMPT] * 5, "max_tokens": 4}, "/v1/completions"),
     ):
         answer = _post(server, body, path)
-        assert answer.status_code == 429 and answer.headers["Retry-After"] == "1", (path, answer.text[:300])
+        assert answer.status_code == 429, (path, answer.text[:300])
+        assert answer.headers["Retry-After"] == "1", (path, answer.text[:300])
         assert "--max-sequences" in answer.json()["error"]["message"]
         until(lambda: server.metric("lockstep_sequences") == 36)
     full = _sent(server, {**endless, "sampling": {**LONG["sampling"], "n": 4}})
@@ -202,10 +205,12 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
             until(lambda: server.metric("lockstep_sequences") == 8, running=first)
             second = pool.submit(keyed, "join", stream=True)
             conflict = keyed("join", policy="latest")
-        assert conflict.status_code == 409 and conflict.json()["error"]["code"] == "idempotency_conflict"
+        assert conflict.status_code == 409
+        assert conflict.json()["error"]["code"] == "idempotency_conflict"
         groups = first.result().json()["groups"]
         *lines, done = map(json.loads, filter(None, second.result().text.splitlines()))
-    assert lines == groups and done["done"] is True, "generated once: there was no seed"
+    assert lines == groups, "generated once: there was no seed"
+    assert done["done"] is True, "generated once: there was no seed"
     assert keyed("join").json() == {"epoch": done["epoch"], "groups": groups}, "also when it has ended"
     assert _post(server, body).json()["groups"] != groups
 
@@ -241,5 +246,6 @@ def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
         assert theirs.result(STALL_S).status_code == 503
         assert time.monotonic() - stopped >= STALL_S
         assert server.process.wait(30) == 1
-    assert "the engine died" in server.tail() and "--engine-stall-seconds" in server.tail()
+    assert "the engine died" in server.tail()
+    assert "--engine-stall-seconds" in server.tail()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in engines))

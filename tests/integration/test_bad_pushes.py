@@ -132,7 +132,8 @@ def test_refused_and_nothing_changed(client: RolloutClient, policy, case: str) -
     error = ErrorBody.model_validate(answer.json()).error
     assert error.code == code, answer.text
     assert len(error.message) > 20
-    assert client.run(RUN).version == SERVED and client.run(RUN).slots == state.slots
+    assert client.run(RUN).version == SERVED
+    assert client.run(RUN).slots == state.slots
     assert torch.equal(P.score(client, PROBE), before), "served logprobs changed after a refused push"
 
 
@@ -146,13 +147,15 @@ def test_rank_above_the_servers(client: RolloutClient, model: Path) -> None:
     answer = _put(
         client, P.blob(policy, WeightVersion(run_id="rank", step=0), None), "rank", **{"Lockstep-Takeover": "1"}
     )
-    assert answer.status_code == 422 and answer.json()["error"]["code"] == "rank_too_high"
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "rank_too_high"
     assert "--max-lora-rank 16" in answer.json()["error"]["message"]
 
 
 def test_a_strangers_push_is_refused(client: RolloutClient, policy) -> None:
     answer = _put(client, _next(policy, client), lease="a stranger's lease")
-    assert answer.status_code == 403 and answer.json()["error"]["code"] == "lease_mismatch"
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "lease_mismatch"
     assert "--takeover" in answer.json()["error"]["message"]
     assert client.run(RUN).version == SERVED
 
@@ -160,11 +163,13 @@ def test_a_strangers_push_is_refused(client: RolloutClient, policy) -> None:
 def test_another_run_without_room_is_refused(client: RolloutClient, policy, model: Path) -> None:
     data = P.blob(policy, WeightVersion(run_id="another", step=0), client.state().base.weights)
     answer = _put(client, data, "another")
-    assert answer.status_code == 409 and answer.json()["error"]["code"] == "no_free_run"
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "no_free_run"
 
 
 def test_a_retried_push_is_recognised(client: RolloutClient, policy) -> None:
     data = P.blob(policy, SERVED, client.state().base.weights)
     again = _put(client, data).json()
-    assert again["repeated"] is True and again["version"] == SERVED.model_dump()
+    assert again["repeated"] is True
+    assert again["version"] == SERVED.model_dump()
     assert client.run(RUN).install_seq == again["install_seq"]

@@ -66,10 +66,12 @@ def learner(client: RolloutClient, model: Path, request: pytest.FixtureRequest) 
 
 def test_pushes_go_by_broadcast_from_the_second_on(learner: _Learner) -> None:
     assert [learner.push(step) for step in range(4)] == ["http", "collective", "collective", "collective"]
-    assert len(learner.said) == 1 and "by broadcast from now on" in learner.said[0]
+    assert len(learner.said) == 1
+    assert "by broadcast from now on" in learner.said[0]
     announced = learner.publisher.exporter.export(learner.publisher.version(3)).announcement()
     (again,) = learner.client.broadcast(learner.publisher.lease.run_id, announced, P.LEASE)
-    assert again is not None and again.repeated, "a push that is sent again is recognised before anything is sent"
+    assert again is not None, "a push that is sent again is recognised before anything is sent"
+    assert again.repeated, "a push that is sent again is recognised before anything is sent"
     assert learner.push(4) == "collective"
 
 
@@ -107,7 +109,8 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
     assert learner.push(3) == "http"
     assert "over HTTP" in learner.said[-1]
     learner.publisher._way(learner.publisher.fleet.up()[0])._retry_at = 0.0
-    assert learner.push(4) == "http" and learner.push(5) == "collective", "the group is made anew"
+    assert learner.push(4) == "http", "the group is made anew"
+    assert learner.push(5) == "collective", "the group is made anew"
 
 
 def test_a_learner_that_hangs_up_after_the_announcement(learner: _Learner) -> None:

@@ -55,7 +55,8 @@ def _chat(client: RolloutClient, name: str) -> httpx.Response:
 
 def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path) -> None:
     state = client.state()
-    assert state.apply == "merge" and state.lora_dtype == state.dtype == "float32"
+    assert state.apply == "merge"
+    assert state.lora_dtype == state.dtype == "float32"
     policy = P.make_policy(model)
     base = P.score(client, PROBE, policy="base")
     with policy.disable_adapter():
@@ -64,7 +65,8 @@ def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path
     for step in range(50):
         P.randomize(policy, seed=step, scale=0.3 if step % 2 else 0.1)
         receipt = P.push(client, policy, "many", step)
-        assert receipt.modules == 14 and receipt.workers == 1
+        assert receipt.modules == 14
+        assert receipt.workers == 1
         gaps.append(_gap(client, policy))
     assert max(gaps) < FP32, gaps
     assert P.largest_gap(policy, P.generate(client, [PROBE], n=2, max_tokens=40)) < FP32
@@ -101,7 +103,8 @@ def test_no_base_while_a_run_lives(client: RolloutClient, model: Path) -> None:
         P.score(client, PROBE, policy="base")
     assert refusal.value.code is ErrorCode.BASE_NOT_SERVED
     answer = _chat(client, "base")
-    assert answer.status_code == 409 and answer.json()["error"]["code"] == "base_not_served"
+    assert answer.status_code == 409
+    assert answer.json()["error"]["code"] == "base_not_served"
     messages = [{"role": "user", "content": "Tell me about the fox."}]
     prompt = P.chat_token_ids(model, messages)
     assert P.chat_gap(client, policy, prompt, messages) < FP32

@@ -36,7 +36,8 @@ def test_served_logprobs_are_the_learners(client: RolloutClient, model: Path, lo
     P.randomize(policy, seed=1)
     receipt = P.push(client, policy, "equal-" + "-".join(lora or ["plain"]).replace("_", "-"), step=0)
     after = P.score(client, PROBE)
-    assert receipt.workers == 1 and receipt.modules == len(P.AdapterExporter(policy, dtype="float32").layers)
+    assert receipt.workers == 1
+    assert receipt.modules == len(P.AdapterExporter(policy, dtype="float32").layers)
     assert (after - P.reference(policy, PROBE)).abs().max() < FP32
     assert (after - before).abs().max() > 0.05
     with policy.disable_adapter():

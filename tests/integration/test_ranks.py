@@ -98,14 +98,17 @@ def test_two_ranks_train_as_one(
     before = json.loads((tmp_path / "two" / "summary.json").read_text())
     # After the loss, before the push of step 2, one rank's copy of step 1 was installed again, and only one.
     first = before["installs"][0]
-    assert before["steps"] == 2 and before["installs"] == [first, first + 1, first + 3]
+    assert before["steps"] == 2
+    assert before["installs"] == [first, first + 1, first + 3]
     assert abs(before["canary_slope"] - 1) < 0.01
 
     summary = train(model, server, tmp_path / "two", 2, sharding)
-    assert summary["model_class"] == model_class and summary["max_update_lost"] is None
+    assert summary["model_class"] == model_class
+    assert summary["max_update_lost"] is None
     for figure in ("steps", "pushes", "completions", "completion_tokens"):
         assert summary[figure] == alone[figure], figure
-    assert len(summary["installs"]) == 2 and summary["max_logprob_gap"] < FP32
+    assert len(summary["installs"]) == 2
+    assert summary["max_logprob_gap"] < FP32
     check_same(adapter(tmp_path / "two"), expected, 1e-5)
 
 

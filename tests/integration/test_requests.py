@@ -56,7 +56,8 @@ def test_special_tokens_are_kept(client: RolloutClient, model: Path) -> None:
         "sampling": {"max_tokens": 8, "logit_bias": {str(eos): 100.0}},
     }
     completion = _post(client, body).json()["groups"][0]["completions"][0]
-    assert completion["token_ids"] == [eos] and completion["finish_reason"] == "stop"
+    assert completion["token_ids"] == [eos]
+    assert completion["finish_reason"] == "stop"
     assert completion["text"] == ""
 
 
@@ -142,11 +143,14 @@ def test_versions_as_a_precondition(client: RolloutClient, model: Path) -> None:
     version = {"run_id": "precondition", "fence": 0, "step": 3}
     assert _post(client, {**ask, "policy": version}).status_code == 200
     other = _post(client, {**ask, "policy": {**version, "step": 4}})
-    assert other.status_code == 409 and other.json()["error"]["code"] == "version_not_active"
+    assert other.status_code == 409
+    assert other.json()["error"]["code"] == "version_not_active"
     waited = _post(client, {**ask, "min_step": 4, "wait_s": 0.2})
-    assert waited.status_code == 409 and waited.json()["error"]["code"] == "step_not_reached"
+    assert waited.status_code == 409
+    assert waited.json()["error"]["code"] == "step_not_reached"
     unknown = _post(client, {**ask, "run_id": "nobody"})
-    assert unknown.status_code == 404 and "precondition" in unknown.json()["error"]["message"]
+    assert unknown.status_code == 404
+    assert "precondition" in unknown.json()["error"]["message"]
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(_post, client, {**ask, "min_step": 4, "wait_s": 30})
         P.push(client, policy, "precondition", step=4)
@@ -236,7 +240,8 @@ def test_mass_that_truncation_kept(client: RolloutClient, model: Path) -> None:
                     continue
                 mass = torch.tensor(completion.log_kept_mass)
                 assert (served + mass - full).abs().max() < 1e-4
-                assert mass.max() <= 0.0 and mass.min() < -0.01
+                assert mass.max() <= 0.0
+                assert mass.min() < -0.01
                 if ask.keys().isdisjoint({"top_p", "min_p"}):
                     kept = P.top_k_mass(policy, whole, ask["top_k"], ask["temperature"])[begin:]
                     assert (mass - kept).abs().max() < 1e-4
@@ -244,4 +249,5 @@ def test_mass_that_truncation_kept(client: RolloutClient, model: Path) -> None:
 
 def test_metrics_of_both(client: RolloutClient) -> None:
     text = HTTP.get(client.url + "/metrics").text
-    assert "lockstep_pushes_total" in text and "vllm:" in text
+    assert "lockstep_pushes_total" in text
+    assert "vllm:" in text

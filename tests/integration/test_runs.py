@@ -112,7 +112,8 @@ def test_eval_of_stored_adapters_beside_a_training(
     ]
     assert main([*flags, "base", "latest", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     base, latest, one, two = json.loads((tmp_path / "eval.json").read_text())["results"]
-    assert latest["versions"] == ["training@0.7"] and one["versions"] != two["versions"]
+    assert latest["versions"] == ["training@0.7"]
+    assert one["versions"] != two["versions"]
     texts = [[row["completion"] for row in result["rows"]] for result in (base, latest, one, two)]
     assert texts[1] == texts[3], "the same adapter, pushed by its learner and from disk"
     assert texts[0] != texts[1] != texts[2] != texts[0]

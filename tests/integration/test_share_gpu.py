@@ -48,7 +48,9 @@ def test_requests_wait_while_it_sleeps(client: RolloutClient, sharing: ServerPro
             until(lambda: client.run("held").running_requests == 3)
             assert HTTP.get(f"{sharing.url}/ready").status_code == 200
             assert sharing.metrics("vllm:generation_tokens_total") == decoded
-            assert not (running.done() or later.done() or openai.done())
+            assert not (running.done())
+            assert not (later.done())
+            assert not (openai.done())
             assert not client.wake().asleep
             answers = [running.result(), later.result()]
             assert openai.result().status_code == 200
@@ -69,7 +71,8 @@ def test_a_push_wakes_it(client: RolloutClient, model: Path) -> None:
     client.sleep()
     client.delete_run("woken", P.LEASE)
     state = client.state()
-    assert not state.runs and state.asleep, "the end of a run writes nothing"
+    assert not state.runs, "the end of a run writes nothing"
+    assert state.asleep, "the end of a run writes nothing"
 
 
 def test_a_learner_that_was_killed_in_its_turn_goes_on(client: RolloutClient, model: Path, tmp_path: Path) -> None:
@@ -82,5 +85,6 @@ def test_a_learner_that_was_killed_in_its_turn_goes_on(client: RolloutClient, mo
     assert learner.steps() < 10, learner.tail()
     again = LearnerProcess(client.url, model, task, tmp_path / "run", *flags)
     summary = again.finish()
-    assert summary["steps"] == 10 and 0 < summary["max_logprob_gap"] < FP32
+    assert summary["steps"] == 10
+    assert 0 < summary["max_logprob_gap"] < FP32
     assert not client.state().asleep

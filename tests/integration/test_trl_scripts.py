@@ -189,7 +189,8 @@ def test_turns_of_a_tool_loop(server: ServerProcess, make_trainer: Callable[...,
         mask_BT = batch["completion_mask"].bool()
         sampled_BT = mask_BT & batch["tool_mask"].bool()
         turns = (sampled_BT[:, 1:] & ~sampled_BT[:, :-1]).sum(1) + 1
-        assert turns.max() >= 2 and (mask_BT & ~sampled_BT).any()
+        assert turns.max() >= 2
+        assert (mask_BT & ~sampled_BT).any()
         gap_BT = (batch["sampling_per_token_logps"] - batch["old_per_token_logps"]).abs()
         assert gap_BT[sampled_BT].max() < 1e-4, "in one forward over all turns, as they were drawn one after the other"
     assert session.rollouts.stats.completions == 16
@@ -205,7 +206,8 @@ def test_vllms_sampling_params_reach_vllm(server: ServerProcess, make_trainer: C
     session.close()
     ids_BT, mask_BT = batches[0]["completion_ids"], batches[0]["completion_mask"].bool()
     rows = [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
-    assert rows[:4] == [rows[0]] * 4 and rows[4:] == [rows[4]] * 4
+    assert rows[:4] == [rows[0]] * 4
+    assert rows[4:] == [rows[4]] * 4
     decode = trainer.processing_class.decode
     assert any(len(row) < 16 for row in rows)
     assert all(not set("ea") & set(decode(row[:-1])) for row in rows)
@@ -284,7 +286,8 @@ def test_recipes(server: ServerProcess, tool_model: Path, tmp_path: Path, name: 
         *(flag.replace("{gsm8k}", str(gsm8k)) for flag in RECIPES[name]),
     ]
     summary = learner.train.run(*learner.train.parse(flags))
-    assert summary["steps"] == summary["pushes"] == 1 and summary["completions"] == 8
+    assert summary["steps"] == summary["pushes"] == 1
+    assert summary["completions"] == 8
     history = json.loads((tmp_path / name / "metrics.jsonl").read_text())
     assert history["reward"] is not None
     if name == "json_schema":

@@ -27,7 +27,8 @@ def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: st
         time.sleep(0.2)
     assert learner.process.returncode == 0, learner.tail()
     steps = re.search(r"^lockstep_learner_step ([0-9.]+)$", metrics[1], re.MULTILINE)
-    assert steps and float(steps[1]) >= 1, metrics[1]
+    assert steps, metrics[1]
+    assert float(steps[1]) >= 1, metrics[1]
     command = [
         sys.executable,
         "-m",
@@ -42,8 +43,11 @@ def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: st
         token_file,
     ]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["run"]["finished"] and found["run"]["step"] == 6 and len(found["run"]["rewards"]) == 6
+    assert found["run"]["finished"]
+    assert found["run"]["step"] == 6
+    assert len(found["run"]["rewards"]) == 6
     run = next(run for run in found["servers"][0]["runs"] if run["run_id"] == found["run"]["run_id"])
-    assert run["step"] == 6 and run["lag"] == 0
+    assert run["step"] == 6
+    assert run["lag"] == 0
     assert "6 / 6" in (learner.folder / "run.html").read_text()
     return "\n".join(metrics)

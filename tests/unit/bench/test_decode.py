@@ -81,13 +81,18 @@ def test_both_kinds_of_server_are_asked_for_the_same() -> None:
     plain, ours, base = Fake(), Fake(VERSION), Fake()
     for way in (plain.way(PLAIN), ours.way(ADAPTER, VERSION), base.way(BASE, "base")):
         sampled, seconds = way.ask(prompts, 4)
-        assert sampled == [([7] * 4, [-1.5] * 4)] * 3 and seconds > 0
+        assert sampled == [([7] * 4, [-1.5] * 4)] * 3
+        assert seconds > 0
     [(path, body)] = plain.bodies
-    assert path == "/v1/completions" and body["prompt"] == prompts and body["logprobs"] == 0
+    assert path == "/v1/completions"
+    assert body["prompt"] == prompts
+    assert body["logprobs"] == 0
     assert (body["ignore_eos"], body["temperature"], body["max_tokens"], body["n"]) == (True, 1.0, 4, 1)
     [(path, body)] = ours.bodies
     asked = GenerateRequest.model_validate(body)
-    assert path == "/v1/generate" and asked.policy == VERSION and asked.return_text is False
+    assert path == "/v1/generate"
+    assert asked.policy == VERSION
+    assert asked.return_text is False
     assert [prompt.token_ids for prompt in asked.prompts] == prompts
     assert (asked.sampling.ignore_eos, asked.sampling.temperature, asked.sampling.max_tokens) == (True, 1.0, 4)
 
@@ -163,7 +168,8 @@ def test_fidelity_sees_a_forgotten_adapter(policy: tuple[Policy, Path], monkeypa
             serve(model, way, monkeypatch, adapter)
             gaps[row] = fidelity(way, model, TINY.vocab)["fidelity"]
     assert gaps[ADAPTER]["tokens"] == 8 * 64
-    assert gaps[ADAPTER]["max_abs_gap"] < 1e-5 and gaps[BASE]["max_abs_gap"] < 1e-5
+    assert gaps[ADAPTER]["max_abs_gap"] < 1e-5
+    assert gaps[BASE]["max_abs_gap"] < 1e-5
     assert gaps[MERGE]["mean_abs_gap"] == pytest.approx(gaps[MERGE]["adapter_effect"], rel=1e-3)
     assert gaps[MERGE]["mean_abs_gap"] > 100 * gaps[ADAPTER]["mean_abs_gap"]
 
@@ -181,17 +187,20 @@ def test_servers_take_turns_and_a_failure_stays_in_its_row(tmp_path: Path) -> No
     run.waves(ways, 2)
     plain, adapter, merge = run.report.rows
     assert plain["ratio_to_plain"] == {"median": 1.0, "min": 1.0, "max": 1.0}
-    assert adapter["n"] == 3 and adapter["gpu_memory_mib"] == 123
+    assert adapter["n"] == 3
+    assert adapter["gpu_memory_mib"] == 123
     ratios = sorted(p / a for p, a in zip(plain["waves_s"], adapter["waves_s"], strict=True))
     assert adapter["ratio_to_plain"]["median"] == pytest.approx(ratios[1], rel=0.02)
     assert adapter["tokens_per_s"]["max"] == pytest.approx(2 * 4 / min(adapter["waves_s"]), rel=0.02)
-    assert not merge["ok"] and "came back" in merge["error"]
+    assert not merge["ok"]
+    assert "came back" in merge["error"]
     # One wave that is not counted; every server is sent the same prompts; a server that failed is asked no more.
     assert [len(fakes[row].bodies) for row in (PLAIN, ADAPTER, MERGE)] == [4, 4, 1]
     sent = [[prompt["token_ids"] for prompt in body["prompts"]] for _, body in fakes[ADAPTER].bodies]
     assert sent == [body["prompt"] for _, body in fakes[PLAIN].bodies]
     document = json.loads((tmp_path / "decode.json").read_text())
-    assert set(document) == {"headline", "ok", "machine", "rows"} and not document["ok"]
+    assert set(document) == {"headline", "ok", "machine", "rows"}
+    assert not document["ok"]
 
 
 def test_after_the_deadline_rows_are_skipped(tmp_path: Path) -> None:
@@ -235,8 +244,10 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in decode.SERVERS:
         decode.start(name, setting, tmp_path / "tiny", 8)
     plain, adapter, merge = started
-    assert not any("lora" in word for word in plain) and plain[-2:] == ["--dtype", "float32"]
-    assert "rollout_server.cli" in adapter and "--apply" not in adapter
+    assert not any("lora" in word for word in plain)
+    assert plain[-2:] == ["--dtype", "float32"]
+    assert "rollout_server.cli" in adapter
+    assert "--apply" not in adapter
     assert merge[-2:] == ["--apply", "merge"]
 
 
@@ -244,7 +255,9 @@ def test_the_key_value_cache_has_room_for_the_largest_wave() -> None:
     options = argparse.Namespace(batches=[32, 256], tokens=256, server_flags="--seed 3")
     flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
     values = dict(zip(flags[::2], flags[1::2], strict=True))
-    assert values["--max-num-seqs"] == "256" and values["--max-model-len"] == "288" and values["--seed"] == "3"
+    assert values["--max-num-seqs"] == "256"
+    assert values["--max-model-len"] == "288"
+    assert values["--seed"] == "3"
     assert 256 * 272 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 13e9
     assert "--kv-cache-memory-bytes" not in sized_flags(TINY, options, "cpu")
 
@@ -269,7 +282,9 @@ def test_table_and_picture(tmp_path: Path) -> None:
     for batch in (2, 4):
         run.waves([Fake().way(PLAIN), Fake(VERSION).way(ADAPTER, VERSION), Fake(short=True).way(MERGE, VERSION)], batch)
     lines = rates_table(run.report.rows).splitlines()
-    assert len(lines) == 2 + 6 and "error: RuntimeError" in lines[4] and "100.0%" in lines[2]
+    assert len(lines) == 2 + 6
+    assert "error: RuntimeError" in lines[4]
+    assert "100.0%" in lines[2]
     bars(tmp_path / "a.png", run.report.rows, "title")
     bars(tmp_path / "b.png", [], "title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -31,7 +31,8 @@ def test_table_columns_line_up() -> None:
     column = lines[0].index("push s")
     assert lines[2][column:].startswith("0.0100 (0.0050-0.0200)")
     assert lines[3][column:].startswith("1.5000 (0.7500-3.0000)")
-    assert "skipped: needs two GPUs" in lines[4] and "error: ValueError: no" in lines[5]
+    assert "skipped: needs two GPUs" in lines[4]
+    assert "error: ValueError: no" in lines[5]
     assert "more of it" not in lines[5]
 
 
@@ -49,7 +50,8 @@ def test_every_row_leaves_a_complete_file(tmp_path: Path) -> None:
     report.add(ROWS[2])
     document = json.loads(path.read_text())
     assert set(document) == {"headline", "ok", "machine", "rows"}
-    assert document["ok"] and [r["row"] for r in document["rows"]] == ["ours", "third"]
+    assert document["ok"]
+    assert [r["row"] for r in document["rows"]] == ["ours", "third"]
     report.add(ROWS[3])
     assert json.loads(path.read_text())["ok"] is False
     assert [p.name for p in path.parent.iterdir()] == ["sync.json"]

@@ -51,7 +51,8 @@ def test_a_push_streams_every_base_parameter_merged(tmp_path: Path, monkeypatch:
         optimizer_step(model)
         moved = path.push(1)
         client = generation.vllm_client
-        assert set(client.received) == names and client.resets == 1
+        assert set(client.received) == names
+        assert client.resets == 1
         assert moved.nbytes == 4 * sum(tensor.numel() for tensor in client.received.values())
         merged = client.received["model.layers.0.self_attn.q_proj.weight"]
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -72,6 +73,8 @@ def test_the_server_is_started_as_trl_does(tmp_path: Path, monkeypatch: pytest.M
     setting = Setting(tmp_path, device="cuda:0", server_device="1", dtype="bfloat16", engine_flags=("--dtype", "half"))
     PeerMerged().start(setting, tmp_path, 8)
     _, command, _, _, env = started
-    assert "--weight-transfer-config" in command and command[-2:] == ["--dtype", "half"]
-    assert env["VLLM_SERVER_DEV_MODE"] == "1" and env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "--weight-transfer-config" in command
+    assert command[-2:] == ["--dtype", "half"]
+    assert env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert env["CUDA_VISIBLE_DEVICES"] == "1"
     assert MERGED in PeerMerged.notes

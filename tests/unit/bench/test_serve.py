@@ -52,11 +52,15 @@ def test_both_routes_are_asked_for_the_same() -> None:
     ask = Ask([5, 6], 7, n=3)
     path, body = generate_body(ask, "base")
     asked = GenerateRequest.model_validate(body)
-    assert path == "/v1/generate" and asked.prompts[0].token_ids == [5, 6] and asked.policy == "base"
+    assert path == "/v1/generate"
+    assert asked.prompts[0].token_ids == [5, 6]
+    assert asked.policy == "base"
     assert (asked.sampling.max_tokens, asked.sampling.ignore_eos, asked.sampling.temperature) == (7, True, 1.0)
     assert asked.sampling.n == body["sampling"]["n"] == 3
     path, body = completions_body(ask, "base")
-    assert path == "/v1/completions" and body["prompt"] == [5, 6] and body["logprobs"] == 0
+    assert path == "/v1/completions"
+    assert body["prompt"] == [5, 6]
+    assert body["logprobs"] == 0
     assert (body["n"], body["max_tokens"], body["ignore_eos"], body["temperature"]) == (3, 7, True, 1.0)
 
 
@@ -72,7 +76,9 @@ async def test_never_more_at_a_time_than_asked_for() -> None:
         return float(ask.tokens)
 
     seconds, each = await in_parallel(make_asks(20, 8, 512, seed=0), 6, send)
-    assert most == 6 and len(each) == 20 and seconds >= max(each) / 1000
+    assert most == 6
+    assert len(each) == 20
+    assert seconds >= max(each) / 1000
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,8 @@ async def test_answers_over_http_are_checked(fault: str | None, word: str) -> No
         wave = http_wave(url, asks, 2, lambda ask: generate_body(ask, "base"))
         if fault is None:
             seconds, each = await wave
-            assert len(each) == 5 and 0 < max(each) <= seconds
+            assert len(each) == 5
+            assert 0 < max(each) <= seconds
         else:
             with pytest.raises(RuntimeError, match=word):
                 await wave
@@ -113,10 +120,12 @@ def test_a_row_says_what_it_reaches_of_the_others() -> None:
         wave = one.wave
         one.wave = lambda asks, concurrency, row=one.row, wave=wave: (order.append(row), wave(asks, concurrency))[1]  # type: ignore[misc]
     measure(contenders, 2, 1, OPTIONS, 512)
-    assert order[::2] == order[1::2] and len(order) == 2 * 15  # a warm-up, and what counts
+    assert order[::2] == order[1::2]
+    assert len(order) == 2 * 15
     assert order[:12:2] == [BARE, OURS, VLLM, OURS, VLLM, BARE]
     row = figures(contenders[1], contenders)
-    assert row["n"] == 4 and row["requests"] == 4 * 8
+    assert row["n"] == 4
+    assert row["requests"] == 4 * 8
     assert row["ratio_to_bare"]["median"] == pytest.approx(0.8)
     assert row["ratio_to_vllm_serve"]["median"] == pytest.approx(1.6)
     assert row["request_s"] == {"median": 0.625, "p95": 0.625}
@@ -147,10 +156,12 @@ def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
     report = ServeReport(tmp_path / "r.json", {"devices": ["a machine"]})
     add_rows(report, contenders)
     document = json.loads((tmp_path / "r.json").read_text())
-    assert document["ok"] is False and "gone" in document["rows"][1]["error"]
+    assert document["ok"] is False
+    assert "gone" in document["rows"][1]["error"]
     assert document["headline"] == "nothing was measured"
     lines = serve_table(document["rows"]).splitlines()
-    assert len(lines) == 4 and "gone" in lines[3]
+    assert len(lines) == 4
+    assert "gone" in lines[3]
 
 
 def test_a_round_counts_as_a_whole_and_none_begins_too_late() -> None:
@@ -199,10 +210,12 @@ def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(started) == {"engine", "rollout-server"}  # those of the rows that are asked for
     options.only = ROWS
     rows = serve_contenders.start(SHAPES["tiny"], tmp_path, tmp_path, options, ["--dtype", "float32"], None)
-    assert tuple(one.row for one in rows) == ROWS and set(started) == {"engine", "rollout-server", "vllm serve"}
+    assert tuple(one.row for one in rows) == ROWS
+    assert set(started) == {"engine", "rollout-server", "vllm serve"}
     for command in started.values():
         joined = " ".join(command)
-        assert "--max-lora-rank 8" in joined and "--dtype float32" in joined
+        assert "--max-lora-rank 8" in joined
+        assert "--dtype float32" in joined
     assert "--enable-lora --max-loras 2" in " ".join(started["vllm serve"])
     assert "rollout_server.worker.AdapterWorker" in started["vllm serve"]
 
@@ -213,7 +226,9 @@ def test_the_key_value_cache_has_room_for_the_highest_level() -> None:
     flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
     pairs = [flag for flag in flags if flag != "--no-enable-prefix-caching"]
     values = dict(zip(pairs[::2], pairs[1::2], strict=True))
-    assert len(pairs) == len(flags) - 1 and values["--max-num-seqs"] == "256" and values["--load-format"] == "dummy"
+    assert len(pairs) == len(flags) - 1
+    assert values["--max-num-seqs"] == "256"
+    assert values["--load-format"] == "dummy"
     assert 256 * 320 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 14e9
     assert "--kv-cache-memory-bytes" not in sized_flags(SHAPES["tiny"], options, "cpu")
 

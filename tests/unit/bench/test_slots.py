@@ -31,11 +31,15 @@ def test_rows_become_a_file_a_table_and_a_sentence(tmp_path: Path) -> None:
     for each in (row(1), row(3), row(2, ok=False, error="RuntimeError: no\nmore")):
         report.add(each)
     document = json.loads((tmp_path / "slots.json").read_text())
-    assert set(document) == {"headline", "ok", "machine", "rows"} and document["ok"] is False
+    assert set(document) == {"headline", "ok", "machine", "rows"}
+    assert document["ok"] is False
     assert document["headline"].startswith("on H: tiny rank 8, 8 requests, one place (--apply merge), 2 pushes per")
     lines = slots_table(document["rows"]).splitlines()
-    assert len(lines) == 2 + 3 and lines[3].endswith("4.5") and lines[2].endswith("-")
-    assert "RuntimeError: no" in lines[4] and "more" not in lines[4]
+    assert len(lines) == 2 + 3
+    assert lines[3].endswith("4.5")
+    assert lines[2].endswith("-")
+    assert "RuntimeError: no" in lines[4]
+    assert "more" not in lines[4]
 
 
 def test_a_push_that_waits_delays_the_next_one() -> None:

@@ -32,15 +32,20 @@ ROWS = [row(ours(0), ALTERNATING), row(ours(1), AHEAD), row(TRL, MERGED)]
 
 def test_a_step_is_waiting_bringing_weights_and_training() -> None:
     made = figures(ALTERNATING)
-    assert made["n"] == 3 and made["step_s"] == {"median": 12.0, "min": 10.0, "max": 14.0, "mean": 12.0}
+    assert made["n"] == 3
+    assert made["step_s"] == {"median": 12.0, "min": 10.0, "max": 14.0, "mean": 12.0}
     assert made["train_s"] == {"median": 6.0, "min": 5.0, "max": 7.0, "mean": 6.0}
-    assert made["tokens_per_step"] == 200 and made["tokens_per_s"] == 600 / 36
+    assert made["tokens_per_step"] == 200
+    assert made["tokens_per_s"] == 600 / 36
     # Nothing is generated ahead: the server works exactly while the trainer waits.
-    assert made["server_bubble"] == 21 / 36 and made["learner_bubble"] == 15 / 36
-    assert made["server_tokens_per_s"] == 600 / 15 and made["learner_tokens_per_s"] == 600 / 18
+    assert made["server_bubble"] == 21 / 36
+    assert made["learner_bubble"] == 15 / 36
+    assert made["server_tokens_per_s"] == 600 / 15
+    assert made["learner_tokens_per_s"] == 600 / 18
     # Ahead: the server says itself for how long nothing was asked of it.
     ahead = figures(AHEAD)
-    assert ahead["server_bubble"] == 2 / 8 and ahead["server_tokens_per_s"] == 200 / 6
+    assert ahead["server_bubble"] == 2 / 8
+    assert ahead["server_tokens_per_s"] == 200 / 6
 
 
 def test_ratios() -> None:
@@ -67,13 +72,18 @@ def test_rows_become_a_file_a_table_and_a_picture(tmp_path: Path) -> None:
     for each in [*ROWS[:2], row(TRL, [], skipped="needs two GPUs")]:
         report.add(each)
     document = json.loads((tmp_path / "step.json").read_text())
-    assert document["ok"] and document["reached"] is None and len(document["rows"]) == 3
+    assert document["ok"]
+    assert document["reached"] is None
+    assert len(document["rows"]) == 3
     assert document["headline"].startswith("tiny, LoRA rank 8, 16 completions of up to 64 tokens a step, on H: ")
     assert "S = 1 takes 1.33 times the larger of generation alone (5.00 s) and training" in document["headline"]
     lines = steps_table(document["rows"]).splitlines()
-    assert len(lines) == 2 + 3 and "needs two GPUs" in lines[4] and lines[2].endswith("58%")
+    assert len(lines) == 2 + 3
+    assert "needs two GPUs" in lines[4]
+    assert lines[2].endswith("58%")
     report.add(row(ours(2), [], ok=False, error="RuntimeError: no\nmore"))
-    assert report.document()["ok"] is False and "more" not in steps_table(report.rows)
+    assert report.document()["ok"] is False
+    assert "more" not in steps_table(report.rows)
     stacked(tmp_path / "step.png", report.rows, "title")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
     stacked(tmp_path / "empty.png", [], "title")
@@ -137,10 +147,15 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
         watch.on_step_end(None, None, None)
     assert len(watch.steps) == 6
     for one in watch.steps:
-        assert one.tokens == 3 and one.idle is None and one.server_idle == one.seconds - one.wait
-        assert one.wait >= 0.05 and one.sync >= 0.02 and one.train >= 0.03
+        assert one.tokens == 3
+        assert one.idle is None
+        assert one.server_idle == one.seconds - one.wait
+        assert one.wait >= 0.05
+        assert one.sync >= 0.02
+        assert one.train >= 0.03
     # A busy machine may spoil most of them.
-    assert min(one.wait for one in watch.steps) < 0.1 and min(one.sync for one in watch.steps) < 0.05
+    assert min(one.wait for one in watch.steps) < 0.1
+    assert min(one.sync for one in watch.steps) < 0.05
     assert min(one.train for one in watch.steps) < 0.1
 
 
@@ -148,7 +163,9 @@ def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
     options = argparse.Namespace(prompt_tokens=64, tokens=512, mean_tokens=200, batch=256, server_flags="--x 1")
     flags = step.sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
     given = dict(zip(flags[::2], flags[1::2], strict=True))
-    assert given["--max-num-seqs"] == "512" and given["--max-model-len"] == "592" and given["--x"] == "1"
+    assert given["--max-num-seqs"] == "512"
+    assert given["--max-model-len"] == "592"
+    assert given["--x"] == "1"
     assert int(given["--kv-cache-memory-bytes"]) > 512 * (64 + 200) * 147_456
     assert "--enforce-eager" in step.sized_flags(SHAPES["tiny"], options, "cpu")
 

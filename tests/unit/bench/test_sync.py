@@ -95,7 +95,9 @@ def test_a_row_counts_what_comes_after_the_warm_up(no_model: Any) -> None:
     path = FakePath()
     figures = measure(path, no_model, 4, vocab=100)
     assert path.pushes == path.settled == measuring.WARM_UP + 4
-    assert figures["n"] == 4 and figures["bytes"] == 10 and figures["parts_median_s"] == {"install": 0.5}
+    assert figures["n"] == 4
+    assert figures["bytes"] == 10
+    assert figures["parts_median_s"] == {"install": 0.5}
     assert figures["push_s"]["median"] <= figures["first_token_s"]["median"]
 
 

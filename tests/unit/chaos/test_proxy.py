@@ -80,7 +80,8 @@ def control(upstream: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     process = subprocess.Popen(command, cwd=REPOSITORY)
     deadline = time.monotonic() + 30
     while not (folder / "control").exists():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.05)
     yield Control(folder)
     process.kill()
@@ -162,4 +163,5 @@ def test_refused_and_silent(control: Control, http: httpx.Client) -> None:
 
 def test_another_version_in_the_same_bytes(tmp_path: Path) -> None:
     other = reversioned(BLOB, 1, 9)
-    assert b'"fence": 1' in other.replace(b"\\", b"") and other[-LAYOUT.nbytes :] == BLOB[-LAYOUT.nbytes :]
+    assert b'"fence": 1' in other.replace(b"\\", b"")
+    assert other[-LAYOUT.nbytes :] == BLOB[-LAYOUT.nbytes :]

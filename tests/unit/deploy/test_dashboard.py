@@ -28,7 +28,8 @@ def _vllm() -> set[str]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     spec = importlib.util.find_spec("vllm.v1.metrics.loggers")
-    assert spec and spec.origin
+    assert spec
+    assert spec.origin
     texts = (
         node.value for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.Constant)
     )
@@ -59,7 +60,8 @@ def test_panels_do_not_overlap_and_fill_their_rows() -> None:
             for x in range(place["x"], place["x"] + place["w"])
             for y in range(place["y"], place["y"] + place["h"])
         }
-        assert not cells & taken and max(x for x, _ in cells) < 24, panel["title"]
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24, panel["title"]
         taken |= cells
     assert len(taken) == 24 * (1 + max(y for _, y in taken)), "no holes"
     identities = [panel["id"] for panel in DASHBOARD["panels"]]

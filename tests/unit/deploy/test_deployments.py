@@ -58,10 +58,12 @@ def test_learners_understand_their_flags(learner: Container, local) -> None:
     config, args, model = parse([*command[1:], "--use_cpu", "true", "--bf16", "false"])
     server = next(server for server in SERVERS if server.place == learner.place)
     assert model.model_name_or_path == server.command[0]
-    assert config.require_urls() and config.require_task()
+    assert config.require_urls()
+    assert config.require_task()
     assert config.metrics_port == 9100
     # A learner that is started again goes on from here.
-    assert args.save_strategy == "steps" and args.save_steps < args.max_steps
+    assert args.save_strategy == "steps"
+    assert args.save_steps < args.max_steps
     assert args.output_dir.startswith("/runs/")
     assert model.lora_r <= int(server.value("--max-lora-rank"))
 
@@ -115,14 +117,16 @@ def test_only_what_the_learner_needs_reaches_a_server() -> None:
     published = [
         port for service in compose("docker-compose.yml")["services"].values() for port in service.get("ports", ())
     ]
-    assert published and all(port.startswith("127.0.0.1:") for port in published)
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)
 
 
 def test_containers_cannot_become_more_than_they_are() -> None:
     for name in ("setup", "rollout-server", "learner"):
         service = compose("docker-compose.yml")["services"][name]
         assert service["cap_drop"] == ["ALL"]
-        assert service["read_only"] and service["security_opt"] == ["no-new-privileges:true"]
+        assert service["read_only"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
     for target in ("server", "learner"):
         stage = re.split(r"^FROM ", DOCKERFILE, flags=re.M)
         users = re.findall(r"^USER (\S+)", next(s for s in stage if f"AS {target}\n" in s), flags=re.M)
@@ -177,7 +181,8 @@ def test_prometheus_finds_token_and_services() -> None:
     server = scrapes["rollout-server"]
     assert server["authorization"]["credentials_file"] == "/run/secrets/metrics_token"
     assert "metrics-token:/run/secrets:ro" in services["prometheus"]["volumes"]
-    assert server["dns_sd_configs"][0]["names"] == ["rollout-server"] and server["dns_sd_configs"][0]["port"] == 8000
+    assert server["dns_sd_configs"][0]["names"] == ["rollout-server"]
+    assert server["dns_sd_configs"][0]["port"] == 8000
     assert scrapes["learner"]["static_configs"][0]["targets"] == ["learner:9100"]
     provider = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/lockstep.yml").read_text())["providers"][
         0

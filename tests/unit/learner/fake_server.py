@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load
 
 from shared.adapter_file import LORA_A, LORA_B, header_length, parse_header
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import BaseNotServed, LockstepError, StaleVersion, UnknownRun, VersionNotActive
 from shared.rollouts import (
     Completion,
     GenerateRequest,
@@ -76,7 +76,7 @@ class FakeServer:
             return _json(self._push(path.split("/")[3], request))
         if method == "DELETE":
             if self.served.pop(path.split("/")[3], None) is None:
-                raise LockstepError(ErrorCode.UNKNOWN_RUN, "no such run")
+                raise UnknownRun("no such run")
             return httpx.Response(200, json={})
         assert not self.state.asleep, f"{path} would wait"
         body = json.loads(request.content)
@@ -100,13 +100,14 @@ class FakeServer:
         return self.state
 
     def _push(self, run_id: str, request: httpx.Request) -> PushReceipt:
-        assert request.headers["Lockstep-Lease"] and request.headers["content-length"]
+        assert request.headers["Lockstep-Lease"]
+        assert request.headers["content-length"]
         blob = request.content
         length = header_length(blob)
         header = parse_header(blob[8 : 8 + length])
         manifest = header.manifest
         if run_id in self.served and manifest.version < self.served[run_id][0]:
-            raise LockstepError(ErrorCode.STALE_VERSION, f"{manifest.version} is not after {self.served[run_id][0]}")
+            raise StaleVersion(f"{manifest.version} is not after {self.served[run_id][0]}")
         tensors = load(blob)
         deltas = {
             name: tensors[name + LORA_B].float() @ tensors[name + LORA_A].float() * self.scale
@@ -133,14 +134,14 @@ class FakeServer:
     def _resolve(self, policy: Any, run_id: str | None) -> WeightVersion | None:
         if policy == "base":
             if self.state.apply == "merge" and self.served:
-                raise LockstepError(ErrorCode.BASE_NOT_SERVED, "a run is merged")
+                raise BaseNotServed("a run is merged")
             return None
         if policy == "latest":
             return self.served[run_id or next(iter(self.served))][0]
         if policy.run_id not in self.served:
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, f"no run {policy.run_id}")
+            raise UnknownRun(f"no run {policy.run_id}")
         if self.served[policy.run_id][0] != policy:
-            raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"serving {self.served[policy.run_id][0]}")
+            raise VersionNotActive(f"serving {self.served[policy.run_id][0]}")
         return policy
 
     @torch.no_grad()

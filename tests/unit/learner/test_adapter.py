@@ -53,7 +53,8 @@ def test_delta_equals_pefts_own(model_dir, lora):
     model = peft_model(model_dir, **lora)
     manifest, tensors = decoded(export_adapter(model, VERSION, "float32"))
     layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    assert set(manifest.modules) == set(layers) and len(tensors) == 2 * len(layers)
+    assert set(manifest.modules) == set(layers)
+    assert len(tensors) == 2 * len(layers)
     for name, layer in layers.items():
         delta = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
         torch.testing.assert_close(delta, layer.get_delta_weight("default"), atol=1e-6, rtol=1e-5)
@@ -91,7 +92,8 @@ def test_second_adapter_stays_at_home(model_dir):
     model = peft_model(model_dir)
     model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))
     manifest, _ = decoded(export_adapter(model, VERSION, "float32"))
-    assert manifest.max_rank == 4 and len(manifest.modules) == 14
+    assert manifest.max_rank == 4
+    assert len(manifest.modules) == 14
 
 
 def test_embeddings_and_merged_adapters_are_refused(model_dir):

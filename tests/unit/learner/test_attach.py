@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM
 import learner
 from learner.attachment import attach, save_final_adapter
 from learner.progress import show_progress
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, LockstepError, UnknownRun
 
 
 def test_attach_is_what_the_package_exports():
@@ -28,25 +28,31 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
 
     steps = [v.step for v in server.pushed if v.run_id == "r"]
     assert steps == [0, 1, 2, 3]
-    assert "r.canary" not in server.served and any(v.run_id == "r.canary" for v in server.pushed)
+    assert "r.canary" not in server.served
+    assert any(v.run_id == "r.canary" for v in server.pushed)
     summary = attachment.summary()
     assert summary["pushes"] == summary["steps"] == 3
-    assert summary["completions"] == 3 * 8 and summary["completion_tokens"] >= 24
-    assert summary["max_logprob_gap"] < 1e-4 and abs(summary["canary_slope"] - 1) < 0.01
+    assert summary["completions"] == 3 * 8
+    assert summary["completion_tokens"] >= 24
+    assert summary["max_logprob_gap"] < 1e-4
+    assert abs(summary["canary_slope"] - 1) < 0.01
     assert abs(attachment.proof.slope - 1) < 0.01
     # On-policy and the same model: TRL's importance ratios come out as 1 from the server's logprobs.
     logged = trainer.state.log_history
     ratios = [log["sampling/importance_sampling_ratio/mean"] for log in logged if "reward" in log]
-    assert len(ratios) == 3 and all(abs(ratio - 1) < 1e-3 for ratio in ratios)
+    assert len(ratios) == 3
+    assert all(abs(ratio - 1) < 1e-3 for ratio in ratios)
     assert all("lockstep/push_seconds" in log for log in logged if "reward" in log)
     assert all(log["lockstep/drift_delta"] < 1e-4 for log in logged if "reward" in log)
-    assert summary["max_drift_kl"] < 1e-6 and summary["max_drift_clipped"] == 0.0
+    assert summary["max_drift_kl"] < 1e-6
+    assert summary["max_drift_clipped"] == 0.0
     # Rollouts of step k are asked of version k, each prompt once with n completions.
     asked = [r for r in server.generated if r.policy != "base"]
     assert [r.policy.step for r in asked] == [0, 1, 2]
     assert all(r.sampling.n == 4 and len(r.prompts) == 2 for r in asked)
     history = [json.loads(line) for line in Path(trainer.args.output_dir, "metrics.jsonl").read_text().splitlines()]
-    assert [h["step"] for h in history] == [1, 2, 3] and all(h["reward"] is not None for h in history)
+    assert [h["step"] for h in history] == [1, 2, 3]
+    assert all(h["reward"] is not None for h in history)
     assert all(h["drift"]["delta"] < 1e-4 for h in history)
 
     folder = save_final_adapter(trainer, tmp_path / "adapter")
@@ -65,18 +71,21 @@ def test_a_server_that_merges(make_trainer, server, client):
     trainer = make_trainer()
     attachment = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert abs(attachment.canary_slope - 1) < 0.01 and list(server.served) == ["r"]
+    assert abs(attachment.canary_slope - 1) < 0.01
+    assert list(server.served) == ["r"]
     trainer = make_trainer()
     again = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert again.canary_slope is None and again.proof.max_gap < 1e-4
+    assert again.canary_slope is None
+    assert again.proof.max_gap < 1e-4
 
 
 def test_truncated_sampling_does_not_bias_the_ratios(make_trainer, server, client):
     trainer = make_trainer(top_p=0.9, max_steps=1)
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert session.figures.drift.delta < 1e-4 and session.figures.drift.clipped == 0.0
+    assert session.figures.drift.delta < 1e-4
+    assert session.figures.drift.clipped == 0.0
 
 
 def test_drift_that_is_clipped(make_trainer, server, client):
@@ -92,7 +101,8 @@ def test_drift_that_is_clipped(make_trainer, server, client):
 
     server._generate = drifted
     trainer.train()
-    assert 0.0 < session.figures.drift.clipped < 1.0 and session.figures.drift.kl > 0.1
+    assert 0.0 < session.figures.drift.clipped < 1.0
+    assert session.figures.drift.kl > 0.1
     logged = trainer.state.log_history[0]["lockstep/drift_clipped"]
     assert logged == pytest.approx(session.figures.drift.clipped, abs=1e-3)
 
@@ -151,7 +161,7 @@ def test_restarted_server_is_brought_up_to_date(make_trainer, server, client):
         calls.append(request.policy)
         if len(calls) == 3:
             server.restart()
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, "no run r")
+            raise UnknownRun("no run r")
         return generate(request)
 
     server._generate = forget_once
@@ -213,11 +223,15 @@ def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
     session = attach(trainer, client=client, run_id="r", max_staleness=1)
     trainer.train()
     lags = session.rollouts.stats.lags
-    assert set(lags) == {0, 1} and lags[1] >= 48 and sum(lags.values()) == 96
+    assert set(lags) == {0, 1}
+    assert lags[1] >= 48
+    assert sum(lags.values()) == 96
     assert session.rollouts.ahead.prefetcher.mismatches == 0
-    assert session.rollouts.stats.regenerated == 0 and session.proof.max_gap < 1e-4
+    assert session.rollouts.stats.regenerated == 0
+    assert session.proof.max_gap < 1e-4
     asked = [r for r in server.generated if r.policy == "latest"]
-    assert len(asked) == 6 and asked[-1].min_step < 10
+    assert len(asked) == 6
+    assert asked[-1].min_step < 10
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
@@ -232,6 +246,7 @@ def test_a_second_training_goes_on_under_the_next_fence(make_trainer, server, cl
     assert sum(v.run_id == "r.canary" for v in server.pushed) == 1
     assert any((weights[n] != p).any() for n, p in trainer.model.named_parameters() if n in weights)
     summary = session.summary()
-    assert summary["pushes"] == 6 and summary["max_logprob_gap"] < 1e-4
+    assert summary["pushes"] == 6
+    assert summary["max_logprob_gap"] < 1e-4
     assert json.loads(Path(trainer.args.output_dir, "lease.json").read_text())["fence"] == 1
     assert set(summary["lags"]) <= {str(lag) for lag in range(max_staleness + 1)}

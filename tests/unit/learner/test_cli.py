@@ -19,18 +19,22 @@ def run(code):
 def test_needs_no_torch(command, flag):
     blocked = "import sys; sys.modules['torch'] = sys.modules['vllm'] = sys.modules['trl'] = None\n"
     answer = run(blocked + f"from learner.cli import main; sys.exit(main(['{command}', '--help']))")
-    assert answer.returncode == 0 and flag in answer.stdout, answer.stderr
+    assert answer.returncode == 0, answer.stderr
+    assert flag in answer.stdout, answer.stderr
     answer = run(blocked + "from learner.cli import main; sys.exit(main(['--help']))")
-    assert answer.returncode == 0 and "train" in answer.stdout
+    assert answer.returncode == 0
+    assert "train" in answer.stdout
 
 
 def test_a_users_mistake_is_one_line(capsys):
-    assert main([]) == 2 and main(["dance"]) == 2
+    assert main([]) == 2
+    assert main(["dance"]) == 2
     assert "no command 'dance'" in capsys.readouterr().err
     eval_flags = ["eval", "--rollout-url", "http://127.0.0.1:9", "--task", "x"]
     assert main([*eval_flags, "--task-args", "{"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("learner eval: --task-args is not valid JSON") and error.count("\n") == 1
+    assert error.startswith("learner eval: --task-args is not valid JSON")
+    assert error.count("\n") == 1
 
 
 def test_config_file_and_flags(tmp_path):
@@ -42,9 +46,13 @@ def test_config_file_and_flags(tmp_path):
         "lora_r: 8\nlearning_rate: 2.0e-4\nuse_cpu: true\nbf16: false\ngeneration_kwargs: {stop: [x]}\n"
     )
     config, args, model_args = parse([f"--config={file}", "--lora_alpha", "32", "--rollout-url", "http://b:2"])
-    assert config.rollout_url == ["http://b:2"] and config.task_args == {"min": 1}
-    assert config.lora_kwargs == {"rank_pattern": {"q_proj": 4}} and args.learning_rate == 2e-4
-    assert model_args.use_peft and model_args.lora_r == 8 and model_args.lora_alpha == 32
+    assert config.rollout_url == ["http://b:2"]
+    assert config.task_args == {"min": 1}
+    assert config.lora_kwargs == {"rank_pattern": {"q_proj": 4}}
+    assert args.learning_rate == 2e-4
+    assert model_args.use_peft
+    assert model_args.lora_r == 8
+    assert model_args.lora_alpha == 32
     assert args.generation_kwargs == {"stop": ["x"]}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from learner.client import RolloutClient
 from learner.credentials import read_token
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, ErrorCode, LockstepError, Overloaded, StaleVersion
 from shared.rollouts import GenerateRequest, Prompt
 
 REQUEST = GenerateRequest(prompts=[Prompt(token_ids=[1])])
@@ -35,11 +35,12 @@ def code_of(call):
 
 
 def test_server_errors_keep_code_message_and_detail():
-    body = LockstepError(ErrorCode.STALE_VERSION, "too old", served=3).body().model_dump()
+    body = StaleVersion("too old", served=3).body().model_dump()
     client = client_of(lambda request: httpx.Response(409, json=body))
     with pytest.raises(LockstepError, match="too old") as caught:
         client.state()
-    assert caught.value.code is ErrorCode.STALE_VERSION and caught.value.detail == {"served": 3}
+    assert caught.value.code is ErrorCode.STALE_VERSION
+    assert caught.value.detail == {"served": 3}
 
 
 def test_unreachable_slow_and_foreign_servers():
@@ -81,7 +82,8 @@ def test_push_is_sent_again_when_its_answer_is_lost():
 
     def handler(request):
         bodies.append(request.content)
-        assert request.headers["Lockstep-Lease"] == "lease" and request.headers["Lockstep-Takeover"] == "1"
+        assert request.headers["Lockstep-Lease"] == "lease"
+        assert request.headers["Lockstep-Takeover"] == "1"
         assert request.headers["content-length"] == "4"
         if len(bodies) == 1:
             raise httpx.RemoteProtocolError("cut off", request=request)
@@ -93,7 +95,7 @@ def test_push_is_sent_again_when_its_answer_is_lost():
 
 def test_stream_yields_groups_and_notices_a_missing_end():
     group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
-    error = LockstepError(ErrorCode.ENGINE_DEAD, "gone").body().model_dump()
+    error = EngineDead("gone").body().model_dump()
 
     def lines(*documents):
         return client_of(lambda r: httpx.Response(200, text="".join(json.dumps(d) + "\n" for d in documents)))
@@ -131,7 +133,7 @@ def test_a_proxy_that_refuses(status, code):
 def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
     slept = []
     monkeypatch.setattr("learner.channel.time.sleep", slept.append)
-    busy = LockstepError(ErrorCode.OVERLOADED, "too much").body().model_dump()
+    busy = Overloaded("too much").body().model_dump()
     group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
     answers = []
 
@@ -146,7 +148,9 @@ def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
 
     client = client_of(handler)
     assert len(client.generate(REQUEST, key="k").groups) == len(list(client.iter_groups(REQUEST, key="k"))) == 1
-    assert answers == [False, False, True, True] and len(slept) == 2 and all(3 <= s <= 4.5 for s in slept)
+    assert answers == [False, False, True, True]
+    assert len(slept) == 2
+    assert all(3 <= s <= 4.5 for s in slept)
     client.generate_timeout_s = 2.0
     for call in (client.generate, lambda request, key: list(client.iter_groups(request, key))):
         answers.clear()

@@ -21,7 +21,7 @@ from learner.tasks import Task
 from learner.temporary_run import adapter_blob, temporary_run
 from shared.adapter_file import header_length, parse_header
 from shared.checksum import block_sums, block_weights, checksum
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, LockstepError, NoFreeRun
 from shared.weights import WeightVersion
 from tests.unit.learner.test_adapter import peft_model
 
@@ -51,19 +51,24 @@ def test_differences_are_paired() -> None:
     no, gain = differences([base, same, better])
     assert (no.difference, no.stderr, no.low, no.high) == (0.0, 0.0, 0.0, 0.0)
     values = torch.tensor([0.5, 0.0, 0.5, 0.0])
-    assert gain.against == "base" and gain.difference == pytest.approx(0.25)
+    assert gain.against == "base"
+    assert gain.difference == pytest.approx(0.25)
     assert gain.stderr == pytest.approx(values.std().item() / 2)
     assert gain.high - gain.low == pytest.approx(2 * 1.959964 * gain.stderr)
     text = lines([base, same, better])
-    assert "+0.250 [" in text[2] and "against base" in text[2] and "against" not in text[0]
+    assert "+0.250 [" in text[2]
+    assert "against base" in text[2]
+    assert "against" not in text[0]
     assert differences([]) == []
 
 
 def test_intervals() -> None:
     low, high = interval(result("p", [[1.0]] * 10))
-    assert high == 1.0 and 0.6 < low < 0.8, "ten of ten is no proof of always"
+    assert high == 1.0, "ten of ten is no proof of always"
+    assert 0.6 < low < 0.8, "ten of ten is no proof of always"
     low, high = interval(result("p", [[3.0], [5.0]]))
-    assert (low + high) / 2 == pytest.approx(4.0) and high - low == pytest.approx(2 * 1.959964 * 0.1)
+    assert (low + high) / 2 == pytest.approx(4.0)
+    assert high - low == pytest.approx(2 * 1.959964 * 0.1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -75,7 +80,8 @@ def test_a_stored_adapter_is_pushed_as_the_learner_would(model_dir: Path, tmp_pa
     blob = b"".join(adapter_blob(open_adapter(tmp_path), VERSION, dtype))
     header = parse_header(blob[8 : 8 + header_length(blob)])
     tensors = load(blob)
-    assert tensors.keys() == own.keys() and all(torch.equal(tensors[name], own[name]) for name in own)
+    assert tensors.keys() == own.keys()
+    assert all(torch.equal(tensors[name], own[name]) for name in own)
     data = torch.frombuffer(bytearray(blob[header.data_offset :]), dtype=torch.uint8)
     elements = data.view(torch.int32 if dtype == "float32" else torch.int16)
     sums = torch.cat(list(block_sums(elements, torch.from_numpy(block_weights()))))
@@ -103,7 +109,8 @@ def test_policies_side_by_side(connected, model_dir: Path, tmp_path: Path, capsy
     assert document["results"][1]["versions"][0].startswith("eval-")
     assert document["differences"][0]["against"] == "base"
     assert "8 questions" in capsys.readouterr().out
-    assert connected.pushed and not connected.served, "the temporary run is gone"
+    assert connected.pushed, "the temporary run is gone"
+    assert not connected.served, "the temporary run is gone"
     assert main(["eval", *flags, "--policy", str(tmp_path / "nothing")]) == 2
 
 
@@ -122,4 +129,4 @@ def test_a_temporary_run_ends_whatever_happens(server, model_dir: Path, tmp_path
 
 
 def _full(run_id, request):
-    raise LockstepError(ErrorCode.NO_FREE_RUN, f"no room for {run_id}")
+    raise NoFreeRun(f"no room for {run_id}")

@@ -42,7 +42,8 @@ def test_tool_tokens_unknown_logprobs_and_empty_sequences_do_not_count():
     served[0, 2] = math.nan
     batch = {**BATCH, "sampling_per_token_logps": served, "tool_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
     drift = measure(batch, Correction("sequence_mask", 2.0, 3.0), lambda x: x)
-    assert drift.delta == pytest.approx(0.1 / 2) and drift.clipped == 1.0
+    assert drift.delta == pytest.approx(0.1 / 2)
+    assert drift.clipped == 1.0
     nothing = {**BATCH, "completion_mask": torch.zeros_like(MASK)}
     assert measure(nothing, Correction("token_mask", None, 3.0), lambda x: x).delta == 0.0
 
@@ -51,4 +52,5 @@ def test_ranks_are_weighted_by_their_tokens():
     alone = measure(BATCH, Correction("token_mask", None, 3.0), lambda x: x)
     quiet = torch.tensor([0.0, 0.0, 15.0, 0.0, 15.0], dtype=torch.double)
     both = measure(BATCH, Correction("token_mask", None, 3.0), lambda x: x + quiet)
-    assert both.delta == pytest.approx(alone.delta / 4) and both.clipped == pytest.approx(alone.clipped / 4)
+    assert both.delta == pytest.approx(alone.delta / 4)
+    assert both.clipped == pytest.approx(alone.clipped / 4)

@@ -39,7 +39,8 @@ class Scores:
         self.rows = list(rows)
 
     def arrived(self, batch: int, first: int, completions: list[Completion]) -> None:
-        assert first == 0 and [c.token_ids for c in completions] == [[row["id"]] for row in self.rows]
+        assert first == 0
+        assert [c.token_ids for c in completions] == [[row["id"]] for row in self.rows]
         self.completions = completions
 
     def totals(self, batch: int, first: int) -> list[float]:
@@ -67,13 +68,17 @@ def test_it_ends_within_the_bound(groups: int, spare: int, rounds: int, data: st
 
     assert [c.token_ids for c in completions] == draw.prompts == [[row["id"]] for row in draw.rows]
     firsts = [ids[0] for ids in draw.prompts[::SIZE]]
-    assert len(set(firsts)) == groups and draw.prompts == [[i] for i in firsts for _ in range(SIZE)]
+    assert len(set(firsts)) == groups
+    assert draw.prompts == [[i] for i in firsts for _ in range(SIZE)]
     tried = [i for round_of in asked for i in round_of]
-    assert len(asked) <= rounds and tried == list(range(groups, groups + len(tried))) and draw.replaced == len(tried)
+    assert len(asked) <= rounds
+    assert tried == list(range(groups, groups + len(tried)))
+    assert draw.replaced == len(tried)
     kept = [i for i in firsts if i in flat]
     assert draw.kept == len(kept)
     assert not kept or len(asked) == rounds or len(tried) == min(spare, rounds * groups), "no round, or no prompt, left"
-    assert dynamic.kept == draw.kept and dynamic.prompts(0) is None
+    assert dynamic.kept == draw.kept
+    assert dynamic.prompts(0) is None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,8 @@ def test_what_is_trained_on_varies(make_trainer, client, server, staleness) -> N
     steps = [log for log in trainer.state.log_history if "reward" in log]
     assert [log["frac_reward_zero_std"] for log in steps] == [0.0] * 4
     assert sum(log["lockstep/degenerate_replaced"] for log in steps) == session.summary()["degenerate_replaced"] > 0
-    assert session.summary()["degenerate_kept"] == 0 and session.summary()["completions"] == 64
+    assert session.summary()["degenerate_kept"] == 0
+    assert session.summary()["completions"] == 64
     assert set(session.rollouts.stats.lags) <= {0, staleness}
 
 
@@ -120,7 +126,8 @@ def test_all_degenerate_is_bounded_and_counted(make_trainer, client, server) -> 
     trainer.train()
     session.close()
     summary = session.summary()
-    assert summary["degenerate_replaced"] == 4 * 4 * 2 and summary["degenerate_kept"] == 4 * 4
+    assert summary["degenerate_replaced"] == 4 * 4 * 2
+    assert summary["degenerate_kept"] == 4 * 4
     drawn = [prompt for request in server.generated if request.sampling.n == 4 for prompt in request.prompts]
     assert len(drawn) == 4 * 4 * 3
 
@@ -131,8 +138,10 @@ def test_replacements_are_derived(make_trainer, client, server) -> None:
     for batch in (0, 2, 1):
         spare = one.spare_rows(batch, 8)
         own = {row["prompt"] for row in one.rows(batch)}
-        assert len({row["prompt"] for row in spare} - own) == 8 and spare == other.spare_rows(batch, 8)
-    assert one.spare_rows(0, 8) != one.spare_rows(1, 8) and len(one.spare_rows(0, 99)) == 20
+        assert len({row["prompt"] for row in spare} - own) == 8
+        assert spare == other.spare_rows(batch, 8)
+    assert one.spare_rows(0, 8) != one.spare_rows(1, 8)
+    assert len(one.spare_rows(0, 99)) == 20
 
 
 def _begun(trainer: GRPOTrainer) -> GRPOTrainer:

@@ -65,7 +65,8 @@ def test_a_merged_model_is_pefts(model_dir: Path, tmp_path: Path, lora: str) -> 
 
     export(tmp_path / "adapter", tmp_path / "bfloat16", merged=True)
     written, whole = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("bfloat16", "float32"))
-    assert written.keys() == whole.keys() and len(written) > 10
+    assert written.keys() == whole.keys()
+    assert len(written) > 10
     for name, tensor in written.items():
         assert torch.equal(tensor, whole[name].to(torch.bfloat16)), f"{name} was rounded more than once"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16").dtype is torch.bfloat16
@@ -104,7 +105,8 @@ def test_a_merge_needs_no_torch(model_dir: Path, tmp_path: Path) -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'peft', 'trl']))\n"
     code = f"{blocked}from learner.cli import main\nsys.exit(main({command!r}))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 0 and "MiB" in ended.stdout, ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    assert "MiB" in ended.stdout, ended.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -135,7 +137,8 @@ def test_an_adapter_alone(model_dir: Path, tmp_path: Path, capsys: pytest.Captur
     tokens = torch.tensor([[3, 5, 8, 13]])
     assert torch.equal(loaded(tokens).logits, policy(tokens).logits)
 
-    assert main(command) == 2 and "--force" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err
     assert main([*command, "--force", "--model_name_or_path", "org/base"]) == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     assert "base_model: org/base" in (tmp_path / "out" / "README.md").read_text()
@@ -193,7 +196,8 @@ def test_settings_that_are_refused(model_dir: Path, tmp_path: Path, change: dict
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(LockstepError, match=word) as refusal:
         export(tmp_path / "adapter", tmp_path / "out", merged=True)
-    assert refusal.value.code is code and not (tmp_path / "out").exists()
+    assert refusal.value.code is code
+    assert not (tmp_path / "out").exists()
 
 
 def test_bases_that_are_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from learner.fetch import Fetcher, asks_of
 from learner.fleet import Fleet
 from learner.member import Member
 from learner.routing import Load, Router
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LeaseMismatch, LockstepError, NotReady, Timeout, UnknownRun
 from shared.sampling import SamplingParams
 from tests.unit.learner.test_rollouts import VERSION
 from tests.unit.learner.test_rollouts import Server as Answers
@@ -33,14 +33,14 @@ class Server(Answers):
 
     def state(self, timeout_s=1.0):
         if self.broken is not None:
-            raise LockstepError(ErrorCode.NOT_READY, f"{self.url} is away")
+            raise NotReady(f"{self.url} is away")
         return SimpleNamespace(epoch="e", runs=[], draining=self.draining)
 
     def iter_groups(self, request):
         for group in super().iter_groups(request):
             time.sleep(self.seconds)
             if self.broken is not None and self.completed >= self.broken:
-                raise LockstepError(ErrorCode.NOT_READY, f"{self.url} is away")
+                raise NotReady(f"{self.url} is away")
             self.completed += len(group.completions)
             yield group
 
@@ -89,8 +89,10 @@ def test_a_dead_server_costs_only_what_it_had_not_sent(fleet_of):
     fleet, seen = fleet_of(dead, alive), Counter()
     dead.broken = 4
     assert fetch(fleet, PROMPTS, lambda row, completions: seen.update([row])) == EXPECTED
-    assert set(seen.values()) == {1} and len(seen) == 12, "every group arrives once"
-    assert dead.completed == 4 and alive.completed == 20
+    assert set(seen.values()) == {1}, "every group arrives once"
+    assert len(seen) == 12, "every group arrives once"
+    assert dead.completed == 4
+    assert alive.completed == 20
     assert [member.url for member in fleet.up()] == ["http://alive"]
 
 
@@ -100,7 +102,8 @@ def test_a_server_that_returns_is_asked_again(fleet_of):
     server.broken = 6
     mended = threading.Timer(0.5, lambda: setattr(server, "broken", None))
     mended.start()
-    assert fetch(fleet, PROMPTS) == EXPECTED and server.completed == 24
+    assert fetch(fleet, PROMPTS) == EXPECTED
+    assert server.completed == 24
     assert fleet.members["http://s"].term == 2
 
 
@@ -116,10 +119,10 @@ def test_a_run_that_another_learner_holds_is_not_waited_for(fleet_of):
     fleet = fleet_of(Server("http://s"), keep=False, patience_s=60.0)
 
     def refuse(member):
-        raise LockstepError(ErrorCode.LEASE_MISMATCH, "another learner holds it")
+        raise LeaseMismatch("another learner holds it")
 
     fleet.keep(refuse)
-    fleet.lost(fleet.up()[0], LockstepError(ErrorCode.UNKNOWN_RUN, "gone"))
+    fleet.lost(fleet.up()[0], UnknownRun("gone"))
     with pytest.raises(LockstepError, match="another learner"):
         fleet.available()
 
@@ -127,13 +130,13 @@ def test_a_run_that_another_learner_holds_is_not_waited_for(fleet_of):
 def test_what_a_server_refuses_for_good_is_raised(fleet_of):
     fleet = fleet_of(Server("http://s"))
     with pytest.raises(LockstepError, match="bad"):
-        fleet.lost_or_raise(fleet.up()[0], LockstepError(ErrorCode.INVALID_REQUEST, "bad"), 1)
+        fleet.lost_or_raise(fleet.up()[0], InvalidRequest("bad"), 1)
 
 
 def test_an_old_failure_does_not_put_out_a_server_that_came_back(fleet_of):
     fleet = fleet_of(Server("http://s"))
     member = fleet.up()[0]
-    fleet.lost(member, LockstepError(ErrorCode.NOT_READY, "old"), term=member.term - 1)
+    fleet.lost(member, NotReady("old"), term=member.term - 1)
     assert member.up
 
 
@@ -143,7 +146,7 @@ def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
     fleet = fleet_of(server, Server("http://t"), keep=False)
 
     def hang(timeout_s=1.0):
-        raise LockstepError(ErrorCode.TIMEOUT, "no answer")
+        raise Timeout("no answer")
 
     server.state = hang
     fleet.keep(lambda member: hang())
@@ -151,7 +154,8 @@ def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
     deadline = time.monotonic() + 20
     while member.up and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not member.up and fleet.members["http://t"].up
+    assert not member.up
+    assert fleet.members["http://t"].up
 
 
 def test_a_server_about_to_leave_is_asked_for_nothing_more(fleet_of, monkeypatch):
@@ -208,9 +212,10 @@ def test_a_keeper_outlives_whatever_happens_to_it(fleet_of):
 
     member.failures = 0
     fleet.keep(join)
-    fleet.lost(member, LockstepError(ErrorCode.NOT_READY, "gone"))
+    fleet.lost(member, NotReady("gone"))
     member.back_off = lambda *, refused: None
-    assert fleet.available() == [member] and len(tries) == 3
+    assert fleet.available() == [member]
+    assert len(tries) == 3
 
 
 def test_lines_that_are_no_urls_change_nothing(tmp_path):
@@ -262,7 +267,8 @@ def test_prompts_go_where_their_beginning_is_known():
     first = {tuple(ask.token_ids): s.url for s, share in router.split(asks_of(histories), servers) for ask in share}
     longer = [[*history, 7, 8, 9] for history in histories]
     again = {tuple(ask.token_ids[:300]): s.url for s, share in router.split(asks_of(longer), servers) for ask in share}
-    assert again == first and set(first.values()) == {"a", "b"}
+    assert again == first
+    assert set(first.values()) == {"a", "b"}
     servers[0].load.outstanding = 1e5
     assert {s.url for s, _ in router.split(asks_of(longer), servers)} == {"b"}, "unless it is busy"
 
@@ -272,4 +278,5 @@ def test_speed_is_measured_while_busy():
     load.begin(100.0)
     time.sleep(0.1)
     load.end(100.0, 500)
-    assert load.outstanding == 0 and 500 < load.speed < 5100
+    assert load.outstanding == 0
+    assert 500 < load.speed < 5100

@@ -76,7 +76,8 @@ def test_an_eval_pass_leaves_gradients_as_they_were(base: Path) -> None:
         gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
     assert len(gradients[0]) == len(gradients[1]) == 28
     for whole, quantised in zip(*gradients, strict=True):
-        assert whole.abs().max() > 0 and torch.allclose(whole, quantised, rtol=1e-4, atol=1e-6)
+        assert whole.abs().max() > 0
+        assert torch.allclose(whole, quantised, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_there_is_kept(model_dir: Path, base: Path, tmp_path: Path) -> None:
@@ -121,7 +122,8 @@ def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPat
     assert quantisation(ModelConfig(model_name_or_path=str(model_dir))) is None
     asked = {"model_name_or_path": str(base), "load_in_4bit": True, "dtype": "float32"}
     wanted = quantisation(ModelConfig(**asked))
-    assert wanted is not None and wanted.bnb_4bit_compute_dtype is torch.float32
+    assert wanted is not None
+    assert wanted.bnb_4bit_compute_dtype is torch.float32
     for change, word in (
         ({"dtype": "auto"}, "--dtype"),
         ({"dtype": "bfloat16"}, "--dtype float32"),

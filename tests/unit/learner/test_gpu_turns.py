@@ -15,7 +15,7 @@ from learner.client import RolloutClient
 from learner.config import LearnerConfig
 from learner.gpu_turns import GpuTurns, check_shared_gpu
 from learner.member import Member
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError
 from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer
 
@@ -45,10 +45,12 @@ def test_a_training_by_turns(make_trainer: MakeTrainer, server: FakeServer, clie
         lambda *_: asleep.append(server.state.asleep) if torch.is_grad_enabled() else None
     )
     trainer.train()
-    assert len(asleep) == 6 and all(asleep)
+    assert len(asleep) == 6
+    assert all(asleep)
     assert server.naps >= 6, "every step is followed by a push, which wakes it"
     assert not server.state.asleep, "a server is left awake"
-    assert session.proof is not None and session.proof.max_gap < 1e-4
+    assert session.proof is not None
+    assert session.proof.max_gap < 1e-4
 
 
 def test_a_training_that_fails_leaves_the_server_awake(
@@ -110,7 +112,8 @@ def test_a_server_that_is_away_is_not_waited_for(server: FakeServer) -> None:
     turns, said = turns_with(away, server.state)
     turns.train()
     turns.serve()
-    assert len(said) == 2 and all("http://one is away" in text for text in said)
+    assert len(said) == 2
+    assert all("http://one is away" in text for text in said)
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -142,7 +145,8 @@ def test_a_server_that_came_back_is_put_to_sleep_again(server: FakeServer) -> No
     server.state = server.state.model_copy(update={"asleep": False})
     member.restarted(server.state)
     turns.train()
-    assert server.naps == 2 and server.state.asleep
+    assert server.naps == 2
+    assert server.state.asleep
 
 
 @pytest.mark.parametrize("status", [0, 400])
@@ -152,7 +156,7 @@ def test_what_does_not_pass_is_an_error(server: FakeServer, status: int) -> None
     def refuse(request: httpx.Request) -> httpx.Response:
         if not status:
             raise httpx.ReadTimeout("late")
-        error = LockstepError(ErrorCode.INVALID_REQUEST, "the server sleeps on")
+        error = InvalidRequest("the server sleeps on")
         return httpx.Response(error.status, json=error.body().model_dump())
 
     turns, _ = turns_with(refuse, server.state)
@@ -170,4 +174,5 @@ def test_an_evaluation_after_the_training_leaves_the_server_awake(
     trainer.train()
     naps = server.naps
     trainer.evaluate()
-    assert server.naps > naps and not server.state.asleep
+    assert server.naps > naps
+    assert not server.state.asleep

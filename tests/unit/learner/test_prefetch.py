@@ -18,7 +18,7 @@ from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.schedule import Schedule
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import InvalidRequest, LockstepError, UnknownRun, VersionNotActive
 from shared.rollouts import Completion, GenerateRequest, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
@@ -47,12 +47,12 @@ class Server:
                 self.step = None
             step, history = self.step, list(self.history)
         if step is None:
-            raise LockstepError(ErrorCode.UNKNOWN_RUN, "forgotten")
+            raise UnknownRun("forgotten")
         time.sleep(self._delays[call % len(self._delays)])
         if request.policy == "latest":
             step = history[-1 - min(self._old[call % len(self._old)], len(history) - 1)]
         elif request.policy.step != step:
-            raise LockstepError(ErrorCode.VERSION_NOT_ACTIVE, f"serving {step}")
+            raise VersionNotActive(f"serving {step}")
         version = WeightVersion(run_id="r", step=step)
         groups = [
             RolloutGroup(
@@ -177,7 +177,7 @@ def test_other_prompts_than_expected_are_not_served_from_the_cache() -> None:
 
 def test_errors_reach_the_trainer() -> None:
     def fail(batch, prompts):
-        raise LockstepError(ErrorCode.INVALID_REQUEST, "too long")
+        raise InvalidRequest("too long")
 
     prefetcher = Prefetcher(lambda batch: [[1]], fail, last_batch=3)
     prefetcher.request(0, 3)

@@ -48,7 +48,9 @@ def measurement(own, served):
 
 def test_own_side_ignores_dropout_and_leaves_the_mode(proof, model):
     first, again = proof.own_logprobs()[0], proof.own_logprobs()[0]
-    assert model.training and np.array_equal(first, again) and len(first) == 8
+    assert model.training
+    assert np.array_equal(first, again)
+    assert len(first) == 8
 
 
 def test_agrees_with_an_honest_server(proof, publisher, model):

@@ -22,14 +22,17 @@ def publisher(model_dir, client):
 
 def test_lease_is_kept_private_and_its_fence_grows(tmp_path):
     first = load_lease(tmp_path / "My Run!", None)
-    assert first.fence == 0 and first.run_id.startswith("My-Run-")
+    assert first.fence == 0
+    assert first.run_id.startswith("My-Run-")
     save_lease(tmp_path, first)
     path = tmp_path / "lease.json"
     assert path.stat().st_mode & 0o777 == 0o600
     again = load_lease(tmp_path, None)
     assert (again.run_id, again.secret, again.fence) == (first.run_id, first.secret, 1)
     other = load_lease(tmp_path, "another")
-    assert other.run_id == "another" and other.secret != first.secret and other.fence == 0
+    assert other.run_id == "another"
+    assert other.secret != first.secret
+    assert other.fence == 0
     path.write_text("{")
     with pytest.raises(LockstepError, match="damaged"):
         load_lease(tmp_path, None)
@@ -47,7 +50,8 @@ def test_pushes_again_only_where_the_step_differs(publisher, server):
     publisher.ensure(1)
     assert len(server.pushed) == 1
     publisher.ensure(2)
-    assert [v.step for v in server.pushed] == [1, 2] and len(publisher.seconds) == 2
+    assert [v.step for v in server.pushed] == [1, 2]
+    assert len(publisher.seconds) == 2
 
 
 @pytest.mark.parametrize(
@@ -69,4 +73,5 @@ def test_a_receipt_for_something_else_is_an_error(publisher, client, monkeypatch
     monkeypatch.setattr(client, "push", lying)
     with pytest.raises(LockstepError, match="receipt") as caught:
         publisher.push(1)
-    assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH and not publisher.receipts
+    assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH
+    assert not publisher.receipts

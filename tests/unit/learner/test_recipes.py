@@ -26,14 +26,17 @@ def test_recipes_are_options_that_exist(path, tmp_path):
     check_grpo(args)
     if ":" in config.require_task() and "/" not in config.require_task():
         task = load_task(config.task, task_args=config.task_options, eval_size=8, train_size=64)
-        assert len(task.train) and len(task.eval)
+        assert len(task.train)
+        assert len(task.eval)
 
 
 def test_a_curriculum_gets_harder_and_scores_by_level():
     given = {"name": "chain_sum", "levels": 3, "partial_credit": False}
     task = load_task("learner.tasks.curriculum:levels", task_args=given, eval_size=9, train_size=60)
     levels = task.train["gym_level"][:]
-    assert levels == sorted(levels) and set(levels) == {0, 1, 2} and len(task.eval) == 9
+    assert levels == sorted(levels)
+    assert set(levels) == {0, 1, 2}
+    assert len(task.eval) == 9
     assert max(len(a) for a in task.train["answer"][:10]) < max(len(a) for a in task.train["answer"][-10:])
     asked = {question_key(prompt) for prompt in task.eval["prompt"]}
     assert not asked & {question_key(prompt) for prompt in task.train["prompt"]}
@@ -56,9 +59,12 @@ def test_guessing():
     game = Guessing()
     game.reset(secret=30, prompt=[])
     assert game.get_reward() == 0.0
-    assert [game.guess(number) for number in (50, 20)] == ["lower", "higher"] and game.get_reward() == 0.1
-    assert game.guess(30) == "right" and game.get_reward() == pytest.approx(0.8)
+    assert [game.guess(number) for number in (50, 20)] == ["lower", "higher"]
+    assert game.get_reward() == 0.1
+    assert game.guess(30) == "right"
+    assert game.get_reward() == pytest.approx(0.8)
     game.reset(secret=1)
-    assert game.guess(1) == "right" and game.get_reward() == 1.0
+    assert game.guess(1) == "right"
+    assert game.get_reward() == 1.0
     with pytest.raises(TaskError, match="reward"):
         load_task("learner.tasks.guessing:numbers", reward_specs=["x:y"])

@@ -207,7 +207,8 @@ def test_temperatures_that_the_server_would_raise(grpo):
 def test_reweighted_sampling_is_a_warning(grpo, settings, named):
     check_grpo(grpo(**settings))
     (warning,) = correction_warnings(grpo(**settings))
-    assert named in warning and "ratios" in warning
+    assert named in warning
+    assert "ratios" in warning
 
 
 def test_truncation_and_temperature_need_no_warning(grpo):

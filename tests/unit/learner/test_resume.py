@@ -71,12 +71,12 @@ def test_the_same_bytes_as_without_a_kill(train, tmp_path, config, kill_at) -> N
     whole, _ = train("whole", **config)
     train("cut", kill_at=kill_at, **config)
     checkpoint = last_checkpoint(tmp_path / "cut")
-    assert (
-        checkpoint is not None and checkpoint.name == f"checkpoint-{kill_at // 3 * 3 - (3 if kill_at % 3 == 0 else 0)}"
-    )
+    assert checkpoint is not None
+    assert checkpoint.name == f"checkpoint-{kill_at // 3 * 3 - (3 if kill_at % 3 == 0 else 0)}"
     resumed, session = train("cut", resume=str(checkpoint), **config)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert session.figures.pushes == 11 and session.publisher.lease.fence == 1
+    assert session.figures.pushes == 11
+    assert session.publisher.lease.fence == 1
 
 
 def test_checkpoints_are_whole_or_not_there(train, tmp_path) -> None:
@@ -120,7 +120,8 @@ def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, serve
     attach(trainer, client=client, run_id="r")
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == Path(trainer.args.output_dir) and best.is_dir()
+    assert best.parent == Path(trainer.args.output_dir)
+    assert best.is_dir()
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
 

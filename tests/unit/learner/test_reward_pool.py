@@ -104,8 +104,10 @@ def scored(pool: RewardPool, name: str, *completions: str) -> list[tuple[int, An
 
 def test_a_group_is_one_call_with_all_that_trl_passes(pool: RewardPool) -> None:
     [(rows, answer)] = scored(pool, "lengths", "a", "", "ccc")
-    assert rows == 3 and answer.rewards == [2.0, None, 6.0]
-    assert answer.metrics == [("step", 7.0)] and answer.extras == [("first", ["a", "", "c"])]
+    assert rows == 3
+    assert answer.rewards == [2.0, None, 6.0]
+    assert answer.metrics == [("step", 7.0)]
+    assert answer.extras == [("first", ["a", "", "c"])]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("in_a_coroutine", [1.0] * 2), ("closure", [1.5, 2.5])])
@@ -128,7 +130,8 @@ def test_one_bad_sample_costs_the_others_nothing(pool: RewardPool, bad: str) -> 
 
 def test_an_exception_comes_with_its_traceback(pool: RewardPool) -> None:
     [(_, answer)] = scored(pool, "misbehaving", "a", "raises")
-    assert "the user's own" in answer.error and "in misbehaving" in answer.error
+    assert "the user's own" in answer.error
+    assert "in misbehaving" in answer.error
 
 
 def test_an_idle_worker_that_is_killed_is_replaced(pool: RewardPool) -> None:
@@ -161,7 +164,8 @@ def test_what_a_worker_cannot_load_stays(tmp_path: Path, monkeypatch: pytest.Mon
     said: list[str] = []
     pool = RewardPool([("one", one)], workers=1, timeout_s=5.0, warn=said.append)
     assert pool.wait(pool.submit(0, group("a")))[0][1].rewards == [1.0]
-    assert len(said) == 1 and "AssertionError" in said[0]
+    assert len(said) == 1
+    assert "AssertionError" in said[0]
     pool.close()
 
 

@@ -79,7 +79,8 @@ def test_equal_to_trls_own(make_trainer, rows) -> None:
     functions = [R.third, R.whole_thirds, reward_odd, R.environments_reader]
     trainer, rewards, batch, (expected, _, metrics), said = attached(make_trainer, functions, rows)
     assert functions == [R.third, R.whole_thirds, reward_odd, R.environments_reader], "the user's list stays as it is"
-    assert trainer.reward_funcs[3] is R.environments_reader and trainer.reward_funcs[0].__name__ == "third"
+    assert trainer.reward_funcs[3] is R.environments_reader
+    assert trainer.reward_funcs[0].__name__ == "third"
 
     assert_equal(trainer._calculate_rewards(**batch), expected)
     extras, found = logged(trainer)
@@ -91,8 +92,10 @@ def test_equal_to_trls_own(make_trainer, rows) -> None:
         rewards.arrived(None, first, completions_of(batch)[first : first + 4])
     begun = [group.pending[0] for group in rewards._groups.values()]
     assert_equal(trainer._calculate_rewards(**batch), expected)
-    assert len(begun) == 4 and not rewards._groups, "each was fetched, and not computed again"
-    assert logged(trainer) == (extras, found) and not said
+    assert len(begun) == 4, "each was fetched, and not computed again"
+    assert not rewards._groups, "each was fetched, and not computed again"
+    assert logged(trainer) == (extras, found)
+    assert not said
 
 
 def test_ready_when_trl_asks(make_trainer) -> None:
@@ -136,9 +139,12 @@ def test_what_hangs_is_left_out_and_counted(make_trainer) -> None:
     rewards, batch = Rewards(trainer, LearnerConfig(reward_timeout_s=0.2), said.append), batch_of(trainer, ROWS)
     found = trainer._calculate_rewards(**batch)[:, 0]
     long = torch.tensor([len(ids) == 6 for ids in batch["completion_ids_list"]])
-    assert long.any() and torch.equal(found.isnan(), long) and (found[~long] == 1.0).all()
+    assert long.any()
+    assert torch.equal(found.isnan(), long)
+    assert (found[~long] == 1.0).all()
     assert rewards.unscored == {"hangs_sometimes": int(long.sum())}
-    assert len(said) == 1 and "reward_timeout_s" in said[0]
+    assert len(said) == 1
+    assert "reward_timeout_s" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +183,8 @@ def test_a_slow_reward_under_a_real_training(make_trainer, server, client, stale
     trainer.train()
     session.close()
     waits = [report.reward_wait_seconds for report in session.figures.reports]
-    assert len(waits) == 4 and session.summary()["unscored_rewards"] == 0
+    assert len(waits) == 4
+    assert session.summary()["unscored_rewards"] == 0
     # A busy machine may spoil any one step.
     assert min(waits[2:]) < 0.1 if staleness else max(waits) > 0.1
     logged = [log["lockstep/reward_wait_seconds"] for log in trainer.state.log_history if "reward" in log]

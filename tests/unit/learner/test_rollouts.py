@@ -50,10 +50,13 @@ def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa
 def test_equal_neighbours_share_a_request():
     server = Server()
     prompts, ids, logprobs, tokens = rollouts(server).generate([[1], [1], [2], [2]], None, 2)
-    assert len(server.requests) == 1 and server.requests[0].sampling.n == 2
+    assert len(server.requests) == 1
+    assert server.requests[0].sampling.n == 2
     assert server.requests[0].policy == VERSION
-    assert ids == [[100], [101], [200], [201]] and prompts == [[1], [1], [2], [2]]
-    assert logprobs == [[[-0.5]]] * 4 and tokens[3] == [[201]]
+    assert ids == [[100], [101], [200], [201]]
+    assert prompts == [[1], [1], [2], [2]]
+    assert logprobs == [[[-0.5]]] * 4
+    assert tokens[3] == [[201]]
 
 
 def test_rows_keep_their_order_when_groups_differ():
@@ -68,7 +71,8 @@ def test_long_prompts_are_capped_and_counted():
     remote = rollouts(server, warn=said.append)
     remote.generate([[1] * 45, [2] * 46, [3]], None, 1)
     assert sorted(r.sampling.max_tokens for r in server.requests) == [4, 5, 10]
-    assert remote.fetcher.capped_prompts == 2 and len(said) == 1
+    assert remote.fetcher.capped_prompts == 2
+    assert len(said) == 1
     with pytest.raises(LockstepError, match="no room"):
         remote.generate([[1] * 50], None, 1)
 
@@ -87,8 +91,11 @@ def test_later_turns_of_rows_with_one_history_differ():
     with remote.later_turns():
         _, ids, logprobs, _ = remote.generate([[1], [2] * 50, [2], [1]], None, 1)
     assert {p.seed for r in server.requests for p in r.prompts} == {7, 8, 9}
-    assert ids == [[100], [], [200], [100]] and logprobs[1] == []
-    assert remote.fetcher.capped_prompts == 1 and remote.stats.completions == 0 and remote.stats.completion_tokens == 3
+    assert ids == [[100], [], [200], [100]]
+    assert logprobs[1] == []
+    assert remote.fetcher.capped_prompts == 1
+    assert remote.stats.completions == 0
+    assert remote.stats.completion_tokens == 3
 
 
 def test_greedy_groups_are_refused():

@@ -54,7 +54,8 @@ def test_all_of_a_run_is_there() -> None:
     run = made_up_run()
     page = _read(render(run))
     titles = [text for text in page.texts["h3"] if text.strip() and text[0].isupper()]
-    assert len(titles) == 11 and {"Reward", "Lag", "Push", "Server against learner"} <= set(titles)
+    assert len(titles) == 11
+    assert {"Reward", "Lag", "Push", "Server against learner"} <= set(titles)
     assert len([1 for tag, _ in page.tags if tag == "article"]) == sum(len(b["samples"]) for b in run.batches)
     assert {"step 4 to token 131, step 5 (carried KV)", "212, cut off", "1.000", "-0.71"} <= set(page.texts["b"])
     shown = "".join(page.texts["li"] + page.texts["b"] + page.texts["span"] + page.texts["dd"])
@@ -70,15 +71,18 @@ def test_text_stays_text() -> None:
     shown = "".join(page.texts["pre"])
     for text in HOSTILE[:3] + HOSTILE[4:5] + HOSTILE[6:]:
         assert text in shown
-    assert r"\u202egnirts desrever\u202c \u0000\u001b[31m" in shown and r"\ud800 a lone" in shown
+    assert r"\u202egnirts desrever\u202c \u0000\u001b[31m" in shown
+    assert r"\ud800 a lone" in shown
     assert not re.search("[\0-\x08\x0b-\x1f\u202e\ud800]", "".join(map("".join, page.texts.values())))
 
 
 def test_nothing_comes_from_elsewhere() -> None:
     page = render(made_up_run())
     policy = next(a["content"] for tag, a in _read(page).tags if tag == "meta" and "http-equiv" in a)
-    assert policy.startswith("default-src 'none'") and "script" not in policy
-    assert not re.findall(r'(?:src|href)="(?!data:)[^"]*"', page.replace("&quot;", "")) and "url(" not in page
+    assert policy.startswith("default-src 'none'")
+    assert "script" not in policy
+    assert not re.findall(r'(?:src|href)="(?!data:)[^"]*"', page.replace("&quot;", ""))
+    assert "url(" not in page
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
@@ -123,7 +127,8 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
         " const lines = [...svg.querySelectorAll('.line, .dot')].map(e => e.getBoundingClientRect());"
         " return [Math.max(...lines.map(b => b.right)) - Math.min(...lines.map(b => b.left)), svg.clientHeight]; })"
     )
-    assert len(boxes) == 11 and all(across > 200 and height > 100 for across, height in boxes)
+    assert len(boxes) == 11
+    assert all(across > 200 and height > 100 for across, height in boxes)
     # No two texts of a chart lie on each other, none is cut off, and none is smaller than can be read.
     overlaps = browser.evaluate(
         "[...document.querySelectorAll('.chart svg')].flatMap(svg => { const box = svg.getBoundingClientRect();"
@@ -144,7 +149,8 @@ def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) 
     write_whole(path, render(made_up_run(1)).replace("</main>", "<script>document.title = 'owned'</script></main>"))
     browser.console.clear()
     browser.open(path, 390)
-    assert browser.evaluate("document.title") != "owned" and any("script" in text for text in browser.console)
+    assert browser.evaluate("document.title") != "owned"
+    assert any("script" in text for text in browser.console)
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -92,18 +92,24 @@ def test_servers_of_a_file_and_the_run(served, run_dir, tmp_path, capsys):
     places = tmp_path / "servers.txt"
     places.write_text("http://a:1\nhttp://b:1\nhttp://c:1\nhttp://d:1\n")
     status, found = _json(capsys, "--rollout-url", f"file:{places}", "--run-dir", str(run_dir))
-    assert status == 0 and [server["state"] for server in found["servers"]] == ["ready", "ready", "draining", "away"]
+    assert status == 0
+    assert [server["state"] for server in found["servers"]] == ["ready", "ready", "draining", "away"]
     assert [run["lag"] for server in found["servers"] for run in server["runs"]] == [0, 2]
     assert "refused" in found["servers"][3]["error"]
     run = found["run"]
     assert (run["run_id"], run["step"], run["max_steps"], run["finished"]) == ("r", 7, 10, False)
-    assert run["last"]["push_seconds"] == 0.25 and run["last"]["reward_std"] is None
-    assert run["rewards"][-1] == 0.7 and (run["eval_reward"], run["eval_step"]) == (0.625, 5)
+    assert run["last"]["push_seconds"] == 0.25
+    assert run["last"]["reward_std"] is None
+    assert run["rewards"][-1] == 0.7
+    assert (run["eval_reward"], run["eval_step"]) == (0.625, 5)
 
     assert main(["status", "--rollout-url", f"file:{places}", "--run-dir", str(run_dir)]) == 0
     shown = capsys.readouterr().out
-    assert "r  step 7/10  last step 0 s ago" in shown and "▁▂▃▅▆▇█  0.100 → 0.700" in shown
-    assert "eval    0.625 at step 5" in shown and "tok/s 1,234" in shown and "gap" not in shown
+    assert "r  step 7/10  last step 0 s ago" in shown
+    assert "▁▂▃▅▆▇█  0.100 → 0.700" in shown
+    assert "eval    0.625 at step 5" in shown
+    assert "tok/s 1,234" in shown
+    assert "gap" not in shown
     lines = shown.splitlines()
     assert [line.split()[2:] for line in lines if line.startswith(("http://a", "http://b"))] == [
         ["r", "1.7", "0", "3"],
@@ -120,17 +126,23 @@ def test_a_learner_that_is_ahead_of_its_server(served, run_dir, capsys):
 def test_after_the_training(run_dir, capsys):
     (run_dir / "train.json").write_text("{}")
     status, found = _json(capsys, "--run-dir", str(run_dir))
-    assert status == 0 and found["run"]["finished"] and found["servers"] == []
+    assert status == 0
+    assert found["run"]["finished"]
+    assert found["servers"] == []
     later = time.time() + 5
     os.utime(run_dir / "metrics.jsonl", (later, later))  # it was started again
     assert not _json(capsys, "--run-dir", str(run_dir))[1]["run"]["finished"]
 
 
 def test_nothing_is_known(tmp_path, capsys):
-    assert main(["status"]) == 2 and "--rollout-url, --run-dir" in capsys.readouterr().err
-    assert main(["status", "--run-dir", str(tmp_path / "none")]) == 2 and "output_dir" in capsys.readouterr().err
-    assert main(["status", "--run-dir", str(tmp_path)]) == 1 and "no step has ended" in capsys.readouterr().out
-    assert main(["status", "--rollout-url", "http://a:1"]) == 1 and "away" in capsys.readouterr().out
+    assert main(["status"]) == 2
+    assert "--rollout-url, --run-dir" in capsys.readouterr().err
+    assert main(["status", "--run-dir", str(tmp_path / "none")]) == 2
+    assert "output_dir" in capsys.readouterr().err
+    assert main(["status", "--run-dir", str(tmp_path)]) == 1
+    assert "no step has ended" in capsys.readouterr().out
+    assert main(["status", "--rollout-url", "http://a:1"]) == 1
+    assert "away" in capsys.readouterr().out
 
 
 def test_watching_shows_it_again(served, monkeypatch, capsys):
@@ -146,4 +158,7 @@ def test_watching_shows_it_again(served, monkeypatch, capsys):
     monkeypatch.setattr(learner.status.time, "sleep", pause)
     assert main(["status", "--rollout-url", "http://a:1", "--watch", "0.5"]) == 130
     shown = capsys.readouterr().out
-    assert pauses == [0.5] * 3 and "1.1" in shown and "1.2" in shown and "\x1b" not in shown
+    assert pauses == [0.5] * 3
+    assert "1.1" in shown
+    assert "1.2" in shown
+    assert "\x1b" not in shown

@@ -202,7 +202,8 @@ def test_a_file_may_hold_prompts_only(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Question {i}"}) + "\n" for i in range(6)))
     task = load_task(str(path), eval_size=2, reward_specs=REWARD)
-    assert len(task.train) == 4 and task.train.column_names == ["prompt"]
+    assert len(task.train) == 4
+    assert task.train.column_names == ["prompt"]
 
 
 def test_chat_rows_stay_chat(tmp_path: Path) -> None:

@@ -96,22 +96,28 @@ def test_logprobs_of_all_turns_are_the_trainers(make_tool_trainer, server, clien
     session = attach(trainer, client=client, run_id="r")
     batches = batches_of(trainer)
     trainer.train()
-    assert session.figures.drift.delta < 1e-4 and session.proof.max_gap < 1e-4
+    assert session.figures.drift.delta < 1e-4
+    assert session.proof.max_gap < 1e-4
     calls = [log["tools/call_frequency"] for log in trainer.state.log_history if "reward" in log]
-    assert len(calls) == 3 and all(calls)
+    assert len(calls) == 3
+    assert all(calls)
     for batch in batches:
         mask_BT, served_BT = batch["tool_mask"], batch["sampling_per_token_logps"]
         result_BT = (mask_BT == 0) & batch["completion_mask"].bool()
-        assert result_BT.any() and (served_BT[result_BT] == 0).all()
+        assert result_BT.any()
+        assert (served_BT[result_BT] == 0).all()
         sampled_BT = mask_BT.bool() & batch["completion_mask"].bool()
         assert torch.allclose(served_BT[sampled_BT], batch["old_per_token_logps"][sampled_BT], atol=1e-4)
     asked = [r for r in server.generated if r.policy != "base"]
     later = [r for r in asked if r.sampling.n != 4 or len(r.prompts) != 2]
-    assert later and {r.policy.step for r in later} == {0, 1, 2}, "every turn is of the version that is trained"
+    assert later, "every turn is of the version that is trained"
+    assert {r.policy.step for r in later} == {0, 1, 2}, "every turn is of the version that is trained"
     stats = session.rollouts.stats
-    assert stats.completions == 24 and dict(stats.lags) == {0: 24}, "a completion is one, however many turns it has"
+    assert stats.completions == 24, "a completion is one, however many turns it has"
+    assert dict(stats.lags) == {0: 24}, "a completion is one, however many turns it has"
     drawn = sum(len(c.prompts) * c.sampling.n for c in asked)
-    assert drawn > 24 and stats.completion_tokens > 24
+    assert drawn > 24
+    assert stats.completion_tokens > 24
 
 
 def test_a_turn_that_finds_the_context_full(make_tool_trainer, server, client):
@@ -123,7 +129,8 @@ def test_a_turn_that_finds_the_context_full(make_tool_trainer, server, client):
     trainer.train()
     assert session.rollouts.fetcher.capped_prompts > 0
     assert all(len(p.token_ids) < 31 for r in server.generated for p in r.prompts)
-    assert len(batches) == 3 and session.figures.drift.delta < 1e-4
+    assert len(batches) == 3
+    assert session.figures.drift.delta < 1e-4
 
 
 def test_first_turns_are_read_ahead_and_later_ones_are_of_the_present_weights(make_tool_trainer, server, client):
@@ -132,10 +139,13 @@ def test_first_turns_are_read_ahead_and_later_ones_are_of_the_present_weights(ma
     session = attach(trainer, client=client, run_id="r", max_staleness=1)
     trainer.train()
     lags = session.rollouts.stats.lags
-    assert sum(lags.values()) == session.rollouts.stats.completions == 32 and lags[1] >= 16 and set(lags) <= {0, 1}
+    assert sum(lags.values()) == session.rollouts.stats.completions == 32
+    assert lags[1] >= 16
+    assert set(lags) <= {0, 1}
     assert session.rollouts.ahead.prefetcher.mismatches == 0
     later = [r.policy.step for r in server.generated if r.policy not in ("base", "latest") and r.sampling.n < 4]
-    assert later == sorted(later) and later[-1] == 3
+    assert later == sorted(later)
+    assert later[-1] == 3
 
 
 def test_environments(make_tool_trainer, server, client):
@@ -145,7 +155,9 @@ def test_environments(make_tool_trainer, server, client):
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
     rewards = [log["rewards/Counter/mean"] for log in trainer.state.log_history if "reward" in log]
-    assert len(rewards) == 3 and max(rewards) > 0 and session.figures.drift.delta < 1e-4
+    assert len(rewards) == 3
+    assert max(rewards) > 0
+    assert session.figures.drift.delta < 1e-4
     with pytest.raises(LockstepError, match="environments"):
         attach(make_tool_trainer(trainer_kwargs=given), client=client, max_staleness=1)
     with pytest.raises(LockstepError, match="tools, environments"):
@@ -164,4 +176,5 @@ def test_a_rollout_function_that_asks_our_servers(make_trainer, server, client):
     trainer = make_trainer(trainer_kwargs={"rollout_func": rollout})
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert session.rollouts.stats.completions == 24 and session.figures.drift.delta < 1e-4
+    assert session.rollouts.stats.completions == 24
+    assert session.figures.drift.delta < 1e-4

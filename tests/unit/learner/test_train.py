@@ -90,12 +90,15 @@ def run(flags, *more):
 
 def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     summary = run(flags, "--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}')
-    assert summary["steps"] == summary["pushes"] == 2 and summary["completions"] == 16
-    assert summary["push_seconds_median"] > 0 and summary["train_seconds"] > 0
+    assert summary["steps"] == summary["pushes"] == 2
+    assert summary["completions"] == 16
+    assert summary["push_seconds_median"] > 0
+    assert summary["train_seconds"] > 0
     assert "step 2/2  reward" in capsys.readouterr().out
     adapter = tmp_path / "out" / "adapter"
     saved = LoraConfig.from_pretrained(adapter)
-    assert saved.use_rslora and saved.rank_pattern == {"q_proj": 8}
+    assert saved.use_rslora
+    assert saved.rank_pattern == {"q_proj": 8}
 
     at = flags.index("--lora_r")
     warm = run(flags[:at] + flags[at + 4 :], "--init_adapter", str(adapter), "--output_dir", str(tmp_path / "warm"))
@@ -113,11 +116,9 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
         "true",
     )
     assert [(v.fence, v.step) for v in server.pushed[before:]] == [(1, 2), (1, 3)]
-    assert (
-        resumed["run_id"] == summary["run_id"]
-        and resumed["pushes"] == resumed["steps"] == 3
-        and resumed["completions"] == 24
-    )
+    assert resumed["run_id"] == summary["run_id"]
+    assert resumed["pushes"] == resumed["steps"] == 3
+    assert resumed["completions"] == 24
     history = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in history] == [1, 2, 3]
 
@@ -133,7 +134,9 @@ def test_a_merged_model_at_the_end(flags, model_dir, tmp_path):
         assert tensor.dtype is torch.bfloat16
         torch.testing.assert_close(tensor.float(), trained[name], rtol=2**-8, atol=1e-6)
     card = (out / "merged" / "README.md").read_text()
-    assert "| optimizer steps | 2 |" in card and "| task | toy |" in card and "trl 1.16.0" in card
+    assert "| optimizer steps | 2 |" in card
+    assert "| task | toy |" in card
+    assert "trl 1.16.0" in card
 
 
 def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
@@ -191,10 +194,12 @@ def test_eval_command(flags, server, tmp_path, capsys):
     ]
     assert learner.evaluate.main([*flags, "--limit", "3"]) == 0
     (result,) = json.loads(out.read_text())["results"]
-    assert result["questions"] == 3 and result["versions"] == ["base"] and len(result["rows"]) == 3
+    assert result["questions"] == 3
+    assert result["versions"] == ["base"]
+    assert len(result["rows"]) == 3
     assert result["rewards"]["answers_seven"] == 1.0
     request = server.generated[-1]
-    assert (
-        request.sampling.temperature == 0.0 and request.sampling.max_tokens == 4 and request.prompts[0].text == "w8 w17"
-    )
+    assert request.sampling.temperature == 0.0
+    assert request.sampling.max_tokens == 4
+    assert request.prompts[0].text == "w8 w17"
     assert f"base  {result['reward']:.3f} [" in capsys.readouterr().out

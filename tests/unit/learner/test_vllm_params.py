@@ -37,7 +37,8 @@ def test_what_notebooks_write(grpo, given):
 
 def test_what_is_at_vllms_default_is_not_set(grpo):
     args = grpo(top_p=0.9, repetition_penalty=1.1)
-    assert with_vllm_params(args, None) is args and with_vllm_params(args, SamplingParams()) is args
+    assert with_vllm_params(args, None) is args
+    assert with_vllm_params(args, SamplingParams()) is args
     assert with_vllm_params(args, {"top_p": 1.0}).generation_kwargs == {"top_p": 1.0}
     noted = SamplingParams(top_p=1.0)
     noted._set_kwargs = {"top_p": 1.0}  # as Unsloth's vLLMSamplingParams does
@@ -111,4 +112,5 @@ def test_they_are_in_every_request(make_trainer, server, client):
         server.generated.clear()
         trainer.train()
         asked = server.generated[-1].sampling.model_dump()
-        assert given.items() <= asked.items() and asked["n"] == 4
+        assert given.items() <= asked.items()
+        assert asked["n"] == 4

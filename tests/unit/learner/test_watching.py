@@ -37,7 +37,8 @@ def test_metrics_of_a_training(make_trainer, client):
     before = _scrape(port)
     assert before[f"lockstep_learner_run_info{{model={session.model.config._name_or_path}}}{{run_id=r}}"] == 1
     assert before["lockstep_learner_server_up{server=http://fake}"] == 1
-    assert "lockstep_learner_eval_reward" not in before and "lockstep_learner_reward" not in before
+    assert "lockstep_learner_eval_reward" not in before
+    assert "lockstep_learner_reward" not in before
     trainer.train()
     after = _scrape(port)
     logs = [log for log in trainer.state.log_history if "reward" in log]
@@ -47,7 +48,8 @@ def test_metrics_of_a_training(make_trainer, client):
     assert after["lockstep_learner_reward_function{function=reward_odd}"] == pytest.approx(logs[-1]["reward"])
     assert after["lockstep_learner_loss"] == pytest.approx(logs[-1]["loss"])
     assert "lockstep_learner_kl_nats" not in after, "without beta TRL knows none"
-    assert "lockstep_learner_eval_reward" in after and after["lockstep_learner_entropy_nats"] > 0
+    assert "lockstep_learner_eval_reward" in after
+    assert after["lockstep_learner_entropy_nats"] > 0
     assert after["lockstep_learner_lag_batches_count"] == session.rollouts.stats.completions == 24
     assert after["lockstep_learner_lag_batches_bucket{le=0.0}"] == 24
     assert after["lockstep_learner_completion_tokens_total"] == session.rollouts.stats.completion_tokens
@@ -76,18 +78,23 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     first = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert [batch["step"] for batch in first] == [1, 2, 3]
     sample = first[0]["samples"][0]
-    assert sample["why"].startswith("first") and sample["spans"] == [[0, 0, sample["tokens"], "fresh"]]
-    assert sample["lag"] == 0 and re.fullmatch(r"w\d+ w\d+ w\d+", sample["prompt"])
+    assert sample["why"].startswith("first")
+    assert sample["spans"] == [[0, 0, sample["tokens"], "fresh"]]
+    assert sample["lag"] == 0
+    assert re.fullmatch(r"w\d+ w\d+ w\d+", sample["prompt"])
     assert "finished" in (run / "run.html").read_text()
 
     attach(trainer := make_trainer(**{**settings, "max_steps": 4}), client=client, run_id="r")
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     again = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
-    assert again[:2] == first[:2] and [batch["step"] for batch in again] == [1, 2, 3, 4]
+    assert again[:2] == first[:2]
+    assert [batch["step"] for batch in again] == [1, 2, 3, 4]
     logged = [json.loads(line) for line in (run / "logs.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if "reward" in row] == [1, 2, 3, 4]
     page = (run / "run.html").read_text()
-    assert "4 / 4" in page and page.count('<details class="batch"') == 4 and "learning_rate" in page
+    assert "4 / 4" in page
+    assert page.count('<details class="batch"') == 4
+    assert "learning_rate" in page
 
 
 def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, capsys):
@@ -95,10 +102,12 @@ def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tm
     attach(trainer, client=client, run_id="r", run_page=False)
     trainer.train()
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"metrics.jsonl", "logs.jsonl"}
-    assert not (tmp_path / "run" / "run.html").exists() and not (tmp_path / "run" / "completions.jsonl").exists()
+    assert not (tmp_path / "run" / "run.html").exists()
+    assert not (tmp_path / "run" / "completions.jsonl").exists()
 
     (tmp_path / "run" / "run.html").mkdir()
     trainer = make_trainer(max_steps=2)
     attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert trainer.state.global_step == 2 and capsys.readouterr().out.count("is not up to date") == 1
+    assert trainer.state.global_step == 2
+    assert capsys.readouterr().out.count("is not up to date") == 1

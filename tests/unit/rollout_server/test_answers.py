@@ -12,7 +12,7 @@ from rollout_server.answers import Answer, Answers
 from rollout_server.routes.generate import _lines
 from rollout_server.routes.streaming import Ndjson
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, LockstepError, UnknownRun
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
 
 SETTINGS = replace(ServerSettings(), orphan_seconds=0.8, idempotency_ttl=1.0)
@@ -69,12 +69,14 @@ async def test_a_second_request_joins_the_first(answers: Answers) -> None:
     late = await anext(lines)
     assert await reading == [late, early], "in the order of the prompts"
     first.leave()
-    assert await _read(answers.open(work.start, BODY, "me", "k")) == [late, early] and work.begun == 1
+    assert await _read(answers.open(work.start, BODY, "me", "k")) == [late, early]
+    assert work.begun == 1
     assert answers.open(work.start, BODY, "you", "k") is not first, "keys are each caller's own"
     assert answers.open(work.start, BODY) is not first
     with pytest.raises(LockstepError) as conflict:
         answers.open(work.start, BODY.model_copy(update={"policy": "base"}), "me", "k")
-    assert conflict.value.code is ErrorCode.IDEMPOTENCY_CONFLICT and conflict.value.status == 409
+    assert conflict.value.code is ErrorCode.IDEMPOTENCY_CONFLICT
+    assert conflict.value.status == 409
     await asyncio.sleep(1.3)
     assert answers.open(work.start, BODY, "me", "k") is not first, "its time to live has passed"
 
@@ -85,14 +87,15 @@ async def test_a_stream_is_never_silent_for_long(answers: Answers, monkeypatch: 
     answer = answers.open(work.start, BODY)
     answer.join()
     lines = answer.lines()
-    assert await anext(lines) and await anext(lines) == b"" == await anext(lines)
+    assert await anext(lines)
+    assert await anext(lines) == b"" == await anext(lines)
     work.release.set()
     assert b"prompt_index" in await anext(lines)
     answer.leave()
 
 
 async def test_a_failed_request_is_not_kept(answers: Answers) -> None:
-    work = _Work(error=LockstepError(ErrorCode.UNKNOWN_RUN, "no such run"))
+    work = _Work(error=UnknownRun("no such run"))
     for begun in (1, 2):
         with pytest.raises(LockstepError, match="no such run"):
             await _read(answers.open(work.start, BODY, "", "k"))
@@ -109,7 +112,8 @@ async def test_without_a_key_work_ends_with_its_client(answers: Answers) -> None
     await answer.started()
     answer.leave()
     await asyncio.sleep(0.02)
-    assert answer.task.done() and work.cancelled == 1
+    assert answer.task.done()
+    assert work.cancelled == 1
     at_once = answers.open(work.start, BODY)
     at_once.join()
     at_once.leave()
@@ -130,7 +134,8 @@ async def test_with_a_key_it_waits_for_another_try(answers: Answers) -> None:
     assert not answer.task.done()
     answer.leave()
     await asyncio.sleep(1.2)
-    assert work.cancelled == 1 and answers.open(work.start, BODY, "", "k") is not answer
+    assert work.cancelled == 1
+    assert answers.open(work.start, BODY, "", "k") is not answer
 
 
 async def test_kept_answers_are_bounded() -> None:
@@ -163,4 +168,5 @@ async def test_a_stream_that_is_never_read_ends_its_work(answers: Answers) -> No
     with contextlib.suppress(asyncio.CancelledError):
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
     await asyncio.sleep(0.02)
-    assert work.cancelled == 1 and answer.task.done()
+    assert work.cancelled == 1
+    assert answer.task.done()

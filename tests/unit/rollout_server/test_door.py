@@ -66,9 +66,11 @@ async def test_openai_requests_get_salt_and_slot(served) -> None:
     _ = [o async for o in served.door.generate(prompt, None, "b", lora_request=_openai("policy:r"))]
     _ = [o async for o in served.door.generate(prompt, None, "c")]
     (first, lora_a), (second, lora_b), (third, lora_c) = served.engine.calls
-    assert first["cache_salt"] != second["cache_salt"] and first["cache_salt"].endswith(":own")
+    assert first["cache_salt"] != second["cache_salt"]
+    assert first["cache_salt"].endswith(":own")
     assert lora_a.lora_int_id != lora_b.lora_int_id
-    assert lora_c is None and third is prompt
+    assert lora_c is None
+    assert third is prompt
     assert prompt["cache_salt"] == "own", "the caller's prompt must stay as it is"
 
 
@@ -125,7 +127,8 @@ async def test_version_as_precondition(served) -> None:
     served.door.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=0))).release()
     with pytest.raises(LockstepError) as refusal:
         served.door.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=1)))
-    assert refusal.value.code is ErrorCode.VERSION_NOT_ACTIVE and refusal.value.status == 409
+    assert refusal.value.code is ErrorCode.VERSION_NOT_ACTIVE
+    assert refusal.value.status == 409
 
 
 @pytest.mark.parametrize("name", ["add_lora", "sleep", "update_weights", "pause_generation", "collective_rpc"])

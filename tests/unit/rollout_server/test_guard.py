@@ -95,20 +95,25 @@ async def test_roles(client: httpx.AsyncClient, method: str, path: str, needed: 
         assert answer.status_code == (200 if allowed else 403)
         if not allowed:
             error = answer.json()["error"]
-            assert error["code"] == "forbidden" and role.value in error["message"] and needed.value in error["message"]
+            assert error["code"] == "forbidden"
+            assert role.value in error["message"]
+            assert needed.value in error["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "BREW"])
 async def test_nothing_but_health_and_ready_without_a_token(client: httpx.AsyncClient, method: str) -> None:
     for path in ["/v1/generate", "/v1/state", PUSH, "/metrics", "/openapi.json", "/", "/nothing"]:
         answer = await client.request(method, path)
-        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", path
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer", path
         if method != "HEAD":
             error = answer.json()["error"]
-            assert error["code"] == "unauthenticated" and "--token_file" in error["message"]
+            assert error["code"] == "unauthenticated"
+            assert "--token_file" in error["message"]
     for path in ("/health", "/ready"):
         answer = await client.request(method, path)
-        assert answer.status_code == 200 and answer.content == b""
+        assert answer.status_code == 200
+        assert answer.content == b""
 
 
 async def test_twisted_paths_need_the_strongest_role() -> None:
@@ -174,9 +179,11 @@ async def test_websockets_are_closed_before_they_are_accepted(path: str) -> None
 async def test_also_while_the_model_loads() -> None:
     client = _client(Guard(Gate(), Tokens({}, HELD)))
     assert (await client.get("/v1/state")).status_code == 401
-    assert (await client.get("/health")).status_code == 200 and (await client.get("/ready")).status_code == 503
+    assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/ready")).status_code == 503
     answer = await client.get("/v1/state", headers=_bearer(Role.GENERATE))
-    assert answer.status_code == 503 and answer.json()["error"]["code"] == "not_ready"
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "not_ready"
 
 
 async def test_without_tokens_everything_passes() -> None:

@@ -10,13 +10,17 @@ from rollout_server.http import make_server
 
 def test_an_idle_connection_is_closed_by_the_client() -> None:
     kept = httpx.Limits().keepalive_expiry
-    assert kept is not None and make_server(Gate()).config.timeout_keep_alive > 2 * kept
+    assert kept is not None
+    assert make_server(Gate()).config.timeout_keep_alive > 2 * kept
 
 
 def test_the_first_signal_is_ours_and_the_second_ends_at_once() -> None:
     told: list[bool] = []
     server = make_server(Gate(), lambda: told.append(True))
     server.handle_exit(signal.SIGTERM, None)
-    assert told == [True] and not server.should_exit
+    assert told == [True]
+    assert not server.should_exit
     server.handle_exit(signal.SIGINT, None)
-    assert told == [True] and server.should_exit and server.force_exit
+    assert told == [True]
+    assert server.should_exit
+    assert server.force_exit

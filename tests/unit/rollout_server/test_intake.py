@@ -53,7 +53,8 @@ def test_sequences_are_what_is_bounded(capacity: Capacity) -> None:
     first = capacity.take(2, n=3)
     with pytest.raises(LockstepError) as full:
         capacity.take(1, n=3)
-    assert full.value.code is ErrorCode.OVERLOADED and full.value.status == 429
+    assert full.value.code is ErrorCode.OVERLOADED
+    assert full.value.status == 429
     capacity.take(2)()
     first()
     first()
@@ -64,7 +65,8 @@ def test_sequences_are_what_is_bounded(capacity: Capacity) -> None:
 def test_what_could_never_be_taken_is_refused_for_good(capacity: Capacity, prompts: int, n: int, flag: str) -> None:
     with pytest.raises(LockstepError, match=f"--max-{flag} ") as refusal:
         capacity.take(prompts, n)
-    assert refusal.value.status == 413 and capacity.sequences == 0
+    assert refusal.value.status == 413
+    assert capacity.sequences == 0
     capacity.check_tokens(100)
     with pytest.raises(LockstepError, match="--max-request-tokens 100"):
         capacity.check_tokens(101)
@@ -77,7 +79,8 @@ async def test_bodies_beyond_the_limit(capacity: Capacity, announced: bool) -> N
         assert small.text == str(2**20)
         body = b"x" * (2**20 + 1) if announced else _chunks(9, 2**17)
         large = await client.post("/v1/chat/completions", content=body)
-        assert large.status_code == 413 and large.json()["error"]["code"] == "too_large"
+        assert large.status_code == 413
+        assert large.json()["error"]["code"] == "too_large"
         assert (await client.put("/v1/runs/r/adapter", content=_chunks(9, 2**17))).text == str(9 * 2**17)
     assert capacity.requests == 0
     capacity.hold(2 * 2**20)  # nothing was left counted
@@ -96,7 +99,8 @@ async def test_requests_and_their_bodies_are_bounded_together(capacity: Capacity
         for _ in running:
             await entered.acquire()
         refused = await client.post("/v1/score", content=b"{}")
-        assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
+        assert refused.status_code == 429
+        assert refused.headers["Retry-After"] == "1"
         assert refused.json()["error"]["code"] == "overloaded"
         running.append(asyncio.ensure_future(client.post("/v1/runs/r/broadcast", content=b"{}")))
         await entered.acquire()  # a push goes through
@@ -119,12 +123,14 @@ async def test_draining_refuses_what_is_new(capacity: Capacity) -> None:
         for one in full:
             one()
         own = await client.post("/v1/completions", content=b"{}")
-        assert own.json() == {} and own.headers["Retry-After"], "vLLM's own 429 says when to come back, too"
+        assert own.json() == {}, "vLLM's own 429 says when to come back, too"
+        assert own.headers["Retry-After"], "vLLM's own 429 says when to come back, too"
         waiting = asyncio.ensure_future(capacity.drained(60))
         capacity.drain()
         for path in ("/v1/completions", "/v1/runs/r/group"):
             refused = await client.post(path, content=b"{}")
-            assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
             assert refused.headers["Retry-After"]
         with pytest.raises(LockstepError, match="about to leave"):
             capacity.take(1)

@@ -15,10 +15,12 @@ from rollout_server import kept_mass
 def test_masses_and_ranks_are_told_apart():
     masses = torch.tensor([0.0, -1e-6, -0.5, -31.25, -torch.inf, 1e-7])
     numbers = kept_mass.encoded(masses)
-    assert numbers.dtype == torch.int64 and numbers.abs().max() < 2**31
+    assert numbers.dtype == torch.int64
+    assert numbers.abs().max() < 2**31
     expected = [0.0, -1e-6, -0.5, -31.25, -100.0, 0.0]
     assert kept_mass.decoded(numbers.tolist()) == pytest.approx(expected, abs=1e-7)
-    assert kept_mass.decoded([-5, 1]) is None and kept_mass.decoded([None]) is None
+    assert kept_mass.decoded([-5, 1]) is None
+    assert kept_mass.decoded([None]) is None
 
 
 class LogprobsTensors(NamedTuple):
@@ -72,7 +74,9 @@ def test_the_second_runners_sampler():
     masses = torch.tensor(kept_mass.decoded(cut.selected_token_ranks.tolist()))
     full = (logits / 0.7).log_softmax(-1).amax(-1)  # the arg-max is what this sampler takes
     torch.testing.assert_close(plain + masses, full)
-    assert masses[0] == 0.0 and masses[1] < -0.1 and masses[2] < -0.01
+    assert masses[0] == 0.0
+    assert masses[1] < -0.1
+    assert masses[2] < -0.01
     uncut = sampler(logits[:2], np.array([0, 3])).logprobs_tensors
     assert uncut.selected_token_ranks.tolist() == [1, 1], "a batch that truncates nothing keeps its ranks"
 

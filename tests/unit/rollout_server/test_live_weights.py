@@ -45,7 +45,8 @@ class _Workers:
         self.broken: set[str | None] = set()
 
     def begin(self, op: str, checksum: str | None) -> Call:
-        assert op == "apply" and self.engine.paused
+        assert op == "apply"
+        assert self.engine.paused
         pending = []
         for index in (0, 1):
             answer = asyncio.get_running_loop().create_future()
@@ -93,11 +94,13 @@ async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
     await run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     with pytest.raises(LockstepError) as refusal:
         door.admit(PolicyRequest(policy="base"))
-    assert refusal.value.code is ErrorCode.BASE_NOT_SERVED and refusal.value.status == 409
+    assert refusal.value.code is ErrorCode.BASE_NOT_SERVED
+    assert refusal.value.status == 409
     salt = run.slots[0].salt
     table.close("r")
     door.admit(PolicyRequest(policy="base")).release()
-    assert table.base.slots[0].salt != salt and table.base.slots[0].checksum == ""
+    assert table.base.slots[0].salt != salt
+    assert table.base.slots[0].checksum == ""
 
 
 async def test_no_lora_request_but_a_salt(served) -> None:
@@ -105,7 +108,8 @@ async def test_no_lora_request_but_a_salt(served) -> None:
     with served.door.admit(PolicyRequest()) as admission:
         _ = [o async for o in admission.generate({"prompt_token_ids": [1]}, None, "a")]
     ((prompt, kwargs),) = served.engine.submitted
-    assert prompt["cache_salt"] and "lora_request" not in kwargs
+    assert prompt["cache_salt"]
+    assert "lora_request" not in kwargs
 
 
 @pytest.mark.parametrize("holder", ["base", "latest"])
@@ -115,13 +119,15 @@ async def test_drain_waits_for_running_requests_and_new_ones_queue(served, holde
     running = served.door.admit(PolicyRequest(policy=holder))
     push = asyncio.ensure_future(_push(served, 1))
     await asyncio.sleep(0.02)
-    assert not push.done() and not served.engine.paused
+    assert not push.done()
+    assert not served.engine.paused
     queued = asyncio.ensure_future(served.table.admitting())
     await asyncio.sleep(0.02)
     assert not queued.done()
     running.release()
     await asyncio.gather(push, queued)
-    assert served.workers.weights == ["sum1", "sum1"] and not served.engine.paused
+    assert served.workers.weights == ["sum1", "sum1"]
+    assert not served.engine.paused
     assert served.door.admit(PolicyRequest()).version.step == 1
 
 
@@ -132,15 +138,18 @@ async def test_a_deadline_leaves_everything_as_it_was(served) -> None:
         await _push(served, 1, deadline=0.05)
     assert refusal.value.code is ErrorCode.NO_FREE_SLOT
     await asyncio.wait_for(served.table.admitting(), 1)
-    assert served.workers.weights == ["sum0", "sum0"] and not served.engine.paused
-    assert running.version.step == 0 and served.table.get("r").active.version.step == 0
+    assert served.workers.weights == ["sum0", "sum0"]
+    assert not served.engine.paused
+    assert running.version.step == 0
+    assert served.table.get("r").active.version.step == 0
 
 
 async def test_kept_requests_are_moved_even_before_they_are_submitted(served) -> None:
     await _push(served, 0)
     admission = served.door.admit(PolicyRequest())
     await _push(served, 1, kv="fresh")
-    assert admission.version.step == 1 and not admission.moved
+    assert admission.version.step == 1
+    assert not admission.moved
 
 
 async def test_what_one_worker_cannot_apply_is_undone_on_all(served) -> None:
@@ -148,9 +157,12 @@ async def test_what_one_worker_cannot_apply_is_undone_on_all(served) -> None:
     served.workers.broken = {"sum1"}
     with pytest.raises(LockstepError, match="broken"):
         await _push(served, 1)
-    assert served.workers.weights == ["sum0", "sum0"] and not served.engine.paused and not served.door.errored
+    assert served.workers.weights == ["sum0", "sum0"]
+    assert not served.engine.paused
+    assert not served.door.errored
     assert served.table.get("r").active.version.step == 0
     served.workers.broken = {"sum0", "sum2"}
     with pytest.raises(LockstepError, match="broken"):
         await _push(served, 2)
-    assert served.door.errored and not served.engine.paused
+    assert served.door.errored
+    assert not served.engine.paused

@@ -80,9 +80,11 @@ def door(engine: _Engine) -> EngineDoor:
 async def test_it_sleeps_and_wakes_once(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
     sleep = Sleep(door, workers, enabled=True)
     await asyncio.gather(sleep.fall_asleep(), sleep.fall_asleep())
-    assert door.asleep and engine.calls == [("sleep", 1, "keep")]
+    assert door.asleep
+    assert engine.calls == [("sleep", 1, "keep")]
     await asyncio.gather(sleep.wake(), sleep.wake())
-    assert not door.asleep and engine.calls[1:] == [("wake", None)]
+    assert not door.asleep
+    assert engine.calls[1:] == [("wake", None)]
 
 
 async def test_where_there_is_no_gpu_it_only_stands_still(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
@@ -103,7 +105,8 @@ async def test_a_push_wakes_it_and_is_not_slept_through(engine: _Engine, workers
         async with door.paused(clear_cache=True):
             assert engine.names()[-1] == "pause"
     await again
-    assert door.asleep and engine.names() == ["sleep", "wake", "pause", "resume", "sleep"]
+    assert door.asleep
+    assert engine.names() == ["sleep", "wake", "pause", "resume", "sleep"]
 
 
 async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
@@ -140,10 +143,12 @@ async def test_memory_that_others_hold_is_not_taken(engine: _Engine, workers: _W
     with pytest.raises(LockstepError, match=r"sleeps on.*--gpu-memory-utilization"):
         async with sleep.kept_awake():
             pytest.fail("there is nothing to write to")
-    assert door.asleep and not door.errored
+    assert door.asleep
+    assert not door.errored
     engine.free += 20  # what is left of it was free before
     await sleep.wake()
-    assert not door.asleep and engine.names() == ["sleep", "wake"]
+    assert not door.asleep
+    assert engine.names() == ["sleep", "wake"]
 
 
 async def test_a_write_that_outlived_its_push_is_waited_for(
@@ -168,7 +173,8 @@ async def test_an_engine_that_does_not_do_it_ends_the_server(
     engine.broken = RuntimeError("CUDA error")
     with pytest.raises(LockstepError, match=f"did not {what}: RuntimeError CUDA error") as failure:
         await (sleep.wake() if what == "wake up" else sleep.fall_asleep())
-    assert failure.value.code is ErrorCode.ENGINE_DEAD and door.errored
+    assert failure.value.code is ErrorCode.ENGINE_DEAD
+    assert door.errored
 
 
 async def test_a_sleeping_engine_does_not_hang(

@@ -142,8 +142,10 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
     assert [t.shape for t in slow.received] == [b_OR.shape, (rank, 16)]
     for copies in (fast, slow):
         torch._foreach_copy_(copies.slot, copies.received)
-    assert torch.equal(stack_a[1, 0, :rank], a_RI) and torch.equal(stack_b[1, 0, :, :rank], b_OR)
-    assert torch.equal(stack_b[0, 0], full_b_OR) and not stack_b[1, 0, :, rank:].any()
+    assert torch.equal(stack_a[1, 0, :rank], a_RI)
+    assert torch.equal(stack_b[1, 0, :, :rank], b_OR)
+    assert torch.equal(stack_b[0, 0], full_b_OR)
+    assert not stack_b[1, 0, :, rank:].any()
 
 
 def test_there_is_no_empty_group() -> None:

@@ -29,7 +29,8 @@ async def test_a_slot_in_use_is_never_refilled() -> None:
     first = await _install(table, run, 0)
     run.acquire(first, "request")
     second = await _install(table, run, 1)
-    assert first.state is SlotState.DRAINING and run.active is second
+    assert first.state is SlotState.DRAINING
+    assert run.active is second
     with pytest.raises(LockstepError) as refusal:
         await run.reserve(time.monotonic() + 0.05)
     assert refusal.value.code is ErrorCode.NO_FREE_SLOT

@@ -44,7 +44,8 @@ def test_no_token_of_any_request(watched) -> None:
     watched.wait(30)
     assert not watched.door.reasons
     watched.wait(5)
-    assert "2 sequences" in watched.door.reasons[0] and "--engine-stall-seconds" in watched.door.reasons[0]
+    assert "2 sequences" in watched.door.reasons[0]
+    assert "--engine-stall-seconds" in watched.door.reasons[0]
 
 
 def test_idle_held_and_finishing_engines_are_well(watched) -> None:
@@ -93,4 +94,5 @@ def test_zero_is_never() -> None:
     stall = Stall(door, 0.0)
     stall._looked -= 10_000
     stall.look()
-    assert not door.reasons and not stall._tokens
+    assert not door.reasons
+    assert not stall._tokens

@@ -46,9 +46,11 @@ def test_the_environment_stands_in_for_the_learners_file(tmp_path, monkeypatch) 
     assert configured_tokens(ServerSettings()) is None
     monkeypatch.setenv("LOCKSTEP_TOKEN", LEARNER)
     tokens = configured_tokens(ServerSettings(metrics_token_file=write(tmp_path / "m", SCRAPER)))
-    assert tokens is not None and tokens.role_of(LEARNER.encode()) is Role.WEIGHTS
+    assert tokens is not None
+    assert tokens.role_of(LEARNER.encode()) is Role.WEIGHTS
     named = configured_tokens(ServerSettings(token_file=write(tmp_path / "w", f"{LEARNER}-file")))
-    assert named is not None and named.role_of(LEARNER.encode()) is None
+    assert named is not None
+    assert named.role_of(LEARNER.encode()) is None
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ async def _flip(table: RunTable, step: int) -> None:
 async def test_the_version_is_in_the_header(served, kind: str) -> None:
     for model, version in (("policy", "r@0.3"), ("policy:r", "r@0.3"), ("base", "base")):
         answer = await served.client.post(f"/{kind}/{model}")
-        assert answer.status_code == 200 and answer.headers["lockstep-version"] == version
+        assert answer.status_code == 200
+        assert answer.headers["lockstep-version"] == version
     await _flip(served.table, 4)
     assert (await served.client.post(f"/{kind}/policy")).headers["lockstep-version"] == "r@0.4"
     assert CALL.get() is None
@@ -86,18 +87,21 @@ async def test_a_version_as_a_precondition(served, kind: str) -> None:
     assert (await served.client.post(f"/{kind}/policy", headers={"Lockstep-Policy": ask["policy"]})).status_code == 200
     for model, wanted in (("policy", "r@0.2"), ("policy", "r@1.3"), ("policy", "other@0.3"), ("base", "r@0.3")):
         answer = await served.client.post(f"/{kind}/{model}", headers={"Lockstep-Policy": wanted})
-        assert answer.status_code == 409 and answer.json()["error"]["code"] == "version_not_active", answer.text
+        assert answer.status_code == 409, answer.text
+        assert answer.json()["error"]["code"] == "version_not_active", answer.text
     for wanted in ("r", "r@3", "r@0.-1", "../r@0.3", "r@0.3\u00b2", "", "r@0." + "9" * 40):
         headers = {"Lockstep-Policy": wanted.encode()}
         answer = await served.client.post(f"/{kind}/policy", headers=headers)
-        assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_request", wanted
+        assert answer.status_code == 400, wanted
+        assert answer.json()["error"]["code"] == "invalid_request", wanted
     assert served.run.active.requests == 0
 
 
 @pytest.mark.parametrize("kind", ["whole", "stream"])
 async def test_refusals_keep_their_status_in_streams(served, kind: str) -> None:
     answer = await served.client.post(f"/{kind}/policy:nobody")
-    assert answer.status_code == 404 and answer.json()["error"]["code"] == "unknown_run"
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "unknown_run"
     assert "lockstep-version" not in answer.headers
 
 

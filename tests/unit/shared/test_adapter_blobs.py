@@ -41,7 +41,8 @@ def next_version() -> dict[str, Any]:
 
 
 def test_the_blob_that_all_are_made_of_is_right() -> None:
-    assert is_right(make_good()) and parses(make_good())
+    assert is_right(make_good())
+    assert parses(make_good())
 
 
 @settings(

@@ -30,7 +30,8 @@ def test_torch_numpy_and_plain_integers_agree(n: int, dtype: type) -> None:
 
 def test_weights_are_odd_and_different() -> None:
     weights = block_weights()
-    assert (weights & 1).all() and len(set(weights.tolist())) == BLOCK
+    assert (weights & 1).all()
+    assert len(set(weights.tolist())) == BLOCK
 
 
 def test_every_single_bit_and_every_swap_of_neighbours_is_noticed() -> None:

@@ -45,7 +45,8 @@ def test_other_weights_shape_name_or_architecture_differ(tmp_path: Path, weights
         of("name", {**{k: weights[k] for k in "ab"}, "d": weights["c"]}),
         of("config", weights, hidden_size=16),
     }
-    assert len(digests) == 5 and None not in digests
+    assert len(digests) == 5
+    assert None not in digests
 
 
 def test_nothing_to_read_is_none(tmp_path: Path) -> None:
