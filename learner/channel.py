@@ -12,6 +12,7 @@ import httpx
 from pydantic import ValidationError
 
 from learner.credentials import tls_refusal, trust, warn_if_exposed
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import (
     ErrorBody,
     Forbidden,
@@ -22,7 +23,6 @@ from shared.errors import (
     Timeout,
     Unauthenticated,
 )
-from shared.tokens import TOKEN_VARIABLE
 
 KEY_HEADER = "Idempotency-Key"
 CONNECT_TIMEOUT_S = 10.0

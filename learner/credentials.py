@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
-from shared.tokens import TOKEN_VARIABLE, is_loopback, parse_tokens
 
 
 def read_token(token_file: str | None) -> str | None:

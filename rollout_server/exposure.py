@@ -9,8 +9,8 @@ from typing import Any
 
 from rollout_server.settings import ServerSettings
 from rollout_server.tokens import Tokens
+from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.errors import InvalidRequest
-from shared.tokens import TOKEN_VARIABLE, is_loopback
 
 logger = logging.getLogger("rollout_server")
 

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rollout_server.roles import OPEN, may, role_needed
 from rollout_server.tokens import Tokens
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import ErrorCode, Forbidden, LockstepError, Unauthenticated
-from shared.tokens import TOKEN_VARIABLE
 
 #: Key of the ASGI scope: who asks, as a digest of the token.
 PRINCIPAL = "lockstep_principal"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rollout_server.roles import Role
 from rollout_server.settings import ServerSettings
+from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
-from shared.tokens import TOKEN_VARIABLE, parse_tokens
 
 logger = logging.getLogger("rollout_server")
 

@@ -10,8 +10,8 @@ import pytest
 from rollout_server.roles import Role
 from rollout_server.settings import ServerSettings
 from rollout_server.tokens import Tokens, configured_tokens
+from shared.bearer_tokens import is_loopback, parse_tokens
 from shared.errors import LockstepError
-from shared.tokens import is_loopback, parse_tokens
 
 LEARNER, READER, SCRAPER = "learner-0123456789", "reader-0123456789", "scraper-0123456789"
 
