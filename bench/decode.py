@@ -32,7 +32,7 @@ from bench.run import LATE, describe
 from bench.servers import Server, Way, engine_flags, environment, free_port
 from bench.shapes import Shape, pick_shapes, served_rank
 from learner.client import RolloutClient
-from learner.processes import Stopped, stop_on_signals
+from learner.utils.processes import Stopped, stop_on_signals
 from shared.weights import WeightVersion
 
 PLAIN, ADAPTER, MERGE = "plain vLLM (no LoRA)", "lockstep --apply adapter", "lockstep --apply merge"

@@ -25,10 +25,10 @@ from bench.peer_file import vllm_serve
 from bench.servers import Server, environment, free_port
 from learner.client import RolloutClient
 from learner.export import export
-from learner.processes import stop_on_signals
 from learner.stored_adapter import open_adapter
 from learner.tasks import load_task
 from learner.temporary_run import temporary_run
+from learner.utils.processes import stop_on_signals
 
 SERVED, MERGED, LORA = "rollout server", "vllm serve, merged", "vllm serve, --lora-modules"
 START_S = 600.0

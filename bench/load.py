@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from bench.measure import Setting, spread
-from learner.processes import ProcessGroup
+from learner.utils.processes import ProcessGroup
 
 TOKENS = 64
 PROMPT_TOKENS = 16

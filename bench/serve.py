@@ -29,7 +29,7 @@ from bench.serve_contenders import BARE, NOTES, OURS, ROWS, VLLM, Contender, sta
 from bench.serve_load import PROMPT_TOKENS, make_asks
 from bench.servers import engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
-from learner.processes import Stopped, stop_on_signals
+from learner.utils.processes import Stopped, stop_on_signals
 
 COLUMNS = (
     "shape",

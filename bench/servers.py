@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from learner.processes import ProcessGroup
+from learner.utils.processes import ProcessGroup
 from shared.weights import WeightVersion
 
 ENVIRONMENT = {

@@ -34,7 +34,7 @@ from bench.run import LATE, describe
 from bench.servers import Server, engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
 from learner.client import RolloutClient
-from learner.processes import Stopped, stop_on_signals
+from learner.utils.processes import Stopped, stop_on_signals
 
 PROMPT_ROOM = 32
 COLUMNS = ("slots", "pushes per completion", "n", "wait s", "push s", "tokens/s", "of quiet", "MiB")

@@ -45,7 +45,7 @@ from bench.servers import Server, engine_flags, environment, visible_device
 from bench.shapes import Shape, pick_shapes, served_rank
 from bench.step_figures import TRL, TURNS, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
 from bench.step_learner import Training
-from learner.processes import ProcessGroup, Stopped, stop_on_signals
+from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 
 QUICK = {
     "shape": "tiny",

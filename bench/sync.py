@@ -20,7 +20,7 @@ from bench.measure import Setting
 from bench.output import Report, machine, plot, table
 from bench.run import ROWS, Plan, Run
 from bench.shapes import pick_shapes, served_rank
-from learner.processes import Stopped, stop_on_signals
+from learner.utils.processes import Stopped, stop_on_signals
 
 GPU_FLAGS = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "64")
 CPU_FLAGS = (

@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from learner.ranks import gathered, shape_of, whole
+from learner.utils.distributed import gathered, shape_of, whole
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.collective import Announcement
@@ -104,7 +104,7 @@ class AdapterExporter:
 
     Args:
         model: unwrapped (no DDP) PEFT model with plain LoRA layers; ZeRO-3 may have sharded it, or FSDP2, then with
-            all of it resharded (`learner.ranks.reshard`).
+            all of it resharded (`learner.utils.distributed.reshard`).
         dtype: the server's `lora_dtype`.
         base_weights: fingerprint of the base the adapter is trained on.
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from learner.adapter import active_adapter, peft_tensors, peft_weights
-from learner.ranks import gathered, overwrite
 from learner.stored_adapter import WEIGHTS_FILE
+from learner.utils.distributed import gathered, overwrite
 from shared.errors import InvalidRequest
 
 

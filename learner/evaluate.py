@@ -17,9 +17,9 @@ from learner.client import RolloutClient
 from learner.compare import document, lines, mean_and_stderr
 from learner.credentials import read_token
 from learner.flags import either_spelling
-from learner.processes import Stopped, stop_on_signals
 from learner.stored_adapter import StoredAdapter, open_adapter
 from learner.temporary_run import temporary_run
+from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams

@@ -12,7 +12,7 @@ from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
 from learner.model_card import MARK, model_card
 from learner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
-from learner.whole_directory import is_vacant, whole_directory
+from learner.utils.atomic import is_vacant, whole_directory
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint

@@ -13,8 +13,8 @@ from typing import Any
 from learner.completions import Wanted, broken, check_completion
 from learner.fleet import Fleet
 from learner.member import Member
-from learner.parallel import start
 from learner.routing import Router
+from learner.utils.threads import start
 from shared.errors import InvalidRequest, LockstepError
 from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt
 from shared.sampling import SamplingParams

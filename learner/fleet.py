@@ -16,7 +16,7 @@ from typing import TypeVar
 from learner.client import RolloutClient
 from learner.discovery import Places
 from learner.member import Member
-from learner.parallel import all_of, first_of, start
+from learner.utils.threads import all_of, first_of, start
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
 from shared.weights import ServerState
 

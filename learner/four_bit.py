@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from learner.flags import either_spelling
 from learner.merge import TOKENIZER_FILES, copy_files, fetch_base
 from learner.quantised import FOUR_BIT, check_quantised
-from learner.whole_directory import is_vacant, whole_directory
+from learner.utils.atomic import is_vacant, whole_directory
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:

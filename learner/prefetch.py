@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from learner.parallel import start
+from learner.utils.threads import start
 from shared.rollouts import Completion
 
 Prompts = list[list[int]]

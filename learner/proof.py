@@ -35,8 +35,8 @@ from learner.client import RolloutClient
 from learner.fleet import Fleet
 from learner.measurement import Measurement, noise, slope
 from learner.member import Member
-from learner.ranks import OnMain, gathered, on_one_rank, overwrite, reshard
 from learner.tolerance import derived_tolerance, merge_noise
+from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
 from shared.errors import BaseMismatch, InstallFailed, LockstepError
 from shared.rollouts import PolicySelector, ScoreRequest, ScoreResponse
 from shared.weights import ServerState, WeightVersion

@@ -19,9 +19,9 @@ from learner.client import RolloutClient
 from learner.config import default_run_id
 from learner.fleet import Fleet
 from learner.member import Member
-from learner.parallel import all_of
-from learner.ranks import OnMain, on_one_rank
 from learner.transport import Choice, Transport
+from learner.utils.distributed import OnMain, on_one_rank
+from learner.utils.threads import all_of
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, ProtocolMismatch, UnknownRun
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 

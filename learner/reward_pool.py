@@ -21,9 +21,9 @@ from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
 from learner import reward_worker
-from learner.parallel import start
 from learner.reward_threads import FunctionThread
 from learner.reward_worker import Answer
+from learner.utils.threads import start
 from shared.errors import InvalidRequest
 
 #: How long workers may take to start and to import what the functions need.

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from learner.parallel import start
 from learner.reward_worker import Answer, call
+from learner.utils.threads import start
 from shared.errors import LockstepError, Timeout
 
 if TYPE_CHECKING:

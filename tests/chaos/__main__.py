@@ -18,7 +18,7 @@ from random import Random
 
 import httpx
 
-from learner.processes import stop_on_signals
+from learner.utils.processes import stop_on_signals
 from tests.chaos import ending
 from tests.chaos.faults import Fault, plan
 from tests.chaos.report import Record, say, table

@@ -15,7 +15,7 @@ from bench.serve import ServeReport, figures, measure, serve_table, sized_flags
 from bench.serve_contenders import BARE, OURS, ROWS, VLLM, Contender
 from bench.serve_load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
 from bench.shapes import SHAPES
-from learner.processes import Stopped
+from learner.utils.processes import Stopped
 from shared.rollouts import GenerateRequest
 
 OPTIONS = serve.make_parser().parse_args(["--concurrency", "2", "--tokens", "8", "--rounds", "4"])

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of RL: threads, processes, distributed ranks, atomic writes."""
