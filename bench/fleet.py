@@ -41,7 +41,8 @@ from learner.discovery import Places
 from learner.fetch import Fetcher, asks_of
 from learner.fleet import Fleet
 from learner.fleet_log import FleetLog
-from learner.publisher import Lease, Publisher
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import LockstepError
 from shared.sampling import SamplingParams

@@ -16,7 +16,8 @@ from bench.measure import Moved, Sample, Setting, Skip, fresh_prompts, one_push,
 from bench.servers import Server, environment, free_port
 from learner.client import RolloutClient
 from learner.fleet import Fleet
-from learner.publisher import Lease, Publisher
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease
 from learner.transport import Choice
 from shared.errors import LockstepError
 from shared.rollouts import GenerateRequest, Prompt

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from learner.discovery import Places
@@ -218,12 +216,6 @@ class LearnerConfig:
         if not self.task:
             raise InvalidRequest("give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
         return self.task
-
-
-def default_run_id(output_dir: str | Path) -> str:
-    """A run id from the directory's name and a random suffix."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output_dir).resolve().name).strip("-._")[:48] or "run"
-    return f"{stem}-{secrets.token_hex(3)}"
 
 
 def _json_object(value: dict | str | None, name: str) -> dict[str, Any]:

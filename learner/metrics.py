@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from learner.figures import StepReport
 from learner.fleet import Fleet
 from learner.rollouts import RolloutStats
-from learner.run_files import finite
+from learner.run_dir.files import finite
 from shared.errors import InvalidRequest
 
 PREFIX = "lockstep_learner_"

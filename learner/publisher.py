@@ -3,69 +3,23 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from peft import PeftModel
 
 from learner.adapter import AdapterExport, AdapterExporter
 from learner.client import RolloutClient
-from learner.config import default_run_id
 from learner.fleet import Fleet
 from learner.member import Member
+from learner.run_dir.lease import Lease
 from learner.transport import Choice, Transport
 from learner.utils.distributed import OnMain, on_one_rank
 from learner.utils.threads import all_of
-from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, ProtocolMismatch, UnknownRun
+from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, UnknownRun
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
-
-LEASE_FILE = "lease.json"
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The right to push to a run: its secret, and a fence that outranks all lower ones."""
-
-    run_id: str
-    secret: str
-    fence: int
-
-
-def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
-    """The lease kept in `output_dir`, or a new one; nothing is written yet.
-
-    A directory that holds a lease is the same run started again: same secret, next fence.
-    """
-    path = Path(output_dir) / LEASE_FILE
-    if path.is_file():
-        try:
-            kept = Lease(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise InvalidRequest(
-                f"{path} is damaged ({error}); remove it and use --takeover, or a new output_dir"
-            ) from error
-        if run_id in (None, kept.run_id):
-            return Lease(kept.run_id, kept.secret, kept.fence + 1)
-    return Lease(run_id or default_run_id(output_dir), secrets.token_hex(16), 0)
-
-
-def save_lease(output_dir: str | Path, lease: Lease) -> None:
-    """Keep the lease, readable by its owner only; the file is never seen half-written."""
-    path = Path(output_dir) / LEASE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        json.dump(asdict(lease), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 class Publisher:

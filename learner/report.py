@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from learner.run_dir.files import _atomically
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
@@ -78,12 +77,6 @@ def write_curve(
     _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
 
 
-def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary as JSON; the file is there whole or not at all. NaN and infinity are refused."""
-    text = json.dumps(dict(summary), indent=2, allow_nan=False) + "\n"
-    _atomically(Path(path), lambda temporary: temporary.write_text(text))
-
-
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of the last `window` values up to each, of fewer at the beginning."""
     means = []
@@ -146,16 +139,3 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
     if values:
         # Below the axes: inside there is no corner that no curve ever visits.
         axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)
-
-
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes it private
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

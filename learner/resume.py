@@ -18,8 +18,8 @@ from trl import GRPOTrainer
 from learner.adapter_directory import load_adapter, save_adapter
 from learner.batch_file import load_batches, save_batches
 from learner.batches import indexable, schedule_of
-from learner.checkpoint import STAGING, TrainingState, commit, load_state, save_state
 from learner.lookahead import IndexSampler, skip_epochs
+from learner.run_dir.checkpoint import STAGING, TrainingState, commit, load_state, save_state
 from learner.session import Session
 from shared.errors import InvalidRequest
 

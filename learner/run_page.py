@@ -15,7 +15,7 @@ from typing import Any
 from learner.charts import Point, Series, bucketed, chart
 from learner.page_style import STYLE
 from learner.report import trailing_mean
-from learner.run_files import finite
+from learner.run_dir.files import finite
 
 #: The page may show what is in it and nothing else, whatever its text says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

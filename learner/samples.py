@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from learner.run_files import read_lines, write_whole
+from learner.run_dir.files import read_lines, write_whole
 
 #: Generation batches that are kept; characters of a prompt, and of a completion.
 BATCHES, PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 40, 1500, 3000

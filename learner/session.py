@@ -22,10 +22,11 @@ from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
 from learner.proof import SyncProof
-from learner.publisher import Publisher, load_lease, save_lease
+from learner.publisher import Publisher
 from learner.rewards import Rewards
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.rounding import RoundedUpdates
+from learner.run_dir.lease import load_lease, save_lease
 from learner.seeds import prompt_seed
 from learner.trainer_protocol import Trainer
 from shared.errors import (

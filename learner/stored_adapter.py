@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from learner.checkpoint import last_checkpoint, load_state
 from learner.refusals import PLAIN_INITS, REFUSED_LORA_FIELDS
-from learner.run_files import SUMMARY_FILE
+from learner.run_dir.checkpoint import last_checkpoint, load_state
+from learner.run_dir.files import SUMMARY_FILE
 from learner.tensor_file import TensorFile
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFinite, UnsupportedAdapter

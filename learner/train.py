@@ -16,15 +16,14 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from learner.adapter_directory import load_adapter
 from learner.attachment import attach, meet, save_final_adapter
-from learner.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.config import LearnerConfig
 from learner.export import export
 from learner.four_bit import quantisation
 from learner.progress import show_progress
-from learner.provenance import provenance
 from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
-from learner.report import write_summary
-from learner.run_files import SUMMARY_FILE
+from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
+from learner.run_dir.files import SUMMARY_FILE, write_summary
+from learner.run_dir.provenance import provenance
 from learner.sampling import sampling_params
 from learner.stored_adapter import FINAL_ADAPTER
 from learner.tasks import Task, import_object, load_task

@@ -15,7 +15,7 @@ from learner.adapter import active_adapter
 from learner.completions import oldest_step
 from learner.figures import StepReport
 from learner.metrics import LearnerMetrics
-from learner.run_files import (
+from learner.run_dir.files import (
     HISTORY_FILE,
     LOGS_FILE,
     PAGE_FILE,

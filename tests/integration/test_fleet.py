@@ -16,7 +16,8 @@ from learner.completions import Wanted
 from learner.discovery import Places
 from learner.fetch import Fetcher, asks_of
 from learner.fleet import Fleet
-from learner.publisher import Lease, Publisher
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease
 from shared.sampling import SamplingParams
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS

@@ -17,7 +17,8 @@ import torch
 
 from learner.client import RolloutClient
 from learner.fleet import Fleet
-from learner.publisher import Lease, Publisher
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P

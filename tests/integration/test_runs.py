@@ -15,7 +15,8 @@ import torch
 from learner.cli import main
 from learner.client import RolloutClient
 from learner.fleet import Fleet
-from learner.publisher import Lease, Publisher
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams

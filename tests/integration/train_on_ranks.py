@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.attachment import attach, save_final_adapter
-from learner.checkpoint import last_checkpoint
+from learner.run_dir.checkpoint import last_checkpoint
 from learner.session import Session
 from tests.integration.rewards import odd_tokens
 from tests.integration.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from learner.fleet import Fleet
 from learner.proof import Measurement, SyncProof, slope
-from learner.publisher import Lease, Publisher
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease
 from learner.tolerance import derived_tolerance, merge_noise
 from shared.errors import LockstepError
 from shared.weights import WeightVersion

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from learner.fleet import Fleet
-from learner.publisher import Lease, Publisher, load_lease, save_lease
+from learner.publisher import Publisher
+from learner.run_dir.lease import Lease, load_lease, save_lease
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState, WeightVersion
 

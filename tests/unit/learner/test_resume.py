@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from learner.attachment import attach
-from learner.checkpoint import STAGING, commit, last_checkpoint, load_state
+from learner.run_dir.checkpoint import STAGING, commit, last_checkpoint, load_state
 from shared.errors import LockstepError
 
 

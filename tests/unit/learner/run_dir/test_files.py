@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.run_files import JsonLines
+from learner.run_dir.files import JsonLines
 
 
 def _steps(folder: Path) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,22 @@ def _object(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and "step" in entry else None
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary as JSON; the file is there whole or not at all. NaN and infinity are refused."""
+    text = json.dumps(dict(summary), indent=2, allow_nan=False) + "\n"
+    _atomically(Path(path), lambda temporary: temporary.write_text(text))
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
