@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from learner.tasks.answers import extractor
+from learner.tasks.answer_parsing import extractor
 from learner.tasks.base import Task, TaskError
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, completion_text, question_key

@@ -96,5 +96,7 @@ def test_several_servers():
 
 
 def test_eval_of_a_task_whose_environment_has_the_reward(capsys):
-    assert main(["eval", "--rollout-url", "http://127.0.0.1:1", "--task", "learner.tasks.guessing:numbers"]) == 2
+    assert (
+        main(["eval", "--rollout-url", "http://127.0.0.1:1", "--task", "learner.tasks.examples.guessing:numbers"]) == 2
+    )
     assert "--reward-funcs" in capsys.readouterr().err

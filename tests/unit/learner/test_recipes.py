@@ -12,8 +12,8 @@ import learner.train
 from learner.refusals import check_grpo
 from learner.tasks import load_task
 from learner.tasks.base import TaskError
-from learner.tasks.extraction import fields_right
-from learner.tasks.guessing import Guessing
+from learner.tasks.examples.extraction import fields_right
+from learner.tasks.examples.guessing import Guessing
 from learner.tasks.prompts import question_key
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -32,7 +32,7 @@ def test_recipes_are_options_that_exist(path, tmp_path):
 
 def test_a_curriculum_gets_harder_and_scores_by_level():
     given = {"name": "chain_sum", "levels": 3, "partial_credit": False}
-    task = load_task("learner.tasks.curriculum:levels", task_args=given, eval_size=9, train_size=60)
+    task = load_task("learner.tasks.examples.curriculum:levels", task_args=given, eval_size=9, train_size=60)
     levels = task.train["gym_level"][:]
     assert levels == sorted(levels)
     assert set(levels) == {0, 1, 2}
@@ -46,7 +46,7 @@ def test_a_curriculum_gets_harder_and_scores_by_level():
     wrong = ["no number"] * len(levels)
     assert sum(score(prompts=wrong, completions=wrong, **rows)) == 0.0
     with pytest.raises(TaskError, match="levels"):
-        load_task("learner.tasks.curriculum:levels", task_args={"name": "chain_sum"})
+        load_task("learner.tasks.examples.curriculum:levels", task_args={"name": "chain_sum"})
 
 
 def test_fields_of_a_json_answer():
@@ -67,4 +67,4 @@ def test_guessing():
     assert game.guess(1) == "right"
     assert game.get_reward() == 1.0
     with pytest.raises(TaskError, match="reward"):
-        load_task("learner.tasks.guessing:numbers", reward_specs=["x:y"])
+        load_task("learner.tasks.examples.guessing:numbers", reward_specs=["x:y"])

@@ -1,4 +1,4 @@
-"""A reasoning-gym task from easy to hard: `--task learner.tasks.curriculum:levels`, with `--shuffle_dataset false`."""
+"""A reasoning-gym task from easy to hard: `--task learner.tasks.examples.curriculum:levels`, with `--shuffle_dataset false`."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def people(
     reward_weights: Sequence[float] | None = None,
     **_: Any,
 ) -> Task:
-    """`--task learner.tasks.extraction:people`. Takes no `task_args`."""
+    """`--task learner.tasks.examples.extraction:people`. Takes no `task_args`."""
     everyone = [(name, age, city) for name in _NAMES for age in range(18, 90) for city in _CITIES]
     random.Random("lockstep people").shuffle(everyone)
     held_out, others = everyone[:eval_size], everyone[eval_size:]

@@ -16,7 +16,7 @@ _PROMPT = (
 
 
 class Guessing:
-    """`--environment learner.tasks.guessing:Guessing`: TRL makes one for each completion; `guess` is a tool."""
+    """`--environment learner.tasks.examples.guessing:Guessing`: TRL makes one for each completion; `guess` is a tool."""
 
     def reset(self, secret: int, **_: Any) -> None:
         """Begin anew, with the row's `secret`."""
@@ -45,12 +45,12 @@ class Guessing:
 
 
 def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int, **others: Any) -> Task:
-    """`--task learner.tasks.guessing:numbers`, with `most` (100) among the `task_args`. The environment has the reward.
+    """`--task learner.tasks.examples.guessing:numbers`, with `most` (100) among the `task_args`. The environment has the reward.
 
     The prompt is always the same and secrets are drawn, so no numbers are held out.
     """
     if others.get("reward_specs"):
-        raise TaskError("learner.tasks.guessing: the environment gives the reward; leave --reward_funcs out")
+        raise TaskError("learner.tasks.examples.guessing: the environment gives the reward; leave --reward_funcs out")
     most = int(task_args.get("most", 100))
     prompt = [{"role": "user", "content": _PROMPT.format(most=most)}]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from learner.tasks import Task, TaskError, load_task
-from learner.tasks.answers import last_number, tagged, whole
+from learner.tasks.answer_parsing import last_number, tagged, whole
 from learner.tasks.prompts import question_key
 from learner.tasks.rewards import exact_match, math_answer
 

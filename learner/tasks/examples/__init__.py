@@ -1,0 +1,1 @@
+"""Tasks to run as they are, and to copy from."""
