@@ -31,7 +31,7 @@ from bench.policy import Policy, trained, wait_for
 from bench.run import LATE, describe
 from bench.servers import Server, Way, engine_flags, environment, free_port
 from bench.shapes import Shape, pick_shapes, served_rank
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.weights import WeightVersion
 

@@ -35,14 +35,14 @@ from bench.quota import quotas
 from bench.run import describe
 from bench.servers import Server, engine_flags, environment, free_port, visible_device
 from bench.shapes import Shape, pick_shapes
-from learner.client import RolloutClient
 from learner.completions import Wanted
-from learner.discovery import Places
 from learner.fetch import Fetcher, asks_of
-from learner.fleet import Fleet
-from learner.fleet_log import FleetLog
 from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
+from learner.servers.client import RolloutClient
+from learner.servers.discovery import Places
+from learner.servers.event_log import FleetLog
+from learner.servers.pool import Fleet
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import LockstepError
 from shared.sampling import SamplingParams

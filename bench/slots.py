@@ -33,7 +33,7 @@ from bench.policy import Policy, optimizer_step
 from bench.run import LATE, describe
 from bench.servers import Server, engine_flags
 from bench.shapes import Shape, pick_shapes, served_rank
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from learner.utils.processes import Stopped, stop_on_signals
 
 PROMPT_ROOM = 32

@@ -21,29 +21,20 @@ from trl import GRPOTrainer
 from learner.adapter import active_adapter, lora_layers
 from learner.adapter_directory import save_adapter
 from learner.batches import ComingPrompts, check_slots, schedule_of
-from learner.client import RolloutClient
 from learner.config import LearnerConfig
-from learner.credentials import read_token
-from learner.discovery import Places
 from learner.dynamic import check_replaceable
-from learner.fleet import Fleet
 from learner.gpu_turns import check_shared_gpu
 from learner.quantised import keep_dtype_on_cpu
-from learner.refusals import (
-    check_base,
-    check_grpo,
-    check_lengths,
-    check_lora,
-    check_model,
-    check_rank,
-    check_server,
-    check_targets,
-    correction_warnings,
-)
+from learner.refusals import check_grpo, check_lora, check_model, check_rank, check_targets, correction_warnings
 from learner.resume import ExactResume
 from learner.rewards import Rewards
 from learner.sampling import sampling_params
 from learner.schedule import Schedule
+from learner.servers.client import RolloutClient
+from learner.servers.compatibility import check_base, check_lengths, check_server
+from learner.servers.credentials import read_token
+from learner.servers.discovery import Places
+from learner.servers.pool import Fleet
 from learner.session import Session
 from learner.trl_internals import check_trl
 from learner.vllm_params import with_vllm_params

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS, Announcement, GroupInvitation
 from shared.errors import NotReady, Timeout
 from shared.weights import InFlight, PushReceipt, ServerState

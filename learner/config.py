@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from learner.discovery import Places
+from learner.servers.discovery import Places
 from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import yaml
 
-from learner.client import RolloutClient
-from learner.credentials import read_token
 from learner.demo_model import ensure_demo_model
 from learner.evaluate import EvalResult, evaluate
 from learner.report import write_curve
 from learner.run_dir.files import write_summary
+from learner.servers.client import RolloutClient
+from learner.servers.credentials import read_token
 from learner.tasks import Task, load_task
 from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 from shared.errors import LockstepError

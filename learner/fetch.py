@@ -11,9 +11,9 @@ from itertools import groupby
 from typing import Any
 
 from learner.completions import Wanted, broken, check_completion
-from learner.fleet import Fleet
-from learner.member import Member
-from learner.routing import Router
+from learner.servers.pool import Fleet
+from learner.servers.replica import Member
+from learner.servers.router import Router
 from learner.utils.threads import start
 from shared.errors import InvalidRequest, LockstepError
 from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from learner.collective import gpu_uuid
-from learner.fleet import PASSING
-from learner.member import Member
+from learner.servers.pool import PASSING
+from learner.servers.replica import Member
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import ServerState
 

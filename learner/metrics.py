@@ -10,9 +10,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from learner.figures import StepReport
-from learner.fleet import Fleet
 from learner.rollouts import RolloutStats
 from learner.run_dir.files import finite
+from learner.servers.pool import Fleet
 from shared.errors import InvalidRequest
 
 PREFIX = "lockstep_learner_"

@@ -31,10 +31,10 @@ import torch
 from peft import PeftModel
 
 from learner.adapter import active_adapter, lora_layers
-from learner.client import RolloutClient
-from learner.fleet import Fleet
 from learner.measurement import Measurement, noise, slope
-from learner.member import Member
+from learner.servers.client import RolloutClient
+from learner.servers.pool import Fleet
+from learner.servers.replica import Member
 from learner.tolerance import derived_tolerance, merge_noise
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
 from shared.errors import BaseMismatch, InstallFailed, LockstepError

@@ -11,10 +11,10 @@ from dataclasses import replace
 from peft import PeftModel
 
 from learner.adapter import AdapterExport, AdapterExporter
-from learner.client import RolloutClient
-from learner.fleet import Fleet
-from learner.member import Member
 from learner.run_dir.lease import Lease
+from learner.servers.client import RolloutClient
+from learner.servers.pool import Fleet
+from learner.servers.replica import Member
 from learner.transport import Choice, Transport
 from learner.utils.distributed import OnMain, on_one_rank
 from learner.utils.threads import all_of

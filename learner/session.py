@@ -9,16 +9,12 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from tqdm import tqdm
 
-from learner.client import RolloutClient
 from learner.completions import Wanted
 from learner.config import LearnerConfig
 from learner.dynamic import DynamicSampling
 from learner.fetch import Fetcher
 from learner.figures import Figures, StepReport
-from learner.fleet import Fleet, serve_base
-from learner.fleet_log import FleetLog
 from learner.gpu_turns import GpuTurns
-from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.probing import canary_slope, probe_sequences
 from learner.proof import SyncProof
@@ -28,6 +24,10 @@ from learner.rollouts import Ahead, RemoteRollouts
 from learner.rounding import RoundedUpdates
 from learner.run_dir.lease import load_lease, save_lease
 from learner.seeds import prompt_seed
+from learner.servers.client import RolloutClient
+from learner.servers.event_log import FleetLog
+from learner.servers.pool import Fleet, serve_base
+from learner.servers.replica import Member
 from learner.trainer_protocol import Trainer
 from shared.errors import (
     ErrorDetail,

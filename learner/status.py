@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from learner.charts import sparkline
-from learner.client import RolloutClient
-from learner.credentials import read_token
-from learner.discovery import Places
 from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
+from learner.servers.client import RolloutClient
+from learner.servers.credentials import read_token
+from learner.servers.discovery import Places
 from learner.utils.threads import all_of
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from learner.stored_adapter import StoredAdapter
 from learner.tensor_file import rounded
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out

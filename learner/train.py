@@ -20,11 +20,12 @@ from learner.config import LearnerConfig
 from learner.export import export
 from learner.four_bit import quantisation
 from learner.progress import show_progress
-from learner.refusals import check_base, check_grpo, check_lora, check_rank, check_server
+from learner.refusals import check_grpo, check_lora, check_rank
 from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.run_dir.files import SUMMARY_FILE, write_summary
 from learner.run_dir.provenance import provenance
 from learner.sampling import sampling_params
+from learner.servers.compatibility import check_base, check_server
 from learner.stored_adapter import FINAL_ADAPTER
 from learner.tasks import Task, import_object, load_task
 from shared.errors import InvalidRequest

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from learner.adapter import AdapterExport
-from learner.client import RolloutClient
 from learner.collective import SendingGroup, can_broadcast
+from learner.servers.client import RolloutClient
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import InFlight, PushReceipt, ServerState
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from learner.client import LEASE_HEADER
+from learner.servers.client import LEASE_HEADER
 from shared.adapter_file import MANIFEST_KEY
 from tests.integration.server import HTTP
 

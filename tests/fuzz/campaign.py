@@ -13,7 +13,7 @@ import httpx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 

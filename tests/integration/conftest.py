@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from tests.integration.server import ServerProcess, running_server
 from tests.tiny_model import make_tiny_model
 

@@ -9,7 +9,7 @@ from operator import ge
 import torch
 from peft import PeftModel
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.weights import PushReceipt, WeightVersion
 from tests.integration import policy as P
 from tests.integration.policy import FP32, PROBE

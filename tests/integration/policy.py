@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.adapter import AdapterExporter
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.rollouts import GenerateRequest, GenerateResponse, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from shared.weights import PushReceipt, WeightVersion

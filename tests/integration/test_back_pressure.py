@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.errors import ErrorCode
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
 from shared.sampling import SamplingParams

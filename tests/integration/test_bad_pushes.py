@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.adapter_file import MANIFEST_KEY
 from shared.errors import ErrorBody, ErrorCode
 from shared.weights import WeightVersion

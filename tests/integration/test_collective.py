@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.client import RolloutClient
 from learner.collective import SendingGroup
-from learner.fleet import Fleet
 from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
+from learner.servers.client import RolloutClient
+from learner.servers.pool import Fleet
 from shared.errors import ErrorCode, LockstepError
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from learner.client import RolloutClient
 from learner.export import export
+from learner.servers.client import RolloutClient
 from tests.integration import policy as P
 
 LORA = {"plain": {}, "patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"o_proj": 5}}}

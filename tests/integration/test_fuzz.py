@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from tests.fuzz.campaign import Tally, Target, pushed
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, own_schema

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.weights import PushReceipt
 from tests.integration import policy as P
 from tests.integration.moving import check_every_span, live_through_pushes

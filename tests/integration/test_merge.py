@@ -10,9 +10,9 @@ import httpx
 import pytest
 import torch
 
-from learner.client import RolloutClient
-from learner.fleet import Fleet
 from learner.proof import SyncProof
+from learner.servers.client import RolloutClient
+from learner.servers.pool import Fleet
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P

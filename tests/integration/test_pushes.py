@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
 from tests.integration import policy as P
 from tests.integration.policy import FP32

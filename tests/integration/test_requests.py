@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.rollouts import GenerateResponse, RolloutGroup, ScoreRequest
 from tests.integration import policy as P
 from tests.integration.server import HTTP

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions

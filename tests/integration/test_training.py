@@ -16,7 +16,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.dashboard import names_asked_for

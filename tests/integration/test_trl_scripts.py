@@ -23,7 +23,7 @@ from vllm import SamplingParams
 
 import learner.train
 from learner import attach
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from tests.integration import policy as P
 from tests.integration.learner_process import REPOSITORY, write_questions
 from tests.integration.rewards import odd_tokens

@@ -11,9 +11,9 @@ import yaml
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import rollout_server.metrics  # noqa: F401 - registers the server's
-from learner.discovery import Places
-from learner.fleet import Fleet
 from learner.metrics import LearnerMetrics
+from learner.servers.discovery import Places
+from learner.servers.pool import Fleet
 from tests.dashboard import DASHBOARD, DEPLOY, names_asked_for
 
 SERIES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import GRPOConfig, GRPOTrainer
 
 from learner import reward_pool
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer

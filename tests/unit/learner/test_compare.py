@@ -13,9 +13,9 @@ from safetensors.torch import load
 import learner.evaluate
 from learner.adapter import AdapterExporter
 from learner.cli import main
-from learner.client import RolloutClient
 from learner.compare import differences, interval, lines
 from learner.evaluate import EvalResult, EvalRow
+from learner.servers.client import RolloutClient
 from learner.stored_adapter import open_adapter
 from learner.tasks import Task
 from learner.temporary_run import adapter_blob, temporary_run

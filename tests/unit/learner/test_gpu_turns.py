@@ -11,10 +11,10 @@ import torch
 from trl import GRPOTrainer
 
 from learner import attach
-from learner.client import RolloutClient
 from learner.config import LearnerConfig
 from learner.gpu_turns import GpuTurns, check_shared_gpu
-from learner.member import Member
+from learner.servers.client import RolloutClient
+from learner.servers.replica import Member
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from learner.completions import Wanted
 from learner.fetch import Fetcher, asks_of
-from learner.fleet import Fleet
-from learner.member import Member
 from learner.prefetch import Prefetcher
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.schedule import Schedule
+from learner.servers.pool import Fleet
+from learner.servers.replica import Member
 from shared.errors import InvalidRequest, LockstepError, UnknownRun, VersionNotActive
 from shared.rollouts import Completion, GenerateRequest, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams

@@ -8,8 +8,8 @@ import pytest
 
 from learner.completions import Wanted, check_completion
 from learner.fetch import Fetcher
-from learner.fleet import Fleet
 from learner.rollouts import RemoteRollouts
+from learner.servers.pool import Fleet
 from shared.errors import LockstepError
 from shared.rollouts import Completion, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams

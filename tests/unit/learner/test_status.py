@@ -14,7 +14,7 @@ import pytest
 
 import learner.status
 from learner.cli import main
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from shared.weights import BaseFingerprint, RunState, ServerState, WeightVersion
 
 STATE = ServerState(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import learner.attachment
 import learner.evaluate
 import learner.train
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from learner.tasks import Task
 from shared.errors import LockstepError
 from tests.unit.learner.rewards import answers_seven, reward_odd

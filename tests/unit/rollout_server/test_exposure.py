@@ -16,7 +16,7 @@ import pytest
 import trustme
 from fastapi.responses import JSONResponse
 
-from learner.client import RolloutClient
+from learner.servers.client import RolloutClient
 from rollout_server import exposure
 from rollout_server.gate import Gate
 from rollout_server.guard import Guard

@@ -21,7 +21,7 @@ SHARED = [
 ]
 
 
-@pytest.mark.parametrize("modules", [SHARED, ["learner.client"]], ids=["shared", "client"])
+@pytest.mark.parametrize("modules", [SHARED, ["learner.servers.client"]], ids=["shared", "client"])
 def test_imports_without_torch_and_vllm(modules: list[str]) -> None:
     code = BLOCK + "".join(f"import {module}\n" for module in modules)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

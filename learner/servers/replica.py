@@ -6,8 +6,8 @@ import random
 import threading
 import time
 
-from learner.client import RolloutClient
-from learner.routing import Load
+from learner.servers.client import RolloutClient
+from learner.servers.router import Load
 from shared.errors import LockstepError
 from shared.weights import PushReceipt, ServerState
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
-from learner.client import RolloutClient
-from learner.discovery import Places
-from learner.member import Member
+from learner.servers.client import RolloutClient
+from learner.servers.discovery import Places
+from learner.servers.replica import Member
 from learner.utils.threads import all_of, first_of, start
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
 from shared.weights import ServerState

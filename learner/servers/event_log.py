@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from learner.fleet import Fleet
-from learner.member import Member
+from learner.servers.pool import Fleet
+from learner.servers.replica import Member
 
 
 class FleetLog:

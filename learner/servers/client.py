@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from learner.channel import STATE_TIMEOUT_S, Channel, reason
-from learner.credentials import tls_refusal
+from learner.servers.credentials import tls_refusal
+from learner.servers.http import STATE_TIMEOUT_S, Channel, reason
 from shared import PROTOCOL_VERSION
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import NotReady, ProtocolMismatch

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner.attachment import attach
-from learner.client import RolloutClient
-from learner.discovery import Places
-from learner.fleet import Fleet
+from learner.servers.client import RolloutClient
+from learner.servers.discovery import Places
+from learner.servers.pool import Fleet
 from shared.errors import ErrorCode, LockstepError
 from tests.unit.learner.fake_server import FakeServer
 
@@ -38,7 +38,7 @@ def listed(tmp_path):
 
 @pytest.fixture
 def fleet(servers, listed, monkeypatch):
-    monkeypatch.setattr("learner.fleet._DISCOVER_S", 0.02)
+    monkeypatch.setattr("learner.servers.pool._DISCOVER_S", 0.02)
     fleet = Fleet(
         lambda url: RolloutClient(url, transport=servers[url].transport), Places([f"file:{listed}"]), patience_s=30.0
     )

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from learner.completions import Wanted
-from learner.discovery import Places
 from learner.fetch import Fetcher, asks_of
-from learner.fleet import Fleet
-from learner.member import Member
-from learner.routing import Load, Router
+from learner.servers.discovery import Places
+from learner.servers.pool import Fleet
+from learner.servers.replica import Member
+from learner.servers.router import Load, Router
 from shared.errors import InvalidRequest, LeaseMismatch, LockstepError, NotReady, Timeout, UnknownRun
 from shared.sampling import SamplingParams
 from tests.unit.learner.test_rollouts import VERSION
@@ -141,7 +141,7 @@ def test_an_old_failure_does_not_put_out_a_server_that_came_back(fleet_of):
 
 
 def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
-    monkeypatch.setattr("learner.fleet._WATCH_S", 0.02)
+    monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     server = Server("http://s")
     fleet = fleet_of(server, Server("http://t"), keep=False)
 
@@ -159,7 +159,7 @@ def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
 
 
 def test_a_server_about_to_leave_is_asked_for_nothing_more(fleet_of, monkeypatch):
-    monkeypatch.setattr("learner.fleet._WATCH_S", 0.02)
+    monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     leaving = Server("http://s")
     fleet = fleet_of(leaving, Server("http://t"), keep=False)
     leaving.draining = True
@@ -171,7 +171,7 @@ def test_a_server_about_to_leave_is_asked_for_nothing_more(fleet_of, monkeypatch
 
 
 def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("learner.fleet._DISCOVER_S", 0.05)
+    monkeypatch.setattr("learner.servers.pool._DISCOVER_S", 0.05)
     listed = tmp_path / "servers"
     listed.write_text("http://a:1 # the first\n\n")
     servers = {url: Server(url) for url in ("http://a:1", "http://b:1")}

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from learner.credentials import tls_refusal, trust, warn_if_exposed
+from learner.servers.credentials import tls_refusal, trust, warn_if_exposed
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import (
     ErrorBody,
@@ -33,7 +33,7 @@ class Channel:
     """HTTP connections to a server; safe to use from several threads.
 
     Args:
-        token, ca_file: as for `learner.client.RolloutClient`.
+        token, ca_file: as for `learner.servers.client.RolloutClient`.
     """
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, transport: httpx.BaseTransport | None) -> None:

@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from learner.client import RolloutClient
-from learner.credentials import read_token
+from learner.servers.client import RolloutClient
+from learner.servers.credentials import read_token
 from shared.errors import EngineDead, ErrorCode, LockstepError, Overloaded, StaleVersion
 from shared.rollouts import GenerateRequest, Prompt
 
@@ -132,7 +132,7 @@ def test_a_proxy_that_refuses(status, code):
 
 def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
     slept = []
-    monkeypatch.setattr("learner.channel.time.sleep", slept.append)
+    monkeypatch.setattr("learner.servers.http.time.sleep", slept.append)
     busy = Overloaded("too much").body().model_dump()
     group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
     answers = []

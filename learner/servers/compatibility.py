@@ -1,0 +1,83 @@
+"""Refuses servers that cannot serve this training."""
+
+from __future__ import annotations
+
+from shared import PROTOCOL_VERSION
+from shared.errors import BaseMismatch, InvalidRequest, NotReady, ProtocolMismatch
+from shared.weights import BaseFingerprint, ServerState
+
+
+def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
+    """The server speaks our protocol, is ready, and its logprobs are those of the policy.
+
+    Raises:
+        LockstepError: `protocol_mismatch`, `not_ready`, `invalid_request`.
+    """
+    if state.protocol != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"the server speaks protocol {state.protocol}, this learner {PROTOCOL_VERSION}; install the same "
+            "lockstep-rl on both sides"
+        )
+    if not state.ready:
+        raise NotReady("the rollout server is not ready; wait until /ready answers 200")
+    if state.logprobs_mode != "processed_logprobs":
+        raise InvalidRequest(
+            f"the server returns {state.logprobs_mode}, not the logprobs tokens were drawn with; start it "
+            "with --logprobs-mode processed_logprobs"
+        )
+    if state.policy_altering and not (allow_policy_altering or state.allowed_altering):
+        raise InvalidRequest(
+            f"the server runs with {', '.join(state.policy_altering)}, so its logprobs are not exactly the "
+            "policy's; start it without, or set allow_policy_altering to train all the same"
+        )
+    if deterministic and not state.deterministic:
+        raise InvalidRequest(
+            "deterministic: the server may answer the same request differently; start it with --deterministic"
+        )
+
+
+def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch: bool = False) -> list[str]:
+    """Learner and server hold the same base weights and tokenizer. Answers warnings.
+
+    Raises:
+        LockstepError: `base_mismatch`.
+    """
+    warnings = []
+    for part, mine, theirs in (
+        ("weights", own.weights, served.weights),
+        ("tokenizer", own.tokenizer, served.tokenizer),
+    ):
+        if mine is not None and mine == theirs:
+            continue
+        if mine is None or theirs is None:
+            side = "learner" if mine is None else "server"
+            problem = f"the {side}'s base {part} cannot be fingerprinted (no safetensors or tokenizer.json?)"
+        else:
+            problem = f"the server's base {part} differ from the learner's ({theirs[:12]} and {mine[:12]})"
+        if not allow_mismatch:
+            raise BaseMismatch(
+                f"{problem}; give both the same model and revision, or set allow_base_mismatch if you know better",
+                part=part,
+            )
+        warnings.append(f"{problem}; going on because allow_base_mismatch is set")
+    if own.chat_template != served.chat_template:
+        warnings.append(
+            "the server's chat template differs from the learner's: training uses the learner's, chat "
+            "requests and evaluations the server's"
+        )
+    return warnings
+
+
+def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState) -> None:
+    """Prompt and completion fit into the server's context.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    wanted = longest_prompt + (max_completion_length or 1)
+    if wanted > state.max_model_len:
+        raise InvalidRequest(
+            f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
+            f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "
+            "shorten the prompts, or raise the server's --max-model-len"
+        )
