@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from bench.output import aligned, cpu_name, machine
 from bench.policy import Policy, trained
 from bench.shapes import Shape
-from learner.adapter import AdapterExporter
+from learner.adapters.exporter import AdapterExporter
 from shared.weights import WeightVersion
 
 SMALL = Shape("small", 512, 8, 8, 4, 64, 1536, vocab=512)

@@ -23,9 +23,9 @@ import httpx
 from bench.output import machine
 from bench.peer_file import vllm_serve
 from bench.servers import Server, environment, free_port
+from learner.adapters.stored import open_adapter
 from learner.export import export
 from learner.servers.client import RolloutClient
-from learner.stored_adapter import open_adapter
 from learner.tasks import load_task
 from learner.temporary_run import temporary_run
 from learner.utils.processes import stop_on_signals

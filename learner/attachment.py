@@ -18,14 +18,15 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from learner.adapter import active_adapter, lora_layers
-from learner.adapter_directory import save_adapter
+from learner.adapters.exporter import active_adapter, lora_layers
+from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
+from learner.adapters.peft_dir import save_adapter
+from learner.adapters.quantization import keep_dtype_on_cpu
 from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.config import LearnerConfig
 from learner.dynamic import check_replaceable
 from learner.gpu_turns import check_shared_gpu
-from learner.quantised import keep_dtype_on_cpu
-from learner.refusals import check_grpo, check_lora, check_model, check_rank, check_targets, correction_warnings
+from learner.refusals import check_grpo, correction_warnings
 from learner.resume import ExactResume
 from learner.rewards import Rewards
 from learner.sampling import sampling_params

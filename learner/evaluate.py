@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.adapters.stored import StoredAdapter, open_adapter
 from learner.compare import document, lines, mean_and_stderr
 from learner.flags import either_spelling
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
-from learner.stored_adapter import StoredAdapter, open_adapter
 from learner.temporary_run import temporary_run
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import InvalidRequest

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
+from learner.adapters.model_card import MARK, model_card
+from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
 from learner.flags import either_spelling
-from learner.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
-from learner.model_card import MARK, model_card
-from learner.stored_adapter import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
 from learner.utils.atomic import is_vacant, whole_directory
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest
@@ -30,7 +30,7 @@ def export(
     dtype: str = "bfloat16",
     force: bool = False,
 ) -> Path:
-    """Write the adapter in `source` (see `learner.stored_adapter.find_adapter`) to `out`. Answers where it was.
+    """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Answers where it was.
 
     Needs neither torch nor much memory: weights go through in blocks. `out` is there whole or not at all.
 
@@ -42,7 +42,7 @@ def export(
 
     Raises:
         LockstepError: `invalid_request`, `unsupported_adapter`, `shape_mismatch`, `base_mismatch`, and what
-            `learner.stored_adapter.open_adapter` raises.
+            `learner.adapters.stored.open_adapter` raises.
     """
     adapter, target = open_adapter(source), Path(out).absolute()
     model, revision = (model, revision) if model else (_named_base(adapter), revision or adapter.config.get("revision"))

@@ -33,7 +33,7 @@ class StepReport:
         drift: of the generation batch the step trained on; None without importance correction.
         servers_up, servers: rollout servers that serve the present version, and all that are known.
         pause_seconds: for which no request of the slowest server was decoding because of the push.
-        update_lost: of the optimizer's step, by rounding (see `learner.rounding`); None where nothing is rounded.
+        update_lost: of the optimizer's step, by rounding (see `learner.adapters.rounding`); None where nothing is rounded.
     """
 
     step: int

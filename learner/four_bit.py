@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base
+from learner.adapters.quantization import DTYPES, FOUR_BIT, _check_installed
 from learner.flags import either_spelling
-from learner.merge import TOKENIZER_FILES, copy_files, fetch_base
-from learner.quantised import FOUR_BIT, check_quantised
 from learner.utils.atomic import is_vacant, whole_directory
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
-    from trl import ModelConfig
 
-DTYPES = ("bfloat16", "float16", "float32")
 QUANT_TYPES = ("nf4", "fp4")
 _ROUNDS = 8
 
@@ -88,27 +84,6 @@ def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
     raise InvalidRequest(f"{name} changes whenever it is quantised again; are there NaN or infinities in it?")
 
 
-def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """What `load_in_4bit` asks for, refused before the model is loaded; None where it does not.
-
-    Raises:
-        LockstepError: `invalid_request`, `unsupported_adapter`.
-    """
-    from transformers import AutoConfig
-    from trl import get_quantization_config
-
-    if not (model_args.load_in_4bit or model_args.load_in_8bit):
-        return None
-    _check_installed()
-    if model_args.dtype not in DTYPES:
-        raise InvalidRequest(f"load_in_4bit needs --dtype, as the base was made for ({', '.join(DTYPES)})")
-    wanted = get_quantization_config(model_args)
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    config.quantization_config = wanted
-    check_quantised(config)
-    return wanted
-
-
 def main(argv: Sequence[str]) -> int:
     """The command. Answers the exit code."""
     options = make_parser().parse_args(argv)
@@ -134,8 +109,3 @@ def make_parser() -> argparse.ArgumentParser:
     add("--quant-type", choices=QUANT_TYPES, default="nf4", help="the 16 values (default %(default)s)")
     add("--model-revision", help="of the model on the hub")
     return parser
-
-
-def _check_installed() -> None:
-    if find_spec("bitsandbytes") is None:
-        raise InvalidRequest("four bits need bitsandbytes: pip install 'lockstep-rl[qlora]'")

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from learner.adapter import active_adapter, lora_layers
+from learner.adapters.exporter import active_adapter, lora_layers
 from learner.measurement import Measurement, noise, slope
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from peft import PeftModel
 
-from learner.adapter import AdapterExport, AdapterExporter
+from learner.adapters.exporter import AdapterExport, AdapterExporter
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet

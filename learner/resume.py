@@ -15,7 +15,7 @@ from typing import Any
 import transformers.trainer_utils
 from trl import GRPOTrainer
 
-from learner.adapter_directory import load_adapter, save_adapter
+from learner.adapters.peft_dir import load_adapter, save_adapter
 from learner.batch_file import load_batches, save_batches
 from learner.batches import indexable, schedule_of
 from learner.lookahead import IndexSampler, skip_epochs

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from tqdm import tqdm
 
+from learner.adapters.rounding import RoundedUpdates
 from learner.completions import Wanted
 from learner.config import LearnerConfig
 from learner.dynamic import DynamicSampling
@@ -21,7 +22,6 @@ from learner.proof import SyncProof
 from learner.publisher import Publisher
 from learner.rewards import Rewards
 from learner.rollouts import Ahead, RemoteRollouts
-from learner.rounding import RoundedUpdates
 from learner.run_dir.lease import load_lease, save_lease
 from learner.seeds import prompt_seed
 from learner.servers.client import RolloutClient

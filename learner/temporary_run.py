@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from learner.adapters.safetensors_file import rounded
+from learner.adapters.stored import StoredAdapter
 from learner.servers.client import RolloutClient
-from learner.stored_adapter import StoredAdapter
-from learner.tensor_file import rounded
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import LockstepError, NoFreeRun
@@ -44,7 +44,7 @@ def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[Wei
 
 
 def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> list[bytes | memoryview]:
-    """What a push of the stored adapter carries: the bytes that `learner.adapter` exports from a model with it."""
+    """What a push of the stored adapter carries: the bytes that `learner.adapters.exporter` exports from a model with it."""
     shapes: dict[str, tuple[int, ...]] = {}
     parts: list[np.ndarray] = []
     for name, module in adapter.modules.items():

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from learner.adapter import TORCH_DTYPES
+from learner.adapters.exporter import TORCH_DTYPES
 
 #: Largest gap in float32 where models are so small that the derivation below gives less.
 FLOOR = 1e-4

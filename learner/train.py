@@ -14,19 +14,20 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
-from learner.adapter_directory import load_adapter
+from learner.adapters.lora_rules import check_lora, check_rank
+from learner.adapters.peft_dir import load_adapter
+from learner.adapters.quantization import quantisation
+from learner.adapters.stored import FINAL_ADAPTER
 from learner.attachment import attach, meet, save_final_adapter
 from learner.config import LearnerConfig
 from learner.export import export
-from learner.four_bit import quantisation
 from learner.progress import show_progress
-from learner.refusals import check_grpo, check_lora, check_rank
+from learner.refusals import check_grpo
 from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.run_dir.files import SUMMARY_FILE, write_summary
 from learner.run_dir.provenance import provenance
 from learner.sampling import sampling_params
 from learner.servers.compatibility import check_base, check_server
-from learner.stored_adapter import FINAL_ADAPTER
 from learner.tasks import Task, import_object, load_task
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint

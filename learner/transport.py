@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from learner.adapter import AdapterExport
+from learner.adapters.exporter import AdapterExport
 from learner.collective import SendingGroup, can_broadcast
 from learner.servers.client import RolloutClient
 from shared.errors import ErrorCode, InvalidRequest, LockstepError

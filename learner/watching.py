@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from learner.adapter import active_adapter
+from learner.adapters.exporter import active_adapter
 from learner.completions import oldest_step
 from learner.figures import StepReport
 from learner.metrics import LearnerMetrics

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.adapter import AdapterExporter
+from learner.adapters.exporter import AdapterExporter
 from learner.servers.client import RolloutClient
 from shared.rollouts import GenerateRequest, GenerateResponse, Prompt, ScoreRequest
 from shared.sampling import SamplingParams

@@ -11,19 +11,19 @@ from datasets import Dataset
 from safetensors.torch import load
 
 import learner.evaluate
-from learner.adapter import AdapterExporter
+from learner.adapters.exporter import AdapterExporter
+from learner.adapters.stored import open_adapter
 from learner.cli import main
 from learner.compare import differences, interval, lines
 from learner.evaluate import EvalResult, EvalRow
 from learner.servers.client import RolloutClient
-from learner.stored_adapter import open_adapter
 from learner.tasks import Task
 from learner.temporary_run import adapter_blob, temporary_run
 from shared.adapter_file import header_length, parse_header
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError, NoFreeRun
 from shared.weights import WeightVersion
-from tests.unit.learner.test_adapter import peft_model
+from tests.unit.learner.adapters.test_exporter import peft_model
 
 TASK = f"{__name__}:task"
 VERSION = WeightVersion(run_id="r", step=0)

@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner.adapters.safetensors_file import TensorFile, rounded, widened
+from learner.adapters.stored import find_adapter, open_adapter
 from learner.cli import main
 from learner.export import export
-from learner.stored_adapter import find_adapter, open_adapter
-from learner.tensor_file import TensorFile, rounded, widened
 from shared.errors import ErrorCode, LockstepError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,7 +81,7 @@ def test_shards_and_other_dtypes(model_dir: Path, tmp_path: Path) -> None:
     shard = next(base.glob("model-*.safetensors"))
     save_file({**load_file(shard), "positions": torch.arange(7)}, shard, metadata={"format": "pt"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("learner.merge._BLOCK_ELEMENTS", 100)
+        patch.setattr("learner.adapters.merge._BLOCK_ELEMENTS", 100)
         export(tmp_path / "adapter", tmp_path / "out", merged=True, model=str(base), dtype="float16")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

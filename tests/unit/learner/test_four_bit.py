@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
+from learner.adapters.quantization import FOUR_BIT, check_quantised, keep_dtype_on_cpu, quantisation
 from learner.cli import main
-from learner.four_bit import make_base, quantisation
-from learner.quantised import FOUR_BIT, check_quantised, keep_dtype_on_cpu
+from learner.four_bit import make_base
 from shared.errors import ErrorCode, LockstepError
 
 IDS = torch.tensor([[5, 9, 14, 20, 33, 8, 40, 41, 3, 7]])

@@ -6,7 +6,8 @@ import pytest
 from peft import LoraConfig, PromptTuningConfig
 from transformers import LlavaConfig, Qwen3Config
 
-from learner.refusals import check_grpo, check_lora, check_model, check_rank, check_targets, correction_warnings
+from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
+from learner.refusals import check_grpo, correction_warnings
 from learner.servers.compatibility import check_base, check_lengths, check_server
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import BaseFingerprint

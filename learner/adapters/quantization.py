@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
-from shared.errors import UnsupportedAdapter
+from transformers import BitsAndBytesConfig  # TYPE
+from trl import ModelConfig  # TYPE
+
+from learner.adapters.quantization import check_quantised
+from shared.errors import InvalidRequest, UnsupportedAdapter
 
 #: In the config.json of a base that `learner.four_bit` made: what it was quantised with.
 FOUR_BIT = "lockstep_four_bit"
@@ -56,3 +61,32 @@ def keep_dtype_on_cpu(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """What `load_in_4bit` asks for, refused before the model is loaded; None where it does not.
+
+    Raises:
+        LockstepError: `invalid_request`, `unsupported_adapter`.
+    """
+    from transformers import AutoConfig
+    from trl import get_quantization_config
+
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    _check_installed()
+    if model_args.dtype not in DTYPES:
+        raise InvalidRequest(f"load_in_4bit needs --dtype, as the base was made for ({', '.join(DTYPES)})")
+    wanted = get_quantization_config(model_args)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    config.quantization_config = wanted
+    check_quantised(config)
+    return wanted
+
+
+def _check_installed() -> None:
+    if find_spec("bitsandbytes") is None:
+        raise InvalidRequest("four bits need bitsandbytes: pip install 'lockstep-rl[qlora]'")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from learner.quantised import FOUR_BIT
-from learner.stored_adapter import StoredAdapter
-from learner.tensor_file import WIDENED, TensorFile, item_bytes, rounded, widened, write_tensors
+from learner.adapters.quantization import FOUR_BIT
+from learner.adapters.safetensors_file import WIDENED, TensorFile, item_bytes, rounded, widened, write_tensors
+from learner.adapters.stored import StoredAdapter
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
 

@@ -6,7 +6,7 @@ import deepspeed.utils
 import pytest
 import torch
 
-from learner.rounding import RoundedUpdates
+from learner.adapters.rounding import RoundedUpdates
 
 Masters = dict[int, torch.Tensor]
 

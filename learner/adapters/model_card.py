@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from learner.stored_adapter import StoredAdapter
+from learner.adapters.stored import StoredAdapter
 
 #: In the card of everything that `learner export` has written.
 MARK = "lockstep-rl"

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from learner.adapter import active_adapter, peft_tensors, peft_weights
-from learner.stored_adapter import WEIGHTS_FILE
+from learner.adapters.exporter import active_adapter, peft_tensors, peft_weights
+from learner.adapters.stored import WEIGHTS_FILE
 from learner.utils.distributed import gathered, overwrite
 from shared.errors import InvalidRequest
 

@@ -9,7 +9,7 @@ from safetensors.torch import load
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from learner.adapter import AdapterExport, AdapterExporter, peft_tensors
+from learner.adapters.exporter import AdapterExport, AdapterExporter, peft_tensors
 from shared.adapter_file import header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion

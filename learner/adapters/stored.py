@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from learner.refusals import PLAIN_INITS, REFUSED_LORA_FIELDS
+from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
+from learner.adapters.safetensors_file import TensorFile
 from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import SUMMARY_FILE
-from learner.tensor_file import TensorFile
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFinite, UnsupportedAdapter
 from shared.weights import ModuleSpec

@@ -1,0 +1,108 @@
+"""Refuses LoRA configurations that cannot be served as they are trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig  # TYPE
+
+from learner.adapters.quantization import check_quantised
+from shared.errors import RankTooHigh, UnsupportedAdapter
+from shared.weights import ServerState
+
+#: Initialisations that leave the base weights as they are.
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+#: LoraConfig field -> what to do instead. Refused when set.
+REFUSED_LORA_FIELDS = {
+    "modules_to_save": "only the adapter travels to the server; leave modules_to_save out",
+    "trainable_token_indices": "trained token embeddings cannot be served; leave trainable_token_indices out",
+    "target_parameters": "name linear layers in target_modules instead",
+    "layer_replication": "the server would have other layers than the learner; leave layer_replication out",
+    "lora_bias": "the server applies no bias; leave lora_bias out",
+    "use_dora": "the server cannot apply DoRA; set use_dora to false (use_rslora works)",
+    "use_qalora": "set use_qalora to false",
+    "alora_invocation_tokens": "the server applies the adapter to every token; leave this out",
+    "megatron_config": "leave megatron_config out",
+    "ensure_weight_tying": "adapters on tied embeddings cannot be served; leave ensure_weight_tying out",
+}
+
+
+_EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert|block_sparse_moe|gate)(\.|$)")
+
+
+_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|image_encoder)(\.|$)")
+
+
+def check_lora(config: LoraConfig | None, adapter_type: str = "LORA") -> None:
+    """Refuse everything but plain LoRA; rsLoRA, rank_pattern, alpha_pattern and subsets of layers are plain.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    if config is None:
+        raise UnsupportedAdapter(
+            "full fine-tuning cannot be served: only a LoRA adapter travels to the server. "
+            "Set use_peft (and lora_r, lora_target_modules), or pass a peft_config to the trainer"
+        )
+    kind = getattr(getattr(config, "peft_type", None), "value", config.__class__.__name__)
+    if kind != adapter_type:
+        raise UnsupportedAdapter(f"a {kind} adapter cannot be served: use peft.LoraConfig")
+    if config.bias != "none":
+        raise UnsupportedAdapter(f"bias={config.bias!r}: trained biases cannot be served; set bias='none'")
+    for name, instead in REFUSED_LORA_FIELDS.items():
+        if getattr(config, name, None):
+            raise UnsupportedAdapter(f"{name}={getattr(config, name)!r}: {instead}")
+    init = config.init_lora_weights
+    if init not in PLAIN_INITS:
+        raise UnsupportedAdapter(
+            f"init_lora_weights={init!r} changes the base weights or the adapter's form, which the server "
+            f"does not know; use one of {', '.join(map(repr, PLAIN_INITS))}"
+        )
+    # PEFT marks the fields that turn LoRA into something else; those of later versions are refused as well.
+    for f in fields(config):
+        if f.metadata.get("is_lora_variant") and getattr(config, f.name):
+            raise UnsupportedAdapter(f"{f.name}: this variant of LoRA cannot be served; leave it out")
+
+
+def check_rank(config: LoraConfig, state: ServerState) -> None:
+    """The highest rank of any module fits into the server's slots.
+
+    Raises:
+        LockstepError: `rank_too_high`.
+    """
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    if rank > state.max_lora_rank:
+        raise RankTooHigh(
+            f"the adapter's rank {rank} is above the server's {state.max_lora_rank}: lower lora_r "
+            f"(rank_pattern), or start the server with --max-lora-rank {rank}"
+        )
+
+
+def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
+    """No adapter on vision parts, nor on experts or routers of a mixture of experts.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    for name in module_names:
+        if _VISION.search(name):
+            raise UnsupportedAdapter(f"{name} belongs to a vision encoder; take it out of target_modules")
+        if mixture_of_experts and _EXPERTS.search(name):
+            raise UnsupportedAdapter(f"{name} belongs to a mixture of experts; target the attention layers only")
+
+
+def check_model(model_config: Any) -> None:
+    """A text model, whole or in four bits; models with a vision or audio part are not supported yet.
+
+    Raises:
+        LockstepError: `unsupported_adapter`.
+    """
+    for part in ("vision_config", "audio_config"):
+        if getattr(model_config, part, None) is not None:
+            raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
+    check_quantised(model_config)
