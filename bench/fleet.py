@@ -37,12 +37,12 @@ from bench.servers import Server, engine_flags, environment, free_port, visible_
 from bench.shapes import Shape, pick_shapes
 from learner.completions import Wanted
 from learner.fetch import Fetcher, asks_of
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import Places
 from learner.servers.event_log import FleetLog
 from learner.servers.pool import Fleet
+from learner.sync.publisher import Publisher
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import LockstepError
 from shared.sampling import SamplingParams

@@ -14,11 +14,11 @@ from peft import PeftModel
 from bench.load import decode_under_pushes
 from bench.measure import Moved, Sample, Setting, Skip, fresh_prompts, one_push, summarize
 from bench.servers import Server, environment, free_port
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
-from learner.transport import Choice
+from learner.sync.publisher import Publisher
+from learner.sync.transport import Choice
 from shared.errors import LockstepError
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams

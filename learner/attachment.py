@@ -25,7 +25,6 @@ from learner.adapters.quantization import keep_dtype_on_cpu
 from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.config import LearnerConfig
 from learner.dynamic import check_replaceable
-from learner.gpu_turns import check_shared_gpu
 from learner.refusals import check_grpo, correction_warnings
 from learner.resume import ExactResume
 from learner.rewards import Rewards
@@ -37,6 +36,7 @@ from learner.servers.credentials import read_token
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
 from learner.session import Session
+from learner.sync.gpu_sharing import check_shared_gpu
 from learner.trl_internals import check_trl
 from learner.vllm_params import with_vllm_params
 from learner.watching import watch

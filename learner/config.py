@@ -71,7 +71,7 @@ class LearnerConfig:
     )
     proof_tolerance: float | None = _option(
         None,
-        "Largest allowed |served - own| logprob in nats. Default: derived from the dtypes, see learner/proof.py.",
+        "Largest allowed |served - own| logprob in nats. Default: derived from the dtypes, see learner/sync/proof.py.",
     )
     proof_canary: bool = _option(
         True,

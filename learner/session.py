@@ -15,11 +15,7 @@ from learner.config import LearnerConfig
 from learner.dynamic import DynamicSampling
 from learner.fetch import Fetcher
 from learner.figures import Figures, StepReport
-from learner.gpu_turns import GpuTurns
 from learner.prefetch import Prefetcher
-from learner.probing import canary_slope, probe_sequences
-from learner.proof import SyncProof
-from learner.publisher import Publisher
 from learner.rewards import Rewards
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.run_dir.lease import load_lease, save_lease
@@ -28,6 +24,10 @@ from learner.servers.client import RolloutClient
 from learner.servers.event_log import FleetLog
 from learner.servers.pool import Fleet, serve_base
 from learner.servers.replica import Member
+from learner.sync.gpu_sharing import GpuTurns
+from learner.sync.probe import canary_slope, probe_sequences
+from learner.sync.proof import SyncProof
+from learner.sync.publisher import Publisher
 from learner.trainer_protocol import Trainer
 from shared.errors import (
     ErrorDetail,

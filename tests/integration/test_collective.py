@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.collective import SendingGroup
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
+from learner.sync.broadcast import SendingGroup
+from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
@@ -154,7 +154,7 @@ def test_an_engine_that_is_stopped_ends_in_an_error_within_the_deadline(
 
 def test_collective_is_refused_where_there_can_be_no_group(client: RolloutClient) -> None:
     state = client.state().model_copy(update={"devices": ["GPU-1"], "device": "cuda"})
-    from learner.collective import can_broadcast
+    from learner.sync.broadcast import can_broadcast
 
     assert "cuda" in str(can_broadcast(torch.device("cpu"), state))
 

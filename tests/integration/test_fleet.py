@@ -13,11 +13,11 @@ import pytest
 
 from learner.completions import Wanted
 from learner.fetch import Fetcher, asks_of
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
+from learner.sync.publisher import Publisher
 from shared.sampling import SamplingParams
 from tests.integration import policy as P
 from tests.integration.conftest import FLAGS

@@ -10,9 +10,9 @@ import httpx
 import pytest
 import torch
 
-from learner.proof import SyncProof
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
+from learner.sync.proof import SyncProof
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
+from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration import policy as P

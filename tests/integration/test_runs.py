@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from learner.cli import main
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
+from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams

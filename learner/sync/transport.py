@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from learner.adapters.exporter import AdapterExport
-from learner.collective import SendingGroup, can_broadcast
 from learner.servers.client import RolloutClient
+from learner.sync.broadcast import SendingGroup, can_broadcast
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import InFlight, PushReceipt, ServerState
 

@@ -15,7 +15,7 @@ from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
 from learner.servers.replica import Member
-from learner.transport import Choice, Transport
+from learner.sync.transport import Choice, Transport
 from learner.utils.distributed import OnMain, on_one_rank
 from learner.utils.threads import all_of
 from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, UnknownRun

@@ -3,7 +3,7 @@
 A fixed probe of a few token sequences is scored by the learner's own model and by each server's `/v1/score`. What each
 check catches:
 
-- **Receipt** (`learner.publisher`): the checksum is read back from the slot on every worker. Catches bytes
+- **Receipt** (`learner.sync.publisher`): the checksum is read back from the slot on every worker. Catches bytes
   that did not arrive or went elsewhere; says nothing on whether the engine uses the slot.
 - **Gap**: max |served - own| over the probe, at the base and at the proven version. Catches another base,
   tokenizer or dtype, a missing module, a wrong scaling, a stale cache, a push that did not take effect, as
@@ -31,11 +31,10 @@ import torch
 from peft import PeftModel
 
 from learner.adapters.exporter import active_adapter, lora_layers
-from learner.measurement import Measurement, noise, slope
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet
 from learner.servers.replica import Member
-from learner.tolerance import derived_tolerance, merge_noise
+from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, noise, slope
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
 from shared.errors import BaseMismatch, InstallFailed, LockstepError
 from shared.rollouts import PolicySelector, ScoreRequest, ScoreResponse

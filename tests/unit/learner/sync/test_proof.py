@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from learner.proof import Measurement, SyncProof, slope
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.pool import Fleet
-from learner.tolerance import derived_tolerance, merge_noise
+from learner.sync.proof import Measurement, SyncProof, slope
+from learner.sync.publisher import Publisher
+from learner.sync.tolerance import derived_tolerance, merge_noise
 from shared.errors import LockstepError
 from shared.weights import WeightVersion
 

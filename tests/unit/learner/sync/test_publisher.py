@@ -8,9 +8,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease, load_lease, save_lease
 from learner.servers.pool import Fleet
+from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState, WeightVersion
 

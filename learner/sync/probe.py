@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from learner.proof import SyncProof
-from learner.publisher import Publisher
 from learner.run_dir.lease import Lease
 from learner.servers.pool import Fleet, serve_base
+from learner.sync.proof import SyncProof
+from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt
 from shared.sampling import SamplingParams

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from learner.collective import gpu_uuid
 from learner.servers.pool import PASSING
 from learner.servers.replica import Member
+from learner.sync.broadcast import gpu_uuid
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import ServerState
 

@@ -12,9 +12,9 @@ from trl import GRPOTrainer
 
 from learner import attach
 from learner.config import LearnerConfig
-from learner.gpu_turns import GpuTurns, check_shared_gpu
 from learner.servers.client import RolloutClient
 from learner.servers.replica import Member
+from learner.sync.gpu_sharing import GpuTurns, check_shared_gpu
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import ServerState
 from tests.unit.learner.fake_server import FakeServer

@@ -1,0 +1,1 @@
+"""Weights to the servers, and the proof that they arrived."""
