@@ -27,7 +27,7 @@ from learner.config import LearnerConfig
 from learner.dynamic import check_replaceable
 from learner.refusals import check_grpo, correction_warnings
 from learner.resume import ExactResume
-from learner.rewards import Rewards
+from learner.rewards.scorer import Rewards
 from learner.sampling import sampling_params
 from learner.schedule import Schedule
 from learner.servers.client import RolloutClient

@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from learner.batches import indexable
 from learner.fetch import Ask, SeedOf
-from learner.rewards import Rewards, all_known_early
+from learner.rewards.scorer import Rewards, all_known_early
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from learner.drift import Drift
 from learner.dynamic import DynamicSampling
-from learner.rewards import Rewards
+from learner.rewards.scorer import Rewards
 from learner.rollouts import RemoteRollouts
 from learner.trainer_protocol import Trainer
 from shared.weights import PushReceipt

@@ -16,7 +16,7 @@ from learner.dynamic import DynamicSampling
 from learner.fetch import Fetcher
 from learner.figures import Figures, StepReport
 from learner.prefetch import Prefetcher
-from learner.rewards import Rewards
+from learner.rewards.scorer import Rewards
 from learner.rollouts import Ahead, RemoteRollouts
 from learner.run_dir.lease import load_lease, save_lease
 from learner.seeds import prompt_seed

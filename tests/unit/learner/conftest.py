@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from learner import reward_pool
+from learner.rewards import pool as reward_pool
 from learner.servers.client import RolloutClient
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState

@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import cloudpickle
 from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
-from learner import reward_worker
-from learner.reward_threads import FunctionThread
-from learner.reward_worker import Answer
+from learner.rewards import worker as reward_worker
+from learner.rewards.calls import Answer, Call, Parts
+from learner.rewards.thread_fallback import FunctionThread
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
 
@@ -34,37 +33,6 @@ _MAX_RESTARTS = 8
 _LOOK_S = 1.0
 #: What the pool says of a call whose process was killed, died, or never came to it.
 _LOST = (TimeoutError, ProcessExpired, BrokenProcessPool, CancelledError)
-
-
-@dataclass(frozen=True)
-class Call:
-    """Rows of one group, as TRL hands them to reward functions.
-
-    Attributes:
-        rows: keyword argument -> one value for each row: prompts, completions, completion_ids, dataset columns.
-        state: passed as `trainer_state`.
-    """
-
-    rows: dict[str, list[Any]]
-    state: Any
-
-    def __len__(self) -> int:
-        return len(self.rows["prompts"])
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {**self.rows, "trainer_state": self.state}
-
-    @cached_property
-    def payload(self) -> bytes:
-        return cloudpickle.dumps(self.kwargs)
-
-    def row(self, index: int) -> Call:
-        return Call({name: values[index : index + 1] for name, values in self.rows.items()}, self.state)
-
-
-#: Consecutive rows of a call and what they were answered; None for rows that could not be scored in time.
-Parts = list[tuple[int, Answer | None]]
 
 
 class RewardPool:

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from learner.reward_pool import Call, RewardPool
-from learner.reward_worker import Answer
+from learner.rewards.calls import Answer, Call
+from learner.rewards.pool import RewardPool
 from shared.errors import LockstepError
 from tests.integration.waiting import until
 
@@ -173,7 +173,7 @@ SCRIPT = """
 import os, sys, threading, time
 from types import SimpleNamespace
 import psutil
-from learner.reward_pool import Call, RewardPool
+from learner.rewards.pool import Call, RewardPool
 print("executed", flush=True)
 scale = 3.0
 never = threading.Lock(); never.acquire()

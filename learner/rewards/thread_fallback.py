@@ -8,12 +8,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from learner.reward_worker import Answer, call
+from learner.rewards.calls import Answer
+from learner.rewards.worker import call
 from learner.utils.threads import start
 from shared.errors import LockstepError, Timeout
 
 if TYPE_CHECKING:
-    from learner.reward_pool import Call, Parts
+    from learner.rewards.calls import Call, Parts
 
 MAX_STUCK = 3
 

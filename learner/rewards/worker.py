@@ -13,28 +13,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle
 
+from learner.rewards.calls import Answer
+
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass
-class Answer:
-    """What one call of a reward function gave.
-
-    Attributes:
-        rewards: one for each row; None where the function does not apply.
-        metrics, extras: what it handed to `log_metric` and `log_extra`, in order.
-        error: traceback of what it raised; then the rewards mean nothing.
-    """
-
-    rewards: list[float | None] = field(default_factory=list)
-    metrics: list[tuple[str, float]] = field(default_factory=list)
-    extras: list[tuple[str, list[Any]]] = field(default_factory=list)
-    error: str | None = None
 
 
 #: In the order in which the pool numbers them; the traceback in place of one that cannot be loaded here.

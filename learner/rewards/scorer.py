@@ -26,8 +26,8 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from learner.config import LearnerConfig
-from learner.reward_pool import Call, Parts, RewardPool
-from learner.reward_worker import Answer
+from learner.rewards.calls import Answer, Call, Parts
+from learner.rewards.pool import RewardPool
 from shared.rollouts import Completion
 
 Row = dict[str, Any]

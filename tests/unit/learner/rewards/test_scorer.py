@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from learner.attachment import attach
 from learner.config import LearnerConfig
-from learner.rewards import Rewards
+from learner.rewards.scorer import Rewards
 from shared.rollouts import Completion, VersionSpan
 from tests.unit.learner import rewards as R
 from tests.unit.learner.rewards import reward_odd
