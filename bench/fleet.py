@@ -35,8 +35,8 @@ from bench.quota import quotas
 from bench.run import describe
 from bench.servers import Server, engine_flags, environment, free_port, visible_device
 from bench.shapes import Shape, pick_shapes
-from learner.completions import Wanted
-from learner.fetch import Fetcher, asks_of
+from learner.rollouts.completions import Wanted
+from learner.rollouts.dispatch import Fetcher, asks_of
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import Places

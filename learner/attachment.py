@@ -24,12 +24,12 @@ from learner.adapters.peft_dir import save_adapter
 from learner.adapters.quantization import keep_dtype_on_cpu
 from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.config import LearnerConfig
-from learner.dynamic import check_replaceable
 from learner.refusals import check_grpo, correction_warnings
 from learner.resume import ExactResume
 from learner.rewards.scorer import Rewards
+from learner.rollouts.dynamic_sampling import check_replaceable
+from learner.rollouts.schedule import Schedule
 from learner.sampling import sampling_params
-from learner.schedule import Schedule
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_lengths, check_server
 from learner.servers.credentials import read_token

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from trl import GRPOTrainer
 
 from learner.lookahead import Lookahead
-from learner.schedule import Schedule
+from learner.rollouts.schedule import Schedule
 from shared.errors import InvalidRequest
 from shared.weights import ServerState
 

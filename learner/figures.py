@@ -11,10 +11,10 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from learner.drift import Drift
-from learner.dynamic import DynamicSampling
 from learner.rewards.scorer import Rewards
-from learner.rollouts import RemoteRollouts
+from learner.rollouts.dynamic_sampling import DynamicSampling
+from learner.rollouts.generation import RemoteRollouts
+from learner.rollouts.mismatch import Drift
 from learner.trainer_protocol import Trainer
 from shared.weights import PushReceipt
 

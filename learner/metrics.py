@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from learner.figures import StepReport
-from learner.rollouts import RolloutStats
+from learner.rollouts.generation import RolloutStats
 from learner.run_dir.files import finite
 from learner.servers.pool import Fleet
 from shared.errors import InvalidRequest

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from shared.errors import InvalidRequest
-from shared.rollouts import Completion
 from shared.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -100,22 +99,6 @@ def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> Samp
     if not values.get("ignore_eos"):
         values["stop_token_ids"] = sorted({*values.get("stop_token_ids", ()), *eos_token_ids})
     return _validated(values)
-
-
-def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[float]:
-    """ln p of each sampled token before truncation, which is what the trainer's own logprobs are compared with.
-
-    Raises:
-        LockstepError: `invalid_request` if the server cannot say how much mass the truncation kept.
-    """
-    if not sampling.truncates:
-        return completion.logprobs
-    if completion.log_kept_mass is None or len(completion.log_kept_mass) != len(completion.logprobs):
-        raise InvalidRequest(
-            "the rollout server does not say how much probability top_k, top_p or min_p kept (older than the learner, "
-            "or speculating), so its logprobs cannot be compared with the trainer's: set top_k=0, top_p=1, min_p=0"
-        )
-    return [logprob + mass for logprob, mass in zip(completion.logprobs, completion.log_kept_mass, strict=True)]
 
 
 def generation_kwargs(args: GRPOConfig) -> dict[str, Any]:

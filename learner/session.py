@@ -10,14 +10,14 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from learner.adapters.rounding import RoundedUpdates
-from learner.completions import Wanted
 from learner.config import LearnerConfig
-from learner.dynamic import DynamicSampling
-from learner.fetch import Fetcher
 from learner.figures import Figures, StepReport
-from learner.prefetch import Prefetcher
 from learner.rewards.scorer import Rewards
-from learner.rollouts import Ahead, RemoteRollouts
+from learner.rollouts.completions import Wanted
+from learner.rollouts.dispatch import Fetcher
+from learner.rollouts.dynamic_sampling import DynamicSampling
+from learner.rollouts.generation import Ahead, RemoteRollouts
+from learner.rollouts.prefetch import Prefetcher
 from learner.run_dir.lease import load_lease, save_lease
 from learner.seeds import prompt_seed
 from learner.servers.client import RolloutClient

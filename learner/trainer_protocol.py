@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
-from learner.schedule import Schedule
+from learner.rollouts.schedule import Schedule
 
 
 class Coming(Protocol):

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapters.exporter import active_adapter
-from learner.completions import oldest_step
 from learner.figures import StepReport
 from learner.metrics import LearnerMetrics
+from learner.rollouts.completions import oldest_step
 from learner.run_dir.files import (
     HISTORY_FILE,
     LOGS_FILE,

@@ -8,9 +8,9 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from learner.drift import Correction, Drift, measure
-from learner.dynamic import DynamicSampling
-from learner.rollouts import RemoteRollouts
+from learner.rollouts.dynamic_sampling import DynamicSampling
+from learner.rollouts.generation import RemoteRollouts
+from learner.rollouts.mismatch import Correction, Drift, measure
 from learner.trimming import may_regroup, scored, sorted_windows
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.completions import Wanted
-from learner.fetch import Fetcher, asks_of
+from learner.rollouts.completions import Wanted
+from learner.rollouts.dispatch import Fetcher, asks_of
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import Places

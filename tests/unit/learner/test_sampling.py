@@ -7,7 +7,8 @@ from dataclasses import fields
 import pytest
 from trl import GRPOConfig
 
-from learner.sampling import MAPPED, REFUSED, USED_BY_TRL, policy_logprobs, refuse_unmapped, sampling_params
+from learner.rollouts.completions import policy_logprobs
+from learner.sampling import MAPPED, REFUSED, USED_BY_TRL, refuse_unmapped, sampling_params
 from shared.errors import LockstepError
 from shared.rollouts import Completion
 from shared.sampling import SamplingParams

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from learner.completions import Wanted
-from learner.fetch import Fetcher, asks_of
+from learner.rollouts.completions import Wanted
+from learner.rollouts.dispatch import Fetcher, asks_of
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
 from learner.servers.replica import Member
 from learner.servers.router import Load, Router
 from shared.errors import InvalidRequest, LeaseMismatch, LockstepError, NotReady, Timeout, UnknownRun
 from shared.sampling import SamplingParams
-from tests.unit.learner.test_rollouts import VERSION
-from tests.unit.learner.test_rollouts import Server as Answers
+from tests.unit.learner.rollouts.test_generation import VERSION
+from tests.unit.learner.rollouts.test_generation import Server as Answers
 
 
 class Server(Answers):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
 from learner.lookahead import Lookahead, skip_epochs
-from learner.schedule import Schedule
+from learner.rollouts.schedule import Schedule
 from learner.seeds import prompt_seed
 
 schedules = st.builds(

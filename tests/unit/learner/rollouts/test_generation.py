@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from learner.completions import Wanted, check_completion
-from learner.fetch import Fetcher
-from learner.rollouts import RemoteRollouts
+from learner.rollouts.completions import Wanted, check_completion
+from learner.rollouts.dispatch import Fetcher
+from learner.rollouts.generation import RemoteRollouts
 from learner.servers.pool import Fleet
 from shared.errors import LockstepError
 from shared.rollouts import Completion, RolloutGroup, VersionSpan

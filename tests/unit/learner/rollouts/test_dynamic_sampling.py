@@ -14,8 +14,8 @@ from trl import GRPOTrainer
 from learner.attachment import attach
 from learner.batches import ComingPrompts
 from learner.config import LearnerConfig
-from learner.dynamic import DynamicSampling, varies
-from learner.fetch import Ask
+from learner.rollouts.dispatch import Ask
+from learner.rollouts.dynamic_sampling import DynamicSampling, varies
 from shared.errors import LockstepError
 from shared.rollouts import Completion, VersionSpan
 from tests.unit.learner import rewards as R

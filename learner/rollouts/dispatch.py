@@ -10,7 +10,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from learner.completions import Wanted, broken, check_completion
+from learner.rollouts.completions import Wanted, broken, check_completion
 from learner.servers.pool import Fleet
 from learner.servers.replica import Member
 from learner.servers.router import Router

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.completions import Wanted
-from learner.fetch import Fetcher, asks_of
-from learner.prefetch import Prefetcher
-from learner.rollouts import Ahead, RemoteRollouts
-from learner.schedule import Schedule
+from learner.rollouts.completions import Wanted
+from learner.rollouts.dispatch import Fetcher, asks_of
+from learner.rollouts.generation import Ahead, RemoteRollouts
+from learner.rollouts.prefetch import Prefetcher
+from learner.rollouts.schedule import Schedule
 from learner.servers.pool import Fleet
 from learner.servers.replica import Member
 from shared.errors import InvalidRequest, LockstepError, UnknownRun, VersionNotActive

@@ -15,8 +15,8 @@ from typing import Any
 from trl import GRPOTrainer
 
 from learner.batches import indexable
-from learner.fetch import Ask, SeedOf
 from learner.rewards.scorer import Rewards, all_known_early
+from learner.rollouts.dispatch import Ask, SeedOf
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 

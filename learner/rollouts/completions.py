@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.errors import LockstepError, ProtocolMismatch, VersionNotActive
+from shared.errors import InvalidRequest, LockstepError, ProtocolMismatch, VersionNotActive
 from shared.rollouts import Completion
+from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
 
@@ -68,3 +69,19 @@ def oldest_step(completion: Completion) -> int:
 def broken(what: str) -> LockstepError:
     """The error for an answer that no sound server gives."""
     return ProtocolMismatch(f"the rollout server's answer is broken: {what}; see its log")
+
+
+def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[float]:
+    """ln p of each sampled token before truncation, which is what the trainer's own logprobs are compared with.
+
+    Raises:
+        LockstepError: `invalid_request` if the server cannot say how much mass the truncation kept.
+    """
+    if not sampling.truncates:
+        return completion.logprobs
+    if completion.log_kept_mass is None or len(completion.log_kept_mass) != len(completion.logprobs):
+        raise InvalidRequest(
+            "the rollout server does not say how much probability top_k, top_p or min_p kept (older than the learner, "
+            "or speculating), so its logprobs cannot be compared with the trainer's: set top_k=0, top_p=1, min_p=0"
+        )
+    return [logprob + mass for logprob, mass in zip(completion.logprobs, completion.log_kept_mass, strict=True)]

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from learner.completions import Wanted, oldest_step
-from learner.fetch import Ask, Fetcher, SeedOf, asks_of
-from learner.prefetch import Prefetcher
-from learner.sampling import policy_logprobs
-from learner.schedule import Schedule
+from learner.rollouts.completions import Wanted, oldest_step, policy_logprobs
+from learner.rollouts.dispatch import Ask, Fetcher, SeedOf, asks_of
+from learner.rollouts.prefetch import Prefetcher
+from learner.rollouts.schedule import Schedule
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 from shared.weights import WeightVersion
@@ -58,7 +57,7 @@ class Ahead:
 
 
 class Refill(Protocol):
-    """See `learner.dynamic.DynamicSampling`."""
+    """See `learner.rollouts.dynamic_sampling.DynamicSampling`."""
 
     def fill(
         self, batch: int, completions: list[Completion], fetch: Callable[[list[Ask]], list[Completion]]

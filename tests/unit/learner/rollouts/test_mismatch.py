@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from learner.drift import Correction, measure
+from learner.rollouts.mismatch import Correction, measure
 
 OWN = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
 SERVED = torch.tensor([[-1.1, -2.0, -2.0], [-1.0, -3.0, -9.0]])

@@ -1,0 +1,1 @@
+"""From prompts to checked completions. Nothing private of TRL."""
