@@ -24,6 +24,7 @@ from learner.adapters.peft_dir import save_adapter
 from learner.adapters.quantization import keep_dtype_on_cpu
 from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.config import LearnerConfig
+from learner.monitors.recorder import watch
 from learner.refusals import check_grpo, correction_warnings
 from learner.resume import ExactResume
 from learner.rewards.scorer import Rewards
@@ -39,7 +40,6 @@ from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
 from learner.trl_internals import check_trl
 from learner.vllm_params import with_vllm_params
-from learner.watching import watch
 from learner.wrappers import begin_passes_with, replace_degenerate, skip_padding, tell_turns_apart, watch_drift
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint

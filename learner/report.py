@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from learner.monitors.charts import trailing_mean
 from learner.run_dir.files import _atomically
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
@@ -75,15 +76,6 @@ def write_curve(
     _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
     path = Path(path)
     _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
-
-
-def trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values up to each, of fewer at the beginning."""
-    means = []
-    for end in range(1, len(values) + 1):
-        seen = values[max(0, end - window) : end]
-        means.append(sum(seen) / len(seen))
-    return means
 
 
 def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from learner.charts import sparkline
+from learner.monitors.charts import sparkline
 from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token

@@ -21,7 +21,7 @@ from learner.adapters.stored import FINAL_ADAPTER
 from learner.attachment import attach, meet, save_final_adapter
 from learner.config import LearnerConfig
 from learner.export import export
-from learner.progress import show_progress
+from learner.monitors.progress import show_progress
 from learner.refusals import check_grpo
 from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.run_dir.files import SUMMARY_FILE, write_summary

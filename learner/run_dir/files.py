@@ -14,7 +14,7 @@ from typing import Any
 HISTORY_FILE = "metrics.jsonl"
 #: What TRL logs every `logging_steps` and at every evaluation, by TRL's names; `step` is in each of them.
 LOGS_FILE = "logs.jsonl"
-#: Some completions of some steps, see `learner.samples`.
+#: Some completions of some steps, see `learner.monitors.samples`.
 SAMPLES_FILE = "completions.jsonl"
 #: The figures of a training that has ended.
 SUMMARY_FILE = "train.json"

@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import REGISTRY, CollectorRegistry
 
 import rollout_server.metrics  # noqa: F401 - registers the server's
-from learner.metrics import LearnerMetrics
+from learner.monitors.prometheus import LearnerMetrics
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
 from tests.dashboard import DASHBOARD, DEPLOY, names_asked_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from learner.run_page import RunData
+from learner.monitors.run_page import RunData
 
 HOSTILE = [
     "<script>document.title = 'owned'</script>",

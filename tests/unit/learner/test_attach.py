@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM
 
 import learner
 from learner.attachment import attach, save_final_adapter
-from learner.progress import show_progress
+from learner.monitors.progress import show_progress
 from shared.errors import ErrorCode, LockstepError, UnknownRun
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.report import EvalPoint, trailing_mean, write_curve
+from learner.monitors.charts import trailing_mean
+from learner.report import EvalPoint, write_curve
 from learner.run_dir.files import write_summary
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from learner.charts import Point, Series, bucketed, chart
-from learner.page_style import STYLE
-from learner.report import trailing_mean
+from learner.monitors.charts import Point, Series, bucketed, chart, trailing_mean
+from learner.monitors.page_style import STYLE
 from learner.run_dir.files import finite
 
 #: The page may show what is in it and nothing else, whatever its text says.
@@ -32,7 +31,7 @@ class RunData:
     Attributes:
         steps: one row for each step, see `learner.figures.StepReport`.
         logs: what TRL logged, by its names, with `step`.
-        batches: of sample completions, see `learner.samples`.
+        batches: of sample completions, see `learner.monitors.samples`.
         servers: rows of url, up, step, tokens, error.
         settings: sections of names and values.
         state: training, finished or stopped.

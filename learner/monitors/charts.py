@@ -186,3 +186,12 @@ def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str
         f"<title>{escape(f'step {round(x, 1):g}: ' + ', '.join(values[x]))}</title></rect>"
         for x, start, end in zip(places, edges, edges[1:], strict=False)
     )
+
+
+def trailing_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values up to each, of fewer at the beginning."""
+    means = []
+    for end in range(1, len(values) + 1):
+        seen = values[max(0, end - window) : end]
+        means.append(sum(seen) / len(seen))
+    return means

@@ -13,7 +13,9 @@ from trl import GRPOTrainer
 
 from learner.adapters.exporter import active_adapter
 from learner.figures import StepReport
-from learner.metrics import LearnerMetrics
+from learner.monitors.prometheus import LearnerMetrics
+from learner.monitors.run_page import RunData, render
+from learner.monitors.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, Samples, choose, text_of, total
 from learner.rollouts.completions import oldest_step
 from learner.run_dir.files import (
     HISTORY_FILE,
@@ -25,8 +27,6 @@ from learner.run_dir.files import (
     read_lines,
     write_whole,
 )
-from learner.run_page import RunData, render
-from learner.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, Samples, choose, text_of, total
 from learner.session import Session
 
 #: The page is written at every log, unless that would take more than one part in so many of the training's time.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from learner.monitors.run_page import RunData, render
 from learner.run_dir.files import write_whole
-from learner.run_page import RunData, render
 from tests.browser import Page, browser_page, find_browser
 from tests.unit.learner.made_up_run import HOSTILE, made_up_run
 
