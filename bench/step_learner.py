@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bench.policy import wait_for
 from bench.servers import free_port
 from bench.step_figures import Step
-from learner.attachment import attach
+from learner.trainer.attach import attach
 
 #: Small, so that the lengths of completions stay what they are. Every weight of the adapter still changes.
 LEARNING_RATE = 1e-6

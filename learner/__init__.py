@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from learner.attachment import attach
+    from learner.trainer.attach import attach
 
 __all__ = ["attach"]
 
@@ -13,7 +13,7 @@ __all__ = ["attach"]
 def __getattr__(name: str) -> Any:
     """Imports torch and TRL only for who attaches to a trainer: `learner eval` needs neither."""
     if name == "attach":
-        from learner.attachment import attach
+        from learner.trainer.attach import attach
 
         return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

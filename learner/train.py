@@ -18,17 +18,17 @@ from learner.adapters.lora_rules import check_lora, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantisation
 from learner.adapters.stored import FINAL_ADAPTER
-from learner.attachment import attach, meet, save_final_adapter
 from learner.config import LearnerConfig
 from learner.export import export
 from learner.monitors.progress import show_progress
-from learner.refusals import check_grpo
 from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.run_dir.files import SUMMARY_FILE, write_summary
 from learner.run_dir.provenance import provenance
-from learner.sampling import sampling_params
 from learner.servers.compatibility import check_base, check_server
 from learner.tasks import Task, import_object, load_task
+from learner.trainer.attach import attach, meet, save_final_adapter
+from learner.trainer.checks import check_grpo
+from learner.trainer.sampling import sampling_params
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState

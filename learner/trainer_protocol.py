@@ -1,4 +1,4 @@
-"""What a session needs of the trainer; `learner.attachment.TrainerSide` answers it for TRL's."""
+"""What a session needs of the trainer; `learner.trainer.attach.TrainerSide` answers it for TRL's."""
 
 from __future__ import annotations
 

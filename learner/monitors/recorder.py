@@ -15,8 +15,7 @@ from learner.adapters.exporter import active_adapter
 from learner.figures import StepReport
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunData, render
-from learner.monitors.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, Samples, choose, text_of, total
-from learner.rollouts.completions import oldest_step
+from learner.monitors.samples import Samples
 from learner.run_dir.files import (
     HISTORY_FILE,
     LOGS_FILE,
@@ -28,6 +27,7 @@ from learner.run_dir.files import (
     write_whole,
 )
 from learner.session import Session
+from learner.trainer.sample_hook import _samples
 
 #: The page is written at every log, unless that would take more than one part in so many of the training's time.
 _PAGE_EVERY = 20
@@ -138,40 +138,6 @@ class Watching(TrainerCallback):
             if not self._complained:
                 self._session.say(f"what shows the run is not up to date: {error} (said once)")
             self._complained = True
-
-
-def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
-    """Of the training batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
-    logs, names = trainer._logs, trainer.reward_func_names
-    columns = [list(map(finite, logs["rewards"][name])) for name in names]
-    weights = trainer.reward_weights.tolist()
-    rewards = [total(row, weights) for row in zip(*columns, strict=True)]
-    # Of several turns only the first is known.
-    own = [] if trainer.tools else session.rollouts.drawn
-    prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
-    batch, schedule = session.rollouts.batch(), session.trainer.schedule
-    samples = []
-    for row, why in choose(rewards).items():
-        known: dict[str, Any] = {}
-        if row < len(own):
-            known = {
-                "tokens": len(own[row].token_ids),
-                "finish_reason": own[row].finish_reason,
-                "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
-                "lag": schedule.lag(batch, oldest_step(own[row])),
-            }
-        samples.append(
-            Sample(
-                why,
-                text_of(prompts[row], PROMPT_CHARACTERS),
-                text_of(completions[row], COMPLETION_CHARACTERS),
-                rewards[row],
-                {name: column[row] for name, column in zip(names, columns, strict=True)},
-                finite(advantages[row]),
-                **known,
-            )
-        )
-    return samples
 
 
 def _settings(trainer: GRPOTrainer, session: Session) -> dict[str, dict[str, Any]]:

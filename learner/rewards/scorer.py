@@ -1,6 +1,6 @@
 """Rewards under a `trl.GRPOTrainer`: computed in worker processes as soon as a group's completions arrive.
 
-TRL's own `_calculate_rewards` finds the values ready. Relies on TRL's internals as `learner.attachment` does, in the
+TRL's own `_calculate_rewards` finds the values ready. Relies on TRL's internals as `learner.trainer.attach` does, in the
 same range of versions.
 """
 

@@ -12,12 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import GRPOTrainer
-
-from learner.batches import indexable
-from learner.rewards.scorer import Rewards, all_known_early
+from learner.rewards.scorer import Rewards
 from learner.rollouts.dispatch import Ask, SeedOf
-from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 
 Row = dict[str, Any]
@@ -30,27 +26,6 @@ def varies(rewards: Sequence[float]) -> bool:
     """Whether a group teaches anything: two of its rewards differ. NaN stands for a completion without a reward."""
     scored = [reward for reward in rewards if not math.isnan(reward)]
     return bool(scored) and max(scored) - min(scored) > _EQUAL
-
-
-def check_replaceable(trainer: GRPOTrainer) -> None:
-    """Groups can be replaced before they are trained on.
-
-    Raises:
-        LockstepError: `invalid_request` where they cannot.
-    """
-    rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
-    why = None
-    if not all_known_early(trainer):
-        why = "rewards must be known as completions arrive: no reward models, tools, environments or rollout functions"
-    elif rows % trainer.num_generations:
-        why = (
-            f"groups of {trainer.num_generations} straddle ranks of {rows} rows each; let the batch size per device "
-            "times gradient_accumulation_steps be a multiple of num_generations"
-        )
-    elif not indexable(trainer):
-        why = "the training data is a stream, of which no other rows are known"
-    if why:
-        raise InvalidRequest(f"drop_degenerate_groups: {why}")
 
 
 @dataclass

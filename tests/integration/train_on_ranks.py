@@ -20,9 +20,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from learner.attachment import attach, save_final_adapter
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.session import Session
+from learner.trainer.attach import attach, save_final_adapter
 from tests.integration.rewards import odd_tokens
 from tests.integration.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
 

@@ -9,12 +9,12 @@ import cloudpickle
 import pytest
 
 import learner.train
-from learner.refusals import check_grpo
 from learner.tasks import load_task
 from learner.tasks.base import TaskError
 from learner.tasks.examples.extraction import fields_right
 from learner.tasks.examples.guessing import Guessing
 from learner.tasks.prompts import question_key
+from learner.trainer.checks import check_grpo
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 

@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import learner.attachment
 import learner.evaluate
 import learner.train
+import learner.trainer.attach
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
 from shared.errors import LockstepError

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 from prometheus_client.parser import text_string_to_metric_families
 
-from learner.attachment import attach
+from learner.trainer.attach import attach
 from shared.errors import LockstepError
 
 

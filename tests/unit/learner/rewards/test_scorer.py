@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
-from learner.attachment import attach
 from learner.config import LearnerConfig
 from learner.rewards.scorer import Rewards
+from learner.trainer.attach import attach
 from shared.rollouts import Completion, VersionSpan
 from tests.unit.learner import rewards as R
 from tests.unit.learner.rewards import reward_odd

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOTrainer
 
-from learner.attachment import attach
-from learner.batches import ComingPrompts
 from learner.config import LearnerConfig
 from learner.rollouts.dispatch import Ask
 from learner.rollouts.dynamic_sampling import DynamicSampling, varies
+from learner.trainer.attach import attach
+from learner.trainer.prompt_order import ComingPrompts
 from shared.errors import LockstepError
 from shared.rollouts import Completion, VersionSpan
 from tests.unit.learner import rewards as R

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
-from learner.lookahead import Lookahead, skip_epochs
 from learner.rollouts.schedule import Schedule
 from learner.seeds import prompt_seed
+from learner.trainer.prompt_order import Lookahead, skip_epochs
 
 schedules = st.builds(
     Schedule,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from learner.attachment import attach
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
+from learner.trainer.attach import attach
 from shared.errors import ErrorCode, LockstepError
 from tests.unit.learner.fake_server import FakeServer
 

@@ -2,7 +2,7 @@
 
 Left out are: where in a generation batch the training stands, the batch itself, the order of later epochs (TRL's
 sampler draws it from a generator that starts anew), and under FSDP2 the adapter, for which no name is the expected one
-once activation checkpointing has wrapped the layers. Relies on TRL's internals as `learner.attachment` does, in the
+once activation checkpointing has wrapped the layers. Relies on TRL's internals as `learner.trainer.attach` does, in the
 same range of versions.
 """
 
@@ -12,15 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers.trainer_utils
+from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
 from learner.adapters.peft_dir import load_adapter, save_adapter
-from learner.batch_file import load_batches, save_batches
-from learner.batches import indexable, schedule_of
-from learner.lookahead import IndexSampler, skip_epochs
 from learner.run_dir.checkpoint import STAGING, TrainingState, commit, load_state, save_state
 from learner.session import Session
+from learner.trainer.prompt_order import IndexSampler, indexable, schedule_of, skip_epochs
 from shared.errors import InvalidRequest
 
 
@@ -150,3 +150,35 @@ class ExactResume:
 
 def _batch_file(trainer: GRPOTrainer) -> str:
     return f"generation_batch_{trainer.accelerator.process_index}.safetensors"
+
+
+def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
+    """Write the slices of a generation batch.
+
+    Args:
+        batches: one dict of tensors (or None) for each slice.
+
+    Raises:
+        LockstepError: `invalid_request` for anything but tensors.
+    """
+    tensors = {}
+    for index, batch in enumerate(batches):
+        for name, value in batch.items():
+            if value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise InvalidRequest(
+                    f"{name} of a generation batch is no tensor and cannot be checkpointed: set save_steps to a "
+                    "multiple of the optimizer steps per generation batch"
+                )
+            tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
+    save_file(tensors, path)
+
+
+def load_batches(path: Path, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """What `save_batches` wrote, on `device`."""
+    batches: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        index, name = key.split(".", 1)
+        batches.setdefault(int(index), {})[name] = tensor.to(device)
+    return [batches[index] for index in sorted(batches)]

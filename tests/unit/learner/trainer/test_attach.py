@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 
 import learner
-from learner.attachment import attach, save_final_adapter
 from learner.monitors.progress import show_progress
+from learner.trainer.attach import attach, save_final_adapter
 from shared.errors import ErrorCode, LockstepError, UnknownRun
 
 

@@ -11,9 +11,9 @@ import trl.kernels.chunked_logprob
 from datasets import Dataset
 from transformers import TrainerCallback
 
-import learner.attachment
-from learner.attachment import attach
-from learner.trimming import sorted_windows
+import learner.trainer.attach
+from learner.trainer.attach import attach
+from learner.trainer.padding import sorted_windows
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 CASES = {
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[..., Seen]:
-    """Trains two optimizer steps of three micro-batches; what it changes of `learner.attachment` is as named."""
+    """Trains two optimizer steps of three micro-batches; what it changes of `learner.trainer.attach` is as named."""
 
     generate = server._generate
 

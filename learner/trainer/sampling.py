@@ -46,7 +46,7 @@ REFUSED = {
 }
 
 #: Fields that Unsloth adds to GRPOConfig, and where they are read.
-OF_UNSLOTH = {"vllm_sampling_params"}  # learner.vllm_params
+OF_UNSLOTH = {"vllm_sampling_params"}  # learner.trainer.unsloth
 
 #: Values besides the default that mean what Lockstep does anyway.
 _HARMLESS: dict[str, tuple[Any, ...]] = {"vllm_mode": ("server",)}

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from learner.attachment import attach
+from learner.trainer.attach import attach
 from shared.errors import LockstepError
 
 CHAT_TEMPLATE = (

@@ -22,15 +22,10 @@ from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from learner.adapters.peft_dir import save_adapter
 from learner.adapters.quantization import keep_dtype_on_cpu
-from learner.batches import ComingPrompts, check_slots, schedule_of
 from learner.config import LearnerConfig
 from learner.monitors.recorder import watch
-from learner.refusals import check_grpo, correction_warnings
-from learner.resume import ExactResume
 from learner.rewards.scorer import Rewards
-from learner.rollouts.dynamic_sampling import check_replaceable
 from learner.rollouts.schedule import Schedule
-from learner.sampling import sampling_params
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_lengths, check_server
 from learner.servers.credentials import read_token
@@ -38,9 +33,13 @@ from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
-from learner.trl_internals import check_trl
-from learner.vllm_params import with_vllm_params
-from learner.wrappers import begin_passes_with, replace_degenerate, skip_padding, tell_turns_apart, watch_drift
+from learner.trainer.checks import check_grpo, check_replaceable, correction_warnings
+from learner.trainer.hooks import begin_passes_with, replace_degenerate, skip_padding, tell_turns_apart, watch_drift
+from learner.trainer.internals import check_trl
+from learner.trainer.prompt_order import ComingPrompts, check_slots, schedule_of
+from learner.trainer.resume import ExactResume
+from learner.trainer.sampling import sampling_params
+from learner.trainer.unsloth import with_vllm_params
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -69,11 +68,11 @@ def attach(
         client: of one rollout server, instead of `url`.
         fleet: servers that were already met; otherwise waits until one is ready.
         revision: of the base model, where it was loaded from the hub.
-        vllm_sampling_params: as in Unsloth, see `learner.vllm_params`; by default the attribute of that name of the
+        vllm_sampling_params: as in Unsloth, see `learner.trainer.unsloth`; by default the attribute of that name of the
             trainer's arguments, if they have it.
 
     Raises:
-        LockstepError: every refusal of `learner.refusals`, before anything is changed.
+        LockstepError: every refusal of `learner.trainer.checks`, before anything is changed.
     """
     config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
     check_trl(trainer)

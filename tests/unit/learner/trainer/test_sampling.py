@@ -8,7 +8,7 @@ import pytest
 from trl import GRPOConfig
 
 from learner.rollouts.completions import policy_logprobs
-from learner.sampling import MAPPED, REFUSED, USED_BY_TRL, refuse_unmapped, sampling_params
+from learner.trainer.sampling import MAPPED, REFUSED, USED_BY_TRL, refuse_unmapped, sampling_params
 from shared.errors import LockstepError
 from shared.rollouts import Completion
 from shared.sampling import SamplingParams
@@ -17,7 +17,7 @@ from shared.sampling import SamplingParams
 def test_every_vllm_field_of_trl_is_known():
     known = MAPPED | USED_BY_TRL | set(REFUSED)
     found = {f.name for f in fields(GRPOConfig) if f.name.startswith("vllm_")}
-    assert found <= known, "a new TRL option: map it or refuse it in learner/sampling.py"
+    assert found <= known, "a new TRL option: map it or refuse it in learner/trainer/sampling.py"
     assert {n for n in known if n.startswith("vllm_")} <= found, "TRL dropped an option"
 
 

@@ -7,8 +7,8 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import LlavaConfig, Qwen3Config
 
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
-from learner.refusals import check_grpo, correction_warnings
 from learner.servers.compatibility import check_base, check_lengths, check_server
+from learner.trainer.checks import check_grpo, correction_warnings
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import BaseFingerprint
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from learner.attachment import attach
 from learner.run_dir.checkpoint import STAGING, commit, last_checkpoint, load_state
+from learner.trainer.attach import attach
 from shared.errors import LockstepError
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from learner.sampling import generation_kwargs, refuse_unmapped, sampling_params
+from trl import GRPOTrainer
+
+from learner.rewards.scorer import all_known_early
+from learner.trainer.prompt_order import indexable
+from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared.errors import (
     InvalidRequest,
 )
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_grpo(args: GRPOConfig) -> None:
-    """Generation options that cannot be honoured; see `learner.sampling`.
+    """Generation options that cannot be honoured; see `learner.trainer.sampling`.
 
     Raises:
         LockstepError: `invalid_request`.
@@ -96,3 +100,24 @@ def _set_options(args: GRPOConfig, names: Iterable[str]) -> list[str]:
     """Those of the sampling options that are not at their default."""
     chosen = sampling_params(args).model_dump(exclude_defaults=True)
     return [name for name in names if name in chosen]
+
+
+def check_replaceable(trainer: GRPOTrainer) -> None:
+    """Groups can be replaced before they are trained on.
+
+    Raises:
+        LockstepError: `invalid_request` where they cannot.
+    """
+    rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
+    why = None
+    if not all_known_early(trainer):
+        why = "rewards must be known as completions arrive: no reward models, tools, environments or rollout functions"
+    elif rows % trainer.num_generations:
+        why = (
+            f"groups of {trainer.num_generations} straddle ranks of {rows} rows each; let the batch size per device "
+            "times gradient_accumulation_steps be a multiple of num_generations"
+        )
+    elif not indexable(trainer):
+        why = "the training data is a stream, of which no other rows are known"
+    if why:
+        raise InvalidRequest(f"drop_degenerate_groups: {why}")

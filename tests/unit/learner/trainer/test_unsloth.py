@@ -8,10 +8,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from learner.attachment import attach
-from learner.refusals import check_grpo
-from learner.sampling import sampling_params
-from learner.vllm_params import with_vllm_params
+from learner.trainer.attach import attach
+from learner.trainer.checks import check_grpo
+from learner.trainer.sampling import sampling_params
+from learner.trainer.unsloth import with_vllm_params
 from shared.errors import LockstepError
 
 #: Of Unsloth's GRPO notebooks.

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from learner.sampling import generation_kwargs
+from learner.trainer.sampling import generation_kwargs
 from shared.errors import InvalidRequest, LockstepError
 from shared.sampling import SamplingParams
 

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Correction, Drift, measure
-from learner.trimming import may_regroup, scored, sorted_windows
+from learner.trainer.padding import may_regroup, scored, sorted_windows
 
 
 def skip_padding(trainer: GRPOTrainer) -> None:

@@ -1,0 +1,46 @@
+"""Reads sample completions from TRL's buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import GRPOTrainer
+
+from learner.monitors.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, choose, text_of, total
+from learner.rollouts.completions import oldest_step
+from learner.run_dir.files import finite
+from learner.session import Session
+
+
+def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
+    """Of the training batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
+    logs, names = trainer._logs, trainer.reward_func_names
+    columns = [list(map(finite, logs["rewards"][name])) for name in names]
+    weights = trainer.reward_weights.tolist()
+    rewards = [total(row, weights) for row in zip(*columns, strict=True)]
+    # Of several turns only the first is known.
+    own = [] if trainer.tools else session.rollouts.drawn
+    prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
+    batch, schedule = session.rollouts.batch(), session.trainer.schedule
+    samples = []
+    for row, why in choose(rewards).items():
+        known: dict[str, Any] = {}
+        if row < len(own):
+            known = {
+                "tokens": len(own[row].token_ids),
+                "finish_reason": own[row].finish_reason,
+                "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
+                "lag": schedule.lag(batch, oldest_step(own[row])),
+            }
+        samples.append(
+            Sample(
+                why,
+                text_of(prompts[row], PROMPT_CHARACTERS),
+                text_of(completions[row], COMPLETION_CHARACTERS),
+                rewards[row],
+                {name: column[row] for name, column in zip(names, columns, strict=True)},
+                finite(advantages[row]),
+                **known,
+            )
+        )
+    return samples
