@@ -25,8 +25,8 @@ import yaml
 from bench.output import Row, Told, aligned, cpu_name, machine
 from bench.run import describe
 from learner.demo import RECIPE
+from learner.evaluation.statistics import EvalPoint
 from learner.monitors.charts import trailing_mean
-from learner.report import EvalPoint
 from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 
 COLORS = ("#2f6fb0", "#e08a2c", "#3a8f4d", "#8b5fbf")

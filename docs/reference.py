@@ -12,8 +12,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from learner import evaluate, export, four_bit, status
+from learner import export, four_bit, status
 from learner.config import LearnerConfig
+from learner.evaluation import evaluate
 from rollout_server.app import build_app
 from rollout_server.roles import OPEN, VLLM_ROUTES, role_needed
 from rollout_server.settings import ServerSettings

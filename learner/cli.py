@@ -15,7 +15,7 @@ from shared.errors import ErrorCode, LockstepError
 COMMANDS = {
     "train": ("learner.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
     "status": ("learner.status", "which servers serve what, and how far a run has come"),
-    "eval": ("learner.evaluate", "score and compare policies on a task, over HTTP"),
+    "eval": ("learner.evaluation.evaluate", "score and compare policies on a task, over HTTP"),
     "four-bit-base": ("learner.four_bit", "make a base that a learner can hold in four bits (QLoRA)"),
     "export": ("learner.export", "write a trained adapter for others to load, alone or merged into its base"),
 }

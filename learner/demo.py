@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from learner.demo_model import ensure_demo_model
-from learner.evaluate import EvalResult, evaluate
+from learner.evaluation.evaluate import evaluate
+from learner.evaluation.results import EvalResult
 from learner.report import write_curve
 from learner.run_dir.files import write_summary
 from learner.servers.client import RolloutClient

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from learner.evaluation.statistics import EvalPoint
 from learner.monitors.charts import trailing_mean
 from learner.run_dir.files import _atomically
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
-
-
-class EvalPoint(NamedTuple):
-    """The mean score of `n` held-out questions, each between 0 and 1."""
-
-    mean: float
-    n: int
-
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of a proportion.
-
-        Exact for answers that are right or wrong; for partial credit it is too wide rather than too narrow, since no
-        score between 0 and 1 varies more than a right-or-wrong one of the same mean.
-        """
-        z, n, p = 1.959964, self.n, min(max(self.mean, 0.0), 1.0)
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        # At p = 0 and 1 an end is p itself, but for rounding.
-        return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
 def write_curve(

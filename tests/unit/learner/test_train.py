@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import learner.evaluate
+import learner.evaluation.evaluate
 import learner.train
 import learner.trainer.attach
 from learner.servers.client import RolloutClient
@@ -192,7 +192,7 @@ def test_eval_command(flags, server, tmp_path, capsys):
         "--json",
         str(out),
     ]
-    assert learner.evaluate.main([*flags, "--limit", "3"]) == 0
+    assert learner.evaluation.evaluate.main([*flags, "--limit", "3"]) == 0
     (result,) = json.loads(out.read_text())["results"]
     assert result["questions"] == 3
     assert result["versions"] == ["base"]

@@ -1,105 +1,31 @@
-"""`learner eval`: ask policies, and the base, the questions of a task over HTTP and score the answers."""
+"""`learner eval`: score and compare policies on a task, over HTTP."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from learner.adapters.stored import StoredAdapter, open_adapter
-from learner.compare import document, lines, mean_and_stderr
+from learner.evaluation.evaluate import evaluate
+from learner.evaluation.results import EvalResult
+from learner.evaluation.statistics import document, lines
+from learner.evaluation.temporary_run import temporary_run
 from learner.flags import either_spelling
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
-from learner.temporary_run import temporary_run
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import InvalidRequest
-from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
+from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 
-if TYPE_CHECKING:
-    from learner.tasks import Task
-
-QUESTIONS_PER_REQUEST = 64
 #: Policies that a server has by itself; all others are adapters on disk.
 SERVED = ("base", "latest")
-
-
-@dataclass(frozen=True)
-class EvalRow:
-    """One completion of one question; `rewards` by name of their function, None where it did not apply."""
-
-    question: int
-    prompt: Any
-    completion: str
-    finish_reason: str
-    tokens: int
-    rewards: dict[str, float | None]
-    reward: float
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """`reward` is the mean over questions of the weighted rewards, `stderr` its standard error."""
-
-    task: str
-    policy: str
-    versions: list[str]
-    questions: int
-    reward: float
-    stderr: float
-    rewards: dict[str, float | None]
-    completion_tokens: int
-    rows: list[EvalRow]
-
-
-def evaluate(
-    client: RolloutClient,
-    task: Task,
-    *,
-    policy: PolicySelector = "latest",
-    run_id: str | None = None,
-    n_questions: int | None = None,
-    sampling: SamplingParams | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> EvalResult:
-    """Score `policy` on the first `n_questions` of `task.eval`, all by default.
-
-    Greedy unless `sampling` says otherwise. Chat messages are templated by the server.
-    `progress` is called with (questions done, all questions).
-
-    Raises:
-        LockstepError: what the server answers; `invalid_request` if the task holds nothing out.
-    """
-    rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
-    if not rows:
-        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size")
-    sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
-    results: list[EvalRow] = []
-    versions: dict[str, None] = {}
-    for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
-        chunk = rows[start : start + QUESTIONS_PER_REQUEST]
-        request = GenerateRequest(
-            prompts=[_prompt(row["prompt"]) for row in chunk],
-            sampling=sampling,
-            policy=policy,
-            run_id=None if policy == "base" else run_id,
-            return_text=True,
-            chat_template_kwargs=chat_template_kwargs or {},
-        )
-        groups = client.generate(request).groups
-        versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
-        results += _score(task, start, chunk, groups)
-        progress(start + len(chunk), len(rows))
-    return _result(task, policy, list(versions), results)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -171,85 +97,6 @@ def _serving(
         return
     with temporary_run(client, stored) as version:
         yield version, version.run_id
-
-
-def _prompt(prompt: str | list[dict[str, Any]]) -> Prompt:
-    return Prompt(text=prompt) if isinstance(prompt, str) else Prompt(messages=prompt)
-
-
-def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[RolloutGroup]) -> Iterator[EvalRow]:
-    """Call the reward functions as TRL does: a list for each column, one entry for each completion."""
-    flat = [(i, rows[i], c) for i, group in enumerate(groups) for c in group.completions]
-    chat = not isinstance(rows[0]["prompt"], str)
-    texts = [completion.text or "" for _, _, completion in flat]
-    columns = {key: [row[key] for _, row, _ in flat] for key in rows[0] if key not in ("prompt", "completion")}
-    arguments = {
-        "prompts": [row["prompt"] for _, row, _ in flat],
-        "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
-        "completion_ids": [completion.token_ids for _, _, completion in flat],
-        "trainer_state": None,
-        "log_extra": lambda column, values: None,
-        "log_metric": lambda name, value: None,
-        **columns,
-    }
-    scores = {_name(function): _call(function, arguments) for function in task.reward_funcs}
-    weights = task.reward_weights or [1.0] * len(scores)
-    for position, (i, row, completion) in enumerate(flat):
-        rewards = {name: values[position] for name, values in scores.items()}
-        total = sum(w * r for w, r in zip(weights, rewards.values(), strict=True) if r is not None)
-        yield EvalRow(
-            start + i,
-            row["prompt"],
-            texts[position],
-            completion.finish_reason,
-            len(completion.token_ids),
-            rewards,
-            total,
-        )
-
-
-def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float | None]:
-    values = function(**arguments)
-    if inspect.isawaitable(values):
-        values = asyncio.run(_awaited(values))
-    if len(values) != len(arguments["prompts"]):
-        raise InvalidRequest(
-            f"reward function {_name(function)} returned {len(values)} rewards for "
-            f"{len(arguments['prompts'])} completions"
-        )
-    return [None if value is None else float(value) for value in values]
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:
-    by_question: dict[int, list[float]] = {}
-    for row in rows:
-        by_question.setdefault(row.question, []).append(row.reward)
-    means = [sum(values) / len(values) for values in by_question.values()]
-    mean, stderr = mean_and_stderr(means)
-    scored: dict[str, list[float]] = {name: [] for name in rows[0].rewards}
-    for row in rows:
-        for name, value in row.rewards.items():
-            if value is not None:
-                scored[name].append(value)
-    return EvalResult(
-        task=task.name,
-        policy=str(policy),
-        versions=versions,
-        questions=len(means),
-        reward=mean,
-        stderr=stderr,
-        rewards={name: sum(v) / len(v) if v else None for name, v in scored.items()},
-        completion_tokens=sum(row.tokens for row in rows),
-        rows=rows,
-    )
 
 
 def make_parser() -> argparse.ArgumentParser:

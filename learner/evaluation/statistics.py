@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-from learner.report import EvalPoint
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from learner.evaluate import EvalResult
+    from learner.evaluation.results import EvalResult
 
 #: Standard errors either side of a mean that hold 95% of a normal distribution.
 Z95 = 1.959964
@@ -97,3 +95,22 @@ def document(results: Sequence[EvalResult]) -> dict[str, Any]:
         "results": [asdict(result) | dict(zip(("low", "high"), interval(result), strict=True)) for result in results],
         "differences": [asdict(difference) for difference in differences(results)],
     }
+
+
+class EvalPoint(NamedTuple):
+    """The mean score of `n` held-out questions, each between 0 and 1."""
+
+    mean: float
+    n: int
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of a proportion.
+
+        Exact for answers that are right or wrong; for partial credit it is too wide rather than too narrow, since no
+        score between 0 and 1 varies more than a right-or-wrong one of the same mean.
+        """
+        z, n, p = 1.959964, self.n, min(max(self.mean, 0.0), 1.0)
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        # At p = 0 and 1 an end is p itself, but for rounding.
+        return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))

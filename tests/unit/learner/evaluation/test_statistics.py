@@ -10,15 +10,15 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load
 
-import learner.evaluate
+import learner.evaluation.evaluate
 from learner.adapters.exporter import AdapterExporter
 from learner.adapters.stored import open_adapter
 from learner.cli import main
-from learner.compare import differences, interval, lines
-from learner.evaluate import EvalResult, EvalRow
+from learner.evaluation.results import EvalResult, EvalRow
+from learner.evaluation.statistics import differences, interval, lines
+from learner.evaluation.temporary_run import adapter_blob, temporary_run
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
-from learner.temporary_run import adapter_blob, temporary_run
 from shared.adapter_file import header_length, parse_header
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError, NoFreeRun

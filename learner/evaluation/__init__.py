@@ -1,0 +1,1 @@
+"""Scores policies over HTTP. No TRL."""
