@@ -24,8 +24,8 @@ from bench.output import machine
 from bench.peer_file import vllm_serve
 from bench.servers import Server, environment, free_port
 from learner.adapters.stored import open_adapter
+from learner.commands.export import export
 from learner.evaluation.temporary_run import temporary_run
-from learner.export import export
 from learner.servers.client import RolloutClient
 from learner.tasks import load_task
 from learner.utils.processes import stop_on_signals

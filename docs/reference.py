@@ -12,7 +12,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from learner import export, four_bit, status
+from learner.commands import export, status
+from learner.commands import four_bit_base as four_bit
 from learner.config import LearnerConfig
 from learner.evaluation import evaluate
 from rollout_server.app import build_app

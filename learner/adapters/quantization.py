@@ -1,4 +1,4 @@
-"""Which quantised base a learner may hold: one that lost nothing by it, see `learner.four_bit`. And how it computes."""
+"""Which quantised base a learner may hold: one that lost nothing by it, see `learner.commands.four_bit_base`. And how it computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl import ModelConfig  # TYPE
 from learner.adapters.quantization import check_quantised
 from shared.errors import InvalidRequest, UnsupportedAdapter
 
-#: In the config.json of a base that `learner.four_bit` made: what it was quantised with.
+#: In the config.json of a base that `learner.commands.four_bit_base` made: what it was quantised with.
 FOUR_BIT = "lockstep_four_bit"
 _HOW = "make a base for learner and server with `learner four-bit-base MODEL --out DIR`"
 

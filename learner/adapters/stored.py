@@ -21,7 +21,7 @@ from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFi
 from shared.weights import ModuleSpec
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: Names of a run's output_dir, see `learner.train`.
+#: Names of a run's output_dir, see `learner.commands.train`.
 FINAL_ADAPTER, EVALS_FILE = "adapter", "summary.json"
 PEFT_PREFIX = "base_model.model."
 #: What PEFT marks as a variant of LoRA, beside the fields that `refusals` names.

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from learner.adapters.stored import StoredAdapter, open_adapter
+from learner.commands.flags import either_spelling
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult
 from learner.evaluation.statistics import document, lines
 from learner.evaluation.temporary_run import temporary_run
-from learner.flags import either_spelling
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.utils.processes import Stopped, stop_on_signals

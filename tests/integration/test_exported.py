@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from learner.export import export
+from learner.commands.export import export
 from learner.servers.client import RolloutClient
 from tests.integration import policy as P
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from learner.four_bit import make_base
+from learner.commands.four_bit_base import make_base
 from tests.integration.conftest import FLAGS
 from tests.integration.learner_process import LearnerProcess, write_questions
 from tests.integration.server import running_server

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 from vllm import SamplingParams
 
-import learner.train
+import learner.commands.train
 from learner import attach
 from learner.servers.client import RolloutClient
 from tests.integration import policy as P
@@ -285,7 +285,7 @@ def test_recipes(server: ServerProcess, tool_model: Path, tmp_path: Path, name: 
         "false",
         *(flag.replace("{gsm8k}", str(gsm8k)) for flag in RECIPES[name]),
     ]
-    summary = learner.train.run(*learner.train.parse(flags))
+    summary = learner.commands.train.run(*learner.commands.train.parse(flags))
     assert summary["steps"] == summary["pushes"] == 1
     assert summary["completions"] == 8
     history = json.loads((tmp_path / name / "metrics.jsonl").read_text())

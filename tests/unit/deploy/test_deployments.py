@@ -51,7 +51,7 @@ def test_servers_understand_their_flags(server: Container, local) -> None:
 @pytest.mark.parametrize("learner", LEARNERS, ids=_place)
 def test_learners_understand_their_flags(learner: Container, local) -> None:
     pytest.importorskip("trl")
-    from learner.train import parse
+    from learner.commands.train import parse
 
     command = local(learner.command)
     assert command[0] == "train"

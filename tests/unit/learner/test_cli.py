@@ -38,7 +38,7 @@ def test_a_users_mistake_is_one_line(capsys):
 
 
 def test_config_file_and_flags(tmp_path):
-    from learner.train import parse
+    from learner.commands.train import parse
 
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -67,14 +67,14 @@ def test_config_file_and_flags(tmp_path):
     ],
 )
 def test_wrong_options(flags, word):
-    from learner.train import parse
+    from learner.commands.train import parse
 
     with pytest.raises(LockstepError, match=word):
         parse(flags)
 
 
 def test_unknown_keys_of_a_config_file(tmp_path):
-    from learner.train import parse
+    from learner.commands.train import parse
 
     (tmp_path / "c.yaml").write_text("lerning_rate: 1\nuse_cpu: true\nbf16: false\n")
     with pytest.raises(LockstepError, match="lerning_rate"):
@@ -82,7 +82,7 @@ def test_unknown_keys_of_a_config_file(tmp_path):
 
 
 def test_several_servers():
-    from learner.train import parse
+    from learner.commands.train import parse
 
     cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "x"]
     several = ["http://a:1", "http://b:2", "http://c:3"]

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import learner.commands.train
 import learner.evaluation.evaluate
-import learner.train
 import learner.trainer.attach
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
@@ -85,7 +85,7 @@ def flags(model_dir, server, monkeypatch, tmp_path):
 
 
 def run(flags, *more):
-    return learner.train.run(*learner.train.parse([*flags, *more]))
+    return learner.commands.train.run(*learner.commands.train.parse([*flags, *more]))
 
 
 def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):

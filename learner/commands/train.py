@@ -18,8 +18,8 @@ from learner.adapters.lora_rules import check_lora, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantisation
 from learner.adapters.stored import FINAL_ADAPTER
+from learner.commands.export import export
 from learner.config import LearnerConfig
-from learner.export import export
 from learner.monitors.progress import show_progress
 from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
 from learner.run_dir.files import SUMMARY_FILE, write_summary

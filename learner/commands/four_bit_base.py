@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.quantization import DTYPES, FOUR_BIT, _check_installed
-from learner.flags import either_spelling
+from learner.commands.flags import either_spelling
 from learner.utils.atomic import is_vacant, whole_directory
 from shared.errors import InvalidRequest
 

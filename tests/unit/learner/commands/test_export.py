@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from learner.adapters.safetensors_file import TensorFile, rounded, widened
 from learner.adapters.stored import find_adapter, open_adapter
 from learner.cli import main
-from learner.export import export
+from learner.commands.export import export
 from shared.errors import ErrorCode, LockstepError
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

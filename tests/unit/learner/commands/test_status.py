@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-import learner.status
+import learner.commands.status
 from learner.cli import main
 from learner.servers.client import RolloutClient
 from shared.weights import BaseFingerprint, RunState, ServerState, WeightVersion
@@ -155,7 +155,7 @@ def test_watching_shows_it_again(served, monkeypatch, capsys):
         if len(pauses) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(learner.status.time, "sleep", pause)
+    monkeypatch.setattr(learner.commands.status.time, "sleep", pause)
     assert main(["status", "--rollout-url", "http://a:1", "--watch", "0.5"]) == 130
     shown = capsys.readouterr().out
     assert pauses == [0.5] * 3

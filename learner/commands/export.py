@@ -11,7 +11,7 @@ from pathlib import Path
 from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
 from learner.adapters.model_card import MARK, model_card
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
-from learner.flags import either_spelling
+from learner.commands.flags import either_spelling
 from learner.utils.atomic import is_vacant, whole_directory
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest

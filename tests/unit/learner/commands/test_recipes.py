@@ -8,7 +8,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-import learner.train
+import learner.commands.train
 from learner.tasks import load_task
 from learner.tasks.base import TaskError
 from learner.tasks.examples.extraction import fields_right
@@ -22,7 +22,7 @@ RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_options_that_exist(path, tmp_path):
     flags = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    config, args, _ = learner.train.parse(flags)
+    config, args, _ = learner.commands.train.parse(flags)
     check_grpo(args)
     if ":" in config.require_task() and "/" not in config.require_task():
         task = load_task(config.task, task_args=config.task_options, eval_size=8, train_size=64)

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from learner.adapters.quantization import FOUR_BIT, check_quantised, keep_dtype_on_cpu, quantisation
 from learner.cli import main
-from learner.four_bit import make_base
+from learner.commands.four_bit_base import make_base
 from shared.errors import ErrorCode, LockstepError
 
 IDS = torch.tensor([[5, 9, 14, 20, 33, 8, 40, 41, 3, 7]])
@@ -132,7 +132,7 @@ def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(LockstepError, match=word):
             quantisation(ModelConfig(**asked | change))
-    monkeypatch.setattr("learner.four_bit.find_spec", lambda name: None)
+    monkeypatch.setattr("learner.commands.four_bit_base.find_spec", lambda name: None)
     with pytest.raises(LockstepError, match="qlora"):
         quantisation(ModelConfig(**asked))
 
@@ -141,7 +141,7 @@ def test_what_fails_on_the_way_leaves_nothing(model_dir: Path, tmp_path: Path, m
     def full(*args: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("learner.four_bit.copy_files", full)
+    monkeypatch.setattr("learner.commands.four_bit_base.copy_files", full)
     with pytest.raises(OSError, match="no space left"):
         make_base(str(model_dir), tmp_path / "base", dtype="float32")
     assert not list(tmp_path.iterdir())

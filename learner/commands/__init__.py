@@ -1,0 +1,1 @@
+"""Commands of `learner`: arguments in, exit code out."""
