@@ -24,7 +24,7 @@ import yaml
 
 from bench.output import Row, Told, aligned, cpu_name, machine
 from bench.run import describe
-from learner.demo import RECIPE
+from learner.demo.__main__ import RECIPE
 from learner.evaluation.statistics import EvalPoint
 from learner.monitors.charts import trailing_mean
 from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
@@ -80,7 +80,7 @@ def train(work: Path, options: argparse.Namespace, bound: int, seed: int) -> dic
         command = [
             sys.executable,
             "-m",
-            "learner.demo",
+            "learner.demo.__main__",
             "--split-cores",
             "--config",
             str(out / "recipe.yaml"),

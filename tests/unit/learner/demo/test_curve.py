@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from learner.demo.curve import write_curve
 from learner.evaluation.statistics import EvalPoint
 from learner.monitors.charts import trailing_mean
-from learner.report import write_curve
 from learner.run_dir.files import write_summary
 
 

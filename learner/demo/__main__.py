@@ -1,6 +1,6 @@
 """`make demo`: a small chat model gets better at sums, with the rollout server and the learner as two processes.
 
-python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
+python -m learner.demo.__main__ [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from learner.demo_model import ensure_demo_model
+from learner.demo.curve import write_curve
+from learner.demo.model import ensure_demo_model
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult
-from learner.report import write_curve
 from learner.run_dir.files import write_summary
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -226,7 +226,7 @@ def _free_port() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m learner.demo.__main__", description=__doc__)
     add = parser.add_argument
     add("--config", default=str(RECIPE), help="the learner's options, as for `learner train --config`")
     add("--output-dir", default="runs/demo")

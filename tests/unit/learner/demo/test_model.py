@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from learner import demo_model
-from learner.demo_model import DemoModelError, default_model_dir, ensure_demo_model
+from learner.demo import model as demo_model
+from learner.demo.model import DemoModelError, default_model_dir, ensure_demo_model
 
 
 @pytest.fixture

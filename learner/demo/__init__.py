@@ -1,0 +1,1 @@
+"""A demonstration on one machine: both processes, a small model, a curve."""
