@@ -157,7 +157,7 @@ class StepWatch(TrainerCallback):
 
 
 class TrlWatch(TrainerCallback):
-    """Times TRL's own server mode as `learner.figures` does ours: from the end of a step to the end of the next."""
+    """Times TRL's own server mode as `learner.step_metrics` does ours: from the end of a step to the end of the next."""
 
     def __init__(self, generation: Any) -> None:
         self.steps: list[Step] = []

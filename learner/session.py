@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from learner.adapters.rounding import RoundedUpdates
 from learner.config import LearnerConfig
-from learner.figures import Figures, StepReport
+from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import Wanted
 from learner.rollouts.dispatch import Fetcher
@@ -19,16 +20,15 @@ from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import Ahead, RemoteRollouts
 from learner.rollouts.prefetch import Prefetcher
 from learner.run_dir.lease import load_lease, save_lease
-from learner.seeds import prompt_seed
 from learner.servers.client import RolloutClient
 from learner.servers.event_log import FleetLog
 from learner.servers.pool import Fleet, serve_base
 from learner.servers.replica import Member
+from learner.step_metrics import Figures, StepReport
 from learner.sync.gpu_sharing import GpuTurns
 from learner.sync.probe import canary_slope, probe_sequences
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
-from learner.trainer_protocol import Trainer
 from shared.errors import (
     ErrorDetail,
     InstallFailed,
@@ -311,3 +311,12 @@ class Session:
 
 def _of_rank_0(error: Exception) -> LockstepError:
     return InstallFailed(f"rank 0 failed with {type(error).__name__}: {error}")
+
+
+def prompt_seed(base: int, *place: int | str) -> int:
+    """A seed in [0, 2^62) for the prompt at `place` (say: training, micro-step, row) of a training seeded with `base`.
+
+    vLLM adds the index of a completion to its prompt's seed, so neighbours must not be close to each other.
+    """
+    digest = hashlib.blake2b(repr((base, *place)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2

@@ -57,7 +57,7 @@ class Progress:
         seconds_ago: since the last step.
         finished: the training has ended.
         rewards: of all steps.
-        last: the last step, see `learner.figures.StepReport`.
+        last: the last step, see `learner.step_metrics.StepReport`.
     """
 
     run_id: str | None

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from learner.figures import StepReport
 from learner.session import Session
+from learner.step_metrics import StepReport
 
 
 class Progress(TrainerCallback):

@@ -9,10 +9,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from learner.figures import StepReport
 from learner.rollouts.generation import RolloutStats
 from learner.run_dir.files import finite
 from learner.servers.pool import Fleet
+from learner.step_metrics import StepReport
 from shared.errors import InvalidRequest
 
 PREFIX = "lockstep_learner_"

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapters.exporter import active_adapter
-from learner.figures import StepReport
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunData, render
 from learner.monitors.samples import Samples
@@ -27,6 +26,7 @@ from learner.run_dir.files import (
     write_whole,
 )
 from learner.session import Session
+from learner.step_metrics import StepReport
 from learner.trainer.sample_hook import _samples
 
 #: The page is written at every log, unless that would take more than one part in so many of the training's time.

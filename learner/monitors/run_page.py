@@ -29,7 +29,7 @@ class RunData:
     """What the page shows.
 
     Attributes:
-        steps: one row for each step, see `learner.figures.StepReport`.
+        steps: one row for each step, see `learner.step_metrics.StepReport`.
         logs: what TRL logged, by its names, with `step`.
         batches: of sample completions, see `learner.monitors.samples`.
         servers: rows of url, up, step, tokens, error.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Every optimizer step, see `learner.figures.StepReport`.
+#: Every optimizer step, see `learner.step_metrics.StepReport`.
 HISTORY_FILE = "metrics.jsonl"
 #: What TRL logs every `logging_steps` and at every evaluation, by TRL's names; `step` is in each of them.
 LOGS_FILE = "logs.jsonl"

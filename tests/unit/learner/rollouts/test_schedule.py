@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
 from learner.rollouts.schedule import Schedule
-from learner.seeds import prompt_seed
+from learner.session import prompt_seed
 from learner.trainer.prompt_order import Lookahead, skip_epochs
 
 schedules = st.builds(

@@ -11,11 +11,11 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Drift
-from learner.trainer_protocol import Trainer
 from shared.weights import PushReceipt
 
 
