@@ -37,8 +37,9 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     Raises:
         ValueError, LockstepError: flags that cannot work on a rollout server, with what to do instead.
     """
-    from rollout_server import compat, exposure
+    from rollout_server import exposure
     from rollout_server.tokens import configured_tokens
+    from rollout_server.vllm_compat import versions as compat
 
     compat.vllm_version()
     from vllm.platforms import current_platform

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout_server import compat, identity, metrics, process_layout
+from rollout_server import identity, metrics
 from rollout_server.answers import Answers
 from rollout_server.app import build_app
 from rollout_server.capacity import Capacity
@@ -28,6 +28,8 @@ from rollout_server.settings import ServerSettings
 from rollout_server.sleep import Sleep
 from rollout_server.stall import Stall
 from rollout_server.turns import Turns
+from rollout_server.vllm_compat import topology as process_layout
+from rollout_server.vllm_compat import versions as compat
 from rollout_server.workers import Workers
 from shared.errors import InvalidRequest
 

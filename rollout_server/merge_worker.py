@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from rollout_server import compat, worker_link
+from rollout_server import worker_link
+from rollout_server.vllm_compat import versions as compat
 from rollout_server.worker import Operations, listen
 
 # vLLM imports this module in each worker process before it loads the model.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server import compat, kept_mass
+from rollout_server.vllm_compat import kept_mass
+from rollout_server.vllm_compat import versions as compat
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams

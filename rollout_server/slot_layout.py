@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rollout_server import compat
+from rollout_server.vllm_compat import versions as compat
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import ErrorCode
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from rollout_server import cli, compat, lifecycle
+from rollout_server import cli, lifecycle
 from rollout_server.capacity import Capacity
 from rollout_server.engine import EngineDoor
 from rollout_server.gate import Gate
 from rollout_server.sampling import to_vllm, token_prompt
 from rollout_server.service import Service
+from rollout_server.vllm_compat import versions as compat
 from shared.rollouts import PolicyRequest
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion

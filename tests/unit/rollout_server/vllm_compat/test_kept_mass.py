@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_server import kept_mass
+from rollout_server.vllm_compat import kept_mass
 
 
 def test_masses_and_ranks_are_told_apart():

@@ -256,7 +256,7 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
 
 def report_kept_mass(worker: Any) -> None:
     """Let the worker's sampler (0.26 to 0.33 have the same two) say how much mass truncation kept."""
-    from rollout_server import kept_mass
+    from rollout_server.vllm_compat import kept_mass
 
     kept_mass.install(worker.model_runner.sampler)
 
@@ -271,7 +271,7 @@ def speed_up_cpu_lora() -> None:
     if current_platform.is_cpu():
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-        from rollout_server import cpu_lora
+        from rollout_server.vllm_compat import cpu_lora
 
         cpu_lora.install(PunicaWrapperCPU)
 

@@ -1,0 +1,1 @@
+"""The only room that patches vLLM or reads its private parts."""
