@@ -6,9 +6,9 @@ import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from rollout_server.ipc.client import Workers
 from rollout_server.settings import ServerSettings
 from rollout_server.slots import Run
-from rollout_server.workers import Workers
 from shared.collective import GroupInvitation
 from shared.errors import NoGroup
 

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from rollout_server.admission import KV
+from rollout_server.ipc.client import Call
 from rollout_server.slots import Run, Slot
-from rollout_server.workers import Call
 from shared.adapter_file import AdapterHeader
 from shared.errors import EngineDead, InstallFailed, UnknownRun
 from shared.weights import InFlight, PushReceipt

@@ -12,6 +12,7 @@ from rollout_server.engine import EngineDoor
 from rollout_server.groups import Groups
 from rollout_server.identity import ServedModel
 from rollout_server.install import Install
+from rollout_server.ipc.client import Workers
 from rollout_server.live_weights import LiveWeights
 from rollout_server.merge_install import MergeInstall
 from rollout_server.run_table import RunTable
@@ -19,7 +20,6 @@ from rollout_server.settings import ServerSettings
 from rollout_server.sleep import Sleep
 from rollout_server.slots import Run
 from rollout_server.transports.http import Staging
-from rollout_server.workers import Workers
 from shared.adapter_file import AdapterHeader
 from shared.collective import Announcement
 from shared.errors import (

@@ -21,6 +21,7 @@ from rollout_server.gate import Gate
 from rollout_server.groups import Groups
 from rollout_server.installs import Installer
 from rollout_server.intake import Intake
+from rollout_server.ipc.client import Workers
 from rollout_server.run_table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
@@ -30,7 +31,6 @@ from rollout_server.stall import Stall
 from rollout_server.turns import Turns
 from rollout_server.vllm_compat import topology as process_layout
 from rollout_server.vllm_compat import versions as compat
-from rollout_server.workers import Workers
 from shared.errors import InvalidRequest
 
 logger = logging.getLogger("rollout_server")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from rollout_server.admission import KV
 from rollout_server.engine import EngineDoor
+from rollout_server.ipc.client import Workers
 from rollout_server.slots import Run, loop_time
-from rollout_server.workers import Workers
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
 
 #: All of W0 may come from host memory.

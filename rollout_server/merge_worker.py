@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rollout_server import worker_link
+from rollout_server.ipc import server as worker_link
 from rollout_server.vllm_compat import versions as compat
 from rollout_server.worker import Operations, listen
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 from rollout_server.engine import EngineDoor
-from rollout_server.workers import Workers
+from rollout_server.ipc.client import Workers
 from shared.errors import EngineDead, InvalidRequest
 
 logger = logging.getLogger("rollout_server")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from rollout_server import worker_link
+from rollout_server.ipc import server as worker_link
 from rollout_server.transports.collective import ReceivingGroup
 from rollout_server.vllm_compat import versions as compat
 from shared.adapter_file import Layout, TensorEntry

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.config import ParallelConfig
 
+from rollout_server.ipc.client import Workers
 from rollout_server.vllm_compat import topology as process_layout
-from rollout_server.workers import Workers
 from shared.errors import ErrorCode, LockstepError
 
 

@@ -1,0 +1,1 @@
+"""JSON lines over a Unix socket, between the server and vLLM's workers. No torch."""
