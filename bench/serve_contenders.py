@@ -54,7 +54,7 @@ def start(
         "--max-cpu-loras",
         "2",
         "--worker-extension-cls",
-        "rollout_server.worker.AdapterWorker",
+        "rollout_server.worker.extension.AdapterWorker",
         "--logprobs-mode",
         "processed_logprobs",
     )

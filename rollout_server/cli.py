@@ -80,12 +80,12 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         args.enable_sleep_mode = current_platform.is_sleep_mode_available()  # else it only stands still
     if settings.merges:
         args.enable_lora = False
-        args.worker_extension_cls = "rollout_server.merge_worker.MergeWorker"
+        args.worker_extension_cls = "rollout_server.worker.merge_extension.MergeWorker"
         return args, settings
     if not args.enable_lora:
         raise ValueError("--no-enable-lora: a rollout server exists to serve a LoRA adapter; leave it out")
     args.max_loras = args.max_cpu_loras = settings.adapter_slots
-    args.worker_extension_cls = "rollout_server.worker.AdapterWorker"
+    args.worker_extension_cls = "rollout_server.worker.extension.AdapterWorker"
     return args, settings
 
 

@@ -217,7 +217,7 @@ def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert "--max-lora-rank 8" in joined
         assert "--dtype float32" in joined
     assert "--enable-lora --max-loras 2" in " ".join(started["vllm serve"])
-    assert "rollout_server.worker.AdapterWorker" in started["vllm serve"]
+    assert "rollout_server.worker.extension.AdapterWorker" in started["vllm serve"]
 
 
 def test_the_key_value_cache_has_room_for_the_highest_level() -> None:

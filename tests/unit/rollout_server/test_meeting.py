@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rollout_server.transports.collective import ReceivingGroup, meeting_host
+from rollout_server.worker.receiving_group import ReceivingGroup, meeting_host
 from shared.collective import GREETING
 
 

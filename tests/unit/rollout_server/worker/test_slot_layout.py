@@ -11,7 +11,7 @@ from vllm.lora.layers import column_parallel_linear as columns
 from vllm.lora.layers import row_parallel_linear as rows
 from vllm.model_executor.layers import linear
 
-from rollout_server import slot_layout
+from rollout_server.worker import slot_layout
 from shared.adapter_file import LORA_A, LORA_B
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER, RANK = 16, 4, 2, 8, 24, 3

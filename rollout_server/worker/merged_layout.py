@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from rollout_server.slot_layout import refuse_misfits
 from rollout_server.vllm_compat import versions as compat
+from rollout_server.worker.slot_layout import refuse_misfits
 from shared.adapter_file import LORA_A, LORA_B
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rollout_server import slot_layout
 from rollout_server.vllm_compat import versions as compat
+from rollout_server.worker import slot_layout
 from shared.adapter_file import Layout
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ChecksumMismatch, NotFinite

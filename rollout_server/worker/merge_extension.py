@@ -11,7 +11,7 @@ import torch
 
 from rollout_server.ipc import server as worker_link
 from rollout_server.vllm_compat import versions as compat
-from rollout_server.worker import Operations, listen
+from rollout_server.worker.extension import Operations, listen
 
 # vLLM imports this module in each worker process before it loads the model.
 compat.keep_linear_weights_on_cpu()
@@ -22,7 +22,7 @@ class MergeWorker:
 
     def lockstep_register(self, keep_base: Any, server_pid: int, folder: str) -> None:
         """Find the linear layers, and listen in `folder`; once, after vLLM's own warm-up."""
-        from rollout_server.merged_writer import MergedWriter
+        from rollout_server.worker.merged_writer import MergedWriter
 
         with torch.inference_mode():
             writer = MergedWriter(self, keep_base)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from vllm.model_executor.layers import linear
 
-from rollout_server import merged_writer
-from rollout_server.merged_writer import MergedWriter
 from rollout_server.vllm_compat import versions as compat
+from rollout_server.worker import merged_writer
+from rollout_server.worker.merged_writer import MergedWriter
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ErrorCode, LockstepError

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from rollout_server import merged_layout
-from rollout_server.slot_writer import Layouts, check_sum, dtype_of, refuse_not_finite, views_of
+from rollout_server.worker import merged_layout
+from rollout_server.worker.slot_writer import Layouts, check_sum, dtype_of, refuse_not_finite, views_of
 from shared.adapter_file import Layout
 from shared.errors import InstallFailed, NotFinite
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from rollout_server.ipc import server as worker_link
-from rollout_server.transports.collective import ReceivingGroup
 from rollout_server.vllm_compat import versions as compat
+from rollout_server.worker.receiving_group import ReceivingGroup
 from shared.adapter_file import Layout, TensorEntry
 from shared.errors import InstallFailed
 
@@ -35,7 +35,7 @@ class AdapterWorker:
     def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int, folder: str) -> None:
         """Pin an empty adapter into each slot, and listen in `folder`; once, after vLLM's own warm-up (which removes
         all adapters)."""
-        from rollout_server.slot_writer import SlotWriter
+        from rollout_server.worker.slot_writer import SlotWriter
 
         for slot_id in slot_ids:
             compat.pin_empty_adapter(self, slot_id, rank)

@@ -1,0 +1,1 @@
+"""Runs in vLLM's worker processes: writes adapters into slots and weights."""
