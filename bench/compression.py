@@ -21,9 +21,9 @@ import pyarrow
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from bench.output import aligned, cpu_name, machine
-from bench.policy import Policy, trained
-from bench.shapes import Shape
+from bench.common.policy import Policy, trained
+from bench.common.report import aligned, cpu_name, machine
+from bench.common.shapes import Shape
 from learner.adapters.exporter import AdapterExporter
 from shared.weights import WeightVersion
 

@@ -22,15 +22,14 @@ import httpx
 import torch
 from peft import PeftModel
 
-from bench.choices import pick_devices
-from bench.measure import Setting, divergence, random_prompts, spread
-from bench.ours import HTTP, OurPath, Ours
-from bench.output import Rates, bars, machine, rates_table
-from bench.peer_file import vllm_serve
-from bench.policy import Policy, trained, wait_for
-from bench.run import LATE, describe
-from bench.servers import Server, Way, engine_flags, environment, free_port
-from bench.shapes import Shape, pick_shapes, served_rank
+from bench.common.choices import pick_devices
+from bench.common.measure import Setting, divergence, random_prompts, spread
+from bench.common.policy import Policy, trained, wait_for, write_weights
+from bench.common.report import LATE, Rates, bars, describe, machine, rates_table
+from bench.common.servers import Server, Way, engine_flags, environment, free_port
+from bench.common.shapes import Shape, pick_shapes, served_rank
+from bench.contenders.lockstep import HTTP, OurPath, Ours
+from bench.contenders.vllm_adapter_files import vllm_serve
 from learner.servers.client import RolloutClient
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.weights import WeightVersion
@@ -204,13 +203,6 @@ def new_adapter(model: PeftModel) -> None:
     for parameter in trained(model):
         parameter.normal_(std=ADAPTER_STD)
     wait_for(trained(model)[0].device)
-
-
-def write_weights(policy: Policy, shape: Shape, folder: Path, dtype: str) -> None:
-    """The learner's base for the servers: logprobs of two models that differ could not be compared."""
-    policy.base.save_pretrained(folder)
-    shape.write(folder, dtype)  # its config.json is of another version of transformers, maybe
-    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def fidelity(way: Way, model: PeftModel, vocab: int) -> dict[str, Any]:

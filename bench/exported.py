@@ -20,9 +20,9 @@ from typing import Any
 
 import httpx
 
-from bench.output import machine
-from bench.peer_file import vllm_serve
-from bench.servers import Server, environment, free_port
+from bench.common.report import machine
+from bench.common.servers import Server, environment, free_port
+from bench.contenders.vllm_adapter_files import vllm_serve
 from learner.adapters.stored import open_adapter
 from learner.commands.export import export
 from learner.evaluation.temporary_run import temporary_run

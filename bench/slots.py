@@ -24,15 +24,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from bench.choices import pick_devices
-from bench.load import compare, loaded, pushing, quiet, read_records
-from bench.measure import Setting, spread
-from bench.ours import COLLECTIVE, HTTP, OurPath, Ours
-from bench.output import Row, Told, aligned, machine, percent, seconds
-from bench.policy import Policy, optimizer_step
-from bench.run import LATE, describe
-from bench.servers import Server, engine_flags
-from bench.shapes import Shape, pick_shapes, served_rank
+from bench.common.background_load import compare, loaded, pushing, quiet, read_records
+from bench.common.choices import pick_devices
+from bench.common.measure import Setting, spread
+from bench.common.policy import Policy, optimizer_step
+from bench.common.report import LATE, Row, Told, aligned, describe, machine, percent, seconds
+from bench.common.servers import Server, engine_flags
+from bench.common.shapes import Shape, pick_shapes, served_rank
+from bench.contenders.lockstep import COLLECTIVE, HTTP, OurPath, Ours
 from learner.servers.client import RolloutClient
 from learner.utils.processes import Stopped, stop_on_signals
 

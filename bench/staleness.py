@@ -22,8 +22,7 @@ from typing import Any
 
 import yaml
 
-from bench.output import Row, Told, aligned, cpu_name, machine
-from bench.run import describe
+from bench.common.report import Row, Told, aligned, cpu_name, describe, machine
 from learner.demo.__main__ import RECIPE
 from learner.evaluation.statistics import EvalPoint
 from learner.monitors.charts import trailing_mean

@@ -15,12 +15,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bench import decode
-from bench.decode import ADAPTER, BASE, MERGE, PLAIN, Run, fidelity, new_adapter, sized_flags, write_weights
-from bench.measure import Setting, divergence, random_prompts
-from bench.output import Rates, bars, rates_table
-from bench.policy import Policy
-from bench.servers import Way
-from bench.shapes import SHAPES
+from bench.common.measure import Setting, divergence, random_prompts
+from bench.common.policy import Policy, write_weights
+from bench.common.report import Rates, bars, rates_table
+from bench.common.servers import Way
+from bench.common.shapes import SHAPES
+from bench.decode import ADAPTER, BASE, MERGE, PLAIN, Run, fidelity, new_adapter, sized_flags
 from shared.rollouts import GenerateRequest
 from shared.weights import WeightVersion
 
@@ -238,7 +238,7 @@ def test_a_server_that_does_not_know_the_flag(
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    for module in ("bench.decode.Server", "bench.ours.Server"):
+    for module in ("bench.decode.Server", "bench.contenders.lockstep.Server"):
         monkeypatch.setattr(module, lambda name, command, *_, **__: started.append(command))
     setting = Setting(tmp_path, "cpu", None, "float32", ("--dtype", "float32"))
     for name in decode.SERVERS:

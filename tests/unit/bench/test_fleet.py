@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.fleet_output import FleetReport, stretches
+from bench.fleet.report import FleetReport, stretches
 
 
 def tokens(server: str, seconds: range, count: int) -> list[dict]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.output import Report, headline, plot, table
+from bench.common.report import Report, headline, plot, table
 
 
 def row(name: str, seconds: float | None, rank: int = 8, **more: Any) -> dict[str, Any]:

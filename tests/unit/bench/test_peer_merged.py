@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import Setting
-from bench.peer_merged import MERGED, MergedPath, PeerMerged, make_generation
-from bench.policy import Policy, optimizer_step
-from bench.shapes import SHAPES
+from bench.common.measure import Setting
+from bench.common.policy import Policy, optimizer_step
+from bench.common.shapes import SHAPES
+from bench.contenders.trl_merged_weights import MERGED, MergedPath, PeerMerged, make_generation
 
 # The versions of vLLM that TRL names are not all that it works with.
 pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM:UserWarning")
@@ -69,7 +69,7 @@ def test_what_it_cannot_do(tmp_path: Path) -> None:
 
 def test_the_server_is_started_as_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("bench.peer_merged.Server", lambda *args: started.extend(args))
+    monkeypatch.setattr("bench.contenders.trl_merged_weights.Server", lambda *args: started.extend(args))
     setting = Setting(tmp_path, device="cuda:0", server_device="1", dtype="bfloat16", engine_flags=("--dtype", "half"))
     PeerMerged().start(setting, tmp_path, 8)
     _, command, _, _, env = started

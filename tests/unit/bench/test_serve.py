@@ -1,4 +1,4 @@
-"""What bench.serve asks, checks and writes down; nothing is started."""
+"""What bench.serve.__main__ asks, checks and writes down; nothing is started."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench import serve, serve_contenders
-from bench.serve import ServeReport, figures, measure, serve_table, sized_flags
-from bench.serve_contenders import BARE, OURS, ROWS, VLLM, Contender
-from bench.serve_load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
-from bench.shapes import SHAPES
+from bench.common.shapes import SHAPES
+from bench.serve import __main__ as serve
+from bench.serve import contenders as serve_contenders
+from bench.serve.__main__ import ServeReport, figures, measure, serve_table, sized_flags
+from bench.serve.contenders import BARE, OURS, ROWS, VLLM, Contender
+from bench.serve.load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
 from learner.utils.processes import Stopped
 from shared.rollouts import GenerateRequest
 

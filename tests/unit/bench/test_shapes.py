@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from bench.shapes import SHAPES
+from bench.common.shapes import SHAPES
 
 
 def test_every_word_is_one_token(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import slots
-from bench.load import pushing
+from bench.common.background_load import pushing
 from bench.slots import SlotReport, server_flags, slots_table
 
 

@@ -1,4 +1,4 @@
-"""What bench.step makes of the steps of trainings; nothing is started."""
+"""What bench.step.__main__ makes of the steps of trainings; nothing is started."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from bench import step
-from bench.shapes import SHAPES
-from bench.step_figures import TRL, Step, StepReport, figures, ours, reached, stacked, steps_table, stop_ids, together
-from bench.step_learner import Training, TrlWatch
+from bench.common.shapes import SHAPES
+from bench.step import __main__ as step
+from bench.step.figures import TRL, Step, StepReport, figures, ours, reached, stacked, steps_table, stop_ids, together
+from bench.step.learner import Training, TrlWatch
 
 ABOUT = {"shape": "tiny", "rank": 8, "batch": 16, "tokens": 64, "ok": True}
 ALTERNATING = [Step(10.0, 4.0, 1.0, None, 100), Step(14.0, 6.0, 1.0, None, 300), Step(12.0, 5.0, 1.0, None, 200)]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from bench import measure as measuring
-from bench import sync
-from bench.choices import pick_rows
-from bench.load import Record, compare, tokens_within
-from bench.measure import Moved, fresh_prompts, measure
-from bench.run import ROWS
-from bench.shapes import SHAPES, pick_shapes, served_rank
+from bench.common import measure as measuring
+from bench.common.background_load import Record, compare, tokens_within
+from bench.common.choices import pick_rows
+from bench.common.measure import Moved, fresh_prompts, measure
+from bench.common.shapes import SHAPES, pick_shapes, served_rank
+from bench.sync import __main__ as sync
+from bench.sync.run import ROWS
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.output import cpu_name
-from bench.servers import visible_device
+from bench.common.report import cpu_name
+from bench.common.servers import visible_device
 
 
 def pick_rows(names: str | None, there: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Who is measured in `bench.serve`: one engine behind four front ends, and how a wave of requests is sent to each."""
+"""Who is measured in `bench.serve.__main__`: one engine behind four front ends, and how a wave of requests is sent to each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.peer_file import vllm_serve
-from bench.serve_load import WAVE_LIMIT_S, Ask, completions_body, generate_body, http_wave
-from bench.servers import Server, environment, free_port
-from bench.shapes import Shape, served_rank
+from bench.common.servers import Server, environment, free_port
+from bench.common.shapes import Shape, served_rank
+from bench.contenders.vllm_adapter_files import vllm_serve
+from bench.serve.load import WAVE_LIMIT_S, Ask, completions_body, generate_body, http_wave
 
 BARE, OURS, OUR_OPENAI, VLLM = "AsyncLLM in process", "/v1/generate", "our /v1/completions", "vllm serve"
 OUR_BODIES = ((OURS, generate_body), (OUR_OPENAI, completions_body))
@@ -69,7 +69,7 @@ def start(
 
     contenders: list[Contender] = []
     if BARE in options.only:
-        bare = server("engine", ["bench.serve_engine", str(folder)], (), "/health")
+        bare = server("engine", ["bench.serve.engine", str(folder)], (), "/health")
         contenders.append(Contender(BARE, bare, functools.partial(_engine_wave, bare.url)))
     wanted = [(row, make) for row, make in OUR_BODIES if row in options.only]
     if wanted:

@@ -17,8 +17,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from bench.measure import Moved, Setting
-from bench.servers import ENVIRONMENT, Server, environment, free_port
+from bench.common.measure import Moved, Setting
+from bench.common.servers import ENVIRONMENT, Server, environment, free_port
 
 MERGED = "merged weights (TRL)"
 

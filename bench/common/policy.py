@@ -10,6 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bench.common.policy import Policy
+from bench.common.shapes import Shape
+
 
 class Policy:
     """A base model with random weights on the learner's device; adapters are put on it and taken off again."""
@@ -59,3 +62,10 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def write_weights(policy: Policy, shape: Shape, folder: Path, dtype: str) -> None:
+    """The learner's base for the servers: logprobs of two models that differ could not be compared."""
+    policy.base.save_pretrained(folder)
+    shape.write(folder, dtype)  # its config.json is of another version of transformers, maybe
+    (folder / "generation_config.json").unlink(missing_ok=True)

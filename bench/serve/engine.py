@@ -1,6 +1,6 @@
 """The bare engine: vLLM's AsyncLLM, asked from within its own process, with nothing of a server before it.
 
-python -m bench.serve_engine MODEL --port N [any flag of rollout-server]    # configured as a rollout server's is
+python -m bench.serve.engine MODEL --port N [any flag of rollout-server]    # configured as a rollout server's is
 
 `POST /wave` has it answer requests of its own making and says how long each took: HTTP carries the figures only.
 """
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from bench.serve_load import Ask, in_parallel
+from bench.serve.load import Ask, in_parallel
 
 
 async def answer_one(engine: Any, ask: Ask, number: int) -> float:

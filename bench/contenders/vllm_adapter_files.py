@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 from peft import PeftModel
 
-from bench.measure import Moved, Setting, timed
-from bench.servers import Server, environment, free_port
+from bench.common.measure import Moved, Setting, timed
+from bench.common.servers import Server, environment, free_port
 
 IN_PLACE, NEW_NAME = "adapter file, in place", "adapter file, new name"
 SHARED_MEMORY = Path("/dev/shm")

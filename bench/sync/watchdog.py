@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.servers import Server
+from bench.common.servers import Server
 
 #: For the learner's side to notice that its server is gone.
 NOTICE_S = 30.0

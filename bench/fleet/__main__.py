@@ -1,7 +1,7 @@
 """Several rollout servers of which one is killed and started again, and one joins late: what completions still come.
 
-python -m bench.fleet --quick                                                          # two servers, minutes
-python -m bench.fleet --cores 0.4 --json fleet.json --plot fleet.png --work-dir DIR    # three servers on one CPU
+python -m bench.fleet.__main__ --quick                                                          # two servers, minutes
+python -m bench.fleet.__main__ --cores 0.4 --json fleet.json --plot fleet.png --work-dir DIR    # three servers on one CPU
 
 First every server is measured alone. Then the learner's own fetching loop keeps all of them busy, pushing an adapter
 every few seconds, while servers come and go; between these events the tokens a second are compared with the sum of what
@@ -28,13 +28,12 @@ from typing import Any
 
 import torch
 
-from bench.fleet_output import SETTLE_S, FleetReport, plot, table
-from bench.output import cpu_name, machine
-from bench.policy import Policy, optimizer_step
-from bench.quota import quotas
-from bench.run import describe
-from bench.servers import Server, engine_flags, environment, free_port, visible_device
-from bench.shapes import Shape, pick_shapes
+from bench.common.policy import Policy, optimizer_step
+from bench.common.report import cpu_name, describe, machine
+from bench.common.servers import Server, engine_flags, environment, free_port, visible_device
+from bench.common.shapes import Shape, pick_shapes
+from bench.fleet.quota import quotas
+from bench.fleet.report import SETTLE_S, FleetReport, plot, table
 from learner.rollouts.completions import Wanted
 from learner.rollouts.dispatch import Fetcher, asks_of
 from learner.run_dir.lease import Lease
@@ -242,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--servers: 2 to 26")
     except ValueError as error:
         parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.fleet", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "bench.fleet.__main__", *(sys.argv[1:] if argv is None else argv)])
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [cpu_name()]
     report = FleetReport(options.json, machine(devices, command))
@@ -269,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.fleet.__main__", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="two servers, a tiny model, windows of 8 s")
     add("--json", type=Path)

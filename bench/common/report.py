@@ -320,3 +320,13 @@ def cpu_name() -> str:
             if entry.startswith("model name"):
                 return f"{entry.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
     return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+LATE = "the deadline had passed"
+
+
+def describe(error: BaseException) -> str:
+    """Type and message, short; of a group, those of the first."""
+    if isinstance(error, BaseExceptionGroup):
+        return describe(error.exceptions[0])
+    return f"{type(error).__name__}: {error}"[:2000]

@@ -1,4 +1,4 @@
-"""What `bench.fleet` leaves behind: a row for every stretch between two events, and a picture of all of them."""
+"""What `bench.fleet.__main__` leaves behind: a row for every stretch between two events, and a picture of all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.output import Row, Told, aligned
+from bench.common.report import Row, Told, aligned
 
 #: Seconds after an event that belong to it: what had begun on another set of servers comes to its end.
 SETTLE_S = 4.0

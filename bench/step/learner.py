@@ -1,6 +1,6 @@
-"""One training of `bench.step`, in a process of its own: what each of its steps took.
+"""One training of `bench.step.__main__`, in a process of its own: what each of its steps took.
 
-python -m bench.step_learner TRAINING.json STEPS.json
+python -m bench.step.learner TRAINING.json STEPS.json
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bench.policy import wait_for
-from bench.servers import free_port
-from bench.step_figures import Step
+from bench.common.policy import wait_for
+from bench.common.servers import free_port
+from bench.step.figures import Step
 from learner.trainer.attach import attach
 
 #: Small, so that the lengths of completions stay what they are. Every weight of the adapter still changes.

@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 
-from bench.measure import Contender, Setting, Skip, measure
-from bench.ours import OurPath, Ours, under_load
-from bench.output import Report
-from bench.peer_file import PeerFile
-from bench.peer_merged import PeerMerged
-from bench.policy import Policy
-from bench.servers import Server
-from bench.shapes import Shape, served_rank
-from bench.watchdog import Watchdog
+from bench.common.measure import Contender, Setting, Skip, measure
+from bench.common.policy import Policy
+from bench.common.report import LATE, Report, describe
+from bench.common.servers import Server
+from bench.common.shapes import Shape, served_rank
+from bench.contenders.lockstep import OurPath, Ours, under_load
+from bench.contenders.trl_merged_weights import PeerMerged
+from bench.contenders.vllm_adapter_files import PeerFile
+from bench.sync.watchdog import Watchdog
 
 # Merged weights come last: their collective operations know no deadline.
 CONTENDERS: tuple[Callable[[], Contender], ...] = (Ours, PeerFile, PeerMerged)
 ROWS = tuple(row for make in CONTENDERS for row in make().rows)
-LATE = "the deadline had passed"
 
 
 @dataclass(frozen=True)
@@ -198,10 +197,3 @@ class Run:
         for block in self.running:
             self.end(block)
         os._exit(3)
-
-
-def describe(error: BaseException) -> str:
-    """Type and message, short; of a group, those of the first."""
-    if isinstance(error, BaseExceptionGroup):
-        return describe(error.exceptions[0])
-    return f"{type(error).__name__}: {error}"[:2000]

@@ -1,4 +1,4 @@
-"""Arithmetic of `bench.step`: from the steps of a training to its row, from rows to what they show together."""
+"""Arithmetic of `bench.step.__main__`: from the steps of a training to its row, from rows to what they show together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.measure import spread
-from bench.output import Row, Told, aligned
+from bench.common.measure import spread
+from bench.common.report import Row, Told, aligned
 
 TRL = "TRL server mode"
 TURNS = "lockstep, S = 0, one GPU by turns"

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from peft import PeftModel
 
-from bench.policy import optimizer_step
-from bench.servers import Server
+from bench.common.policy import optimizer_step
+from bench.common.servers import Server
 
 #: Shorter than any block of the prefix cache, so that its answer is always computed with the weights in place.
 PROBE = [5, 6, 7, 8]

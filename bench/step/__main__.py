@@ -1,7 +1,7 @@
 """Seconds of a training step with rollouts up to S batches ahead, beside TRL's own server mode on the same GPUs.
 
-python -m bench.step --quick --json step.json                           # a tiny model on the CPU, minutes
-VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_NVLS_ENABLE=0 python -m bench.step --shape qwen3-4b --batch 128 --staleness 0,1,2 \\
+python -m bench.step.__main__ --quick --json step.json                           # a tiny model on the CPU, minutes
+VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_NVLS_ENABLE=0 python -m bench.step.__main__ --shape qwen3-4b --batch 128 --staleness 0,1,2 \\
     --json step.json --plot step.png --profile-dir profiles    # learner GPU 0, servers GPU 1; the idle one waits
 
 All trainings have the same model, prompts, group, batch and options, and run one after the other, each in a process of
@@ -33,18 +33,16 @@ from typing import Any
 
 import torch
 
-from bench.choices import pick_devices
-from bench.decode import write_weights
-from bench.measure import Setting
-from bench.ours import Ours
-from bench.output import machine
-from bench.peer_merged import PeerMerged
-from bench.policy import Policy
-from bench.run import LATE, describe
-from bench.servers import Server, engine_flags, environment, visible_device
-from bench.shapes import Shape, pick_shapes, served_rank
-from bench.step_figures import TRL, TURNS, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
-from bench.step_learner import Training
+from bench.common.choices import pick_devices
+from bench.common.measure import Setting
+from bench.common.policy import Policy, write_weights
+from bench.common.report import LATE, describe, machine
+from bench.common.servers import Server, engine_flags, environment, visible_device
+from bench.common.shapes import Shape, pick_shapes, served_rank
+from bench.contenders.lockstep import Ours
+from bench.contenders.trl_merged_weights import PeerMerged
+from bench.step.figures import TRL, TURNS, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
+from bench.step.learner import Training
 from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 
 QUICK = {
@@ -161,7 +159,7 @@ class Run:
         asked, answered, log = work / "training.json", work / "steps.json", work / "learner.log"
         asked.write_text(json.dumps(asdict(training)))
         device = None if self.setting.on_cpu else visible_device(torch.device(self.setting.device).index)
-        command = [sys.executable, "-m", "bench.step_learner", str(asked), str(answered)]
+        command = [sys.executable, "-m", "bench.step.learner", str(asked), str(answered)]
         # On two cores with a server, a second thread made the training of a tiny model six times as long.
         with ProcessGroup(command, environment(device, {} if device else {"OMP_NUM_THREADS": "1"}), log) as group:
             try:
@@ -196,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
     except ValueError as error:
         parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.step", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "bench.step.__main__", *(sys.argv[1:] if argv is None else argv)])
     devices, learner, server = pick_devices(options)
     report = StepReport(options.json, machine(devices, command))
     dtype = "float32" if learner == "cpu" else "bfloat16"
@@ -248,7 +246,7 @@ def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tupl
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.step.__main__", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model, 16 completions of up to 64 tokens a step")
     add("--json", type=Path, help="written after every row")

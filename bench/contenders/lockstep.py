@@ -11,9 +11,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from bench.load import decode_under_pushes
-from bench.measure import Moved, Sample, Setting, Skip, fresh_prompts, one_push, summarize
-from bench.servers import Server, environment, free_port
+from bench.common.background_load import decode_under_pushes
+from bench.common.measure import Moved, Sample, Setting, Skip, fresh_prompts, one_push, summarize
+from bench.common.servers import Server, environment, free_port
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import Fleet

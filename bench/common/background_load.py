@@ -1,6 +1,6 @@
 """Requests that keep a rollout server decoding, from a process of their own, and what pushes cost them.
 
-python -m bench.load URL RUN_ID REQUESTS LEAST MOST VOCAB    # prints "request start end tokens" for each, until ended
+python -m bench.common.background_load URL RUN_ID REQUESTS LEAST MOST VOCAB    # prints "request start end tokens" for each, until ended
 
 A request decodes LEAST to MOST tokens.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from bench.measure import Setting, spread
+from bench.common.measure import Setting, spread
 from learner.utils.processes import ProcessGroup
 
 TOKENS = 64
@@ -65,7 +65,7 @@ def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab:
     Args:
         tokens: the least and the most that a request decodes.
     """
-    command = [sys.executable, "-m", "bench.load", url, run_id, *map(str, (requests, *tokens, vocab))]
+    command = [sys.executable, "-m", "bench.common.background_load", url, run_id, *map(str, (requests, *tokens, vocab))]
     with ProcessGroup(command, {}, log) as load:
         _wait_for_records(load, log)
         yield

@@ -1,0 +1,1 @@
+"""What every bench uses: flags, deadlines, rows, tables, plots."""

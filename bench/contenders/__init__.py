@@ -1,0 +1,1 @@
+"""Ways to bring new weights to a server, ours and its peers'."""
