@@ -12,7 +12,7 @@ import httpx
 
 from learner.servers.client import LEASE_HEADER
 from shared.adapter_file import MANIFEST_KEY
-from tests.integration.server import HTTP
+from tests.integration.support.server import HTTP
 
 
 def reversioned(blob: bytes, fence: int, step: int) -> bytes:

@@ -7,7 +7,7 @@ from random import Random
 
 from tests.chaos import forgery
 from tests.chaos.world import RUN_ID, NotInjectedError, World
-from tests.integration.server import HTTP
+from tests.integration.support.server import HTTP
 
 
 def truncated_push(world: World, server: int, random: Random) -> None:

@@ -13,7 +13,7 @@ from signal import SIGTERM
 from tests.chaos.impostor import Impostor
 from tests.chaos.processes import command_line, kill
 from tests.chaos.world import GENERATE_S, NotInjectedError, World, ready
-from tests.integration.server import HTTP
+from tests.integration.support.server import HTTP
 
 Recipe = Callable[[World, int, Random], None]
 #: Longer than the deadline of a rollout, of a push, and of a push on the server.

@@ -22,9 +22,9 @@ from tests.chaos.processes import REPOSITORY, Supervised, belonging, kill
 from tests.chaos.reference import Reference
 from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
-from tests.integration.learner_process import COMMON, write_questions
-from tests.integration.server import ENVIRONMENT, HTTP, free_port
-from tests.tiny_model import make_tiny_model
+from tests.integration.support.learner_process import COMMON, write_questions
+from tests.integration.support.server import ENVIRONMENT, HTTP, free_port
+from tests.support.tiny_model import make_tiny_model
 
 RUN_ID = "chaos"
 #: Deadlines, shortened so that a fault can outlast them.

@@ -16,9 +16,9 @@ from pathlib import Path
 from tests.fuzz.campaign import Tally, Target, pushed
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, openai_schema, own_schema
-from tests.integration import policy as P
-from tests.integration.server import running_server
-from tests.tiny_model import make_tiny_model
+from tests.integration.support import policy as P
+from tests.integration.support.server import running_server
+from tests.support.tiny_model import make_tiny_model
 
 FLAGS = [
     "--max-lora-rank",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
-from tests.integration import policy as P
+from tests.integration.support import policy as P
 
 #: Longer than anything that the server is asked for may take.
 DEADLINE_S = 30.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzz.blobs import blobs, is_right, put_together, take_apart
 from tests.fuzz.campaign import Target, every, json_bytes, pieces
 from tests.fuzz.wild import changed, wild_texts, wild_values
-from tests.integration import policy as P
+from tests.integration.support import policy as P
 
 JSON = {"content-type": "application/json"}
 _SAMPLING = {

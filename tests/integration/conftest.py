@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from learner.servers.client import RolloutClient
-from tests.integration.server import ServerProcess, running_server
-from tests.tiny_model import make_tiny_model
+from tests.integration.support.server import ServerProcess, running_server
+from tests.support.tiny_model import make_tiny_model
 
 FLAGS = [
     "--max-lora-rank",

@@ -17,10 +17,10 @@ from learner.servers.client import RolloutClient
 from shared.errors import ErrorCode
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import HTTP, ServerProcess, running_server
-from tests.integration.waiting import until
+from tests.integration.support import policy as P
+from tests.integration.support.server import HTTP, ServerProcess, running_server
+from tests.integration.support.waiting import until
 
 ORPHAN_S, STALL_S = 5.0, 25.0
 LIMITS = [

@@ -14,8 +14,8 @@ from learner.servers.client import RolloutClient
 from shared.adapter_file import MANIFEST_KEY
 from shared.errors import ErrorBody, ErrorCode
 from shared.weights import WeightVersion
-from tests.integration import policy as P
-from tests.integration.server import HTTP
+from tests.integration.support import policy as P
+from tests.integration.support.server import HTTP
 
 RUN = "bad-pushes"
 SERVED = WeightVersion(run_id=RUN, fence=1, step=5)

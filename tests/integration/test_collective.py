@@ -17,10 +17,10 @@ from learner.servers.pool import Fleet
 from learner.sync.broadcast import SendingGroup
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.policy import FP32, PROBE
-from tests.integration.server import ServerProcess, running_server
+from tests.integration.support import policy as P
+from tests.integration.support.policy import FP32, PROBE
+from tests.integration.support.server import ServerProcess, running_server
 
 TIMEOUT_S = 4.0
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from learner.commands.export import export
 from learner.servers.client import RolloutClient
-from tests.integration import policy as P
+from tests.integration.support import policy as P
 
 LORA = {"plain": {}, "patterns": {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"o_proj": 5}}}
 

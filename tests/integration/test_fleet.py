@@ -19,10 +19,10 @@ from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
 from learner.sync.publisher import Publisher
 from shared.sampling import SamplingParams
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.server import ServerProcess
-from tests.integration.waiting import until
+from tests.integration.support import policy as P
+from tests.integration.support.server import ServerProcess
+from tests.integration.support.waiting import until
 
 PROMPTS = [[i, *range(20, 40)] for i in range(50, 74)]
 

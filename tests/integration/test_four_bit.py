@@ -7,8 +7,8 @@ from pathlib import Path
 
 from learner.commands.four_bit_base import make_base
 from tests.integration.conftest import FLAGS
-from tests.integration.learner_process import LearnerProcess, write_questions
-from tests.integration.server import running_server
+from tests.integration.support.learner_process import LearnerProcess, write_questions
+from tests.integration.support.server import running_server
 
 
 def test_a_learner_in_four_bits_trains_the_policy_that_is_served(model: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from learner.servers.client import RolloutClient
 from tests.fuzz.campaign import Tally, Target, pushed
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, own_schema
-from tests.integration import policy as P
-from tests.integration.server import ServerProcess
+from tests.integration.support import policy as P
+from tests.integration.support.server import ServerProcess
 
 SEED = 20
 

@@ -8,10 +8,10 @@ import pytest
 
 from learner.servers.client import RolloutClient
 from shared.weights import PushReceipt
-from tests.integration import policy as P
-from tests.integration.moving import check_every_span, live_through_pushes
-from tests.integration.policy import FP32, PROBE
-from tests.integration.server import ServerProcess
+from tests.integration.support import policy as P
+from tests.integration.support.moving import check_every_span, live_through_pushes
+from tests.integration.support.policy import FP32, PROBE
+from tests.integration.support.server import ServerProcess
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "carried"])

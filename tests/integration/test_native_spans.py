@@ -20,10 +20,10 @@ from rollout_server.vllm_compat import versions as compat
 from shared.rollouts import PolicyRequest
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.policy import PROBE
-from tests.integration.server import ENVIRONMENT
+from tests.integration.support import policy as P
+from tests.integration.support.policy import PROBE
+from tests.integration.support.server import ENVIRONMENT
 
 Spans = list[tuple[str, int, int]]
 

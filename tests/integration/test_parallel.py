@@ -21,11 +21,11 @@ from learner.servers.pool import Fleet
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.moving import check_every_span, live_through_pushes
-from tests.integration.policy import FP32, PROBE
-from tests.integration.server import HTTP, ServerProcess, running_server
+from tests.integration.support import policy as P
+from tests.integration.support.moving import check_every_span, live_through_pushes
+from tests.integration.support.policy import FP32, PROBE
+from tests.integration.support.server import HTTP, ServerProcess, running_server
 
 PUSH_TIMEOUT_S = 8.0
 

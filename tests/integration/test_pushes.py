@@ -12,10 +12,10 @@ import torch
 
 from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
-from tests.integration import policy as P
-from tests.integration.policy import FP32
-from tests.integration.server import ServerProcess
-from tests.integration.waiting import outlives, until, with_enough_load
+from tests.integration.support import policy as P
+from tests.integration.support.policy import FP32
+from tests.integration.support.server import ServerProcess
+from tests.integration.support.waiting import outlives, until, with_enough_load
 
 PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
 

@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from tests.integration.policy import FP32
-from tests.integration.server import ENVIRONMENT, ServerProcess, free_port
+from tests.integration.support.policy import FP32
+from tests.integration.support.server import ENVIRONMENT, ServerProcess, free_port
 
 TIMEOUT_S = 150
 
@@ -36,7 +36,16 @@ def launch(model: Path, server: ServerProcess, folder: Path, ranks: int, *option
             "-m",
         ]
     )
-    command = [sys.executable, "-m", *launcher, "tests.integration.train_on_ranks", model, server.url, folder, *options]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "tests.integration.support.train_on_ranks",
+        model,
+        server.url,
+        folder,
+        *options,
+    ]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

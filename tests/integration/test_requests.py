@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from learner.servers.client import RolloutClient
 from shared.rollouts import GenerateResponse, RolloutGroup, ScoreRequest
-from tests.integration import policy as P
-from tests.integration.server import HTTP
+from tests.integration.support import policy as P
+from tests.integration.support.server import HTTP
 
 PROMPT = [5, 17, 99, 260, 41]
 

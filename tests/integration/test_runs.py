@@ -20,10 +20,10 @@ from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.policy import FP32, PROBE
-from tests.integration.server import ServerProcess, running_server
+from tests.integration.support import policy as P
+from tests.integration.support.policy import FP32, PROBE
+from tests.integration.support.server import ServerProcess, running_server
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_eval_of_stored_adapters_beside_a_training(
         "--eval-size",
         "8",
         "--reward-funcs",
-        "tests.integration.rewards:odd_tokens",
+        "tests.integration.support.rewards:odd_tokens",
         "--max-tokens",
         "8",
         "--json",

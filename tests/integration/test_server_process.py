@@ -16,8 +16,8 @@ import pytest
 from rollout_server import cli
 from shared.errors import LockstepError
 from tests.integration.conftest import FLAGS
-from tests.integration.server import HTTP, ServerProcess
-from tests.integration.waiting import until
+from tests.integration.support.server import HTTP, ServerProcess
+from tests.integration.support.waiting import until
 
 REFUSED = {
     "speculation": (

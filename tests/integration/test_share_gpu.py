@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from learner.servers.client import RolloutClient
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.learner_process import LearnerProcess, write_questions
-from tests.integration.policy import FP32, PROBE
-from tests.integration.server import HTTP, ServerProcess, running_server
-from tests.integration.waiting import outlives, until, with_enough_load
+from tests.integration.support import policy as P
+from tests.integration.support.learner_process import LearnerProcess, write_questions
+from tests.integration.support.policy import FP32, PROBE
+from tests.integration.support.server import HTTP, ServerProcess, running_server
+from tests.integration.support.waiting import outlives, until, with_enough_load
 
 
 @pytest.fixture(scope="module")

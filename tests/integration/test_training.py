@@ -19,14 +19,14 @@ from transformers import AutoTokenizer
 from learner.servers.client import RolloutClient
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
-from tests.dashboard import names_asked_for
-from tests.integration import policy as P
 from tests.integration.conftest import FLAGS
-from tests.integration.learner_process import LearnerProcess, write_questions
-from tests.integration.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
-from tests.integration.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
-from tests.integration.waiting import until
-from tests.integration.watching import watched
+from tests.integration.support import policy as P
+from tests.integration.support.learner_process import LearnerProcess, write_questions
+from tests.integration.support.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
+from tests.integration.support.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
+from tests.integration.support.waiting import until
+from tests.integration.support.watching import watched
+from tests.support.dashboard import names_asked_for
 
 TOKEN = "a-token-of-the-training-tests"
 DETERMINISTIC = [

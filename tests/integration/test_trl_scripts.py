@@ -24,10 +24,10 @@ from vllm import SamplingParams
 import learner.commands.train
 from learner import attach
 from learner.servers.client import RolloutClient
-from tests.integration import policy as P
-from tests.integration.learner_process import REPOSITORY, write_questions
-from tests.integration.rewards import odd_tokens
-from tests.integration.server import ServerProcess
+from tests.integration.support import policy as P
+from tests.integration.support.learner_process import REPOSITORY, write_questions
+from tests.integration.support.rewards import odd_tokens
+from tests.integration.support.server import ServerProcess
 
 ONE_LINE = "    from learner import attach; attach(trainer, {url!r}, run_id='script', takeover=True)\n"
 CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {i} + 4?"}]} for i in range(8)])
@@ -131,7 +131,7 @@ def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_pa
         "--dataset_name",
         str(tmp_path / "data"),
         "--reward_funcs",
-        "tests.integration.rewards.odd_tokens",
+        "tests.integration.support.rewards.odd_tokens",
         "--use_peft",
         "--lora_r",
         "4",

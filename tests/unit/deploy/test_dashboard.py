@@ -14,7 +14,7 @@ import rollout_server.metrics  # noqa: F401 - registers the server's
 from learner.monitors.prometheus import LearnerMetrics
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
-from tests.dashboard import DASHBOARD, DEPLOY, names_asked_for
+from tests.support.dashboard import DASHBOARD, DEPLOY, names_asked_for
 
 SERIES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 

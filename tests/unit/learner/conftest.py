@@ -18,8 +18,8 @@ from learner.rewards import pool as reward_pool
 from learner.servers.client import RolloutClient
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
-from tests.unit.learner.fake_server import FakeServer
-from tests.unit.learner.rewards import reward_odd
+from tests.support.fake_server import FakeServer
+from tests.support.rewards import reward_odd
 
 torch.set_num_threads(1)  # of tensors this small, a second thread only waits for its turn on a busy machine
 

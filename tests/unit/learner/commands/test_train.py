@@ -17,7 +17,7 @@ import learner.trainer.attach
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
 from shared.errors import LockstepError
-from tests.unit.learner.rewards import answers_seven, reward_odd
+from tests.support.rewards import answers_seven, reward_odd
 
 TASK = f"{__name__}:task"
 

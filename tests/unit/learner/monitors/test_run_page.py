@@ -11,8 +11,8 @@ import pytest
 
 from learner.monitors.run_page import RunData, render
 from learner.run_dir.files import write_whole
-from tests.browser import Page, browser_page, find_browser
-from tests.unit.learner.made_up_run import HOSTILE, made_up_run
+from tests.support.browser import Page, browser_page, find_browser
+from tests.support.made_up_run import HOSTILE, made_up_run
 
 VOID = {"meta", "link"}
 

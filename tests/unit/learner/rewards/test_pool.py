@@ -18,7 +18,7 @@ import pytest
 from learner.rewards.calls import Answer, Call
 from learner.rewards.pool import RewardPool
 from shared.errors import LockstepError
-from tests.integration.waiting import until
+from tests.integration.support.waiting import until
 
 LIMIT_S = 0.4
 

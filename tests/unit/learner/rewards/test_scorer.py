@@ -16,8 +16,8 @@ from learner.config import LearnerConfig
 from learner.rewards.scorer import Rewards
 from learner.trainer.attach import attach
 from shared.rollouts import Completion, VersionSpan
-from tests.unit.learner import rewards as R
-from tests.unit.learner.rewards import reward_odd
+from tests.support import rewards as R
+from tests.support.rewards import reward_odd
 
 ROWS = [
     {"prompt": f"w{i} w{i + 7}", "answer": f"w{i}", "nested": {"k": [i, None, 0.1 * i]}, "nan": float("nan")}

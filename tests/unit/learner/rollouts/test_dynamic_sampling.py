@@ -18,7 +18,7 @@ from learner.trainer.attach import attach
 from learner.trainer.prompt_order import ComingPrompts
 from shared.errors import LockstepError
 from shared.rollouts import Completion, VersionSpan
-from tests.unit.learner import rewards as R
+from tests.support import rewards as R
 
 SIZE = 2
 

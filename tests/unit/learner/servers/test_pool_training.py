@@ -14,7 +14,7 @@ from learner.servers.discovery import Places
 from learner.servers.pool import Fleet
 from learner.trainer.attach import attach
 from shared.errors import ErrorCode, LockstepError
-from tests.unit.learner.fake_server import FakeServer
+from tests.support.fake_server import FakeServer
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from learner.servers.replica import Member
 from learner.sync.gpu_sharing import GpuTurns, check_shared_gpu
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import ServerState
-from tests.unit.learner.fake_server import FakeServer
+from tests.support.fake_server import FakeServer
 
 MakeTrainer = Callable[..., GRPOTrainer]
 

@@ -11,8 +11,8 @@ import time
 
 import httpx
 
-from tests.integration.learner_process import LearnerProcess
-from tests.integration.server import HTTP, ServerProcess
+from tests.integration.support.learner_process import LearnerProcess
+from tests.integration.support.server import HTTP, ServerProcess
 
 
 def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: str, token_file: str) -> str:

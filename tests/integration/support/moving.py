@@ -11,10 +11,10 @@ from peft import PeftModel
 
 from learner.servers.client import RolloutClient
 from shared.weights import PushReceipt, WeightVersion
-from tests.integration import policy as P
-from tests.integration.policy import FP32, PROBE
-from tests.integration.server import ServerProcess
-from tests.integration.waiting import outlives, until, with_enough_load
+from tests.integration.support import policy as P
+from tests.integration.support.policy import FP32, PROBE
+from tests.integration.support.server import ServerProcess
+from tests.integration.support.waiting import outlives, until, with_enough_load
 
 TOKENS = 900
 

@@ -11,12 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.waiting import until
+from tests.integration.support.waiting import until
 
 REPOSITORY = Path(__file__).parents[2]
 COMMON = [
     "--reward_funcs",
-    "tests.integration.rewards:odd_tokens",
+    "tests.integration.support.rewards:odd_tokens",
     "--eval_size",
     "2",
     "--use_cpu",

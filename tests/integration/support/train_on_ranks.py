@@ -1,6 +1,6 @@
 """A training script as a user would write it, for one rank or several: what `test_ranks.py` launches.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.train_on_ranks \\
+python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.support.train_on_ranks \\
     MODEL URL FOLDER [fsdp2 | zero3 | zero3-bf16] [forget] [cut]
 
 `cut` ends it when the checkpoint of step 2 has been written; the same command without it goes on from there.
@@ -23,8 +23,8 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.session import Session
 from learner.trainer.attach import attach, save_final_adapter
-from tests.integration.rewards import odd_tokens
-from tests.integration.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
+from tests.integration.support.rewards import odd_tokens
+from tests.integration.support.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
 
 GLOBAL_BATCH, GROUP, STEPS, CUT = 8, 4, 3, 2
 

@@ -1,6 +1,6 @@
 """A small random model with a real tokenizer, made in place in a second: what integration tests serve and train.
 
-python -m tests.tiny_model [DIR]     # build one and check that vLLM serves it as Hugging Face computes it
+python -m tests.support.tiny_model [DIR]     # build one and check that vLLM serves it as Hugging Face computes it
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from learner.servers.client import RolloutClient
 from shared.rollouts import GenerateRequest, GenerateResponse, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from shared.weights import PushReceipt, WeightVersion
-from tests.integration.server import HTTP
+from tests.integration.support.server import HTTP
 
 LEASE = "a lease for tests"
 PROBE = list(range(5, 40))
