@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from rollout_server.slots import Run, Slot
+from rollout_server.runs.slots import Run, Slot
 from rollout_server.vllm_compat import versions as compat
 from shared.errors import EngineDead, InvalidRequest
 from shared.rollouts import VersionSpan

@@ -15,9 +15,9 @@ from fastapi import HTTPException
 
 from rollout_server.admission import Admission
 from rollout_server.capacity import Capacity
-from rollout_server.run_table import RunTable
+from rollout_server.runs.slots import Run
+from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import Run
 from rollout_server.versioned import CALL, Call
 from rollout_server.vllm_compat import versions as compat
 from shared.errors import InvalidRequest, LockstepError, VersionNotActive

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from rollout_server.ipc.client import Workers
+from rollout_server.runs.slots import Run
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import Run
 from shared.collective import GroupInvitation
 from shared.errors import NoGroup
 

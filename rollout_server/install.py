@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollout_server.admission import KV
 from rollout_server.ipc.client import Call
-from rollout_server.slots import Run, Slot
+from rollout_server.runs.slots import Run, Slot
 from shared.adapter_file import AdapterHeader
 from shared.errors import EngineDead, InstallFailed, UnknownRun
 from shared.weights import InFlight, PushReceipt

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout_server import identity, metrics
+from rollout_server import metrics
 from rollout_server.answers import Answers
 from rollout_server.app import build_app
 from rollout_server.capacity import Capacity
@@ -22,7 +22,8 @@ from rollout_server.groups import Groups
 from rollout_server.installs import Installer
 from rollout_server.intake import Intake
 from rollout_server.ipc.client import Workers
-from rollout_server.run_table import RunTable
+from rollout_server.runs import served_model as identity
+from rollout_server.runs.table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from rollout_server.admission import KV
 from rollout_server.engine import EngineDoor
 from rollout_server.ipc.client import Workers
-from rollout_server.slots import Run, loop_time
+from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
 
 #: All of W0 may come from host memory.

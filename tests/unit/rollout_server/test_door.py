@@ -16,9 +16,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from rollout_server.capacity import Capacity
 from rollout_server.engine import EngineDoor
-from rollout_server.run_table import RunTable
+from rollout_server.runs.slots import SlotState
+from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.slots import SlotState
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion

@@ -11,7 +11,7 @@ import pytest
 from rollout_server.engine import EngineDoor
 from rollout_server.ipc.client import Call
 from rollout_server.live_weights import LiveWeights
-from rollout_server.run_table import RunTable
+from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine import EngineDoor
-from rollout_server.run_table import RunTable
+from rollout_server.runs.table import RunTable
 from rollout_server.sleep import Sleep
 from rollout_server.stall import Stall
 from shared.errors import ErrorCode, LockstepError

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from rollout_server.capacity import Capacity
 from rollout_server.engine import EngineDoor
-from rollout_server.run_table import RunTable
+from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.versioned import CALL, Versioned
 from shared.weights import WeightVersion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 
-from rollout_server.slots import Ring, Run, Slot, SlotState, notify_soon
+from rollout_server.runs.slots import Ring, Run, Slot, SlotState, notify_soon
 from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
 
 

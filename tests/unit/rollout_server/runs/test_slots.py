@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from rollout_server.run_table import RunTable
-from rollout_server.slots import Run, Slot, SlotState
+from rollout_server.runs.slots import Run, Slot, SlotState
+from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 
