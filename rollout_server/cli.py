@@ -123,7 +123,7 @@ def _log_to_stderr() -> None:
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     from rollout_server import exposure, lifecycle
-    from rollout_server.capacity import Capacity
+    from rollout_server.engine.capacity import Capacity
     from rollout_server.gate import Gate
     from rollout_server.guard import Guard
     from rollout_server.http import make_server

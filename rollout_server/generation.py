@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.admission import Admission
+from rollout_server.engine.admission import Admission
 from rollout_server.prompts import check_lengths, tokenize
 from rollout_server.sampling import to_completion, to_vllm, token_prompt
 from rollout_server.service import Service

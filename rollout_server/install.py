@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from rollout_server.admission import KV
+from rollout_server.engine.admission import KV
 from rollout_server.ipc.client import Call
 from rollout_server.runs.slots import Run, Slot
 from shared.adapter_file import AdapterHeader

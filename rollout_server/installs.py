@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.sleep import Sleep
 from rollout_server.groups import Groups
 from rollout_server.install import Install
 from rollout_server.ipc.client import Workers
@@ -18,7 +19,6 @@ from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.sleep import Sleep
 from rollout_server.transports.http import Staging
 from shared.adapter_file import AdapterHeader
 from shared.collective import Announcement

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server import metrics
-from rollout_server.capacity import Capacity, too_large
+from rollout_server.engine.capacity import Capacity, too_large
 from rollout_server.settings import ServerSettings
 from shared.errors import LockstepError, Timeout
 

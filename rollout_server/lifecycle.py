@@ -15,8 +15,11 @@ from typing import Any
 from rollout_server import metrics
 from rollout_server.answers import Answers
 from rollout_server.app import build_app
-from rollout_server.capacity import Capacity
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.capacity import Capacity
+from rollout_server.engine.exclusive import Turns
+from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.sleep import Sleep
+from rollout_server.engine.watchdog import Stall
 from rollout_server.gate import Gate
 from rollout_server.groups import Groups
 from rollout_server.installs import Installer
@@ -27,9 +30,6 @@ from rollout_server.runs.table import RunTable
 from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
-from rollout_server.sleep import Sleep
-from rollout_server.stall import Stall
-from rollout_server.turns import Turns
 from rollout_server.vllm_compat import topology as process_layout
 from rollout_server.vllm_compat import versions as compat
 from shared.errors import InvalidRequest

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from rollout_server.admission import KV
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.admission import KV
+from rollout_server.engine.proxy import EngineDoor
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from rollout_server.admission import KV
+from rollout_server.engine.admission import KV
 from rollout_server.install import Install
 
 

@@ -6,14 +6,12 @@ start of every answer is held back until its first bytes: by then the door has a
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
+from rollout_server.engine.call_context import CALL, Call
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import WeightVersion
 
@@ -22,29 +20,6 @@ from shared.weights import WeightVersion
 VERSION_HEADER = "Lockstep-Version"
 #: Of a request: the version it must be answered by, or else 409 `version_not_active`.
 POLICY_HEADER = "Lockstep-Policy"
-
-
-@dataclass
-class Call:
-    """One HTTP request to vLLM's routes, which may become several requests to the engine.
-
-    Attributes:
-        wanted: the precondition.
-        versions: those it was admitted to, in order.
-        refusal: what the door said instead.
-    """
-
-    wanted: WeightVersion | None = None
-    versions: dict[str, None] = field(default_factory=dict)
-    refusal: LockstepError | None = None
-
-    def admitted(self, version: WeightVersion | None) -> None:
-        """The door has admitted a part of it."""
-        self.versions[str(version or "base")] = None
-
-
-#: That of the running task; None beneath our own routes.
-CALL: ContextVar[Call | None] = ContextVar("lockstep_call", default=None)
 
 
 class Versioned:

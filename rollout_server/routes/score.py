@@ -8,8 +8,8 @@ import uuid
 
 from fastapi import APIRouter, Request
 
-from rollout_server.admission import Admission
 from rollout_server.cancellation import until_disconnect
+from rollout_server.engine.admission import Admission
 from rollout_server.prompts import check_lengths
 from rollout_server.routes import ServiceDep
 from rollout_server.sampling import scoring_params, token_prompt

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rollout_server import cli, lifecycle
-from rollout_server.capacity import Capacity
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.capacity import Capacity
+from rollout_server.engine.proxy import EngineDoor
 from rollout_server.gate import Gate
 from rollout_server.sampling import to_vllm, token_prompt
 from rollout_server.service import Service

@@ -11,7 +11,7 @@ import pytest
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 
-from rollout_server.capacity import Capacity
+from rollout_server.engine.capacity import Capacity
 from rollout_server.intake import Intake
 from rollout_server.routes.state import drain
 from rollout_server.settings import ServerSettings

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.proxy import EngineDoor
 from rollout_server.ipc.client import Call
 from rollout_server.live_weights import LiveWeights
 from rollout_server.runs.table import RunTable

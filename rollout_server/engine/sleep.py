@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.proxy import EngineDoor
 from rollout_server.ipc.client import Workers
 from shared.errors import EngineDead, InvalidRequest
 

@@ -14,8 +14,8 @@ import pytest
 from fastapi import HTTPException
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from rollout_server.capacity import Capacity
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.capacity import Capacity
+from rollout_server.engine.proxy import EngineDoor
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
@@ -150,7 +150,7 @@ async def test_a_pause_ends_although_an_engine_does_not_answer(served, monkeypat
     for name in ("pause_generation", "resume_generation"):
         setattr(served.engine, name, functools.partial(answer, name))
     served.engine.output_processor = SimpleNamespace(request_states={})
-    monkeypatch.setattr("rollout_server.engine._RESUME_SECONDS", 0.05)
+    monkeypatch.setattr("rollout_server.engine.proxy._RESUME_SECONDS", 0.05)
     inside = False
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.2), served.door.paused(clear_cache=True):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rollout_server.stall import Stall
+from rollout_server.engine.watchdog import Stall
 
 
 class _Door:
@@ -25,7 +25,7 @@ class _Door:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock, door = SimpleNamespace(now=1000.0), _Door()
-    monkeypatch.setattr("rollout_server.stall.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("rollout_server.engine.watchdog.time.monotonic", lambda: clock.now)
     stall = Stall(door, 30.0)
 
     def wait(seconds: float, each=lambda: None) -> None:

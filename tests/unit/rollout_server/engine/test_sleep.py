@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.sleep import Sleep
+from rollout_server.engine.watchdog import Stall
 from rollout_server.runs.table import RunTable
-from rollout_server.sleep import Sleep
-from rollout_server.stall import Stall
 from shared.errors import ErrorCode, LockstepError
 
 
@@ -181,7 +181,7 @@ async def test_a_sleeping_engine_does_not_hang(
     engine: _Engine, workers: _Workers, door: EngineDoor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("rollout_server.stall.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("rollout_server.engine.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(EngineDoor, "output_tokens", lambda self: {("held", 0): 3})
     stall, sleep = Stall(door, 30.0), Sleep(door, workers, enabled=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.proxy import EngineDoor
 from shared.errors import EngineDead
 
 _LOOKS = 30  # within the limit; each goes over all requests

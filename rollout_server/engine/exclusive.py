@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from rollout_server.engine import EngineDoor
+from rollout_server.engine.proxy import EngineDoor
 from shared.errors import EngineDead
 
 _POLL_SECONDS = 0.002

@@ -13,12 +13,12 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from rollout_server.admission import Admission
-from rollout_server.capacity import Capacity
+from rollout_server.engine.admission import Admission
+from rollout_server.engine.call_context import CALL, Call
+from rollout_server.engine.capacity import Capacity
 from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.versioned import CALL, Call
 from rollout_server.vllm_compat import versions as compat
 from shared.errors import InvalidRequest, LockstepError, VersionNotActive
 from shared.rollouts import PolicyRequest
