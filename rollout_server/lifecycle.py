@@ -21,8 +21,8 @@ from rollout_server.engine.proxy import EngineDoor
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import Stall
 from rollout_server.gate import Gate
-from rollout_server.groups import Groups
-from rollout_server.installs import Installer
+from rollout_server.installs.broadcast_groups import Groups
+from rollout_server.installs.installer import Installer
 from rollout_server.intake import Intake
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model as identity

@@ -9,7 +9,7 @@ from rollout_server.answers import Answers
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Turns
 from rollout_server.engine.proxy import POLICY_MODEL, EngineDoor, openai_lora_request
-from rollout_server.installs import Installer
+from rollout_server.installs.installer import Installer
 from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings

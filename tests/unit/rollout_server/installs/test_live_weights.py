@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from rollout_server.engine.proxy import EngineDoor
+from rollout_server.installs.live_weights import LiveWeights
 from rollout_server.ipc.client import Call
-from rollout_server.live_weights import LiveWeights
 from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest

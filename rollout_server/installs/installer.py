@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 
 from rollout_server.engine.proxy import EngineDoor
 from rollout_server.engine.sleep import Sleep
-from rollout_server.groups import Groups
-from rollout_server.install import Install
+from rollout_server.installs.broadcast_groups import Groups
+from rollout_server.installs.live_weights import LiveWeights
+from rollout_server.installs.merge_install import MergeInstall
+from rollout_server.installs.slot_install import Install
+from rollout_server.installs.staging import Staging
 from rollout_server.ipc.client import Workers
-from rollout_server.live_weights import LiveWeights
-from rollout_server.merge_install import MergeInstall
 from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.transports.http import Staging
 from shared.adapter_file import AdapterHeader
 from shared.collective import Announcement
 from shared.errors import (

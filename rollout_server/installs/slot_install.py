@@ -16,7 +16,7 @@ from shared.errors import EngineDead, InstallFailed, UnknownRun
 from shared.weights import InFlight, PushReceipt
 
 if TYPE_CHECKING:
-    from rollout_server.installs import Installer
+    from rollout_server.installs.installer import Installer
 
 _SWAP_SECONDS = 10.0
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from rollout_server.engine.admission import KV
-from rollout_server.install import Install
+from rollout_server.installs.slot_install import Install
 
 
 class MergeInstall(Install):

@@ -1,0 +1,1 @@
+"""A push, in the server process."""
