@@ -21,13 +21,13 @@ from rollout_server.engine.proxy import EngineDoor
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import Stall
 from rollout_server.gate import Gate
+from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import Groups
 from rollout_server.installs.installer import Installer
 from rollout_server.intake import Intake
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model as identity
 from rollout_server.runs.table import RunTable
-from rollout_server.sampling import token_prompt
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import topology as process_layout

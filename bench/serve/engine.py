@@ -24,7 +24,7 @@ from bench.serve.load import Ask, in_parallel
 
 async def answer_one(engine: Any, ask: Ask, number: int) -> float:
     """Generate; the seconds until the last token, all of which came with a logprob."""
-    from rollout_server.sampling import sampled_logprobs, to_vllm, token_prompt
+    from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm, token_prompt
     from shared.sampling import SamplingParams
 
     started = time.perf_counter()

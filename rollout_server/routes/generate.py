@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from rollout_server.answers import Answer
 from rollout_server.cancellation import until_disconnect
-from rollout_server.generation import start
+from rollout_server.generation.requests import start
 from rollout_server.guard import PRINCIPAL
 from rollout_server.routes import ServiceDep
 from rollout_server.routes.streaming import Ndjson

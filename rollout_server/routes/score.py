@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import uuid
-
 from fastapi import APIRouter, Request
 
 from rollout_server.cancellation import until_disconnect
-from rollout_server.engine.admission import Admission
-from rollout_server.prompts import check_lengths
+from rollout_server.generation.scoring import _score
 from rollout_server.routes import ServiceDep
-from rollout_server.sampling import scoring_params, token_prompt
-from rollout_server.service import Service
 from shared.rollouts import ScoreRequest, ScoreResponse
 
 router = APIRouter()
@@ -23,35 +16,3 @@ router = APIRouter()
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
     return await until_disconnect(request, _score(body, service))
-
-
-async def _score(body: ScoreRequest, service: Service) -> ScoreResponse:
-    with contextlib.ExitStack() as held:
-        held.callback(service.door.capacity.take(len(body.sequences)))
-        check_lengths(service, body.sequences, room=1)
-        service.door.capacity.check_tokens(sum(map(len, body.sequences)))
-        await service.reached(body)
-        held.callback(await service.turns.take())
-        while True:
-            with await service.admit(body) as admission:
-                jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
-                try:
-                    logprobs = await asyncio.gather(*jobs)
-                finally:
-                    for job in jobs:
-                        job.cancel()
-                    await asyncio.gather(*jobs, return_exceptions=True)
-            if not admission.moved:  # else a push came in between and some positions are under another version
-                break
-    return ScoreResponse(epoch=service.epoch, version=admission.version, logprobs=logprobs)
-
-
-async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
-    final = None
-    stream = admission.generate(token_prompt(sequence), scoring_params(), f"score-{uuid.uuid4().hex}")
-    async for output in stream:
-        final = output
-    assert final is not None
-    assert final.prompt_logprobs is not None
-    positions = zip(list(final.prompt_logprobs)[1:], sequence[1:], strict=True)
-    return [position[token].logprob for position, token in positions]

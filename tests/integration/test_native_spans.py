@@ -14,7 +14,7 @@ from rollout_server import cli, lifecycle
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.proxy import EngineDoor
 from rollout_server.gate import Gate
-from rollout_server.sampling import to_vllm, token_prompt
+from rollout_server.generation.vllm_params import to_vllm, token_prompt
 from rollout_server.service import Service
 from rollout_server.vllm_compat import versions as compat
 from shared.rollouts import PolicyRequest

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.engine.admission import Admission
-from rollout_server.prompts import check_lengths, tokenize
-from rollout_server.sampling import to_completion, to_vllm, token_prompt
+from rollout_server.generation.tokenization import check_lengths, tokenize
+from rollout_server.generation.vllm_params import to_completion, to_vllm, token_prompt
 from rollout_server.service import Service
 from rollout_server.vllm_compat import versions as compat
 from shared.errors import EngineDead, InvalidRequest

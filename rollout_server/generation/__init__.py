@@ -1,0 +1,1 @@
+"""Requests as jobs of the engine. No HTTP."""
