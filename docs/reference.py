@@ -16,8 +16,8 @@ from learner.commands import export, status
 from learner.commands import four_bit_base as four_bit
 from learner.config import LearnerConfig
 from learner.evaluation import evaluate
-from rollout_server.app import build_app
-from rollout_server.roles import OPEN, VLLM_ROUTES, role_needed
+from rollout_server.api.app import build_app
+from rollout_server.api.security.roles import OPEN, VLLM_ROUTES, role_needed
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, error_class
 

@@ -37,8 +37,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     Raises:
         ValueError, LockstepError: flags that cannot work on a rollout server, with what to do instead.
     """
-    from rollout_server import exposure
-    from rollout_server.tokens import configured_tokens
+    from rollout_server.api.security import binding as exposure
+    from rollout_server.api.security.bearer_tokens import configured_tokens
     from rollout_server.vllm_compat import versions as compat
 
     compat.vllm_version()
@@ -122,12 +122,13 @@ def _log_to_stderr() -> None:
 
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
-    from rollout_server import exposure, lifecycle
+    from rollout_server import lifecycle
+    from rollout_server.api.middleware.auth import Guard
+    from rollout_server.api.middleware.readiness import Gate
+    from rollout_server.api.security import binding as exposure
+    from rollout_server.api.security.bearer_tokens import configured_tokens
+    from rollout_server.api.server import make_server
     from rollout_server.engine.capacity import Capacity
-    from rollout_server.gate import Gate
-    from rollout_server.guard import Guard
-    from rollout_server.http import make_server
-    from rollout_server.tokens import configured_tokens
 
     gate, capacity = Gate(), Capacity(settings)
 

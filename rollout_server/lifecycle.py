@@ -12,19 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout_server import metrics
-from rollout_server.answers import Answers
-from rollout_server.app import build_app
+from rollout_server.api import metrics
+from rollout_server.api.app import build_app
+from rollout_server.api.idempotency import Answers
+from rollout_server.api.middleware.limits import Intake
+from rollout_server.api.middleware.readiness import Gate
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.exclusive import Turns
 from rollout_server.engine.proxy import EngineDoor
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import Stall
-from rollout_server.gate import Gate
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import Groups
 from rollout_server.installs.installer import Installer
-from rollout_server.intake import Intake
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model as identity
 from rollout_server.runs.table import RunTable

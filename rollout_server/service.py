@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.answers import Answers
+from rollout_server.api.idempotency import Answers
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Turns
 from rollout_server.engine.proxy import POLICY_MODEL, EngineDoor, openai_lora_request

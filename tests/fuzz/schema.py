@@ -21,7 +21,8 @@ def own_schema(target: Target) -> dict[str, Any]:
 
 def openai_schema(argv: list[str]) -> dict[str, Any]:
     """Of vLLM's routes below ours, from an app like the server's; `argv`: the server's command line."""
-    from rollout_server import app, cli
+    from rollout_server import cli
+    from rollout_server.api import app
     from rollout_server.vllm_compat import versions as compat
 
     args, config, _ = cli.resolve(argv)

@@ -13,11 +13,11 @@ import pytest
 from starlette.routing import Mount, WebSocketRoute
 
 from rollout_server import cli
-from rollout_server.app import build_app
-from rollout_server.gate import Gate
-from rollout_server.guard import Guard
-from rollout_server.roles import Role, role_needed
-from rollout_server.tokens import Tokens
+from rollout_server.api.app import build_app
+from rollout_server.api.middleware.auth import Guard
+from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.security.bearer_tokens import Tokens
+from rollout_server.api.security.roles import Role, role_needed
 from rollout_server.vllm_compat import versions as compat
 
 HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from rollout_server import cli, lifecycle
+from rollout_server.api.middleware.readiness import Gate
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.proxy import EngineDoor
-from rollout_server.gate import Gate
 from rollout_server.generation.vllm_params import to_vllm, token_prompt
 from rollout_server.service import Service
 from rollout_server.vllm_compat import versions as compat

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY, CollectorRegistry
 
-import rollout_server.metrics  # noqa: F401 - registers the server's
+import rollout_server.api.metrics  # noqa: F401 - registers the server's
 from learner.monitors.prometheus import LearnerMetrics
 from learner.servers.discovery import Places
 from learner.servers.pool import Fleet

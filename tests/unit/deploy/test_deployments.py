@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rollout_server.roles import OPEN, Role, role_needed
+from rollout_server.api.security.roles import OPEN, Role, role_needed
 from tests.unit.deploy.files import COMPOSE, ROOT, Container, compose, containers, manifests
 
 SERVERS, LEARNERS = containers("rollout-server"), containers("learner")

@@ -7,8 +7,8 @@ import os
 import ssl
 from typing import Any
 
+from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.settings import ServerSettings
-from rollout_server.tokens import Tokens
 from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.errors import InvalidRequest
 

@@ -8,8 +8,8 @@ import re
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rollout_server.roles import OPEN, may, role_needed
-from rollout_server.tokens import Tokens
+from rollout_server.api.security.bearer_tokens import Tokens
+from rollout_server.api.security.roles import OPEN, may, role_needed
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import ErrorCode, Forbidden, LockstepError, Unauthenticated
 

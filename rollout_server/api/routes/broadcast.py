@@ -13,10 +13,10 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from rollout_server import metrics
-from rollout_server.routes import ServiceDep
-from rollout_server.routes.runs import InFlightHeader, Lease, RunId
-from rollout_server.routes.streaming import Ndjson
+from rollout_server.api import metrics
+from rollout_server.api.routes import ServiceDep
+from rollout_server.api.routes.runs import InFlightHeader, Lease, RunId
+from rollout_server.api.streaming import Ndjson
 from rollout_server.service import Service
 from shared.collective import Announcement
 from shared.errors import LockstepError

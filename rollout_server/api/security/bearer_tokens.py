@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from rollout_server.roles import Role
+from rollout_server.api.security.roles import Role
 from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
 from shared.errors import InvalidRequest, LockstepError

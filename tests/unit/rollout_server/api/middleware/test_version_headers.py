@@ -11,12 +11,12 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
+from rollout_server.api.middleware.version_headers import Versioned
 from rollout_server.engine.call_context import CALL
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.proxy import EngineDoor
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.versioned import Versioned
 from shared.weights import WeightVersion
 
 

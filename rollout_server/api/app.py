@@ -10,10 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from rollout_server.roles import VLLM_PATHS
-from rollout_server.routes import collective, generate, runs, score, state
+from rollout_server.api.middleware.version_headers import Versioned
+from rollout_server.api.routes import broadcast as collective
+from rollout_server.api.routes import generate, runs, score, state
+from rollout_server.api.security.roles import VLLM_PATHS
 from rollout_server.service import Service
-from rollout_server.versioned import Versioned
 from shared.errors import ErrorBody, InvalidRequest, LockstepError, sendable
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from rollout_server.gate import Gate
-from rollout_server.guard import Guard
-from rollout_server.roles import Role, role_needed
-from rollout_server.tokens import Tokens
+from rollout_server.api.middleware.auth import Guard
+from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.security.bearer_tokens import Tokens
+from rollout_server.api.security.roles import Role, role_needed
 
 HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}
 PUSH = "/v1/runs/r/adapter"

@@ -17,13 +17,13 @@ import trustme
 from fastapi.responses import JSONResponse
 
 from learner.servers.client import RolloutClient
-from rollout_server import exposure
-from rollout_server.gate import Gate
-from rollout_server.guard import Guard
-from rollout_server.http import make_server
-from rollout_server.roles import Role
+from rollout_server.api.middleware.auth import Guard
+from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.security import binding as exposure
+from rollout_server.api.security.bearer_tokens import Tokens
+from rollout_server.api.security.roles import Role
+from rollout_server.api.server import make_server
 from rollout_server.settings import ServerSettings
-from rollout_server.tokens import Tokens
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState
 

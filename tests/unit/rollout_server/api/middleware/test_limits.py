@@ -11,9 +11,9 @@ import pytest
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 
+from rollout_server.api.middleware.limits import Intake
+from rollout_server.api.routes.state import drain
 from rollout_server.engine.capacity import Capacity
-from rollout_server.intake import Intake
-from rollout_server.routes.state import drain
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 
-from rollout_server.answers import Answer
-from rollout_server.cancellation import until_disconnect
+from rollout_server.api.disconnect import until_disconnect
+from rollout_server.api.idempotency import Answer
+from rollout_server.api.middleware.auth import PRINCIPAL
+from rollout_server.api.routes import ServiceDep
+from rollout_server.api.streaming import Ndjson
 from rollout_server.generation.requests import start
-from rollout_server.guard import PRINCIPAL
-from rollout_server.routes import ServiceDep
-from rollout_server.routes.streaming import Ndjson
 from shared.errors import LockstepError
 from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, GenerateResponse
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
-from rollout_server import metrics
-from rollout_server.routes import ServiceDep
+from rollout_server.api import metrics
+from rollout_server.api.routes import ServiceDep
 from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState
 

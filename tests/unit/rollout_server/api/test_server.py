@@ -4,8 +4,8 @@ import signal
 
 import httpx
 
-from rollout_server.gate import Gate
-from rollout_server.http import make_server
+from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.server import make_server
 
 
 def test_an_idle_connection_is_closed_by_the_client() -> None:

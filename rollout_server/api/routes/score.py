@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from rollout_server.cancellation import until_disconnect
+from rollout_server.api.disconnect import until_disconnect
+from rollout_server.api.routes import ServiceDep
 from rollout_server.generation.scoring import _score
-from rollout_server.routes import ServiceDep
 from shared.rollouts import ScoreRequest, ScoreResponse
 
 router = APIRouter()

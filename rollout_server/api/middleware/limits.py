@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rollout_server import metrics
+from rollout_server.api import metrics
 from rollout_server.engine.capacity import Capacity, too_large
 from rollout_server.settings import ServerSettings
 from shared.errors import LockstepError, Timeout

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from rollout_server.answers import Answer, Answers
-from rollout_server.routes.generate import _lines
-from rollout_server.routes.streaming import Ndjson
+from rollout_server.api.idempotency import Answer, Answers
+from rollout_server.api.routes.generate import _lines
+from rollout_server.api.streaming import Ndjson
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError, UnknownRun
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
@@ -82,7 +82,7 @@ async def test_a_second_request_joins_the_first(answers: Answers) -> None:
 
 
 async def test_a_stream_is_never_silent_for_long(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout_server.answers.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("rollout_server.api.idempotency.HEARTBEAT_SECONDS", 0.02)
     work = _Work()
     answer = answers.open(work.start, BODY)
     answer.join()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from rollout_server.routes import ServiceDep
+from rollout_server.api.routes import ServiceDep
 from shared.weights import ServerState
 
 router = APIRouter()

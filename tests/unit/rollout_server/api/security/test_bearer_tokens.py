@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rollout_server.roles import Role
+from rollout_server.api.security.bearer_tokens import Tokens, configured_tokens
+from rollout_server.api.security.roles import Role
 from rollout_server.settings import ServerSettings
-from rollout_server.tokens import Tokens, configured_tokens
 from shared.bearer_tokens import is_loopback, parse_tokens
 from shared.errors import LockstepError
 

@@ -1,0 +1,1 @@
+"""ASGI layers around all routes."""
