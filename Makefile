@@ -10,7 +10,7 @@ setup: ## the CPU environment, into .venv/
 	@deploy/setup-cpu.sh
 
 demo: setup ## train a small model on a real task, both processes on this machine
-	$(PY) -m learner.demo.__main__ $(DEMO_FLAGS)
+	$(PY) -m learner.demo $(DEMO_FLAGS)
 
 test: setup ## all tests; the integration tests start a real vLLM
 	$(PY) -m pytest -q -n 2 --dist loadfile tests

@@ -79,7 +79,7 @@ def train(work: Path, options: argparse.Namespace, bound: int, seed: int) -> dic
         command = [
             sys.executable,
             "-m",
-            "learner.demo.__main__",
+            "learner.demo",
             "--split-cores",
             "--config",
             str(out / "recipe.yaml"),

@@ -1,7 +1,7 @@
 """Several rollout servers of which one is killed and started again, and one joins late: what completions still come.
 
-python -m bench.fleet.__main__ --quick                                                          # two servers, minutes
-python -m bench.fleet.__main__ --cores 0.4 --json fleet.json --plot fleet.png --work-dir DIR    # three servers on one CPU
+python -m bench.fleet --quick                                                          # two servers, minutes
+python -m bench.fleet --cores 0.4 --json fleet.json --plot fleet.png --work-dir DIR    # three servers on one CPU
 
 First every server is measured alone. Then the learner's own fetching loop keeps all of them busy, pushing an adapter
 every few seconds, while servers come and go; between these events the tokens a second are compared with the sum of what
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--servers: 2 to 26")
     except ValueError as error:
         parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.fleet.__main__", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "bench.fleet", *(sys.argv[1:] if argv is None else argv)])
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [cpu_name()]
     report = FleetReport(options.json, machine(devices, command))
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fleet.__main__", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="two servers, a tiny model, windows of 8 s")
     add("--json", type=Path)

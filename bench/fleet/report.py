@@ -1,4 +1,4 @@
-"""What `bench.fleet.__main__` leaves behind: a row for every stretch between two events, and a picture of all of them."""
+"""What `bench.fleet` leaves behind: a row for every stretch between two events, and a picture of all of them."""
 
 from __future__ import annotations
 

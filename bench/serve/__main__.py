@@ -1,7 +1,7 @@
 """Throughput and latency of `/v1/generate` beside the bare engine and `vllm serve`, with the same requests.
 
-python -m bench.serve.__main__ --quick                                  # a tiny model on the CPU, minutes
-python -m bench.serve.__main__ --json serve.json                        # all contenders side by side on GPU 0
+python -m bench.serve --quick                                  # a tiny model on the CPU, minutes
+python -m bench.serve --json serve.json                        # all contenders side by side on GPU 0
 
 All have the same engine: adapter slots, worker class and flags of a rollout server, and are asked for the base. They
 take turns, wave by wave, so that what else the machine does meets all of them.
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     options.learner_gpu = options.server_gpu
-    command = shlex.join(["python", "-m", "bench.serve.__main__", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "bench.serve", *(sys.argv[1:] if argv is None else argv)])
     devices, learner, server = pick_devices(options)
     report = ServeReport(options.json, machine(devices[-1:], command))
     dtype = "float32" if learner == "cpu" else "bfloat16"
@@ -262,7 +262,7 @@ def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tupl
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.serve.__main__", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model, rank 8, up to 64 tokens, 1, 8 and 32 sequences at a time")
     add("--json", type=Path, help="written after every row")

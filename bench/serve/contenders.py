@@ -1,4 +1,4 @@
-"""Who is measured in `bench.serve.__main__`: one engine behind four front ends, and how a wave of requests is sent to each."""
+"""Who is measured in `bench.serve`: one engine behind four front ends, and how a wave of requests is sent to each."""
 
 from __future__ import annotations
 

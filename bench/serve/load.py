@@ -1,4 +1,4 @@
-"""The requests of `bench.serve.__main__`: the same for every contender, so many of them at a time."""
+"""The requests of `bench.serve`: the same for every contender, so many of them at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Seconds of a training step with rollouts up to S batches ahead, beside TRL's own server mode on the same GPUs.
 
-python -m bench.step.__main__ --quick --json step.json                           # a tiny model on the CPU, minutes
-VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_NVLS_ENABLE=0 python -m bench.step.__main__ --shape qwen3-4b --batch 128 --staleness 0,1,2 \\
+python -m bench.step --quick --json step.json                           # a tiny model on the CPU, minutes
+VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_NVLS_ENABLE=0 python -m bench.step --shape qwen3-4b --batch 128 --staleness 0,1,2 \\
     --json step.json --plot step.png --profile-dir profiles    # learner GPU 0, servers GPU 1; the idle one waits
 
 All trainings have the same model, prompts, group, batch and options, and run one after the other, each in a process of
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
     except ValueError as error:
         parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.step.__main__", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "bench.step", *(sys.argv[1:] if argv is None else argv)])
     devices, learner, server = pick_devices(options)
     report = StepReport(options.json, machine(devices, command))
     dtype = "float32" if learner == "cpu" else "bfloat16"
@@ -246,7 +246,7 @@ def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tupl
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step.__main__", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model, 16 completions of up to 64 tokens a step")
     add("--json", type=Path, help="written after every row")

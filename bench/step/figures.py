@@ -1,4 +1,4 @@
-"""Arithmetic of `bench.step.__main__`: from the steps of a training to its row, from rows to what they show together."""
+"""Arithmetic of `bench.step`: from the steps of a training to its row, from rows to what they show together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training of `bench.step.__main__`, in a process of its own: what each of its steps took.
+"""One training of `bench.step`, in a process of its own: what each of its steps took.
 
 python -m bench.step.learner TRAINING.json STEPS.json
 """

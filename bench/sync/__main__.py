@@ -1,7 +1,7 @@
 """Optimizer step done -> first token of the new version: ours and its peers, in one run on one machine.
 
-python -m bench.sync.__main__ --quick                       # a tiny model on the CPU, minutes
-python -m bench.sync.__main__ --json sync.json --plot sync.png --ranks 8,32,128 --share-server    # learner GPU 0, server GPU 1
+python -m bench.sync --quick                       # a tiny model on the CPU, minutes
+python -m bench.sync --json sync.json --plot sync.png --ranks 8,32,128 --share-server    # learner GPU 0, server GPU 1
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         only = pick_rows(options.only, ROWS)
     except ValueError as error:
         parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.sync.__main__", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "bench.sync", *(sys.argv[1:] if argv is None else argv)])
     if options.parallel_start and not options.share_server:
         parser.error("--parallel-start needs --share-server: one server per rank would not fit side by side")
     plan = Plan(
@@ -122,7 +122,7 @@ def finish(report: Report, options: argparse.Namespace) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sync.__main__", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.sync", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model, rank 8, at most 5 pushes")
     add("--json", type=Path, help="written after every row")

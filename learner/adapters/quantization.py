@@ -9,7 +9,6 @@ from typing import Any
 from transformers import BitsAndBytesConfig  # TYPE
 from trl import ModelConfig  # TYPE
 
-from learner.adapters.quantization import check_quantised
 from shared.errors import InvalidRequest, UnsupportedAdapter
 
 #: In the config.json of a base that `learner.commands.four_bit_base` made: what it was quantised with.

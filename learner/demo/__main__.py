@@ -1,6 +1,6 @@
 """`make demo`: a small chat model gets better at sums, with the rollout server and the learner as two processes.
 
-python -m learner.demo.__main__ [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
+python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _free_port() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m learner.demo.__main__", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
     add = parser.add_argument
     add("--config", default=str(RECIPE), help="the learner's options, as for `learner train --config`")
     add("--output-dir", default="runs/demo")

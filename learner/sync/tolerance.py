@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from learner.adapters.exporter import TORCH_DTYPES
-from learner.sync.tolerance import FLOOR, SAFETY
 from shared.weights import WeightVersion
 
 #: Largest gap in float32 where models are so small that the derivation below gives less.

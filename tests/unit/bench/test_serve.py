@@ -1,4 +1,4 @@
-"""What bench.serve.__main__ asks, checks and writes down; nothing is started."""
+"""What bench.serve asks, checks and writes down; nothing is started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bench.step.__main__ makes of the steps of trainings; nothing is started."""
+"""What bench.step makes of the steps of trainings; nothing is started."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def connect(url: str, token: str | None = None, ca_file: str | None = None) -> RolloutClient:
         return RolloutClient(url, token, transport=httpx.MockTransport(answer))
 
-    monkeypatch.setattr(learner.status, "RolloutClient", connect)
+    monkeypatch.setattr(learner.commands.status, "RolloutClient", connect)
     return states
 
 

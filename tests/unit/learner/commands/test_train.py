@@ -39,7 +39,7 @@ def flags(model_dir, server, monkeypatch, tmp_path):
     def connect(url, token=None, **kwargs):
         return RolloutClient(url, token, transport=server.transport, **kwargs)
 
-    monkeypatch.setattr(learner.attachment, "RolloutClient", connect)
+    monkeypatch.setattr(learner.trainer.attach, "RolloutClient", connect)
     monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
     return [
         "--rollout-url",

@@ -66,7 +66,7 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
     def run(changes: dict[str, object], **config: object) -> Seen:
         monkeypatch.setattr("trl.trainer.utils._use_triton", trl.kernels.chunked_logprob._use_triton)
         for name, value in changes.items():
-            monkeypatch.setattr(learner.attachment, name, value)
+            monkeypatch.setattr(learner.trainer.attach, name, value)
         torch.manual_seed(0)
         server.drawn.manual_seed(0)
         server.restart()
