@@ -12,10 +12,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from learner.commands import export, status
-from learner.commands import four_bit_base as four_bit
+from learner.commands import eval as eval_command
+from learner.commands import export, four_bit_base, status
 from learner.config import LearnerConfig
-from learner.evaluation import evaluate
 from rollout_server.api.app import build_app
 from rollout_server.api.security.roles import OPEN, VLLM_ROUTES, role_needed
 from rollout_server.settings import ServerSettings
@@ -40,7 +39,11 @@ def cli_page() -> str:
                 "## learner train",
                 "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
                 _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
-                *(part for module in (evaluate, export, status, four_bit) for part in _command(module.make_parser())),
+                *(
+                    part
+                    for module in (eval_command, export, status, four_bit_base)
+                    for part in _command(module.make_parser())
+                ),
             ]
         )
         + "\n"

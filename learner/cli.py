@@ -15,7 +15,7 @@ from shared.errors import ErrorCode, LockstepError
 COMMANDS = {
     "train": ("learner.commands.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
     "status": ("learner.commands.status", "which servers serve what, and how far a run has come"),
-    "eval": ("learner.evaluation.evaluate", "score and compare policies on a task, over HTTP"),
+    "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),
     "four-bit-base": ("learner.commands.four_bit_base", "make a base that a learner can hold in four bits (QLoRA)"),
     "export": ("learner.commands.export", "write a trained adapter for others to load, alone or merged into its base"),
 }

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from learner.servers.discovery import Places
+from learner.servers.discovery import ServerDiscovery
 from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN
 
@@ -143,7 +143,7 @@ class LearnerConfig:
     )
     allow_policy_altering: bool = _option(
         False,
-        "Train although the server speculates or quantises its KV cache, so its logprobs are not the policy's.",
+        "Train although the server speculates or quantizes its KV cache, so its logprobs are not the policy's.",
     )
     takeover: bool = _option(False, "Take the run over from another learner, whose pushes are refused from then on.")
 
@@ -198,7 +198,7 @@ class LearnerConfig:
         """
         if not self.rollout_url:
             raise InvalidRequest("give --rollout-url, e.g. http://127.0.0.1:8000")
-        several = len(self.rollout_url) > 1 or Places(self.rollout_url).may_change
+        several = len(self.rollout_url) > 1 or ServerDiscovery(self.rollout_url).may_change
         for option, why in (
             ("deterministic", "which server completes a prompt depends on their speed"),
             ("share_gpu", "the learner is on the GPU of one server"),

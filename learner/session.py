@@ -15,17 +15,17 @@ from learner.config import LearnerConfig
 from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Fetcher
+from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import Ahead, RemoteRollouts
 from learner.rollouts.prefetch import Prefetcher
 from learner.run_dir.lease import load_lease, save_lease
 from learner.servers.client import RolloutClient
-from learner.servers.event_log import FleetLog
-from learner.servers.pool import Fleet, serve_base
-from learner.servers.replica import Member
+from learner.servers.event_log import EventLog
+from learner.servers.pool import ServerPool, serve_base
+from learner.servers.replica import Replica
 from learner.step_metrics import Figures, StepReport
-from learner.sync.gpu_sharing import GpuTurns
+from learner.sync.gpu_sharing import GpuSharing
 from learner.sync.probe import canary_slope, probe_sequences
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
@@ -48,7 +48,7 @@ class Session:
     model's forward, which may be sharded; rank 0 pushes. Every rank fetches its own rollouts.
 
     Args:
-        fleet: the servers; at least one is up.
+        pool: the servers; at least one is up.
         accepts: raises what speaks against a server in this state.
     """
 
@@ -56,7 +56,7 @@ class Session:
         self,
         trainer: Trainer,
         model: PeftModel,
-        fleet: Fleet,
+        pool: ServerPool,
         config: LearnerConfig,
         *,
         sampling: SamplingParams,
@@ -64,10 +64,10 @@ class Session:
         base_weights: str | None,
         accepts: Callable[[ServerState], object] = lambda state: None,
     ) -> None:
-        self.trainer, self.model, self.fleet, self.config = trainer, model, fleet, config
-        fleet.say = self.say
+        self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
+        pool.say = self.say
         # What follows from them must be the same on every rank.
-        states: list[ServerState] = self._on_main(lambda: [member.known for member in fleet.up()])
+        states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
         self._accepts = accepts
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
@@ -76,9 +76,9 @@ class Session:
         self.publisher = self._publisher(base_weights)
         self._keep_lease()
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
-        self.turns = GpuTurns(fleet.up()[0], self.say) if config.share_gpu else None
-        fetcher = Fetcher(
-            fleet,
+        self.gpu_sharing = GpuSharing(pool.up()[0], self.say) if config.share_gpu else None
+        dispatcher = Dispatcher(
+            pool,
             sampling,
             self.max_model_len,
             warn=self.say,
@@ -86,7 +86,7 @@ class Session:
             before=self.let_serve,
         )
         self.rollouts = RemoteRollouts(
-            fetcher,
+            dispatcher,
             version=lambda: self.publisher.version(trainer.step),
             barrier=self.ensure_served,
             is_training=lambda: trainer.is_training,
@@ -98,14 +98,14 @@ class Session:
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None
         self.canary_slope: float | None = None
-        self._log: FleetLog | None = None
+        self._log: EventLog | None = None
         self.figures = Figures(trainer, self.rollouts)
 
     def _publisher(self, base_weights: str | None) -> Publisher:
         """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
         lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
         return Publisher(
-            self.fleet,
+            self.pool,
             self.model,
             lease,
             base_weights=base_weights,
@@ -139,21 +139,21 @@ class Session:
             self.publisher.begin_anew()
             self._keep_lease()
         self.let_serve()
-        sequences = self._on_main(lambda: probe_sequences(self.fleet, self.prompts))
+        sequences = self._on_main(lambda: probe_sequences(self.pool, self.prompts))
         self.proof = SyncProof(
-            self.fleet, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
+            self.pool, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
         )
         if self.config.proof_canary and not self.continues and not again and self.base_served:
             self.canary_slope = canary_slope(self.proof, self.publisher, takeover=self.config.takeover)
         elif self.base_served:
             self.proof.check_base()
         if self.trainer.accelerator.is_main_process and self._log is None:
-            self._log = FleetLog(self.trainer.output_dir / "servers.jsonl", self.fleet)
+            self._log = EventLog(self.trainer.output_dir / "servers.jsonl", self.pool)
         self.rounded = RoundedUpdates(self.model, lambda local: self.trainer.accelerator.reduce(local, reduction="sum"))
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
-        self.fleet.keep(self._bring_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
+        self.pool.keep(self._bring_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
         if self.config.max_staleness > 0:
             self._read_ahead(self.config.max_staleness)
         self.figures.restart_clock()
@@ -183,7 +183,7 @@ class Session:
             "max_logprob_gap": self.proof.max_gap if self.proof else None,
             "logprob_tolerance": self.proof.last.tolerance if self.proof and self.proof.last else None,
             "canary_slope": self.canary_slope,
-            **({"gpu_turn_seconds": sum(self.turns.seconds)} if self.turns else {}),
+            **({"gpu_turn_seconds": sum(self.gpu_sharing.seconds)} if self.gpu_sharing else {}),
         }
 
     def use(self, rewards: Rewards) -> None:
@@ -208,12 +208,12 @@ class Session:
 
     def let_serve(self) -> None:
         """Let a server that shares the learner's GPU have it."""
-        if self.turns:
-            self.turns.serve()
+        if self.gpu_sharing:
+            self.gpu_sharing.serve()
 
     def close(self) -> None:
         """Let go of the way to the servers, where what was pushed stays, and end the reward workers."""
-        self.fleet.close()
+        self.pool.close()
         if self._log:
             self._log.close()
         self.publisher.close()
@@ -261,20 +261,20 @@ class Session:
         when = ("train", trainer.micro_step) if trainer.is_training else ("eval", trainer.step)
         return prompt_seed(trainer.seed, *when, trainer.first_row + row, *token_ids)
 
-    def _bring_up(self, member: Member) -> None:
-        self.publisher.bring_up(member, self._admit)
+    def _bring_up(self, replica: Replica) -> None:
+        self.publisher.bring_up(replica, self._admit)
 
-    def _see_whether_up(self, member: Member) -> None:
+    def _see_whether_up(self, replica: Replica) -> None:
         """On other ranks: rank 0 brings it up to date; until then it is asked for nothing."""
-        state, last = member.client.state(), self.publisher.last
+        state, last = replica.client.state(), self.publisher.last
         if last is None or state.draining or not any(run.version == last.version for run in state.runs):
-            raise VersionNotActive(f"{member.url} does not serve this run yet")
-        member.state = state
-        self.fleet.come_up(member)
+            raise VersionNotActive(f"{replica.url} does not serve this run yet")
+        replica.state = state
+        self.pool.come_up(replica)
 
     def _admit(self, client: RolloutClient, state: ServerState) -> None:
         """Raise what keeps a server from joining those that are there."""
-        same = next((m for m in self.fleet.up() if m.url != client.url and m.known.epoch == state.epoch), None)
+        same = next((m for m in self.pool.up() if m.url != client.url and m.known.epoch == state.epoch), None)
         if same is not None:
             raise InvalidRequest(f"it is the server at {same.url}, by another address")
         self._accepts(state)

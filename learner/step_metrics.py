@@ -15,7 +15,7 @@ from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
-from learner.rollouts.mismatch import Drift
+from learner.rollouts.mismatch import Mismatch
 from shared.weights import PushReceipt
 
 
@@ -50,7 +50,7 @@ class StepReport:
     rollout_tokens_per_second: float
     logprob_gap: float | None
     seconds: float
-    drift: Drift | None = None
+    drift: Mismatch | None = None
     reward_wait_seconds: float | None = None
     servers_up: int = 1
     servers: int = 1
@@ -76,7 +76,7 @@ class Figures:
         self.dynamic: DynamicSampling | None = None
         self.pushes = 0
         self.reports: list[StepReport] = []
-        self.drift: Drift | None = None
+        self.drift: Mismatch | None = None
         self.listeners: list[Callable[[StepReport], None]] = []
         self._server_tokens: dict[str, int] = {}
         self.restart_clock()
@@ -92,7 +92,7 @@ class Figures:
     ) -> StepReport:
         """A step has ended with a push."""
         self.pushes += 1
-        stats, trainer, fleet = self._rollouts.stats, self._trainer, self._rollouts.fetcher.fleet
+        stats, trainer, pool = self._rollouts.stats, self._trainer, self._rollouts.dispatcher.pool
         seconds = time.perf_counter() - self._started
         idle = None
         if self._rollouts.ahead is not None:
@@ -115,8 +115,8 @@ class Figures:
             seconds=seconds,
             drift=self.drift,
             reward_wait_seconds=self.rewards.wait_seconds - self._reward_waited if self.rewards else None,
-            servers_up=len(fleet.up()),
-            servers=len(fleet.members),
+            servers_up=len(pool.up()),
+            servers=len(pool.replicas),
             update_lost=update_lost,
         )
         self.restart_clock()
@@ -146,13 +146,13 @@ class Figures:
 
     def _log_servers(self) -> None:
         """Tokens that came from each server since the last step."""
-        for url, member in list(self._rollouts.fetcher.fleet.members.items()):
-            total, before = member.load.tokens, self._server_tokens.get(url, 0)
+        for url, replica in list(self._rollouts.dispatcher.pool.replicas.items()):
+            total, before = replica.load.tokens, self._server_tokens.get(url, 0)
             since = total - before if total >= before else total  # it was forgotten and listed again
             self._trainer.log(f"lockstep/tokens_from/{url.split('://')[-1]}", float(since))
             self._server_tokens[url] = total
 
-    def saw_drift(self, drift: Drift) -> None:
+    def saw_mismatch(self, drift: Mismatch) -> None:
         """A generation batch's distance between the server's distribution and the trainer's."""
         self.drift = drift
         for name, value in asdict(drift).items():
@@ -177,7 +177,7 @@ class Figures:
         stats = self._rollouts.stats
         unscored = self.rewards.unscored.total() if self.rewards else 0
         replaced, kept = (self.dynamic.replaced, self.dynamic.kept) if self.dynamic else (0, 0)
-        local = [(stats.lags, stats.regenerated, self._rollouts.fetcher.capped_prompts, unscored, replaced, kept)]
+        local = [(stats.lags, stats.regenerated, self._rollouts.dispatcher.capped_prompts, unscored, replaced, kept)]
         lags, regenerated, capped, unscored_rewards, degenerate_replaced, degenerate_kept = zip(
             *gather_object(local), strict=True
         )

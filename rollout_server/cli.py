@@ -39,15 +39,15 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     """
     from rollout_server.api.security import binding as exposure
     from rollout_server.api.security.bearer_tokens import configured_tokens
-    from rollout_server.vllm_compat import versions as compat
+    from rollout_server.vllm_compat import versions
 
-    compat.vllm_version()
+    versions.vllm_version()
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
     server_settings.add_flags(parser)
-    parser = compat.make_arg_parser(parser)
+    parser = versions.make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)
     args = parser.parse_args(argv)
     settings = server_settings.from_args(args)
@@ -123,14 +123,14 @@ def _log_to_stderr() -> None:
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     from rollout_server import lifecycle
-    from rollout_server.api.middleware.auth import Guard
-    from rollout_server.api.middleware.readiness import Gate
+    from rollout_server.api.middleware.auth import AuthMiddleware
+    from rollout_server.api.middleware.readiness import ReadinessMiddleware
     from rollout_server.api.security import binding as exposure
     from rollout_server.api.security.bearer_tokens import configured_tokens
     from rollout_server.api.server import make_server
     from rollout_server.engine.capacity import Capacity
 
-    gate, capacity = Gate(), Capacity(settings)
+    gate, capacity = ReadinessMiddleware(), Capacity(settings)
 
     def leave() -> None:
         if gate.is_open:
@@ -139,7 +139,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             server.should_exit = True
 
     server = make_server(
-        Guard(gate, configured_tokens(settings)),
+        AuthMiddleware(gate, configured_tokens(settings)),
         leave,
         host=args.host,
         port=args.port,

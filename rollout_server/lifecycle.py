@@ -15,23 +15,22 @@ from typing import Any
 from rollout_server.api import metrics
 from rollout_server.api.app import build_app
 from rollout_server.api.idempotency import Answers
-from rollout_server.api.middleware.limits import Intake
-from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.middleware.limits import LimitsMiddleware
+from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.engine.capacity import Capacity
-from rollout_server.engine.exclusive import Turns
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.exclusive import Exclusive
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.sleep import Sleep
-from rollout_server.engine.watchdog import Stall
+from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import Groups
 from rollout_server.installs.installer import Installer
 from rollout_server.ipc.client import Workers
-from rollout_server.runs import served_model as identity
+from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import topology as process_layout
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import topology, versions
 from shared.errors import InvalidRequest
 
 logger = logging.getLogger("rollout_server")
@@ -53,24 +52,26 @@ def _start_engine(vllm_config: Any, args: Any) -> Any:
     )
 
 
-async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gate, capacity: Capacity) -> Service:
+async def start(
+    args: Any, vllm_config: Any, settings: ServerSettings, gate: ReadinessMiddleware, capacity: Capacity
+) -> Service:
     """Load the model, register the slots, warm up, open the gate."""
     started = time.monotonic()
     # On a thread: loading takes minutes, and /health has to answer all the while.
     engine = await asyncio.to_thread(_start_engine, vllm_config, args)
     gate.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
-    door = EngineDoor(engine, runs, capacity)
+    proxy = EngineProxy(engine, runs, capacity)
     await engine.reset_mm_cache()
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
-    workers, described = await _reach_workers(door, serving, process_layout.workers(vllm_config.parallel_config))
-    served = await asyncio.to_thread(identity.describe, vllm_config, described, rank)
+    workers, described = await _reach_workers(proxy, serving, topology.workers(vllm_config.parallel_config))
+    served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank)
     epoch = secrets.token_hex(8)
     backend = "nccl" if described[0]["device"] else "gloo"
     groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
-    sleep = Sleep(door, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
-    installer = Installer(door, workers, groups, runs, served, settings, epoch, sleep)
+    sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
+    installer = Installer(proxy, workers, groups, runs, served, settings, epoch, sleep)
     gate.on_close(installer.staging.close)
     logger.info(
         "model loaded after %.0f s by %d workers, %s; warming up",
@@ -80,22 +81,22 @@ async def start(args: Any, vllm_config: Any, settings: ServerSettings, gate: Gat
     )
     await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
     tasks = await engine.get_supported_tasks()
-    openai_app = compat.build_openai_app(args, tasks, vllm_config.model_config)
-    await compat.init_openai_state(door, openai_app.state, args, tasks)
-    models, turns = openai_app.state.openai_serving_models, Turns(door, enabled=settings.deterministic)
-    service = Service(settings, door, runs, served, installer, epoch, models, turns, Answers(settings))
+    openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
+    await versions.init_openai_state(proxy, openai_app.state, args, tasks)
+    models, exclusive = openai_app.state.openai_serving_models, Exclusive(proxy, enabled=settings.deterministic)
+    service = Service(settings, proxy, runs, served, installer, epoch, models, exclusive, Answers(settings))
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
-    intake = Intake(build_app(service, openai_app), settings, capacity)
+    intake = LimitsMiddleware(build_app(service, openai_app), settings, capacity)
     _settle()
-    gate.open(intake, healthy=lambda: not door.errored, ready=lambda: not capacity.draining)
+    gate.open(intake, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service
 
 
 async def _reach_workers(
-    door: EngineDoor, serving: tuple[Any, ...], count: int
+    proxy: EngineProxy, serving: tuple[Any, ...], count: int
 ) -> tuple[Workers, list[dict[str, Any]]]:
     """Prepare all workers, open a socket to each, and ask each what it is.
 
@@ -103,7 +104,7 @@ async def _reach_workers(
         serving: what `lockstep_register` of our worker class wants to know first.
     """
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        await door.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
+        await proxy.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
         sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
         workers = await Workers.connect(sockets, count)
     return workers, await workers.call("describe", _DESCRIBE_SECONDS)
@@ -133,23 +134,23 @@ def _settle() -> None:
     """What makes every later request cheaper, once all has been loaded."""
     gc.collect()
     gc.freeze()  # or every full collection walks over all that the imports left behind
-    compat.cache_environment()
+    versions.cache_environment()
 
 
 async def watch(service: Service) -> None:
     """Return when the engine has died, or hangs, with the reason in the log."""
-    stall = Stall(service.door, service.settings.engine_stall_seconds)
-    while not service.door.errored:
+    stall = StallWatchdog(service.proxy, service.settings.engine_stall_seconds)
+    while not service.proxy.errored:
         await asyncio.sleep(_WATCH_SECONDS)
         stall.look()
     logger.error(
-        "the engine died: %s; this server stops so that its supervisor can restart it", service.door.dead_error
+        "the engine died: %s; this server stops so that its supervisor can restart it", service.proxy.dead_error
     )
 
 
 async def drained(service: Service) -> None:
     """Return when the server has been told to leave and has finished what it had, or `--drain-seconds` later."""
-    capacity, seconds = service.door.capacity, service.settings.drain_seconds
+    capacity, seconds = service.proxy.capacity, service.settings.drain_seconds
     if await capacity.drained(seconds):
         logger.info("drained: everything under way has been finished")
     else:
@@ -167,7 +168,7 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
     Raises:
         LockstepError: with what to do instead.
     """
-    altering = identity.policy_altering(vllm_config)
+    altering = served_model.policy_altering(vllm_config)
     if altering and not settings.allow_policy_altering:
         raise InvalidRequest(
             f"{' and '.join(altering)} make the logprobs differ from the policy's; "
@@ -179,9 +180,7 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
             f"--logprobs-mode {mode}: a learner needs the logprobs that tokens were drawn with; "
             "leave the flag out (processed_logprobs)"
         )
-    unreachable = process_layout.refusal(
-        vllm_config.parallel_config, mixture_of_experts=vllm_config.model_config.is_moe
-    )
+    unreachable = topology.refusal(vllm_config.parallel_config, mixture_of_experts=vllm_config.model_config.is_moe)
     if unreachable:
         raise InvalidRequest(unreachable)
     if settings.deterministic and vllm_config.parallel_config.data_parallel_size > 1:
@@ -189,11 +188,11 @@ def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
             "--deterministic: which of several engines takes a request depends on their load; leave out "
             "--data-parallel-size"
         )
-    if settings.share_gpu and process_layout.workers(vllm_config.parallel_config) > 1:
+    if settings.share_gpu and topology.workers(vllm_config.parallel_config) > 1:
         raise InvalidRequest("--share-gpu: the learner is on one GPU; leave out --tensor-parallel-size and the like")
     if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
         raise InvalidRequest(
-            "--apply merge writes plain weights, and this model computes with others made of them (quantised, or MLA): "
+            "--apply merge writes plain weights, and this model computes with others made of them (quantized, or MLA): "
             "use --apply adapter"
         )
     if getattr(vllm_config.model_config, "is_multimodal_model", False):

@@ -7,8 +7,8 @@ from typing import Any
 
 from rollout_server.api.idempotency import Answers
 from rollout_server.engine.admission import Admission
-from rollout_server.engine.exclusive import Turns
-from rollout_server.engine.proxy import POLICY_MODEL, EngineDoor, openai_lora_request
+from rollout_server.engine.exclusive import Exclusive
+from rollout_server.engine.proxy import POLICY_MODEL, EngineProxy, openai_lora_request
 from rollout_server.installs.installer import Installer
 from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.table import RunTable
@@ -22,19 +22,19 @@ class Service:
     """Lives from warm-up to shutdown."""
 
     settings: ServerSettings
-    door: EngineDoor
+    proxy: EngineProxy
     runs: RunTable
     served: ServedModel
     installer: Installer
     epoch: str
     openai_models: Any
-    turns: Turns
+    exclusive: Exclusive
     answers: Answers
 
     def state(self) -> ServerState:
         """The answer of `/v1/state`."""
-        state = self.served.state(self.epoch, not self.door.errored, self.settings, self.runs)
-        return state.model_copy(update={"draining": self.door.capacity.draining, "asleep": self.door.asleep})
+        state = self.served.state(self.epoch, not self.proxy.errored, self.settings, self.runs)
+        return state.model_copy(update={"draining": self.proxy.capacity.draining, "asleep": self.proxy.asleep})
 
     async def reached(self, request: PolicyRequest) -> None:
         """Wait for the step the request asks for."""
@@ -44,7 +44,7 @@ class Service:
     async def admit(self, request: PolicyRequest) -> Admission:
         """Bind a request to what is served."""
         await self.runs.admitting()
-        return self.door.admit(request)
+        return self.proxy.admit(request)
 
     def list_policies(self) -> None:
         """Show the runs as models on vLLM's OpenAI routes: `policy` where there is one, `policy:RUN_ID` always."""

@@ -76,7 +76,7 @@ class ServerSettings:
         "the server stops; must be more than the longest prompt takes. 0: never",
     )
     allow_policy_altering: bool = _flag(
-        False, "serve although speculative decoding or a quantised KV cache makes logprobs differ from the policy's"
+        False, "serve although speculative decoding or a quantized KV cache makes logprobs differ from the policy's"
     )
     token_file: str = _flag(
         "",

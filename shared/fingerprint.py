@@ -1,4 +1,4 @@
-"""What identifies a base model, read from its checkpoint files before anything is loaded or quantised.
+"""What identifies a base model, read from its checkpoint files before anything is loaded or quantized.
 
 The weights' fingerprint covers the architecture and, for every tensor, its name, shape and a fixed sample of its
 elements (widened to float32, so that the dtype a copy was saved in does not matter where the values are the same).

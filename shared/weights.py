@@ -51,7 +51,7 @@ class WeightVersion(BaseModel):
 
 
 class BaseFingerprint(BaseModel):
-    """What identifies a base model: see `shared.fingerprint`. None: not known (dummy or pre-quantised weights)."""
+    """What identifies a base model: see `shared.fingerprint`. None: not known (dummy or pre-quantized weights)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -152,7 +152,7 @@ class ServerState(BaseModel):
     devices: list[str | None] = Field([], description="UUID of each worker's GPU; null for a CPU")
     logprobs_mode: str
     policy_altering: list[str] = Field(
-        [], description="engine options that make logprobs differ from the policy's (speculation, quantised KV cache)"
+        [], description="engine options that make logprobs differ from the policy's (speculation, quantized KV cache)"
     )
     allowed_altering: bool = False
     deterministic: bool = Field(False, description="equal seeded requests, one at a time, have equal answers")

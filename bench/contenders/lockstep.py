@@ -16,7 +16,7 @@ from bench.common.measure import Moved, Sample, Setting, Skip, fresh_prompts, on
 from bench.common.servers import Server, environment, free_port
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from learner.sync.transport import Choice
 from shared.errors import LockstepError
@@ -36,7 +36,7 @@ class OurPath:
         run_id = f"bench-{re.sub('[^a-z]+', '-', row)}-{secrets.token_hex(3)}"
         self.client, self.lease, self.transport = client, Lease(run_id, secrets.token_hex(16), 0), TRANSPORTS[row]
         self.publisher = Publisher(
-            Fleet.of(client),
+            ServerPool.of(client),
             model,
             self.lease,
             takeover=True,

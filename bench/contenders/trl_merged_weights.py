@@ -49,7 +49,7 @@ class PeerMerged:
     needs_rank = False
     notes = {  # noqa: RUF012
         MERGED: "every base parameter travels at any rank; TRL does not pause the server, sets no deadline, needs one "
-        "NCCL network and an unquantised base, and merging in bfloat16 drifts"
+        "NCCL network and an unquantized base, and merging in bfloat16 drifts"
     }
 
     def __init__(self) -> None:

@@ -35,12 +35,12 @@ from bench.common.shapes import Shape, pick_shapes
 from bench.fleet.quota import quotas
 from bench.fleet.report import SETTLE_S, FleetReport, plot, table
 from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Fetcher, asks_of
+from learner.rollouts.dispatch import Dispatcher, asks_of
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.discovery import Places
-from learner.servers.event_log import FleetLog
-from learner.servers.pool import Fleet
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.event_log import EventLog
+from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import LockstepError
@@ -92,22 +92,22 @@ class Run:
             f"server {name}", command, port, self.work / f"{name}.log", environment(device, extra), ready="/ready"
         )
 
-    def fetcher(self, fleet: Fleet) -> Fetcher:
+    def dispatcher(self, pool: ServerPool) -> Dispatcher:
         sampling = SamplingParams(max_tokens=self.options.tokens, ignore_eos=True)
-        return Fetcher(fleet, sampling, max_model_len=self.options.tokens + 64, warn=print)
+        return Dispatcher(pool, sampling, max_model_len=self.options.tokens + 64, warn=print)
 
-    def publisher(self, fleet: Fleet, model: Any) -> Publisher:
-        return Publisher(fleet, model, self.lease, takeover=True, transport="http", say=lambda text: None)
+    def publisher(self, pool: ServerPool, model: Any) -> Publisher:
+        return Publisher(pool, model, self.lease, takeover=True, transport="http", say=lambda text: None)
 
     def alone(self, server: Server, model: Any) -> float:
         """Tokens a second of one server under its share of the load."""
         with RolloutClient(server.url) as client:
-            fleet = Fleet.of(client)
-            publisher = self.publisher(fleet, model)
+            pool = ServerPool.of(client)
+            publisher = self.publisher(pool, model)
             publisher.push(0)
             counts: list[int] = []
-            fleet.on_tokens = lambda member, count: counts.append(count)
-            with self.load(fleet, publisher, len(self.ports)):
+            pool.on_tokens = lambda replica, count: counts.append(count)
+            with self.load(pool, publisher, len(self.ports)):
                 training = self.training(publisher, model)
                 training(for_seconds(SETTLE_S))
                 before, started = len(counts), time.monotonic()
@@ -129,7 +129,7 @@ class Run:
         return train
 
     @contextlib.contextmanager
-    def load(self, fleet: Fleet, publisher: Publisher, share: int = 1) -> Any:
+    def load(self, pool: ServerPool, publisher: Publisher, share: int = 1) -> Any:
         """Inside, two batches of `--prompts` prompts are being fetched at any time, as with `max_staleness` 1."""
         stopping, options = threading.Event(), self.options
         per_loop = max(1, options.prompts // share)
@@ -140,11 +140,11 @@ class Run:
             return Wanted(publisher.last.version, exact=False)
 
         def loop(seed: int) -> None:
-            rng, fetcher = random.Random(seed), self.fetcher(fleet)
+            rng, dispatcher = random.Random(seed), self.dispatcher(pool)
             try:
                 while not stopping.is_set():
                     prompts = [[rng.randrange(3, self.shape.vocab) for _ in range(32)] for _ in range(per_loop)]
-                    fetcher.fetch(asks_of([prompt for prompt in prompts for _ in range(options.n)]), wanted)
+                    dispatcher.fetch(asks_of([prompt for prompt in prompts for _ in range(options.n)]), wanted)
             except BaseException as error:
                 failed.append(error)
 
@@ -177,20 +177,20 @@ class Run:
             print(f"bench: alone, tokens/s: {json.dumps({n: round(a, 1) for n, a in alone.items()})}", flush=True)
             listed = self.work / "servers.txt"
             listed.write_text("".join(f"{servers[name].url}\n" for name in names[:-1]))
-            fleet = Fleet(
-                RolloutClient, Places([f"file:{listed}"]), say=lambda text: print(f"bench: {text}", flush=True)
+            pool = ServerPool(
+                RolloutClient, ServerDiscovery([f"file:{listed}"]), say=lambda text: print(f"bench: {text}", flush=True)
             )
-            fleet.meet(START_TIMEOUT_S)
+            pool.meet(START_TIMEOUT_S)
             (log_file := self.work / "servers.jsonl").unlink(missing_ok=True)
-            log = FleetLog(log_file, fleet)
-            publisher = self.publisher(fleet, model)
+            log = EventLog(log_file, pool)
+            publisher = self.publisher(pool, model)
             publisher.push(0)
-            fleet.keep(lambda member: publisher.bring_up(member, lambda client, state: None))
-            with self.load(fleet, publisher):
+            pool.keep(lambda replica: publisher.bring_up(replica, lambda client, state: None))
+            with self.load(pool, publisher):
                 training, window_s = self.training(publisher, model), options.window_s + SETTLE_S
                 training(for_seconds(window_s))
                 listed.write_text("".join(f"{server.url}\n" for server in servers.values()))  # the last one joins
-                training(lambda: len(fleet.up()) == len(names))
+                training(lambda: len(pool.up()) == len(names))
                 training(for_seconds(window_s))
                 victim = names[0]
                 servers[victim].kill()
@@ -200,9 +200,9 @@ class Run:
                 training(lambda: _ready(servers[victim]))
                 if victim in groups:
                     groups[victim].add(servers[victim].pid)
-                training(lambda: len(fleet.up()) == len(names))
+                training(lambda: len(pool.up()) == len(names))
                 training(for_seconds(window_s))
-            fleet.close()
+            pool.close()
             log.close()
             by_url = {server.url: name for name, server in servers.items()}
             records = [json.loads(line) for line in log_file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What `bench.fleet` leaves behind: a row for every stretch between two events, and a picture of all of them."""
+"""What `bench.pool` leaves behind: a row for every stretch between two events, and a picture of all of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stretches(records: Sequence[Row], alone: dict[str, float]) -> list[dict[str,
     """Tokens a second between events, against the sum of the servers that were up.
 
     Args:
-        records: lines of a `FleetLog`.
+        records: lines of a `EventLog`.
         alone: tokens/s of each server.
     """
     start = min(record["time"] for record in records)

@@ -200,9 +200,9 @@ def stacked(path: Path, rows: Sequence[Row], title: str) -> None:
     axes = figure.add_subplot()
     names = [row["row"] for row in done]
     left = [0.0] * len(done)
-    for part, label, colour in PARTS:
+    for part, label, color in PARTS:
         widths = [row[part]["mean"] for row in done]  # which add up to a step, as medians do not
-        axes.barh(names, widths, 0.6, left=left, color=colour, label=label)
+        axes.barh(names, widths, 0.6, left=left, color=color, label=label)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     alone = next((row for row in done if row["row"] == ours(0)), None)
     for part, label, style in (("wait_s", "generation alone", "--"), ("train_s", "training alone", ":")):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig  # TYPE
-
-from learner.adapters.quantization import check_quantised
+from learner.adapters.quantization import check_quantized
 from shared.errors import RankTooHigh, UnsupportedAdapter
 from shared.weights import ServerState
 
-#: Initialisations that leave the base weights as they are.
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+#: Initializations that leave the base weights as they are.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -105,4 +106,4 @@ def check_model(model_config: Any) -> None:
     for part in ("vision_config", "audio_config"):
         if getattr(model_config, part, None) is not None:
             raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
-    check_quantised(model_config)
+    check_quantized(model_config)

@@ -63,7 +63,7 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> int:
     Tensors without an adapter are rounded to `dtype` as well, those that hold no floats stay as they are.
 
     Raises:
-        LockstepError: `unsupported_adapter` for a quantised base, `shape_mismatch` if the adapter does not fit it.
+        LockstepError: `unsupported_adapter` for a quantized base, `shape_mismatch` if the adapter does not fit it.
     """
     config = _config(base)
     files = [TensorFile(path) for path in _weight_files(base)]
@@ -99,8 +99,8 @@ def _config(base: Path) -> dict[str, Any]:
         raise InvalidRequest(f"{base} is no model directory: {error}") from error
     if config.get("quantization_config"):
         raise UnsupportedAdapter(
-            f"{base} is quantised, and rounding an adapter into its few bits would lose it: name the checkpoint that "
-            "it was quantised from with --model_name_or_path, or export the adapter alone (without --merge)"
+            f"{base} is quantized, and rounding an adapter into its few bits would lose it: name the checkpoint that "
+            "it was quantized from with --model_name_or_path, or export the adapter alone (without --merge)"
         )
     return config
 

@@ -1,45 +1,46 @@
-"""Which quantised base a learner may hold: one that lost nothing by it, see `learner.commands.four_bit_base`. And how it computes."""
+"""Which quantized base a learner may hold: one that lost nothing by it, see `learner.commands.four_bit_base`. And how it computes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
-
-from transformers import BitsAndBytesConfig  # TYPE
-from trl import ModelConfig  # TYPE
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import InvalidRequest, UnsupportedAdapter
 
-#: In the config.json of a base that `learner.commands.four_bit_base` made: what it was quantised with.
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+    from trl import ModelConfig
+
+#: In the config.json of a base that `learner.commands.four_bit_base` made: what it was quantized with.
 FOUR_BIT = "lockstep_four_bit"
 _HOW = "make a base for learner and server with `learner four-bit-base MODEL --out DIR`"
 
 
-def check_quantised(model_config: Any) -> None:
+def check_quantized(model_config: Any) -> None:
     """A model that was loaded in few bits has a base that lost nothing by it.
 
     Raises:
         LockstepError: `unsupported_adapter`.
     """
-    quantisation = getattr(model_config, "quantization_config", None)
-    if quantisation is None:
+    quantization = getattr(model_config, "quantization_config", None)
+    if quantization is None:
         return
-    options: Mapping[str, Any] = quantisation if isinstance(quantisation, Mapping) else quantisation.to_dict()
+    options: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
     if not options.get("load_in_4bit"):
         raise UnsupportedAdapter(
-            f"a base quantised by {options.get('quant_method')} in the learner is another policy than the server's: "
+            f"a base quantized by {options.get('quant_method')} in the learner is another policy than the server's: "
             f"load it whole, or in 4 bits; {_HOW}"
         )
     if options.get("bnb_4bit_use_double_quant"):
         raise UnsupportedAdapter(
-            "nested quantisation (use_bnb_nested_quant) rounds the scales too, and no base stays what it is under "
+            "nested quantization (use_bnb_nested_quant) rounds the scales too, and no base stays what it is under "
             "that: leave it out"
         )
     made = getattr(model_config, FOUR_BIT, None)
     if made is None:
         raise UnsupportedAdapter(
-            "a base quantised to 4 bits (load_in_4bit) is another policy than the one it was made from, which the "
+            "a base quantized to 4 bits (load_in_4bit) is another policy than the one it was made from, which the "
             f"server would serve: {_HOW}, and give DIR to both"
         )
     compute = str(options.get("bnb_4bit_compute_dtype")).removeprefix("torch.")
@@ -65,7 +66,7 @@ def keep_dtype_on_cpu(model: Any) -> None:
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+def quantization(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     """What `load_in_4bit` asks for, refused before the model is loaded; None where it does not.
 
     Raises:
@@ -82,7 +83,7 @@ def quantisation(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     wanted = get_quantization_config(model_args)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     config.quantization_config = wanted
-    check_quantised(config)
+    check_quantized(config)
     return wanted
 
 

@@ -1,8 +1,8 @@
 """QLoRA: a base that the learner can hold in four bits without being another policy than the server.
 
-Quantising a base moves its logprobs far more than rounding does (SmolLM2-135M's by 1 nat rms in nf4), so a learner with
-a quantised base and a server with the original hold two policies. Instead both get a base that was quantised already:
-every weight is one of the 16 values of its block, so that quantising it again changes nothing. The learner holds it in
+Quantizing a base moves its logprobs far more than rounding does (SmolLM2-135M's by 1 nat rms in nf4), so a learner with
+a quantized base and a server with the original hold two policies. Instead both get a base that was quantized already:
+every weight is one of the 16 values of its block, so that quantizing it again changes nothing. The learner holds it in
 four bits, the server in its own dtype, and both compute with the same numbers.
 
 Four bits as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314): blocks of 64 weights, a scale and 16 code values.
@@ -30,7 +30,7 @@ _ROUNDS = 8
 
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
-    """Write `model` to `out` with its linear layers quantised. Answers how many those are; the others stay as they are.
+    """Write `model` to `out` with its linear layers quantized. Answers how many those are; the others stay as they are.
 
     `out` is there whole or not at all.
 
@@ -51,14 +51,14 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
         raise InvalidRequest(f"{target} exists; choose another --out")
     folder = fetch_base(model, revision)
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
-        raise InvalidRequest(f"{model} is quantised already: name the checkpoint that it was made from")
+        raise InvalidRequest(f"{model} is quantized already: name the checkpoint that it was made from")
     as_four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=as_four_bits)
     layers = [name for name, module in loaded.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
-        raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantises")
+        raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantizes")
     loaded = loaded.dequantize(getattr(torch, dtype))
     with torch.no_grad():
         for name in layers:
@@ -72,7 +72,7 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
 
 
 def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
-    """Quantised until that changes nothing: the first time rounds the scale of each block to the weights' dtype."""
+    """Quantized until that changes nothing: the first time rounds the scale of each block to the weights' dtype."""
     import torch
     from bitsandbytes import functional
 
@@ -81,7 +81,7 @@ def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
         if torch.equal(again, weight):
             return weight
         weight = again
-    raise InvalidRequest(f"{name} changes whenever it is quantised again; are there NaN or infinities in it?")
+    raise InvalidRequest(f"{name} changes whenever it is quantized again; are there NaN or infinities in it?")
 
 
 def main(argv: Sequence[str]) -> int:

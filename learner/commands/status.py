@@ -16,7 +16,7 @@ from learner.monitors.charts import sparkline
 from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
-from learner.servers.discovery import Places
+from learner.servers.discovery import ServerDiscovery
 from learner.utils.threads import all_of
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState
@@ -49,7 +49,7 @@ class ServerRow:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run has come, by its directory.
 
     Attributes:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         time.sleep(options.watch)
 
 
-def read_progress(run_dir: Path) -> Progress | None:
+def read_progress(run_dir: Path) -> RunProgress | None:
     """What a run's directory says; None before its first step.
 
     Raises:
@@ -106,7 +106,7 @@ def read_progress(run_dir: Path) -> Progress | None:
     evals = [row for row in read_lines(run_dir / LOGS_FILE) if finite(row.get("eval_reward")) is not None]
     ended = summary.is_file() and summary.stat().st_mtime >= history.stat().st_mtime
     rewards = [value for row in rows if (value := finite(row.get("reward"))) is not None]
-    return Progress(
+    return RunProgress(
         run_id=_run_id(run_dir),
         step=rows[-1]["step"],
         max_steps=rows[-1]["max_steps"],
@@ -123,12 +123,12 @@ class _Clients:
     """Asks all servers at once; those of a name or a file may be others each time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self._places = Places(options.rollout_url) if options.rollout_url else None
+        self._places = ServerDiscovery(options.rollout_url) if options.rollout_url else None
         token = read_token(options.token_file)
         self._connect: Callable[[str], RolloutClient] = partial(RolloutClient, token=token, ca_file=options.ca_file)
         self._clients: dict[str, RolloutClient] = {}
 
-    def ask(self, progress: Progress | None) -> list[ServerRow]:
+    def ask(self, progress: RunProgress | None) -> list[ServerRow]:
         urls = self._places.urls() if self._places else []
         for url in urls:
             if url not in self._clients:
@@ -169,7 +169,7 @@ def _run_id(run_dir: Path) -> str | None:
         return None
 
 
-def _progress_lines(progress: Progress | None, run_dir: str | None) -> list[str]:
+def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[str]:
     if progress is None:
         return [f"{run_dir}: no step has ended yet"] if run_dir else []
     p, last = progress, progress.last

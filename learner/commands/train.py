@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from learner.adapters.lora_rules import check_lora, check_rank
 from learner.adapters.peft_dir import load_adapter
-from learner.adapters.quantization import quantisation
+from learner.adapters.quantization import quantization
 from learner.adapters.stored import FINAL_ADAPTER
 from learner.commands.export import export
 from learner.config import LearnerConfig
@@ -71,14 +71,14 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
-    quantised = quantisation(model_args)
-    fleet = meet(config)
-    server = fleet.up()[0].known
-    for member in fleet.up():
-        _check_server(member.known, config, model_args, lora)
+    quantized = quantization(model_args)
+    pool = meet(config)
+    server = pool.up()[0].known
+    for replica in pool.up():
+        _check_server(replica.known, config, model_args, lora)
     task = _load_task(task_spec, config, args)
-    trainer = _trainer(task, config, args, model_args, lora, quantised)
-    session = attach(trainer, config=config, fleet=fleet, revision=model_args.model_revision)
+    trainer = _trainer(task, config, args, model_args, lora, quantized)
+    session = attach(trainer, config=config, pool=pool, revision=model_args.model_revision)
     show_progress(trainer, session)
     session.say(
         f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {', '.join(urls)}"
@@ -99,8 +99,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     save_final_adapter(trainer, Path(args.output_dir) / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
-    for member in fleet.members.values():
-        member.client.close()
+    for replica in pool.replicas.values():
+        replica.client.close()
     summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
     summary |= provenance(
         model_args.model_name_or_path, model_args.model_revision, task.name, session.publisher.base_weights, server
@@ -210,14 +210,14 @@ def _trainer(
     args: GRPOConfig,
     model_args: ModelConfig,
     lora: LoraConfig,
-    quantised: BitsAndBytesConfig | None,
+    quantized: BitsAndBytesConfig | None,
 ) -> GRPOTrainer:
     model_init = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **({"quantization_config": quantised} if quantised else {}),
+        **({"quantization_config": quantized} if quantized else {}),
         **(args.model_init_kwargs or {}),
     }
     model: Any = model_args.model_name_or_path

@@ -31,7 +31,7 @@ from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 from shared.errors import LockstepError
 from shared.sampling import SamplingParams
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 START_SECONDS = 600.0
 #: vLLM shares a prompt's prefill within a group by whole blocks, and the CPU backend's own blocks of 128 tokens are
 #: longer than these prompts; compiling takes longer there than the demo lasts.
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     if recipe.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is there, warns that it found no GPU
     dtype = recipe["dtype"]
-    say(f"1/5 the model: SmolLM2-135M-Instruct, dequantised to {dtype}")
+    say(f"1/5 the model: SmolLM2-135M-Instruct, dequantized to {dtype}")
     model = ensure_demo_model(options.model_dir, gguf_path=options.gguf, dtype=dtype)
     port = _free_port()
     url = f"http://127.0.0.1:{port}"

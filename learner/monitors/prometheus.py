@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from learner.rollouts.generation import RolloutStats
 from learner.run_dir.files import finite
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.step_metrics import StepReport
 from shared.errors import InvalidRequest
 
@@ -52,7 +52,7 @@ class LearnerMetrics:
     Counters begin at 0 with the process, whatever a resumed run had counted before.
     """
 
-    def __init__(self, fleet: Fleet, *, run_id: str, model: str) -> None:
+    def __init__(self, pool: ServerPool, *, run_id: str, model: str) -> None:
         self.registry = CollectorRegistry()
         self._seen, self._tokens = Counts[int](), 0
         self._regenerated_seen = 0
@@ -72,7 +72,7 @@ class LearnerMetrics:
         self._idle = self._counter("server_idle_seconds", "For which nothing was being read ahead from the servers")
         self._completion_tokens = self._counter("completion_tokens", "Tokens of the completions trained on")
         self._regenerated = self._counter("regenerated", "Samples generated again because they lagged too much")
-        self.registry.register(_Servers(fleet))
+        self.registry.register(_Servers(pool))
 
     def begin(self, step: int, max_steps: int, stats: RolloutStats) -> None:
         """What was counted until now belongs to an earlier process."""
@@ -160,15 +160,15 @@ class _Gauges(Collector):
 class _Servers(Collector):
     """Every rollout server as it is when it is asked for, since servers come and go."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, pool: ServerPool) -> None:
+        self._fleet = pool
 
     def collect(self) -> Iterator[Metric]:
         up = GaugeMetricFamily(PREFIX + "server_up", "1: serves the present version; 0: does not", labels=["server"])
         step = GaugeMetricFamily(PREFIX + "server_step", "Step of the version it was sent last", labels=["server"])
-        for member in list(self._fleet.members.values()):
-            up.add_metric([member.url], float(member.up))
-            if member.receipt is not None:
-                step.add_metric([member.url], member.receipt.version.step)
+        for replica in list(self._fleet.replicas.values()):
+            up.add_metric([replica.url], float(replica.up))
+            if replica.receipt is not None:
+                step.add_metric([replica.url], replica.receipt.version.step)
         yield up
         yield step

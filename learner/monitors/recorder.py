@@ -42,14 +42,14 @@ def watch(trainer: GRPOTrainer, session: Session) -> None:
     Raises:
         LockstepError: `invalid_request` if nothing can listen on `metrics_port`.
     """
-    watching = Watching(trainer, session) if trainer.accelerator.is_main_process else None
+    watching = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
     session.publisher.on_main(watching.serve_metrics if watching else lambda: None)
     if watching:
         session.figures.listeners.append(watching.stepped)
         trainer.add_callback(watching)
 
 
-class Watching(TrainerCallback):
+class Recorder(TrainerCallback):
     """Everything that shows the training, under one trainer."""
 
     def __init__(self, trainer: GRPOTrainer, session: Session) -> None:
@@ -57,7 +57,7 @@ class Watching(TrainerCallback):
         output_dir, model = session.trainer.output_dir, str(session.model.config._name_or_path)
         self._history, self._logs = JsonLines(output_dir / HISTORY_FILE), JsonLines(output_dir / LOGS_FILE)
         self._samples, self._page = Samples(output_dir / SAMPLES_FILE), output_dir / PAGE_FILE
-        self._metrics = LearnerMetrics(session.fleet, run_id=session.run_id, model=model)
+        self._metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
         self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
         self._complained, self._next_page = False, 0.0
         self._steps: list[dict[str, Any]] = []
@@ -117,13 +117,13 @@ class Watching(TrainerCallback):
         run.state, run.steps, run.logs, run.batches = state, self._steps, self._logged, self._samples.batches
         run.servers = [
             {
-                "url": _plain(member.url),
-                "up": member.up,
-                "tokens": member.load.tokens,
-                "step": member.receipt.version.step if member.receipt else None,
-                "error": str(member.error) if member.error else None,
+                "url": _plain(replica.url),
+                "up": replica.up,
+                "tokens": replica.load.tokens,
+                "step": replica.receipt.version.step if replica.receipt else None,
+                "error": str(replica.error) if replica.error else None,
             }
-            for member in list(self._session.fleet.members.values())
+            for replica in list(self._session.pool.replicas.values())
         ]
         self._quietly(self._samples.write)
         self._quietly(lambda: write_whole(self._page, render(run)))

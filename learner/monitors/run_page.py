@@ -122,7 +122,7 @@ def _charts(run: RunData) -> list[str]:
         chart(
             "Reward functions",
             "mean of each, before its weight",
-            [Series(name.split("/")[1], _column(logs, name), colour=1 + i) for i, name in enumerate(functions[:4])]
+            [Series(name.split("/")[1], _column(logs, name), color=1 + i) for i, name in enumerate(functions[:4])]
             if len(functions) > 1
             else [],
             show=_number,
@@ -133,7 +133,7 @@ def _charts(run: RunData) -> list[str]:
             "standard deviation in a batch; share of groups that teach nothing",
             [
                 Series("deviation", _column(steps, "reward_std")),
-                Series("groups without variance", _column(logs, "frac_reward_zero_std"), colour=2),
+                Series("groups without variance", _column(logs, "frac_reward_zero_std"), color=2),
             ],
             show=_number,
         ),
@@ -142,7 +142,7 @@ def _charts(run: RunData) -> list[str]:
             "over sampled tokens, in nats; gap: largest at a proof of sync",
             [
                 Series("mean |difference|", _column(drifts, "delta")),
-                Series("KL", _column(drifts, "kl"), colour=2),
+                Series("KL", _column(drifts, "kl"), color=2),
                 Series("gap", _column(steps, "logprob_gap"), "marks", 3),
             ],
             show=_power,
@@ -160,8 +160,8 @@ def _charts(run: RunData) -> list[str]:
             "and for how long of it the trainer waited",
             [
                 Series("step", _column(steps, "seconds")),
-                Series("for completions", _column(steps, "wait_seconds"), colour=2),
-                Series("for rewards", _column(steps, "reward_wait_seconds"), colour=3),
+                Series("for completions", _column(steps, "wait_seconds"), color=2),
+                Series("for rewards", _column(steps, "reward_wait_seconds"), color=3),
             ],
             show=_number,
         ),
@@ -170,7 +170,7 @@ def _charts(run: RunData) -> list[str]:
             "seconds from export to the last receipt, and those in which no request was decoding",
             [
                 Series("push", _column(steps, "push_seconds")),
-                Series("pause", _column(steps, "pause_seconds"), colour=2),
+                Series("pause", _column(steps, "pause_seconds"), color=2),
             ],
             show=_number,
         ),
@@ -186,7 +186,7 @@ def _charts(run: RunData) -> list[str]:
             "entropy, and KL to the reference (with beta > 0), in nats, as TRL logs them",
             [
                 Series("entropy", _column(logs, "entropy")),
-                Series("KL", _column(logs, "kl"), colour=2),
+                Series("KL", _column(logs, "kl"), color=2),
             ],
             show=_number,
         ),

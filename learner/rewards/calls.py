@@ -10,7 +10,7 @@ import cloudpickle
 
 
 @dataclass
-class Answer:
+class RewardResult:
     """What one call of a reward function gave.
 
     Attributes:
@@ -26,7 +26,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Call:
+class RewardCall:
     """Rows of one group, as TRL hands them to reward functions.
 
     Attributes:
@@ -48,9 +48,9 @@ class Call:
     def payload(self) -> bytes:
         return cloudpickle.dumps(self.kwargs)
 
-    def row(self, index: int) -> Call:
-        return Call({name: values[index : index + 1] for name, values in self.rows.items()}, self.state)
+    def row(self, index: int) -> RewardCall:
+        return RewardCall({name: values[index : index + 1] for name, values in self.rows.items()}, self.state)
 
 
 #: Consecutive rows of a call and what they were answered; None for rows that could not be scored in time.
-Parts = list[tuple[int, Answer | None]]
+Parts = list[tuple[int, RewardResult | None]]

@@ -19,8 +19,8 @@ import cloudpickle
 from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
-from learner.rewards import worker as reward_worker
-from learner.rewards.calls import Answer, Call, Parts
+from learner.rewards import worker
+from learner.rewards.calls import Parts, RewardCall, RewardResult
 from learner.rewards.thread_fallback import FunctionThread
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
@@ -68,7 +68,7 @@ class RewardPool:
         if len(self._threads) < len(functions):
             self._probe()
 
-    def submit(self, index: int, call: Call) -> Future[Parts]:
+    def submit(self, index: int, call: RewardCall) -> Future[Parts]:
         """Begin to score a group with function `index`."""
         if index in self._threads:
             return self._threads[index].submit(call)
@@ -77,7 +77,7 @@ class RewardPool:
         except Exception as error:
             return self._on_a_thread(index, f"its arguments cannot be pickled ({error})").submit(call)
         outcome: Future[Parts] = Future()
-        task = self._schedule(reward_worker.score, (index, payload), self._timeout_s * len(call))
+        task = self._schedule(worker.score, (index, payload), self._timeout_s * len(call))
 
         def done(task: Future[bytes]) -> None:
             try:
@@ -112,10 +112,10 @@ class RewardPool:
             pool.join()
             self._closed.set()
 
-    def _row_by_row(self, index: int, call: Call, outcome: Future[Parts]) -> None:
+    def _row_by_row(self, index: int, call: RewardCall, outcome: Future[Parts]) -> None:
         try:
             rows = [call.row(i) for i in range(len(call))]
-            tasks = [self._schedule(reward_worker.score, (index, row.payload), self._timeout_s) for row in rows]
+            tasks = [self._schedule(worker.score, (index, row.payload), self._timeout_s) for row in rows]
             outcome.set_result([(1, _answer_or_none(task)) for task in tasks])
         except BaseException as error:
             outcome.set_exception(error)
@@ -139,7 +139,7 @@ class RewardPool:
             self._pool = ProcessPool(
                 max_workers=self._workers,
                 context=get_context("loky"),
-                initializer=reward_worker.prepare,
+                initializer=worker.prepare,
                 initargs=(os.getpid(), self._blobs),
             )
             self._closed, started = threading.Event(), threading.Event()
@@ -178,7 +178,7 @@ class RewardPool:
     def _probe(self) -> None:
         """Functions that a worker cannot load stay here."""
         tasks = {
-            i: self._schedule(reward_worker.load_error, (i,), None)
+            i: self._schedule(worker.load_error, (i,), None)
             for i in range(len(self._functions))
             if i not in self._threads
         }
@@ -220,12 +220,12 @@ def _keep(pool: ProcessPool, started: threading.Event, closed: threading.Event) 
     closed.wait()
 
 
-def _answer(task: Future[bytes]) -> Answer:
-    answer: Answer = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
+def _answer(task: Future[bytes]) -> RewardResult:
+    answer: RewardResult = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
     return answer
 
 
-def _answer_or_none(task: Future[bytes]) -> Answer | None:
+def _answer_or_none(task: Future[bytes]) -> RewardResult | None:
     try:
         return _answer(task)
     except _LOST:

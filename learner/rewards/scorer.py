@@ -26,7 +26,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from learner.config import LearnerConfig
-from learner.rewards.calls import Answer, Call, Parts
+from learner.rewards.calls import Parts, RewardCall, RewardResult
 from learner.rewards.pool import RewardPool
 from shared.rollouts import Completion
 
@@ -41,7 +41,7 @@ _EVALUATION = -1
 class _Group:
     """One group that is being scored, or was: function -> what TRL has not fetched yet."""
 
-    call: Call
+    call: RewardCall
     pending: dict[int, Future[Parts]]
 
 
@@ -158,7 +158,7 @@ class Rewards:
             self._groups = {place: group for place, group in self._groups.items() if place[0] >= batch}
             self._expected = {known: rows for known, rows in self._expected.items() if known >= batch}
 
-    def _early_call(self, rows: list[Row], first: int, completion_ids: list[list[int]]) -> Call:
+    def _early_call(self, rows: list[Row], first: int, completion_ids: list[list[int]]) -> RewardCall:
         """The arguments that TRL will pass for these rows."""
         group = rows[first : first + len(completion_ids)]
         prompts = [row["prompt"] for row in group]
@@ -166,12 +166,12 @@ class Rewards:
         if is_conversational({"prompt": prompts[0]}):
             completions = [[{"role": "assistant", "content": content}] for content in completions]
         columns = {name: [row[name] for row in group] for name in rows[0] if name not in _NOT_COLUMNS}
-        return Call(
+        return RewardCall(
             {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns},
             _light(self._trainer.state),
         )
 
-    def _group(self, place: tuple[int, int], call: Call) -> _Group:
+    def _group(self, place: tuple[int, int], call: RewardCall) -> _Group:
         """The group that is being scored at `place`, begun now if it is not for this very call."""
         group = self._groups.get(place)
         if group is None or not _same(group.call.rows, call.rows):
@@ -200,7 +200,7 @@ class Rewards:
             self.wait_seconds += time.perf_counter() - began
         return self._replay(self._names[number], parts, log_extra, log_metric)
 
-    def _calls(self, rows: dict[str, list[Any]], state: Any) -> Iterator[tuple[int, Call]]:
+    def _calls(self, rows: dict[str, list[Any]], state: Any) -> Iterator[tuple[int, RewardCall]]:
         """Whole groups; where groups straddle ranks, runs of equal prompts. With the first row of each."""
         trainer, prompts = self._trainer, rows["prompts"]
         size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
@@ -209,7 +209,7 @@ class Rewards:
             lengths = [sum(1 for _ in run) for _, run in groupby(prompts)]
         first = 0
         for length in lengths:
-            yield first, Call({name: values[first : first + length] for name, values in rows.items()}, state)
+            yield first, RewardCall({name: values[first : first + length] for name, values in rows.items()}, state)
             first += length
 
     def _replay(
@@ -244,7 +244,7 @@ class Rewards:
         self.unscored[name] += rows
 
 
-def _checked(name: str, rows: int, answer: Answer | None) -> list[float | None]:
+def _checked(name: str, rows: int, answer: RewardResult | None) -> list[float | None]:
     """A reward for each of `rows` rows.
 
     Raises:

@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from learner.rewards.calls import Answer
+from learner.rewards.calls import RewardResult
 from learner.rewards.worker import call
 from learner.utils.threads import start
 from shared.errors import LockstepError, Timeout
 
 if TYPE_CHECKING:
-    from learner.rewards.calls import Call, Parts
+    from learner.rewards.calls import Parts, RewardCall
 
 MAX_STUCK = 3
 
@@ -28,11 +28,11 @@ class FunctionThread:
 
     def __init__(self, name: str, function: Callable[..., Any], timeout_s: float) -> None:
         self._name, self._function, self._timeout_s = name, function, timeout_s
-        self._waiting: queue.SimpleQueue[tuple[Call, Future[Parts]]] = queue.SimpleQueue()
-        self._stuck: list[Future[Answer]] = []
+        self._waiting: queue.SimpleQueue[tuple[RewardCall, Future[Parts]]] = queue.SimpleQueue()
+        self._stuck: list[Future[RewardResult]] = []
         start(self._work, f"reward-{name}")
 
-    def submit(self, call: Call) -> Future[Parts]:
+    def submit(self, call: RewardCall) -> Future[Parts]:
         """Begin to score a group, when those before it are done."""
         outcome: Future[Parts] = Future()
         self._waiting.put((call, outcome))
@@ -46,7 +46,7 @@ class FunctionThread:
             except LockstepError as error:
                 outcome.set_exception(error)
 
-    def _answer(self, asked: Call) -> Answer | None:
+    def _answer(self, asked: RewardCall) -> RewardResult | None:
         if len(self._alive()) >= MAX_STUCK:
             raise Timeout(
                 f"the reward {self._name} is stuck on {MAX_STUCK} threads, which cannot be stopped: give it a "
@@ -59,7 +59,7 @@ class FunctionThread:
             self._stuck.append(running)
             return None
 
-    def _alive(self) -> list[Future[Answer]]:
+    def _alive(self) -> list[Future[RewardResult]]:
         """Calls that were left behind and have not come back."""
         self._stuck = [running for running in self._stuck if not running.done()]
         return self._stuck

@@ -17,7 +17,7 @@ from typing import Any
 
 import cloudpickle
 
-from learner.rewards.calls import Answer
+from learner.rewards.calls import RewardResult
 
 _PR_SET_PDEATHSIG = 1
 
@@ -55,22 +55,22 @@ def load_error(index: int) -> str | None:
 
 
 def score(index: int, payload: bytes) -> bytes:
-    """A pickled `Answer`. Nothing is raised, so that what the pool raises is about the process.
+    """A pickled `RewardResult`. Nothing is raised, so that what the pool raises is about the process.
 
     Args:
         payload: cloudpickled keyword arguments.
     """
     function = _functions[index]
     try:
-        answer = Answer(error=function) if isinstance(function, str) else call(function, pickle.loads(payload))  # noqa: S301 - the learner's own bytes
+        answer = RewardResult(error=function) if isinstance(function, str) else call(function, pickle.loads(payload))  # noqa: S301 - the learner's own bytes
         return cloudpickle.dumps(answer)
     except Exception:
-        return cloudpickle.dumps(Answer(error=traceback.format_exc()))
+        return cloudpickle.dumps(RewardResult(error=traceback.format_exc()))
 
 
-def call(function: Callable[..., Any], kwargs: dict[str, Any]) -> Answer:
+def call(function: Callable[..., Any], kwargs: dict[str, Any]) -> RewardResult:
     """Call a reward function as TRL does, with recorders for `log_metric` and `log_extra`. Raises nothing."""
-    answer = Answer()
+    answer = RewardResult()
 
     def log_metric(name: str, value: float) -> None:
         answer.metrics.append((name, float(value)))

@@ -11,8 +11,8 @@ from itertools import groupby
 from typing import Any
 
 from learner.rollouts.completions import Wanted, broken, check_completion
-from learner.servers.pool import Fleet
-from learner.servers.replica import Member
+from learner.servers.pool import ServerPool
+from learner.servers.replica import Replica
 from learner.servers.router import Router
 from learner.utils.threads import start
 from shared.errors import InvalidRequest, LockstepError
@@ -60,11 +60,11 @@ def asks_of(prompts: Sequence[list[int]], seed_of: SeedOf = _unseeded) -> list[A
 class _Request:
     """One request to one server: entries with the same `n` and `max_tokens`. `rows`: what has come of it."""
 
-    member: Member
+    replica: Replica
     asks: list[Ask]
     max_tokens: int | None
     wanted: Wanted
-    term: int
+    incarnation: int
     costs: dict[int, float]
     rows: dict[int, Completion] = field(default_factory=dict)
 
@@ -74,11 +74,11 @@ class _Request:
 
 
 @dataclass
-class Fetcher:
+class Dispatcher:
     """Asks the rollout servers.
 
     Args:
-        fleet: the rollout servers.
+        pool: the rollout servers.
         sampling: sampling parameters of every completion; `n` is set from the batch.
         max_model_len: the servers' context in tokens.
         warn: told once that completions are cut short by the servers' context.
@@ -86,7 +86,7 @@ class Fetcher:
         before: called before anything is asked for.
     """
 
-    fleet: Fleet
+    pool: ServerPool
     sampling: SamplingParams
     max_model_len: int
     warn: Callable[[str], None] = print
@@ -119,9 +119,9 @@ class Fetcher:
         waiting, running = list(asks), dict[Future[None], _Request]()
         failing_since: float | None = None
         while waiting or running:
-            members = self.fleet.up() if running else self.fleet.available()
-            if waiting and members:
-                for request in self._requests(waiting, members, wanted()):
+            replicas = self.pool.up() if running else self.pool.available()
+            if waiting and replicas:
+                for request in self._requests(waiting, replicas, wanted()):
                     running[start(partial(self._run, request, arrived), "rollouts")] = request
                 waiting = []
             # A server may come back while others are still busy with their share.
@@ -134,25 +134,25 @@ class Fetcher:
                 error = outcome.exception()
                 if isinstance(error, LockstepError):
                     failing_since = failing_since or time.monotonic()
-                    if time.monotonic() > failing_since + self.fleet.patience_s:
+                    if time.monotonic() > failing_since + self.pool.patience_s:
                         raise error
-                    self.fleet.lost_or_raise(request.member, error, request.term)
+                    self.pool.lost_or_raise(request.replica, error, request.incarnation)
                 elif error is not None:
                     raise error
                 else:
-                    self.fleet.served(request.member)
+                    self.pool.served(request.replica)
         return [rows[i] for i in sorted(rows)]
 
-    def _requests(self, asks: list[Ask], members: list[Member], wanted: Wanted) -> list[_Request]:
+    def _requests(self, asks: list[Ask], replicas: list[Replica], wanted: Wanted) -> list[_Request]:
         requests = []
-        for member, share in self.router.split(asks, members):
+        for replica, share in self.router.split(asks, replicas):
             buckets: dict[tuple[int, int | None], list[Ask]] = {}
             for ask in share:
                 buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)
             for (_, max_tokens), bucket in buckets.items():
                 costs = {ask.index: self.router.cost(ask) for ask in bucket}
-                requests.append(_Request(member, bucket, max_tokens, wanted, member.term, costs))
-                member.load.begin(sum(costs.values()))
+                requests.append(_Request(replica, bucket, max_tokens, wanted, replica.incarnation, costs))
+                replica.load.begin(sum(costs.values()))
         return requests
 
     def _room(self, prompt_length: int) -> int | None:
@@ -177,10 +177,10 @@ class Fetcher:
 
     def _run(self, request: _Request, arrived: Arrived | None) -> None:
         """Make the request; each entry's completions are kept as they come."""
-        costs, load = dict(request.costs), request.member.load
+        costs, load = dict(request.costs), request.replica.load
         try:
-            with request.member.places:
-                for group in request.member.client.iter_groups(self._body(request)):
+            with request.replica.places:
+                for group in request.replica.client.iter_groups(self._body(request)):
                     index = group.prompt_index
                     ask = request.asks[index] if 0 <= index < len(request.asks) else None
                     if ask is None or len(group.completions) != ask.n or group.prompt_token_ids != ask.token_ids:
@@ -190,7 +190,7 @@ class Fetcher:
                     lengths = [len(completion.token_ids) for completion in group.completions]
                     self.router.saw(lengths)
                     load.end(costs.pop(ask.index, 0.0), sum(lengths))
-                    self.fleet.on_tokens(request.member, sum(lengths))
+                    self.pool.on_tokens(request.replica, sum(lengths))
                     request.rows.update({ask.index + i: c for i, c in enumerate(group.completions)})
                     if arrived:
                         arrived(ask.index, group.completions)

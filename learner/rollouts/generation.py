@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from learner.rollouts.completions import Wanted, oldest_step, policy_logprobs
-from learner.rollouts.dispatch import Ask, Fetcher, SeedOf, asks_of
+from learner.rollouts.dispatch import Ask, Dispatcher, SeedOf, asks_of
 from learner.rollouts.prefetch import Prefetcher
 from learner.rollouts.schedule import Schedule
 from shared.errors import InvalidRequest
@@ -70,7 +70,7 @@ class RemoteRollouts:
     """TRL calls `sync_weights()` before a batch whose step it has not seen, then `generate()`; on every rank.
 
     Args:
-        fetcher: asks the rollout servers.
+        dispatcher: asks the rollout servers.
         version: answers the version that must be served now.
         barrier: makes sure that this version is served; collective over all ranks.
         is_training: False while TRL evaluates; those rollouts are not counted, and never read ahead.
@@ -84,7 +84,7 @@ class RemoteRollouts:
         drawn: what `draw` has answered last.
     """
 
-    fetcher: Fetcher
+    dispatcher: Dispatcher
     version: Callable[[], WeightVersion]
     barrier: Callable[[], None]
     is_training: Callable[[], bool] = lambda: True
@@ -138,7 +138,7 @@ class RemoteRollouts:
         return (
             prompts,
             [c.token_ids for c in completions],
-            [[[logprob] for logprob in policy_logprobs(c, self.fetcher.sampling)] for c in completions],
+            [[[logprob] for logprob in policy_logprobs(c, self.dispatcher.sampling)] for c in completions],
             [[[token] for token in c.token_ids] for c in completions],
         )
 
@@ -176,11 +176,11 @@ class RemoteRollouts:
     def _go_on(self, prompts: list[list[int]]) -> list[Completion]:
         """The next turn of each row, by the trainer's present weights; nothing where its history fills the context."""
         started = time.perf_counter()
-        fetcher = self.fetcher
-        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < fetcher.max_model_len]
-        fetcher.capped_prompts += len(prompts) - len(fitting)
+        dispatcher = self.dispatcher
+        fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < dispatcher.max_model_len]
+        dispatcher.capped_prompts += len(prompts) - len(fitting)
         asks = asks_of([prompts[row] for row in fitting], self._seed_of_turn)
-        fetched = iter(fetcher.fetch(asks, lambda: Wanted(self.version())))
+        fetched = iter(dispatcher.fetch(asks, lambda: Wanted(self.version())))
         full = Completion(token_ids=[], logprobs=[], log_kept_mass=[], finish_reason="length", spans=[])
         completions = [full] * len(prompts)
         for row in fitting:
@@ -192,7 +192,7 @@ class RemoteRollouts:
 
     def _seed_of_turn(self, row: int, token_ids: list[int]) -> int | None:
         """Rows of one group may have the same history: one fixed seed would give them the same turn."""
-        seed, fixed = self.seed_of(row, token_ids), self.fetcher.fixed_seed
+        seed, fixed = self.seed_of(row, token_ids), self.dispatcher.fixed_seed
         return seed if seed is not None or fixed is None else fixed + row
 
     def draw_ahead(self, batch: int, prompts: list[list[int]], wanted: Callable[[], Wanted]) -> list[Completion]:
@@ -206,13 +206,13 @@ class RemoteRollouts:
         return self.fetch(asks, lambda: Wanted(self.version()))
 
     def fetch(self, asks: list[Ask], wanted: Callable[[], Wanted], batch: int | None = None) -> list[Completion]:
-        """`Fetcher.fetch`; what belongs to a training batch is handed on as it arrives.
+        """`Dispatcher.fetch`; what belongs to a training batch is handed on as it arrives.
 
         Args:
             batch: that is read ahead; None: the present one, or an evaluation's.
         """
         listens = self.arrived if batch is not None or self.is_training() else None
-        return self.fetcher.fetch(asks, wanted, partial(listens, batch) if listens else None)
+        return self.dispatcher.fetch(asks, wanted, partial(listens, batch) if listens else None)
 
     def _from_ahead(self, ahead: Ahead, prompts: list[list[int]]) -> list[Completion] | None:
         """What was read ahead, with samples that lag too much replaced; None for prompts that were not."""

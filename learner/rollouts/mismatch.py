@@ -25,7 +25,7 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Mismatch:
     """One generation batch, over all ranks.
 
     `delta` is the mean of |ln p_learner - ln p_server| over sampled tokens. `kl` estimates KL(server || learner) by
@@ -39,7 +39,9 @@ class Drift:
     clipped: float
 
 
-def measure(batch: Mapping[str, Any], correction: Correction, total: Callable[[torch.Tensor], torch.Tensor]) -> Drift:
+def measure(
+    batch: Mapping[str, Any], correction: Correction, total: Callable[[torch.Tensor], torch.Tensor]
+) -> Mismatch:
     """The drift of a generation batch as TRL leaves it.
 
     Args:
@@ -65,4 +67,4 @@ def measure(batch: Mapping[str, Any], correction: Correction, total: Callable[[t
     k3_BT = ratio_BT - 1 - log_ratio_BT
     sums = [log_ratio_BT.abs().sum(), k3_BT.sum(), mask_BT.sum(), clipped.sum(), counted.sum()]
     delta, kl, tokens, clips, units = total(torch.stack([s.double() for s in sums])).tolist()
-    return Drift(delta / max(tokens, 1), kl / max(tokens, 1), clips / max(units, 1))
+    return Mismatch(delta / max(tokens, 1), kl / max(tokens, 1), clips / max(units, 1))

@@ -14,7 +14,7 @@ DNS = "dns+"
 FILE = "file:"
 
 
-class Places:
+class ServerDiscovery:
     """URLs of the rollout servers, as they are now.
 
     Args:

@@ -9,37 +9,37 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from learner.servers.pool import Fleet
-from learner.servers.replica import Member
+from learner.servers.pool import ServerPool
+from learner.servers.replica import Replica
 
 
-class FleetLog:
+class EventLog:
     """Writes `{"time", "server", "event"}` and `{"time", "server", "tokens"}`; times are seconds since the epoch.
 
     Tokens count when their group has come, and are written when a later second's come.
     """
 
-    def __init__(self, path: Path, fleet: Fleet) -> None:
+    def __init__(self, path: Path, pool: ServerPool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a")
         self._lock = threading.Lock()
         self._second, self._tokens = 0, Counter[str]()
-        for member in fleet.up():
-            self.event(member, "serves")
-        fleet.on_change, fleet.on_tokens = self.event, self.tokens
+        for replica in pool.up():
+            self.event(replica, "serves")
+        pool.on_change, pool.on_tokens = self.event, self.tokens
 
-    def event(self, member: Member, what: str) -> None:
+    def event(self, replica: Replica, what: str) -> None:
         """The server came, went, or was refused."""
-        self._write([{"time": round(time.time(), 3), "server": member.url, "event": what}])
+        self._write([{"time": round(time.time(), 3), "server": replica.url, "event": what}])
 
-    def tokens(self, member: Member, count: int) -> None:
+    def tokens(self, replica: Replica, count: int) -> None:
         """So many tokens of completions have come from it."""
         second = int(time.time())
         with self._lock:
             past = self._second, self._tokens
             if second != self._second:
                 self._second, self._tokens = second, Counter()
-            self._tokens[member.url] += count
+            self._tokens[replica.url] += count
         if past[0] != second:
             self._write([{"time": past[0], "server": url, "tokens": n} for url, n in sorted(past[1].items())])
 

@@ -14,8 +14,8 @@ from functools import partial
 from typing import TypeVar
 
 from learner.servers.client import RolloutClient
-from learner.servers.discovery import Places
-from learner.servers.replica import Member
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.replica import Replica
 from learner.utils.threads import all_of, first_of, start
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
 from shared.weights import ServerState
@@ -43,7 +43,7 @@ _WATCH_S, _WATCH_TIMEOUT_S, _MISSES = 2.0, 5.0, 3
 _DISCOVER_S = 5.0
 
 
-class Fleet:
+class ServerPool:
     """All rollout servers.
 
     Args:
@@ -59,44 +59,44 @@ class Fleet:
     def __init__(
         self,
         connect: Callable[[str], RolloutClient],
-        places: Places,
+        places: ServerDiscovery,
         *,
         patience_s: float = 600.0,
         say: Callable[[str], None] = print,
     ) -> None:
         self._connect, self._places, self.patience_s, self.say = connect, places, patience_s, say
-        self.members: dict[str, Member] = {}
-        self.on_change: Callable[[Member, str], None] = lambda member, what: None
-        self.on_tokens: Callable[[Member, int], None] = lambda member, count: None
-        self._join: Callable[[Member], None] | None = None
+        self.replicas: dict[str, Replica] = {}
+        self.on_change: Callable[[Replica, str], None] = lambda replica, what: None
+        self.on_tokens: Callable[[Replica, int], None] = lambda replica, count: None
+        self._join: Callable[[Replica], None] | None = None
         self._changed = threading.Condition()
         self._closed = False
         self._watch_number = 0
 
     @classmethod
-    def of(cls, client: RolloutClient, state: ServerState | None = None, *, patience_s: float = 0.0) -> Fleet:
+    def of(cls, client: RolloutClient, state: ServerState | None = None, *, patience_s: float = 0.0) -> ServerPool:
         """One server, which is up."""
-        fleet = cls(lambda url: client, Places([client.url]), patience_s=patience_s)
-        fleet.members[client.url] = Member(client, state or client.state())
-        return fleet
+        pool = cls(lambda url: client, ServerDiscovery([client.url]), patience_s=patience_s)
+        pool.replicas[client.url] = Replica(client, state or client.state())
+        return pool
 
-    def meet(self, timeout_s: float) -> list[Member]:
+    def meet(self, timeout_s: float) -> list[Replica]:
         """Wait until a server is ready, and for a moment more for the others; they are up then.
 
         Raises:
             LockstepError: `not_ready` if none is ready, or known, after `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._discover() and not self.members and time.monotonic() < deadline:
+        while not self._discover() and not self.replicas and time.monotonic() < deadline:
             time.sleep(1.0)
-        members = list(self.members.values())
-        if not members:
+        replicas = list(self.replicas.values())
+        if not replicas:
             raise _none()
-        asked = {start(partial(m.client.wait_ready, timeout_s), f"meet-{m.url}"): m for m in members}
+        asked = {start(partial(m.client.wait_ready, timeout_s), f"meet-{m.url}"): m for m in replicas}
         for outcome in first_of(asked, grace_s=_GRACE_S):
-            member = asked[outcome]
-            member.state = outcome.result()
-            self.come_up(member)
+            replica = asked[outcome]
+            replica.state = outcome.result()
+            self.come_up(replica)
         return self.up()
 
     @property
@@ -104,7 +104,7 @@ class Fleet:
         """Whether servers that are lost are brought back."""
         return self._join is not None and not self._closed
 
-    def keep(self, join: Callable[[Member], None]) -> None:
+    def keep(self, join: Callable[[Replica], None]) -> None:
         """From now on look after all servers.
 
         Args:
@@ -114,8 +114,8 @@ class Fleet:
         if began:
             return
         self._watch_number += 1  # threads of an earlier one end
-        for member in list(self.members.values()):
-            self._look_after(member)
+        for replica in list(self.replicas.values()):
+            self._look_after(replica)
         if self._places.may_change:
             threading.Thread(target=self._keep_discovering, name="lockstep-fleet", daemon=True).start()
 
@@ -125,11 +125,11 @@ class Fleet:
             self._closed = True
             self._changed.notify_all()
 
-    def up(self) -> list[Member]:
+    def up(self) -> list[Replica]:
         """Servers that may be given requests."""
-        return [member for member in list(self.members.values()) if member.up]
+        return [replica for replica in list(self.replicas.values()) if replica.up]
 
-    def available(self, suits: Callable[[Member], bool] = lambda member: True) -> list[Member]:
+    def available(self, suits: Callable[[Replica], bool] = lambda replica: True) -> list[Replica]:
         """Servers that are up and suit, at least one: waits for it.
 
         Raises:
@@ -138,146 +138,146 @@ class Fleet:
         deadline = time.monotonic() + self.patience_s
         with self._changed:
             while True:
-                members = [member for member in self.up() if suits(member)]
-                if members:
-                    return members
-                away = [(member, member.error) for member in list(self.members.values()) if member.error]
+                replicas = [replica for replica in self.up() if suits(replica)]
+                if replicas:
+                    return replicas
+                away = [(replica, replica.error) for replica in list(self.replicas.values()) if replica.error]
                 errors = [error for _, error in away]
-                final = next((error for member, error in away if member.term and error.code in _FINAL), None)
+                final = next((error for replica, error in away if replica.incarnation and error.code in _FINAL), None)
                 left = deadline - time.monotonic()
                 if final or left <= 0 or not self.kept:
                     raise final or (errors[-1] if errors else _none())
                 self._changed.wait(min(left, 1.0))
 
-    def ask_all(self, call: Callable[[Member], T], name: str) -> list[T]:
+    def ask_all(self, call: Callable[[Replica], T], name: str) -> list[T]:
         """What `call` answers for each server that is up, at once; those it fails on are lost. At least one answer.
 
         Raises:
             LockstepError: what no other server would do better.
         """
 
-        def one(member: Member) -> T | None:
-            term = member.term
+        def one(replica: Replica) -> T | None:
+            incarnation = replica.incarnation
             try:
-                return call(member)
+                return call(replica)
             except LockstepError as error:
-                self.lost_or_raise(member, error, term)
+                self.lost_or_raise(replica, error, incarnation)
                 return None
 
         deadline = time.monotonic() + self.patience_s
         while True:
-            members = self.available()
-            answers = all_of([partial(one, member) for member in members], name, len(members))
+            replicas = self.available()
+            answers = all_of([partial(one, replica) for replica in replicas], name, len(replicas))
             if found := [answer for answer in answers if answer is not None]:
                 return found
             if time.monotonic() > deadline:
-                raise next((member.error for member in members if member.error), _none())
+                raise next((replica.error for replica in replicas if replica.error), _none())
 
-    def lost_or_raise(self, member: Member, error: LockstepError, term: int) -> None:
+    def lost_or_raise(self, replica: Replica, error: LockstepError, incarnation: int) -> None:
         """`lost` if the error is one that passes, and somebody brings the server back."""
         if error.code not in PASSING or not self.kept:
             raise error
-        self.lost(member, error, term)
+        self.lost(replica, error, incarnation)
 
-    def lost(self, member: Member, error: LockstepError, term: int | None = None) -> None:
-        """The server does not serve what was pushed last. `term`: in which that was found."""
+    def lost(self, replica: Replica, error: LockstepError, incarnation: int | None = None) -> None:
+        """The server does not serve what was pushed last. `incarnation`: in which that was found."""
         with self._changed:
-            if not member.up or term not in (None, member.term):
+            if not replica.up or incarnation not in (None, replica.incarnation):
                 return
-            member.up, member.error, member.misses = False, error, 0
-            member.back_off(refused=False)
+            replica.up, replica.error, replica.misses = False, error, 0
+            replica.back_off(refused=False)
             self._changed.notify_all()
-        self._tell(member, f"lost: {error}")
+        self._tell(replica, f"lost: {error}")
 
-    def come_up(self, member: Member) -> None:
+    def come_up(self, replica: Replica) -> None:
         """The server serves what was pushed last."""
         with self._changed:
-            if member.up or self.members.get(member.url) is not member:
+            if replica.up or self.replicas.get(replica.url) is not replica:
                 return
-            member.up, member.error, member.misses = True, None, 0
-            member.term += 1
+            replica.up, replica.error, replica.misses = True, None, 0
+            replica.incarnation += 1
             self._changed.notify_all()
-        self._tell(member, "serves")
+        self._tell(replica, "serves")
 
-    def served(self, member: Member) -> None:
+    def served(self, replica: Replica) -> None:
         """It has answered a request well: its next failure is its first."""
-        member.failures = 0
+        replica.failures = 0
 
-    def _tell(self, member: Member, what: str) -> None:
-        self.on_change(member, what)
+    def _tell(self, replica: Replica, what: str) -> None:
+        self.on_change(replica, what)
         if self.kept:  # before that, whoever waits says it
-            members = list(self.members.values())
-            others = f" ({sum(m.up for m in members)} of {len(members)} serve)" if len(members) > 1 else ""
-            self.say(f"{member.url} {what}{others}")
+            replicas = list(self.replicas.values())
+            others = f" ({sum(m.up for m in replicas)} of {len(replicas)} serve)" if len(replicas) > 1 else ""
+            self.say(f"{replica.url} {what}{others}")
 
-    def _look_after(self, member: Member) -> None:
-        keeper = partial(self._keeper, member, self._watch_number)
-        threading.Thread(target=keeper, name=f"lockstep-keep-{member.url}", daemon=True).start()
+    def _look_after(self, replica: Replica) -> None:
+        keeper = partial(self._keeper, replica, self._watch_number)
+        threading.Thread(target=keeper, name=f"lockstep-keep-{replica.url}", daemon=True).start()
 
-    def _keeper(self, member: Member, number: int) -> None:
-        while not self._closed and number == self._watch_number and self.members.get(member.url) is member:
-            if member.up:
-                self._watch(member)
-            elif time.monotonic() >= member.retry_at:
-                self._bring_back(member)
+    def _keeper(self, replica: Replica, number: int) -> None:
+        while not self._closed and number == self._watch_number and self.replicas.get(replica.url) is replica:
+            if replica.up:
+                self._watch(replica)
+            elif time.monotonic() >= replica.retry_at:
+                self._bring_back(replica)
             with self._changed:
-                if member.up:
-                    self._changed.wait_for(lambda: self._closed or not member.up, _WATCH_S)
+                if replica.up:
+                    self._changed.wait_for(lambda: self._closed or not replica.up, _WATCH_S)
                 else:
                     self._changed.wait_for(
-                        lambda: self._closed, max(0.05, min(member.retry_at - time.monotonic(), 1.0))
+                        lambda: self._closed, max(0.05, min(replica.retry_at - time.monotonic(), 1.0))
                     )
 
-    def _watch(self, member: Member) -> None:
+    def _watch(self, replica: Replica) -> None:
         """Ask it what it serves: it may have restarted, or hang, while nobody asks it anything else."""
-        receipt, term = member.receipt, member.term
+        receipt, incarnation = replica.receipt, replica.incarnation
         try:
-            state = member.client.state(timeout_s=_WATCH_TIMEOUT_S)
+            state = replica.client.state(timeout_s=_WATCH_TIMEOUT_S)
         except Exception as caught:
             error = _known(caught)
-            member.misses += 1
-            if error.code is not ErrorCode.TIMEOUT or member.misses >= _MISSES:
-                self.lost(member, error, term)
+            replica.misses += 1
+            if error.code is not ErrorCode.TIMEOUT or replica.misses >= _MISSES:
+                self.lost(replica, error, incarnation)
             return
-        member.misses = 0
+        replica.misses = 0
         if state.draining:
-            self.lost(member, Draining("it is about to leave"), term)
-        if not member.pushing and member.receipt is receipt and not member.serves_receipt(state):
-            self.lost(member, UnknownRun("it no longer serves what it was sent"), term)
+            self.lost(replica, Draining("it is about to leave"), incarnation)
+        if not replica.pushing and replica.receipt is receipt and not replica.serves_receipt(state):
+            self.lost(replica, UnknownRun("it no longer serves what it was sent"), incarnation)
 
-    def _bring_back(self, member: Member) -> None:
+    def _bring_back(self, replica: Replica) -> None:
         assert self._join
         try:
-            self._join(member)
+            self._join(replica)
         except Exception as caught:  # a keeper that dies would lose its server for good
             error = _known(caught)
             refused = error.code not in PASSING
-            new = member.error is None or member.error.code is not error.code
-            member.error = error
-            member.back_off(refused=refused)
+            new = replica.error is None or replica.error.code is not error.code
+            replica.error = error
+            replica.back_off(refused=refused)
             if refused and new:
-                self._tell(member, f"is refused: {error}")
+                self._tell(replica, f"is refused: {error}")
             with self._changed:
                 self._changed.notify_all()
 
     def _keep_discovering(self) -> None:
         number = self._watch_number
         while not self._closed and number == self._watch_number:
-            for member in self._discover():
-                self._tell(member, "is new")
-                self._look_after(member)
+            for replica in self._discover():
+                self._tell(replica, "is new")
+                self._look_after(replica)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, _DISCOVER_S)
 
-    def _discover(self) -> list[Member]:
+    def _discover(self) -> list[Replica]:
         """Servers that were not known; those that are not listed any more are forgotten."""
         urls = self._places.urls()
-        for url in [known for known in self.members if known not in urls]:
-            gone = self.members.pop(url)
+        for url in [known for known in self.replicas if known not in urls]:
+            gone = self.replicas.pop(url)
             self.lost(gone, NotReady("it is not listed any more"))
-        new = [Member(self._connect(url)) for url in urls if url not in self.members]
-        for member in new:
-            self.members[member.url] = member
+        new = [Replica(self._connect(url)) for url in urls if url not in self.replicas]
+        for replica in new:
+            self.replicas[replica.url] = replica
         return new
 
 

@@ -15,14 +15,14 @@ MAX_PARALLEL_REQUESTS = 8
 _SECOND_RETRY_S, _LAST_RETRY_S, _REFUSED_RETRY_S = 0.2, 10.0, 15.0
 
 
-class Member:
+class Replica:
     """One rollout server.
 
     Attributes:
         state: what it last said of itself; None: never reached.
         receipt: of what it was last sent; None: nothing since it started.
         up: it is given requests and pushes.
-        term: counts how often it came up.
+        incarnation: counts how often it came up.
         error: why it is not up.
         pushing: a push is under way, so that what it serves may be ahead of `receipt`.
     """
@@ -34,7 +34,7 @@ class Member:
         self.places = threading.BoundedSemaphore(MAX_PARALLEL_REQUESTS)
         self.receipt: PushReceipt | None = None
         self.up = state is not None
-        self.term = int(self.up)
+        self.incarnation = int(self.up)
         self.pushing = False
         self.error: LockstepError | None = None
         self.failures = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from learner.servers.pool import PASSING
-from learner.servers.replica import Member
+from learner.servers.replica import Replica
 from learner.sync.broadcast import gpu_uuid
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import ServerState
@@ -36,18 +36,18 @@ def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -
         )
 
 
-class GpuTurns:
+class GpuSharing:
     """Whose turn it is. A server that is away is not waited for: it holds nothing, and is awake when it comes back.
 
     Args:
-        member: the only server.
+        replica: the only server.
 
     Attributes:
         seconds: that each change of turns took.
     """
 
-    def __init__(self, member: Member, say: Callable[[str], None] = print) -> None:
-        self._member, self._say = member, say
+    def __init__(self, replica: Replica, say: Callable[[str], None] = print) -> None:
+        self._member, self._say = replica, say
         self.seconds: list[float] = []
         #: Whether the server sleeps, and which epoch of it; None: unknown, an earlier learner may have left it asleep.
         self._asleep: tuple[bool, str] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from learner.run_dir.lease import Lease
-from learner.servers.pool import Fleet, serve_base
+from learner.servers.pool import ServerPool, serve_base
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
@@ -13,17 +13,17 @@ from shared.sampling import SamplingParams
 SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
 
 
-def probe_sequences(fleet: Fleet, prompts: list[list[int]]) -> list[list[int]]:
+def probe_sequences(pool: ServerPool, prompts: list[list[int]]) -> list[list[int]]:
     """Prompts of the task, each with a greedy completion: text like the policy will see. Token ids [N][T]."""
-    member = fleet.available()[0]
-    policy: PolicySelector = "base" if serve_base([member.known]) else "latest"
+    replica = pool.available()[0]
+    policy: PolicySelector = "base" if serve_base([replica.known]) else "latest"
     distinct = list(dict.fromkeys(tuple(p[-PROMPT_TOKENS:]) for p in prompts))[:SEQUENCES]
-    room = min(m.known.max_model_len for m in fleet.up()) - max(map(len, distinct))
+    room = min(m.known.max_model_len for m in pool.up()) - max(map(len, distinct))
     if room < 1:
         return [list(p) for p in distinct]
     sampling = SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room))
     asked = [Prompt(token_ids=list(p)) for p in distinct]
-    answer = member.client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
+    answer = replica.client.generate(GenerateRequest(prompts=asked, sampling=sampling, policy=policy))
     return [[*g.prompt_token_ids, *g.completions[0].token_ids] for g in answer.groups]
 
 
@@ -34,7 +34,7 @@ def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float 
     """
     lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
     canary = Publisher(
-        real.fleet,
+        real.pool,
         real.model,
         lease,
         base_weights=real.base_weights,
@@ -50,5 +50,5 @@ def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float 
         return None
     finally:
         real.on_main(canary.delete_run)
-        for member in real.fleet.up():
-            member.receipt = None  # what is served from now on is the real run
+        for replica in real.pool.up():
+            replica.receipt = None  # what is served from now on is the real run

@@ -32,8 +32,8 @@ from peft import PeftModel
 
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
-from learner.servers.replica import Member
+from learner.servers.pool import ServerPool
+from learner.servers.replica import Replica
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, noise, slope
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
 from shared.errors import BaseMismatch, InstallFailed, LockstepError
@@ -73,14 +73,14 @@ class SyncProof:
 
     def __init__(
         self,
-        fleet: Fleet,
+        pool: ServerPool,
         model: PeftModel,
         sequences: list[list[int]],
         *,
         tolerance: float | None = None,
         on_main: OnMain = on_one_rank,
     ) -> None:
-        self._fleet = fleet
+        self._fleet = pool
         self.model = model
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
         self.fixed_tolerance = tolerance
@@ -194,8 +194,8 @@ class SyncProof:
         policy: PolicySelector = version or "base"
         request = ScoreRequest(sequences=self.sequences, policy=policy, run_id=version.run_id if version else None)
 
-        def ask(member: Member) -> tuple[str, ServerState, ScoreResponse]:
-            return member.url, member.known, member.client.score(request, _SCORE_TIMEOUT_S)
+        def ask(replica: Replica) -> tuple[str, ServerState, ScoreResponse]:
+            return replica.url, replica.known, replica.client.score(request, _SCORE_TIMEOUT_S)
 
         answers = self._on_main(lambda: self._fleet.ask_all(ask, "proof"))
         return [self._compare(own, *answer) for answer in answers]

@@ -13,8 +13,8 @@ from peft import PeftModel
 from learner.adapters.exporter import AdapterExport, AdapterExporter
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
-from learner.servers.replica import Member
+from learner.servers.pool import ServerPool
+from learner.servers.replica import Replica
 from learner.sync.transport import Choice, Transport
 from learner.utils.distributed import OnMain, on_one_rank
 from learner.utils.threads import all_of
@@ -32,12 +32,12 @@ class Publisher:
         seconds: wall-clock seconds of every push, from export to the last receipt.
 
     Args:
-        fleet: the servers; at least one is up.
+        pool: the servers; at least one is up.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
+        pool: ServerPool,
         model: PeftModel,
         lease: Lease,
         *,
@@ -48,8 +48,8 @@ class Publisher:
         say: Callable[[str], None] = print,
         on_main: OnMain = on_one_rank,
     ) -> None:
-        states = [member.known for member in fleet.up()]
-        self.fleet, self.model = fleet, model
+        states = [replica.known for replica in pool.up()]
+        self.pool, self.model = pool, model
         self.lease: Lease = on_main(lambda: _above_served(lease, states))
         self.lora_dtype: str = on_main(lambda: states[0].lora_dtype)
         self.base_weights = base_weights
@@ -92,8 +92,8 @@ class Publisher:
         started = time.perf_counter()
         with self._exporting:
             export = self._export = self.exporter.export(self.version(step))
-            members = self.fleet.up()
-        receipt: PushReceipt = self.on_main(lambda: self._send(export, members))
+            replicas = self.pool.up()
+        receipt: PushReceipt = self.on_main(lambda: self._send(export, replicas))
         self.receipts.append(receipt)
         self.seconds.append(time.perf_counter() - started)
         return receipt
@@ -106,7 +106,7 @@ class Publisher:
         last = self.last
         return last if last is not None and last.version == self.version(step) else self.push(step)
 
-    def bring_up(self, member: Member, admit: Callable[[RolloutClient, ServerState], None]) -> None:
+    def bring_up(self, replica: Replica, admit: Callable[[RolloutClient, ServerState], None]) -> None:
         """Bring a server that is new, or has failed, up to date, over HTTP, and let it come up. Not collective.
 
         Args:
@@ -115,34 +115,34 @@ class Publisher:
         Raises:
             LockstepError: as `push`.
         """
-        state = member.client.state()
+        state = replica.client.state()
         if state.draining:
-            raise Draining(f"{member.url} is about to leave")
-        if member.state is None or state.epoch != member.state.epoch:
-            admit(member.client, state)
-            if (way := self._ways.pop(member.url, None)) is not None:
+            raise Draining(f"{replica.url} is about to leave")
+        if replica.state is None or state.epoch != replica.state.epoch:
+            admit(replica.client, state)
+            if (way := self._ways.pop(replica.url, None)) is not None:
                 way.close()  # its workers are gone
-            member.restarted(state)
-        elif not member.serves_receipt(state):
-            member.receipt = None
-        self._catch_up(member)
+            replica.restarted(state)
+        elif not replica.serves_receipt(state):
+            replica.receipt = None
+        self._catch_up(replica)
 
-    def _catch_up(self, member: Member) -> None:
+    def _catch_up(self, replica: Replica) -> None:
         while True:
             with self._exporting:
                 export = self._export
-                if export is None or (member.receipt and member.receipt.version == export.manifest.version):
-                    self.fleet.come_up(member)  # before the next push can choose whom to send to
+                if export is None or (replica.receipt and replica.receipt.version == export.manifest.version):
+                    self.pool.come_up(replica)  # before the next push can choose whom to send to
                     return
                 manifest, pieces = export.manifest, export.pieces()
-            receipt = member.client.push(
+            receipt = replica.client.push(
                 self.lease.run_id,
                 pieces,
                 self.lease.secret,
-                takeover=self._takes_over(member),
+                takeover=self._takes_over(replica),
                 in_flight=self._in_flight,
             )
-            self._accept(member, receipt, manifest)
+            self._accept(replica, receipt, manifest)
 
     def delete_run(self) -> None:
         """End the run on all servers that are up and have it: its slots become free.
@@ -153,9 +153,9 @@ class Publisher:
         with self._exporting:
             self._export = None  # nobody sends it again
         errors = []
-        for member in self.fleet.up():
+        for replica in self.pool.up():
             try:
-                member.client.delete_run(self.lease.run_id, self.lease.secret)
+                replica.client.delete_run(self.lease.run_id, self.lease.secret)
             except LockstepError as error:
                 if error.code is not ErrorCode.UNKNOWN_RUN:
                     errors.append(error)
@@ -167,59 +167,59 @@ class Publisher:
         for way in list(self._ways.values()):
             way.close()
 
-    def _send(self, export: AdapterExport, members: list[Member]) -> PushReceipt:
+    def _send(self, export: AdapterExport, replicas: list[Replica]) -> PushReceipt:
         """To all of them at once. Answers the receipt of the one that took longest."""
         version = export.manifest.version
 
-        def one(member: Member) -> None:
-            term, member.pushing = member.term, True
+        def one(replica: Replica) -> None:
+            incarnation, replica.pushing = replica.incarnation, True
             try:
-                receipt = self._way(member).send(export, takeover=self._takes_over(member))
-                self._accept(member, receipt, export.manifest)
+                receipt = self._way(replica).send(export, takeover=self._takes_over(replica))
+                self._accept(replica, receipt, export.manifest)
             except LockstepError as error:
-                self.fleet.lost_or_raise(member, error, term)
+                self.pool.lost_or_raise(replica, error, incarnation)
             finally:
-                member.pushing = False
+                replica.pushing = False
 
-        all_of([functools.partial(one, member) for member in members], "push", max(len(members), 1))
+        all_of([functools.partial(one, replica) for replica in replicas], "push", max(len(replicas), 1))
         # If all of them failed, one that has come back since has been caught up.
-        serving = self.fleet.available(lambda m: m.receipt is not None and m.receipt.version == version)
-        receipts = [member.receipt for member in serving if member.receipt]
+        serving = self.pool.available(lambda m: m.receipt is not None and m.receipt.version == version)
+        receipts = [replica.receipt for replica in serving if replica.receipt]
         return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
 
-    def _way(self, member: Member) -> Transport:
-        way = self._ways.get(member.url)
+    def _way(self, replica: Replica) -> Transport:
+        way = self._ways.get(replica.url)
         if way is None:
-            way = self._ways[member.url] = Transport(
-                member.client,
+            way = self._ways[replica.url] = Transport(
+                replica.client,
                 self.lease.run_id,
                 self.lease.secret,
                 self.exporter.flat.device,
-                member.known,
+                replica.known,
                 choice=self._choice,
                 in_flight=self._in_flight,
                 say=self._say,
             )
         return way
 
-    def _takes_over(self, member: Member) -> bool:
+    def _takes_over(self, replica: Replica) -> bool:
         """Said once to each server: a learner that is taken over itself must not take the run back."""
-        return self._takeover and member.url not in self._taken_over
+        return self._takeover and replica.url not in self._taken_over
 
-    def _accept(self, member: Member, receipt: PushReceipt, manifest: AdapterManifest) -> None:
-        if receipt.epoch != member.known.epoch:  # whoever brings it back looks at it first
-            raise UnknownRun(f"{member.url} has restarted")
-        expected = (manifest.version, manifest.checksum, len(manifest.modules), member.known.workers)
+    def _accept(self, replica: Replica, receipt: PushReceipt, manifest: AdapterManifest) -> None:
+        if receipt.epoch != replica.known.epoch:  # whoever brings it back looks at it first
+            raise UnknownRun(f"{replica.url} has restarted")
+        expected = (manifest.version, manifest.checksum, len(manifest.modules), replica.known.workers)
         got = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
         names = ("version", "checksum", "modules written", "workers that acknowledged")
         wrong = [f"{n}: {g} instead of {e}" for n, e, g in zip(names, expected, got, strict=True) if e != g]
         if wrong:
             raise ProtocolMismatch(
-                f"the receipt of {member.url} for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
+                f"the receipt of {replica.url} for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
                 "restart that rollout server"
             )
-        self._taken_over.add(member.url)
-        member.receipt = receipt
+        self._taken_over.add(replica.url)
+        replica.receipt = receipt
 
 
 def _above_served(lease: Lease, states: Iterable[ServerState]) -> Lease:

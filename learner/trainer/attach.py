@@ -29,12 +29,12 @@ from learner.rollouts.schedule import Schedule
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_lengths, check_server
 from learner.servers.credentials import read_token
-from learner.servers.discovery import Places
-from learner.servers.pool import Fleet
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
 from learner.trainer.checks import check_grpo, check_replaceable, correction_warnings
-from learner.trainer.hooks import begin_passes_with, replace_degenerate, skip_padding, tell_turns_apart, watch_drift
+from learner.trainer.hooks import begin_passes_with, mark_tool_turns, replace_degenerate, skip_padding, watch_mismatch
 from learner.trainer.internals import check_trl
 from learner.trainer.prompt_order import ComingPrompts, check_slots, schedule_of
 from learner.trainer.resume import ExactResume
@@ -54,7 +54,7 @@ def attach(
     config: LearnerConfig | None = None,
     *,
     client: RolloutClient | None = None,
-    fleet: Fleet | None = None,
+    pool: ServerPool | None = None,
     revision: str | None = None,
     vllm_sampling_params: Any = None,
     **options: Any,
@@ -66,7 +66,7 @@ def attach(
         url: of one or several rollout servers; `config.rollout_url` by default.
         config, options: `LearnerConfig`, or its fields as keyword arguments.
         client: of one rollout server, instead of `url`.
-        fleet: servers that were already met; otherwise waits until one is ready.
+        pool: servers that were already met; otherwise waits until one is ready.
         revision: of the base model, where it was loaded from the hub.
         vllm_sampling_params: as in Unsloth, see `learner.trainer.unsloth`; by default the attribute of that name of the
             trainer's arguments, if they have it.
@@ -83,8 +83,8 @@ def attach(
     check_grpo(args)
     for warning in correction_warnings(args):
         warnings.warn(warning, stacklevel=2)
-    if fleet is None:
-        fleet = Fleet.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
+    if pool is None:
+        pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
     if config.max_staleness:
         ComingPrompts(trainer)  # refuses what cannot be read ahead
     if config.drop_degenerate_groups:
@@ -107,13 +107,13 @@ def attach(
         check_lengths(trainer.args.max_completion_length, longest_prompt, state)
         return check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
 
-    states = [member.known for member in fleet.up()]
+    states = [replica.known for replica in pool.up()]
     for warning in dict.fromkeys(warning for state in states for warning in accepts(state)):
         warnings.warn(warning, stacklevel=2)
     session = Session(
         TrainerSide(trainer),
         model,
-        fleet,
+        pool,
         config,
         sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
@@ -130,7 +130,7 @@ def attach(
     return session
 
 
-def meet(config: LearnerConfig) -> Fleet:
+def meet(config: LearnerConfig) -> ServerPool:
     """The servers at `config.rollout_url`, at least one of which is ready.
 
     Raises:
@@ -147,9 +147,9 @@ def meet(config: LearnerConfig) -> Fleet:
             generate_timeout_s=config.generate_timeout_s,
         )
 
-    fleet = Fleet(connect, Places(config.require_urls()), patience_s=config.ready_timeout_s)
-    fleet.meet(config.ready_timeout_s)
-    return fleet
+    pool = ServerPool(connect, ServerDiscovery(config.require_urls()), patience_s=config.ready_timeout_s)
+    pool.meet(config.ready_timeout_s)
+    return pool
 
 
 class TrainerSide:
@@ -221,10 +221,10 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
         trl.trainer.utils._use_triton = _picks_scored_positions
         keep_dtype_on_cpu(trainer.model)
     skip_padding(trainer)
-    if session.turns:
-        begin_passes_with(trainer, session.turns.train)
-    tell_turns_apart(trainer, session.rollouts)
-    watch_drift(trainer, session.figures.saw_drift)
+    if session.gpu_sharing:
+        begin_passes_with(trainer, session.gpu_sharing.train)
+    mark_tool_turns(trainer, session.rollouts)
+    watch_mismatch(trainer, session.figures.saw_mismatch)
     trainer.add_callback(_PushAfterStep(session))
 
 
@@ -249,7 +249,7 @@ class _PushAfterStep(TrainerCallback):
         self.session.after_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.session.fleet.close()  # else it would go on pushing this run to servers that restart
+        self.session.pool.close()  # else it would go on pushing this run to servers that restart
         self.session.let_serve()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
-from learner.rollouts.mismatch import Correction, Drift, measure
+from learner.rollouts.mismatch import Correction, Mismatch, measure
 from learner.trainer.padding import may_regroup, scored, sorted_windows
 
 
@@ -45,7 +45,7 @@ def begin_passes_with(trainer: GRPOTrainer, begin: Callable[[], None]) -> None:
     trainer._get_per_token_logps_and_entropies = scored_after
 
 
-def tell_turns_apart(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
+def mark_tool_turns(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
     """Let `rollouts` know which generations of TRL go on with completions whose tools have answered."""
     loop = trainer._tool_call_loop
 
@@ -56,7 +56,7 @@ def tell_turns_apart(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
     trainer._tool_call_loop = loop_of_later_turns
 
 
-def watch_drift(trainer: GRPOTrainer, saw: Callable[[Drift], None]) -> None:
+def watch_mismatch(trainer: GRPOTrainer, saw: Callable[[Mismatch], None]) -> None:
     """Hand the drift of every training generation batch to `saw`; TRL keeps no ratio from before its clipping."""
     generate, reduce = trainer._generate_and_score_completions, partial(trainer.accelerator.reduce, reduction="sum")
     args = trainer.args

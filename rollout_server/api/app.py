@@ -10,9 +10,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from rollout_server.api.middleware.version_headers import Versioned
-from rollout_server.api.routes import broadcast as collective
-from rollout_server.api.routes import generate, runs, score, state
+from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
+from rollout_server.api.routes import broadcast, generate, runs, score, state
 from rollout_server.api.security.roles import VLLM_PATHS
 from rollout_server.service import Service
 from shared.errors import ErrorBody, InvalidRequest, LockstepError, sendable
@@ -25,7 +24,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.lockstep = service
-    for module in (generate, score, runs, collective, state):
+    for module in (generate, score, runs, broadcast, state):
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -37,7 +36,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     openai_app.middleware_stack = None  # vLLM has built it already, with the handlers that there were
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
-    app.mount("/", Versioned(openai_app))
+    app.mount("/", VersionHeaderMiddleware(openai_app))
     return app
 
 

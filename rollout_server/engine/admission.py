@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from rollout_server.runs.slots import Run, Slot
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from shared.errors import EngineDead, InvalidRequest
 from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
@@ -116,7 +116,7 @@ class Admission:
                     self._told()
                     _check_given_up(output)
                     yield output
-            except compat.engine_dead_error() as error:
+            except versions.engine_dead_error() as error:
                 raise EngineDead(
                     "the engine died while this request was running; ask a server that is ready"
                 ) from error

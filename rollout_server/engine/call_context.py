@@ -10,7 +10,7 @@ from shared.weights import WeightVersion
 
 
 @dataclass
-class Call:
+class CallContext:
     """One HTTP request to vLLM's routes, which may become several requests to the engine.
 
     Attributes:
@@ -29,4 +29,4 @@ class Call:
 
 
 #: That of the running task; None beneath our own routes.
-CALL: ContextVar[Call | None] = ContextVar("lockstep_call", default=None)
+CALL_CONTEXT: ContextVar[CallContext | None] = ContextVar("lockstep_call", default=None)

@@ -10,17 +10,17 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from shared.errors import EngineDead
 
 _POLL_SECONDS = 0.002
 
 
-class Turns:
+class Exclusive:
     """Whose turn it is; on a server that is not deterministic everyone's, always."""
 
-    def __init__(self, door: EngineDoor, *, enabled: bool) -> None:
-        self._door = door
+    def __init__(self, proxy: EngineProxy, *, enabled: bool) -> None:
+        self._proxy = proxy
         self._lock = asyncio.Lock() if enabled else None
 
     async def take(self) -> Callable[[], None]:
@@ -48,11 +48,11 @@ class Turns:
             yield
             return
         try:
-            async with self._door.paused(clear_cache=False):
+            async with self._proxy.paused(clear_cache=False):
                 yield
-                while not all(submitted(self._door.running())):  # noqa: ASYNC110 - vLLM has no event for it
+                while not all(submitted(self._proxy.running())):  # noqa: ASYNC110 - vLLM has no event for it
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             error = EngineDead("the engine hangs: it did not pause between two steps")
-            self._door.give_up(error)
+            self._proxy.give_up(error)
             raise error from None

@@ -1,6 +1,6 @@
 """The one door to the engine. Salt, LoRARequest and version are set here and nowhere else.
 
-Every route goes through `EngineDoor`, vLLM's own OpenAI routes included: they believe it to be the engine client.
+Every route goes through `EngineProxy`, vLLM's own OpenAI routes included: they believe it to be the engine client.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from fastapi import HTTPException
 
 from rollout_server.engine.admission import Admission
-from rollout_server.engine.call_context import CALL, Call
+from rollout_server.engine.call_context import CALL_CONTEXT, CallContext
 from rollout_server.engine.capacity import Capacity
 from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from shared.errors import InvalidRequest, LockstepError, VersionNotActive
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion
@@ -48,7 +48,7 @@ _CLOSED = {
 }
 
 
-class EngineDoor:
+class EngineProxy:
     """AsyncLLM as seen by every route. Attributes that are not here are AsyncLLM's own, but for those that would
     change weights or adapters behind the server's back.
     """
@@ -76,7 +76,7 @@ class EngineDoor:
     def give_up(self, reason: LockstepError) -> None:
         """The engine cannot be trusted, or hangs: end this server, and every request with an error."""
         self._given_up = reason
-        compat.fail_requests(self._engine)
+        versions.fail_requests(self._engine)
 
     def __getattr__(self, name: str) -> Any:
         if name in _CLOSED:
@@ -128,7 +128,7 @@ class EngineDoor:
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         """vLLM's engine-client call, as its OpenAI routes make it: a LoRA name is a run, no LoRA is the base."""
-        call = CALL.get() or Call()
+        call = CALL_CONTEXT.get() or CallContext()
         with contextlib.ExitStack() as held:
             try:
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
@@ -192,11 +192,11 @@ class EngineDoor:
 
     def output_tokens(self) -> dict[tuple[str, int], int]:
         """Tokens so far of every output under way, by request id and output index."""
-        return compat.output_tokens(self._engine)
+        return versions.output_tokens(self._engine)
 
     def running(self) -> set[str]:
         """Ids of the requests that the engine has been given, with all their outputs, and not finished."""
-        return compat.submitted_requests(self._engine)
+        return versions.submitted_requests(self._engine)
 
     async def register_workers(self, *args: Any, timeout: float) -> None:
         """Run `lockstep_register` of our worker class on every worker of every engine."""

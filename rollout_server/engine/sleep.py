@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.ipc.client import Workers
 from shared.errors import EngineDead, InvalidRequest
 
@@ -28,8 +28,8 @@ class Sleep:
         level: vLLM's: 1 moves the weights to host memory and gives up the KV cache; 0, for CPUs, only stands still.
     """
 
-    def __init__(self, door: EngineDoor, workers: Workers, *, enabled: bool, level: int = 1) -> None:
-        self._door, self._workers, self._enabled, self._level = door, workers, enabled, level
+    def __init__(self, proxy: EngineProxy, workers: Workers, *, enabled: bool, level: int = 1) -> None:
+        self._proxy, self._workers, self._enabled, self._level = proxy, workers, enabled, level
         self._turn = asyncio.Lock()
         self._given_back: list[int] = []  # bytes, of each worker's GPU
 
@@ -42,10 +42,10 @@ class Sleep:
         """
         self._check_enabled()
         async with self._turn:
-            if not self._door.asleep:
+            if not self._proxy.asleep:
                 before = await self._free()
                 self._given_back = [0] * len(before)
-                await self._moved(self._door.put_to_sleep(self._level), "fall asleep")
+                await self._moved(self._proxy.put_to_sleep(self._level), "fall asleep")
                 self._given_back = [free - old for old, free in zip(before, await self._free(), strict=True)]
 
     async def wake(self) -> None:
@@ -70,7 +70,7 @@ class Sleep:
             yield
 
     async def _wake(self) -> None:
-        if not self._door.asleep:
+        if not self._proxy.asleep:
             return
         for free, needed in zip(await self._free(), self._given_back, strict=True):
             if free < needed:
@@ -78,7 +78,7 @@ class Sleep:
                     f"the server sleeps on: it needs {_gib(needed)} GiB of its GPU, and others have left {_gib(free)}. "
                     "Lower its --gpu-memory-utilization until it fits beside the learner"
                 )
-        await self._moved(self._door.wake(self._level), "wake up")
+        await self._moved(self._proxy.wake(self._level), "wake up")
 
     async def _free(self) -> list[int]:
         """Free bytes of each worker's GPU, when none is writing any more; nothing on CPUs."""
@@ -92,9 +92,9 @@ class Sleep:
                 await move
         except BaseException as error:  # half of its memory may be there
             reason = EngineDead(f"the engine did not {what}: {type(error).__name__} {error}".rstrip())
-            self._door.give_up(reason)
+            self._proxy.give_up(reason)
             raise reason from error
-        logger.info("%s after %.2f s", "asleep" if self._door.asleep else "awake", time.monotonic() - started)
+        logger.info("%s after %.2f s", "asleep" if self._proxy.asleep else "awake", time.monotonic() - started)
 
     def _check_enabled(self) -> None:
         if not self._enabled:

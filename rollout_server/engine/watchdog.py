@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from shared.errors import EngineDead
 
 _LOOKS = 30  # within the limit; each goes over all requests
 
 
-class Stall:
+class StallWatchdog:
     """Gives the engine up that has requests and, for `limit` seconds, no new token for any of them."""
 
-    def __init__(self, door: EngineDoor, limit: float) -> None:
-        self._door, self._limit, self._interval = door, limit, min(limit / _LOOKS, 10.0)
+    def __init__(self, proxy: EngineProxy, limit: float) -> None:
+        self._proxy, self._limit, self._interval = proxy, limit, min(limit / _LOOKS, 10.0)
         self._looked = time.monotonic()
         self._stalled = 0.0
         self._outputs = 0
@@ -32,7 +32,7 @@ class Stall:
         if self._progressed():
             self._stalled = 0.0
         elif self._stalled > self._limit:
-            self._door.give_up(
+            self._proxy.give_up(
                 EngineDead(
                     f"{len(self._tokens)} sequences are running and none has got a token for {self._stalled:.0f} s "
                     "(--engine-stall-seconds): the engine hangs"
@@ -41,8 +41,8 @@ class Stall:
 
     def _progressed(self) -> bool:
         """Whether there is a new token, or nothing that should have got one since the last look."""
-        door, before, outputs = self._door, self._tokens, self._outputs
-        self._tokens, self._outputs = door.output_tokens(), door.outputs
-        if door.held or not self._tokens or not before or outputs != self._outputs:
+        proxy, before, outputs = self._proxy, self._tokens, self._outputs
+        self._tokens, self._outputs = proxy.output_tokens(), proxy.outputs
+        if proxy.held or not self._tokens or not before or outputs != self._outputs:
             return True
         return any(tokens > before.get(output, 0) for output, tokens in self._tokens.items())

@@ -12,7 +12,7 @@ from rollout_server.engine.admission import Admission
 from rollout_server.generation.tokenization import check_lengths, tokenize
 from rollout_server.generation.vllm_params import to_completion, to_vllm, token_prompt
 from rollout_server.service import Service
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from shared.errors import EngineDead, InvalidRequest
 from shared.rollouts import GenerateRequest, RolloutGroup
 
@@ -37,7 +37,7 @@ class Job:
         try:
             async for output in self.admission.generate(prompt, self.params, self.request_id):
                 final = output
-        except compat.refusals() as error:  # vLLM's own validation of the parameters
+        except versions.refusals() as error:  # vLLM's own validation of the parameters
             raise InvalidRequest(str(error)) from error
         if final is None or len(final.outputs) != self.params.n:
             raise EngineDead(f"the engine returned no complete group for {self.request_id}")
@@ -76,7 +76,7 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
     tasks: list[asyncio.Future[RolloutGroup]] = []
     running: set[asyncio.Future[RolloutGroup]] = set()
     try:
-        held.callback(service.door.capacity.take(len(body.prompts), body.sampling.n))
+        held.callback(service.proxy.capacity.take(len(body.prompts), body.sampling.n))
         jobs = await _jobs(service, body, held)
 
         def ended(task: asyncio.Future) -> None:
@@ -87,7 +87,7 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
         def submitted(ids: set[str]) -> list[bool]:
             return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
 
-        async with service.turns.together(submitted):
+        async with service.exclusive.together(submitted):
             tasks += [asyncio.ensure_future(job.run()) for job in jobs]
             running.update(tasks)
             for task in tasks:
@@ -105,16 +105,16 @@ async def _jobs(service: Service, body: GenerateRequest, held: contextlib.ExitSt
     """The request's jobs, checked and bound to a version; `held` ends what they hold."""
     prompts = [tokenize(service, prompt, body.chat_template_kwargs) for prompt in body.prompts]
     check_lengths(service, prompts, room=body.sampling.max_tokens or 1)
-    service.door.capacity.check_tokens(
+    service.proxy.capacity.check_tokens(
         sum(len(ids) + body.sampling.n * _room(service, ids, body.sampling.max_tokens) for ids in prompts)
     )
     wants_text = body.return_text
     if wants_text is None:
         wants_text = any(prompt.token_ids is None for prompt in body.prompts)
-    tokenizer = service.door.get_tokenizer() if wants_text else None
+    tokenizer = service.proxy.get_tokenizer() if wants_text else None
     params = _params(body)
     await service.reached(body)
-    held.callback(await service.turns.take())
+    held.callback(await service.exclusive.take())
     admission = held.enter_context(await service.admit(body))
     return [
         Job(

@@ -15,11 +15,11 @@ from shared.rollouts import ScoreRequest, ScoreResponse
 
 async def _score(body: ScoreRequest, service: Service) -> ScoreResponse:
     with contextlib.ExitStack() as held:
-        held.callback(service.door.capacity.take(len(body.sequences)))
+        held.callback(service.proxy.capacity.take(len(body.sequences)))
         check_lengths(service, body.sequences, room=1)
-        service.door.capacity.check_tokens(sum(map(len, body.sequences)))
+        service.proxy.capacity.check_tokens(sum(map(len, body.sequences)))
         await service.reached(body)
-        held.callback(await service.turns.take())
+        held.callback(await service.exclusive.take())
         while True:
             with await service.admit(body) as admission:
                 jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]

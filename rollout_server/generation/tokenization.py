@@ -1,4 +1,4 @@
-"""Prompts as token ids: given as such, tokenised from text, or templated from chat messages."""
+"""Prompts as token ids: given as such, tokenized from text, or templated from chat messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
         return prompt.token_ids
     if "chat_template" in chat_template_kwargs:
         raise InvalidRequest("chat_template_kwargs: the template is the server's own; leave chat_template out")
-    tokenizer = service.door.get_tokenizer()
+    tokenizer = service.proxy.get_tokenizer()
     if taken := _OURS & chat_template_kwargs.keys():
         raise InvalidRequest(
             f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out"
@@ -50,7 +50,7 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
             prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
         )
     except Exception as error:  # templates raise whatever their author chose
-        raise InvalidRequest(f"the prompt cannot be tokenised: {error}") from error
+        raise InvalidRequest(f"the prompt cannot be tokenized: {error}") from error
     return list(ids)
 
 
@@ -61,7 +61,7 @@ def check_lengths(service: Service, sequences: list[list[int]], room: int) -> No
         LockstepError: `invalid_request` with the index of the sequence.
     """
     limit = service.served.max_model_len
-    vocabulary = service.door.model_config.get_vocab_size()
+    vocabulary = service.proxy.model_config.get_vocab_size()
     for index, sequence in enumerate(sequences):
         if len(sequence) + room > limit:
             raise InvalidRequest(

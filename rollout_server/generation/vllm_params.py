@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.vllm_compat import kept_mass
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import kept_mass, versions
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams
@@ -37,7 +36,7 @@ def to_vllm(params: SamplingParams) -> Any:
             detokenize=bool(params.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-    except compat.refusals() as error:
+    except versions.refusals() as error:
         raise InvalidRequest(f"sampling: {error}") from error
 
 

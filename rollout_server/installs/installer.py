@@ -8,12 +8,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.sleep import Sleep
 from rollout_server.installs.broadcast_groups import Groups
 from rollout_server.installs.live_weights import LiveWeights
 from rollout_server.installs.merge_install import MergeInstall
-from rollout_server.installs.slot_install import Install
+from rollout_server.installs.slot_install import SlotInstall
 from rollout_server.installs.staging import Staging
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.served_model import ServedModel
@@ -44,7 +44,7 @@ _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 class Installer:
     """Takes pushes for all runs of this server."""
 
-    door: EngineDoor
+    proxy: EngineProxy
     workers: Workers
     groups: Groups
     runs: RunTable
@@ -59,8 +59,8 @@ class Installer:
     def __post_init__(self) -> None:
         # The workers have one receive buffer each.
         self.fill_lock = asyncio.Lock()
-        self.weights = LiveWeights(self.door, self.workers)
-        self._install = MergeInstall if self.settings.merges else Install
+        self.weights = LiveWeights(self.proxy, self.workers)
+        self._install = MergeInstall if self.settings.merges else SlotInstall
         self.staging = Staging(self.settings.max_adapter_mib * 2**20)
 
     async def push(

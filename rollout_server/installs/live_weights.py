@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from rollout_server.engine.admission import KV
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
@@ -31,7 +31,7 @@ class Change:
 class LiveWeights:
     """The weights of all workers."""
 
-    door: EngineDoor
+    proxy: EngineProxy
     workers: Workers
 
     @asynccontextmanager
@@ -60,7 +60,7 @@ class LiveWeights:
             try:
                 async with (
                     asyncio.timeout_at(loop_time(deadline)) as limit,
-                    self.door.paused(clear_cache=kv == "fresh") as change.tokens,
+                    self.proxy.paused(clear_cache=kv == "fresh") as change.tokens,
                 ):
                     limit.reschedule(None)
                     await self._apply(checksum, before=run.slots[0].checksum or None)
@@ -96,6 +96,6 @@ class LiveWeights:
                     await call.ended()
                 await self.workers.call("apply", _APPLY_SECONDS, checksum=before)
             except BaseException:
-                self.door.give_up(EngineDead("not every worker holds the same weights"))
+                self.proxy.give_up(EngineDead("not every worker holds the same weights"))
                 raise
             raise

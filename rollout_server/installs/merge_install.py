@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from rollout_server.engine.admission import KV
-from rollout_server.installs.slot_install import Install
+from rollout_server.installs.slot_install import SlotInstall
 
 
-class MergeInstall(Install):
+class MergeInstall(SlotInstall):
     """Fills no slot: the workers receive and verify, and change the weights when nothing computes with them."""
 
     @contextlib.asynccontextmanager

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _SWAP_SECONDS = 10.0
 
 
-class Install:
+class SlotInstall:
     """One adapter on its way into a slot, and the seconds that each part takes."""
 
     def __init__(
@@ -113,16 +113,16 @@ class Install:
 
         Answers the seconds of the pause.
         """
-        door, manifest = self._installer.door, self._header.manifest
+        proxy, manifest = self._installer.proxy, self._header.manifest
         kv: KV = "carried" if self._in_flight == "carried" else "fresh"
         started = time.monotonic()
         run.not_moving.clear()
         try:
-            async with asyncio.timeout(self._left()), door.paused(clear_cache=kv == "fresh") as tokens:
+            async with asyncio.timeout(self._left()), proxy.paused(clear_cache=kv == "fresh") as tokens:
                 try:
                     await self._installer.workers.call("swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id)
                 except BaseException:
-                    door.give_up(EngineDead("not every worker exchanged its adapter slots"))
+                    proxy.give_up(EngineDead("not every worker exchanged its adapter slots"))
                     raise
                 self._slot = None
                 await run.move_to(

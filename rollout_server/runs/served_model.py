@@ -7,7 +7,7 @@ from typing import Any
 
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import BaseFingerprint, ServerState
 
@@ -56,7 +56,7 @@ def policy_altering(vllm_config: Any) -> list[str]:
         reasons.append("speculative decoding (--speculative-config)")
     kv_dtype = str(vllm_config.cache_config.cache_dtype)
     if kv_dtype not in ("auto", "bfloat16", "float16", "float32", "float", "half"):
-        reasons.append(f"a quantised KV cache (--kv-cache-dtype {kv_dtype})")
+        reasons.append(f"a quantized KV cache (--kv-cache-dtype {kv_dtype})")
     return reasons
 
 
@@ -75,7 +75,7 @@ def describe(vllm_config: Any, workers: list[dict[str, Any]], max_lora_rank: int
     return ServedModel(
         model=model.model,
         base=unknown if dummy else fingerprint_checkpoint(model.model, model.revision),
-        vllm_version=compat.vllm_version(),
+        vllm_version=versions.vllm_version(),
         device=str(vllm_config.device_config.device_type),
         dtype=_DTYPES[str(model.dtype)],
         lora_dtype=_DTYPES[str(lora.lora_dtype if lora else model.dtype)],

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from rollout_server.ipc import server as worker_link
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from rollout_server.worker.receiving_group import ReceivingGroup
 from shared.adapter_file import Layout, TensorEntry
 from shared.errors import InstallFailed
 
 # vLLM imports this module in each worker process before it loads the model.
-compat.speed_up_cpu_lora()
+versions.speed_up_cpu_lora()
 
 
 class AdapterWorker:
@@ -38,7 +38,7 @@ class AdapterWorker:
         from rollout_server.worker.slot_writer import SlotWriter
 
         for slot_id in slot_ids:
-            compat.pin_empty_adapter(self, slot_id, rank)
+            versions.pin_empty_adapter(self, slot_id, rank)
         listen(Operations(self, SlotWriter(self)), server_pid, folder)
 
 
@@ -129,7 +129,7 @@ class Operations:
 
     def swap(self, tell: worker_link.Tell, one: int, other: int) -> dict[str, Any]:
         """Exchange what two slots hold; the engine is paused."""
-        compat.swap_adapters(self.worker, one, other)
+        versions.swap_adapters(self.worker, one, other)
         return {"ok": True}
 
     def host_group(self, tell: worker_link.Tell, group: str, bind: str, timeout: float) -> dict[str, Any]:
@@ -167,8 +167,8 @@ class Operations:
 def listen(operations: Operations, server_pid: int, folder: str) -> None:
     """From now on answer the server's calls, and end with its process."""
     threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
-    compat.keep_seeds_alive_on_cpu(operations.worker)
-    compat.report_kept_mass(operations.worker)
+    versions.keep_seeds_alive_on_cpu(operations.worker)
+    versions.report_kept_mass(operations.worker)
     worker_link.serve(Path(folder), operations.table())
 
 

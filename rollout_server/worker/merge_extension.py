@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from rollout_server.ipc import server as worker_link
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.ipc import server
+from rollout_server.vllm_compat import versions
 from rollout_server.worker.extension import Operations, listen
 
 # vLLM imports this module in each worker process before it loads the model.
-compat.keep_linear_weights_on_cpu()
+versions.keep_linear_weights_on_cpu()
 
 
 class MergeWorker:
@@ -40,7 +40,7 @@ class MergeOperations(Operations):
         """Operations by name."""
         return super().table() | {"apply": self.apply}
 
-    def apply(self, tell: worker_link.Tell, checksum: str | None) -> dict[str, Any]:
+    def apply(self, tell: server.Tell, checksum: str | None) -> dict[str, Any]:
         """Make the weights W0 plus a received adapter, or W0; the engine is paused."""
         with self.applying, self.on_own_stream():
             started = time.perf_counter()

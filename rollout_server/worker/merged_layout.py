@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from rollout_server.worker.slot_layout import refuse_misfits
 from shared.adapter_file import LORA_A, LORA_B
 
@@ -53,10 +53,10 @@ class Target:
 def targets(worker: Any) -> dict[str, Target]:
     """Served name -> layer, for every linear layer whose live weight can be written."""
     model = worker.get_model()
-    packed = compat.packed_modules(model)
+    packed = versions.packed_modules(model)
     found: dict[str, Target] = {}
-    for name, layer in compat.plain_linears(model).items():
-        parts, (column, columns) = compat.linear_parts(layer)
+    for name, layer in versions.plain_linears(model).items():
+        parts, (column, columns) = versions.linear_parts(layer)
         weight = layer.weight.data
         if weight.shape != (sum(rows for rows, _, _ in parts), columns):
             continue  # stored in some way of its own
@@ -102,7 +102,7 @@ def plan(worker: Any, known: dict[str, Target], tensors: dict[str, torch.Tensor]
     for name in (name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
         a, b = tensors[name + LORA_A], tensors[name + LORA_B]
         start = 0
-        for block in known[compat.vllm_module_name(worker.get_model(), name)].blocks:
+        for block in known[versions.vllm_module_name(worker.get_model(), name)].blocks:
             rows = b[start + block.first : start + block.first + block.rows]
             updates.append(Update(block, a[:, block.column : block.column + block.columns], rows))
             start += block.total

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import ErrorCode
 
@@ -21,7 +21,7 @@ Views = list[torch.Tensor]
 
 def describe(worker: Any) -> dict[str, Any]:
     """What this worker can adapt, and the memory that a slot takes."""
-    manager = compat.lora_manager(worker)
+    manager = versions.lora_manager(worker)
     modules = manager.modules.values()
     # One tensor per module, or one per slice of a fused module; of all slots together.
     stacks = [stack for module in modules for stack in (module.lora_a_stacked, module.lora_b_stacked)]
@@ -41,14 +41,14 @@ def check(worker: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any] | N
     """
     targets = _targets(worker)
     features = {name: (_in_features(module), _out_features(module, part)) for name, (module, part) in targets.items()}
-    model = compat.lora_manager(worker).model
+    model = versions.lora_manager(worker).model
     if refusal := refuse_misfits(model, features, shapes):
         return refusal
     for tensor, (rank, _) in shapes.items():
         if not tensor.endswith(LORA_A):
             continue
         peft_name = tensor.removesuffix(LORA_A)
-        module, _ = targets[compat.vllm_module_name(model, peft_name)]
+        module, _ = targets[versions.vllm_module_name(model, peft_name)]
         if rank > module.lora_a_stacked[0].shape[-2] * _rank_shards(module):
             return _refusal(ErrorCode.RANK_TOO_HIGH, f"{peft_name}: rank {rank} does not fit into the slot")
     return None
@@ -67,7 +67,7 @@ def refuse_misfits(
             continue
         peft_name = tensor.removesuffix(LORA_A)
         out_features = shapes[peft_name + LORA_B][0]
-        expected = features.get(compat.vllm_module_name(model, peft_name))
+        expected = features.get(versions.vllm_module_name(model, peft_name))
         if expected is None:
             return _refusal(
                 ErrorCode.UNSUPPORTED_ADAPTER,
@@ -109,10 +109,11 @@ def plan(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Plan:
     Raises:
         ValueError: not every tensor has a place; `check` would have refused the adapter.
     """
-    manager = compat.lora_manager(worker)
+    manager = versions.lora_manager(worker)
     names = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
     by_name = {
-        compat.vllm_module_name(manager.model, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
+        versions.vllm_module_name(manager.model, name): (tensors[name + LORA_A], tensors[name + LORA_B])
+        for name in names
     }
     buffers = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     pairs: list[Pair] = []
@@ -148,7 +149,7 @@ def grouped(pairs: list[Pair]) -> list[Copies]:
 
 def clear(worker: Any, index: int) -> None:
     """Make a slot the zero adapter: whatever a layout leaves out must not be left over from another one."""
-    for module in compat.lora_manager(worker).modules.values():
+    for module in versions.lora_manager(worker).modules.values():
         if _is_linear(module):  # lm_head and embeddings are never written, so zero for ever
             for stack in (*module.lora_a_stacked, *module.lora_b_stacked):
                 stack[index].zero_()
@@ -162,7 +163,7 @@ def _is_linear(module: Any) -> bool:
 
 def _targets(worker: Any) -> dict[str, tuple[Any, int | None]]:
     """Served name -> (layer, slice of the fused layer or None)."""
-    manager = compat.lora_manager(worker)
+    manager = versions.lora_manager(worker)
     targets: dict[str, tuple[Any, int | None]] = {}
     for name, module in manager.modules.items():
         if not _is_linear(module):
@@ -205,7 +206,7 @@ def _shards(module: Any, parts: list[Pair | None]) -> tuple[list[Views], list[Vi
     a, b = parts[0]
     if module.tp_size == 1:
         return [[a]], [[b]]
-    rows, _ = compat.linear_parts(module.base_layer)
+    rows, _ = versions.linear_parts(module.base_layer)
     if len(rows) == 1:
         return [[module.slice_lora_a(a)]], [[module.slice_lora_b(b)]]
     # One LoRA over a fused layer (Phi-3's `qkv_proj`): vLLM would join this worker's rows of all parts in a copy.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from rollout_server.worker import slot_layout
 from shared.adapter_file import Layout
 from shared.checksum import block_sums, block_weights, checksum
@@ -82,7 +82,7 @@ class SlotWriter:
         """
         flat = self.buffer(layout).view(dtype_of(layout))
         refuse_not_finite(flat, layout)
-        index = compat.slot_index(self._worker, slot_id)
+        index = versions.slot_index(self._worker, slot_id)
         if self._held.get(index) != layout.key:
             slot_layout.clear(self._worker, index)
             self._held[index] = layout.key

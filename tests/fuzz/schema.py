@@ -23,10 +23,10 @@ def openai_schema(argv: list[str]) -> dict[str, Any]:
     """Of vLLM's routes below ours, from an app like the server's; `argv`: the server's command line."""
     from rollout_server import cli
     from rollout_server.api import app
-    from rollout_server.vllm_compat import versions as compat
+    from rollout_server.vllm_compat import versions
 
     args, config, _ = cli.resolve(argv)
-    openai_app = compat.build_openai_app(args, ("generate",), config.model_config)
+    openai_app = versions.build_openai_app(args, ("generate",), config.model_config)
     app.build_app(cast(Any, None), openai_app)  # which leaves out what the server does not show
     return dict(openai_app.openapi())
 

@@ -14,11 +14,11 @@ from starlette.routing import Mount, WebSocketRoute
 
 from rollout_server import cli
 from rollout_server.api.app import build_app
-from rollout_server.api.middleware.auth import Guard
-from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.middleware.auth import AuthMiddleware
+from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role, role_needed
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 
 HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}
 #: Some of what vLLM would serve with these settings.
@@ -47,7 +47,7 @@ def apps(model: Path) -> SimpleNamespace:
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         args, _ = cli.parse([str(model)])
         config = ModelConfig(model=str(model), dtype="float32")
-        theirs = compat.build_openai_app(args, ("generate", "render"), config)
+        theirs = versions.build_openai_app(args, ("generate", "render"), config)
         all_of_vllm = {path for _, path in _routes(theirs.routes)}
         return SimpleNamespace(app=build_app(SimpleNamespace(), theirs), vllm=all_of_vllm)  # type: ignore[arg-type]
 
@@ -88,9 +88,9 @@ async def _websocket_status(app: Any, path: str, headers: dict[str, str]) -> int
 
 
 async def test_every_route_asks_for_a_token_and_its_role(apps: SimpleNamespace) -> None:
-    gate = Gate()
+    gate = ReadinessMiddleware()
     gate.open(apps.app)
-    guard = Guard(gate, Tokens({}, HELD))
+    guard = AuthMiddleware(gate, Tokens({}, HELD))
     routes = sorted(set(_routes(apps.app.routes)))
     assert {path for _, path in routes} >= set(SERVED), routes
     for method, path in routes:
@@ -111,10 +111,10 @@ async def test_every_route_asks_for_a_token_and_its_role(apps: SimpleNamespace) 
 
 
 async def test_what_vllm_opens_for_developers_is_not_there_at_all(apps: SimpleNamespace) -> None:
-    gate = Gate()
+    gate = ReadinessMiddleware()
     gate.open(apps.app)
     assert set(CLOSED) <= apps.vllm, "vLLM has renamed them: look again at what must stay closed"
     for path in CLOSED:
         for method in ("GET", "POST"):
-            assert await _status(Guard(gate, Tokens({}, HELD)), method, path, Role.WEIGHTS) == 404, path
+            assert await _status(AuthMiddleware(gate, Tokens({}, HELD)), method, path, Role.WEIGHTS) == 404, path
             assert await _status(gate, method, path, None) == 404, path

@@ -13,7 +13,7 @@ import torch
 
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.broadcast import SendingGroup
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
@@ -41,7 +41,7 @@ class _Learner:
         self.policy = P.make_policy(model)
         self.client = client
         self.publisher = Publisher(
-            Fleet.of(client),
+            ServerPool.of(client),
             self.policy,
             Lease(run_id, P.LEASE, 0),
             takeover=True,
@@ -71,8 +71,8 @@ def test_pushes_go_by_broadcast_from_the_second_on(learner: _Learner) -> None:
     assert "by broadcast from now on" in learner.said[0]
     announced = learner.publisher.exporter.export(learner.publisher.version(3)).announcement()
     (again,) = learner.client.broadcast(learner.publisher.lease.run_id, announced, P.LEASE)
-    assert again is not None, "a push that is sent again is recognised before anything is sent"
-    assert again.repeated, "a push that is sent again is recognised before anything is sent"
+    assert again is not None, "a push that is sent again is recognized before anything is sent"
+    assert again.repeated, "a push that is sent again is recognized before anything is sent"
     assert learner.push(4) == "collective"
 
 
@@ -109,7 +109,7 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
     assert torch.equal(P.score(learner.client, PROBE), served)
     assert learner.push(3) == "http"
     assert "over HTTP" in learner.said[-1]
-    learner.publisher._way(learner.publisher.fleet.up()[0])._retry_at = 0.0
+    learner.publisher._way(learner.publisher.pool.up()[0])._retry_at = 0.0
     assert learner.push(4) == "http", "the group is made anew"
     assert learner.push(5) == "collective", "the group is made anew"
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Fetcher, asks_of
+from learner.rollouts.dispatch import Dispatcher, asks_of
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.discovery import Places
-from learner.servers.pool import Fleet
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from shared.sampling import SamplingParams
 from tests.integration.conftest import FLAGS
@@ -40,29 +40,29 @@ def test_a_server_that_is_killed_and_comes_back(
     second.wait_ready()
     policy, said = P.make_policy(model), list[str]()
     urls = [server.url, second.url]
-    fleet = Fleet(RolloutClient, Places(urls), patience_s=120.0, say=said.append)
-    assert len(fleet.meet(30.0)) == 2
-    publisher = Publisher(fleet, policy, Lease("fleet", P.LEASE, 0), takeover=True, say=said.append)
+    pool = ServerPool(RolloutClient, ServerDiscovery(urls), patience_s=120.0, say=said.append)
+    assert len(pool.meet(30.0)) == 2
+    publisher = Publisher(pool, policy, Lease("fleet", P.LEASE, 0), takeover=True, say=said.append)
     tokens = dict.fromkeys(urls, 0)
 
-    def count(member, count):
-        tokens[member.url] += count
+    def count(replica, count):
+        tokens[replica.url] += count
 
-    fleet.on_tokens = count
-    fetcher = Fetcher(fleet, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024, warn=said.append)
+    pool.on_tokens = count
+    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024, warn=said.append)
 
     def fetch(step: int) -> None:
         """Everything that was asked for, of this version, from servers that are up."""
         before = dict(tokens)
-        completions = fetcher.fetch(asks_of(PROMPTS), lambda: Wanted(publisher.version(step)))
+        completions = dispatcher.fetch(asks_of(PROMPTS), lambda: Wanted(publisher.version(step)))
         assert len(completions) == len(PROMPTS)
         assert {span.version for c in completions for span in c.spans} == {publisher.version(step)}
         worked.update({url: tokens[url] - before[url] for url in urls})
 
-    with closing(fleet):
+    with closing(pool):
         worked: dict[str, int] = {}
         publisher.push(0)
-        fleet.keep(lambda member: publisher.bring_up(member, lambda client, state: None))
+        pool.keep(lambda replica: publisher.bring_up(replica, lambda client, state: None))
         fetch(0)
         assert min(worked.values()) >= 300 * 8
 
@@ -71,7 +71,7 @@ def test_a_server_that_is_killed_and_comes_back(
         fetch(0)
         killed.join()
         assert sum(worked.values()) == 300 * len(PROMPTS), "no group came twice"
-        until(lambda: [member.url for member in fleet.up()] == [server.url])
+        until(lambda: [replica.url for replica in pool.up()] == [server.url])
         P.randomize(policy, seed=77)
         assert publisher.push(1).workers == 1
         fetch(1)
@@ -80,7 +80,7 @@ def test_a_server_that_is_killed_and_comes_back(
         again = ServerProcess(model, tmp_path / "again.log", *FLAGS, port=second.port)
         try:
             again.wait_ready()
-            until(lambda: len(fleet.up()) == 2, 60.0)
+            until(lambda: len(pool.up()) == 2, 60.0)
             fetch(1)
             assert min(worked.values()) > 0
             with RolloutClient(again.url) as client:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.proof import SyncProof
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -77,7 +77,7 @@ def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path
 
 def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -> None:
     policy = P.make_policy(model)
-    proof = SyncProof(Fleet.of(client), policy, [PROBE])
+    proof = SyncProof(ServerPool.of(client), policy, [PROBE])
     slope = proof.canary(lambda: P.push(client, policy, "proven.canary", 0).version)
     client.delete_run("proven.canary", P.LEASE)
     assert abs(slope - 1) < 0.01

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from rollout_server import cli, lifecycle
-from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.engine.capacity import Capacity
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.vllm_params import to_vllm, token_prompt
 from rollout_server.service import Service
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from shared.rollouts import PolicyRequest
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
@@ -32,7 +32,7 @@ TOKENS = (400, 150, 400)
 BETWEEN_PUSHES = 60
 
 
-class LabellingDoor(EngineDoor):
+class LabellingDoor(EngineProxy):
     """Tells vLLM, too, what it serves from the end of a pause on."""
 
     label = ""
@@ -47,27 +47,27 @@ class LabellingDoor(EngineDoor):
 @asynccontextmanager
 async def serving(model: Path, *flags: str) -> AsyncIterator[Service]:
     """A rollout server without HTTP."""
-    gate, (args, config, settings) = Gate(), cli.resolve([str(model), *FLAGS, *flags])
+    gate, (args, config, settings) = ReadinessMiddleware(), cli.resolve([str(model), *FLAGS, *flags])
     try:
         yield await lifecycle.start(args, config, settings, gate, Capacity(settings))
     finally:
         gate.close()
 
 
-async def push(service: Service, door: LabellingDoor, run_id: str, policy: Any, step: int) -> None:
+async def push(service: Service, proxy: LabellingDoor, run_id: str, policy: Any, step: int) -> None:
     version = WeightVersion(run_id=run_id, fence=0, step=step)
 
     async def body() -> AsyncIterator[bytes]:
         yield P.blob(policy, version, service.served.base.weights)
 
-    door.label = str(step)
+    proxy.label = str(step)
     await service.installer.push(run_id, P.LEASE, False, body(), "keep")
 
 
 async def ask(service: Service, run_id: str, prompt: list[int], n: int, tokens: int) -> list[tuple[Spans, Spans]]:
     """Spans of every completion: ours, and vLLM's."""
     params = to_vllm(SamplingParams(n=n, max_tokens=tokens, ignore_eos=True))
-    with service.door.admit(PolicyRequest(run_id=run_id)) as admission:
+    with service.proxy.admit(PolicyRequest(run_id=run_id)) as admission:
         request_id = f"{run_id}-{prompt[0]}"
         outputs = [output async for output in admission.generate(token_prompt(prompt), params, request_id)][-1].outputs
         return [
@@ -90,20 +90,20 @@ async def test_spans_are_vllms_own_for_one_run_and_right_for_several(
         monkeypatch.setenv(name, value)
     policy = P.make_policy(model)
     async with serving(model, "--max-runs", "2", "--max-num-seqs", "16") as service:
-        engine: AsyncLLM = service.door._engine
-        door = service.installer.door = LabellingDoor(engine, service.runs)
+        engine: AsyncLLM = service.proxy._engine
+        proxy = service.installer.proxy = LabellingDoor(engine, service.runs)
         for run_id in ("still", "moving"):
-            await push(service, door, run_id, policy, 0)
+            await push(service, proxy, run_id, policy, 0)
         await engine.update_weight_version("0")
         still = asyncio.create_task(ask(service, "still", [9, *PROBE], 1, max(TOKENS)))
         moving = [
             asyncio.create_task(ask(service, "moving", [10 + i, *PROBE], 8, tokens)) for i, tokens in enumerate(TOKENS)
         ]
         for step in (1, 2, 3):
-            while max(compat.output_tokens(engine).values(), default=0) < step * BETWEEN_PUSHES:  # noqa: ASYNC110
+            while max(versions.output_tokens(engine).values(), default=0) < step * BETWEEN_PUSHES:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             P.randomize(policy, seed=step)
-            await push(service, door, "moving", policy, step)
+            await push(service, proxy, "moving", policy, step)
         spans = [pair for task in moving for pair in await task]
         ((ours, native),) = await still
     for own, vllms in spans:

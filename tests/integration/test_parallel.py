@@ -17,7 +17,7 @@ import torch
 
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -78,7 +78,7 @@ def test_pushes_reach_every_worker_over_both_transports(client: RolloutClient, m
     assert state.workers == len(state.devices) == 2
     policy = P.make_policy(model)
     publisher = Publisher(
-        Fleet.of(client, state),
+        ServerPool.of(client, state),
         policy,
         Lease("both", P.LEASE, 0),
         takeover=True,

@@ -15,7 +15,7 @@ import torch
 from learner.cli import main
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, Prompt
@@ -34,7 +34,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 def _publisher(client: RolloutClient, policy, run_id: str, **options) -> Publisher:
-    return Publisher(Fleet.of(client), policy, Lease(run_id, f"secret-of-{run_id}", 0), **options)
+    return Publisher(ServerPool.of(client), policy, Lease(run_id, f"secret-of-{run_id}", 0), **options)
 
 
 def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProcess, model: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "lockstep.json").read_text())
 
 

@@ -19,7 +19,7 @@ _BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
 _HOW = f"a learner takes it from --token_file or ${TOKEN_VARIABLE}, other clients send `Authorization: Bearer TOKEN`"
 
 
-class Guard:
+class AuthMiddleware:
     """Denies by default: every method, path, mount and websocket but `/health` and `/ready`.
 
     Args:

@@ -22,7 +22,7 @@ _ORDERS = ("/v1/drain", "/v1/sleep", "/v1/wake")
 _COUNTED_LATER = ("/v1/generate", "/v1/score")
 
 
-class Intake:
+class LimitsMiddleware:
     """Lets requests through to `app`, each with its whole body.
 
     Pushes are let through under any load: a learner must be able to go on. Adapters are streamed past it; they have

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shared.errors import EngineDead, NotReady
 
 
-class Gate:
+class ReadinessMiddleware:
     """ASGI app that becomes the real one when it is ready."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
-from rollout_server.engine.call_context import CALL, Call
+from rollout_server.engine.call_context import CALL_CONTEXT, CallContext
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import WeightVersion
 
@@ -22,7 +22,7 @@ VERSION_HEADER = "Lockstep-Version"
 POLICY_HEADER = "Lockstep-Policy"
 
 
-class Versioned:
+class VersionHeaderMiddleware:
     """The ASGI layer around vLLM's app; `routes` are those of the app."""
 
     def __init__(self, app: FastAPI) -> None:
@@ -33,7 +33,7 @@ class Versioned:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call, start, refused = Call(), None, False
+        call, start, refused = CallContext(), None, False
         try:
             call.wanted = _wanted(Headers(scope=scope).get(POLICY_HEADER))
         except LockstepError as error:
@@ -58,11 +58,11 @@ class Versioned:
                 start = None
             await send(message)
 
-        token = CALL.set(call)
+        token = CALL_CONTEXT.set(call)
         try:
             await self._app(scope, receive, answer)
         finally:
-            CALL.reset(token)
+            CALL_CONTEXT.reset(token)
 
 
 def _wanted(header: str | None) -> WeightVersion | None:

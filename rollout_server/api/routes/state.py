@@ -21,7 +21,7 @@ async def get_state(service: ServiceDep) -> ServerState:
 @router.post("/v1/drain", status_code=202)
 async def drain(service: ServiceDep) -> ServerState:
     """Take nothing new from now on, finish what is under way, and stop: the same as SIGTERM."""
-    service.door.capacity.drain()
+    service.proxy.capacity.drain()
     return service.state()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.integration.support.waiting import until
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 COMMON = [
     "--reward_funcs",
     "tests.integration.support.rewards:odd_tokens",

@@ -99,7 +99,7 @@ def main(model: str, url: str, folder: Path, options: list[str]) -> None:
     if "fsdp2" in options:
         fsdp2_on_cpu(trainer)
     session = attach(trainer, url, takeover=True)  # the server is shared with other tests
-    session.rollouts.fetcher.rank = 0  # the seed of a completion must not depend on the number of ranks here
+    session.rollouts.dispatcher.rank = 0  # the seed of a completion must not depend on the number of ranks here
     if "forget" in options:
         forget_once(session)
     if "cut" in options:

@@ -12,8 +12,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 import rollout_server.api.metrics  # noqa: F401 - registers the server's
 from learner.monitors.prometheus import LearnerMetrics
-from learner.servers.discovery import Places
-from learner.servers.pool import Fleet
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.pool import ServerPool
 from tests.support.dashboard import DASHBOARD, DEPLOY, names_asked_for
 
 SERIES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -39,8 +39,8 @@ def _vllm() -> set[str]:
 
 @pytest.fixture
 def learner() -> LearnerMetrics:
-    fleet = Fleet(lambda url: pytest.fail("nobody is called"), Places(["http://a:1"]))
-    return LearnerMetrics(fleet, run_id="r", model="m")
+    pool = ServerPool(lambda url: pytest.fail("nobody is called"), ServerDiscovery(["http://a:1"]))
+    return LearnerMetrics(pool, run_id="r", model="m")
 
 
 def test_every_name_is_exported(learner: LearnerMetrics) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from learner.rewards import pool as reward_pool
+from learner.rewards import pool
 from learner.servers.client import RolloutClient
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
@@ -93,7 +93,7 @@ def client(server: FakeServer) -> RolloutClient:
 def no_workers_left() -> Iterator[None]:
     """Ends the reward workers of what a test attached."""
     yield
-    reward_pool.close_all()
+    pool.close_all()
 
 
 @pytest.fixture

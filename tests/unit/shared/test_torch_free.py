@@ -17,7 +17,10 @@ sys.meta_path.insert(0, Blocked())
 """
 SHARED = [
     "shared",
-    *(f"shared.{m}" for m in ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "tokens", "weights")),
+    *(
+        f"shared.{m}"
+        for m in ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "bearer_tokens", "weights")
+    ),
 ]
 
 

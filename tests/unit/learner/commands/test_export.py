@@ -203,13 +203,13 @@ def test_settings_that_are_refused(model_dir: Path, tmp_path: Path, change: dict
 def test_bases_that_are_refused(model_dir: Path, tmp_path: Path) -> None:
     adapter, out = tmp_path / "runs" / "adapter", tmp_path / "out"
     _adapter(model_dir, adapter)
-    quantised = tmp_path / "quantised"
-    quantised.mkdir()
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
     config = json.loads((model_dir / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    (quantised / "model.safetensors").symlink_to(model_dir / "model.safetensors")
-    with pytest.raises(LockstepError, match="quantised"):
-        export(adapter, out, merged=True, model=str(quantised))
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    (quantized / "model.safetensors").symlink_to(model_dir / "model.safetensors")
+    with pytest.raises(LockstepError, match="quantized"):
+        export(adapter, out, merged=True, model=str(quantized))
     (tmp_path / "runs" / "train.json").write_text(json.dumps({"base_weights": "0" * 32, "steps": 3}))
     with pytest.raises(LockstepError, match="not the base") as other:
         export(adapter, out, merged=True)

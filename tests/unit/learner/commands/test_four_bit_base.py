@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
-from learner.adapters.quantization import FOUR_BIT, check_quantised, keep_dtype_on_cpu, quantisation
+from learner.adapters.quantization import FOUR_BIT, check_quantized, keep_dtype_on_cpu, quantization
 from learner.cli import main
 from learner.commands.four_bit_base import make_base
 from shared.errors import ErrorCode, LockstepError
@@ -41,9 +41,9 @@ def test_four_bits_hold_every_weight(model_dir: Path, tmp_path: Path, dtype: str
     layers = make_base(str(model_dir), tmp_path / "base", dtype=dtype, quant_type=quant_type)
     kind = getattr(torch, dtype)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=kind)
-    quantised = in_four_bits(tmp_path / "base", kind, quant_type)
+    quantized = in_four_bits(tmp_path / "base", kind, quant_type)
     held = {
-        name: module for name, module in quantised.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
+        name: module for name, module in quantized.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)
     }
     assert len(held) == layers == 14
     for name, module in held.items():
@@ -55,9 +55,9 @@ def test_four_bits_hold_every_weight(model_dir: Path, tmp_path: Path, dtype: str
 @torch.no_grad()
 def test_both_are_one_policy_and_not_that_of_the_original(model_dir: Path, base: Path) -> None:
     original, whole = (AutoModelForCausalLM.from_pretrained(folder)(IDS).logits for folder in (model_dir, base))
-    quantised = in_four_bits(base, torch.float32)(IDS).logits
+    quantized = in_four_bits(base, torch.float32)(IDS).logits
     careless = in_four_bits(model_dir, torch.float32)(IDS).logits
-    assert (whole - quantised).abs().max() < 1e-5
+    assert (whole - quantized).abs().max() < 1e-5
     assert (original - careless).abs().max() > 0.1
 
 
@@ -75,9 +75,9 @@ def test_an_eval_pass_leaves_gradients_as_they_were(base: Path) -> None:
         policy(IDS).logits.square().mean().backward()
         gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
     assert len(gradients[0]) == len(gradients[1]) == 28
-    for whole, quantised in zip(*gradients, strict=True):
+    for whole, quantized in zip(*gradients, strict=True):
         assert whole.abs().max() > 0
-        assert torch.allclose(whole, quantised, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(whole, quantized, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_there_is_kept(model_dir: Path, base: Path, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_is_there_is_kept(model_dir: Path, base: Path, tmp_path: Path) -> N
     (tmp_path / "awq").mkdir()
     config = json.loads((model_dir / "config.json").read_text())
     (tmp_path / "awq" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(LockstepError, match="quantised already"):
+    with pytest.raises(LockstepError, match="quantized already"):
         make_base(str(tmp_path / "awq"), tmp_path / "out", dtype="float32")
     assert not (tmp_path / "out").exists()
 
@@ -110,18 +110,18 @@ def test_other_quantisations_are_refused(base: Path, change: dict, word: str | N
         del options[FOUR_BIT]
     config.quantization_config = BitsAndBytesConfig(**options)
     if word is None:
-        check_quantised(config)
-        check_quantised(AutoConfig.from_pretrained(base))
+        check_quantized(config)
+        check_quantized(AutoConfig.from_pretrained(base))
         return
     with pytest.raises(LockstepError, match=word) as refusal:
-        check_quantised(config)
+        check_quantized(config)
     assert refusal.value.code is ErrorCode.UNSUPPORTED_ADAPTER
 
 
 def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quantisation(ModelConfig(model_name_or_path=str(model_dir))) is None
+    assert quantization(ModelConfig(model_name_or_path=str(model_dir))) is None
     asked = {"model_name_or_path": str(base), "load_in_4bit": True, "dtype": "float32"}
-    wanted = quantisation(ModelConfig(**asked))
+    wanted = quantization(ModelConfig(**asked))
     assert wanted is not None
     assert wanted.bnb_4bit_compute_dtype is torch.float32
     for change, word in (
@@ -131,10 +131,10 @@ def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPat
         ({"model_name_or_path": str(model_dir)}, "four-bit-base"),
     ):
         with pytest.raises(LockstepError, match=word):
-            quantisation(ModelConfig(**asked | change))
-    monkeypatch.setattr("learner.commands.four_bit_base.find_spec", lambda name: None)
+            quantization(ModelConfig(**asked | change))
+    monkeypatch.setattr("learner.adapters.quantization.find_spec", lambda name: None)
     with pytest.raises(LockstepError, match="qlora"):
-        quantisation(ModelConfig(**asked))
+        quantization(ModelConfig(**asked))
 
 
 def test_what_fails_on_the_way_leaves_nothing(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from learner.tasks.examples.guessing import Guessing
 from learner.tasks.prompts import question_key
 from learner.trainer.checks import check_grpo
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[4] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import learner.commands.eval
 import learner.commands.train
-import learner.evaluation.evaluate
 import learner.trainer.attach
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
@@ -40,7 +40,7 @@ def flags(model_dir, server, monkeypatch, tmp_path):
         return RolloutClient(url, token, transport=server.transport, **kwargs)
 
     monkeypatch.setattr(learner.trainer.attach, "RolloutClient", connect)
-    monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
+    monkeypatch.setattr(learner.commands.eval, "RolloutClient", connect)
     return [
         "--rollout-url",
         "http://fake",
@@ -192,7 +192,7 @@ def test_eval_command(flags, server, tmp_path, capsys):
         "--json",
         str(out),
     ]
-    assert learner.evaluation.evaluate.main([*flags, "--limit", "3"]) == 0
+    assert learner.commands.eval.main([*flags, "--limit", "3"]) == 0
     (result,) = json.loads(out.read_text())["results"]
     assert result["questions"] == 3
     assert result["versions"] == ["base"]

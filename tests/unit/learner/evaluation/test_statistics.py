@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load
 
-import learner.evaluation.evaluate
+import learner.commands.eval
 from learner.adapters.exporter import AdapterExporter
 from learner.adapters.stored import open_adapter
 from learner.cli import main
@@ -94,7 +94,7 @@ def connected(server, monkeypatch):
     def connect(url, token=None, **kwargs):
         return RolloutClient(url, token, transport=server.transport, **kwargs)
 
-    monkeypatch.setattr(learner.evaluate, "RolloutClient", connect)
+    monkeypatch.setattr(learner.commands.eval, "RolloutClient", connect)
     return server
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from learner.rewards.calls import Answer, Call
+from learner.rewards.calls import RewardCall, RewardResult
 from learner.rewards.pool import RewardPool
 from shared.errors import LockstepError
 from tests.integration.support.waiting import until
@@ -76,14 +76,14 @@ FUNCTIONS = {
 }
 
 
-def group(*completions: str) -> Call:
+def group(*completions: str) -> RewardCall:
     rows = {
         "prompts": ["p"] * len(completions),
         "completions": list(completions),
         "completion_ids": [[1, 2]] * len(completions),
         "scale": [2.0] * len(completions),
     }
-    return Call(rows, SimpleNamespace(global_step=7))
+    return RewardCall(rows, SimpleNamespace(global_step=7))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def pool(said: list[str]) -> Iterator[RewardPool]:
     pool.close()
 
 
-def scored(pool: RewardPool, name: str, *completions: str) -> list[tuple[int, Answer | None]]:
+def scored(pool: RewardPool, name: str, *completions: str) -> list[tuple[int, RewardResult | None]]:
     return pool.wait(pool.submit(list(FUNCTIONS).index(name), group(*completions)))
 
 
@@ -173,7 +173,7 @@ SCRIPT = """
 import os, sys, threading, time
 from types import SimpleNamespace
 import psutil
-from learner.rewards.pool import Call, RewardPool
+from learner.rewards.pool import RewardCall, RewardPool
 print("executed", flush=True)
 scale = 3.0
 never = threading.Lock(); never.acquire()
@@ -184,7 +184,7 @@ def reward(completions, **_):
 def here(completions, **_):
     with never: return []
 def call(*texts):
-    return Call({"prompts": ["p"] * len(texts), "completions": list(texts)}, None)
+    return RewardCall({"prompts": ["p"] * len(texts), "completions": list(texts)}, None)
 pool = RewardPool([("reward", reward), ("here", here)], workers=2, timeout_s=600, warn=lambda text: None)
 assert pool.wait(pool.submit(0, call("aa", "b")))[0][1].rewards == [6.0, 3.0]
 for _ in range(50): pool.submit(0, call("hangs"))
@@ -203,8 +203,8 @@ def run_script(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], li
         [sys.executable, str(path), *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        cwd=Path(__file__).parents[4],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])},
     )
     assert process.stdout
     assert process.stdout.readline() == "executed\n"

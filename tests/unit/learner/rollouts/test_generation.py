@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from learner.rollouts.completions import Wanted, check_completion
-from learner.rollouts.dispatch import Fetcher
+from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.generation import RemoteRollouts
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from shared.errors import LockstepError
 from shared.rollouts import Completion, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
@@ -43,8 +43,10 @@ class Server:
 
 
 def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
-    fetcher = Fetcher(Fleet.of(server, object()), sampling, max_model_len=50, **{"warn": lambda text: None, **changes})
-    return RemoteRollouts(fetcher, version=lambda: VERSION, barrier=lambda: None)
+    dispatcher = Dispatcher(
+        ServerPool.of(server, object()), sampling, max_model_len=50, **{"warn": lambda text: None, **changes}
+    )
+    return RemoteRollouts(dispatcher, version=lambda: VERSION, barrier=lambda: None)
 
 
 def test_equal_neighbours_share_a_request():
@@ -71,7 +73,7 @@ def test_long_prompts_are_capped_and_counted():
     remote = rollouts(server, warn=said.append)
     remote.generate([[1] * 45, [2] * 46, [3]], None, 1)
     assert sorted(r.sampling.max_tokens for r in server.requests) == [4, 5, 10]
-    assert remote.fetcher.capped_prompts == 2
+    assert remote.dispatcher.capped_prompts == 2
     assert len(said) == 1
     with pytest.raises(LockstepError, match="no room"):
         remote.generate([[1] * 50], None, 1)
@@ -93,7 +95,7 @@ def test_later_turns_of_rows_with_one_history_differ():
     assert {p.seed for r in server.requests for p in r.prompts} == {7, 8, 9}
     assert ids == [[100], [], [200], [100]]
     assert logprobs[1] == []
-    assert remote.fetcher.capped_prompts == 1
+    assert remote.dispatcher.capped_prompts == 1
     assert remote.stats.completions == 0
     assert remote.stats.completion_tokens == 3
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Fetcher, asks_of
+from learner.rollouts.dispatch import Dispatcher, asks_of
 from learner.rollouts.generation import Ahead, RemoteRollouts
 from learner.rollouts.prefetch import Prefetcher
 from learner.rollouts.schedule import Schedule
-from learner.servers.pool import Fleet
-from learner.servers.replica import Member
+from learner.servers.pool import ServerPool
+from learner.servers.replica import Replica
 from shared.errors import InvalidRequest, LockstepError, UnknownRun, VersionNotActive
 from shared.rollouts import Completion, GenerateRequest, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
@@ -83,17 +83,17 @@ class Training:
     def __init__(self, server: Server, schedule: Schedule, staleness: int) -> None:
         self.server, self.schedule, self.step, self.micro = server, schedule, 0, 0
         self.served, self.step_seconds = 0, 0.0
-        fleet = Fleet.of(server, object(), patience_s=60.0)  # type: ignore[arg-type]
-        fleet.say = lambda text: None
-        fleet.keep(self.bring_back)
-        self.fleet = fleet
-        fetcher = Fetcher(fleet, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None)
+        pool = ServerPool.of(server, object(), patience_s=60.0)  # type: ignore[arg-type]
+        pool.say = lambda text: None
+        pool.keep(self.bring_back)
+        self.pool = pool
+        dispatcher = Dispatcher(pool, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None)
         self.rollouts = RemoteRollouts(
-            fetcher, version=self.version, barrier=lambda: None, batch=lambda: schedule.batch_at(self.micro)
+            dispatcher, version=self.version, barrier=lambda: None, batch=lambda: schedule.batch_at(self.micro)
         )
         self.prefetcher = Prefetcher(
             lambda batch: [[batch], [batch], [batch + 1000]],
-            lambda batch, prompts: fetcher.fetch(asks_of(prompts), lambda: Wanted(self.version(), exact=False)),
+            lambda batch, prompts: dispatcher.fetch(asks_of(prompts), lambda: Wanted(self.version(), exact=False)),
             last_batch=schedule.last_batch,
         )
         self.rollouts.ahead = Ahead(self.prefetcher, schedule, staleness)
@@ -101,11 +101,11 @@ class Training:
     def version(self) -> WeightVersion:
         return WeightVersion(run_id="r", step=self.step)
 
-    def bring_back(self, member: Member) -> None:
+    def bring_back(self, replica: Replica) -> None:
         with self.server.lock:
             if self.server.step is None:
                 self.server.push(self.served)
-        self.fleet.come_up(member)
+        self.pool.come_up(replica)
 
     def run(self) -> list[tuple[int, list[list[int]]]]:
         """Completions by generation batch, in the order in which they were trained on."""
@@ -125,7 +125,7 @@ class Training:
                 with self.server.lock:
                     self.served = self.step
                     self.server.push(self.step)
-        self.fleet.close()
+        self.pool.close()
         return trained
 
 

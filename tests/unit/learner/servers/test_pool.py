@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Fetcher, asks_of
-from learner.servers.discovery import Places
-from learner.servers.pool import Fleet
-from learner.servers.replica import Member
+from learner.rollouts.dispatch import Dispatcher, asks_of
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.pool import ServerPool
+from learner.servers.replica import Replica
 from learner.servers.router import Load, Router
 from shared.errors import InvalidRequest, LeaseMismatch, LockstepError, NotReady, Timeout, UnknownRun
 from shared.sampling import SamplingParams
@@ -50,28 +50,30 @@ def fleet_of():
     """Builds a fleet of servers; `keep` by a `join` that only looks whether they answer."""
     fleets = []
 
-    def make(*servers: Server, keep: bool = True, patience_s: float = 10.0) -> Fleet:
+    def make(*servers: Server, keep: bool = True, patience_s: float = 10.0) -> ServerPool:
         by_url = {server.url: server for server in servers}
-        fleet = Fleet(by_url.__getitem__, Places(list(by_url)), patience_s=patience_s, say=lambda text: None)
-        fleets.append(fleet)
-        fleet.meet(1.0)
+        pool = ServerPool(
+            by_url.__getitem__, ServerDiscovery(list(by_url)), patience_s=patience_s, say=lambda text: None
+        )
+        fleets.append(pool)
+        pool.meet(1.0)
 
-        def join(member: Member) -> None:
-            member.state = member.client.state()
-            fleet.come_up(member)
+        def join(replica: Replica) -> None:
+            replica.state = replica.client.state()
+            pool.come_up(replica)
 
         if keep:
-            fleet.keep(join)
-        return fleet
+            pool.keep(join)
+        return pool
 
     yield make
-    for fleet in fleets:
-        fleet.close()
+    for pool in fleets:
+        pool.close()
 
 
-def fetch(fleet: Fleet, prompts: list[list[int]], arrived=None):
-    fetcher = Fetcher(fleet, SamplingParams(max_tokens=10), max_model_len=50, warn=lambda text: None)
-    return [c.token_ids for c in fetcher.fetch(asks_of(prompts), lambda: Wanted(VERSION), arrived)]
+def fetch(pool: ServerPool, prompts: list[list[int]], arrived=None):
+    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=10), max_model_len=50, warn=lambda text: None)
+    return [c.token_ids for c in dispatcher.fetch(asks_of(prompts), lambda: Wanted(VERSION), arrived)]
 
 
 PROMPTS = [[i] for i in range(1, 13) for _ in range(2)]
@@ -86,88 +88,88 @@ def test_prompts_are_spread_and_come_back_in_order(fleet_of):
 
 def test_a_dead_server_costs_only_what_it_had_not_sent(fleet_of):
     dead, alive = Server("http://dead", 0.01), Server("http://alive", 0.01)
-    fleet, seen = fleet_of(dead, alive), Counter()
+    pool, seen = fleet_of(dead, alive), Counter()
     dead.broken = 4
-    assert fetch(fleet, PROMPTS, lambda row, completions: seen.update([row])) == EXPECTED
+    assert fetch(pool, PROMPTS, lambda row, completions: seen.update([row])) == EXPECTED
     assert set(seen.values()) == {1}, "every group arrives once"
     assert len(seen) == 12, "every group arrives once"
     assert dead.completed == 4
     assert alive.completed == 20
-    assert [member.url for member in fleet.up()] == ["http://alive"]
+    assert [replica.url for replica in pool.up()] == ["http://alive"]
 
 
 def test_a_server_that_returns_is_asked_again(fleet_of):
     server = Server("http://s")
-    fleet = fleet_of(server)
+    pool = fleet_of(server)
     server.broken = 6
     mended = threading.Timer(0.5, lambda: setattr(server, "broken", None))
     mended.start()
-    assert fetch(fleet, PROMPTS) == EXPECTED
+    assert fetch(pool, PROMPTS) == EXPECTED
     assert server.completed == 24
-    assert fleet.members["http://s"].term == 2
+    assert pool.replicas["http://s"].incarnation == 2
 
 
 def test_patience_ends(fleet_of):
     server = Server("http://s")
-    fleet = fleet_of(server, patience_s=0.3)
+    pool = fleet_of(server, patience_s=0.3)
     server.broken = 0
     with pytest.raises(LockstepError, match="is away"):
-        fetch(fleet, PROMPTS)
+        fetch(pool, PROMPTS)
 
 
 def test_a_run_that_another_learner_holds_is_not_waited_for(fleet_of):
-    fleet = fleet_of(Server("http://s"), keep=False, patience_s=60.0)
+    pool = fleet_of(Server("http://s"), keep=False, patience_s=60.0)
 
-    def refuse(member):
+    def refuse(replica):
         raise LeaseMismatch("another learner holds it")
 
-    fleet.keep(refuse)
-    fleet.lost(fleet.up()[0], UnknownRun("gone"))
+    pool.keep(refuse)
+    pool.lost(pool.up()[0], UnknownRun("gone"))
     with pytest.raises(LockstepError, match="another learner"):
-        fleet.available()
+        pool.available()
 
 
 def test_what_a_server_refuses_for_good_is_raised(fleet_of):
-    fleet = fleet_of(Server("http://s"))
+    pool = fleet_of(Server("http://s"))
     with pytest.raises(LockstepError, match="bad"):
-        fleet.lost_or_raise(fleet.up()[0], InvalidRequest("bad"), 1)
+        pool.lost_or_raise(pool.up()[0], InvalidRequest("bad"), 1)
 
 
 def test_an_old_failure_does_not_put_out_a_server_that_came_back(fleet_of):
-    fleet = fleet_of(Server("http://s"))
-    member = fleet.up()[0]
-    fleet.lost(member, NotReady("old"), term=member.term - 1)
-    assert member.up
+    pool = fleet_of(Server("http://s"))
+    replica = pool.up()[0]
+    pool.lost(replica, NotReady("old"), incarnation=replica.incarnation - 1)
+    assert replica.up
 
 
 def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     server = Server("http://s")
-    fleet = fleet_of(server, Server("http://t"), keep=False)
+    pool = fleet_of(server, Server("http://t"), keep=False)
 
     def hang(timeout_s=1.0):
         raise Timeout("no answer")
 
     server.state = hang
-    fleet.keep(lambda member: hang())
-    member = fleet.members["http://s"]
+    pool.keep(lambda replica: hang())
+    replica = pool.replicas["http://s"]
     deadline = time.monotonic() + 20
-    while member.up and time.monotonic() < deadline:
+    while replica.up and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not member.up
-    assert fleet.members["http://t"].up
+    assert not replica.up
+    assert pool.replicas["http://t"].up
 
 
 def test_a_server_about_to_leave_is_asked_for_nothing_more(fleet_of, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     leaving = Server("http://s")
-    fleet = fleet_of(leaving, Server("http://t"), keep=False)
+    pool = fleet_of(leaving, Server("http://t"), keep=False)
     leaving.draining = True
-    fleet.keep(lambda member: None)
+    pool.keep(lambda replica: None)
     deadline = time.monotonic() + 20
-    while len(fleet.up()) == 2 and time.monotonic() < deadline:
+    while len(pool.up()) == 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [member.url for member in fleet.up()] == ["http://t"]
+    assert [replica.url for replica in pool.up()] == ["http://t"]
 
 
 def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
@@ -175,15 +177,15 @@ def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
     listed = tmp_path / "servers"
     listed.write_text("http://a:1 # the first\n\n")
     servers = {url: Server(url) for url in ("http://a:1", "http://b:1")}
-    fleet = Fleet(servers.__getitem__, Places([f"file:{listed}"]), say=lambda text: None)
-    fleet.meet(1.0)
-    fleet.keep(lambda member: fleet.come_up(member))
+    pool = ServerPool(servers.__getitem__, ServerDiscovery([f"file:{listed}"]), say=lambda text: None)
+    pool.meet(1.0)
+    pool.keep(lambda replica: pool.come_up(replica))
 
     def until(urls):
         deadline = time.monotonic() + 20
-        while [m.url for m in fleet.up()] != urls and time.monotonic() < deadline:
+        while [m.url for m in pool.up()] != urls and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert [m.url for m in fleet.up()] == urls
+        assert [m.url for m in pool.up()] == urls
 
     listed.write_text("http://a:1\nhttp://b:1\n")
     until(["http://a:1", "http://b:1"])
@@ -192,36 +194,36 @@ def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
     listed.write_text("")  # a file that is just being written: nobody is thrown out
     time.sleep(0.2)
     until(["http://b:1"])
-    fleet.close()
+    pool.close()
 
 
 def test_a_keeper_outlives_whatever_happens_to_it(fleet_of):
     server = Server("http://s")
-    fleet = fleet_of(server, keep=False)
-    member = fleet.up()[0]
+    pool = fleet_of(server, keep=False)
+    replica = pool.up()[0]
     for _ in range(2000):
-        member.back_off(refused=False)
-    member.retry_at, tries = 0.0, []
+        replica.back_off(refused=False)
+    replica.retry_at, tries = 0.0, []
 
-    def join(member):
+    def join(replica):
         tries.append(1)
         if len(tries) < 3:
-            member.retry_at = 0.0
+            replica.retry_at = 0.0
             raise RuntimeError("out of memory")
-        fleet.come_up(member)
+        pool.come_up(replica)
 
-    member.failures = 0
-    fleet.keep(join)
-    fleet.lost(member, NotReady("gone"))
-    member.back_off = lambda *, refused: None
-    assert fleet.available() == [member]
+    replica.failures = 0
+    pool.keep(join)
+    pool.lost(replica, NotReady("gone"))
+    replica.back_off = lambda *, refused: None
+    assert pool.available() == [replica]
     assert len(tries) == 3
 
 
 def test_lines_that_are_no_urls_change_nothing(tmp_path):
     listed = tmp_path / "servers"
     listed.write_text("http://a:1\n")
-    places = Places([f"file:{listed}", "http://b:1"])
+    places = ServerDiscovery([f"file:{listed}", "http://b:1"])
     for content in (b"http://a:80o0\n", b"\xff\xfe\n", b"", b"http://a:1\nrubbish\n"):
         assert places.urls() == ["http://a:1", "http://b:1"]
         listed.write_bytes(content)
@@ -236,12 +238,12 @@ def test_lines_that_are_no_urls_change_nothing(tmp_path):
 )
 def test_places_that_cannot_be(place):
     with pytest.raises(LockstepError, match="rollout_url"):
-        Places([place])
+        ServerDiscovery([place])
 
 
 def test_a_name_stands_for_its_addresses():
-    assert set(Places(["dns+http://localhost:81"]).urls()) <= {"http://127.0.0.1:81", "http://[::1]:81"}
-    assert Places(["http://a:1/", "http://a:1"]).urls() == ["http://a:1"]
+    assert set(ServerDiscovery(["dns+http://localhost:81"]).urls()) <= {"http://127.0.0.1:81", "http://[::1]:81"}
+    assert ServerDiscovery(["http://a:1/", "http://a:1"]).urls() == ["http://a:1"]
 
 
 def _server(url, speed=None, outstanding=0.0):

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from learner.servers.client import RolloutClient
-from learner.servers.discovery import Places
-from learner.servers.pool import Fleet
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.pool import ServerPool
 from learner.trainer.attach import attach
 from shared.errors import ErrorCode, LockstepError
 from tests.support.fake_server import FakeServer
@@ -37,14 +37,16 @@ def listed(tmp_path):
 
 
 @pytest.fixture
-def fleet(servers, listed, monkeypatch):
+def pool(servers, listed, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._DISCOVER_S", 0.02)
-    fleet = Fleet(
-        lambda url: RolloutClient(url, transport=servers[url].transport), Places([f"file:{listed}"]), patience_s=30.0
+    pool = ServerPool(
+        lambda url: RolloutClient(url, transport=servers[url].transport),
+        ServerDiscovery([f"file:{listed}"]),
+        patience_s=30.0,
     )
-    fleet.meet(5.0)
-    yield fleet
-    fleet.close()
+    pool.meet(5.0)
+    yield pool
+    pool.close()
 
 
 def wait(condition):
@@ -58,10 +60,10 @@ def steps(server):
     return [version.step for version in server.pushed if version.run_id == "r"]
 
 
-def test_all_are_pushed_to_and_proven(make_trainer, servers, fleet, listed):
+def test_all_are_pushed_to_and_proven(make_trainer, servers, pool, listed):
     """s1 restarts after the first step; s2 joins then."""
     trainer = make_trainer(max_steps=3)
-    session = attach(trainer, fleet=fleet, run_id="r")
+    session = attach(trainer, pool=pool, run_id="r")
 
     def after(report):
         if report.step == 1:
@@ -88,7 +90,7 @@ def test_all_are_pushed_to_and_proven(make_trainer, servers, fleet, listed):
 
 
 @pytest.mark.parametrize("wrong", ["weights", "dtype", "context"])
-def test_a_newcomer_that_is_another_is_refused(make_trainer, servers, fleet, listed, wrong):
+def test_a_newcomer_that_is_another_is_refused(make_trainer, servers, pool, listed, wrong):
     newcomer = servers["http://s2"]
     if wrong == "weights":  # under the same fingerprint: only its answers tell
         for parameter in newcomer.base.values():
@@ -97,9 +99,9 @@ def test_a_newcomer_that_is_another_is_refused(make_trainer, servers, fleet, lis
         change = {"lora_dtype": "bfloat16"} if wrong == "dtype" else {"max_model_len": 64}
         newcomer.state = newcomer.state.model_copy(update=change)
     trainer = make_trainer(max_steps=2)
-    session = attach(trainer, fleet=fleet, run_id="r")
+    session = attach(trainer, pool=pool, run_id="r")
     said = []
-    fleet.say = said.append
+    pool.say = said.append
 
     def after(report):
         if report.step == 1:
@@ -113,9 +115,9 @@ def test_a_newcomer_that_is_another_is_refused(make_trainer, servers, fleet, lis
     assert steps(servers["http://s0"]) == [0, 1, 2]
 
 
-def test_a_receipt_for_something_else_is_never_taken_for_a_passing_failure(make_trainer, servers, fleet):
+def test_a_receipt_for_something_else_is_never_taken_for_a_passing_failure(make_trainer, servers, pool):
     trainer = make_trainer(max_steps=2)
-    session = attach(trainer, fleet=fleet, run_id="r", proof_canary=False)
+    session = attach(trainer, pool=pool, run_id="r", proof_canary=False)
     liar = servers["http://s1"]
     push = liar._push
 

@@ -13,8 +13,8 @@ from trl import GRPOTrainer
 from learner import attach
 from learner.config import LearnerConfig
 from learner.servers.client import RolloutClient
-from learner.servers.replica import Member
-from learner.sync.gpu_sharing import GpuTurns, check_shared_gpu
+from learner.servers.replica import Replica
+from learner.sync.gpu_sharing import GpuSharing, check_shared_gpu
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import ServerState
 from tests.support.fake_server import FakeServer
@@ -99,10 +99,10 @@ def test_options_that_do_not_go_together() -> None:
         LearnerConfig(share_gpu=True, rollout_url=["http://a", "http://b"]).require_urls()
 
 
-def turns_with(answer: Callable[[httpx.Request], httpx.Response], state: ServerState) -> tuple[GpuTurns, list[str]]:
+def turns_with(answer: Callable[[httpx.Request], httpx.Response], state: ServerState) -> tuple[GpuSharing, list[str]]:
     said: list[str] = []
     client = RolloutClient("http://one", transport=httpx.MockTransport(answer))
-    return GpuTurns(Member(client, state), said.append), said
+    return GpuSharing(Replica(client, state), said.append), said
 
 
 def test_a_server_that_is_away_is_not_waited_for(server: FakeServer) -> None:
@@ -136,14 +136,14 @@ def test_a_lost_answer_leaves_no_doubt_behind(server: FakeServer, lost: int) -> 
 
 def test_a_server_that_came_back_is_put_to_sleep_again(server: FakeServer) -> None:
     server.state = server.state.model_copy(update={"asleep": False})
-    member = Member(RolloutClient("http://fake", transport=server.transport), server.state)
-    turns = GpuTurns(member)
+    replica = Replica(RolloutClient("http://fake", transport=server.transport), server.state)
+    turns = GpuSharing(replica)
     turns.train()
     turns.train()
     assert server.naps == 1
     server.restart()
     server.state = server.state.model_copy(update={"asleep": False})
-    member.restarted(server.state)
+    replica.restarted(server.state)
     turns.train()
     assert server.naps == 2
     assert server.state.asleep

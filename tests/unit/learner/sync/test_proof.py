@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from learner.run_dir.lease import Lease
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.proof import Measurement, SyncProof, slope
 from learner.sync.publisher import Publisher
 from learner.sync.tolerance import derived_tolerance, merge_noise
@@ -27,12 +27,12 @@ def model(model_dir):
 
 @pytest.fixture
 def proof(model, client):
-    return SyncProof(Fleet.of(client), model, SEQUENCES)
+    return SyncProof(ServerPool.of(client), model, SEQUENCES)
 
 
 @pytest.fixture
 def publisher(model, client):
-    return Publisher(Fleet.of(client), model, Lease("r", "s", 0))
+    return Publisher(ServerPool.of(client), model, Lease("r", "s", 0))
 
 
 def move(model, size):
@@ -74,7 +74,7 @@ def test_gap_names_version_and_both_values(proof, publisher, model):
 
 
 def test_movement_finds_a_no_op_far_below_the_tolerance(model, client, publisher, server):
-    proof = SyncProof(Fleet.of(client), model, SEQUENCES, tolerance=0.5)
+    proof = SyncProof(ServerPool.of(client), model, SEQUENCES, tolerance=0.5)
     publisher.push(0)
     proof.check(publisher.version(0))
     move(model, 1e-4)

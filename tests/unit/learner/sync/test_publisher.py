@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from learner.run_dir.lease import Lease, load_lease, save_lease
-from learner.servers.pool import Fleet
+from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState, WeightVersion
@@ -18,7 +18,7 @@ from shared.weights import RunState, WeightVersion
 @pytest.fixture
 def publisher(model_dir, client):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), LoraConfig(target_modules=["q_proj"]))
-    return Publisher(Fleet.of(client), model, Lease("r", "secret", 0))
+    return Publisher(ServerPool.of(client), model, Lease("r", "secret", 0))
 
 
 def test_lease_is_kept_private_and_its_fence_grows(tmp_path):
@@ -43,7 +43,7 @@ def test_fence_is_above_what_is_served(model_dir, client, server_state, publishe
     served = WeightVersion(run_id="r", fence=5, step=9)
     run = RunState(run_id="r", version=served, checksum="c", install_seq=1, slots=[], running_requests=0)
     state = server_state.model_copy(update={"runs": [run]})
-    assert Publisher(Fleet.of(client, state), publisher.model, Lease("r", "s", 2)).version(0) > served
+    assert Publisher(ServerPool.of(client, state), publisher.model, Lease("r", "s", 2)).version(0) > served
 
 
 def test_pushes_again_only_where_the_step_differs(publisher, server):

@@ -96,7 +96,7 @@ def test_models():
         check_model(LlavaConfig())
     config = Qwen3Config()
     config.quantization_config = {"quant_method": "bitsandbytes"}
-    with pytest.raises(LockstepError, match="quantised"):
+    with pytest.raises(LockstepError, match="quantized"):
         check_model(config)
 
 

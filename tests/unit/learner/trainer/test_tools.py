@@ -127,7 +127,7 @@ def test_a_turn_that_finds_the_context_full(make_tool_trainer, server, client):
     session = attach(trainer, client=client, run_id="r")
     batches = batches_of(trainer)
     trainer.train()
-    assert session.rollouts.fetcher.capped_prompts > 0
+    assert session.rollouts.dispatcher.capped_prompts > 0
     assert all(len(p.token_ids) < 31 for r in server.generated for p in r.prompts)
     assert len(batches) == 3
     assert session.figures.drift.delta < 1e-4

@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rollout_server.engine.capacity import Capacity
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
@@ -43,11 +43,11 @@ class _Engine:
 @pytest.fixture
 async def served():
     engine, table = _Engine(), RunTable(2, 2)
-    door = EngineDoor(engine, table)
+    proxy = EngineProxy(engine, table)
     run = table.open("r", "lease", takeover=False)
     slot = await run.reserve(time.monotonic() + 1)
     await run.flip(slot, WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
-    return SimpleNamespace(engine=engine, table=table, door=door, run=run)
+    return SimpleNamespace(engine=engine, table=table, proxy=proxy, run=run)
 
 
 async def _flip(served, step: int) -> None:
@@ -61,10 +61,10 @@ def _openai(name: str) -> SimpleNamespace:
 
 async def test_openai_requests_get_salt_and_slot(served) -> None:
     prompt = {"type": "token", "prompt_token_ids": [1], "cache_salt": "own"}
-    _ = [o async for o in served.door.generate(prompt, None, "a", lora_request=_openai("policy"))]
+    _ = [o async for o in served.proxy.generate(prompt, None, "a", lora_request=_openai("policy"))]
     await _flip(served, 1)
-    _ = [o async for o in served.door.generate(prompt, None, "b", lora_request=_openai("policy:r"))]
-    _ = [o async for o in served.door.generate(prompt, None, "c")]
+    _ = [o async for o in served.proxy.generate(prompt, None, "b", lora_request=_openai("policy:r"))]
+    _ = [o async for o in served.proxy.generate(prompt, None, "c")]
     (first, lora_a), (second, lora_b), (third, lora_c) = served.engine.calls
     assert first["cache_salt"] != second["cache_salt"]
     assert first["cache_salt"].endswith(":own")
@@ -75,7 +75,7 @@ async def test_openai_requests_get_salt_and_slot(served) -> None:
 
 
 async def test_an_admission_holds_its_slot_before_it_runs(served) -> None:
-    admission = served.door.admit(PolicyRequest())
+    admission = served.proxy.admit(PolicyRequest())
     await _flip(served, 1)
     assert [slot.state for slot in served.run.slots].count(SlotState.DRAINING) == 1
     with pytest.raises(LockstepError):
@@ -86,7 +86,7 @@ async def test_an_admission_holds_its_slot_before_it_runs(served) -> None:
 
 
 async def test_an_abandoned_stream_gives_its_slot_back(served) -> None:
-    stream = served.door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=_openai("policy"))
+    stream = served.proxy.generate({"prompt_token_ids": [1]}, None, "a", lora_request=_openai("policy"))
     assert (await anext(stream)).index == 0
     assert served.run.active.requests == 1
     await stream.aclose()
@@ -94,19 +94,19 @@ async def test_an_abandoned_stream_gives_its_slot_back(served) -> None:
 
 
 async def test_openai_requests_count_their_sequences(served) -> None:
-    served.door.capacity = Capacity(replace(ServerSettings(), max_sequences=5))
-    stream = served.door.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=4), "a")
+    served.proxy.capacity = Capacity(replace(ServerSettings(), max_sequences=5))
+    stream = served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=4), "a")
     assert (await anext(stream)).index == 0
     for n, status in ((2, 429), (6, 413)):
         with pytest.raises(HTTPException) as refusal:
-            await anext(served.door.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=n), "b"))
+            await anext(served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=n), "b"))
         assert refusal.value.status_code == status
-    unknown = served.door.generate({"prompt_token_ids": [1]}, None, "c", lora_request=_openai("policy:nobody"))
+    unknown = served.proxy.generate({"prompt_token_ids": [1]}, None, "c", lora_request=_openai("policy:nobody"))
     with pytest.raises(HTTPException):
         await anext(unknown)
-    assert served.door.capacity.sequences == 4
+    assert served.proxy.capacity.sequences == 4
     await stream.aclose()
-    assert served.door.capacity.sequences == 0
+    assert served.proxy.capacity.sequences == 0
 
 
 async def test_a_dead_engine_is_an_error_that_both_sides_know(served) -> None:
@@ -115,18 +115,18 @@ async def test_a_dead_engine_is_an_error_that_both_sides_know(served) -> None:
         yield
 
     served.engine.generate = dead
-    with pytest.raises(LockstepError) as ours, served.door.admit(PolicyRequest()) as admission:
+    with pytest.raises(LockstepError) as ours, served.proxy.admit(PolicyRequest()) as admission:
         await anext(admission.generate({"prompt_token_ids": [1]}, None, "a"))
     assert ours.value.code is ErrorCode.ENGINE_DEAD
     with pytest.raises(HTTPException) as theirs:
-        await anext(served.door.generate({"prompt_token_ids": [1]}, None, "b"))
+        await anext(served.proxy.generate({"prompt_token_ids": [1]}, None, "b"))
     assert theirs.value.status_code == 503
 
 
 async def test_version_as_precondition(served) -> None:
-    served.door.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=0))).release()
+    served.proxy.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=0))).release()
     with pytest.raises(LockstepError) as refusal:
-        served.door.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=1)))
+        served.proxy.admit(PolicyRequest(policy=WeightVersion(run_id="r", step=1)))
     assert refusal.value.code is ErrorCode.VERSION_NOT_ACTIVE
     assert refusal.value.status == 409
 
@@ -134,7 +134,7 @@ async def test_version_as_precondition(served) -> None:
 @pytest.mark.parametrize("name", ["add_lora", "sleep", "update_weights", "pause_generation", "collective_rpc"])
 async def test_back_doors_are_closed(served, name: str) -> None:
     with pytest.raises(LockstepError, match="closed"):
-        getattr(served.door, name)
+        getattr(served.proxy, name)
 
 
 @pytest.mark.parametrize("stopped", ["pause_generation", "resume_generation"])
@@ -153,14 +153,14 @@ async def test_a_pause_ends_although_an_engine_does_not_answer(served, monkeypat
     monkeypatch.setattr("rollout_server.engine.proxy._RESUME_SECONDS", 0.05)
     inside = False
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.2), served.door.paused(clear_cache=True):
+        async with asyncio.timeout(0.2), served.proxy.paused(clear_cache=True):
             inside = True
     assert inside == (stopped == "resume_generation")
     assert asked == ["pause_generation", "resume_generation"]
 
 
 async def test_integers_that_vllm_cannot_send_are_refused_before_it_keeps_the_request(served) -> None:
-    with pytest.raises(LockstepError, match="64 bits"), served.door.admit(PolicyRequest(policy="base")) as admission:
+    with pytest.raises(LockstepError, match="64 bits"), served.proxy.admit(PolicyRequest(policy="base")) as admission:
         _ = [o async for o in admission.generate({}, {"top_k": 2**70}, "a")]
     assert served.engine.calls == []
 
@@ -171,5 +171,5 @@ async def test_a_completion_that_the_engine_gave_up_is_a_bad_request(served) -> 
 
     served.engine.generate = give_up
     with pytest.raises(HTTPException) as refusal:
-        _ = [o async for o in served.door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=None)]
+        _ = [o async for o in served.proxy.generate({"prompt_token_ids": [1]}, None, "a", lora_request=None)]
     assert refusal.value.status_code == 400

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.sleep import Sleep
-from rollout_server.engine.watchdog import Stall
+from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 
@@ -73,49 +73,51 @@ def workers(engine: _Engine) -> _Workers:
 
 
 @pytest.fixture
-def door(engine: _Engine) -> EngineDoor:
-    return EngineDoor(engine, RunTable(2, 1))
+def proxy(engine: _Engine) -> EngineProxy:
+    return EngineProxy(engine, RunTable(2, 1))
 
 
-async def test_it_sleeps_and_wakes_once(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
-    sleep = Sleep(door, workers, enabled=True)
+async def test_it_sleeps_and_wakes_once(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
+    sleep = Sleep(proxy, workers, enabled=True)
     await asyncio.gather(sleep.fall_asleep(), sleep.fall_asleep())
-    assert door.asleep
+    assert proxy.asleep
     assert engine.calls == [("sleep", 1, "keep")]
     await asyncio.gather(sleep.wake(), sleep.wake())
-    assert not door.asleep
+    assert not proxy.asleep
     assert engine.calls[1:] == [("wake", None)]
 
 
-async def test_where_there_is_no_gpu_it_only_stands_still(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
-    sleep = Sleep(door, workers, enabled=True, level=0)
+async def test_where_there_is_no_gpu_it_only_stands_still(
+    engine: _Engine, workers: _Workers, proxy: EngineProxy
+) -> None:
+    sleep = Sleep(proxy, workers, enabled=True, level=0)
     await sleep.fall_asleep()
     await sleep.wake()
     assert engine.calls == [("sleep", 0, "keep"), ("wake", ["scheduling"])]
 
 
-async def test_a_push_wakes_it_and_is_not_slept_through(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
-    sleep = Sleep(door, workers, enabled=True)
+async def test_a_push_wakes_it_and_is_not_slept_through(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
+    sleep = Sleep(proxy, workers, enabled=True)
     await sleep.fall_asleep()
     async with sleep.kept_awake():
-        assert not door.asleep
+        assert not proxy.asleep
         again = asyncio.ensure_future(sleep.fall_asleep())
         await asyncio.sleep(0.01)
-        assert not door.asleep
-        async with door.paused(clear_cache=True):
+        assert not proxy.asleep
+        async with proxy.paused(clear_cache=True):
             assert engine.names()[-1] == "pause"
     await again
-    assert door.asleep
+    assert proxy.asleep
     assert engine.names() == ["sleep", "wake", "pause", "resume", "sleep"]
 
 
-async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
     """What ends a pause of vLLM's ends every pause."""
-    sleep = Sleep(door, workers, enabled=True)
+    sleep = Sleep(proxy, workers, enabled=True)
     await sleep.fall_asleep()
 
     async def pause() -> None:
-        async with door.paused(clear_cache=False):
+        async with proxy.paused(clear_cache=False):
             pass
 
     waiting = asyncio.ensure_future(pause())
@@ -126,64 +128,64 @@ async def test_nobody_ends_its_sleep_by_a_pause(engine: _Engine, workers: _Worke
     assert engine.names() == ["sleep", "wake", "pause", "resume"]
 
 
-async def test_one_pause_after_another(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+async def test_one_pause_after_another(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
     async def pause() -> None:
-        async with door.paused(clear_cache=False):
+        async with proxy.paused(clear_cache=False):
             await asyncio.sleep(0.005)
 
     await asyncio.gather(pause(), pause())
     assert engine.names() == ["pause", "resume"] * 2
 
 
-async def test_memory_that_others_hold_is_not_taken(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
+async def test_memory_that_others_hold_is_not_taken(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
     """vLLM would take a part of it, and die."""
-    sleep = Sleep(door, workers, enabled=True)
+    sleep = Sleep(proxy, workers, enabled=True)
     await sleep.fall_asleep()
     engine.free -= 30
     with pytest.raises(LockstepError, match=r"sleeps on.*--gpu-memory-utilization"):
         async with sleep.kept_awake():
             pytest.fail("there is nothing to write to")
-    assert door.asleep
-    assert not door.errored
+    assert proxy.asleep
+    assert not proxy.errored
     engine.free += 20  # what is left of it was free before
     await sleep.wake()
-    assert not door.asleep
+    assert not proxy.asleep
     assert engine.names() == ["sleep", "wake"]
 
 
 async def test_a_write_that_outlived_its_push_is_waited_for(
-    engine: _Engine, workers: _Workers, door: EngineDoor
+    engine: _Engine, workers: _Workers, proxy: EngineProxy
 ) -> None:
-    sleep = Sleep(door, workers, enabled=True)
+    sleep = Sleep(proxy, workers, enabled=True)
     async with workers.writing:
         asked = asyncio.ensure_future(sleep.fall_asleep())
         await asyncio.sleep(0.01)
         assert engine.calls == []
     await asked
-    assert door.asleep
+    assert proxy.asleep
 
 
 @pytest.mark.parametrize("what", ["fall asleep", "wake up"])
 async def test_an_engine_that_does_not_do_it_ends_the_server(
-    engine: _Engine, workers: _Workers, door: EngineDoor, what: str
+    engine: _Engine, workers: _Workers, proxy: EngineProxy, what: str
 ) -> None:
-    sleep = Sleep(door, workers, enabled=True)
+    sleep = Sleep(proxy, workers, enabled=True)
     if what == "wake up":
         await sleep.fall_asleep()
     engine.broken = RuntimeError("CUDA error")
     with pytest.raises(LockstepError, match=f"did not {what}: RuntimeError CUDA error") as failure:
         await (sleep.wake() if what == "wake up" else sleep.fall_asleep())
     assert failure.value.code is ErrorCode.ENGINE_DEAD
-    assert door.errored
+    assert proxy.errored
 
 
 async def test_a_sleeping_engine_does_not_hang(
-    engine: _Engine, workers: _Workers, door: EngineDoor, monkeypatch: pytest.MonkeyPatch
+    engine: _Engine, workers: _Workers, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("rollout_server.engine.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(EngineDoor, "output_tokens", lambda self: {("held", 0): 3})
-    stall, sleep = Stall(door, 30.0), Sleep(door, workers, enabled=True)
+    monkeypatch.setattr(EngineProxy, "output_tokens", lambda self: {("held", 0): 3})
+    stall, sleep = StallWatchdog(proxy, 30.0), Sleep(proxy, workers, enabled=True)
 
     def look_for(seconds: int) -> None:
         for _ in range(seconds):
@@ -192,14 +194,14 @@ async def test_a_sleeping_engine_does_not_hang(
 
     await sleep.fall_asleep()
     look_for(200)
-    assert not door.errored
+    assert not proxy.errored
     await sleep.wake()
     look_for(100)
-    assert door.errored
+    assert proxy.errored
 
 
-async def test_a_server_with_a_gpu_of_its_own_refuses(engine: _Engine, workers: _Workers, door: EngineDoor) -> None:
-    sleep = Sleep(door, workers, enabled=False)
+async def test_a_server_with_a_gpu_of_its_own_refuses(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
+    sleep = Sleep(proxy, workers, enabled=False)
     for order in (sleep.fall_asleep, sleep.wake):
         with pytest.raises(LockstepError, match="--share-gpu"):
             await order()

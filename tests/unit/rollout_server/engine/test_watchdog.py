@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rollout_server.engine.watchdog import Stall
+from rollout_server.engine.watchdog import StallWatchdog
 
 
 class _Door:
@@ -24,9 +24,9 @@ class _Door:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    clock, door = SimpleNamespace(now=1000.0), _Door()
+    clock, proxy = SimpleNamespace(now=1000.0), _Door()
     monkeypatch.setattr("rollout_server.engine.watchdog.time.monotonic", lambda: clock.now)
-    stall = Stall(door, 30.0)
+    stall = StallWatchdog(proxy, 30.0)
 
     def wait(seconds: float, each=lambda: None) -> None:
         for _ in range(round(seconds)):
@@ -34,65 +34,65 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             each()
             stall.look()
 
-    return SimpleNamespace(clock=clock, door=door, stall=stall, wait=wait)
+    return SimpleNamespace(clock=clock, proxy=proxy, stall=stall, wait=wait)
 
 
 def test_no_token_of_any_request(watched) -> None:
-    watched.door.tokens = {("a", 0): 5, ("a", 1): 9}
+    watched.proxy.tokens = {("a", 0): 5, ("a", 1): 9}
     watched.wait(20)
-    watched.door.tokens["a", 1] += 1
+    watched.proxy.tokens["a", 1] += 1
     watched.wait(30)
-    assert not watched.door.reasons
+    assert not watched.proxy.reasons
     watched.wait(5)
-    assert "2 sequences" in watched.door.reasons[0]
-    assert "--engine-stall-seconds" in watched.door.reasons[0]
+    assert "2 sequences" in watched.proxy.reasons[0]
+    assert "--engine-stall-seconds" in watched.proxy.reasons[0]
 
 
 def test_idle_held_and_finishing_engines_are_well(watched) -> None:
     watched.wait(100)
-    watched.door.tokens, watched.door.held = {("a", 0): 5}, 1
+    watched.proxy.tokens, watched.proxy.held = {("a", 0): 5}, 1
     watched.wait(100)
-    watched.door.held = 0
+    watched.proxy.held = 0
 
     def one_more() -> None:
-        watched.door.outputs += 1
+        watched.proxy.outputs += 1
 
     watched.wait(100, one_more)
-    assert not watched.door.reasons
+    assert not watched.proxy.reasons
 
 
 def test_requests_that_come_and_go_are_no_progress(watched) -> None:
     def come_and_go() -> None:
-        watched.door.tokens = {(f"request-{watched.clock.now}", 0): 0}
+        watched.proxy.tokens = {(f"request-{watched.clock.now}", 0): 0}
 
     watched.wait(35, come_and_go)
-    assert watched.door.reasons
+    assert watched.proxy.reasons
 
 
 def test_the_time_before_a_request_came_does_not_count(watched) -> None:
     watched.wait(3)
     watched.clock.now += 4
-    watched.door.tokens = {("a", 0): 0}
+    watched.proxy.tokens = {("a", 0): 0}
     watched.stall.look()
     watched.wait(30)
-    assert not watched.door.reasons
+    assert not watched.proxy.reasons
     watched.wait(2)
-    assert watched.door.reasons
+    assert watched.proxy.reasons
 
 
 def test_a_server_that_was_stopped_itself_blames_nobody(watched) -> None:
-    watched.door.tokens = {("a", 0): 5}
+    watched.proxy.tokens = {("a", 0): 5}
     watched.wait(3)
     watched.clock.now += 3600
     watched.stall.look()
-    assert not watched.door.reasons
+    assert not watched.proxy.reasons
 
 
 def test_zero_is_never() -> None:
-    door = _Door()
-    door.tokens = {("a", 0): 0}
-    stall = Stall(door, 0.0)
+    proxy = _Door()
+    proxy.tokens = {("a", 0): 0}
+    stall = StallWatchdog(proxy, 0.0)
     stall._looked -= 10_000
     stall.look()
-    assert not door.reasons
+    assert not proxy.reasons
     assert not stall._tokens

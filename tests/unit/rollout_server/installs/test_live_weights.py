@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.installs.live_weights import LiveWeights
 from rollout_server.ipc.client import Call
 from rollout_server.runs.table import RunTable
@@ -68,9 +68,9 @@ async def served():
     engine = _Engine()
     table = RunTable(2, 1, merged=True)
     workers = _Workers(engine)
-    door = EngineDoor(engine, table)
-    weights = LiveWeights(door, workers)
-    return SimpleNamespace(engine=engine, table=table, workers=workers, door=door, weights=weights)
+    proxy = EngineProxy(engine, table)
+    weights = LiveWeights(proxy, workers)
+    return SimpleNamespace(engine=engine, table=table, workers=workers, proxy=proxy, weights=weights)
 
 
 async def _push(served, step: int, deadline: float = 5.0, kv=None) -> None:
@@ -85,27 +85,27 @@ async def _push(served, step: int, deadline: float = 5.0, kv=None) -> None:
 
 async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
     table = RunTable(2, 1, merged=True)
-    door = EngineDoor(_Engine(), table)
-    first = door.admit(PolicyRequest(policy="base"))
+    proxy = EngineProxy(_Engine(), table)
+    first = proxy.admit(PolicyRequest(policy="base"))
     assert table.base.slots[0].requests == 1
     first.release()
     run = table.open("r", "lease", takeover=False)
-    door.admit(PolicyRequest(policy="base")).release()
+    proxy.admit(PolicyRequest(policy="base")).release()
     await run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     with pytest.raises(LockstepError) as refusal:
-        door.admit(PolicyRequest(policy="base"))
+        proxy.admit(PolicyRequest(policy="base"))
     assert refusal.value.code is ErrorCode.BASE_NOT_SERVED
     assert refusal.value.status == 409
     salt = run.slots[0].salt
     table.close("r")
-    door.admit(PolicyRequest(policy="base")).release()
+    proxy.admit(PolicyRequest(policy="base")).release()
     assert table.base.slots[0].salt != salt
     assert table.base.slots[0].checksum == ""
 
 
 async def test_no_lora_request_but_a_salt(served) -> None:
     await _push(served, 0)
-    with served.door.admit(PolicyRequest()) as admission:
+    with served.proxy.admit(PolicyRequest()) as admission:
         _ = [o async for o in admission.generate({"prompt_token_ids": [1]}, None, "a")]
     ((prompt, kwargs),) = served.engine.submitted
     assert prompt["cache_salt"]
@@ -116,7 +116,7 @@ async def test_no_lora_request_but_a_salt(served) -> None:
 async def test_drain_waits_for_running_requests_and_new_ones_queue(served, holder: str) -> None:
     if holder == "latest":
         await _push(served, 0)
-    running = served.door.admit(PolicyRequest(policy=holder))
+    running = served.proxy.admit(PolicyRequest(policy=holder))
     push = asyncio.ensure_future(_push(served, 1))
     await asyncio.sleep(0.02)
     assert not push.done()
@@ -128,12 +128,12 @@ async def test_drain_waits_for_running_requests_and_new_ones_queue(served, holde
     await asyncio.gather(push, queued)
     assert served.workers.weights == ["sum1", "sum1"]
     assert not served.engine.paused
-    assert served.door.admit(PolicyRequest()).version.step == 1
+    assert served.proxy.admit(PolicyRequest()).version.step == 1
 
 
 async def test_a_deadline_leaves_everything_as_it_was(served) -> None:
     await _push(served, 0)
-    running = served.door.admit(PolicyRequest())
+    running = served.proxy.admit(PolicyRequest())
     with pytest.raises(LockstepError) as refusal:
         await _push(served, 1, deadline=0.05)
     assert refusal.value.code is ErrorCode.NO_FREE_SLOT
@@ -146,7 +146,7 @@ async def test_a_deadline_leaves_everything_as_it_was(served) -> None:
 
 async def test_kept_requests_are_moved_even_before_they_are_submitted(served) -> None:
     await _push(served, 0)
-    admission = served.door.admit(PolicyRequest())
+    admission = served.proxy.admit(PolicyRequest())
     await _push(served, 1, kv="fresh")
     assert admission.version.step == 1
     assert not admission.moved
@@ -159,10 +159,10 @@ async def test_what_one_worker_cannot_apply_is_undone_on_all(served) -> None:
         await _push(served, 1)
     assert served.workers.weights == ["sum0", "sum0"]
     assert not served.engine.paused
-    assert not served.door.errored
+    assert not served.proxy.errored
     assert served.table.get("r").active.version.step == 0
     served.workers.broken = {"sum0", "sum2"}
     with pytest.raises(LockstepError, match="broken"):
         await _push(served, 2)
-    assert served.door.errored
+    assert served.proxy.errored
     assert not served.engine.paused

@@ -8,7 +8,7 @@ import pytest
 from vllm.config import ParallelConfig
 
 from rollout_server.ipc.client import Workers
-from rollout_server.vllm_compat import topology as process_layout
+from rollout_server.vllm_compat import topology
 from shared.errors import ErrorCode, LockstepError
 
 
@@ -43,7 +43,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case: str) -> None:
     changes, word = REFUSED[case]
-    assert word in str(process_layout.refusal(_layout(**changes), mixture_of_experts=False))
+    assert word in str(topology.refusal(_layout(**changes), mixture_of_experts=False))
 
 
 @pytest.mark.parametrize("engines", [1, 2])
@@ -52,18 +52,18 @@ def test_engines_of_this_host_are_served(engines: int, executor: str | None) -> 
     layout = _layout(
         data_parallel_size=engines, data_parallel_size_local=engines, distributed_executor_backend=executor
     )
-    assert process_layout.refusal(layout, mixture_of_experts=False) is None
+    assert topology.refusal(layout, mixture_of_experts=False) is None
 
 
 def test_a_mixture_of_experts_has_one_engine() -> None:
     one = _layout(data_parallel_size=1, data_parallel_size_local=1)
-    assert process_layout.refusal(one, mixture_of_experts=True) is None
-    assert "--tensor-parallel-size" in str(process_layout.refusal(_layout(), mixture_of_experts=True))
+    assert topology.refusal(one, mixture_of_experts=True) is None
+    assert "--tensor-parallel-size" in str(topology.refusal(_layout(), mixture_of_experts=True))
 
 
 def test_workers_of_all_engines_are_counted() -> None:
     config = ParallelConfig(tensor_parallel_size=2, data_parallel_size=2, data_parallel_size_local=2)
-    assert process_layout.workers(config) == 4
+    assert topology.workers(config) == 4
 
 
 async def test_a_missing_worker_ends_the_start(tmp_path) -> None:

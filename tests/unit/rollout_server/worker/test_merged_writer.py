@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers import linear
 
-from rollout_server.vllm_compat import versions as compat
+from rollout_server.vllm_compat import versions
 from rollout_server.worker import merged_writer
 from rollout_server.worker.merged_writer import MergedWriter
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
@@ -99,7 +99,7 @@ def _parent(name: str) -> str:
 
 
 def _live(worker: SimpleNamespace) -> dict[str, torch.Tensor]:
-    return {name: layer.weight.data.clone() for name, layer in compat.plain_linears(worker.model).items()}
+    return {name: layer.weight.data.clone() for name, layer in versions.plain_linears(worker.model).items()}
 
 
 def _base(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     full = _base(torch.bfloat16)
     worker = _worker(full)
     writer = MergedWriter(worker)
-    addresses = {name: layer.weight.data_ptr() for name, layer in compat.plain_linears(worker.model).items()}
+    addresses = {name: layer.weight.data_ptr() for name, layer in versions.plain_linears(worker.model).items()}
     for seed, names in enumerate([SHAPES, ["q_proj"], ["v_proj", "up_proj"], ["o_proj"], ["v_proj"]]):
         tensors = _adapter(names, torch.bfloat16, seed)
         writer.apply(_send(writer, tensors))
@@ -179,7 +179,7 @@ def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     assert torch.equal(k_rows, full["k_proj"])
     writer.apply(None)
     assert all(torch.equal(weight, _live(_worker(full))[name]) for name, weight in _live(worker).items())
-    assert addresses == {name: layer.weight.data_ptr() for name, layer in compat.plain_linears(worker.model).items()}
+    assert addresses == {name: layer.weight.data_ptr() for name, layer in versions.plain_linears(worker.model).items()}
 
 
 def test_the_adapter_before_can_be_applied_again() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from rollout_server.api.middleware.auth import Guard
-from rollout_server.api.middleware.readiness import Gate
+from rollout_server.api.middleware.auth import AuthMiddleware
+from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role, role_needed
 
@@ -53,9 +53,9 @@ async def _echo(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def client() -> httpx.AsyncClient:
-    gate = Gate()
+    gate = ReadinessMiddleware()
     gate.open(_echo)
-    return _client(Guard(gate, Tokens({}, HELD)))
+    return _client(AuthMiddleware(gate, Tokens({}, HELD)))
 
 
 def _client(app: Any) -> httpx.AsyncClient:
@@ -122,7 +122,7 @@ async def test_twisted_paths_need_the_strongest_role() -> None:
     async def send(message: Any) -> None:
         statuses.append(message.get("status", 0))
 
-    guard = Guard(_echo, Tokens({}, HELD))
+    guard = AuthMiddleware(_echo, Tokens({}, HELD))
     for path in TWISTED:
         for method in ("GET", "POST", "OPTIONS"):
             for role, expected in {None: 401, Role.GENERATE: 403, Role.METRICS: 403, Role.WEIGHTS: 200}.items():
@@ -169,7 +169,7 @@ async def test_websockets_are_closed_before_they_are_accepted(path: str) -> None
     async def never(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("reached the app")
 
-    guard = Guard(never, Tokens({}, HELD))
+    guard = AuthMiddleware(never, Tokens({}, HELD))
     for headers in ([], [(b"authorization", f"Bearer {HELD[Role.GENERATE]}".encode())]):
         sent.clear()
         await guard({"type": "websocket", "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ async def test_websockets_are_closed_before_they_are_accepted(path: str) -> None
 
 
 async def test_also_while_the_model_loads() -> None:
-    client = _client(Guard(Gate(), Tokens({}, HELD)))
+    client = _client(AuthMiddleware(ReadinessMiddleware(), Tokens({}, HELD)))
     assert (await client.get("/v1/state")).status_code == 401
     assert (await client.get("/health")).status_code == 200
     assert (await client.get("/ready")).status_code == 503
@@ -187,16 +187,16 @@ async def test_also_while_the_model_loads() -> None:
 
 
 async def test_without_tokens_everything_passes() -> None:
-    gate = Gate()
+    gate = ReadinessMiddleware()
     gate.open(_echo)
-    assert (await _client(Guard(gate, None)).delete("/v1/runs/r")).text == "/v1/runs/r"
+    assert (await _client(AuthMiddleware(gate, None)).delete("/v1/runs/r")).text == "/v1/runs/r"
 
 
 async def test_a_revoked_token_is_refused_at_once(tmp_path: Path) -> None:
-    gate = Gate()
+    gate = ReadinessMiddleware()
     gate.open(_echo)
     (tmp_path / "token").write_text(HELD[Role.WEIGHTS])
-    client = _client(Guard(gate, Tokens({Role.WEIGHTS: tmp_path / "token"})))
+    client = _client(AuthMiddleware(gate, Tokens({Role.WEIGHTS: tmp_path / "token"})))
     assert (await client.get("/v1/state", headers=_bearer(Role.WEIGHTS))).status_code == 200
     (tmp_path / "token").write_text("another-one-0123456789")
     assert (await client.get("/v1/state", headers=_bearer(Role.WEIGHTS))).status_code == 401

@@ -11,7 +11,7 @@ import pytest
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import Request
 
-from rollout_server.api.middleware.limits import Intake
+from rollout_server.api.middleware.limits import LimitsMiddleware
 from rollout_server.api.routes.state import drain
 from rollout_server.engine.capacity import Capacity
 from rollout_server.settings import ServerSettings
@@ -35,7 +35,7 @@ def capacity() -> Capacity:
 
 
 def _client(capacity: Capacity, app) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(Intake(app, SETTINGS, capacity))
+    transport = httpx.ASGITransport(LimitsMiddleware(app, SETTINGS, capacity))
     return httpx.AsyncClient(transport=transport, base_url="http://server")
 
 
@@ -143,5 +143,5 @@ async def test_draining_refuses_what_is_new(capacity: Capacity) -> None:
 
 
 async def test_the_drain_route_does_what_sigterm_does(capacity: Capacity) -> None:
-    service = SimpleNamespace(door=SimpleNamespace(capacity=capacity), state=lambda: capacity.draining)
+    service = SimpleNamespace(proxy=SimpleNamespace(capacity=capacity), state=lambda: capacity.draining)
     assert await drain(service) is True

@@ -11,10 +11,10 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from rollout_server.api.middleware.version_headers import Versioned
-from rollout_server.engine.call_context import CALL
+from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
+from rollout_server.engine.call_context import CALL_CONTEXT
 from rollout_server.engine.capacity import Capacity
-from rollout_server.engine.proxy import EngineDoor
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.weights import WeightVersion
@@ -32,14 +32,14 @@ class _Engine:
 async def served():
     """A door with one run at step 3, and an app with routes as vLLM writes them."""
     table = RunTable(2, 2)
-    door = EngineDoor(_Engine(), table, Capacity(ServerSettings()))
+    proxy = EngineProxy(_Engine(), table, Capacity(ServerSettings()))
     run = table.open("r", "lease", takeover=False)
     await _flip(table, 3)
     app = FastAPI()
 
     def outputs(model: str) -> Any:
         lora = None if model == "base" else SimpleNamespace(lora_name=model)
-        return door.generate({"prompt_token_ids": [1]}, None, "a", lora_request=lora)
+        return proxy.generate({"prompt_token_ids": [1]}, None, "a", lora_request=lora)
 
     @app.post("/whole/{model}")
     async def whole(model: str) -> dict[str, int]:
@@ -60,7 +60,7 @@ async def served():
     async def models() -> list[str]:
         return ["policy"]
 
-    client = httpx.AsyncClient(transport=httpx.ASGITransport(Versioned(app)), base_url="http://server")
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(VersionHeaderMiddleware(app)), base_url="http://server")
     return SimpleNamespace(table=table, run=run, client=client)
 
 
@@ -78,7 +78,7 @@ async def test_the_version_is_in_the_header(served, kind: str) -> None:
         assert answer.headers["lockstep-version"] == version
     await _flip(served.table, 4)
     assert (await served.client.post(f"/{kind}/policy")).headers["lockstep-version"] == "r@0.4"
-    assert CALL.get() is None
+    assert CALL_CONTEXT.get() is None
     assert "lockstep-version" not in (await served.client.get("/models")).headers
 
 

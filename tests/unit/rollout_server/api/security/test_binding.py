@@ -17,9 +17,9 @@ import trustme
 from fastapi.responses import JSONResponse
 
 from learner.servers.client import RolloutClient
-from rollout_server.api.middleware.auth import Guard
-from rollout_server.api.middleware.readiness import Gate
-from rollout_server.api.security import binding as exposure
+from rollout_server.api.middleware.auth import AuthMiddleware
+from rollout_server.api.middleware.readiness import ReadinessMiddleware
+from rollout_server.api.security import binding
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role
 from rollout_server.api.server import make_server
@@ -61,14 +61,14 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", None, "10.1.2.3", "gpu-1"])
 def test_beyond_this_machine_only_with_a_token(host: str | None, pems) -> None:
     with pytest.raises(LockstepError, match=r"--token-file FILE .*--allow-unauthenticated"):
-        exposure.check(arguments(host=host), ServerSettings(), None)
+        binding.check(arguments(host=host), ServerSettings(), None)
     with _warnings() as said:
-        exposure.check(arguments(host=host), ServerSettings(allow_unauthenticated=True), None)
+        binding.check(arguments(host=host), ServerSettings(allow_unauthenticated=True), None)
         assert "ANYONE" in said.pop()
-        exposure.check(arguments(host=host), ServerSettings(), TOKENS)
+        binding.check(arguments(host=host), ServerSettings(), TOKENS)
         assert "unencrypted" in said.pop()
-        exposure.check(arguments(host=host, ssl_certfile=pems.cert, ssl_keyfile=pems.key), ServerSettings(), TOKENS)
-        exposure.check(arguments(host="::1"), ServerSettings(), None)
+        binding.check(arguments(host=host, ssl_certfile=pems.cert, ssl_keyfile=pems.key), ServerSettings(), TOKENS)
+        binding.check(arguments(host="::1"), ServerSettings(), None)
         assert not said
 
 
@@ -77,11 +77,11 @@ def _warnings() -> Iterator[list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    exposure.logger.addHandler(handler)
+    binding.logger.addHandler(handler)
     try:
         yield said
     finally:
-        exposure.logger.removeHandler(handler)
+        binding.logger.removeHandler(handler)
 
 
 def test_protection_that_only_seems_to_be_one_is_refused(monkeypatch: pytest.MonkeyPatch, pems, tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_protection_that_only_seems_to_be_one_is_refused(monkeypatch: pytest.Mon
     ]
     for args, word in wrong:
         with pytest.raises(LockstepError, match=word):
-            exposure.check(args, ServerSettings(), TOKENS)
+            binding.check(args, ServerSettings(), TOKENS)
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     with pytest.raises(LockstepError, match="--token-file"):
-        exposure.check(arguments(), ServerSettings(), TOKENS)
+        binding.check(arguments(), ServerSettings(), TOKENS)
 
 
 async def _run_state(scope: Any, receive: Any, send: Any) -> None:
@@ -109,10 +109,10 @@ async def _run_state(scope: Any, receive: Any, send: Any) -> None:
 @contextlib.asynccontextmanager
 async def _served(app: Any = _run_state, **tls: Any) -> AsyncIterator[str]:
     """`host:port` of a real server behind the guard."""
-    gate = Gate()
+    gate = ReadinessMiddleware()
     gate.open(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = make_server(Guard(gate, TOKENS), log_level="error", **exposure.tls_options(arguments(**tls)))
+        server = make_server(AuthMiddleware(gate, TOKENS), log_level="error", **binding.tls_options(arguments(**tls)))
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))
         try:
             yield f"127.0.0.1:{listening.getsockname()[1]}"
