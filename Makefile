@@ -31,6 +31,7 @@ fuzz: setup ## 20,000 requests that nobody would send, to a server of its own (F
 lint: setup ## ruff, mypy, hadolint, Kubernetes schemas, and a search for secrets
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-cache
 	$(PY) -m mypy
 	deploy/lint.sh
 	files=$$(git ls-files) && $(PY) -m detect_secrets.pre_commit_hook --no-verify $$files
