@@ -153,7 +153,7 @@ class Session:
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
-        self.pool.supervise(self._bring_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
+        self.pool.supervise(self._catch_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
         if self.config.max_staleness > 0:
             self._read_ahead(self.config.max_staleness)
         self.figures.restart_clock()
@@ -261,7 +261,7 @@ class Session:
         when = ("train", trainer.micro_step) if trainer.is_training else ("eval", trainer.step)
         return prompt_seed(trainer.seed, *when, trainer.first_row + row, *token_ids)
 
-    def _bring_up(self, replica: Replica) -> None:
+    def _catch_up(self, replica: Replica) -> None:
         self.publisher.catch_up(replica, self._admit)
 
     def _see_whether_up(self, replica: Replica) -> None:

@@ -28,6 +28,8 @@ CONNECT_TIMEOUT_S = 10.0
 STATE_TIMEOUT_S = 30.0
 
 M = TypeVar("M", bound=BaseModel)
+Body = BaseModel | None
+Headers = dict[str, str] | None
 
 
 class BaseClient:
@@ -57,13 +59,7 @@ class BaseClient:
         self.close()
 
     def _json(
-        self,
-        method: str,
-        path: str,
-        body: BaseModel | None = None,
-        *,
-        timeout_s: float = STATE_TIMEOUT_S,
-        headers: dict[str, str] | None = None,
+        self, method: str, path: str, body: Body = None, *, timeout_s: float = STATE_TIMEOUT_S, headers: Headers = None
     ) -> Any:
         """Return the decoded response. An overloaded server is asked again until the deadline."""
         deadline = time.monotonic() + timeout_s
@@ -77,13 +73,7 @@ class BaseClient:
         return self._decoded(response)
 
     def _stream(
-        self,
-        path: str,
-        body: BaseModel | None = None,
-        *,
-        timeout_s: float,
-        silence_s: float | None = None,
-        headers: dict[str, str] | None = None,
+        self, path: str, body: Body = None, *, timeout_s: float, silence_s: float | None = None, headers: Headers = None
     ) -> Iterator[dict[str, Any]]:
         """POST and yield the lines of the NDJSON response, without blank ones; raise the error that a line carries.
 
@@ -175,11 +165,11 @@ def request_timeout(seconds: float) -> httpx.Timeout:
     return httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_S)
 
 
-def _request(body: BaseModel | None, timeout_s: float, headers: dict[str, str] | None) -> dict[str, Any]:
+def _request(body: Body, timeout_s: float, headers: Headers) -> dict[str, Any]:
     """Return the keyword arguments of an httpx request."""
     request: dict[str, Any] = {"headers": headers or {}, "timeout": request_timeout(timeout_s)}
     if body is not None:
-        request["headers"] = {**request["headers"], "content-type": "application/json"}
+        request["headers"] |= {"content-type": "application/json"}
         request["content"] = body.model_dump_json(exclude_defaults=True)
     return request
 

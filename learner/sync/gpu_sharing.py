@@ -1,4 +1,4 @@
-"""`share_gpu`: learner and server take turns on one GPU; while one computes, the other holds as little memory as it can."""
+"""`share_gpu`: learner and server take turns on one GPU; the one that waits holds as little memory as it can."""
 
 from __future__ import annotations
 

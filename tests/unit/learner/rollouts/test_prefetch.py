@@ -73,7 +73,7 @@ class Server:
         yield from groups
 
     def state(self, timeout_s: float = 1.0) -> SimpleNamespace:
-        """The keeper asks; what else it would compare needs a receipt."""
+        """Polled by the supervisor; the rest of its check needs a receipt."""
         return SimpleNamespace(draining=False)
 
 

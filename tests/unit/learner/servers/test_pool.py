@@ -22,7 +22,7 @@ from tests.unit.learner.rollouts.test_generation import Server as Answers
 
 
 class Server(Answers):
-    """Answers after `seconds` a group; `broken` raises instead, from the group of that number on."""
+    """Takes `seconds` for each group; raises from the completion with number `broken` on."""
 
     def __init__(self, url: str, seconds: float = 0.0) -> None:
         super().__init__(url)
@@ -96,7 +96,7 @@ def test_a_dead_server_costs_only_what_it_had_not_sent(pool_of):
     assert [replica.url for replica in pool.up()] == ["http://alive"]
 
 
-def test_a_server_that_returns_is_asked_again(pool_of):
+def test_a_recovered_server_gets_requests_again(pool_of):
     server = Server("http://s")
     pool = pool_of(server)
     server.broken = 6
@@ -115,7 +115,7 @@ def test_patience_ends(pool_of):
         fetch(pool, PROMPTS)
 
 
-def test_a_run_that_another_learner_holds_is_not_waited_for(pool_of):
+def test_a_run_held_by_another_learner_is_an_error_at_once(pool_of):
     pool = pool_of(Server("http://s"), supervised=False, patience_s=60.0)
 
     def refuse(replica):
@@ -127,20 +127,20 @@ def test_a_run_that_another_learner_holds_is_not_waited_for(pool_of):
         pool.available()
 
 
-def test_what_a_server_refuses_for_good_is_raised(pool_of):
+def test_a_permanent_refusal_is_raised(pool_of):
     pool = pool_of(Server("http://s"))
     with pytest.raises(LockstepError, match="bad"):
         pool.lost_or_raise(pool.up()[0], InvalidRequest("bad"), 1)
 
 
-def test_an_old_failure_does_not_put_out_a_server_that_came_back(pool_of):
+def test_a_stale_failure_does_not_mark_a_recovered_server_as_lost(pool_of):
     pool = pool_of(Server("http://s"))
     replica = pool.up()[0]
     pool.lost(replica, NotReady("old"), incarnation=replica.incarnation - 1)
     assert replica.up
 
 
-def test_a_server_that_hangs_is_left_out(pool_of, monkeypatch):
+def test_a_hanging_server_is_lost(pool_of, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     server = Server("http://s")
     pool = pool_of(server, Server("http://t"), supervised=False)
@@ -158,7 +158,7 @@ def test_a_server_that_hangs_is_left_out(pool_of, monkeypatch):
     assert pool.replicas["http://t"].up
 
 
-def test_a_server_about_to_leave_is_asked_for_nothing_more(pool_of, monkeypatch):
+def test_a_draining_server_gets_no_more_requests(pool_of, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     leaving = Server("http://s")
     pool = pool_of(leaving, Server("http://t"), supervised=False)
@@ -189,7 +189,7 @@ def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
     until(["http://a:1", "http://b:1"])
     listed.write_text("http://b:1\n")
     until(["http://b:1"])
-    listed.write_text("")  # a file that is just being written: nobody is thrown out
+    listed.write_text("")  # a file that is just being written: no server is forgotten
     time.sleep(0.2)
     until(["http://b:1"])
     pool.close()

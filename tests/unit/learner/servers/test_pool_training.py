@@ -1,4 +1,4 @@
-"""A real trainer on several fake servers: pushes to all, a restart, newcomers that may join and one that may not."""
+"""A real trainer on several fake servers: pushes, a restart, and newcomers, compatible or not."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_incompatible_newcomer_is_refused(make_trainer, servers, pool, listed
     assert steps(servers["http://s0"]) == [0, 1, 2]
 
 
-def test_a_receipt_for_something_else_is_never_taken_for_a_passing_failure(make_trainer, servers, pool):
+def test_a_wrong_receipt_is_not_recoverable(make_trainer, servers, pool):
     trainer = make_trainer(max_steps=2)
     session = attach(trainer, pool=pool, run_id="r", proof_canary=False)
     liar = servers["http://s1"]

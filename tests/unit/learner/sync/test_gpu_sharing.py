@@ -1,4 +1,4 @@
-"""`share_gpu`: the server sleeps while the learner computes, and is awake whenever it is asked for anything."""
+"""`share_gpu`: the server sleeps while the learner computes, and is awake for every request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _shares(server: FakeServer) -> None:
     server.state = server.state.model_copy(update={"shares_gpu": True, "devices": [None]})
 
 
-def test_a_training_by_turns(make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient) -> None:
+def test_training_in_turns(make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient) -> None:
     """The fake server fails whatever it is asked in its sleep; a pass for the gradient must find it asleep."""
     server.state = server.state.model_copy(update={"asleep": True})  # an earlier learner was killed
     trainer = make_trainer(
@@ -92,7 +92,7 @@ def test_refused(server: FakeServer, state: dict[str, Any], processes: int, word
         check_shared_gpu(server.state.model_copy(update=state), torch.device("cpu"), processes)
 
 
-def test_options_that_do_not_go_together() -> None:
+def test_incompatible_options() -> None:
     with pytest.raises(ValueError, match="max_staleness"):
         LearnerConfig(share_gpu=True, max_staleness=1)
     with pytest.raises(LockstepError, match="one --rollout-url"):
@@ -118,8 +118,8 @@ def test_a_server_that_is_away_is_not_waited_for(server: FakeServer, caplog: pyt
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_a_lost_answer_leaves_no_doubt_behind(server: FakeServer, lost: int) -> None:
-    """It is asked again: at once, and where that fails too, at the next pass or request."""
+def test_an_order_is_repeated_when_its_response_is_lost(server: FakeServer, lost: int) -> None:
+    """At once, and where that fails too, at the next pass or request."""
     orders: list[str] = []
 
     def cut_off(request: httpx.Request) -> httpx.Response:
@@ -151,7 +151,7 @@ def test_a_server_that_came_back_is_put_to_sleep_again(server: FakeServer) -> No
 
 
 @pytest.mark.parametrize("status", [0, 400])
-def test_what_does_not_pass_is_an_error(server: FakeServer, status: int) -> None:
+def test_unrecoverable_errors_are_raised(server: FakeServer, status: int) -> None:
     """No answer in time: it may be half asleep. A refusal: it has its GPU to itself, or others hold its memory."""
 
     def refuse(request: httpx.Request) -> httpx.Response:
