@@ -110,10 +110,12 @@ class BaseClient:
         if "error" not in document:
             return document
         try:
-            error = _error_of(document)
+            failure = _error_of(document)
         except ValidationError:
-            error = self._protocol_mismatch(f"answered an error that this learner does not know: {str(document)[:200]}")
-        raise error
+            failure = self._protocol_mismatch(
+                f"answered an error that this learner does not know: {str(document)[:200]}"
+            )
+        raise failure
 
     def _decoded(self, response: httpx.Response) -> Any:
         if response.is_error:
