@@ -29,6 +29,7 @@ from learner.sync.gpu_sharing import GpuSharing
 from learner.sync.probe import canary_slope, probe_sequences
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
+from learner.utils.logs import show_messages
 from shared.errors import (
     ErrorDetail,
     InstallFailed,
@@ -65,7 +66,7 @@ class Session:
         accepts: Callable[[ServerState], object] = lambda state: None,
     ) -> None:
         self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
-        pool.say = self.say
+        show_messages(is_main=trainer.accelerator.is_main_process)
         # What follows from them must be the same on every rank.
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
@@ -76,14 +77,14 @@ class Session:
         self.publisher = self._publisher(base_weights)
         self._keep_lease()
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
-        self.gpu_sharing = GpuSharing(pool.up()[0], self.say) if config.share_gpu else None
+        self.gpu_sharing = GpuSharing(pool.up()[0]) if config.share_gpu else None
         dispatcher = Dispatcher(
             pool,
             sampling,
             self.max_model_len,
             warn=self.say,
             rank=trainer.accelerator.process_index,
-            before=self.let_serve,
+            before=self.yield_gpu,
         )
         self.rollouts = RemoteRollouts(
             dispatcher,
@@ -112,7 +113,6 @@ class Session:
             takeover=self.config.takeover,
             transport=self.config.transport,
             in_flight=self.config.in_flight,
-            say=self.say,
             on_main=self._on_main,
         )
 
@@ -136,9 +136,9 @@ class Session:
         A second training of the same trainer pushes under the next fence.
         """
         if again := self.publisher.last is not None:
-            self.publisher.begin_anew()
+            self.publisher.next_fence()
             self._keep_lease()
-        self.let_serve()
+        self.yield_gpu()
         sequences = self._on_main(lambda: probe_sequences(self.pool, self.prompts))
         self.proof = SyncProof(
             self.pool, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
@@ -153,7 +153,7 @@ class Session:
         step = self.trainer.step
         self.publisher.push(step)
         self.proof.check(self.publisher.version(step))
-        self.pool.keep(self._bring_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
+        self.pool.supervise(self._catch_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
         if self.config.max_staleness > 0:
             self._read_ahead(self.config.max_staleness)
         self.figures.restart_clock()
@@ -161,11 +161,11 @@ class Session:
     def after_step(self) -> StepReport:
         """Push the step just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
-        self.let_serve()
+        self.yield_gpu()
         receipt = self.publisher.push(step)
         every = self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
-        gap = self.proof.check(receipt.version).max_gap if due and self.proof else None
+        gap = self.proof.check(receipt.version).max_mismatch if due and self.proof else None
         lost = self.rounded.last_lost() if self.rounded else None
         return self.figures.add(
             push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap, update_lost=lost
@@ -173,14 +173,14 @@ class Session:
 
     def ensure_served(self) -> None:
         """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""
-        self.let_serve()
+        self.yield_gpu()
         self.publisher.ensure(self.trainer.step)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the training, over all ranks. Collective."""
         return self.figures.summary() | {
             "run_id": self.run_id,
-            "max_logprob_gap": self.proof.max_gap if self.proof else None,
+            "max_logprob_gap": self.proof.max_mismatch if self.proof else None,
             "logprob_tolerance": self.proof.last.tolerance if self.proof and self.proof.last else None,
             "canary_slope": self.canary_slope,
             **({"gpu_turn_seconds": sum(self.gpu_sharing.seconds)} if self.gpu_sharing else {}),
@@ -206,10 +206,10 @@ class Session:
         self.rollouts.refill = self.figures.dynamic = self.dynamic
         return self.dynamic
 
-    def let_serve(self) -> None:
+    def yield_gpu(self) -> None:
         """Let a server that shares the learner's GPU have it."""
         if self.gpu_sharing:
-            self.gpu_sharing.serve()
+            self.gpu_sharing.yield_gpu()
 
     def close(self) -> None:
         """Let go of the way to the servers, where what was pushed stays, and end the reward workers."""
@@ -220,7 +220,7 @@ class Session:
         if self.rewards:
             self.rewards.close()
         try:
-            self.let_serve()
+            self.yield_gpu()
         except (LockstepError, RuntimeError) as error:  # after a failure the learner may not let its memory go
             self.say(f"share_gpu: the server is left asleep: {error}")
 
@@ -261,8 +261,8 @@ class Session:
         when = ("train", trainer.micro_step) if trainer.is_training else ("eval", trainer.step)
         return prompt_seed(trainer.seed, *when, trainer.first_row + row, *token_ids)
 
-    def _bring_up(self, replica: Replica) -> None:
-        self.publisher.bring_up(replica, self._admit)
+    def _catch_up(self, replica: Replica) -> None:
+        self.publisher.catch_up(replica, self._admit)
 
     def _see_whether_up(self, replica: Replica) -> None:
         """On other ranks: rank 0 brings it up to date; until then it is asked for nothing."""
@@ -270,7 +270,7 @@ class Session:
         if last is None or state.draining or not any(run.version == last.version for run in state.runs):
             raise VersionNotActive(f"{replica.url} does not serve this run yet")
         replica.state = state
-        self.pool.come_up(replica)
+        self.pool.mark_up(replica)
 
     def _admit(self, client: RolloutClient, state: ServerState) -> None:
         """Raise what keeps a server from joining those that are there."""

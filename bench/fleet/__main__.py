@@ -42,6 +42,7 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
+from learner.utils.logs import show_messages
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import LockstepError
 from shared.sampling import SamplingParams
@@ -97,7 +98,7 @@ class Run:
         return Dispatcher(pool, sampling, max_model_len=self.options.tokens + 64, warn=print)
 
     def publisher(self, pool: ServerPool, model: Any) -> Publisher:
-        return Publisher(pool, model, self.lease, takeover=True, transport="http", say=lambda text: None)
+        return Publisher(pool, model, self.lease, takeover=True, transport="http")
 
     def alone(self, server: Server, model: Any) -> float:
         """Tokens a second of one server under its share of the load."""
@@ -177,15 +178,14 @@ class Run:
             print(f"bench: alone, tokens/s: {json.dumps({n: round(a, 1) for n, a in alone.items()})}", flush=True)
             listed = self.work / "servers.txt"
             listed.write_text("".join(f"{servers[name].url}\n" for name in names[:-1]))
-            pool = ServerPool(
-                RolloutClient, ServerDiscovery([f"file:{listed}"]), say=lambda text: print(f"bench: {text}", flush=True)
-            )
-            pool.meet(START_TIMEOUT_S)
+            show_messages(is_main=True)
+            pool = ServerPool(RolloutClient, ServerDiscovery([f"file:{listed}"]))
+            pool.wait_ready(START_TIMEOUT_S)
             (log_file := self.work / "servers.jsonl").unlink(missing_ok=True)
             log = EventLog(log_file, pool)
             publisher = self.publisher(pool, model)
             publisher.push(0)
-            pool.keep(lambda replica: publisher.bring_up(replica, lambda client, state: None))
+            pool.supervise(lambda replica: publisher.catch_up(replica, lambda client, state: None))
             with self.load(pool, publisher):
                 training, window_s = self.training(publisher, model), options.window_s + SETTLE_S
                 training(for_seconds(window_s))

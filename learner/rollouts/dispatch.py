@@ -140,7 +140,7 @@ class Dispatcher:
                 elif error is not None:
                     raise error
                 else:
-                    self.pool.served(request.replica)
+                    request.replica.failures = 0
         return [rows[i] for i in sorted(rows)]
 
     def _requests(self, asks: list[Ask], replicas: list[Replica], wanted: Wanted) -> list[_Request]:
@@ -179,7 +179,7 @@ class Dispatcher:
         """Make the request; each entry's completions are kept as they come."""
         costs, load = dict(request.costs), request.replica.load
         try:
-            with request.replica.places:
+            with request.replica.request_slots:
                 for group in request.replica.client.iter_groups(self._body(request)):
                     index = group.prompt_index
                     ask = request.asks[index] if 0 <= index < len(request.asks) else None

@@ -1,1 +1,1 @@
-"""Talks to rollout servers: client, discovery, health, routing. No torch."""
+"""Rollout servers: client, discovery, health, routing. No torch."""

@@ -1,4 +1,4 @@
-"""The rollout server as an object: one method per route, errors as `LockstepError`."""
+"""`RolloutClient`: one method per route of a rollout server."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from learner.servers.credentials import tls_refusal
-from learner.servers.http import STATE_TIMEOUT_S, Channel, reason
+from learner.servers.credentials import tls_error
+from learner.servers.http import STATE_TIMEOUT_S, BaseClient, reason, request_timeout
 from shared import PROTOCOL_VERSION
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import NotReady, ProtocolMismatch
@@ -27,20 +27,35 @@ LEASE_HEADER = "Lockstep-Lease"
 TAKEOVER_HEADER = "Lockstep-Takeover"
 IN_FLIGHT_HEADER = "Lockstep-In-Flight"
 SLICE_BYTES = 2**20
-#: A stream of groups that is silent for so long is cut off, or its server hangs.
+#: Longest silence of a stream of groups: after that its server hangs, or the connection is cut off.
 SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
 
 
-class RolloutClient(Channel):
-    """Synchronous client of one rollout server; safe to use from several threads.
+class RolloutClient(BaseClient):
+    """Synchronous, thread-safe client of one rollout server.
 
-    Every method raises `LockstepError` with the server's own code and message, `timeout` when a deadline
-    passes and `not_ready` when the server cannot be reached.
+    Every method raises a `LockstepError` with the server's code and message, `Timeout` after its deadline, `NotReady`
+    if the server cannot be reached, and `ProtocolMismatch` if something else answers at this URL.
 
     Args:
-        token: sent with every request.
-        ca_file: the CA, in PEM, that the server's certificate must be from; by default the well-known ones,
-            or those of $SSL_CERT_FILE.
+        url: `http(s)://HOST:PORT`.
+        token: bearer token of every request.
+        ca_file: CA of the server's certificate, in PEM. Default: the well-known CAs, or those of $SSL_CERT_FILE.
+        push_timeout_s: deadline of a push, of joining a group, and of `sleep` and `wake`, in seconds.
+        generate_timeout_s: deadline of `generate`, `iter_groups` and `score`, in seconds.
+        transport: httpx transport; tests replace the network with it.
+
+    Example:
+        with RolloutClient("http://127.0.0.1:8000", token="...") as client:
+            client.wait_ready(timeout_s=600)
+            request = GenerateRequest(
+                prompts=[Prompt(text="1 + 1 =")], sampling=SamplingParams(n=4, max_tokens=16), policy="base"
+            )
+            (group,) = client.generate(request).groups
+            for completion in group.completions:
+                print(completion.text, sum(completion.logprobs))
+            tokens = group.prompt_token_ids + group.completions[0].token_ids
+            (logprobs,) = client.score(ScoreRequest(sequences=[tokens], policy="base")).logprobs
     """
 
     def __init__(
@@ -57,16 +72,13 @@ class RolloutClient(Channel):
         self.push_timeout_s = push_timeout_s
         self.generate_timeout_s = generate_timeout_s
 
-    def __enter__(self) -> RolloutClient:
-        return self
-
     def state(self, timeout_s: float = STATE_TIMEOUT_S) -> ServerState:
-        """`GET /v1/state`.
+        """`GET /v1/state`: model, limits, and the runs it serves.
 
         Raises:
-            LockstepError: `protocol_mismatch` if the server speaks another protocol.
+            ProtocolMismatch: the server speaks another protocol version.
         """
-        document = self._json("GET", "/v1/state", timeout=timeout_s)
+        document = self._json("GET", "/v1/state", timeout_s=timeout_s)
         spoken = document.get("protocol") if isinstance(document, dict) else None
         if spoken != PROTOCOL_VERSION:
             raise ProtocolMismatch(
@@ -76,22 +88,23 @@ class RolloutClient(Channel):
         return self._parse(ServerState, document)
 
     def wait_ready(self, timeout_s: float, poll_s: float = 0.5) -> ServerState:
-        """Poll `/ready` until the server has loaded and warmed up its model, then answer its state.
+        """Poll `GET /ready` until the server has loaded and warmed up its model, then return its state.
 
         Raises:
-            LockstepError: `not_ready` after `timeout_s` seconds, with what the server last said.
+            NotReady: it was not ready within `timeout_s` seconds; the message holds the last response.
+            Unauthenticated, Forbidden: at once, since waiting brings no token.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                answer = self._http.get("/ready")
-                if answer.status_code == 200:
+                response = self._http.get("/ready")
+                if response.status_code == 200:
                     return self.state()
-                if answer.status_code in (401, 403):
-                    raise self._error(answer)
-                last = f"answers {answer.status_code} on /ready"
+                if response.status_code in (401, 403):
+                    raise self._response_error(response)
+                last = f"answers {response.status_code} on /ready"
             except httpx.HTTPError as error:
-                if refusal := tls_refusal(self.url, error):
+                if refusal := tls_error(self.url, error):
                     raise refusal from error
                 last = reason(error)
             if time.monotonic() >= deadline:
@@ -101,35 +114,51 @@ class RolloutClient(Channel):
                 )
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
 
-    def generate(self, request: GenerateRequest, key: str | None = None) -> GenerateResponse:
-        """`POST /v1/generate`, all groups in one answer, in the order of the prompts.
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """`POST /v1/generate`: wait for all completions.
 
-        Args:
-            key: a second request with it and the same body gets the first one's answer, for some minutes.
-        """
-        body = request.model_copy(update={"stream": False}).model_dump_json(exclude_defaults=True)
-        document = self._json("POST", "/v1/generate", content=body, timeout=self.generate_timeout_s, key=key)
-        return self._parse(GenerateResponse, document)
-
-    def iter_groups(self, request: GenerateRequest, key: str | None = None) -> Iterator[RolloutGroup]:
-        """`POST /v1/generate` as NDJSON: groups in the order they finish. `key` as for `generate`.
+        Returns:
+            One group per prompt, in the order of the prompts, each with `sampling.n` completions. A completion of T
+            tokens has T `token_ids` and T `logprobs` (ln p, after temperature and truncation), and `spans` that name
+            the weight version of every token.
 
         Raises:
-            LockstepError: also when the stream ends without its closing line.
+            UnknownRun, VersionNotActive, StepNotReached, BaseNotServed: the requested policy is not served.
+            Overloaded: still, at the deadline.
         """
-        body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
-        sent = self._body(body, min(SILENCE_TIMEOUT_S, self.generate_timeout_s), key)
-        for document in self._lines("/v1/generate", self.generate_timeout_s, **sent):
-            if document.get("done"):
+        body = request.model_copy(update={"stream": False})
+        return self._parse(
+            GenerateResponse, self._json("POST", "/v1/generate", body, timeout_s=self.generate_timeout_s)
+        )
+
+    def iter_groups(self, request: GenerateRequest) -> Iterator[RolloutGroup]:
+        """`POST /v1/generate` as a stream: yield the groups of `generate` in the order in which they finish.
+
+        Raises:
+            NotReady: the stream ended early. Others as `generate`, some of them after the first groups.
+        """
+        body = request.model_copy(update={"stream": True})
+        silence_s = min(SILENCE_TIMEOUT_S, self.generate_timeout_s)
+        for line in self._stream("/v1/generate", body, timeout_s=self.generate_timeout_s, silence_s=silence_s):
+            if line.get("done"):
                 return
-            yield self._parse(RolloutGroup, document)
+            yield self._parse(RolloutGroup, line)
         raise NotReady(f"{self.url} cut off a stream of completions before its end")
 
     def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreResponse:
-        """`POST /v1/score`: teacher-forced logprobs at temperature 1, within `timeout_s` if that is given."""
-        body = request.model_dump_json(exclude_defaults=True)
-        timeout = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
-        return self._parse(ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=timeout))
+        """`POST /v1/score`: teacher-forced logprobs at temperature 1, without truncation.
+
+        Args:
+            timeout_s: deadline in seconds, where it is to be shorter than `generate_timeout_s`.
+
+        Returns:
+            `logprobs[i][t]` = ln p(sequence i's token t + 1 | its tokens up to t): T - 1 values for T tokens.
+
+        Raises:
+            UnknownRun, VersionNotActive, StepNotReached, BaseNotServed: the requested policy is not served.
+        """
+        timeout_s = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
+        return self._parse(ScoreResponse, self._json("POST", "/v1/score", request, timeout_s=timeout_s))
 
     def push(
         self,
@@ -140,70 +169,86 @@ class RolloutClient(Channel):
         takeover: bool = False,
         in_flight: InFlight = "drain",
     ) -> PushReceipt:
-        """`PUT /v1/runs/{run_id}/adapter`.
+        """`PUT /v1/runs/{run_id}/adapter`: install an adapter and return when it is served.
 
-        Pushing the same version and bytes again is safe and answers the same, so a push whose answer was lost
-        on the way is sent a second time.
+        Pushing the same version and bytes again is safe, so a push is retried once if its response was lost.
+
+        Args:
+            pieces: the safetensors blob, in parts; see `learner.adapters.exporter.AdapterExport.pieces`.
+            lease: secret of the run's owner.
+            takeover: take the run from the learner that holds its lease.
+            in_flight: whether running requests finish on their version (`drain`) or go on with the new one.
+
+        Raises:
+            LeaseMismatch, StaleVersion: another learner holds the run, or has pushed a newer version.
+            NoFreeRun, NoFreeSlot: the server has no room.
+            LockstepError: the adapter does not fit the server (base, rank, shapes), or did not arrive intact.
         """
-        headers = _push_headers(lease, in_flight)
+        headers = _push_headers(lease, in_flight) | {
+            "content-type": "application/octet-stream",
+            "content-length": str(sum(len(piece) for piece in pieces)),
+        }
         if takeover:
             headers[TAKEOVER_HEADER] = "1"
-        headers["content-length"] = str(sum(len(piece) for piece in pieces))
-        path = f"/v1/runs/{run_id}/adapter"
+        path, timeout = f"/v1/runs/{run_id}/adapter", request_timeout(self.push_timeout_s)
         for attempt in (1, 2):
             try:
-                answer = self._http.put(
-                    path, content=_slices(pieces), headers=headers, timeout=self._timeout(self.push_timeout_s)
-                )
+                response = self._http.put(path, content=_slices(pieces), headers=headers, timeout=timeout)
                 break
-            except httpx.TimeoutException as error:
-                raise self._unreachable(error, path) from error
             except httpx.HTTPError as error:
-                if attempt == 2:
-                    raise self._unreachable(error, path) from error
-        return self._parse(PushReceipt, self._checked(answer))
+                if attempt == 2 or isinstance(error, httpx.TimeoutException):
+                    raise self._connection_error(error, path) from error
+        return self._parse(PushReceipt, self._decoded(response))
 
     def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
-        """`POST /v1/runs/{run_id}/group`: the invitation, then None when all workers have joined."""
-        timeout = self._timeout(self.push_timeout_s)
-        for document in self._lines(
-            f"/v1/runs/{run_id}/group", self.push_timeout_s, headers=_push_headers(lease), timeout=timeout
-        ):
-            yield None if "joined" in document else self._parse(GroupInvitation, document)
+        """`POST /v1/runs/{run_id}/group`: yield the invitation, then None when all workers have joined."""
+        path, headers = f"/v1/runs/{run_id}/group", _push_headers(lease)
+        for line in self._stream(path, timeout_s=self.push_timeout_s, headers=headers):
+            yield None if "joined" in line else self._parse(GroupInvitation, line)
 
     def broadcast(
         self, run_id: str, announced: Announcement, lease: str, *, in_flight: InFlight = "drain"
     ) -> Generator[PushReceipt | None]:
-        """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt."""
-        body = self._body(announced.model_dump_json(), self.push_timeout_s)
-        body["headers"] = _push_headers(lease, in_flight) | body["headers"]
-        for document in self._lines(f"/v1/runs/{run_id}/broadcast", self.push_timeout_s, **body):
-            yield None if "receiving" in document else self._parse(PushReceipt, document)
+        """`POST /v1/runs/{run_id}/broadcast`: yield None when the workers receive, then the receipt.
+
+        Raises:
+            NoGroup, UnknownLayout: push over HTTP first. Others as `push`.
+        """
+        path, headers = f"/v1/runs/{run_id}/broadcast", _push_headers(lease, in_flight)
+        for line in self._stream(path, announced, timeout_s=self.push_timeout_s, headers=headers):
+            yield None if "receiving" in line else self._parse(PushReceipt, line)
 
     def sleep(self) -> ServerState:
-        """`POST /v1/sleep`: the server gives its GPU's memory back and lets requests wait."""
-        return self._parse(ServerState, self._json("POST", "/v1/sleep", timeout=self.push_timeout_s))
+        """`POST /v1/sleep`: make a `--share-gpu` server release its GPU memory; requests wait until `wake`."""
+        return self._parse(ServerState, self._json("POST", "/v1/sleep", timeout_s=self.push_timeout_s))
 
     def wake(self) -> ServerState:
-        """`POST /v1/wake`: it takes the memory again and goes on."""
-        return self._parse(ServerState, self._json("POST", "/v1/wake", timeout=self.push_timeout_s))
+        """`POST /v1/wake`: make it allocate its GPU memory and serve again."""
+        return self._parse(ServerState, self._json("POST", "/v1/wake", timeout_s=self.push_timeout_s))
 
     def run(self, run_id: str) -> RunState:
-        """`GET /v1/runs/{run_id}`."""
+        """`GET /v1/runs/{run_id}`: version, slots and running requests of one run.
+
+        Raises:
+            UnknownRun: the server does not have it.
+        """
         return self._parse(RunState, self._json("GET", f"/v1/runs/{run_id}"))
 
     def delete_run(self, run_id: str, lease: str) -> None:
-        """`DELETE /v1/runs/{run_id}`: frees the run's slots on the server."""
+        """`DELETE /v1/runs/{run_id}`: end the run and free its slots.
+
+        Raises:
+            UnknownRun, LeaseMismatch: the server does not have it, or another learner holds it.
+        """
         self._json("DELETE", f"/v1/runs/{run_id}", headers={LEASE_HEADER: lease})
 
 
 def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:
-    headers = {LEASE_HEADER: lease, "content-type": "application/octet-stream"}
-    return headers if in_flight == "drain" else {**headers, IN_FLIGHT_HEADER: in_flight}
+    return {LEASE_HEADER: lease} | ({} if in_flight == "drain" else {IN_FLIGHT_HEADER: in_flight})
 
 
 def _slices(pieces: Sequence[bytes | memoryview]) -> Iterator[Any]:
-    """The blob in parts that a socket takes at once: nothing is joined or copied."""
+    """Cut the blob into parts that a socket takes at once, without joining or copying."""
     for piece in pieces:
         for start in range(0, len(piece), SLICE_BYTES):
             yield piece[start : start + SLICE_BYTES]

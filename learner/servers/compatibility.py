@@ -1,4 +1,4 @@
-"""Refuses servers that cannot serve this training."""
+"""Checks that a server can serve this training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from shared.weights import BaseFingerprint, ServerState
 
 
 def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
-    """The server speaks our protocol, is ready, and its logprobs are those of the policy.
+    """Check that the server speaks our protocol, is ready, and returns the logprobs of the policy.
 
     Raises:
-        LockstepError: `protocol_mismatch`, `not_ready`, `invalid_request`.
+        ProtocolMismatch, NotReady, InvalidRequest: it does not.
     """
     if state.protocol != PROTOCOL_VERSION:
         raise ProtocolMismatch(
@@ -37,16 +37,14 @@ def check_server(state: ServerState, *, allow_policy_altering: bool = False, det
 
 
 def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch: bool = False) -> list[str]:
-    """Learner and server hold the same base weights and tokenizer. Answers warnings.
+    """Check that learner and server hold the same base weights and tokenizer; return warnings.
 
     Raises:
-        LockstepError: `base_mismatch`.
+        BaseMismatch: they differ or cannot be compared, and `allow_mismatch` is not set.
     """
     warnings = []
-    for part, mine, theirs in (
-        ("weights", own.weights, served.weights),
-        ("tokenizer", own.tokenizer, served.tokenizer),
-    ):
+    pairs = {"weights": (own.weights, served.weights), "tokenizer": (own.tokenizer, served.tokenizer)}
+    for part, (mine, theirs) in pairs.items():
         if mine is not None and mine == theirs:
             continue
         if mine is None or theirs is None:
@@ -69,10 +67,10 @@ def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch:
 
 
 def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState) -> None:
-    """Prompt and completion fit into the server's context.
+    """Check that prompt and completion, in tokens, fit into the server's context.
 
     Raises:
-        LockstepError: `invalid_request`.
+        InvalidRequest: they do not.
     """
     wanted = longest_prompt + (max_completion_length or 1)
     if wanted > state.max_model_len:

@@ -1,4 +1,4 @@
-"""What proves the learner to the server, and the server to the learner: the bearer token and TLS."""
+"""Credentials of a connection: the learner's bearer token, and TLS trust in the server's certificate."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shared.errors import InvalidRequest, LockstepError
 
 
 def read_token(token_file: str | None) -> str | None:
-    """The bearer token: the first of a file, else $LOCKSTEP_TOKEN, else none.
+    """Return the first token of a file, else $LOCKSTEP_TOKEN, else None.
 
     Raises:
-        LockstepError: `invalid_request` if the file cannot be read, or holds no usable token.
+        InvalidRequest: the file cannot be read, or holds no usable token.
     """
     if token_file is None:
         variable = os.environ.get(TOKEN_VARIABLE)
@@ -28,11 +28,11 @@ def read_token(token_file: str | None) -> str | None:
     return parse_tokens(text, f"token_file {token_file}")[0]
 
 
-def trust(ca_file: str | None) -> ssl.SSLContext | bool:
-    """For httpx's `verify`: the CA in `ca_file` alone; without one the well-known ones, or those of $SSL_CERT_FILE.
+def ssl_context(ca_file: str | None) -> ssl.SSLContext | bool:
+    """Return httpx's `verify`: trust only the CA in `ca_file`; by default the well-known CAs, or $SSL_CERT_FILE.
 
     Raises:
-        LockstepError: `invalid_request` if the file holds no certificate.
+        InvalidRequest: the file holds no certificate.
     """
     if ca_file is None:
         return True
@@ -43,25 +43,24 @@ def trust(ca_file: str | None) -> ssl.SSLContext | bool:
 
 
 def warn_if_exposed(url: str, token: str | None) -> None:
-    """Warn of a token that everyone on the way to `url` could read."""
+    """Warn if the token would be readable on the way to `url`."""
     if token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname):
         warnings.warn(f"the token goes to {url} unencrypted; use https://, or a network of your own", stacklevel=3)
 
 
-def tls_refusal(url: str, error: BaseException) -> LockstepError | None:
-    """The error of a connection that failed because of TLS; None where trying again may help."""
+def tls_error(url: str, error: BaseException) -> LockstepError | None:
+    """Return the error of a connection that TLS has refused for good; None if a retry may help."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ssl.SSLError) and cause.reason in _FOR_GOOD:
+        if isinstance(cause, ssl.SSLError) and cause.reason in _PERMANENT:
             what = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
-            message = f"no connection to {url} ({what}): {_FOR_GOOD[cause.reason]}"
-            return InvalidRequest(message)
+            return InvalidRequest(f"no connection to {url} ({what}): {_PERMANENT[cause.reason]}")
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 _NO_TLS = "no TLS is spoken there; use http://, or start the server with --ssl-certfile and --ssl-keyfile"
-_FOR_GOOD = {
+_PERMANENT = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted; give its CA's certificate with --ca_file",
     "WRONG_VERSION_NUMBER": _NO_TLS,
     "RECORD_LAYER_FAILURE": _NO_TLS,

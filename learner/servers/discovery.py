@@ -1,9 +1,9 @@
-"""Where the rollout servers are: fixed URLs, a DNS name with several addresses, or a file; the last two may change."""
+"""Discovery of rollout servers: fixed URLs, a DNS name with several addresses, or a file; the last two may change."""
 
 from __future__ import annotations
 
+import logging
 import socket
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,71 +13,68 @@ from shared.errors import InvalidRequest, LockstepError
 DNS = "dns+"
 FILE = "file:"
 
+logger = logging.getLogger("lockstep.servers")
+
 
 class ServerDiscovery:
-    """URLs of the rollout servers, as they are now.
+    """Current URLs of the rollout servers.
 
     Args:
-        given: `http(s)://HOST:PORT`; `dns+http://NAME:PORT` for every address that the name has (a headless service);
+        sources: `http(s)://HOST:PORT`; `dns+http://NAME:PORT` for every address of the name (a headless service);
             `file:PATH` for a file with one URL a line, `#` for comments.
 
     Raises:
-        LockstepError: `invalid_request` for anything else, or nothing.
+        InvalidRequest: another form, or no source.
     """
 
-    def __init__(self, given: Sequence[str]) -> None:
-        for place in given:
-            _check(place)
-        if not given:
+    def __init__(self, sources: Sequence[str]) -> None:
+        for source in sources:
+            _check(source)
+        if not sources:
             raise InvalidRequest("give --rollout_url, e.g. http://127.0.0.1:8000")
-        self._given = list(given)
+        self._sources = list(sources)
         self._last: dict[str, list[str]] = {}
-        self._complaints: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
 
     @property
     def may_change(self) -> bool:
-        """Whether asking again may answer something else."""
-        return any(place.startswith((DNS, FILE)) for place in self._given)
+        """Whether `urls` may return something else later."""
+        return any(source.startswith((DNS, FILE)) for source in self._sources)
 
     def urls(self) -> list[str]:
-        """All URLs, each once. A name or file that cannot be read now keeps what it said last."""
-        return list(dict.fromkeys(url.rstrip("/") for place in self._given for url in self._resolve(place)))
+        """Return all URLs, each once. A source that cannot be read now keeps its last URLs, with a warning."""
+        return list(dict.fromkeys(url.rstrip("/") for source in self._sources for url in self._resolve(source)))
 
-    def _resolve(self, place: str) -> list[str]:
+    def _resolve(self, source: str) -> list[str]:
         try:
-            if place.startswith(DNS):
-                found = _addresses(place.removeprefix(DNS))
-            elif place.startswith(FILE):
-                found = _listed(Path(place.removeprefix(FILE)))
+            if source.startswith(DNS):
+                found = _addresses(source.removeprefix(DNS))
+            elif source.startswith(FILE):
+                found = _listed(source)
             else:
-                return [place]
-            self._last[place] = found or self._last.get(place, [])  # it may be about to be written
+                return [source]
+            self._last[source] = found or self._last.get(source, [])  # it may be about to be written
         except (OSError, LockstepError) as error:
-            self._complain(place, str(error))
-        return self._last.get(place, [])
-
-    def _complain(self, place: str, why: str) -> None:
-        """Once for each reason."""
-        if self._complaints.get(place) != why:
-            self._complaints[place] = why
-            warnings.warn(f"rollout_url {place}: {why}; the servers stay as they were", stacklevel=2)
+            if self._problems.get(source) != str(error):  # not at every poll
+                self._problems[source] = str(error)
+                logger.warning("rollout_url %s: %s; the servers stay as they were", source, error)
+        return self._last.get(source, [])
 
 
-def _check(place: str) -> None:
-    if place.startswith(FILE):
+def _check(source: str) -> None:
+    if source.startswith(FILE):
         try:
-            _listed(Path(place.removeprefix(FILE)))
+            _listed(source)
         except OSError as error:
-            raise InvalidRequest(f"rollout_url {place!r}: {error}") from error
-        return
-    if not _is_url(place.removeprefix(DNS)):
+            raise InvalidRequest(f"rollout_url {source!r}: {error}") from error
+    elif not _is_url(source.removeprefix(DNS)):
         raise InvalidRequest(
-            f"rollout_url {place!r} must start with http:// or https://, be dns+http://NAME:PORT for all addresses of "
+            f"rollout_url {source!r} must start with http:// or https://, be dns+http://NAME:PORT for all addresses of "
             "a name, or file:PATH for a file with one URL a line"
         )
-    if place.startswith(DNS + "https:"):
+    elif source.startswith(DNS + "https:"):
         raise InvalidRequest(
-            f"rollout_url {place!r}: a certificate is for a name, not for the addresses behind it; list the servers' "
+            f"rollout_url {source!r}: a certificate is for a name, not for the addresses behind it; list the servers' "
             "own names in a file (file:PATH)"
         )
 
@@ -85,13 +82,12 @@ def _check(place: str) -> None:
 def _addresses(url: str) -> list[str]:
     parts = urlsplit(url)
     port = parts.port or 80
-    found = {entry[4][0] for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-    return [
-        f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}" for host in sorted(map(str, found))
-    ]
+    hosts = {str(entry[4][0]) for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
+    return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in sorted(hosts)]
 
 
-def _listed(path: Path) -> list[str]:
+def _listed(source: str) -> list[str]:
+    path = Path(source.removeprefix(FILE))
     lines = (line.split("#")[0].strip() for line in path.read_text(errors="replace").splitlines())
     urls = [line for line in lines if line]
     for url in urls:

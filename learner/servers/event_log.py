@@ -1,4 +1,4 @@
-"""What every server did in a run, as JSON lines: tokens by the second, and when it came and went."""
+"""Log of a run's servers as JSON lines: tokens per second, and when each came and went."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from learner.servers.replica import Replica
 
 
 class EventLog:
-    """Writes `{"time", "server", "event"}` and `{"time", "server", "tokens"}`; times are seconds since the epoch.
+    """Appends `{"time", "server", "event"}` and `{"time", "server", "tokens"}`; times are Unix seconds.
 
-    Tokens count when their group has come, and are written when a later second's come.
+    Tokens are counted when their group arrives, and written with the first tokens of a later second.
     """
 
     def __init__(self, path: Path, pool: ServerPool) -> None:
@@ -28,12 +28,12 @@ class EventLog:
             self.event(replica, "serves")
         pool.on_change, pool.on_tokens = self.event, self.tokens
 
-    def event(self, replica: Replica, what: str) -> None:
-        """The server came, went, or was refused."""
-        self._write([{"time": round(time.time(), 3), "server": replica.url, "event": what}])
+    def event(self, replica: Replica, text: str) -> None:
+        """Log that a server came, went, or was refused."""
+        self._write([{"time": round(time.time(), 3), "server": replica.url, "event": text}])
 
     def tokens(self, replica: Replica, count: int) -> None:
-        """So many tokens of completions have come from it."""
+        """Count tokens of completions that a server has sent."""
         second = int(time.time())
         with self._lock:
             past = self._second, self._tokens
@@ -41,12 +41,15 @@ class EventLog:
                 self._second, self._tokens = second, Counter()
             self._tokens[replica.url] += count
         if past[0] != second:
-            self._write([{"time": past[0], "server": url, "tokens": n} for url, n in sorted(past[1].items())])
+            self._write_tokens(*past)
 
     def close(self) -> None:
         """Write the last second."""
-        self._write([{"time": self._second, "server": url, "tokens": n} for url, n in sorted(self._tokens.items())])
+        self._write_tokens(self._second, self._tokens)
         self._tokens.clear()
+
+    def _write_tokens(self, second: int, tokens: Counter[str]) -> None:
+        self._write([{"time": second, "server": url, "tokens": count} for url, count in sorted(tokens.items())])
 
     def _write(self, lines: list[dict[str, object]]) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end a training that writes no checkpoint just now

@@ -1,4 +1,4 @@
-"""Requests to one server and what may become of them: JSON, lines of JSON, and errors as `LockstepError`."""
+"""HTTP to one rollout server: JSON, NDJSON streams, and every failure as a `LockstepError`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from learner.servers.credentials import tls_refusal, trust, warn_if_exposed
+from learner.servers.credentials import ssl_context, tls_error, warn_if_exposed
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import (
     ErrorBody,
@@ -24,143 +24,136 @@ from shared.errors import (
     Unauthenticated,
 )
 
-KEY_HEADER = "Idempotency-Key"
 CONNECT_TIMEOUT_S = 10.0
 STATE_TIMEOUT_S = 30.0
 
+M = TypeVar("M", bound=BaseModel)
+Body = BaseModel | None
+Headers = dict[str, str] | None
 
-class Channel:
-    """HTTP connections to a server; safe to use from several threads.
 
-    Args:
-        token, ca_file: as for `learner.servers.client.RolloutClient`.
-    """
+class BaseClient:
+    """Connections to one server; thread-safe. Arguments as for `learner.servers.client.RolloutClient`."""
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, transport: httpx.BaseTransport | None) -> None:
         if not url.startswith(("http://", "https://")):
             raise InvalidRequest(f"rollout_url {url!r} must start with http:// or https://")
         warn_if_exposed(url, token)
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(
             base_url=self.url,
-            headers=headers,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
             # A refused connection is retried before anything was sent, so this is safe for every request.
-            transport=transport or httpx.HTTPTransport(retries=2, verify=trust(ca_file)),
-            timeout=httpx.Timeout(STATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            transport=transport or httpx.HTTPTransport(retries=2, verify=ssl_context(ca_file)),
+            timeout=request_timeout(STATE_TIMEOUT_S),
         )
 
     def close(self) -> None:
         """Close all connections."""
         self._http.close()
 
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lines(self, path: str, timeout_s: float, **request: Any) -> Iterator[dict[str, Any]]:
-        """The lines of an NDJSON answer, blank ones aside; one with an error is raised."""
+    def _json(
+        self, method: str, path: str, body: Body = None, *, timeout_s: float = STATE_TIMEOUT_S, headers: Headers = None
+    ) -> Any:
+        """Return the decoded response. An overloaded server is asked again until the deadline."""
         deadline = time.monotonic() + timeout_s
+        request = _request(body, timeout_s, headers)
+        try:
+            response = self._http.request(method, path, **request)
+            while _waited(response, deadline):
+                response = self._http.request(method, path, **request)
+        except httpx.HTTPError as error:
+            raise self._connection_error(error, path) from error
+        return self._decoded(response)
+
+    def _stream(
+        self, path: str, body: Body = None, *, timeout_s: float, silence_s: float | None = None, headers: Headers = None
+    ) -> Iterator[dict[str, Any]]:
+        """POST and yield the lines of the NDJSON response, without blank ones; raise the error that a line carries.
+
+        Args:
+            timeout_s: deadline of the last line.
+            silence_s: longest wait for the next bytes; `timeout_s` by default.
+        """
+        deadline = time.monotonic() + timeout_s
+        request = _request(body, silence_s or timeout_s, headers)
         try:
             while True:
-                with self._http.stream("POST", path, **request) as answer:
-                    if answer.is_error:
-                        answer.read()
-                        if _waited(answer, deadline):
+                with self._http.stream("POST", path, **request) as response:
+                    if response.is_error:
+                        response.read()
+                        if _waited(response, deadline):
                             continue
-                        raise self._error(answer)
-                    for line in answer.iter_lines():
+                        raise self._response_error(response)
+                    for line in response.iter_lines():
                         if time.monotonic() > deadline:
-                            raise httpx.ReadTimeout("the whole answer took too long")
-                        if not line:
-                            continue
-                        document = self._line(line)
-                        if "error" in document:
-                            raise self._told(document)
-                        yield document
+                            raise httpx.ReadTimeout("the stream did not end before its deadline")
+                        if line:
+                            yield self._parsed_line(line)
                     return
         except httpx.HTTPError as error:
-            raise self._unreachable(error, path) from error
+            raise self._connection_error(error, path) from error
 
-    def _told(self, document: dict[str, Any]) -> LockstepError:
-        try:
-            return _from_body(document)
-        except ValidationError:
-            return self._foreign(f"answered an error that this learner does not know: {str(document)[:200]}")
-
-    def _line(self, line: str) -> dict[str, Any]:
+    def _parsed_line(self, line: str) -> dict[str, Any]:
         try:
             document = json.loads(line)
-        except ValueError as error:  # a proxy has ended the answer
+        except ValueError as error:  # a proxy has ended the response
             raise NotReady(f"{self.url} cut off an answer: {line[:80]!r}") from error
         if not isinstance(document, dict):
-            raise self._foreign(f"answered a line that is no object: {line[:80]!r}")
-        return document
-
-    def _json(
-        self,
-        method: str,
-        path: str,
-        *,
-        content: str | None = None,
-        timeout: float = STATE_TIMEOUT_S,
-        key: str | None = None,
-        **kw: Any,
-    ) -> Any:
-        if content is not None:
-            kw |= self._body(content, timeout, key)
-        else:
-            kw["timeout"] = self._timeout(timeout)
-        deadline = time.monotonic() + timeout
+            raise self._protocol_mismatch(f"answered a line that is no object: {line[:80]!r}")
+        if "error" not in document:
+            return document
         try:
-            answer = self._http.request(method, path, **kw)
-            while _waited(answer, deadline):
-                answer = self._http.request(method, path, **kw)
-            return self._checked(answer)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error, path) from error
+            failure = _error_of(document)
+        except ValidationError:
+            failure = self._protocol_mismatch(
+                f"answered an error that this learner does not know: {str(document)[:200]}"
+            )
+        raise failure
 
-    def _body(self, content: str, timeout: float, key: str | None = None) -> dict[str, Any]:
-        headers = {"content-type": "application/json"} | ({KEY_HEADER: key} if key else {})
-        return {"content": content, "headers": headers, "timeout": self._timeout(timeout)}
-
-    def _timeout(self, seconds: float) -> httpx.Timeout:
-        return httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_S)
-
-    def _checked(self, answer: httpx.Response) -> Any:
-        if answer.is_error:
-            raise self._error(answer)
+    def _decoded(self, response: httpx.Response) -> Any:
+        if response.is_error:
+            raise self._response_error(response)
         try:
-            return answer.json() if answer.content else None
+            return response.json() if response.content else None
         except ValueError as error:
-            raise self._foreign(f"answered {answer.status_code} without JSON") from error
+            raise self._protocol_mismatch(f"answered {response.status_code} without JSON") from error
 
-    def _error(self, answer: httpx.Response) -> LockstepError:
-        try:
-            return _from_body(answer.json())
-        except (ValueError, ValidationError):
-            if answer.status_code in (401, 403):  # of a proxy, say
-                refusal = Unauthenticated if answer.status_code == 401 else Forbidden
-                return refusal(
-                    f"{self.url} refuses this learner (HTTP {answer.status_code}); give the server's token with "
-                    f"--token_file or ${TOKEN_VARIABLE}",
-                )
-            if answer.status_code in (502, 503, 504):  # a proxy's: nothing answers behind it
-                return NotReady(f"{self.url} answers HTTP {answer.status_code}: {answer.text[:200]!r}")
-            return self._foreign(f"answered HTTP {answer.status_code}: {answer.text[:200]!r}")
-
-    def _parse(self, model: Any, document: Any) -> Any:
+    def _parse(self, model: type[M], document: Any) -> M:
         try:
             return model.model_validate(document)
         except ValidationError as error:
-            raise self._foreign(f"answered something else than a {model.__name__}: {error}") from error
+            raise self._protocol_mismatch(f"answered something else than a {model.__name__}: {error}") from error
 
-    def _foreign(self, what: str) -> LockstepError:
+    def _response_error(self, response: httpx.Response) -> LockstepError:
+        try:
+            return _error_of(response.json())
+        except ValueError:  # neither JSON nor one of our errors: a proxy's
+            status = response.status_code
+            if status in (401, 403):
+                refusal = Unauthenticated if status == 401 else Forbidden
+                return refusal(
+                    f"{self.url} refuses this learner (HTTP {status}); give the server's token with --token_file or "
+                    f"${TOKEN_VARIABLE}"
+                )
+            text = f"HTTP {status}: {response.text[:200]!r}"
+            if status in (502, 503, 504):  # the proxy reaches no server
+                return NotReady(f"{self.url} answers {text}")
+            return self._protocol_mismatch(f"answered {text}")
+
+    def _protocol_mismatch(self, what: str) -> LockstepError:
         return ProtocolMismatch(
             f"{self.url} {what}; is a rollout-server of the same lockstep-rl version running there?"
         )
 
-    def _unreachable(self, error: httpx.HTTPError, path: str) -> LockstepError:
-        if refusal := tls_refusal(self.url, error):
+    def _connection_error(self, error: httpx.HTTPError, path: str) -> LockstepError:
+        if refusal := tls_error(self.url, error):
             return refusal
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
             return Timeout(f"{self.url}{path} did not answer within its deadline; see the server's log")
@@ -170,26 +163,38 @@ class Channel:
         )
 
 
-def _waited(answer: httpx.Response, deadline: float) -> bool:
-    """Whether the server has too much to do (429) and it is time to ask again: after the seconds it names, and a
-    little more, so that not all who were refused come back at once.
+def request_timeout(seconds: float) -> httpx.Timeout:
+    return httpx.Timeout(seconds, connect=CONNECT_TIMEOUT_S)
+
+
+def _request(body: Body, timeout_s: float, headers: Headers) -> dict[str, Any]:
+    """Return the keyword arguments of an httpx request."""
+    request: dict[str, Any] = {"headers": headers or {}, "timeout": request_timeout(timeout_s)}
+    if body is not None:
+        request["headers"] |= {"content-type": "application/json"}
+        request["content"] = body.model_dump_json(exclude_defaults=True)
+    return request
+
+
+def _waited(response: httpx.Response, deadline: float) -> bool:
+    """Sleep before a retry if the server is overloaded (429); return False if there is nothing to retry, or no time.
+
+    Sleeps for the `Retry-After` seconds and a random part more, so that refused clients do not return all at once.
     """
-    if answer.status_code != httpx.codes.TOO_MANY_REQUESTS:
+    if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
         return False
-    named = answer.headers.get("Retry-After", "")
-    seconds = (float(named) if named.isdecimal() else 1.0) * random.uniform(1.0, 1.5)
+    retry_after = response.headers.get("Retry-After", "")
+    seconds = (float(retry_after) if retry_after.isdecimal() else 1.0) * random.uniform(1.0, 1.5)
     if time.monotonic() + seconds > deadline:
         return False
     time.sleep(seconds)
     return True
 
 
-def _from_body(document: Any) -> LockstepError:
-    """Raises pydantic's ValueError for what is no error of ours."""
-    error = ErrorBody.model_validate(document).error
-    return LockstepError.from_detail(error)
+def _error_of(document: Any) -> LockstepError:
+    return LockstepError.from_detail(ErrorBody.model_validate(document).error)
 
 
 def reason(error: Exception) -> str:
-    """What an error of httpx says, or is called."""
+    """Return the message of an httpx error, or its class name where it has none."""
     return str(error) or type(error).__name__

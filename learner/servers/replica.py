@@ -1,4 +1,4 @@
-"""One rollout server, as a learner knows it."""
+"""One rollout server as the learner knows it: last reported state, last push, load."""
 
 from __future__ import annotations
 
@@ -7,31 +7,71 @@ import threading
 import time
 
 from learner.servers.client import RolloutClient
-from learner.servers.router import Load
 from shared.errors import LockstepError
 from shared.weights import PushReceipt, ServerState
 
 MAX_PARALLEL_REQUESTS = 8
+#: Weight of the latest measurement in a moving average.
+NEWEST = 0.3
 _SECOND_RETRY_S, _LAST_RETRY_S, _REFUSED_RETRY_S = 0.2, 10.0, 15.0
+
+
+class Load:
+    """Outstanding work of one server, and its speed.
+
+    Attributes:
+        outstanding: tokens requested and not yet received.
+        speed: tokens per second while it was busy; None: not measured yet.
+        tokens: received so far.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.outstanding = 0.0
+        self.speed: float | None = None
+        self.tokens = 0
+        self._tokens_before, self._busy_since = 0, 0.0
+
+    def begin(self, expected: float) -> None:
+        """Count `expected` tokens as requested."""
+        with self._lock:
+            if self.outstanding <= 0:
+                self._tokens_before, self._busy_since = self.tokens, time.monotonic()
+            self.outstanding += expected
+
+    def end(self, expected: float, tokens: int = 0) -> None:
+        """Count `expected` of the requested tokens as done: `tokens` have come, or none of them will."""
+        with self._lock:
+            self.outstanding -= expected
+            self.tokens += tokens
+            if self.outstanding > 0.5:
+                return
+            self.outstanding = 0.0
+            seconds = time.monotonic() - self._busy_since
+            received = self.tokens - self._tokens_before
+            if received and seconds > 0:
+                speed = received / seconds
+                self.speed = speed if self.speed is None else (1 - NEWEST) * self.speed + NEWEST * speed
 
 
 class Replica:
     """One rollout server.
 
     Attributes:
-        state: what it last said of itself; None: never reached.
-        receipt: of what it was last sent; None: nothing since it started.
-        up: it is given requests and pushes.
-        incarnation: counts how often it came up.
+        state: last reported state; None: never reached.
+        receipt: of the last push; None: nothing was pushed since the server started.
+        up: it may be given requests and pushes.
+        incarnation: number of times it came up.
         error: why it is not up.
-        pushing: a push is under way, so that what it serves may be ahead of `receipt`.
+        pushing: a push is under way, so it may serve a newer version than that of `receipt`.
+        request_slots: bounds the learner's concurrent requests.
     """
 
     def __init__(self, client: RolloutClient, state: ServerState | None = None) -> None:
         self.client, self.state = client, state
         self.url = client.url
         self.load = Load()
-        self.places = threading.BoundedSemaphore(MAX_PARALLEL_REQUESTS)
+        self.request_slots = threading.BoundedSemaphore(MAX_PARALLEL_REQUESTS)
         self.receipt: PushReceipt | None = None
         self.up = state is not None
         self.incarnation = int(self.up)
@@ -43,16 +83,16 @@ class Replica:
 
     @property
     def known(self) -> ServerState:
-        """Its state; it has been reached."""
+        """Last reported state of a server that has been reached."""
         assert self.state is not None
         return self.state
 
     def restarted(self, state: ServerState) -> None:
-        """It is another process than before, which knows nothing."""
+        """Take the state of a new server process, which has no adapter."""
         self.state, self.receipt = state, None
 
     def serves_receipt(self, state: ServerState) -> bool:
-        """Whether `state` is that of the process and version that `receipt` is for."""
+        """Return whether `state` is of the process and version of `receipt`."""
         receipt = self.receipt
         return receipt is None or (
             state.epoch == receipt.epoch
@@ -60,7 +100,7 @@ class Replica:
         )
 
     def back_off(self, *, refused: bool) -> None:
-        """Try again: at once after the first failure, then later each time, and not all servers together."""
+        """Schedule the next retry: at once after the first failure, then exponentially later, with jitter."""
         self.failures += 1
         growing = _SECOND_RETRY_S * 2 ** min(self.failures - 2, 10) if self.failures > 1 else 0.0
         pause = _REFUSED_RETRY_S if refused else min(growing, _LAST_RETRY_S)

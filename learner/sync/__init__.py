@@ -1,1 +1,1 @@
-"""Weights to the servers, and the proof that they arrived."""
+"""Weight sync: adapters to the servers, and the proof that they are served."""

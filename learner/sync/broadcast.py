@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS, Announcement, GroupInvitation
 from shared.errors import NotReady, Timeout
@@ -22,12 +23,12 @@ from shared.weights import InFlight, PushReceipt, ServerState
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """What tells this GPU from all others, on any host, as a server names its own; None on a CPU."""
+    """Return the UUID of a GPU, as servers report theirs; None for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def can_broadcast(device: torch.device, state: ServerState) -> str | None:
-    """None if a learner on `device` can share a group with the server, else why not."""
+    """Return None if a learner on `device` can share a group with the server, else the reason why not."""
     on_gpu = device.type == "cuda"
     if on_gpu != any(state.devices):
         return f"the learner computes on {device.type}, the server on {state.device}"
@@ -37,25 +38,24 @@ def can_broadcast(device: torch.device, state: ServerState) -> str | None:
 
 
 class SendingGroup:
-    """The group of this learner and one server."""
+    """Group of this learner and the workers of one server."""
 
-    def __init__(self, device: torch.device, group: Any, timeout_s: float) -> None:
-        self._device = device
-        self._group = group
-        self._timeout_s = timeout_s
+    def __init__(self, client: RolloutClient, lease: Lease, group: Any, timeout_s: float) -> None:
+        self._client, self._lease, self._group, self._timeout_s = client, lease, group, timeout_s
 
     @classmethod
-    def join(cls, client: RolloutClient, run_id: str, lease: str, device: torch.device) -> SendingGroup:
-        """Ask the server for a group and meet its workers.
+    def join(cls, client: RolloutClient, lease: Lease, device: torch.device) -> SendingGroup:
+        """Ask the server for a group, and connect to its workers.
 
         Raises:
-            LockstepError: `timeout` and what the server refuses.
+            Timeout: the workers cannot be reached.
+            LockstepError: the server refuses.
         """
-        events = client.join_group(run_id, lease)
+        events = client.join_group(lease.run_id, lease.secret)
         invitation = next(events)
         assert isinstance(invitation, GroupInvitation)
         try:
-            group = cls(device, _connect(invitation, client.url, device), invitation.timeout_s)
+            group = cls(client, lease, _connect(invitation, client.url, device), invitation.timeout_s)
             group.send(torch.tensor([GREETING], dtype=torch.int64, device=device))
             next(events)
         except (RuntimeError, StopIteration) as error:  # torch's own errors: store or peers not reached
@@ -65,10 +65,10 @@ class SendingGroup:
         return group
 
     def send(self, tensor: torch.Tensor) -> None:
-        """Broadcast `tensor` to all workers.
+        """Broadcast `tensor` to all workers; leave the group if that fails.
 
         Raises:
-            LockstepError: `timeout`; the group is then left.
+            Timeout: it failed, or took too long.
         """
         deadline = time.monotonic() + self._timeout_s
         try:
@@ -78,28 +78,19 @@ class SendingGroup:
                     raise Timeout(f"the rollout server took no broadcast within {self._timeout_s:.0f} s")
                 time.sleep(POLL_SECONDS)
             work.wait()
-        except RuntimeError as error:
+        except BaseException as error:
             self.leave()
-            raise Timeout(f"the broadcast failed: {error}") from error
-        except BaseException:
-            self.leave()
+            if isinstance(error, RuntimeError):
+                raise Timeout(f"the broadcast failed: {error}") from error
             raise
 
-    def push(
-        self,
-        client: RolloutClient,
-        run_id: str,
-        announced: Announcement,
-        flat: torch.Tensor,
-        lease: str,
-        in_flight: InFlight,
-    ) -> PushReceipt:
-        """Announce an adapter, broadcast it, and wait for the receipt.
+    def push(self, announced: Announcement, flat: torch.Tensor, in_flight: InFlight) -> PushReceipt:
+        """Announce an adapter, broadcast `flat` (all its tensors, 1-D), and wait for the receipt.
 
         Raises:
-            LockstepError: as `RolloutClient.push`, and `timeout`.
+            LockstepError: as `RolloutClient.broadcast`; `Timeout` as `send`.
         """
-        events = client.broadcast(run_id, announced, lease, in_flight=in_flight)
+        events = self._client.broadcast(self._lease.run_id, announced, self._lease.secret, in_flight=in_flight)
         try:
             for event in events:
                 if event is not None:
@@ -107,7 +98,7 @@ class SendingGroup:
                 self.send(flat.view(torch.uint8))
         finally:
             events.close()
-        raise NotReady(f"{client.url} ended a push without a receipt")
+        raise NotReady(f"{self._client.url} ended a push without a receipt")
 
     def leave(self) -> None:
         """Leave the group, even in the middle of a broadcast."""
@@ -117,11 +108,11 @@ class SendingGroup:
 
 
 def _connect(invitation: GroupInvitation, url: str, device: torch.device) -> Any:
-    limit = timedelta(seconds=invitation.timeout_s)
-    store = dist.TCPStore(str(urlsplit(url).hostname), invitation.port, is_master=False, timeout=limit)
+    timeout = timedelta(seconds=invitation.timeout_s)
+    store = dist.TCPStore(str(urlsplit(url).hostname), invitation.port, is_master=False, timeout=timeout)
     store = dist.PrefixStore(invitation.group, store)
     if device.type != "cuda":
-        return dist.ProcessGroupGloo(store, 0, invitation.size, limit)
+        return dist.ProcessGroupGloo(store, 0, invitation.size, timeout)
     torch.cuda.set_device(device)
     os.environ.update(NCCL_SETTINGS)
     return dist.ProcessGroupNCCL(store, 0, invitation.size, dist.ProcessGroupNCCL.Options())

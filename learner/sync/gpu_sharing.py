@@ -1,28 +1,27 @@
-"""`share_gpu`: learner and server compute on one GPU by turns, and whoever waits holds as little of it as it can."""
+"""`share_gpu`: learner and server take turns on one GPU; the one that waits holds as little memory as it can."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 import torch
 
-from learner.servers.pool import PASSING
+from learner.servers.pool import RECOVERABLE
 from learner.servers.replica import Replica
 from learner.sync.broadcast import gpu_uuid
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import ServerState
 
+logger = logging.getLogger("lockstep.sync")
+
 
 def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -> None:
-    """Refuse to share where there is nothing to share.
-
-    Args:
-        device: that the learner trains on.
-        processes: of the learner.
+    """Check that the server can share the GPU `device` with `processes` learner processes.
 
     Raises:
-        LockstepError: `invalid_request`.
+        InvalidRequest: it cannot.
     """
     if not state.shares_gpu:
         raise InvalidRequest("share_gpu: the server has its GPU to itself; start it with --share-gpu")
@@ -37,32 +36,31 @@ def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -
 
 
 class GpuSharing:
-    """Whose turn it is. A server that is away is not waited for: it holds nothing, and is awake when it comes back.
+    """Hands the GPU back and forth between the learner and its only server.
 
-    Args:
-        replica: the only server.
+    A server that is away is not waited for: it holds no memory, and is awake when it comes back.
 
     Attributes:
-        seconds: that each change of turns took.
+        seconds: duration of each handover.
     """
 
-    def __init__(self, replica: Replica, say: Callable[[str], None] = print) -> None:
-        self._member, self._say = replica, say
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
         self.seconds: list[float] = []
-        #: Whether the server sleeps, and which epoch of it; None: unknown, an earlier learner may have left it asleep.
+        #: Whether the server sleeps, and its boot_id. None: unknown, an earlier learner may have left it asleep.
         self._asleep: tuple[bool, str] | None = None
 
-    def serve(self) -> None:
-        """The server's turn: it is awake from now on, and PyTorch keeps no memory that it does not use."""
-        if self._asleep != (False, self._member.known.epoch):
+    def yield_gpu(self) -> None:
+        """Wake the server, after freeing PyTorch's unused memory."""
+        if self._asleep != (False, self._replica.known.epoch):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._order(self._member.client.wake)
+            self._order(self._replica.client.wake)
 
-    def train(self) -> None:
-        """The learner's turn: the server sleeps."""
-        if self._asleep != (True, self._member.known.epoch):
-            self._order(self._member.client.sleep)
+    def take_gpu(self) -> None:
+        """Put the server to sleep."""
+        if self._asleep != (True, self._replica.known.epoch):
+            self._order(self._replica.client.sleep)
 
     def _order(self, order: Callable[[], ServerState]) -> None:
         started = time.perf_counter()
@@ -74,7 +72,7 @@ class GpuSharing:
                 self.seconds.append(time.perf_counter() - started)
                 return
             except LockstepError as error:
-                if error.code not in PASSING or error.code is ErrorCode.TIMEOUT:
+                if error.code not in RECOVERABLE or error.code is ErrorCode.TIMEOUT:
                     raise
-                if attempt == 2:  # else it may be that only the answer was lost
-                    self._say(f"share_gpu: {self._member.url} is away: {error}")
+                if attempt == 2:  # the first time, only the response may have been lost
+                    logger.info("share_gpu: %s is away: %s", self._replica.url, error)

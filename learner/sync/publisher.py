@@ -1,11 +1,11 @@
-"""Adapter -> servers: who owns the run, what was pushed last, and to whom."""
+"""Publisher of adapters: who owns the run, the last push, and which servers have it."""
 
 from __future__ import annotations
 
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from peft import PeftModel
@@ -27,12 +27,15 @@ class Publisher:
 
     With several ranks each has a publisher of the same lease: all take part in an export, rank 0 sends it.
 
-    Attributes:
-        receipts: one for every push, the initial adapter (step 0) included: that of the server that took longest.
-        seconds: wall-clock seconds of every push, from export to the last receipt.
-
     Args:
         pool: the servers; at least one is up.
+        base_weights: fingerprint of the model's base.
+        takeover: take the run from the learner that holds its lease.
+        transport, in_flight: as for `learner.sync.transport.Transport`.
+
+    Attributes:
+        receipts: one per push, including the initial adapter (step 0): that of the slowest server.
+        seconds: wall-clock seconds of every push, from export to the last receipt.
     """
 
     def __init__(
@@ -45,7 +48,6 @@ class Publisher:
         takeover: bool = False,
         transport: Choice = "auto",
         in_flight: InFlight = "drain",
-        say: Callable[[str], None] = print,
         on_main: OnMain = on_one_rank,
     ) -> None:
         states = [replica.known for replica in pool.up()]
@@ -53,11 +55,11 @@ class Publisher:
         self.lease: Lease = on_main(lambda: _above_served(lease, states))
         self.lora_dtype: str = on_main(lambda: states[0].lora_dtype)
         self.base_weights = base_weights
-        self._choice, self._in_flight, self._say = transport, in_flight, say
+        self._choice, self._in_flight = transport, in_flight
         self._takeover, self._taken_over = takeover, set[str]()
         self.on_main = on_main
         self._export: AdapterExport | None = None
-        self._ways: dict[str, Transport] = {}
+        self._transports: dict[str, Transport] = {}
         # Servers that come back are sent the last export from threads of their own.
         self._exporting = threading.Lock()
         self.receipts: list[PushReceipt] = []
@@ -74,20 +76,21 @@ class Publisher:
         return self.receipts[-1] if self.receipts else None
 
     def version(self, step: int) -> WeightVersion:
-        """The version that `step` has in this learner's hands."""
+        """Return this learner's version of `step`."""
         return WeightVersion(run_id=self.lease.run_id, fence=self.lease.fence, step=step)
 
-    def begin_anew(self) -> None:
-        """What is pushed from now on outranks all before: another training of the same adapter counts from 0 again."""
+    def next_fence(self) -> None:
+        """Outrank all earlier pushes: another training of the same adapter counts its steps from 0."""
         self.lease = replace(self.lease, fence=self.lease.fence + 1)
 
     def push(self, step: int) -> PushReceipt:
         """Export the adapter, send it to all servers at once, check the receipts. Collective.
 
-        When this returns, at least one server samples from it; those that do not are lost to the fleet until they do.
+        Afterwards at least one server samples from it; servers that do not are lost to the pool until they do.
 
         Raises:
-            LockstepError: whatever a server refuses; `install_failed` if a receipt is not for what was sent.
+            ProtocolMismatch: a receipt is not for what was sent.
+            LockstepError: a server refuses the adapter, or none can be reached.
         """
         started = time.perf_counter()
         with self._exporting:
@@ -99,18 +102,15 @@ class Publisher:
         return receipt
 
     def ensure(self, step: int) -> PushReceipt:
-        """Make sure that `step` was pushed. Collective.
-
-        A server that has restarted since refuses requests for it, and is sent it again.
-        """
+        """Push `step` unless it was the last push. Collective."""
         last = self.last
         return last if last is not None and last.version == self.version(step) else self.push(step)
 
-    def bring_up(self, replica: Replica, admit: Callable[[RolloutClient, ServerState], None]) -> None:
-        """Bring a server that is new, or has failed, up to date, over HTTP, and let it come up. Not collective.
+    def catch_up(self, replica: Replica, admit: Callable[[RolloutClient, ServerState], None]) -> None:
+        """Push the last export over HTTP to a server that is new, or has failed, and mark it up. Not collective.
 
         Args:
-            admit: raises what speaks against a server that was not there before, or has restarted.
+            admit: raises if a server that is new, or has restarted, is incompatible.
 
         Raises:
             LockstepError: as `push`.
@@ -120,21 +120,18 @@ class Publisher:
             raise Draining(f"{replica.url} is about to leave")
         if replica.state is None or state.epoch != replica.state.epoch:
             admit(replica.client, state)
-            if (way := self._ways.pop(replica.url, None)) is not None:
-                way.close()  # its workers are gone
+            if (transport := self._transports.pop(replica.url, None)) is not None:
+                transport.close()  # its workers are gone
             replica.restarted(state)
         elif not replica.serves_receipt(state):
             replica.receipt = None
-        self._catch_up(replica)
-
-    def _catch_up(self, replica: Replica) -> None:
         while True:
             with self._exporting:
                 export = self._export
                 if export is None or (replica.receipt and replica.receipt.version == export.manifest.version):
-                    self.pool.come_up(replica)  # before the next push can choose whom to send to
+                    self.pool.mark_up(replica)  # before the next push can choose its servers
                     return
-                manifest, pieces = export.manifest, export.pieces()
+                pieces = export.pieces()
             receipt = replica.client.push(
                 self.lease.run_id,
                 pieces,
@@ -142,16 +139,16 @@ class Publisher:
                 takeover=self._takes_over(replica),
                 in_flight=self._in_flight,
             )
-            self._accept(replica, receipt, manifest)
+            self._accept(replica, receipt, export.manifest)
 
     def delete_run(self) -> None:
-        """End the run on all servers that are up and have it: its slots become free.
+        """End the run on all servers that are up and have it; its slots become free.
 
         Raises:
-            LockstepError: the first error, after all of them have been asked.
+            LockstepError: the first error, after all servers have been asked.
         """
         with self._exporting:
-            self._export = None  # nobody sends it again
+            self._export = None  # no server is caught up with it any more
         errors = []
         for replica in self.pool.up():
             try:
@@ -163,18 +160,18 @@ class Publisher:
             raise errors[0]
 
     def close(self) -> None:
-        """Let go of the way to the servers; what was pushed stays there."""
-        for way in list(self._ways.values()):
-            way.close()
+        """Close transports; pushed adapters stay served."""
+        for transport in list(self._transports.values()):
+            transport.close()
 
     def _send(self, export: AdapterExport, replicas: list[Replica]) -> PushReceipt:
-        """To all of them at once. Answers the receipt of the one that took longest."""
+        """Push to all `replicas` at once; return the receipt of the slowest."""
         version = export.manifest.version
 
         def one(replica: Replica) -> None:
             incarnation, replica.pushing = replica.incarnation, True
             try:
-                receipt = self._way(replica).send(export, takeover=self._takes_over(replica))
+                receipt = self._transport(replica).send(export, takeover=self._takes_over(replica))
                 self._accept(replica, receipt, export.manifest)
             except LockstepError as error:
                 self.pool.lost_or_raise(replica, error, incarnation)
@@ -183,36 +180,29 @@ class Publisher:
 
         all_of([functools.partial(one, replica) for replica in replicas], "push", max(len(replicas), 1))
         # If all of them failed, one that has come back since has been caught up.
-        serving = self.pool.available(lambda m: m.receipt is not None and m.receipt.version == version)
+        serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)
         receipts = [replica.receipt for replica in serving if replica.receipt]
         return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
 
-    def _way(self, replica: Replica) -> Transport:
-        way = self._ways.get(replica.url)
-        if way is None:
-            way = self._ways[replica.url] = Transport(
-                replica.client,
-                self.lease.run_id,
-                self.lease.secret,
-                self.exporter.flat.device,
-                replica.known,
-                choice=self._choice,
-                in_flight=self._in_flight,
-                say=self._say,
-            )
-        return way
+    def _transport(self, replica: Replica) -> Transport:
+        transport = self._transports.get(replica.url)
+        if transport is None:
+            device = self.exporter.flat.device
+            transport = Transport(replica.client, self.lease, device, replica.known, self._choice, self._in_flight)
+            self._transports[replica.url] = transport
+        return transport
 
     def _takes_over(self, replica: Replica) -> bool:
-        """Said once to each server: a learner that is taken over itself must not take the run back."""
+        """Take over once on each server: a learner that is taken over itself must not take the run back."""
         return self._takeover and replica.url not in self._taken_over
 
     def _accept(self, replica: Replica, receipt: PushReceipt, manifest: AdapterManifest) -> None:
-        if receipt.epoch != replica.known.epoch:  # whoever brings it back looks at it first
+        if receipt.epoch != replica.known.epoch:  # it has to be admitted again first
             raise UnknownRun(f"{replica.url} has restarted")
         expected = (manifest.version, manifest.checksum, len(manifest.modules), replica.known.workers)
-        got = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
+        received = (receipt.version, receipt.checksum, receipt.modules, receipt.workers)
         names = ("version", "checksum", "modules written", "workers that acknowledged")
-        wrong = [f"{n}: {g} instead of {e}" for n, e, g in zip(names, expected, got, strict=True) if e != g]
+        wrong = [f"{n}: {r} instead of {e}" for n, e, r in zip(names, expected, received, strict=True) if e != r]
         if wrong:
             raise ProtocolMismatch(
                 f"the receipt of {replica.url} for {manifest.version} is not for what was sent ({'; '.join(wrong)}); "
@@ -222,12 +212,8 @@ class Publisher:
         replica.receipt = receipt
 
 
-def _above_served(lease: Lease, states: Iterable[ServerState]) -> Lease:
-    """A fence above those of the versions being served; the kept lease may be older than that."""
-    served = [
-        run.version.fence + 1
-        for state in states
-        for run in state.runs
-        if run.run_id == lease.run_id and run.version is not None
-    ]
-    return Lease(lease.run_id, lease.secret, max([lease.fence, *served]))
+def _above_served(lease: Lease, states: list[ServerState]) -> Lease:
+    """Return the lease with a fence above that of every served version; the kept lease may be older than that."""
+    runs = [run for state in states for run in state.runs if run.run_id == lease.run_id]
+    fences = [run.version.fence + 1 for run in runs if run.version is not None]
+    return Lease(lease.run_id, lease.secret, max([lease.fence, *fences]))

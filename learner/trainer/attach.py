@@ -148,7 +148,7 @@ def meet(config: LearnerConfig) -> ServerPool:
         )
 
     pool = ServerPool(connect, ServerDiscovery(config.require_urls()), patience_s=config.ready_timeout_s)
-    pool.meet(config.ready_timeout_s)
+    pool.wait_ready(config.ready_timeout_s)
     return pool
 
 
@@ -222,7 +222,7 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
         keep_dtype_on_cpu(trainer.model)
     skip_padding(trainer)
     if session.gpu_sharing:
-        begin_passes_with(trainer, session.gpu_sharing.train)
+        begin_passes_with(trainer, session.gpu_sharing.take_gpu)
     mark_tool_turns(trainer, session.rollouts)
     watch_mismatch(trainer, session.figures.saw_mismatch)
     trainer.add_callback(_PushAfterStep(session))
@@ -250,10 +250,10 @@ class _PushAfterStep(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.session.pool.close()  # else it would go on pushing this run to servers that restart
-        self.session.let_serve()
+        self.session.yield_gpu()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.session.let_serve()  # also of an evaluation that no training follows
+        self.session.yield_gpu()  # also of an evaluation that no training follows
 
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,9 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 class _Learner:
-    """A publisher, its policy, and what it has said."""
+    """A publisher and its policy."""
 
     def __init__(self, client: RolloutClient, model: Path, run_id: str) -> None:
-        self.said: list[str] = []
         self.policy = P.make_policy(model)
         self.client = client
         self.publisher = Publisher(
@@ -46,7 +46,6 @@ class _Learner:
             Lease(run_id, P.LEASE, 0),
             takeover=True,
             transport="collective",
-            say=self.said.append,
         )
 
     def push(self, step: int) -> str:
@@ -65,10 +64,11 @@ def learner(client: RolloutClient, model: Path, request: pytest.FixtureRequest) 
     learner.publisher.close()
 
 
-def test_pushes_go_by_broadcast_from_the_second_on(learner: _Learner) -> None:
+def test_pushes_go_by_broadcast_from_the_second_on(learner: _Learner, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lockstep.sync")
     assert [learner.push(step) for step in range(4)] == ["http", "collective", "collective", "collective"]
-    assert len(learner.said) == 1
-    assert "by broadcast from now on" in learner.said[0]
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "lockstep.sync")
+    assert "by broadcast from now on" in message
     announced = learner.publisher.exporter.export(learner.publisher.version(3)).announcement()
     (again,) = learner.client.broadcast(learner.publisher.lease.run_id, announced, P.LEASE)
     assert again is not None, "a push that is sent again is recognized before anything is sent"
@@ -93,8 +93,9 @@ def test_a_refused_broadcast_changes_nothing_and_the_group_goes_on(learner: _Lea
     assert learner.push(7) == "collective"
 
 
-def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
+def test_a_learner_that_announces_and_never_sends(learner: _Learner, caplog: pytest.LogCaptureFixture) -> None:
     """The old version goes on serving, the workers give up in time, the next push comes over HTTP and says so."""
+    caplog.set_level("INFO", "lockstep.sync")
     learner.push(0)
     assert learner.push(1) == "collective"
     served = P.score(learner.client, PROBE)
@@ -108,10 +109,10 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner) -> None:
     assert time.monotonic() - started < TIMEOUT_S + 10
     assert torch.equal(P.score(learner.client, PROBE), served)
     assert learner.push(3) == "http"
-    assert "over HTTP" in learner.said[-1]
-    learner.publisher._way(learner.publisher.pool.up()[0])._retry_at = 0.0
-    assert learner.push(4) == "http", "the group is made anew"
-    assert learner.push(5) == "collective", "the group is made anew"
+    assert "over HTTP" in caplog.messages[-1]
+    learner.publisher._transport(learner.publisher.pool.up()[0])._retry_at = 0.0
+    assert learner.push(4) == "http", "the group is joined again"
+    assert learner.push(5) == "collective", "the group is joined again"
 
 
 def test_a_learner_that_hangs_up_after_the_announcement(learner: _Learner) -> None:
@@ -161,6 +162,7 @@ def test_collective_is_refused_where_there_can_be_no_group(client: RolloutClient
 
 def test_a_stranger_cannot_join_a_runs_group(learner: _Learner) -> None:
     learner.push(0)
+    stranger = replace(learner.publisher.lease, secret="somebody-else")
     with pytest.raises(LockstepError) as refused:
-        SendingGroup.join(learner.client, learner.publisher.lease.run_id, "somebody-else", torch.device("cpu"))
+        SendingGroup.join(learner.client, stranger, torch.device("cpu"))
     assert refused.value.code is ErrorCode.LEASE_MISMATCH

@@ -35,21 +35,22 @@ def second(model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 def test_a_server_that_is_killed_and_comes_back(
-    server: ServerProcess, second: ServerProcess, model: Path, tmp_path: Path
+    server: ServerProcess, second: ServerProcess, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "lockstep")
     second.wait_ready()
-    policy, said = P.make_policy(model), list[str]()
+    policy = P.make_policy(model)
     urls = [server.url, second.url]
-    pool = ServerPool(RolloutClient, ServerDiscovery(urls), patience_s=120.0, say=said.append)
-    assert len(pool.meet(30.0)) == 2
-    publisher = Publisher(pool, policy, Lease("fleet", P.LEASE, 0), takeover=True, say=said.append)
+    pool = ServerPool(RolloutClient, ServerDiscovery(urls), patience_s=120.0)
+    assert len(pool.wait_ready(30.0)) == 2
+    publisher = Publisher(pool, policy, Lease("fleet", P.LEASE, 0), takeover=True)
     tokens = dict.fromkeys(urls, 0)
 
     def count(replica, count):
         tokens[replica.url] += count
 
     pool.on_tokens = count
-    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024, warn=said.append)
+    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024)
 
     def fetch(step: int) -> None:
         """Everything that was asked for, of this version, from servers that are up."""
@@ -62,7 +63,7 @@ def test_a_server_that_is_killed_and_comes_back(
     with closing(pool):
         worked: dict[str, int] = {}
         publisher.push(0)
-        pool.keep(lambda replica: publisher.bring_up(replica, lambda client, state: None))
+        pool.supervise(lambda replica: publisher.catch_up(replica, lambda client, state: None))
         fetch(0)
         assert min(worked.values()) >= 300 * 8
 
@@ -89,4 +90,4 @@ def test_a_server_that_is_killed_and_comes_back(
         finally:
             again.stop()
         publisher.delete_run()
-    assert any("lost" in line and "1 of 2 serve" in line for line in said)
+    assert any("lost" in line and "1 of 2 serve" in line for line in caplog.messages)

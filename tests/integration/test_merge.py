@@ -83,7 +83,7 @@ def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -
     assert abs(slope - 1) < 0.01
     proof.check_base()
     for step in range(2):
-        assert proof.check(P.push(client, policy, "proven", step).version).max_gap < FP32
+        assert proof.check(P.push(client, policy, "proven", step).version).max_mismatch < FP32
         P.randomize(policy, seed=60 + step)
 
 

@@ -83,7 +83,6 @@ def test_pushes_reach_every_worker_over_both_transports(client: RolloutClient, m
         Lease("both", P.LEASE, 0),
         takeover=True,
         transport="collective",
-        say=lambda text: None,
     )
     transports = []
     for step in range(3):

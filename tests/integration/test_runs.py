@@ -45,7 +45,7 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
     def learn(run_id: str, seed: int, **options) -> None:
         with RolloutClient(server.url) as client:
             policy = P.make_policy(model)
-            publisher = _publisher(client, policy, run_id, say=lambda text: None, **options)
+            publisher = _publisher(client, policy, run_id, **options)
             for step in range(steps):
                 P.randomize(policy, seed=seed + step)
                 receipt = publisher.push(step)
@@ -132,7 +132,7 @@ def test_eval_of_stored_adapters_beside_a_training(
 def test_a_thousand_pushes_leave_nothing_behind(server: ServerProcess, client: RolloutClient, model: Path) -> None:
     """Flat memory on both sides, no stale answer, no slot or pause left; every fourth over HTTP, the rest broadcast."""
     policy = P.make_policy(model)
-    broadcast = _publisher(client, policy, "many", transport="collective", say=lambda text: None)
+    broadcast = _publisher(client, policy, "many", transport="collective")
     over_http = _publisher(client, policy, "many", transport="http")
     b = [parameter for name, parameter in policy.named_parameters() if "lora_B" in name]
     stop, failures = threading.Event(), []

@@ -25,10 +25,13 @@ from shared.weights import PushReceipt, RunState, ServerState, WeightVersion
 
 
 class FakeServer:
-    """`transport` answers a RolloutClient's requests. `ignore_pushes`: acknowledge, but do not use them.
+    """A server behind an httpx transport. While asleep it takes only `/v1/wake` and pushes, which wake it.
 
-    `log_kept_mass`: what truncation is said to have kept at every token. One that sleeps answers no request but for
-    `/v1/wake` and pushes, which wake it; `naps`: how often it fell asleep.
+    Attributes:
+        transport: for a RolloutClient.
+        ignore_pushes: acknowledge pushes without using them.
+        log_kept_mass: reported for every token where sampling truncates.
+        naps: how often it fell asleep.
     """
 
     def __init__(self, model: torch.nn.Module, state: ServerState) -> None:
@@ -44,7 +47,7 @@ class FakeServer:
         self.naps = 0
         self.transport = httpx.MockTransport(self._handle)
         self.drawn = torch.Generator().manual_seed(0)  # not the training's random numbers
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
 
     def restart(self) -> None:
         """Forget everything, as a new process would."""
@@ -54,7 +57,7 @@ class FakeServer:
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         try:
-            with self._one_at_a_time:
+            with self._lock:
                 return self._route(request)
         except LockstepError as error:
             return httpx.Response(error.status, json=error.body().model_dump())
@@ -85,10 +88,10 @@ class FakeServer:
             version = self._resolve(asked.policy, asked.run_id)
             logprobs = [self._logprobs(sequence, version) for sequence in asked.sequences]
             return _json(ScoreResponse(epoch=self.state.epoch, version=version, logprobs=logprobs))
-        asked_g = GenerateRequest.model_validate(body)
-        self.generated.append(asked_g)
-        answer = self._generate(asked_g)
-        if not asked_g.stream:
+        generate = GenerateRequest.model_validate(body)
+        self.generated.append(generate)
+        answer = self._generate(generate)
+        if not generate.stream:
             return _json(answer)
         lines = [group.model_dump_json() for group in reversed(answer.groups)]  # in the order in which they finish
         return httpx.Response(200, content="\n".join([*lines, '{"done":true}']))

@@ -22,9 +22,10 @@ SHARED = [
         for m in ("adapter_file", "errors", "fingerprint", "rollouts", "sampling", "bearer_tokens", "weights")
     ),
 ]
+SERVERS = [f"learner.servers.{m}" for m in ("client", "compatibility", "discovery", "event_log", "pool", "router")]
 
 
-@pytest.mark.parametrize("modules", [SHARED, ["learner.servers.client"]], ids=["shared", "client"])
+@pytest.mark.parametrize("modules", [SHARED, SERVERS], ids=["shared", "servers"])
 def test_imports_without_torch_and_vllm(modules: list[str]) -> None:
     code = BLOCK + "".join(f"import {module}\n" for module in modules)
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -73,7 +73,7 @@ class Server:
         yield from groups
 
     def state(self, timeout_s: float = 1.0) -> SimpleNamespace:
-        """The keeper asks; what else it would compare needs a receipt."""
+        """Polled by the supervisor; the rest of its check needs a receipt."""
         return SimpleNamespace(draining=False)
 
 
@@ -84,8 +84,7 @@ class Training:
         self.server, self.schedule, self.step, self.micro = server, schedule, 0, 0
         self.served, self.step_seconds = 0, 0.0
         pool = ServerPool.of(server, object(), patience_s=60.0)  # type: ignore[arg-type]
-        pool.say = lambda text: None
-        pool.keep(self.bring_back)
+        pool.supervise(self.bring_back)
         self.pool = pool
         dispatcher = Dispatcher(pool, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None)
         self.rollouts = RemoteRollouts(
@@ -105,7 +104,7 @@ class Training:
         with self.server.lock:
             if self.server.step is None:
                 self.server.push(self.served)
-        self.pool.come_up(replica)
+        self.pool.mark_up(replica)
 
     def run(self) -> list[tuple[int, list[list[int]]]]:
         """Completions by generation batch, in the order in which they were trained on."""

@@ -1,4 +1,4 @@
-"""Errors of every kind become LockstepErrors that name the URL and what to do."""
+"""RolloutClient: retries, streams, and errors of every kind as LockstepErrors that name the URL and the remedy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_waits_until_ready(server_state):
     assert code_of(lambda: waiting.wait_ready(0.05, poll_s=0.01)) is ErrorCode.NOT_READY
 
 
-def test_push_is_sent_again_when_its_answer_is_lost():
+def test_push_is_retried_when_its_response_is_lost():
     bodies = []
     receipt = {
         "epoch": "e",
@@ -130,7 +130,7 @@ def test_a_proxy_that_refuses(status, code):
         client.wait_ready(60)  # at once: waiting brings no token
 
 
-def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
+def test_an_overloaded_server_is_retried_until_the_deadline(monkeypatch):
     slept = []
     monkeypatch.setattr("learner.servers.http.time.sleep", slept.append)
     busy = Overloaded("too much").body().model_dump()
@@ -138,7 +138,6 @@ def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
     answers = []
 
     def handler(request):
-        assert request.headers["Idempotency-Key"] == "k"
         answers.append(json.loads(request.content).get("stream", False))
         if len(answers) % 2:
             return httpx.Response(429, json=busy, headers={"Retry-After": "3"})
@@ -147,15 +146,15 @@ def test_an_overloaded_server_is_asked_again_until_the_deadline(monkeypatch):
         return httpx.Response(200, json={"epoch": "e", "groups": [group]})
 
     client = client_of(handler)
-    assert len(client.generate(REQUEST, key="k").groups) == len(list(client.iter_groups(REQUEST, key="k"))) == 1
+    assert len(client.generate(REQUEST).groups) == len(list(client.iter_groups(REQUEST))) == 1
     assert answers == [False, False, True, True]
     assert len(slept) == 2
     assert all(3 <= s <= 4.5 for s in slept)
     client.generate_timeout_s = 2.0
-    for call in (client.generate, lambda request, key: list(client.iter_groups(request, key))):
+    for call in (client.generate, lambda request: list(client.iter_groups(request))):
         answers.clear()
         with pytest.raises(LockstepError, match="too much"):
-            call(REQUEST, key="k")
+            call(REQUEST)
     assert len(slept) == 2
 
 
@@ -181,6 +180,6 @@ def test_a_stream_that_never_ends_has_a_deadline():
         (httpx.Response(200, text='{"error": {"code": "of_tomorrow", "message": "?"}}\n'), ErrorCode.PROTOCOL_MISMATCH),
     ],
 )
-def test_answers_of_somebody_in_between(answer, code):
+def test_responses_of_a_proxy(answer, code):
     client = client_of(lambda request: answer)
     assert code_of(lambda: list(client.iter_groups(REQUEST))) is code

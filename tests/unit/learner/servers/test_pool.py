@@ -1,4 +1,4 @@
-"""Servers that come, fail, hang and return; who is asked for what meanwhile."""
+"""Pool of servers that come, fail, hang and return; router of prompts; discovery."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from learner.rollouts.completions import Wanted
 from learner.rollouts.dispatch import Dispatcher, asks_of
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
-from learner.servers.replica import Replica
-from learner.servers.router import Load, Router
+from learner.servers.replica import Load, Replica
+from learner.servers.router import Router
 from shared.errors import InvalidRequest, LeaseMismatch, LockstepError, NotReady, Timeout, UnknownRun
 from shared.sampling import SamplingParams
 from tests.unit.learner.rollouts.test_generation import VERSION
@@ -22,7 +22,7 @@ from tests.unit.learner.rollouts.test_generation import Server as Answers
 
 
 class Server(Answers):
-    """Answers after `seconds` a group; `broken` raises instead, from the group of that number on."""
+    """Takes `seconds` for each group; raises from the completion with number `broken` on."""
 
     def __init__(self, url: str, seconds: float = 0.0) -> None:
         super().__init__(url)
@@ -46,28 +46,26 @@ class Server(Answers):
 
 
 @pytest.fixture
-def fleet_of():
-    """Builds a fleet of servers; `keep` by a `join` that only looks whether they answer."""
-    fleets = []
+def pool_of():
+    """Builds a pool of servers, supervised by a `recover` that only checks whether they answer."""
+    pools = []
 
-    def make(*servers: Server, keep: bool = True, patience_s: float = 10.0) -> ServerPool:
+    def make(*servers: Server, supervised: bool = True, patience_s: float = 10.0) -> ServerPool:
         by_url = {server.url: server for server in servers}
-        pool = ServerPool(
-            by_url.__getitem__, ServerDiscovery(list(by_url)), patience_s=patience_s, say=lambda text: None
-        )
-        fleets.append(pool)
-        pool.meet(1.0)
+        pool = ServerPool(by_url.__getitem__, ServerDiscovery(list(by_url)), patience_s=patience_s)
+        pools.append(pool)
+        pool.wait_ready(1.0)
 
-        def join(replica: Replica) -> None:
+        def recover(replica: Replica) -> None:
             replica.state = replica.client.state()
-            pool.come_up(replica)
+            pool.mark_up(replica)
 
-        if keep:
-            pool.keep(join)
+        if supervised:
+            pool.supervise(recover)
         return pool
 
     yield make
-    for pool in fleets:
+    for pool in pools:
         pool.close()
 
 
@@ -80,15 +78,15 @@ PROMPTS = [[i] for i in range(1, 13) for _ in range(2)]
 EXPECTED = [[100 * i + k] for i in range(1, 13) for k in range(2)]
 
 
-def test_prompts_are_spread_and_come_back_in_order(fleet_of):
+def test_prompts_are_spread_and_come_back_in_order(pool_of):
     servers = [Server(f"http://s{i}", 0.001) for i in range(3)]
-    assert fetch(fleet_of(*servers), PROMPTS) == EXPECTED
+    assert fetch(pool_of(*servers), PROMPTS) == EXPECTED
     assert [server.completed for server in servers] == [8, 8, 8]
 
 
-def test_a_dead_server_costs_only_what_it_had_not_sent(fleet_of):
+def test_a_dead_server_costs_only_what_it_had_not_sent(pool_of):
     dead, alive = Server("http://dead", 0.01), Server("http://alive", 0.01)
-    pool, seen = fleet_of(dead, alive), Counter()
+    pool, seen = pool_of(dead, alive), Counter()
     dead.broken = 4
     assert fetch(pool, PROMPTS, lambda row, completions: seen.update([row])) == EXPECTED
     assert set(seen.values()) == {1}, "every group arrives once"
@@ -98,9 +96,9 @@ def test_a_dead_server_costs_only_what_it_had_not_sent(fleet_of):
     assert [replica.url for replica in pool.up()] == ["http://alive"]
 
 
-def test_a_server_that_returns_is_asked_again(fleet_of):
+def test_a_recovered_server_gets_requests_again(pool_of):
     server = Server("http://s")
-    pool = fleet_of(server)
+    pool = pool_of(server)
     server.broken = 6
     mended = threading.Timer(0.5, lambda: setattr(server, "broken", None))
     mended.start()
@@ -109,49 +107,49 @@ def test_a_server_that_returns_is_asked_again(fleet_of):
     assert pool.replicas["http://s"].incarnation == 2
 
 
-def test_patience_ends(fleet_of):
+def test_patience_ends(pool_of):
     server = Server("http://s")
-    pool = fleet_of(server, patience_s=0.3)
+    pool = pool_of(server, patience_s=0.3)
     server.broken = 0
     with pytest.raises(LockstepError, match="is away"):
         fetch(pool, PROMPTS)
 
 
-def test_a_run_that_another_learner_holds_is_not_waited_for(fleet_of):
-    pool = fleet_of(Server("http://s"), keep=False, patience_s=60.0)
+def test_a_run_held_by_another_learner_is_an_error_at_once(pool_of):
+    pool = pool_of(Server("http://s"), supervised=False, patience_s=60.0)
 
     def refuse(replica):
         raise LeaseMismatch("another learner holds it")
 
-    pool.keep(refuse)
+    pool.supervise(refuse)
     pool.lost(pool.up()[0], UnknownRun("gone"))
     with pytest.raises(LockstepError, match="another learner"):
         pool.available()
 
 
-def test_what_a_server_refuses_for_good_is_raised(fleet_of):
-    pool = fleet_of(Server("http://s"))
+def test_a_permanent_refusal_is_raised(pool_of):
+    pool = pool_of(Server("http://s"))
     with pytest.raises(LockstepError, match="bad"):
         pool.lost_or_raise(pool.up()[0], InvalidRequest("bad"), 1)
 
 
-def test_an_old_failure_does_not_put_out_a_server_that_came_back(fleet_of):
-    pool = fleet_of(Server("http://s"))
+def test_a_stale_failure_does_not_mark_a_recovered_server_as_lost(pool_of):
+    pool = pool_of(Server("http://s"))
     replica = pool.up()[0]
     pool.lost(replica, NotReady("old"), incarnation=replica.incarnation - 1)
     assert replica.up
 
 
-def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
+def test_a_hanging_server_is_lost(pool_of, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     server = Server("http://s")
-    pool = fleet_of(server, Server("http://t"), keep=False)
+    pool = pool_of(server, Server("http://t"), supervised=False)
 
     def hang(timeout_s=1.0):
         raise Timeout("no answer")
 
     server.state = hang
-    pool.keep(lambda replica: hang())
+    pool.supervise(lambda replica: hang())
     replica = pool.replicas["http://s"]
     deadline = time.monotonic() + 20
     while replica.up and time.monotonic() < deadline:
@@ -160,12 +158,12 @@ def test_a_server_that_hangs_is_left_out(fleet_of, monkeypatch):
     assert pool.replicas["http://t"].up
 
 
-def test_a_server_about_to_leave_is_asked_for_nothing_more(fleet_of, monkeypatch):
+def test_a_draining_server_gets_no_more_requests(pool_of, monkeypatch):
     monkeypatch.setattr("learner.servers.pool._WATCH_S", 0.02)
     leaving = Server("http://s")
-    pool = fleet_of(leaving, Server("http://t"), keep=False)
+    pool = pool_of(leaving, Server("http://t"), supervised=False)
     leaving.draining = True
-    pool.keep(lambda replica: None)
+    pool.supervise(lambda replica: None)
     deadline = time.monotonic() + 20
     while len(pool.up()) == 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -177,9 +175,9 @@ def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
     listed = tmp_path / "servers"
     listed.write_text("http://a:1 # the first\n\n")
     servers = {url: Server(url) for url in ("http://a:1", "http://b:1")}
-    pool = ServerPool(servers.__getitem__, ServerDiscovery([f"file:{listed}"]), say=lambda text: None)
-    pool.meet(1.0)
-    pool.keep(lambda replica: pool.come_up(replica))
+    pool = ServerPool(servers.__getitem__, ServerDiscovery([f"file:{listed}"]))
+    pool.wait_ready(1.0)
+    pool.supervise(lambda replica: pool.mark_up(replica))
 
     def until(urls):
         deadline = time.monotonic() + 20
@@ -191,54 +189,55 @@ def test_servers_listed_in_a_file_come_and_go(tmp_path, monkeypatch):
     until(["http://a:1", "http://b:1"])
     listed.write_text("http://b:1\n")
     until(["http://b:1"])
-    listed.write_text("")  # a file that is just being written: nobody is thrown out
+    listed.write_text("")  # a file that is just being written: no server is forgotten
     time.sleep(0.2)
     until(["http://b:1"])
     pool.close()
 
 
-def test_a_keeper_outlives_whatever_happens_to_it(fleet_of):
+def test_a_supervisor_survives_any_error(pool_of):
     server = Server("http://s")
-    pool = fleet_of(server, keep=False)
+    pool = pool_of(server, supervised=False)
     replica = pool.up()[0]
     for _ in range(2000):
         replica.back_off(refused=False)
     replica.retry_at, tries = 0.0, []
 
-    def join(replica):
+    def recover(replica):
         tries.append(1)
         if len(tries) < 3:
             replica.retry_at = 0.0
             raise RuntimeError("out of memory")
-        pool.come_up(replica)
+        pool.mark_up(replica)
 
     replica.failures = 0
-    pool.keep(join)
+    pool.supervise(recover)
     pool.lost(replica, NotReady("gone"))
     replica.back_off = lambda *, refused: None
     assert pool.available() == [replica]
     assert len(tries) == 3
 
 
-def test_lines_that_are_no_urls_change_nothing(tmp_path):
+def test_lines_that_are_no_urls_change_nothing(tmp_path, caplog):
     listed = tmp_path / "servers"
     listed.write_text("http://a:1\n")
-    places = ServerDiscovery([f"file:{listed}", "http://b:1"])
+    discovery = ServerDiscovery([f"file:{listed}", "http://b:1"])
     for content in (b"http://a:80o0\n", b"\xff\xfe\n", b"", b"http://a:1\nrubbish\n"):
-        assert places.urls() == ["http://a:1", "http://b:1"]
+        assert discovery.urls() == ["http://a:1", "http://b:1"]
         listed.write_bytes(content)
+        caplog.clear()
         if content:
-            with pytest.warns(UserWarning, match="stay as they were"):
-                assert places.urls() == ["http://a:1", "http://b:1"]
+            assert discovery.urls() == ["http://a:1", "http://b:1"]
+            assert "stay as they were" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "place",
+    "source",
     ["dns+http://x:99999", "http://h:80o0", "localhost:8000", "ftp://x", "dns+https://x:1", "file:/nowhere/at/all"],
 )
-def test_places_that_cannot_be(place):
+def test_impossible_sources_are_refused(source):
     with pytest.raises(LockstepError, match="rollout_url"):
-        ServerDiscovery([place])
+        ServerDiscovery([source])
 
 
 def test_a_name_stands_for_its_addresses():

@@ -1,4 +1,4 @@
-"""`share_gpu`: the server sleeps while the learner computes, and is awake whenever it is asked for anything."""
+"""`share_gpu`: the server sleeps while the learner computes, and is awake for every request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _shares(server: FakeServer) -> None:
     server.state = server.state.model_copy(update={"shares_gpu": True, "devices": [None]})
 
 
-def test_a_training_by_turns(make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient) -> None:
+def test_training_in_turns(make_trainer: MakeTrainer, server: FakeServer, client: RolloutClient) -> None:
     """The fake server fails whatever it is asked in its sleep; a pass for the gradient must find it asleep."""
     server.state = server.state.model_copy(update={"asleep": True})  # an earlier learner was killed
     trainer = make_trainer(
@@ -50,7 +50,7 @@ def test_a_training_by_turns(make_trainer: MakeTrainer, server: FakeServer, clie
     assert server.naps >= 6, "every step is followed by a push, which wakes it"
     assert not server.state.asleep, "a server is left awake"
     assert session.proof is not None
-    assert session.proof.max_gap < 1e-4
+    assert session.proof.max_mismatch < 1e-4
 
 
 def test_a_training_that_fails_leaves_the_server_awake(
@@ -92,33 +92,34 @@ def test_refused(server: FakeServer, state: dict[str, Any], processes: int, word
         check_shared_gpu(server.state.model_copy(update=state), torch.device("cpu"), processes)
 
 
-def test_options_that_do_not_go_together() -> None:
+def test_incompatible_options() -> None:
     with pytest.raises(ValueError, match="max_staleness"):
         LearnerConfig(share_gpu=True, max_staleness=1)
     with pytest.raises(LockstepError, match="one --rollout-url"):
         LearnerConfig(share_gpu=True, rollout_url=["http://a", "http://b"]).require_urls()
 
 
-def turns_with(answer: Callable[[httpx.Request], httpx.Response], state: ServerState) -> tuple[GpuSharing, list[str]]:
-    said: list[str] = []
+def sharing_with(answer: Callable[[httpx.Request], httpx.Response], state: ServerState) -> GpuSharing:
     client = RolloutClient("http://one", transport=httpx.MockTransport(answer))
-    return GpuSharing(Replica(client, state), said.append), said
+    return GpuSharing(Replica(client, state))
 
 
-def test_a_server_that_is_away_is_not_waited_for(server: FakeServer) -> None:
+def test_a_server_that_is_away_is_not_waited_for(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lockstep")
+
     def away(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    turns, said = turns_with(away, server.state)
-    turns.train()
-    turns.serve()
-    assert len(said) == 2
-    assert all("http://one is away" in text for text in said)
+    sharing = sharing_with(away, server.state)
+    sharing.take_gpu()
+    sharing.yield_gpu()
+    assert len(caplog.messages) == 2
+    assert all("http://one is away" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_a_lost_answer_leaves_no_doubt_behind(server: FakeServer, lost: int) -> None:
-    """It is asked again: at once, and where that fails too, at the next pass or request."""
+def test_an_order_is_repeated_when_its_response_is_lost(server: FakeServer, lost: int) -> None:
+    """At once, and where that fails too, at the next pass or request."""
     orders: list[str] = []
 
     def cut_off(request: httpx.Request) -> httpx.Response:
@@ -127,30 +128,30 @@ def test_a_lost_answer_leaves_no_doubt_behind(server: FakeServer, lost: int) -> 
             raise httpx.RemoteProtocolError("cut off")
         return httpx.Response(200, json=server.state.model_copy(update={"asleep": True}).model_dump())
 
-    turns, _ = turns_with(cut_off, server.state)
-    turns.train()
-    turns.train()
-    turns.train()
+    sharing = sharing_with(cut_off, server.state)
+    sharing.take_gpu()
+    sharing.take_gpu()
+    sharing.take_gpu()
     assert orders == ["/v1/sleep"] * (lost + 1)
 
 
 def test_a_server_that_came_back_is_put_to_sleep_again(server: FakeServer) -> None:
     server.state = server.state.model_copy(update={"asleep": False})
     replica = Replica(RolloutClient("http://fake", transport=server.transport), server.state)
-    turns = GpuSharing(replica)
-    turns.train()
-    turns.train()
+    sharing = GpuSharing(replica)
+    sharing.take_gpu()
+    sharing.take_gpu()
     assert server.naps == 1
     server.restart()
     server.state = server.state.model_copy(update={"asleep": False})
     replica.restarted(server.state)
-    turns.train()
+    sharing.take_gpu()
     assert server.naps == 2
     assert server.state.asleep
 
 
 @pytest.mark.parametrize("status", [0, 400])
-def test_what_does_not_pass_is_an_error(server: FakeServer, status: int) -> None:
+def test_unrecoverable_errors_are_raised(server: FakeServer, status: int) -> None:
     """No answer in time: it may be half asleep. A refusal: it has its GPU to itself, or others hold its memory."""
 
     def refuse(request: httpx.Request) -> httpx.Response:
@@ -159,9 +160,9 @@ def test_what_does_not_pass_is_an_error(server: FakeServer, status: int) -> None
         error = InvalidRequest("the server sleeps on")
         return httpx.Response(error.status, json=error.body().model_dump())
 
-    turns, _ = turns_with(refuse, server.state)
+    sharing = sharing_with(refuse, server.state)
     with pytest.raises(LockstepError, match=r"sleeps on|deadline"):
-        turns.serve()
+        sharing.yield_gpu()
 
 
 def test_an_evaluation_after_the_training_leaves_the_server_awake(

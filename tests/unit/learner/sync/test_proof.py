@@ -1,4 +1,4 @@
-"""What the gap, the movement and the canary each detect."""
+"""What mismatch, movement and canary each detect."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from learner.run_dir.lease import Lease
 from learner.servers.pool import ServerPool
-from learner.sync.proof import Measurement, SyncProof, slope
+from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
-from learner.sync.tolerance import derived_tolerance, merge_noise
+from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
 from shared.errors import LockstepError
 from shared.weights import WeightVersion
 
@@ -48,7 +48,7 @@ def measurement(own, served):
 
 
 def test_own_side_ignores_dropout_and_leaves_the_mode(proof, model):
-    first, again = proof.own_logprobs()[0], proof.own_logprobs()[0]
+    first, again = proof.own_logprobs().values, proof.own_logprobs().values
     assert model.training
     assert np.array_equal(first, again)
     assert len(first) == 8
@@ -58,17 +58,17 @@ def test_agrees_with_an_honest_server(proof, publisher, model):
     proof.check_base()
     for step in range(3):
         publisher.push(step)
-        assert proof.check(publisher.version(step)).max_gap < 1e-4
+        assert proof.check(publisher.version(step)).max_mismatch < 1e-4
         move(model, 0.02)
     assert abs(proof.slope - 1) < 0.01
 
 
-def test_gap_names_version_and_both_values(proof, publisher, model):
+def test_mismatch_names_version_and_both_values(proof, publisher, model):
     publisher.push(0)
     move(model, 0.5)
     with pytest.raises(
         LockstepError,
-        match=r"r@0\.0 the logprob of the server at \S+, epoch e1 of token \d+ of .* is -\d.*gap",
+        match=r"r@0\.0 the logprob of the server at \S+, epoch e1 of token \d+ of .* is -\d.*mismatch",
     ):
         proof.check(publisher.version(0))
 

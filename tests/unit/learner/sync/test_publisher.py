@@ -1,4 +1,4 @@
-"""Leases, receipts, and a server that has forgotten."""
+"""Leases, fences, and receipts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_pushes_again_only_where_the_step_differs(publisher, server):
         {"version": {"run_id": "r", "fence": 0, "step": 0}},
     ],
 )
-def test_a_receipt_for_something_else_is_an_error(publisher, client, monkeypatch, change):
+def test_a_wrong_receipt_is_an_error(publisher, client, monkeypatch, change):
     push = client.push
 
     def lying(*args, **kwargs):

@@ -77,7 +77,7 @@ def test_a_server_that_merges(make_trainer, server, client):
     again = attach(trainer, client=client, run_id="r")
     trainer.train()
     assert again.canary_slope is None
-    assert again.proof.max_gap < 1e-4
+    assert again.proof.max_mismatch < 1e-4
 
 
 def test_truncated_sampling_does_not_bias_the_ratios(make_trainer, server, client):
@@ -228,7 +228,7 @@ def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
     assert sum(lags.values()) == 96
     assert session.rollouts.ahead.prefetcher.mismatches == 0
     assert session.rollouts.stats.regenerated == 0
-    assert session.proof.max_gap < 1e-4
+    assert session.proof.max_mismatch < 1e-4
     asked = [r for r in server.generated if r.policy == "latest"]
     assert len(asked) == 6
     assert asked[-1].min_step < 10

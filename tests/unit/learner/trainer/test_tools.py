@@ -97,7 +97,7 @@ def test_logprobs_of_all_turns_are_the_trainers(make_tool_trainer, server, clien
     batches = batches_of(trainer)
     trainer.train()
     assert session.figures.drift.delta < 1e-4
-    assert session.proof.max_gap < 1e-4
+    assert session.proof.max_mismatch < 1e-4
     calls = [log["tools/call_frequency"] for log in trainer.state.log_history if "reward" in log]
     assert len(calls) == 3
     assert all(calls)
