@@ -15,14 +15,12 @@ import numpy as np
 from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
 from learner.adapters.safetensors_file import TensorFile
 from learner.run_dir.checkpoint import last_checkpoint, load_state
-from learner.run_dir.files import SUMMARY_FILE
+from learner.run_dir.files import EVALS_FILE, FINAL_ADAPTER, SUMMARY_FILE
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFinite, UnsupportedAdapter
 from shared.weights import ModuleSpec
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: Names of a run's output_dir, see `learner.commands.train`.
-FINAL_ADAPTER, EVALS_FILE = "adapter", "summary.json"
 PEFT_PREFIX = "base_model.model."
 #: What PEFT marks as a variant of LoRA, beside the fields that `refusals` names.
 _VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")

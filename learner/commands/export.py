@@ -12,7 +12,7 @@ from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base, merg
 from learner.adapters.model_card import MARK, model_card
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
-from learner.utils.atomic import is_vacant, whole_directory
+from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
@@ -48,7 +48,7 @@ def export(
     model, revision = (model, revision) if model else (_named_base(adapter), revision or adapter.config.get("revision"))
     adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": model, "revision": revision})
     _check_target(target, force, sources=(adapter.folder, Path(model)))
-    with whole_directory(target) as building:
+    with atomic_directory(target) as building:
         if merged:
             base = fetch_base(model, revision)
             _check_base(adapter, base)
@@ -100,7 +100,7 @@ def _check_base(adapter: StoredAdapter, base: Path) -> None:
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
     if any(source.absolute() == target for source in sources):
         raise InvalidRequest(f"{target} is what is to be exported; choose another --out")
-    if is_vacant(target):
+    if is_missing_or_empty(target):
         return
     if not force:
         raise InvalidRequest(f"{target} exists; choose another --out, or replace it with --force")

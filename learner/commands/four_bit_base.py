@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.quantization import DTYPES, FOUR_BIT, _check_installed
 from learner.commands.flags import either_spelling
-from learner.utils.atomic import is_vacant, whole_directory
+from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     target = Path(out).absolute()
-    if not is_vacant(target):
+    if not is_missing_or_empty(target):
         raise InvalidRequest(f"{target} exists; choose another --out")
     folder = fetch_base(model, revision)
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
@@ -65,7 +65,7 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
             weight = loaded.get_submodule(name).weight
             weight.copy_(_settled(weight.detach(), quant_type, name))
     setattr(loaded.config, FOUR_BIT, {"quant_type": quant_type, "dtype": dtype})
-    with whole_directory(target) as building:
+    with atomic_directory(target) as building:
         loaded.save_pretrained(building)
         copy_files(folder, building, TOKENIZER_FILES)
     return len(layers)

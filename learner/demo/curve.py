@@ -8,7 +8,7 @@ from typing import Any
 
 from learner.evaluation.statistics import EvalPoint
 from learner.monitors.charts import trailing_mean
-from learner.run_dir.files import _atomically
+from learner.utils.atomic import atomic_file
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
@@ -55,8 +55,8 @@ def write_curve(
             _draw_eval(axes, point, step, None if labelled else f"{eval_label} (n = {point.n}), 95% interval")
             labelled = True
     _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
-    path = Path(path)
-    _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
+    with atomic_file(Path(path)) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
 
 
 def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -68,44 +67,25 @@ def ensure_demo_model(
     target = Path(out).expanduser().absolute()
     if _is_complete(target, dtype):
         return target
-    if target.exists() and any(target.iterdir()) and not (target / COMPLETE).exists():
+    if not is_missing_or_empty(target) and not (target / COMPLETE).exists():
         raise DemoModelError(f"{target} is not empty and not a demo model; choose another --out or remove it")
     gguf = Path(gguf_path).expanduser() if gguf_path else find_gguf()
     if not gguf.is_file():
         raise DemoModelError(f"no GGUF file at {gguf}")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _convert(gguf, building, dtype)
-        (building / COMPLETE).write_text(dtype + "\n")
-        _make_readable(building)
-        _put_in_place(building, target, dtype)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with atomic_directory(target) as building:
+            _convert(gguf, building, dtype)
+            (building / COMPLETE).write_text(dtype + "\n")
+    except OSError:
+        if not _is_complete(target, dtype):  # another process may have built the same model meanwhile
+            raise
     return target
 
 
 def _is_complete(target: Path, dtype: str) -> bool:
     marker = target / COMPLETE
     return marker.is_file() and marker.read_text().strip() == dtype
-
-
-def _make_readable(directory: Path) -> None:
-    """Undo the private modes of mkdtemp and of the weight writer: a cache may be shared between users."""
-    directory.chmod(0o755)
-    for file in directory.iterdir():
-        file.chmod(0o644)
-
-
-def _put_in_place(building: Path, target: Path, dtype: str) -> None:
-    if target.exists():  # empty, or a demo model of another dtype: ensure_demo_model has looked
-        shutil.rmtree(target)
-    try:
-        building.rename(target)
-    except OSError:
-        if not _is_complete(target, dtype):  # else another process was faster with the same thing
-            raise
 
 
 def _convert(gguf: Path, out: Path, dtype: str) -> None:

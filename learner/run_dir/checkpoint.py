@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from learner.utils.atomic import replace_directory
 from shared.errors import InvalidRequest
 
 #: Written last; a directory without it is no checkpoint of ours.
@@ -65,15 +65,8 @@ def load_state(folder: Path) -> TrainingState | None:
 
 
 def commit(staged: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, after everything in it has reached the disk."""
-    for root, _, names in os.walk(staged):
-        for name in names:
-            _sync(Path(root, name))
-        _sync(Path(root))
-    if final.exists():  # of a history that was left: training has come to this step once more
-        final.rename(staged.parent / "replaced")
-    staged.rename(final)
-    _sync(final.parent)
+    """Sync a finished checkpoint to disk and rename it to `final`; its staging directory goes."""
+    replace_directory(staged, final, durable=True)  # a resumed training may come to a step that has a checkpoint
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
@@ -86,11 +79,3 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         if state is not None:
             found.append(((state.fence, state.step), path))
     return max(found)[1] if found else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

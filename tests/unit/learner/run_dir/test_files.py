@@ -22,13 +22,13 @@ def test_a_resumed_history_keeps_what_its_checkpoint_had(tmp_path: Path) -> None
 
 def test_a_history_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    whole = Path.write_text
+    whole = Path.write_bytes
 
-    def half(path: Path, text: str) -> int:
-        whole(path, text[:3])
+    def half(path: Path, data: bytes) -> int:
+        whole(path, data[:3])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         JsonLines(tmp_path / "metrics.jsonl").begin(1)
     assert _steps(tmp_path) == [1]
