@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from learner.adapters.stored import PEFT_PREFIX
 from learner.utils.distributed import gathered, shape_of, whole
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
@@ -19,7 +20,6 @@ from shared.collective import Announcement
 from shared.errors import NotFinite, UnsupportedAdapter
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
-PEFT_PREFIX = "base_model.model."
 #: What torch.compile and activation checkpointing put into the names of modules.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from learner.adapters.quantization import check_quantized
+from learner.adapters.quantization import check_quantization
 from shared.errors import RankTooHigh, UnsupportedAdapter
 from shared.weights import ServerState
 
@@ -106,4 +106,4 @@ def check_model(model_config: Any) -> None:
     for part in ("vision_config", "audio_config"):
         if getattr(model_config, part, None) is not None:
             raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
-    check_quantized(model_config)
+    check_quantization(model_config)

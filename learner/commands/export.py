@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
+from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.model_card import MARK, model_card
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
@@ -32,7 +32,7 @@ def export(
 ) -> Path:
     """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Answers where it was.
 
-    Needs neither torch nor much memory: weights go through in blocks. `out` is there whole or not at all.
+    Atomic; a merge holds one shard of the model in memory.
 
     Args:
         merged: a whole model with the adapter in its weights; else the adapter alone, as PEFT reads it.
@@ -50,6 +50,8 @@ def export(
     _check_target(target, force, sources=(adapter.folder, Path(model)))
     with atomic_directory(target) as building:
         if merged:
+            from learner.adapters.merge import merge  # imports torch
+
             base = fetch_base(model, revision)
             _check_base(adapter, base)
             merge(base, adapter, building, dtype)

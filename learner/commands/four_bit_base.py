@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base
-from learner.adapters.quantization import DTYPES, FOUR_BIT, _check_installed
+from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
+from learner.adapters.quantization import FOUR_BIT, check_bitsandbytes
 from learner.commands.flags import either_spelling
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
+from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     Raises:
         LockstepError: `invalid_request`.
     """
-    _check_installed()
+    check_bitsandbytes()
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -105,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = either_spelling(parser)
     add("model", help="a model's directory, or its name on the hub")
     add("--out", required=True, help="directory to write")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of both sides' computation (default %(default)s)")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of both sides' computation (default %(default)s)")
     add("--quant-type", choices=QUANT_TYPES, default="nf4", help="the 16 values (default %(default)s)")
     add("--model-revision", help="of the model on the hub")
     return parser

@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from learner.adapters.lora_rules import check_lora, check_rank
 from learner.adapters.peft_dir import load_adapter
-from learner.adapters.quantization import quantization
+from learner.adapters.quantization import quantization_config
 from learner.commands.export import export
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
@@ -67,7 +67,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
-    quantized = quantization(model_args)
+    quantized = quantization_config(model_args)
     pool = meet(config)
     server = pool.up()[0].known
     for replica in pool.up():

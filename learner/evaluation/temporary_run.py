@@ -7,9 +7,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from learner.adapters.safetensors_file import rounded
 from learner.adapters.stored import StoredAdapter
 from learner.servers.client import RolloutClient
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
@@ -44,25 +41,27 @@ def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[Wei
 
 
 def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> list[bytes | memoryview]:
-    """What a push of the stored adapter carries: the bytes that `learner.adapters.exporter` exports from a model with it."""
+    """Return the body of a push, as `learner.adapters.exporter` makes it from a model with this adapter."""
+    import torch  # `learner eval` of served policies does without
+
     shapes: dict[str, tuple[int, ...]] = {}
-    parts: list[np.ndarray] = []
+    parts: list[torch.Tensor] = []
     for name, module in adapter.modules.items():
         a_RI, b_OR = adapter.pair(name)
-        shapes |= {name + LORA_A: a_RI.shape, name + LORA_B: b_OR.shape}
-        scaled = b_OR * np.float32(module.scaling)
-        parts += [rounded(a_RI, dtype).reshape(-1), rounded(scaled, dtype).reshape(-1)]
-    flat, layout = np.concatenate(parts), Layout(lay_out(shapes, dtype))
-    sums = block_sums(flat.view(np.int32 if flat.itemsize == 4 else np.int16), block_weights())
+        shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
+        parts += [tensor.to(getattr(torch, dtype)).flatten() for tensor in (a_RI, b_OR * module.scaling)]
+    flat, layout = torch.cat(parts), Layout(lay_out(shapes, dtype))
+    elements = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
+    sums = torch.cat(list(block_sums(elements, torch.from_numpy(block_weights()))))
     manifest = AdapterManifest(
         version=version,
         base_weights=_base_weights(adapter),
         dtype=dtype,
         modules=adapter.modules,
         peft_config=adapter.config,
-        checksum=checksum(layout.index, np.concatenate(list(sums)).tobytes()),
+        checksum=checksum(layout.index, sums.numpy().tobytes()),
     )
-    return [layout.header(manifest), flat.view(np.uint8).data]
+    return [layout.header(manifest), memoryview(flat.view(torch.uint8).numpy())]
 
 
 def _base_weights(adapter: StoredAdapter) -> str | None:
