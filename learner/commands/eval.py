@@ -14,8 +14,7 @@ from typing import Any
 from learner.adapters.stored import StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
 from learner.evaluation.evaluate import evaluate
-from learner.evaluation.results import EvalResult
-from learner.evaluation.statistics import document, lines
+from learner.evaluation.results import EvalResult, comparison_document, comparison_table
 from learner.evaluation.temporary_run import temporary_run
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -81,9 +80,9 @@ def main(argv: Sequence[str]) -> int:
     except Stopped as stopped:  # on the way up here a temporary run has been ended
         raise KeyboardInterrupt from stopped
     print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
-    print("\n".join(lines(results)))
+    print("\n".join(comparison_table(results)))
     if options.json:
-        Path(options.json).write_text(json.dumps(document(results), indent=2, default=str))
+        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, default=str))
     return 0
 
 

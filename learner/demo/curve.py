@@ -1,4 +1,4 @@
-"""What is left of a run for people: a picture of the reward, and a summary for programs."""
+"""A picture of a run: reward of every step, evaluations before and after training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learner.evaluation.statistics import EvalPoint
+from learner.evaluation.statistics import wilson_interval
 from learner.monitors.charts import trailing_mean
 from learner.utils.atomic import atomic_file
 
@@ -25,9 +25,11 @@ def write_curve(
 ) -> None:
     """Draw the reward of every step, and the evaluations before and after training, into a PNG.
 
-    An evaluation is the mean score and the number of questions, see `EvalPoint`; it is drawn with a 95% interval.
-    `rows` are the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
-    The moving average looks back only, so it shows nothing before it was known.
+    The moving average looks back only.
+
+    Args:
+        rows: the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
+        eval_before, eval_after: mean score and number of questions, drawn with a 95% interval.
     """
     points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
     last = max((int(r["step"]) for r in rows), default=0)
@@ -51,21 +53,20 @@ def write_curve(
     labelled = False
     for evaluation, step in ((eval_before, 0), (eval_after, last)):
         if evaluation is not None:
-            point = EvalPoint(*evaluation)
-            _draw_eval(axes, point, step, None if labelled else f"{eval_label} (n = {point.n}), 95% interval")
+            mean, n = evaluation
+            _draw_eval(axes, step, mean, n, None if labelled else f"{eval_label} (n = {n}), 95% interval")
             labelled = True
     _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
     with atomic_file(Path(path)) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 
-def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:
-    low, high = point.interval()
-    error = [[point.mean - low], [high - point.mean]]
+def _draw_eval(axes: Any, step: int, mean: float, n: int, label: str | None) -> None:
+    low, high = wilson_interval(mean, n)
     axes.errorbar(
         [step],
-        [point.mean],
-        yerr=error,
+        [mean],
+        yerr=[[mean - low], [high - mean]],
         fmt="D",
         color=ORANGE,
         markersize=7,
@@ -76,9 +77,9 @@ def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> Non
         clip_on=False,
     )
     # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
-    above = point.mean <= 0.85
+    above = mean <= 0.85
     axes.annotate(
-        f"{point.mean:.2f}",
+        f"{mean:.2f}",
         (step, high if above else low),
         xytext=(0, 5 if above else -5),
         textcoords="offset points",
