@@ -131,12 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", help="write results, differences, and every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")
     add("--ca-file", help="certificate (PEM) of the CA that the server's certificate is from")
-    add(
-        "--ready-timeout-s",
-        type=float,
-        default=60.0,
-        help="wait so long for the server (default %(default)s)",
-    )
+    add("--ready-timeout-s", type=float, default=60.0, help="wait so long for the server (default %(default)s)")
     return parser
 
 

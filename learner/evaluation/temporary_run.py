@@ -32,7 +32,7 @@ def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[Wei
         except NoFreeRun as error:
             raise NoFreeRun(
                 f"the server at {client.url} has no room for {adapter.folder} beside the runs that it serves: start it "
-                "with --max-runs 2, or one more than it has now",
+                "with --max-runs 2, or one more than it has now"
             ) from error
         yield version
     finally:

@@ -167,7 +167,7 @@ class ServerPool:
         deadline = time.monotonic() + self.patience_s
         while True:
             replicas = self.available()
-            answers = all_of([partial(one, replica) for replica in replicas], name, len(replicas))
+            answers = all_of([partial(one, replica) for replica in replicas], name)
             if found := [answer for answer in answers if answer is not None]:
                 return found
             if time.monotonic() > deadline:
