@@ -15,7 +15,7 @@ from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
 from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import EVALS_FILE, FINAL_ADAPTER, SUMMARY_FILE
 from shared.adapter_file import DTYPES, LORA_A, LORA_B
-from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFinite, UnsupportedAdapter
+from shared.errors import InvalidRequest, MalformedAdapter, NotFinite, UnsupportedAdapter
 from shared.weights import ModuleSpec
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     tensors = open_tensors(folder / WEIGHTS_FILE, "np")
     shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     state = load_state(folder)
-    run = {**_if_there(folder.parent / EVALS_FILE), **_if_there(folder.parent / SUMMARY_FILE)}
+    run = {**_json_file(folder.parent / EVALS_FILE), **_json_file(folder.parent / SUMMARY_FILE)}
     step = state.step if state else run.get("steps") if folder.name == FINAL_ADAPTER else None
     return StoredAdapter(folder, config, _modules(config, shapes, folder), run, step)
 
@@ -104,7 +104,7 @@ def find_adapter(path: str | Path) -> Path:
     final, last = folder / FINAL_ADAPTER, last_checkpoint(folder)
     has_final = (final / CONFIG_FILE).is_file()
     if last is not None and has_final:
-        state, steps = load_state(last), _if_there(folder / SUMMARY_FILE).get("steps")
+        state, steps = load_state(last), _json_file(folder / SUMMARY_FILE).get("steps")
         has_final = state is None or steps is None or state.step <= steps
     if has_final:
         return final
@@ -117,36 +117,29 @@ def find_adapter(path: str | Path) -> Path:
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:
     """Refuse what `lora_rules.check_lora` refuses to train, by the file alone."""
+    has = f"{folder} has"
     if config.get("peft_type") != "LORA":
-        raise _unsupported(folder, f"a {config.get('peft_type')} adapter, not LoRA")
+        raise UnsupportedAdapter(f"{has} a {config.get('peft_type')} adapter, not LoRA")
     for name in (*REFUSED_LORA_FIELDS, *_VARIANTS, "fan_in_fan_out"):
         if config.get(name):
-            raise _unsupported(
-                folder, f"{name}={config[name]!r}, and only plain LoRA on linear layers can be merged or served"
-            )
+            raise UnsupportedAdapter(f"{has} {name}={config[name]!r}: only plain LoRA on linear layers is supported")
     if config.get("bias", "none") != "none":
-        raise _unsupported(folder, f"bias={config['bias']!r}: trained biases are no part of LoRA")
-    if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise _unsupported(folder, f"init_lora_weights={config['init_lora_weights']!r}, which changed its base weights")
+        raise UnsupportedAdapter(f"{has} bias={config['bias']!r}: trained biases are not supported")
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise UnsupportedAdapter(f"{has} init_lora_weights={init!r}, which changed its base weights")
 
 
 def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, ModuleSpec]:
-    names = {
-        name.removeprefix(PEFT_PREFIX).removesuffix(suffix)
-        for name in shapes
-        for suffix in (LORA_A, LORA_B)
-        if name.endswith(suffix)
-    }
+    names = {name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A).removesuffix(LORA_B) for name in shapes}
     wanted = {PEFT_PREFIX + name + suffix for name in names for suffix in (LORA_A, LORA_B)}
     if not names or shapes.keys() != wanted:
-        odd = sorted(shapes.keys() ^ wanted)[:3]
-        raise _unsupported(folder, f"tensors that are no pairs of lora_A and lora_B: {', '.join(odd) or 'none at all'}")
+        odd = ", ".join(sorted(shapes.keys() ^ wanted)[:3]) or "none at all"
+        raise UnsupportedAdapter(f"{folder} holds tensors that are no pairs of lora_A and lora_B: {odd}")
     modules = {}
     for name in sorted(names):
         a, b = (shapes[PEFT_PREFIX + name + suffix] for suffix in (LORA_A, LORA_B))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            message = f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices"
-            raise MalformedAdapter(message)
+            raise MalformedAdapter(f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices")
         modules[name] = ModuleSpec(rank=a[0], scaling=_scaling(config, name, a[0]))
     return modules
 
@@ -159,16 +152,9 @@ def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _if_there(path: Path) -> dict[str, Any]:
-    return _json_file(path) if path.is_file() else {}
-
-
 def _json_file(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty if there is no such file."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
         raise InvalidRequest(f"{path} cannot be read: {error}") from error
-
-
-def _unsupported(folder: Path, what: str) -> LockstepError:
-    return UnsupportedAdapter(f"{folder} holds {what}")
