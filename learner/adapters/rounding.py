@@ -1,8 +1,8 @@
 """How much of each optimizer step is lost to rounding under DeepSpeed ZeRO-3.
 
-TRL leaves the adapter in the base's dtype there, usually bfloat16. The optimizer updates a float32 copy; forward passes,
-pushes and checkpoints use the copy rounded to that dtype. Small updates add up in the copy until they move the adapter
-by one unit in its last place.
+TRL leaves the adapter in the base's dtype there, usually bfloat16. The optimizer updates a float32 copy; forwards,
+pushes and checkpoints use that copy, rounded. Small updates add up in the copy until they move the adapter by one unit
+in its last place.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from shared.errors import InvalidRequest
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 
-#: Policies that a server has by itself; all others are adapters on disk.
+#: Policies that a server has already; all others are adapters on disk.
 SERVED = ("base", "latest")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code."""
+    """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
     task_args = _json_option(options.task_args, "--task-args")
     chat_kwargs = _json_option(options.chat_template_kwargs, "--chat-template-kwargs")
@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if not task.reward_funcs:
         raise InvalidRequest(
-            f"{task.name} has no reward functions to score answers with (an environment's reward needs its tools, and "
-            "TRL, to be run): name some with --reward-funcs, or another task"
+            f"{task.name} has no reward functions to score completions with (an environment's reward needs its tools "
+            "and TRL): name some with --reward-funcs, or another task"
         )
     try:
         sampling = SamplingParams(
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         with stop_on_signals(), RolloutClient(options.rollout_url, token, ca_file=options.ca_file) as client:
             client.wait_ready(options.ready_timeout_s)
             results = [ask(client, name, stored) for name, stored in policies.items()]
-    except Stopped as stopped:  # on the way up here a temporary run has been ended
+    except Stopped as stopped:  # the temporary run has ended by now
         raise KeyboardInterrupt from stopped
     print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
     print("\n".join(comparison_table(results)))
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 def _serving(
     client: RolloutClient, name: str, stored: StoredAdapter | None, run_id: str | None
 ) -> Iterator[tuple[PolicySelector, str | None]]:
-    """What to ask for, and the run, to be answered by a policy of the command line."""
+    """Serve a policy of the command line for the block. Yield its selector and run id for requests."""
     if stored is None:
         yield ("base" if name == "base" else "latest"), run_id
         return

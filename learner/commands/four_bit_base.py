@@ -1,8 +1,8 @@
-"""QLoRA: a base that the learner can hold in four bits without being another policy than the server.
+"""`learner four-bit-base`: a base for QLoRA that is the same policy in the learner and on the server.
 
 Quantizing a base moves its logprobs far more than rounding does (SmolLM2-135M's by 1 nat rms in nf4), so a learner with
 a quantized base and a server with the original hold two policies. Instead both get a base that was quantized already:
-every weight is one of the 16 values of its block, so that quantizing it again changes nothing. The learner holds it in
+every weight is one of the 16 values of its block, and quantizing it again changes nothing. The learner holds it in
 four bits, the server in its own dtype, and both compute with the same numbers.
 
 Four bits as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314): blocks of 64 weights, a scale and 16 code values.
@@ -31,13 +31,11 @@ _ROUNDS = 8
 
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
-    """Write `model` to `out` with its linear layers quantized. Answers how many those are; the others stay as they are.
-
-    `out` is there whole or not at all.
+    """Write `model` to `out`, atomically, with its linear layers quantized. Return the number of these layers.
 
     Args:
         model: a directory, or a repository of the hub.
-        dtype: of all weights, and of the learner's `--dtype` later.
+        dtype: of all weights, and the learner's `--dtype` later.
 
     Raises:
         LockstepError: `invalid_request`.
@@ -53,18 +51,17 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     folder = fetch_base(model, revision)
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
         raise InvalidRequest(f"{model} is quantized already: name the checkpoint that it was made from")
-    as_four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=getattr(torch, dtype)
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=as_four_bits)
+    torch_dtype = getattr(torch, dtype)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch_dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, quantization_config=bits)
     layers = [name for name, module in loaded.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
         raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantizes")
-    loaded = loaded.dequantize(getattr(torch, dtype))
+    loaded = loaded.dequantize(torch_dtype)
     with torch.no_grad():
         for name in layers:
             weight = loaded.get_submodule(name).weight
-            weight.copy_(_settled(weight.detach(), quant_type, name))
+            weight.copy_(_quantize_until_stable(weight.detach(), quant_type, name))
     setattr(loaded.config, FOUR_BIT, {"quant_type": quant_type, "dtype": dtype})
     with atomic_directory(target) as building:
         loaded.save_pretrained(building)
@@ -72,8 +69,8 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     return len(layers)
 
 
-def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
-    """Quantized until that changes nothing: the first time rounds the scale of each block to the weights' dtype."""
+def _quantize_until_stable(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
+    """Quantize until nothing changes: the first time rounds the scale of each block to the weights' dtype."""
     import torch
     from bitsandbytes import functional
 
@@ -86,7 +83,7 @@ def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code."""
+    """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
     layers = make_base(
         options.model, options.out, revision=options.model_revision, dtype=options.dtype, quant_type=options.quant_type
@@ -101,7 +98,9 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Flags of `learner four-bit-base`."""
-    summary = "A base model for QLoRA, the same for a learner that holds it in four bits and a server that does not."
+    summary = (
+        "Make a base model for QLoRA: the same for a learner that holds it in four bits and a server that does not."
+    )
     parser = argparse.ArgumentParser(prog="learner four-bit-base", description=summary, allow_abbrev=False)
     add = either_spelling(parser)
     add("model", help="a model's directory, or its name on the hub")

@@ -19,9 +19,6 @@ def write_curve(
     eval_before: tuple[float, int] | None,
     eval_after: tuple[float, int] | None,
     title: str,
-    *,
-    sampled_label: str = "sampled reward, mean of a step's batch",
-    eval_label: str = "held-out questions",
 ) -> None:
     """Draw the reward of every step, and the evaluations before and after training, into a PNG.
 
@@ -42,40 +39,22 @@ def write_curve(
     if points:
         steps, rewards = zip(*points, strict=True)
         window = max(3, len(points) // 10)
-        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=sampled_label)
-        axes.plot(
-            steps,
-            trailing_mean(rewards, window),
-            color=BLUE,
-            linewidth=2,
-            label=f"its mean over the last {window} steps",
-        )
-    labelled = False
-    for evaluation, step in ((eval_before, 0), (eval_after, last)):
-        if evaluation is not None:
-            mean, n = evaluation
-            _draw_eval(axes, step, mean, n, None if labelled else f"{eval_label} (n = {n}), 95% interval")
-            labelled = True
-    _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
+        label = "sampled reward, mean of a step's batch"
+        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=label)
+        label = f"its mean over the last {window} steps"
+        axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
+    evaluations = [(step, *e) for step, e in ((0, eval_before), (last, eval_after)) if e is not None]
+    for number, (step, mean, n) in enumerate(evaluations):
+        _draw_eval(axes, step, mean, n, None if number else f"held-out questions (n = {n}), 95% interval")
+    _decorate(axes, title, last, [r for _, r in points] + [mean for _, mean, _ in evaluations])
     with atomic_file(Path(path)) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 
 def _draw_eval(axes: Any, step: int, mean: float, n: int, label: str | None) -> None:
     low, high = wilson_interval(mean, n)
-    axes.errorbar(
-        [step],
-        [mean],
-        yerr=[[mean - low], [high - mean]],
-        fmt="D",
-        color=ORANGE,
-        markersize=7,
-        capsize=5,
-        linewidth=1.8,
-        label=label,
-        zorder=5,
-        clip_on=False,
-    )
+    style = {"fmt": "D", "color": ORANGE, "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5}
+    axes.errorbar([step], [mean], yerr=[[mean - low], [high - mean]], label=label, clip_on=False, **style)
     # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
     above = mean <= 0.85
     axes.annotate(
@@ -96,7 +75,7 @@ def _draw_eval(axes: Any, step: int, mean: float, n: int, label: str | None) -> 
 def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
     margin = max(1.0, 0.03 * last)
     axes.set_xlim(-margin, last + margin)
-    # Scores between 0 and 1 get the whole scale, so that no small gain is drawn as a large one.
+    # Scores between 0 and 1 get the full scale, so that a small gain does not look like a large one.
     if all(0 <= v <= 1 for v in values):
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -111,5 +90,5 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
         spine.set_visible(name == "bottom")
         spine.set_color("#c5c9d0")
     if values:
-        # Below the axes: inside there is no corner that no curve ever visits.
+        # Below the axes: inside, some curve visits every corner.
         axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)

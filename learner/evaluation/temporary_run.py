@@ -1,4 +1,4 @@
-"""A stored adapter on a server for a while, in a run of its own: no training notices, and nothing of it stays."""
+"""Serve a stored adapter temporarily, in a run of its own beside any training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shared.weights import AdapterManifest, WeightVersion
 
 @contextlib.contextmanager
 def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[WeightVersion]:
-    """Push `adapter` into a new run of the server, which is ended with the block. Yields what it is served as.
+    """Push `adapter` into a new run of the server, which ends with the block. Yield its version.
 
     Raises:
-        LockstepError: `no_free_run` if the server has no room for one, and what it refuses.
+        LockstepError: `no_free_run` if the server has no room for another run, and the server's other errors.
     """
     version = WeightVersion(run_id=f"eval-{secrets.token_hex(4)}", step=adapter.step or 0)
     lease = secrets.token_hex(16)
@@ -36,7 +36,7 @@ def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[Wei
             ) from error
         yield version
     finally:
-        with contextlib.suppress(LockstepError):  # what happened before says more
+        with contextlib.suppress(LockstepError):  # the error of the block says more
             client.delete_run(version.run_id, lease)
 
 
@@ -65,7 +65,7 @@ def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> 
 
 
 def _base_weights(adapter: StoredAdapter) -> str | None:
-    """Fingerprint of the base it was trained on, from its run, or from that base where it is at hand."""
+    """Return the fingerprint of its base: from its run's summary, else from the base itself if it is on disk."""
     named = adapter.config.get("base_model_name_or_path")
     if (known := adapter.run.get("base_weights")) is not None or not named or not Path(named).is_dir():
         return known
