@@ -13,6 +13,7 @@ from typing import Any
 
 from learner.adapters.stored import StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
+from learner.config import json_object
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult, comparison_document, comparison_table
 from learner.evaluation.temporary_run import temporary_run
@@ -118,9 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["latest"],
         metavar="POLICY",
-        help="base, latest, or a stored adapter: a run's "
-        "output_dir, a checkpoint, a PEFT directory, served in a run of its own meanwhile. Several are compared with "
-        "the first (default latest)",
+        help="base, latest, or a stored adapter: a run's output_dir, a checkpoint, a PEFT directory, served in a run of "
+        "its own meanwhile. Several are compared with the first (default latest)",
     )
     add("--run-id", help="which run, where the server serves several")
     add("--n", type=int, default=1, help="completions per question (default %(default)s)")
@@ -137,12 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _json_option(value: str | None, flag: str) -> dict[str, Any]:
     try:
-        document = json.loads(value) if value else {}
+        return json_object(value, flag)
     except ValueError as error:
-        raise InvalidRequest(f"{flag} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"{flag} must be a JSON object")
-    return document
+        raise InvalidRequest(str(error)) from error
 
 
 def _show(done: int, total: int) -> None:

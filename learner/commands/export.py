@@ -45,7 +45,10 @@ def export(
             `learner.adapters.stored.open_adapter`.
     """
     adapter, target = open_adapter(source), Path(out).absolute()
-    model, revision = (model, revision) if model else (_named_base(adapter), revision or adapter.config.get("revision"))
+    if not model:
+        model, revision = adapter.config.get("base_model_name_or_path"), revision or adapter.config.get("revision")
+    if not model:
+        raise InvalidRequest(f"{adapter.folder} does not name its base model: name it with --model_name_or_path")
     adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": model, "revision": revision})
     _check_target(target, force, sources=(adapter.folder, Path(model)))
     with atomic_directory(target) as building:
@@ -81,13 +84,6 @@ def main(argv: Sequence[str]) -> int:
     size = sum(path.stat().st_size for path in Path(options.out).iterdir())
     print(f"{source}, {what}, is in {options.out} ({size / 2**20:,.1f} MiB)")
     return 0
-
-
-def _named_base(adapter: StoredAdapter) -> str:
-    name = adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise InvalidRequest(f"{adapter.folder} does not say which base it is for: name it with --model_name_or_path")
-    return str(name)
 
 
 def _check_base(adapter: StoredAdapter, base: Path) -> None:

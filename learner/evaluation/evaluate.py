@@ -89,18 +89,13 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
 
 def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float | None]:
     values = function(**arguments)
-    if inspect.isawaitable(values):
-        values = asyncio.run(_awaited(values))
+    if inspect.iscoroutine(values):
+        values = asyncio.run(values)
     if len(values) != len(arguments["prompts"]):
         raise InvalidRequest(
-            f"reward function {_name(function)} returned {len(values)} rewards for "
-            f"{len(arguments['prompts'])} completions"
+            f"reward function {_name(function)} returned {len(values)} rewards for {len(arguments['prompts'])} completions"
         )
     return [None if value is None else float(value) for value in values]
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -38,15 +38,10 @@ def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
             ) from error
         if run_id in (None, kept.run_id):
             return Lease(kept.run_id, kept.secret, kept.fence + 1)
-    return Lease(run_id or default_run_id(output_dir), secrets.token_hex(16), 0)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output_dir).resolve().name).strip("-._")[:48] or "run"
+    return Lease(run_id or f"{stem}-{secrets.token_hex(3)}", secrets.token_hex(16), 0)
 
 
 def save_lease(output_dir: str | Path, lease: Lease) -> None:
     """Write the lease atomically, readable by its owner only."""
     write_atomically(Path(output_dir) / LEASE_FILE, json.dumps(asdict(lease)), mode=0o600, durable=True)
-
-
-def default_run_id(output_dir: str | Path) -> str:
-    """Return a run id made of the directory's name and a random suffix."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(output_dir).resolve().name).strip("-._")[:48] or "run"
-    return f"{stem}-{secrets.token_hex(3)}"
