@@ -24,7 +24,7 @@ import yaml
 
 from bench.common.report import Row, Told, aligned, cpu_name, describe, machine
 from learner.demo.__main__ import RECIPE
-from learner.evaluation.statistics import EvalPoint
+from learner.evaluation.statistics import wilson_interval
 from learner.monitors.charts import trailing_mean
 from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 
@@ -118,7 +118,7 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
             linewidth=1.3,
             label=f"S = {row['max_staleness']}: sampled reward, mean of 5 steps" if first else None,
         )
-        low, high = EvalPoint(row["eval_after"], row["eval_questions"]).interval()
+        low, high = wilson_interval(row["eval_after"], row["eval_questions"])
         after = row["eval_after"]
         axes.errorbar(
             [ends[-1]],

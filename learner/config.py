@@ -151,7 +151,7 @@ class LearnerConfig:
         if isinstance(self.rollout_url, str):
             self.rollout_url = [self.rollout_url]
         for name in ("task_args", "lora_kwargs"):
-            setattr(self, name, _json_object(getattr(self, name), name))
+            setattr(self, name, json_object(getattr(self, name), name))
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port {self.metrics_port}: a port is between 1 and 65535; 0 serves no metrics")
         if self.max_staleness < 0:
@@ -183,12 +183,12 @@ class LearnerConfig:
     @property
     def task_options(self) -> dict[str, Any]:
         """`task_args` as a dict."""
-        return _json_object(self.task_args, "task_args")
+        return json_object(self.task_args, "task_args")
 
     @property
     def lora_options(self) -> dict[str, Any]:
         """`lora_kwargs` as a dict."""
-        return _json_object(self.lora_kwargs, "lora_kwargs")
+        return json_object(self.lora_kwargs, "lora_kwargs")
 
     def require_urls(self) -> list[str]:
         """Where the rollout servers are.
@@ -218,7 +218,12 @@ class LearnerConfig:
         return self.task
 
 
-def _json_object(value: dict | str | None, name: str) -> dict[str, Any]:
+def json_object(value: dict | str | None, name: str) -> dict[str, Any]:
+    """Return the JSON object that option `name` gives as text, or has been given as a dict.
+
+    Raises:
+        ValueError: if it is something else.
+    """
     if value is None or value == "":
         return {}
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""A PEFT model's adapter as one flat tensor and its header: what a push carries."""
+"""Export a PEFT model's active adapter as one flat tensor and its header: the body of a push."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from learner.utils.distributed import gathered, shape_of, whole
+from learner.adapters.stored import PEFT_PREFIX
+from learner.utils.distributed import full_shape, full_tensor, gathered
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
 from shared.checksum import block_sums, block_weights, checksum
 from shared.collective import Announcement
 from shared.errors import NotFinite, UnsupportedAdapter
 from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
-PEFT_PREFIX = "base_model.model."
-#: What torch.compile and activation checkpointing put into the names of modules.
+#: Parts that torch.compile and activation checkpointing add to the names of modules.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,9 +30,9 @@ class AdapterExport:
     """One version of an adapter, ready to be sent.
 
     Attributes:
-        layout: what all adapters of this exporter have in common.
-        flat: 1-D, of the server's LoRA dtype, on the model's device: all tensors one after the other. The next
-            export overwrites it.
+        layout: names and shapes of the tensors, the same in every export.
+        flat: all tensors one after the other, 1-D, of the server's LoRA dtype, on the model's device. The next export
+            overwrites it.
     """
 
     manifest: AdapterManifest
@@ -40,17 +40,17 @@ class AdapterExport:
     flat: torch.Tensor
 
     def announcement(self) -> Announcement:
-        """What the server must know before the tensors come by broadcast."""
+        """Return the announcement that precedes a broadcast of the tensors."""
         return Announcement(version=self.manifest.version, checksum=self.manifest.checksum, layout=self.layout.key)
 
     def pieces(self) -> list[bytes | memoryview]:
-        """The whole blob in host memory, without joining it."""
+        """Return the safetensors blob in host memory: header and tensors, not joined."""
         host = torch.empty_like(self.flat, device="cpu", pin_memory=self.flat.is_cuda).copy_(self.flat)
         return [self.layout.header(self.manifest), memoryview(host.view(torch.uint8).numpy())]
 
 
 def active_adapter(model: PeftModel) -> str:
-    """Name of the one adapter being trained.
+    """Return the name of the adapter being trained.
 
     Raises:
         LockstepError: `unsupported_adapter` if several are active at once.
@@ -62,7 +62,11 @@ def active_adapter(model: PeftModel) -> str:
 
 
 def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Module name as the server knows it -> layer that carries `adapter`."""
+    """Return the layers that carry `adapter`, by module name in the base model.
+
+    Raises:
+        LockstepError: `unsupported_adapter` for an embedding.
+    """
     layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -76,40 +80,20 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def peft_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The active adapter's parameters under the names of PEFT's adapter files.
-
-    PEFT's own names are others where activation checkpointing has wrapped the layers, and its files are empty then.
-    """
-    adapter = active_adapter(model)
-    weights = {}
-    for name, layer in lora_layers(model, adapter).items():
-        weights[PEFT_PREFIX + name + LORA_A] = layer.lora_A[adapter].weight
-        weights[PEFT_PREFIX + name + LORA_B] = layer.lora_B[adapter].weight
-    return weights
-
-
-def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The values of `peft_weights`, whole on every rank. Collective where they are sharded."""
-    weights = peft_weights(model)
-    with gathered(list(weights.values())):
-        return {name: whole(weight.detach()).clone() for name, weight in weights.items()}
-
-
 class AdapterExporter:
-    """Reads the active adapter of a PEFT model, again and again.
+    """Exports the active adapter of a PEFT model after every step.
 
-    B is multiplied by the layer's scaling in float32, then A and B are rounded once to the server's dtype. The model's
-    parameters must stay the objects they are; their values are read at every export.
+    Multiplies B by the layer's scaling in float32, then rounds A and B once to the server's dtype. Reads the values at
+    every export, from the parameter objects that the model had when this was made.
 
     Args:
-        model: unwrapped (no DDP) PEFT model with plain LoRA layers; ZeRO-3 may have sharded it, or FSDP2, then with
-            all of it resharded (`learner.utils.distributed.reshard`).
+        model: unwrapped (no DDP) PEFT model with plain LoRA layers. It may be sharded by ZeRO-3, or by FSDP2 if all
+            of it is resharded (`learner.utils.distributed.reshard`).
         dtype: the server's `lora_dtype`.
         base_weights: fingerprint of the base the adapter is trained on.
 
     Raises:
-        LockstepError: `unsupported_adapter` if anything trainable would be left out.
+        LockstepError: `unsupported_adapter` if a trainable parameter is not part of the adapter.
     """
 
     def __init__(self, model: PeftModel, *, dtype: str, base_weights: str | None = None) -> None:
@@ -129,19 +113,17 @@ class AdapterExporter:
         self._check_trainable()
         shapes: dict[str, tuple[int, ...]] = {}
         for name, a_RI, b_OR in zip(self.layers, self._a, self._b, strict=True):
-            shapes |= {name + LORA_A: shape_of(a_RI), name + LORA_B: shape_of(b_OR)}
+            shapes |= {name + LORA_A: full_shape(a_RI), name + LORA_B: full_shape(b_OR)}
         self.layout = Layout(lay_out(shapes, dtype))
         self._template: AdapterManifest | None = None
         self._scalings: list[float] = []
-        self.flat = torch.empty(
-            sum(math.prod(shape) for shape in shapes.values()), dtype=TORCH_DTYPES[dtype], device=self._a[0].device
-        )
-        views = self.flat.split([math.prod(shape) for shape in shapes.values()])
-        self._views = [view.view(shape) for view, shape in zip(views, shapes.values(), strict=True)]
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self.flat = torch.empty(sum(sizes), dtype=TORCH_DTYPES[dtype], device=self._a[0].device)
+        self._views = [v.view(shape) for v, shape in zip(self.flat.split(sizes), shapes.values(), strict=True)]
         self._weights = torch.from_numpy(block_weights()).to(self.flat.device)
 
     def export(self, version: WeightVersion) -> AdapterExport:
-        """The adapter as it is now, called `version`; whole on every rank. Collective where it is sharded.
+        """Export the current values as `version`, unsharded on every rank. Collective if the model is sharded.
 
         Raises:
             LockstepError: `not_finite` if it holds NaN or infinity (after rounding), `unsupported_adapter` if
@@ -154,37 +136,33 @@ class AdapterExporter:
         scalings = [float(layer.scaling[self.adapter]) for layer in self.layers.values()]
         with torch.no_grad():
             with gathered([*self._a, *self._b]):
-                torch._foreach_copy_(self._views[::2], [whole(w) for w in self._a])
-                torch._foreach_copy_(
-                    self._views[1::2], torch._foreach_mul([whole(w).float() for w in self._b], scalings)
-                )
+                torch._foreach_copy_(self._views[::2], [full_tensor(w) for w in self._a])
+                scaled = torch._foreach_mul([full_tensor(w).float() for w in self._b], scalings)
+                torch._foreach_copy_(self._views[1::2], scaled)
             self._refuse_not_finite(version)
-            sums = torch.cat(list(block_sums(self._as_integers(), self._weights))).cpu().numpy().tobytes()
+            elements = self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
+            sums = torch.cat(list(block_sums(elements, self._weights))).cpu().numpy().tobytes()
         if self._template is None or scalings != self._scalings:
             self._template, self._scalings = self._manifest(version, scalings), scalings
         update = {"version": version, "checksum": checksum(self.layout.index, sums)}
         return AdapterExport(self._template.model_copy(update=update), self.layout, self.flat)
 
     def _manifest(self, version: WeightVersion, scalings: list[float]) -> AdapterManifest:
-        """What manifests have in common; making it anew for every push would cost more than the transfer."""
-        ranks = [shape_of(weight)[0] for weight in self._a]
+        """Return a manifest to copy for every push: making one takes longer than the transfer."""
         return AdapterManifest(
             version=version,
             base_weights=self.base_weights,
             dtype=self.dtype,
             checksum="",
-            peft_config=plain_config(self.model.peft_config[self.adapter]),
+            peft_config=_plain_config(self.model.peft_config[self.adapter]),
             modules={
-                name: ModuleSpec(rank=rank, scaling=scaling)
-                for name, rank, scaling in zip(self.layers, ranks, scalings, strict=True)
+                name: ModuleSpec(rank=full_shape(a_RI)[0], scaling=scaling)
+                for name, a_RI, scaling in zip(self.layers, self._a, scalings, strict=True)
             },
         )
 
-    def _as_integers(self) -> torch.Tensor:
-        return self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
-
     def _check_trainable(self) -> None:
-        """Whatever is trained must be pushed, or the server would sample from another policy."""
+        """Refuse trainable parameters that are not pushed: the server would sample from another policy."""
         left = [name for name, p in self._others if p.requires_grad]
         if left:
             raise UnsupportedAdapter(
@@ -204,8 +182,7 @@ class AdapterExporter:
             )
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """A PEFT config as plain JSON values."""
+def _plain_config(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict(), default=lambda o: sorted(o) if isinstance(o, set) else str(o)))
 
 

@@ -1,4 +1,4 @@
-"""Refuses LoRA configurations that cannot be served as they are trained."""
+"""LoRA training that a server can serve exactly: rules for the adapter, its rank and targets, and the base model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from learner.adapters.quantization import check_quantized
+from learner.adapters.quantization import check_quantization
 from shared.errors import RankTooHigh, UnsupportedAdapter
 from shared.weights import ServerState
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-#: Initializations that leave the base weights as they are.
+#: Initializations that leave the base weights unchanged.
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-#: LoraConfig field -> what to do instead. Refused when set.
+#: LoraConfig fields that are refused when set -> what to do instead.
 REFUSED_LORA_FIELDS = {
     "modules_to_save": "only the adapter travels to the server; leave modules_to_save out",
     "trainable_token_indices": "trained token embeddings cannot be served; leave trainable_token_indices out",
@@ -31,15 +29,11 @@ REFUSED_LORA_FIELDS = {
     "megatron_config": "leave megatron_config out",
     "ensure_weight_tying": "adapters on tied embeddings cannot be served; leave ensure_weight_tying out",
 }
-
-
 _EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert|block_sparse_moe|gate)(\.|$)")
-
-
 _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|image_encoder)(\.|$)")
 
 
-def check_lora(config: LoraConfig | None, adapter_type: str = "LORA") -> None:
+def check_lora(config: LoraConfig | None) -> None:
     """Refuse everything but plain LoRA; rsLoRA, rank_pattern, alpha_pattern and subsets of layers are plain.
 
     Raises:
@@ -51,7 +45,7 @@ def check_lora(config: LoraConfig | None, adapter_type: str = "LORA") -> None:
             "Set use_peft (and lora_r, lora_target_modules), or pass a peft_config to the trainer"
         )
     kind = getattr(getattr(config, "peft_type", None), "value", config.__class__.__name__)
-    if kind != adapter_type:
+    if kind != "LORA":
         raise UnsupportedAdapter(f"a {kind} adapter cannot be served: use peft.LoraConfig")
     if config.bias != "none":
         raise UnsupportedAdapter(f"bias={config.bias!r}: trained biases cannot be served; set bias='none'")
@@ -71,11 +65,7 @@ def check_lora(config: LoraConfig | None, adapter_type: str = "LORA") -> None:
 
 
 def check_rank(config: LoraConfig, state: ServerState) -> None:
-    """The highest rank of any module fits into the server's slots.
-
-    Raises:
-        LockstepError: `rank_too_high`.
-    """
+    """Refuse an adapter whose highest rank does not fit into the server's slots: `rank_too_high`."""
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > state.max_lora_rank:
         raise RankTooHigh(
@@ -85,11 +75,7 @@ def check_rank(config: LoraConfig, state: ServerState) -> None:
 
 
 def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
-    """No adapter on vision parts, nor on experts or routers of a mixture of experts.
-
-    Raises:
-        LockstepError: `unsupported_adapter`.
-    """
+    """Refuse adapters on vision parts, and on experts or routers: `unsupported_adapter`."""
     for name in module_names:
         if _VISION.search(name):
             raise UnsupportedAdapter(f"{name} belongs to a vision encoder; take it out of target_modules")
@@ -98,12 +84,8 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
 
 
 def check_model(model_config: Any) -> None:
-    """A text model, whole or in four bits; models with a vision or audio part are not supported yet.
-
-    Raises:
-        LockstepError: `unsupported_adapter`.
-    """
+    """Refuse models with a vision or audio part, and inexact quantization: `unsupported_adapter`."""
     for part in ("vision_config", "audio_config"):
         if getattr(model_config, part, None) is not None:
             raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
-    check_quantized(model_config)
+    check_quantization(model_config)

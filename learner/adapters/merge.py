@@ -1,105 +1,60 @@
-"""A base checkpoint with an adapter in its weights: W0 + s·B·A in float32, rounded once, a block of rows at a time."""
+"""Merge an adapter into its base checkpoint: W0 + s·B·A in float32, rounded once, one shard at a time."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from safetensors.torch import save_file
 
+from learner.adapters.base_dir import copy_files
 from learner.adapters.quantization import FOUR_BIT
-from learner.adapters.safetensors_file import WIDENED, TensorFile, item_bytes, rounded, widened, write_tensors
-from learner.adapters.stored import StoredAdapter
-from shared.adapter_file import DTYPES
+from learner.adapters.stored import FLOATS, StoredAdapter, open_tensors
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
 
 INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
-#: What tells a text how to become token ids, and back; the weights aside, all of a model that is copied as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _CONFIG_FILE, _GENERATION_FILE = "config.json", "generation_config.json"
-_BLOCK_ELEMENTS = 2**24  # converted at a time: bounds the memory
+_BLOCK_ELEMENTS = 2**24  # bounds the memory of float32 copies
 
 
-def fetch_base(name: str, revision: str | None = None) -> Path:
-    """Directory of a base model: `name` itself, or the hub's repository (cached or downloaded).
+def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
+    """Write the merged model's weights and configuration into `out`, in as many shards as the base has.
 
-    Raises:
-        LockstepError: `invalid_request` if there is none.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", *TOKENIZER_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise InvalidRequest(
-            f"the base model {name!r} is no directory here and cannot be had from the hub "
-            f"({str(error).splitlines()[0]}); name it with --model_name_or_path"
-        ) from error
-
-
-def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> int:
-    """Write the merged model's weights and settings into `out`, as many files as the base has. Answers their bytes.
-
-    Tensors without an adapter are rounded to `dtype` as well, those that hold no floats stay as they are.
+    Holds one merged shard in memory. Tensors without an adapter are rounded to `dtype` too; those of other types than
+    float32, bfloat16 and float16 are copied.
 
     Raises:
-        LockstepError: `unsupported_adapter` for a quantized base, `shape_mismatch` if the adapter does not fit it.
+        LockstepError: `unsupported_adapter` for a quantized base, `shape_mismatch` if the adapter does not fit it,
+            `malformed_adapter` if a file of the base is not safetensors.
     """
     config = _config(base)
-    files = [TensorFile(path) for path in _weight_files(base)]
-    _check_fit(adapter, files)
-    shards: dict[str, str] = {}
+    shards = [open_tensors(path) for path in _weight_files(base)]
+    _check_fit(adapter, shards)
+    weight_map: dict[str, str] = {}
     total = 0
-    for number, file in enumerate(files, 1):
-        name = ONE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        layout = {entry.name: _laid_out(entry, dtype) for entry in file.entries.values()}
-        total += write_tensors(out / name, layout, _merged(file, adapter, dtype))
-        shards |= dict.fromkeys(layout, name)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shards.items()))}
+    for number, shard in enumerate(shards, 1):
+        name = ONE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        total += _write_shard(shard, adapter, out / name, dtype)
+        weight_map |= dict.fromkeys(shard.keys(), name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    config.pop("torch_dtype", None)  # what `dtype` was called before
-    config.pop(FOUR_BIT, None)  # merged weights are no longer those of four bits
+    config.pop("torch_dtype", None)  # an older name of `dtype`
+    config.pop(FOUR_BIT, None)  # merged weights do not fit into four bits
     (out / _CONFIG_FILE).write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     copy_files(base, out, (_GENERATION_FILE,))
-    return total
-
-
-def copy_files(source: Path, out: Path, names: tuple[str, ...]) -> None:
-    """Those of the files that are there."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
 
 
 def _config(base: Path) -> dict[str, Any]:
     try:
         config = json.loads((base / _CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise InvalidRequest(f"{base} is no model directory: {error}") from error
+        raise InvalidRequest(f"{base} is not a model directory: {error}") from error
     if config.get("quantization_config"):
         raise UnsupportedAdapter(
-            f"{base} is quantized, and rounding an adapter into its few bits would lose it: name the checkpoint that "
+            f"{base} is quantized, and rounding an adapter to its few bits would lose it: name the checkpoint that "
             "it was quantized from with --model_name_or_path, or export the adapter alone (without --merge)"
         )
     return config
@@ -115,54 +70,46 @@ def _weight_files(base: Path) -> list[Path]:
     )
 
 
-def _check_fit(adapter: StoredAdapter, files: list[TensorFile]) -> None:
-    """Every adapted module has a weight of its own in the base, of the adapter's shape."""
-    weights = {name: entry for file in files for name, entry in file.entries.items()}
+def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> None:
+    """Check that every adapted module has a weight of its own in the base, of the adapter's shape."""
+    weights = {name: shard.get_slice(name) for shard in shards for name in shard.keys()}  # noqa: SIM118
     for module in adapter.modules:
-        weight = weights.get(module + ".weight")
-        if weight is None:
+        name = module + ".weight"
+        if name not in weights:
             raise UnsupportedAdapter(
-                f"the base has no weight {module}.weight of its own (tied to another, or named otherwise in its "
-                f"files), so the adapter of {adapter.folder} cannot be merged into it; export it without --merge"
+                f"the base has no weight {name} of its own (tied to another, or stored under another name), so the "
+                f"adapter of {adapter.folder} cannot be merged into it; export it without --merge"
             )
-        a, b = adapter.pair(module)
-        if weight.shape != (b.shape[0], a.shape[1]) or weight.dtype not in WIDENED:
-            raise ShapeMismatch(
-                f"{weight.name} of the base is {weight.dtype}{list(weight.shape)}, its adapter in {adapter.folder} for "
-                f"floats of [{b.shape[0]}, {a.shape[1]}]; name its own base with --model_name_or_path"
-            )
-
-
-def _laid_out(entry: Any, dtype: str) -> tuple[str, tuple[int, ...], int]:
-    if entry.dtype not in WIDENED:
-        return entry.dtype, entry.shape, entry.end - entry.start
-    return DTYPES[dtype][0], entry.shape, int(np.prod(entry.shape, dtype=np.int64)) * item_bytes(dtype)
-
-
-def _merged(file: TensorFile, adapter: StoredAdapter, dtype: str) -> Iterator[np.ndarray]:
-    """The bytes of a file's tensors, in the order of its header, with the adapter added and in `dtype`."""
-    for entry in file.entries.values():
-        raw = file.raw(entry.name)
-        module = entry.name.removesuffix(".weight")
-        adapted = module in adapter.modules and entry.name != module
-        if entry.dtype not in WIDENED or (entry.dtype == DTYPES[dtype][0] and not adapted):
-            yield raw
-            continue
-        flat = _blocks(raw, entry.dtype, entry.shape[-1] if entry.shape else 1)
-        if not adapted:
-            yield from (rounded(block, dtype) for block in flat)
-            continue
         a_RI, b_OR = adapter.pair(module)
-        first = 0
-        for block in flat:
-            rows = len(block) // a_RI.shape[1]
-            delta = (b_OR[first : first + rows] @ a_RI) * np.float32(adapter.modules[module].scaling)
-            yield rounded(block + delta.reshape(-1), dtype)
-            first += rows
+        shape, code = weights[name].get_shape(), weights[name].get_dtype()
+        if shape != [len(b_OR), a_RI.shape[1]] or code not in FLOATS:
+            raise ShapeMismatch(
+                f"{name} of the base is {code}{shape}, its adapter in {adapter.folder} for "
+                f"floats of [{len(b_OR)}, {a_RI.shape[1]}]; name its own base with --model_name_or_path"
+            )
 
 
-def _blocks(raw: np.ndarray, code: str, row: int) -> Iterator[np.ndarray]:
-    """A tensor's bytes as float32, some whole rows of `row` elements at a time."""
-    step = max(_BLOCK_ELEMENTS // max(row, 1), 1) * max(row, 1) * (4 if code == "F32" else 2)
-    for start in range(0, len(raw), step):
-        yield widened(raw[start : start + step], code)
+def _write_shard(shard: Any, adapter: StoredAdapter, path: Path, dtype: str) -> int:
+    """Write one file of the merged model. Return the bytes of its tensors."""
+    tensors = {}
+    for name in shard.keys():  # noqa: SIM118
+        tensor, module = shard.get_tensor(name), name.removesuffix(".weight")
+        if module in adapter.modules and name != module:
+            tensor = _merged(tensor, *adapter.pair(module), adapter.modules[module].scaling, getattr(torch, dtype))
+        elif shard.get_slice(name).get_dtype() in FLOATS:
+            tensor = tensor.to(getattr(torch, dtype))
+        tensors[name] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _merged(
+    weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> torch.Tensor:
+    merged_OI = torch.empty_like(weight_OI, dtype=dtype)
+    rows = max(_BLOCK_ELEMENTS // a_RI.shape[1], 1)
+    for merged, weight, b in zip(merged_OI.split(rows), weight_OI.split(rows), b_OR.split(rows), strict=True):
+        # NumPy multiplies in float32 always; torch in TF32 on some CPUs, if the training in this process allowed that.
+        delta = torch.from_numpy(b.numpy() @ a_RI.numpy()) * scaling
+        merged.copy_(weight.float() + delta)
+    return merged_OI

@@ -1,4 +1,4 @@
-"""README.md of an exported model or adapter: what it is, how it was made, how to load it."""
+"""README.md of an exported model or adapter: its origin, and how to load it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,38 @@ import yaml
 
 from learner.adapters.stored import StoredAdapter
 
-#: In the card of everything that `learner export` has written.
+#: In every card that `learner export` has written.
 MARK = "lockstep-rl"
+_LOAD_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_DIRECTORY")
+```
+
+```bash
+vllm serve {base} --enable-lora --max-lora-rank RANK --lora-modules policy=THIS_DIRECTORY
+```"""
+_LOAD_MERGED = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", dtype="{dtype}")
+tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
+```
+
+```bash
+vllm serve THIS_DIRECTORY
+```"""
 
 
 def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
-    """The card as Markdown with the hub's YAML on top.
+    """Return the card as Markdown with the hub's YAML on top.
 
     Args:
         adapter: its `config` names the base model.
-        dtype: of a merged model's weights; None: the adapter alone.
+        dtype: of a merged model's weights; None for the adapter alone.
     """
-    base = str(adapter.config["base_model_name_or_path"])
+    base, run = str(adapter.config["base_model_name_or_path"]), adapter.run
     head: dict[str, Any] = {
         "library_name": "transformers" if dtype else "peft",
         "pipeline_tag": "text-generation",
@@ -29,26 +49,28 @@ def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
     }
     if not Path(base).exists():  # the hub's page links to it
         head |= {"base_model": base, "base_model_relation": "finetune" if dtype else "adapter"}
-    name = adapter.run.get("run_id") or f"{Path(base).name}-lora"
+    origin = f"A LoRA adapter for `{base}`, trained with GRPO."
+    if dtype:
+        origin = (
+            f"`{base}` with a LoRA adapter from GRPO merged into its weights (in float32, then rounded to {dtype})."
+        )
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _facts(adapter, base).items())]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        _sentence(base, dtype),
-        _table(_facts(adapter, base)),
-        *_evals(adapter.run),
-        "## Load it",
-        _loading(base, dtype),
+        f"# {run.get('run_id') or f'{Path(base).name}-lora'}",
+        origin,
+        "\n".join(table),
     ]
-    return "\n\n".join(parts) + "\n"
+    if run.get("eval_before") is not None and run.get("eval_after") is not None:
+        parts.append(
+            f"Mean reward of {run.get('eval_questions')} held-out questions: {run['eval_before']:.3f} before training, "
+            f"{run['eval_after']:.3f} after it."
+        )
+    loading = _LOAD_MERGED.format(dtype=dtype) if dtype else _LOAD_ADAPTER.format(base=base)
+    return "\n\n".join([*parts, "## Load it", loading]) + "\n"
 
 
-def _sentence(base: str, dtype: str | None) -> str:
-    if dtype is None:
-        return f"A LoRA adapter for `{base}`, trained with GRPO."
-    return f"`{base}` with a LoRA adapter from GRPO merged into its weights (in float32, then rounded to {dtype})."
-
-
-def _facts(adapter: StoredAdapter, base: str) -> list[tuple[str, str]]:
+def _facts(adapter: StoredAdapter, base: str) -> dict[str, Any]:
     run, config = adapter.run, adapter.config
     revision = config.get("revision")
     ranks = Counter(module.rank for module in adapter.modules.values())
@@ -65,41 +87,4 @@ def _facts(adapter: StoredAdapter, base: str) -> list[tuple[str, str]]:
         "adapted": f"{len(adapter.modules)} linear layers: {', '.join(kinds)}",
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
     }
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _evals(run: dict[str, Any]) -> list[str]:
-    if run.get("eval_before") is None or run.get("eval_after") is None:
-        return []
-    return [
-        f"Mean reward of {run.get('eval_questions')} questions that training never saw: {run['eval_before']:.3f} "
-        f"before training, {run['eval_after']:.3f} after it."
-    ]
-
-
-def _loading(base: str, dtype: str | None) -> str:
-    if dtype is None:
-        return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_DIRECTORY")
-```
-
-```bash
-vllm serve {base} --enable-lora --max-lora-rank RANK --lora-modules policy=THIS_DIRECTORY
-```"""
-    return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
-```
-
-```bash
-vllm serve THIS_DIRECTORY
-```"""
+    return {name: value for name, value in facts.items() if value not in (None, "")}

@@ -1,4 +1,4 @@
-"""The trained adapter as a PEFT directory: written and read where a model may be sharded over several ranks."""
+"""Write and read the active adapter as a PEFT directory, also where the model is sharded over several ranks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from learner.adapters.exporter import active_adapter, peft_tensors, peft_weights
-from learner.adapters.stored import WEIGHTS_FILE
-from learner.utils.distributed import gathered, overwrite
+from learner.adapters.exporter import active_adapter, lora_layers
+from learner.adapters.stored import PEFT_PREFIX, WEIGHTS_FILE
+from learner.utils.distributed import full_tensor, gathered, overwrite
+from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import InvalidRequest
 
 
 def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
-    """Write the active adapter, where PEFT finds it. Collective where it is sharded; the rank that `writes` does so."""
+    """Write the active adapter into `folder`, on the rank that `writes`. Collective if the model is sharded."""
     tensors = peft_tensors(model)
     if writes:
         replace(model.peft_config[active_adapter(model)], inference_mode=True).save_pretrained(folder)
@@ -25,15 +26,35 @@ def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
 
 @torch.no_grad()
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the values that `save_adapter` has written into the active adapter. Collective where it is sharded.
+    """Load values written by `save_adapter` into the active adapter. Collective if the model is sharded.
 
     Raises:
-        LockstepError: `invalid_request` if they are not there, or another adapter's.
+        LockstepError: `invalid_request` if they are missing, or another adapter's.
     """
-    path, weights = folder / WEIGHTS_FILE, peft_weights(model)
+    path, weights = folder / WEIGHTS_FILE, _peft_weights(model)
     tensors = load_file(path) if path.is_file() else {}
     if tensors.keys() != weights.keys():
         raise InvalidRequest(f"{path} does not hold this adapter; resume from another checkpoint")
     with gathered(list(weights.values()), written=True):
         for name, weight in weights.items():
             overwrite(weight, tensors[name].to(weight.device, weight.dtype))
+
+
+def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the active adapter's values under the names of PEFT's files, unsharded on every rank.
+
+    Collective if the model is sharded.
+    """
+    weights = _peft_weights(model)
+    with gathered(list(weights.values())):
+        return {name: full_tensor(weight.detach()).clone() for name, weight in weights.items()}
+
+
+def _peft_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    # PEFT's own function finds other names where activation checkpointing has wrapped the layers, and saves nothing.
+    adapter = active_adapter(model)
+    weights = {}
+    for name, layer in lora_layers(model, adapter).items():
+        weights[PEFT_PREFIX + name + LORA_A] = layer.lora_A[adapter].weight
+        weights[PEFT_PREFIX + name + LORA_B] = layer.lora_B[adapter].weight
+    return weights

@@ -1,4 +1,4 @@
-"""A trained adapter as it lies on disk: found in a run, checked, and read without torch."""
+"""A trained adapter on disk: found in a run, checked, and read. Only reading its values imports torch."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
-from learner.adapters.safetensors_file import TensorFile
 from learner.run_dir.checkpoint import last_checkpoint, load_state
-from learner.run_dir.files import SUMMARY_FILE
-from shared.adapter_file import LORA_A, LORA_B
-from shared.errors import InvalidRequest, LockstepError, MalformedAdapter, NotFinite, UnsupportedAdapter
+from learner.run_dir.files import EVALS_FILE, FINAL_ADAPTER, SUMMARY_FILE
+from shared.adapter_file import DTYPES, LORA_A, LORA_B
+from shared.errors import InvalidRequest, MalformedAdapter, NotFinite, UnsupportedAdapter
 from shared.weights import ModuleSpec
 
+if TYPE_CHECKING:
+    import torch
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-#: Names of a run's output_dir, see `learner.commands.train`.
-FINAL_ADAPTER, EVALS_FILE = "adapter", "summary.json"
 PEFT_PREFIX = "base_model.model."
-#: What PEFT marks as a variant of LoRA, beside the fields that `refusals` names.
+#: Safetensors' names of the dtypes that widen to float32 without loss.
+FLOATS = {code for code, _ in DTYPES.values()}
+#: Options that PEFT marks as variants of LoRA, beside those in `lora_rules`.
 _VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """One PEFT LoRA directory; plain LoRA on linear layers, or it would not have been opened.
+    """A PEFT directory of plain LoRA on linear layers.
 
     Attributes:
         config: adapter_config.json.
         modules: rank and scaling of every adapted module, by its name in the base model.
-        run: the summary of the training it is from, as far as that is known; else empty.
-        step: optimizer steps it was trained for, where that is known.
+        run: summary of its training; empty if unknown.
+        step: optimizer steps it was trained for, if known.
     """
 
     folder: Path
@@ -45,25 +46,37 @@ class StoredAdapter:
     run: dict[str, Any]
     step: int | None
 
-    @cached_property
-    def tensors(self) -> TensorFile:
-        """Its tensors, under PEFT's names."""
-        return TensorFile(self.folder / WEIGHTS_FILE)
-
-    def pair(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        """A [rank, in] and B [out, rank] of a module in float32; the scaling is in neither.
+    def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A [rank, in] and B [out, rank] of a module in float32, without the scaling.
 
         Raises:
-            LockstepError: `not_finite`.
+            LockstepError: `not_finite`; `unsupported_adapter` for other dtypes than float32, bfloat16 and float16.
         """
-        a_RI, b_OR = (self.tensors.float32(PEFT_PREFIX + module + suffix) for suffix in (LORA_A, LORA_B))
-        if not (np.isfinite(a_RI).all() and np.isfinite(b_OR).all()):
+        path = self.folder / WEIGHTS_FILE
+        tensors, names = open_tensors(path), [PEFT_PREFIX + module + suffix for suffix in (LORA_A, LORA_B)]
+        for name in names:
+            if (code := tensors.get_slice(name).get_dtype()) not in FLOATS:
+                raise UnsupportedAdapter(f"{name} in {path} is {code}: only {', '.join(DTYPES)} are supported")
+        a_RI, b_OR = (tensors.get_tensor(name).float() for name in names)
+        if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
             raise NotFinite(f"{module} in {self.folder} holds NaN or infinity")
         return a_RI, b_OR
 
 
+def open_tensors(path: Path, framework: str = "pt") -> Any:
+    """Map a safetensors file into memory; `framework` "np" reads its header without torch.
+
+    Raises:
+        LockstepError: `malformed_adapter` if it is not safetensors, or cut off.
+    """
+    try:
+        return safe_open(path, framework)
+    except (SafetensorError, OSError) as error:
+        raise MalformedAdapter(f"{path} is not a safetensors file, or has been cut off ({error})") from error
+
+
 def open_adapter(path: str | Path) -> StoredAdapter:
-    """The adapter in a PEFT directory, a checkpoint, or a run's output_dir (see `find_adapter`).
+    """Open the adapter in a PEFT directory, a checkpoint, or a run's output_dir (see `find_adapter`).
 
     Raises:
         LockstepError: `invalid_request` if there is none, `unsupported_adapter` for all but plain LoRA,
@@ -72,17 +85,18 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     folder = find_adapter(path)
     config = _json_file(folder / CONFIG_FILE)
     _check_config(config, folder)
-    shapes = {name: entry.shape for name, entry in TensorFile(folder / WEIGHTS_FILE).entries.items()}
+    tensors = open_tensors(folder / WEIGHTS_FILE, "np")
+    shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     state = load_state(folder)
-    run = {**_if_there(folder.parent / EVALS_FILE), **_if_there(folder.parent / SUMMARY_FILE)}
+    run = {**_json_file(folder.parent / EVALS_FILE), **_json_file(folder.parent / SUMMARY_FILE)}
     step = state.step if state else run.get("steps") if folder.name == FINAL_ADAPTER else None
     return StoredAdapter(folder, config, _modules(config, shapes, folder), run, step)
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The PEFT directory that is meant: `path` itself, or in an output_dir what was trained for longest.
+    """Return the PEFT directory at `path`: itself, or in an output_dir the one trained for longest.
 
-    That is the final adapter, unless a training that went on since has left a later checkpoint.
+    That is the final adapter, unless a resumed training has left a later checkpoint.
     """
     folder = Path(path)
     if (folder / CONFIG_FILE).is_file():
@@ -90,7 +104,7 @@ def find_adapter(path: str | Path) -> Path:
     final, last = folder / FINAL_ADAPTER, last_checkpoint(folder)
     has_final = (final / CONFIG_FILE).is_file()
     if last is not None and has_final:
-        state, steps = load_state(last), _if_there(folder / SUMMARY_FILE).get("steps")
+        state, steps = load_state(last), _json_file(folder / SUMMARY_FILE).get("steps")
         has_final = state is None or steps is None or state.step <= steps
     if has_final:
         return final
@@ -102,59 +116,45 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:
-    """What `refusals.check_lora` refuses to train, by the file alone."""
+    """Refuse what `lora_rules.check_lora` refuses to train, by the file alone."""
+    has = f"{folder} has"
     if config.get("peft_type") != "LORA":
-        raise _unsupported(folder, f"a {config.get('peft_type')} adapter, not LoRA")
+        raise UnsupportedAdapter(f"{has} a {config.get('peft_type')} adapter, not LoRA")
     for name in (*REFUSED_LORA_FIELDS, *_VARIANTS, "fan_in_fan_out"):
         if config.get(name):
-            raise _unsupported(
-                folder, f"{name}={config[name]!r}, and only plain LoRA on linear layers can be merged or served"
-            )
+            raise UnsupportedAdapter(f"{has} {name}={config[name]!r}: only plain LoRA on linear layers is supported")
     if config.get("bias", "none") != "none":
-        raise _unsupported(folder, f"bias={config['bias']!r}: trained biases are no part of LoRA")
-    if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise _unsupported(folder, f"init_lora_weights={config['init_lora_weights']!r}, which changed its base weights")
+        raise UnsupportedAdapter(f"{has} bias={config['bias']!r}: trained biases are not supported")
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise UnsupportedAdapter(f"{has} init_lora_weights={init!r}, which changed its base weights")
 
 
 def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, ModuleSpec]:
-    names = {
-        name.removeprefix(PEFT_PREFIX).removesuffix(suffix)
-        for name in shapes
-        for suffix in (LORA_A, LORA_B)
-        if name.endswith(suffix)
-    }
+    names = {name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A).removesuffix(LORA_B) for name in shapes}
     wanted = {PEFT_PREFIX + name + suffix for name in names for suffix in (LORA_A, LORA_B)}
     if not names or shapes.keys() != wanted:
-        odd = sorted(shapes.keys() ^ wanted)[:3]
-        raise _unsupported(folder, f"tensors that are no pairs of lora_A and lora_B: {', '.join(odd) or 'none at all'}")
+        odd = ", ".join(sorted(shapes.keys() ^ wanted)[:3]) or "none at all"
+        raise UnsupportedAdapter(f"{folder} holds tensors that are no pairs of lora_A and lora_B: {odd}")
     modules = {}
     for name in sorted(names):
         a, b = (shapes[PEFT_PREFIX + name + suffix] for suffix in (LORA_A, LORA_B))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            message = f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices"
-            raise MalformedAdapter(message)
+            raise MalformedAdapter(f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices")
         modules[name] = ModuleSpec(rank=a[0], scaling=_scaling(config, name, a[0]))
     return modules
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    """PEFT's: the first pattern that ends the module's name gives its alpha."""
+    """Return PEFT's scaling: alpha comes from the first pattern that matches the end of the module's name."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
     matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
     alpha = next(matching, config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _if_there(path: Path) -> dict[str, Any]:
-    return _json_file(path) if path.is_file() else {}
-
-
 def _json_file(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty if there is no such file."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
         raise InvalidRequest(f"{path} cannot be read: {error}") from error
-
-
-def _unsupported(folder: Path, what: str) -> LockstepError:
-    return UnsupportedAdapter(f"{folder} holds {what}")

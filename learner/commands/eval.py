@@ -13,9 +13,9 @@ from typing import Any
 
 from learner.adapters.stored import StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
+from learner.config import json_object
 from learner.evaluation.evaluate import evaluate
-from learner.evaluation.results import EvalResult
-from learner.evaluation.statistics import document, lines
+from learner.evaluation.results import EvalResult, comparison_document, comparison_table
 from learner.evaluation.temporary_run import temporary_run
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -24,12 +24,12 @@ from shared.errors import InvalidRequest
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 
-#: Policies that a server has by itself; all others are adapters on disk.
+#: Policies that a server has already; all others are adapters on disk.
 SERVED = ("base", "latest")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code."""
+    """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
     task_args = _json_option(options.task_args, "--task-args")
     chat_kwargs = _json_option(options.chat_template_kwargs, "--chat-template-kwargs")
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if not task.reward_funcs:
         raise InvalidRequest(
-            f"{task.name} has no reward functions to score answers with (an environment's reward needs its tools, and "
-            "TRL, to be run): name some with --reward-funcs, or another task"
+            f"{task.name} has no reward functions to score completions with (an environment's reward needs its tools "
+            "and TRL): name some with --reward-funcs, or another task"
         )
     try:
         sampling = SamplingParams(
@@ -78,12 +78,12 @@ def main(argv: Sequence[str]) -> int:
         with stop_on_signals(), RolloutClient(options.rollout_url, token, ca_file=options.ca_file) as client:
             client.wait_ready(options.ready_timeout_s)
             results = [ask(client, name, stored) for name, stored in policies.items()]
-    except Stopped as stopped:  # on the way up here a temporary run has been ended
+    except Stopped as stopped:  # the temporary run has ended by now
         raise KeyboardInterrupt from stopped
     print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
-    print("\n".join(lines(results)))
+    print("\n".join(comparison_table(results)))
     if options.json:
-        Path(options.json).write_text(json.dumps(document(results), indent=2, default=str))
+        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, default=str))
     return 0
 
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
 def _serving(
     client: RolloutClient, name: str, stored: StoredAdapter | None, run_id: str | None
 ) -> Iterator[tuple[PolicySelector, str | None]]:
-    """What to ask for, and the run, to be answered by a policy of the command line."""
+    """Serve a policy of the command line for the block. Yield its selector and run id for requests."""
     if stored is None:
         yield ("base" if name == "base" else "latest"), run_id
         return
@@ -119,9 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["latest"],
         metavar="POLICY",
-        help="base, latest, or a stored adapter: a run's "
-        "output_dir, a checkpoint, a PEFT directory, served in a run of its own meanwhile. Several are compared with "
-        "the first (default latest)",
+        help="base, latest, or a stored adapter: a run's output_dir, a checkpoint, a PEFT directory, served in a run of "
+        "its own meanwhile. Several are compared with the first (default latest)",
     )
     add("--run-id", help="which run, where the server serves several")
     add("--n", type=int, default=1, help="completions per question (default %(default)s)")
@@ -132,23 +131,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", help="write results, differences, and every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")
     add("--ca-file", help="certificate (PEM) of the CA that the server's certificate is from")
-    add(
-        "--ready-timeout-s",
-        type=float,
-        default=60.0,
-        help="wait so long for the server (default %(default)s)",
-    )
+    add("--ready-timeout-s", type=float, default=60.0, help="wait so long for the server (default %(default)s)")
     return parser
 
 
 def _json_option(value: str | None, flag: str) -> dict[str, Any]:
     try:
-        document = json.loads(value) if value else {}
+        return json_object(value, flag)
     except ValueError as error:
-        raise InvalidRequest(f"{flag} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InvalidRequest(f"{flag} must be a JSON object")
-    return document
+        raise InvalidRequest(str(error)) from error
 
 
 def _show(done: int, total: int) -> None:

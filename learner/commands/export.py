@@ -1,4 +1,4 @@
-"""`learner export`: a run's adapter for others to load, alone or merged into its base model."""
+"""`learner export`: write a run's adapter for others to load, alone or merged into its base model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base, merge
+from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.model_card import MARK, model_card
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
-from learner.utils.atomic import is_vacant, whole_directory
+from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
@@ -30,30 +30,35 @@ def export(
     dtype: str = "bfloat16",
     force: bool = False,
 ) -> Path:
-    """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Answers where it was.
+    """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Return its directory.
 
-    Needs neither torch nor much memory: weights go through in blocks. `out` is there whole or not at all.
+    Atomic; a merge holds one shard of the model in memory.
 
     Args:
-        merged: a whole model with the adapter in its weights; else the adapter alone, as PEFT reads it.
+        merged: write a model with the adapter in its weights; else the adapter alone, as PEFT reads it.
         model, revision: the base model; by default the one named in the adapter.
         dtype: of a merged model's weights.
-        force: replace what an earlier export has left in `out`.
+        force: replace an earlier export in `out`.
 
     Raises:
-        LockstepError: `invalid_request`, `unsupported_adapter`, `shape_mismatch`, `base_mismatch`, and what
-            `learner.adapters.stored.open_adapter` raises.
+        LockstepError: `invalid_request`, `unsupported_adapter`, `shape_mismatch`, `base_mismatch`, and the errors of
+            `learner.adapters.stored.open_adapter`.
     """
     adapter, target = open_adapter(source), Path(out).absolute()
-    model, revision = (model, revision) if model else (_named_base(adapter), revision or adapter.config.get("revision"))
+    if not model:
+        model, revision = adapter.config.get("base_model_name_or_path"), revision or adapter.config.get("revision")
+    if not model:
+        raise InvalidRequest(f"{adapter.folder} does not name its base model: name it with --model_name_or_path")
     adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": model, "revision": revision})
     _check_target(target, force, sources=(adapter.folder, Path(model)))
-    with whole_directory(target) as building:
+    with atomic_directory(target) as building:
         if merged:
+            from learner.adapters.merge import merge  # imports torch
+
             base = fetch_base(model, revision)
             _check_base(adapter, base)
             merge(base, adapter, building, dtype)
-            # What the adapter was trained with, chat template included, comes before what its base came with.
+            # The tokenizer and chat template that the adapter was trained with come before the base's.
             own = (adapter.folder / "tokenizer_config.json").is_file()
             copy_files(adapter.folder if own else base, building, TOKENIZER_FILES)
         else:
@@ -64,7 +69,7 @@ def export(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code."""
+    """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
     source = export(
         options.source,
@@ -76,19 +81,13 @@ def main(argv: Sequence[str]) -> int:
         force=options.force,
     )
     what = f"merged in {options.dtype}" if options.merge else "as it is"
-    print(f"{source}, {what}, is in {options.out} ({_size(Path(options.out)) / 2**20:,.1f} MiB)")
+    size = sum(path.stat().st_size for path in Path(options.out).iterdir())
+    print(f"{source}, {what}, is in {options.out} ({size / 2**20:,.1f} MiB)")
     return 0
 
 
-def _named_base(adapter: StoredAdapter) -> str:
-    name = adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise InvalidRequest(f"{adapter.folder} does not say which base it is for: name it with --model_name_or_path")
-    return str(name)
-
-
 def _check_base(adapter: StoredAdapter, base: Path) -> None:
-    """The base is the one that the run was trained on, where the run has kept its fingerprint."""
+    """Refuse another base than the run's, if the run's summary has a fingerprint."""
     trained_on, given = adapter.run.get("base_weights"), fingerprint_checkpoint(str(base)).weights
     if trained_on is not None and trained_on != given:
         raise BaseMismatch(
@@ -99,8 +98,8 @@ def _check_base(adapter: StoredAdapter, base: Path) -> None:
 
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
     if any(source.absolute() == target for source in sources):
-        raise InvalidRequest(f"{target} is what is to be exported; choose another --out")
-    if is_vacant(target):
+        raise InvalidRequest(f"{target} is to be exported itself; choose another --out")
+    if is_missing_or_empty(target):
         return
     if not force:
         raise InvalidRequest(f"{target} exists; choose another --out, or replace it with --force")
@@ -109,17 +108,13 @@ def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
         raise InvalidRequest(f"{target} is no export, so --force does not replace it; choose another --out")
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Flags of `learner export`."""
     parser = argparse.ArgumentParser(prog="learner export", description=__doc__, allow_abbrev=False)
     add = either_spelling(parser)
     add("source", help="a run's output_dir, one of its checkpoints, or a PEFT LoRA directory")
     add("--out", required=True, help="directory to write")
-    add("--merge", action="store_true", help="a whole model, W0 + s*B*A computed in float32 (default: the adapter)")
+    add("--merge", action="store_true", help="write a model, W0 + s*B*A computed in float32 (default: the adapter)")
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of a merged model (default %(default)s)")
     add("--model-name-or-path", help="the base model (default: the one the adapter names)")
     add("--model-revision", help="of the base model on the hub")

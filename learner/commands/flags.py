@@ -1,4 +1,4 @@
-"""Flags of the commands that need no torch, and so no TrlParser."""
+"""Flags of the commands that parse without TRL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def either_spelling(parser: argparse.ArgumentParser) -> Callable[..., Any]:
-    """`add_argument` for flags with dashes, and with underscores as in `learner train`."""
+    """Return an `add_argument` for flags with dashes that also accepts underscores, as `learner train` does."""
 
     def add(flag: str, **kwargs: Any) -> None:
         if not flag.startswith("--"):

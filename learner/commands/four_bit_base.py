@@ -1,8 +1,8 @@
-"""QLoRA: a base that the learner can hold in four bits without being another policy than the server.
+"""`learner four-bit-base`: a base for QLoRA that is the same policy in the learner and on the server.
 
 Quantizing a base moves its logprobs far more than rounding does (SmolLM2-135M's by 1 nat rms in nf4), so a learner with
 a quantized base and a server with the original hold two policies. Instead both get a base that was quantized already:
-every weight is one of the 16 values of its block, so that quantizing it again changes nothing. The learner holds it in
+every weight is one of the 16 values of its block, and quantizing it again changes nothing. The learner holds it in
 four bits, the server in its own dtype, and both compute with the same numbers.
 
 Four bits as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314): blocks of 64 weights, a scale and 16 code values.
@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner.adapters.merge import TOKENIZER_FILES, copy_files, fetch_base
-from learner.adapters.quantization import DTYPES, FOUR_BIT, _check_installed
+from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
+from learner.adapters.quantization import FOUR_BIT, check_bitsandbytes
 from learner.commands.flags import either_spelling
-from learner.utils.atomic import is_vacant, whole_directory
+from learner.utils.atomic import atomic_directory, is_missing_or_empty
+from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -30,49 +31,46 @@ _ROUNDS = 8
 
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
-    """Write `model` to `out` with its linear layers quantized. Answers how many those are; the others stay as they are.
-
-    `out` is there whole or not at all.
+    """Write `model` to `out`, atomically, with its linear layers quantized. Return the number of these layers.
 
     Args:
         model: a directory, or a repository of the hub.
-        dtype: of all weights, and of the learner's `--dtype` later.
+        dtype: of all weights, and the learner's `--dtype` later.
 
     Raises:
         LockstepError: `invalid_request`.
     """
-    _check_installed()
+    check_bitsandbytes()
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     target = Path(out).absolute()
-    if not is_vacant(target):
+    if not is_missing_or_empty(target):
         raise InvalidRequest(f"{target} exists; choose another --out")
     folder = fetch_base(model, revision)
     if json.loads((folder / "config.json").read_text()).get("quantization_config"):
         raise InvalidRequest(f"{model} is quantized already: name the checkpoint that it was made from")
-    as_four_bits = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=getattr(torch, dtype)
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), quantization_config=as_four_bits)
+    torch_dtype = getattr(torch, dtype)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch_dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, quantization_config=bits)
     layers = [name for name, module in loaded.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     if not layers:
         raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantizes")
-    loaded = loaded.dequantize(getattr(torch, dtype))
+    loaded = loaded.dequantize(torch_dtype)
     with torch.no_grad():
         for name in layers:
             weight = loaded.get_submodule(name).weight
-            weight.copy_(_settled(weight.detach(), quant_type, name))
+            weight.copy_(_quantize_until_stable(weight.detach(), quant_type, name))
     setattr(loaded.config, FOUR_BIT, {"quant_type": quant_type, "dtype": dtype})
-    with whole_directory(target) as building:
+    with atomic_directory(target) as building:
         loaded.save_pretrained(building)
         copy_files(folder, building, TOKENIZER_FILES)
     return len(layers)
 
 
-def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
-    """Quantized until that changes nothing: the first time rounds the scale of each block to the weights' dtype."""
+def _quantize_until_stable(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
+    """Quantize until nothing changes: the first time rounds the scale of each block to the weights' dtype."""
     import torch
     from bitsandbytes import functional
 
@@ -85,7 +83,7 @@ def _settled(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code."""
+    """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
     layers = make_base(
         options.model, options.out, revision=options.model_revision, dtype=options.dtype, quant_type=options.quant_type
@@ -100,12 +98,14 @@ def main(argv: Sequence[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Flags of `learner four-bit-base`."""
-    summary = "A base model for QLoRA, the same for a learner that holds it in four bits and a server that does not."
+    summary = (
+        "Make a base model for QLoRA: the same for a learner that holds it in four bits and a server that does not."
+    )
     parser = argparse.ArgumentParser(prog="learner four-bit-base", description=summary, allow_abbrev=False)
     add = either_spelling(parser)
     add("model", help="a model's directory, or its name on the hub")
     add("--out", required=True, help="directory to write")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of both sides' computation (default %(default)s)")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of both sides' computation (default %(default)s)")
     add("--quant-type", choices=QUANT_TYPES, default="nf4", help="the 16 values (default %(default)s)")
     add("--model-revision", help="of the model on the hub")
     return parser

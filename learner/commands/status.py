@@ -133,7 +133,7 @@ class _Clients:
         for url in urls:
             if url not in self._clients:
                 self._clients[url] = self._connect(url)
-        answers = all_of([partial(self._one, url) for url in urls], "status", max(len(urls), 1))
+        answers = all_of([partial(self._one, url) for url in urls], "status")
         newest: dict[str, int] = {}
         known = [(run.run_id, run.version.step) for _, runs in answers for run in runs if run.version]
         if progress and progress.run_id:

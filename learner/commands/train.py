@@ -16,14 +16,12 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
 
 from learner.adapters.lora_rules import check_lora, check_rank
 from learner.adapters.peft_dir import load_adapter
-from learner.adapters.quantization import quantization
-from learner.adapters.stored import FINAL_ADAPTER
+from learner.adapters.quantization import quantization_config
 from learner.commands.export import export
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
 from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
-from learner.run_dir.files import SUMMARY_FILE, write_summary
-from learner.run_dir.provenance import provenance
+from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
 from learner.servers.compatibility import check_base, check_server
 from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
@@ -33,8 +31,6 @@ from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
-#: Where in output_dir a merged model goes.
-MERGED = "merged"
 #: LoRA flags that an adapter given with init_adapter decides itself.
 _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
@@ -71,7 +67,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
-    quantized = quantization(model_args)
+    quantized = quantization_config(model_args)
     pool = meet(config)
     server = pool.up()[0].known
     for replica in pool.up():

@@ -23,7 +23,7 @@ from learner.demo.curve import write_curve
 from learner.demo.model import ensure_demo_model
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult
-from learner.run_dir.files import write_summary
+from learner.run_dir.files import EVALS_FILE, HISTORY_FILE, PAGE_FILE, SUMMARY_FILE, read_lines, write_summary
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.tasks import Task, load_task
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
         say("4/5 the learner: GRPO, an adapter push after every optimizer step")
         _train(model, url, out, options)
-        trained = json.loads((out / "train.json").read_text())
+        trained = json.loads((out / SUMMARY_FILE).read_text())
         say("5/5 after training: the same questions")
         after = _evaluate(client, task, recipe, "latest", out / "eval_after.json")
         total = time.monotonic() - working
@@ -209,14 +209,11 @@ def _report(
         **trained,
         "total_seconds": total,
     }
-    write_summary(out / "summary.json", summary)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    n = after.questions
-    write_curve(
-        out / "curve.png", rows, (before.reward, n), (after.reward, n), title=f"{recipe['task']}, SmolLM2-135M-Instruct"
-    )
+    write_summary(out / EVALS_FILE, summary)
+    n, title = after.questions, f"{recipe['task']}, SmolLM2-135M-Instruct"
+    write_curve(out / "curve.png", read_lines(out / HISTORY_FILE), (before.reward, n), (after.reward, n), title)
     say(f"    right before {before.reward:.3f}, after {after.reward:.3f}")
-    say(f"    see {out / 'run.html'}, {out / 'curve.png'} and {out / 'summary.json'}")
+    say(f"    see {out / PAGE_FILE}, {out / 'curve.png'} and {out / EVALS_FILE}")
 
 
 def _free_port() -> int:

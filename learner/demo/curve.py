@@ -1,4 +1,4 @@
-"""What is left of a run for people: a picture of the reward, and a summary for programs."""
+"""A picture of a run: reward of every step, evaluations before and after training."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learner.evaluation.statistics import EvalPoint
+from learner.evaluation.statistics import wilson_interval
 from learner.monitors.charts import trailing_mean
-from learner.run_dir.files import _atomically
+from learner.utils.atomic import atomic_file
 
 BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
@@ -19,15 +19,14 @@ def write_curve(
     eval_before: tuple[float, int] | None,
     eval_after: tuple[float, int] | None,
     title: str,
-    *,
-    sampled_label: str = "sampled reward, mean of a step's batch",
-    eval_label: str = "held-out questions",
 ) -> None:
     """Draw the reward of every step, and the evaluations before and after training, into a PNG.
 
-    An evaluation is the mean score and the number of questions, see `EvalPoint`; it is drawn with a 95% interval.
-    `rows` are the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
-    The moving average looks back only, so it shows nothing before it was known.
+    The moving average looks back only.
+
+    Args:
+        rows: the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
+        eval_before, eval_after: mean score and number of questions, drawn with a 95% interval.
     """
     points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
     last = max((int(r["step"]) for r in rows), default=0)
@@ -40,45 +39,26 @@ def write_curve(
     if points:
         steps, rewards = zip(*points, strict=True)
         window = max(3, len(points) // 10)
-        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=sampled_label)
-        axes.plot(
-            steps,
-            trailing_mean(rewards, window),
-            color=BLUE,
-            linewidth=2,
-            label=f"its mean over the last {window} steps",
-        )
-    labelled = False
-    for evaluation, step in ((eval_before, 0), (eval_after, last)):
-        if evaluation is not None:
-            point = EvalPoint(*evaluation)
-            _draw_eval(axes, point, step, None if labelled else f"{eval_label} (n = {point.n}), 95% interval")
-            labelled = True
-    _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
-    path = Path(path)
-    _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
+        label = "sampled reward, mean of a step's batch"
+        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=label)
+        label = f"its mean over the last {window} steps"
+        axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
+    evaluations = [(step, *e) for step, e in ((0, eval_before), (last, eval_after)) if e is not None]
+    for number, (step, mean, n) in enumerate(evaluations):
+        _draw_eval(axes, step, mean, n, None if number else f"held-out questions (n = {n}), 95% interval")
+    _decorate(axes, title, last, [r for _, r in points] + [mean for _, mean, _ in evaluations])
+    with atomic_file(Path(path)) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
 
 
-def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:
-    low, high = point.interval()
-    error = [[point.mean - low], [high - point.mean]]
-    axes.errorbar(
-        [step],
-        [point.mean],
-        yerr=error,
-        fmt="D",
-        color=ORANGE,
-        markersize=7,
-        capsize=5,
-        linewidth=1.8,
-        label=label,
-        zorder=5,
-        clip_on=False,
-    )
+def _draw_eval(axes: Any, step: int, mean: float, n: int, label: str | None) -> None:
+    low, high = wilson_interval(mean, n)
+    style = {"fmt": "D", "color": ORANGE, "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5}
+    axes.errorbar([step], [mean], yerr=[[mean - low], [high - mean]], label=label, clip_on=False, **style)
     # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
-    above = point.mean <= 0.85
+    above = mean <= 0.85
     axes.annotate(
-        f"{point.mean:.2f}",
+        f"{mean:.2f}",
         (step, high if above else low),
         xytext=(0, 5 if above else -5),
         textcoords="offset points",
@@ -95,7 +75,7 @@ def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> Non
 def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
     margin = max(1.0, 0.03 * last)
     axes.set_xlim(-margin, last + margin)
-    # Scores between 0 and 1 get the whole scale, so that no small gain is drawn as a large one.
+    # Scores between 0 and 1 get the full scale, so that a small gain does not look like a large one.
     if all(0 <= v <= 1 for v in values):
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -110,5 +90,5 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
         spine.set_visible(name == "bottom")
         spine.set_color("#c5c9d0")
     if values:
-        # Below the axes: inside there is no corner that no curve ever visits.
+        # Below the axes: inside, some curve visits every corner.
         axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)

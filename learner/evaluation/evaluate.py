@@ -1,4 +1,4 @@
-"""`learner eval`: ask policies, and the base, the questions of a task over HTTP and score the answers."""
+"""Evaluate a policy: complete a task's evaluation questions over HTTP and score the completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from learner.evaluation.results import EvalResult, EvalRow
+from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.servers.client import RolloutClient
 from shared.errors import InvalidRequest
@@ -33,11 +33,12 @@ def evaluate(
 ) -> EvalResult:
     """Score `policy` on the first `n_questions` of `task.eval`, all by default.
 
-    Greedy unless `sampling` says otherwise. Chat messages are templated by the server.
-    `progress` is called with (questions done, all questions).
+    Args:
+        sampling: greedy by default. Chat messages are templated by the server.
+        progress: called with (questions done, all questions).
 
     Raises:
-        LockstepError: what the server answers; `invalid_request` if the task holds nothing out.
+        LockstepError: the server's errors; `invalid_request` if the task has no evaluation questions.
     """
     rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
     if not rows:
@@ -48,7 +49,7 @@ def evaluate(
     for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
         chunk = rows[start : start + QUESTIONS_PER_REQUEST]
         request = GenerateRequest(
-            prompts=[_prompt(row["prompt"]) for row in chunk],
+            prompts=[Prompt(text=p) if isinstance(p := row["prompt"], str) else Prompt(messages=p) for row in chunk],
             sampling=sampling,
             policy=policy,
             run_id=None if policy == "base" else run_id,
@@ -62,12 +63,8 @@ def evaluate(
     return _result(task, policy, list(versions), results)
 
 
-def _prompt(prompt: str | list[dict[str, Any]]) -> Prompt:
-    return Prompt(text=prompt) if isinstance(prompt, str) else Prompt(messages=prompt)
-
-
 def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[RolloutGroup]) -> Iterator[EvalRow]:
-    """Call the reward functions as TRL does: a list for each column, one entry for each completion."""
+    """Call the reward functions as TRL does: one list per column, one entry per completion."""
     flat = [(i, rows[i], c) for i, group in enumerate(groups) for c in group.completions]
     chat = not isinstance(rows[0]["prompt"], str)
     texts = [completion.text or "" for _, _, completion in flat]
@@ -86,31 +83,19 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
     for position, (i, row, completion) in enumerate(flat):
         rewards = {name: values[position] for name, values in scores.items()}
         total = sum(w * r for w, r in zip(weights, rewards.values(), strict=True) if r is not None)
-        yield EvalRow(
-            start + i,
-            row["prompt"],
-            texts[position],
-            completion.finish_reason,
-            len(completion.token_ids),
-            rewards,
-            total,
-        )
+        tokens = len(completion.token_ids)
+        yield EvalRow(start + i, row["prompt"], texts[position], completion.finish_reason, tokens, rewards, total)
 
 
 def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float | None]:
     values = function(**arguments)
-    if inspect.isawaitable(values):
-        values = asyncio.run(_awaited(values))
+    if inspect.iscoroutine(values):
+        values = asyncio.run(values)
     if len(values) != len(arguments["prompts"]):
         raise InvalidRequest(
-            f"reward function {_name(function)} returned {len(values)} rewards for "
-            f"{len(arguments['prompts'])} completions"
+            f"reward function {_name(function)} returned {len(values)} rewards for {len(arguments['prompts'])} completions"
         )
     return [None if value is None else float(value) for value in values]
-
-
-async def _awaited(values: Any) -> Any:
-    return await values
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -118,16 +103,12 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:
-    by_question: dict[int, list[float]] = {}
-    for row in rows:
-        by_question.setdefault(row.question, []).append(row.reward)
-    means = [sum(values) / len(values) for values in by_question.values()]
+    means = list(question_means(rows).values())
     mean, stderr = mean_and_stderr(means)
-    scored: dict[str, list[float]] = {name: [] for name in rows[0].rewards}
-    for row in rows:
-        for name, value in row.rewards.items():
-            if value is not None:
-                scored[name].append(value)
+    rewards: dict[str, float | None] = {}
+    for name in rows[0].rewards:
+        scored = [value for row in rows if (value := row.rewards[name]) is not None]
+        rewards[name] = sum(scored) / len(scored) if scored else None
     return EvalResult(
         task=task.name,
         policy=str(policy),
@@ -135,7 +116,7 @@ def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[
         questions=len(means),
         reward=mean,
         stderr=stderr,
-        rewards={name: sum(v) / len(v) if v else None for name, v in scored.items()},
+        rewards=rewards,
         completion_tokens=sum(row.tokens for row in rows),
         rows=rows,
     )

@@ -1,9 +1,12 @@
-"""Results of an evaluation: rows and totals."""
+"""Results of evaluations, and their comparison on the same questions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from learner.evaluation.statistics import mean_and_stderr, normal_interval, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """`reward` is the mean over questions of the weighted rewards, `stderr` its standard error."""
+    """Score of one policy: `reward` is the mean over questions of the weighted rewards, `stderr` its standard error."""
 
     task: str
     policy: str
@@ -32,3 +35,69 @@ class EvalResult:
     rewards: dict[str, float | None]
     completion_tokens: int
     rows: list[EvalRow]
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95% interval of `reward`: Wilson's if every question's is between 0 and 1, else the normal one."""
+        if all(0.0 <= mean <= 1.0 for mean in question_means(self.rows).values()):
+            return wilson_interval(self.reward, self.questions)
+        return normal_interval(self.reward, self.stderr)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean over questions of (reward of `policy` - reward of `against`), with its 95% interval.
+
+    `stderr` is that of paired differences, after the central limit theorem: the standard deviation of the questions'
+    differences over the square root of their number (Miller, "Adding Error Bars to Evals", arXiv:2411.00640, section
+    4.2). A question's difficulty for both policies cancels out.
+    """
+
+    policy: str
+    against: str
+    difference: float
+    stderr: float
+    low: float
+    high: float
+
+
+def question_means(rows: Iterable[EvalRow]) -> dict[int, float]:
+    """Return the mean reward of each question's completions."""
+    rewards: dict[int, list[float]] = {}
+    for row in rows:
+        rewards.setdefault(row.question, []).append(row.reward)
+    return {question: sum(values) / len(values) for question, values in rewards.items()}
+
+
+def paired_differences(results: Sequence[EvalResult]) -> list[PairedDifference]:
+    """Return the difference of every later result to the first, over the same questions."""
+    differences = []
+    for result in results[1:]:
+        own, reference = question_means(result.rows), question_means(results[0].rows)
+        mean, stderr = mean_and_stderr([own[question] - reference[question] for question in reference])
+        interval = normal_interval(mean, stderr)
+        differences.append(PairedDifference(result.policy, results[0].policy, mean, stderr, *interval))
+    return differences
+
+
+def comparison_table(results: Sequence[EvalResult]) -> list[str]:
+    """Return one line per policy, with its difference to the first."""
+    width = max(len(result.policy) for result in results)
+    table = []
+    for result, paired in zip(results, [None, *paired_differences(results)], strict=True):
+        low, high = result.interval()
+        line = f"{result.policy:<{width}}  {result.reward:.3f} [{low:.3f}, {high:.3f}]"
+        if paired:
+            line += f"  {paired.difference:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}] against {paired.against}"
+        parts = [f"{name} {value:.3f}" for name, value in result.rewards.items() if value is not None]
+        if len(parts) > 1:
+            line += f"  ({', '.join(parts)})"
+        table.append(f"{line}  {', '.join(result.versions)}")
+    return table
+
+
+def comparison_document(results: Sequence[EvalResult]) -> dict[str, Any]:
+    """Return the comparison as JSON values, with every question and completion."""
+    return {
+        "results": [asdict(result) | dict(zip(("low", "high"), result.interval(), strict=True)) for result in results],
+        "differences": [asdict(difference) for difference in paired_differences(results)],
+    }

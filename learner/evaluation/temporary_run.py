@@ -1,4 +1,4 @@
-"""A stored adapter on a server for a while, in a run of its own: no training notices, and nothing of it stays."""
+"""Serve a stored adapter temporarily, in a run of its own beside any training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from learner.adapters.safetensors_file import rounded
 from learner.adapters.stored import StoredAdapter
 from learner.servers.client import RolloutClient
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
@@ -21,10 +18,10 @@ from shared.weights import AdapterManifest, WeightVersion
 
 @contextlib.contextmanager
 def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[WeightVersion]:
-    """Push `adapter` into a new run of the server, which is ended with the block. Yields what it is served as.
+    """Push `adapter` into a new run of the server, which ends with the block. Yield its version.
 
     Raises:
-        LockstepError: `no_free_run` if the server has no room for one, and what it refuses.
+        LockstepError: `no_free_run` if the server has no room for another run, and the server's other errors.
     """
     version = WeightVersion(run_id=f"eval-{secrets.token_hex(4)}", step=adapter.step or 0)
     lease = secrets.token_hex(16)
@@ -35,38 +32,40 @@ def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[Wei
         except NoFreeRun as error:
             raise NoFreeRun(
                 f"the server at {client.url} has no room for {adapter.folder} beside the runs that it serves: start it "
-                "with --max-runs 2, or one more than it has now",
+                "with --max-runs 2, or one more than it has now"
             ) from error
         yield version
     finally:
-        with contextlib.suppress(LockstepError):  # what happened before says more
+        with contextlib.suppress(LockstepError):  # the error of the block says more
             client.delete_run(version.run_id, lease)
 
 
 def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> list[bytes | memoryview]:
-    """What a push of the stored adapter carries: the bytes that `learner.adapters.exporter` exports from a model with it."""
+    """Return the body of a push, as `learner.adapters.exporter` makes it from a model with this adapter."""
+    import torch  # `learner eval` of served policies does without
+
     shapes: dict[str, tuple[int, ...]] = {}
-    parts: list[np.ndarray] = []
+    parts: list[torch.Tensor] = []
     for name, module in adapter.modules.items():
         a_RI, b_OR = adapter.pair(name)
-        shapes |= {name + LORA_A: a_RI.shape, name + LORA_B: b_OR.shape}
-        scaled = b_OR * np.float32(module.scaling)
-        parts += [rounded(a_RI, dtype).reshape(-1), rounded(scaled, dtype).reshape(-1)]
-    flat, layout = np.concatenate(parts), Layout(lay_out(shapes, dtype))
-    sums = block_sums(flat.view(np.int32 if flat.itemsize == 4 else np.int16), block_weights())
+        shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
+        parts += [tensor.to(getattr(torch, dtype)).flatten() for tensor in (a_RI, b_OR * module.scaling)]
+    flat, layout = torch.cat(parts), Layout(lay_out(shapes, dtype))
+    elements = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
+    sums = torch.cat(list(block_sums(elements, torch.from_numpy(block_weights()))))
     manifest = AdapterManifest(
         version=version,
         base_weights=_base_weights(adapter),
         dtype=dtype,
         modules=adapter.modules,
         peft_config=adapter.config,
-        checksum=checksum(layout.index, np.concatenate(list(sums)).tobytes()),
+        checksum=checksum(layout.index, sums.numpy().tobytes()),
     )
-    return [layout.header(manifest), flat.view(np.uint8).data]
+    return [layout.header(manifest), memoryview(flat.view(torch.uint8).numpy())]
 
 
 def _base_weights(adapter: StoredAdapter) -> str | None:
-    """Fingerprint of the base it was trained on, from its run, or from that base where it is at hand."""
+    """Return the fingerprint of its base: from its run's summary, else from the base itself if it is on disk."""
     named = adapter.config.get("base_model_name_or_path")
     if (known := adapter.run.get("base_weights")) is not None or not named or not Path(named).is_dir():
         return known

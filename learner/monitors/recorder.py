@@ -23,11 +23,11 @@ from learner.run_dir.files import (
     JsonLines,
     finite,
     read_lines,
-    write_whole,
 )
 from learner.session import Session
 from learner.step_metrics import StepReport
 from learner.trainer.sample_hook import _samples
+from learner.utils.atomic import write_atomically
 
 #: The page is written at every log, unless that would take more than one part in so many of the training's time.
 _PAGE_EVERY = 20
@@ -126,7 +126,7 @@ class Recorder(TrainerCallback):
             for replica in list(self._session.pool.replicas.values())
         ]
         self._quietly(self._samples.write)
-        self._quietly(lambda: write_whole(self._page, render(run)))
+        self._quietly(lambda: write_atomically(self._page, render(run)))
         ended = time.monotonic()
         self._next_page = ended + _PAGE_EVERY * (ended - began)
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from learner.run_dir.files import read_lines, write_whole
+from learner.run_dir.files import read_lines
+from learner.utils.atomic import write_atomically
 
 #: Generation batches that are kept; characters of a prompt, and of a completion.
 BATCHES, PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 40, 1500, 3000
@@ -106,7 +107,7 @@ class Samples:
 
     def write(self) -> None:
         """Replace the file, so that it never grows."""
-        write_whole(self._path, "".join(json.dumps(batch) + "\n" for batch in self.batches))
+        write_atomically(self._path, "".join(json.dumps(batch) + "\n" for batch in self.batches))
 
 
 def _plain(message: Any) -> bool:

@@ -1,37 +1,37 @@
-"""Checkpoints that are whole or not there: written under another name, synced, renamed; and what they add to TRL's.
+"""Atomic checkpoints, and the state that they add to TRL's.
 
-`checkpoint-N/` holds what transformers writes (adapter, optimizer, scheduler, random states, trainer state), our
+`checkpoint-N/` holds transformers' files (adapter, optimizer, scheduler, random states, trainer state), our
 `lockstep.json`, under FSDP2 the adapter, and, inside a generation batch, that batch.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from learner.utils.atomic import replace_directory
 from shared.errors import InvalidRequest
 
-#: Written last; a directory without it is no checkpoint of ours.
+#: Written last; marks a complete checkpoint of ours.
 STATE_FILE = "lockstep.json"
-#: Where a checkpoint is written before it gets its name.
+#: Directory in which a checkpoint is written before its rename.
 STAGING = ".checkpoint-incomplete"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands, as far as transformers' own checkpoint does not say.
+    """Training state that transformers' checkpoint lacks.
 
     Attributes:
         fence: of the learner that wrote it; a higher one belongs to a later history of the run.
         step: optimizer steps done.
-        micro_step: TRL's count of forward-backward passes; it says where in a generation batch the training stands.
-        pushes, completions, completion_tokens: counts of the whole run so far.
-        geometry: what `micro_step` and the saved batch depend on, by TRL's names.
+        micro_step: TRL's count of forward-backward passes, which gives the position in a generation batch.
+        pushes, completions, completion_tokens: totals of the run.
+        geometry: options that `micro_step` and the saved batch depend on, by TRL's names.
     """
 
     fence: int
@@ -49,7 +49,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
 
 
 def load_state(folder: Path) -> TrainingState | None:
-    """The state in a checkpoint directory; None if something else wrote the checkpoint.
+    """Return the state in a checkpoint directory, or None if the checkpoint is not ours.
 
     Raises:
         LockstepError: `invalid_request` if the file is damaged.
@@ -65,20 +65,13 @@ def load_state(folder: Path) -> TrainingState | None:
 
 
 def commit(staged: Path, final: Path) -> None:
-    """Give a finished checkpoint its name, after everything in it has reached the disk."""
-    for root, _, names in os.walk(staged):
-        for name in names:
-            _sync(Path(root, name))
-        _sync(Path(root))
-    if final.exists():  # of a history that was left: training has come to this step once more
-        final.rename(staged.parent / "replaced")
-    staged.rename(final)
-    _sync(final.parent)
+    """Sync a finished checkpoint to disk and rename it to `final`; its staging directory goes."""
+    replace_directory(staged, final, durable=True)  # a resumed training may come to a step that has a checkpoint
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint of ours in `output_dir`: the last of the latest history."""
+    """Return the newest complete checkpoint of ours in `output_dir`: the last step of the highest fence."""
     folder = Path(output_dir)
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -86,11 +79,3 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         if state is not None:
             found.append(((state.fence, state.step), path))
     return max(found)[1] if found else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

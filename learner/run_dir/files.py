@@ -1,25 +1,34 @@
-"""What a training leaves in its output_dir for whoever watches it. Needs no torch."""
+"""Files of a run's output_dir: their names, their JSON lines, and the summary."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from learner.utils.atomic import write_atomically
+from shared.weights import ServerState
 
 #: Every optimizer step, see `learner.step_metrics.StepReport`.
 HISTORY_FILE = "metrics.jsonl"
 #: What TRL logs every `logging_steps` and at every evaluation, by TRL's names; `step` is in each of them.
 LOGS_FILE = "logs.jsonl"
-#: Some completions of some steps, see `learner.monitors.samples`.
+#: Selected completions, see `learner.monitors.samples`.
 SAMPLES_FILE = "completions.jsonl"
-#: The figures of a training that has ended.
+#: Totals of a finished training.
 SUMMARY_FILE = "train.json"
-#: All of it for a browser.
+#: The same with evaluations before and after, as the demo writes it.
+EVALS_FILE = "summary.json"
+#: The run as a web page.
 PAGE_FILE = "run.html"
+#: The run's secret and fence, see `learner.run_dir.lease`.
+LEASE_FILE = "lease.json"
+#: Directories of the trained adapter, and of the model that it was merged into.
+FINAL_ADAPTER, MERGED = "adapter", "merged"
+_PACKAGES = ("lockstep-rl", "trl", "peft", "transformers", "torch")
 
 
 class JsonLines:
@@ -29,12 +38,9 @@ class JsonLines:
         self.path = path
 
     def begin(self, step: int) -> None:
-        """Keep what a resumed run had written up to `step`, forget the rest."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Drop entries after `step`, the step that training resumes from; with 0 start an empty file."""
         kept = [entry for entry in read_lines(self.path) if entry["step"] <= step] if step else []
-        whole = self.path.with_suffix(".tmp")  # a kill or a full disk must not cost what is there
-        whole.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        whole.replace(self.path)
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append one line."""
@@ -43,28 +49,12 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of such a file; none if it is not there.
+    """Return the objects of a `JsonLines` file, or none if it does not exist.
 
-    Lines that a kill or a full disk has cut off are left out, and what was then written behind them on the same line.
+    Skips lines cut off by a kill or a full disk, together with what was later appended to the same line.
     """
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return [entry for line in lines if (entry := _object(line)) is not None]
-
-
-def finite(value: Any) -> float | None:
-    """A number that can be drawn, else None."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as it was or as it will be, never in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f".{path.name}.tmp")
-    try:
-        whole.write_bytes(text.encode("utf-8", "replace"))  # a lone surrogate has no encoding
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -75,20 +65,34 @@ def _object(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and "step" in entry else None
 
 
+def finite(value: Any) -> float | None:
+    """Return `value` as a float, or None if it is not a finite number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary as JSON; the file is there whole or not at all. NaN and infinity are refused."""
-    text = json.dumps(dict(summary), indent=2, allow_nan=False) + "\n"
-    _atomically(Path(path), lambda temporary: temporary.write_text(text))
+    """Write the summary as JSON, atomically.
+
+    Raises:
+        ValueError: if it holds NaN or infinity.
+    """
+    write_atomically(Path(path), json.dumps(dict(summary), indent=2, allow_nan=False) + "\n")
 
 
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp makes it private
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def provenance(
+    model: str, revision: str | None, task: str, base_weights: str | None, server: ServerState
+) -> dict[str, Any]:
+    """Return the summary's record of model, task, fingerprint of the base, and versions on both sides."""
+    versions = {"vllm": server.vllm_version}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # of a source tree that was never installed
+            continue
+    return {
+        "model": model,
+        "model_revision": revision,
+        "base_weights": base_weights,
+        "task": task,
+        "versions": versions,
+    }

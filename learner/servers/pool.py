@@ -157,7 +157,7 @@ class ServerPool:
         deadline = time.monotonic() + self.patience_s
         while True:
             replicas = self.available()
-            results = all_of([partial(one, replica) for replica in replicas], name, len(replicas))
+            results = all_of([partial(one, replica) for replica in replicas], name)
             if found := [result for result in results if result is not None]:
                 return found
             if time.monotonic() > deadline:

@@ -178,7 +178,7 @@ class Publisher:
             finally:
                 replica.pushing = False
 
-        all_of([functools.partial(one, replica) for replica in replicas], "push", max(len(replicas), 1))
+        all_of([functools.partial(one, replica) for replica in replicas], "push")
         # If all of them failed, one that has come back since has been caught up.
         serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)
         receipts = [replica.receipt for replica in serving if replica.receipt]

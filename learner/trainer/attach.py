@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from learner.adapters.peft_dir import save_adapter
-from learner.adapters.quantization import keep_dtype_on_cpu
+from learner.adapters.quantization import pin_compute_dtype
 from learner.config import LearnerConfig
 from learner.monitors.recorder import watch
 from learner.rewards.scorer import Rewards
@@ -219,7 +219,7 @@ def _put_under_trainer(trainer: GRPOTrainer, session: Session) -> None:
     trainer._last_loaded_step = -1
     if trainer.accelerator.device.type == "cpu":
         trl.trainer.utils._use_triton = _picks_scored_positions
-        keep_dtype_on_cpu(trainer.model)
+        pin_compute_dtype(trainer.model)
     skip_padding(trainer)
     if session.gpu_sharing:
         begin_passes_with(trainer, session.gpu_sharing.take_gpu)

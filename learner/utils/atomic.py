@@ -1,8 +1,9 @@
-"""A directory that is there whole or not at all."""
+"""Atomic writes: a file or directory appears complete under its name, or not at all."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,25 +11,80 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def is_vacant(target: Path) -> bool:
-    """Whether nothing would be replaced there: it does not exist, or is an empty directory."""
-    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+@contextmanager
+def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary file beside `path`, which replaces `path` when the block succeeds.
+
+    Args:
+        mode: permissions, of which the umask takes its part.
+        durable: sync to disk before the rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.touch(mode, exist_ok=False)
+        yield temporary
+        if durable:
+            _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str, *, mode: int = 0o666, durable: bool = False) -> None:
+    """Write `text` as UTF-8, see `atomic_file`. Lone surrogates, which have no encoding, become question marks."""
+    with atomic_file(path, mode=mode, durable=durable) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "replace"))
 
 
 @contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target`; when the block has ended, it takes the place of what is there."""
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory, which replaces `target` when the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    building = staging / target.name
+    building.mkdir()
     try:
         yield building
-        building.chmod(0o755)  # mkdtemp makes it private
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old)  # an empty directory may be replaced
-            os.replace(building, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(building, target)
+        mode = building.stat().st_mode & 0o666  # what the umask allows: safetensors makes its files private
+        for file in filter(Path.is_file, building.iterdir()):
+            file.chmod(mode)
+        replace_directory(building, target)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_directory(staged: Path, target: Path, *, durable: bool = False) -> None:
+    """Rename `staged` to `target`; an existing `target` becomes `replaced` beside `staged`, for the caller to remove.
+
+    Args:
+        durable: sync every file to disk before the rename, and the rename itself.
+    """
+    if durable:
+        for root, _, names in os.walk(staged):
+            for path in (*(Path(root, name) for name in names), Path(root)):
+                _sync(path)
+    replaced = staged.with_name("replaced")
+    if target.exists():
+        target.rename(replaced)
+    try:
+        staged.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    if durable:
+        _sync(target.parent)
+
+
+def is_missing_or_empty(target: Path) -> bool:
+    """Return whether writing to `target` would replace nothing."""
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

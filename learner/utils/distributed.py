@@ -1,7 +1,7 @@
-"""What several ranks do together: let rank 0 act for all, and read and write what FSDP2 or ZeRO-3 spreads over them.
+"""Work shared by ranks: actions on rank 0, and parameters that FSDP2 or ZeRO-3 shards.
 
-A parameter of FSDP2 is a DTensor, of which a rank holds its part. One of ZeRO-3 is an ordinary parameter that is empty
-but for when it is gathered.
+FSDP2 makes a parameter a DTensor, of which a rank holds its shard. A parameter under ZeRO-3 is an ordinary one, empty
+except while it is gathered.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ OnMain = Callable[[Callable[[], Any]], Any]
 
 
 def on_one_rank(action: Callable[[], Any]) -> Any:
-    """`OnMain` where there is only one rank."""
+    """Run `action`: `OnMain` for a single rank."""
     return action()
 
 
-def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Its shape as a whole."""
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of the unsharded parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager
 def gathered(parameters: Sequence[torch.Tensor], *, written: bool = False) -> Iterator[None]:
-    """Within it parameters of ZeRO-3 are whole on every rank, and `written` alike on all of them. Collective."""
+    """Gather parameters of ZeRO-3 on every rank for the block. Collective.
+
+    Args:
+        written: rank 0 changes them; every rank keeps its values.
+    """
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
@@ -41,25 +45,22 @@ def gathered(parameters: Sequence[torch.Tensor], *, written: bool = False) -> It
         yield
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements of `tensor`, on every rank; one of ZeRO-3 has to be gathered. Collective where it is sharded."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the unsharded tensor; under ZeRO-3 it must be `gathered`. Collective under FSDP2."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def overwrite(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy `values`, which every rank holds as a whole, into `parameter`, of which each rank may keep a part only.
-
-    A parameter of ZeRO-3 has to be gathered.
-    """
+    """Copy `values`, unsharded and the same on every rank, into `parameter`; under ZeRO-3 it must be `gathered`."""
     if isinstance(parameter, DTensor):
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(values)
 
 
 def reshard(model: nn.Module) -> None:
-    """Spread `model` again after a forward without backward, which leaves parameters of some modules gathered.
+    """Reshard an FSDP2 model after a forward without backward, which leaves some modules gathered.
 
-    Until then those modules hold copies: what is written there is lost, and `requires_grad` set there does not last.
+    Until then those modules hold copies: writes to them, and changes of `requires_grad`, are lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,12 +1,10 @@
-"""Show the log of a training: one line a message, above the progress bar."""
+"""Print the log of a training: one line per message, above the progress bar."""
 
 from __future__ import annotations
 
 import logging
 
 from tqdm import tqdm
-
-LOGGER = logging.getLogger("lockstep")
 
 
 class _AboveProgressBar(logging.Handler):
@@ -15,10 +13,11 @@ class _AboveProgressBar(logging.Handler):
 
 
 def show_messages(*, is_main: bool) -> None:
-    """Print what `lockstep` loggers say, on the main rank; others print errors only.
+    """Print messages of the `lockstep` loggers on the main rank, and errors on others.
 
     A program that has set up logging keeps its own handlers.
     """
-    LOGGER.setLevel(logging.INFO if is_main else logging.ERROR)
-    if not LOGGER.hasHandlers():
-        LOGGER.addHandler(_AboveProgressBar())
+    logger = logging.getLogger("lockstep")
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    if not logger.hasHandlers():
+        logger.addHandler(_AboveProgressBar())

@@ -1,4 +1,4 @@
-"""Child processes that never outlive their parent's interest in them."""
+"""Child processes that end with the block that started them, also on signals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived. Not an Exception: nothing on the way up may take it for a failure of its own."""
+    """A signal to stop arrived. Not an Exception, so that no handler of failures catches it."""
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Stopped`, once; while children are being ended further ones are ignored."""
+    """Raise `Stopped` at the first SIGINT, SIGTERM or SIGHUP; ignore later ones while children are being ended."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -35,10 +35,10 @@ def stop_on_signals() -> Iterator[None]:
 
 
 class ProcessGroup:
-    """A command in a session of its own: a Ctrl-C in the terminal reaches its parent only, which then ends it whole.
+    """A command in a session of its own: Ctrl-C in the terminal reaches only its parent, which ends the group.
 
     Args:
-        cores: those it may run on; None: all that this process may.
+        cores: CPUs it may run on; by default those of this process.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ProcessGroup:
         *,
         cores: Collection[int] | None = None,
     ) -> None:
-        # Blocked while the child is being made: a signal in between would leave a child that nobody knows.
+        # Blocked until the child is known: a signal in between would orphan it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
         def begin() -> None:
@@ -73,14 +73,14 @@ class ProcessGroup:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def end(self, patience_s: float = 15.0) -> int:
-        """SIGTERM, and after `patience_s` seconds SIGKILL for whatever is left of the group. Answers its exit code."""
+        """Send SIGTERM, and SIGKILL to the rest of the group after `patience_s` seconds. Return the exit code."""
         with contextlib.suppress(ProcessLookupError):
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(patience_s)
             deadline = time.monotonic() + 5.0
-            while time.monotonic() < deadline:  # its children follow by themselves, mostly
+            while time.monotonic() < deadline:  # children usually end by themselves
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.05)
             os.killpg(self.process.pid, signal.SIGKILL)

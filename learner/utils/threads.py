@@ -1,4 +1,4 @@
-"""Several blocking calls at once, on threads that nobody has to wait for when the process ends."""
+"""Blocking calls on daemon threads, which a process need not wait for when it exits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -26,26 +25,24 @@ def start(call: Callable[[], T], name: str) -> Future[T]:
     return outcome
 
 
-def all_of(calls: Sequence[Callable[[], T]], name: str, at_once: int) -> list[T]:
-    """The results of all calls, in order; the first error among them."""
+def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
+    """Run all calls at once and return their results in order.
+
+    Raises:
+        Exception: the first error in order, after all calls have ended.
+    """
     if len(calls) == 1:
         return [calls[0]()]
-    places = threading.BoundedSemaphore(at_once)
-
-    def in_place(call: Callable[[], T]) -> T:
-        with places:
-            return call()
-
-    started = [start(partial(in_place, call), f"{name}-{i}") for i, call in enumerate(calls)]
-    wait(started)  # an error must leave no call behind
+    started = [start(call, f"{name}-{i}") for i, call in enumerate(calls)]
+    wait(started)
     return [outcome.result() for outcome in started]
 
 
 def first_of(outcomes: Iterable[Future[T]], grace_s: float) -> list[Future[T]]:
-    """Wait for one that succeeds, and `grace_s` seconds more for others; those that have succeeded by then.
+    """Wait for the first success and `grace_s` seconds longer; return all that have succeeded by then.
 
     Raises:
-        Exception: the error of the last one if all fail.
+        Exception: the last error if all fail.
     """
     running, good = set(outcomes), list[Future[T]]()
     deadline: float | None = None

@@ -9,7 +9,7 @@ import pandas
 import torch
 from safetensors.torch import load, load_file
 
-from learner.adapters.exporter import PEFT_PREFIX
+from learner.adapters.stored import PEFT_PREFIX
 from shared.adapter_file import LORA_A
 from tests.chaos.world import BATCH, PROMPTS, World
 

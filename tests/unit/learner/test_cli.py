@@ -15,7 +15,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("command", "flag"), [("eval", "--policy"), ("status", "--run-dir")])
+@pytest.mark.parametrize(("command", "flag"), [("eval", "--policy"), ("status", "--run-dir"), ("export", "--merge")])
 def test_needs_no_torch(command, flag):
     blocked = "import sys; sys.modules['torch'] = sys.modules['vllm'] = sys.modules['trl'] = None\n"
     answer = run(blocked + f"from learner.cli import main; sys.exit(main(['{command}', '--help']))")

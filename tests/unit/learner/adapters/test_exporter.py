@@ -9,7 +9,8 @@ from safetensors.torch import load
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
-from learner.adapters.exporter import AdapterExport, AdapterExporter, peft_tensors
+from learner.adapters.exporter import AdapterExport, AdapterExporter
+from learner.adapters.peft_dir import peft_tensors
 from shared.adapter_file import header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig
 
-from learner.adapters.quantization import FOUR_BIT, check_quantized, keep_dtype_on_cpu, quantization
+from learner.adapters.quantization import FOUR_BIT, check_quantization, pin_compute_dtype, quantization_config
 from learner.cli import main
 from learner.commands.four_bit_base import make_base
 from shared.errors import ErrorCode, LockstepError
@@ -31,7 +31,7 @@ def base(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_four_bits(folder: Path, dtype: torch.dtype, quant_type: str = "nf4") -> torch.nn.Module:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
-    keep_dtype_on_cpu(model)
+    pin_compute_dtype(model)
     return model
 
 
@@ -62,7 +62,7 @@ def test_both_are_one_policy_and_not_that_of_the_original(model_dir: Path, base:
 
 
 def test_an_eval_pass_leaves_gradients_as_they_were(base: Path) -> None:
-    """Without `keep_dtype_on_cpu` it fails on CPUs that have bfloat16, and on no others."""
+    """Without `pin_compute_dtype` it fails on CPUs that have bfloat16, and on no others."""
     gradients = []
     for model in (AutoModelForCausalLM.from_pretrained(base), in_four_bits(base, torch.float32)):
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_what_is_there_is_kept(model_dir: Path, base: Path, tmp_path: Path) -> N
         ({"bnb_4bit_quant_type": "fp4"}, "--bnb_4bit_quant_type nf4"),
         ({"bnb_4bit_compute_dtype": "bfloat16"}, "--dtype float32"),
         ({"bnb_4bit_use_double_quant": True}, "nested"),
-        ({"load_in_4bit": False, "load_in_8bit": True}, "load it whole, or in 4 bits"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "load it unquantized, or in 4 bits"),
         ({FOUR_BIT: None}, "four-bit-base MODEL --out DIR"),
     ],
 )
@@ -110,18 +110,18 @@ def test_other_quantisations_are_refused(base: Path, change: dict, word: str | N
         del options[FOUR_BIT]
     config.quantization_config = BitsAndBytesConfig(**options)
     if word is None:
-        check_quantized(config)
-        check_quantized(AutoConfig.from_pretrained(base))
+        check_quantization(config)
+        check_quantization(AutoConfig.from_pretrained(base))
         return
     with pytest.raises(LockstepError, match=word) as refusal:
-        check_quantized(config)
+        check_quantization(config)
     assert refusal.value.code is ErrorCode.UNSUPPORTED_ADAPTER
 
 
 def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quantization(ModelConfig(model_name_or_path=str(model_dir))) is None
+    assert quantization_config(ModelConfig(model_name_or_path=str(model_dir))) is None
     asked = {"model_name_or_path": str(base), "load_in_4bit": True, "dtype": "float32"}
-    wanted = quantization(ModelConfig(**asked))
+    wanted = quantization_config(ModelConfig(**asked))
     assert wanted is not None
     assert wanted.bnb_4bit_compute_dtype is torch.float32
     for change, word in (
@@ -131,10 +131,10 @@ def test_flags_of_trl(base: Path, model_dir: Path, monkeypatch: pytest.MonkeyPat
         ({"model_name_or_path": str(model_dir)}, "four-bit-base"),
     ):
         with pytest.raises(LockstepError, match=word):
-            quantization(ModelConfig(**asked | change))
+            quantization_config(ModelConfig(**asked | change))
     monkeypatch.setattr("learner.adapters.quantization.find_spec", lambda name: None)
     with pytest.raises(LockstepError, match="qlora"):
-        quantization(ModelConfig(**asked))
+        quantization_config(ModelConfig(**asked))
 
 
 def test_what_fails_on_the_way_leaves_nothing(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

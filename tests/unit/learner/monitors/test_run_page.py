@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from learner.monitors.run_page import RunData, render
-from learner.run_dir.files import write_whole
+from learner.utils.atomic import write_atomically
 from tests.support.browser import Page, browser_page, find_browser
 from tests.support.made_up_run import HOSTILE, made_up_run
 
@@ -110,7 +110,7 @@ def browser() -> Iterator[Page]:
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     path = tmp_path / "run.html"
-    write_whole(path, render(made_up_run()))
+    write_atomically(path, render(made_up_run()))
     browser.console.clear()
     browser.open(path, width)
     browser.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
@@ -146,7 +146,9 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
 def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) -> None:
     """The check of the console above would see it, and escaping is not all that there is."""
     path = tmp_path / "run.html"
-    write_whole(path, render(made_up_run(1)).replace("</main>", "<script>document.title = 'owned'</script></main>"))
+    write_atomically(
+        path, render(made_up_run(1)).replace("</main>", "<script>document.title = 'owned'</script></main>")
+    )
     browser.console.clear()
     browser.open(path, 390)
     assert browser.evaluate("document.title") != "owned"
@@ -157,7 +159,7 @@ def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) 
 def test_text_can_be_read(browser: Page, tmp_path: Path, dark: bool) -> None:
     """WCAG's contrast of at least 4.5 between text and what is behind it."""
     path = tmp_path / "run.html"
-    write_whole(path, render(made_up_run()))
+    write_atomically(path, render(made_up_run()))
     browser.open(path, 1280, dark=dark)
     worst = browser.evaluate(
         "(() => { const rgb = c => c.match(/[\\d.]+/g).map(Number);"

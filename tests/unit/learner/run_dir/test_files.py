@@ -1,3 +1,5 @@
+"""Histories and summaries in output_dir survive kills and full disks."""
+
 from __future__ import annotations
 
 import json
@@ -5,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.run_dir.files import JsonLines
+from learner.run_dir.files import JsonLines, write_summary
 
 
 def _steps(folder: Path) -> list[int]:
@@ -22,13 +24,22 @@ def test_a_resumed_history_keeps_what_its_checkpoint_had(tmp_path: Path) -> None
 
 def test_a_history_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    whole = Path.write_text
+    whole = Path.write_bytes
 
-    def half(path: Path, text: str) -> int:
-        whole(path, text[:3])
+    def half(path: Path, data: bytes) -> int:
+        whole(path, data[:3])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         JsonLines(tmp_path / "metrics.jsonl").begin(1)
     assert _steps(tmp_path) == [1]
+
+
+def test_a_summary_is_complete_or_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, {"steps": 3})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_summary(path, {"gap": float("nan")})
+    assert json.loads(path.read_text()) == {"steps": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]

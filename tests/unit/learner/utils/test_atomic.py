@@ -1,0 +1,58 @@
+"""Atomic replacement of files and directories: nothing partial, nothing left over, no wrong permissions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from learner.utils.atomic import atomic_directory, atomic_file, write_atomically
+
+
+@pytest.fixture(autouse=True)
+def usual_umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_a_file_is_replaced_or_kept(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_atomically(path, "first \ud800")
+    assert path.read_text() == "first ?"
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first ?"
+    assert _mode(path) == 0o644
+    write_atomically(path, "secret", mode=0o600, durable=True)
+    assert _mode(path) == 0o600
+    assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_directory_is_replaced_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    for text in ("first", "second"):
+        with atomic_directory(target) as building:
+            (building / "weights").touch(0o600)
+            (building / "weights").write_text(text)
+        assert (target / "weights").read_text() == text
+    assert _mode(target) == 0o755
+    assert _mode(target / "weights") == 0o644
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if to == target and path.name == target.name:
+            raise OSError("no space left on device")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space"), atomic_directory(target):
+        pass
+    assert (target / "weights").read_text() == "second", "what had been moved aside is put back"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
