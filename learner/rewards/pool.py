@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import pickle
 import threading
@@ -14,7 +15,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 from loky.backend.context import get_context
@@ -25,6 +26,7 @@ from learner.rewards.calls import Parts, RewardCall, RewardResult
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
 
+T = TypeVar("T")
 logger = logging.getLogger("lockstep.rewards")
 
 #: How long workers may take to start and to import what the functions need.
@@ -69,7 +71,10 @@ class RewardPool:
         self.names = {index: name for index, (name, _) in functions.items()}
         _open.add(self)
         for index, (_, function) in functions.items():
-            self._pickle(index, function)
+            try:
+                self._blobs[index] = _pickled(function)
+            except Exception as error:
+                self._leave_out(index, f"it cannot be pickled ({error})")
         if self._blobs:
             self._load()
 
@@ -102,15 +107,16 @@ class RewardPool:
         task.add_done_callback(done)
         return outcome
 
-    def wait(self, outcome: Future[Parts]) -> Parts:
+    def wait(self, outcome: Future[T], limit_s: float = math.inf) -> T:
         """Return the outcome of `submit`.
 
         Raises:
             LockstepError: workers die as soon as they are started, or the arguments cannot be pickled.
         """
-        while not wait_for([outcome], _LOOK_S).done:
+        deadline = time.monotonic() + limit_s
+        while not wait_for([outcome], _LOOK_S).done and time.monotonic() < deadline:
             self._replace_broken()
-        return outcome.result()
+        return outcome.result(0)
 
     def close(self) -> None:
         """Kill the workers, whatever they are doing. A later `submit` starts others."""
@@ -131,14 +137,11 @@ class RewardPool:
 
     def _schedule(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None) -> Future[Any]:
         with self._lock:
-            for last in (False, True):
-                try:
-                    task: Future[Any] = self._running().schedule(function, args=args, timeout=timeout_s)
-                    break
-                except RuntimeError:  # the pool noticed only now that it is broken
-                    if last:
-                        raise
-                    self._replace_broken()
+            try:
+                task = self._running().schedule(function, args=args, timeout=timeout_s)
+            except RuntimeError:  # the pool noticed only now that it is broken
+                self._replace_broken()
+                task = self._running().schedule(function, args=args, timeout=timeout_s)
             self._outstanding.add(task)
         task.add_done_callback(self._outstanding.discard)
         return task
@@ -173,27 +176,13 @@ class RewardPool:
                 "to 0 to run rewards in the learner's process"
             )
 
-    def _pickle(self, index: int, function: Callable[..., Any]) -> None:
-        try:
-            blob = cloudpickle.dumps(function)
-        except Exception as error:
-            self._leave_out(index, f"it cannot be pickled ({error})")
-            return
-        if len(blob) > MAX_BLOB_BYTES:
-            self._leave_out(index, f"it holds {len(blob) >> 20} MiB of objects")
-        else:
-            self._blobs[index] = blob
-
     def _load(self) -> None:
         """Start the workers and leave out functions that they cannot load."""
         tasks = {index: self._schedule(worker.load_error, (index,), None) for index in self._blobs}
         deadline = time.monotonic() + START_S
         for index, task in tasks.items():
             try:
-                while not task.done() and time.monotonic() < deadline:
-                    wait_for([task], _LOOK_S)
-                    self._replace_broken()
-                error = task.result(0)
+                error = self.wait(task, deadline - time.monotonic())
             except _LOST as lost:
                 self.close()
                 raise InvalidRequest(
@@ -221,6 +210,13 @@ def _keep(pool: ProcessPool, started: threading.Event, closed: threading.Event) 
     finally:
         started.set()
     closed.wait()
+
+
+def _pickled(function: Callable[..., Any]) -> bytes:
+    blob = cloudpickle.dumps(function)
+    if len(blob) > MAX_BLOB_BYTES:
+        raise ValueError(f"it holds {len(blob) >> 20} MiB of objects")
+    return blob
 
 
 def _result(task: Future[bytes]) -> RewardResult:

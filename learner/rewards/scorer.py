@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import cloudpickle
 
@@ -24,25 +24,6 @@ logger = logging.getLogger("lockstep.rewards")
 Row = dict[str, Any]
 #: In place of a generation batch's number, during evaluation.
 EVALUATION = -1
-
-
-class RewardContext(Protocol):
-    """State of a trainer that rewards depend on.
-
-    Attributes:
-        group_size: completions of a prompt in training.
-        weights: one for each reward function.
-        batch: number of the generation batch being trained on.
-    """
-
-    @property
-    def group_size(self) -> int: ...
-    @property
-    def weights(self) -> list[float]: ...
-    @property
-    def batch(self) -> int: ...
-    def early_call(self, rows: list[Row], completion_ids: list[list[int]]) -> RewardCall:
-        """Return the arguments that the trainer will pass for dataset rows and their completions."""
 
 
 @dataclass
@@ -65,11 +46,24 @@ class Rewards:
 
     Args:
         pool: reward functions by their number in the trainer.
-        early: whether the arguments of reward functions follow from dataset row and token ids.
+        group_size: completions of a prompt in training.
+        batch: returns the number of the present generation batch.
+        weights: returns the trainer's weight of each reward function.
+        early_call: dataset rows, token ids of their completions -> the call that the trainer will make for them; None
+            if that cannot be known before.
     """
 
-    def __init__(self, pool: RewardPool, context: RewardContext, *, early: bool) -> None:
-        self._pool, self._context, self._early = pool, context, early
+    def __init__(
+        self,
+        pool: RewardPool,
+        *,
+        group_size: int,
+        batch: Callable[[], int],
+        weights: Callable[[], list[float]],
+        early_call: Callable[[list[Row], list[list[int]]], RewardCall] | None,
+    ) -> None:
+        self._pool, self._group_size, self._batch, self._weights = pool, group_size, batch, weights
+        self._early_call = early_call
         self.wait_seconds = 0.0
         self.unscored: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -94,16 +88,16 @@ class Rewards:
             batch: generation batch; None: the present one.
             first: the first row.
         """
-        size = self._context.group_size
+        size = self._group_size
         with self._lock:
-            batch = self._context.batch if batch is None else batch
+            batch = self._batch() if batch is None else batch
             rows = self._expected.get(batch)
-            if not self._early or rows is None or len(rows) % size or first % size or len(completions) % size:
+            if not self._early_call or rows is None or len(rows) % size or first % size or len(completions) % size:
                 return
             for start in range(0, len(completions), size):
                 row = first + start
                 completion_ids = [completion.token_ids for completion in completions[start : start + size]]
-                self._group((batch, row), self._context.early_call(rows[row : row + size], completion_ids))
+                self._group((batch, row), self._early_call(rows[row : row + size], completion_ids))
 
     def totals(self, batch: int, first: int) -> list[float]:
         """Wait for a group's rewards and return their weighted sums, as TRL computes them; NaN where there is none.
@@ -117,7 +111,8 @@ class Rewards:
         with self._lock:
             pending = dict(self._groups[batch, first].pending)
         columns = [self._checked(i, self._pool.wait(outcome)) for i, outcome in pending.items()]
-        weights = [self._context.weights[i] for i in pending]
+        all_weights = self._weights()
+        weights = [all_weights[i] for i in pending]
         sums = []
         for row in zip(*columns, strict=True):
             scored = [weight * reward for weight, reward in zip(weights, row, strict=True) if reward is not None]
@@ -163,7 +158,7 @@ class Rewards:
 
     def close(self) -> None:
         """End the workers."""
-        self._early = False
+        self._early_call = None
         self._pool.close()
 
     def _group(self, place: tuple[int, int], call: RewardCall) -> _Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,26 +42,30 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
         raise InvalidRequest(
             f"drop_degenerate_groups: rewards must be known as completions arrive, and no reward worker can run {left}"
         )
-    rewards = Rewards(pool, TrlRewardContext(trainer), early=bool(pool.names) and _plain_completions(trainer))
-    for i, name in pool.names.items():
-        functions[i] = PooledReward(trainer, rewards, i, name)
+    tokenizer = copy.deepcopy(trainer.processing_class)  # two threads must not share one
+    rewards = Rewards(
+        pool,
+        group_size=trainer.num_generations,
+        batch=partial(_present_batch, trainer),
+        weights=lambda: trainer.reward_weights.tolist(),
+        early_call=partial(_early_call, trainer, tokenizer) if pool.names and _plain_completions(trainer) else None,
+    )
+    for i in pool.names:
+        functions[i] = _stand_in(trainer, rewards, i)
     trainer.reward_funcs = functions
     _expect_present_rows(trainer, rewards)
     return rewards
 
 
-class PooledReward:
-    """Stands in for a reward function: TRL calls it with all rows of this rank."""
+def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..., list[float | None]]:
+    """Return a reward function that returns what workers computed; TRL calls it with all rows of this rank."""
 
-    def __init__(self, trainer: GRPOTrainer, rewards: Rewards, index: int, name: str) -> None:
-        self._trainer, self._rewards, self._index, self.__name__ = trainer, rewards, index, name
-
-    def __call__(
-        self, trainer_state: Any, log_extra: Callable[..., None], log_metric: Callable[..., None], **rows: list[Any]
+    def reward(
+        trainer_state: Any, log_extra: Callable[..., None], log_metric: Callable[..., None], **rows: list[Any]
     ) -> list[float | None]:
-        trainer, training = self._trainer, self._trainer.model.training
-        return self._rewards.collect(
-            self._index,
+        training = trainer.model.training
+        return rewards.collect(
+            index,
             RewardCall(rows, _light(trainer_state)),
             log_extra,
             log_metric,
@@ -68,36 +73,21 @@ class PooledReward:
             group_size=trainer.num_generations if training else trainer.num_generations_eval,
         )
 
+    reward.__name__ = trainer.reward_func_names[index]
+    return reward
 
-class TrlRewardContext:
-    """A `learner.rewards.scorer.RewardContext` of TRL's trainer."""
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self._trainer = trainer
-        self._tokenizer = copy.deepcopy(trainer.processing_class)  # two threads must not share one
-
-    @property
-    def group_size(self) -> int:
-        return self._trainer.num_generations
-
-    @property
-    def weights(self) -> list[float]:
-        return self._trainer.reward_weights.tolist()
-
-    @property
-    def batch(self) -> int:
-        return _present_batch(self._trainer)
-
-    def early_call(self, rows: list[Row], completion_ids: list[list[int]]) -> RewardCall:
-        prompts = [row["prompt"] for row in rows]
-        completions: list[Any] = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        if is_conversational({"prompt": prompts[0]}):
-            completions = [[{"role": "assistant", "content": content}] for content in completions]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _NOT_COLUMNS}
-        return RewardCall(
-            {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns},
-            _light(self._trainer.state),
-        )
+def _early_call(trainer: GRPOTrainer, tokenizer: Any, rows: list[Row], completion_ids: list[list[int]]) -> RewardCall:
+    """Return the call that TRL will make for these rows and completions."""
+    prompts = [row["prompt"] for row in rows]
+    completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    if is_conversational({"prompt": prompts[0]}):
+        completions = [[{"role": "assistant", "content": content}] for content in completions]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _NOT_COLUMNS}
+    return RewardCall(
+        {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns},
+        _light(trainer.state),
+    )
 
 
 def all_known_early(trainer: GRPOTrainer) -> bool:
