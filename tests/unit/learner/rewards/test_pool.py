@@ -151,7 +151,7 @@ def test_functions_that_no_worker_can_run_are_left_out(
 
 def test_arguments_that_cannot_be_pickled(pool: RewardPool) -> None:
     call = RewardCall({**group("a").rows, "locks": [threading.Lock()]}, None)
-    with pytest.raises(LockstepError, match="arguments of the reward lengths cannot be sent .*reward_workers=0"):
+    with pytest.raises(LockstepError, match=r"arguments of the reward lengths cannot be sent .*reward_workers=0"):
         pool.wait(pool.submit(0, call))
 
 
