@@ -13,22 +13,7 @@ from learner.tasks.base import Task
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import completion_text
 
-_NAMES = [
-    "Ada",
-    "Bruno",
-    "Chen",
-    "Dalia",
-    "Emre",
-    "Fatima",
-    "Goran",
-    "Hana",
-    "Ivo",
-    "Jun",
-    "Kofi",
-    "Lena",
-    "Mei",
-    "Nuno",
-]
+_NAMES = "Ada", "Bruno", "Chen", "Dalia", "Emre", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena", "Mei", "Nuno"
 _CITIES = ("Oslo", "Lagos", "Lima", "Osaka", "Porto", "Quito", "Riga", "Seoul", "Tunis", "Turin", "Wroclaw", "Zagreb")
 _FORMS = (
     "{name}, who is {age}, moved to {city} last year.",

@@ -41,7 +41,7 @@ class Guessing:
         return "higher" if self._secret > number else "lower"
 
     def get_reward(self) -> float:
-        """Return 1 for finding it with the first guess, 0.1 less for each further one; 0.1 for guesses without success."""
+        """Return 1 for finding it with the first guess, 0.1 less for each further one; 0.1 if all were wrong."""
         if not self._found:
             return 0.1 if self._guesses else 0.0
         return max(1.1 - 0.1 * self._guesses, 0.2)
