@@ -24,6 +24,7 @@ from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, Unavail
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
 from tests.integration.support.learner_process import COMMON, write_questions
 from tests.integration.support.server import ENVIRONMENT, HTTP, free_port
+from tests.support.arguments import arguments
 from tests.support.tiny_model import make_tiny_model
 
 RUN_ID = "chaos"
@@ -33,32 +34,22 @@ START_S = 300.0
 #: Prompts to train on, and how many make a batch: an epoch has a whole number of batches.
 PROMPTS, BATCH = 40, 2
 SAVE_STEPS = 5
-LEARNER_FLAGS = [
-    "--run_id",
-    RUN_ID,
-    "--generate_timeout_s",
-    str(GENERATE_S),
-    "--push_timeout_s",
-    str(PUSH_S),
-    "--ready_timeout_s",
-    str(START_S),
-    "--proof_every",
-    "1",
-    "--proof_canary",
-    "false",
-    "--save_steps",
-    str(SAVE_STEPS),
-    "--save_total_limit",
-    "3",
-    "--reward_workers",
-    "1",
-    "--reward_timeout_s",
-    "5",
-    "--log_completions",
-    "true",
-    "--num_completions_to_print",
-    "0",
-]
+LEARNER_FLAGS = arguments(
+    {
+        "--run_id": RUN_ID,
+        "--generate_timeout_s": GENERATE_S,
+        "--push_timeout_s": PUSH_S,
+        "--ready_timeout_s": START_S,
+        "--proof_every": 1,
+        "--proof_canary": "false",
+        "--save_steps": SAVE_STEPS,
+        "--save_total_limit": 3,
+        "--reward_workers": 1,
+        "--reward_timeout_s": 5,
+        "--log_completions": "true",
+        "--num_completions_to_print": 0,
+    }
+)
 
 
 class NotInjectedError(Exception):
@@ -248,12 +239,7 @@ class World:
             "--port",
             str(port),
             *SERVER_FLAGS,
-            "--push-timeout",
-            str(SERVER_PUSH_S),
-            "--drain-seconds",
-            "5",
-            "--slots-per-run",
-            "3",
+            *arguments({"--push-timeout": SERVER_PUSH_S, "--drain-seconds": 5, "--slots-per-run": 3}),
             *(["--deterministic"] if self.options.deterministic else []),
         ]
         clock = self.clocks["server"]
@@ -303,20 +289,16 @@ class World:
             "train",
             "--rollout_url",
             *urls,
-            "--model_name_or_path",
-            str(self.model),
-            "--task",
-            str(self.task),
-            "--output_dir",
-            str(output),
+            *arguments({"--model_name_or_path": self.model, "--task": self.task, "--output_dir": output}),
             *COMMON,
             *LEARNER_FLAGS,
-            "--max_steps",
-            str(options.steps),
-            "--max_staleness",
-            str(options.staleness),
-            "--deterministic",
-            str(options.deterministic).lower(),
+            *arguments(
+                {
+                    "--max_steps": options.steps,
+                    "--max_staleness": options.staleness,
+                    "--deterministic": str(options.deterministic).lower(),
+                }
+            ),
         ]
 
     def summary(self) -> dict[str, Any]:

@@ -18,27 +18,22 @@ from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bo
 from tests.fuzz.schema import fuzz_schema, openai_schema, own_schema
 from tests.integration.support import policy as P
 from tests.integration.support.server import running_server
+from tests.support.arguments import arguments
 from tests.support.tiny_model import make_tiny_model
 
-FLAGS = [
-    "--max-lora-rank",
-    "8",
-    "--max-runs",
-    "2",
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "256",
-    "--max-num-seqs",
-    "32",
-    "--enforce-eager",
-    "--served-model-name",
-    "base",
-    "--push-timeout",
-    "20",
-    "--collective-timeout",
-    "2",
-]
+FLAGS = arguments(
+    {
+        "--max-lora-rank": 8,
+        "--max-runs": 2,
+        "--dtype": "float32",
+        "--max-model-len": 256,
+        "--max-num-seqs": 32,
+        "--enforce-eager": None,
+        "--served-model-name": "base",
+        "--push-timeout": 20,
+        "--collective-timeout": 2,
+    }
+)
 #: Shares of all requests.
 SHARES = {
     "/v1/generate": 0.19,

@@ -21,26 +21,21 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.integration.support.waiting import until
+from tests.support.arguments import arguments
 
 ORPHAN_S, STALL_S = 5.0, 25.0
-LIMITS = [
-    "--max-body-mib",
-    "1",
-    "--max-sequences",
-    "40",
-    "--max-n",
-    "36",
-    "--max-prompts",
-    "16",
-    "--max-request-tokens",
-    "37000",
-    "--orphan-seconds",
-    str(ORPHAN_S),
-    "--idempotency-ttl",
-    "60",
-    "--engine-stall-seconds",
-    str(STALL_S),
-]
+LIMITS = arguments(
+    {
+        "--max-body-mib": 1,
+        "--max-sequences": 40,
+        "--max-n": 36,
+        "--max-prompts": 16,
+        "--max-request-tokens": 37000,
+        "--orphan-seconds": ORPHAN_S,
+        "--idempotency-ttl": 60,
+        "--engine-stall-seconds": STALL_S,
+    }
+)
 PROMPT = [5, 17, 99, 260, 41]
 #: Seconds of work, even where a step takes a fraction of a millisecond.
 LONG = {

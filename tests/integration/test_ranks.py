@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.integration.support.policy import FP32
 from tests.integration.support.server import ENVIRONMENT, ServerProcess, free_port
+from tests.support.arguments import arguments
 
 TIMEOUT_S = 150
 
@@ -29,10 +30,7 @@ def launch(model: Path, server: ServerProcess, folder: Path, ranks: int, *option
         if ranks == 1 and not options
         else [
             "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
+            *arguments({"--nproc_per_node": ranks, "--master_port": free_port()}),
             "-m",
         ]
     )

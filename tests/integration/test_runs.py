@@ -24,6 +24,7 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import ServerProcess, running_server
+from tests.support.arguments import arguments
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +96,18 @@ def test_eval_of_stored_adapters_beside_a_training(
     publisher.push(7)
     flags = [
         "eval",
-        "--rollout-url",
-        server.url,
-        "--task",
-        str(task),
-        "--run-id",
-        "training",
-        "--eval-size",
-        "8",
-        "--reward-funcs",
-        "tests.integration.support.rewards:odd_tokens",
-        "--max-tokens",
-        "8",
-        "--json",
-        str(tmp_path / "eval.json"),
-        "--policy",
+        *arguments(
+            {
+                "--rollout-url": server.url,
+                "--task": task,
+                "--run-id": "training",
+                "--eval-size": 8,
+                "--reward-funcs": "tests.integration.support.rewards:odd_tokens",
+                "--max-tokens": 8,
+                "--json": tmp_path / "eval.json",
+                "--policy": None,
+            }
+        ),
     ]
     assert main([*flags, "base", "latest", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     base, latest, one, two = json.loads((tmp_path / "eval.json").read_text())["results"]

@@ -26,23 +26,20 @@ from tests.integration.support.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_
 from tests.integration.support.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
 from tests.integration.support.waiting import until
 from tests.integration.support.watching import watched
+from tests.support.arguments import arguments
 from tests.support.dashboard import names_asked_for
 
 TOKEN = "a-token-of-the-training-tests"
-DETERMINISTIC = [
-    "--deterministic",
-    "true",
-    "--max_steps",
-    "9",
-    "--save_steps",
-    "2",
-    "--steps_per_generation",
-    "3",
-    "--lora_dropout",
-    "0.1",
-    "--proof_canary",
-    "false",
-]
+DETERMINISTIC = arguments(
+    {
+        "--deterministic": "true",
+        "--max_steps": 9,
+        "--save_steps": 2,
+        "--steps_per_generation": 3,
+        "--lora_dropout": "0.1",
+        "--proof_canary": "false",
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +93,17 @@ def test_rollouts_run_ahead_within_the_bound(
 ) -> None:
     port = free_port()
     # Many passes to a step, so that requests are admitted before the push that follows it.
-    flags = [
-        "--max_staleness",
-        "1",
-        "--max_steps",
-        "6",
-        "--save_strategy",
-        "no",
-        "--token_file",
-        token_file,
-        "--metrics_port",
-        str(port),
-        "--per_device_train_batch_size",
-        "1",
-        "--gradient_accumulation_steps",
-        "8",
-    ]
+    flags = arguments(
+        {
+            "--max_staleness": 1,
+            "--max_steps": 6,
+            "--save_strategy": "no",
+            "--token_file": token_file,
+            "--metrics_port": port,
+            "--per_device_train_batch_size": 1,
+            "--gradient_accumulation_steps": 8,
+        }
+    )
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
     metrics = watched(server, learner, port, TOKEN, token_file)
     summary = learner.finish()
@@ -136,18 +128,15 @@ def test_killed_and_resumed_with_rollouts_ahead(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
 ) -> None:
     """What was being read ahead is asked for again; nothing is counted twice, and nothing too old is trained on."""
-    flags = [
-        "--max_staleness",
-        "1",
-        "--max_steps",
-        "7",
-        "--save_steps",
-        "2",
-        "--proof_canary",
-        "false",
-        "--token_file",
-        token_file,
-    ]
+    flags = arguments(
+        {
+            "--max_staleness": 1,
+            "--max_steps": 7,
+            "--save_steps": 2,
+            "--proof_canary": "false",
+            "--token_file": token_file,
+        }
+    )
     command = (server.url, model, task, tmp_path / "again", *flags)
     LearnerProcess(*command).kill_after(3)
     summary = LearnerProcess(*command).finish()
@@ -162,18 +151,15 @@ def live(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LearnerProcess]:
     """A training that goes on for as long as it is looked at."""
-    flags = [
-        "--max_steps",
-        "100000",
-        "--learning_rate",
-        "1e-5",
-        "--save_strategy",
-        "no",
-        "--proof_canary",
-        "false",
-        "--token_file",
-        token_file,
-    ]
+    flags = arguments(
+        {
+            "--max_steps": 100000,
+            "--learning_rate": "1e-5",
+            "--save_strategy": "no",
+            "--proof_canary": "false",
+            "--token_file": token_file,
+        }
+    )
     learner = LearnerProcess(server.url, model, task, tmp_path_factory.mktemp("live") / "live", *flags)
     try:
         until(lambda: learner.steps() >= 1 or learner.process.poll() is not None, 120.0)

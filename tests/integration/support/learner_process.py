@@ -12,40 +12,28 @@ import sys
 from pathlib import Path
 
 from tests.integration.support.waiting import until
+from tests.support.arguments import arguments
 
 REPOSITORY = Path(__file__).parents[3]
-COMMON = [
-    "--reward_funcs",
-    "tests.integration.support.rewards:odd_tokens",
-    "--eval_size",
-    "2",
-    "--use_cpu",
-    "true",
-    "--bf16",
-    "false",
-    "--dtype",
-    "float32",
-    "--lora_r",
-    "4",
-    "--lora_alpha",
-    "8",
-    "--lora_target_modules",
-    "all-linear",
-    "--per_device_train_batch_size",
-    "8",
-    "--num_generations",
-    "4",
-    "--max_completion_length",
-    "12",
-    "--learning_rate",
-    "1e-2",
-    "--report_to",
-    "none",
-    "--gradient_checkpointing",
-    "false",
-    "--logging_steps",
-    "1",
-]
+COMMON = arguments(
+    {
+        "--reward_funcs": "tests.integration.support.rewards:odd_tokens",
+        "--eval_size": 2,
+        "--use_cpu": "true",
+        "--bf16": "false",
+        "--dtype": "float32",
+        "--lora_r": 4,
+        "--lora_alpha": 8,
+        "--lora_target_modules": "all-linear",
+        "--per_device_train_batch_size": 8,
+        "--num_generations": 4,
+        "--max_completion_length": 12,
+        "--learning_rate": "1e-2",
+        "--report_to": "none",
+        "--gradient_checkpointing": "false",
+        "--logging_steps": 1,
+    }
+)
 
 
 def write_questions(path: Path, count: int = 12) -> Path:
@@ -66,14 +54,7 @@ class LearnerProcess:
             "-m",
             "learner.cli",
             "train",
-            "--rollout_url",
-            url,
-            "--model_name_or_path",
-            str(model),
-            "--task",
-            str(task),
-            "--output_dir",
-            str(folder),
+            *arguments({"--rollout_url": url, "--model_name_or_path": model, "--task": task, "--output_dir": folder}),
             *COMMON,
             *flags,
         ]

@@ -13,6 +13,7 @@ import httpx
 
 from tests.integration.support.learner_process import LearnerProcess
 from tests.integration.support.server import HTTP, ServerProcess
+from tests.support.arguments import arguments
 
 
 def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: str, token_file: str) -> str:
@@ -34,13 +35,9 @@ def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: st
         "-m",
         "learner.cli",
         "status",
-        "--json",
-        "--rollout-url",
-        server.url,
-        "--run-dir",
-        str(learner.folder),
-        "--token-file",
-        token_file,
+        *arguments(
+            {"--json": None, "--rollout-url": server.url, "--run-dir": learner.folder, "--token-file": token_file}
+        ),
     ]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["run"]["finished"]
