@@ -23,7 +23,7 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
-from tests.integration.support.moving import check_every_span, live_through_pushes
+from tests.integration.support.in_flight import check_every_span, generate_across_pushes
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 
@@ -123,7 +123,7 @@ def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: 
     for seed, policy in enumerate(policies):
         P.randomize(policy, seed=20 + seed)
     workers = []
-    answer = live_through_pushes(
+    answer = generate_across_pushes(
         client, server, policies, "keep", after_push=lambda receipt: workers.append(receipt.workers)
     )
     assert set(workers) == {2}

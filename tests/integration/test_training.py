@@ -23,9 +23,9 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.learner_process import LearnerProcess, write_questions
 from tests.integration.support.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
+from tests.integration.support.monitoring import monitor
 from tests.integration.support.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
 from tests.integration.support.waiting import until
-from tests.integration.support.watching import watched
 from tests.support.arguments import arguments
 from tests.support.dashboard import names_asked_for
 
@@ -105,7 +105,7 @@ def test_rollouts_run_ahead_within_the_bound(
         }
     )
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
-    metrics = watched(server, learner, port, TOKEN, token_file)
+    metrics = monitor(server, learner, port, TOKEN, token_file)
     summary = learner.finish()
     assert {
         name for name in names_asked_for() if re.sub("_(total|bucket|sum|count)$", "", name) not in metrics
