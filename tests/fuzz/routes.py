@@ -170,7 +170,7 @@ def fuzz_bodies(target: Target, path: str, examples: int, number: int) -> None:
 
     def send(drawn: tuple[dict[str, Any], bytes]) -> None:
         body, key = drawn
-        if path.startswith("/v1/c"):  # the default is as many as fit the context
+        if path.startswith("/v1/c"):  # else as many as the context allows
             body.setdefault("max_tokens", 2)
         headers = JSON | ({"idempotency-key": key} if key else {})
         target.send(path, "POST", path, content=json_bytes(tamed(body)), headers=headers)

@@ -1,4 +1,4 @@
-"""`in_flight` = `keep` and `carried`: running requests go on with the new version, and every token says its own."""
+"""`in_flight` = `keep` and `carried`: running requests go on with the new version, and spans name each token's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--apply merge`: the adapter is added to the live weights, and the base comes back to the bit."""
+"""`--apply merge`: the adapter is added to the live weights, and the base can be restored exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several runs on one server, and a thousand pushes: nothing leaks from one run, or one version, into another."""
+"""Several runs on one server, and a thousand pushes: runs and versions do not affect each other."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
 def test_eval_of_stored_adapters_beside_a_training(
     server: ServerProcess, client: RolloutClient, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Base, the run's policy, and two adapters from disk; then without room for them."""
+    """Evaluate base, the run's policy, and two adapters from disk; then without free slots for them."""
     task = tmp_path / "questions.jsonl"
     task.write_text("".join(json.dumps({"prompt": f"the quick brown fox {i}"}) + "\n" for i in range(16)))
     for seed, name in ((31, "one"), (32, "two")):
@@ -128,7 +128,7 @@ def test_eval_of_stored_adapters_beside_a_training(
 
 @pytest.mark.timeout(900)
 def test_a_thousand_pushes_leave_nothing_behind(server: ServerProcess, client: RolloutClient, model: Path) -> None:
-    """Flat memory on both sides, no stale answer, no slot or pause left; every fourth over HTTP, the rest broadcast."""
+    """Constant memory on both sides, no stale response, no slot or pause left; every fourth push over HTTP."""
     policy = P.make_policy(model)
     broadcast = _publisher(client, policy, "many", transport="collective", say=lambda text: None)
     over_http = _publisher(client, policy, "many", transport="http")

@@ -1,4 +1,4 @@
-"""Scripts and trainers as TRL's users have them, attached to a real server; and the recipes."""
+"""Scripts and trainers of TRL users, attached to a real server; and the recipes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def make_trainer(model: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
 
 @pytest.fixture(scope="module")
 def tool_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with a chat template that knows tools."""
+    """The same model with a chat template that supports tools."""
     folder = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -105,7 +105,7 @@ def tool_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches_of(trainer: GRPOTrainer) -> list[dict]:
-    """What is generated for training, as it comes."""
+    """Collect generation batches as they are generated."""
     generate, batches = trainer._generate_and_score_completions, []
 
     def generate_and_keep(inputs: list) -> dict:
@@ -117,7 +117,7 @@ def batches_of(trainer: GRPOTrainer) -> list[dict]:
 
 
 def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_path: Path) -> None:
-    """trl/scripts/grpo.py as it is installed, but for one line before `trainer.train`."""
+    """Run the installed trl/scripts/grpo.py with one more line before `trainer.train`."""
     source = Path(trl.scripts.grpo.__file__).read_text()
     before, train, after = source.partition("    trainer.train(")
     script = tmp_path / "grpo.py"
@@ -187,7 +187,7 @@ def test_turns_of_a_tool_loop(server: ServerProcess, make_trainer: Callable[...,
 
 
 def test_vllms_sampling_params_reach_vllm(server: ServerProcess, make_trainer: Callable[..., GRPOTrainer]) -> None:
-    """min_p=1 leaves the likeliest token only; a stop string ends a completion where it appears."""
+    """min_p=1 keeps the most likely token only; a stop string ends a completion where it appears."""
     trainer = make_trainer(max_steps=1)
     asked = SamplingParams(min_p=1.0, stop=["e", "a"], include_stop_str_in_output=True, seed=3407)
     session = attach(trainer, server.url, run_id="params", takeover=True, vllm_sampling_params=asked)
