@@ -102,7 +102,7 @@ def test_eval_of_stored_adapters_beside_a_training(
                 "--task": task,
                 "--run-id": "training",
                 "--eval-size": 8,
-                "--reward-funcs": "tests.integration.support.rewards:odd_tokens",
+                "--reward-funcs": "tests.support.rewards:reward_odd",
                 "--max-tokens": 8,
                 "--json": tmp_path / "eval.json",
                 "--policy": None,

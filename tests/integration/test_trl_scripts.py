@@ -26,9 +26,9 @@ from learner import attach
 from learner.servers.client import RolloutClient
 from tests.integration.support import policy as P
 from tests.integration.support.learner_process import REPOSITORY, write_questions
-from tests.integration.support.rewards import odd_tokens
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments
+from tests.support.rewards import reward_odd
 
 ONE_LINE = "    from learner import attach; attach(trainer, {url!r}, run_id='script', takeover=True)\n"
 CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {i} + 4?"}]} for i in range(8)])
@@ -83,7 +83,7 @@ def make_trainer(model: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
         return GRPOTrainer(
             model=str(model),
             args=args,
-            reward_funcs=odd_tokens,
+            reward_funcs=reward_odd,
             train_dataset=CHATS,
             tools=tools,
             processing_class=tokenizer,
@@ -131,7 +131,7 @@ def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_pa
             {
                 "--model_name_or_path": model,
                 "--dataset_name": tmp_path / "data",
-                "--reward_funcs": "tests.integration.support.rewards.odd_tokens",
+                "--reward_funcs": "tests.support.rewards.reward_odd",
                 "--use_peft": None,
                 "--lora_r": 4,
                 "--max_steps": 2,

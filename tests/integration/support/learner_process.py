@@ -17,7 +17,7 @@ from tests.support.arguments import arguments
 REPOSITORY = Path(__file__).parents[3]
 COMMON = arguments(
     {
-        "--reward_funcs": "tests.integration.support.rewards:odd_tokens",
+        "--reward_funcs": "tests.support.rewards:reward_odd",
         "--eval_size": 2,
         "--use_cpu": "true",
         "--bf16": "false",

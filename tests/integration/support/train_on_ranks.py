@@ -23,8 +23,8 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.session import Session
 from learner.trainer.attach import attach, save_final_adapter
-from tests.integration.support.rewards import odd_tokens
 from tests.integration.support.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
+from tests.support.rewards import reward_odd
 
 GLOBAL_BATCH, GROUP, STEPS, CUT = 8, 4, 3, 2
 
@@ -59,7 +59,7 @@ def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
     return GRPOTrainer(
         model=model,
         args=args,
-        reward_funcs=[odd_tokens],
+        reward_funcs=[reward_odd],
         train_dataset=Dataset.from_list([{"prompt": f"{i} + {i + 3} ="} for i in range(16)]),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
