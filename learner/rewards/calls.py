@@ -1,4 +1,4 @@
-"""One call of a reward function: what goes in, what comes back."""
+"""One call of a reward function: its arguments and its result."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import cloudpickle
 
 @dataclass
 class RewardResult:
-    """What one call of a reward function gave.
+    """Result of one call of a reward function.
 
     Attributes:
         rewards: one for each row; None where the function does not apply.
-        metrics, extras: what it handed to `log_metric` and `log_extra`, in order.
-        error: traceback of what it raised; then the rewards mean nothing.
+        metrics, extras: arguments of its calls of `log_metric` and `log_extra`, in order.
+        error: traceback of what it raised; the rewards then mean nothing.
     """
 
     rewards: list[float | None] = field(default_factory=list)
@@ -27,7 +27,7 @@ class RewardResult:
 
 @dataclass(frozen=True)
 class RewardCall:
-    """Rows of one group, as TRL hands them to reward functions.
+    """Rows of one or several groups, as TRL passes them to reward functions.
 
     Attributes:
         rows: keyword argument -> one value for each row: prompts, completions, completion_ids, dataset columns.
@@ -40,17 +40,15 @@ class RewardCall:
     def __len__(self) -> int:
         return len(self.rows["prompts"])
 
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {**self.rows, "trainer_state": self.state}
-
     @cached_property
     def payload(self) -> bytes:
-        return cloudpickle.dumps(self.kwargs)
+        """Keyword arguments, pickled."""
+        return cloudpickle.dumps({**self.rows, "trainer_state": self.state})
 
-    def row(self, index: int) -> RewardCall:
-        return RewardCall({name: values[index : index + 1] for name, values in self.rows.items()}, self.state)
+    def part(self, first: int, length: int = 1) -> RewardCall:
+        """Return the call for `length` rows from row `first` on."""
+        return RewardCall({name: values[first : first + length] for name, values in self.rows.items()}, self.state)
 
 
-#: Consecutive rows of a call and what they were answered; None for rows that could not be scored in time.
+#: Numbers of consecutive rows and their results; None for rows that were not scored in time.
 Parts = list[tuple[int, RewardResult | None]]

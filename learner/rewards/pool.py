@@ -1,19 +1,21 @@
-"""Reward functions in worker processes, with a time limit that holds: what hangs is killed, what dies is replaced."""
+"""Reward functions in worker processes: those that exceed their time limit are killed, those that die are replaced."""
 
 from __future__ import annotations
 
 import atexit
+import logging
+import math
 import os
 import pickle
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 from loky.backend.context import get_context
@@ -21,87 +23,100 @@ from pebble import ProcessExpired, ProcessPool
 
 from learner.rewards import worker
 from learner.rewards.calls import Parts, RewardCall, RewardResult
-from learner.rewards.thread_fallback import FunctionThread
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
 
+T = TypeVar("T")
+logger = logging.getLogger("lockstep.rewards")
+
 #: How long workers may take to start and to import what the functions need.
 START_S = 300.0
-#: A function that drags more along than this (a model, say) is not sent to other processes.
+#: Functions that hold more than this (a model, say) are not sent to other processes.
 MAX_BLOB_BYTES = 2**28
 _MAX_RESTARTS = 8
 _LOOK_S = 1.0
-#: What the pool says of a call whose process was killed, died, or never came to it.
+#: Raised by calls whose process was killed, died, or never ran them.
 _LOST = (TimeoutError, ProcessExpired, BrokenProcessPool, CancelledError)
 
 
 class RewardPool:
     """Calls reward functions for one group at a time; safe to use from several threads.
 
-    A group that takes too long, or whose process dies, is called again row by row, so that one bad completion does not
-    cost the others their rewards. Functions that cannot be sent to another process run on threads of their own.
+    A group that exceeds its time limit, or whose process dies, is called again row by row, so that one bad completion
+    does not cost the others their rewards.
+
+    Attributes:
+        names: number -> name of the functions that workers can run. Those that cannot be sent to a worker are left out,
+            with a warning.
 
     Args:
-        functions: (name, function), numbered in this order from now on.
+        functions: number -> (name, function).
         workers: processes.
-        timeout_s: limit per row; a group has as much for each of its rows.
-        warn: told once for each function what keeps it out of the workers.
+        timeout_s: limit per row, in seconds; a group has this for each of its rows.
+
+    Raises:
+        LockstepError: workers do not start.
     """
 
     def __init__(
-        self,
-        functions: Sequence[tuple[str, Callable[..., Any]]],
-        *,
-        workers: int,
-        timeout_s: float,
-        warn: Callable[[str], None],
+        self, functions: Mapping[int, tuple[str, Callable[..., Any]]], *, workers: int, timeout_s: float
     ) -> None:
-        self._functions, self._workers, self._timeout_s, self._warn = functions, workers, timeout_s, warn
-        self._threads: dict[int, FunctionThread] = {}
+        self._workers, self.timeout_s = workers, timeout_s
         self._lock = threading.RLock()
         self._pool: ProcessPool | None = None
         self._closed: threading.Event | None = None
         self._outstanding: set[Future[bytes]] = set()
         self._restarts = 0
-        self._blobs = [self._blob(i) for i in range(len(functions))]
+        self._blobs: dict[int, bytes] = {}
+        self.names = {index: name for index, (name, _) in functions.items()}
         _open.add(self)
-        if len(self._threads) < len(functions):
-            self._probe()
+        for index, (_, function) in functions.items():
+            try:
+                self._blobs[index] = _pickled(function)
+            except Exception as error:
+                self._leave_out(index, f"it cannot be pickled ({error})")
+        if self._blobs:
+            self._load()
 
     def submit(self, index: int, call: RewardCall) -> Future[Parts]:
-        """Begin to score a group with function `index`."""
-        if index in self._threads:
-            return self._threads[index].submit(call)
+        """Begin to score a group with function `index`, one of `names`."""
+        outcome: Future[Parts] = Future()
         try:
             payload = call.payload
         except Exception as error:
-            return self._on_a_thread(index, f"its arguments cannot be pickled ({error})").submit(call)
-        outcome: Future[Parts] = Future()
-        task = self._schedule(worker.score, (index, payload), self._timeout_s * len(call))
+            outcome.set_exception(
+                InvalidRequest(
+                    f"the arguments of the reward {self.names[index]} cannot be sent to a reward worker ({error}): "
+                    "remove dataset columns that cannot be pickled, or set reward_workers=0"
+                )
+            )
+            return outcome
+        task = self._schedule(worker.score, (index, payload), self.timeout_s * len(call))
 
         def done(task: Future[bytes]) -> None:
             try:
-                outcome.set_result([(len(call), _answer(task))])
+                outcome.set_result([(len(call), _result(task))])
             except _LOST as lost:
                 if len(call) == 1 and isinstance(lost, TimeoutError):
                     outcome.set_result([(1, None)])
                 else:
-                    start(partial(self._row_by_row, index, call, outcome), "rewards-row-by-row")
+                    start(partial(self._score_rows, index, call, outcome), "rewards-row-by-row")
             except BaseException as error:
                 outcome.set_exception(error)
 
         task.add_done_callback(done)
         return outcome
 
-    def wait(self, outcome: Future[Parts]) -> Parts:
-        """The outcome of `submit`.
+    def wait(self, outcome: Future[T], limit_s: float = math.inf) -> T:
+        """Return the outcome of `submit`.
 
         Raises:
-            LockstepError: workers die as soon as they are started.
+            LockstepError: workers die as soon as they are started, or the arguments cannot be pickled.
         """
-        while not wait_for([outcome], _LOOK_S).done:
-            self._look_after()
-        return outcome.result()
+        deadline = time.monotonic() + limit_s
+        while not wait_for([outcome], _LOOK_S).done and time.monotonic() < deadline:
+            self._replace_broken()
+        return outcome.result(0)
 
     def close(self) -> None:
         """Kill the workers, whatever they are doing. A later `submit` starts others."""
@@ -112,24 +127,21 @@ class RewardPool:
             pool.join()
             self._closed.set()
 
-    def _row_by_row(self, index: int, call: RewardCall, outcome: Future[Parts]) -> None:
+    def _score_rows(self, index: int, call: RewardCall, outcome: Future[Parts]) -> None:
         try:
-            rows = [call.row(i) for i in range(len(call))]
-            tasks = [self._schedule(worker.score, (index, row.payload), self._timeout_s) for row in rows]
-            outcome.set_result([(1, _answer_or_none(task)) for task in tasks])
+            payloads = [call.part(row).payload for row in range(len(call))]
+            tasks = [self._schedule(worker.score, (index, payload), self.timeout_s) for payload in payloads]
+            outcome.set_result([(1, _result_or_none(task)) for task in tasks])
         except BaseException as error:
             outcome.set_exception(error)
 
     def _schedule(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None) -> Future[Any]:
         with self._lock:
-            for last in (False, True):
-                try:
-                    task: Future[Any] = self._running().schedule(function, args=args, timeout=timeout_s)
-                    break
-                except RuntimeError:  # the pool noticed only now that it is broken
-                    if last:
-                        raise
-                    self._look_after()
+            try:
+                task = self._running().schedule(function, args=args, timeout=timeout_s)
+            except RuntimeError:  # the pool noticed only now that it is broken
+                self._replace_broken()
+                task = self._running().schedule(function, args=args, timeout=timeout_s)
             self._outstanding.add(task)
         task.add_done_callback(self._outstanding.discard)
         return task
@@ -140,15 +152,15 @@ class RewardPool:
                 max_workers=self._workers,
                 context=get_context("loky"),
                 initializer=worker.prepare,
-                initargs=(os.getpid(), self._blobs),
+                initargs=(os.getpid(), dict(self._blobs)),
             )
             self._closed, started = threading.Event(), threading.Event()
             start(partial(_keep, self._pool, started, self._closed), "reward-pool")
             started.wait()
         return self._pool
 
-    def _look_after(self) -> None:
-        """Replace a pool that broke, and hand its calls back to whoever waits for them."""
+    def _replace_broken(self) -> None:
+        """Close a pool that broke and fail its calls, so that those who wait for them submit them again."""
         with self._lock:
             if self._pool is None or self._pool.active:
                 return
@@ -164,31 +176,13 @@ class RewardPool:
                 "to 0 to run rewards in the learner's process"
             )
 
-    def _blob(self, index: int) -> bytes:
-        try:
-            blob = cloudpickle.dumps(self._functions[index][1])
-        except Exception as error:
-            self._on_a_thread(index, f"it cannot be pickled ({error})")
-            return b""
-        if len(blob) > MAX_BLOB_BYTES:
-            self._on_a_thread(index, f"it holds {len(blob) >> 20} MiB of objects")
-            return b""
-        return blob
-
-    def _probe(self) -> None:
-        """Functions that a worker cannot load stay here."""
-        tasks = {
-            i: self._schedule(worker.load_error, (i,), None)
-            for i in range(len(self._functions))
-            if i not in self._threads
-        }
+    def _load(self) -> None:
+        """Start the workers and leave out functions that they cannot load."""
+        tasks = {index: self._schedule(worker.load_error, (index,), None) for index in self._blobs}
         deadline = time.monotonic() + START_S
         for index, task in tasks.items():
             try:
-                while not task.done() and time.monotonic() < deadline:
-                    wait_for([task], _LOOK_S)
-                    self._look_after()
-                error = task.result(0)
+                error = self.wait(task, deadline - time.monotonic())
             except _LOST as lost:
                 self.close()
                 raise InvalidRequest(
@@ -196,23 +190,21 @@ class RewardPool:
                     "or end the process; set reward_workers=0 to run rewards in the learner's process"
                 ) from lost
             if error is not None:
-                self._on_a_thread(index, f"it cannot be imported there ({error.strip().splitlines()[-1]})")
+                del self._blobs[index]
+                self._leave_out(index, f"it cannot be imported there ({error.strip().splitlines()[-1]})")
 
-    def _on_a_thread(self, index: int, why: str) -> FunctionThread:
-        with self._lock:
-            if index not in self._threads:
-                name, function = self._functions[index]
-                self._warn(
-                    f"the reward {name} runs on a thread of the learner, not in a reward worker: {why}. There it "
-                    "competes with the training and cannot be stopped when it hangs; define it in a module, without "
-                    "locks, sockets or models in it, or set reward_workers=0 to run all rewards as TRL does"
-                )
-                self._threads[index] = FunctionThread(name, function, self._timeout_s)
-            return self._threads[index]
+    def _leave_out(self, index: int, why: str) -> None:
+        logger.warning(
+            "the reward %s runs on the training thread and without a time limit, not in a reward worker: %s. Define it "
+            "at the top level of a module that other processes can import, without locks, sockets or models in it; or "
+            "set reward_workers=0 to run all rewards as TRL does",
+            self.names.pop(index),
+            why,
+        )
 
 
 def _keep(pool: ProcessPool, started: threading.Event, closed: threading.Event) -> None:
-    """Linux ends a worker with the thread that started it: this one lives as long as the pool."""
+    """Live as long as the pool: Linux kills a worker when the thread that started it ends."""
     try:
         _ = pool.active  # starts the workers
     finally:
@@ -220,14 +212,21 @@ def _keep(pool: ProcessPool, started: threading.Event, closed: threading.Event) 
     closed.wait()
 
 
-def _answer(task: Future[bytes]) -> RewardResult:
-    answer: RewardResult = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
-    return answer
+def _pickled(function: Callable[..., Any]) -> bytes:
+    blob = cloudpickle.dumps(function)
+    if len(blob) > MAX_BLOB_BYTES:
+        raise ValueError(f"it holds {len(blob) >> 20} MiB of objects")
+    return blob
 
 
-def _answer_or_none(task: Future[bytes]) -> RewardResult | None:
+def _result(task: Future[bytes]) -> RewardResult:
+    result: RewardResult = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
+    return result
+
+
+def _result_or_none(task: Future[bytes]) -> RewardResult | None:
     try:
-        return _answer(task)
+        return _result(task)
     except _LOST:
         return None
 

@@ -1,6 +1,4 @@
-"""Runs inside a reward worker: a process that holds the user's reward functions, and neither torch nor TRL unless they
-do. Imports nothing heavy, for that reason.
-"""
+"""Runs in a reward worker, a process that imports torch and TRL only if the user's reward functions do."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cloudpickle
@@ -21,16 +19,15 @@ from learner.rewards.calls import RewardResult
 
 _PR_SET_PDEATHSIG = 1
 
+#: The pool's number of a function -> the function, or the traceback if it cannot be loaded here.
+_functions: dict[int, Callable[..., Any] | str] = {}
 
-#: In the order in which the pool numbers them; the traceback in place of one that cannot be loaded here.
-_functions: list[Callable[..., Any] | str] = []
 
-
-def prepare(parent: int, blobs: Sequence[bytes]) -> None:
-    """Make this process cheap, mortal, and ready: functions are loaded before any time limit begins to count.
+def prepare(parent: int, blobs: Mapping[int, bytes]) -> None:
+    """Limit this process and load the functions, before any time limit begins to count.
 
     Args:
-        parent: process id of the learner, with which this process dies however stuck it is.
+        parent: process id of the learner; this process dies with it, even when stuck.
         blobs: cloudpickled reward functions.
     """
     if sys.platform == "linux":
@@ -41,48 +38,46 @@ def prepare(parent: int, blobs: Sequence[bytes]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would not run while a function is stuck
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for blob in blobs:
+    for index, blob in blobs.items():
         try:
-            _functions.append(cloudpickle.loads(blob))
+            _functions[index] = cloudpickle.loads(blob)
         except Exception:
-            _functions.append(traceback.format_exc())
+            _functions[index] = traceback.format_exc()
 
 
 def load_error(index: int) -> str | None:
-    """Why this function cannot be loaded in a worker; None if it can."""
+    """Return the traceback of loading a function; None if it was loaded."""
     function = _functions[index]
     return function if isinstance(function, str) else None
 
 
 def score(index: int, payload: bytes) -> bytes:
-    """A pickled `RewardResult`. Nothing is raised, so that what the pool raises is about the process.
+    """Return a pickled `RewardResult`. Raises nothing, so that every error of the pool is about the process.
 
     Args:
-        payload: cloudpickled keyword arguments.
+        payload: `RewardCall.payload`.
     """
     function = _functions[index]
     try:
-        answer = RewardResult(error=function) if isinstance(function, str) else call(function, pickle.loads(payload))  # noqa: S301 - the learner's own bytes
-        return cloudpickle.dumps(answer)
-    except Exception:
+        if isinstance(function, str):
+            return cloudpickle.dumps(RewardResult(error=function))
+        return cloudpickle.dumps(_call(function, pickle.loads(payload)))  # noqa: S301 - the learner's own bytes
+    except BaseException:  # sys.exit() in a reward function must not end a training
         return cloudpickle.dumps(RewardResult(error=traceback.format_exc()))
 
 
-def call(function: Callable[..., Any], kwargs: dict[str, Any]) -> RewardResult:
-    """Call a reward function as TRL does, with recorders for `log_metric` and `log_extra`. Raises nothing."""
-    answer = RewardResult()
+def _call(function: Callable[..., Any], kwargs: dict[str, Any]) -> RewardResult:
+    """Call a reward function as TRL does, but record what it logs."""
+    result = RewardResult()
 
     def log_metric(name: str, value: float) -> None:
-        answer.metrics.append((name, float(value)))
+        result.metrics.append((name, float(value)))
 
     def log_extra(column: str, values: list[Any]) -> None:
-        answer.extras.append((column, list(values)))
+        result.extras.append((column, list(values)))
 
-    try:
-        rewards = function(**kwargs, log_metric=log_metric, log_extra=log_extra)
-        if inspect.iscoroutine(rewards):
-            rewards = asyncio.run(rewards)
-        answer.rewards = [None if reward is None else float(reward) for reward in rewards]
-    except BaseException:  # sys.exit() in a reward function is no way to end a training
-        answer.error = traceback.format_exc()
-    return answer
+    rewards = function(**kwargs, log_metric=log_metric, log_extra=log_extra)
+    if inspect.iscoroutine(rewards):
+        rewards = asyncio.run(rewards)
+    result.rewards = [None if reward is None else float(reward) for reward in rewards]
+    return result

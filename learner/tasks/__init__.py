@@ -1,4 +1,4 @@
-"""Tasks: questions, and functions that score the answers."""
+"""Tasks: questions, and reward functions that score their answers."""
 
 from __future__ import annotations
 
@@ -25,31 +25,36 @@ def load_task(
     eval_dataset: str | None = None,
     prompt_column: str = "prompt",
 ) -> Task:
-    """Load the task that `spec` names, with `eval_size` questions that training never sees.
+    """Load a task, with `eval_size` held-out questions that do not occur in training.
 
-    Which questions are held out depends on the task and `eval_size` only, never on `seed` or `train_size`.
+    The choice of held-out questions depends on the task and `eval_size`, not on `seed` or `train_size`.
 
     Args:
         spec: `reasoning_gym:NAME`; a .jsonl, .json, .csv or .parquet file; a hub dataset `name[:config][@split]`; or
             `module:object`, a `Task` or a function that is called with the arguments below and returns one.
-        task_args: for reasoning_gym the generator's parameters, `answer` (`last_number`, `tag` or `whole`: how the
-            answer is found in a completion) and `partial_credit` (true; many of its tasks give some for a wrong answer
-            that contains the right one, and false makes that nothing). For datasets too: `system_prompt`,
-            `prompt_template` (a format string over the row's fields, with `{metadata[...]}` for reasoning_gym) and
-            `prompt_format` (`chat` or `raw`).
-        train_size: training questions; default all of a dataset, 2000 of a generator. A generator that has fewer
-            different ones repeats them.
-        seed: of the order and, for a generator, the choice of training questions.
+        task_args: for all kinds `system_prompt`, `prompt_format` (`chat` or `raw`) and `prompt_template` (a format
+            string over the row's fields, with `{metadata[...]}` for reasoning_gym). For reasoning_gym also the
+            generator's parameters, `answer` (`last_number`, `tag` or `whole`: how to extract the answer from a
+            completion) and `partial_credit` (default true: a wrong answer may score more than 0, for instance if it
+            contains the right one).
+        train_size: training questions; default all of a dataset, 2000 of a generator. A generator with fewer distinct
+            questions repeats them.
+        seed: for the order and, with a generator, the choice of training questions.
         reward_specs: import paths `module:function`; `score` is a reasoning_gym task's own score, its default.
         reward_weights: one for each reward; default 1 each.
-        eval_dataset: a file or hub dataset to evaluate on, instead of held-out rows of `spec`.
-        prompt_column: the column of a file or dataset that holds the prompt, text or chat messages.
+        eval_dataset: file or hub dataset to evaluate on, instead of held-out rows of `spec`.
+        prompt_column: column of a file or dataset with the prompt, as text or chat messages.
 
     Raises:
-        TaskError: with what to do instead.
+        TaskError: the task cannot be loaded; the message says how to fix it.
+
+    Example:
+        >>> task = load_task("reasoning_gym:chain_sum", eval_size=64, train_size=500)
+        >>> task.train[0]["prompt"]
+        [{'role': 'user', 'content': 'State the final answer to the following arithmetic problem: ...'}]
     """
     if eval_size < 0 or (train_size is not None and train_size < 1):
-        raise TaskError(f"eval_size {eval_size} and train_size {train_size} must not be negative, nor train_size zero")
+        raise TaskError(f"eval_size {eval_size} must not be negative, and train_size {train_size} must be at least 1")
     common: dict[str, Any] = {
         "eval_size": eval_size,
         "train_size": train_size,
@@ -61,7 +66,9 @@ def load_task(
         from learner.tasks.gym import load_gym_task
 
         if eval_dataset is not None:
-            raise TaskError("--eval_dataset is for files and datasets; a reasoning_gym task holds questions out itself")
+            raise TaskError(
+                "--eval_dataset is for files and datasets; reasoning_gym tasks hold out questions themselves"
+            )
         return load_gym_task(spec.removeprefix(GYM_PREFIX), task_args or {}, **common)
 
     common |= {"eval_dataset": eval_dataset, "prompt_column": prompt_column}

@@ -1,4 +1,4 @@
-"""Finding the answer in a completion."""
+"""Extraction of the answer from a completion."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def last_number(text: str) -> str | None:
-    """The last number in the text, without thousands separators: "so 3 + 4 = 7." gives "7"."""
+    """Return the last number in the text, without thousands separators: "7" for "so 3 + 4 = 7."."""
     numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return numbers[-1].replace(",", "") if numbers else None
 
 
 def tagged(text: str) -> str | None:
-    """What the last <answer>...</answer> holds."""
+    """Return the content of the last <answer>...</answer>."""
     found = _TAG.findall(text)
     return found[-1].strip() if found else None
 
 
 def whole(text: str) -> str | None:
-    """All of the text, without white space around it."""
+    """Return the text without surrounding white space."""
     return text.strip() or None
 
 
@@ -34,11 +34,7 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {"last_number": last_number
 
 
 def extractor(name: str) -> Callable[[str], str | None]:
-    """The extractor of that name.
-
-    Raises:
-        TaskError: if there is none.
-    """
+    """Look up an extractor; raises `TaskError` if there is none of that name."""
     if name not in EXTRACTORS:
         raise TaskError(f"answer {name!r} is not one of {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name]

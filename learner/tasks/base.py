@@ -1,4 +1,4 @@
-"""What a task is: questions to train on, questions held out, and functions that score answers."""
+"""The type of a task: training questions, held-out questions, and reward functions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from shared.errors import InvalidRequest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# TRL's reward function: f(prompts=..., completions=..., **columns) -> one float, or None for "does not apply", each.
+# Called by TRL as f(prompts=..., completions=..., **columns); returns a float for each, or None if it does not apply.
 RewardFunc = Callable[..., Any]
 
 
 class TaskError(InvalidRequest):
-    """A task that cannot be loaded as asked for; the message says what to do instead."""
+    """A task cannot be loaded as requested; the message says how to fix that."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Questions and rewards, in the form that TRL's `GRPOTrainer` takes.
+    """Questions and rewards, as TRL's `GRPOTrainer` takes them.
 
-    `train` and `eval` have a column `prompt` (chat messages, or text) and whatever columns the rewards read. No prompt
-    of `eval` occurs in `train`. `reward_weights` is None where every reward counts 1.
+    Attributes:
+        train, eval: rows with a column `prompt` (chat messages, or text) and the columns that the rewards read. No
+            prompt of `eval` occurs in `train`.
+        reward_weights: one for each reward; None: 1 each.
     """
 
     name: str

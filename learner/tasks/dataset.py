@@ -14,7 +14,7 @@ from learner.tasks.base import Task, TaskError
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, question_key
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep.tasks")
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -31,18 +31,20 @@ def load_dataset_task(
     eval_dataset: str | None,
     prompt_column: str,
 ) -> Task:
-    """A file or `name[:config][@split]` of the hub. See `learner.tasks.load_task`."""
+    """Load a file or a hub dataset `name[:config][@split]`. See `learner.tasks.load_task`."""
     functions, weights = load_rewards(reward_specs, reward_weights)  # first: a typo should not cost a download
     remaining = dict(task_args)
     style = PromptStyle.take_from(remaining)
     if remaining:
-        raise TaskError(f"{spec} has no task argument {', '.join(sorted(remaining))}; only {_style_fields()}")
+        known = ", ".join(PromptStyle.__dataclass_fields__)
+        raise TaskError(f"{spec} has no task argument {', '.join(sorted(remaining))}; only {known}")
     train = _with_prompts(_read(spec), spec, prompt_column, style)
     if eval_dataset is None:
         train, held_out = _hold_out(train, eval_size, spec)
     else:
         held_out = _with_prompts(_read(eval_dataset), eval_dataset, prompt_column, style)
-        held_out = _by_hash(held_out).select(range(min(eval_size, len(held_out))))
+        hashes = [_hash(question_key(prompt)) for prompt in held_out["prompt"]]
+        held_out = held_out.select(sorted(range(len(held_out)), key=hashes.__getitem__)[:eval_size])
         train = _without(train, held_out, spec)
     train = train.shuffle(seed=seed)
     if train_size:
@@ -60,10 +62,10 @@ def _read(spec: str) -> Dataset:
     name, _, config = name.partition(":")
     try:
         return load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # not found, offline, gated, unknown config or split: its own words say which
+    except Exception as error:  # not found, offline, gated, unknown config or split: the message says which
         raise TaskError(
-            f"{spec!r} is no file here and could not be loaded from the hub: {type(error).__name__}: {error}. A task "
-            "is reasoning_gym:NAME, a .jsonl/.json/.csv/.parquet file, a hub dataset name[:config][@split], or "
+            f"{spec!r} is not a file here and could not be loaded from the hub: {type(error).__name__}: {error}. A "
+            "task is reasoning_gym:NAME, a .jsonl/.json/.csv/.parquet file, a hub dataset name[:config][@split], or "
             "module:object"
         ) from error
 
@@ -75,7 +77,7 @@ def _read_file(path: Path) -> Dataset:
         raise TaskError(f"{path}: a task file ends in {', '.join(FILE_KINDS)}")
     try:
         rows = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # the reader's cause (a broken line, mixed types) is chained below its own error
+    except Exception as error:  # the cause (a broken line, mixed types) is chained below
         raise TaskError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if not len(rows):
         raise TaskError(f"{path} has no rows")
@@ -83,11 +85,11 @@ def _read_file(path: Path) -> Dataset:
 
 
 def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptStyle) -> Dataset:
-    """Put the prompt the model sees into the column `prompt`; all other columns stay, for the rewards."""
+    """Put the model's prompt into the column `prompt`; the rewards read the other columns."""
     if style.prompt_template is None and prompt_column not in rows.column_names:
         raise TaskError(
-            f"{spec} has no column {prompt_column!r}; it has {', '.join(rows.column_names)}. Name the one that holds "
-            "the question with --prompt_column"
+            f"{spec} has no column {prompt_column!r}; it has {', '.join(rows.column_names)}. Name the question's "
+            "column with --prompt_column"
         )
     prompts = [style.prompt(row.get(prompt_column), row) for row in rows]
     others = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
@@ -97,7 +99,7 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
 
 
 def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Dataset]:
-    """Split by question, so that a question that occurs twice is on one side only."""
+    """Split by question: all rows of a question are on the same side."""
     by_key: dict[str, list[int]] = {}
     for i, prompt in enumerate(rows["prompt"]):
         by_key.setdefault(question_key(prompt), []).append(i)
@@ -113,7 +115,7 @@ def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Datase
 
 
 def _without(rows: Dataset, held_out: Dataset, spec: str) -> Dataset:
-    """Drop the training rows whose question is among those held out."""
+    """Drop training rows with a held-out question."""
     keys = {question_key(prompt) for prompt in held_out["prompt"]}
     kept = [i for i, prompt in enumerate(rows["prompt"]) if question_key(prompt) not in keys]
     if dropped := len(rows) - len(kept):
@@ -121,16 +123,7 @@ def _without(rows: Dataset, held_out: Dataset, spec: str) -> Dataset:
     return rows.select(kept)
 
 
-def _by_hash(rows: Dataset) -> Dataset:
-    hashes = [_hash(question_key(prompt)) for prompt in rows["prompt"]]
-    return rows.select(sorted(range(len(rows)), key=hashes.__getitem__))
-
-
 def _hash(key: str) -> bytes:
-    # Which questions are held out follows from their text, not from a seed or the order of the file: a run evaluated
-    # with another seed, or after rows were appended, still mostly keeps its sides, and equal files always do.
+    # The text of a question decides whether it is held out, not a seed or the order of the file: the split stays mostly
+    # the same with another seed or with rows appended.
     return hashlib.sha256(key.encode()).digest()
-
-
-def _style_fields() -> str:
-    return ", ".join(PromptStyle.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: made by a generator, scored by its own rules, no download."""
+"""Tasks of reasoning-gym: generated and scored by its own code, without a download."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from learner.tasks.base import Task, TaskError
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, completion_text, question_key
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep.tasks")
 
 DEFAULT_TRAIN_SIZE = 2000
 MIN_TRAIN_QUESTIONS = 16
-CHUNK = 20_000  # questions of one generator; the most that all of reasoning-gym's tasks accept
+CHUNK = 20_000  # questions per generator: the largest size that all tasks of reasoning-gym accept
 
 Entry = dict[str, Any]
 
@@ -36,22 +36,23 @@ def load_gym_task(
     eval_size: int,
     train_size: int | None,
     seed: int,
-    reward_specs: Sequence[str] | None,
-    reward_weights: Sequence[float] | None,
+    reward_specs: Sequence[str] | None = None,
+    reward_weights: Sequence[float] | None = None,
 ) -> Task:
-    """`reasoning_gym:NAME`. See `learner.tasks.load_task`."""
+    """Load `reasoning_gym:NAME`. See `learner.tasks.load_task`."""
     generator_args = dict(task_args)
     style = PromptStyle.take_from(generator_args)
     extract = extractor(generator_args.pop("answer", "last_number"))
     partial_credit = bool(generator_args.pop("partial_credit", True))
-    for taken in ("seed", "size"):
-        if taken in generator_args:
-            raise TaskError(f"task argument {taken!r} of reasoning_gym:{name}: use --seed, --train_size, --eval_size")
-
+    for reserved in ("seed", "size"):
+        if reserved in generator_args:
+            raise TaskError(
+                f"task argument {reserved!r} of reasoning_gym:{name}: use --seed, --train_size, --eval_size"
+            )
     train_size = train_size or DEFAULT_TRAIN_SIZE
 
-    # The held-out questions come from a stream of their own, which no training seed changes: whoever evaluates with
-    # another seed still never asks a question that was trained on.
+    # The stream of held-out questions does not depend on the seed: an evaluation with another seed never asks training
+    # questions.
     eval_entries = _take_distinct(_stream(name, generator_args, "eval"), eval_size, style, known=set())
     if len(eval_entries) < eval_size:
         raise TaskError(_too_small(name, generator_args, len(eval_entries), eval_size))
@@ -60,7 +61,7 @@ def load_gym_task(
     if len(train_entries) < min(train_size, MIN_TRAIN_QUESTIONS):
         raise TaskError(_too_small(name, generator_args, eval_size + len(train_entries), eval_size))
     if len(train_entries) < train_size:
-        logger.info("reasoning_gym:%s: %d different training questions, repeated", name, len(train_entries))
+        logger.info("reasoning_gym:%s: %d distinct training questions, repeated", name, len(train_entries))
 
     held_out, trained_on = list(eval_entries.values()), list(train_entries.values())
     score = GymScore(name, generator_args, held_out + trained_on, extract, partial_credit)
@@ -77,16 +78,14 @@ def load_gym_task(
 
 
 def _take_distinct(stream: Iterator[Entry], size: int, style: PromptStyle, known: set[str]) -> dict[str, Entry]:
-    """The first `size` questions that are new, by key; fewer if the generator runs dry.
+    """Return the first `size` new questions, by key; fewer if the generator is exhausted.
 
-    A generator cannot say how many questions it has. It counts as dry after ten times as many misses in a row as there
-    are questions seen: of N equally likely ones, one still unseen is then missed with a probability of e**-10.
+    A generator does not know how many questions it has. It counts as exhausted after ten times as many repetitions in a
+    row as there are questions seen: of N equally likely questions, one is then still unseen with probability e**-10.
     """
     found: dict[str, Entry] = {}
     misses = 0
-    while len(found) < size:
-        if misses > 10 * (len(found) + len(known)) + 200:
-            break
+    while len(found) < size and misses <= 10 * (len(found) + len(known)) + 200:
         entry = next(stream)
         key = question_key(style.prompt(entry["question"], entry))
         if key in known or key in found:
@@ -97,10 +96,9 @@ def _take_distinct(stream: Iterator[Entry], size: int, style: PromptStyle, known
 
 
 def _stream(name: str, args: dict[str, Any], label: str) -> Iterator[Entry]:
-    """Endless questions, the same ones for the same label."""
+    """Yield questions without end; the same label gives the same questions."""
     for chunk in itertools.count():
-        # Neighbouring generator seeds share all but one question (question i of seed s is made from s + i), so seeds
-        # are spread out.
+        # Question i of seed s is generated from s + i: neighboring seeds share all but one question.
         seed = random.Random(f"lockstep {label} {chunk}").randrange(2**31)
         generator = _create(name, args, seed)
         for i in range(CHUNK):
@@ -108,7 +106,7 @@ def _stream(name: str, args: dict[str, Any], label: str) -> Iterator[Entry]:
 
 
 def _fill_up(questions: int, size: int, seed: int) -> list[int]:
-    """`size` indices below `questions`: every question as often as every other, give or take one, shuffled."""
+    """Return `size` shuffled indices below `questions`; the counts of two questions differ by at most 1."""
     rng = random.Random(f"lockstep order {seed}")
     order: list[int] = []
     while len(order) < size:
@@ -127,10 +125,10 @@ def _row(index: int, entry: Entry, style: PromptStyle) -> dict[str, Any]:
 
 
 class GymScore:
-    """A reward function: reasoning-gym's own score of the extracted answer, or whether that is full marks.
+    """A reward function: reasoning-gym's own score of the extracted answer; without partial credit, 1 or 0.
 
-    It needs an entry's metadata, whose nested values a dataset column would not give back unchanged; so rows carry the
-    entry's number only. A class, so that another process makes its scorer anew, with what importing it takes.
+    Rows carry only the entry's number: a dataset column would change nested values of its metadata, which the score
+    needs. Pickled without its scorer, which needs `import_reasoning_gym`.
     """
 
     def __init__(
@@ -184,8 +182,8 @@ def _too_small(name: str, args: dict[str, Any], questions: int, eval_size: int) 
 def import_reasoning_gym() -> None:
     """Import reasoning-gym, with or without pycosat.
 
-    It imports pycosat for one of its hundred tasks (zebra_puzzles), and pycosat has no wheel: every install would need
-    a compiler. Where it is missing a stand-in takes its place during the import, and raises once that task is used.
+    Only one of its hundred tasks (zebra_puzzles) needs pycosat, which has no wheel, so that every install would need a
+    compiler. Where it is missing, the import sees a stand-in, which raises when that task is used.
     """
     ready = "reasoning_gym" in sys.modules or "pycosat" in sys.modules
     if ready or importlib.util.find_spec("pycosat") is not None:
@@ -201,4 +199,4 @@ def import_reasoning_gym() -> None:
     try:
         importlib.import_module("reasoning_gym")
     finally:
-        del sys.modules["pycosat"]  # sympy prefers pycosat where it can be imported: it must not find this one
+        del sys.modules["pycosat"]  # sympy uses pycosat where it can be imported, and must not find the stand-in

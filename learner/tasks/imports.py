@@ -1,4 +1,4 @@
-"""The user's own code by import path: `my_module:reward`."""
+"""Import of the user's code by path: `my_module:reward`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from learner.tasks.base import RewardFunc, TaskError
 
 
 def import_object(path: str) -> Any:
-    """The object at `module:attribute`. Modules in the current directory are found too.
+    """Return the object at `module:attribute`. Modules in the current directory are found too.
 
     Raises:
-        TaskError: the path is malformed, there is no such module, or it has no such attribute. An error inside the
-            module itself is not hidden: it is the cause, and the message names it.
+        TaskError: the path is malformed, or there is no such module or attribute, or the module raises; that error is
+            then the cause, and named in the message.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
@@ -40,7 +40,7 @@ def import_object(path: str) -> Any:
 
 
 def is_importable(module_name: str) -> bool:
-    """Whether there is such a module; its parents are imported to find out, it is not."""
+    """Return whether there is such a module, without importing it; its parents are imported."""
     if not all(part.isidentifier() for part in module_name.split(".")):
         return False
     _current_directory_is_importable()
@@ -53,10 +53,10 @@ def is_importable(module_name: str) -> bool:
 def load_rewards(
     specs: Sequence[str] | None, weights: Sequence[float] | None, own: RewardFunc | None = None
 ) -> tuple[list[RewardFunc], list[float] | None]:
-    """Reward functions and their weights. `own` is the task's own score: the default, and `score` in `specs`.
+    """Return reward functions and their weights. `own` is the task's own score: the default, and `score` in `specs`.
 
     Raises:
-        TaskError: no reward at all, one that is not callable, two of one name, or weights that do not match.
+        TaskError: there is no reward, one is not callable, two have the same name, or the weights do not match.
     """
     if not specs:
         if own is None:
@@ -79,7 +79,7 @@ def load_rewards(
 
 
 def _current_directory_is_importable() -> None:
-    # A console script has its own directory on the path, not the one it was called in.
+    # A console script has its own directory on the path, not the current one.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()

@@ -1,4 +1,4 @@
-"""From a row of a dataset to the prompt the model sees, and back from a prompt to what identifies the question."""
+"""Prompts of dataset rows, and keys that identify their questions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PromptFormat = Literal["chat", "raw"]
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How text becomes a prompt. The fields can be given among a task's arguments, for every kind of task."""
+    """Conversion of rows to prompts. Every kind of task accepts these fields in its arguments."""
 
-    # "chat": text becomes a user message. "raw": text goes to the model as it is, without a chat template.
+    # "chat": text becomes a user message. "raw": the model gets the text unchanged, without a chat template.
     prompt_format: PromptFormat = "chat"
-    # Put before the user message, and before messages that have no system message of their own.
+    # Inserted before the user message, and before chat messages without a system message.
     system_prompt: str | None = None
-    # A format string over the row's fields, e.g. "Question: {question}\nAnswer:". None: the prompt column alone.
+    # A format string over the row's fields, e.g. "Question: {question}\nAnswer:". None: the prompt column only.
     prompt_template: str | None = None
 
     def __post_init__(self) -> None:
@@ -31,11 +31,11 @@ class PromptStyle:
 
     @classmethod
     def take_from(cls, task_args: dict[str, Any]) -> PromptStyle:
-        """Make a style from the fields found in `task_args`, and remove them there."""
+        """Remove the fields of a style from `task_args` and return the style."""
         return cls(**{name: task_args.pop(name) for name in cls.__dataclass_fields__ if name in task_args})
 
     def prompt(self, value: Any, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
-        """The prompt for one row, whose prompt column holds `value`: text, or a list of chat messages."""
+        """Return the prompt of one row. `value` is its prompt column: text, or a list of chat messages."""
         if self.prompt_template is not None:
             value = self._fill(row)
         if isinstance(value, str):
@@ -60,7 +60,7 @@ class PromptStyle:
 
 
 def question_key(prompt: str | list[dict[str, Any]]) -> str:
-    """What makes two prompts the same question: equal text, whatever the white space, the system message aside."""
+    """Return a key that is equal for prompts of the same text, ignoring white space and system messages."""
     if isinstance(prompt, str):
         return " ".join(prompt.split())
     turns = [m for m in prompt if m["role"] != "system"]
@@ -68,7 +68,7 @@ def question_key(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def completion_text(completion: Any) -> str:
-    """The text of one completion as TRL hands it to a reward function: text, or a list of messages."""
+    """Return the text of a completion as TRL passes it to reward functions: text, or a list of messages."""
     if isinstance(completion, str):
         return completion
     return "".join(m.get("content") or "" for m in completion if m.get("role", "assistant") == "assistant")

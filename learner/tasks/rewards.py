@@ -17,7 +17,7 @@ _WORD = re.compile(r"[A-Za-z]{3,}")
 def exact_match(
     prompts: list[Any], completions: list[Any], answer: list[Any] | None = None, **columns: Any
 ) -> list[float]:
-    """1 where the completion equals the column `answer`, white space around it aside; else 0."""
+    """Return 1 where the completion equals the column `answer`, ignoring surrounding white space; else 0."""
     if answer is None:
         raise TaskError(f"exact_match needs a column 'answer'; the dataset has {_names(columns)}")
     return [
@@ -33,10 +33,14 @@ def math_answer(
     solution: list[Any] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1 where the completion's final answer equals that of the column `answer` (or `solution`) as mathematics; else 0.
+    """Return 1 where the completion's final answer equals the column `answer` (or `solution`) mathematically; else 0.
 
-    Of GSM8K's answers the part after `####` counts. A boxed answer in the completion is preferred, else its last
-    expression. None, so no reward at all, where the given answer itself cannot be understood.
+    Of GSM8K's answers the part after `####` is used. The final answer is a boxed one if there is any, else the last
+    expression. None (no reward) where the column's answer cannot be parsed.
+
+    Example:
+        >>> math_answer([], ["so it is \\boxed{1/2}", "3"], answer=["0.5", "0.5"])
+        [1.0, 0.0]
     """
     golds = answer if answer is not None else solution
     if golds is None:
@@ -47,7 +51,7 @@ def math_answer(
 def _math_score(text: str, gold: str) -> float | None:
     from math_verify import parse, verify
 
-    # Its time limits use SIGALRM, which only the main thread can receive.
+    # math_verify's time limits use SIGALRM, which only the main thread can receive.
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main:
         for part in ("parser", "grader"):

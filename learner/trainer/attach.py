@@ -24,7 +24,6 @@ from learner.adapters.peft_dir import save_adapter
 from learner.adapters.quantization import pin_compute_dtype
 from learner.config import LearnerConfig
 from learner.monitors.recorder import watch
-from learner.rewards.scorer import Rewards
 from learner.rollouts.schedule import Schedule
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_lengths, check_server
@@ -38,6 +37,7 @@ from learner.trainer.hooks import begin_passes_with, mark_tool_turns, replace_de
 from learner.trainer.internals import check_trl
 from learner.trainer.prompt_order import ComingPrompts, check_slots, schedule_of
 from learner.trainer.resume import ExactResume
+from learner.trainer.reward_hooks import score_in_workers
 from learner.trainer.sampling import sampling_params
 from learner.trainer.unsloth import with_vllm_params
 from shared.errors import InvalidRequest
@@ -121,7 +121,7 @@ def attach(
         accepts=accepts,
     )
     if config.reward_workers:
-        session.use(Rewards(trainer, config, session.say))
+        session.use(score_in_workers(trainer, config))
     _put_under_trainer(trainer, session)
     if config.drop_degenerate_groups:
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)

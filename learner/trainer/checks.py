@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from trl import GRPOTrainer
 
-from learner.rewards.scorer import all_known_early
 from learner.trainer.prompt_order import indexable
+from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared.errors import (
     InvalidRequest,

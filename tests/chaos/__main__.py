@@ -1,4 +1,4 @@
-"""`make chaos`: a real training run, disturbed by a seeded random schedule of faults until it has ended.
+"""`make chaos`: inject a seeded random schedule of faults into a real training run.
 
 python -m tests.chaos [--quick] [--faults N] [--seed N] [--steps N] [--servers K] [--json FILE]
 """
@@ -28,7 +28,7 @@ _BEGIN_S, _END_S = 180.0, 180.0
 
 
 def main() -> int:
-    """Run the suite. Answers the exit code: 0 only without violations and with every fault injected."""
+    """Run the suite and return the exit code: 0 only without violations and with every fault injected."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
@@ -39,10 +39,10 @@ def main() -> int:
     add(
         "--deterministic",
         action="store_true",
-        help="synchronous, one server; the end is compared with that of a training that nothing disturbed",
+        help="synchronous, one server; compare the final adapter with that of an undisturbed training",
     )
-    add("--only", help="only faults whose name holds this")
-    add("--json", type=Path, help="write what was seen to this file")
+    add("--only", help="only faults whose name contains this")
+    add("--json", type=Path, help="write the results to this file")
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
     say(f"seed {options.seed}: repeat with --seed {options.seed}")
@@ -57,13 +57,13 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace, folder: Path) -> int:
-    """The suite in `folder`."""
+    """Run the suite in `folder`."""
     random, began = Random(options.seed), time.monotonic()
     count = 10**6 if options.quick else options.faults
     world = World(Options(folder, options.seed, 0, options.servers, options.quick, options.deterministic))
     missing = {*world.unavailable, *(["other"] if options.quick else [])}
     for name, why in world.unavailable.items():
-        say(f"left out, what needs {name}: {why}")
+        say(f"no faults that need {name}: {why}")
     faults = plan(random, count, quick=options.quick, missing=missing)
     if options.only:
         faults = [fault for fault in faults if options.only in fault.name]
@@ -103,10 +103,10 @@ def run(options: argparse.Namespace, folder: Path) -> int:
 
 
 def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:
-    """Inject one fault after the other, spread over the training's steps; each must be got over."""
+    """Inject one fault after the other, spread over the training's steps; the training must recover from each."""
     records: list[Record] = []
     if world.progress(time.monotonic(), _BEGIN_S) is None:
-        world.checker.violated("hang", f"the training does not begin:\n{world.learner.tail()}")
+        world.checker.violated("hang", f"the training does not start:\n{world.learner.tail()}")
         return records
     for number, fault in enumerate(faults):
         if not _reach(world, number * world.options.steps // len(faults)):
@@ -121,7 +121,7 @@ def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:
 
 
 def _reach(world: World, step: int) -> bool:
-    """Wait for a step; False if the training has ended, or does not go on."""
+    """Wait for a step; return False if the training has ended or makes no progress."""
     while world.step() < step and not world.learner.done.is_set():
         if world.progress(time.monotonic(), 90.0) is None:
             world.checker.violated("hang", f"no step for 90 s without a fault:\n{world.learner.tail()}")
@@ -134,7 +134,7 @@ def _inject(world: World, fault: Fault, server: int, random: Random) -> Record:
     generation, violations = world.learner.generation, len(world.checker.violations)
     try:
         fault.recipe(world, server, random)
-    except (NotInjectedError, httpx.HTTPError) as error:  # among several servers one may be away just now
+    except (NotInjectedError, httpx.HTTPError) as error:  # one of several servers may be down
         return Record(fault.name, server, injected=False, note=f"{type(error).__name__}: {error}")
     lifted = time.monotonic()
     recovery = world.progress(lifted, fault.limit_s)
@@ -153,7 +153,7 @@ def _inject(world: World, fault: Fault, server: int, random: Random) -> Record:
 
 
 def finish(world: World) -> bool:
-    """Wait for the training's end."""
+    """Wait for the training's end; return False if it does not come."""
     while not world.learner.done.is_set():
         if world.progress(time.monotonic(), _END_S) is None:
             world.checker.violated("hang", f"the training does not end:\n{world.learner.tail()}")

@@ -1,4 +1,4 @@
-"""The suite's side of the proxy."""
+"""Client of the proxy's control socket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Control:
-    """Asks the proxy for what `tests.chaos.proxy.Link` can do, and for what it has seen."""
+    """Calls the `do_` methods of `tests.chaos.proxy.Link`, and reads what the proxy recorded."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._folder = folder / "control", folder
@@ -25,14 +25,14 @@ class Control:
             return json.loads(stream.readline())
 
     def receipts(self) -> list[dict[str, Any]]:
-        """Every receipt that was on its way to the learner by now."""
+        """Return every receipt that the proxy has forwarded to the learner so far."""
         known = list(self._receipts)
         known += self("receipts", since=len(known))
         self._receipts = known
         return known
 
     def pushed(self) -> dict[tuple[int, int], Path]:
-        """The last adapters that the learner has sent, by fence and step."""
+        """Return the last adapters that the learner has pushed, by fence and step."""
         found = {}
         for path in sorted((self._folder / "pushes").glob("*.blob")):
             fence, step = path.stem.split(".")

@@ -1,4 +1,4 @@
-"""The faults: what may happen to a training, how often, and how soon it must be got over."""
+"""The faults: their frequency, and the time limit for recovery."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Fault:
     """One kind of fault.
 
     Attributes:
-        share: how often it comes, in relation to the others.
-        quick: how often in the short suite.
-        limit_s: how long the training may take for its next step once the fault is over.
-        needs: what of the world it needs.
+        share: frequency in relation to the others.
+        quick: number in the short suite.
+        limit_s: seconds until the training's next step after the fault.
+        needs: part of the world that it needs.
     """
 
     name: str
@@ -34,14 +34,14 @@ FAULTS = [
     Fault("server: kill -9 inside a push", recipes.kill_server_in_a_push, 2, limit_s=120),
     Fault("server: SIGTERM", recipes.upgrade_server, 2, limit_s=120),
     Fault("engine: kill -9", recipes.kill_part(recipes.the_engine), 2, limit_s=120),
-    Fault("engine's worker: kill -9", recipes.kill_part(recipes.its_worker), 2, limit_s=120),
-    Fault("reward worker: kill -9", recipes.kill_child_of_learner, 8, quick=1),
+    Fault("engine's worker: kill -9", recipes.kill_part(recipes.the_worker), 2, limit_s=120),
+    Fault("reward worker: kill -9", recipes.kill_reward_worker, 8, quick=1),
     Fault("server: SIGSTOP", recipes.stop(recipes.the_server), 9, quick=1),
     Fault("server: SIGSTOP past deadlines", recipes.stop(recipes.the_server, too_long=True), 3),
     Fault("engine: SIGSTOP", recipes.stop(recipes.the_engine), 9, quick=1),
     Fault("engine: SIGSTOP past deadlines", recipes.stop(recipes.the_engine, too_long=True), 3),
-    Fault("engine's worker: SIGSTOP", recipes.stop(recipes.its_worker), 9, quick=1),
-    Fault("engine's worker: SIGSTOP past deadlines", recipes.stop(recipes.its_worker, too_long=True), 3),
+    Fault("engine's worker: SIGSTOP", recipes.stop(recipes.the_worker), 9, quick=1),
+    Fault("engine's worker: SIGSTOP past deadlines", recipes.stop(recipes.the_worker, too_long=True), 3),
     Fault("learner: SIGSTOP", recipes.stop(recipes.the_learner), 9, quick=1),
     Fault("learner: SIGSTOP past deadlines", recipes.stop(recipes.the_learner, too_long=True), 3),
     Fault("connections: reset", recipes.reset_connections, 14, quick=1),
@@ -66,14 +66,14 @@ FAULTS = [
     Fault("disk full", recipes.full_disk, 3, needs="disk"),
     Fault("clock of the learner jumps", recipes.learner_clock_jumps, 6, quick=1, needs="clock"),
     Fault("clock of the servers jumps", recipes.server_clock_jumps, 6, quick=1, needs="clock"),
-    Fault("server: off the list for a while", recipes.leave_the_list, 6, needs="fleet"),
+    Fault("server: off the list for a while", recipes.leave_the_list, 6, needs="several servers"),
     Fault("another version at its address", recipes.another_version_at_its_address, 3, limit_s=150),
     Fault("another model at its address", recipes.another_model_at_its_address, 2, limit_s=150, needs="other"),
 ]
 
 
 def plan(random: Random, count: int, *, quick: bool, missing: set[str]) -> list[Fault]:
-    """Which faults come, in which order. With `quick` their number is the table's."""
+    """Draw faults and their order. With `quick`, their numbers are those of the table."""
     known = [fault for fault in FAULTS if fault.needs not in missing]
     if quick:
         chosen = [fault for fault in known for _ in range(fault.quick)]

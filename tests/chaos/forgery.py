@@ -1,4 +1,4 @@
-"""Pushes as a broken network, a broken learner or a former one might send them."""
+"""Bad pushes, as from a broken network, a broken learner or a replaced one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.integration.support.server import HTTP
 
 
 def reversioned(blob: bytes, fence: int, step: int) -> bytes:
-    """The blob as another version's; its checksum covers the tensors only."""
+    """Return the blob with another version; its checksum covers the tensors only."""
     length = int.from_bytes(blob[:8], "little")
     document = json.loads(blob[8 : 8 + length])
     manifest = json.loads(document["__metadata__"][MANIFEST_KEY])
@@ -27,21 +27,21 @@ def reversioned(blob: bytes, fence: int, step: int) -> bytes:
 
 
 def flip_a_bit(blob: bytes, random: Random) -> bytes:
-    """One bit of one tensor."""
+    """Flip one bit of one tensor."""
     start = 8 + int.from_bytes(blob[:8], "little")
     place = random.randrange(start, len(blob))
     return blob[:place] + bytes([blob[place] ^ 1 << random.randrange(8)]) + blob[place + 1 :]
 
 
 def send(url: str, run_id: str, lease: Path, blob: bytes, *, secret: str | None = None) -> httpx.Response:
-    """One push, straight to a server; `secret` in the place of the lease's own."""
+    """Push directly to a server, with `secret` instead of the lease's own if given."""
     secret = secret or json.loads(lease.read_text())["secret"]
     path = f"{url}/v1/runs/{run_id}/adapter"
     return HTTP.put(path, content=blob, headers={LEASE_HEADER: secret}, timeout=30.0)
 
 
 def send_half(url: str, run_id: str, lease: Path, blob: bytes, share: float) -> None:
-    """Announce the whole body, send a share of it, and hang up."""
+    """Announce the full body, send a share of it, and close the connection."""
     secret, address = json.loads(lease.read_text())["secret"], urlsplit(url)
     head = (
         f"PUT /v1/runs/{run_id}/adapter HTTP/1.1\r\nhost: {address.netloc}\r\n{LEASE_HEADER}: {secret}\r\n"

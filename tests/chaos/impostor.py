@@ -1,4 +1,4 @@
-"""A server of another version at the address of a rollout server: it is ready, and speaks another protocol."""
+"""A server of a later version at the address of a rollout server: ready, but with another protocol."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from shared import PROTOCOL_VERSION
 
 
 class Impostor:
-    """Answers what a rollout server of a later version would. `asked`: paths, and whether they would have changed or
-    made anything."""
+    """Responds as a rollout server of a later version.
+
+    Attributes:
+        asked: requests received, and whether they would have changed anything.
+    """
 
     def __init__(self, state: dict[str, Any]) -> None:
         asked: list[tuple[str, bool]] = []
@@ -39,7 +42,7 @@ class Impostor:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: Any) -> None:
-                return  # its connections are reset, as all others are
+                return  # the suite resets its connections, too
 
         self.asked = asked
         self._server = Server(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""Invariants of DESIGN.md, checked from outside, on the servers' own ports, all through the run."""
+"""The invariants I1 to I6, checked on the servers' own ports throughout the run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.chaos.reference import Reference, Version
 
 PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
 PROMPTS = [[5, 17, 99], [260, 41, 33, 270, 8]]
-#: Nats between float32 on the server and float32 here.
+#: Between float32 on the server and float32 here, in nats.
 TOLERANCE = 1e-3
 _PROBE_TIMEOUT_S = 5.0
 _EVERY_S = 0.7
-#: How long a server that answers may serve nothing, or what is many steps old, while others are pushed to.
+#: How long a reachable server may serve nothing, or a version many steps old, while others receive pushes.
 CATCH_UP_S, _MANY_STEPS = 90.0, 20
 
 
 @dataclass
 class Violation:
-    """What was seen that must not be."""
+    """A broken invariant."""
 
     invariant: str
     what: str
@@ -37,16 +37,17 @@ class Violation:
 
 @dataclass
 class Checker:
-    """Asks every server again and again, and looks at what the learner logs.
+    """Polls every server, and reads the learner's history.
 
     Args:
-        urls: of the servers themselves, past the proxy.
-        receipts: what has reached the learner so far.
+        urls: of the servers themselves, bypassing the proxy.
+        receipts: returns the receipts that have reached the learner so far.
         history: the learner's metrics.jsonl.
-        during: name of the present fault.
+        during: returns the name of the present fault.
 
     Attributes:
-        checks: how often each invariant was checked.
+        checks: number of checks of each invariant.
+        steps: time at which each step appeared in the history, and its line.
     """
 
     urls: list[str]
@@ -59,7 +60,6 @@ class Checker:
     violations: list[Violation] = field(default_factory=list)
     checks: dict[str, int] = field(default_factory=dict)
     largest_gap: float = 0.0
-    #: when each step was seen in the history, with what is logged of it
     steps: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,29 +71,29 @@ class Checker:
         self._served: dict[str, Version] = {}  # newest by epoch
         self._checksums: dict[Version, str] = {}
         self._seen: set[str] = set()
-        self._near = [self._began] * len(self.urls)  # when each was last seen up to date, or away
+        self._near = [self._began] * len(self.urls)  # when each was last up to date, or unreachable
         self._threads = [threading.Thread(target=self._repeat, args=(i,), daemon=True) for i in range(len(self.urls))]
         self._threads.append(threading.Thread(target=self._follow_history, daemon=True))
 
     def start(self) -> None:
-        """Check from now on."""
+        """Start to check, on threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Look one last time, and end."""
+        """Check one last time, and end."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
 
     def violated(self, invariant: str, what: str) -> None:
-        """Keep it and say it."""
+        """Record and print a violation."""
         with self._lock:
             self.violations.append(Violation(invariant, what, self.during(), time.monotonic() - self._began))
         print(f"VIOLATION of {invariant} ({self.during()}): {what}", flush=True)
 
     def require(self, invariant: str, holds: bool, what: str) -> None:
-        """Count a check; `what` is said if it fails."""
+        """Count a check; record `what` if it fails."""
         with self._lock:
             self.checks[invariant] = self.checks.get(invariant, 0) + 1
         if not holds:
@@ -103,7 +103,7 @@ class Checker:
         while not self._stopping.wait(_EVERY_S):
             try:
                 self.look(index)
-            except (httpx.HTTPError, OSError):  # it is away, or stopped: what it answers next is looked at
+            except (httpx.HTTPError, OSError):  # down or stopped: check its next response
                 self._near[index] = time.monotonic()
 
     def look(self, index: int) -> None:
@@ -123,24 +123,24 @@ class Checker:
         served = (run["version"]["fence"], run["version"]["step"]) if run else None
         self._catches_up(index, served, max(floors.values(), default=None))
         if run is None:
-            self.require("I2", document["epoch"] not in floors, f"server {index} has forgotten its run within an epoch")
+            self.require("I2", document["epoch"] not in floors, f"server {index} has lost its run within an epoch")
             return
         assert served
         version = served
         self._one_checksum(version, run["checksum"])
         announced = self.reference.checksum(version)
-        self.require("I3", announced in (None, run["checksum"]), f"{version} is served with other bytes than were sent")
+        self.require("I3", announced in (None, run["checksum"]), f"{version} is served with other bytes than pushed")
         self._not_older(document["epoch"], version, floors, "state")
         self._generate(http, floors)
         self._score(http, floors)
 
     def _catches_up(self, index: int, served: Version | None, newest: Version | None) -> None:
-        """A server that came back, or missed a push, is brought up to date."""
+        """Check that a server that came back, or missed a push, is brought up to date."""
         if newest is None or (served is not None and served >= (newest[0], newest[1] - _MANY_STEPS)):
             self._near[index] = time.monotonic()
         behind_s = time.monotonic() - self._near[index]
         self.require("catching up", behind_s < CATCH_UP_S, f"server {index} is at {served}, others at {newest}")
-        if behind_s >= CATCH_UP_S:  # said once in a while
+        if behind_s >= CATCH_UP_S:  # do not report it at every check
             self._near[index] = time.monotonic()
 
     def _one_checksum(self, version: Version, checksum: str) -> None:
@@ -148,12 +148,12 @@ class Checker:
         self.require("I3", known == checksum, f"{version} has two checksums: {known} and {checksum}")
 
     def _not_older(self, epoch: str, version: Version, floors: dict[str, Version], route: str) -> None:
-        """Of what was acknowledged, or seen, before the request."""
+        """Check that a version is not older than those acknowledged or served before the request."""
         with self._lock:
             floor = max(floors.get(epoch, (0, 0)), self._served.get(epoch, (0, 0)))
             if route == "state":
                 self._served[epoch] = max(floor, version)
-        self.require("I2", version >= floor, f"{route} answers {version} in epoch {epoch} after {floor}")
+        self.require("I2", version >= floor, f"{route} returns {version} in epoch {epoch} after {floor}")
 
     def _generate(self, http: httpx.Client, floors: dict[str, Version]) -> None:
         body = {
@@ -170,9 +170,9 @@ class Checker:
                 tokens, spans = completion["token_ids"], completion["spans"]
                 ends = [0] + [span["end"] for span in spans]
                 contiguous = [span["start"] for span in spans] == ends[:-1] and ends[-1] == len(tokens)
-                whole = contiguous and all(span["version"] and span["end"] > span["start"] for span in spans)
-                self.require("I1", whole, f"spans {spans} for {len(tokens)} tokens")
-                for span in spans if whole else ():
+                valid = contiguous and all(span["version"] and span["end"] > span["start"] for span in spans)
+                self.require("I1", valid, f"spans {spans} for {len(tokens)} tokens")
+                for span in spans if valid else ():
                     version = (span["version"]["fence"], span["version"]["step"])
                     self._not_older(document["epoch"], version, floors, "generate")
                     start, end = span["start"], span["end"]
@@ -191,7 +191,7 @@ class Checker:
         if checksum is not None:
             before = self._scores.setdefault(checksum, scores)
             gap = max(abs(a - b) for a, b in zip(before, scores, strict=True))
-            self.require("I3", gap <= TOLERANCE, f"scores of {version} moved by {gap:.2e} while its bytes did not")
+            self.require("I3", gap <= TOLERANCE, f"scores of {version} changed by {gap:.2e} while its bytes did not")
 
     def _equal(self, version: Version, sequence: list[int], served: list[float], first: int) -> None:
         with self._lock:  # one model for all threads
@@ -203,7 +203,7 @@ class Checker:
         self.require("I4", gap <= TOLERANCE, f"logprobs of {version} differ by {gap:.2e} from a recomputation")
 
     def _follow_history(self) -> None:
-        """Every step that the learner reports, those of histories that were left included."""
+        """Read every step that the learner reports, also those of histories that were abandoned."""
         while True:
             last = self._stopping.is_set()
             lines = self.history.read_text(errors="replace").splitlines() if self.history.is_file() else []
@@ -219,10 +219,10 @@ class Checker:
             return
         try:
             step = json.loads(line)
-        except ValueError:  # being written just now, or cut short by a full disk
+        except ValueError:  # incomplete so far, or truncated by a full disk
             return
         self._seen.add(line)
         self.steps.append((time.monotonic(), step))
         self.require("I6", step["lag"] <= self.max_staleness, f"step {step['step']} trained on lag {step['lag']}")
         gap = step["logprob_gap"]
-        self.require("I4", gap is not None and gap <= TOLERANCE, f"step {step['step']}: the learner's proof says {gap}")
+        self.require("I4", gap is not None and gap <= TOLERANCE, f"step {step['step']}: proof gap {gap}")

@@ -1,4 +1,4 @@
-"""Processes that are started again when they die, and everything that they started themselves."""
+"""Supervised processes, which are restarted when they die, and their descendants."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-#: In the environment of whatever belongs to a suite: SUITE/NAME/GENERATION.
+#: Environment variable of all processes of a suite: SUITE/NAME/GENERATION.
 MARK = "LOCKSTEP_CHAOS"
 _ORPHANS_MAY_LIVE_S = 30.0
 _BACK_OFF_S = 1.0
 
 
 def belonging(mark: str, sessions: Collection[int]) -> dict[int, str]:
-    """Living processes whose mark begins so, or that are of these sessions, and their names.
+    """Return living processes whose mark begins with `mark`, or that belong to these sessions, and their names.
 
-    Processes inherit the mark whatever group they are in, but a process that sets its title may overwrite it.
+    Processes in every group inherit the mark, but a process that sets its title may overwrite it.
     """
     wanted, found = f"\0{MARK}={mark}".encode(), {}
     for path in Path("/proc").iterdir():
@@ -38,7 +38,7 @@ def belonging(mark: str, sessions: Collection[int]) -> dict[int, str]:
 
 
 def command_line(pid: int) -> bytes:
-    """Of a process; empty if it has ended."""
+    """Return the command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -46,7 +46,7 @@ def command_line(pid: int) -> bytes:
 
 
 def kill(pids: Collection[int], number: signal.Signals = signal.SIGKILL) -> list[int]:
-    """Send a signal to each that still lives; those."""
+    """Send a signal to each process that is alive, and return those."""
     reached = []
     for pid in pids:
         try:
@@ -59,14 +59,15 @@ def kill(pids: Collection[int], number: signal.Signals = signal.SIGKILL) -> list
 
 @dataclass
 class Supervised:
-    """One command that is started again, as it is, whenever it ends; with status 0 only if it is to run for ever.
+    """One command that is restarted, unchanged, whenever it ends.
 
     Args:
-        report: told of children that outlive their parent.
+        report: called with a message when children outlive their parent.
+        forever: restart it after status 0, too.
 
     Attributes:
-        exits: generation, status and last words of each that ended.
-        sessions: each generation has one of its own.
+        exits: generation, status and last log line of each process that ended.
+        sessions: session of each generation.
     """
 
     suite: str
@@ -89,35 +90,35 @@ class Supervised:
 
     @property
     def mark(self) -> str:
-        """Of the present generation."""
+        """Return the mark of the present generation."""
         return f"{self.suite}/{self.name}/{self.generation}/"
 
     @property
     def pid(self) -> int:
-        """Of the process itself, whatever it was wrapped in."""
+        """Return the id of the process itself."""
         assert self.process is not None
         return self.process.pid
 
     def start(self) -> Supervised:
-        """Start it, and look after it from now on."""
+        """Start and supervise the command."""
         self._start()
         self._thread.start()
         return self
 
     def family(self) -> dict[int, str]:
-        """Living processes of the present generation, and their names."""
+        """Return living processes of the present generation, and their names."""
         return belonging(self.mark, self.sessions[-1:])
 
     def children(self, name: str = "") -> list[int]:
-        """Its living children whose name begins so, without itself."""
+        """Return its living descendants whose name begins with `name`."""
         return [pid for pid, comm in self.family().items() if pid != self.pid and comm.startswith(name)]
 
     def kill(self) -> None:
-        """SIGKILL to the process alone: what becomes of its children is its own business."""
+        """Send SIGKILL to the process only, not to its children."""
         kill([self.pid])
 
     def stop(self) -> None:
-        """End it for good, first politely."""
+        """End it without a restart: SIGTERM, later SIGKILL."""
         self._stopping.set()
         if self.process is not None and self.process.poll() is None:
             kill(self.family(), signal.SIGCONT)
@@ -130,7 +131,7 @@ class Supervised:
         self._thread.join()
 
     def tail(self, characters: int = 2000) -> str:
-        """The end of its log."""
+        """Return the end of its log."""
         with self.log.open("rb") as stream:
             stream.seek(max(self.log.stat().st_size - characters, 0))
             return stream.read().decode(errors="replace")
@@ -162,7 +163,7 @@ class Supervised:
             self._start()
 
     def _look_for_orphans(self) -> None:
-        """Children have to go with their parent, without help."""
+        """Report and kill children that do not end with their parent."""
         deadline = time.monotonic() + _ORPHANS_MAY_LIVE_S
         while left := self.family():
             if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
-"""A TCP proxy between learner and rollout servers, in a process of its own, that breaks connections in every way.
+"""A TCP proxy between learner and rollout servers, as a separate process, that breaks connections in every way.
 
-It follows the requests just far enough to know pushes and receipts: it can hold a push in its middle, keeps every
-adapter that passes (`FOLDER/pushes/FENCE.STEP.blob`), and remembers every receipt that reaches the learner.
+It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every forwarded adapter
+(`FOLDER/pushes/FENCE.STEP.blob`), and records every receipt that reaches the learner.
 
 python -m tests.chaos.proxy FOLDER HOST UPSTREAM_PORT...     # controlled over FOLDER/control, see `tests.chaos.control`
 """
@@ -34,16 +34,16 @@ _BLOBS_KEPT = 60
 
 
 class Requests:
-    """The requests of one connection, cut into pieces."""
+    """The requests of one connection, split into pieces."""
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._left = 0
-        self.push: bytearray | None = None  #: the body of the push that is passing, as far as it has come
+        self.push: bytearray | None = None  #: body of the push in progress, as far as received
         self.length = 0
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """`data` again, in pieces that never reach over the end of a request."""
+        """Yield `data` in pieces that do not cross the end of a request."""
         while data:
             if not self._left:
                 known = len(self._head)
@@ -68,35 +68,35 @@ class Requests:
         self.push = bytearray() if _PUSH.match(head) else None
 
     @property
-    def whole_push(self) -> bytes | None:
-        """The push whose last piece came just now."""
-        whole = self.push is not None and len(self.push) == self.length
-        return bytes(self.push) if whole and self.push else None
+    def complete_push(self) -> bytes | None:
+        """Return the push that the last piece completed, if any."""
+        complete = self.push is not None and len(self.push) == self.length
+        return bytes(self.push) if complete and self.push else None
 
 
 class Connection:
-    """One connection of the learner, and ours to the server behind it."""
+    """One connection of the learner, and the proxy's to the server."""
 
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self.writers = writers
-        self.swallows = False  #: half-open: nothing arrives any more, and nobody is told
-        self.left: list[int | None] = [None, None]  #: bytes that still pass to the server, to the learner
+        self.swallows = False  #: half-open: drops all data, without an error
+        self.left: list[int | None] = [None, None]  #: bytes still to forward to the server, to the learner
 
     def abort(self) -> None:
-        """End both sides with a reset."""
+        """Reset both sides."""
         for writer in self.writers:
             with contextlib.suppress(OSError):
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
     def close(self) -> None:
-        """End both sides in order."""
+        """Close both sides."""
         for writer in self.writers:
             writer.close()
 
 
 class Link:
-    """The way to one server. Its methods that begin with `do_` are what the suite may ask for."""
+    """Route to one server. The suite may call its methods that begin with `do_`."""
 
     def __init__(self, proxy: Proxy, upstream: int) -> None:
         self.proxy, self.upstream, self.port = proxy, upstream, 0
@@ -112,13 +112,13 @@ class Link:
         self.port = server.sockets[0].getsockname()[1]
 
     async def do_reset(self) -> int:
-        """Reset every connection there is; how many."""
+        """Reset every connection; return how many."""
         for connection in (connections := list(self.connections)):
             connection.abort()
         return len(connections)
 
     async def do_half_open(self) -> int:
-        """From now on nothing passes over the present connections, without a word; how many."""
+        """Drop all data on the present connections, without an error; return how many."""
         for connection in self.connections:
             connection.swallows = True
         return len(self.connections)
@@ -128,20 +128,20 @@ class Link:
         self.refuses = on
 
     async def do_block(self, on: bool) -> None:
-        """Let nothing pass until told otherwise; what comes meanwhile is delivered then."""
+        """Hold all data until the next call with False, then deliver it."""
         (self.passing.clear if on else self.passing.set)()
 
     async def do_delay(self, seconds: float) -> None:
-        """Keep back everything that comes for so long."""
+        """Delay all data by this time."""
         self.delay = seconds
 
     async def do_cut(self, side: int, after: int) -> None:
-        """End the present connections after so many more bytes to the server (0) or to the learner (1)."""
+        """End the present connections after `after` more bytes to the server (0) or to the learner (1)."""
         for connection in self.connections:
             connection.left[side] = after
 
     async def do_hold(self, at: float, timeout: float) -> bool:
-        """Hold the next push when this share of its body has passed; whether one came in time."""
+        """Hold the next push when this share of its body has been forwarded; return whether one came in time."""
         self.held.clear()
         self.released.clear()
         self.hold_at = at
@@ -154,11 +154,11 @@ class Link:
             self.hold_at = None
 
     async def do_release(self) -> None:
-        """Let a held push go on."""
+        """Release a held push."""
         self.released.set()
 
     async def do_upstream(self, port: int) -> int:
-        """Another server is at this address from now on; the port of the one before."""
+        """Connect this address to another server; return the previous port."""
         before, self.upstream = self.upstream, port
         await self.do_reset()
         return before
@@ -178,7 +178,7 @@ class Link:
             both = [self._to_server(connection, reader, server_writer), self._back(connection, server_reader, writer)]
             tasks = [asyncio.ensure_future(pump) for pump in both]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if connection.swallows:  # the other side never hears of it
+            if connection.swallows:  # the other side does not notice
                 await asyncio.wait(tasks)
             for task in tasks:
                 task.cancel()
@@ -198,8 +198,8 @@ class Link:
                     await self.released.wait()
                 if not await self._pass(connection, 0, piece, to):
                     return
-                if whole := requests.whole_push:
-                    self.proxy.keep(whole)
+                if complete := requests.complete_push:
+                    self.proxy.store(complete)
                     requests.push = None
 
     async def _back(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
@@ -214,7 +214,7 @@ class Link:
                 return
 
     async def _pass(self, connection: Connection, side: int, data: bytes, to: asyncio.StreamWriter) -> bool:
-        """Hand on a piece; whether the connection goes on."""
+        """Forward a piece; return whether the connection goes on."""
         await self.passing.wait()
         if self.delay:
             await asyncio.sleep(self.delay)
@@ -233,7 +233,7 @@ class Link:
 
 
 class Proxy:
-    """All links, and what has passed over them."""
+    """All links, and the pushes and receipts forwarded over them."""
 
     def __init__(self, folder: Path, upstreams: list[int]) -> None:
         self.links = [Link(self, port) for port in upstreams]
@@ -250,8 +250,8 @@ class Proxy:
         server = await asyncio.start_unix_server(self._control, self._folder / "control")
         await server.serve_forever()
 
-    def keep(self, blob: bytes) -> None:
-        """Write an adapter that has passed to the disk."""
+    def store(self, blob: bytes) -> None:
+        """Write a forwarded adapter to the disk."""
         version = parse_header(blob[8 : 8 + header_length(blob)]).manifest.version
         temporary = self._pushes / f"{next(self._count)}.tmp"
         temporary.write_bytes(blob)
@@ -260,7 +260,7 @@ class Proxy:
             old.unlink()
 
     def saw_receipt(self, link: Link, found: re.Match[bytes]) -> None:
-        """A receipt is on its way to the learner."""
+        """Record a receipt that is on its way to the learner."""
         epoch, fence, step, checksum = (part.decode() for part in found.groups())
         self._receipts.append(
             {

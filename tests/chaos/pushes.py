@@ -1,4 +1,4 @@
-"""Recipes of pushes that must not count; all but one with the run's own lease."""
+"""Recipes of pushes that must be refused; all but one with the run's own lease."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def flipped_bit(world: World, server: int, random: Random) -> None:
 
 
 def repeated_push(world: World, server: int, random: Random) -> None:
-    """Either it is what is being served, and nothing is done, or it is too old."""
+    """Push the last adapter again: it is either served already, and nothing changes, or too old."""
     blob = _served(world, server)[1]
     for _ in range(3):
         answer = forgery.send(world.url(server), RUN_ID, world.lease, blob)
         fine = answer.json().get("repeated") is True if answer.status_code == 200 else answer.status_code == 409
-        world.checker.require("I3", fine, f"a repeated push was answered {answer.status_code} {answer.text[:300]}")
+        world.checker.require("I3", fine, f"a repeated push returned {answer.status_code} {answer.text[:300]}")
 
 
 def older_push(world: World, server: int, random: Random) -> None:
@@ -42,7 +42,7 @@ def older_push(world: World, server: int, random: Random) -> None:
 
 
 def stale_fence(world: World, server: int, random: Random) -> None:
-    """As a learner that was replaced would push: further on, but with the fence it had."""
+    """Push as a learner that was replaced: a later step with the former fence."""
     (fence, step), blob = _served(world, server)
     if not fence:
         raise NotInjectedError("this is the first learner")
@@ -55,7 +55,7 @@ def strangers_push(world: World, server: int, random: Random) -> None:
 
 
 def _served(world: World, server: int) -> tuple[tuple[int, int], bytes]:
-    """What was sent last, once this server serves it; one that knows nothing yet would rightly take anything."""
+    """Wait until this server serves the last push, and return it; a server without a run would accept any push."""
     deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         (fence, step), blob = world.newest()
@@ -63,10 +63,10 @@ def _served(world: World, server: int) -> tuple[tuple[int, int], bytes]:
         version = run.json()["version"] if run.status_code == 200 else None
         if version and (version["fence"], version["step"]) >= (fence, step):
             return (fence, step), blob
-    raise NotInjectedError("the server does not serve what was sent last")
+    raise NotInjectedError("the server does not serve the last push")
 
 
 def _refused(world: World, server: int, blob: bytes, *, secret: str | None = None, may_repeat: bool = False) -> None:
     answer = forgery.send(world.url(server), RUN_ID, world.lease, blob, secret=secret)
     refused = 400 <= answer.status_code < 500 or (may_repeat and answer.status_code == 200)
-    world.checker.require("I3", refused, f"a bad push was answered {answer.status_code}: {answer.text[:300]}")
+    world.checker.require("I3", refused, f"a bad push returned {answer.status_code}: {answer.text[:300]}")

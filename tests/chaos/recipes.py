@@ -1,6 +1,6 @@
-"""How each fault is done: recipes of a few lines that break something and, where it lasts, mend it before they return.
+"""Recipes: functions of a few lines that inject a fault and, if it lasts, repair it before they return.
 
-A recipe takes the world, the server it is about, and random numbers of its own.
+A recipe takes the world, the index of its server, and its own random numbers.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ def kill_server_in_a_push(world: World, server: int, random: Random) -> None:
 
 
 def upgrade_server(world: World, server: int, random: Random) -> None:
-    """SIGTERM: it finishes what it has, and ends well."""
+    """Send SIGTERM: the server must finish its requests and end with status 0."""
     _spare(world, server)
     generation = world.servers[server].generation
     kill([world.servers[server].pid], SIGTERM)
     if not _until(lambda: world.servers[server].generation > generation, 60):
-        world.checker.violated("hang", "the server does not leave when it is told to")
+        world.checker.violated("hang", "the server does not end after SIGTERM")
     elif (status := world.servers[server].exits[-1][1]) != 0:
-        world.checker.violated("drain", f"the server left with status {status}")
+        world.checker.violated("drain", f"the server ended with status {status}")
     _until_back(world, server)
 
 
 def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
-    """The server has to end by itself: nothing answers with a dead engine behind it."""
+    """Kill a process of the engine: the server has to end by itself, and not respond without an engine."""
 
     def recipe(world: World, server: int, random: Random) -> None:
         _spare(world, server)
@@ -68,24 +68,24 @@ def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
         if not kill(who(world, server)):
             raise NotInjectedError("it is not running")
         if not _until(lambda: world.servers[server].generation > generation, 60):
-            world.checker.violated("engine death", "the server lives on without it")
+            world.checker.violated("engine death", "the server goes on without it")
         _until_back(world, server)
 
     return recipe
 
 
-def kill_child_of_learner(world: World, server: int, random: Random) -> None:
-    """A reward worker. What looks after its semaphores would leave them behind, whoever used it: that is spared."""
+def kill_reward_worker(world: World, server: int, random: Random) -> None:
+    """Kill a reward worker, but not the resource tracker, which would leave semaphores behind."""
     children = [pid for pid in world.learner.children() if b"resource_tracker" not in command_line(pid)]
     if not children or not kill([random.choice(children)]):
         raise NotInjectedError("no reward worker is running")
 
 
-# --- processes stop, and go on
+# --- processes stop and continue
 
 
 def stop(who: Callable[[World, int], list[int]], *, too_long: bool = False) -> Recipe:
-    """SIGSTOP to some processes, for a moment or for longer than every deadline."""
+    """Stop some processes, for a moment or longer than every deadline."""
 
     def recipe(world: World, server: int, random: Random) -> None:
         with world.stopped(who(world, server)):
@@ -102,7 +102,7 @@ def the_engine(world: World, server: int) -> list[int]:
     return world.servers[server].children("VLLM::EngineCor")
 
 
-def its_worker(world: World, server: int) -> list[int]:
+def the_worker(world: World, server: int) -> list[int]:
     return world.servers[server].children("VLLM::Worker")
 
 
@@ -150,7 +150,7 @@ def silence_too_long(world: World, server: int, random: Random) -> None:
 
 
 def half_open(world: World, server: int, random: Random) -> None:
-    """What is under way never arrives; new connections work. Over when the learner's deadline is."""
+    """Drop data on present connections until the learner's deadline; new connections work."""
     if not world.control("half_open", server=server):
         raise NotInjectedError("there is no connection")
     time.sleep(TOO_LONG_S)
@@ -180,7 +180,7 @@ def cut_the_wire_too_long(world: World, server: int, random: Random) -> None:
     world.network.wire(up=True)
 
 
-# --- the rest of the world
+# --- disk, clocks, addresses
 
 
 def full_disk(world: World, server: int, random: Random) -> None:
@@ -199,7 +199,7 @@ def server_clock_jumps(world: World, server: int, random: Random) -> None:
 
 
 def leave_the_list(world: World, server: int, random: Random) -> None:
-    """As an operator, or Kubernetes, takes a server out of service for a while."""
+    """Take a server off the list for a while, as an operator or Kubernetes would."""
     world.list_servers(but=server)
     time.sleep(random.uniform(3, 15))
     world.list_servers()
@@ -215,10 +215,10 @@ def another_model_at_its_address(world: World, server: int, random: Random) -> N
     port = int(world.other.command[world.other.command.index("--port") + 1])
     _at_its_address(world, server, port, random)
     runs = HTTP.get(f"http://127.0.0.1:{port}/v1/state", timeout=5).json()["runs"]
-    world.checker.require("another model", not runs, f"it has taken pushes: {runs}")
+    world.checker.require("another model", not runs, f"it has accepted pushes: {runs}")
 
 
-# --- what they are made of
+# --- helpers
 
 
 def _until(condition: Callable[[], object], timeout_s: float) -> bool:
@@ -231,8 +231,8 @@ def _until(condition: Callable[[], object], timeout_s: float) -> bool:
 
 
 def _until_back(world: World, server: int) -> None:
-    """The fault is over when the supervisor has brought the server back; with several it need not be."""
-    if world.places:
+    """Wait until the supervisor has restarted a single server; with several, the training need not wait for it."""
+    if world.server_list:
         return
     time.sleep(0.5)
     if not _until(lambda: ready(world.url(server)), 240):
@@ -240,14 +240,14 @@ def _until_back(world: World, server: int) -> None:
 
 
 def _spare(world: World, server: int) -> None:
-    """Of several servers the last one is left alone: the training would rightly stand still until one is back."""
+    """Skip the fault if no other of several servers is up: the training would have to wait for one."""
     others = [index for index in range(len(world.servers)) if index != server]
     if others and not any(ready(world.url(index)) for index in others):
         raise NotInjectedError("no other server is up")
 
 
 def _in_a_push(world: World, server: int, random: Random, action: Callable[[], object]) -> None:
-    """Do it when a part of the next push has reached the server."""
+    """Run `action` when a part of the next push has reached the server."""
     try:
         if not world.control("hold", server=server, at=random.uniform(0.01, 1), timeout=20):
             raise NotInjectedError("no push came")

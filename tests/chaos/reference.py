@@ -1,4 +1,4 @@
-"""What the model must answer, computed here from the adapters that the learner has sent."""
+"""Reference logprobs, computed from the adapters that the learner has pushed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Reference:
     """The base model with one pushed adapter at a time merged into its weights, in float32.
 
     Args:
-        pushed: where the adapters lie that have passed, by fence and step.
+        pushed: returns the files of pushed adapters, by fence and step.
     """
 
     def __init__(self, model: Path, pushed: Callable[[], dict[Version, Path]]) -> None:
@@ -29,14 +29,14 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, version: Version, sequence: Sequence[int]) -> torch.Tensor | None:
-        """ln p of tokens 1.. of `sequence` [T - 1]; None if that version was not seen, or is gone."""
+        """Return ln p of tokens 1.. of `sequence` [T - 1]; None if that version is not stored."""
         if self._merged != version and not self._merge(version):
             return None
         logits_TV = self._model(torch.tensor([list(sequence)])).logits[0, :-1]
         return logits_TV.log_softmax(-1).gather(1, torch.tensor(list(sequence[1:]))[:, None])[:, 0]
 
     def checksum(self, version: Version) -> str | None:
-        """What the learner announced for it; None if it was not seen."""
+        """Return the checksum that the learner announced; None if the version is not stored."""
         if version not in self._checksums and (blob := self._read(version)) is not None:
             self._checksums[version] = parse_header(blob[8 : 8 + header_length(blob)]).manifest.checksum
         return self._checksums.get(version)
@@ -45,7 +45,7 @@ class Reference:
         path = self._pushed().get(version)
         try:
             return path.read_bytes() if path else None
-        except FileNotFoundError:  # made room for others just now
+        except FileNotFoundError:  # deleted to limit the disk space
             return None
 
     def _merge(self, version: Version) -> bool:

@@ -1,4 +1,4 @@
-"""What was injected, and how long it took to get over it."""
+"""Results: injected faults and the time to recover from each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Record:
     """One fault.
 
     Attributes:
-        lasted: seconds until it was lifted.
-        recovery: seconds from then until a step that began after it was done; None: it never was.
-        learner_restarts: by its supervisor, meanwhile.
+        lasted: seconds until the fault was over.
+        recovery: seconds from then until the end of a step that began after it; None: there was no such step.
+        learner_restarts: restarts of the learner meanwhile.
     """
 
     fault: str
@@ -36,18 +36,18 @@ class Record:
     def __str__(self) -> str:
         if not self.injected:
             return f"{self.fault}: not injected, {self.note}"
-        got_over = "never got over" if self.recovery is None else f"next step after {self.recovery:.1f} s"
+        recovered = "no recovery" if self.recovery is None else f"next step after {self.recovery:.1f} s"
         restarts = f", learner restarted {self.learner_restarts} times" if self.learner_restarts else ""
-        return f"{self.fault}: {self.lasted:.1f} s, {got_over}{restarts}"
+        return f"{self.fault}: {self.lasted:.1f} s, {recovered}{restarts}"
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     print(f"chaos {time.monotonic() - _started:6.0f} s: {text}", flush=True)
 
 
 def table(records: list[Record], world: World, seconds: float) -> tuple[str, bool]:
-    """Markdown, and whether all is well."""
+    """Return a Markdown table, and whether the run passed."""
     checker = world.checker
     rows = [
         "",

@@ -1,4 +1,4 @@
-"""What surrounds the processes and can be broken: clock, disk, network. Each says why it cannot be had here."""
+"""Surroundings of the processes that can be broken: clock, disk, network. Each raises where it is unavailable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class UnavailableError(Exception):
-    """Something that this machine does not permit, or lacks."""
+    """This machine does not permit something, or lacks it."""
 
 
 def _run(*command: str) -> None:
@@ -25,7 +25,7 @@ def _run(*command: str) -> None:
 
 
 class Clock:
-    """The wall clock of the processes that get its environment; it can jump while they run."""
+    """Wall clock of the processes that run with its `environment`; it can jump while they run."""
 
     def __init__(self, folder: Path, name: str) -> None:
         library = folder / "clock.so"
@@ -41,12 +41,12 @@ class Clock:
         self.environment = {"LD_PRELOAD": str(library), "LOCKSTEP_CLOCK": str(file)}
 
     def set(self, seconds: float) -> None:
-        """So far ahead of the true time from now on."""
+        """Set how far it is ahead of the true time."""
         self._page[:8] = struct.pack("q", round(seconds * 1e9))
 
 
 class SharedMemory:
-    """In the place of /dev/shm for the processes of one suite, so that what they leave there can be seen."""
+    """Replacement of /dev/shm for the processes of one suite, to find segments they leave behind."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -60,11 +60,11 @@ class SharedMemory:
 
     @property
     def prefix(self) -> list[str]:
-        """Before a command that is to see it."""
+        """Return the command prefix with which a process uses it."""
         return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/shm && exec "$@"', str(self.folder)]
 
     def left(self) -> list[str]:
-        """What is there now."""
+        """Return the names of its segments."""
         return sorted(path.name for path in self.folder.iterdir())
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class SharedMemory:
 
 
 class Disk:
-    """A small disk of its own, which can be filled."""
+    """A small separate disk, which can be filled."""
 
     def __init__(self, folder: Path, mebibytes: int = 96) -> None:
         folder.mkdir(parents=True)
@@ -81,7 +81,7 @@ class Disk:
         _run("mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder))
 
     def fill(self, but: int) -> None:
-        """Leave so many bytes."""
+        """Fill the disk except for `but` bytes."""
         with self._ballast.open("wb", buffering=0) as stream:
             for size in (2**20, 2**12):
                 with contextlib.suppress(OSError):
@@ -90,11 +90,11 @@ class Disk:
             stream.truncate(max(stream.tell() - but, 0))
 
     def free(self) -> None:
-        """As it was."""
+        """Remove what `fill` wrote."""
         self._ballast.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Unmount it, but keep what it holds in its place."""
+        """Unmount it, but keep its files in the same place."""
         kept = self.folder.with_name(self.folder.name + ".kept")
         shutil.copytree(self.folder, kept)
         subprocess.run(["umount", "-l", str(self.folder)], check=False)
@@ -103,7 +103,7 @@ class Disk:
 
 
 class Network:
-    """A network namespace for the learner, with one wire to this one, where the proxy listens on `host`."""
+    """A network namespace for the learner, connected to this one by a wire; the proxy listens on `host`."""
 
     def __init__(self, name: str) -> None:
         number = os.getpid() % 250
@@ -122,15 +122,15 @@ class Network:
 
     @property
     def prefix(self) -> list[str]:
-        """Before a command that is to run inside."""
+        """Return the command prefix with which a process runs inside."""
         return ["ip", "netns", "exec", self.name]
 
     def wire(self, up: bool) -> None:
-        """Cut the wire, or mend it: packets vanish, and nobody is told."""
+        """Connect or cut the wire; while it is cut, packets are lost without an error."""
         _run("ip", "link", "set", self._wire, "up" if up else "down")
 
     def close(self) -> None:
-        """Take it down."""
+        """Delete it."""
         with contextlib.suppress(FileNotFoundError):
             for command in (f"link del {self._wire}", f"netns del {self.name}"):
                 subprocess.run(["ip", *command.split()], check=False, capture_output=True)

@@ -1,4 +1,4 @@
-"""Everything that is disturbed: rollout servers, a learner that trains on them, a proxy between, and supervisors."""
+"""The system under test: rollout servers, a learner that trains on them, a proxy between them, and supervisors."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, Unavail
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
 from tests.integration.support.learner_process import COMMON, write_questions
 from tests.integration.support.server import ENVIRONMENT, HTTP, free_port
+from tests.support.arguments import arguments
 from tests.support.tiny_model import make_tiny_model
 
 RUN_ID = "chaos"
@@ -33,41 +34,31 @@ START_S = 300.0
 #: Prompts to train on, and how many make a batch: an epoch has a whole number of batches.
 PROMPTS, BATCH = 40, 2
 SAVE_STEPS = 5
-LEARNER_FLAGS = [
-    "--run_id",
-    RUN_ID,
-    "--generate_timeout_s",
-    str(GENERATE_S),
-    "--push_timeout_s",
-    str(PUSH_S),
-    "--ready_timeout_s",
-    str(START_S),
-    "--proof_every",
-    "1",
-    "--proof_canary",
-    "false",
-    "--save_steps",
-    str(SAVE_STEPS),
-    "--save_total_limit",
-    "3",
-    "--reward_workers",
-    "1",
-    "--reward_timeout_s",
-    "5",
-    "--log_completions",
-    "true",
-    "--num_completions_to_print",
-    "0",
-]
+LEARNER_FLAGS = arguments(
+    {
+        "--run_id": RUN_ID,
+        "--generate_timeout_s": GENERATE_S,
+        "--push_timeout_s": PUSH_S,
+        "--ready_timeout_s": START_S,
+        "--proof_every": 1,
+        "--proof_canary": "false",
+        "--save_steps": SAVE_STEPS,
+        "--save_total_limit": 3,
+        "--reward_workers": 1,
+        "--reward_timeout_s": 5,
+        "--log_completions": "true",
+        "--num_completions_to_print": 0,
+    }
+)
 
 
 class NotInjectedError(Exception):
-    """There was nothing to break just now."""
+    """The fault cannot be injected at present."""
 
 
 @dataclass
 class Options:
-    """What the suite is started with."""
+    """Options of the suite."""
 
     folder: Path
     seed: int
@@ -78,16 +69,16 @@ class Options:
 
     @property
     def staleness(self) -> int:
-        """Generation batches that rollouts run ahead."""
+        """Return how many generation batches rollouts run ahead."""
         return 0 if self.deterministic else 1
 
 
 class World:
-    """One training under fire.
+    """One training into which faults are injected.
 
     Attributes:
-        unavailable: what this machine does not permit, by the name of what it would have been.
-        places: where the learner reads its servers from, if there are several.
+        unavailable: name of what this machine does not permit -> reason.
+        server_list: file from which the learner reads its servers, if there are several.
         during: name of the present fault.
     """
 
@@ -99,9 +90,9 @@ class World:
         self._open = contextlib.ExitStack()
         self._problems: list[str] = []
         self._supervised: list[Supervised] = []
-        self.places = self.folder / "servers" if options.servers > 1 else None
-        if not self.places:
-            self.unavailable["fleet"] = "there is one server (--servers)"
+        self.server_list = self.folder / "servers" if options.servers > 1 else None
+        if not self.server_list:
+            self.unavailable["several servers"] = "there is one server (--servers)"
         self.model = make_tiny_model(self.folder / "model", seed=0)
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
         self.network = self._have("network", lambda: Network(str(os.getpid())))
@@ -147,7 +138,7 @@ class World:
         self._wait_ready()
         self.urls = [f"http://{host}:{port}" for port in self.control("ports")]
         self.list_servers()
-        urls = [f"file:{self.places}"] if self.places else self.urls
+        urls = [f"file:{self.server_list}"] if self.server_list else self.urls
         command = [*(self.network.prefix if self.network else []), *self.training(urls, self.output)]
         self.learner = self._supervise("learner", command, self._learner_environment())
         self.checker.start()
@@ -155,37 +146,37 @@ class World:
 
     @property
     def ports(self) -> list[int]:
-        """Of the servers themselves."""
+        """Return the ports of the servers themselves."""
         return [int(server.command[server.command.index("--port") + 1]) for server in self.servers]
 
     def url(self, index: int) -> str:
-        """A server itself, past the proxy."""
+        """Return a server's own address, bypassing the proxy."""
         return f"http://127.0.0.1:{self.ports[index]}"
 
     def list_servers(self, but: int | None = None) -> None:
-        """Tell the learner which servers there are, where it reads that from a file."""
-        if self.places:
-            whole = self.places.with_suffix(".tmp")
-            whole.write_text("".join(f"{url}\n" for i, url in enumerate(self.urls) if i != but))
-            whole.replace(self.places)
+        """Write the list of servers that the learner reads, if there are several."""
+        if self.server_list:
+            temporary = self.server_list.with_suffix(".tmp")
+            temporary.write_text("".join(f"{url}\n" for i, url in enumerate(self.urls) if i != but))
+            temporary.replace(self.server_list)
 
     @property
     def lease(self) -> Path:
         return self.output / "lease.json"
 
     def newest(self) -> tuple[tuple[int, int], bytes]:
-        """Version and bytes of the adapter that was sent last."""
+        """Return version and bytes of the adapter pushed last."""
         for version, path in reversed(self.control.pushed().items()):
             with contextlib.suppress(FileNotFoundError):
                 return version, path.read_bytes()
-        raise LookupError("no adapter has been sent yet")
+        raise LookupError("no adapter has been pushed yet")
 
     def step(self) -> int:
-        """The last step that the learner has reported."""
+        """Return the last step that the learner has reported."""
         return self.checker.steps[-1][1]["step"] if self.checker.steps else 0
 
     def progress(self, since: float, within: float) -> float | None:
-        """Seconds from `since` until the learner has made a step that began after it; None if it does not come."""
+        """Return seconds from `since` to the end of a step begun after it; None if it takes longer than `within`."""
         while time.monotonic() < since + within:
             if self.learner.done.is_set():
                 return time.monotonic() - since
@@ -197,7 +188,7 @@ class World:
 
     @contextlib.contextmanager
     def stopped(self, pids: list[int]) -> Iterator[None]:
-        """SIGSTOP, and SIGCONT at the end."""
+        """Stop processes until the end of the block."""
         try:
             kill(pids, SIGSTOP)
             yield
@@ -205,7 +196,7 @@ class World:
             kill(pids, SIGCONT)
 
     def undisturbed(self) -> Path:
-        """The same training once more, in peace: its folder."""
+        """Run the same training without faults; return its folder."""
         output = self.folder / "undisturbed"
         command = [*self.training([self.url(0)], output), "--takeover", "true"]
         environment = {**os.environ, **self._learner_environment()}
@@ -214,7 +205,7 @@ class World:
         return output
 
     def close(self) -> None:
-        """End everything that runs; what is left is a violation."""
+        """End all processes; those that are left are a violation."""
         for process in reversed(self._supervised):
             process.stop()
         sessions = [session for process in self._supervised for session in process.sessions]
@@ -248,12 +239,7 @@ class World:
             "--port",
             str(port),
             *SERVER_FLAGS,
-            "--push-timeout",
-            str(SERVER_PUSH_S),
-            "--drain-seconds",
-            "5",
-            "--slots-per-run",
-            "3",
+            *arguments({"--push-timeout": SERVER_PUSH_S, "--drain-seconds": 5, "--slots-per-run": 3}),
             *(["--deterministic"] if self.options.deterministic else []),
         ]
         clock = self.clocks["server"]
@@ -290,11 +276,11 @@ class World:
             port = server.command[server.command.index("--port") + 1]
             while not ready(f"http://127.0.0.1:{port}"):
                 if time.monotonic() > deadline or server.exits:
-                    raise RuntimeError(f"{server.name} does not get ready:\n{server.tail()}")
+                    raise RuntimeError(f"{server.name} does not become ready:\n{server.tail()}")
                 time.sleep(0.3)
 
     def training(self, urls: list[str], output: Path) -> list[str]:
-        """The learner's command."""
+        """Return the learner's command."""
         options = self.options
         return [
             sys.executable,
@@ -303,29 +289,25 @@ class World:
             "train",
             "--rollout_url",
             *urls,
-            "--model_name_or_path",
-            str(self.model),
-            "--task",
-            str(self.task),
-            "--output_dir",
-            str(output),
+            *arguments({"--model_name_or_path": self.model, "--task": self.task, "--output_dir": output}),
             *COMMON,
             *LEARNER_FLAGS,
-            "--max_steps",
-            str(options.steps),
-            "--max_staleness",
-            str(options.staleness),
-            "--deterministic",
-            str(options.deterministic).lower(),
+            *arguments(
+                {
+                    "--max_steps": options.steps,
+                    "--max_staleness": options.staleness,
+                    "--deterministic": str(options.deterministic).lower(),
+                }
+            ),
         ]
 
     def summary(self) -> dict[str, Any]:
-        """The learner's own."""
+        """Return the learner's summary."""
         return json.loads((self.output / "train.json").read_text())
 
 
 def ready(url: str) -> bool:
-    """Whether a server is there and has loaded its model."""
+    """Return whether a server is up and has loaded its model."""
     try:
         return HTTP.get(f"{url}/ready", timeout=2.0).status_code == 200
     except httpx.HTTPError:

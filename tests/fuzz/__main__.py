@@ -1,6 +1,6 @@
-"""python -m tests.fuzz [--requests 20000] [--seed N] [--only NAME,NAME]     # a server of its own, minutes
+"""python -m tests.fuzz [--requests 20000] [--seed N] [--only NAME,NAME]     # starts a server; takes minutes
 
-Prints what came back, and ends with 1 if a request met a failure of the server's or changed what it serves.
+Prints counts of status codes; exits with 1 if the server failed on a request, or a request changed what it serves.
 """
 
 from __future__ import annotations
@@ -18,27 +18,22 @@ from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bo
 from tests.fuzz.schema import fuzz_schema, openai_schema, own_schema
 from tests.integration.support import policy as P
 from tests.integration.support.server import running_server
+from tests.support.arguments import arguments
 from tests.support.tiny_model import make_tiny_model
 
-FLAGS = [
-    "--max-lora-rank",
-    "8",
-    "--max-runs",
-    "2",
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "256",
-    "--max-num-seqs",
-    "32",
-    "--enforce-eager",
-    "--served-model-name",
-    "base",
-    "--push-timeout",
-    "20",
-    "--collective-timeout",
-    "2",
-]
+FLAGS = arguments(
+    {
+        "--max-lora-rank": 8,
+        "--max-runs": 2,
+        "--dtype": "float32",
+        "--max-model-len": 256,
+        "--max-num-seqs": 32,
+        "--enforce-eager": None,
+        "--served-model-name": "base",
+        "--push-timeout": 20,
+        "--collective-timeout": 2,
+    }
+)
 #: Shares of all requests.
 SHARES = {
     "/v1/generate": 0.19,
@@ -74,13 +69,13 @@ def main() -> int:
             pushed(target, policy, "kept")
             good = pushed(target, policy, "fuzzed")
             campaigns = make_campaigns(target, good, [str(model), *FLAGS])
-            whole = sum(SHARES[name] for name in names)
+            total = sum(SHARES[name] for name in names)
             for name in names:
                 begun = time.monotonic()
-                campaigns[name](round(options.requests * SHARES[name] / whole), options.seed)
+                campaigns[name](round(options.requests * SHARES[name] / total), options.seed)
                 counts = tally.statuses.get(name, {})
-                told = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
-                print(f"fuzz: {name}: {told} in {time.monotonic() - begun:.0f} s", flush=True)
+                summary = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
+                print(f"fuzz: {name}: {summary} in {time.monotonic() - begun:.0f} s", flush=True)
             target.close()
             if options.log:
                 options.log.write_bytes(server.log.read_bytes())
@@ -92,7 +87,7 @@ def main() -> int:
 
 
 def make_campaigns(target: Target, good: bytes, argv: list[str]) -> dict[str, Callable[[int, int], None]]:
-    """What can be run, by name: (number of requests, seed)."""
+    """Return campaigns by name; each takes the number of requests and a seed."""
 
     def bodies(path: str) -> Callable[[int, int], None]:
         return lambda count, seed: fuzz_bodies(target, path, count, seed)

@@ -1,4 +1,4 @@
-"""Adapter blobs that are broken in one or several ways, made from one that is right."""
+"""Adapter blobs with one or several defects, made from a valid one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Parts = tuple[dict[str, Any], dict[str, Any], bytearray]  # header document, man
 
 
 def take_apart(blob: bytes) -> Parts:
-    """A blob that is right, as something to be changed."""
+    """Split a valid blob into parts that can be changed."""
     length = header_length(blob)
     document = json.loads(blob[8 : 8 + length])
     return document, json.loads(document["__metadata__"][MANIFEST_KEY]), bytearray(blob[8 + length :])
 
 
 def put_together(document: dict[str, Any], manifest: Any, data: bytes) -> bytes:
-    """The blob again. Where the manifest is no longer in its place, it stays away."""
+    """Assemble a blob; omit the manifest if its key was removed."""
     metadata = document.get("__metadata__")
     if isinstance(metadata, dict) and MANIFEST_KEY in metadata:
         metadata[MANIFEST_KEY] = json.dumps(manifest)
@@ -36,7 +36,7 @@ def put_together(document: dict[str, Any], manifest: Any, data: bytes) -> bytes:
 
 
 def digest_of(document: dict[str, Any], data: bytes) -> str:
-    """The right checksum of a float32 blob, read without the parser under test."""
+    """Return the correct checksum of a float32 blob, without the parser under test."""
     entries = [
         TensorEntry(name, info["dtype"], tuple(info["shape"]), *info["data_offsets"])
         for name, info in document.items()
@@ -48,7 +48,7 @@ def digest_of(document: dict[str, Any], data: bytes) -> str:
 
 
 def is_right(blob: bytes) -> bool:
-    """By another reader of safetensors: readable, finite, and as its checksum says."""
+    """Return whether a blob is readable by another safetensors reader, finite, and matches its checksum."""
     try:
         tensors = safetensors.numpy.load(blob)
         document, manifest, data = take_apart(blob)
@@ -58,7 +58,7 @@ def is_right(blob: bytes) -> bool:
 
 
 def parses(blob: bytes) -> bool:
-    """The parser takes the header; what it refuses, it refuses with a LockstepError."""
+    """Return whether the parser accepts the header; it may refuse it with a LockstepError only."""
     try:
         parse_header(blob[8 : 8 + header_length(blob[:8])])
     except LockstepError as error:
@@ -69,13 +69,13 @@ def parses(blob: bytes) -> bool:
 
 @st.composite
 def blobs(draw: st.DrawFn, good: bytes, version: Callable[[], dict[str, Any]]) -> bytes:
-    """A blob of `version()`, next in order, with up to three things changed in its header, its tensors or its bytes."""
+    """Draw a blob of the next version, with up to three changes to its header, tensors or bytes."""
     document, manifest, data = copy.deepcopy(take_apart(good))
     manifest["version"] = version()
     changes = draw(st.lists(st.sampled_from(_CHANGES), max_size=2))
     for change in changes:
         change(draw, document, manifest, data)
-    if changes and draw(st.booleans()):  # a lie that the checksum confirms goes deeper
+    if changes and draw(st.booleans()):  # a defect with a matching checksum gets further
         try:
             manifest["checksum"] = digest_of(document, data)
         except Exception:
@@ -87,7 +87,7 @@ def blobs(draw: st.DrawFn, good: bytes, version: Callable[[], dict[str, Any]]) -
 
 
 def _tensor(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any]:
-    """The index entry of one tensor; an empty one if none is left."""
+    """Draw the index entry of one tensor; an empty one if none is left."""
     entries = [info for name, info in document.items() if name != "__metadata__" and isinstance(info, dict)]
     return draw(st.sampled_from(entries)) if entries else {}
 
@@ -118,7 +118,7 @@ def _dtype(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: bytea
 
 
 def _rename(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: bytearray) -> None:
-    """One module under another name, in the index and (mostly) in the manifest."""
+    """Rename a module in the index and (mostly) in the manifest."""
     modules = manifest.get("modules")
     names = [name for name in document if name.endswith(".lora_A.weight")]
     if not names or not isinstance(modules, dict):
@@ -141,7 +141,7 @@ def _unknown(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: byt
 
 
 def _thousands(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: bytearray) -> None:
-    """Far more modules than the model has, each with tensors of its own."""
+    """Add far more modules than the model has, each with tensors."""
     if not isinstance(manifest.get("modules"), dict):
         return
     end = len(data)
@@ -162,7 +162,7 @@ def _manifest(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: by
 def _version(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: bytearray) -> None:
     if isinstance(manifest.get("version"), dict):
         field = draw(st.sampled_from(["run_id", "fence", "step"]))
-        # A version that is right but far ahead would leave no room for any other.
+        # A valid version far ahead would block all later ones.
         manifest["version"][field] = draw(st.one_of(wild_texts, st.integers(max_value=3), st.none()))
 
 
@@ -210,7 +210,7 @@ _CHANGES = [
 
 
 def _truncated(draw: st.DrawFn, blob: bytes) -> bytes:
-    share = st.integers(0, 1000)  # of a length that differs a little from version to version
+    share = st.integers(0, 1000)  # the length differs slightly between versions
     return blob[: draw(st.one_of(st.integers(0, 40), share.map(lambda share: len(blob) * share // 1000)))]
 
 
@@ -224,7 +224,7 @@ def _length_lies(draw: st.DrawFn, blob: bytes) -> bytes:
 
 
 def _other_header(draw: st.DrawFn, blob: bytes) -> bytes:
-    """A header that is no JSON, no UTF-8, too deep, of another form, or says everything twice."""
+    """Replace the header by one that is not JSON, not UTF-8, too deep, of another form, or has duplicate keys."""
     header = blob[8 : 8 + header_length(blob)]
     other = draw(
         st.sampled_from(

@@ -1,4 +1,4 @@
-"""Requests by the thousand against a running rollout server: what must hold of every answer, and after all of them."""
+"""Thousands of requests to a running rollout server: checks of every response, and of the server after all of them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
 from tests.integration.support import policy as P
 
-#: Longer than anything that the server is asked for may take.
+#: Upper limit of any response time.
 DEADLINE_S = 30.0
 PROBES = [[(7 * i + 3) % 500 + 3 for i in range(200)], [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]]
-#: 503 says "later": no slot is free, or the server is about to leave. Others are the server's own failures.
+#: Codes of status 503 that ask for a retry: no slot is free, or the server is draining. Others are failures.
 SPECIFIED_503 = ("no_free_slot", "draining")
 
 
 @dataclass
 class Tally:
-    """What came back."""
+    """Counts of responses, and failures."""
 
     statuses: dict[str, Counter[int]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -34,11 +34,11 @@ class Tally:
 
     @property
     def requests(self) -> int:
-        """All that were sent."""
+        """Return the number of requests sent."""
         return sum(sum(counts.values()) for counts in self.statuses.values())
 
     def fail(self, what: str) -> None:
-        """Keep a failure; the first of each kind is told at once."""
+        """Record a failure; print the first of each kind."""
         kind = what.split(" to {")[0][:200]
         if not any(known.startswith(kind) for known in self.failures):
             print(f"fuzz: {what[:1500]}", flush=True)
@@ -46,7 +46,7 @@ class Tally:
 
 
 class Target:
-    """A running server, and the weights it must still hold after every campaign."""
+    """A running server, and the weights that it must still serve after every campaign."""
 
     def __init__(self, url: str, tally: Tally, alive: Callable[[], bool] = lambda: True) -> None:
         self.url, self.tally, self.alive = url, tally, alive
@@ -60,28 +60,28 @@ class Target:
         self.client.close()
 
     def look(self) -> dict[str, Any]:
-        """What every run serves: version, checksum, count of installs, and the logprobs of the probes to the bit."""
+        """Return version, checksum and install count of every run, and the exact logprobs of the probes."""
         state = self.client.state()
-        runs: dict[str, Any] = {run.run_id: self._told(run) for run in state.runs if run.version}
+        runs: dict[str, Any] = {run.run_id: self._served_by(run) for run in state.runs if run.version}
         scored = {name: self.probe(name) for name in runs}
         scored["base"] = self.probe("base", policy="base")
         return {"runs": runs, "scored": scored}
 
     def probe(self, run_id: str, **policy: str) -> list[Any]:
-        """Logprobs of the probes by what a run serves. None: not a number, as finite but huge weights compute."""
+        """Return logprobs of the probes under a run; None stands for NaN, which finite but huge weights can produce."""
         body = {"sequences": PROBES, **(policy or {"run_id": run_id})}
         return list(self.http.post("/v1/score", json=body).raise_for_status().json()["logprobs"])
 
     def served_version(self, run_id: str) -> Any:
-        """What a run serves as the server tells it."""
-        return self._told(self.client.run(run_id))
+        """Return version, checksum and install count of a run."""
+        return self._served_by(self.client.run(run_id))
 
     @staticmethod
-    def _told(run: Any) -> Any:
+    def _served_by(run: Any) -> Any:
         return run.version, run.checksum, run.install_seq
 
     def expect_unchanged(self, after: str) -> None:
-        """The server lives, and serves what it served."""
+        """Check that the server is alive and serves the same as before."""
         try:
             if self.http.get("/health").status_code != 200 or not self.alive():
                 self.tally.fail(f"after {after}: the server is not healthy")
@@ -95,17 +95,17 @@ class Target:
             self.tally.fail(f"after {after}: served {now['runs']}, was {self.served['runs']}")
         for name, scores in self.served["scored"].items():
             if name not in now["scored"] or scores != now["scored"][name]:
-                self.tally.fail(f"after {after}: the weights of {name} answer other logprobs")
+                self.tally.fail(f"after {after}: the weights of {name} give other logprobs")
 
     def send(self, campaign: str, method: str, path: str, **request: Any) -> httpx.Response | None:
-        """One request, its answer judged; None if there was none."""
+        """Send one request and judge the response; return None if there was none."""
         counts = self.tally.statuses.setdefault(campaign, Counter())
         started = time.monotonic()
         try:
             try:
                 answer = self.http.request(method, path, **request)
             except (httpx.RemoteProtocolError, httpx.WriteError, httpx.ReadError):
-                # A server closes a connection after an answer to a request whose body it did not want.
+                # A server may close the connection after refusing a body.
                 answer = self.http.request(method, path, **request)
         except (httpx.TransportError, httpx.InvalidURL, UnicodeError) as error:
             if not isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL | UnicodeError):  # else: never sent
@@ -118,7 +118,7 @@ class Target:
     def judge(
         self, campaign: str, method: str, path: str, status: int, text: str, seconds: float, request: Any
     ) -> None:
-        """No 5xx but a specified 503."""
+        """Count a response; record a failure for a 5xx other than a specified 503, or a slow response."""
         self.tally.statuses.setdefault(campaign, Counter())[status] += 1
         self.tally.slowest_s = max(self.tally.slowest_s, seconds)
         if status >= 500 and not (status == 503 and any(code in text for code in SPECIFIED_503)):
@@ -128,12 +128,12 @@ class Target:
 
 
 def shown(request: Any) -> str:
-    """A request, short enough to be read."""
+    """Return a shortened representation of a request."""
     return repr(request)[:700]
 
 
 def every(strategy: st.SearchStrategy[Any], examples: int, number: int, send: Callable[[Any], object]) -> None:
-    """Send `examples` draws; what goes wrong is tallied, so nothing is shrunk or raised."""
+    """Send `examples` draws. Failures go to the tally, so nothing is shrunk or raised."""
 
     @seed(number)
     @settings(
@@ -151,7 +151,7 @@ def every(strategy: st.SearchStrategy[Any], examples: int, number: int, send: Ca
 
 
 def pushed(target: Target, policy: Any, run_id: str) -> bytes:
-    """Serve a random adapter under `run_id`; answers its blob."""
+    """Push a random adapter under `run_id` and return its blob."""
     P.randomize(policy, seed=11)
     data = P.blob(policy, WeightVersion(run_id=run_id, step=0), target.client.state().base.weights)
     target.client.push(run_id, [data], P.LEASE, takeover=True)
@@ -160,11 +160,11 @@ def pushed(target: Target, policy: Any, run_id: str) -> bytes:
 
 
 def json_bytes(body: Any) -> bytes:
-    """A body as a careless client sends it: NaN, Infinity and lone surrogates included."""
+    """Encode a body as a careless client does: with NaN, Infinity and lone surrogates."""
     return json.dumps(body).encode()
 
 
 def pieces(data: bytes, size: int) -> Iterator[bytes]:
-    """For a chunked body, which has no content-length."""
+    """Split a body for chunked encoding, without a content-length."""
     for start in range(0, len(data), size):
         yield data[start : start + size]

@@ -1,4 +1,4 @@
-"""What is asked of each route: JSON that is nearly right, adapters that are nearly right, and what a schema allows."""
+"""Requests to each route: almost valid JSON, almost valid adapters, and raw bytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _CHAT = _OPENAI | {
     "reasoning_effort": "low",
     "parallel_tool_calls": True,
 }
-#: Route: a body that is right, and fields that may come with it.
+#: Route -> a valid body, and optional fields.
 BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/v1/generate": (
         {"prompts": [{"token_ids": [5, 6, 7]}, {"text": "the fox"}], "run_id": "fuzzed", "sampling": {"max_tokens": 2}},
@@ -99,7 +99,7 @@ BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/tokenize": ({"model": "base", "prompt": "the fox"}, {"messages": _MESSAGES, "return_token_strs": True}),
     "/detokenize": ({"model": "base", "tokens": [5, 6, 7]}, {"skip_special_tokens": False}),
 }
-#: Sampling parameters that have ended engines somewhere, or would if nobody looked. Sent in every campaign.
+#: Sampling parameters that have crashed engines, or would without checks. Sent in every campaign.
 _DANGEROUS: list[dict[str, Any]] = [
     {"min_tokens": 1, "stop_token_ids": [511]},
     {"min_tokens": 1, "stop_token_ids": [512]},
@@ -144,12 +144,12 @@ _DANGEROUS: list[dict[str, Any]] = [
 ]
 _keys = st.sampled_from([b"", b"", b"", b"", b"one", b"two", b"\xe9", b"k" * 300])
 _SMALL = {"n": 4, "max_tokens": 8, "max_completion_tokens": 8, "best_of": 4, "wait_s": 0.01}
-#: Beyond these every server refuses; in between it would rightly work for a long time.
+#: Servers refuse values above these; for values in between they would rightly work for a long time.
 _REFUSED = {"n": 16_384, "max_tokens": 100_000, "max_completion_tokens": 100_000, "best_of": 10**9, "wait_s": 3600.0}
 
 
 def tamed(body: Any) -> Any:
-    """The body with everything small that a server may take at its word; what it must refuse stays as it is."""
+    """Return the body with small values where a server would accept large ones; keep values that it must refuse."""
     if isinstance(body, list):
         return [tamed(value) for value in body]
     if not isinstance(body, dict):
@@ -165,7 +165,7 @@ def tamed(body: Any) -> Any:
 
 
 def fuzz_bodies(target: Target, path: str, examples: int, number: int) -> None:
-    """JSON that is nearly right."""
+    """Send almost valid JSON."""
     right, optional = BODIES[path]
 
     def send(drawn: tuple[dict[str, Any], bytes]) -> None:
@@ -243,13 +243,13 @@ def _raw_requests(draw: st.DrawFn) -> tuple[str, str, list[tuple[bytes, bytes]],
         )
     )
     run_id, headers = draw(_run_ids), _headers(draw)
-    if method == "DELETE" or path.endswith("/group"):  # with the right lease these are no nonsense
+    if method == "DELETE" or path.endswith("/group"):  # with the right lease these would be valid
         headers = [(name, b"a stranger's lease" if value == P.LEASE.encode() else value) for name, value in headers]
     return method, path.format(_quoted(run_id)), headers, draw(_raw_bodies), draw(st.booleans())
 
 
 def fuzz_raw(target: Target, examples: int, number: int) -> None:
-    """Bodies that are no JSON, headers and paths that mean nothing, with a length and without."""
+    """Send bodies that are not JSON, and meaningless headers and paths, with and without a length."""
 
     def send(drawn: tuple[str, str, list[tuple[bytes, bytes]], bytes, bool]) -> None:
         method, path, headers, body, chunked = drawn
@@ -260,7 +260,7 @@ def fuzz_raw(target: Target, examples: int, number: int) -> None:
 
 
 def fuzz_announcements(target: Target, examples: int, number: int) -> None:
-    """Broadcasts that are announced with the right lease, but by nobody in a group."""
+    """Announce broadcasts with the right lease, but without a group."""
     right = {"version": {"run_id": "fuzzed", "fence": 0, "step": 10**6}, "checksum": "0" * 32, "layout": "0" * 32}
 
     def send(body: dict[str, Any]) -> None:
@@ -272,32 +272,32 @@ def fuzz_announcements(target: Target, examples: int, number: int) -> None:
 
 
 def fuzz_adapters(target: Target, good: bytes, examples: int, number: int) -> None:
-    """Blobs for the run `fuzzed`. One that is refused changes nothing; one that is taken is right by another reader."""
-    told = target.served_version("fuzzed")
-    scores, refused, taken = target.probe("fuzzed"), 0, 0
+    """Push blobs to the run `fuzzed`: refused ones must change nothing, accepted ones be valid for another reader."""
+    served = target.served_version("fuzzed")
+    scores, refused, accepted = target.probe("fuzzed"), 0, 0
 
     def next_version() -> dict[str, Any]:
-        return {"run_id": "fuzzed", "fence": told[0].fence, "step": told[0].step + 1}
+        return {"run_id": "fuzzed", "fence": served[0].fence, "step": served[0].step + 1}
 
     def send(drawn: tuple[bytes, int]) -> None:
-        nonlocal told, scores, refused, taken
+        nonlocal served, scores, refused, accepted
         blob, size = drawn
         answer = _put(target, pieces(blob, size) if size else blob)
         now = target.served_version("fuzzed")
         if answer is not None and answer.status_code == 200:
             if not is_right(blob) or now[1] != take_apart(blob)[1]["checksum"]:
-                target.tally.fail(f"adapter: took a blob that is not right: {blob[:600]!r}")
-            told, scores, taken = now, target.probe("fuzzed"), taken + 1
+                target.tally.fail(f"adapter: accepted an invalid blob: {blob[:600]!r}")
+            served, scores, accepted = now, target.probe("fuzzed"), accepted + 1
             return
         refused += 1
-        if now != told or (refused % 50 == 0 and target.probe("fuzzed") != scores):
-            target.tally.fail(f"adapter: a refusal changed what is served: {now}, it was {told}")
-        told = now
+        if now != served or (refused % 50 == 0 and target.probe("fuzzed") != scores):
+            target.tally.fail(f"adapter: a refusal changed what is served: {now}, it was {served}")
+        served = now
 
     every(st.tuples(blobs(good, next_version), st.sampled_from([0, 0, 100, 5000])), examples, number, send)
-    if not taken or not refused:
-        target.tally.fail(f"adapter: {taken} blobs were taken and {refused} refused: this shows nothing")
-    # The first adapter once more: all that the others left behind in the slots must be gone, to the bit.
+    if not accepted or not refused:
+        target.tally.fail(f"adapter: {accepted} blobs were accepted and {refused} refused: this tests nothing")
+    # Push the first adapter again: every bit of the others must be gone from the slots.
     document, manifest, data = take_apart(good)
     _put(target, put_together(document, manifest | {"version": next_version()}, bytes(data)))
     target.served["runs"]["fuzzed"] = target.served_version("fuzzed")

@@ -1,4 +1,4 @@
-"""Values that break parsers, and JSON bodies that are right but for a few of them."""
+"""Values that break parsers, and JSON bodies with a few of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TEXTS = [
     "A" * 70,
     "ﷺ" * 20,
 ]
-#: Grammars, schemas and patterns that are wrong, empty, self-referring or large.
+#: Grammars, schemas and patterns that are invalid, empty, recursive or large.
 _FORMS = [
     {"regex": "(a|a)*b"},
     {"regex": "(((("},
@@ -79,12 +79,12 @@ wild_values = st.one_of(
     st.dictionaries(wild_texts, _scalars, max_size=3),
     st.sampled_from([{}, [], [[]], [{}], {"": {}}, _nested(60)]),
     st.sampled_from(_FORMS),
-).map(copy.deepcopy)  # what is drawn is changed later on
+).map(copy.deepcopy)  # drawn values are modified later
 
 
 @st.composite
 def changed(draw: st.DrawFn, right: dict[str, Any], optional: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`right` with some of the `optional` fields in it ("a.b": b in a), and after that up to three places changed."""
+    """Draw `right` with some `optional` fields ("a.b": b in a) and up to three changes."""
     body = copy.deepcopy(right)
     for name in draw(st.lists(st.sampled_from(sorted(optional)), max_size=3, unique=True)) if optional else ():
         place, _, field = name.rpartition(".")
@@ -106,7 +106,7 @@ def changed(draw: st.DrawFn, right: dict[str, Any], optional: dict[str, Any] | N
 
 
 def _places(value: Any) -> Any:
-    """(container, key) of everything in a document."""
+    """Yield (container, key) of every value in a document."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(entries)[:50]:
         yield value, key

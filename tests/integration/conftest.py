@@ -8,23 +8,20 @@ import pytest
 
 from learner.servers.client import RolloutClient
 from tests.integration.support.server import ServerProcess, running_server
+from tests.support.arguments import arguments
 from tests.support.tiny_model import make_tiny_model
 
-FLAGS = [
-    "--max-lora-rank",
-    "16",
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "1024",
-    "--max-num-seqs",
-    "64",
-    "--max-num-batched-tokens",
-    "256",
-    "--enforce-eager",
-    "--served-model-name",
-    "base",
-]
+FLAGS = arguments(
+    {
+        "--max-lora-rank": 16,
+        "--dtype": "float32",
+        "--max-model-len": 1024,
+        "--max-num-seqs": 64,
+        "--max-num-batched-tokens": 256,
+        "--enforce-eager": None,
+        "--served-model-name": "base",
+    }
+)
 
 
 _LEVEL = logging.root.level

@@ -1,4 +1,4 @@
-"""Who gets to which of the app's own routes: enumerated from the real app, vLLM's development mode included."""
+"""Access to every route of the real app, in vLLM's development mode, too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SERVED = ["/v1/generate", "/v1/state", "/v1/runs/x/adapter", "/v1/chat/completio
 
 @pytest.fixture(scope="module")
 def apps(model: Path) -> SimpleNamespace:
-    """The real app, and the paths of vLLM's own before any was left out."""
+    """The real app, and the paths of vLLM's app before any were removed."""
     from vllm.config import ModelConfig
 
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def apps(model: Path) -> SimpleNamespace:
 
 
 def _routes(routes: list[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Method and path of every route, in mounts too; of a mount also its root and something below it."""
+    """Yield method and path of every route, in mounts too; of a mount also its root and a path below it."""
     for route in routes:
         path = prefix + re.sub(r"\{[^}]*\}", "x", route.path)
         if isinstance(route, Mount):

@@ -1,4 +1,4 @@
-"""One server with small limits: what it refuses, what it frees, what it keeps, and when it gives its engine up."""
+"""A server with small limits: refusals, release of resources, and a stalled engine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @pytest.fixture(autouse=True)
 def left_as_it_was(request: pytest.FixtureRequest, server: ServerProcess) -> Iterator[None]:
-    """Nothing is left behind: neither in our count nor in vLLM's, which is of its last step."""
+    """Wait until no request is left in our counts and in vLLM's, which are those of its last step."""
     yield
     if "hangs" not in request.node.name:
         until(lambda: server.metric("lockstep_sequences") == 0)
@@ -74,7 +74,7 @@ def _post(server: ServerProcess, body: dict, path: str = "/v1/generate", **kw) -
 
 
 def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate", headers: str = "") -> socket.socket:
-    """A connection on which the request has just been sent."""
+    """Send a request and return its connection."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
     head = (
@@ -188,7 +188,7 @@ def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, model: Pat
 
 
 def _left(server: ServerProcess, connection: socket.socket) -> None:
-    """Leave, and see that at once nothing is held for the request, though the engine has not moved."""
+    """Disconnect, and check that nothing is held for the request at once, while the engine is stopped."""
     connection.close()
     until(lambda: server.metric("lockstep_sequences") == 0)
 
@@ -236,7 +236,7 @@ def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
 
 
 def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:
-    """The last one here: afterwards there is no server."""
+    """The last test of this file, since it ends the server."""
     engines = server.engine_processes()
     with server.frozen_engine(), ThreadPoolExecutor() as pool:
         stopped = time.monotonic()

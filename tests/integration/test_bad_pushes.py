@@ -1,4 +1,4 @@
-"""A bad push is refused with a clear word and leaves what is served as it was, to the bit."""
+"""A bad push is refused with a clear message, and the served weights stay exactly as they were."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def _put(client: RolloutClient, data: bytes, run_id: str = RUN, lease: str = P.L
 
 
 def _next(policy, client: RolloutClient, **changes) -> bytes:
-    """A good push of new weights as the next version."""
+    """Push new weights as the next version."""
     P.randomize(policy, seed=8)
     version = WeightVersion(**{**SERVED.model_dump(), "step": 6, **changes})
     return P.blob(policy, version, client.state().base.weights)
 
 
 def _edit(data: bytes, change: Callable[[dict, dict], None]) -> bytes:
-    """The blob with its header changed: `change(document, manifest)`."""
+    """Return the blob after `change(document, manifest)` of its header."""
     length = int.from_bytes(data[:8], "little")
     document = json.loads(data[8 : 8 + length])
     manifest = json.loads(document["__metadata__"][MANIFEST_KEY])
@@ -73,7 +73,7 @@ def _swap_shape(document: dict, manifest: dict) -> None:
 
 
 def _nan(policy, client: RolloutClient) -> bytes:
-    """NaN bytes with a right checksum: as a broken learner would send them."""
+    """NaN with a correct checksum, as a broken learner would push it."""
     P.randomize(policy, seed=8)
     exporter = P.AdapterExporter(policy, dtype="float32")
     exporter._refuse_not_finite = lambda version: None  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Pushes by broadcast (gloo here, NCCL between GPUs: the same code), and what happens when an end goes away."""
+"""Pushes by broadcast (gloo here, NCCL between GPUs: the same code), and failures of one side."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIMEOUT_S = 4.0
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server of its own, whose workers wait less long for a broadcast."""
+    """A separate server, whose workers have a shorter timeout for broadcasts."""
     flags = [*FLAGS, "--collective-timeout", str(TIMEOUT_S), "--push-timeout", "12"]
     with running_server(model, tmp_path_factory.mktemp("server"), *flags) as process:
         yield process
@@ -49,7 +49,7 @@ class _Learner:
         )
 
     def push(self, step: int) -> str:
-        """Push new weights, see them served, and answer the transport."""
+        """Push new weights, check that they are served, and return the transport."""
         P.randomize(self.policy, seed=step)
         receipt = self.publisher.push(step)
         gap = (P.score(self.client, PROBE) - P.reference(self.policy, PROBE)).abs().max()
@@ -94,7 +94,7 @@ def test_a_refused_broadcast_changes_nothing_and_the_group_goes_on(learner: _Lea
 
 
 def test_a_learner_that_announces_and_never_sends(learner: _Learner, caplog: pytest.LogCaptureFixture) -> None:
-    """The old version goes on serving, the workers give up in time, the next push comes over HTTP and says so."""
+    """The old version stays served, the workers time out, and the next push falls back to HTTP with a message."""
     caplog.set_level("INFO", "lockstep.sync")
     learner.push(0)
     assert learner.push(1) == "collective"

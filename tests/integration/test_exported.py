@@ -1,4 +1,4 @@
-"""What `learner export` writes answers as the policy that is served."""
+"""The output of `learner export` gives the same completions as the served policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LORA = {"plain": {}, "patterns": {"use_rslora": True, "rank_pattern": {"q_proj":
 
 @pytest.mark.parametrize("lora", LORA)
 def test_greedy_answers_are_the_served_policys(client: RolloutClient, model: Path, tmp_path: Path, lora: str) -> None:
-    """Every token of 64 answers is what the merged model, and the base with the adapter, would have said there."""
+    """Every token of 64 completions is the one that the merged model, and the base with the adapter, would choose."""
     policy = P.make_policy(model, **LORA[lora])
     P.randomize(policy, seed=40)
     P.push(client, policy, f"exported-{lora}", step=0)

@@ -53,7 +53,7 @@ def test_a_server_that_is_killed_and_comes_back(
     dispatcher = Dispatcher(pool, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024)
 
     def fetch(step: int) -> None:
-        """Everything that was asked for, of this version, from servers that are up."""
+        """Check that all completions have this version and come from servers that are up."""
         before = dict(tokens)
         completions = dispatcher.fetch(asks_of(PROMPTS), lambda: Wanted(publisher.version(step)))
         assert len(completions) == len(PROMPTS)

@@ -1,4 +1,4 @@
-"""A short run of `make fuzz` against the server of these tests, the same requests each time."""
+"""A short run of `make fuzz` with a fixed seed, against the server of these tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--apply merge`: the adapter is added to the live weights, and the base comes back to the bit."""
+"""`--apply merge`: the adapter is added to the live weights, and the base can be restored exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
-from tests.integration.support.moving import TOKENS, check_every_span, live_through_pushes
+from tests.integration.support.in_flight import TOKENS, check_every_span, generate_across_pushes
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.integration.support.waiting import outlives, until, with_enough_load
@@ -162,8 +162,8 @@ def test_drain_waits_and_later_requests_queue(client: RolloutClient, merging: Se
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "carried"])
-def test_running_requests_live_through_pushes(
+def test_running_requests_generate_across_pushes(
     client: RolloutClient, merging: ServerProcess, model: Path, in_flight
 ) -> None:
     policies = [_policy(model, 120 + step) for step in range(3)]
-    check_every_span(live_through_pushes(client, merging, policies, in_flight), policies, in_flight)
+    check_every_span(generate_across_pushes(client, merging, policies, in_flight), policies, in_flight)

@@ -1,4 +1,4 @@
-"""Our spans beside vLLM's own, which newer versions attach to a completion: one string per engine, whoever is asked."""
+"""Our spans and those of newer vLLM versions, which have one version string per engine, for all runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BETWEEN_PUSHES = 60
 
 
 class LabellingDoor(EngineProxy):
-    """Tells vLLM, too, what it serves from the end of a pause on."""
+    """Also sets vLLM's own weight version at the end of a pause."""
 
     label = ""
 
@@ -65,7 +65,7 @@ async def push(service: Service, proxy: LabellingDoor, run_id: str, policy: Any,
 
 
 async def ask(service: Service, run_id: str, prompt: list[int], n: int, tokens: int) -> list[tuple[Spans, Spans]]:
-    """Spans of every completion: ours, and vLLM's."""
+    """Return our spans and vLLM's for every completion."""
     params = to_vllm(SamplingParams(n=n, max_tokens=tokens, ignore_eos=True))
     with service.proxy.admit(PolicyRequest(run_id=run_id)) as admission:
         request_id = f"{run_id}-{prompt[0]}"

@@ -1,4 +1,4 @@
-"""Tensor- and data-parallel servers: every worker of every engine takes every push, and none may be missing.
+"""Tensor- and data-parallel servers: every worker of every engine receives every push.
 
 Each layout has one server, and all tests run on both.
 """
@@ -23,7 +23,7 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
-from tests.integration.support.moving import check_every_span, live_through_pushes
+from tests.integration.support.in_flight import check_every_span, generate_across_pushes
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 
@@ -52,7 +52,7 @@ def engines(layout: str) -> int:
 
 
 def _gaps(client: RolloutClient, policy, engines: int) -> list[float]:
-    """For every engine the gap of a completion of its own to the policy, through vLLM's own route, which can choose."""
+    """Return the logprob gap of a completion by each engine, through vLLM's own route, which can choose the engine."""
     gaps = []
     for rank in range(engines):
         body = {
@@ -122,7 +122,7 @@ def test_keep_moves_the_requests_of_every_engine(client: RolloutClient, server: 
     for seed, policy in enumerate(policies):
         P.randomize(policy, seed=20 + seed)
     workers = []
-    answer = live_through_pushes(
+    answer = generate_across_pushes(
         client, server, policies, "keep", after_push=lambda receipt: workers.append(receipt.workers)
     )
     assert set(workers) == {2}
@@ -155,7 +155,7 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
 
 
 def _last_worker(server: ServerProcess) -> int:
-    """Pid of a worker process: rank 1 of the tensor-parallel group, or the worker of the second engine."""
+    """Return the process id of a worker: rank 1 of the tensor-parallel group, or the second engine's."""
     processes = [psutil.Process(pid) for pid in server.engine_processes()]
     workers = [process for process in processes if "Worker" in process.name()]
     assert len(workers) == 2

@@ -1,4 +1,4 @@
-"""What is served after a push, and what is not."""
+"""Versions served after a push, on every route."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_no_stale_answer_over_twenty_pushes(client: RolloutClient, model: Path) 
 
 
 def test_a_push_while_decoding_does_not_stop_it(client: RolloutClient, server: ServerProcess, model: Path) -> None:
-    """Many pushes under load: every completion is of exactly the version its span names."""
+    """Many pushes under load: every completion has exactly the version that its span names."""
     policies = {step: P.make_policy(model) for step in range(6)}
     for step, policy in policies.items():
         P.randomize(policy, seed=200 + step)

@@ -17,22 +17,20 @@ from safetensors.torch import load_file
 
 from tests.integration.support.policy import FP32
 from tests.integration.support.server import ENVIRONMENT, ServerProcess, free_port
+from tests.support.arguments import arguments
 
 TIMEOUT_S = 150
 
 
 def launch(model: Path, server: ServerProcess, folder: Path, ranks: int, *options: str) -> None:
-    """Run the script on so many ranks, with torchrun where a rank has to be counted."""
+    """Run the script on this many ranks, with torchrun where needed."""
     folder.mkdir(exist_ok=True)
     launcher = (
         []
         if ranks == 1 and not options
         else [
             "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            "--master_port",
-            str(free_port()),
+            *arguments({"--nproc_per_node": ranks, "--master_port": free_port()}),
             "-m",
         ]
     )
@@ -64,7 +62,7 @@ def launch(model: Path, server: ServerProcess, folder: Path, ranks: int, *option
 
 
 def train(model: Path, server: ServerProcess, folder: Path, ranks: int, *options: str) -> dict[str, Any]:
-    """The summary of a training that goes to its end."""
+    """Run a training to its end and return its summary."""
     launch(model, server, folder, ranks, *options)
     return json.loads((folder / "summary.json").read_text())
 
@@ -82,7 +80,7 @@ def single(model: Path, server: ServerProcess, tmp_path_factory: pytest.TempPath
 
 
 def check_same(trained: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Equal to so much of the largest update."""
+    """Check equality within a share of the largest update."""
     assert trained.keys() == expected.keys()
     # B starts at zero: what it is in the end is the update.
     update = max(tensor.abs().max() for name, tensor in expected.items() if "lora_B" in name)
@@ -99,8 +97,8 @@ def check_same(trained: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_two_ranks_train_as_one(
     single: tuple[dict, dict], model: Path, server: ServerProcess, tmp_path: Path, sharding: str, model_class: str
 ) -> None:
-    """Also when the server loses the run (`forget`) while one rank has yet to ask for its share, and when all ranks are
-    cut off after the second of three steps.
+    """Also when the server loses the run (`forget`) before one rank has requested its share, and when all ranks end
+    after the second of three steps.
     """
     alone, expected = single
     launch(model, server, tmp_path / "two", 2, sharding, "forget", "cut")

@@ -1,4 +1,4 @@
-"""What `/v1/generate` and `/v1/score` answer, refuse and survive."""
+"""Responses and refusals of `/v1/generate` and `/v1/score`."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_no_url_of_a_request_is_fetched(client: RolloutClient, kind: str) -> Non
 
 
 def test_scores_beside_decoding(client: RolloutClient, model: Path) -> None:
-    """Prompt logprobs ask for more rows than are sampled, beside rows that are: base and policy, all at once."""
+    """Prompt logprobs need more rows than are sampled; score base and policy beside sampled requests."""
     policy = P.make_policy(model)
     P.randomize(policy, seed=12)
     P.push(client, policy, "scores", step=0)
@@ -221,7 +221,7 @@ TRUNCATIONS = [
 
 
 def test_mass_that_truncation_kept(client: RolloutClient, model: Path) -> None:
-    """Requests that truncate in different ways, and some that do not, decoded side by side."""
+    """Requests with different truncation, and some without, decoded in the same batch."""
     policy = P.make_policy(model)
     P.randomize(policy, seed=13)
     P.push(client, policy, "masses", step=0)

@@ -1,4 +1,4 @@
-"""Several runs on one server, and a thousand pushes: nothing leaks from one run, or one version, into another."""
+"""Several runs on one server, and a thousand pushes: runs and versions do not affect each other."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import ServerProcess, running_server
+from tests.support.arguments import arguments
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
 def test_eval_of_stored_adapters_beside_a_training(
     server: ServerProcess, client: RolloutClient, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Base, the run's policy, and two adapters from disk; then without room for them."""
+    """Evaluate base, the run's policy, and two adapters from disk; then without free slots for them."""
     task = tmp_path / "questions.jsonl"
     task.write_text("".join(json.dumps({"prompt": f"the quick brown fox {i}"}) + "\n" for i in range(16)))
     for seed, name in ((31, "one"), (32, "two")):
@@ -95,21 +96,18 @@ def test_eval_of_stored_adapters_beside_a_training(
     publisher.push(7)
     flags = [
         "eval",
-        "--rollout-url",
-        server.url,
-        "--task",
-        str(task),
-        "--run-id",
-        "training",
-        "--eval-size",
-        "8",
-        "--reward-funcs",
-        "tests.integration.support.rewards:odd_tokens",
-        "--max-tokens",
-        "8",
-        "--json",
-        str(tmp_path / "eval.json"),
-        "--policy",
+        *arguments(
+            {
+                "--rollout-url": server.url,
+                "--task": task,
+                "--run-id": "training",
+                "--eval-size": 8,
+                "--reward-funcs": "tests.support.rewards:reward_odd",
+                "--max-tokens": 8,
+                "--json": tmp_path / "eval.json",
+                "--policy": None,
+            }
+        ),
     ]
     assert main([*flags, "base", "latest", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     base, latest, one, two = json.loads((tmp_path / "eval.json").read_text())["results"]
@@ -130,7 +128,7 @@ def test_eval_of_stored_adapters_beside_a_training(
 
 @pytest.mark.timeout(900)
 def test_a_thousand_pushes_leave_nothing_behind(server: ServerProcess, client: RolloutClient, model: Path) -> None:
-    """Flat memory on both sides, no stale answer, no slot or pause left; every fourth over HTTP, the rest broadcast."""
+    """Constant memory on both sides, no stale response, no slot or pause left; every fourth push over HTTP."""
     policy = P.make_policy(model)
     broadcast = _publisher(client, policy, "many", transport="collective")
     over_http = _publisher(client, policy, "many", transport="http")

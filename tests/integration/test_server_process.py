@@ -152,7 +152,7 @@ def httpx_status(url: str) -> int:
 
 
 def _shared_memory(server: ServerProcess) -> set[str]:
-    """What lies in shared memory and is mapped or opened by a process of the server."""
+    """Return shared memory segments that a process of the server has mapped or opened."""
     names = os.listdir("/dev/shm")
     used: set[str] = set()
     for pid in _group(server):
@@ -164,7 +164,7 @@ def _shared_memory(server: ServerProcess) -> set[str]:
 
 
 def _group(server: ServerProcess) -> list[int]:
-    """Processes of the server's session that are alive."""
+    """Return living processes of the server's session."""
     listed = subprocess.run(["ps", "-s", str(server.process.pid), "-o", "pid=,stat="], capture_output=True, text=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
     return [int(pid) for pid, state in rows if not state.startswith("Z")]

@@ -1,4 +1,4 @@
-"""`--share-gpu`: a server that sleeps while a learner trains; on a CPU it has no memory to give back and only waits."""
+"""`--share-gpu`: the server sleeps while the learner trains; on a CPU it only waits, and frees no memory."""
 
 from __future__ import annotations
 

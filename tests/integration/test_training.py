@@ -1,5 +1,6 @@
-"""Whole trainings as a user starts them: killed and resumed to the same bytes, and with rollouts that run ahead; all of
-them with a token, and nothing of it, or of the prompts, in the log.
+"""Complete trainings as a user starts them: killed and resumed to the same bytes, and with prefetched rollouts.
+
+All of them use a token; neither the token nor the prompts may appear in the log.
 """
 
 from __future__ import annotations
@@ -23,26 +24,23 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.learner_process import LearnerProcess, write_questions
 from tests.integration.support.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
+from tests.integration.support.monitoring import monitor
 from tests.integration.support.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
 from tests.integration.support.waiting import until
-from tests.integration.support.watching import watched
+from tests.support.arguments import arguments
 from tests.support.dashboard import names_asked_for
 
 TOKEN = "a-token-of-the-training-tests"
-DETERMINISTIC = [
-    "--deterministic",
-    "true",
-    "--max_steps",
-    "9",
-    "--save_steps",
-    "2",
-    "--steps_per_generation",
-    "3",
-    "--lora_dropout",
-    "0.1",
-    "--proof_canary",
-    "false",
-]
+DETERMINISTIC = arguments(
+    {
+        "--deterministic": "true",
+        "--max_steps": 9,
+        "--save_steps": 2,
+        "--steps_per_generation": 3,
+        "--lora_dropout": "0.1",
+        "--proof_canary": "false",
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +50,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same file for both sides."""
+    """One token file for both sides."""
     path = tmp_path_factory.mktemp("token") / "token"
     path.write_text(TOKEN + "\n")
     return str(path)
@@ -60,7 +58,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(model: Path, token_file: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A deterministic server with a token, for several runs one after the other; it logs as vLLM does by default."""
+    """A deterministic server with a token, for several runs in sequence, with vLLM's default logging."""
     flags = [*FLAGS, "--deterministic", "--max-runs", "8", "--token-file", token_file]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "VLLM_LOGGING_LEVEL", "INFO")
@@ -71,7 +69,7 @@ def server(model: Path, token_file: str, tmp_path_factory: pytest.TempPathFactor
 def test_killed_and_resumed_to_the_same_bytes(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
 ) -> None:
-    """Killed inside generation batches; the server is ahead of the checkpoint, and then, started anew, behind it."""
+    """Killed inside generation batches; the server is first ahead of the checkpoint, and after a restart behind it."""
     flags = [*DETERMINISTIC, "--token_file", token_file]
     whole = LearnerProcess(server.url, model, task, tmp_path / "whole", *flags)
     summary = whole.finish()
@@ -96,24 +94,19 @@ def test_rollouts_run_ahead_within_the_bound(
 ) -> None:
     port = free_port()
     # Many passes to a step, so that requests are admitted before the push that follows it.
-    flags = [
-        "--max_staleness",
-        "1",
-        "--max_steps",
-        "6",
-        "--save_strategy",
-        "no",
-        "--token_file",
-        token_file,
-        "--metrics_port",
-        str(port),
-        "--per_device_train_batch_size",
-        "1",
-        "--gradient_accumulation_steps",
-        "8",
-    ]
+    flags = arguments(
+        {
+            "--max_staleness": 1,
+            "--max_steps": 6,
+            "--save_strategy": "no",
+            "--token_file": token_file,
+            "--metrics_port": port,
+            "--per_device_train_batch_size": 1,
+            "--gradient_accumulation_steps": 8,
+        }
+    )
     learner = LearnerProcess(server.url, model, task, tmp_path / "ahead", *flags)
-    metrics = watched(server, learner, port, TOKEN, token_file)
+    metrics = monitor(server, learner, port, TOKEN, token_file)
     summary = learner.finish()
     assert {
         name for name in names_asked_for() if re.sub("_(total|bucket|sum|count)$", "", name) not in metrics
@@ -135,19 +128,16 @@ def test_rollouts_run_ahead_within_the_bound(
 def test_killed_and_resumed_with_rollouts_ahead(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path: Path
 ) -> None:
-    """What was being read ahead is asked for again; nothing is counted twice, and nothing too old is trained on."""
-    flags = [
-        "--max_staleness",
-        "1",
-        "--max_steps",
-        "7",
-        "--save_steps",
-        "2",
-        "--proof_canary",
-        "false",
-        "--token_file",
-        token_file,
-    ]
+    """Prefetched prompts are requested again; nothing is counted twice, and no stale sample is trained on."""
+    flags = arguments(
+        {
+            "--max_staleness": 1,
+            "--max_steps": 7,
+            "--save_steps": 2,
+            "--proof_canary": "false",
+            "--token_file": token_file,
+        }
+    )
     command = (server.url, model, task, tmp_path / "again", *flags)
     LearnerProcess(*command).kill_after(3)
     summary = LearnerProcess(*command).finish()
@@ -161,19 +151,16 @@ def test_killed_and_resumed_with_rollouts_ahead(
 def live(
     server: ServerProcess, model: Path, task: Path, token_file: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LearnerProcess]:
-    """A training that goes on for as long as it is looked at."""
-    flags = [
-        "--max_steps",
-        "100000",
-        "--learning_rate",
-        "1e-5",
-        "--save_strategy",
-        "no",
-        "--proof_canary",
-        "false",
-        "--token_file",
-        token_file,
-    ]
+    """A training that runs during the tests that use it."""
+    flags = arguments(
+        {
+            "--max_steps": 100000,
+            "--learning_rate": "1e-5",
+            "--save_strategy": "no",
+            "--proof_canary": "false",
+            "--token_file": token_file,
+        }
+    )
     learner = LearnerProcess(server.url, model, task, tmp_path_factory.mktemp("live") / "live", *flags)
     try:
         until(lambda: learner.steps() >= 1 or learner.process.poll() is not None, 120.0)
@@ -188,7 +175,7 @@ def _version(answer: Any) -> WeightVersion:
 
 
 def test_the_openai_sdk_beside_a_training(server: ServerProcess, live: LearnerProcess) -> None:
-    """Policy and base, whole and streamed, each with its version; and no other where one is asked for."""
+    """Policy and base, streamed or not, each with its version; a requested version is returned or refused."""
     policy, messages = f"policy:{live.run_id()}", [{"role": "user", "content": "the quick brown fox"}]
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN, max_retries=0) as api:
         assert {"base", policy} <= {model.id for model in api.models.list()}
@@ -243,7 +230,7 @@ def test_plain_http_beside_a_training(server: ServerProcess, live: LearnerProces
 def test_lm_eval_beside_a_training(
     server: ServerProcess, live: LearnerProcess, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logprobs of given tokens and answers in a chat; those of the base are compared with a forward of our own."""
+    """Logprobs of given tokens and chat completions; those of the base are compared with our own forward."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -335,7 +322,7 @@ def _status(server: ServerProcess, line: str, headers: str = "", connection: str
 
 
 def test_neither_prompts_nor_tokens_are_logged(server: ServerProcess, task: Path) -> None:
-    """By anything that ran in this file before, or by requests that are refused or fail."""
+    """Neither by earlier tests of this file, nor by requests that are refused or fail."""
     secret, ids = "mellifluous armadillo", [251, 252, 253, 254]
     headers = {"Authorization": f"Bearer {TOKEN}"}
     asked: list[tuple[str, dict]] = [

@@ -1,4 +1,4 @@
-"""Scripts and trainers as TRL's users have them, attached to a real server; and the recipes."""
+"""Scripts and trainers of TRL users, attached to a real server; and the recipes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from learner import attach
 from learner.servers.client import RolloutClient
 from tests.integration.support import policy as P
 from tests.integration.support.learner_process import REPOSITORY, write_questions
-from tests.integration.support.rewards import odd_tokens
 from tests.integration.support.server import ServerProcess
+from tests.support.arguments import arguments
+from tests.support.rewards import reward_odd
 
 ONE_LINE = "    from learner import attach; attach(trainer, {url!r}, run_id='script', takeover=True)\n"
 CHATS = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {i} + 4?"}]} for i in range(8)])
@@ -82,7 +83,7 @@ def make_trainer(model: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
         return GRPOTrainer(
             model=str(model),
             args=args,
-            reward_funcs=odd_tokens,
+            reward_funcs=reward_odd,
             train_dataset=CHATS,
             tools=tools,
             processing_class=tokenizer,
@@ -94,7 +95,7 @@ def make_trainer(model: Path, tmp_path: Path) -> Callable[..., GRPOTrainer]:
 
 @pytest.fixture(scope="module")
 def tool_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with a chat template that knows tools."""
+    """The same model with a chat template that supports tools."""
     folder = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -104,7 +105,7 @@ def tool_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches_of(trainer: GRPOTrainer) -> list[dict]:
-    """What is generated for training, as it comes."""
+    """Collect generation batches as they are generated."""
     generate, batches = trainer._generate_and_score_completions, []
 
     def generate_and_keep(inputs: list) -> dict:
@@ -116,7 +117,7 @@ def batches_of(trainer: GRPOTrainer) -> list[dict]:
 
 
 def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_path: Path) -> None:
-    """trl/scripts/grpo.py as it is installed, but for one line before `trainer.train`."""
+    """Run the installed trl/scripts/grpo.py with one more line before `trainer.train`."""
     source = Path(trl.scripts.grpo.__file__).read_text()
     before, train, after = source.partition("    trainer.train(")
     script = tmp_path / "grpo.py"
@@ -126,37 +127,26 @@ def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_pa
     command = [
         sys.executable,
         str(script),
-        "--model_name_or_path",
-        str(model),
-        "--dataset_name",
-        str(tmp_path / "data"),
-        "--reward_funcs",
-        "tests.integration.support.rewards.odd_tokens",
-        "--use_peft",
-        "--lora_r",
-        "4",
-        "--max_steps",
-        "2",
-        "--lora_target_modules",
-        "all-linear",
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        "--per_device_train_batch_size",
-        "8",
-        "--num_generations",
-        "4",
-        "--max_completion_length",
-        "12",
-        "--learning_rate",
-        "1e-2",
-        "--report_to",
-        "none",
-        "--gradient_checkpointing",
-        "false",
+        *arguments(
+            {
+                "--model_name_or_path": model,
+                "--dataset_name": tmp_path / "data",
+                "--reward_funcs": "tests.support.rewards.reward_odd",
+                "--use_peft": None,
+                "--lora_r": 4,
+                "--max_steps": 2,
+                "--lora_target_modules": "all-linear",
+                "--output_dir": tmp_path / "run",
+                "--use_cpu": "true",
+                "--bf16": "false",
+                "--per_device_train_batch_size": 8,
+                "--num_generations": 4,
+                "--max_completion_length": 12,
+                "--learning_rate": "1e-2",
+                "--report_to": "none",
+                "--gradient_checkpointing": "false",
+            }
+        ),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path)
@@ -197,7 +187,7 @@ def test_turns_of_a_tool_loop(server: ServerProcess, make_trainer: Callable[...,
 
 
 def test_vllms_sampling_params_reach_vllm(server: ServerProcess, make_trainer: Callable[..., GRPOTrainer]) -> None:
-    """min_p=1 leaves the likeliest token only; a stop string ends a completion where it appears."""
+    """min_p=1 keeps the most likely token only; a stop string ends a completion where it appears."""
     trainer = make_trainer(max_steps=1)
     asked = SamplingParams(min_p=1.0, stop=["e", "a"], include_stop_str_in_output=True, seed=3407)
     session = attach(trainer, server.url, run_id="params", takeover=True, vllm_sampling_params=asked)
@@ -247,42 +237,28 @@ def test_recipes(server: ServerProcess, tool_model: Path, tmp_path: Path, name: 
     rows = [{"question": f"Ann has {i} apples. And now?", "answer": f"{i} + 2.\n#### {i + 2}"} for i in range(16)]
     gsm8k.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [
-        "--config",
-        f"recipes/{name}.yaml",
-        "--rollout_url",
-        server.url,
-        "--model_name_or_path",
-        str(tool_model),
-        "--output_dir",
-        str(tmp_path / name),
-        "--run_id",
-        name,
-        "--takeover",
-        "true",
-        "--max_steps",
-        "1",
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        "--dtype",
-        "float32",
-        "--per_device_train_batch_size",
-        "8",
-        "--num_generations",
-        "4",
-        "--eval_size",
-        "4",
-        "--max_completion_length",
-        "24",
-        "--lora_r",
-        "4",
-        "--gradient_checkpointing",
-        "false",
-        "--reward_workers",
-        "1",
-        "--proof_canary",
-        "false",
+        *arguments(
+            {
+                "--config": f"recipes/{name}.yaml",
+                "--rollout_url": server.url,
+                "--model_name_or_path": tool_model,
+                "--output_dir": tmp_path / name,
+                "--run_id": name,
+                "--takeover": "true",
+                "--max_steps": 1,
+                "--use_cpu": "true",
+                "--bf16": "false",
+                "--dtype": "float32",
+                "--per_device_train_batch_size": 8,
+                "--num_generations": 4,
+                "--eval_size": 4,
+                "--max_completion_length": 24,
+                "--lora_r": 4,
+                "--gradient_checkpointing": "false",
+                "--reward_workers": 1,
+                "--proof_canary": "false",
+            }
+        ),
         *(flag.replace("{gsm8k}", str(gsm8k)) for flag in RECIPES[name]),
     ]
     summary = learner.commands.train.run(*learner.commands.train.parse(flags))

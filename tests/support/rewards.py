@@ -1,4 +1,4 @@
-"""Reward functions for tests; without torch, so that reward workers are quick to start."""
+"""Reward functions for tests; without torch, so that reward workers start quickly."""
 
 from __future__ import annotations
 

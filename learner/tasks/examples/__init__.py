@@ -1,1 +1,1 @@
-"""Tasks to run as they are, and to copy from."""
+"""Example tasks to run and to copy."""

@@ -1,4 +1,7 @@
-"""A reasoning-gym task from easy to hard: `--task learner.tasks.examples.curriculum:levels`, with `--shuffle_dataset false`."""
+"""A reasoning-gym task from easy to hard.
+
+Run with `--task learner.tasks.examples.curriculum:levels --shuffle_dataset false`.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,13 @@ def levels(
     reward_weights: Sequence[float] | None = None,
     **_: Any,
 ) -> Task:
-    """The first levels of reasoning-gym's own curriculum for a task, one after the other in the training questions.
+    """Load the first levels of reasoning-gym's curriculum for a task; the training questions go from level to level.
 
-    A level's questions include those of the levels before it, as in reasoning-gym. As many questions of each level are
-    held out.
+    A level's questions include those of the levels below it, as in reasoning-gym. The same number of questions is held
+    out of each level.
 
     Args:
-        task_args: `name` of the task and the number of `levels`; the rest as for `reasoning_gym:NAME`, and fixed for
-            all levels.
+        task_args: `name` of the task, number of `levels`, and arguments of `reasoning_gym:NAME` for all levels.
 
     Raises:
         TaskError: the task has no curriculum, or an argument is missing.
@@ -48,8 +50,6 @@ def levels(
             eval_size=eval_size // count,
             train_size=train_size // count,
             seed=seed,
-            reward_specs=None,
-            reward_weights=None,
         )
         for level in range(count)
     ]
@@ -71,7 +71,7 @@ def levels(
 
 
 class LevelScore:
-    """A reward function: reasoning-gym's own score, by the level a question is from."""
+    """A reward function: reasoning-gym's own score for the question's level."""
 
     def __init__(self, name: str, scores: list[RewardFunc]) -> None:
         self.__name__, self._scores = name, scores
@@ -86,7 +86,7 @@ class LevelScore:
 
 
 def _parameters(name: str, level: int) -> dict[str, Any]:
-    """What reasoning-gym's curriculum sets at a level; levels beyond an attribute's last one keep that one."""
+    """Return the generator parameters of a curriculum level; attributes with fewer levels stay at their last."""
     import_reasoning_gym()
     from reasoning_gym.factory import create_curriculum, has_curriculum
 

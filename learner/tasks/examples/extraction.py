@@ -1,4 +1,4 @@
-"""A made-up task for structured decoding: a sentence about a person, to be answered with a JSON object."""
+"""A synthetic task for structured decoding: turn a sentence about a person into a JSON object."""
 
 from __future__ import annotations
 
@@ -13,22 +13,7 @@ from learner.tasks.base import Task
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import completion_text
 
-_NAMES = (
-    "Ada",
-    "Bruno",
-    "Chen",
-    "Dalia",
-    "Emre",
-    "Fatima",
-    "Goran",
-    "Hana",
-    "Ivo",
-    "Jun",
-    "Kofi",
-    "Lena",
-    "Mei",
-    "Nuno",
-)
+_NAMES = "Ada", "Bruno", "Chen", "Dalia", "Emre", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena", "Mei", "Nuno"
 _CITIES = ("Oslo", "Lagos", "Lima", "Osaka", "Porto", "Quito", "Riga", "Seoul", "Tunis", "Turin", "Wroclaw", "Zagreb")
 _FORMS = (
     "{name}, who is {age}, moved to {city} last year.",
@@ -49,7 +34,7 @@ def people(
     reward_weights: Sequence[float] | None = None,
     **_: Any,
 ) -> Task:
-    """`--task learner.tasks.examples.extraction:people`. Takes no `task_args`."""
+    """Load with `--task learner.tasks.examples.extraction:people`. Takes no `task_args`."""
     everyone = [(name, age, city) for name in _NAMES for age in range(18, 90) for city in _CITIES]
     random.Random("lockstep people").shuffle(everyone)
     held_out, others = everyone[:eval_size], everyone[eval_size:]
@@ -65,7 +50,7 @@ def people(
 
 
 def fields_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """Share of the fields in the column `answer` (JSON) that the completion has with the same value; 0 if no JSON."""
+    """Return the share of fields of the column `answer` (JSON) that the completion has, too; 0 if it is not JSON."""
     return [_share(completion_text(c), json.loads(gold)) for c, gold in zip(completions, answer, strict=True)]
 
 

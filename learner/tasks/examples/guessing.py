@@ -1,4 +1,4 @@
-"""A small environment for tool use: a secret number, found by asking whether it is higher or lower."""
+"""A small environment with a tool: find a secret number by asking whether it is higher or lower."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ _PROMPT = (
 
 
 class Guessing:
-    """`--environment learner.tasks.examples.guessing:Guessing`: TRL makes one for each completion; `guess` is a tool."""
+    """Environment of one completion, with the tool `guess`.
+
+    Run with `--environment learner.tasks.examples.guessing:Guessing`.
+    """
 
     def reset(self, secret: int, **_: Any) -> None:
-        """Begin anew, with the row's `secret`."""
+        """Start an episode with the row's `secret`."""
         self._secret, self._guesses, self._found = secret, 0, False
 
     def guess(self, number: int) -> str:
@@ -38,16 +41,19 @@ class Guessing:
         return "higher" if self._secret > number else "lower"
 
     def get_reward(self) -> float:
-        """1 for finding it with the first guess, a tenth less for every other one; 0.1 for having guessed at all."""
+        """Return 1 for finding it with the first guess, 0.1 less for each further one; 0.1 if all were wrong."""
         if not self._found:
             return 0.1 if self._guesses else 0.0
         return max(1.1 - 0.1 * self._guesses, 0.2)
 
 
 def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int, **others: Any) -> Task:
-    """`--task learner.tasks.examples.guessing:numbers`, with `most` (100) among the `task_args`. The environment has the reward.
+    """Load with `--task learner.tasks.examples.guessing:numbers`; the environment gives the reward.
 
-    The prompt is always the same and secrets are drawn, so no numbers are held out.
+    All prompts are equal and secrets are drawn at random, so no numbers are held out.
+
+    Args:
+        task_args: `most`, the largest secret (default 100).
     """
     if others.get("reward_specs"):
         raise TaskError("learner.tasks.examples.guessing: the environment gives the reward; leave --reward_funcs out")

@@ -1,4 +1,4 @@
-"""`learner train` as a process of its own, on a few questions for a tiny model."""
+"""`learner train` as a separate process, on a few questions for a tiny model."""
 
 from __future__ import annotations
 
@@ -12,44 +12,32 @@ import sys
 from pathlib import Path
 
 from tests.integration.support.waiting import until
+from tests.support.arguments import arguments
 
 REPOSITORY = Path(__file__).parents[3]
-COMMON = [
-    "--reward_funcs",
-    "tests.integration.support.rewards:odd_tokens",
-    "--eval_size",
-    "2",
-    "--use_cpu",
-    "true",
-    "--bf16",
-    "false",
-    "--dtype",
-    "float32",
-    "--lora_r",
-    "4",
-    "--lora_alpha",
-    "8",
-    "--lora_target_modules",
-    "all-linear",
-    "--per_device_train_batch_size",
-    "8",
-    "--num_generations",
-    "4",
-    "--max_completion_length",
-    "12",
-    "--learning_rate",
-    "1e-2",
-    "--report_to",
-    "none",
-    "--gradient_checkpointing",
-    "false",
-    "--logging_steps",
-    "1",
-]
+COMMON = arguments(
+    {
+        "--reward_funcs": "tests.support.rewards:reward_odd",
+        "--eval_size": 2,
+        "--use_cpu": "true",
+        "--bf16": "false",
+        "--dtype": "float32",
+        "--lora_r": 4,
+        "--lora_alpha": 8,
+        "--lora_target_modules": "all-linear",
+        "--per_device_train_batch_size": 8,
+        "--num_generations": 4,
+        "--max_completion_length": 12,
+        "--learning_rate": "1e-2",
+        "--report_to": "none",
+        "--gradient_checkpointing": "false",
+        "--logging_steps": 1,
+    }
+)
 
 
 def write_questions(path: Path, count: int = 12) -> Path:
-    """A JSONL task."""
+    """Write a JSONL task of `count` questions."""
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "rains", "in", "Spain"]
     rows = [{"prompt": " ".join(words[i % 5 : i % 5 + 4]) + f" {i}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,7 +45,7 @@ def write_questions(path: Path, count: int = 12) -> Path:
 
 
 class LearnerProcess:
-    """One training in `folder`; the same command goes on where the one before it was killed."""
+    """One training in `folder`; after a kill, the same command resumes it."""
 
     def __init__(self, url: str, model: Path, task: Path, folder: Path, *flags: str) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
@@ -66,14 +54,7 @@ class LearnerProcess:
             "-m",
             "learner.cli",
             "train",
-            "--rollout_url",
-            url,
-            "--model_name_or_path",
-            str(model),
-            "--task",
-            str(task),
-            "--output_dir",
-            str(folder),
+            *arguments({"--rollout_url": url, "--model_name_or_path": model, "--task": task, "--output_dir": folder}),
             *COMMON,
             *flags,
         ]
@@ -88,29 +69,29 @@ class LearnerProcess:
             )
 
     def steps(self) -> int:
-        """Optimizer steps done, by the history on disk."""
+        """Return the optimizer steps done, according to the history on disk."""
         history = self.folder / "metrics.jsonl"
         lines = history.read_text().splitlines() if history.is_file() else []
         return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
     def kill_after(self, step: int) -> None:
-        """SIGKILL as soon as this step is done."""
+        """Send SIGKILL as soon as this step is done."""
         until(lambda: self.steps() >= step or self.process.poll() is not None, 120.0)
         assert self.process.poll() is None, self.tail()
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL for whatever is left of it."""
+        """Send SIGKILL to what is left of the process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def run_id(self) -> str:
-        """Name of its run on the server."""
+        """Return the name of its run on the server."""
         return json.loads((self.folder / "lease.json").read_text())["run_id"]
 
     def finish(self) -> dict:
-        """Wait for the end; the training's summary."""
+        """Wait for the end and return the training's summary."""
         assert self.process.wait(180) == 0, self.tail()
         return json.loads((self.folder / "train.json").read_text())
 
@@ -118,5 +99,5 @@ class LearnerProcess:
         return self.log.read_text(errors="replace")[-characters:]
 
     def adapter_digest(self) -> str:
-        """Of the final adapter's bytes."""
+        """Return a hash of the final adapter's bytes."""
         return hashlib.sha256((self.folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()

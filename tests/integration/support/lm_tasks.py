@@ -1,4 +1,4 @@
-"""Tasks for lm-eval without a hub: two YAML files and their questions."""
+"""Local tasks for lm-eval: two YAML files and their questions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUESTIONS = [
 
 
 def write_tasks(folder: Path) -> Path:
-    """A multiple choice, which needs the logprobs of given tokens, and a task of answers."""
+    """Write a multiple-choice task, which needs logprobs of given tokens, and a generation task."""
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {questions}}}}}\ntest_split: test\n"

@@ -1,4 +1,4 @@
-"""A policy that a test trains by rolling dice: PEFT adapters with random weights, and what they must answer."""
+"""Policies of the tests: PEFT adapters with random weights, and their expected logprobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_policy(model: Path, **lora: Any) -> PeftModel:
 
 
 def randomize(policy: PeftModel, seed: int, scale: float = 0.3) -> None:
-    """New random A and B, large enough that every logprob moves."""
+    """Set random A and B, large enough to change every logprob."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -40,7 +40,7 @@ def randomize(policy: PeftModel, seed: int, scale: float = 0.3) -> None:
 
 @torch.no_grad()
 def reference(policy: PeftModel, sequence: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """ln p of tokens 1.. of `sequence` [T - 1] by a Hugging Face forward in float32."""
+    """Return ln p of tokens 1.. of `sequence` [T - 1], computed by Hugging Face in float32."""
     logits_TV = policy(torch.tensor([sequence])).logits[0, :-1].float() / temperature
     targets_T = torch.tensor(sequence[1:])
     return torch.log_softmax(logits_TV, -1).gather(1, targets_T[:, None])[:, 0]
@@ -48,7 +48,7 @@ def reference(policy: PeftModel, sequence: list[int], temperature: float = 1.0) 
 
 @torch.no_grad()
 def top_k_mass(policy: PeftModel, sequence: list[int], k: int, temperature: float) -> torch.Tensor:
-    """ln of the mass of the k most likely tokens, before each of tokens 1.. of `sequence` [T - 1]."""
+    """Return ln of the mass of the k most likely tokens before each of tokens 1.. of `sequence` [T - 1]."""
     logits_TV = policy(torch.tensor([sequence])).logits[0, :-1].float() / temperature
     return logits_TV.topk(k).values.logsumexp(-1) - logits_TV.logsumexp(-1)
 
@@ -77,7 +77,7 @@ def generate(
 
 
 def largest_gap(policy: PeftModel, answer: GenerateResponse, temperature: float = 1.0) -> float:
-    """Largest |served - reference| logprob over all completions."""
+    """Return the largest |served - reference| logprob over all completions."""
     gaps = []
     for group in answer.groups:
         for completion in group.completions:
@@ -89,7 +89,7 @@ def largest_gap(policy: PeftModel, answer: GenerateResponse, temperature: float 
 
 @torch.no_grad()
 def policy_logits(policy: PeftModel, sequence: list[int]) -> torch.Tensor:
-    """Logits [V] of the token after `sequence`."""
+    """Return logits [V] of the token after `sequence`."""
     return policy(torch.tensor([sequence])).logits[0, -1].float()
 
 
@@ -99,7 +99,7 @@ def chat_token_ids(model: Path, messages: list[dict]) -> list[int]:
 
 
 def chat_gap(client: RolloutClient, policy: PeftModel, prompt: list[int], messages: list[dict]) -> float:
-    """Largest gap of vLLM's own chat route, model `policy`, at temperature 1."""
+    """Return the largest gap of vLLM's own chat route, model `policy`, at temperature 1."""
     body = {
         "model": "policy",
         "messages": messages,

@@ -1,4 +1,4 @@
-"""A real rollout server as a process of its own."""
+"""A real rollout server as a separate process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    # vLLM binds every engine to the same first cores, whoever is there already.
+    # Otherwise vLLM binds every engine to the same first cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
 
 
-#: For requests to servers of this machine: httpx.get and httpx.post load the certificates of the whole world each time,
-#: which takes seconds where the processor is busy.
+#: For requests to local servers: httpx.get and httpx.post load all root certificates each time, which takes seconds on
+#: a busy machine.
 HTTP = httpx.Client(
     verify=False, trust_env=False, follow_redirects=True, timeout=60.0, limits=httpx.Limits(max_keepalive_connections=0)
 )
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_server(model: Path, folder: Path, *flags: str) -> Iterator[ServerProcess]:
-    """A server that is ready, with its log in `folder`, until the end of the block."""
+    """Run a server, ready and with its log in `folder`, until the end of the block."""
     process = ServerProcess(model, folder / "server.log", *flags)
     try:
         process.wait_ready()
@@ -58,7 +58,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(self.port), *flags]
         with log.open("wb") as output:
-            # A session of its own: whatever it started can be found and stopped as one group.
+            # In its own session, so that all its child processes can be stopped as one group.
             self.process = subprocess.Popen(
                 command,
                 stdout=output,
@@ -84,7 +84,7 @@ class ServerProcess:
         return self.log.read_text(errors="replace")[-characters:]
 
     def engine_processes(self) -> list[int]:
-        """Pids of vLLM's processes: the engine and its workers."""
+        """Return the process ids of vLLM's engine and workers."""
         return [
             child.pid
             for child in psutil.Process(self.process.pid).children(recursive=True)
@@ -92,17 +92,17 @@ class ServerProcess:
         ]
 
     def metrics(self, name: str) -> list[float]:
-        """A metric's values, one for each combination of its labels."""
+        """Return a metric's values, one for each combination of its labels."""
         text = HTTP.get(self.url + "/metrics").text
         return [float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + " ", name + "{"))]
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's values over its labels."""
+        """Return the sum of a metric's values over its labels."""
         return sum(self.metrics(name))
 
     @contextlib.contextmanager
     def frozen_engine(self) -> Iterator[None]:
-        """The engine stands still: what was sent inside is under way until the end, on any machine."""
+        """Stop the engine, so that requests sent in the block stay in flight until its end, on any machine."""
         engines = self.engine_processes()
         for pid in engines:
             os.kill(pid, signal.SIGSTOP)
@@ -114,7 +114,7 @@ class ServerProcess:
                     os.kill(pid, signal.SIGCONT)
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL for whatever is left of the group."""
+        """Send SIGTERM, then SIGKILL to what is left of the group."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Models sharded over ranks without a GPU: what `accelerate launch` sets on GPUs, and Accelerate leaves out on CPUs."""
+"""Models sharded over ranks on CPUs: settings that `accelerate launch` makes on GPUs only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 
 def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
-    """FSDP2 with activation checkpointing, where Accelerate would quietly take DDP. Before anything is attached."""
+    """Use FSDP2 with activation checkpointing, where Accelerate would silently use DDP. Call before `attach`."""
     state = trainer.accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
@@ -23,11 +23,11 @@ def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
 
 
 def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
-    """ZeRO-3, of which Accelerate would count a single rank; answers what GRPOConfig needs for it."""
+    """Use ZeRO-3 on several ranks, where Accelerate would see one; return the arguments of GRPOConfig for it."""
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
     import deepspeed
 
-    # Its own collective for one host would be compiled first, for a minute; gloo serves.
+    # Use gloo: its own collective for one host would take a minute to compile.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     state = PartialState()
     state.device = torch.device("cpu")
@@ -39,7 +39,7 @@ def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
         **dict.fromkeys(sizes, "auto"),
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
-        # Nothing is so small here that it would stay whole on every rank.
+        # Shard every parameter, however small.
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     return {

@@ -1,9 +1,9 @@
-"""A training script as a user would write it, for one rank or several: what `test_ranks.py` launches.
+"""A training script as a user would write it, for one rank or several; `test_ranks.py` launches it.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.support.train_on_ranks \\
     MODEL URL FOLDER [fsdp2 | zero3 | zero3-bf16] [forget] [cut]
 
-`cut` ends it when the checkpoint of step 2 has been written; the same command without it goes on from there.
+`cut` ends it when the checkpoint of step 2 has been written; the same command without `cut` resumes from there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.session import Session
 from learner.trainer.attach import attach, save_final_adapter
-from tests.integration.support.rewards import odd_tokens
 from tests.integration.support.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
+from tests.support.rewards import reward_odd
 
 GLOBAL_BATCH, GROUP, STEPS, CUT = 8, 4, 3, 2
 
 
 def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
-    """The same global batch on any number of ranks; TRL's defaults where nothing speaks against them."""
+    """Make a trainer with the same global batch on any number of ranks, and TRL's defaults where possible."""
     zero = next((option for option in options if option.startswith("zero3")), None)
     devices: dict[str, Any] = zero3_on_cpu(bf16=zero == "zero3-bf16") if zero else {"use_cpu": True}
     args = GRPOConfig(
@@ -40,8 +40,8 @@ def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
         max_completion_length=16,
         per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=not zero).num_processes,
         num_generations=GROUP,
-        # Adam divides by the gradient's size: elements whose gradient is nothing but rounding would differ at once. So
-        # large an epsilon takes that away and leaves the momentum, which a resumed training must have.
+        # Adam divides by the gradient's size, so elements whose gradient is only rounding noise would differ at once.
+        # This large epsilon prevents that and keeps the momentum, which a resumed training must restore.
         optim="adamw_torch",
         adam_epsilon=1.0,
         learning_rate=0.5,
@@ -59,14 +59,14 @@ def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
     return GRPOTrainer(
         model=model,
         args=args,
-        reward_funcs=[odd_tokens],
+        reward_funcs=[reward_odd],
         train_dataset=Dataset.from_list([{"prompt": f"{i} + {i + 3} ="} for i in range(16)]),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
 
 
 def forget_once(session: Session) -> None:
-    """Before rank 1 asks for the second batch, let the server lose the run, as if it had restarted."""
+    """Delete the run on the server before rank 1 requests the second batch, as if the server had restarted."""
     generate = session.rollouts.generate
 
     def generate_after_loss(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ def forget_once(session: Session) -> None:
 
 
 class Cut(TrainerCallback):
-    """Ends every rank after a checkpoint, with nothing of what a training does at its end."""
+    """Ends every rank after a checkpoint, without the usual end of a training."""
 
     def __init__(self, session: Session, folder: Path) -> None:
         self.session, self.folder = session, folder

@@ -1,4 +1,4 @@
-"""Waiting for a condition, and for a load that is long enough on any machine."""
+"""Wait for a condition; repeat a scenario until its load outlasts a push on this machine."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ T = TypeVar("T")
 
 
 class EndedEarlyError(Exception):
-    """The running requests were done before the push they had to outlive."""
+    """The running requests ended before the push that they had to outlast."""
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60.0, running: Future | None = None) -> None:
-    """Return as soon as `condition()` holds. `running`: what it depends on, whose error is raised."""
+    """Return as soon as `condition()` holds.
+
+    Args:
+        running: work that the condition depends on; its error is raised.
+    """
     deadline = time.monotonic() + timeout_s
     while not condition():
         if running is not None and running.done():
             running.result()
             raise EndedEarlyError
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.01)
 
 
 def with_enough_load(scenario: Callable[[int], T], loads: Sequence[int] = (8, 16, 32, 64, 128)) -> T:
-    """What `scenario(n)` returns, with n completions per prompt: more as often as requests end before their push.
+    """Return `scenario(n)` for the first n completions per prompt whose requests do not end before the push.
 
-    How long a tiny model decodes depends on the machine by a factor of twenty; the largest n is far above all of that.
+    The decoding time of a tiny model varies by a factor of twenty between machines; the largest n is enough for all.
     """
     for n in loads:
         try:
             return scenario(n)
         except EndedEarlyError:
             continue
-    pytest.fail("no load outlived a push: the push waited for the running requests")
+    pytest.fail("no load outlasted a push: the push waited for the running requests")
 
 
 def outlives(condition: object) -> None:
-    """To be called with what holds while the requests of a scenario run."""
+    """Raise `EndedEarlyError` unless a condition holds that is true while the requests of a scenario run."""
     if not condition:
         raise EndedEarlyError

@@ -1,4 +1,4 @@
-"""The checker of the chaos suite sees what it is there to see."""
+"""The checker of the chaos suite finds every kind of violation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _honest() -> dict[str, Any]:
 
 
 class Told:
-    """A server that answers what it was told to."""
+    """A server with given responses."""
 
     def __init__(self) -> None:
         self.answers = _honest()

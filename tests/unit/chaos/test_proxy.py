@@ -1,4 +1,4 @@
-"""The proxy breaks what it is told to break, and knows what passes."""
+"""The proxy breaks connections as requested, and records pushes and receipts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real worker processes: what is scored, what is killed, and what is left behind when the learner goes."""
+"""Real worker processes: scoring, time limits, deaths, and no process left behind when the learner ends."""
 
 from __future__ import annotations
 
@@ -53,17 +53,9 @@ def closure():
     return lambda completions, **_: [len(c) + bonus[""] for c in completions]
 
 
-lock = threading.Lock()
-
-
-def waits_for_a_lock():
-    mine = lock
-
-    def function(completions, **_):
-        with mine:
-            return [1.0] * len(completions)
-
-    return function
+def holds_a_lock():
+    lock = threading.Lock()
+    return lambda completions, **_: [1.0 + lock.locked()] * len(completions)
 
 
 FUNCTIONS = {
@@ -72,7 +64,6 @@ FUNCTIONS = {
     "misbehaving": misbehaving,
     "heavy_modules": heavy_modules,
     "closure": closure(),
-    "waits_for_a_lock": waits_for_a_lock(),
 }
 
 
@@ -87,13 +78,8 @@ def group(*completions: str) -> RewardCall:
 
 
 @pytest.fixture(scope="module")
-def said() -> list[str]:
-    return []
-
-
-@pytest.fixture(scope="module")
-def pool(said: list[str]) -> Iterator[RewardPool]:
-    pool = RewardPool(list(FUNCTIONS.items()), workers=2, timeout_s=LIMIT_S, warn=said.append)
+def pool() -> Iterator[RewardPool]:
+    pool = RewardPool(dict(enumerate(FUNCTIONS.items())), workers=2, timeout_s=LIMIT_S)
     yield pool
     pool.close()
 
@@ -103,35 +89,35 @@ def scored(pool: RewardPool, name: str, *completions: str) -> list[tuple[int, Re
 
 
 def test_a_group_is_one_call_with_all_that_trl_passes(pool: RewardPool) -> None:
-    [(rows, answer)] = scored(pool, "lengths", "a", "", "ccc")
+    [(rows, result)] = scored(pool, "lengths", "a", "", "ccc")
     assert rows == 3
-    assert answer.rewards == [2.0, None, 6.0]
-    assert answer.metrics == [("step", 7.0)]
-    assert answer.extras == [("first", ["a", "", "c"])]
+    assert result.rewards == [2.0, None, 6.0]
+    assert result.metrics == [("step", 7.0)]
+    assert result.extras == [("first", ["a", "", "c"])]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("in_a_coroutine", [1.0] * 2), ("closure", [1.5, 2.5])])
 def test_other_kinds_of_functions(pool: RewardPool, name: str, expected: list[float]) -> None:
-    [(_, answer)] = scored(pool, name, "a", "bb")
-    assert answer.rewards == expected
+    [(_, result)] = scored(pool, name, "a", "bb")
+    assert result.rewards == expected
 
 
 def test_workers_are_light(pool: RewardPool) -> None:
-    [(_, answer)] = scored(pool, "heavy_modules", "a")
-    assert answer.rewards == [0.0]
+    [(_, result)] = scored(pool, "heavy_modules", "a")
+    assert result.rewards == [0.0]
 
 
 @pytest.mark.parametrize("bad", ["hangs", "dies"])
 def test_one_bad_sample_costs_the_others_nothing(pool: RewardPool, bad: str) -> None:
     parts = scored(pool, "misbehaving", "a", bad, "ccc", "dddd")
-    assert [answer and answer.rewards for _, answer in parts] == [[1.0], None, [3.0], [4.0]]
+    assert [result and result.rewards for _, result in parts] == [[1.0], None, [3.0], [4.0]]
     assert scored(pool, "misbehaving", bad) == [(1, None)]
 
 
 def test_an_exception_comes_with_its_traceback(pool: RewardPool) -> None:
-    [(_, answer)] = scored(pool, "misbehaving", "a", "raises")
-    assert "the user's own" in answer.error
-    assert "in misbehaving" in answer.error
+    [(_, result)] = scored(pool, "misbehaving", "a", "raises")
+    assert "the user's own" in result.error
+    assert "in misbehaving" in result.error
 
 
 def test_an_idle_worker_that_is_killed_is_replaced(pool: RewardPool) -> None:
@@ -143,52 +129,48 @@ def test_an_idle_worker_that_is_killed_is_replaced(pool: RewardPool) -> None:
     assert all(pool.wait(outcome)[0][1].rewards == [2.0] for outcome in outcomes)
 
 
-def test_what_cannot_be_pickled_has_a_soft_limit(pool: RewardPool, said: list[str]) -> None:
-    """It says so at once; threads that are stuck are left behind, and not for ever more of them."""
-    assert [text for text in said if "waits_for_a_lock" in text and "cannot be pickled" in text]
-    with lock:
-        for _ in range(3):
-            assert scored(pool, "waits_for_a_lock", "a") == [(1, None)]
-        with pytest.raises(LockstepError, match="stuck on 3 threads"):
-            scored(pool, "waits_for_a_lock", "a")
-    until(lambda: not pool._threads[5]._alive())
-    assert scored(pool, "waits_for_a_lock", "a", "b")[0][1].rewards == [1.0, 1.0]
-
-
-def test_what_a_worker_cannot_load_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["cannot be pickled", "AssertionError"])
+def test_functions_that_no_worker_can_run_are_left_out(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     only_here = f"import os\nassert os.getpid() == {os.getpid()}\ndef one(completions, **_):\n    return [1.0]\n"
     (tmp_path / "only_here.py").write_text(only_here)
     monkeypatch.syspath_prepend(str(tmp_path))
     from only_here import one  # type: ignore[import-not-found]
 
-    said: list[str] = []
-    pool = RewardPool([("one", one)], workers=1, timeout_s=5.0, warn=said.append)
-    assert pool.wait(pool.submit(0, group("a")))[0][1].rewards == [1.0]
-    assert len(said) == 1
-    assert "AssertionError" in said[0]
+    function = one if reason == "AssertionError" else holds_a_lock()
+    pool = RewardPool({2: ("lengths", lengths), 5: ("one", function)}, workers=1, timeout_s=5.0)
+    assert pool.names == {2: "lengths"}
+    [warning] = caplog.messages
+    assert "the reward one runs on the training thread" in warning
+    assert reason in warning
+    assert "Define it at the top level of a module" in warning
+    assert pool.wait(pool.submit(2, group("a")))[0][1].rewards == [2.0]
     pool.close()
 
 
+def test_arguments_that_cannot_be_pickled(pool: RewardPool) -> None:
+    call = RewardCall({**group("a").rows, "locks": [threading.Lock()]}, None)
+    with pytest.raises(LockstepError, match=r"arguments of the reward lengths cannot be sent .*reward_workers=0"):
+        pool.wait(pool.submit(0, call))
+
+
 SCRIPT = """
-import os, sys, threading, time
-from types import SimpleNamespace
+import sys, time
 import psutil
-from learner.rewards.pool import RewardCall, RewardPool
+from learner.rewards.calls import RewardCall
+from learner.rewards.pool import RewardPool
 print("executed", flush=True)
 scale = 3.0
-never = threading.Lock(); never.acquire()
 def reward(completions, **_):
     if completions[0] == "hangs":
         while True: pass
     return [scale * len(c) for c in completions]
-def here(completions, **_):
-    with never: return []
 def call(*texts):
     return RewardCall({"prompts": ["p"] * len(texts), "completions": list(texts)}, None)
-pool = RewardPool([("reward", reward), ("here", here)], workers=2, timeout_s=600, warn=lambda text: None)
+pool = RewardPool({0: ("reward", reward)}, workers=2, timeout_s=600)
 assert pool.wait(pool.submit(0, call("aa", "b")))[0][1].rewards == [6.0, 3.0]
 for _ in range(50): pool.submit(0, call("hangs"))
-pool.submit(1, call("a"))
 time.sleep(0.3)
 print(*(child.pid for child in psutil.Process().children()), flush=True)
 if "wait" in sys.argv: time.sleep(600)
@@ -196,7 +178,7 @@ if "wait" in sys.argv: time.sleep(600)
 
 
 def run_script(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """An unguarded script whose rewards hang, in workers and on a thread; the processes it has started."""
+    """Start an unguarded script whose rewards hang; return it and the processes that it has started."""
     path = folder / "script.py"
     path.write_text(SCRIPT)
     process = subprocess.Popen(

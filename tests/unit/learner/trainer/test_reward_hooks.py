@@ -1,8 +1,9 @@
-"""Rewards under a real TRL trainer: the values that TRL itself would compute, ready when it asks for them."""
+"""Rewards of a real TRL trainer: the values that TRL itself would compute, ready when it asks for them."""
 
 from __future__ import annotations
 
 import random
+import threading
 import time
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from learner.config import LearnerConfig
-from learner.rewards.scorer import Rewards
 from learner.trainer.attach import attach
+from learner.trainer.reward_hooks import score_in_workers
+from shared.errors import InvalidRequest
 from shared.rollouts import Completion, VersionSpan
 from tests.support import rewards as R
 from tests.support.rewards import reward_odd
@@ -58,7 +60,7 @@ def logged(trainer: Any) -> tuple[dict[str, Any], dict[str, list[float]]]:
 
 
 def attached(make_trainer, functions, rows=ROWS, **config):
-    """A trainer in training mode whose generation batch is all of `rows`; its rewards; and such a batch."""
+    """A trainer in training mode, its `Rewards`, a generation batch of all `rows`, and TRL's own results for it."""
     trainer = make_trainer(
         trainer_kwargs={"train_dataset": Dataset.from_list(rows), "reward_funcs": functions},
         per_device_train_batch_size=16,
@@ -66,8 +68,7 @@ def attached(make_trainer, functions, rows=ROWS, **config):
     trainer.model.train()
     batch = batch_of(trainer, rows)
     own = trainer._calculate_rewards(**batch), *logged(trainer)
-    said: list[str] = []
-    return trainer, Rewards(trainer, LearnerConfig(**config), said.append), batch, own, said
+    return trainer, score_in_workers(trainer, LearnerConfig(**config)), batch, own
 
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -75,9 +76,9 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["text", "chat"])
-def test_equal_to_trls_own(make_trainer, rows) -> None:
+def test_equal_to_trls_own(make_trainer, rows, caplog) -> None:
     functions = [R.third, R.whole_thirds, reward_odd, R.environments_reader]
-    trainer, rewards, batch, (expected, _, metrics), said = attached(make_trainer, functions, rows)
+    trainer, rewards, batch, (expected, _, metrics) = attached(make_trainer, functions, rows)
     assert functions == [R.third, R.whole_thirds, reward_odd, R.environments_reader], "the user's list stays as it is"
     assert trainer.reward_funcs[3] is R.environments_reader
     assert trainer.reward_funcs[0].__name__ == "third"
@@ -95,11 +96,41 @@ def test_equal_to_trls_own(make_trainer, rows) -> None:
     assert len(begun) == 4, "each was fetched, and not computed again"
     assert not rewards._groups, "each was fetched, and not computed again"
     assert logged(trainer) == (extras, found)
-    assert not said
+    assert not caplog.messages
+
+
+def holds_a_lock():
+    lock = threading.Lock()
+
+    def locked(completions, **_):
+        with lock:
+            return [1.0 if len(str(completion)) % 2 else None for completion in completions]
+
+    return locked
+
+
+def test_trl_calls_functions_that_cannot_be_sent_to_a_worker(make_trainer, caplog) -> None:
+    function = holds_a_lock()
+    trainer, rewards, batch, (expected, _, _) = attached(make_trainer, [R.third, function, reward_odd])
+    assert trainer.reward_funcs[1] is function
+    [warning] = caplog.messages
+    assert "the reward locked runs on the training thread" in warning
+    rewards.expect(0, batch["inputs"])
+    rewards.arrived(None, 0, completions_of(batch))
+    assert_equal(trainer._calculate_rewards(**batch), expected)
+    assert not rewards._groups
+
+
+def test_dynamic_sampling_needs_rewards_of_workers(make_trainer) -> None:
+    function = holds_a_lock()
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": [reward_odd, function]})
+    with pytest.raises(InvalidRequest, match="no reward worker can run locked"):
+        score_in_workers(trainer, LearnerConfig(drop_degenerate_groups=True))
+    assert trainer.reward_funcs == [reward_odd, function]
 
 
 def test_ready_when_trl_asks(make_trainer) -> None:
-    trainer, rewards, batch, (expected, _, _), _ = attached(make_trainer, [R.slow])
+    trainer, rewards, batch, (expected, _, _) = attached(make_trainer, [R.slow])
     rewards.expect(0, batch["inputs"])
     rewards.arrived(None, 0, completions_of(batch))
     time.sleep(2.0)
@@ -109,7 +140,7 @@ def test_ready_when_trl_asks(make_trainer) -> None:
     rewards.arrived(None, 0, completions_of(batch))
     batch["completion_ids_list"] = [*batch["completion_ids_list"][:5], [9] * 6, *batch["completion_ids_list"][6:]]
     found = trainer._calculate_rewards(**batch)
-    assert found[5, 0] == torch.tensor(0.6), "completions that were replaced are scored anew"
+    assert found[5, 0] == torch.tensor(0.6), "completions that were replaced are scored again"
     batch["inputs"] = [{**row, "answer": "other"} for row in batch["inputs"]]
     rewards.wait_seconds = 0.0
     trainer._calculate_rewards(**batch)
@@ -117,7 +148,7 @@ def test_ready_when_trl_asks(make_trainer) -> None:
 
 
 def test_groups_that_straddle_ranks_are_runs_of_equal_prompts(make_trainer) -> None:
-    trainer, rewards, batch, (expected, _, _), _ = attached(make_trainer, [reward_odd])
+    trainer, rewards, batch, (expected, _, _) = attached(make_trainer, [reward_odd])
     part = {name: values[2:13] for name, values in batch.items()}
     rewards.expect(0, part["inputs"])
     rewards.arrived(None, 0, completions_of(part))
@@ -126,25 +157,24 @@ def test_groups_that_straddle_ranks_are_runs_of_equal_prompts(make_trainer) -> N
 
 
 def test_evaluation_has_its_own_groups(make_trainer) -> None:
-    trainer, rewards, batch, (expected, _, _), _ = attached(make_trainer, [reward_odd])
+    trainer, rewards, batch, (expected, _, _) = attached(make_trainer, [reward_odd])
     trainer.model.eval()
     trainer.num_generations_eval = 1
     assert_equal(trainer._calculate_rewards(**batch), expected)
     assert rewards.wait_seconds == 0.0
 
 
-def test_what_hangs_is_left_out_and_counted(make_trainer) -> None:
+def test_functions_that_hang_are_left_out_and_counted(make_trainer, caplog) -> None:
     trainer = make_trainer(trainer_kwargs={"reward_funcs": [R.hangs_sometimes]})
-    said: list[str] = []
-    rewards, batch = Rewards(trainer, LearnerConfig(reward_timeout_s=0.2), said.append), batch_of(trainer, ROWS)
+    rewards, batch = score_in_workers(trainer, LearnerConfig(reward_timeout_s=0.2)), batch_of(trainer, ROWS)
     found = trainer._calculate_rewards(**batch)[:, 0]
     long = torch.tensor([len(ids) == 6 for ids in batch["completion_ids_list"]])
     assert long.any()
     assert torch.equal(found.isnan(), long)
     assert (found[~long] == 1.0).all()
     assert rewards.unscored == {"hangs_sometimes": int(long.sum())}
-    assert len(said) == 1
-    assert "reward_timeout_s" in said[0]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "lockstep.rewards"]
+    assert "reward_timeout_s" in warning
 
 
 @pytest.mark.parametrize(
@@ -156,7 +186,7 @@ def test_what_hangs_is_left_out_and_counted(make_trainer) -> None:
 )
 def test_the_users_errors_reach_the_user(make_trainer, function, kind, words) -> None:
     trainer = make_trainer(trainer_kwargs={"reward_funcs": [function]})
-    Rewards(trainer, LearnerConfig(), print)
+    score_in_workers(trainer, LearnerConfig())
     with pytest.raises(kind, match=words):
         trainer._calculate_rewards(**batch_of(trainer, ROWS))
 
@@ -165,7 +195,7 @@ def test_reward_models_stay_where_they_are(make_trainer) -> None:
     trainer = make_trainer()
     model = nn.Linear(1, 1)
     trainer.reward_funcs = [model]
-    Rewards(trainer, LearnerConfig(), print)
+    score_in_workers(trainer, LearnerConfig())
     assert trainer.reward_funcs == [model]
 
 

@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs and afterwards: metrics of both sides, `learner status`, the run's page."""
+"""Monitoring of a training: metrics of both sides, `learner status`, the run's page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import httpx
 
 from tests.integration.support.learner_process import LearnerProcess
 from tests.integration.support.server import HTTP, ServerProcess
+from tests.support.arguments import arguments
 
 
-def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: str, token_file: str) -> str:
-    """What Prometheus would have got last while a training of six steps ran, of both; the others see its end."""
+def monitor(server: ServerProcess, learner: LearnerProcess, port: int, token: str, token_file: str) -> str:
+    """Return the last metrics of both sides during a training of six steps; check status and page at its end."""
     metrics = ["", ""]
     headers = {"Authorization": f"Bearer {token}"}
     while learner.process.poll() is None:
@@ -34,19 +35,15 @@ def watched(server: ServerProcess, learner: LearnerProcess, port: int, token: st
         "-m",
         "learner.cli",
         "status",
-        "--json",
-        "--rollout-url",
-        server.url,
-        "--run-dir",
-        str(learner.folder),
-        "--token-file",
-        token_file,
+        *arguments(
+            {"--json": None, "--rollout-url": server.url, "--run-dir": learner.folder, "--token-file": token_file}
+        ),
     ]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert found["run"]["finished"]
-    assert found["run"]["step"] == 6
-    assert len(found["run"]["rewards"]) == 6
-    run = next(run for run in found["servers"][0]["runs"] if run["run_id"] == found["run"]["run_id"])
+    status = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert status["run"]["finished"]
+    assert status["run"]["step"] == 6
+    assert len(status["run"]["rewards"]) == 6
+    run = next(run for run in status["servers"][0]["runs"] if run["run_id"] == status["run"]["run_id"])
     assert run["step"] == 6
     assert run["lag"] == 0
     assert "6 / 6" in (learner.folder / "run.html").read_text()

@@ -1,4 +1,4 @@
-"""Requests that live through pushes, as `in_flight` = `keep` and `carried` promise it."""
+"""Requests that run across pushes, with `in_flight` = `keep` and `carried`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.integration.support.waiting import outlives, until, with_enough_load
 TOKENS = 900
 
 
-def live_through_pushes(
+def generate_across_pushes(
     client: RolloutClient,
     server: ServerProcess,
     policies: Sequence[PeftModel],
@@ -27,13 +27,14 @@ def live_through_pushes(
     prompts: int = 3,
     after_push: Callable[[PushReceipt], object] = lambda receipt: None,
 ) -> P.GenerateResponse:
-    """Completions of TOKENS tokens that were under way while all but the first of `policies` were pushed.
+    """Return completions of TOKENS tokens that were being generated while all but the first of `policies` were pushed.
 
-    `after_push(receipt)` is called after each of these pushes.
+    Args:
+        after_push: called after each of these pushes.
     """
     base = client.state().base.weights
 
-    def push_meanwhile(n: int) -> P.GenerateResponse:
+    def push_during_generation(n: int) -> P.GenerateResponse:
         run_id = f"moved-{in_flight}-{n}"
         versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(len(policies))]
         blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
@@ -43,7 +44,7 @@ def live_through_pushes(
             decoded = server.metrics("vllm:generation_tokens_total")
             running = pool.submit(P.generate, other, asked, n=n, max_tokens=TOKENS, ignore_eos=True)
             for blob in blobs[1:]:
-                # Some of every request: the engine takes fewer steps than this to fill all their KV again.
+                # Wait for tokens of every request: refilling all their KV takes the engine fewer steps than this.
                 enough = [tokens + 40 * prompts * n / len(decoded) for tokens in decoded]
 
                 def decoded_enough(enough: list[float] = enough) -> bool:
@@ -58,22 +59,22 @@ def live_through_pushes(
         until(lambda: all(slot["state"] in ("active", "free") for slot in client.run(run_id).slots))
         return answer
 
-    return with_enough_load(push_meanwhile, (8, 16, 21))  # of 3 prompts: all must be decoding at once
+    return with_enough_load(push_during_generation, (8, 16, 21))  # of 3 prompts: all must be decoding at once
 
 
 def check_every_span(answer: P.GenerateResponse, policies: Sequence[PeftModel], in_flight: str) -> None:
-    """Every token is of the version that its span names; with KV of an older version where the span says so, only."""
+    """Check that every token has the version of its span, and KV of an older version only in `carried` spans."""
     for group in answer.groups:
         for completion in group.completions:
             spans = completion.spans
             assert [span.start for span in spans] == [0] + [span.end for span in spans[:-1]]
             assert spans[-1].end == len(completion.token_ids) == len(completion.logprobs) == TOKENS
             assert [span.version.step for span in spans] == list(range(len(policies)))
-            moved = "carried" if in_flight == "carried" else "fresh"
-            assert [span.kv for span in spans] == ["fresh"] + [moved] * (len(spans) - 1)
-            whole = group.prompt_token_ids + completion.token_ids
+            later = "carried" if in_flight == "carried" else "fresh"
+            assert [span.kv for span in spans] == ["fresh"] + [later] * (len(spans) - 1)
+            sequence = group.prompt_token_ids + completion.token_ids
             for span in spans:
-                expected = P.reference(policies[span.version.step], whole)[len(group.prompt_token_ids) - 1 :]
+                expected = P.reference(policies[span.version.step], sequence)[len(group.prompt_token_ids) - 1 :]
                 part = slice(span.start, span.end)
                 gap = (torch.tensor(completion.logprobs)[part] - expected[part]).abs().max().item()
                 assert (gap < FP32) == (span.kv == "fresh"), (span, gap)

@@ -1,0 +1,135 @@
+"""Rewards of a `trl.GRPOTrainer`, computed in reward workers: TRL calls stand-ins that find the values ready."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+
+from learner.config import LearnerConfig
+from learner.rewards.calls import RewardCall
+from learner.rewards.pool import RewardPool
+from learner.rewards.scorer import EVALUATION, Rewards, Row
+from shared.errors import InvalidRequest
+
+_NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+
+
+def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
+    """Replace the trainer's reward functions by stand-ins, and score groups as their completions arrive.
+
+    TRL keeps calling reward models, functions that read environments, and functions that cannot be sent to a worker.
+
+    Raises:
+        LockstepError: workers do not start; or `drop_degenerate_groups` needs a reward that no worker can compute.
+    """
+    names, functions = trainer.reward_func_names, list(trainer.reward_funcs)  # a copy: the list may be the user's
+    pool = RewardPool(
+        {i: (names[i], function) for i, function in enumerate(functions) if _may_leave(trainer, function)},
+        workers=config.reward_workers,
+        timeout_s=config.reward_timeout_s,
+    )
+    if config.drop_degenerate_groups and len(pool.names) < len(functions):
+        pool.close()
+        left = ", ".join(name for i, name in enumerate(names) if i not in pool.names)
+        raise InvalidRequest(
+            f"drop_degenerate_groups: rewards must be known as completions arrive, and no reward worker can run {left}"
+        )
+    tokenizer = copy.deepcopy(trainer.processing_class)  # two threads must not share one
+    rewards = Rewards(
+        pool,
+        group_size=trainer.num_generations,
+        batch=partial(_present_batch, trainer),
+        weights=lambda: trainer.reward_weights.tolist(),
+        early_call=partial(_early_call, trainer, tokenizer) if pool.names and _plain_completions(trainer) else None,
+    )
+    for i in pool.names:
+        functions[i] = _stand_in(trainer, rewards, i)
+    trainer.reward_funcs = functions
+    _expect_present_rows(trainer, rewards)
+    return rewards
+
+
+def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..., list[float | None]]:
+    """Return a reward function that returns what workers computed; TRL calls it with all rows of this rank."""
+
+    def reward(
+        trainer_state: Any, log_extra: Callable[..., None], log_metric: Callable[..., None], **rows: list[Any]
+    ) -> list[float | None]:
+        training = trainer.model.training
+        return rewards.collect(
+            index,
+            RewardCall(rows, _light(trainer_state)),
+            log_extra,
+            log_metric,
+            batch=_present_batch(trainer) if training else EVALUATION,
+            group_size=trainer.num_generations if training else trainer.num_generations_eval,
+        )
+
+    reward.__name__ = trainer.reward_func_names[index]
+    return reward
+
+
+def _early_call(trainer: GRPOTrainer, tokenizer: Any, rows: list[Row], completion_ids: list[list[int]]) -> RewardCall:
+    """Return the call that TRL will make for these rows and completions."""
+    prompts = [row["prompt"] for row in rows]
+    completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    if is_conversational({"prompt": prompts[0]}):
+        completions = [[{"role": "assistant", "content": content}] for content in completions]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _NOT_COLUMNS}
+    return RewardCall(
+        {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns},
+        _light(trainer.state),
+    )
+
+
+def all_known_early(trainer: GRPOTrainer) -> bool:
+    """Return whether every reward can be computed as completions arrive, if workers can run its function."""
+    return _plain_completions(trainer) and all(_may_leave(trainer, function) for function in trainer.reward_funcs)
+
+
+def _expect_present_rows(trainer: GRPOTrainer, rewards: Rewards) -> None:
+    generate = trainer._generate_and_score_completions
+
+    def generate_expected(inputs: list[Row]) -> dict[str, Any]:
+        if trainer.model.training:
+            batch = _present_batch(trainer)
+            rewards.expect(batch, inputs)
+            rewards.forget_before(batch)
+        return generate(inputs)
+
+    trainer._generate_and_score_completions = generate_expected
+
+
+def _present_batch(trainer: GRPOTrainer) -> int:
+    return trainer._step // (trainer.args.steps_per_generation * trainer.num_iterations)
+
+
+def _may_leave(trainer: GRPOTrainer, function: Callable[..., Any]) -> bool:
+    """Return whether a function depends on its arguments only: reward models and readers of environments do not."""
+    if isinstance(function, nn.Module) or getattr(trainer, "environment_factories", None) is not None:
+        return False
+    try:
+        return "environments" not in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins have no signature
+        return True
+
+
+def _plain_completions(trainer: GRPOTrainer) -> bool:
+    """Return whether a completion's text follows from its tokens alone, as they arrive."""
+    tokenizer = trainer._tokenizer
+    templates = (getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
+    return not trainer.tools and trainer.rollout_func is None and all(template is None for template in templates)
+
+
+def _light(state: Any) -> SimpleNamespace:
+    """Return `trainer_state` without its history, in a form that is read without transformers."""
+    plain = {k: v for k, v in vars(state).items() if v is None or isinstance(v, bool | int | float | str)}
+    return SimpleNamespace(**plain, log_history=[])
