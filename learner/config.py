@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from dataclasses import dataclass, field
@@ -12,8 +13,17 @@ from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class _Repeatable(argparse.Action):
+    """Collect the values of every occurrence of a flag; the first occurrence replaces the default."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else [*before, *values])
+
+
+def _option(default: Any, text: str, **kwargs: Any) -> Any:
+    """Declare a field; `kwargs` go to `ArgumentParser.add_argument`."""
+    return field(default=default, metadata={"help": text, **kwargs})
 
 
 @dataclass
@@ -28,6 +38,7 @@ class LearnerConfig:
         None,
         "URLs of the rollout servers, e.g. http://127.0.0.1:8000 (required). dns+http://NAME:PORT stands for all "
         "addresses of a name, file:PATH for a file with one URL a line; servers may come and go there while it runs.",
+        action=_Repeatable,
     )
     task: str | None = _option(
         None,

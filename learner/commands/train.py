@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import time
@@ -49,8 +50,11 @@ def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
     """
     parser = TrlParser((LearnerConfig, GRPOConfig, ModelConfig), prog="learner train")
     parser.set_defaults(use_peft=True)
+    files = argparse.ArgumentParser(prog="learner train", add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])  # TrlParser does not know --config=FILE
+    known, flags = files.parse_known_args(argv)
     try:
-        return parser.parse_args_and_config(_joined_config(argv))
+        return parser.parse_args_and_config([*(part for file in known.config for part in ("--config", file)), *flags])
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise InvalidRequest(str(error)) from error
 
@@ -136,25 +140,6 @@ def _save_merged(output_dir: Path, model_args: ModelConfig, say: Callable[[str],
         force=True,
     )
     say(f"the merged model is in {output_dir / MERGED}")
-
-
-def _joined_config(argv: Sequence[str]) -> list[str]:
-    """`--config=FILE` as `--config FILE`, the only form that TrlParser knows; the values of several `--rollout_url`
-    behind one, since the parser would take the last one only.
-    """
-    joined: list[str] = []
-    urls: list[str] = []
-    into = joined
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        if flag in ("--rollout_url", "--rollout-url"):
-            urls += [value] if equals else []
-            into = joined if equals else urls
-            continue
-        if argument.startswith("--"):
-            into = joined
-        into += argument.split("=", 1) if flag == "--config" else [argument]
-    return [*joined, "--rollout_url", *urls] if urls else joined
 
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
