@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, colors and fonts from the page's style, readable from 320 pixels on."""
+"""Line charts as inline SVG: no script, colors and fonts from the page's style, readable from 320 pixels width."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from statistics import fmean
 
-#: Points of a series that are drawn; of longer ones, means of as many buckets.
+#: Points drawn per series; longer series are averaged into this many buckets.
 POINTS = 200
 _WIDTH, _HEIGHT = 360.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 8.0, 24.0
@@ -18,12 +19,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line.
+    """One series of a chart.
 
     Attributes:
-        points: (step, value), by rising step.
-        look: line; dots, for values that scatter; or marks, each drawn as it is, joined by a line.
-        color: 1 to 4, of the page's style.
+        points: (step, value), by increasing step.
+        look: line; dots, for noisy values; or marks, a line that emphasizes each of a few points.
+        color: 1 to 4, defined by the page's style.
     """
 
     label: str
@@ -32,23 +33,39 @@ class Series:
     color: int = 1
 
 
+def number(value: float) -> str:
+    """Format with about three digits: 0.123, 12.3, 1,234, 2e-4."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return power(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def power(value: float) -> str:
+    """Format with two digits, or with one and a power of ten."""
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.2g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
 def chart(
     title: str,
     note: str,
     series: Sequence[Series],
     *,
-    show: Callable[[float], str],
+    show: Callable[[float], str] = number,
     log: bool = False,
-    whole: tuple[float, float] | None = None,
+    unit_range: bool = False,
 ) -> str:
-    """A `<figure>`; empty where there is nothing to draw.
+    """Draw a `<figure>`; returns "" without data.
 
     Args:
-        note: what is drawn, for people, in a few words.
-        show: a value as text.
-        log: logarithmic; values that are not positive are left out.
-        whole: the range to show where all values lie in it. By default from 0 up, or from the least value if that is
-            negative.
+        note: a short explanation of the series.
+        show: formats a value.
+        log: use a logarithmic scale, without values that are not positive.
+        unit_range: show the range 0 to 1 if all values lie in it. Otherwise, and by default, the range begins at 0 or
+            at the lowest value, if that is negative.
     """
     drawn = [Series(s.label, _usable(s, log), s.look, s.color) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -56,7 +73,7 @@ def chart(
         return ""
     values = [y for s in drawn for _, y in s.points]
     last = max(x for s in drawn for x, _ in s.points)
-    low, high = _range(values, log, whole)
+    low, high = _range(values, log, unit_range)
     ticks = _decades(low, high) if log else _ticks(low, high)
     across = _Scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
     up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log=log)
@@ -77,7 +94,7 @@ def chart(
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The values as one line of block characters, at most `width` of them."""
+    """Draw the values as one line of at most `width` block characters."""
     if not values:
         return ""
     means = [y for _, y in bucketed([(float(i), value) for i, value in enumerate(values)], width)]
@@ -86,13 +103,13 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 def bucketed(points: Sequence[Point], count: int = POINTS) -> list[Point]:
-    """At most `count` points: means of neighbours."""
+    """Return at most `count` points, each the mean of neighboring ones."""
     if len(points) <= count:
         return list(points)
     edges = [round(i * len(points) / count) for i in range(count + 1)]
     return [
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
-        for part in (points[start:end] for start, end in pairwise(edges))
+        (fmean(x for x, _ in points[start:end]), fmean(y for _, y in points[start:end]))
+        for start, end in pairwise(edges)
     ]
 
 
@@ -115,20 +132,20 @@ class _Scale:
         return round(self.start + at * (self.end - self.start), 1)
 
 
-def _range(values: Sequence[float], log: bool, whole: tuple[float, float] | None) -> Point:
+def _range(values: Sequence[float], log: bool, unit_range: bool) -> Point:
     low, high = min(values), max(values)
     if log:
         low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
         return low, high if high > low else 10 * low
-    if whole and whole[0] <= low and high <= whole[1]:
-        return whole
+    if unit_range and low >= 0 and high <= 1:
+        return 0.0, 1.0
     low = min(low, 0.0)
     room = 0.05 * (high - low)
     return (low - room if low < 0 else low), (high + room if high > low else low + 1.0)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers."""
+    """Return three to six round numbers."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -151,7 +168,7 @@ def _grid(ticks: Sequence[float], up: _Scale, show: Callable[[float], str]) -> s
 
 
 def _steps(across: _Scale, last: float) -> str:
-    """Numbers of steps under the axis; the outer ones end with it."""
+    """Label the steps under the axis; the outer labels end where the axis does."""
     marks = [t for t in _ticks(0.0, max(last, 1.0)) if t == round(t)]
     at = [(t, "start" if t == 0 else "end" if across(t) > _WIDTH - _RIGHT - 12 else "middle") for t in marks]
     texts = "".join(
@@ -173,7 +190,7 @@ def _line(series: Series, across: _Scale, up: _Scale) -> str:
 
 
 def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str]) -> str:
-    """Invisible bands, one a step, that show its values when pointed at."""
+    """Draw one transparent band per step, whose tooltip shows the step's values."""
     values: dict[float, list[str]] = {}
     for s in series:
         for x, y in s.points:
@@ -189,9 +206,5 @@ def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str
 
 
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values up to each, of fewer at the beginning."""
-    means = []
-    for end in range(1, len(values) + 1):
-        seen = values[max(0, end - window) : end]
-        means.append(sum(seen) / len(seen))
-    return means
+    """Return the mean of the last `window` values up to each value; fewer at the beginning."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]

@@ -23,7 +23,7 @@ from learner.adapters.lora_rules import check_lora, check_model, check_rank, che
 from learner.adapters.peft_dir import save_adapter
 from learner.adapters.quantization import keep_dtype_on_cpu
 from learner.config import LearnerConfig
-from learner.monitors.recorder import watch
+from learner.monitors.recorder import attach_recorder
 from learner.rewards.scorer import Rewards
 from learner.rollouts.schedule import Schedule
 from learner.servers.client import RolloutClient
@@ -38,6 +38,7 @@ from learner.trainer.hooks import begin_passes_with, mark_tool_turns, replace_de
 from learner.trainer.internals import check_trl
 from learner.trainer.prompt_order import ComingPrompts, check_slots, schedule_of
 from learner.trainer.resume import ExactResume
+from learner.trainer.sample_hook import read_samples
 from learner.trainer.sampling import sampling_params
 from learner.trainer.unsloth import with_vllm_params
 from shared.errors import InvalidRequest
@@ -126,7 +127,9 @@ def attach(
     if config.drop_degenerate_groups:
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
-    watch(trainer, session)
+    recorder = attach_recorder(trainer, session)
+    if recorder and config.run_page:
+        read_samples(trainer, session, recorder.add_samples)
     return session
 
 

@@ -55,11 +55,11 @@ def test_all_of_a_run_is_there() -> None:
     page = _read(render(run))
     titles = [text for text in page.texts["h3"] if text.strip() and text[0].isupper()]
     assert len(titles) == 11
-    assert {"Reward", "Lag", "Push", "Server against learner"} <= set(titles)
+    assert {"Reward", "Lag", "Push", "Training-inference mismatch"} <= set(titles)
     assert len([1 for tag, _ in page.tags if tag == "article"]) == sum(len(b["samples"]) for b in run.batches)
     assert {"step 4 to token 131, step 5 (carried KV)", "212, cut off", "1.000", "-0.71"} <= set(page.texts["b"])
     shown = "".join(page.texts["li"] + page.texts["b"] + page.texts["span"] + page.texts["dd"])
-    for text in ("120 / 120", "1 of 2", "serves", "away", "1,234,567 tokens", "openai/gsm8k:main", "training"):
+    for text in ("120 / 120", "1 of 2", "serving", "away", "1,234,567 tokens", "openai/gsm8k:main", "training"):
         assert text in shown
 
 
