@@ -1,4 +1,4 @@
-"""What is left of a run for people: a picture of the reward, and a summary for programs."""
+"""The demo's picture: reward per step, and accuracy before and after training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ def write_curve(
     eval_before: tuple[float, int] | None,
     eval_after: tuple[float, int] | None,
     title: str,
-    *,
-    sampled_label: str = "sampled reward, mean of a step's batch",
-    eval_label: str = "held-out questions",
 ) -> None:
-    """Draw the reward of every step, and the evaluations before and after training, into a PNG.
+    """Plot the reward of every step, and the evaluations before and after training, to a PNG file.
 
-    An evaluation is the mean score and the number of questions, see `EvalPoint`; it is drawn with a 95% interval.
-    `rows` are the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
-    The moving average looks back only, so it shows nothing before it was known.
+    Args:
+        rows: the steps (metrics.jsonl), of which `step` and `reward` are read; those without a reward are left out.
+        eval_before, eval_after: mean score and number of questions, see `EvalPoint`; drawn with a 95% interval.
     """
     points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
     last = max((int(r["step"]) for r in rows), default=0)
@@ -40,21 +37,15 @@ def write_curve(
     if points:
         steps, rewards = zip(*points, strict=True)
         window = max(3, len(points) // 10)
-        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=sampled_label)
-        axes.plot(
-            steps,
-            trailing_mean(rewards, window),
-            color=BLUE,
-            linewidth=2,
-            label=f"its mean over the last {window} steps",
-        )
-    labelled = False
-    for evaluation, step in ((eval_before, 0), (eval_after, last)):
-        if evaluation is not None:
-            point = EvalPoint(*evaluation)
-            _draw_eval(axes, point, step, None if labelled else f"{eval_label} (n = {point.n}), 95% interval")
-            labelled = True
-    _decorate(axes, title, last, [r for _, r in points] + [e[0] for e in (eval_before, eval_after) if e])
+        label = "sampled reward, mean of a step's batch"
+        axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=label)
+        label = f"its mean over the last {window} steps"
+        axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
+    evals = [(EvalPoint(*scored), step) for scored, step in ((eval_before, 0), (eval_after, last)) if scored]
+    for point, step in evals:
+        label = f"held-out questions (n = {point.n}), 95% interval"
+        _draw_eval(axes, point, step, label if point is evals[0][0] else None)
+    _decorate(axes, title, last, [r for _, r in points] + [point.mean for point, _ in evals])
     path = Path(path)
     _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
 
@@ -62,20 +53,9 @@ def write_curve(
 def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:
     low, high = point.interval()
     error = [[point.mean - low], [high - point.mean]]
-    axes.errorbar(
-        [step],
-        [point.mean],
-        yerr=error,
-        fmt="D",
-        color=ORANGE,
-        markersize=7,
-        capsize=5,
-        linewidth=1.8,
-        label=label,
-        zorder=5,
-        clip_on=False,
-    )
-    # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
+    style = {"fmt": "D", "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5, "clip_on": False}
+    axes.errorbar([step], [point.mean], yerr=error, color=ORANGE, label=label, **style)
+    # Above the interval, or below it near the title; beside it would hide the curve.
     above = point.mean <= 0.85
     axes.annotate(
         f"{point.mean:.2f}",
@@ -95,7 +75,7 @@ def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> Non
 def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
     margin = max(1.0, 0.03 * last)
     axes.set_xlim(-margin, last + margin)
-    # Scores between 0 and 1 get the whole scale, so that no small gain is drawn as a large one.
+    # Scores between 0 and 1 get the full scale, so that a small gain does not look large.
     if all(0 <= v <= 1 for v in values):
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -110,5 +90,5 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
         spine.set_visible(name == "bottom")
         spine.set_color("#c5c9d0")
     if values:
-        # Below the axes: inside there is no corner that no curve ever visits.
+        # Below the axes: inside them, any corner may be covered by a curve.
         axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)

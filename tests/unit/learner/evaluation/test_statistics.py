@@ -15,7 +15,7 @@ from learner.adapters.exporter import AdapterExporter
 from learner.adapters.stored import open_adapter
 from learner.cli import main
 from learner.evaluation.results import EvalResult, EvalRow
-from learner.evaluation.statistics import differences, interval, lines
+from learner.evaluation.statistics import EvalPoint, differences, interval, lines
 from learner.evaluation.temporary_run import adapter_blob, temporary_run
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
@@ -130,3 +130,11 @@ def test_a_temporary_run_ends_whatever_happens(server, model_dir: Path, tmp_path
 
 def _full(run_id, request):
     raise NoFreeRun(f"no room for {run_id}")
+
+
+def test_interval_is_wilsons() -> None:
+    # Published example: 15 of 148 gives 0.0624 to 0.1605 (Newcombe 1998, method 3: 81 of 263 gives 0.2553 to 0.3662).
+    low, high = EvalPoint(81 / 263, 263).interval()
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert EvalPoint(0.0, 128).interval()[0] == 0.0
+    assert EvalPoint(1.0, 128).interval()[1] == 1.0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.monitors.charts import trailing_mean
 from learner.monitors.run_page import RunData, render
 from learner.run_dir.files import write_whole
 from tests.support.browser import Page, browser_page, find_browser
@@ -96,6 +97,10 @@ def test_a_run_that_has_just_begun(steps: int) -> None:
 def test_a_long_run_has_a_page_of_the_same_size() -> None:
     short, long = render(made_up_run(400)), render(made_up_run(4000))
     assert len(long) < 1.2 * len(short) < 1.2e6
+
+
+def test_trailing_mean_never_looks_ahead() -> None:
+    assert trailing_mean([1.0, 0.0, 0.0, 9.0], 2) == [1.0, 0.5, 0.0, 4.5]
 
 
 @pytest.fixture(scope="module")

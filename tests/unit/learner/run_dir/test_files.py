@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.run_dir.files import JsonLines
+from learner.run_dir.files import JsonLines, write_summary
 
 
 def _steps(folder: Path) -> list[int]:
@@ -32,3 +32,12 @@ def test_a_history_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space"):
         JsonLines(tmp_path / "metrics.jsonl").begin(1)
     assert _steps(tmp_path) == [1]
+
+
+def test_summary_is_atomic(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, {"steps": 3})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_summary(path, {"gap": float("nan")})
+    assert json.loads(path.read_text()) == {"steps": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
