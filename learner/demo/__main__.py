@@ -24,6 +24,7 @@ from learner.demo.curve import write_curve
 from learner.demo.model import ensure_demo_model
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult
+from learner.evaluation.statistics import EvalPoint
 from learner.run_dir.files import HISTORY_FILE, PAGE_FILE, SUMMARY_FILE, read_lines, write_summary
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -177,7 +178,8 @@ def _report(
     evals = {"eval_before": before.reward, "eval_after": after.reward, "eval_questions": n}
     write_summary(out / "summary.json", {**evals, **trained, "total_seconds": total})
     title = f"{recipe['task']}, SmolLM2-135M-Instruct"
-    write_curve(out / "curve.png", read_lines(out / HISTORY_FILE), (before.reward, n), (after.reward, n), title)
+    points = EvalPoint(before.reward, n), EvalPoint(after.reward, n)
+    write_curve(out / "curve.png", read_lines(out / HISTORY_FILE), *points, title)
     logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
     logger.info("    see %s, %s and %s", out / PAGE_FILE, out / "curve.png", out / "summary.json")
 

@@ -14,17 +14,17 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
 
 def write_curve(
-    path: str | Path,
+    path: Path,
     rows: Sequence[Mapping[str, Any]],
-    eval_before: tuple[float, int] | None,
-    eval_after: tuple[float, int] | None,
+    before: EvalPoint,
+    after: EvalPoint,
     title: str,
 ) -> None:
     """Plot the reward of every step, and the evaluations before and after training, to a PNG file.
 
     Args:
         rows: the steps (metrics.jsonl), of which `step` and `reward` are read; those without a reward are left out.
-        eval_before, eval_after: mean score and number of questions, see `EvalPoint`; drawn with a 95% interval.
+        before, after: scores of held-out questions, drawn with their 95% intervals.
     """
     points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
     last = max((int(r["step"]) for r in rows), default=0)
@@ -41,35 +41,24 @@ def write_curve(
         axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=label)
         label = f"its mean over the last {window} steps"
         axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
-    evals = [(EvalPoint(*scored), step) for scored, step in ((eval_before, 0), (eval_after, last)) if scored]
-    for point, step in evals:
-        label = f"held-out questions (n = {point.n}), 95% interval"
-        _draw_eval(axes, point, step, label if point is evals[0][0] else None)
-    _decorate(axes, title, last, [r for _, r in points] + [point.mean for point, _ in evals])
-    path = Path(path)
+    _draw_evals(axes, [before, after], [0, last])
+    _decorate(axes, title, last, [reward for _, reward in points] + [before.mean, after.mean])
     _atomically(path, lambda temporary: FigureCanvasAgg(figure).print_png(str(temporary)))
 
 
-def _draw_eval(axes: Any, point: EvalPoint, step: int, label: str | None) -> None:
-    low, high = point.interval()
-    error = [[point.mean - low], [high - point.mean]]
+def _draw_evals(axes: Any, evals: Sequence[EvalPoint], steps: Sequence[int]) -> None:
+    means, bounds = [point.mean for point in evals], [point.interval() for point in evals]
+    errors = [[abs(mean - bound[side]) for mean, bound in zip(means, bounds, strict=True)] for side in (0, 1)]
+    label = f"held-out questions (n = {evals[0].n}), 95% interval"
     style = {"fmt": "D", "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5, "clip_on": False}
-    axes.errorbar([step], [point.mean], yerr=error, color=ORANGE, label=label, **style)
-    # Above the interval, or below it near the title; beside it would hide the curve.
-    above = point.mean <= 0.85
-    axes.annotate(
-        f"{point.mean:.2f}",
-        (step, high if above else low),
-        xytext=(0, 5 if above else -5),
-        textcoords="offset points",
-        ha="center",
-        va="bottom" if above else "top",
-        color=ORANGE,
-        fontsize=12,
-        fontweight="bold",
-        zorder=6,
-        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )
+    axes.errorbar(steps, means, yerr=errors, color=ORANGE, label=label, **style)
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    font = {"color": ORANGE, "fontsize": 12, "fontweight": "bold", "ha": "center"}
+    for step, mean, (low, high) in zip(steps, means, bounds, strict=True):
+        # Above the interval, or below it near the title; beside it would hide the curve.
+        at, offset, va = (high, 5, "bottom") if mean <= 0.85 else (low, -5, "top")
+        place = {"xytext": (0, offset), "textcoords": "offset points", "va": va}
+        axes.annotate(f"{mean:.2f}", (step, at), **place, **font, bbox=box, zorder=6)
 
 
 def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
@@ -89,6 +78,5 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
         spine.set_color("#c5c9d0")
-    if values:
-        # Below the axes: inside them, any corner may be covered by a curve.
-        axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)
+    # Below the axes: inside them, any corner may be covered by a curve.
+    axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)

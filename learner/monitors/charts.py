@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +16,7 @@ _WIDTH, _HEIGHT = 360.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 8.0, 24.0
 
 Point = tuple[float, float]
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,23 @@ def chart(
         unit_range: show the range 0 to 1 if all values lie in it. Otherwise, and by default, the range begins at 0 or
             at the lowest value, if that is negative.
     """
-    drawn = [Series(s.label, _usable(s, log), s.look, s.color) for s in series]
+    drawn = [Series(s.label, _drawn(s, log), s.look, s.color) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return ""
+    text: Callable[[float], str] = (lambda y: show(10.0**y)) if log else show
     values = [y for s in drawn for _, y in s.points]
     last = max(x for s in drawn for x, _ in s.points)
     low, high = _range(values, log, unit_range)
-    ticks = _decades(low, high) if log else _ticks(low, high)
-    across = _Scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
-    up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log=log)
-    parts = [_grid(ticks, up, show), _steps(across, last)]
+    across = _scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
+    up = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
+    ticks = range(int(low), int(high) + 1, math.ceil((high - low) / 5)) if log else _ticks(low, high)
+    parts = [_grid(ticks, up, text), _steps(across, last)]
     parts += [_line(s, across, up) for s in drawn]
-    parts.append(_bands(drawn, across, show))
+    parts.append(_bands(drawn, across, text))
     legend = "".join(
         f'<li><span class="key c{s.color} {s.look}"></span>{escape(s.label)} '
-        f"<b>{escape(show(s.points[-1][1]))}</b></li>"
+        f"<b>{escape(text(s.points[-1][1]))}</b></li>"
         for s in drawn
     )
     return (
@@ -113,30 +116,23 @@ def bucketed(points: Sequence[Point], count: int = POINTS) -> list[Point]:
     ]
 
 
-def _usable(series: Series, log: bool) -> list[Point]:
+def _drawn(series: Series, log: bool) -> list[Point]:
+    """Return the points to draw; values as powers of ten if `log`."""
     points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
-    return points if series.look == "marks" and len(points) <= POINTS else bucketed(points)
+    points = points if series.look == "marks" and len(points) <= POINTS else bucketed(points)
+    return [(x, math.log10(y)) for x, y in points] if log else points
 
 
-@dataclass(frozen=True)
-class _Scale:
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
-        at = ((math.log10(value) if self.log else value) - low) / (high - low)
-        return round(self.start + at * (self.end - self.start), 1)
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Map values from `low` to `high` to coordinates from `start` to `end`."""
+    return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)
 
 
 def _range(values: Sequence[float], log: bool, unit_range: bool) -> Point:
     low, high = min(values), max(values)
     if log:
-        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
-        return low, high if high > low else 10 * low
+        low, high = math.floor(low), math.ceil(high)
+        return low, max(high, low + 1)
     if unit_range and low >= 0 and high <= 1:
         return 0.0, 1.0
     low = min(low, 0.0)
@@ -153,13 +149,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
-    first, last = round(math.log10(low)), round(math.log10(high))
-    every = max(1, math.ceil((last - first) / 5))
-    return [10.0**power for power in range(first, last + 1, every)]
-
-
-def _grid(ticks: Sequence[float], up: _Scale, show: Callable[[float], str]) -> str:
+def _grid(ticks: Sequence[float], up: Scale, show: Callable[[float], str]) -> str:
     lines = "".join(f'<path class="grid" d="M{_LEFT:g} {up(t):g}H{_WIDTH - _RIGHT:g}"/>' for t in ticks)
     texts = "".join(
         f'<text x="{_LEFT - 5:g}" y="{up(t) + 3.5:g}" text-anchor="end">{escape(show(t))}</text>' for t in ticks
@@ -167,7 +157,7 @@ def _grid(ticks: Sequence[float], up: _Scale, show: Callable[[float], str]) -> s
     return lines + texts
 
 
-def _steps(across: _Scale, last: float) -> str:
+def _steps(across: Scale, last: float) -> str:
     """Label the steps under the axis; the outer labels end where the axis does."""
     marks = [t for t in _ticks(0.0, max(last, 1.0)) if t == round(t)]
     at = [(t, "start" if t == 0 else "end" if across(t) > _WIDTH - _RIGHT - 12 else "middle") for t in marks]
@@ -177,7 +167,7 @@ def _steps(across: _Scale, last: float) -> str:
     return f'<path class="axis" d="M{_LEFT:g} {_HEIGHT - _BOTTOM:g}H{_WIDTH - _RIGHT:g}"/>{texts}'
 
 
-def _line(series: Series, across: _Scale, up: _Scale) -> str:
+def _line(series: Series, across: Scale, up: Scale) -> str:
     at = [(across(x), up(y)) for x, y in series.points]
     kind = f"c{series.color}"
     dots = "".join(f'<circle class="dot {kind}" cx="{x:g}" cy="{y:g}" r="1.8"/>' for x, y in at)
@@ -189,12 +179,12 @@ def _line(series: Series, across: _Scale, up: _Scale) -> str:
     return path if len(at) > 1 else dots
 
 
-def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str]) -> str:
+def _bands(series: Sequence[Series], across: Scale, show: Callable[[float], str]) -> str:
     """Draw one transparent band per step, whose tooltip shows the step's values."""
-    values: dict[float, list[str]] = {}
+    values = defaultdict[float, list[str]](list)
     for s in series:
         for x, y in s.points:
-            values.setdefault(x, []).append(f"{s.label} {show(y)}")
+            values[x].append(f"{s.label} {show(y)}")
     places = sorted(values)
     edges = [_LEFT, *(across((a + b) / 2) for a, b in pairwise(places)), _WIDTH - _RIGHT]
     height = _HEIGHT - _TOP - _BOTTOM

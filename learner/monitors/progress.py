@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
@@ -41,8 +42,9 @@ class Progress(TrainerCallback):
             self._bar.update(report.step - self._bar.n)
         else:
             done = report.step - self._first_step
-            left = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
-            self._write(f"step {report.step}/{report.max_steps}  {_summary(report)}  left {_clock(left)}")
+            seconds = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
+            left = timedelta(seconds=int(seconds))
+            self._write(f"step {report.step}/{report.max_steps}  {_summary(report)}  left {left}")
 
     def _write(self, text: str) -> None:
         if self._bar is not None:
@@ -69,8 +71,3 @@ def _summary(report: StepReport) -> str:
         f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
         f"push {report.push_seconds:.2f} s{servers}{gap}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

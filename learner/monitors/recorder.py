@@ -15,16 +15,8 @@ from learner.adapters.exporter import active_adapter
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunData, render
 from learner.monitors.samples import Sample, Samples
-from learner.run_dir.files import (
-    HISTORY_FILE,
-    LOGS_FILE,
-    PAGE_FILE,
-    SAMPLES_FILE,
-    JsonLines,
-    finite,
-    read_lines,
-    write_whole,
-)
+from learner.run_dir import files
+from learner.run_dir.files import JsonLines, finite, read_lines
 from learner.session import Session
 from learner.step_metrics import StepReport
 
@@ -59,8 +51,8 @@ class Recorder(TrainerCallback):
     def __init__(self, trainer: Trainer, session: Session) -> None:
         self._session, self._config = session, session.config
         output_dir, model = session.trainer.output_dir, str(session.model.config._name_or_path)
-        self._history, self._logs = JsonLines(output_dir / HISTORY_FILE), JsonLines(output_dir / LOGS_FILE)
-        self._samples, self._page = Samples(output_dir / SAMPLES_FILE), output_dir / PAGE_FILE
+        self._history, self._logs = JsonLines(output_dir / files.HISTORY_FILE), JsonLines(output_dir / files.LOGS_FILE)
+        self._samples, self._page = Samples(output_dir / files.SAMPLES_FILE), output_dir / files.PAGE_FILE
         self._metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
         self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
         self._complained, self._next_page = False, 0.0
@@ -119,7 +111,7 @@ class Recorder(TrainerCallback):
             for replica in list(self._session.pool.replicas.values())
         ]
         self._quietly(self._samples.write)
-        self._quietly(lambda: write_whole(self._page, render(run)))
+        self._quietly(lambda: files.write_whole(self._page, render(run)))
         ended = time.monotonic()
         self._next_page = ended + (ended - began) / _PAGE_SHARE
 

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from html import escape
 from typing import Any
 
@@ -78,11 +79,12 @@ def render(run: RunData) -> str:
 
 def _head(run: RunData) -> str:
     done = min(100.0, 100 * (run.last("step") or 0) / (run.last("max_steps") or 1))
+    spent = timedelta(seconds=int(run.total("seconds")))
     written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return (
         f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{_STATES[run.state]}</span></h1>'
-        f'<p class="soft">{_text(run.model)} · {_clock(run.total("seconds"))} in {len(run.steps)} steps · '
-        f"written {written}; reload to update</p>"
+        f'<p class="soft">{_text(run.model)} · {spent} in {len(run.steps)} steps · written {written}; '
+        "reload to update</p>"
         f'<div class="bar"><span style="width:{done:.1f}%"></span></div></header>'
     )
 
@@ -252,8 +254,3 @@ def _three(value: float | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return _NONE if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

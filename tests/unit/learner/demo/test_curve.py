@@ -15,7 +15,6 @@ from learner.evaluation.statistics import EvalPoint
 )
 def test_any_run_gives_a_picture(rows: list, tmp_path: Path) -> None:
     path = tmp_path / "new" / "curve.png"
-    write_curve(path, rows, (0.2, 128), EvalPoint(0.9, 128), "title")
-    write_curve(path, rows, None, None, "title")
+    write_curve(path, rows, EvalPoint(0.2, 128), EvalPoint(0.9, 128), "title")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in path.parent.iterdir()] == ["curve.png"]
