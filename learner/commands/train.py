@@ -69,10 +69,11 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     Raises:
         LockstepError: for everything that is refused, if possible before the model is loaded.
     """
-    started = time.perf_counter()
+    started, out = time.perf_counter(), Path(args.output_dir)
+    model, revision = model_args.model_name_or_path, model_args.model_revision
     show_messages(is_main=_is_main())
     urls, task_spec = config.require_urls(), config.require_task()
-    if not model_args.model_name_or_path:
+    if not model:
         raise InvalidRequest("give --model_name_or_path: the base model, the same as the rollout server's")
     args.full_determinism = args.full_determinism or config.deterministic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
@@ -96,7 +97,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         eval_dataset=config.eval_dataset,
     )
     trainer = _trainer(task, config, args, model_args, lora, quantized)
-    session = attach(trainer, config=config, pool=pool, revision=model_args.model_revision)
+    session = attach(trainer, config=config, pool=pool, revision=revision)
     show_progress(trainer, session)
     run_id, size = session.run_id, len(task.train)
     logger.info("run %s: %s, %d training questions, rollouts from %s", run_id, task.name, size, ", ".join(urls))
@@ -113,19 +114,18 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     finally:
         session.close()
     train_seconds = time.perf_counter() - training
-    save_final_adapter(trainer, Path(args.output_dir) / FINAL_ADAPTER)
+    save_final_adapter(trainer, out / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
     for replica in pool.replicas.values():
         replica.client.close()
     summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
-    summary |= provenance(
-        model_args.model_name_or_path, model_args.model_revision, task.name, session.publisher.base_weights, states[0]
-    )
+    summary |= provenance(model, revision, task.name, session.publisher.base_weights, states[0])
     if trainer.accelerator.is_main_process:
-        write_summary(Path(args.output_dir) / SUMMARY_FILE, summary)
+        write_summary(out / SUMMARY_FILE, summary)
         if config.save_merged:
-            _save_merged(Path(args.output_dir), model_args)
+            export(out / FINAL_ADAPTER, out / MERGED, merged=True, model=model, revision=revision, force=True)
+            logger.info("merged model written to %s", out / MERGED)
     return summary
 
 
@@ -145,18 +145,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _save_merged(output_dir: Path, model_args: ModelConfig) -> None:
-    export(
-        output_dir / FINAL_ADAPTER,
-        output_dir / MERGED,
-        merged=True,
-        model=model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        force=True,
-    )
-    logger.info("merged model written to %s", output_dir / MERGED)
 
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:

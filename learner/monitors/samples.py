@@ -60,26 +60,21 @@ def total(rewards: Sequence[float | None], weights: Sequence[float]) -> float | 
 
 
 def text_of(message: Any, limit: int) -> str:
-    """Render a prompt or completion, a string or chat messages, as text of about `limit` characters."""
+    """Render a prompt or completion, a string or chat messages, as text; of a long text, its two ends."""
     messages = message if isinstance(message, list) else [message]
     if len(messages) == 1 and isinstance(messages[0], dict) and not messages[0].get("tool_calls"):
         content = messages[0].get("content")
         messages = [content] if isinstance(content, str) else messages
-    return clip("\n\n".join(map(_turn, messages)), limit)
-
-
-def clip(text: str, limit: int) -> str:
-    """Keep the beginning and the end of a long text, about `limit` characters."""
+    text, tail = "\n\n".join(map(_turn, messages)), limit // 3
     if len(text) <= limit:
         return text
-    tail = limit // 3
     return f"{text[: limit - tail]}\n[… {len(text) - limit} characters left out …]\n{text[-tail:]}"
 
 
-def thinned(batches: list[dict[str, Any]], limit: int = BATCHES) -> list[dict[str, Any]]:
-    """Keep at most `limit` batches: the first, the newest, and others spread evenly over the run."""
+def thinned(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep at most `BATCHES`: the first, the newest, and others spread evenly over the run."""
     kept = list(batches)
-    while len(kept) > limit:
+    while len(kept) > BATCHES:
         inner = range(1, len(kept) - _NEWEST)
         kept.pop(min(inner, key=lambda i: kept[i + 1]["step"] - kept[i - 1]["step"]))
     return kept

