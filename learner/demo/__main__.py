@@ -67,10 +67,11 @@ def run(options: argparse.Namespace) -> int:
     recipe = yaml.safe_load(Path(options.config).read_text())
     if recipe.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns that it found no GPU
-    dtype = recipe["dtype"]
+    dtype, seed = recipe["dtype"], recipe["seed"] if options.seed is None else options.seed
     logger.info("1/5 the model: SmolLM2-135M-Instruct, dequantized to %s", dtype)
     model = ensure_demo_model(options.model_dir, gguf_path=options.gguf, dtype=dtype)
-    port = _free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = out / "server.log"
     logger.info("2/5 the rollout server: vLLM at %s, log in %s", url, log)
@@ -78,12 +79,13 @@ def run(options: argparse.Namespace) -> int:
     with ProcessGroup(command, _environment(), log, cores=_cores(options)[0]) as server:
         client = RolloutClient(url, read_token(None))  # from the environment, which the server inherits
         _wait_ready(client, server, log)
-        task = _task(recipe, options.seed)
+        sizes = {name: recipe[name] for name in ("eval_size", "train_size") if name in recipe}
+        task = load_task(recipe["task"], task_args=recipe.get("task_args"), seed=seed, **sizes)
         working = time.monotonic()
         logger.info("3/5 before training: %d held-out questions, greedy decoding", len(task.eval))
         before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
         logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
-        _train(model, url, out, options)
+        _train(model, url, out, seed, options)
         trained = json.loads((out / SUMMARY_FILE).read_text())
         logger.info("5/5 after training: the same questions")
         after = _evaluate(client, task, recipe, "latest", out / "eval_after.json")
@@ -139,18 +141,6 @@ def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:
                 raise
 
 
-def _task(recipe: dict[str, Any], seed: int | None) -> Task:
-    return load_task(
-        recipe["task"],
-        task_args=recipe.get("task_args"),
-        eval_size=recipe["eval_size"],
-        train_size=recipe.get("train_size"),
-        seed=recipe["seed"] if seed is None else seed,
-        reward_specs=None,
-        reward_weights=None,
-    )
-
-
 def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy: Any, path: Path) -> EvalResult:
     sampling = SamplingParams(temperature=0.0, max_tokens=recipe["max_completion_length"])
     result = evaluate(client, task, policy=policy, sampling=sampling)
@@ -160,10 +150,9 @@ def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy:
     return result
 
 
-def _train(model: Path, url: str, out: Path, options: argparse.Namespace) -> None:
+def _train(model: Path, url: str, out: Path, seed: int, options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
-    command += ["--model_name_or_path", str(model), "--output_dir", str(out)]
-    command += ["--seed", str(options.seed)] if options.seed is not None else []
+    command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
     command += options.train_flags
     with ProcessGroup(command, _environment(), cores=_cores(options)[1]) as learner:
         status = learner.process.wait()
@@ -182,12 +171,6 @@ def _report(
     write_curve(out / "curve.png", read_lines(out / HISTORY_FILE), *points, title)
     logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
     logger.info("    see %s, %s and %s", out / PAGE_FILE, out / "curve.png", out / "summary.json")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _parser() -> argparse.ArgumentParser:

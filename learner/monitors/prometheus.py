@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter as Counts
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from learner.run_dir.files import finite
 from learner.servers.pool import ServerPool
 from learner.step_metrics import StepReport
 from shared.errors import InvalidRequest
+
+logger = logging.getLogger("lockstep.monitors")
 
 NAMESPACE = "lockstep_learner"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -121,18 +124,21 @@ class LearnerMetrics:
             if value is not None and kind == "rewards" and statistic in self._functions:
                 self._functions[statistic].labels(function).set(value)
 
-    def serve(self, host: str, port: int) -> None:
-        """Serve `http://HOST:PORT/metrics` from a thread, until the process ends.
+    def serve(self, host: str, port: int | None) -> None:
+        """Serve `http://HOST:PORT/metrics` from a thread, until the process ends; nothing without a port.
 
         Raises:
             LockstepError: `invalid_request` if it cannot be listened on.
         """
+        if not port:
+            return
         try:
             start_http_server(port, host, registry=self.registry)
         except (OSError, OverflowError) as error:
             raise InvalidRequest(
                 f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out"
             ) from error
+        logger.info("metrics on http://%s:%d/metrics", host, port)
 
 
 class _Gauges(Collector):

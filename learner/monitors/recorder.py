@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from learner.adapters.exporter import active_adapter
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunData, render
-from learner.monitors.samples import Sample, Samples
+from learner.monitors.samples import Samples
 from learner.run_dir import files
 from learner.run_dir.files import JsonLines, finite, read_lines
 from learner.session import Session
@@ -32,13 +32,14 @@ _USER = re.compile(r"//[^/@\s]+@")
 def attach_recorder(trainer: Trainer, session: Session) -> Recorder | None:
     """Record the training: history on disk, the run's page, Prometheus metrics. Collective.
 
-    Returns the recorder on rank 0, None on other ranks. Sample completions are handed to its `add_samples`.
+    Returns the recorder on rank 0, None on other ranks. Sample completions go to its `samples`.
 
     Raises:
         LockstepError: `invalid_request` if `metrics_port` cannot be listened on.
     """
     recorder = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
-    session.publisher.on_main(recorder.serve_metrics if recorder else lambda: None)
+    host, port = session.config.metrics_host, session.config.metrics_port
+    session.publisher.on_main(lambda: recorder and recorder.metrics.serve(host, port))
     if recorder:
         session.figures.listeners.append(recorder.stepped)
         trainer.add_callback(recorder)
@@ -52,43 +53,32 @@ class Recorder(TrainerCallback):
         self._session, self._config = session, session.config
         output_dir, model = session.trainer.output_dir, str(session.model.config._name_or_path)
         self._history, self._logs = JsonLines(output_dir / files.HISTORY_FILE), JsonLines(output_dir / files.LOGS_FILE)
-        self._samples, self._page = Samples(output_dir / files.SAMPLES_FILE), output_dir / files.PAGE_FILE
-        self._metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
+        self.samples, self._page = Samples(output_dir / files.SAMPLES_FILE), output_dir / files.PAGE_FILE
+        self.metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
         self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
         self._complained, self._next_page = False, 0.0
-
-    def serve_metrics(self) -> None:
-        """Serve Prometheus metrics on `metrics_port`, if it is set."""
-        host, port = self._config.metrics_host, self._config.metrics_port
-        if port:
-            self._metrics.serve(host, port)
-            logger.info("metrics on http://%s:%d/metrics", host, port)
-
-    def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Keep samples of the generation batch that `step` is the first to train on."""
-        self._samples.add(step, samples)
 
     def stepped(self, report: StepReport) -> None:
         """Record a completed optimizer step."""
         row = asdict(report)
         self._history.add(row)
         self._run.steps.append(row)
-        self._metrics.stepped(report, self._session.rollouts.stats)
+        self.metrics.stepped(report, self._session.rollouts.stats)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for lines in (self._history, self._logs):
             lines.begin(state.global_step)
-        self._metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
+        self.metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
         if self._config.run_page:
             self._run.steps, self._run.logs = read_lines(self._history.path), read_lines(self._logs.path)
-            self._samples.begin(state.global_step)
+            self.samples.begin(state.global_step)
         self._write("training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = {"step": state.global_step, **{name: finite(value) for name, value in (logs or {}).items()}}
         self._quietly(lambda: self._logs.add(row))
         self._run.logs.append(row)
-        self._metrics.logged(row)
+        self.metrics.logged(row)
         if time.monotonic() >= self._next_page:
             self._write("training")
 
@@ -99,7 +89,7 @@ class Recorder(TrainerCallback):
         if not self._config.run_page:
             return
         began, run = time.monotonic(), self._run
-        run.state, run.batches = state, self._samples.batches
+        run.state, run.batches = state, self.samples.batches
         run.servers = [
             {
                 "url": _plain(replica.url),
@@ -110,7 +100,7 @@ class Recorder(TrainerCallback):
             }
             for replica in list(self._session.pool.replicas.values())
         ]
-        self._quietly(self._samples.write)
+        self._quietly(self.samples.write)
         self._quietly(lambda: files.write_whole(self._page, render(run)))
         ended = time.monotonic()
         self._next_page = ended + (ended - began) / _PAGE_SHARE

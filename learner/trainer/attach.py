@@ -129,7 +129,7 @@ def attach(
     ExactResume(trainer, session)
     recorder = attach_recorder(trainer, session)
     if recorder and config.run_page:
-        read_samples(trainer, session, recorder.add_samples)
+        read_samples(trainer, session, recorder.samples.add)
     return session
 
 
