@@ -75,9 +75,9 @@ class LearnerMetrics:
     def __init__(self, pool: ServerPool, *, run_id: str, model: str) -> None:
         self.registry = CollectorRegistry()
         self._lags, self._tokens, self._regenerated = Counts[int](), 0, 0
-        gauge, counter, histogram = (
-            partial(metric, namespace=NAMESPACE, registry=self.registry) for metric in (Gauge, Counter, Histogram)
-        )
+        gauge = partial(Gauge, namespace=NAMESPACE, registry=self.registry)
+        counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=self.registry)
         gauge("run_info", "The run being trained; always 1", ["run_id", "model"]).labels(run_id, model).set(1)
         self._functions = {
             "mean": gauge("reward_function", "Mean of one reward function, before its weight", ["function"]),

@@ -39,7 +39,7 @@ def attach_recorder(trainer: Trainer, session: Session) -> Recorder | None:
     """
     recorder = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
     host, port = session.config.metrics_host, session.config.metrics_port
-    session.publisher.on_main(lambda: recorder and recorder.metrics.serve(host, port))
+    session.publisher.on_main(lambda: recorder.metrics.serve(host, port) if recorder else None)
     if recorder:
         session.figures.listeners.append(recorder.stepped)
         trainer.add_callback(recorder)

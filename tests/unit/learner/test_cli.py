@@ -1,4 +1,4 @@
-"""The command line: lazy imports, options of TRL, one line for a user's mistake."""
+"""The command line: lazy imports, TRL's options, one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real TRL training over a fake server, and what it leaves for whoever watches."""
+"""The recorder of a TRL training against a fake server: metrics, page and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's page: what is in it, that text stays text, and how a browser shows it."""
+"""The run's page: its content, escaping, and layout in a browser."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     browser.open(path, width)
     browser.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     assert browser.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width]
-    # Whatever sticks out to the right, or is cut off inside its box; what scrolls by itself aside.
+    # Elements that overflow to the right or are cut off inside their box, except scrollable ones.
     out = browser.evaluate(
         "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 0.5"
         " || (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== 'inline' && !e.closest('svg')))"
@@ -134,7 +134,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     )
     assert len(boxes) == 11
     assert all(across > 200 and height > 100 for across, height in boxes)
-    # No two texts of a chart lie on each other, none is cut off, and none is smaller than can be read.
+    # No two texts of a chart overlap, none is cut off, and none is too small to read.
     overlaps = browser.evaluate(
         "[...document.querySelectorAll('.chart svg')].flatMap(svg => { const box = svg.getBoundingClientRect();"
         " const t = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);"
@@ -149,7 +149,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
 
 
 def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) -> None:
-    """The check of the console above would see it, and escaping is not all that there is."""
+    """The content security policy blocks scripts even without escaping, and the console check above notices."""
     path = tmp_path / "run.html"
     write_whole(path, render(made_up_run(1)).replace("</main>", "<script>document.title = 'owned'</script></main>"))
     browser.console.clear()
@@ -160,7 +160,7 @@ def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read(browser: Page, tmp_path: Path, dark: bool) -> None:
-    """WCAG's contrast of at least 4.5 between text and what is behind it."""
+    """Text has WCAG's contrast of at least 4.5 against its background."""
     path = tmp_path / "run.html"
     write_whole(path, render(made_up_run()))
     browser.open(path, 1280, dark=dark)
