@@ -1,6 +1,6 @@
 """`learner train | status | eval | export | four-bit-base`.
 
-Each is imported only when it is called: `status`, `eval` and `export` need no torch.
+A command is imported only when it is called: `status`, `eval` and `export` need no torch.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from importlib import import_module
 from shared.errors import ErrorCode, LockstepError
 
 COMMANDS = {
-    "train": ("learner.commands.train", "train a LoRA adapter with GRPO, rollouts from a rollout server"),
-    "status": ("learner.commands.status", "which servers serve what, and how far a run has come"),
+    "train": ("learner.commands.train", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
+    "status": ("learner.commands.status", "show what the rollout servers serve, and the progress of a run"),
     "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),
-    "four-bit-base": ("learner.commands.four_bit_base", "make a base that a learner can hold in four bits (QLoRA)"),
-    "export": ("learner.commands.export", "write a trained adapter for others to load, alone or merged into its base"),
+    "four-bit-base": ("learner.commands.four_bit_base", "make a base model that the learner can load in 4-bit (QLoRA)"),
+    "export": ("learner.commands.export", "export a trained adapter, alone or merged into its base model"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 done, 1 failed, 2 wrong options, 130 interrupted.
+    """Run a command. Returns the exit code: 0 done, 1 failed, 2 wrong options, 130 interrupted.
 
-    Errors that a user can do something about are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the
-    traceback too.
+    Errors that the user can fix are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the traceback instead.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):

@@ -8,13 +8,11 @@ from typing import Any
 
 
 def either_spelling(parser: argparse.ArgumentParser) -> Callable[..., Any]:
-    """Return an `add_argument` for flags with dashes that also accepts underscores, as `learner train` does."""
+    """Return `add_argument` that also accepts a flag with underscores, as `learner train` does."""
 
     def add(flag: str, **kwargs: Any) -> None:
-        if not flag.startswith("--"):
-            parser.add_argument(flag, **kwargs)
-            return
-        spellings = dict.fromkeys([flag, "--" + flag.removeprefix("--").replace("-", "_")])
+        name = flag.removeprefix("--")
+        spellings = {flag: None, "--" + name.replace("-", "_"): None} if name != flag else [flag]
         parser.add_argument(*spellings, **kwargs)
 
     return add

@@ -1,4 +1,4 @@
-"""`learner status`: which rollout servers serve what, and how far a run has come, while it trains and afterwards."""
+"""`learner status`: what the rollout servers serve, and the progress of a run, during training and afterwards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from learner.commands.flags import either_spelling
 from learner.monitors.charts import sparkline
 from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
 from learner.servers.client import RolloutClient
@@ -21,13 +22,13 @@ from learner.utils.threads import all_of
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState
 
-_ASK_TIMEOUT_S = 5.0
+_TIMEOUT_S = 5.0
 _CLEAR = "\x1b[H\x1b[2J"
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run on one server. `lag`: optimizer steps behind the newest that is known of the run."""
+    """One run on one server. `lag`: optimizer steps behind the newest known version of the run."""
 
     run_id: str
     step: int | None
@@ -38,7 +39,7 @@ class RunRow:
 
 @dataclass(frozen=True)
 class ServerRow:
-    """One server; `error` says why nothing is known of it."""
+    """One server; `error` says why its state is unknown."""
 
     url: str
     state: str
@@ -50,14 +51,13 @@ class ServerRow:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run has come, by its directory.
+    """Progress of a run, read from its directory.
 
     Attributes:
-        run_id: None where the directory does not say.
-        seconds_ago: since the last step.
-        finished: the training has ended.
-        rewards: of all steps.
-        last: the last step, see `learner.step_metrics.StepReport`.
+        run_id: None if the directory has no readable lease.
+        seconds_ago: seconds since the last step.
+        rewards: one per step that had a reward.
+        last: fields of the last step's `learner.step_metrics.StepReport`.
     """
 
     run_id: str | None
@@ -72,14 +72,15 @@ class RunProgress:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code: 1 if nothing is known of what was asked for."""
+    """Run the command. Returns the exit code: 1 if neither a server nor the run directory gave any state."""
     options = make_parser().parse_args(argv)
     if not options.rollout_url and not options.run_dir:
         raise InvalidRequest("give --rollout-url, --run-dir, or both")
-    clients = _Clients(options)
+    discovery = ServerDiscovery(options.rollout_url) if options.rollout_url else None
+    connect = cache(partial(RolloutClient, token=read_token(options.token_file), ca_file=options.ca_file))
     while True:
         progress = read_progress(Path(options.run_dir)) if options.run_dir else None
-        servers = clients.ask(progress)
+        servers = _ask(discovery.urls() if discovery else (), connect, progress)
         if options.json:
             shown = json.dumps({"servers": [asdict(s) for s in servers], "run": progress and asdict(progress)})
         else:
@@ -92,77 +93,60 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_progress(run_dir: Path) -> RunProgress | None:
-    """What a run's directory says; None before its first step.
+    """Read the progress of the run in `run_dir`; None before its first step.
 
     Raises:
-        LockstepError: `invalid_request` if there is no such directory.
+        LockstepError: `invalid_request` if `run_dir` is not a directory.
     """
     if not run_dir.is_dir():
-        raise InvalidRequest(f"run_dir {run_dir} is no directory; give a run's output_dir")
+        raise InvalidRequest(f"run_dir {run_dir} is not a directory; give a run's output_dir")
     history, summary = run_dir / HISTORY_FILE, run_dir / SUMMARY_FILE
     rows = read_lines(history)
     if not rows:
         return None
     evals = [row for row in read_lines(run_dir / LOGS_FILE) if finite(row.get("eval_reward")) is not None]
-    ended = summary.is_file() and summary.stat().st_mtime >= history.stat().st_mtime
-    rewards = [value for row in rows if (value := finite(row.get("reward"))) is not None]
+    last, evaluated = rows[-1], evals[-1] if evals else {}
     return RunProgress(
         run_id=_run_id(run_dir),
-        step=rows[-1]["step"],
-        max_steps=rows[-1]["max_steps"],
+        step=last["step"],
+        max_steps=last["max_steps"],
         seconds_ago=max(time.time() - history.stat().st_mtime, 0.0),
-        finished=ended,
-        rewards=rewards,
-        eval_reward=evals[-1]["eval_reward"] if evals else None,
-        eval_step=evals[-1]["step"] if evals else None,
-        last={name: None if isinstance(v, float) and finite(v) is None else v for name, v in rows[-1].items()},
+        finished=summary.is_file() and summary.stat().st_mtime >= history.stat().st_mtime,
+        rewards=[value for row in rows if (value := finite(row.get("reward"))) is not None],
+        eval_reward=evaluated.get("eval_reward"),
+        eval_step=evaluated.get("step"),
+        last={name: None if isinstance(v, float) and finite(v) is None else v for name, v in last.items()},
     )
 
 
-class _Clients:
-    """Asks all servers at once; those of a name or a file may be others each time."""
+def _ask(urls: Sequence[str], connect: Callable[[str], RolloutClient], progress: RunProgress | None) -> list[ServerRow]:
+    """Query all servers at once; one that cannot be reached is a row with an error."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._places = ServerDiscovery(options.rollout_url) if options.rollout_url else None
-        token = read_token(options.token_file)
-        self._connect: Callable[[str], RolloutClient] = partial(RolloutClient, token=token, ca_file=options.ca_file)
-        self._clients: dict[str, RolloutClient] = {}
-
-    def ask(self, progress: RunProgress | None) -> list[ServerRow]:
-        urls = self._places.urls() if self._places else []
-        for url in urls:
-            if url not in self._clients:
-                self._clients[url] = self._connect(url)
-        answers = all_of([partial(self._one, url) for url in urls], "status")
-        newest: dict[str, int] = {}
-        known = [(run.run_id, run.version.step) for _, runs in answers for run in runs if run.version]
-        if progress and progress.run_id:
-            known.append((progress.run_id, progress.step))
-        for run_id, step in known:
-            newest[run_id] = max(newest.get(run_id, 0), step)
-        return [_with_runs(row, runs, newest) for row, runs in answers]
-
-    def _one(self, url: str) -> tuple[ServerRow, list[RunState]]:
+    def ask(url: str) -> tuple[ServerRow, Sequence[RunState]]:
         try:
-            state = self._clients[url].state(timeout_s=_ASK_TIMEOUT_S)
+            state = connect(url).state(timeout_s=_TIMEOUT_S)
         except LockstepError as error:
-            return ServerRow(url, "away", error=str(error)), []
-        said = "draining" if state.draining else "ready" if state.ready else "not ready"
-        return ServerRow(url, said, state.model, state.epoch), state.runs
+            return ServerRow(url, "away", error=str(error)), ()
+        readiness = "draining" if state.draining else "ready" if state.ready else "not ready"
+        return ServerRow(url, readiness, state.model, state.epoch), state.runs
+
+    replies = all_of([partial(ask, url) for url in urls], "status")
+    known = [(run.run_id, run.version.step) for _, runs in replies for run in runs if run.version]
+    if progress and progress.run_id:
+        known.append((progress.run_id, progress.step))
+    newest = dict(sorted(known))  # of several steps of a run, the highest comes last and stays
+    return [replace(row, runs=tuple(_run_row(run, newest) for run in runs)) for row, runs in replies]
 
 
-def _with_runs(row: ServerRow, runs: Sequence[RunState], newest: dict[str, int]) -> ServerRow:
-    rows = []
-    for run in runs:
-        version = run.version
-        lag = newest[run.run_id] - version.step if version else None
-        step, fence = (version.step, version.fence) if version else (None, None)
-        rows.append(RunRow(run.run_id, step, fence, lag, run.running_requests))
-    return ServerRow(row.url, row.state, row.model, row.epoch, tuple(rows), row.error)
+def _run_row(run: RunState, newest: Mapping[str, int]) -> RunRow:
+    if not (version := run.version):
+        return RunRow(run.run_id, None, None, None, run.running_requests)
+    lag = newest[run.run_id] - version.step
+    return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests)
 
 
 def _run_id(run_dir: Path) -> str | None:
-    """From the lease, which only its owner may read."""
+    """Read it from the lease, which only the owner of the files may do."""
     try:
         return json.loads((run_dir / "lease.json").read_text())["run_id"]
     except (OSError, ValueError, KeyError):
@@ -201,7 +185,7 @@ def _server_lines(servers: Sequence[ServerRow]) -> list[str]:
             rows.append((server.url, server.state, run.run_id, version, lag, str(run.running_requests)))
     if len(rows) == 1:
         return []
-    short = [row for row in rows if row[3]]  # an error may be as long as it is
+    short = [row for row in rows if row[3]]  # errors may be of any length
     widths = [max(len(row[i]) for row in (rows if i < 2 else short)) for i in range(6)]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -213,20 +197,20 @@ def _ago(seconds: float) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Flags of `learner status`."""
+    """Build the parser of `learner status`."""
     parser = argparse.ArgumentParser(prog="learner status", description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("--rollout-url", "--rollout_url", nargs="+", help="as for `learner train`: URLs, dns+http://..., file:PATH")
-    add("--run-dir", "--run_dir", help="output_dir of a training: its progress, too")
-    add("--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS", help="again and again (default: every 2 s)")
-    add("--json", action="store_true", help="one JSON object, for programs; a line each time with --watch")
-    add("--token-file", "--token_file", help="bearer token for the servers (default: $LOCKSTEP_TOKEN)")
-    add("--ca-file", "--ca_file", help="certificate (PEM) of the CA that the servers' certificates are from")
+    add = either_spelling(parser)
+    add("--rollout-url", nargs="+", help="as for `learner train`: URLs, dns+http://NAME:PORT, file:PATH")
+    add("--run-dir", help="a run's output_dir, to show its progress")
+    add("--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS", help="repeat every SECONDS (default: 2)")
+    add("--json", action="store_true", help="print one JSON object; with --watch, one per line")
+    add("--token-file", help="file with the servers' bearer token (default: $LOCKSTEP_TOKEN)")
+    add("--ca-file", help="CA certificate (PEM) to verify the servers' certificates with")
     return parser
 
 
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError("more than 0 seconds")
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
     return value

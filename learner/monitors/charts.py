@@ -1,29 +1,32 @@
-"""Line charts as inline SVG: no script, colors and fonts from the page's style, readable from 320 pixels on."""
+"""Line charts as inline SVG: no script, colors and fonts from the page's style, readable from 320 pixels width."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from statistics import fmean
 
-#: Points of a series that are drawn; of longer ones, means of as many buckets.
+#: Points drawn per series; longer series are averaged into this many buckets.
 POINTS = 200
 _WIDTH, _HEIGHT = 360.0, 190.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 8.0, 8.0, 24.0
 
 Point = tuple[float, float]
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line.
+    """One series of a chart.
 
     Attributes:
-        points: (step, value), by rising step.
-        look: line; dots, for values that scatter; or marks, each drawn as it is, joined by a line.
-        color: 1 to 4, of the page's style.
+        points: (step, value), by increasing step.
+        look: line; dots, for noisy values; or marks, a line that emphasizes each of a few points.
+        color: 1 to 4, defined by the page's style.
     """
 
     label: str
@@ -32,40 +35,57 @@ class Series:
     color: int = 1
 
 
+def number(value: float) -> str:
+    """Format with about three digits: 0.123, 12.3, 1,234, 2e-4."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return power(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def power(value: float) -> str:
+    """Format with two digits, or with one and a power of ten."""
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.2g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
 def chart(
     title: str,
     note: str,
     series: Sequence[Series],
     *,
-    show: Callable[[float], str],
+    show: Callable[[float], str] = number,
     log: bool = False,
-    whole: tuple[float, float] | None = None,
+    unit_range: bool = False,
 ) -> str:
-    """A `<figure>`; empty where there is nothing to draw.
+    """Draw a `<figure>`; returns "" without data.
 
     Args:
-        note: what is drawn, for people, in a few words.
-        show: a value as text.
-        log: logarithmic; values that are not positive are left out.
-        whole: the range to show where all values lie in it. By default from 0 up, or from the least value if that is
-            negative.
+        note: a short explanation of the series.
+        show: formats a value.
+        log: use a logarithmic scale, without values that are not positive.
+        unit_range: show the range 0 to 1 if all values lie in it. Otherwise, and by default, the range begins at 0 or
+            at the lowest value, if that is negative.
     """
-    drawn = [Series(s.label, _usable(s, log), s.look, s.color) for s in series]
+    drawn = [Series(s.label, _drawn(s, log), s.look, s.color) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return ""
+    text: Callable[[float], str] = (lambda y: show(10.0**y)) if log else show
     values = [y for s in drawn for _, y in s.points]
     last = max(x for s in drawn for x, _ in s.points)
-    low, high = _range(values, log, whole)
-    ticks = _decades(low, high) if log else _ticks(low, high)
-    across = _Scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
-    up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log=log)
-    parts = [_grid(ticks, up, show), _steps(across, last)]
+    low, high = _range(values, log, unit_range)
+    across = _scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
+    up = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
+    ticks = range(int(low), int(high) + 1, math.ceil((high - low) / 5)) if log else _ticks(low, high)
+    parts = [_grid(ticks, up, text), _steps(across, last)]
     parts += [_line(s, across, up) for s in drawn]
-    parts.append(_bands(drawn, across, show))
+    parts.append(_bands(drawn, across, text))
     legend = "".join(
         f'<li><span class="key c{s.color} {s.look}"></span>{escape(s.label)} '
-        f"<b>{escape(show(s.points[-1][1]))}</b></li>"
+        f"<b>{escape(text(s.points[-1][1]))}</b></li>"
         for s in drawn
     )
     return (
@@ -77,7 +97,7 @@ def chart(
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The values as one line of block characters, at most `width` of them."""
+    """Draw the values as one line of at most `width` block characters."""
     if not values:
         return ""
     means = [y for _, y in bucketed([(float(i), value) for i, value in enumerate(values)], width)]
@@ -86,49 +106,42 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
 
 
 def bucketed(points: Sequence[Point], count: int = POINTS) -> list[Point]:
-    """At most `count` points: means of neighbours."""
+    """Return at most `count` points, each the mean of neighboring ones."""
     if len(points) <= count:
         return list(points)
     edges = [round(i * len(points) / count) for i in range(count + 1)]
     return [
-        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
-        for part in (points[start:end] for start, end in pairwise(edges))
+        (fmean(x for x, _ in points[start:end]), fmean(y for _, y in points[start:end]))
+        for start, end in pairwise(edges)
     ]
 
 
-def _usable(series: Series, log: bool) -> list[Point]:
+def _drawn(series: Series, log: bool) -> list[Point]:
+    """Return the points to draw; values as powers of ten if `log`."""
     points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
-    return points if series.look == "marks" and len(points) <= POINTS else bucketed(points)
+    points = points if series.look == "marks" and len(points) <= POINTS else bucketed(points)
+    return [(x, math.log10(y)) for x, y in points] if log else points
 
 
-@dataclass(frozen=True)
-class _Scale:
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
-        at = ((math.log10(value) if self.log else value) - low) / (high - low)
-        return round(self.start + at * (self.end - self.start), 1)
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Map values from `low` to `high` to coordinates from `start` to `end`."""
+    return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)
 
 
-def _range(values: Sequence[float], log: bool, whole: tuple[float, float] | None) -> Point:
+def _range(values: Sequence[float], log: bool, unit_range: bool) -> Point:
     low, high = min(values), max(values)
     if log:
-        low, high = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
-        return low, high if high > low else 10 * low
-    if whole and whole[0] <= low and high <= whole[1]:
-        return whole
+        low, high = math.floor(low), math.ceil(high)
+        return low, max(high, low + 1)
+    if unit_range and low >= 0 and high <= 1:
+        return 0.0, 1.0
     low = min(low, 0.0)
     room = 0.05 * (high - low)
     return (low - room if low < 0 else low), (high + room if high > low else low + 1.0)
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers."""
+    """Return three to six round numbers."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -136,13 +149,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
-    first, last = round(math.log10(low)), round(math.log10(high))
-    every = max(1, math.ceil((last - first) / 5))
-    return [10.0**power for power in range(first, last + 1, every)]
-
-
-def _grid(ticks: Sequence[float], up: _Scale, show: Callable[[float], str]) -> str:
+def _grid(ticks: Sequence[float], up: Scale, show: Callable[[float], str]) -> str:
     lines = "".join(f'<path class="grid" d="M{_LEFT:g} {up(t):g}H{_WIDTH - _RIGHT:g}"/>' for t in ticks)
     texts = "".join(
         f'<text x="{_LEFT - 5:g}" y="{up(t) + 3.5:g}" text-anchor="end">{escape(show(t))}</text>' for t in ticks
@@ -150,8 +157,8 @@ def _grid(ticks: Sequence[float], up: _Scale, show: Callable[[float], str]) -> s
     return lines + texts
 
 
-def _steps(across: _Scale, last: float) -> str:
-    """Numbers of steps under the axis; the outer ones end with it."""
+def _steps(across: Scale, last: float) -> str:
+    """Label the steps under the axis; the outer labels end where the axis does."""
     marks = [t for t in _ticks(0.0, max(last, 1.0)) if t == round(t)]
     at = [(t, "start" if t == 0 else "end" if across(t) > _WIDTH - _RIGHT - 12 else "middle") for t in marks]
     texts = "".join(
@@ -160,7 +167,7 @@ def _steps(across: _Scale, last: float) -> str:
     return f'<path class="axis" d="M{_LEFT:g} {_HEIGHT - _BOTTOM:g}H{_WIDTH - _RIGHT:g}"/>{texts}'
 
 
-def _line(series: Series, across: _Scale, up: _Scale) -> str:
+def _line(series: Series, across: Scale, up: Scale) -> str:
     at = [(across(x), up(y)) for x, y in series.points]
     kind = f"c{series.color}"
     dots = "".join(f'<circle class="dot {kind}" cx="{x:g}" cy="{y:g}" r="1.8"/>' for x, y in at)
@@ -172,12 +179,12 @@ def _line(series: Series, across: _Scale, up: _Scale) -> str:
     return path if len(at) > 1 else dots
 
 
-def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str]) -> str:
-    """Invisible bands, one a step, that show its values when pointed at."""
-    values: dict[float, list[str]] = {}
+def _bands(series: Sequence[Series], across: Scale, show: Callable[[float], str]) -> str:
+    """Draw one transparent band per step, whose tooltip shows the step's values."""
+    values = defaultdict[float, list[str]](list)
     for s in series:
         for x, y in s.points:
-            values.setdefault(x, []).append(f"{s.label} {show(y)}")
+            values[x].append(f"{s.label} {show(y)}")
     places = sorted(values)
     edges = [_LEFT, *(across((a + b) / 2) for a, b in pairwise(places)), _WIDTH - _RIGHT]
     height = _HEIGHT - _TOP - _BOTTOM
@@ -189,9 +196,5 @@ def _bands(series: Sequence[Series], across: _Scale, show: Callable[[float], str
 
 
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values up to each, of fewer at the beginning."""
-    means = []
-    for end in range(1, len(values) + 1):
-        seen = values[max(0, end - window) : end]
-        means.append(sum(seen) / len(seen))
-    return means
+    """Return the mean of the last `window` values up to each value; fewer at the beginning."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]

@@ -1,9 +1,10 @@
-"""What the user sees on the terminal while training: a line of progress."""
+"""Progress of a training on the terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
@@ -14,10 +15,10 @@ from learner.step_metrics import StepReport
 
 
 class Progress(TrainerCallback):
-    """One line that moves on a terminal, one line per step elsewhere. TRL's `report_to` is not touched."""
+    """A progress bar on a terminal, one line per step elsewhere. Leaves TRL's `report_to` alone."""
 
-    def __init__(self, *, bar: bool | None = None) -> None:
-        self._wants_bar = sys.stderr.isatty() if bar is None else bar
+    def __init__(self, *, bar: bool) -> None:
+        self._wants_bar = bar
         self._bar: tqdm | None = None
         self._started, self._first_step = 0.0, 0
 
@@ -35,14 +36,15 @@ class Progress(TrainerCallback):
             self._bar.close()
 
     def show(self, report: StepReport) -> None:
-        """A step has ended."""
+        """Show a completed optimizer step."""
         if self._bar is not None:
-            self._bar.set_postfix_str(_figures(report))
+            self._bar.set_postfix_str(_summary(report))
             self._bar.update(report.step - self._bar.n)
         else:
             done = report.step - self._first_step
-            left = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
-            self._write(f"step {report.step}/{report.max_steps}  {_figures(report)}  left {_clock(left)}")
+            seconds = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
+            left = timedelta(seconds=int(seconds))
+            self._write(f"step {report.step}/{report.max_steps}  {_summary(report)}  left {left}")
 
     def _write(self, text: str) -> None:
         if self._bar is not None:
@@ -52,16 +54,16 @@ class Progress(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, session: Session) -> None:
-    """Put our progress line in the place of transformers' own."""
+    """Replace transformers' progress callbacks by ours."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    progress = Progress(bar=False if trainer.args.disable_tqdm else None)
+    progress = Progress(bar=sys.stderr.isatty() and not trainer.args.disable_tqdm)
     trainer.add_callback(progress)
     if trainer.accelerator.is_main_process:
         session.figures.listeners.append(progress.show)
 
 
-def _figures(report: StepReport) -> str:
+def _summary(report: StepReport) -> str:
     reward = "-" if report.reward is None else f"{report.reward:.3f}"
     servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
     gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
@@ -69,8 +71,3 @@ def _figures(report: StepReport) -> str:
         f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
         f"push {report.push_seconds:.2f} s{servers}{gap}"
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

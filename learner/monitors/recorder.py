@@ -1,120 +1,96 @@
-"""Where TRL's logs and our figures meet: whatever shows a training while it runs is fed from here, on rank 0."""
+"""Feeds everything that shows a training while it runs, on rank 0: files in output_dir, the run's page, metrics."""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from transformers import TrainerCallback
-from trl import GRPOTrainer
+from transformers import Trainer, TrainerCallback
 
 from learner.adapters.exporter import active_adapter
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunData, render
 from learner.monitors.samples import Samples
-from learner.run_dir.files import (
-    HISTORY_FILE,
-    LOGS_FILE,
-    PAGE_FILE,
-    SAMPLES_FILE,
-    JsonLines,
-    finite,
-    read_lines,
-)
+from learner.run_dir import files
+from learner.run_dir.files import JsonLines, finite, read_lines
 from learner.session import Session
 from learner.step_metrics import StepReport
-from learner.trainer.sample_hook import _samples
 from learner.utils.atomic import write_atomically
 
-#: The page is written at every log, unless that would take more than one part in so many of the training's time.
-_PAGE_EVERY = 20
-#: Names of settings whose values are nobody's business, and what stands before the host in a URL.
+logger = logging.getLogger("lockstep.monitors")
+
+#: The page is rewritten at every log, unless writing would take more than this part of the training's time.
+_PAGE_SHARE = 1 / 20
+#: Settings to redact, and user information in URLs.
 _SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-def watch(trainer: GRPOTrainer, session: Session) -> None:
-    """Keep the history on disk, write the run's page, and serve metrics. Collective.
+def attach_recorder(trainer: Trainer, session: Session) -> Recorder | None:
+    """Record the training: history on disk, the run's page, Prometheus metrics. Collective.
+
+    Returns the recorder on rank 0, None on other ranks. Sample completions go to its `samples`.
 
     Raises:
-        LockstepError: `invalid_request` if nothing can listen on `metrics_port`.
+        LockstepError: `invalid_request` if `metrics_port` cannot be listened on.
     """
-    watching = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
-    session.publisher.on_main(watching.serve_metrics if watching else lambda: None)
-    if watching:
-        session.figures.listeners.append(watching.stepped)
-        trainer.add_callback(watching)
+    recorder = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
+    host, port = session.config.metrics_host, session.config.metrics_port
+    session.publisher.on_main(lambda: recorder.metrics.serve(host, port) if recorder else None)
+    if recorder:
+        session.figures.listeners.append(recorder.stepped)
+        trainer.add_callback(recorder)
+    return recorder
 
 
 class Recorder(TrainerCallback):
-    """Everything that shows the training, under one trainer."""
+    """Records one training; decides nothing about it."""
 
-    def __init__(self, trainer: GRPOTrainer, session: Session) -> None:
-        self._trainer, self._session, self._config = trainer, session, session.config
+    def __init__(self, trainer: Trainer, session: Session) -> None:
+        self._session, self._config = session, session.config
         output_dir, model = session.trainer.output_dir, str(session.model.config._name_or_path)
-        self._history, self._logs = JsonLines(output_dir / HISTORY_FILE), JsonLines(output_dir / LOGS_FILE)
-        self._samples, self._page = Samples(output_dir / SAMPLES_FILE), output_dir / PAGE_FILE
-        self._metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
+        self._history, self._logs = JsonLines(output_dir / files.HISTORY_FILE), JsonLines(output_dir / files.LOGS_FILE)
+        self.samples, self._page = Samples(output_dir / files.SAMPLES_FILE), output_dir / files.PAGE_FILE
+        self.metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
         self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
         self._complained, self._next_page = False, 0.0
-        self._steps: list[dict[str, Any]] = []
-        self._logged: list[dict[str, Any]] = []
-        if self._config.run_page:
-            self._read_completions()
 
-    def serve_metrics(self) -> None:
-        """On the port that was asked for."""
-        if self._config.metrics_port:
-            self._metrics.serve(self._config.metrics_host, self._config.metrics_port)
-            self._session.say(f"metrics on http://{self._config.metrics_host}:{self._config.metrics_port}/metrics")
+    def stepped(self, report: StepReport) -> None:
+        """Record a completed optimizer step."""
+        row = asdict(report)
+        self._history.add(row)
+        self._run.steps.append(row)
+        self.metrics.stepped(report, self._session.rollouts.stats)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for lines in (self._history, self._logs):
             lines.begin(state.global_step)
-        self._metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
+        self.metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
         if self._config.run_page:
-            self._steps, self._logged = read_lines(self._history.path), read_lines(self._logs.path)
-            self._samples.begin(state.global_step)
-            self._write("training")
-
-    def stepped(self, report: StepReport) -> None:
-        """A step has ended."""
-        row = asdict(report)
-        self._history.add(row)
-        self._steps.append(row)
-        self._metrics.stepped(report, self._session.rollouts.stats)
+            self._run.steps, self._run.logs = read_lines(self._history.path), read_lines(self._logs.path)
+            self.samples.begin(state.global_step)
+        self._write("training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = {"step": state.global_step, **{name: finite(value) for name, value in (logs or {}).items()}}
         self._quietly(lambda: self._logs.add(row))
-        self._logged.append(row)
-        self._metrics.logged(row)
+        self._run.logs.append(row)
+        self.metrics.logged(row)
         if time.monotonic() >= self._next_page:
             self._write("training")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._write("finished" if state.global_step >= state.max_steps else "stopped")
 
-    def _read_completions(self) -> None:
-        """Keep some of every training batch, as soon as TRL has scored it."""
-        trainer, generate = self._trainer, self._trainer._generate_and_score_completions
-
-        def generate_and_read(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            batch = generate(inputs)
-            if trainer.model.training:
-                self._samples.add(trainer.state.global_step + 1, _samples(trainer, self._session))
-            return batch
-
-        trainer._generate_and_score_completions = generate_and_read
-
     def _write(self, state: str) -> None:
         if not self._config.run_page:
             return
         began, run = time.monotonic(), self._run
-        run.state, run.steps, run.logs, run.batches = state, self._steps, self._logged, self._samples.batches
+        run.state, run.batches = state, self.samples.batches
         run.servers = [
             {
                 "url": _plain(replica.url),
@@ -125,28 +101,27 @@ class Recorder(TrainerCallback):
             }
             for replica in list(self._session.pool.replicas.values())
         ]
-        self._quietly(self._samples.write)
+        self._quietly(self.samples.write)
         self._quietly(lambda: write_atomically(self._page, render(run)))
         ended = time.monotonic()
-        self._next_page = ended + _PAGE_EVERY * (ended - began)
+        self._next_page = ended + (ended - began) / _PAGE_SHARE
 
     def _quietly(self, write: Callable[[], None]) -> None:
-        """A full disk must not end a training that writes no checkpoint just now."""
+        """Log a failed write, once: a full disk must not end a training that needs no checkpoint now."""
         try:
             write()
         except OSError as error:
             if not self._complained:
-                self._session.say(f"what shows the run is not up to date: {error} (said once)")
+                logger.warning("run.html or its data is not up to date: %s (reported once)", error)
             self._complained = True
 
 
-def _settings(trainer: GRPOTrainer, session: Session) -> dict[str, dict[str, Any]]:
-    """What was set otherwise than by default."""
-    ours = {f.name: getattr(session.config, f.name) for f in fields(session.config)}
+def _settings(trainer: Trainer, session: Session) -> dict[str, dict[str, Any]]:
+    """Collect the settings that differ from their defaults."""
     lora = session.model.peft_config[active_adapter(session.model)].to_dict()
     return {
-        "Lockstep": _changed(session.config, ours),
-        "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # which leaves tokens out
+        "Lockstep": _changed(session.config, vars(session.config)),
+        "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # without tokens
         "LoRA": {name: _plain(value) for name, value in lora.items() if value not in (None, False, {}, [], "")},
     }
 
@@ -157,7 +132,7 @@ def _changed(config: Any, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    """As text, with what may be a password or a token left out: the page may be passed on."""
+    """Format a setting without passwords and tokens, since the page may be shared."""
     if isinstance(value, dict):
         return ", ".join(f"{k}: {'…' if _SECRET.search(str(k)) else _plain(v)}" for k, v in value.items())
     if isinstance(value, list | tuple | set):

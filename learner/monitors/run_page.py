@@ -1,6 +1,6 @@
-"""`run.html`: all there is to see of a run, in one file that needs neither a server nor the network nor a script.
+"""`run.html`: a run's charts, settings and samples in one file, without scripts or network access.
 
-Prompts and completions are what a model and a data set say, and are never taken for anything but text.
+Prompts and completions come from a model and a data set; they are shown as text and nothing else.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from html import escape
 from typing import Any
 
-from learner.monitors.charts import Point, Series, bucketed, chart, trailing_mean
+from learner.monitors.charts import Point, Series, bucketed, chart, number, power, trailing_mean
 from learner.monitors.page_style import STYLE
 from learner.run_dir.files import finite
 
-#: The page may show what is in it and nothing else, whatever its text says.
+#: Second line of defense behind escaping: the browser loads nothing and runs no script.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-#: Control characters, changes of the writing direction, halves of surrogate pairs.
+#: Control characters, changes of the writing direction, lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NONE = "\N{EN DASH}"
 _STATES = {"training": "training", "finished": "finished", "stopped": "stopped early"}
@@ -26,29 +27,37 @@ _STATES = {"training": "training", "finished": "finished", "stopped": "stopped e
 
 @dataclass
 class RunData:
-    """What the page shows.
+    """Content of the page.
 
     Attributes:
-        steps: one row for each step, see `learner.step_metrics.StepReport`.
-        logs: what TRL logged, by its names, with `step`.
-        batches: of sample completions, see `learner.monitors.samples`.
+        state: training, finished or stopped.
+        steps: one row per step, see `learner.step_metrics.StepReport`.
+        logs: TRL's logs, by its names, with `step`.
+        batches: sample completions, see `learner.monitors.samples`.
         servers: rows of url, up, step, tokens, error.
         settings: sections of names and values.
-        state: training, finished or stopped.
     """
 
     run_id: str
     model: str
     state: str = "training"
-    steps: Sequence[Mapping[str, Any]] = ()
-    logs: Sequence[Mapping[str, Any]] = ()
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    logs: list[dict[str, Any]] = field(default_factory=list)
     batches: Sequence[Mapping[str, Any]] = ()
     servers: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def last(self, name: str) -> Any:
+        """Return a value of the last step; None before the first."""
+        return self.steps[-1].get(name) if self.steps else None
+
+    def total(self, name: str) -> float:
+        """Sum a value over all steps that have it."""
+        return sum(finite(row.get(name)) or 0.0 for row in self.steps)
+
 
 def render(run: RunData) -> str:
-    """The page."""
+    """Render the page as HTML."""
     charts = "".join(_charts(run)) or '<p class="soft">The first step has not ended yet.</p>'
     body = (
         _head(run)
@@ -69,34 +78,28 @@ def render(run: RunData) -> str:
 
 
 def _head(run: RunData) -> str:
-    step, steps = _progress(run)
-    done = min(100.0, 100 * step / steps) if steps else 0.0
-    spent = sum(finite(row.get("seconds")) or 0.0 for row in run.steps)
+    done = min(100.0, 100 * (run.last("step") or 0) / (run.last("max_steps") or 1))
+    spent = timedelta(seconds=int(run.total("seconds")))
     written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return (
         f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{_STATES[run.state]}</span></h1>'
-        f'<p class="soft">{_text(run.model)} · {_clock(spent)} in {len(run.steps)} steps · written {written}; '
-        "reload for news</p>"
+        f'<p class="soft">{_text(run.model)} · {spent} in {len(run.steps)} steps · written {written}; '
+        "reload to update</p>"
         f'<div class="bar"><span style="width:{done:.1f}%"></span></div></header>'
     )
 
 
 def _tiles(run: RunData) -> str:
-    step, steps = _progress(run)
-    last: Mapping[str, Any] = run.steps[-1] if run.steps else {}
-    waited = sum(finite(row.get("wait_seconds")) or 0.0 for row in run.steps)
-    spent = sum(finite(row.get("seconds")) or 0.0 for row in run.steps)
-    evals = _column(run.logs, "eval_reward")
-    up = sum(bool(server.get("up")) for server in run.servers)
+    steps, spent, evals = run.last("max_steps"), run.total("seconds"), _column(run.logs, "eval_reward")
     tiles = [
-        ("step", f"{step} / {steps}" if steps else "0"),
-        ("reward", _three(last.get("reward"))),
+        ("step", f"{run.last('step')} / {steps}" if steps else "0"),
+        ("reward", _three(run.last("reward"))),
         ("evaluation", _three(evals[-1][1] if evals else None)),
-        ("lag, batches", _short(last.get("lag"))),
-        ("bubble", f"{100 * waited / spent:.0f} %" if spent else _NONE),
-        ("push", _seconds(last.get("push_seconds"))),
-        ("tokens/s", _short(last.get("rollout_tokens_per_second"))),
-        ("servers up", f"{up} of {len(run.servers)}"),
+        ("lag, batches", _short(run.last("lag"))),
+        ("bubble", f"{100 * run.total('wait_seconds') / spent:.0f} %" if spent else _NONE),
+        ("push", _seconds(run.last("push_seconds"))),
+        ("tokens/s", _short(run.last("rollout_tokens_per_second"))),
+        ("servers up", f"{sum(bool(server.get('up')) for server in run.servers)} of {len(run.servers)}"),
     ]
     return '<ul class="tiles">' + "".join(f"<li><span>{a}</span><b>{_text(b)}</b></li>" for a, b in tiles) + "</ul>"
 
@@ -106,109 +109,58 @@ def _charts(run: RunData) -> list[str]:
     reward = bucketed(_column(steps, "reward"))
     smooth = trailing_mean([y for _, y in reward], max(3, len(reward) // 10))
     functions = sorted({name for row in logs for name in row if name.startswith("rewards/") and name.endswith("/mean")})
-    drifts = [{"step": row["step"], **(row.get("drift") or {})} for row in steps]
-    return [
-        chart(
-            "Reward",
-            "mean of each batch, a trailing mean of it, and evaluations",
-            [
-                Series("batch", reward, "dots"),
-                Series("trailing mean", [(x, y) for (x, _), y in zip(reward, smooth, strict=True)]),
-                Series("evaluation", _column(logs, "eval_reward"), "marks", 2),
-            ],
-            show=_number,
-            whole=(0.0, 1.0),
-        ),
-        chart(
-            "Reward functions",
-            "mean of each, before its weight",
-            [Series(name.split("/")[1], _column(logs, name), color=1 + i) for i, name in enumerate(functions[:4])]
-            if len(functions) > 1
-            else [],
-            show=_number,
-            whole=(0.0, 1.0),
-        ),
-        chart(
-            "Spread of rewards",
-            "standard deviation in a batch; share of groups that teach nothing",
-            [
-                Series("deviation", _column(steps, "reward_std")),
-                Series("groups without variance", _column(logs, "frac_reward_zero_std"), color=2),
-            ],
-            show=_number,
-        ),
-        chart(
-            "Server against learner",
-            "over sampled tokens, in nats; gap: largest at a proof of sync",
-            [
-                Series("mean |difference|", _column(drifts, "delta")),
-                Series("KL", _column(drifts, "kl"), color=2),
-                Series("gap", _column(steps, "logprob_gap"), "marks", 3),
-            ],
-            show=_power,
-            log=True,
-        ),
-        chart(
-            "Lag",
-            "generation batches that samples are behind, mean of a batch",
-            [Series("lag", _column(steps, "lag"))],
-            show=_number,
-            whole=(0.0, 1.0),
-        ),
-        chart(
-            "Seconds per step",
-            "and for how long of it the trainer waited",
-            [
-                Series("step", _column(steps, "seconds")),
-                Series("for completions", _column(steps, "wait_seconds"), color=2),
-                Series("for rewards", _column(steps, "reward_wait_seconds"), color=3),
-            ],
-            show=_number,
-        ),
-        chart(
-            "Push",
-            "seconds from export to the last receipt, and those in which no request was decoding",
-            [
-                Series("push", _column(steps, "push_seconds")),
-                Series("pause", _column(steps, "pause_seconds"), color=2),
-            ],
-            show=_number,
-        ),
-        chart(
-            "Tokens per second",
-            "of the servers, while a batch was generated",
-            [Series("tokens/s", _column(steps, "rollout_tokens_per_second"))],
-            show=_short,
-        ),
-        chart("Completion length", "mean tokens", [Series("tokens", _column(steps, "completion_length"))], show=_short),
-        chart(
-            "Policy",
-            "entropy, and KL to the reference (with beta > 0), in nats, as TRL logs them",
-            [
-                Series("entropy", _column(logs, "entropy")),
-                Series("KL", _column(logs, "kl"), color=2),
-            ],
-            show=_number,
-        ),
-        chart("Gradient", "norm before it is clipped", [Series("norm", _column(logs, "grad_norm"))], show=_number),
+    mismatch = [{"step": row["step"], **(row.get("drift") or {})} for row in steps]
+    rewards = [
+        Series("batch", reward, "dots"),
+        Series("trailing mean", [(x, y) for (x, _), y in zip(reward, smooth, strict=True)]),
+        Series("evaluation", _column(logs, "eval_reward"), "marks", 2),
     ]
+    by_function = {name: name.split("/")[1] for name in functions[:4]} if len(functions) > 1 else {}
+    spread = _lines(steps, reward_std="standard deviation")
+    spread.append(Series("zero-variance groups", _column(logs, "frac_reward_zero_std"), color=2))
+    differences = _lines(mismatch, delta="mean |difference|", kl="KL")
+    differences.append(Series("proof of sync", _column(steps, "logprob_gap"), "marks", 3))
+    lag, tokens = _lines(steps, lag="lag"), _lines(steps, completion_length="tokens")
+    seconds = _lines(steps, seconds="step", wait_seconds="for completions", reward_wait_seconds="for rewards")
+    push = _lines(steps, push_seconds="push", pause_seconds="pause")
+    speed = _lines(steps, rollout_tokens_per_second="tokens/s")
+    policy, gradient = _lines(logs, entropy="entropy", kl="KL"), _lines(logs, grad_norm="norm")
+    against = "server against learner, over sampled tokens, in nats; largest difference at each proof of sync"
+    return [
+        chart("Reward", "mean of each batch, its trailing mean, and evaluations", rewards, unit_range=True),
+        chart("Reward functions", "mean of each, before its weight", _lines(logs, **by_function), unit_range=True),
+        chart("Reward variance", "standard deviation in a batch; share of groups without a learning signal", spread),
+        chart("Training-inference mismatch", against, differences, show=power, log=True),
+        chart("Lag", "staleness of samples in generation batches, mean of a batch", lag, unit_range=True),
+        chart("Seconds per step", "total, and how long the trainer waited", seconds),
+        chart("Push", "seconds from export to the last receipt, and without any decoding request", push),
+        chart("Tokens per second", "all servers, while a batch was generated", speed, show=_short),
+        chart("Completion length", "mean tokens", tokens, show=_short),
+        chart("Policy", "entropy, and KL to the reference (with beta > 0), in nats, as logged by TRL", policy),
+        chart("Gradient", "norm before clipping", gradient),
+    ]
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], /, **labels: str) -> list[Series]:
+    """Plot columns of `rows`, each with its label, as lines of different colors."""
+    return [Series(label, _column(rows, name), color=i) for i, (name, label) in enumerate(labels.items(), 1)]
 
 
 def _completions(batches: Sequence[Mapping[str, Any]]) -> str:
     if not batches:
         return ""
-    shown = "".join(_batch(batch, open_=i == 0) for i, batch in enumerate(reversed(batches)))
+    shown = "".join(_batch(batch, is_open=i == 0) for i, batch in enumerate(reversed(batches)))
     return (
-        '<h2 id="completions">Completions</h2><p class="soft">The first, the best and the worst of some generation '
-        f"batches, newest first. All of them: TRL's <code>--log_completions</code>.</p>{shown}"
+        '<h2 id="completions">Completions</h2><p class="soft">The first, the best and the worst completion of some '
+        "generation batches, newest first. TRL's <code>--log_completions</code> logs all of them.</p>" + shown
     )
 
 
-def _batch(batch: Mapping[str, Any], *, open_: bool) -> str:
+def _batch(batch: Mapping[str, Any], *, is_open: bool) -> str:
     samples = batch["samples"]
     rewards = ", ".join(_three(sample["reward"]) for sample in samples)
     return (
-        f'<details class="batch"{" open" if open_ else ""}><summary>Step {int(batch["step"])}'
+        f'<details class="batch"{" open" if is_open else ""}><summary>Step {int(batch["step"])}'
         f'<span class="soft">reward {_text(rewards)}</span></summary>{"".join(map(_sample, samples))}</details>'
     )
 
@@ -232,7 +184,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 
 def _spans(spans: Sequence[Sequence[Any]]) -> str:
-    """`step 4`, or `step 4 to token 31, step 5 (carried KV)`."""
+    """Format as `step 4`, or `step 4 to token 31, step 5 (carried KV)`."""
     parts = [f"step {step}{' (carried KV)' if kv == 'carried' else ''}" for step, _, _, kv in spans]
     ends = [f" to token {end}" for _, _, end, _ in spans[:-1]] + [""]
     return ", ".join(part + end for part, end in zip(parts, ends, strict=True))
@@ -241,7 +193,7 @@ def _spans(spans: Sequence[Sequence[Any]]) -> str:
 def _servers(servers: Sequence[Mapping[str, Any]]) -> str:
     rows = "".join(
         f'<li><b>{_text(server["url"])}</b> <span class="{"up" if server["up"] else "down"}">'
-        f"{'serves' if server['up'] else 'away'}</span>"
+        f"{'serving' if server['up'] else 'away'}</span>"
         f"<span>step {_NONE if server['step'] is None else _text(server['step'])}</span>"
         f"<span>{server['tokens']:,} tokens</span>"
         + (f"<p>{_text(server['error'])}</p>" if server["error"] else "")
@@ -259,38 +211,18 @@ def _settings(sections: Mapping[str, Mapping[str, Any]]) -> str:
     return f"<h2>Settings</h2>{''.join(parts)}" if parts else ""
 
 
-def _progress(run: RunData) -> tuple[int, int]:
-    last = run.steps[-1] if run.steps else {}
-    return int(last.get("step") or 0), int(last.get("max_steps") or 0)
-
-
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
     pairs = ((row["step"], finite(row.get(name))) for row in rows)
     return [(float(step), value) for step, value in pairs if value is not None]
 
 
 def _text(value: Any) -> str:
-    """As HTML: escaped; characters that control how others are shown, and half characters, by their numbers."""
+    """Escape as HTML; write characters that control how others are shown, and lone surrogates, as their codes."""
     return escape(_UNSEEN.sub(lambda c: f"\\u{ord(c[0]):04x}", str(value)))
 
 
-def _number(value: float) -> str:
-    """Three digits or so: 0.123, 12.3, 1,234."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-3:
-        return _power(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
 def _short(value: float | None) -> str:
-    return _NONE if value is None else f"{value / 1000:.3g}k" if abs(value) >= 1000 else _number(value)
-
-
-def _power(value: float) -> str:
-    if 0.01 <= abs(value) < 1000:
-        return f"{value:.2g}"
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+    return _NONE if value is None else f"{value / 1000:.3g}k" if abs(value) >= 1000 else number(value)
 
 
 def _three(value: float | None) -> str:
@@ -299,8 +231,3 @@ def _three(value: float | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return _NONE if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -23,7 +23,7 @@ from learner.adapters.lora_rules import check_lora, check_model, check_rank, che
 from learner.adapters.peft_dir import save_adapter
 from learner.adapters.quantization import pin_compute_dtype
 from learner.config import LearnerConfig
-from learner.monitors.recorder import watch
+from learner.monitors.recorder import attach_recorder
 from learner.rollouts.schedule import Schedule
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_lengths, check_server
@@ -38,6 +38,7 @@ from learner.trainer.internals import check_trl
 from learner.trainer.prompt_order import ComingPrompts, check_slots, schedule_of
 from learner.trainer.resume import ExactResume
 from learner.trainer.reward_hooks import score_in_workers
+from learner.trainer.sample_hook import read_samples
 from learner.trainer.sampling import sampling_params
 from learner.trainer.unsloth import with_vllm_params
 from shared.errors import InvalidRequest
@@ -126,7 +127,9 @@ def attach(
     if config.drop_degenerate_groups:
         replace_degenerate(trainer, session.use_dynamic_sampling(trainer.num_generations), session.rollouts)
     ExactResume(trainer, session)
-    watch(trainer, session)
+    recorder = attach_recorder(trainer, session)
+    if recorder and config.run_page:
+        read_samples(trainer, session, recorder.samples.add)
     return session
 
 

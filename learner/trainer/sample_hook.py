@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from trl import GRPOTrainer
@@ -10,6 +11,22 @@ from learner.monitors.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, S
 from learner.rollouts.completions import oldest_step
 from learner.run_dir.files import finite
 from learner.session import Session
+
+
+def read_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, list[Sample]], None]) -> None:
+    """Hand samples of every training batch to `add(step, samples)`, as soon as TRL has scored it.
+
+    `step` is the first optimizer step that trains on the batch.
+    """
+    generate = trainer._generate_and_score_completions
+
+    def generate_and_read(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = generate(inputs)
+        if trainer.model.training:
+            add(trainer.state.global_step + 1, _samples(trainer, session))
+        return batch
+
+    trainer._generate_and_score_completions = generate_and_read
 
 
 def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""A run with everything that a page may have to show, and with text that tries to be more than text."""
+"""A run with everything that the page can show, and with hostile text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOSTILE = [
 
 
 def made_up_run(steps: int = 120, **changes: Any) -> RunData:
-    """`steps` optimizer steps with evaluations, two servers and completions."""
+    """Make a run of `steps` optimizer steps with evaluations, two servers and completions."""
     rows = [_row(step, steps) for step in range(1, steps + 1)]
     logs: list[dict[str, Any]] = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The command line: lazy imports, options of TRL, one line for a user's mistake."""
+"""The command line: lazy imports, TRL's options, one-line errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from learner.cli import main
+from learner.commands.train import parse
 from shared.errors import LockstepError
 
 
@@ -38,8 +39,6 @@ def test_a_users_mistake_is_one_line(capsys):
 
 
 def test_config_file_and_flags(tmp_path):
-    from learner.commands.train import parse
-
     file = tmp_path / "run.yaml"
     file.write_text(
         "rollout_url: http://a:1\ntask: t\ntask_args: {min: 1}\nlora_kwargs: {rank_pattern: {q_proj: 4}}\n"
@@ -67,23 +66,17 @@ def test_config_file_and_flags(tmp_path):
     ],
 )
 def test_wrong_options(flags, word):
-    from learner.commands.train import parse
-
     with pytest.raises(LockstepError, match=word):
         parse(flags)
 
 
 def test_unknown_keys_of_a_config_file(tmp_path):
-    from learner.commands.train import parse
-
     (tmp_path / "c.yaml").write_text("lerning_rate: 1\nuse_cpu: true\nbf16: false\n")
     with pytest.raises(LockstepError, match="lerning_rate"):
         parse(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_several_servers():
-    from learner.commands.train import parse
-
     cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", "x"]
     several = ["http://a:1", "http://b:2", "http://c:3"]
     for flags in (["--rollout_url", *several], ["--rollout-url=http://a:1", "--rollout_url", *several[1:]]):

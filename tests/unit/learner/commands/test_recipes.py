@@ -1,4 +1,4 @@
-"""The recipes' files, and the tasks that come with them."""
+"""The recipes, and the example tasks they use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`learner status`: servers that answer and that do not, and a run's directory, with and without a training."""
+"""`learner status`: reachable and unreachable servers, and run directories with and without a training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _run(step: int) -> RunState:
 
 @pytest.fixture(autouse=True)
 def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What each server says of itself; one that is not in it cannot be reached."""
+    """State of each server by host; others cannot be reached."""
     states: dict[str, Any] = {}
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -60,7 +60,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Of a training at step 7 of 10."""
+    """Directory of a run at step 7 of 10."""
     same = {
         "max_steps": 10,
         "lag": 1.0,

@@ -1,4 +1,4 @@
-"""`learner train` from its flags to its adapter, and `learner eval`, over the fake server."""
+"""`learner train` from its flags to its adapter, and `learner eval`, against the fake server."""
 
 from __future__ import annotations
 
@@ -41,47 +41,28 @@ def flags(model_dir, server, monkeypatch, tmp_path):
 
     monkeypatch.setattr(learner.trainer.attach, "RolloutClient", connect)
     monkeypatch.setattr(learner.commands.eval, "RolloutClient", connect)
-    return [
-        "--rollout-url",
-        "http://fake",
-        "--task",
-        TASK,
-        "--model_name_or_path",
-        str(model_dir),
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_steps",
-        "2",
-        "--report_to",
-        "none",
-        "--per_device_train_batch_size",
-        "8",
-        "--num_generations",
-        "4",
-        "--max_completion_length",
-        "5",
-        "--learning_rate",
-        "1e-3",
-        "--lora_r",
-        "4",
-        "--lora_target_modules",
-        "all-linear",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "1",
-        "--gradient_checkpointing",
-        "false",
-        "--reward_weights",
-        "1.0",
-        "0.5",
-        "--disable_tqdm",
-        "true",
-    ]
+    options = {
+        "rollout-url": "http://fake",
+        "task": TASK,
+        "model_name_or_path": model_dir,
+        "use_cpu": "true",
+        "bf16": "false",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "report_to": "none",
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 5,
+        "learning_rate": 1e-3,
+        "lora_r": 4,
+        "lora_target_modules": "all-linear",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "gradient_checkpointing": "false",
+        "disable_tqdm": "true",
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [*flags, "--reward_weights", "1.0", "0.5"]
 
 
 def run(flags, *more):
@@ -89,7 +70,8 @@ def run(flags, *more):
 
 
 def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
-    summary = run(flags, "--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}')
+    lora = ["--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}']
+    summary = run(flags, *lora)
     assert summary["steps"] == summary["pushes"] == 2
     assert summary["completions"] == 16
     assert summary["push_seconds_median"] > 0
@@ -105,16 +87,7 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     assert warm["max_logprob_gap"] < 1e-4
 
     before = len(server.pushed)
-    resumed = run(
-        flags,
-        "--use_rslora",
-        "--lora_kwargs",
-        '{"rank_pattern": {"q_proj": 8}}',
-        "--max_steps",
-        "3",
-        "--resume_from_checkpoint",
-        "true",
-    )
+    resumed = run(flags, *lora, "--max_steps", "3", "--resume_from_checkpoint", "true")
     assert [(v.fence, v.step) for v in server.pushed[before:]] == [(1, 2), (1, 3)]
     assert resumed["run_id"] == summary["run_id"]
     assert resumed["pushes"] == resumed["steps"] == 3
@@ -180,19 +153,8 @@ def test_another_base_is_refused(flags, server, monkeypatch):
 
 def test_eval_command(flags, server, tmp_path, capsys):
     out = tmp_path / "eval.json"
-    flags = [
-        "--rollout-url",
-        "http://fake",
-        "--task",
-        TASK,
-        "--policy",
-        "base",
-        "--max_tokens",
-        "4",
-        "--json",
-        str(out),
-    ]
-    assert learner.commands.eval.main([*flags, "--limit", "3"]) == 0
+    flags = ["--rollout-url", "http://fake", "--task", TASK, "--policy", "base", "--max_tokens", "4", "--limit", "3"]
+    assert learner.commands.eval.main([*flags, "--json", str(out)]) == 0
     (result,) = json.loads(out.read_text())["results"]
     assert result["questions"] == 3
     assert result["versions"] == ["base"]

@@ -1,4 +1,4 @@
-"""Where the demo's model is kept, and when it is built. The conversion itself is the demo's to show."""
+"""Location and build of the demo's model; the conversion itself runs in the demo only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real TRL training over a fake server, and what it leaves for whoever watches."""
+"""The recorder of a TRL training against a fake server: metrics, page and files."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     assert "learning_rate" in page
 
 
-def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, capsys):
+def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, caplog):
     trainer = make_trainer(max_steps=1)
     attach(trainer, client=client, run_id="r", run_page=False)
     trainer.train()
@@ -110,4 +110,4 @@ def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tm
     attach(trainer, client=client, run_id="r")
     trainer.train()
     assert trainer.state.global_step == 2
-    assert capsys.readouterr().out.count("is not up to date") == 1
+    assert caplog.text.count("is not up to date") == 1

@@ -1,4 +1,4 @@
-"""The run's page: what is in it, that text stays text, and how a browser shows it."""
+"""The run's page: its content, escaping, and layout in a browser."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from learner.monitors.charts import trailing_mean
 from learner.monitors.run_page import RunData, render
 from learner.utils.atomic import write_atomically
 from tests.support.browser import Page, browser_page, find_browser
@@ -55,11 +56,11 @@ def test_all_of_a_run_is_there() -> None:
     page = _read(render(run))
     titles = [text for text in page.texts["h3"] if text.strip() and text[0].isupper()]
     assert len(titles) == 11
-    assert {"Reward", "Lag", "Push", "Server against learner"} <= set(titles)
+    assert {"Reward", "Lag", "Push", "Training-inference mismatch"} <= set(titles)
     assert len([1 for tag, _ in page.tags if tag == "article"]) == sum(len(b["samples"]) for b in run.batches)
     assert {"step 4 to token 131, step 5 (carried KV)", "212, cut off", "1.000", "-0.71"} <= set(page.texts["b"])
     shown = "".join(page.texts["li"] + page.texts["b"] + page.texts["span"] + page.texts["dd"])
-    for text in ("120 / 120", "1 of 2", "serves", "away", "1,234,567 tokens", "openai/gsm8k:main", "training"):
+    for text in ("120 / 120", "1 of 2", "serving", "away", "1,234,567 tokens", "openai/gsm8k:main", "training"):
         assert text in shown
 
 
@@ -98,6 +99,10 @@ def test_a_long_run_has_a_page_of_the_same_size() -> None:
     assert len(long) < 1.2 * len(short) < 1.2e6
 
 
+def test_trailing_mean_never_looks_ahead() -> None:
+    assert trailing_mean([1.0, 0.0, 0.0, 9.0], 2) == [1.0, 0.5, 0.0, 4.5]
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Page]:
     found = find_browser()
@@ -115,7 +120,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     browser.open(path, width)
     browser.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     assert browser.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width]
-    # Whatever sticks out to the right, or is cut off inside its box; what scrolls by itself aside.
+    # Elements that overflow to the right or are cut off inside their box, except scrollable ones.
     out = browser.evaluate(
         "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 0.5"
         " || (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== 'inline' && !e.closest('svg')))"
@@ -129,7 +134,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
     )
     assert len(boxes) == 11
     assert all(across > 200 and height > 100 for across, height in boxes)
-    # No two texts of a chart lie on each other, none is cut off, and none is smaller than can be read.
+    # No two texts of a chart overlap, none is cut off, and none is too small to read.
     overlaps = browser.evaluate(
         "[...document.querySelectorAll('.chart svg')].flatMap(svg => { const box = svg.getBoundingClientRect();"
         " const t = [...svg.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);"
@@ -144,7 +149,7 @@ def test_in_a_browser(browser: Page, tmp_path: Path, width: int) -> None:
 
 
 def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) -> None:
-    """The check of the console above would see it, and escaping is not all that there is."""
+    """The content security policy blocks scripts even without escaping, and the console check above notices."""
     path = tmp_path / "run.html"
     write_atomically(
         path, render(made_up_run(1)).replace("</main>", "<script>document.title = 'owned'</script></main>")
@@ -157,7 +162,7 @@ def test_what_the_policy_of_the_page_would_block(browser: Page, tmp_path: Path) 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read(browser: Page, tmp_path: Path, dark: bool) -> None:
-    """WCAG's contrast of at least 4.5 between text and what is behind it."""
+    """Text has WCAG's contrast of at least 4.5 against its background."""
     path = tmp_path / "run.html"
     write_atomically(path, render(made_up_run()))
     browser.open(path, 1280, dark=dark)

@@ -36,7 +36,7 @@ def test_a_history_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatc
     assert _steps(tmp_path) == [1]
 
 
-def test_a_summary_is_complete_or_unchanged(tmp_path: Path) -> None:
+def test_summary_is_atomic(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_summary(path, {"steps": 3})
     with pytest.raises(ValueError, match="not JSON compliant"):
