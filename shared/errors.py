@@ -19,7 +19,6 @@ class ErrorCode(StrEnum):
     TOO_LARGE = "too_large"
     OVERLOADED = "overloaded"
     DRAINING = "draining"
-    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     # tokens
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
@@ -87,7 +86,11 @@ class LockstepError(Exception):
     """
 
     code: ClassVar[ErrorCode]
-    status: ClassVar[int] = 422
+    status: ClassVar[int]
+
+    def __init_subclass__(cls, *, code: ErrorCode | None = None, status: int = 422) -> None:
+        if code is not None:
+            cls.code, cls.status = code, status
 
     def __init__(self, message: str, **detail: Any) -> None:
         super().__init__(message)
@@ -107,142 +110,88 @@ class LockstepError(Exception):
         return f"{self.message} [{self.code.value}]"
 
 
-class InvalidRequest(LockstepError):
-    code = ErrorCode.INVALID_REQUEST
-    status = 400
+class InvalidRequest(LockstepError, code=ErrorCode.INVALID_REQUEST, status=400): ...
 
 
-class ProtocolMismatch(LockstepError):
-    code = ErrorCode.PROTOCOL_MISMATCH
+class ProtocolMismatch(LockstepError, code=ErrorCode.PROTOCOL_MISMATCH): ...
 
 
-class NotReady(LockstepError):
-    code = ErrorCode.NOT_READY
-    status = 503
+class NotReady(LockstepError, code=ErrorCode.NOT_READY, status=503): ...
 
 
-class EngineDead(LockstepError):
-    code = ErrorCode.ENGINE_DEAD
-    status = 503
+class EngineDead(LockstepError, code=ErrorCode.ENGINE_DEAD, status=503): ...
 
 
-class Timeout(LockstepError):
-    code = ErrorCode.TIMEOUT
-    status = 408
+class Timeout(LockstepError, code=ErrorCode.TIMEOUT, status=408): ...
 
 
-class TooLarge(LockstepError):
-    code = ErrorCode.TOO_LARGE
-    status = 413
+class TooLarge(LockstepError, code=ErrorCode.TOO_LARGE, status=413): ...
 
 
-class Overloaded(LockstepError):
-    code = ErrorCode.OVERLOADED
-    status = 429
+class Overloaded(LockstepError, code=ErrorCode.OVERLOADED, status=429): ...
 
 
-class Draining(LockstepError):
-    code = ErrorCode.DRAINING
-    status = 503
+class Draining(LockstepError, code=ErrorCode.DRAINING, status=503): ...
 
 
-class IdempotencyConflict(LockstepError):
-    code = ErrorCode.IDEMPOTENCY_CONFLICT
-    status = 409
+class Unauthenticated(LockstepError, code=ErrorCode.UNAUTHENTICATED, status=401): ...
 
 
-class Unauthenticated(LockstepError):
-    code = ErrorCode.UNAUTHENTICATED
-    status = 401
+class Forbidden(LockstepError, code=ErrorCode.FORBIDDEN, status=403): ...
 
 
-class Forbidden(LockstepError):
-    code = ErrorCode.FORBIDDEN
-    status = 403
+class UnknownRun(LockstepError, code=ErrorCode.UNKNOWN_RUN, status=404): ...
 
 
-class UnknownRun(LockstepError):
-    code = ErrorCode.UNKNOWN_RUN
-    status = 404
+class NoFreeRun(LockstepError, code=ErrorCode.NO_FREE_RUN, status=409): ...
 
 
-class NoFreeRun(LockstepError):
-    code = ErrorCode.NO_FREE_RUN
-    status = 409
+class LeaseMismatch(LockstepError, code=ErrorCode.LEASE_MISMATCH, status=403): ...
 
 
-class LeaseMismatch(LockstepError):
-    code = ErrorCode.LEASE_MISMATCH
-    status = 403
+class StaleVersion(LockstepError, code=ErrorCode.STALE_VERSION, status=409): ...
 
 
-class StaleVersion(LockstepError):
-    code = ErrorCode.STALE_VERSION
-    status = 409
+class VersionNotActive(LockstepError, code=ErrorCode.VERSION_NOT_ACTIVE, status=409): ...
 
 
-class VersionNotActive(LockstepError):
-    code = ErrorCode.VERSION_NOT_ACTIVE
-    status = 409
+class BaseNotServed(LockstepError, code=ErrorCode.BASE_NOT_SERVED, status=409): ...
 
 
-class BaseNotServed(LockstepError):
-    code = ErrorCode.BASE_NOT_SERVED
-    status = 409
+class StepNotReached(LockstepError, code=ErrorCode.STEP_NOT_REACHED, status=409): ...
 
 
-class StepNotReached(LockstepError):
-    code = ErrorCode.STEP_NOT_REACHED
-    status = 409
+class NoFreeSlot(LockstepError, code=ErrorCode.NO_FREE_SLOT, status=503): ...
 
 
-class NoFreeSlot(LockstepError):
-    code = ErrorCode.NO_FREE_SLOT
-    status = 503
+class NoGroup(LockstepError, code=ErrorCode.NO_GROUP, status=409): ...
 
 
-class NoGroup(LockstepError):
-    code = ErrorCode.NO_GROUP
-    status = 409
+class UnknownLayout(LockstepError, code=ErrorCode.UNKNOWN_LAYOUT, status=409): ...
 
 
-class UnknownLayout(LockstepError):
-    code = ErrorCode.UNKNOWN_LAYOUT
-    status = 409
+class MalformedAdapter(LockstepError, code=ErrorCode.MALFORMED_ADAPTER): ...
 
 
-class MalformedAdapter(LockstepError):
-    code = ErrorCode.MALFORMED_ADAPTER
+class ChecksumMismatch(LockstepError, code=ErrorCode.CHECKSUM_MISMATCH): ...
 
 
-class ChecksumMismatch(LockstepError):
-    code = ErrorCode.CHECKSUM_MISMATCH
+class BaseMismatch(LockstepError, code=ErrorCode.BASE_MISMATCH, status=409): ...
 
 
-class BaseMismatch(LockstepError):
-    code = ErrorCode.BASE_MISMATCH
-    status = 409
+class UnsupportedAdapter(LockstepError, code=ErrorCode.UNSUPPORTED_ADAPTER): ...
 
 
-class UnsupportedAdapter(LockstepError):
-    code = ErrorCode.UNSUPPORTED_ADAPTER
+class RankTooHigh(LockstepError, code=ErrorCode.RANK_TOO_HIGH): ...
 
 
-class RankTooHigh(LockstepError):
-    code = ErrorCode.RANK_TOO_HIGH
+class ShapeMismatch(LockstepError, code=ErrorCode.SHAPE_MISMATCH): ...
 
 
-class ShapeMismatch(LockstepError):
-    code = ErrorCode.SHAPE_MISMATCH
+class NotFinite(LockstepError, code=ErrorCode.NOT_FINITE): ...
 
 
-class NotFinite(LockstepError):
-    code = ErrorCode.NOT_FINITE
-
-
-class InstallFailed(LockstepError):
-    code = ErrorCode.INSTALL_FAILED
-    status = 500
+class InstallFailed(LockstepError, code=ErrorCode.INSTALL_FAILED, status=500): ...
 
 
 _BY_CODE = {kind.code: kind for kind in LockstepError.__subclasses__()}

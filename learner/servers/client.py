@@ -10,7 +10,7 @@ import httpx
 
 from learner.servers.credentials import tls_refusal
 from learner.servers.http import STATE_TIMEOUT_S, Channel, reason
-from shared import PROTOCOL_VERSION
+from shared import PROTOCOL_VERSION, wire
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import NotReady, ProtocolMismatch
 from shared.rollouts import (
@@ -23,9 +23,6 @@ from shared.rollouts import (
 )
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
-LEASE_HEADER = "Lockstep-Lease"
-TAKEOVER_HEADER = "Lockstep-Takeover"
-IN_FLIGHT_HEADER = "Lockstep-In-Flight"
 SLICE_BYTES = 2**20
 #: A stream of groups that is silent for so long is cut off, or its server hangs.
 SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
@@ -66,7 +63,7 @@ class RolloutClient(Channel):
         Raises:
             LockstepError: `protocol_mismatch` if the server speaks another protocol.
         """
-        document = self._json("GET", "/v1/state", timeout=timeout_s)
+        document = self._json("GET", wire.STATE, timeout=timeout_s)
         spoken = document.get("protocol") if isinstance(document, dict) else None
         if spoken != PROTOCOL_VERSION:
             raise ProtocolMismatch(
@@ -84,7 +81,7 @@ class RolloutClient(Channel):
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                answer = self._http.get("/ready")
+                answer = self._http.get(wire.READY)
                 if answer.status_code == 200:
                     return self.state()
                 if answer.status_code in (401, 403):
@@ -101,26 +98,22 @@ class RolloutClient(Channel):
                 )
             time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
 
-    def generate(self, request: GenerateRequest, key: str | None = None) -> GenerateResponse:
-        """`POST /v1/generate`, all groups in one answer, in the order of the prompts.
-
-        Args:
-            key: a second request with it and the same body gets the first one's answer, for some minutes.
-        """
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """`POST /v1/generate`, all groups in one answer, in the order of the prompts."""
         body = request.model_copy(update={"stream": False}).model_dump_json(exclude_defaults=True)
-        document = self._json("POST", "/v1/generate", content=body, timeout=self.generate_timeout_s, key=key)
+        document = self._json("POST", wire.GENERATE, content=body, timeout=self.generate_timeout_s)
         return self._parse(GenerateResponse, document)
 
-    def iter_groups(self, request: GenerateRequest, key: str | None = None) -> Iterator[RolloutGroup]:
-        """`POST /v1/generate` as NDJSON: groups in the order they finish. `key` as for `generate`.
+    def iter_groups(self, request: GenerateRequest) -> Iterator[RolloutGroup]:
+        """`POST /v1/generate` as NDJSON: groups in the order they finish.
 
         Raises:
             LockstepError: also when the stream ends without its closing line.
         """
         body = request.model_copy(update={"stream": True}).model_dump_json(exclude_defaults=True)
-        sent = self._body(body, min(SILENCE_TIMEOUT_S, self.generate_timeout_s), key)
-        for document in self._lines("/v1/generate", self.generate_timeout_s, **sent):
-            if document.get("done"):
+        sent = self._body(body, min(SILENCE_TIMEOUT_S, self.generate_timeout_s))
+        for document in self._lines(wire.GENERATE, self.generate_timeout_s, **sent):
+            if document.get(wire.DONE):
                 return
             yield self._parse(RolloutGroup, document)
         raise NotReady(f"{self.url} cut off a stream of completions before its end")
@@ -129,7 +122,7 @@ class RolloutClient(Channel):
         """`POST /v1/score`: teacher-forced logprobs at temperature 1, within `timeout_s` if that is given."""
         body = request.model_dump_json(exclude_defaults=True)
         timeout = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
-        return self._parse(ScoreResponse, self._json("POST", "/v1/score", content=body, timeout=timeout))
+        return self._parse(ScoreResponse, self._json("POST", wire.SCORE, content=body, timeout=timeout))
 
     def push(
         self,
@@ -147,9 +140,9 @@ class RolloutClient(Channel):
         """
         headers = _push_headers(lease, in_flight)
         if takeover:
-            headers[TAKEOVER_HEADER] = "1"
+            headers[wire.TAKEOVER_HEADER] = "1"
         headers["content-length"] = str(sum(len(piece) for piece in pieces))
-        path = f"/v1/runs/{run_id}/adapter"
+        path = wire.ADAPTER.format(run_id=run_id)
         for attempt in (1, 2):
             try:
                 answer = self._http.put(
@@ -167,9 +160,9 @@ class RolloutClient(Channel):
         """`POST /v1/runs/{run_id}/group`: the invitation, then None when all workers have joined."""
         timeout = self._timeout(self.push_timeout_s)
         for document in self._lines(
-            f"/v1/runs/{run_id}/group", self.push_timeout_s, headers=_push_headers(lease), timeout=timeout
+            wire.GROUP.format(run_id=run_id), self.push_timeout_s, headers=_push_headers(lease), timeout=timeout
         ):
-            yield None if "joined" in document else self._parse(GroupInvitation, document)
+            yield None if wire.JOINED in document else self._parse(GroupInvitation, document)
 
     def broadcast(
         self, run_id: str, announced: Announcement, lease: str, *, in_flight: InFlight = "drain"
@@ -177,29 +170,29 @@ class RolloutClient(Channel):
         """`POST /v1/runs/{run_id}/broadcast`: None when the workers receive, then the receipt."""
         body = self._body(announced.model_dump_json(), self.push_timeout_s)
         body["headers"] = _push_headers(lease, in_flight) | body["headers"]
-        for document in self._lines(f"/v1/runs/{run_id}/broadcast", self.push_timeout_s, **body):
-            yield None if "receiving" in document else self._parse(PushReceipt, document)
+        for document in self._lines(wire.BROADCAST.format(run_id=run_id), self.push_timeout_s, **body):
+            yield None if wire.RECEIVING in document else self._parse(PushReceipt, document)
 
     def sleep(self) -> ServerState:
         """`POST /v1/sleep`: the server gives its GPU's memory back and lets requests wait."""
-        return self._parse(ServerState, self._json("POST", "/v1/sleep", timeout=self.push_timeout_s))
+        return self._parse(ServerState, self._json("POST", wire.SLEEP, timeout=self.push_timeout_s))
 
     def wake(self) -> ServerState:
         """`POST /v1/wake`: it takes the memory again and goes on."""
-        return self._parse(ServerState, self._json("POST", "/v1/wake", timeout=self.push_timeout_s))
+        return self._parse(ServerState, self._json("POST", wire.WAKE, timeout=self.push_timeout_s))
 
     def run(self, run_id: str) -> RunState:
         """`GET /v1/runs/{run_id}`."""
-        return self._parse(RunState, self._json("GET", f"/v1/runs/{run_id}"))
+        return self._parse(RunState, self._json("GET", wire.RUN.format(run_id=run_id)))
 
     def delete_run(self, run_id: str, lease: str) -> None:
         """`DELETE /v1/runs/{run_id}`: frees the run's slots on the server."""
-        self._json("DELETE", f"/v1/runs/{run_id}", headers={LEASE_HEADER: lease})
+        self._json("DELETE", wire.RUN.format(run_id=run_id), headers={wire.LEASE_HEADER: lease})
 
 
 def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:
-    headers = {LEASE_HEADER: lease, "content-type": "application/octet-stream"}
-    return headers if in_flight == "drain" else {**headers, IN_FLIGHT_HEADER: in_flight}
+    headers = {wire.LEASE_HEADER: lease, "content-type": "application/octet-stream"}
+    return headers if in_flight == "drain" else {**headers, wire.IN_FLIGHT_HEADER: in_flight}
 
 
 def _slices(pieces: Sequence[bytes | memoryview]) -> Iterator[Any]:

@@ -24,7 +24,6 @@ from shared.errors import (
     Unauthenticated,
 )
 
-KEY_HEADER = "Idempotency-Key"
 CONNECT_TIMEOUT_S = 10.0
 STATE_TIMEOUT_S = 30.0
 
@@ -103,11 +102,10 @@ class Channel:
         *,
         content: str | None = None,
         timeout: float = STATE_TIMEOUT_S,
-        key: str | None = None,
         **kw: Any,
     ) -> Any:
         if content is not None:
-            kw |= self._body(content, timeout, key)
+            kw |= self._body(content, timeout)
         else:
             kw["timeout"] = self._timeout(timeout)
         deadline = time.monotonic() + timeout
@@ -119,8 +117,8 @@ class Channel:
         except httpx.HTTPError as error:
             raise self._unreachable(error, path) from error
 
-    def _body(self, content: str, timeout: float, key: str | None = None) -> dict[str, Any]:
-        headers = {"content-type": "application/json"} | ({KEY_HEADER: key} if key else {})
+    def _body(self, content: str, timeout: float) -> dict[str, Any]:
+        headers = {"content-type": "application/json"}
         return {"content": content, "headers": headers, "timeout": self._timeout(timeout)}
 
     def _timeout(self, seconds: float) -> httpx.Timeout:

@@ -22,7 +22,7 @@ from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.api.security import binding
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role
-from rollout_server.api.server import make_server
+from rollout_server.api.server import HttpServer
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState
@@ -108,11 +108,13 @@ async def _run_state(scope: Any, receive: Any, send: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def _served(app: Any = _run_state, **tls: Any) -> AsyncIterator[str]:
-    """`host:port` of a real server behind the guard."""
-    gate = ReadinessMiddleware()
-    gate.open(app)
+    """`host:port` of a real server behind both middlewares."""
+    readiness = ReadinessMiddleware()
+    readiness.open(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = make_server(AuthMiddleware(gate, TOKENS), log_level="error", **binding.tls_options(arguments(**tls)))
+        server = HttpServer(
+            AuthMiddleware(readiness, TOKENS), log_level="error", **binding.tls_options(arguments(**tls))
+        )
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))
         try:
             yield f"127.0.0.1:{listening.getsockname()[1]}"
