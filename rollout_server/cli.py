@@ -24,9 +24,11 @@ def main() -> None:
     # A CUDA context or OpenMP pool in this process must never be forked into the engine.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import uvloop
+
     try:
         _log_to_stderr()
-        sys.exit(serve(*resolve(sys.argv[1:])))
+        sys.exit(uvloop.run(_serve(*resolve(sys.argv[1:]))))
     except (LockstepError, ValueError) as error:
         sys.exit(f"rollout-server: {error}")
 
@@ -106,13 +108,6 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
     return args, vllm_config, settings
 
 
-def serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
-    """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
-    import uvloop
-
-    return uvloop.run(_serve(args, vllm_config, settings))
-
-
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s rollout-server: %(message)s", "%H:%M:%S"))
@@ -123,6 +118,7 @@ def _log_to_stderr() -> None:
 
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
+    """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
     from rollout_server import lifecycle
     from rollout_server.api.middleware.auth import AuthMiddleware
     from rollout_server.api.middleware.readiness import ReadinessMiddleware

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rollout_server.runs.slots import Run, Slot
 from rollout_server.vllm_compat import versions
@@ -15,14 +15,6 @@ from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
 
 KV = Literal["fresh", "carried"]
-
-
-class Engine(Protocol):
-    """The part of vLLM's AsyncLLM that admissions use; unit tests replace it."""
-
-    errored: bool
-
-    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator: ...
 
 
 @dataclass(frozen=True)
@@ -42,12 +34,13 @@ class Admission:
     a push moves running requests to its own version, one slot is also one version.
 
     Args:
+        engine: vLLM's AsyncLLM.
         on_output: called at every output of the engine.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         run: Run | None = None,
         slot: Slot | None = None,
         on_output: Callable[[], None] = lambda: None,

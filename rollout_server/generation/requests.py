@@ -7,7 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rollout_server.engine.admission import Admission
@@ -26,16 +26,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """The completions of one prompt. `tokenizer`: None where no text is wanted."""
+    """The completions of one prompt.
+
+    Attributes:
+        params: vLLM's.
+        tokenizer: None where no text is wanted.
+        truncated: the request cuts the distribution, so the kept mass is wanted.
+    """
 
     admission: Admission
     prompt_index: int
     token_ids: list[int]
     params: Any
     tokenizer: Any
-    skip_special_tokens: bool
-    request_id: str
     truncated: bool
+    request_id: str = field(default_factory=lambda: f"generate-{uuid.uuid4().hex}")
 
     async def run(self) -> RolloutGroup:
         """Generate; the group is complete or an error is raised."""
@@ -67,7 +72,7 @@ class Job:
             return None
         if self.params.detokenize:
             return output.text
-        return self.tokenizer.decode(output.token_ids, skip_special_tokens=self.skip_special_tokens)
+        return self.tokenizer.decode(output.token_ids, skip_special_tokens=self.params.skip_special_tokens)
 
 
 async def generate(
@@ -127,24 +132,16 @@ async def _start(
     """
     held = contextlib.ExitStack()
     tasks: list[asyncio.Future[RolloutGroup]] = []
-    running: set[asyncio.Future[RolloutGroup]] = set()
     try:
         held.callback(proxy.capacity.take(len(body.prompts), body.sampling.n))
         jobs = await _jobs(body, proxy, runs, exclusive, held)
-
-        def ended(task: asyncio.Future) -> None:
-            running.discard(task)
-            if not running:
-                held.close()
 
         def submitted(ids: set[str]) -> list[bool]:
             return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
 
         async with exclusive.together(submitted):
             tasks += [asyncio.ensure_future(job.run()) for job in jobs]
-            running.update(tasks)
-            for task in tasks:
-                task.add_done_callback(ended)
+            asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: held.close())
     except BaseException:
         for task in tasks:
             task.cancel()
@@ -175,17 +172,9 @@ async def _jobs(
     held.callback(await exclusive.take())
     await runs.admitting()
     admission = held.enter_context(proxy.admit(body))
+    decoder, truncated = tokenizer if wants_text else None, body.sampling.truncates
     return [
-        Job(
-            admission,
-            index,
-            token_ids,
-            own,
-            tokenizer if wants_text else None,
-            body.skip_special_tokens,
-            f"generate-{uuid.uuid4().hex}",
-            body.sampling.truncates,
-        )
+        Job(admission, index, token_ids, own, decoder, truncated)
         for index, (token_ids, own) in enumerate(zip(prompts, params, strict=True))
     ]
 
