@@ -43,9 +43,18 @@ async def start(
     args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
 ) -> Service:
     """Load the model, register the slots, warm up, and let requests in."""
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     started = time.monotonic()
     # On a thread: loading takes minutes, and /health must answer meanwhile.
-    engine = await asyncio.to_thread(_start_engine, vllm_config, args)
+    engine = await asyncio.to_thread(
+        AsyncLLM.from_vllm_config,
+        vllm_config=vllm_config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
@@ -79,18 +88,6 @@ async def start(
     readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service
-
-
-def _start_engine(vllm_config: Any, args: Any) -> Any:
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_vllm_config(
-        vllm_config=vllm_config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=args.enable_log_requests,
-        disable_log_stats=args.disable_log_stats,
-    )
 
 
 async def _reach_workers(

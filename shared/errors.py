@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 
 class ErrorCode(StrEnum):
-    """What went wrong, for programs. The message says it for people."""
+    """Kind of an error, for programs; the message is for people."""
 
     INVALID_REQUEST = "invalid_request"
     PROTOCOL_MISMATCH = "protocol_mismatch"
@@ -45,7 +45,7 @@ class ErrorCode(StrEnum):
 
 
 class ErrorDetail(BaseModel):
-    """`message` says what to do; `detail` carries figures a program may want."""
+    """`message` says what to do; `detail` holds numbers that a program may want."""
 
     code: ErrorCode
     message: str
@@ -53,7 +53,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The JSON body of every answer that is not a success."""
+    """The JSON body of every response that is not a success."""
 
     error: ErrorDetail
 
@@ -62,7 +62,7 @@ _LONGEST = 4000
 
 
 def sendable(text: str) -> str:
-    """`text`, which may quote what a client sent, short and encodable: JSON can hold halves of characters."""
+    """Return `text`, which may quote a client, short and encodable: JSON can hold halves of characters."""
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -74,7 +74,7 @@ class LockstepError(Exception):
         code: for programs; the wire carries it.
         status: HTTP status.
         message: for people; says what to do.
-        detail: figures a program may want.
+        detail: numbers that a program may want.
 
     Example:
         try:

@@ -142,7 +142,7 @@ class EngineProxy:
                         yield output
             except LockstepError as error:
                 call.refusal = error
-                # In a form that vLLM's routes answer in theirs, where it comes too late to be answered in ours.
+                # vLLM's routes report this form in theirs, where it comes too late for an error response of ours.
                 raise HTTPException(error.status, str(error)) from error
 
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
@@ -155,8 +155,8 @@ class EngineProxy:
 
     @asynccontextmanager
     async def paused(self, *, clear_cache: bool) -> AsyncIterator[dict[tuple[str, int], int]]:
-        """Hold all running requests between two tokens; yields how many tokens each output has so far, by request id
-        and output index. With `clear_cache` they recompute their KV afterwards.
+        """Hold all running requests between two tokens; yield how many tokens each output has so far, by request id
+        and output index. With `clear_cache` they compute their KV again afterwards.
 
         Raises:
             TimeoutError: the engine did not agree to it.
@@ -171,7 +171,7 @@ class EngineProxy:
                 yield self.output_tokens()
             finally:
                 self.held -= held
-                # An engine that was stopped by a signal answers when it goes on; nobody else has to wait for that.
+                # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
                 resumed = asyncio.ensure_future(self._engine.resume_generation())
                 await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
                 if resumed.done():

@@ -38,11 +38,10 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
-    if "chat_template" in chat_template_kwargs:
-        raise InvalidRequest("chat_template_kwargs: the template is the server's own; leave chat_template out")
     if taken := _RESERVED & chat_template_kwargs.keys():
         raise InvalidRequest(
-            f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out"
+            "chat_template_kwargs: the template and how it is used are the server's own; leave "
+            f"{', '.join(sorted(taken))} out"
         )
     try:
         if prompt.text is not None:

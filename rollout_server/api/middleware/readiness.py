@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rollout_server.api.responses import error_response
 from rollout_server.api.security.roles import OPEN
 from shared import wire
-from shared.errors import EngineDead, NotReady
+from shared.errors import EngineDead, LockstepError, NotReady
 
 
 class ReadinessMiddleware:
@@ -55,9 +55,9 @@ class ReadinessMiddleware:
         elif self._app is not None and self._healthy():
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            error = NotReady("the model is still being loaded; wait until /ready answers 200")
-            if not self._healthy():
-                error = EngineDead("the engine has died; this server is about to stop")
+            error: LockstepError = EngineDead("the engine has died; this server is about to stop")
+            if self._healthy():
+                error = NotReady("the model is still being loaded; wait until /ready answers 200")
             await error_response(error, {"Retry-After": "5"})(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1013})

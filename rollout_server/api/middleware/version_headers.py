@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rollout_server.api.responses import error_response
 from rollout_server.engine.call_context import CALL_CONTEXT, CallContext
-from shared.errors import InvalidRequest, LockstepError
+from shared.errors import InvalidRequest
 from shared.weights import WeightVersion
 from shared.wire import POLICY_HEADER, VERSION_HEADER
 
@@ -29,10 +29,11 @@ class VersionHeaderMiddleware:
             await self._app(scope, receive, send)
             return
         call, start, refused = CallContext(), None, False
+        wanted = Headers(scope=scope).get(POLICY_HEADER)
         try:
-            call.wanted = _wanted(Headers(scope=scope).get(POLICY_HEADER))
-        except LockstepError as error:
-            await error_response(error)(scope, receive, send)
+            call.wanted = None if wanted is None else WeightVersion.parse(wanted)
+        except ValueError as error:
+            await error_response(InvalidRequest(f"{POLICY_HEADER}: {error}"))(scope, receive, send)
             return
 
         async def answer(message: Message) -> None:
@@ -58,12 +59,3 @@ class VersionHeaderMiddleware:
             await self._app(scope, receive, answer)
         finally:
             CALL_CONTEXT.reset(token)
-
-
-def _wanted(header: str | None) -> WeightVersion | None:
-    if header is None:
-        return None
-    try:
-        return WeightVersion.parse(header)
-    except ValueError as error:
-        raise InvalidRequest(f"{POLICY_HEADER}: {error}") from error

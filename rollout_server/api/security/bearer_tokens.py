@@ -32,7 +32,7 @@ class Tokens:
         self._known = self._read()
 
     def role_of(self, presented: bytes) -> Role | None:
-        """Return the role of a token, None if it is unknown, in the same time for a near miss as for any other token."""
+        """Return the role of a token, None if it is unknown; a near miss takes as long as any other token."""
         self._follow_files()
         digest, found = _digest(presented), None
         for known, role in self._known:
