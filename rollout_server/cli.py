@@ -13,9 +13,9 @@ from typing import Any
 from rollout_server import settings as server_settings
 from shared.errors import LockstepError
 
-logger = logging.getLogger("rollout_server")
+logger = logging.getLogger("lockstep.cli")
 
-#: For answers that are still being sent when nothing runs any more.
+#: For responses that are still being sent when nothing runs any more.
 _CLOSE_SECONDS = 5
 
 
@@ -24,20 +24,22 @@ def main() -> None:
     # A CUDA context or OpenMP pool in this process must never be forked into the engine.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import uvloop
+
     try:
         _log_to_stderr()
-        sys.exit(serve(*resolve(sys.argv[1:])))
+        sys.exit(uvloop.run(_serve(*resolve(sys.argv[1:]))))
     except (LockstepError, ValueError) as error:
         sys.exit(f"rollout-server: {error}")
 
 
 def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
-    """Our flags and vLLM's.
+    """Parse our flags and vLLM's.
 
     Raises:
         ValueError, LockstepError: flags that cannot work on a rollout server, with what to do instead.
     """
-    from rollout_server.api.security import binding as exposure
+    from rollout_server.api.security import binding
     from rollout_server.api.security.bearer_tokens import configured_tokens
     from rollout_server.vllm_compat import versions
 
@@ -52,7 +54,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     args = parser.parse_args(argv)
     settings = server_settings.from_args(args)
     args.model = args.model_tag or args.model
-    ours = {
+    unusable = {
         "--lora-modules": args.lora_modules,
         "--worker-extension-cls": args.worker_extension_cls,
         "--api-server-count": (args.api_server_count or 1) > 1,
@@ -61,10 +63,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         "--enable-ssl-refresh": args.enable_ssl_refresh,
         "--enable-prompt-embeds": args.enable_prompt_embeds,  # embeddings of a request are a pickle
     }
-    for flag, given in ours.items():
+    for flag, given in unusable.items():
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
-    exposure.check(args, settings, configured_tokens(settings))
+    binding.check(args, settings, configured_tokens(settings))
     if current_platform.is_cpu() and not shutil.which(os.environ.get("CXX", "g++")):
         # vLLM compiles its sampler even with --enforce-eager, and its engine dies where it cannot.
         logger.warning("no C++ compiler here (g++, or $CXX): the model runs without torch.compile")
@@ -72,12 +74,12 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         args.enforce_eager = True
     if settings.deterministic:
         if args.enable_prefix_caching:
-            raise ValueError("--deterministic: what the prefix cache holds differs from time to time; leave it out")
+            raise ValueError("--deterministic: the contents of the prefix cache differ from time to time; leave it out")
         args.enable_prefix_caching = False
         if current_platform.is_cuda():
             os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     if settings.share_gpu:
-        args.enable_sleep_mode = current_platform.is_sleep_mode_available()  # else it only stands still
+        args.enable_sleep_mode = current_platform.is_sleep_mode_available()  # else it only holds requests
     if settings.merges:
         args.enable_lora = False
         args.worker_extension_cls = "rollout_server.worker.merge_extension.MergeWorker"
@@ -90,10 +92,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
 
 
 def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
-    """Flags, vLLM's configuration made of them, and our settings.
+    """Return flags, vLLM's configuration made of them, and our settings.
 
     Raises:
-        ValueError, LockstepError: what cannot work on a rollout server.
+        ValueError, LockstepError: a configuration that cannot work on a rollout server.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -106,49 +108,44 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
     return args, vllm_config, settings
 
 
-def serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
-    """Run until SIGTERM, SIGINT or the engine's death; the process's exit status."""
-    import uvloop
-
-    return uvloop.run(_serve(args, vllm_config, settings))
-
-
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s rollout-server: %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    root = logging.getLogger("lockstep")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
 
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
+    """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
     from rollout_server import lifecycle
     from rollout_server.api.middleware.auth import AuthMiddleware
     from rollout_server.api.middleware.readiness import ReadinessMiddleware
-    from rollout_server.api.security import binding as exposure
+    from rollout_server.api.security import binding
     from rollout_server.api.security.bearer_tokens import configured_tokens
-    from rollout_server.api.server import make_server
+    from rollout_server.api.server import HttpServer
     from rollout_server.engine.capacity import Capacity
 
-    gate, capacity = ReadinessMiddleware(), Capacity(settings)
+    readiness, capacity = ReadinessMiddleware(), Capacity(settings)
 
     def leave() -> None:
-        if gate.is_open:
+        if readiness.is_open:
             capacity.drain()
         else:
-            server.should_exit = True
+            server.stop()
 
-    server = make_server(
-        AuthMiddleware(gate, configured_tokens(settings)),
+    server = HttpServer(
+        AuthMiddleware(readiness, configured_tokens(settings)),
         leave,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        **exposure.tls_options(args),
+        **binding.tls_options(args),
     )
     http = asyncio.ensure_future(server.serve())
-    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, gate, capacity))
+    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity))
     status = 0
     try:
         await asyncio.wait((http, starting), return_when=asyncio.FIRST_COMPLETED)
@@ -162,11 +159,11 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             watching.cancel()
             leaving.cancel()
     finally:
-        server.should_exit = True
+        server.stop()
         with contextlib.suppress(asyncio.CancelledError):
             await http
         starting.cancel()
-        gate.close()
+        readiness.close()
     return status
 
 

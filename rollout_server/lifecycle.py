@@ -14,7 +14,6 @@ from typing import Any
 
 from rollout_server.api import metrics
 from rollout_server.api.app import build_app
-from rollout_server.api.idempotency import Answers
 from rollout_server.api.middleware.limits import LimitsMiddleware
 from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.engine.capacity import Capacity
@@ -33,33 +32,30 @@ from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import topology, versions
 from shared.errors import InvalidRequest
 
-logger = logging.getLogger("rollout_server")
+logger = logging.getLogger("lockstep.lifecycle")
 
 _REGISTER_SECONDS = 600.0
 _DESCRIBE_SECONDS = 60.0
 _WATCH_SECONDS = 1.0
 
 
-def _start_engine(vllm_config: Any, args: Any) -> Any:
+async def start(
+    args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
+) -> Service:
+    """Load the model, register the slots, warm up, and let requests in."""
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_vllm_config(
+    started = time.monotonic()
+    # On a thread: loading takes minutes, and /health must answer meanwhile.
+    engine = await asyncio.to_thread(
+        AsyncLLM.from_vllm_config,
         vllm_config=vllm_config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
-
-
-async def start(
-    args: Any, vllm_config: Any, settings: ServerSettings, gate: ReadinessMiddleware, capacity: Capacity
-) -> Service:
-    """Load the model, register the slots, warm up, open the gate."""
-    started = time.monotonic()
-    # On a thread: loading takes minutes, and /health has to answer all the while.
-    engine = await asyncio.to_thread(_start_engine, vllm_config, args)
-    gate.on_close(lambda: engine.shutdown())
+    readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
     await engine.reset_mm_cache()
@@ -72,25 +68,24 @@ async def start(
     groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
     installer = Installer(proxy, workers, groups, runs, served, settings, epoch, sleep)
-    gate.on_close(installer.staging.close)
-    logger.info(
-        "model loaded after %.0f s by %d workers, %s; warming up",
-        time.monotonic() - started,
-        len(workers),
-        described[0],
-    )
+    readiness.on_close(installer.staging.close)
+    seconds = time.monotonic() - started
+    logger.info("model loaded after %.0f s by %d workers, %s; warming up", seconds, len(workers), described[0])
     await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
     tasks = await engine.get_supported_tasks()
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)
-    models, exclusive = openai_app.state.openai_serving_models, Exclusive(proxy, enabled=settings.deterministic)
-    service = Service(settings, proxy, runs, served, installer, epoch, models, exclusive, Answers(settings))
+    exclusive = Exclusive(proxy, enabled=settings.deterministic)
+    service = Service(settings, served, epoch, runs, proxy, exclusive, installer, openai_app.state)
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
-    intake = LimitsMiddleware(build_app(service, openai_app), settings, capacity)
-    _settle()
-    gate.open(intake, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
+    app = LimitsMiddleware(build_app(service, openai_app), settings, capacity)
+    # All has been loaded: make later requests cheaper.
+    gc.collect()
+    gc.freeze()  # or every full collection walks over all that the imports left behind
+    versions.cache_environment()
+    readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
     return service
 
@@ -98,10 +93,10 @@ async def start(
 async def _reach_workers(
     proxy: EngineProxy, serving: tuple[Any, ...], count: int
 ) -> tuple[Workers, list[dict[str, Any]]]:
-    """Prepare all workers, open a socket to each, and ask each what it is.
+    """Prepare all workers, open a socket to each, and let each describe itself.
 
     Args:
-        serving: what `lockstep_register` of our worker class wants to know first.
+        serving: the first arguments of `lockstep_register` of our worker class.
     """
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         await proxy.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
@@ -111,30 +106,22 @@ async def _reach_workers(
 
 
 async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
-    """One short generation with and without adapter on each data-parallel engine: the first ones compile and allocate
-    for many seconds.
+    """Generate with and without adapter on each data-parallel engine: the first requests compile and allocate for many
+    seconds.
     """
     from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(max_tokens=4, logprobs=0, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
 
-    async def run(rank: int, index: int, request: LoRARequest | None) -> None:
+    async def run(rank: int, index: int, request: Any) -> None:
         prompt = {**token_prompt([index + 1] * 16), "cache_salt": "lockstep:warm-up"}
         name = f"warm-up-{bool(request)}-{rank}-{index}"
         async for _ in engine.generate(prompt, params, name, lora_request=request, data_parallel_rank=rank):
             pass
 
-    for request in (None, LoRARequest("slot-1", 1, "/in-memory")) if lora else (None,):
+    for request in (None, versions.lora_request("slot-1", 1)) if lora else (None,):
         await asyncio.gather(*(run(rank, index, request) for rank in range(engines) for index in range(4)))
-
-
-def _settle() -> None:
-    """What makes every later request cheaper, once all has been loaded."""
-    gc.collect()
-    gc.freeze()  # or every full collection walks over all that the imports left behind
-    versions.cache_environment()
 
 
 async def watch(service: Service) -> None:
@@ -149,7 +136,7 @@ async def watch(service: Service) -> None:
 
 
 async def drained(service: Service) -> None:
-    """Return when the server has been told to leave and has finished what it had, or `--drain-seconds` later."""
+    """Return when the server was asked to leave and has finished its work, or `--drain-seconds` later."""
     capacity, seconds = service.proxy.capacity, service.settings.drain_seconds
     if await capacity.drained(seconds):
         logger.info("drained: everything under way has been finished")
@@ -163,37 +150,37 @@ async def drained(service: Service) -> None:
 
 
 def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
-    """Refusals that need vLLM's resolved configuration.
+    """Check what only vLLM's resolved configuration shows.
 
     Raises:
         LockstepError: with what to do instead.
     """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     altering = served_model.policy_altering(vllm_config)
     if altering and not settings.allow_policy_altering:
         raise InvalidRequest(
             f"{' and '.join(altering)} make the logprobs differ from the policy's; "
             "leave them out, or accept that with --allow-policy-altering"
         )
-    mode = vllm_config.model_config.logprobs_mode
+    mode = model.logprobs_mode
     if str(getattr(mode, "value", mode)) != "processed_logprobs":
         raise InvalidRequest(
             f"--logprobs-mode {mode}: a learner needs the logprobs that tokens were drawn with; "
             "leave the flag out (processed_logprobs)"
         )
-    unreachable = topology.refusal(vllm_config.parallel_config, mixture_of_experts=vllm_config.model_config.is_moe)
-    if unreachable:
+    if unreachable := topology.refusal(parallel, mixture_of_experts=model.is_moe):
         raise InvalidRequest(unreachable)
-    if settings.deterministic and vllm_config.parallel_config.data_parallel_size > 1:
+    if settings.deterministic and parallel.data_parallel_size > 1:
         raise InvalidRequest(
             "--deterministic: which of several engines takes a request depends on their load; leave out "
             "--data-parallel-size"
         )
-    if settings.share_gpu and topology.workers(vllm_config.parallel_config) > 1:
+    if settings.share_gpu and topology.workers(parallel) > 1:
         raise InvalidRequest("--share-gpu: the learner is on one GPU; leave out --tensor-parallel-size and the like")
-    if settings.merges and (vllm_config.model_config.quantization or vllm_config.model_config.use_mla):
+    if settings.merges and (model.quantization or model.use_mla):
         raise InvalidRequest(
             "--apply merge writes plain weights, and this model computes with others made of them (quantized, or MLA): "
             "use --apply adapter"
         )
-    if getattr(vllm_config.model_config, "is_multimodal_model", False):
+    if getattr(model, "is_multimodal_model", False):
         raise InvalidRequest("vision and audio models are not supported yet; serve a text model")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
 def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    from dataclasses import field
-
     return field(default=default, metadata={"help": help_text, "choices": choices})
 
 
@@ -63,13 +61,6 @@ class ServerSettings:
     max_request_tokens: int = _flag(
         2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
     )
-    idempotency_ttl: float = _flag(600.0, "seconds for which the answer to a request with an Idempotency-Key is kept")
-    idempotency_mib: int = _flag(512, "kept answers together, in MiB; the oldest are forgotten first")
-    orphan_seconds: float = _flag(
-        30.0,
-        "seconds for which a request with an Idempotency-Key goes on after its client went away; one without is "
-        "ended at once",
-    )
     engine_stall_seconds: float = _flag(
         300.0,
         "seconds after which an engine that has requests and gives no token for any of them counts as dead, and "
@@ -103,42 +94,33 @@ class ServerSettings:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of `ServerSettings`."""
     group = parser.add_argument_group("lockstep", "Flags of the rollout server itself; all others are vLLM's.")
-    for field in fields(ServerSettings):
-        flag = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"]  # vLLM's parser adds the default
-        if isinstance(field.default, bool):
-            group.add_argument(flag, action="store_true", default=field.default, help=text)
-        elif field.metadata["choices"]:
-            group.add_argument(flag, choices=field.metadata["choices"], default=field.default, help=text)
+    for setting in fields(ServerSettings):
+        options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"]}
+        if isinstance(setting.default, bool):
+            options["action"] = "store_true"
         else:
-            group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+            options |= {"type": type(setting.default), "choices": setting.metadata["choices"]}
+        group.add_argument(
+            "--" + setting.name.replace("_", "-"), **options
+        )  # vLLM's parser adds the default to the help
 
 
-_POSITIVE = (
-    "max_runs",
-    "push_timeout",
-    "collective_timeout",
-    "max_adapter_mib",
-    "max_body_mib",
-    "max_bodies_mib",
-    "max_requests",
-    "max_sequences",
-    "max_prompts",
-    "max_n",
-    "max_request_tokens",
-)
+_MAY_BE_ZERO = ("drain_seconds", "engine_stall_seconds")
 
 
 def from_args(args: argparse.Namespace) -> ServerSettings:
     """Read the settings out of parsed flags.
 
     Raises:
-        ValueError: a figure that cannot work.
+        ValueError: a value that cannot work.
     """
-    settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
-    for name in _POSITIVE:
-        if getattr(settings, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
+    settings = ServerSettings(**{setting.name: getattr(args, setting.name) for setting in fields(ServerSettings)})
+    for name, value in vars(settings).items():
+        if isinstance(value, bool | str) or name == "slots_per_run":
+            continue
+        if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+            least = "not be negative" if name in _MAY_BE_ZERO else "be more than 0"
+            raise ValueError(f"--{name.replace('_', '-')} must {least}")
     if settings.slots_per_run < 2 and not settings.merges:
         raise ValueError(
             "--slots-per-run must be 2 or more: a push fills and checks one slot while another serves, so that one "
@@ -150,7 +132,4 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
         raise ValueError("--share-gpu: the server would sleep under the other runs' learners; leave out --max-runs")
     if settings.share_gpu and settings.keep_base == "device":
         raise ValueError("--share-gpu: what is kept on the GPU does not sleep; leave out --keep-base")
-    for name in ("drain_seconds", "idempotency_ttl", "idempotency_mib", "orphan_seconds", "engine_stall_seconds"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
     return replace(settings, keep_base="host") if settings.share_gpu else settings

@@ -1,4 +1,4 @@
-"""Bearer tokens as files hold them, and which hosts may be spoken to without encryption."""
+"""Bearer tokens in files, and hosts that need no encryption."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 
 from shared.errors import InvalidRequest
 
-#: Whoever holds one may use the server; both sides look here when no file is named.
+#: The environment variable that both sides read when no file is named.
 TOKEN_VARIABLE = "LOCKSTEP_TOKEN"
 _MIN_LENGTH = 16
 _USABLE = re.compile(rf"[!-~]{{{_MIN_LENGTH},}}")
 
 
 def parse_tokens(text: str, source: str) -> list[str]:
-    """The tokens in a file: one a line, the newest first. Servers accept all of them, clients send the first.
+    """Return the tokens of a file: one a line, the newest first. Servers accept all of them, clients send the first.
 
     Args:
         source: where `text` comes from, for the error.
@@ -38,10 +38,10 @@ _ADVICE = "make one with `openssl rand -hex 32`"
 
 
 def is_loopback(host: str | None) -> bool:
-    """Is `host` this machine and nothing else? None and wildcards are every interface, so they are not."""
-    if host is None or host.lower() == "localhost":
-        return host is not None
+    """Return whether `host` is this machine alone. None and wildcards are every interface, so they are not."""
+    if host is None:
+        return False
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

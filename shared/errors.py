@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 
 class ErrorCode(StrEnum):
-    """What went wrong, for programs. The message says it for people."""
+    """Kind of an error, for programs; the message is for people."""
 
     INVALID_REQUEST = "invalid_request"
     PROTOCOL_MISMATCH = "protocol_mismatch"
@@ -19,7 +19,6 @@ class ErrorCode(StrEnum):
     TOO_LARGE = "too_large"
     OVERLOADED = "overloaded"
     DRAINING = "draining"
-    IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     # tokens
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
@@ -46,7 +45,7 @@ class ErrorCode(StrEnum):
 
 
 class ErrorDetail(BaseModel):
-    """`message` says what to do; `detail` carries figures a program may want."""
+    """`message` says what to do; `detail` holds numbers that a program may want."""
 
     code: ErrorCode
     message: str
@@ -54,7 +53,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The JSON body of every answer that is not a success."""
+    """The JSON body of every response that is not a success."""
 
     error: ErrorDetail
 
@@ -63,7 +62,7 @@ _LONGEST = 4000
 
 
 def sendable(text: str) -> str:
-    """`text`, which may quote what a client sent, short and encodable: JSON can hold halves of characters."""
+    """Return `text`, which may quote a client, short and encodable: JSON can hold halves of characters."""
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -75,7 +74,7 @@ class LockstepError(Exception):
         code: for programs; the wire carries it.
         status: HTTP status.
         message: for people; says what to do.
-        detail: figures a program may want.
+        detail: numbers that a program may want.
 
     Example:
         try:
@@ -87,7 +86,11 @@ class LockstepError(Exception):
     """
 
     code: ClassVar[ErrorCode]
-    status: ClassVar[int] = 422
+    status: ClassVar[int]
+
+    def __init_subclass__(cls, *, code: ErrorCode | None = None, status: int = 422) -> None:
+        if code is not None:
+            cls.code, cls.status = code, status
 
     def __init__(self, message: str, **detail: Any) -> None:
         super().__init__(message)
@@ -107,142 +110,88 @@ class LockstepError(Exception):
         return f"{self.message} [{self.code.value}]"
 
 
-class InvalidRequest(LockstepError):
-    code = ErrorCode.INVALID_REQUEST
-    status = 400
+class InvalidRequest(LockstepError, code=ErrorCode.INVALID_REQUEST, status=400): ...
 
 
-class ProtocolMismatch(LockstepError):
-    code = ErrorCode.PROTOCOL_MISMATCH
+class ProtocolMismatch(LockstepError, code=ErrorCode.PROTOCOL_MISMATCH): ...
 
 
-class NotReady(LockstepError):
-    code = ErrorCode.NOT_READY
-    status = 503
+class NotReady(LockstepError, code=ErrorCode.NOT_READY, status=503): ...
 
 
-class EngineDead(LockstepError):
-    code = ErrorCode.ENGINE_DEAD
-    status = 503
+class EngineDead(LockstepError, code=ErrorCode.ENGINE_DEAD, status=503): ...
 
 
-class Timeout(LockstepError):
-    code = ErrorCode.TIMEOUT
-    status = 408
+class Timeout(LockstepError, code=ErrorCode.TIMEOUT, status=408): ...
 
 
-class TooLarge(LockstepError):
-    code = ErrorCode.TOO_LARGE
-    status = 413
+class TooLarge(LockstepError, code=ErrorCode.TOO_LARGE, status=413): ...
 
 
-class Overloaded(LockstepError):
-    code = ErrorCode.OVERLOADED
-    status = 429
+class Overloaded(LockstepError, code=ErrorCode.OVERLOADED, status=429): ...
 
 
-class Draining(LockstepError):
-    code = ErrorCode.DRAINING
-    status = 503
+class Draining(LockstepError, code=ErrorCode.DRAINING, status=503): ...
 
 
-class IdempotencyConflict(LockstepError):
-    code = ErrorCode.IDEMPOTENCY_CONFLICT
-    status = 409
+class Unauthenticated(LockstepError, code=ErrorCode.UNAUTHENTICATED, status=401): ...
 
 
-class Unauthenticated(LockstepError):
-    code = ErrorCode.UNAUTHENTICATED
-    status = 401
+class Forbidden(LockstepError, code=ErrorCode.FORBIDDEN, status=403): ...
 
 
-class Forbidden(LockstepError):
-    code = ErrorCode.FORBIDDEN
-    status = 403
+class UnknownRun(LockstepError, code=ErrorCode.UNKNOWN_RUN, status=404): ...
 
 
-class UnknownRun(LockstepError):
-    code = ErrorCode.UNKNOWN_RUN
-    status = 404
+class NoFreeRun(LockstepError, code=ErrorCode.NO_FREE_RUN, status=409): ...
 
 
-class NoFreeRun(LockstepError):
-    code = ErrorCode.NO_FREE_RUN
-    status = 409
+class LeaseMismatch(LockstepError, code=ErrorCode.LEASE_MISMATCH, status=403): ...
 
 
-class LeaseMismatch(LockstepError):
-    code = ErrorCode.LEASE_MISMATCH
-    status = 403
+class StaleVersion(LockstepError, code=ErrorCode.STALE_VERSION, status=409): ...
 
 
-class StaleVersion(LockstepError):
-    code = ErrorCode.STALE_VERSION
-    status = 409
+class VersionNotActive(LockstepError, code=ErrorCode.VERSION_NOT_ACTIVE, status=409): ...
 
 
-class VersionNotActive(LockstepError):
-    code = ErrorCode.VERSION_NOT_ACTIVE
-    status = 409
+class BaseNotServed(LockstepError, code=ErrorCode.BASE_NOT_SERVED, status=409): ...
 
 
-class BaseNotServed(LockstepError):
-    code = ErrorCode.BASE_NOT_SERVED
-    status = 409
+class StepNotReached(LockstepError, code=ErrorCode.STEP_NOT_REACHED, status=409): ...
 
 
-class StepNotReached(LockstepError):
-    code = ErrorCode.STEP_NOT_REACHED
-    status = 409
+class NoFreeSlot(LockstepError, code=ErrorCode.NO_FREE_SLOT, status=503): ...
 
 
-class NoFreeSlot(LockstepError):
-    code = ErrorCode.NO_FREE_SLOT
-    status = 503
+class NoGroup(LockstepError, code=ErrorCode.NO_GROUP, status=409): ...
 
 
-class NoGroup(LockstepError):
-    code = ErrorCode.NO_GROUP
-    status = 409
+class UnknownLayout(LockstepError, code=ErrorCode.UNKNOWN_LAYOUT, status=409): ...
 
 
-class UnknownLayout(LockstepError):
-    code = ErrorCode.UNKNOWN_LAYOUT
-    status = 409
+class MalformedAdapter(LockstepError, code=ErrorCode.MALFORMED_ADAPTER): ...
 
 
-class MalformedAdapter(LockstepError):
-    code = ErrorCode.MALFORMED_ADAPTER
+class ChecksumMismatch(LockstepError, code=ErrorCode.CHECKSUM_MISMATCH): ...
 
 
-class ChecksumMismatch(LockstepError):
-    code = ErrorCode.CHECKSUM_MISMATCH
+class BaseMismatch(LockstepError, code=ErrorCode.BASE_MISMATCH, status=409): ...
 
 
-class BaseMismatch(LockstepError):
-    code = ErrorCode.BASE_MISMATCH
-    status = 409
+class UnsupportedAdapter(LockstepError, code=ErrorCode.UNSUPPORTED_ADAPTER): ...
 
 
-class UnsupportedAdapter(LockstepError):
-    code = ErrorCode.UNSUPPORTED_ADAPTER
+class RankTooHigh(LockstepError, code=ErrorCode.RANK_TOO_HIGH): ...
 
 
-class RankTooHigh(LockstepError):
-    code = ErrorCode.RANK_TOO_HIGH
+class ShapeMismatch(LockstepError, code=ErrorCode.SHAPE_MISMATCH): ...
 
 
-class ShapeMismatch(LockstepError):
-    code = ErrorCode.SHAPE_MISMATCH
+class NotFinite(LockstepError, code=ErrorCode.NOT_FINITE): ...
 
 
-class NotFinite(LockstepError):
-    code = ErrorCode.NOT_FINITE
-
-
-class InstallFailed(LockstepError):
-    code = ErrorCode.INSTALL_FAILED
-    status = 500
+class InstallFailed(LockstepError, code=ErrorCode.INSTALL_FAILED, status=500): ...
 
 
 _BY_CODE = {kind.code: kind for kind in LockstepError.__subclasses__()}

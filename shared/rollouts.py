@@ -1,4 +1,4 @@
-"""Requests and answers of `/v1/generate` and `/v1/score`: token ids in, token ids out."""
+"""Requests and responses of `/v1/generate` and `/v1/score`: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shared.sampling import SamplingParams
 from shared.weights import RUN_ID_PATTERN, WeightVersion
 
-#: An NDJSON answer is never silent for longer: where no group has finished, it holds a blank line.
+#: A stream of groups is never silent for longer: where no group has finished, it holds a blank line.
 HEARTBEAT_SECONDS = 5.0
 
 PolicySelector = Literal["latest", "base"] | WeightVersion

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StructuredOutputs(BaseModel):
-    """What a completion must look like: exactly one of these, as in `vllm.sampling_params.StructuredOutputsParams`."""
+    """Format of completions: exactly one of these, as in `vllm.sampling_params.StructuredOutputsParams`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
@@ -32,8 +32,8 @@ class StructuredOutputs(BaseModel):
 class SamplingParams(BaseModel):
     """How completions are drawn. Every field means what it means in `vllm.SamplingParams`.
 
-    Fields that only shape vLLM's own answer (`logprobs`, `detokenize`, `output_kind` ...) are not here: the answer of
-    `/v1/generate` always carries token ids and the logprobs of the sampled tokens.
+    Fields that only shape vLLM's own output (`logprobs`, `detokenize`, `output_kind` ...) are not here: responses of
+    `/v1/generate` always carry token ids and the logprobs of the sampled tokens.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -23,7 +23,7 @@ OUR_BODIES = ((OURS, generate_body), (OUR_OPENAI, completions_body))
 ROWS = (BARE, OURS, OUR_OPENAI, VLLM)
 NOTES = {
     BARE: "its requests are made in its own process: no HTTP, no JSON, no client",
-    OUR_OPENAI: "vLLM's own handlers behind our door; they make the texts, too",
+    OUR_OPENAI: "vLLM's own handlers behind our proxy; they make the texts, too",
     VLLM: "with our worker class and adapter slots, so that the engine is the same; makes the texts, too",
 }
 Wave = Callable[[Sequence[Ask], int], tuple[float, list[float]]]  # seconds of the whole and of each request

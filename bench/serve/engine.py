@@ -33,7 +33,7 @@ async def answer_one(engine: Any, ask: Ask, number: int) -> float:
     async for output in engine.generate(token_prompt(ask.prompt), params, f"bench-{number}"):
         final = output
     assert final is not None
-    counts = [len(sampled_logprobs(one.logprobs, one.token_ids)) for one in final.outputs]
+    counts = [len(sampled_logprobs(one)) for one in final.outputs]
     assert counts == [ask.tokens] * ask.n
     return time.perf_counter() - started
 

@@ -10,7 +10,7 @@ import httpx
 
 from learner.servers.credentials import tls_error
 from learner.servers.http import STATE_TIMEOUT_S, BaseClient, reason, request_timeout
-from shared import PROTOCOL_VERSION
+from shared import PROTOCOL_VERSION, wire
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import NotReady, ProtocolMismatch
 from shared.rollouts import (
@@ -23,9 +23,6 @@ from shared.rollouts import (
 )
 from shared.weights import InFlight, PushReceipt, RunState, ServerState
 
-LEASE_HEADER = "Lockstep-Lease"
-TAKEOVER_HEADER = "Lockstep-Takeover"
-IN_FLIGHT_HEADER = "Lockstep-In-Flight"
 SLICE_BYTES = 2**20
 #: Longest silence of a stream of groups: after that its server hangs, or the connection is cut off.
 SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
@@ -78,7 +75,7 @@ class RolloutClient(BaseClient):
         Raises:
             ProtocolMismatch: the server speaks another protocol version.
         """
-        document = self._json("GET", "/v1/state", timeout_s=timeout_s)
+        document = self._json("GET", wire.STATE, timeout_s=timeout_s)
         spoken = document.get("protocol") if isinstance(document, dict) else None
         if spoken != PROTOCOL_VERSION:
             raise ProtocolMismatch(
@@ -97,7 +94,7 @@ class RolloutClient(BaseClient):
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                response = self._http.get("/ready")
+                response = self._http.get(wire.READY)
                 if response.status_code == 200:
                     return self.state()
                 if response.status_code in (401, 403):
@@ -127,9 +124,7 @@ class RolloutClient(BaseClient):
             Overloaded: still, at the deadline.
         """
         body = request.model_copy(update={"stream": False})
-        return self._parse(
-            GenerateResponse, self._json("POST", "/v1/generate", body, timeout_s=self.generate_timeout_s)
-        )
+        return self._parse(GenerateResponse, self._json("POST", wire.GENERATE, body, timeout_s=self.generate_timeout_s))
 
     def iter_groups(self, request: GenerateRequest) -> Iterator[RolloutGroup]:
         """`POST /v1/generate` as a stream: yield the groups of `generate` in the order in which they finish.
@@ -139,8 +134,8 @@ class RolloutClient(BaseClient):
         """
         body = request.model_copy(update={"stream": True})
         silence_s = min(SILENCE_TIMEOUT_S, self.generate_timeout_s)
-        for line in self._stream("/v1/generate", body, timeout_s=self.generate_timeout_s, silence_s=silence_s):
-            if line.get("done"):
+        for line in self._stream(wire.GENERATE, body, timeout_s=self.generate_timeout_s, silence_s=silence_s):
+            if line.get(wire.DONE):
                 return
             yield self._parse(RolloutGroup, line)
         raise NotReady(f"{self.url} cut off a stream of completions before its end")
@@ -158,7 +153,7 @@ class RolloutClient(BaseClient):
             UnknownRun, VersionNotActive, StepNotReached, BaseNotServed: the requested policy is not served.
         """
         timeout_s = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
-        return self._parse(ScoreResponse, self._json("POST", "/v1/score", request, timeout_s=timeout_s))
+        return self._parse(ScoreResponse, self._json("POST", wire.SCORE, request, timeout_s=timeout_s))
 
     def push(
         self,
@@ -189,8 +184,8 @@ class RolloutClient(BaseClient):
             "content-length": str(sum(len(piece) for piece in pieces)),
         }
         if takeover:
-            headers[TAKEOVER_HEADER] = "1"
-        path, timeout = f"/v1/runs/{run_id}/adapter", request_timeout(self.push_timeout_s)
+            headers[wire.TAKEOVER_HEADER] = "1"
+        path, timeout = wire.ADAPTER.format(run_id=run_id), request_timeout(self.push_timeout_s)
         for attempt in (1, 2):
             try:
                 response = self._http.put(path, content=_slices(pieces), headers=headers, timeout=timeout)
@@ -202,9 +197,9 @@ class RolloutClient(BaseClient):
 
     def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
         """`POST /v1/runs/{run_id}/group`: yield the invitation, then None when all workers have joined."""
-        path, headers = f"/v1/runs/{run_id}/group", _push_headers(lease)
+        path, headers = wire.GROUP.format(run_id=run_id), _push_headers(lease)
         for line in self._stream(path, timeout_s=self.push_timeout_s, headers=headers):
-            yield None if "joined" in line else self._parse(GroupInvitation, line)
+            yield None if wire.JOINED in line else self._parse(GroupInvitation, line)
 
     def broadcast(
         self, run_id: str, announced: Announcement, lease: str, *, in_flight: InFlight = "drain"
@@ -214,17 +209,17 @@ class RolloutClient(BaseClient):
         Raises:
             NoGroup, UnknownLayout: push over HTTP first. Others as `push`.
         """
-        path, headers = f"/v1/runs/{run_id}/broadcast", _push_headers(lease, in_flight)
+        path, headers = wire.BROADCAST.format(run_id=run_id), _push_headers(lease, in_flight)
         for line in self._stream(path, announced, timeout_s=self.push_timeout_s, headers=headers):
-            yield None if "receiving" in line else self._parse(PushReceipt, line)
+            yield None if wire.RECEIVING in line else self._parse(PushReceipt, line)
 
     def sleep(self) -> ServerState:
         """`POST /v1/sleep`: make a `--share-gpu` server release its GPU memory; requests wait until `wake`."""
-        return self._parse(ServerState, self._json("POST", "/v1/sleep", timeout_s=self.push_timeout_s))
+        return self._parse(ServerState, self._json("POST", wire.SLEEP, timeout_s=self.push_timeout_s))
 
     def wake(self) -> ServerState:
         """`POST /v1/wake`: make it allocate its GPU memory and serve again."""
-        return self._parse(ServerState, self._json("POST", "/v1/wake", timeout_s=self.push_timeout_s))
+        return self._parse(ServerState, self._json("POST", wire.WAKE, timeout_s=self.push_timeout_s))
 
     def run(self, run_id: str) -> RunState:
         """`GET /v1/runs/{run_id}`: version, slots and running requests of one run.
@@ -232,7 +227,7 @@ class RolloutClient(BaseClient):
         Raises:
             UnknownRun: the server does not have it.
         """
-        return self._parse(RunState, self._json("GET", f"/v1/runs/{run_id}"))
+        return self._parse(RunState, self._json("GET", wire.RUN.format(run_id=run_id)))
 
     def delete_run(self, run_id: str, lease: str) -> None:
         """`DELETE /v1/runs/{run_id}`: end the run and free its slots.
@@ -240,11 +235,11 @@ class RolloutClient(BaseClient):
         Raises:
             UnknownRun, LeaseMismatch: the server does not have it, or another learner holds it.
         """
-        self._json("DELETE", f"/v1/runs/{run_id}", headers={LEASE_HEADER: lease})
+        self._json("DELETE", wire.RUN.format(run_id=run_id), headers={wire.LEASE_HEADER: lease})
 
 
 def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:
-    return {LEASE_HEADER: lease} | ({} if in_flight == "drain" else {IN_FLIGHT_HEADER: in_flight})
+    return {wire.LEASE_HEADER: lease} | ({} if in_flight == "drain" else {wire.IN_FLIGHT_HEADER: in_flight})
 
 
 def _slices(pieces: Sequence[bytes | memoryview]) -> Iterator[Any]:

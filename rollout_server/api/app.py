@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from types import SimpleNamespace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,29 +10,29 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
-from rollout_server.api.routes import broadcast, generate, runs, score, state
+from rollout_server.api.responses import error_response
+from rollout_server.api.routes import generate, runs, state
 from rollout_server.api.security.roles import VLLM_PATHS
 from rollout_server.service import Service
 from shared.errors import ErrorBody, InvalidRequest, LockstepError, sendable
 
 
 def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
-    """Our app with vLLM's mounted below it: a path of ours never reaches vLLM's handlers, nor the other way round."""
+    """Return our app with vLLM's mounted below it: a path of ours never reaches vLLM's handlers, nor the other way
+    round.
+    """
     app = FastAPI(
         title="Lockstep rollout server",
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.state.lockstep = service
-    for module in (generate, score, runs, broadcast, state):
+    for module in (generate, runs, state):
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
-    # Their handler of engine errors tells its uvicorn to stop when the engine is dead; ours is stopped by `lifecycle`.
-    openai_app.state.server = SimpleNamespace(should_exit=False)
-    openai_app.add_exception_handler(LockstepError, _answer_error)  # what the door keeps closed to them, too
+    openai_app.add_exception_handler(LockstepError, _answer_error)  # what `EngineProxy` refuses to vLLM's routes, too
     for kind in (AttributeError, LookupError, RecursionError):
         openai_app.add_exception_handler(kind, _answer_unreadable)
-    openai_app.middleware_stack = None  # vLLM has built it already, with the handlers that there were
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
     app.mount("/", VersionHeaderMiddleware(openai_app))
@@ -42,15 +41,15 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LockstepError)
-    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)
+    return error_response(error)
 
 
 async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse:
-    """vLLM's request models stumble over JSON of a type that they did not think of: a bad request, not a failure."""
+    """Answer 400 where vLLM's request models stumble over JSON of a type that they did not expect."""
     if not any(frame.f_code.co_name == "solve_dependencies" for frame, _ in traceback.walk_tb(error.__traceback__)):
         raise error
     message = f"a field of the request has a type that it cannot have: {type(error).__name__}: {error}"
-    return await _answer_error(request, InvalidRequest(message))
+    return error_response(InvalidRequest(message))
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
@@ -60,4 +59,4 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
         for problem in error.errors()
     ]
     text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])
-    return await _answer_error(request, InvalidRequest(text, problems=problems[:20]))
+    return error_response(InvalidRequest(text, problems=problems[:20]))

@@ -1,4 +1,4 @@
-"""A request whose client went away must free the engine at once."""
+"""Requests whose client went away: they must free the engine at once."""
 
 from __future__ import annotations
 

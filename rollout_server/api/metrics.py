@@ -34,10 +34,10 @@ REFUSED = Counter(
 
 
 class PolicySteps(Collector):
-    """The step that each run's requests are given now; a run that ends leaves nothing behind.
+    """The step at which each run is served now; a run that ends leaves no series behind.
 
     Attributes:
-        served: answers run id -> step.
+        served: returns run id -> step.
     """
 
     def __init__(self) -> None:

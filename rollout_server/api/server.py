@@ -10,23 +10,37 @@ from typing import Any
 
 import uvicorn
 
+#: An idle connection must be closed by the client, or a request may be on its way into one that the server just closed.
+#: uvicorn's default is 5 s, and so is the time for which httpx keeps one.
+_KEEP_ALIVE_SECONDS = 75
 
-class _Server(uvicorn.Server):
-    """Stops on SIGTERM and SIGINT like uvicorn, then returns: the engine has to be shut down after it.
 
-    `on_signal`, if given, decides what the first of them does. A second one ends everything at once.
+class HttpServer(uvicorn.Server):
+    """HTTP server whose first SIGTERM or SIGINT calls `on_signal`, and whose second one ends everything at once.
+
+    `serve` returns then: the engine has to be shut down after it.
+
+    Args:
+        on_signal: the default stops the server.
+        options: of `uvicorn.Config`.
     """
 
-    on_signal: Callable[[], None] | None = None
-    _signalled = False
+    def __init__(self, app: Any, on_signal: Callable[[], None] | None = None, **options: Any) -> None:
+        super().__init__(
+            uvicorn.Config(app, lifespan="off", access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, **options)
+        )
+        self._on_signal = on_signal or self.stop
+        self._signalled = False
+
+    def stop(self) -> None:
+        """Stop as soon as what is under way has been answered."""
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._signalled:
             self.should_exit = self.force_exit = True
-        elif self.on_signal is not None:
-            self.on_signal()
         else:
-            self.should_exit = True
+            self._on_signal()
         self._signalled = True
 
     @contextlib.contextmanager
@@ -40,16 +54,3 @@ class _Server(uvicorn.Server):
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
-
-
-#: An idle connection must be closed by the client, or a request may be on its way into one that the server just closed.
-#: uvicorn's default is 5 s, and so is the time for which httpx keeps one.
-_KEEP_ALIVE_SECONDS = 75
-
-
-def make_server(app: Any, on_signal: Callable[[], None] | None = None, **options: Any) -> uvicorn.Server:
-    """A uvicorn server for `app`; `options` are those of `uvicorn.Config`."""
-    config = uvicorn.Config(app, lifespan="off", access_log=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, **options)
-    server = _Server(config)
-    server.on_signal = on_signal
-    return server

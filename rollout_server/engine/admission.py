@@ -1,4 +1,4 @@
-"""A request's place on one slot, and which version each of its tokens came from."""
+"""Binding of a request to one slot, and the version of each of its tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rollout_server.runs.slots import Run, Slot
 from rollout_server.vllm_compat import versions
@@ -17,17 +17,9 @@ from shared.weights import WeightVersion
 KV = Literal["fresh", "carried"]
 
 
-class Engine(Protocol):
-    """What admissions need of vLLM's AsyncLLM; unit tests stand in for it."""
-
-    errored: bool
-
-    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncGenerator: ...
-
-
 @dataclass(frozen=True)
 class _Move:
-    """A push that running requests lived through: `tokens` says how many each output had before, by request and
+    """A push that running requests lived through: `tokens` says how many each output had before, by request id and
     output index; an output that is missing had ended."""
 
     tokens: dict[tuple[str, int], int]
@@ -36,21 +28,24 @@ class _Move:
 
 
 class Admission:
-    """A request's place on one slot: all it samples comes from there, however long it runs.
+    """A request bound to one slot, from which all its tokens are sampled, however long it runs.
 
     It holds its slot from the moment it exists until `release`, so that no push can refill the slot in between. Unless
-    a push moves running requests to its own version, that is also one version.
+    a push moves running requests to its own version, one slot is also one version.
+
+    Args:
+        engine: vLLM's AsyncLLM.
+        on_output: called at every output of the engine.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Any,
         run: Run | None = None,
         slot: Slot | None = None,
-        told: Callable[[], None] = lambda: None,
+        on_output: Callable[[], None] = lambda: None,
     ) -> None:
-        """`told`: called with every output of the engine."""
-        self._engine, self._run, self._slot, self._told = engine, run, slot, told
+        self._engine, self._run, self._slot, self._on_output = engine, run, slot, on_output
         self.version: WeightVersion | None = slot.version if slot else None
         self._submitted: dict[str, WeightVersion | None] = {}
         self._moves: defaultdict[str, list[_Move]] = defaultdict(list)
@@ -63,7 +58,7 @@ class Admission:
         return bool(self._moves)
 
     def release(self) -> None:
-        """Let go of the slot; calling it again does nothing."""
+        """Release the slot; calling it again does nothing."""
         run, self._run = self._run, None
         if run and self._slot:
             run.release(self._slot, self)
@@ -75,13 +70,13 @@ class Admission:
         self.release()
 
     def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: KV) -> None:
-        """Its slot holds `version` from now on. `tokens`: how many each output of each running request has so far."""
-        self.version = version  # of what it submits from now on
+        """Sample from `version` from now on. `tokens`: how many each output of each running request has so far."""
+        self.version = version
         for request_id in self._submitted:
             self._moves[request_id].append(_Move(tokens, version, kv))
 
     def spans(self, request_id: str, index: int, tokens: int) -> list[VersionSpan]:
-        """Spans of a finished output of `tokens` tokens; without a push in between, one."""
+        """Return the spans of a finished output of `tokens` tokens; without a push in between, one."""
         version, start, kv = self._submitted[request_id], 0, "fresh"
         spans = []
         for move in self._moves.get(request_id, ()):
@@ -98,7 +93,7 @@ class Admission:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's `generate` on this version. `prompt`: one of vLLM's prompt dicts.
+        """Generate on this version with vLLM. `prompt`: one of vLLM's prompt dicts.
 
         Raises:
             LockstepError: `engine_dead`.
@@ -108,12 +103,13 @@ class Admission:
             await self._run.not_moving.wait()
             prompt = _salted(prompt, self._slot.salt)
             if self._slot.slot_id:
-                kwargs["lora_request"] = _lora_request(self._slot)
+                # Name and id of a slot never change; the salt tells installs apart.
+                kwargs["lora_request"] = versions.lora_request(f"slot-{self._slot.slot_id}", self._slot.slot_id)
         self._submitted[request_id] = self._slot.version if self._slot else None
         async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
             try:
                 async for output in stream:
-                    self._told()
+                    self._on_output()
                     _check_given_up(output)
                     yield output
             except versions.engine_dead_error() as error:
@@ -131,7 +127,7 @@ def _check_given_up(output: Any) -> None:
 
 
 def _check_integers(sampling_params: Any) -> None:
-    """vLLM keeps what it knows of a request for ever if it cannot send it to its engine."""
+    """Refuse integers that vLLM cannot send to its engine: it would keep the request's state for ever."""
     import msgspec  # vLLM's
 
     try:
@@ -140,15 +136,8 @@ def _check_integers(sampling_params: Any) -> None:
         raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
 
 
-def _lora_request(slot: Slot) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    # Name and id of a slot never change; what tells installs apart is the salt.
-    return LoRARequest(f"slot-{slot.slot_id}", slot.slot_id, "/in-memory")
-
-
 def _salted(prompt: Any, salt: str) -> Any:
-    """The prompt under a prefix-cache salt of this install (and the client's own, if it sent one)."""
+    """Return the prompt with the prefix-cache salt of this install (and the client's own, if it sent one)."""
     if not isinstance(prompt, dict):
         raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
     own = prompt.get("cache_salt")

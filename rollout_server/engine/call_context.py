@@ -14,19 +14,15 @@ class CallContext:
     """One HTTP request to vLLM's routes, which may become several requests to the engine.
 
     Attributes:
-        wanted: the precondition.
-        versions: those it was admitted to, in order.
-        refusal: what the door said instead.
+        wanted: the version that it insists on.
+        versions: those it was admitted to, in order; `base` for the base model.
+        refusal: why `EngineProxy` did not admit it.
     """
 
     wanted: WeightVersion | None = None
     versions: dict[str, None] = field(default_factory=dict)
     refusal: LockstepError | None = None
 
-    def admitted(self, version: WeightVersion | None) -> None:
-        """The door has admitted a part of it."""
-        self.versions[str(version or "base")] = None
 
-
-#: That of the running task; None beneath our own routes.
+#: Of the running task; None in our own routes.
 CALL_CONTEXT: ContextVar[CallContext | None] = ContextVar("lockstep_call", default=None)

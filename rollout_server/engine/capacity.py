@@ -1,9 +1,10 @@
-"""How much this server takes on at once, and whether it takes on anything at all."""
+"""Bounds on the work of this server, and whether it takes new work at all."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from rollout_server.settings import ServerSettings
 from shared.errors import Draining, LockstepError, Overloaded, TooLarge
@@ -12,10 +13,10 @@ _POLL_SECONDS = 0.05
 
 
 class Capacity:
-    """Counts what is under way, over all routes, and refuses what goes beyond the settings.
+    """Counts work under way, over all routes, and refuses what goes beyond the settings.
 
-    What fills an engine are sequences, prompts times n, so they are what is bounded; requests are bounded for the
-    memory that their bodies take.
+    What fills an engine are sequences, prompts times n, so they are bounded; requests are bounded for the memory that
+    their bodies take.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -31,11 +32,11 @@ class Capacity:
         return self._draining.is_set()
 
     def drain(self) -> None:
-        """Take nothing new from now on; what is under way goes on."""
+        """Take nothing new from now on; work under way goes on."""
         self._draining.set()
 
     async def drained(self, seconds: float) -> bool:
-        """Wait until `drain` was called, then until nothing is under way or `seconds` have passed; is nothing left?"""
+        """Wait for `drain`, then until nothing is under way or `seconds` have passed; return whether all is done."""
         await self._draining.wait()
         deadline = asyncio.get_running_loop().time() + seconds
         while self.sequences or self.requests:
@@ -45,7 +46,7 @@ class Capacity:
         return True
 
     def check(self, sequences: int = 1) -> None:
-        """Would there be room for so many?
+        """Check that there is room for so many.
 
         Raises:
             LockstepError: `draining`, `overloaded`.
@@ -60,7 +61,7 @@ class Capacity:
             )
 
     def take(self, prompts: int, n: int = 1) -> Callable[[], None]:
-        """Count `prompts` times `n` sequences as under way; answers what gives their room back, once.
+        """Count `prompts` times `n` sequences as under way; return what gives their room back, once.
 
         Raises:
             LockstepError: `too_large` for what could never be taken; `draining`, `overloaded`.
@@ -76,10 +77,16 @@ class Capacity:
                 raise too_large(f"{prompts} prompts with n = {n}", flag, limit)
         self.check(sequences)
         self.sequences += sequences
-        return _once(lambda: self._give_back(sequences))
+        taken = [sequences]
+
+        def give_back() -> None:
+            if taken:
+                self.sequences -= taken.pop()
+
+        return give_back
 
     def check_tokens(self, tokens: int) -> None:
-        """Refuse a request of more `tokens`, given and asked for, than one may have.
+        """Check the `tokens` of one request, given and asked for.
 
         Raises:
             LockstepError: `too_large`.
@@ -88,8 +95,9 @@ class Capacity:
         if tokens > limit:
             raise too_large(f"{tokens} tokens, given and asked for", "--max-request-tokens", limit)
 
-    def enter(self, *, bounded: bool = True) -> Callable[[], None]:
-        """Count a request as under way; answers what says that it has been answered.
+    @contextlib.contextmanager
+    def request(self, *, bounded: bool = True) -> Iterator[None]:
+        """Count a request as under way.
 
         Raises:
             LockstepError: `overloaded`.
@@ -100,11 +108,10 @@ class Capacity:
                 "seconds of Retry-After"
             )
         self.requests += 1
-
-        def leave() -> None:
+        try:
+            yield
+        finally:
             self.requests -= 1
-
-        return _once(leave)
 
     def hold(self, size: int) -> None:
         """Count so many more bytes (or less) of bodies in memory.
@@ -119,20 +126,7 @@ class Capacity:
             )
         self._body_bytes += size
 
-    def _give_back(self, sequences: int) -> None:
-        self.sequences -= sequences
-
 
 def too_large(what: str, flag: str, limit: int) -> LockstepError:
-    """What to answer a request beyond a limit."""
+    """Return the error for a request beyond a limit."""
     return TooLarge(f"{what} are beyond the server's {flag} {limit}; split the request", limit=limit)
-
-
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    left = [function]
-
-    def call() -> None:
-        if left:
-            left.pop()()
-
-    return call

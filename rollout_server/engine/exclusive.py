@@ -1,4 +1,4 @@
-"""`--deterministic`: one request at a time, admitted as a whole, so that the engine forms the same batches every time.
+"""`--deterministic`: one request at a time, admitted at once, so that the engine forms the same batches every time.
 
 What a matrix product rounds to depends on the batch it is computed in. Equal seeds give equal tokens and logprobs only
 if requests meet the same company at every step of the engine.
@@ -17,25 +17,18 @@ _POLL_SECONDS = 0.002
 
 
 class Exclusive:
-    """Whose turn it is; on a server that is not deterministic everyone's, always."""
+    """Exclusive use of the engine by one request; no effect unless `enabled`."""
 
     def __init__(self, proxy: EngineProxy, *, enabled: bool) -> None:
         self._proxy = proxy
         self._lock = asyncio.Lock() if enabled else None
 
     async def take(self) -> Callable[[], None]:
-        """Wait for a turn; answers what gives it back, and may be called twice."""
-        lock = self._lock
-        if lock is None:
+        """Wait until no other request has the engine; return what releases it, to be called once."""
+        if self._lock is None:
             return lambda: None
-        await lock.acquire()
-        held = [lock]
-
-        def give_back() -> None:
-            if held:
-                held.pop().release()
-
-        return give_back
+        await self._lock.acquire()
+        return self._lock.release
 
     @asynccontextmanager
     async def together(self, submitted: Callable[[set[str]], Iterable[bool]]) -> AsyncIterator[None]:

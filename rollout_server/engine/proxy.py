@@ -1,6 +1,6 @@
-"""The one door to the engine. Salt, LoRARequest and version are set here and nowhere else.
+"""Single entry point to the engine: salt, LoRARequest and version are set here and nowhere else.
 
-Every route goes through `EngineProxy`, vLLM's own OpenAI routes included: they believe it to be the engine client.
+Every route goes through `EngineProxy`, vLLM's own OpenAI routes included, which take it for the engine client.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class EngineProxy:
         self._runs = runs
         self._given_up: LockstepError | None = None
         self.capacity = capacity or Capacity(ServerSettings())
-        self.outputs = 0  # that the engine has given; grows
+        self.outputs = 0  # of the engine so far
         self.held = 0  # pauses under way that the engine has agreed to
         self.asleep = False
-        self._still = asyncio.Lock()  # whoever ends a pause lets the engine go on, also one that another had begun
+        self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
 
     @property
     def errored(self) -> bool:
@@ -70,11 +70,11 @@ class EngineProxy:
 
     @property
     def dead_error(self) -> BaseException:
-        """Why, if so."""
+        """The reason for `errored`."""
         return self._given_up or self._engine.dead_error
 
     def give_up(self, reason: LockstepError) -> None:
-        """The engine cannot be trusted, or hangs: end this server, and every request with an error."""
+        """End this server, and every request with an error: the engine hangs, or cannot be trusted."""
         self._given_up = reason
         versions.fail_requests(self._engine)
 
@@ -99,9 +99,10 @@ class EngineProxy:
         return self._admit_run(run, wanted)
 
     def _admit_model(self, model: str | None, wanted: WeightVersion | None) -> Admission:
-        """`model`: of the OpenAI routes, None for the base."""
+        """Admit a request of the OpenAI routes; `model` is None for the base."""
         if model is not None:
-            return self._admit_run(self._runs.get(run_of_model(model)), wanted)
+            run_id = model.removeprefix(POLICY_MODEL).removeprefix(":") or None
+            return self._admit_run(self._runs.get(run_id), wanted)
         if wanted is not None:
             raise VersionNotActive(f"the model asked for is the base, not {wanted}; ask for {POLICY_MODEL}")
         return self._admit_base()
@@ -109,7 +110,7 @@ class EngineProxy:
     def _admit_base(self) -> Admission:
         self._runs.check_base_served()
         base = self._runs.base
-        return Admission(self._engine, base, base.slots[0] if base else None, self._told)
+        return Admission(self._engine, base, base.slots[0] if base else None, self._count_output)
 
     def _admit_run(self, run: Run, wanted: WeightVersion | None = None) -> Admission:
         slot = run.active
@@ -119,15 +120,15 @@ class EngineProxy:
                 f"run {run.run_id} serves {served}, not {wanted or 'any adapter'}",
                 served=slot.version.model_dump() if slot and slot.version else None,
             )
-        return Admission(self._engine, run, slot, self._told)
+        return Admission(self._engine, run, slot, self._count_output)
 
-    def _told(self) -> None:
+    def _count_output(self) -> None:
         self.outputs += 1
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's engine-client call, as its OpenAI routes make it: a LoRA name is a run, no LoRA is the base."""
+        """Generate as vLLM's OpenAI routes ask for it: a LoRA name means a run, no LoRA the base."""
         call = CALL_CONTEXT.get() or CallContext()
         with contextlib.ExitStack() as held:
             try:
@@ -135,17 +136,17 @@ class EngineProxy:
                 await self._runs.admitting()
                 admission = self._admit_model(lora_request.lora_name if lora_request else None, call.wanted)
                 held.enter_context(admission)
-                call.admitted(admission.version)
+                call.versions[str(admission.version or "base")] = None
                 async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
                     async for output in outputs:
                         yield output
             except LockstepError as error:
                 call.refusal = error
-                # In a form that vLLM's routes answer in theirs, where it comes too late to be answered in ours.
+                # vLLM's routes report this form in theirs, where it comes too late for an error response of ours.
                 raise HTTPException(error.status, str(error)) from error
 
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
-        """Pooling requests reach the base model only."""
+        """Refuse pooling requests to anything but the base model."""
         if lora_request is not None:
             raise InvalidRequest("pooling requests are served by the base model only")
         if self._runs.base is not None:
@@ -154,8 +155,8 @@ class EngineProxy:
 
     @asynccontextmanager
     async def paused(self, *, clear_cache: bool) -> AsyncIterator[dict[tuple[str, int], int]]:
-        """Hold all running requests between two tokens; yields how many tokens each output has so far, by request id
-        and output index. With `clear_cache` they recompute their KV afterwards.
+        """Hold all running requests between two tokens; yield how many tokens each output has so far, by request id
+        and output index. With `clear_cache` they compute their KV again afterwards.
 
         Raises:
             TimeoutError: the engine did not agree to it.
@@ -170,14 +171,14 @@ class EngineProxy:
                 yield self.output_tokens()
             finally:
                 self.held -= held
-                # An engine that was stopped by a signal answers when it goes on; nobody else has to wait for that.
+                # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
                 resumed = asyncio.ensure_future(self._engine.resume_generation())
                 await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
                 if resumed.done():
                     resumed.result()
 
     async def put_to_sleep(self, level: int) -> None:
-        """Hold all requests, and nobody may pause, until `wake`. `level`: vLLM's."""
+        """Hold all requests until `wake`, and let nobody pause meanwhile. `level`: vLLM's."""
         await self._still.acquire()
         self.asleep = True
         self.held += 1
@@ -191,25 +192,13 @@ class EngineProxy:
         self._still.release()
 
     def output_tokens(self) -> dict[tuple[str, int], int]:
-        """Tokens so far of every output under way, by request id and output index."""
+        """Return how many tokens every output under way has, by request id and output index."""
         return versions.output_tokens(self._engine)
 
     def running(self) -> set[str]:
-        """Ids of the requests that the engine has been given, with all their outputs, and not finished."""
+        """Return the ids of unfinished requests that the engine has received with all their outputs."""
         return versions.submitted_requests(self._engine)
 
     async def register_workers(self, *args: Any, timeout: float) -> None:
         """Run `lockstep_register` of our worker class on every worker of every engine."""
         await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)
-
-
-def run_of_model(model: str) -> str | None:
-    """The run that an OpenAI model name means; None for plain `policy`."""
-    return model.removeprefix(POLICY_MODEL).removeprefix(":") or None
-
-
-def openai_lora_request(model: str) -> Any:
-    """What vLLM's model list holds for a policy; the door puts the real slot in its place."""
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(model, 1, "/in-memory")

@@ -12,7 +12,7 @@ from rollout_server.engine.proxy import EngineProxy
 from rollout_server.ipc.client import Workers
 from shared.errors import EngineDead, InvalidRequest
 
-logger = logging.getLogger("rollout_server")
+logger = logging.getLogger("lockstep.engine")
 
 #: Weights go to host memory and back.
 _MOVE_SECONDS = 300.0
@@ -21,27 +21,27 @@ _MOVE_SECONDS = 300.0
 class Sleep:
     """Puts the engine to sleep and wakes it, one after the other, and never during a push.
 
-    Requests that run or come meanwhile wait, whatever their route, and go on when the engine wakes: they compute their
-    KV anew and keep their versions.
+    Requests that run or arrive meanwhile wait, whatever their route, and go on when the engine wakes: they compute
+    their KV again and keep their versions.
 
     Args:
-        level: vLLM's: 1 moves the weights to host memory and gives up the KV cache; 0, for CPUs, only stands still.
+        level: vLLM's: 1 moves the weights to host memory and gives up the KV cache; 0, for CPUs, only holds requests.
     """
 
     def __init__(self, proxy: EngineProxy, workers: Workers, *, enabled: bool, level: int = 1) -> None:
         self._proxy, self._workers, self._enabled, self._level = proxy, workers, enabled, level
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._given_back: list[int] = []  # bytes, of each worker's GPU
 
     async def fall_asleep(self) -> None:
-        """Give the GPU's memory back, after a push that is under way; nothing if it sleeps already.
+        """Give the GPU's memory back, after a push that is under way; no effect if it sleeps already.
 
         Raises:
             LockstepError: `invalid_request` without --share-gpu, `install_failed` if a worker is still writing what a
                 push left behind; `engine_dead`.
         """
         self._check_enabled()
-        async with self._turn:
+        async with self._lock:
             if not self._proxy.asleep:
                 before = await self._free()
                 self._given_back = [0] * len(before)
@@ -49,23 +49,23 @@ class Sleep:
                 self._given_back = [free - old for old, free in zip(before, await self._free(), strict=True)]
 
     async def wake(self) -> None:
-        """Take the memory again and go on; nothing if it is awake.
+        """Take the memory again and go on; no effect if it is awake.
 
         Raises:
             LockstepError: `invalid_request` without --share-gpu, or while others hold the memory: it sleeps on then;
                 `engine_dead`.
         """
         self._check_enabled()
-        async with self._turn:
+        async with self._lock:
             await self._wake()
 
     @asynccontextmanager
     async def kept_awake(self) -> AsyncIterator[None]:
-        """Within it the engine is awake, since its weights are about to be written."""
+        """Keep the engine awake in this block, which writes to its weights."""
         if not self._enabled:
             yield
             return
-        async with self._turn:
+        async with self._lock:
             await self._wake()
             yield
 
@@ -81,7 +81,7 @@ class Sleep:
         await self._moved(self._proxy.wake(self._level), "wake up")
 
     async def _free(self) -> list[int]:
-        """Free bytes of each worker's GPU, when none is writing any more; nothing on CPUs."""
+        """Return the free bytes of each worker's GPU, once none is writing any more; nothing on CPUs."""
         answers = await self._workers.call("free_memory", _MOVE_SECONDS)
         return [answer["free"] for answer in answers if answer["free"] is not None]
 

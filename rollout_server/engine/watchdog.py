@@ -1,4 +1,4 @@
-"""A watchdog for an engine that lives and makes no progress."""
+"""Watchdog for an engine that lives but makes no progress."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from rollout_server.engine.proxy import EngineProxy
 from shared.errors import EngineDead
 
-_LOOKS = 30  # within the limit; each goes over all requests
+_LOOKS = 30  # within the limit; each walks over all requests
 
 
 class StallWatchdog:
-    """Gives the engine up that has requests and, for `limit` seconds, no new token for any of them."""
+    """Gives up an engine that has requests and, for `limit` seconds, no new token for any of them; 0: never."""
 
     def __init__(self, proxy: EngineProxy, limit: float) -> None:
         self._proxy, self._limit, self._interval = proxy, limit, min(limit / _LOOKS, 10.0)
@@ -21,7 +21,7 @@ class StallWatchdog:
         self._tokens: dict[tuple[str, int], int] = {}
 
     def look(self) -> None:
-        """To be called once a second or so."""
+        """Check for progress; to be called once a second or so."""
         now = time.monotonic()
         passed = now - self._looked
         if not self._limit or passed < self._interval:
@@ -40,7 +40,7 @@ class StallWatchdog:
             )
 
     def _progressed(self) -> bool:
-        """Whether there is a new token, or nothing that should have got one since the last look."""
+        """Return whether there is a new token, or no request that should have got one since the last look."""
         proxy, before, outputs = self._proxy, self._tokens, self._outputs
         self._tokens, self._outputs = proxy.output_tokens(), proxy.outputs
         if proxy.held or not self._tokens or not before or outputs != self._outputs:

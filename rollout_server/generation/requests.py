@@ -1,34 +1,46 @@
-"""One generate request as jobs for the engine, one per prompt, all of them on one version."""
+"""A generate request as jobs for the engine, one per prompt, all of them on one version."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from rollout_server.engine.admission import Admission
+from rollout_server.engine.exclusive import Exclusive
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.tokenization import check_lengths, tokenize
 from rollout_server.generation.vllm_params import to_completion, to_vllm, token_prompt
-from rollout_server.service import Service
+from rollout_server.runs.table import RunTable
 from rollout_server.vllm_compat import versions
-from shared.errors import EngineDead, InvalidRequest
-from shared.rollouts import GenerateRequest, RolloutGroup
+from shared.errors import EngineDead, InvalidRequest, LockstepError
+from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, RolloutGroup
+
+logger = logging.getLogger("lockstep.generation")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The completions of one prompt."""
+    """The completions of one prompt.
+
+    Attributes:
+        params: vLLM's.
+        tokenizer: None where no text is wanted.
+        truncated: the request cuts the distribution, so the kept mass is wanted.
+    """
 
     admission: Admission
     prompt_index: int
     token_ids: list[int]
     params: Any
     tokenizer: Any
-    skip_special_tokens: bool
-    request_id: str
     truncated: bool
+    request_id: str = field(default_factory=lambda: f"generate-{uuid.uuid4().hex}")
 
     async def run(self) -> RolloutGroup:
         """Generate; the group is complete or an error is raised."""
@@ -60,38 +72,76 @@ class Job:
             return None
         if self.params.detokenize:
             return output.text
-        return self.tokenizer.decode(output.token_ids, skip_special_tokens=self.skip_special_tokens)
+        return self.tokenizer.decode(output.token_ids, skip_special_tokens=self.params.skip_special_tokens)
 
 
-async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[RolloutGroup]]:
-    """Check the whole request, bind it to a version, and set it running: one task per prompt.
+async def generate(
+    body: GenerateRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive
+) -> AsyncGenerator[RolloutGroup | None, None]:
+    """Yield the groups of a request in the order they finish.
 
-    Its room, its turn and the version's slot are held until the last task has ended, whoever awaits them.
+    None comes before the first group, when the request has been checked and runs, and after every `HEARTBEAT_SECONDS`
+    without a group. Closing the generator aborts what still runs in the engine.
 
     Raises:
         LockstepError: `invalid_request`, `unknown_run`, `version_not_active`, `step_not_reached`, `too_large`,
-            `overloaded`, `draining`.
+            `overloaded`, `draining`, `engine_dead`.
+    """
+    finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+    starting = asyncio.ensure_future(_start(body, proxy, runs, exclusive))
+    starting.add_done_callback(finished.put_nowait)
+    try:
+        while await _next(finished) is None:
+            yield None
+        tasks = starting.result()
+        yield None
+        for task in tasks:
+            task.add_done_callback(finished.put_nowait)
+        for _ in tasks:
+            while (done := await _next(finished)) is None:
+                yield None
+            yield done.result()
+    except LockstepError:
+        raise
+    except Exception as error:
+        logger.exception("a generate request failed")
+        raise EngineDead(f"generation failed: {type(error).__name__}: {error}") from error
+    finally:
+        starting.cancel()
+        (started,) = await asyncio.gather(starting, return_exceptions=True)
+        left = [] if isinstance(started, BaseException) else started
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+
+async def _next(queue: asyncio.Queue[T]) -> T | None:
+    """Return the next item, or None if there is none within `HEARTBEAT_SECONDS`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(HEARTBEAT_SECONDS):
+            return await queue.get()
+    return None
+
+
+async def _start(
+    body: GenerateRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive
+) -> list[asyncio.Future[RolloutGroup]]:
+    """Check the complete request, bind it to a version, and set it running: one task per prompt.
+
+    Its sequences are counted, and the version's slot is held, until the last task has ended.
     """
     held = contextlib.ExitStack()
     tasks: list[asyncio.Future[RolloutGroup]] = []
-    running: set[asyncio.Future[RolloutGroup]] = set()
     try:
-        held.callback(service.proxy.capacity.take(len(body.prompts), body.sampling.n))
-        jobs = await _jobs(service, body, held)
-
-        def ended(task: asyncio.Future) -> None:
-            running.discard(task)
-            if not running:
-                held.close()
+        held.callback(proxy.capacity.take(len(body.prompts), body.sampling.n))
+        jobs = await _jobs(body, proxy, runs, exclusive, held)
 
         def submitted(ids: set[str]) -> list[bool]:
             return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
 
-        async with service.exclusive.together(submitted):
+        async with exclusive.together(submitted):
             tasks += [asyncio.ensure_future(job.run()) for job in jobs]
-            running.update(tasks)
-            for task in tasks:
-                task.add_done_callback(ended)
+            asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: held.close())
     except BaseException:
         for task in tasks:
             task.cancel()
@@ -101,45 +151,38 @@ async def start(service: Service, body: GenerateRequest) -> list[asyncio.Future[
     return tasks
 
 
-async def _jobs(service: Service, body: GenerateRequest, held: contextlib.ExitStack) -> list[Job]:
-    """The request's jobs, checked and bound to a version; `held` ends what they hold."""
-    prompts = [tokenize(service, prompt, body.chat_template_kwargs) for prompt in body.prompts]
-    check_lengths(service, prompts, room=body.sampling.max_tokens or 1)
-    service.proxy.capacity.check_tokens(
-        sum(len(ids) + body.sampling.n * _room(service, ids, body.sampling.max_tokens) for ids in prompts)
+async def _jobs(
+    body: GenerateRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive, held: contextlib.ExitStack
+) -> list[Job]:
+    """Return the request's jobs, checked and bound to a version; `held` releases what they hold."""
+    given_as_text = any(prompt.token_ids is None for prompt in body.prompts)
+    wants_text = given_as_text if body.return_text is None else body.return_text
+    # A server without a tokenizer serves token ids.
+    tokenizer = proxy.get_tokenizer() if given_as_text or wants_text else None
+    prompts = [tokenize(tokenizer, prompt, body.chat_template_kwargs) for prompt in body.prompts]
+    max_tokens = body.sampling.max_tokens
+    check_lengths(prompts, max_tokens or 1, proxy.model_config)
+    limit = proxy.model_config.max_model_len
+    proxy.capacity.check_tokens(
+        sum(len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens) for ids in prompts)
     )
-    wants_text = body.return_text
-    if wants_text is None:
-        wants_text = any(prompt.token_ids is None for prompt in body.prompts)
-    tokenizer = service.proxy.get_tokenizer() if wants_text else None
     params = _params(body)
-    await service.reached(body)
-    held.callback(await service.exclusive.take())
-    admission = held.enter_context(await service.admit(body))
+    if body.min_step is not None:
+        await runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
+    held.callback(await exclusive.take())
+    await runs.admitting()
+    admission = held.enter_context(proxy.admit(body))
+    decoder, truncated = tokenizer if wants_text else None, body.sampling.truncates
     return [
-        Job(
-            admission,
-            index,
-            token_ids,
-            own,
-            tokenizer,
-            body.skip_special_tokens,
-            f"generate-{uuid.uuid4().hex}",
-            body.sampling.truncates,
-        )
+        Job(admission, index, token_ids, own, decoder, truncated)
         for index, (token_ids, own) in enumerate(zip(prompts, params, strict=True))
     ]
 
 
-def _room(service: Service, token_ids: list[int], max_tokens: int | None) -> int:
-    """Tokens that a completion may get."""
-    return service.served.max_model_len - len(token_ids) if max_tokens is None else max_tokens
-
-
 def _params(body: GenerateRequest) -> list[Any]:
-    """vLLM's parameters for each prompt; those with the same seed share them."""
+    """Return vLLM's parameters for each prompt; prompts with the same seed share them."""
     made = {}
     for seed in {prompt.seed for prompt in body.prompts}:
-        made[seed] = to_vllm(body.sampling if seed is None else body.sampling.model_copy(update={"seed": seed}))
-        made[seed].skip_special_tokens = body.skip_special_tokens
+        sampling = body.sampling if seed is None else body.sampling.model_copy(update={"seed": seed})
+        made[seed] = to_vllm(sampling, skip_special_tokens=body.skip_special_tokens)
     return [made[prompt.seed] for prompt in body.prompts]

@@ -1,4 +1,4 @@
-"""Logprobs of given tokens, teacher-forced."""
+"""Teacher-forced logprobs of given tokens."""
 
 from __future__ import annotations
 
@@ -7,21 +7,36 @@ import contextlib
 import uuid
 
 from rollout_server.engine.admission import Admission
+from rollout_server.engine.exclusive import Exclusive
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.tokenization import check_lengths
 from rollout_server.generation.vllm_params import scoring_params, token_prompt
-from rollout_server.service import Service
-from shared.rollouts import ScoreRequest, ScoreResponse
+from rollout_server.runs.table import RunTable
+from shared.rollouts import ScoreRequest
+from shared.weights import WeightVersion
 
 
-async def _score(body: ScoreRequest, service: Service) -> ScoreResponse:
+async def score(
+    body: ScoreRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive
+) -> tuple[WeightVersion | None, list[list[float]]]:
+    """Score all sequences under one version.
+
+    Returns:
+        The version, None for the base model, and for each sequence the logprobs of all its tokens but the first.
+
+    Raises:
+        LockstepError: as `requests.generate`.
+    """
     with contextlib.ExitStack() as held:
-        held.callback(service.proxy.capacity.take(len(body.sequences)))
-        check_lengths(service, body.sequences, room=1)
-        service.proxy.capacity.check_tokens(sum(map(len, body.sequences)))
-        await service.reached(body)
-        held.callback(await service.exclusive.take())
+        held.callback(proxy.capacity.take(len(body.sequences)))
+        check_lengths(body.sequences, 1, proxy.model_config)
+        proxy.capacity.check_tokens(sum(map(len, body.sequences)))
+        if body.min_step is not None:
+            await runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
+        held.callback(await exclusive.take())
         while True:
-            with await service.admit(body) as admission:
+            await runs.admitting()
+            with proxy.admit(body) as admission:
                 jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
                 try:
                     logprobs = await asyncio.gather(*jobs)
@@ -29,9 +44,8 @@ async def _score(body: ScoreRequest, service: Service) -> ScoreResponse:
                     for job in jobs:
                         job.cancel()
                     await asyncio.gather(*jobs, return_exceptions=True)
-            if not admission.moved:  # else a push came in between and some positions are under another version
-                break
-    return ScoreResponse(epoch=service.epoch, version=admission.version, logprobs=logprobs)
+            if not admission.moved:  # else a push landed in between and some positions are under another version
+                return admission.version, logprobs
 
 
 async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.service import Service
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
 #: Parameters of `apply_chat_template` that are no variables of a template. A template is a program: none comes with a
 #: request.
-_OURS = frozenset(
+_RESERVED = frozenset(
     {
         "conversation",
         "chat_template",
@@ -28,20 +27,21 @@ _OURS = frozenset(
 )
 
 
-def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:
-    """Token ids of one prompt.
+def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:
+    """Return the token ids of one prompt.
+
+    Args:
+        tokenizer: one of transformers; not used for a prompt of token ids.
 
     Raises:
         LockstepError: `invalid_request` when the tokenizer or its chat template refuses.
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
-    if "chat_template" in chat_template_kwargs:
-        raise InvalidRequest("chat_template_kwargs: the template is the server's own; leave chat_template out")
-    tokenizer = service.proxy.get_tokenizer()
-    if taken := _OURS & chat_template_kwargs.keys():
+    if taken := _RESERVED & chat_template_kwargs.keys():
         raise InvalidRequest(
-            f"chat_template_kwargs: how prompts are made is the server's own; leave {', '.join(sorted(taken))} out"
+            "chat_template_kwargs: the template and how it is used are the server's own; leave "
+            f"{', '.join(sorted(taken))} out"
         )
     try:
         if prompt.text is not None:
@@ -49,19 +49,21 @@ def tokenize(service: Service, prompt: Prompt, chat_template_kwargs: dict[str, A
         ids = tokenizer.apply_chat_template(
             prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
         )
-    except Exception as error:  # templates raise whatever their author chose
+    except Exception as error:  # templates raise what their author chose
         raise InvalidRequest(f"the prompt cannot be tokenized: {error}") from error
     return list(ids)
 
 
-def check_lengths(service: Service, sequences: list[list[int]], room: int) -> None:
+def check_lengths(sequences: list[list[int]], room: int, model_config: Any) -> None:
     """Refuse sequences that leave no `room` tokens in the model's context, or hold ids outside the vocabulary.
+
+    Args:
+        model_config: vLLM's.
 
     Raises:
         LockstepError: `invalid_request` with the index of the sequence.
     """
-    limit = service.served.max_model_len
-    vocabulary = service.proxy.model_config.get_vocab_size()
+    limit, vocabulary = model_config.max_model_len, model_config.get_vocab_size()
     for index, sequence in enumerate(sequences):
         if len(sequence) + room > limit:
             raise InvalidRequest(

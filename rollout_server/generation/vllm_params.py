@@ -1,4 +1,4 @@
-"""Our sampling parameters as vLLM's, and vLLM's outputs as our completions."""
+"""Sampling parameters for vLLM, and completions from vLLM's outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shared.sampling import SamplingParams
 
 
 def token_prompt(token_ids: list[int]) -> dict[str, Any]:
-    """vLLM's engine input for a prompt of token ids."""
+    """Return vLLM's engine input for a prompt of token ids."""
     return {"type": "token", "prompt_token_ids": token_ids}
 
 
-def to_vllm(params: SamplingParams) -> Any:
-    """vLLM's SamplingParams for one prompt: final output only, the sampled tokens' logprobs, nothing else.
+def to_vllm(params: SamplingParams, *, skip_special_tokens: bool = True) -> Any:
+    """Return vLLM's SamplingParams for one prompt: final output only, logprobs of the sampled tokens only.
 
     Raises:
         LockstepError: `invalid_request` with vLLM's own words when it refuses a value.
@@ -34,6 +34,7 @@ def to_vllm(params: SamplingParams) -> Any:
             flat_logprobs=True,
             # Stop and bad-word strings are matched on decoded text; token ids alone do not need decoding.
             detokenize=bool(params.stop),
+            skip_special_tokens=skip_special_tokens,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
     except versions.refusals() as error:
@@ -41,7 +42,7 @@ def to_vllm(params: SamplingParams) -> Any:
 
 
 def scoring_params() -> Any:
-    """vLLM's SamplingParams that return the raw logprob of every prompt token."""
+    """Return vLLM's SamplingParams for the raw logprob of every prompt token."""
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -51,12 +52,16 @@ def scoring_params() -> Any:
 
 
 def to_completion(output: Any, spans: list[VersionSpan], text: str | None, *, truncated: bool = False) -> Completion:
-    """One of vLLM's completion outputs. `truncated`: its request cuts the distribution, so the kept mass is wanted."""
-    token_ids = list(output.token_ids)
+    """Return one of vLLM's completion outputs as ours.
+
+    Args:
+        truncated: the request cuts the distribution, so the kept mass is wanted.
+    """
+    ranks = [output.logprobs.ranks[start] for start in output.logprobs.start_indices]
     return Completion(
-        token_ids=token_ids,
-        logprobs=sampled_logprobs(output.logprobs, token_ids),
-        log_kept_mass=kept_mass.decoded(sampled_ranks(output.logprobs, token_ids)) if truncated else None,
+        token_ids=list(output.token_ids),
+        logprobs=sampled_logprobs(output),
+        log_kept_mass=kept_mass.decoded(ranks) if truncated else None,
         finish_reason=output.finish_reason,
         stop_reason=output.stop_reason,
         spans=spans,
@@ -64,18 +69,6 @@ def to_completion(output: Any, spans: list[VersionSpan], text: str | None, *, tr
     )
 
 
-def sampled_logprobs(logprobs: Any, token_ids: list[int]) -> list[float]:
-    """ln p of each sampled token, from vLLM's flat logprobs or its list of dicts."""
-    starts = getattr(logprobs, "start_indices", None)
-    if starts is not None:
-        # The sampled token comes first at each position.
-        return [logprobs.logprobs[start] for start in starts]
-    return [position[token].logprob for position, token in zip(logprobs, token_ids, strict=True)]
-
-
-def sampled_ranks(logprobs: Any, token_ids: list[int]) -> list[int | None]:
-    """What vLLM calls the rank of each sampled token; see `kept_mass`."""
-    starts = getattr(logprobs, "start_indices", None)
-    if starts is not None:
-        return [logprobs.ranks[start] for start in starts]
-    return [position[token].rank for position, token in zip(logprobs, token_ids, strict=True)]
+def sampled_logprobs(output: Any) -> list[float]:
+    """Return ln p of each sampled token of a completion output; it comes first at each position."""
+    return [output.logprobs.logprobs[start] for start in output.logprobs.start_indices]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 SUPPORTED = ((0, 26), (0, 33))
@@ -47,9 +47,27 @@ def make_arg_parser(parser: Any) -> Any:
 
 
 def build_openai_app(args: Any, supported_tasks: tuple[str, ...], model_config: Any) -> Any:
-    """vLLM's FastAPI app with its OpenAI routes."""
+    """vLLM's FastAPI app with its OpenAI routes, which may still be given exception handlers (0.26 to 0.33)."""
     module = _first_module("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server")
-    return module.build_app(args, supported_tasks, model_config)
+    app = module.build_app(args, supported_tasks, model_config)
+    app.middleware_stack = None  # built already, with the handlers that there were; the first request builds it again
+    # vLLM's handler of engine errors tells its uvicorn to stop; `lifecycle` stops ours.
+    app.state.server = SimpleNamespace(should_exit=False)
+    return app
+
+
+def list_models(state: Any, names: list[str]) -> None:
+    """Show adapters of these names, and no others, as models on the routes of `init_openai_state` (0.26 to 0.33)."""
+    listed = state.openai_serving_models.lora_requests
+    listed.clear()
+    listed.update({name: lora_request(name, 1) for name in names})
+
+
+def lora_request(name: str, slot_id: int) -> Any:
+    """vLLM's request for the adapter in a slot, which is never read from a file."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, slot_id, "/in-memory")
 
 
 async def init_openai_state(engine: Any, state: Any, args: Any, supported_tasks: tuple[str, ...]) -> None:
@@ -76,10 +94,8 @@ def lora_manager(worker: Any) -> Any:
 
 def pin_empty_adapter(worker: Any, slot_id: int, rank: int) -> None:
     """Register a zero adapter of `rank` under `slot_id`, put it into a GPU slot and pin it there for good."""
-    from vllm.lora.request import LoRARequest
-
     manager = worker.model_runner.lora_manager
-    manager.add_dummy_lora(LoRARequest(f"slot-{slot_id}", slot_id, "/in-memory"), rank=rank)
+    manager.add_dummy_lora(lora_request(f"slot-{slot_id}", slot_id), rank=rank)
     manager._adapter_manager.activate_adapter(slot_id)
     manager.pin_adapter(slot_id)
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from learner.servers.client import LEASE_HEADER
 from shared.adapter_file import MANIFEST_KEY
+from shared.wire import LEASE_HEADER
 from tests.integration.support.server import HTTP
 
 

@@ -88,33 +88,33 @@ async def _websocket_status(app: Any, path: str, headers: dict[str, str]) -> int
 
 
 async def test_every_route_asks_for_a_token_and_its_role(apps: SimpleNamespace) -> None:
-    gate = ReadinessMiddleware()
-    gate.open(apps.app)
-    guard = AuthMiddleware(gate, Tokens({}, HELD))
+    readiness = ReadinessMiddleware()
+    readiness.open(apps.app)
+    auth = AuthMiddleware(readiness, Tokens({}, HELD))
     routes = sorted(set(_routes(apps.app.routes)))
     assert {path for _, path in routes} >= set(SERVED), routes
     for method, path in routes:
         for also in {method, "HEAD", "OPTIONS"} - {"websocket"} or {method}:
-            assert await _status(guard, also, path, None) == 401, (also, path)
+            assert await _status(auth, also, path, None) == 401, (also, path)
         needed = role_needed(method, path)
         if needed is not Role.METRICS:
-            assert await _status(guard, method, path, Role.METRICS) == 403, (method, path)
+            assert await _status(auth, method, path, Role.METRICS) == 403, (method, path)
         if needed is not Role.GENERATE:
-            assert await _status(guard, method, path, Role.GENERATE) == 403, (method, path)
+            assert await _status(auth, method, path, Role.GENERATE) == 403, (method, path)
     open_to_scrapers = {path for method, path in routes if role_needed(method, path) is Role.METRICS}
     assert open_to_scrapers == {"/metrics", "/metrics/"}
     for path in ("/health", "/ready"):
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://server") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(auth), base_url="http://server") as client:
             answer = await client.get(path)
         assert answer.status_code == 200
         assert answer.content == b""
 
 
 async def test_what_vllm_opens_for_developers_is_not_there_at_all(apps: SimpleNamespace) -> None:
-    gate = ReadinessMiddleware()
-    gate.open(apps.app)
+    readiness = ReadinessMiddleware()
+    readiness.open(apps.app)
     assert set(CLOSED) <= apps.vllm, "vLLM has renamed them: look again at what must stay closed"
     for path in CLOSED:
         for method in ("GET", "POST"):
-            assert await _status(AuthMiddleware(gate, Tokens({}, HELD)), method, path, Role.WEIGHTS) == 404, path
-            assert await _status(gate, method, path, None) == 404, path
+            assert await _status(AuthMiddleware(readiness, Tokens({}, HELD)), method, path, Role.WEIGHTS) == 404, path
+            assert await _status(readiness, method, path, None) == 404, path

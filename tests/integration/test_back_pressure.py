@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
 import time
@@ -22,7 +21,7 @@ from tests.integration.support import policy as P
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.integration.support.waiting import until
 
-ORPHAN_S, STALL_S = 5.0, 25.0
+STALL_S = 25.0
 LIMITS = [
     "--max-body-mib",
     "1",
@@ -34,10 +33,6 @@ LIMITS = [
     "16",
     "--max-request-tokens",
     "37000",
-    "--orphan-seconds",
-    str(ORPHAN_S),
-    "--idempotency-ttl",
-    "60",
     "--engine-stall-seconds",
     str(STALL_S),
 ]
@@ -73,23 +68,16 @@ def _post(server: ServerProcess, body: dict, path: str = "/v1/generate", **kw) -
     return HTTP.post(server.url + path, json=body, **kw)
 
 
-def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate", headers: str = "") -> socket.socket:
+def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate") -> socket.socket:
     """Send a request and return its connection."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n{headers}"
+        f"POST {path} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     connection.sendall(head.encode() + content)
     return connection
-
-
-def _answer(connection: socket.socket) -> dict:
-    answer = http.client.HTTPResponse(connection)
-    answer.begin()
-    assert answer.status == 200
-    return json.load(answer)
 
 
 def test_what_is_too_large(server: ServerProcess) -> None:
@@ -191,48 +179,6 @@ def _left(server: ServerProcess, connection: socket.socket) -> None:
     """Disconnect, and check that nothing is held for the request at once, while the engine is stopped."""
     connection.close()
     until(lambda: server.metric("lockstep_sequences") == 0)
-
-
-def test_a_key_joins_and_survives_its_client(server: ServerProcess) -> None:
-    body = {**LONG, "sampling": {"n": 8, "max_tokens": 1000, "ignore_eos": True}}
-
-    def keyed(key: str, **change) -> httpx.Response:
-        return _post(server, {**body, **change}, headers={"Idempotency-Key": key})
-
-    with ThreadPoolExecutor() as pool:
-        with server.frozen_engine():
-            first = pool.submit(keyed, "join")
-            until(lambda: server.metric("lockstep_sequences") == 8, running=first)
-            second = pool.submit(keyed, "join", stream=True)
-            conflict = keyed("join", policy="latest")
-        assert conflict.status_code == 409
-        assert conflict.json()["error"]["code"] == "idempotency_conflict"
-        groups = first.result().json()["groups"]
-        *lines, done = map(json.loads, filter(None, second.result().text.splitlines()))
-    assert lines == groups, "generated once: there was no seed"
-    assert done["done"] is True, "generated once: there was no seed"
-    assert keyed("join").json() == {"epoch": done["epoch"], "groups": groups}, "also when it has ended"
-    assert _post(server, body).json()["groups"] != groups
-
-    before = server.metric("vllm:generation_tokens_total")
-    with server.frozen_engine():
-        left = _sent(server, body, headers="Idempotency-Key: left\r\n")
-        until(lambda: server.metric("lockstep_sequences") == 8)
-        left.close()
-        time.sleep(0.3)
-        again = _sent(server, body, headers="Idempotency-Key: left\r\n")
-    assert len(_answer(again)["groups"]) == 1
-    assert server.metric("vllm:generation_tokens_total") - before <= 8 * 1000, "generated once"
-
-    with server.frozen_engine():
-        orphan = _sent(server, LONG, headers="Idempotency-Key: orphan\r\n")
-        until(lambda: server.metric("lockstep_sequences") == 36)
-        orphan.close()
-        left = time.monotonic()
-        until(lambda: server.metric("lockstep_sequences") == 0)
-        assert time.monotonic() - left > ORPHAN_S * 0.75
-    failed = [keyed("failed", policy={"run_id": "nobody", "step": 0}).status_code for _ in range(2)]
-    assert failed == [404, 404]
 
 
 def test_an_engine_that_hangs_ends_the_server(server: ServerProcess) -> None:

@@ -32,7 +32,7 @@ TOKENS = (400, 150, 400)
 BETWEEN_PUSHES = 60
 
 
-class LabellingDoor(EngineProxy):
+class LabellingProxy(EngineProxy):
     """Also sets vLLM's own weight version at the end of a pause."""
 
     label = ""
@@ -47,14 +47,14 @@ class LabellingDoor(EngineProxy):
 @asynccontextmanager
 async def serving(model: Path, *flags: str) -> AsyncIterator[Service]:
     """A rollout server without HTTP."""
-    gate, (args, config, settings) = ReadinessMiddleware(), cli.resolve([str(model), *FLAGS, *flags])
+    readiness, (args, config, settings) = ReadinessMiddleware(), cli.resolve([str(model), *FLAGS, *flags])
     try:
-        yield await lifecycle.start(args, config, settings, gate, Capacity(settings))
+        yield await lifecycle.start(args, config, settings, readiness, Capacity(settings))
     finally:
-        gate.close()
+        readiness.close()
 
 
-async def push(service: Service, proxy: LabellingDoor, run_id: str, policy: Any, step: int) -> None:
+async def push(service: Service, proxy: LabellingProxy, run_id: str, policy: Any, step: int) -> None:
     version = WeightVersion(run_id=run_id, fence=0, step=step)
 
     async def body() -> AsyncIterator[bytes]:
@@ -91,7 +91,7 @@ async def test_spans_are_vllms_own_for_one_run_and_right_for_several(
     policy = P.make_policy(model)
     async with serving(model, "--max-runs", "2", "--max-num-seqs", "16") as service:
         engine: AsyncLLM = service.proxy._engine
-        proxy = service.installer.proxy = LabellingDoor(engine, service.runs)
+        proxy = service.installer.proxy = LabellingProxy(engine, service.runs)
         for run_id in ("still", "moving"):
             await push(service, proxy, run_id, policy, 0)
         await engine.update_weight_version("0")

@@ -1,20 +1,17 @@
-"""The outermost ASGI layer: without a token that has the role, nothing gets further than this."""
+"""The outermost ASGI layer: without a token that has the role, no request gets further than this."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rollout_server.api.responses import error_response
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import OPEN, may, role_needed
 from shared.bearer_tokens import TOKEN_VARIABLE
-from shared.errors import ErrorCode, Forbidden, LockstepError, Unauthenticated
+from shared.errors import Forbidden, LockstepError, Unauthenticated
 
-#: Key of the ASGI scope: who asks, as a digest of the token.
-PRINCIPAL = "lockstep_principal"
 _BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
 _HOW = f"a learner takes it from --token_file or ${TOKEN_VARIABLE}, other clients send `Authorization: Bearer TOKEN`"
 
@@ -33,13 +30,10 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope)
         if refusal is None:
-            if self._tokens is not None and (token := _presented(scope)) is not None:
-                scope[PRINCIPAL] = hashlib.sha256(token).hexdigest()
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            headers = {"WWW-Authenticate": "Bearer"} if refusal.code is ErrorCode.UNAUTHENTICATED else None
-            body = refusal.body().model_dump(mode="json")
-            await JSONResponse(body, status_code=refusal.status, headers=headers)(scope, receive, send)
+            headers = {"WWW-Authenticate": "Bearer"} if isinstance(refusal, Unauthenticated) else None
+            await error_response(refusal, headers)(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
 
@@ -60,7 +54,7 @@ class AuthMiddleware:
 
 
 def _presented(scope: Scope) -> bytes | None:
-    """The token in the request's one Authorization header."""
+    """Return the token in the request's one Authorization header."""
     values = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
     match = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
     return match[1] if match else None

@@ -1,29 +1,32 @@
-"""The ASGI layer that bounds requests, how many at once and how large, before anything of them is parsed."""
+"""The ASGI layer that bounds requests, how many at once and how large, before they are parsed."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.api import metrics
+from rollout_server.api.responses import error_response
 from rollout_server.engine.capacity import Capacity, too_large
 from rollout_server.settings import ServerSettings
+from shared import wire
 from shared.errors import LockstepError, Timeout
 
 _BODY_SECONDS = 120.0
 _RETRY_AFTER = "1"
 _REFUSALS = (429, 503)
-#: Ordered under any load, also that which waits for it: they have no body worth a bound, and begin nothing.
-_ORDERS = ("/v1/drain", "/v1/sleep", "/v1/wake")
-#: They count for themselves what they bring, and may join what is under way.
-_COUNTED_LATER = ("/v1/generate", "/v1/score")
+#: Let through under any load, and while others wait for their turn: they have no body, and begin no work.
+_ORDERS = (wire.DRAIN, wire.SLEEP, wire.WAKE)
+#: Their handlers count the sequences, which are known once the body has been parsed.
+_COUNTED_LATER = (wire.GENERATE, wire.SCORE)
+_RUNS = wire.RUN.format(run_id="")
 
 
 class LimitsMiddleware:
-    """Lets requests through to `app`, each with its whole body.
+    """Lets requests through to `app`, each with its complete body.
 
     Pushes are let through under any load: a learner must be able to go on. Adapters are streamed past it; they have
     `--max-adapter-mib`, and a deadline of their own.
@@ -36,8 +39,7 @@ class LimitsMiddleware:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] in _ORDERS:
             await self._app(scope, receive, send)
             return
-        control = scope["path"].startswith("/v1/runs/")
-        held: list[int] = []
+        is_push = scope["path"].startswith(_RUNS)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
@@ -45,26 +47,19 @@ class LimitsMiddleware:
                 MutableHeaders(scope=message).setdefault("Retry-After", _RETRY_AFTER)
             await send(message)
 
-        try:
-            leave = self._capacity.enter(bounded=not control)
-        except LockstepError as error:
-            await _refuse(error, scope, receive, answer)
-            return
-        try:
+        with contextlib.ExitStack() as held:
             try:
+                held.enter_context(self._capacity.request(bounded=not is_push))
                 self._check(scope["method"], scope["path"])
-                if not (control and scope["method"] == "PUT"):
+                if not (is_push and scope["method"] == "PUT"):
                     body = await self._body(Headers(scope=scope), receive, held)
                     if body is None:
                         return
                     receive = _again(body, receive)
             except LockstepError as error:
-                await _refuse(error, scope, receive, answer)
+                await error_response(error)(scope, receive, answer)
                 return
             await self._app(scope, receive, answer)
-        finally:
-            self._capacity.hold(-sum(held))
-            leave()
 
     def _check(self, method: str, path: str) -> None:
         """Refuse what can be refused before it is read.
@@ -72,14 +67,14 @@ class LimitsMiddleware:
         Raises:
             LockstepError: `draining`, `overloaded`.
         """
-        if path.startswith("/v1/runs/"):
+        if path.startswith(_RUNS):
             if method != "DELETE":
                 self._capacity.check(0)
         elif path not in _COUNTED_LATER:
             self._capacity.check()
 
-    async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes | None:
-        """The whole body; None if the client left. `held`: bytes that were counted as held.
+    async def _body(self, headers: Headers, receive: Receive, held: contextlib.ExitStack) -> bytes | None:
+        """Read the body; None if the client left. Its bytes count until `held` is closed.
 
         Raises:
             LockstepError: `too_large` as soon as that is known, `timeout`, `overloaded`.
@@ -99,16 +94,17 @@ class LimitsMiddleware:
                     if len(body) + len(chunk) > limit:
                         raise too_large(f"more than {limit} bytes", "--max-body-mib", self._settings.max_body_mib)
                     self._capacity.hold(len(chunk))
-                    held.append(len(chunk))
                     body += chunk
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
             raise Timeout(f"the request's body did not arrive within {_BODY_SECONDS:g} s") from None
+        finally:
+            held.callback(self._capacity.hold, -len(body))
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """`receive` of a request whose body has been read."""
+    """Return `receive` of a request whose body has been read."""
     left = [body]
 
     async def again() -> Message:
@@ -117,7 +113,3 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return again
-
-
-async def _refuse(error: LockstepError, scope: Scope, receive: Receive, send: Send) -> None:
-    await JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)(scope, receive, send)

@@ -1,60 +1,63 @@
-"""Around the app, inside the guard: answers `/health` and `/ready` while the model loads, then lets requests in."""
+"""Inside `AuthMiddleware`: `/health` and `/ready` from the start, everything else once the model is loaded."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
 
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from shared.errors import EngineDead, NotReady
+from rollout_server.api.responses import error_response
+from rollout_server.api.security.roles import OPEN
+from shared import wire
+from shared.errors import EngineDead, LockstepError, NotReady
 
 
 class ReadinessMiddleware:
-    """ASGI app that becomes the real one when it is ready."""
+    """ASGI app that hands requests to the server's own app from `open` to `close`."""
 
     def __init__(self) -> None:
         self._app: ASGIApp | None = None
-        self._lifespan: Any = None
-        self._closers: list[Callable[[], None]] = []
-        self.healthy: Callable[[], bool] = lambda: True
-        self.ready: Callable[[], bool] = lambda: True
+        self._resources = contextlib.ExitStack()
+        self._healthy: Callable[[], bool] = lambda: True
+        self._ready: Callable[[], bool] = lambda: True
 
     def open(
         self, app: ASGIApp, healthy: Callable[[], bool] = lambda: True, ready: Callable[[], bool] = lambda: True
     ) -> None:
-        """From now on `app` answers. `healthy`: is the engine behind it alive? `ready`: does it take new requests?"""
-        self._app = app
-        self.healthy, self.ready = healthy, ready
+        """Let requests through to `app`.
+
+        Args:
+            healthy: is the engine behind it alive?
+            ready: does it take new requests?
+        """
+        self._app, self._healthy, self._ready = app, healthy, ready
 
     def on_close(self, closer: Callable[[], None]) -> None:
         """Run `closer` when the server goes down, last registered first."""
-        self._closers.append(closer)
+        self._resources.callback(closer)
 
     def close(self) -> None:
-        """Stop answering for good and release what was registered."""
+        """Stop serving for good and release what was registered."""
         self._app = None
-        while self._closers:
-            self._closers.pop()()
+        self._resources.close()
 
     @property
     def is_open(self) -> bool:
-        """Has the model been loaded and warmed up?"""
+        """Whether the model has been loaded and warmed up."""
         return self._app is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in ("/health", "/ready"):
-            ok = self.healthy() and (scope["path"] == "/health" or (self.is_open and self.ready()))
+        if scope["type"] == "http" and scope["path"] in OPEN:
+            ok = self._healthy() and (scope["path"] == wire.HEALTH or (self.is_open and self._ready()))
             await Response(status_code=200 if ok else 503)(scope, receive, send)
-        elif self._app is not None and self.healthy():
+        elif self._app is not None and self._healthy():
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            error = NotReady("the model is still being loaded; wait until /ready answers 200")
-            if not self.healthy():
-                error = EngineDead("the engine has died; this server is about to stop")
-            headers = {"Retry-After": "5"}
-            response = JSONResponse(error.body().model_dump(), status_code=error.status, headers=headers)
-            await response(scope, receive, send)
+            error: LockstepError = EngineDead("the engine has died; this server is about to stop")
+            if self._healthy():
+                error = NotReady("the model is still being loaded; wait until /ready answers 200")
+            await error_response(error, {"Retry-After": "5"})(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1013})

@@ -1,25 +1,20 @@
-"""Around vLLM's OpenAI routes: the version of an answer as a header, one as a precondition, and refusals of the door.
+"""Versions in headers around vLLM's OpenAI routes: that of a response, and one that a request insists on.
 
-vLLM's routes know nothing of versions, and begin a streamed answer before they ask the engine for anything. So the
-start of every answer is held back until its first bytes: by then the door has admitted the request, or refused it.
+vLLM's routes know nothing of versions, and begin a streamed response before they ask the engine for anything. So the
+start of every response is held back until its first bytes: by then `EngineProxy` has admitted or refused the request.
 """
 
 from __future__ import annotations
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
+from rollout_server.api.responses import error_response
 from rollout_server.engine.call_context import CALL_CONTEXT, CallContext
-from shared.errors import InvalidRequest, LockstepError
+from shared.errors import InvalidRequest
 from shared.weights import WeightVersion
-
-#: Of an answer: the version that it started on, `base` for the base model. With several prompts, and a push between
-#: them, it names several.
-VERSION_HEADER = "Lockstep-Version"
-#: Of a request: the version it must be answered by, or else 409 `version_not_active`.
-POLICY_HEADER = "Lockstep-Policy"
+from shared.wire import POLICY_HEADER, VERSION_HEADER
 
 
 class VersionHeaderMiddleware:
@@ -34,10 +29,11 @@ class VersionHeaderMiddleware:
             await self._app(scope, receive, send)
             return
         call, start, refused = CallContext(), None, False
+        wanted = Headers(scope=scope).get(POLICY_HEADER)
         try:
-            call.wanted = _wanted(Headers(scope=scope).get(POLICY_HEADER))
-        except LockstepError as error:
-            await _error(error)(scope, receive, send)
+            call.wanted = None if wanted is None else WeightVersion.parse(wanted)
+        except ValueError as error:
+            await error_response(InvalidRequest(f"{POLICY_HEADER}: {error}"))(scope, receive, send)
             return
 
         async def answer(message: Message) -> None:
@@ -50,7 +46,7 @@ class VersionHeaderMiddleware:
             if start is not None:
                 if call.refusal is not None:
                     refused = True
-                    await _error(call.refusal)(scope, receive, send)
+                    await error_response(call.refusal)(scope, receive, send)
                     return
                 if call.versions:
                     MutableHeaders(scope=start)[VERSION_HEADER] = ", ".join(call.versions)
@@ -63,16 +59,3 @@ class VersionHeaderMiddleware:
             await self._app(scope, receive, answer)
         finally:
             CALL_CONTEXT.reset(token)
-
-
-def _wanted(header: str | None) -> WeightVersion | None:
-    if header is None:
-        return None
-    try:
-        return WeightVersion.parse(header)
-    except ValueError as error:
-        raise InvalidRequest(f"{POLICY_HEADER}: {error}") from error
-
-
-def _error(error: LockstepError) -> JSONResponse:
-    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status)

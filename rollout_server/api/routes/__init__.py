@@ -1,4 +1,4 @@
-"""One file per resource; no logic beyond HTTP."""
+"""One file per resource: HTTP in, HTTP out, and counting for `/metrics`."""
 
 from __future__ import annotations
 

@@ -1,61 +1,58 @@
-"""`POST /v1/generate`: completions of prompts, with logprobs and the version that every token came from."""
+"""Completions of prompts, with logprobs and the version of every token; logprobs of given tokens."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from functools import partial
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from rollout_server.api.disconnect import until_disconnect
-from rollout_server.api.idempotency import Answer
-from rollout_server.api.middleware.auth import PRINCIPAL
+from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
-from rollout_server.api.streaming import Ndjson
-from rollout_server.generation.requests import start
-from shared.errors import LockstepError
-from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, GenerateResponse
+from rollout_server.generation import requests, scoring
+from shared import wire
+from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
 
 router = APIRouter()
-Key = Annotated[
-    str | None,
-    Header(min_length=1, max_length=256, description="the same key and body again: the same answer, generated once"),
-]
+Groups = AsyncGenerator[RolloutGroup | None, None]
 
 
 @router.post(
-    "/v1/generate",
+    wire.GENERATE,
     response_model=GenerateResponse,
-    responses={200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {wire.NDJSON_TYPE: {"schema": {"type": "string"}}}}},
 )
-async def generate(body: GenerateRequest, request: Request, service: ServiceDep, idempotency_key: Key = None) -> Any:
+async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Any:
     """`sampling.n` completions for each prompt; one JSON answer, or NDJSON groups as they finish."""
-    caller = request.scope.get(PRINCIPAL, "")
-    answer = service.answers.open(partial(start, service, body), body, caller, idempotency_key)
-    answer.join()
-    try:
-        if body.stream:  # what has to wait for long says so by its blank lines
-            with contextlib.suppress(TimeoutError):
-                await until_disconnect(request, asyncio.wait_for(answer.started(), HEARTBEAT_SECONDS))
-            return Ndjson(_lines(answer, service.epoch), answer.leave)
-        groups = await until_disconnect(request, answer.groups())
-    except BaseException:
-        answer.leave()
-        raise
-    answer.leave()
-    whole = b'{"epoch":"%s","groups":[%s]}' % (service.epoch.encode(), b",".join(groups))
-    return Response(whole, media_type="application/json")
+    groups = requests.generate(body, service.proxy, service.runs, service.exclusive)
+    if body.stream:
+        return await until_disconnect(request, Ndjson.begin(_lines(groups, service.epoch)))
+    content = b'{"epoch":"%s","groups":[%s]}'
+    joined = b",".join(await until_disconnect(request, _in_order(groups)))
+    return Response(content % (service.epoch.encode(), joined), media_type="application/json")
 
 
-async def _lines(answer: Answer, epoch: str) -> AsyncIterator[bytes]:
-    """One line per group, blank ones in between; then `{"done": true}`, or `{"error": ...}` if something failed."""
-    try:
-        async for line in answer.lines():
-            yield line + b"\n"
-        yield b'{"done":true,"epoch":"%s"}\n' % epoch.encode()
-    except LockstepError as error:
-        yield error.body().model_dump_json().encode() + b"\n"
+async def _in_order(groups: Groups) -> list[bytes]:
+    """Return all groups as JSON, each encoded when it finishes, in the order of the prompts."""
+    async with aclosing(groups):
+        encoded = {group.prompt_index: group.model_dump_json().encode() async for group in groups if group}
+    return [encoded[index] for index in sorted(encoded)]
+
+
+async def _lines(groups: Groups, epoch: str) -> AsyncGenerator[bytes, None]:
+    """Yield an empty line for each None, then a line that says that all groups have been sent."""
+    async with aclosing(groups):
+        async for group in groups:
+            yield group.model_dump_json().encode() if group else b""
+    yield wire.marker(wire.DONE, epoch=epoch)
+
+
+@router.post(wire.SCORE)
+async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
+    """Raw logprobs at temperature 1 under one version for all sequences."""
+    scored = scoring.score(body, service.proxy, service.runs, service.exclusive)
+    version, logprobs = await until_disconnect(request, scored)
+    return ScoreResponse(epoch=service.epoch, version=version, logprobs=logprobs)

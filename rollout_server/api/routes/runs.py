@@ -1,55 +1,102 @@
-"""`/v1/runs/{run_id}`: the state of a run, and pushes of its adapter."""
+"""`/v1/runs/{run_id}`: the state of a run, and pushes of its adapter over HTTP or by broadcast.
+
+Broadcasts are answered with NDJSON, because both sides act in between: the first line says that the learner may go on,
+the last one how it ended. What is refused before the first line is an ordinary error response.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
 from rollout_server.api import metrics
+from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
-from shared.errors import InvalidRequest
+from shared import wire
+from shared.collective import Announcement
 from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState
 
 router = APIRouter()
 RunId = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
-Lease = Annotated[str, Header(min_length=8, max_length=256, description="the secret of the learner that holds the run")]
-InFlightHeader = Annotated[InFlight, Header(description="what becomes of running requests")]
-Takeover = Annotated[bool, Header(description="take the run over from another learner")]
+Lease = Annotated[
+    str,
+    Header(
+        alias=wire.LEASE_HEADER,
+        min_length=8,
+        max_length=256,
+        description="the secret of the learner that holds the run",
+    ),
+]
+InFlightHeader = Annotated[
+    InFlight, Header(alias=wire.IN_FLIGHT_HEADER, description="what happens to running requests when the push lands")
+]
+Takeover = Annotated[bool, Header(alias=wire.TAKEOVER_HEADER, description="take the run over from another learner")]
 
 
-@router.get("/v1/runs/{run_id}")
+@router.get(wire.RUN)
 async def get_run(run_id: RunId, service: ServiceDep) -> RunState:
     """The version being served, and the slots."""
     return service.runs.get(run_id).state()
 
 
-@router.put("/v1/runs/{run_id}/adapter")
+@router.put(wire.ADAPTER)
 async def put_adapter(
     run_id: RunId,
     request: Request,
     service: ServiceDep,
-    lockstep_lease: Lease,
-    lockstep_takeover: Takeover = False,
-    lockstep_in_flight: InFlightHeader = "drain",
+    lease: Lease,
+    takeover: Takeover = False,
+    in_flight: InFlightHeader = "drain",
 ) -> PushReceipt:
     """Install a new version of the run's adapter; the body is one safetensors blob with our manifest."""
     with metrics.counted_push() as count:
-        receipt = await service.installer.push(
-            run_id, lockstep_lease, lockstep_takeover, request.stream(), lockstep_in_flight
-        )
+        receipt = await service.push(run_id, lease, takeover, request.stream(), in_flight)
         count(receipt)
-    service.list_policies()
     return receipt
 
 
-@router.delete("/v1/runs/{run_id}", status_code=204)
-async def delete_run(run_id: RunId, service: ServiceDep, lockstep_lease: Lease) -> Response:
+@router.delete(wire.RUN, status_code=204)
+async def delete_run(run_id: RunId, service: ServiceDep, lease: Lease) -> Response:
     """End a run: its running requests finish, its slots become free (and a base it was merged into is restored)."""
-    run = service.runs.get(run_id)
-    service.runs.check_open(run_id, lockstep_lease, takeover=False)
-    if run.push_lock.locked():
-        raise InvalidRequest(f"run {run_id} is receiving a push; stop its learner first")
-    await service.installer.end(run_id)
-    service.list_policies()
+    await service.end_run(run_id, lease)
     return Response(status_code=204)
+
+
+@router.post(wire.GROUP, response_class=StreamingResponse)
+async def join_group(run_id: RunId, service: ServiceDep, lease: Lease) -> StreamingResponse:
+    """Meet the workers in a collective group: first a `GroupInvitation`, then `{"joined": true}`."""
+    return await Ndjson.begin(_lines(service.join_group(run_id, lease), wire.JOINED))
+
+
+@router.post(wire.BROADCAST, response_class=StreamingResponse)
+async def broadcast(
+    run_id: RunId,
+    announced: Announcement,
+    service: ServiceDep,
+    lease: Lease,
+    in_flight: InFlightHeader = "drain",
+) -> StreamingResponse:
+    """Install an adapter that comes by broadcast: first `{"receiving": true}`, then the `PushReceipt`."""
+    events = service.broadcast(run_id, lease, announced, in_flight)
+    return await Ndjson.begin(_lines(_counted(events), wire.RECEIVING))
+
+
+async def _counted(events: AsyncGenerator[PushReceipt | None, None]) -> AsyncGenerator[PushReceipt | None, None]:
+    with metrics.counted_push() as count:
+        async with aclosing(events):
+            async for receipt in events:
+                if receipt is not None:
+                    count(receipt)
+                yield receipt
+
+
+async def _lines(events: AsyncGenerator[BaseModel | None, None], marker: str) -> AsyncGenerator[bytes, None]:
+    """Yield events as lines; `marker` stands for None."""
+    async with aclosing(events):
+        async for event in events:
+            yield event.model_dump_json().encode() if event else wire.marker(marker)

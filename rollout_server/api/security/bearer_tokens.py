@@ -1,7 +1,8 @@
-"""The server's tokens: which role each one has, read from files that may change while the server runs."""
+"""The server's tokens and their roles, read from files that may change while the server runs."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -14,11 +15,11 @@ from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
 
-logger = logging.getLogger("rollout_server")
+logger = logging.getLogger("lockstep.api")
 
 
 class Tokens:
-    """Only digests are kept. A file that changes counts at once; one that becomes unusable changes nothing.
+    """Keeps digests only. A file that changes counts at once; one that becomes unusable changes nothing.
 
     Raises:
         LockstepError: `invalid_request`: a file that cannot be read or holds no usable token.
@@ -31,7 +32,7 @@ class Tokens:
         self._known = self._read()
 
     def role_of(self, presented: bytes) -> Role | None:
-        """The role of a token, None if it is not known. Takes as long for a near miss as for any other."""
+        """Return the role of a token, None if it is unknown; a near miss takes as long as any other token."""
         self._follow_files()
         digest, found = _digest(presented), None
         for known, role in self._known:
@@ -53,14 +54,7 @@ class Tokens:
         return known
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
-        stamps: list[tuple[int, int, int] | None] = []
-        for path in self._files.values():
-            try:
-                status = os.stat(path)
-                stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
-            except OSError:
-                stamps.append(None)
-        return stamps
+        return [_stamp(path) for path in self._files.values()]
 
     def _follow_files(self) -> None:
         stamps = self._stamps()
@@ -69,13 +63,13 @@ class Tokens:
         self._seen = stamps
         try:
             self._known = self._read()
-            logger.info("token files read anew: %d tokens", len(self._known))
+            logger.info("token files read again: %d tokens", len(self._known))
         except LockstepError as error:
             logger.error("the tokens stay as they were: %s", error)
 
 
 def configured_tokens(settings: ServerSettings) -> Tokens | None:
-    """What flags and environment say; None where requests need no token.
+    """Return the tokens of flags and environment; None where requests need no token.
 
     Raises:
         LockstepError: `invalid_request`: tokens that cannot be used, or none that a learner could push with.
@@ -97,6 +91,13 @@ def configured_tokens(settings: ServerSettings) -> Tokens | None:
             f"no learner could push without a token of its own: give --token-file too, or ${TOKEN_VARIABLE}"
         )
     return Tokens(files) if files else None
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_ino, status.st_size
+    return None
 
 
 def _digest(token: bytes) -> bytes:

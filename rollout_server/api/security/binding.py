@@ -1,4 +1,4 @@
-"""What this server may be bound to, and with which protection; decided before the model is loaded."""
+"""Addresses that this server may be bound to, and with which protection; checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.errors import InvalidRequest
 
-logger = logging.getLogger("rollout_server")
+logger = logging.getLogger("lockstep.api")
 
 
 def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
-    """Refuse what would leave the server open, or only seem to protect it.
+    """Refuse flags that would leave the server open, or only seem to protect it.
 
     Raises:
         LockstepError: `invalid_request`, with what to do instead.
     """
     if args.api_key or os.environ.get("VLLM_API_KEY"):
         raise InvalidRequest(
-            "--api-key and $VLLM_API_KEY guard some of vLLM's paths and none of this server's: use --token-file or "
+            "--api-key and $VLLM_API_KEY protect some of vLLM's paths and none of this server's: use --token-file or "
             f"${TOKEN_VARIABLE}"
         )
     _check_tls(args)
@@ -49,7 +49,7 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
 
 
 def tls_options(args: Any) -> dict[str, Any]:
-    """vLLM's TLS flags, as uvicorn's options."""
+    """Return vLLM's TLS flags as uvicorn's options."""
     named = {
         "ssl_keyfile": args.ssl_keyfile,
         "ssl_certfile": args.ssl_certfile,

@@ -1,13 +1,16 @@
-"""Which role a request needs: the one table of all routes. What is not in it needs the strongest role.
+"""Roles that requests need: the only table of all routes. A route that is not in it needs the strongest role.
 
 It is also the list of vLLM's routes that are served at all: development endpoints, runtime LoRA, elastic scaling,
-weight transfer and whatever a plugin or a later version adds are not in it.
+weight transfer and what a plugin or a later version adds are not in it.
 """
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
+
+from starlette.routing import compile_path
+
+from shared import wire
 
 
 class Role(StrEnum):
@@ -21,19 +24,19 @@ class Role(StrEnum):
     METRICS = "metrics"
 
 
-#: Answer without a token, with an empty body.
-OPEN = frozenset({"/health", "/ready"})
+#: Served without a token, with an empty body.
+OPEN = frozenset({wire.HEALTH, wire.READY})
 
 _OURS = {
-    ("GET", "/v1/state"): Role.GENERATE,
-    ("GET", "/v1/runs/{run_id}"): Role.GENERATE,
-    ("POST", "/v1/generate"): Role.GENERATE,
-    ("POST", "/v1/score"): Role.GENERATE,
+    ("GET", wire.STATE): Role.GENERATE,
+    ("GET", wire.RUN): Role.GENERATE,
+    ("POST", wire.GENERATE): Role.GENERATE,
+    ("POST", wire.SCORE): Role.GENERATE,
     ("GET", "/openapi.json"): Role.GENERATE,
     ("GET", "/docs"): Role.GENERATE,
     ("GET", "/redoc"): Role.GENERATE,
 }
-#: Those of vLLM that are served at all.
+#: Of vLLM, those that are served at all.
 VLLM_ROUTES = {
     ("GET", "/v1/models"): Role.GENERATE,
     ("POST", "/v1/completions"): Role.GENERATE,
@@ -56,15 +59,11 @@ VLLM_ROUTES = {
 VLLM_PATHS = frozenset(path for _, path in VLLM_ROUTES)
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    return re.compile("[^/]+".join(map(re.escape, re.split(r"\{\w+\}", path))))
-
-
-_TABLE = [(method, _pattern(path), role) for (method, path), role in {**_OURS, **VLLM_ROUTES}.items()]
+_TABLE = [(method, compile_path(path)[0], role) for (method, path), role in {**_OURS, **VLLM_ROUTES}.items()]
 
 
 def role_needed(method: str, path: str) -> Role:
-    """The role for a request.
+    """Return the role that a request needs.
 
     Args:
         path: percent-decoded, as ASGI has it.
@@ -76,5 +75,5 @@ def role_needed(method: str, path: str) -> Role:
 
 
 def may(held: Role, needed: Role) -> bool:
-    """Does a token of one role open what needs another?"""
+    """Return whether a token of the role `held` may do what needs the role `needed`."""
     return held in (needed, Role.WEIGHTS)

@@ -1,4 +1,4 @@
-"""The one door: salt, slot and version for every route, and what it keeps closed."""
+"""Salt, slot and version for every route, and the calls that are closed to them."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_version_as_precondition(served) -> None:
 
 
 @pytest.mark.parametrize("name", ["add_lora", "sleep", "update_weights", "pause_generation", "collective_rpc"])
-async def test_back_doors_are_closed(served, name: str) -> None:
+async def test_calls_that_would_change_weights_are_closed(served, name: str) -> None:
     with pytest.raises(LockstepError, match="closed"):
         getattr(served.proxy, name)
 

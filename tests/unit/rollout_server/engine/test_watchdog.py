@@ -9,7 +9,7 @@ import pytest
 from rollout_server.engine.watchdog import StallWatchdog
 
 
-class _Door:
+class _Proxy:
     def __init__(self) -> None:
         self.tokens: dict[tuple[str, int], int] = {}
         self.outputs = self.held = 0
@@ -24,7 +24,7 @@ class _Door:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    clock, proxy = SimpleNamespace(now=1000.0), _Door()
+    clock, proxy = SimpleNamespace(now=1000.0), _Proxy()
     monkeypatch.setattr("rollout_server.engine.watchdog.time.monotonic", lambda: clock.now)
     stall = StallWatchdog(proxy, 30.0)
 
@@ -89,7 +89,7 @@ def test_a_server_that_was_stopped_itself_blames_nobody(watched) -> None:
 
 
 def test_zero_is_never() -> None:
-    proxy = _Door()
+    proxy = _Proxy()
     proxy.tokens = {("a", 0): 0}
     stall = StallWatchdog(proxy, 0.0)
     stall._looked -= 10_000

@@ -53,9 +53,9 @@ async def _echo(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def client() -> httpx.AsyncClient:
-    gate = ReadinessMiddleware()
-    gate.open(_echo)
-    return _client(AuthMiddleware(gate, Tokens({}, HELD)))
+    readiness = ReadinessMiddleware()
+    readiness.open(_echo)
+    return _client(AuthMiddleware(readiness, Tokens({}, HELD)))
 
 
 def _client(app: Any) -> httpx.AsyncClient:
@@ -122,13 +122,13 @@ async def test_twisted_paths_need_the_strongest_role() -> None:
     async def send(message: Any) -> None:
         statuses.append(message.get("status", 0))
 
-    guard = AuthMiddleware(_echo, Tokens({}, HELD))
+    auth = AuthMiddleware(_echo, Tokens({}, HELD))
     for path in TWISTED:
         for method in ("GET", "POST", "OPTIONS"):
             for role, expected in {None: 401, Role.GENERATE: 403, Role.METRICS: 403, Role.WEIGHTS: 200}.items():
                 headers = [(b"authorization", f"Bearer {HELD[role]}".encode())] if role else []
                 statuses.clear()
-                await guard({"type": "http", "method": method, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
+                await auth({"type": "http", "method": method, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
                 assert statuses[0] == expected, (method, path, role)
 
 
@@ -169,10 +169,10 @@ async def test_websockets_are_closed_before_they_are_accepted(path: str) -> None
     async def never(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("reached the app")
 
-    guard = AuthMiddleware(never, Tokens({}, HELD))
+    auth = AuthMiddleware(never, Tokens({}, HELD))
     for headers in ([], [(b"authorization", f"Bearer {HELD[Role.GENERATE]}".encode())]):
         sent.clear()
-        await guard({"type": "websocket", "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
+        await auth({"type": "websocket", "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
         assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
@@ -187,16 +187,16 @@ async def test_also_while_the_model_loads() -> None:
 
 
 async def test_without_tokens_everything_passes() -> None:
-    gate = ReadinessMiddleware()
-    gate.open(_echo)
-    assert (await _client(AuthMiddleware(gate, None)).delete("/v1/runs/r")).text == "/v1/runs/r"
+    readiness = ReadinessMiddleware()
+    readiness.open(_echo)
+    assert (await _client(AuthMiddleware(readiness, None)).delete("/v1/runs/r")).text == "/v1/runs/r"
 
 
 async def test_a_revoked_token_is_refused_at_once(tmp_path: Path) -> None:
-    gate = ReadinessMiddleware()
-    gate.open(_echo)
+    readiness = ReadinessMiddleware()
+    readiness.open(_echo)
     (tmp_path / "token").write_text(HELD[Role.WEIGHTS])
-    client = _client(AuthMiddleware(gate, Tokens({Role.WEIGHTS: tmp_path / "token"})))
+    client = _client(AuthMiddleware(readiness, Tokens({Role.WEIGHTS: tmp_path / "token"})))
     assert (await client.get("/v1/state", headers=_bearer(Role.WEIGHTS))).status_code == 200
     (tmp_path / "token").write_text("another-one-0123456789")
     assert (await client.get("/v1/state", headers=_bearer(Role.WEIGHTS))).status_code == 401

@@ -1,4 +1,4 @@
-"""Versions in headers around routes that know nothing of them, over the real door."""
+"""Versions in headers around routes that know nothing of them, over the real `EngineProxy`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Engine:
 
 @pytest.fixture
 async def served():
-    """A door with one run at step 3, and an app with routes as vLLM writes them."""
+    """A proxy with one run at step 3, and an app with routes as vLLM writes them."""
     table = RunTable(2, 2)
     proxy = EngineProxy(_Engine(), table, Capacity(ServerSettings()))
     run = table.open("r", "lease", takeover=False)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.api.security import binding
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role
-from rollout_server.api.server import make_server
+from rollout_server.api.server import HttpServer
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import RunState
@@ -59,29 +58,18 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", None, "10.1.2.3", "gpu-1"])
-def test_beyond_this_machine_only_with_a_token(host: str | None, pems) -> None:
+def test_beyond_this_machine_only_with_a_token(host: str | None, pems, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(LockstepError, match=r"--token-file FILE .*--allow-unauthenticated"):
         binding.check(arguments(host=host), ServerSettings(), None)
-    with _warnings() as said:
-        binding.check(arguments(host=host), ServerSettings(allow_unauthenticated=True), None)
-        assert "ANYONE" in said.pop()
-        binding.check(arguments(host=host), ServerSettings(), TOKENS)
-        assert "unencrypted" in said.pop()
-        binding.check(arguments(host=host, ssl_certfile=pems.cert, ssl_keyfile=pems.key), ServerSettings(), TOKENS)
-        binding.check(arguments(host="::1"), ServerSettings(), None)
-        assert not said
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    binding.logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        binding.logger.removeHandler(handler)
+    binding.check(arguments(host=host), ServerSettings(allow_unauthenticated=True), None)
+    assert "ANYONE" in caplog.messages.pop()
+    caplog.clear()
+    binding.check(arguments(host=host), ServerSettings(), TOKENS)
+    assert "unencrypted" in caplog.messages.pop()
+    caplog.clear()
+    binding.check(arguments(host=host, ssl_certfile=pems.cert, ssl_keyfile=pems.key), ServerSettings(), TOKENS)
+    binding.check(arguments(host="::1"), ServerSettings(), None)
+    assert not caplog.messages
 
 
 def test_protection_that_only_seems_to_be_one_is_refused(monkeypatch: pytest.MonkeyPatch, pems, tmp_path: Path) -> None:
@@ -108,11 +96,13 @@ async def _run_state(scope: Any, receive: Any, send: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def _served(app: Any = _run_state, **tls: Any) -> AsyncIterator[str]:
-    """`host:port` of a real server behind the guard."""
-    gate = ReadinessMiddleware()
-    gate.open(app)
+    """`host:port` of a real server behind both middlewares."""
+    readiness = ReadinessMiddleware()
+    readiness.open(app)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = make_server(AuthMiddleware(gate, TOKENS), log_level="error", **binding.tls_options(arguments(**tls)))
+        server = HttpServer(
+            AuthMiddleware(readiness, TOKENS), log_level="error", **binding.tls_options(arguments(**tls))
+        )
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))
         try:
             yield f"127.0.0.1:{listening.getsockname()[1]}"

@@ -1,0 +1,52 @@
+"""Error responses, and responses that come line by line."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Self
+
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from shared.errors import LockstepError
+from shared.wire import NDJSON_TYPE
+
+
+def error_response(error: LockstepError, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the response that tells a client of `error`."""
+    return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status, headers=headers)
+
+
+class Ndjson(StreamingResponse):
+    """Lines of JSON; an error that comes after the first one is the last one. An empty first line is not sent.
+
+    Example:
+        return await Ndjson.begin(lines)
+    """
+
+    def __init__(self, first: bytes, lines: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(self._body(first, lines), media_type=NDJSON_TYPE)
+        self._lines = lines
+
+    @classmethod
+    async def begin(cls, lines: AsyncGenerator[bytes, None]) -> Self:
+        """Wait for the first line, so that an error before it is raised here and becomes a response of its own."""
+        return cls(await anext(lines), lines)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._lines.aclose()  # a client may be gone before `_body` has begun
+
+    @staticmethod
+    async def _body(first: bytes, lines: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async with aclosing(lines):
+            try:
+                if first:
+                    yield first + b"\n"
+                async for line in lines:
+                    yield line + b"\n"
+            except LockstepError as error:
+                yield error.body().model_dump_json().encode() + b"\n"

@@ -1,0 +1,163 @@
+"""Paths, headers and lines of our routes, over a service that only records."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from learner.servers.client import RolloutClient
+from rollout_server.api.app import build_app
+from rollout_server.generation import requests
+from shared.errors import ErrorCode, LockstepError, NoGroup, NotFinite, UnknownRun
+from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
+from shared.weights import PushReceipt, WeightVersion
+
+LEASE = "a lease of tests"
+RECEIPT = PushReceipt(
+    epoch="e",
+    version=WeightVersion(run_id="r", step=1),
+    install_seq=1,
+    checksum="sum",
+    bytes=3,
+    transport="http",
+    workers=1,
+    modules=1,
+    transfer_seconds=0,
+    wait_seconds=0,
+    install_seconds=0,
+    flip_seconds=0,
+    pause_seconds=0,
+)
+
+
+class _Service:
+    epoch = "e"
+    proxy = runs = exclusive = None
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.error: LockstepError | None = None
+
+    async def push(self, run_id: str, lease: str, takeover: bool, body: Any, in_flight: str) -> PushReceipt:
+        self.calls.append((run_id, lease, takeover, b"".join([part async for part in body]), in_flight))
+        return RECEIPT
+
+    async def broadcast(self, run_id: str, lease: str, announced: Any, in_flight: str):
+        self.calls.append((run_id, lease, announced.checksum, in_flight))
+        if isinstance(self.error, NoGroup):
+            raise self.error
+        yield None
+        if self.error:
+            raise self.error
+        yield RECEIPT
+
+    async def end_run(self, run_id: str, lease: str) -> None:
+        self.calls.append((run_id, lease))
+
+
+@pytest.fixture
+def service() -> _Service:
+    return _Service()
+
+
+@pytest.fixture
+def client(service: _Service) -> httpx.AsyncClient:
+    app = build_app(service, FastAPI())  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
+
+
+def _told(monkeypatch: pytest.MonkeyPatch, *events: Any) -> None:
+    async def generate(*_: Any):
+        for event in events:
+            if isinstance(event, LockstepError):
+                raise event
+            yield event
+
+    monkeypatch.setattr(requests, "generate", generate)
+
+
+GROUPS = [RolloutGroup(prompt_index=index, prompt_token_ids=[index], completions=[]) for index in (0, 1)]
+BODY = GenerateRequest(prompts=[Prompt(token_ids=[0]), Prompt(token_ids=[1])])
+
+
+async def test_groups_as_one_answer_and_as_lines(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    _told(monkeypatch, None, GROUPS[1], None, GROUPS[0])
+    answer = await client.post("/v1/generate", json=BODY.model_dump())
+    assert answer.json() == {"epoch": "e", "groups": [group.model_dump() for group in GROUPS]}
+    answer = await client.post("/v1/generate", json=BODY.model_copy(update={"stream": True}).model_dump())
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    late, early = (group.model_dump_json() for group in GROUPS)
+    assert answer.text == f'{early}\n\n{late}\n{{"done":true,"epoch":"e"}}\n'
+
+
+async def test_errors_before_and_after_the_first_line(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, stream = UnknownRun("gone"), BODY.model_copy(update={"stream": True}).model_dump()
+    _told(monkeypatch, gone)
+    assert (await client.post("/v1/generate", json=stream)).status_code == 404
+    _told(monkeypatch, None, GROUPS[0], gone)
+    answer = await client.post("/v1/generate", json=stream)
+    assert answer.status_code == 200
+    assert answer.text == f"{GROUPS[0].model_dump_json()}\n{gone.body().model_dump_json()}\n"
+    assert (await client.post("/v1/generate", json=BODY.model_dump())).status_code == 404
+
+
+async def test_pushes(client: httpx.AsyncClient, service: _Service) -> None:
+    headers = {"lockstep-lease": LEASE, "lockstep-takeover": "1", "lockstep-in-flight": "keep"}
+    answer = await client.put("/v1/runs/r/adapter", content=b"abc", headers=headers)
+    assert PushReceipt.model_validate(answer.json()) == RECEIPT
+    await client.put("/v1/runs/r/adapter", content=b"", headers={"Lockstep-Lease": LEASE})
+    assert service.calls == [("r", LEASE, True, b"abc", "keep"), ("r", LEASE, False, b"", "drain")]
+    assert (await client.put("/v1/runs/r/adapter", content=b"abc")).status_code == 400
+    assert (await client.delete("/v1/runs/r", headers={"Lockstep-Lease": LEASE})).status_code == 204
+
+
+async def test_broadcasts(client: httpx.AsyncClient, service: _Service) -> None:
+    body = {"version": RECEIPT.version.model_dump(), "checksum": "0" * 32, "layout": "0" * 32}
+
+    async def lines() -> tuple[int, list[str]]:
+        answer = await client.post("/v1/runs/r/broadcast", json=body, headers={"Lockstep-Lease": LEASE})
+        return answer.status_code, answer.text.splitlines()
+
+    assert await lines() == (200, ['{"receiving":true}', RECEIPT.model_dump_json()])
+    service.error = NotFinite("NaN")
+    assert await lines() == (200, ['{"receiving":true}', NotFinite("NaN").body().model_dump_json()])
+    service.error = NoGroup("none")
+    assert (await lines())[0] == 409
+    assert service.calls[0] == ("r", LEASE, "0" * 32, "drain")
+
+
+def test_the_learner_spells_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths and headers of its client reach a route that exists."""
+    routes = {
+        (method, route.path)
+        for route in build_app(SimpleNamespace(), FastAPI()).routes  # type: ignore[arg-type]
+        for method in getattr(route, "methods", ())
+    }
+    sent: list[tuple[str, str]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sent.append((request.method, request.url.path.replace("/runs/r", "/runs/{run_id}")))
+        return httpx.Response(404, json=UnknownRun("r").body().model_dump(mode="json"))
+
+    client = RolloutClient("http://server", transport=httpx.MockTransport(handler))
+    for call in (
+        client.state,
+        lambda: client.generate(BODY),
+        lambda: client.push("r", [b""], LEASE),
+        lambda: list(client.join_group("r", LEASE)),
+        client.sleep,
+        client.wake,
+        lambda: client.run("r"),
+        lambda: client.delete_run("r", LEASE),
+    ):
+        with pytest.raises(LockstepError) as refusal:
+            call()
+        assert refusal.value.code is ErrorCode.UNKNOWN_RUN
+    assert len(sent) == 8
+    assert set(sent) <= routes
