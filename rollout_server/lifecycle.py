@@ -23,7 +23,8 @@ from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.generation.vllm_params import token_prompt
-from rollout_server.installs.broadcast_groups import Groups
+from rollout_server.installs.broadcast_groups import BroadcastGroups
+from rollout_server.installs.context import InstallContext
 from rollout_server.installs.installer import Installer
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model
@@ -69,9 +70,9 @@ async def start(
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank)
     epoch = secrets.token_hex(8)
     backend = "nccl" if described[0]["device"] else "gloo"
-    groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
+    groups = BroadcastGroups(workers, settings, backend, bind=args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
-    installer = Installer(proxy, workers, groups, runs, served, settings, epoch, sleep)
+    installer = Installer(InstallContext(proxy, workers, runs, epoch), groups, served, settings, sleep)
     gate.on_close(installer.staging.close)
     logger.info(
         "model loaded after %.0f s by %d workers, %s; warming up",

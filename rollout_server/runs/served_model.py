@@ -1,4 +1,4 @@
-"""What this server serves, told to every learner before it trusts the server with a run."""
+"""Description of the served model, which learners check before they use the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.floa
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Facts that do not change while the server lives."""
+    """Facts that do not change during the server's lifetime."""
 
     model: str
     base: BaseFingerprint
@@ -34,7 +34,7 @@ class ServedModel:
     mixture_of_experts: bool
 
     def state(self, epoch: str, ready: bool, settings: ServerSettings, runs: RunTable) -> ServerState:
-        """The answer of `/v1/state`."""
+        """Return the body of `/v1/state`."""
         return ServerState(
             epoch=epoch,
             ready=ready,
@@ -50,7 +50,7 @@ class ServedModel:
 
 
 def policy_altering(vllm_config: Any) -> list[str]:
-    """Engine options under which logprobs are not those of the policy."""
+    """Return the engine options under which logprobs differ from the policy's."""
     reasons = []
     if vllm_config.speculative_config is not None:
         reasons.append("speculative decoding (--speculative-config)")
@@ -64,7 +64,7 @@ def describe(vllm_config: Any, workers: list[dict[str, Any]], max_lora_rank: int
     """Read the facts from vLLM's resolved configuration and the checkpoint's files.
 
     Args:
-        workers: what each worker says of itself when it is registered.
+        workers: results of the workers' `describe`.
     """
     model, lora = vllm_config.model_config, vllm_config.lora_config
     dummy = str(vllm_config.load_config.load_format) == "dummy"

@@ -1,109 +1,74 @@
-"""Where an adapter's modules lie in the live weights of a model that runs without LoRA: fused and sharded ones too.
-
-A linear layer of vLLM holds its weight as [out, in]. A fused layer (q, k, v of `qkv_proj`) stacks the parts of several
-modules; with tensor parallelism every worker holds some rows of each part, or some columns of the whole.
-"""
+"""Map an adapter's modules to the live weights of a model that runs without LoRA, fused and sharded layers included."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from rollout_server.vllm_compat import versions
-from rollout_server.worker.slot_layout import refuse_misfits
+from rollout_server.vllm_compat import linears
 from shared.adapter_file import LORA_A, LORA_B
 
 
 @dataclass(frozen=True)
-class Block:
-    """One part of a layer: rows [first, first + rows) of `total` output features are on this worker, from row `at` of
-    its weight on; so are the input features [column, column + columns).
-    """
+class WeightShard:
+    """A module's part of a layer on this worker: rows of `weight` from `row` on, `columns` (first, count) of A."""
 
     layer: str
     weight: torch.Tensor
-    at: int
-    rows: int
-    first: int
-    total: int
-    column: int
-    columns: int
+    row: int
+    part: linears.Part
+    columns: tuple[int, int]
 
     @property
     def live(self) -> torch.Tensor:
-        """This part of the weight that the engine computes with, as a view [rows, columns]."""
-        return self.weight[self.at : self.at + self.rows]
+        """The weight that the engine computes with, as a view [rows, columns]."""
+        return self.weight[self.row : self.row + self.part.rows]
 
 
-@dataclass(frozen=True)
-class Target:
-    """One linear layer as PEFT knows it: a part of a fused layer, or all parts of a layer that is fused there too."""
+class MergeTarget(NamedTuple):
+    """A linear layer as PEFT knows it: one part of a fused layer, or all parts if PEFT's layer is fused too."""
 
-    blocks: tuple[Block, ...]
-    in_features: int
-
-    @property
-    def out_features(self) -> int:
-        """Over all workers."""
-        return sum(block.total for block in self.blocks)
+    shards: list[WeightShard]
+    shape: linears.ModuleShape
 
 
-def targets(worker: Any) -> dict[str, Target]:
-    """Served name -> layer, for every linear layer whose live weight can be written."""
-    model = worker.get_model()
-    packed = versions.packed_modules(model)
-    found: dict[str, Target] = {}
-    for name, layer in versions.plain_linears(model).items():
-        parts, (column, columns) = versions.linear_parts(layer)
-        weight = layer.weight.data
-        if weight.shape != (sum(rows for rows, _, _ in parts), columns):
-            continue  # stored in some way of its own
-        blocks, at = [], 0
-        for rows, first, total in parts:
-            blocks.append(Block(name, weight, at, rows, first, total, column, columns))
-            at += rows
-        parent, _, own = name.rpartition(".")
-        names = packed.get(own, [own])
-        if len(names) == len(blocks):
-            groups: list[tuple[Block, ...]] = [(block,) for block in blocks]
-        elif len(names) == 1:
-            groups = [tuple(blocks)]
-        else:
-            continue
-        for part, group in zip(names, groups, strict=True):
-            found[f"{parent}.{part}" if parent else part] = Target(group, int(layer.input_size))
+def merge_targets(worker: Any) -> dict[str, MergeTarget]:
+    """Return served name -> target, for every linear layer whose live weight can be written."""
+    found = {}
+    for layer in linears.live_linears(worker):
+        row = 0
+        for module, parts in layer.modules.items():
+            shards = []
+            for part in parts:
+                shards.append(WeightShard(layer.name, layer.weight, row, part, layer.columns))
+                row += part.rows
+            shape = linears.ModuleShape(layer.in_features, sum(part.total for part in parts))
+            found[module] = MergeTarget(shards, shape)
     return found
 
 
-def check(worker: Any, known: dict[str, Target], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any] | None:
-    """Compare announced shapes with the served model; a refusal, or None if they fit. Touches nothing."""
-    features = {name: (target.in_features, target.out_features) for name, target in known.items()}
-    return refuse_misfits(worker.get_model(), features, shapes)
+class ShardUpdate(NamedTuple):
+    """Update of one shard to W0 + b @ a: views of this worker's share of B [rows, rank] and A [rank, columns]."""
 
-
-@dataclass(frozen=True)
-class Update:
-    """What one block gets: its W0 plus b @ a, views of this worker's share of B [rows, rank] and A [rank, columns]."""
-
-    block: Block
+    shard: WeightShard
     a: torch.Tensor
     b: torch.Tensor
 
 
-def plan(worker: Any, known: dict[str, Target], tensors: dict[str, torch.Tensor]) -> list[Update]:
-    """The updates of all blocks that an adapter touches.
+def plan_updates(worker: Any, targets: dict[str, MergeTarget], tensors: dict[str, torch.Tensor]) -> list[ShardUpdate]:
+    """Return the updates of all shards that an adapter touches.
 
     Args:
-        tensors: NAME.lora_A.weight [rank, in] and NAME.lora_B.weight [out, rank], as `check` has accepted them.
+        tensors: NAME.lora_A.weight [rank, in] and NAME.lora_B.weight [out, rank] of a layout that fits.
     """
     updates = []
     for name in (name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
         a, b = tensors[name + LORA_A], tensors[name + LORA_B]
         start = 0
-        for block in known[versions.vllm_module_name(worker.get_model(), name)].blocks:
-            rows = b[start + block.first : start + block.first + block.rows]
-            updates.append(Update(block, a[:, block.column : block.column + block.columns], rows))
-            start += block.total
+        for shard in targets[linears.vllm_module_name(worker.get_model(), name)].shards:
+            (column, columns), first = shard.columns, start + shard.part.first
+            updates.append(ShardUpdate(shard, a[:, column : column + columns], b[first : first + shard.part.rows]))
+            start += shard.part.total
     return updates
