@@ -67,8 +67,8 @@ async def start(
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
     workers, described = await _reach_workers(proxy, serving, topology.workers(vllm_config.parallel_config))
-    served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank)
     epoch = secrets.token_hex(8)
+    served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, epoch)
     backend = "nccl" if described[0]["device"] else "gloo"
     groups = BroadcastGroups(workers, settings, backend, bind=args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))

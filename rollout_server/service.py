@@ -10,7 +10,6 @@ from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import POLICY_MODEL, EngineProxy, openai_lora_request
 from rollout_server.installs.installer import Installer
-from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.rollouts import PolicyRequest
@@ -24,7 +23,7 @@ class Service:
     settings: ServerSettings
     proxy: EngineProxy
     runs: RunTable
-    served: ServedModel
+    served: ServerState
     installer: Installer
     epoch: str
     openai_models: Any
@@ -33,8 +32,13 @@ class Service:
 
     def state(self) -> ServerState:
         """The answer of `/v1/state`."""
-        state = self.served.state(self.epoch, not self.proxy.errored, self.settings, self.runs)
-        return state.model_copy(update={"draining": self.proxy.capacity.draining, "asleep": self.proxy.asleep})
+        now = {
+            "ready": not self.proxy.errored,
+            "draining": self.proxy.capacity.draining,
+            "asleep": self.proxy.asleep,
+            "runs": [run.state() for run in self.runs.runs.values()],
+        }
+        return self.served.model_copy(update=now)
 
     async def reached(self, request: PolicyRequest) -> None:
         """Wait for the step the request asks for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from rollout_server.installs.context import InstallContext
 from rollout_server.installs.merge_install import MergeInstall
 from rollout_server.installs.slot_install import SlotInstall
 from rollout_server.installs.staging import Staging
-from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.slots import Run
 from rollout_server.settings import ServerSettings
 from shared.adapter_file import AdapterHeader
@@ -30,7 +30,7 @@ from shared.errors import (
     UnknownLayout,
     UnsupportedAdapter,
 )
-from shared.weights import AdapterManifest, InFlight, PushReceipt
+from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState
 
 _CHECK_SECONDS = 30.0
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
@@ -42,7 +42,7 @@ class Installer:
 
     context: InstallContext
     groups: BroadcastGroups
-    served: ServedModel
+    served: ServerState
     settings: ServerSettings
     sleep: Sleep
     _known_layouts: dict[str, None] = field(default_factory=dict)
@@ -65,23 +65,19 @@ class Installer:
         """
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
-
-        async def check(header: AdapterHeader) -> None:
-            await self._check(run_id, lease, takeover, header)
-
+        check = functools.partial(self._check, run_id, lease, takeover)
         try:
             async with asyncio.timeout(self.settings.push_timeout):
-                staged = await self.staging.receive(body, check)
+                memory, header, seconds = await self.staging.receive(body, check)
         except TimeoutError:
             raise Timeout(
                 f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
             ) from None
-        memory, header = staged.memory, staged.header
         try:
             async with self._opened(run_id, lease, takeover) as run:
                 receipt = self._check_order(run_id, header.manifest)
                 if receipt is None:
-                    install = self._install(self.context, run, header, deadline, in_flight, "http", staged.seconds)
+                    install = self._install(self.context, run, header, deadline, in_flight, "http", seconds)
                     source = {"path": memory.path, "memory": memory.number, "offset": header.data_offset}
                     async with install.filling(source):
                         receipt = await install.finish()

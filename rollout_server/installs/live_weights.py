@@ -75,7 +75,7 @@ class LiveWeights:
 
     async def _drained(self, run: Run, deadline: float) -> None:
         slot = run.slots[0]
-        if not await run.wait_for(lambda: slot.requests == 0, deadline):
+        if not await run.ring.wait_for(lambda: slot.requests == 0, deadline):
             raise NoFreeSlot(
                 f"{slot.requests} requests still ran at the deadline, and the weights may not change under them; "
                 "push with in_flight = keep, or start the server with a longer --push-timeout"

@@ -15,20 +15,18 @@ class MergeInstall(SlotInstall):
     @contextlib.asynccontextmanager
     async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
         """Let all workers receive and verify from `source`. Unless `finish` is reached, nothing has changed."""
-        async with self._context.fill_lock:
+        async with self.context.fill_lock:
             self._begin_fill(0, source)
             yield
 
     async def _switch(self, install_seq: int) -> float:
-        run, version, checksum = self._run, self._header.manifest.version, self._header.manifest.checksum
+        run, version, checksum = self.run, self.header.manifest.version, self.header.manifest.checksum
         # Before the first push it is the base that runs.
-        kv = self._kv if self._in_flight != "drain" and run.active is not None else None
-        async with self._context.weights.updated(run, checksum, self._deadline, kv) as update:
+        kv = self.kv if self.in_flight != "drain" and run.active is not None else None
+        async with self.context.weights.updated(run, checksum, self.deadline, kv) as update:
             if kv is None:
-                await run.flip(run.slots[0], version, install_seq, checksum)
+                run.flip(run.slots[0], version, install_seq, checksum)
             else:
-                await run.move_to(
-                    None, version, install_seq, checksum, lambda admission: admission.move(update.tokens, version, kv)
-                )
+                run.move(version, install_seq, checksum, update.tokens, kv)
         self._wait_seconds += update.wait_seconds
         return update.pause_seconds

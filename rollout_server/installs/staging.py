@@ -13,15 +13,6 @@ from shared.errors import InstallFailed, LockstepError, MalformedAdapter, TooLar
 
 
 @dataclass(frozen=True)
-class StagedAdapter:
-    """A complete blob in shared memory. The workers verify its checksum, on the content of the slot."""
-
-    memory: SharedMemory
-    header: AdapterHeader
-    seconds: float
-
-
-@dataclass(frozen=True)
 class SharedMemory:
     """Memory that workers open by path. It has no name in any file system and ends with its last user."""
 
@@ -47,8 +38,11 @@ class Staging:
 
     async def receive(
         self, body: AsyncIterator[bytes], check: Callable[[AdapterHeader], Awaitable[None]]
-    ) -> StagedAdapter:
-        """Receive one blob. `check` gets its header before any tensor byte is stored, and raises to refuse it.
+    ) -> tuple[SharedMemory, AdapterHeader, float]:
+        """Receive one blob and return it with the seconds it took; the workers verify its checksum.
+
+        Args:
+            check: gets the header before any tensor byte is stored, and raises to refuse it.
 
         Raises:
             LockstepError: `malformed_adapter`, `too_large`, and what `check` raises.
@@ -66,7 +60,7 @@ class Staging:
         except BaseException:
             memory.free()
             raise
-        return StagedAdapter(memory, header, time.monotonic() - started)
+        return memory, header, time.monotonic() - started
 
     def give_back(self, memory: SharedMemory) -> None:
         """Take memory back for the next adapter, after all workers have read it."""

@@ -1,6 +1,6 @@
 """The worker's end of the socket between a worker and the HTTP server: JSON lines, one thread per operation.
 
-Request: {"id", "op", **arguments}. Replies, in any order: {"id", "acknowledged": true} if the operation acknowledges, then
+Request: {"id", "op", **arguments}. Replies, in any order: {"id", "acknowledged": true} at most once, then
 {"id", "result": {...}} once.
 """
 

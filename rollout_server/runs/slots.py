@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from shared.adapter_file import AdapterHeader
 from shared.errors import NoFreeSlot, StepNotReached, UnknownRun
@@ -52,20 +52,38 @@ class Slot:
 
 @dataclass(eq=False)
 class Ring:
-    """Slots of one run at a time. `changed` is notified when a slot changes its state.
+    """Slots of one run at a time.
 
     While `admits` is not set no request may be admitted (`--apply merge`: the weights are about to change).
     """
 
     slots: list[Slot]
     admits: asyncio.Event = field(default_factory=asyncio.Event)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.admits.set()
 
+    def notify(self) -> None:
+        """Wake all that wait for a slot."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-Holder = Any  # of a slot: an `admission.Admission`
+    async def wait_for(self, reached: Callable[[], bool], deadline: float) -> bool:
+        """Wait until `reached`, checked at every change of a slot; False if `deadline` (monotonic seconds) passes."""
+        try:
+            async with asyncio.timeout_at(loop_time(deadline)):
+                while not reached():
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Holder(Protocol):
+    """Request that holds a slot: an `engine.admission.Admission`."""
+
+    def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: Any) -> None: ...
 
 
 @dataclass(eq=False)
@@ -90,11 +108,6 @@ class Run:
         """The slots of this run's ring."""
         return self.ring.slots
 
-    @property
-    def changed(self) -> asyncio.Condition:
-        """Condition that is notified when a slot changes its state."""
-        return self.ring.changed
-
     def acquire(self, slot: Slot, holder: Holder) -> None:
         """Keep `slot` from being refilled until `release`."""
         slot.requests += 1
@@ -107,7 +120,7 @@ class Run:
         if slot.requests == 0:
             if slot.state is SlotState.DRAINING:
                 slot.state = SlotState.FREE
-            notify_soon(self.changed)
+            self.ring.notify()
 
     async def reserve(self, deadline: float) -> Slot:
         """Wait for a free slot and take it for filling.
@@ -119,7 +132,7 @@ class Run:
         def free() -> Slot | None:
             return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)
 
-        if not await self.wait_for(lambda: free() is not None or self.closed, deadline):
+        if not await self.ring.wait_for(lambda: free() is not None or self.closed, deadline):
             busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
             raise NoFreeSlot(
                 f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
@@ -132,51 +145,32 @@ class Run:
         slot.version = None
         return slot
 
-    async def flip(self, slot: Slot, version: WeightVersion, install_seq: int, checksum: str) -> None:
+    def flip(self, slot: Slot, version: WeightVersion, install_seq: int, checksum: str) -> None:
         """Give `slot` to new requests; running ones finish on theirs."""
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         previous, self.active = self.active, slot
         slot.state = SlotState.ACTIVE
         if previous is not None and previous is not slot:
             previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
-        await _notify(self.changed)
+        self.ring.notify()
 
-    async def move_to(
-        self,
-        spare: Slot | None,
-        version: WeightVersion,
-        install_seq: int,
-        checksum: str,
-        moved: Callable[[Holder], None],
+    def move(
+        self, version: WeightVersion, install_seq: int, checksum: str, tokens: dict[tuple[str, int], int], kv: Any
     ) -> None:
-        """Note that the active slot holds another adapter, for running requests too.
+        """Note that the active slot holds another adapter, for running requests too: move them to its version.
 
-        Args:
-            spare: slot that the adapter came from; free from now on.
-            moved: called with each holder of the active slot.
+        `tokens`, `kv`: see `engine.admission.Admission.move`.
         """
         slot = self.active
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         for holder in self._holders[slot]:
-            moved(holder)
-        if spare is not None:
-            spare.state = SlotState.FREE
-        await _notify(self.changed)
+            holder.move(tokens, version, kv)
 
-    async def give_back(self, slot: Slot, *, lost: bool = False) -> None:
-        """Release a slot whose fill failed; `lost` while a worker may still be writing it."""
+    def give_back(self, slot: Slot, *, lost: bool = False) -> None:
+        """Return a slot that was reserved and does not serve; `lost` while a worker may still be writing it."""
         slot.state = SlotState.LOST if lost else SlotState.FREE
-        await _notify(self.changed)
-
-    async def wait_for(self, reached: Callable[[], bool], deadline: float) -> bool:
-        """Wait until `reached`, checked at every change of a slot; False if `deadline` (monotonic seconds) passes."""
-        async with self.changed:
-            try:
-                async with asyncio.timeout_at(loop_time(deadline)):
-                    return await self.changed.wait_for(reached)
-            except TimeoutError:
-                return False
+        self.ring.notify()
 
     async def wait_for_step(self, step: int, wait_s: float) -> None:
         """Wait until `step` or a later one is served; raises `step_not_reached` after `wait_s` seconds."""
@@ -188,7 +182,7 @@ class Run:
             version = served()
             return (version is not None and version.step >= step) or self.closed
 
-        if not await self.wait_for(reached, time.monotonic() + wait_s):
+        if not await self.ring.wait_for(reached, time.monotonic() + wait_s):
             raise StepNotReached(f"run {self.run_id} serves {served()}, step {step} did not arrive within {wait_s} s")
 
     def state(self) -> RunState:
@@ -215,19 +209,3 @@ class Run:
 def loop_time(deadline: float) -> float:
     """Convert monotonic seconds to the event loop's clock."""
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
-
-
-async def _notify(condition: asyncio.Condition) -> None:
-    async with condition:
-        condition.notify_all()
-
-
-def notify_soon(condition: asyncio.Condition) -> None:
-    """Wake waiters from code that cannot await."""
-    task = asyncio.get_running_loop().create_task(_notify(condition))
-    _NOTIFIERS.add(task)
-    task.add_done_callback(_NOTIFIERS.discard)
-
-
-# The loop keeps only weak references to tasks.
-_NOTIFIERS: set[asyncio.Task[None]] = set()

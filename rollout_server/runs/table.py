@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 
-from rollout_server.runs.slots import Ring, Run, Slot, SlotState, notify_soon
+from rollout_server.runs.slots import Ring, Run, Slot, SlotState
 from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
 
 
@@ -111,4 +111,4 @@ class RunTable:
                 slot.state = SlotState.DRAINING if slot.requests else SlotState.FREE
             if self.base is not None:  # belongs to the base from now on, under a new salt
                 slot.version, slot.checksum, slot.install_seq = None, "", self.next_install_seq()
-        notify_soon(run.changed)
+        run.ring.notify()

@@ -7,7 +7,6 @@ modules; with tensor parallelism each worker holds some rows of each part, or so
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,39 +28,51 @@ class ModuleShape(NamedTuple):
     max_rank: float = math.inf
 
 
-@dataclass(frozen=True)
-class LiveLinear:
-    """A linear layer that computes with `weight` [rows, columns] as it lies there.
+class WeightShard(NamedTuple):
+    """A module's part of a layer on this worker: rows of `weight` from `row` on, `columns` (first, count) of A."""
 
-    Attributes:
-        modules: PEFT's modules under the served model's names -> their parts, in the order of the weight's rows.
-        columns: first input feature on this worker, and how many.
-    """
-
-    name: str
+    layer: str
     weight: torch.Tensor
-    modules: dict[str, list[Part]]
+    row: int
+    part: Part
     columns: tuple[int, int]
-    in_features: int
+
+    @property
+    def live(self) -> torch.Tensor:
+        """The weight that the engine computes with, as a view [rows, columns]."""
+        return self.weight[self.row : self.row + self.part.rows]
 
 
-def live_linears(worker: Any) -> list[LiveLinear]:
-    """Return all linear layers of the worker's model that are neither quantized nor stored in a layout of their own."""
+class MergeTarget(NamedTuple):
+    """A linear layer as PEFT knows it: one part of a fused layer, or all parts if PEFT's layer is fused too."""
+
+    shards: list[WeightShard]
+    shape: ModuleShape
+
+
+def merge_targets(worker: Any) -> dict[str, MergeTarget]:
+    """Return served name -> target, for every linear layer that computes with its weight as it lies in memory."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.utils import get_packed_modules_mapping
 
     model = worker.get_model()
     packed = get_packed_modules_mapping(model)  # last part of a fused layer's name -> those of its modules
-    found = []
+    found = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase) or type(layer.quant_method) is not UnquantizedLinearMethod:
             continue
         weight = layer.weight.data
         parts, columns = linear_parts(layer)
-        if weight.shape == (sum(part.rows for part in parts), columns[1]):
-            parent, dot, own = name.rpartition(".")
-            modules = assign_parts([f"{parent}{dot}{module}" for module in packed.get(own, [own])], parts)
-            found.append(LiveLinear(name, weight, modules, columns, int(layer.input_size)))
+        if weight.shape != (sum(part.rows for part in parts), columns[1]):
+            continue  # stored in a layout of its own
+        parent, dot, own = name.rpartition(".")
+        row = 0
+        for module, own_parts in assign_parts([parent + dot + each for each in packed.get(own, [own])], parts).items():
+            shards = []
+            for part in own_parts:
+                shards.append(WeightShard(name, weight, row, part, columns))
+                row += part.rows
+            found[module] = MergeTarget(shards, ModuleShape(int(layer.input_size), sum(p.total for p in own_parts)))
     return found
 
 

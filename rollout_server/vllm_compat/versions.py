@@ -4,7 +4,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 
 | module | relies on |
 | --- | --- |
-| versions | entry points and exceptions of the OpenAI app (two names each, both are tried), AsyncLLM's output processor |
+| versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
 | lora_slots | the worker's LoRA manager and LoRA layers |

@@ -94,19 +94,13 @@ class Operations:
             self.layouts.pop(next(iter(self.layouts)))
 
     def fill(
-        self,
-        acknowledge: Acknowledge,
-        slot_id: int,
-        key: str,
-        checksum: str,
-        *,
-        path: str = "",
-        memory: int = -1,
-        offset: int = 0,
-        group: str | None = None,
-        timeout: float = 0.0,
+        self, acknowledge: Acknowledge, slot_id: int, key: str, checksum: str, source: dict[str, Any]
     ) -> dict[str, Any]:
-        """Receive an adapter, from a file in shared memory or from a group, and write it into `slot_id`."""
+        """Receive an adapter and write it into `slot_id`.
+
+        Args:
+            source: `group` and `timeout` of a broadcast; or `path`, `memory` (number) and `offset` in shared memory.
+        """
         if not self.filling.acquire(blocking=False):
             raise InstallFailed("another adapter is still being written on this worker")
         try:
@@ -114,14 +108,14 @@ class Operations:
                 started = time.perf_counter()
                 layout = self.layouts[key]
                 buffer = self.writer.buffer(layout)
-                if group is not None:
+                if "group" in source:
                     try:
-                        self.groups[group].receive(buffer, timeout, posted=acknowledge)
+                        self.groups[source["group"]].receive(buffer, source["timeout"], posted=acknowledge)
                     except BaseException:
                         self.writer.forget_buffer()
                         raise
                 else:
-                    buffer.copy_(self._mapped(path, memory, offset + layout.nbytes)[offset:])
+                    buffer.copy_(self._mapped(size=source["offset"] + layout.nbytes, **source))
                 received = time.perf_counter()
                 modules = self.writer.write(slot_id, layout, checksum)
             written = time.perf_counter()
@@ -129,11 +123,11 @@ class Operations:
         finally:
             self.filling.release()
 
-    def _mapped(self, path: str, memory: int, size: int) -> torch.Tensor:
-        """Map the first `size` bytes of shared memory. The server uses it again, so it stays mapped."""
+    def _mapped(self, path: str, memory: int, offset: int, size: int) -> torch.Tensor:
+        """Map bytes [offset, size) of shared memory. The server uses it again, so it stays mapped."""
         if self.mapping is None or self.mapping[0] != memory or len(self.mapping[1]) < size:
             self.mapping = (memory, torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
-        return self.mapping[1][:size]
+        return self.mapping[1][offset:size]
 
     def swap(self, _: Acknowledge, one: int, other: int) -> None:
         """Exchange the adapters of two slots; the engine is paused."""

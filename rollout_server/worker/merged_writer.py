@@ -7,14 +7,14 @@ applied last is kept as well, so that it can be applied again if another worker 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from rollout_server.worker import merged_layout
+from rollout_server.vllm_compat import linears
 from rollout_server.worker.slot_layout import check_fits
 from rollout_server.worker.slot_writer import check_finite, dtype_of, verify_checksum, views_of
-from shared.adapter_file import Layout
+from shared.adapter_file import LORA_A, LORA_B, Layout
 from shared.errors import InstallFailed, NotFinite
 
 KeepBase = Literal["auto", "device", "host"]
@@ -22,6 +22,14 @@ KeepBase = Literal["auto", "device", "host"]
 #: Left free on a GPU that W0 is kept on, and elements computed at a time (float32: 256 MiB).
 _MARGIN_BYTES = 2 * 2**30
 _CHUNK = 2**26
+
+
+class ShardUpdate(NamedTuple):
+    """Update of one shard to W0 + b @ a: views of this worker's share of B [rows, rank] and A [rank, columns]."""
+
+    shard: linears.WeightShard
+    a: torch.Tensor
+    b: torch.Tensor
 
 
 @dataclass
@@ -40,9 +48,9 @@ class MergedWriter:
         self._worker = worker
         self._device = worker.device
         self._keep_base = keep_base
-        self._targets = merged_layout.merge_targets(worker)
+        self._targets = linears.merge_targets(worker)
         self._base: dict[str, torch.Tensor] = {}  # layer -> W0, of layers that any adapter has touched
-        self._touched: dict[tuple[str, int], merged_layout.WeightShard] = {}  # shards that do not hold W0
+        self._touched: dict[tuple[str, int], linears.WeightShard] = {}  # shards that do not hold W0
         self._spare = self._empty()
         self._applied = self._empty()
 
@@ -76,7 +84,7 @@ class MergedWriter:
         flat = self.buffer(layout).view(dtype_of(layout))
         check_finite(flat, layout)
         verify_checksum(flat, layout, announced)
-        updates = merged_layout.plan_updates(self._worker, self._targets, views_of(flat, layout))
+        updates = plan_updates(self._worker, self._targets, views_of(flat, layout))
         self._keep({update.shard.layer: update.shard.weight for update in updates})
         self._spare.layout, self._spare.checksum = layout, announced
         return len(layout.entries) // 2
@@ -95,10 +103,10 @@ class MergedWriter:
                 raise InstallFailed(f"no adapter with checksum {checksum} was received")
             self._applied, self._spare = self._spare, self._applied
         layout = self._applied.layout if checksum is not None else None
-        updates: list[merged_layout.ShardUpdate] = []
+        updates: list[ShardUpdate] = []
         if layout is not None:
             flat = self._applied.buffer[: layout.nbytes].view(dtype_of(layout))
-            updates = merged_layout.plan_updates(self._worker, self._targets, views_of(flat, layout))
+            updates = plan_updates(self._worker, self._targets, views_of(flat, layout))
         stay = {(update.shard.layer, update.shard.row) for update in updates}
         for key in [key for key in self._touched if key not in stay]:
             shard = self._touched[key]
@@ -115,7 +123,7 @@ class MergedWriter:
     def _empty(self) -> _Received:
         return _Received(torch.empty(0, dtype=torch.uint8, device=self._device))
 
-    def _kept(self, shard: merged_layout.WeightShard) -> torch.Tensor:
+    def _kept(self, shard: linears.WeightShard) -> torch.Tensor:
         return self._base[shard.layer][shard.row : shard.row + shard.part.rows]
 
     def _keep(self, weights: dict[str, torch.Tensor]) -> None:
@@ -142,7 +150,26 @@ class MergedWriter:
         return self._keep_base == "device"
 
 
-def merge(update: merged_layout.ShardUpdate, base: torch.Tensor) -> list[torch.Tensor]:
+def plan_updates(
+    worker: Any, targets: dict[str, linears.MergeTarget], tensors: dict[str, torch.Tensor]
+) -> list[ShardUpdate]:
+    """Return the updates of all shards that an adapter touches.
+
+    Args:
+        tensors: NAME.lora_A.weight [rank, in] and NAME.lora_B.weight [out, rank] of a layout that fits.
+    """
+    updates = []
+    for name in (name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
+        a, b = tensors[name + LORA_A], tensors[name + LORA_B]
+        start = 0
+        for shard in targets[linears.vllm_module_name(worker.get_model(), name)].shards:
+            (column, columns), first = shard.columns, start + shard.part.first
+            updates.append(ShardUpdate(shard, a[:, column : column + columns], b[first : first + shard.part.rows]))
+            start += shard.part.total
+    return updates
+
+
+def merge(update: ShardUpdate, base: torch.Tensor) -> list[torch.Tensor]:
     """Set live = base + b @ a, summed in float32 and rounded once; return the bounds of the written elements.
 
     Args:

@@ -78,9 +78,9 @@ async def _push(served, step: int, deadline: float = 5.0, kv=None) -> None:
     version, seq = WeightVersion(run_id="r", step=step), served.table.next_install_seq()
     async with served.weights.updated(run, f"sum{step}", time.monotonic() + deadline, kv) as update:
         if kv is None:
-            await run.flip(run.slots[0], version, seq, f"sum{step}")
+            run.flip(run.slots[0], version, seq, f"sum{step}")
         else:
-            await run.move_to(None, version, seq, f"sum{step}", lambda a: a.move(update.tokens, version, kv))
+            run.move(version, seq, f"sum{step}", update.tokens, kv)
 
 
 async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
@@ -91,7 +91,7 @@ async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
     first.release()
     run = table.open("r", "lease", takeover=False)
     proxy.admit(PolicyRequest(policy="base")).release()
-    await run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
+    run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     with pytest.raises(LockstepError) as refusal:
         proxy.admit(PolicyRequest(policy="base"))
     assert refusal.value.code is ErrorCode.BASE_NOT_SERVED

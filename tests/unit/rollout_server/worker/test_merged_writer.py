@@ -98,8 +98,13 @@ def _parent(name: str) -> str:
     return "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
 
 
+def _weights(worker: SimpleNamespace) -> dict[str, torch.Tensor]:
+    shards = [shard for target in linears.merge_targets(worker).values() for shard in target.shards]
+    return {shard.layer: shard.weight for shard in shards}
+
+
 def _live(worker: SimpleNamespace) -> dict[str, torch.Tensor]:
-    return {layer.name: layer.weight.clone() for layer in linears.live_linears(worker)}
+    return {name: weight.clone() for name, weight in _weights(worker).items()}
 
 
 def _base(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -170,7 +175,7 @@ def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     full = _base(torch.bfloat16)
     worker = _worker(full)
     writer = MergedWriter(worker)
-    addresses = {layer.name: layer.weight.data_ptr() for layer in linears.live_linears(worker)}
+    addresses = {name: weight.data_ptr() for name, weight in _weights(worker).items()}
     for seed, names in enumerate([SHAPES, ["q_proj"], ["v_proj", "up_proj"], ["o_proj"], ["v_proj"]]):
         tensors = _adapter(names, torch.bfloat16, seed)
         writer.apply(_send(writer, tensors))
@@ -179,7 +184,7 @@ def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     assert torch.equal(k_rows, full["k_proj"])
     writer.apply(None)
     assert all(torch.equal(weight, _live(_worker(full))[name]) for name, weight in _live(worker).items())
-    assert addresses == {layer.name: layer.weight.data_ptr() for layer in linears.live_linears(worker)}
+    assert addresses == {name: weight.data_ptr() for name, weight in _weights(worker).items()}
 
 
 def test_the_adapter_before_can_be_applied_again() -> None:
