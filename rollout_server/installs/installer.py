@@ -45,7 +45,7 @@ class Installer:
     served: ServerState
     settings: ServerSettings
     sleep: Sleep
-    _known_layouts: dict[str, None] = field(default_factory=dict)
+    _known_layouts: list[str] = field(default_factory=list)  # keys
 
     def __post_init__(self) -> None:
         self.runs = self.context.runs
@@ -57,9 +57,6 @@ class Installer:
     ) -> PushReceipt:
         """Receive one adapter over HTTP and install it.
 
-        Args:
-            in_flight: `shared.weights.InFlight`.
-
         Raises:
             LockstepError: any fault of the push; what is served has not changed then.
         """
@@ -70,9 +67,8 @@ class Installer:
             async with asyncio.timeout(self.settings.push_timeout):
                 memory, header, seconds = await self.staging.receive(body, check)
         except TimeoutError:
-            raise Timeout(
-                f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
-            ) from None
+            seconds = self.settings.push_timeout
+            raise Timeout(f"the push did not arrive within {seconds} s; see --push-timeout") from None
         try:
             async with self._opened(run_id, lease, takeover) as run:
                 receipt = self._check_order(run_id, header.manifest)
@@ -213,6 +209,4 @@ class Installer:
             return
         entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
         await self.context.workers.call("check", _CHECK_SECONDS, entries=entries)
-        self._known_layouts[key] = None
-        if len(self._known_layouts) > _LAYOUTS_KNOWN:
-            self._known_layouts.pop(next(iter(self._known_layouts)))
+        self._known_layouts = [*self._known_layouts, key][-_LAYOUTS_KNOWN:]

@@ -21,11 +21,7 @@ class Workers:
 
     @classmethod
     async def connect(cls, paths: list[Path], count: int) -> Workers:
-        """Connect to the sockets that workers listen on.
-
-        Raises:
-            LockstepError: `invalid_request` if there are not `count`: the others run out of this server's reach.
-        """
+        """Connect to the workers' sockets; raises `invalid_request` if fewer than `count` run on this host."""
         if len(paths) != count:
             raise InvalidRequest(
                 f"{len(paths)} of the engine's {count} workers run on this host; a rollout server reaches only those: "
@@ -45,11 +41,7 @@ class Workers:
         return WorkerCall(op, [link.send(op, own) for link, own in zip(self._links, arguments, strict=False)])
 
     async def call(self, op: str, timeout: float, **arguments: Any) -> list[Result]:
-        """Run an operation on all workers and return their results.
-
-        Raises:
-            LockstepError: the first refusal; `install_failed` if a worker sends no result within `timeout` seconds.
-        """
+        """Run an operation on all workers and return their results; raises as `WorkerCall.results`."""
         return await self.begin(op, **arguments).results(timeout)
 
 
@@ -61,11 +53,7 @@ class WorkerCall:
         self._replies = replies
 
     async def acknowledged(self, timeout: float) -> None:
-        """Wait until every worker has acknowledged, or sent a result already.
-
-        Raises:
-            LockstepError: as in `results`.
-        """
+        """Wait until every worker has acknowledged, or sent a result already; raises as `results`."""
         await self._all([reply.acknowledged for reply in self._replies], timeout)
         _raise_first([reply.result.result() for reply in self._replies if reply.result.done()])
 
@@ -73,7 +61,7 @@ class WorkerCall:
         """Return the results of all workers, in their order.
 
         Raises:
-            LockstepError: as in `Workers.call`.
+            LockstepError: the first refusal; `install_failed` if a worker sends no result within `timeout` seconds.
         """
         results = await self._all([reply.result for reply in self._replies], timeout)
         _raise_first(results)

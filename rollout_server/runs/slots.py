@@ -123,11 +123,7 @@ class Run:
             self.ring.notify()
 
     async def reserve(self, deadline: float) -> Slot:
-        """Wait for a free slot and take it for filling.
-
-        Raises:
-            LockstepError: `no_free_slot` when `deadline` (monotonic seconds) passes first.
-        """
+        """Wait for a free slot and take it for filling; raises `no_free_slot` at `deadline` (monotonic seconds)."""
 
         def free() -> Slot | None:
             return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)

@@ -45,9 +45,8 @@ class RunTable:
 
     def replaced_by(self, run_id: str, takeover: bool) -> str | None:
         """Return the run whose place `open` would give to `run_id`."""
-        if run_id in self.runs or self._free_ring() is not None or not self._replaceable(takeover):
-            return None
-        return next(iter(self.runs))
+        full = run_id not in self.runs and self._free_ring() is None
+        return next(iter(self.runs)) if full and self._replaceable(takeover) else None
 
     def get(self, run_id: str | None) -> Run:
         """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
@@ -83,13 +82,12 @@ class RunTable:
         `takeover` replaces the lease, or the only other run. Raises `lease_mismatch`, `no_free_run`.
         """
         self.check_open(run_id, lease, takeover)
+        if replaced := self.replaced_by(run_id, takeover):
+            self.close(replaced)
         run = self.runs.get(run_id)
         if run is None:
             ring = self._free_ring()
-            if ring is None:
-                replaced = next(iter(self.runs))
-                ring = self.runs[replaced].ring
-                self.close(replaced)
+            assert ring is not None
             run = self.runs[run_id] = Run(run_id, lease, ring)
         run.lease = lease
         return run

@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 
 class ModuleShape(NamedTuple):
-    """Features of a module over all workers, and the highest rank of an adapter for it."""
+    """Features of a module over all workers, and the highest rank of its adapters."""
 
     in_features: int
     out_features: int

@@ -13,7 +13,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,6 @@ class Operations:
         self.groups: dict[str, ReceivingGroup] = {}
         self.filling = threading.Lock()
         self.mapping: tuple[int, torch.Tensor] | None = None
-
-    def table(self) -> dict[str, Callable[..., dict[str, Any] | None]]:
-        """Return the operations by name."""
-        return {name: getattr(self, name) for name in self.NAMES}
 
     def describe(self, _: Acknowledge) -> dict[str, Any]:
         """Describe the layers that can be adapted, and the device: the UUID of a GPU, None for a CPU."""
@@ -168,7 +164,7 @@ def listen(operations: Operations, server_pid: int, folder: str) -> None:
     threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
     versions.keep_seeds_alive_on_cpu(operations.worker)
     kept_mass.install(operations.worker)
-    serve(Path(folder), operations.table())
+    serve(Path(folder), {name: getattr(operations, name) for name in operations.NAMES})
 
 
 def _end_with(server_pid: int) -> None:

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from rollout_server.vllm_compat import linears
-from rollout_server.worker.slot_layout import check_fits
+from rollout_server.worker.slot_layout import check_fits, lora_pairs
 from rollout_server.worker.slot_writer import check_finite, dtype_of, verify_checksum, views_of
-from shared.adapter_file import LORA_A, LORA_B, Layout
+from shared.adapter_file import Layout
 from shared.errors import InstallFailed, NotFinite
 
 KeepBase = Literal["auto", "device", "host"]
@@ -90,9 +90,9 @@ class MergedWriter:
         return len(layout.entries) // 2
 
     def apply(self, checksum: str | None) -> int:
-        """Set the weights to W0 plus the received adapter of that checksum; None: to W0, bit by bit.
+        """Set the weights to W0 plus the received adapter of that checksum (None: W0 itself). The engine is paused.
 
-        The engine must be paused. Returns the number of modules that differ from W0 afterwards.
+        Returns the number of modules that differ from W0 afterwards.
 
         Raises:
             LockstepError: `not_finite` if a weight overflows: apply another adapter then; `install_failed` if no such
@@ -153,14 +153,9 @@ class MergedWriter:
 def plan_updates(
     worker: Any, targets: dict[str, linears.MergeTarget], tensors: dict[str, torch.Tensor]
 ) -> list[ShardUpdate]:
-    """Return the updates of all shards that an adapter touches.
-
-    Args:
-        tensors: NAME.lora_A.weight [rank, in] and NAME.lora_B.weight [out, rank] of a layout that fits.
-    """
+    """Return the updates of all shards that an adapter touches. `tensors`: of a layout that fits."""
     updates = []
-    for name in (name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
-        a, b = tensors[name + LORA_A], tensors[name + LORA_B]
+    for name, (a, b) in lora_pairs(tensors).items():
         start = 0
         for shard in targets[linears.vllm_module_name(worker.get_model(), name)].shards:
             (column, columns), first = shard.columns, start + shard.part.first

@@ -51,11 +51,7 @@ class ReceivingGroup:
         return port
 
     def join(self, name: str, bind: str, port: int, rank: int, size: int, timeout: float) -> None:
-        """Join the other ranks and receive the learner's greeting; raises `timeout`.
-
-        Args:
-            bind: address that `host` was called with, on the hosting worker.
-        """
+        """Join the other ranks at the address `bind` of `host` and receive the learner's greeting; raises `timeout`."""
         limit = timedelta(seconds=timeout)
         deadline = time.monotonic() + timeout
         store = self._store or dist.TCPStore(meeting_host(bind), port, is_master=False, timeout=limit)
@@ -72,13 +68,9 @@ class ReceivingGroup:
             raise InstallFailed("the learner's greeting arrived garbled")
 
     def receive(self, buffer: torch.Tensor, timeout: float, posted: Callable[[], None] = lambda: None) -> None:
-        """Receive the learner's next broadcast into `buffer`. After an error the buffer must not be used again.
+        """Receive the learner's next broadcast into `buffer`; call `posted` as soon as the learner may send.
 
-        Args:
-            posted: called as soon as the learner may send.
-
-        Raises:
-            LockstepError: `timeout`; the group has been left then.
+        Raises `timeout` after leaving the group. After an error the buffer must not be used again.
         """
         deadline = time.monotonic() + timeout
         work = self._group.broadcast([buffer], dist.BroadcastOptions())

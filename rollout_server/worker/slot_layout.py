@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -10,22 +11,23 @@ from rollout_server.vllm_compat import linears, lora_slots
 from shared.adapter_file import LORA_A, LORA_B, Layout
 from shared.errors import RankTooHigh, ShapeMismatch, UnsupportedAdapter
 
+T = TypeVar("T")
+
+
+def lora_pairs(tensors: Mapping[str, T]) -> dict[str, tuple[T, T]]:
+    """Return PEFT's module name -> A and B, from NAME.lora_A.weight and NAME.lora_B.weight."""
+    names = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
+    return {name: (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names}
+
 
 def check_fits(model: Any, served: dict[str, linears.ModuleShape], layout: Layout) -> None:
-    """Compare an announced layout with the served model.
-
-    Args:
-        served: served name -> shape.
+    """Compare an announced layout with the served modules' shapes by name.
 
     Raises:
         LockstepError: `unsupported_adapter` for a module that is not served, `shape_mismatch`, `rank_too_high`.
     """
-    shapes = {entry.name: entry.shape for entry in layout.entries}
-    for tensor, (rank, in_features) in shapes.items():
-        if not tensor.endswith(LORA_A):
-            continue
-        peft_name = tensor.removesuffix(LORA_A)
-        out_features = shapes[peft_name + LORA_B][0]
+    shapes = lora_pairs({entry.name: entry.shape for entry in layout.entries})
+    for peft_name, ((rank, in_features), (out_features, _)) in shapes.items():
         expected = served.get(linears.vllm_module_name(model, peft_name))
         if expected is None:
             raise UnsupportedAdapter(
@@ -58,11 +60,8 @@ def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> li
     Raises:
         ValueError: not every tensor has a place; `check_fits` would have refused the adapter.
     """
-    names = {name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)}
-    model = worker.get_model()
-    by_name = {
-        linears.vllm_module_name(model, name): (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names
-    }
+    named, model = lora_pairs(tensors), worker.get_model()
+    by_name = {linears.vllm_module_name(model, name): pair for name, pair in named.items()}
     pairs: list[lora_slots.Pair] = []
     placed = 0
     for layer in lora_slots.lora_layers(worker):
@@ -70,8 +69,8 @@ def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> li
         if any(parts):
             placed += sum(part is not None for part in parts)
             pairs += layer.slot_pairs(index, parts)
-    if placed != len(names):
-        raise ValueError(f"{placed} of {len(names)} modules found a place in slot {index}")
+    if placed != len(named):
+        raise ValueError(f"{placed} of {len(named)} modules found a place in slot {index}")
     buffers = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     if not {view.untyped_storage().data_ptr() for view, _ in pairs} <= buffers:
         raise ValueError("vLLM cut a shard as a copy: it would stay as it is at the next push")
