@@ -44,8 +44,8 @@ class BroadcastGroups:
         self.leave(run)
         name, timeout, size = secrets.token_hex(8), self.settings.collective_timeout, len(self.workers) + 1
         common = {"group": name, "bind": self.bind, "timeout": timeout}
-        hosting = self.workers.begin_each("host_group", [common])
-        port = (await hosting.results(timeout))[0]["port"]
+        hosting = await self.workers.begin_each("host_group", [common]).results(timeout)
+        port = hosting[0]["port"]
         ranks = [{**common, "port": port, "rank": rank, "size": size} for rank in range(1, size)]
         call = self.workers.begin_each("join_group", ranks)
         joined = False

@@ -162,6 +162,7 @@ class Run:
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         for holder in self._holders[slot]:
             holder.move(tokens, version, kv)
+        self.ring.notify()
 
     def give_back(self, slot: Slot, *, lost: bool = False) -> None:
         """Return a slot that was reserved and does not serve; `lost` while a worker may still be writing it."""

@@ -28,8 +28,7 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[to
     Args:
         y: [tokens, out], the base layer's output.
         x: [tokens, in].
-        a: for each slice [slots, 1, rank, in].
-        b: for each slice [slots, 1, slice, rank], the scaling already in it.
+        a, b: for each slice [slots, 1, rank, in] and [slots, 1, slice, rank], the scaling already in B.
         slices: widths of the slices, which lie side by side in y.
     """
     y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -25,6 +25,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 class SlotWriter:
     """Writer of a worker's adapter slots. Callers use it one at a time."""
 
+    _buffer: torch.Tensor
+
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._written: dict[int, str] = {}  # slot index -> key of the layout that was last written there

@@ -1,4 +1,4 @@
-"""`--apply merge` on the server's side: who may run while the weights change, and what becomes of a failure."""
+"""`--apply merge` on the server's side: which requests run while the weights change, and how a failure is undone."""
 
 from __future__ import annotations
 
@@ -147,7 +147,10 @@ async def test_a_deadline_leaves_everything_as_it_was(served) -> None:
 async def test_kept_requests_are_moved_even_before_they_are_submitted(served) -> None:
     await _push(served, 0)
     admission = served.proxy.admit(PolicyRequest())
+    waiting = asyncio.ensure_future(served.table.get("r").wait_for_step(1, wait_s=5))
+    await asyncio.sleep(0.01)
     await _push(served, 1, kv="fresh")
+    await asyncio.wait_for(waiting, 1)
     assert admission.version.step == 1
     assert not admission.moved
 
