@@ -22,7 +22,8 @@ from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.generation.vllm_params import token_prompt
-from rollout_server.installs.broadcast_groups import Groups
+from rollout_server.installs.broadcast_groups import BroadcastGroups
+from rollout_server.installs.context import InstallContext
 from rollout_server.installs.installer import Installer
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model
@@ -62,12 +63,12 @@ async def start(
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
     workers, described = await _reach_workers(proxy, serving, topology.workers(vllm_config.parallel_config))
-    served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank)
-    epoch = secrets.token_hex(8)
+    boot_id = secrets.token_hex(8)
+    served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)
     backend = "nccl" if described[0]["device"] else "gloo"
-    groups = Groups(workers, settings, backend, bind=args.host or "0.0.0.0")
+    groups = BroadcastGroups(workers, settings, backend, bind=args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
-    installer = Installer(proxy, workers, groups, runs, served, settings, epoch, sleep)
+    installer = Installer(InstallContext(proxy, workers, runs, boot_id), groups, served, settings, sleep)
     readiness.on_close(installer.staging.close)
     seconds = time.monotonic() - started
     logger.info("model loaded after %.0f s by %d workers, %s; warming up", seconds, len(workers), described[0])
@@ -76,7 +77,7 @@ async def start(
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)
     exclusive = Exclusive(proxy, enabled=settings.deterministic)
-    service = Service(settings, served, epoch, runs, proxy, exclusive, installer, openai_app.state)
+    service = Service(settings, served, runs, proxy, exclusive, installer, openai_app.state)
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
@@ -86,7 +87,7 @@ async def start(
     gc.freeze()  # or every full collection walks over all that the imports left behind
     versions.cache_environment()
     readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
-    logger.info("ready after %.0f s: %s, epoch %s", time.monotonic() - started, served.model, epoch)
+    logger.info("ready after %.0f s: %s, boot id %s", time.monotonic() - started, served.model, boot_id)
     return service
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import POLICY_MODEL, EngineProxy
 from rollout_server.installs.installer import Installer
-from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
@@ -29,8 +28,7 @@ class Service:
     """
 
     settings: ServerSettings
-    served: ServedModel
-    epoch: str
+    served: ServerState
     runs: RunTable
     proxy: EngineProxy
     exclusive: Exclusive
@@ -39,8 +37,13 @@ class Service:
 
     def state(self) -> ServerState:
         """Return what the server is and serves at present."""
-        state = self.served.state(self.epoch, not self.proxy.errored, self.settings, self.runs)
-        return state.model_copy(update={"draining": self.proxy.capacity.draining, "asleep": self.proxy.asleep})
+        present = {
+            "ready": not self.proxy.errored,
+            "draining": self.proxy.capacity.draining,
+            "asleep": self.proxy.asleep,
+            "runs": [run.state() for run in self.runs.runs.values()],
+        }
+        return self.served.model_copy(update=present)
 
     async def push(
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight

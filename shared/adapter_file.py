@@ -27,7 +27,7 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 class TensorEntry(NamedTuple):
-    """Where a tensor lies in the blob: bytes [start, end) after the header."""
+    """Place of a tensor in the blob: bytes [start, end) after the header."""
 
     name: str
     dtype: str
@@ -37,7 +37,7 @@ class TensorEntry(NamedTuple):
 
 
 def lay_out(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorEntry]:
-    """Tensors of `shapes`, one after the other in this order."""
+    """Place tensors of `shapes` one after the other, in this order."""
     code, item_bytes = DTYPES[dtype]
     entries, position = [], 0
     for name, shape in shapes.items():
@@ -60,7 +60,7 @@ class Layout:
 
     @functools.cached_property
     def key(self) -> str:
-        """The same for all adapters with the same tensors in the same order."""
+        """Key that is equal for all adapters with the same tensors in the same order."""
         return xxhash.xxh3_128_hexdigest(self.index)
 
     @functools.cached_property
@@ -71,11 +71,11 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Length of all tensors together."""
+        """Bytes of all tensors."""
         return self.entries[-1].end
 
     def header(self, manifest: AdapterManifest) -> bytes:
-        """The blob up to its tensors: length and JSON. Any safetensors reader can read the whole."""
+        """Return the blob up to its tensors: length and JSON, which any safetensors reader can read."""
         metadata = json.dumps({MANIFEST_KEY: manifest.model_dump_json()}).encode()
         header = b'{"__metadata__":%s,%s' % (metadata, self._file_index[1:])
         header += b" " * (-len(header) % 8)
@@ -84,7 +84,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The header of a blob, parsed and found consistent with itself."""
+    """Header of a blob, parsed and consistent."""
 
     manifest: AdapterManifest
     layout: Layout
@@ -92,16 +92,12 @@ class AdapterHeader:
 
     @property
     def total_bytes(self) -> int:
-        """Length of the whole blob."""
+        """Bytes of the complete blob."""
         return self.data_offset + self.layout.nbytes
 
 
 def header_length(prefix: bytes) -> int:
-    """Length of the JSON header, from the blob's first 8 bytes.
-
-    Raises:
-        LockstepError: `malformed_adapter` if it cannot be a header.
-    """
+    """Return the length of the JSON header from the blob's first 8 bytes; raises `malformed_adapter`."""
     length = int.from_bytes(prefix[:8], "little")
     if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
         raise MalformedAdapter("the body is not a safetensors blob: its header length makes no sense")
@@ -112,7 +108,7 @@ def parse_header(header: bytes) -> AdapterHeader:
     """Parse and check the JSON header (without the 8 length bytes).
 
     Raises:
-        LockstepError: `malformed_adapter`, `protocol_mismatch`.
+        LockstepError: `malformed_adapter`, `protocol_mismatch`, `shape_mismatch`.
     """
     try:
         document = json.loads(header, object_pairs_hook=_each_key_once)
@@ -138,7 +134,7 @@ def parse_header(header: bytes) -> AdapterHeader:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Readers differ in which of two equal keys they take."""
+    """Refuse duplicate keys: readers differ in which of them they take."""
     document = dict(pairs)
     if len(document) != len(pairs):
         raise ValueError("a key comes twice")
@@ -156,14 +152,14 @@ def _entries(document: dict[str, Any]) -> list[TensorEntry]:
 
 
 def _integers(values: Any) -> list[int]:
-    """`values` if they are a list of integers, which 1.0, "1", true and Infinity are not."""
+    """Return `values` if they are a list of integers, which 1.0, "1", true and Infinity are not."""
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise TypeError(f"{values!r} is no list of integers")
     return values
 
 
 def _check_entries(manifest: AdapterManifest, entries: list[TensorEntry]) -> None:
-    """Names, dtypes, ranks and offsets agree with the manifest and leave no gap."""
+    """Check names, dtypes, ranks and offsets against the manifest, and that there is no gap."""
     wanted = {name + suffix for name in manifest.modules for suffix in (LORA_A, LORA_B)}
     names = {entry.name for entry in entries}
     if names != wanted:
@@ -175,15 +171,10 @@ def _check_entries(manifest: AdapterManifest, entries: list[TensorEntry]) -> Non
         if entry.dtype != code or len(entry.shape) != 2 or min(entry.shape) < 1:
             raise MalformedAdapter(f"{entry.name} is {entry.dtype}{list(entry.shape)}, announced were {code} matrices")
         if entry.start != position or entry.end - entry.start != item_bytes * math.prod(entry.shape):
-            raise MalformedAdapter(
-                f"{entry.name}: its bytes [{entry.start}, {entry.end}) do not fit its shape or leave a gap"
-            )
+            place = f"[{entry.start}, {entry.end})"
+            raise MalformedAdapter(f"{entry.name}: its bytes {place} do not fit its shape or leave a gap")
         position = entry.end
-        module, rank_axis = (
-            (entry.name.removesuffix(LORA_A), 0)
-            if entry.name.endswith(LORA_A)
-            else (entry.name.removesuffix(LORA_B), 1)
-        )
-        rank = manifest.modules[module].rank
-        if entry.shape[rank_axis] != rank:
+        is_a = entry.name.endswith(LORA_A)
+        rank = manifest.modules[entry.name.removesuffix(LORA_A if is_a else LORA_B)].rank
+        if entry.shape[0 if is_a else 1] != rank:
             raise ShapeMismatch(f"{entry.name} has shape {list(entry.shape)}, its announced rank is {rank}")

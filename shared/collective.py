@@ -1,4 +1,4 @@
-"""What both ends of a collective group agree on."""
+"""Contract between both ends of a collective group."""
 
 from __future__ import annotations
 
@@ -6,31 +6,28 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared.weights import WeightVersion
 
-#: The learner's first broadcast, which makes the connections: int64 [1].
+#: The learner's first broadcast, which opens the connections: int64 [1].
 GREETING = 0x10C_57E9
 POLL_SECONDS = 0.0002
-#: NCCL's own watchdog must not end a process because of a peer that went away: both ends keep their own deadlines.
+#: NCCL's watchdog must not end a process because of a lost peer: both ends keep deadlines of their own.
 NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
 class Announcement(BaseModel):
-    """A broadcast that is about to come: another version of an adapter that the server knows from an earlier push.
+    """Announcement of a broadcast: a new version of an adapter that the server knows from an earlier push.
 
-    All but version and checksum is as it was then; a server that knows no such layout of this run says so.
+    All but version and checksum is unchanged; a server that knows no such layout of this run refuses it.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     version: WeightVersion
     checksum: str
-    layout: str = Field(description="`AdapterHeader.layout_key` of the earlier push")
+    layout: str = Field(description="`AdapterHeader.layout.key` of the earlier push")
 
 
 class GroupInvitation(BaseModel):
-    """Answer to a learner that wants to push by broadcast: where to meet, as rank 0 of `size`.
-
-    The host is that of the rollout URL.
-    """
+    """Invitation for a learner that pushes by broadcast, to join as rank 0 of `size` on the rollout URL's host."""
 
     group: str
     port: int

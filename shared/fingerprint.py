@@ -1,4 +1,4 @@
-"""What identifies a base model, read from its checkpoint files before anything is loaded or quantized.
+"""Fingerprint of a base model, read from its checkpoint files before anything is loaded or quantized.
 
 The weights' fingerprint covers the architecture and, for every tensor, its name, shape and a fixed sample of its
 elements (widened to float32, so that the dtype a copy was saved in does not matter where the values are the same).
@@ -78,7 +78,7 @@ def _weights(folder: Path) -> str | None:
 
 
 def _tensor_digests(path: Path) -> dict[str, str]:
-    """Name -> digest of (shape, sampled elements) for every tensor of one file."""
+    """Return name -> digest of (shape, sampled elements) for every tensor of one file."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header: dict[str, Any] = json.loads(stream.read(length))
@@ -107,7 +107,7 @@ def _widen(raw: bytes, dtype: str) -> bytes:
 
 
 def _tokenizer(folder: Path) -> str | None:
-    """Digest of what maps text to ids: vocabulary, merges and added tokens."""
+    """Digest the mapping of text to ids: vocabulary, merges and added tokens."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None

@@ -1,27 +1,25 @@
-"""Versions of a policy, and what a push of its adapter says and answers."""
+"""Versions of a policy; manifests and receipts of pushes; state of runs and servers."""
 
 from __future__ import annotations
 
-import math
 import re
 from functools import total_ordering
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from shared import PROTOCOL_VERSION
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-
-#: What becomes of a run's running requests at a push. `drain`: they finish on their version. `keep`: they go on with
-#: the new one and recompute their KV. `carried`: they go on with the new one and their old KV.
+#: What happens to a run's in-flight requests when a push lands. `drain`: they finish on their version. `keep`: they
+#: continue on the new one and recompute their KV. `carried`: they continue on the new one with their old KV.
 InFlight = Literal["drain", "keep", "carried"]
 
 
 @total_ordering
 class WeightVersion(BaseModel):
-    """Which weights: optimizer steps done in one run. Ordered by (fence, step) within a run."""
+    """Version of the weights: optimizer steps done in one run. Ordered by (fence, step) within a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,11 +37,7 @@ class WeightVersion(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> WeightVersion:
-        """The version that `str` writes so.
-
-        Raises:
-            ValueError: it is none.
-        """
+        """Parse the form that `str` writes; raises `ValueError`."""
         match = re.fullmatch(r"([^@]+)@(\d{1,18})\.(\d{1,18})", text.strip(), re.ASCII)
         if match is None or not re.match(RUN_ID_PATTERN, match[1]):
             raise ValueError(f"{text!r} is no version; it is written RUN_ID@FENCE.STEP")
@@ -51,7 +45,7 @@ class WeightVersion(BaseModel):
 
 
 class BaseFingerprint(BaseModel):
-    """What identifies a base model: see `shared.fingerprint`. None: not known (dummy or pre-quantized weights)."""
+    """Identity of a base model, see `shared.fingerprint`. None: not known (dummy or pre-quantized weights)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,18 +60,14 @@ class ModuleSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(ge=1)
-    scaling: float = Field(description="PEFT's scaling (alpha/r, alpha/sqrt(r) with rsLoRA); already multiplied into B")
-
-    @field_validator("scaling")
-    @classmethod
-    def _finite(cls, value: float) -> float:
-        if not math.isfinite(value):
-            raise ValueError("scaling must be finite")
-        return value
+    scaling: float = Field(
+        allow_inf_nan=False,
+        description="PEFT's scaling (alpha/r, alpha/sqrt(r) with rsLoRA); already multiplied into B",
+    )
 
 
 class AdapterManifest(BaseModel):
-    """What a push announces before its tensors; travels in the header of the safetensors blob.
+    """Announcement of a push, in the header of the safetensors blob.
 
     `modules` maps PEFT module names without the `base_model.model.` prefix (`model.layers.0.self_attn.q_proj`) to
     their rank and scaling. The blob holds `NAME.lora_A.weight` and `NAME.lora_B.weight` for each of them, in `dtype`.
@@ -100,7 +90,7 @@ class AdapterManifest(BaseModel):
 
 
 class PushReceipt(BaseModel):
-    """What the server has done with a push. Nothing is served before every worker has acknowledged."""
+    """Result of a push. Nothing is served before every worker has acknowledged."""
 
     epoch: str
     version: WeightVersion
@@ -108,14 +98,14 @@ class PushReceipt(BaseModel):
     checksum: str
     bytes: int
     transport: Literal["http", "collective"] = "http"
-    workers: int = Field(description="workers that have found the checksum right of what they serve from")
+    workers: int = Field(description="workers that have verified the checksum of the installed tensors")
     modules: int = Field(description="modules written on each worker")
     transfer_seconds: float = Field(description="until the tensors are in a buffer on every worker's device")
     install_seconds: float = Field(description="writing the slot and reading it back")
     flip_seconds: float
     wait_seconds: float = Field(description="waiting for a free slot, or (merge, drain) for running requests to finish")
     pause_seconds: float = Field(0.0, description="for which no request of this server was decoding")
-    repeated: bool = Field(False, description="this very push was already installed; nothing was done again")
+    repeated: bool = Field(False, description="the same push was already installed; nothing was done again")
 
 
 class RunState(BaseModel):
@@ -130,12 +120,12 @@ class RunState(BaseModel):
 
 
 class ServerState(BaseModel):
-    """Everything a learner must know of a server before it trusts it with a run."""
+    """State of a server, which a learner checks before it uses the server."""
 
     protocol: int = PROTOCOL_VERSION
     epoch: str = Field(description="random at start: when it changes, the server has forgotten everything")
     ready: bool
-    draining: bool = Field(False, description="about to leave: takes nothing new, finishes what it has")
+    draining: bool = Field(False, description="about to leave: takes no new requests, finishes running ones")
     model: str
     base: BaseFingerprint
     vllm_version: str
@@ -155,7 +145,7 @@ class ServerState(BaseModel):
         [], description="engine options that make logprobs differ from the policy's (speculation, quantized KV cache)"
     )
     allowed_altering: bool = False
-    deterministic: bool = Field(False, description="equal seeded requests, one at a time, have equal answers")
+    deterministic: bool = Field(False, description="equal seeded requests, one at a time, have equal completions")
     shares_gpu: bool = Field(False, description="may be put to sleep by a learner that trains on the same GPU")
     asleep: bool = Field(False, description="requests wait until the learner, or a push, wakes it")
     mixture_of_experts: bool = False

@@ -1,4 +1,4 @@
-"""Which run's learner shares a collective group with the workers."""
+"""Collective groups of learners and workers, one for each run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _LEAVE_SECONDS = 10.0
 
 
 @dataclass
-class Groups:
-    """At most one group for each run. A group that failed is left and never used again; a learner may join anew.
+class BroadcastGroups:
+    """At most one group for each run. A group that failed is left and never used again; a learner may join another.
 
     Args:
-        bind: the address that groups meet on, that of the HTTP server.
+        bind: address that groups meet on, that of the HTTP server.
     """
 
     workers: Workers
@@ -30,43 +30,36 @@ class Groups:
     _joined: dict[Run, str] = field(default_factory=dict)
 
     def of(self, run: Run) -> str:
-        """The name of the run's group.
-
-        Raises:
-            LockstepError: `no_group`.
-        """
+        """Return the name of the run's group; raises `no_group`."""
         if run not in self._joined:
             raise NoGroup(f"the learner of run {run.run_id} shares no collective group with this server")
         return self._joined[run]
 
     async def join(self, run: Run) -> AsyncGenerator[GroupInvitation | None, None]:
-        """Make a group for the run: yields the learner's invitation, then None when all workers have heard it.
+        """Form a group for the run: yields the learner's invitation, then None when all workers have joined.
 
         Raises:
             LockstepError: `timeout` or `install_failed`; no group is left behind.
         """
         self.leave(run)
         name, timeout, size = secrets.token_hex(8), self.settings.collective_timeout, len(self.workers) + 1
-        hosting = self.workers.begin_each("host_group", [{"group": name, "bind": self.bind, "timeout": timeout}])
-        port = (await hosting.answers(timeout))[0]["port"]
-        call = self.workers.begin_each(
-            "join_group",
-            [
-                {"group": name, "bind": self.bind, "port": port, "rank": r, "size": size, "timeout": timeout}
-                for r in range(1, size)
-            ],
-        )
+        common = {"group": name, "bind": self.bind, "timeout": timeout}
+        hosting = await self.workers.begin_each("host_group", [common]).results(timeout)
+        port = hosting[0]["port"]
+        ranks = [{**common, "port": port, "rank": rank, "size": size} for rank in range(1, size)]
+        call = self.workers.begin_each("join_group", ranks)
         joined = False
         try:
             yield GroupInvitation(group=name, port=port, size=size, backend=self.backend, timeout_s=timeout)
-            await call.answers(timeout + _LEAVE_SECONDS)
+            await call.results(timeout + _LEAVE_SECONDS)
             joined = True
         finally:
             if not joined:
                 self.workers.begin("leave_group", group=name)
         self.leave(run)
         self._joined[run] = name
-        self.leave_closed()
+        for closed in [run for run in self._joined if run.closed]:
+            self.leave(closed)
         yield None
 
     def leave(self, run: Run) -> None:
@@ -74,8 +67,3 @@ class Groups:
         name = self._joined.pop(run, None)
         if name is not None:
             self.workers.begin("leave_group", group=name)
-
-    def leave_closed(self) -> None:
-        """Leave the groups of runs that are no more."""
-        for run in [run for run in self._joined if run.closed]:
-            self.leave(run)

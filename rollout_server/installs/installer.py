@@ -1,40 +1,36 @@
-"""A push from announcement to receipt: announce, fill, verify, flip. Nothing is served before all has been checked."""
+"""Installs of pushed adapters: announce, fill, verify, flip. Nothing is served before all checks have passed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.sleep import Sleep
-from rollout_server.installs.broadcast_groups import Groups
-from rollout_server.installs.live_weights import LiveWeights
+from rollout_server.installs.broadcast_groups import BroadcastGroups
+from rollout_server.installs.context import InstallContext
 from rollout_server.installs.merge_install import MergeInstall
 from rollout_server.installs.slot_install import SlotInstall
 from rollout_server.installs.staging import Staging
-from rollout_server.ipc.client import Workers
-from rollout_server.runs.served_model import ServedModel
 from rollout_server.runs.slots import Run
-from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.adapter_file import AdapterHeader
 from shared.collective import Announcement
 from shared.errors import (
     BaseMismatch,
-    ErrorCode,
     InvalidRequest,
-    LockstepError,
     MalformedAdapter,
+    NotFinite,
     RankTooHigh,
     StaleVersion,
     Timeout,
     UnknownLayout,
     UnsupportedAdapter,
 )
-from shared.weights import AdapterManifest, InFlight, PushReceipt
+from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState
 
 _CHECK_SECONDS = 30.0
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
@@ -44,22 +40,15 @@ _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 class Installer:
     """Takes pushes for all runs of this server."""
 
-    proxy: EngineProxy
-    workers: Workers
-    groups: Groups
-    runs: RunTable
-    served: ServedModel
+    context: InstallContext
+    groups: BroadcastGroups
+    served: ServerState
     settings: ServerSettings
-    epoch: str
     sleep: Sleep
-    _receipts: dict[int, PushReceipt] = field(default_factory=dict)
-    _known_layouts: dict[str, None] = field(default_factory=dict)
-    recoveries: set[asyncio.Task[None]] = field(default_factory=set)
+    _known_layouts: list[str] = field(default_factory=list)  # keys
 
     def __post_init__(self) -> None:
-        # The workers have one receive buffer each.
-        self.fill_lock = asyncio.Lock()
-        self.weights = LiveWeights(self.proxy, self.workers)
+        self.runs = self.context.runs
         self._install = MergeInstall if self.settings.merges else SlotInstall
         self.staging = Staging(self.settings.max_adapter_mib * 2**20)
 
@@ -68,51 +57,36 @@ class Installer:
     ) -> PushReceipt:
         """Receive one adapter over HTTP and install it.
 
-        Args:
-            in_flight: what becomes of running requests: `shared.weights.InFlight`.
-
         Raises:
-            LockstepError: whatever is wrong with the push; what is served has not changed then.
+            LockstepError: any fault of the push; what is served has not changed then.
         """
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
-
-        async def check(header: AdapterHeader) -> None:
-            await self._check(run_id, lease, takeover, header)
-
+        check = functools.partial(self._check, run_id, lease, takeover)
         try:
             async with asyncio.timeout(self.settings.push_timeout):
-                staged = await self.staging.receive(body, check)
+                memory, header, seconds = await self.staging.receive(body, check)
         except TimeoutError:
-            raise Timeout(
-                f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
-            ) from None
-        read = False
+            seconds = self.settings.push_timeout
+            raise Timeout(f"the push did not arrive within {seconds} s; see --push-timeout") from None
         try:
             async with self._opened(run_id, lease, takeover) as run:
-                if repeated := self._check_order(run_id, staged.header.manifest):
-                    read = True
-                    return repeated
-                source = {
-                    "path": staged.memory.path,
-                    "memory": staged.memory.number,
-                    "offset": staged.header.data_offset,
-                }
-                install = self._install(self, run, staged.header, deadline, in_flight, "http", staged.seconds)
-                async with install.filling(source):
-                    receipt = await install.finish()
-                read = True
-                return receipt
-        finally:
-            if read:
-                self.staging.give_back(staged.memory)
-            else:  # a worker may still be reading it
-                staged.memory.free()
+                receipt = self._check_order(run_id, header.manifest)
+                if receipt is None:
+                    install = self._install(self.context, run, header, deadline, in_flight, "http", seconds)
+                    source = {"path": memory.path, "memory": memory.number, "offset": header.data_offset}
+                    async with install.filling(source):
+                        receipt = await install.finish()
+        except BaseException:
+            memory.free()  # not used again: a worker may still be reading it
+            raise
+        self.staging.give_back(memory)
+        return receipt
 
     async def broadcast(
         self, run_id: str, lease: str, announced: Announcement, in_flight: InFlight = "drain"
     ) -> AsyncGenerator[PushReceipt | None, None]:
-        """Install one adapter that comes by broadcast: yields None when the workers receive, then the receipt.
+        """Install one adapter that arrives by broadcast: yields None when the workers receive, then the receipt.
 
         Raises:
             LockstepError: as `push`; `no_group` if the run's learner has joined none, `unknown_layout` if its last push
@@ -128,21 +102,21 @@ class Installer:
                 return
             group = self.groups.of(run)
             timeout = min(self.settings.collective_timeout, deadline - time.monotonic())
-            install = self._install(self, run, header, deadline, in_flight, "collective")
+            install = self._install(self.context, run, header, deadline, in_flight, "collective")
             try:
                 async with install.filling({"group": group, "timeout": timeout}):
-                    await install.told()
+                    await install.acknowledged()
                     yield None
                     receipt = await install.finish()
-            except BaseException as error:
-                # After a refusal of what arrived all members are still in step with each other.
-                if not (isinstance(error, LockstepError) and error.code is ErrorCode.NOT_FINITE):
-                    self.groups.leave(run)
+            except NotFinite:  # it arrived, so all ranks are still in step with each other
+                raise
+            except BaseException:
+                self.groups.leave(run)
                 raise
             yield receipt
 
     def _check_in_flight(self, in_flight: InFlight) -> None:
-        """When a push overtakes a running request is a matter of time, and both would pause the engine."""
+        # The other policies pause the engine, and which tokens they affect depends on when a push arrives.
         if self.settings.deterministic and in_flight != "drain":
             raise InvalidRequest(
                 f"in_flight={in_flight}: on a server started with --deterministic running requests finish on their "
@@ -150,7 +124,7 @@ class Installer:
             )
 
     def _as_last_time(self, run: Run, announced: Announcement) -> AdapterHeader:
-        """The header of an adapter that is announced as like the last one."""
+        """Return the header of an adapter that is announced with the layout of the run's last push."""
         last = run.header
         if last is None or last.layout.key != announced.layout:
             raise UnknownLayout(f"run {run.run_id} has pushed no adapter of this layout; push it over HTTP")
@@ -158,18 +132,18 @@ class Installer:
         return replace(last, manifest=manifest)
 
     async def end(self, run_id: str) -> None:
-        """Forget a run, after a push of it that is under way. A base that it was merged into is restored to the bit.
+        """Remove a run, after a push of it that is under way. A base that it was merged into is restored bit by bit.
 
         Raises:
-            LockstepError: `no_free_slot` if that has to wait for running requests too long; the run lives on then.
+            LockstepError: `no_free_slot` if running requests do not end in time; the run stays then.
         """
         run = self.runs.get(run_id)
-        # Only a base that is to be restored is written to.
+        # Without --apply merge no weight is written.
         awake = self.sleep.kept_awake() if self.settings.merges else contextlib.nullcontext()
         async with awake, run.push_lock:
             if self.settings.merges and run.active is not None:
                 deadline = time.monotonic() + self.settings.push_timeout
-                async with self.weights.changed(run, None, deadline):
+                async with self.context.weights.updated(run, None, deadline):
                     self.runs.close(run_id)
             elif not run.closed:
                 self.runs.close(run_id)
@@ -177,7 +151,7 @@ class Installer:
 
     @contextlib.asynccontextmanager
     async def _opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
-        """The run, and its turn to install; if its first push fails its place goes to others."""
+        """Open the run and hold its push lock. If its first push fails, its place is free for other runs."""
         try:
             while self.settings.merges and (replaced := self.runs.replaced_by(run_id, takeover)):
                 await self.end(replaced)
@@ -191,7 +165,7 @@ class Installer:
                 self.runs.close(run_id)
 
     async def _check(self, run_id: str, lease: str, takeover: bool, header: AdapterHeader) -> None:
-        """Everything that can be known before a tensor moves."""
+        """Run all checks that need no tensor."""
         self._check_identity(run_id, header.manifest)
         self.runs.check_open(run_id, lease, takeover)
         self._check_order(run_id, header.manifest)
@@ -217,13 +191,13 @@ class Installer:
             raise UnsupportedAdapter(f"{', '.join(altering)} cannot be served; train plain LoRA")
 
     def _check_order(self, run_id: str, manifest: AdapterManifest) -> PushReceipt | None:
-        """Refuse what is older than what is served; the receipt again if it is the very same."""
+        """Refuse a version older than the served one; return the receipt again if it is the same push."""
         run = self.runs.runs.get(run_id)
         slot = run.active if run else None
         if slot is None or slot.version is None or manifest.version > slot.version:
             return None
         if manifest.version == slot.version and manifest.checksum == slot.checksum:
-            return self._receipts[slot.install_seq].model_copy(update={"repeated": True})
+            return self.context.receipts[slot.install_seq].model_copy(update={"repeated": True})
         raise StaleVersion(
             f"{manifest.version} does not come after {slot.version}, which is being served",
             served=slot.version.model_dump(),
@@ -234,13 +208,5 @@ class Installer:
         if key in self._known_layouts:
             return
         entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
-        await self.workers.call("check", _CHECK_SECONDS, entries=entries)
-        self._known_layouts[key] = None
-        if len(self._known_layouts) > _LAYOUTS_KNOWN:
-            self._known_layouts.pop(next(iter(self._known_layouts)))
-
-    def remember(self, receipt: PushReceipt) -> None:
-        """Keep the receipt as long as its version is served."""
-        served = {run.active.install_seq for run in self.runs.runs.values() if run.active}
-        self._receipts = {seq: kept for seq, kept in self._receipts.items() if seq in served}
-        self._receipts[receipt.install_seq] = receipt
+        await self.context.workers.call("check", _CHECK_SECONDS, entries=entries)
+        self._known_layouts = [*self._known_layouts, key][-_LAYOUTS_KNOWN:]

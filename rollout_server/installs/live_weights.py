@@ -1,4 +1,4 @@
-"""Changes the weights that all requests compute with, for `--apply merge`: wait or pause, apply, go on."""
+"""Updates of the weights that all requests compute with, for `--apply merge`: wait or pause, apply, resume."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _APPLY_SECONDS = 60.0
 
 
 @dataclass
-class Change:
-    """What a change has cost; `tokens`: how many each output of each running request had before."""
+class WeightUpdate:
+    """Cost of an update; `tokens`: how many each output of each running request had before."""
 
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     wait_seconds: float = 0.0
@@ -35,61 +35,57 @@ class LiveWeights:
     workers: Workers
 
     @asynccontextmanager
-    async def changed(
+    async def updated(
         self, run: Run, checksum: str | None, deadline: float, kv: KV | None = None
-    ) -> AsyncIterator[Change]:
-        """Inside, the weights hold the adapter of that checksum (None: no adapter) and the engine stands still.
+    ) -> AsyncIterator[WeightUpdate]:
+        """Apply the adapter of that checksum (None: no adapter) and keep the engine paused inside the block.
 
-        Nobody is admitted until the end, so whoever is admitted later sees what the caller does inside.
+        No request is admitted until the end, so requests admitted later see the state that the caller sets inside.
 
         Args:
-            kv: None: wait until no request runs. Else running requests live through it, and compute their KV anew
+            kv: None: wait until no request runs. Otherwise running requests survive the update and recompute their KV
                 (`fresh`) or keep it (`carried`).
 
         Raises:
-            LockstepError: `no_free_slot`, `install_failed`, what a worker answers; nothing has changed then.
+            LockstepError: `no_free_slot`, `install_failed`, a worker's refusal; nothing has changed then.
         """
-        change, started = Change(), time.monotonic()
+        update, started = WeightUpdate(), time.monotonic()
         run.ring.admits.clear()
         try:
             if kv is None:
                 await self._drained(run, deadline)
             paused = time.monotonic()
-            change.wait_seconds = paused - started
+            update.wait_seconds = paused - started
             run.not_moving.clear()
             try:
                 async with (
                     asyncio.timeout_at(loop_time(deadline)) as limit,
-                    self.proxy.paused(clear_cache=kv == "fresh") as change.tokens,
+                    self.proxy.paused(clear_cache=kv == "fresh") as update.tokens,
                 ):
                     limit.reschedule(None)
                     await self._apply(checksum, before=run.slots[0].checksum or None)
-                    yield change
+                    yield update
             except TimeoutError:
                 raise InstallFailed("the engine did not pause before the push's deadline") from None
             finally:
                 run.not_moving.set()
-                change.pause_seconds = time.monotonic() - paused
+                update.pause_seconds = time.monotonic() - paused
         finally:
             run.ring.admits.set()
 
     async def _drained(self, run: Run, deadline: float) -> None:
         slot = run.slots[0]
-        async with run.changed:
-            try:
-                async with asyncio.timeout_at(loop_time(deadline)):
-                    await run.changed.wait_for(lambda: slot.requests == 0)
-            except TimeoutError:
-                raise NoFreeSlot(
-                    f"{slot.requests} requests still ran at the deadline, and the weights may not change under them; "
-                    "push with in_flight = keep, or start the server with a longer --push-timeout"
-                ) from None
+        if not await run.ring.wait_for(lambda: slot.requests == 0, deadline):
+            raise NoFreeSlot(
+                f"{slot.requests} requests still ran at the deadline, and the weights may not change under them; "
+                "push with in_flight = keep, or start the server with a longer --push-timeout"
+            )
 
     async def _apply(self, checksum: str | None, before: str | None) -> None:
         """Apply on all workers, or, where one fails, `before` on all of them again."""
         call = self.workers.begin("apply", checksum=checksum)
         try:
-            await call.answers(_APPLY_SECONDS)
+            await call.results(_APPLY_SECONDS)
         except BaseException:
             try:
                 async with asyncio.timeout(_APPLY_SECONDS):

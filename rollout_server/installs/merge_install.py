@@ -1,4 +1,4 @@
-"""One adapter on its way into the live weights, for `--apply merge`: received while decoding goes on, then merged."""
+"""Install of an adapter in the live weights, for `--apply merge`: receive while decoding goes on, then merge."""
 
 from __future__ import annotations
 
@@ -6,33 +6,27 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from rollout_server.engine.admission import KV
 from rollout_server.installs.slot_install import SlotInstall
 
 
 class MergeInstall(SlotInstall):
-    """Fills no slot: the workers receive and verify, and change the weights when nothing computes with them."""
+    """Install without a slot: the workers receive and verify, then change the weights when no request uses them."""
 
     @contextlib.asynccontextmanager
     async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
         """Let all workers receive and verify from `source`. Unless `finish` is reached, nothing has changed."""
-        async with self._installer.fill_lock:
-            self._call = self._installer.workers.begin(
-                "fill", slot_id=0, key=self._header.layout.key, checksum=self._header.manifest.checksum, **source
-            )
+        async with self.context.fill_lock:
+            self._begin_fill(0, source)
             yield
 
     async def _switch(self, install_seq: int) -> float:
-        run, version, checksum = self._run, self._header.manifest.version, self._header.manifest.checksum
-        kv: KV | None = None
-        if self._in_flight != "drain" and run.active is not None:  # before the first push it is the base that runs
-            kv = "carried" if self._in_flight == "carried" else "fresh"
-        async with self._installer.weights.changed(run, checksum, self._deadline, kv) as change:
+        run, version, checksum = self.run, self.header.manifest.version, self.header.manifest.checksum
+        # Before the first push it is the base that runs.
+        kv = self.kv if self.in_flight != "drain" and run.active is not None else None
+        async with self.context.weights.updated(run, checksum, self.deadline, kv) as update:
             if kv is None:
-                await run.flip(run.slots[0], version, install_seq, checksum)
+                run.flip(run.slots[0], version, install_seq, checksum)
             else:
-                await run.move_to(
-                    None, version, install_seq, checksum, lambda admission: admission.move(change.tokens, version, kv)
-                )
-        self._wait_seconds += change.wait_seconds
-        return change.pause_seconds
+                run.move(version, install_seq, checksum, update.tokens, kv)
+        self._wait_seconds += update.wait_seconds
+        return update.pause_seconds

@@ -1,4 +1,4 @@
-"""HTTP transport: the request body goes, as it arrives, into shared memory that the workers map."""
+"""HTTP transport: write the request body, as it arrives, into shared memory that the workers map."""
 
 from __future__ import annotations
 
@@ -13,42 +13,36 @@ from shared.errors import InstallFailed, LockstepError, MalformedAdapter, TooLar
 
 
 @dataclass(frozen=True)
-class StagedAdapter:
-    """A complete blob in shared memory. Its checksum is the workers' business: it is taken of what lies in the slot."""
-
-    memory: SharedMemory
-    header: AdapterHeader
-    seconds: float
-
-
-@dataclass(frozen=True)
 class SharedMemory:
-    """Memory that workers open by path, that has no name in any file system, and that ends with its last user."""
+    """Memory that workers open by path. It has no name in any file system and ends with its last user."""
 
     descriptor: int
     number: int = field(default_factory=itertools.count().__next__)  # never reused, unlike descriptors and paths
 
     @property
     def path(self) -> str:
-        """Where processes of the same user find it."""
+        """Path for processes of the same user."""
         return f"/proc/{os.getpid()}/fd/{self.descriptor}"
 
     def free(self) -> None:
-        """Let go of it; whoever maps it keeps its pages."""
+        """Close it; processes that map it keep its pages."""
         os.close(self.descriptor)
 
 
 @dataclass
 class Staging:
-    """The shared memory of this server, used again and again: fresh pages cost as much as the copy into them."""
+    """Reused shared memory of this server: fresh pages cost as much as the copy into them."""
 
     max_bytes: int
     _free: list[SharedMemory] = field(default_factory=list)
 
     async def receive(
         self, body: AsyncIterator[bytes], check: Callable[[AdapterHeader], Awaitable[None]]
-    ) -> StagedAdapter:
-        """Receive one blob. `check` sees its header before any tensor byte is stored and raises to refuse it.
+    ) -> tuple[SharedMemory, AdapterHeader, float]:
+        """Receive one blob and return it with the seconds it took; the workers verify its checksum.
+
+        Args:
+            check: gets the header before any tensor byte is stored, and raises to refuse it.
 
         Raises:
             LockstepError: `malformed_adapter`, `too_large`, and what `check` raises.
@@ -66,10 +60,10 @@ class Staging:
         except BaseException:
             memory.free()
             raise
-        return StagedAdapter(memory, header, time.monotonic() - started)
+        return memory, header, time.monotonic() - started
 
     def give_back(self, memory: SharedMemory) -> None:
-        """All workers have read it: the next adapter may come here."""
+        """Take memory back for the next adapter, after all workers have read it."""
         self._free.append(memory)
 
     def close(self) -> None:
@@ -79,7 +73,7 @@ class Staging:
 
 
 async def _receive_header(body: AsyncIterator[bytes]) -> tuple[bytearray, AdapterHeader]:
-    """What has arrived when the header was complete, and the header."""
+    """Return the received bytes, which include the complete header, and the header."""
     head = bytearray()
     async for chunk in body:
         head += chunk

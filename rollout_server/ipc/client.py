@@ -1,17 +1,16 @@
-"""The server's end of the sockets to vLLM's workers: every call goes to all of them, every answer is counted."""
+"""The server's end of the sockets to vLLM's workers: every call goes to all of them, every result is counted."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, LockstepError, error_class
+from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, error_class
 
-Answer = dict[str, Any]
+Result = dict[str, Any]
 
 
 class Workers:
@@ -22,11 +21,7 @@ class Workers:
 
     @classmethod
     async def connect(cls, paths: list[Path], count: int) -> Workers:
-        """Connect to the sockets that workers listen on.
-
-        Raises:
-            LockstepError: `invalid_request` if they are not `count`: some run where this server cannot reach them.
-        """
+        """Connect to the workers' sockets; raises `invalid_request` if fewer than `count` run on this host."""
         if len(paths) != count:
             raise InvalidRequest(
                 f"{len(paths)} of the engine's {count} workers run on this host; a rollout server reaches only those: "
@@ -37,57 +32,44 @@ class Workers:
     def __len__(self) -> int:
         return len(self._links)
 
-    def begin(self, op: str, **arguments: Any) -> Call:
-        """Ask all workers for an operation of `worker._Operations`."""
-        return Call(op, [link.send(op, arguments) for link in self._links])
+    def begin(self, op: str, **arguments: Any) -> WorkerCall:
+        """Begin an operation (`worker.extension.Operations`) on all workers."""
+        return self.begin_each(op, [arguments] * len(self))
 
-    async def call(self, op: str, timeout: float, **arguments: Any) -> list[Answer]:
-        """Ask all workers, and wait for what they answer.
+    def begin_each(self, op: str, arguments: list[dict[str, Any]]) -> WorkerCall:
+        """Begin an operation on the first `len(arguments)` workers, with arguments of their own."""
+        return WorkerCall(op, [link.send(op, own) for link, own in zip(self._links, arguments, strict=False)])
 
-        Raises:
-            LockstepError: what the first one that refused says; `install_failed` if one does not answer in time.
-        """
-        return await self.begin(op, **arguments).answers(timeout)
-
-    def begin_each(self, op: str, arguments: list[dict[str, Any]]) -> Call:
-        """Ask each worker with arguments of its own, from the first on."""
-        return Call(op, [link.send(op, own) for link, own in zip(self._links, arguments, strict=False)])
-
-    async def close(self) -> None:
-        """Close all sockets."""
-        for link in self._links:
-            await link.close()
+    async def call(self, op: str, timeout: float, **arguments: Any) -> list[Result]:
+        """Run an operation on all workers and return their results; raises as `WorkerCall.results`."""
+        return await self.begin(op, **arguments).results(timeout)
 
 
-class Call:
-    """One operation under way on several workers."""
+class WorkerCall:
+    """An operation under way on several workers."""
 
-    def __init__(self, op: str, pending: list[_Pending]) -> None:
+    def __init__(self, op: str, replies: list[Reply]) -> None:
         self._op = op
-        self._pending = pending
+        self._replies = replies
 
-    async def told(self, timeout: float) -> None:
-        """Wait until every worker has told its first event, or has answered already.
+    async def acknowledged(self, timeout: float) -> None:
+        """Wait until every worker has acknowledged, or sent a result already; raises as `results`."""
+        await self._all([reply.acknowledged for reply in self._replies], timeout)
+        _raise_first([reply.result.result() for reply in self._replies if reply.result.done()])
 
-        Raises:
-            LockstepError: `install_failed` after `timeout` seconds; what a worker answers in its stead.
-        """
-        await self._all([pending.told for pending in self._pending], timeout)
-        _raise_first([p.answer.result() for p in self._pending if p.answer.done()])
-
-    async def answers(self, timeout: float) -> list[Answer]:
-        """The answers of all workers, in their order.
+    async def results(self, timeout: float) -> list[Result]:
+        """Return the results of all workers, in their order.
 
         Raises:
-            LockstepError: as in `Workers.call`.
+            LockstepError: the first refusal; `install_failed` if a worker sends no result within `timeout` seconds.
         """
-        answers = await self._all([pending.answer for pending in self._pending], timeout)
-        _raise_first(answers)
-        return answers
+        results = await self._all([reply.result for reply in self._replies], timeout)
+        _raise_first(results)
+        return results
 
     async def ended(self) -> None:
-        """Wait until no worker is at it any more, whatever came of it."""
-        await asyncio.gather(*(asyncio.shield(pending.answer) for pending in self._pending), return_exceptions=True)
+        """Wait until the operation has ended on all workers, successful or not."""
+        await asyncio.gather(*(asyncio.shield(reply.result) for reply in self._replies), return_exceptions=True)
 
     async def _all(self, futures: list[asyncio.Future[Any]], timeout: float) -> list[Any]:
         try:
@@ -100,27 +82,29 @@ class Call:
             ) from None
 
 
-class _Pending:
+class Reply:
+    """Futures of a worker's acknowledgement and result."""
+
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.told: asyncio.Future[None] = loop.create_future()
-        self.answer: asyncio.Future[Answer] = loop.create_future()
-        # Nobody may be waiting any more when a link breaks.
-        for future in (self.told, self.answer):
+        self.acknowledged: asyncio.Future[None] = loop.create_future()
+        self.result: asyncio.Future[Result] = loop.create_future()
+        # No task may be waiting when a link breaks: retrieve the exception.
+        for future in (self.acknowledged, self.result):
             future.add_done_callback(lambda f: f.cancelled() or f.exception())
 
-    def event(self) -> None:
-        if not self.told.done():
-            self.told.set_result(None)
+    def resolve(self, result: Result | None) -> None:
+        """Take a message of the worker: its result, or None for an acknowledgement."""
+        if not self.acknowledged.done():
+            self.acknowledged.set_result(None)
+        if result is not None:
+            self.result.set_result(result)
 
-    def resolve(self, answer: Answer) -> None:
-        self.event()
-        self.answer.set_result(answer)
-
-    def fail(self, error: LockstepError) -> None:
-        for future in (self.told, self.answer):
+    def fail(self) -> None:
+        """End both futures: the worker is gone."""
+        for future in (self.acknowledged, self.result):
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(EngineDead("a worker of the engine has ended"))
 
 
 class _Link:
@@ -129,48 +113,37 @@ class _Link:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._ids = itertools.count()
-        self._pending: dict[int, _Pending] = {}
+        self._replies: dict[int, Reply] = {}
         self._broken = False
         self._reading = asyncio.get_running_loop().create_task(self._read())
 
-    def send(self, op: str, arguments: dict[str, Any]) -> _Pending:
-        pending = _Pending()
+    def send(self, op: str, arguments: dict[str, Any]) -> Reply:
+        reply = Reply()
         if self._broken:
-            pending.fail(_gone())
-            return pending
-        call = next(self._ids)
-        self._pending[call] = pending
-        self._writer.write(json.dumps({"id": call, "op": op, **arguments}).encode() + b"\n")
-        return pending
-
-    async def close(self) -> None:
-        self._writer.close()
-        self._reading.cancel()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            reply.fail()
+            return reply
+        request_id = next(self._ids)
+        self._replies[request_id] = reply
+        self._writer.write(json.dumps({"id": request_id, "op": op, **arguments}).encode() + b"\n")
+        return reply
 
     async def _read(self) -> None:
         try:
             while line := await self._reader.readline():
                 message = json.loads(line)
-                if "event" in message:
-                    self._pending[message["id"]].event()
-                else:
-                    self._pending.pop(message["id"]).resolve(message["answer"])
+                result = message.get("result")
+                reply = self._replies[message["id"]] if result is None else self._replies.pop(message["id"])
+                reply.resolve(result)
         except OSError:
             pass
         finally:
             self._broken = True
-            for pending in self._pending.values():
-                pending.fail(_gone())
+            for reply in self._replies.values():
+                reply.fail()
 
 
-def _gone() -> LockstepError:
-    return EngineDead("a worker of the engine has ended")
-
-
-def _raise_first(answers: list[Answer]) -> None:
-    """Raise what the first worker that refused says."""
-    for answer in answers:
-        if not answer["ok"]:
-            raise error_class(ErrorCode(answer["code"]))(answer["message"])
+def _raise_first(results: list[Result]) -> None:
+    """Raise the first refusal among the results."""
+    for result in results:
+        if not result["ok"]:
+            raise error_class(ErrorCode(result["code"]))(result["message"])

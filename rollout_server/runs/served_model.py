@@ -1,56 +1,17 @@
-"""What this server serves, told to every learner before it trusts the server with a run."""
+"""Description of the served model, which learners check before they use the server."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import BaseFingerprint, ServerState
 
-_DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """Facts that do not change while the server lives."""
-
-    model: str
-    base: BaseFingerprint
-    vllm_version: str
-    device: str
-    dtype: str
-    lora_dtype: str
-    max_model_len: int
-    max_lora_rank: int
-    workers: int
-    slot_bytes: int
-    devices: list[str | None]
-    logprobs_mode: str
-    policy_altering: list[str]
-    mixture_of_experts: bool
-
-    def state(self, epoch: str, ready: bool, settings: ServerSettings, runs: RunTable) -> ServerState:
-        """The answer of `/v1/state`."""
-        return ServerState(
-            epoch=epoch,
-            ready=ready,
-            slots_per_run=1 if settings.merges else settings.slots_per_run,
-            max_runs=settings.max_runs,
-            apply="merge" if settings.merges else "adapter",
-            allowed_altering=settings.allow_policy_altering,
-            deterministic=settings.deterministic,
-            shares_gpu=settings.share_gpu,
-            runs=[run.state() for run in runs.runs.values()],
-            **self.__dict__,
-        )
-
 
 def policy_altering(vllm_config: Any) -> list[str]:
-    """Engine options under which logprobs are not those of the policy."""
+    """Return the engine options under which logprobs differ from the policy's."""
     reasons = []
     if vllm_config.speculative_config is not None:
         reasons.append("speculative decoding (--speculative-config)")
@@ -60,31 +21,43 @@ def policy_altering(vllm_config: Any) -> list[str]:
     return reasons
 
 
-def describe(vllm_config: Any, workers: list[dict[str, Any]], max_lora_rank: int) -> ServedModel:
-    """Read the facts from vLLM's resolved configuration and the checkpoint's files.
+def describe(
+    vllm_config: Any, workers: list[dict[str, Any]], max_lora_rank: int, settings: ServerSettings, boot_id: str
+) -> ServerState:
+    """Read the facts that do not change from vLLM's resolved configuration and the checkpoint's files.
 
     Args:
-        workers: what each worker says of itself when it is registered.
+        workers: results of the workers' `describe`.
     """
     model, lora = vllm_config.model_config, vllm_config.lora_config
+    text = model.hf_text_config
     dummy = str(vllm_config.load_config.load_format) == "dummy"
     unknown = BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
-    experts = getattr(model.hf_text_config, "num_experts", None) or getattr(
-        model.hf_text_config, "num_local_experts", None
-    )
-    return ServedModel(
+    return ServerState(
+        epoch=boot_id,
+        ready=True,
         model=model.model,
         base=unknown if dummy else fingerprint_checkpoint(model.model, model.revision),
         vllm_version=versions.vllm_version(),
         device=str(vllm_config.device_config.device_type),
-        dtype=_DTYPES[str(model.dtype)],
-        lora_dtype=_DTYPES[str(lora.lora_dtype if lora else model.dtype)],
+        dtype=_dtype_name(model.dtype),
+        lora_dtype=_dtype_name(lora.lora_dtype if lora else model.dtype),
         max_model_len=model.max_model_len,
         max_lora_rank=max_lora_rank,
-        workers=len(workers),
+        slots_per_run=1 if settings.merges else settings.slots_per_run,
         slot_bytes=max(worker.get("slot_bytes", 0) for worker in workers),
+        max_runs=settings.max_runs,
+        apply="merge" if settings.merges else "adapter",
+        workers=len(workers),
         devices=[worker["device"] for worker in workers],
         logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
         policy_altering=policy_altering(vllm_config),
-        mixture_of_experts=bool(experts),
+        allowed_altering=settings.allow_policy_altering,
+        deterministic=settings.deterministic,
+        shares_gpu=settings.share_gpu,
+        mixture_of_experts=bool(getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)),
     )
+
+
+def _dtype_name(dtype: Any) -> Any:
+    return str(dtype).removeprefix("torch.")

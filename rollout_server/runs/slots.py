@@ -1,7 +1,7 @@
-"""Which slot of a run serves: reserve, flip, free. The only place that changes it.
+"""State of a run's slots: reserve, flip, free. No other module changes it.
 
 A run owns a ring of adapter slots. At any time one of them is active (new requests get it), others may be draining
-(running requests finish on them) or being filled. All calls come from one event loop, so nothing here needs a lock.
+(running requests finish on them) or being filled. All calls come from one event loop, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from shared.adapter_file import AdapterHeader
 from shared.errors import NoFreeSlot, StepNotReached, UnknownRun
@@ -19,7 +19,7 @@ from shared.weights import RunState, WeightVersion
 
 
 class SlotState(StrEnum):
-    """`lost`: a worker may still be writing it; it comes back when the worker says that it is done."""
+    """`lost`: a worker may still be writing it; free again when the worker has ended."""
 
     FREE = "free"
     FILLING = "filling"
@@ -41,31 +41,49 @@ class Slot:
 
     @property
     def serves(self) -> bool:
-        """Whether any request can be sampling from it."""
+        """Whether requests may be sampling from it."""
         return self.state in (SlotState.ACTIVE, SlotState.DRAINING)
 
     @property
     def salt(self) -> str:
-        """Prefix-cache salt: never the same for two installs, whatever their names."""
+        """Prefix-cache salt, unique to each install."""
         return f"lockstep:{self.install_seq}"
 
 
 @dataclass(eq=False)
 class Ring:
-    """The slots of one run after another; whoever waits for one of them waits on `changed`.
+    """Slots of one run at a time.
 
-    While `admits` is not set nobody may become a holder (`--apply merge`: the weights are about to change).
+    While `admits` is not set no request may be admitted (`--apply merge`: the weights are about to change).
     """
 
     slots: list[Slot]
     admits: asyncio.Event = field(default_factory=asyncio.Event)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.admits.set()
 
+    def notify(self) -> None:
+        """Wake all that wait for a slot."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-Holder = Any  # of a slot: an `admission.Admission`
+    async def wait_for(self, reached: Callable[[], bool], deadline: float) -> bool:
+        """Wait until `reached`, checked at every change of a slot; False if `deadline` (monotonic seconds) passes."""
+        try:
+            async with asyncio.timeout_at(loop_time(deadline)):
+                while not reached():
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Holder(Protocol):
+    """Request that holds a slot: an `engine.admission.Admission`."""
+
+    def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: Any) -> None: ...
 
 
 @dataclass(eq=False)
@@ -90,45 +108,32 @@ class Run:
         """The slots of this run's ring."""
         return self.ring.slots
 
-    @property
-    def changed(self) -> asyncio.Condition:
-        """Notified whenever a slot changes its state."""
-        return self.ring.changed
-
     def acquire(self, slot: Slot, holder: Holder) -> None:
         """Keep `slot` from being refilled until `release`."""
         slot.requests += 1
         self._holders[slot].add(holder)
 
     def release(self, slot: Slot, holder: Holder) -> None:
-        """A request that held `slot` has ended."""
+        """End a request's hold on `slot`."""
         slot.requests -= 1
         self._holders[slot].discard(holder)
         if slot.requests == 0:
             if slot.state is SlotState.DRAINING:
                 slot.state = SlotState.FREE
-            notify_soon(self.changed)
+            self.ring.notify()
 
     async def reserve(self, deadline: float) -> Slot:
-        """Take a free slot for filling; waits for running requests to leave one.
-
-        Raises:
-            LockstepError: `no_free_slot` when `deadline` (monotonic seconds) passes first.
-        """
+        """Wait for a free slot and take it for filling; raises `no_free_slot` at `deadline` (monotonic seconds)."""
 
         def free() -> Slot | None:
             return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)
 
-        async with self.changed:
-            try:
-                async with asyncio.timeout_at(loop_time(deadline)):
-                    await self.changed.wait_for(lambda: free() is not None or self.closed)
-            except TimeoutError:
-                busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
-                raise NoFreeSlot(
-                    f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
-                    "older versions: wait for them, or start the server with more --slots-per-run"
-                ) from None
+        if not await self.ring.wait_for(lambda: free() is not None or self.closed, deadline):
+            busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
+            raise NoFreeSlot(
+                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
+                "older versions: wait for them, or start the server with more --slots-per-run"
+            )
         slot = free()
         if slot is None or self.closed:
             raise UnknownRun(f"run {self.run_id} was deleted while a push was waiting")
@@ -136,67 +141,49 @@ class Run:
         slot.version = None
         return slot
 
-    async def flip(self, slot: Slot, version: WeightVersion, install_seq: int, checksum: str) -> None:
-        """From now on new requests get `slot`; running ones finish where they are."""
+    def flip(self, slot: Slot, version: WeightVersion, install_seq: int, checksum: str) -> None:
+        """Give `slot` to new requests; running ones finish on theirs."""
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         previous, self.active = self.active, slot
         slot.state = SlotState.ACTIVE
         if previous is not None and previous is not slot:
             previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
-        async with self.changed:
-            self.changed.notify_all()
+        self.ring.notify()
 
-    async def move_to(
-        self,
-        spare: Slot | None,
-        version: WeightVersion,
-        install_seq: int,
-        checksum: str,
-        moved: Callable[[Holder], None],
+    def move(
+        self, version: WeightVersion, install_seq: int, checksum: str, tokens: dict[tuple[str, int], int], kv: Any
     ) -> None:
-        """The active slot holds another adapter, for running requests too: `moved` tells each of them.
+        """Note that the active slot holds another adapter, for running requests too: move them to its version.
 
-        `spare`, where that adapter was, is free.
+        `tokens`, `kv`: see `engine.admission.Admission.move`.
         """
         slot = self.active
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         for holder in self._holders[slot]:
-            moved(holder)
-        if spare is not None:
-            spare.state = SlotState.FREE
-        async with self.changed:
-            self.changed.notify_all()
+            holder.move(tokens, version, kv)
+        self.ring.notify()
 
-    async def give_back(self, slot: Slot, *, lost: bool = False) -> None:
-        """A fill failed: nothing is served from `slot`; `lost` while a worker may still be writing it."""
+    def give_back(self, slot: Slot, *, lost: bool = False) -> None:
+        """Return a slot that was reserved and does not serve; `lost` while a worker may still be writing it."""
         slot.state = SlotState.LOST if lost else SlotState.FREE
-        async with self.changed:
-            self.changed.notify_all()
+        self.ring.notify()
 
     async def wait_for_step(self, step: int, wait_s: float) -> None:
-        """Wait until `step` or a later one is served.
+        """Wait until `step` or a later one is served; raises `step_not_reached` after `wait_s` seconds."""
 
-        Raises:
-            LockstepError: `step_not_reached` after `wait_s` seconds.
-        """
+        def served() -> WeightVersion | None:
+            return self.active.version if self.active else None
 
         def reached() -> bool:
-            served = self.active.version if self.active else None
-            return (served is not None and served.step >= step) or self.closed
+            version = served()
+            return (version is not None and version.step >= step) or self.closed
 
-        async with self.changed:
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self.changed.wait_for(reached)
-            except TimeoutError:
-                served = self.active.version if self.active else None
-                raise StepNotReached(
-                    f"run {self.run_id} serves {served}, step {step} did not arrive within {wait_s} s"
-                ) from None
+        if not await self.ring.wait_for(reached, time.monotonic() + wait_s):
+            raise StepNotReached(f"run {self.run_id} serves {served()}, step {step} did not arrive within {wait_s} s")
 
     def state(self) -> RunState:
-        """The run as told to clients."""
+        """Return the run's state for clients."""
         active = self.active
         return RunState(
             run_id=self.run_id,
@@ -217,21 +204,5 @@ class Run:
 
 
 def loop_time(deadline: float) -> float:
-    """Monotonic seconds as the event loop counts them."""
+    """Convert monotonic seconds to the event loop's clock."""
     return asyncio.get_running_loop().time() + deadline - time.monotonic()
-
-
-def notify_soon(condition: asyncio.Condition) -> None:
-    """Wake waiters from code that cannot await."""
-
-    async def notify() -> None:
-        async with condition:
-            condition.notify_all()
-
-    task = asyncio.get_running_loop().create_task(notify())
-    _NOTIFIERS.add(task)
-    task.add_done_callback(_NOTIFIERS.discard)
-
-
-# The loop keeps only weak references to tasks.
-_NOTIFIERS: set[asyncio.Task[None]] = set()

@@ -1,10 +1,10 @@
-"""Which runs there are, and who may push to them."""
+"""Table of runs: which exist, and which learner may push to them."""
 
 from __future__ import annotations
 
 import hmac
 
-from rollout_server.runs.slots import Ring, Run, Slot, SlotState, notify_soon
+from rollout_server.runs.slots import Ring, Run, Slot, SlotState
 from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
 
 
@@ -12,8 +12,8 @@ class RunTable:
     """All runs of this server. Slot ids are vLLM's LoRA ids and start at 1.
 
     Attributes:
-        base: what base requests hold while they run, where adapters are merged into the weights (`merged`): there is
-            one slot then, 0, for base and run alike. Elsewhere the base is always served, and None.
+        base: holder of the slot for base requests, if adapters are merged into the weights (`merged`): base and run
+            share slot 0 then. Otherwise the base is always served, and this is None.
     """
 
     def __init__(self, slots_per_run: int, max_runs: int, *, merged: bool = False) -> None:
@@ -25,7 +25,7 @@ class RunTable:
         self._install_seq = 0
 
     def next_install_seq(self) -> int:
-        """The next number of this server's installs; a failed install uses one up too."""
+        """Return the next number of this server's installs; a failed install uses one up too."""
         self._install_seq += 1
         return self._install_seq
 
@@ -44,17 +44,12 @@ class RunTable:
             )
 
     def replaced_by(self, run_id: str, takeover: bool) -> str | None:
-        """The run whose place `open` would give to `run_id`."""
-        if run_id in self.runs or self._free_ring() is not None or not self._replaceable(takeover):
-            return None
-        return next(iter(self.runs))
+        """Return the run whose place `open` would give to `run_id`."""
+        full = run_id not in self.runs and self._free_ring() is None
+        return next(iter(self.runs)) if full and self._replaceable(takeover) else None
 
     def get(self, run_id: str | None) -> Run:
-        """The run of that name; without a name, the only one there is.
-
-        Raises:
-            LockstepError: `unknown_run`.
-        """
+        """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
         if run_id is None and len(self.runs) == 1:
             return next(iter(self.runs.values()))
         if run_id is None or run_id not in self.runs:
@@ -63,16 +58,12 @@ class RunTable:
         return self.runs[run_id]
 
     def steps(self) -> dict[str, int]:
-        """Run id -> the step it is served at."""
+        """Return run id -> served step."""
         active = [(run_id, run.active) for run_id, run in self.runs.items()]
         return {run_id: slot.version.step for run_id, slot in active if slot and slot.version}
 
     def check_open(self, run_id: str, lease: str, takeover: bool) -> None:
-        """Would `open` succeed? Changes nothing.
-
-        Raises:
-            LockstepError: `lease_mismatch`, `no_free_run`.
-        """
+        """Raise `lease_mismatch` or `no_free_run` if `open` would. Changes nothing."""
         run = self.runs.get(run_id)
         if run is not None:
             if not takeover and not hmac.compare_digest(run.lease.encode(), lease.encode()):
@@ -86,19 +77,17 @@ class RunTable:
             )
 
     def open(self, run_id: str, lease: str, takeover: bool) -> Run:
-        """The run to push to; a new one if there is room. `takeover` replaces the lease, or the only other run.
+        """Return the run to push to, a new one if there is room.
 
-        Raises:
-            LockstepError: `lease_mismatch`, `no_free_run`.
+        `takeover` replaces the lease, or the only other run. Raises `lease_mismatch`, `no_free_run`.
         """
         self.check_open(run_id, lease, takeover)
+        if replaced := self.replaced_by(run_id, takeover):
+            self.close(replaced)
         run = self.runs.get(run_id)
         if run is None:
             ring = self._free_ring()
-            if ring is None:
-                replaced = next(iter(self.runs))
-                ring = self.runs[replaced].ring
-                self.close(replaced)
+            assert ring is not None
             run = self.runs[run_id] = Run(run_id, lease, ring)
         run.lease = lease
         return run
@@ -111,13 +100,13 @@ class RunTable:
         return next((ring for ring in self._rings if ring not in taken), None)
 
     def close(self, run_id: str) -> None:
-        """Forget a run. Its running requests finish; its slots serve others once they have."""
+        """Remove a run. Its running requests finish; then its slots are free for other runs."""
         run = self.runs.pop(run_id)
         run.closed = True
         run.active = None
         for slot in run.slots:
             if slot.state is SlotState.ACTIVE:
                 slot.state = SlotState.DRAINING if slot.requests else SlotState.FREE
-            if self.base is not None:  # the base's from now on, under a salt of its own
+            if self.base is not None:  # belongs to the base from now on, under a new salt
                 slot.version, slot.checksum, slot.install_seq = None, "", self.next_install_seq()
-        notify_soon(run.changed)
+        run.ring.notify()

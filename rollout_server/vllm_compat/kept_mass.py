@@ -1,13 +1,13 @@
-"""How much probability mass top_k, top_p and min_p kept where each token was sampled.
+"""Report the probability mass that top_k, top_p and min_p kept where each token was sampled.
 
 vLLM's processed logprobs are those of the truncated distribution: ln q(t) - ln Z, where q is the softmax before
-truncation and Z the mass of the kept set. A learner that computes ln q(t) needs ln Z to compare the two. vLLM keeps
-neither, so its sampler is subclassed here: in batches with a truncating request ln Z takes the place of the sampled
-token's rank, which is at least 1 and which only vLLM's `/inference/v1/generate` shows, as a whole number <= 0 of 2^-24.
-All of it runs on the device, behind the model's graph; batches that truncate nothing pass through untouched.
+truncation and Z the mass of the kept set. A learner that computes ln q(t) needs ln Z to compare the two. vLLM returns
+neither, so its sampler is subclassed: in batches with a truncating request ln Z replaces the sampled token's rank, as
+an integer <= 0 in units of 2^-24. Ranks are at least 1, and only vLLM's `/inference/v1/generate` shows them. All of it
+runs on the device, behind the model's graph; batches without truncation pass through unchanged.
 
-Written for both samplers of vLLM 0.26 to 0.33: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample`. With another
-one, and where speculation drafts tokens, ranks stay ranks: `decoded` then answers None, never a wrong mass.
+With an unknown sampler, and where speculation drafts tokens, ranks stay ranks: `decoded` then returns None, never a
+wrong mass.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from typing import Any
 import torch
 
 _STEPS = 2**24
-_LEAST = -100.0  # a mass of 4e-44; as a number of steps it still fits into 32 bits
+_LEAST = -100.0  # a mass of 4e-44; in units of 2^-24 it still fits into 32 bits
 _GREEDY_BELOW = 1e-5  # vLLM's own bound on the temperature
 
 
 def encoded(log_mass_N: torch.Tensor) -> torch.Tensor:
-    """ln Z [N] as what stands in for a rank, int64 [N]."""
+    """Encode ln Z [N] in place of ranks: int64 [N]."""
     return (log_mass_N.double().clamp(_LEAST, 0.0) * _STEPS).round().long()
 
 
 def decoded(ranks: Sequence[int | None]) -> list[float] | None:
-    """ln Z of each token; None if one of them still has a rank."""
+    """Return ln Z of each token; None if any of them still has a rank."""
     if any(rank is None or rank > 0 for rank in ranks):
         return None
     return [rank / _STEPS for rank in ranks if rank is not None]
 
 
-def install(sampler: Any) -> None:
-    """Let this sampler, one of vLLM's two, report ln Z; any other (None where there is none) stays as it is."""
+def install(worker: Any) -> None:
+    """Let the worker's sampler report ln Z. A worker without a known sampler stays as it is."""
+    sampler = worker.model_runner.sampler
     if getattr(sampler, "logprobs_mode", None) != "processed_logprobs":
         return
     if hasattr(getattr(sampler, "sampling_states", None), "apply_min_p"):

@@ -1,4 +1,4 @@
-"""Which of vLLM's process layouts a rollout server can serve: every worker of every engine has to take every push."""
+"""Process layouts of vLLM that a rollout server supports: every worker of every engine must receive every push."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ _ELSEWHERE = "run outside this server, which could not reach their workers"
 
 
 def workers(parallel: Any) -> int:
-    """Workers of all engines. `parallel`: vLLM's resolved ParallelConfig."""
+    """Count the workers of all engines. `parallel`: vLLM's resolved ParallelConfig."""
     return int(parallel.world_size_across_dp)
 
 
 def refusal(parallel: Any, *, mixture_of_experts: bool) -> str | None:
-    """Why this layout cannot be served, and what to do instead; None if it can."""
+    """Return why this layout is not supported, and what to do instead; None if it is."""
     engines, local = parallel.data_parallel_size, parallel.data_parallel_size_local
     executor = parallel.distributed_executor_backend
     several = "start several rollout servers"

@@ -1,5 +1,16 @@
-"""Everything that differs between the vLLM versions this server supports (0.26 to 0.33), and the one place that
-reaches into vLLM's private parts. Each function says which versions it was written for.
+"""The supported vLLM versions, and functions for vLLM's APIs that differ between them or are private.
+
+Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Modules and what they rely on:
+
+| module | relies on |
+| --- | --- |
+| versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
+| versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
+| linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
+| lora_slots | the worker's LoRA manager and LoRA layers |
+| kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
+| cpu_lora | `PunicaWrapperCPU` |
+| topology | `ParallelConfig` |
 """
 
 from __future__ import annotations
@@ -14,11 +25,7 @@ SUPPORTED = ((0, 26), (0, 33))
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version.
-
-    Raises:
-        RuntimeError: it lies outside the supported range.
-    """
+    """Return the installed vLLM's version; raises `RuntimeError` outside the supported range."""
     import vllm
 
     release = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
@@ -41,13 +48,13 @@ def _first_module(*names: str) -> Any:
 
 
 def make_arg_parser(parser: Any) -> Any:
-    """vLLM's serve flags added to `parser`."""
+    """Add vLLM's serve flags to `parser`."""
     module = _first_module("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
     return module.make_arg_parser(parser)
 
 
 def build_openai_app(args: Any, supported_tasks: tuple[str, ...], model_config: Any) -> Any:
-    """vLLM's FastAPI app with its OpenAI routes, which may still be given exception handlers (0.26 to 0.33)."""
+    """Build vLLM's FastAPI app with its OpenAI routes, which may still be given exception handlers."""
     module = _first_module("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server")
     app = module.build_app(args, supported_tasks, model_config)
     app.middleware_stack = None  # built already, with the handlers that there were; the first request builds it again
@@ -71,15 +78,15 @@ def lora_request(name: str, slot_id: int) -> Any:
 
 
 async def init_openai_state(engine: Any, state: Any, args: Any, supported_tasks: tuple[str, ...]) -> None:
-    """Hang the serving objects behind vLLM's OpenAI routes on `state`, all of them talking to `engine`."""
+    """Put the serving objects of vLLM's OpenAI routes into `state`; all of them call `engine`."""
     module = _first_module("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server")
     await module.init_app_state(engine, state, args, supported_tasks)
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises at a request that it refuses: errors of Python's in 0.26, a family of its own in 0.32.
+    """Return the exceptions with which vLLM refuses a request: Python's in 0.26, classes of its own in 0.32.
 
-    OverflowError is what its message format says to integers beyond 64 bits.
+    Its message format raises OverflowError for integers beyond 64 bits.
     """
     from vllm import exceptions
 
@@ -87,35 +94,8 @@ def refusals() -> tuple[type[Exception], ...]:
     return (ValueError, TypeError, OverflowError, *(error for error in own if error is not None))
 
 
-def lora_manager(worker: Any) -> Any:
-    """vLLM's adapter manager of one worker: `modules`, `packed_modules`, `lora_index_to_id`."""
-    return worker.model_runner.lora_manager._adapter_manager
-
-
-def pin_empty_adapter(worker: Any, slot_id: int, rank: int) -> None:
-    """Register a zero adapter of `rank` under `slot_id`, put it into a GPU slot and pin it there for good."""
-    manager = worker.model_runner.lora_manager
-    manager.add_dummy_lora(lora_request(f"slot-{slot_id}", slot_id), rank=rank)
-    manager._adapter_manager.activate_adapter(slot_id)
-    manager.pin_adapter(slot_id)
-
-
-def slot_index(worker: Any, slot_id: int) -> int:
-    """Where in the stacked buffers the adapter `slot_id` lies at present."""
-    return lora_manager(worker).lora_index_to_id.index(slot_id)
-
-
-def swap_adapters(worker: Any, one: int, other: int) -> None:
-    """Exchange the GPU slots of two pinned adapters, between two engine steps: no tensor moves."""
-    manager = lora_manager(worker)
-    order = manager.lora_index_to_id
-    i, j = order.index(one), order.index(other)
-    order[i], order[j] = order[j], order[i]
-    manager._last_mapping = None  # or a batch that stays the same would keep the old slot
-
-
 def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
-    """Tokens so far of every output that AsyncLLM is processing, by the caller's request id and output index."""
+    """Count the tokens so far of every output in AsyncLLM, by the caller's request id and output index."""
     states = engine.output_processor.request_states.values()
     return {
         (state.external_req_id, state.request_index): state.detokenizer.num_output_tokens()
@@ -125,21 +105,19 @@ def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
 
 
 def fail_requests(engine: Any) -> None:
-    """End every request that AsyncLLM is processing with the error of a dead engine, as AsyncLLM itself would."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    engine.output_processor.propagate_error(EngineDeadError())
+    """End every request in AsyncLLM with the error of a dead engine, as AsyncLLM itself would."""
+    engine.output_processor.propagate_error(engine_dead_error()())
 
 
 def engine_dead_error() -> type[Exception]:
-    """What AsyncLLM raises in requests whose engine has died."""
+    """Return the class of the error that AsyncLLM raises in requests whose engine has died."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return EngineDeadError
 
 
 def submitted_requests(engine: Any) -> set[str]:
-    """The caller's ids of all requests that AsyncLLM has handed to the engine with every one of their outputs."""
+    """Return the caller's ids of all requests that AsyncLLM has handed to the engine with all their outputs."""
     outputs: Counter[str] = Counter()
     wanted: dict[str, int] = {}
     for state in engine.output_processor.request_states.values():
@@ -148,72 +126,10 @@ def submitted_requests(engine: Any) -> set[str]:
     return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
 
 
-def vllm_module_name(model: Any, peft_name: str) -> str:
-    """The served model's own name for a module that PEFT calls `peft_name`."""
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is not None:
-        rename = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
-        mapper = rename() if rename is not None else mapper
-    return parse_fine_tuned_lora_name(f"base_model.model.{peft_name}.lora_A.weight", mapper)[0]
-
-
-def packed_modules(model: Any) -> dict[str, list[str]]:
-    """Last part of a fused layer's name -> those of the modules fused in it (`qkv_proj` -> q_proj, k_proj, v_proj)."""
-    from vllm.model_executor.utils import get_packed_modules_mapping
-
-    return get_packed_modules_mapping(model)
-
-
-def plain_linears(model: Any) -> dict[str, Any]:
-    """All linear layers that compute with `layer.weight` as it lies there, by name."""
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LinearBase)
-        and type(layer.quant_method) is UnquantizedLinearMethod
-        and layer.weight.dim() == 2
-    }
-
-
-def linear_parts(layer: Any) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
-    """How the weight [out, in] of a linear layer is fused and sharded.
-
-    Returns:
-        For every fused part, in the order of the weight's rows: rows on this worker, the first of them among the
-        part's output features, output features of all workers. And: first input feature on this worker, how many.
-    """
-    from vllm.model_executor.layers import linear
-
-    rank, shards = layer.tp_rank, layer.tp_size
-    every_column = (0, layer.input_size)
-    if isinstance(layer, linear.QKVParallelLinear):
-        size, v_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
-        kv_rank = rank // layer.num_kv_head_replicas
-        heads = [
-            (layer.num_heads, rank, layer.total_num_heads, size),
-            (layer.num_kv_heads, kv_rank, layer.total_num_kv_heads, size),
-            (layer.num_kv_heads, kv_rank, layer.total_num_kv_heads, v_size),
-        ]
-        return [(own * each, own * each * index, total * each) for own, index, total, each in heads], every_column
-    if isinstance(layer, linear.MergedColumnParallelLinear):
-        return [(n // shards, n // shards * rank, n) for n in layer.output_sizes], every_column
-    if isinstance(layer, linear.RowParallelLinear):
-        own = layer.input_size_per_partition
-        return [(layer.output_size, 0, layer.output_size)], (own * rank, own)
-    if isinstance(layer, linear.ColumnParallelLinear):
-        own = layer.output_size_per_partition
-        return [(own, own * rank, layer.output_size)], every_column
-    return [(layer.output_size, 0, layer.output_size)], every_column
-
-
 def keep_linear_weights_on_cpu() -> None:
-    """Let linear layers of vLLM's CPU backend (0.26 to 0.33) compute with `layer.weight`; no effect elsewhere.
+    """Let linear layers of vLLM's CPU backend compute with `layer.weight`; no effect on other backends.
 
-    It would pack the weights for its own kernels when the model is loaded, and leave `layer.weight` empty.
+    The backend would pack the weights for its own kernels when the model is loaded, and leave `layer.weight` empty.
     """
     from vllm.platforms import current_platform
 
@@ -236,9 +152,9 @@ def keep_linear_weights_on_cpu() -> None:
 def keep_seeds_alive_on_cpu(worker: Any) -> None:
     """Let seeded requests survive chunked prefill on the CPU backend.
 
-    While a prompt is still being prefilled in chunks vLLM samples a token, throws it away and rewinds the request's
-    generator by a CUDA offset. CPU generators have no offset: the call raises and the engine dies (0.25 to 0.33).
-    Here the generator's whole state is put back instead, which is what the rewind is for.
+    While a prompt is prefilled in chunks, vLLM samples a token, discards it and rewinds the request's generator by a
+    CUDA offset. CPU generators have no offset: the call raises and the engine dies. This patch restores the generator's
+    complete state instead.
     """
     runner = worker.model_runner
     if str(worker.device.type) != "cpu" or not hasattr(runner, "_bookkeeping_sync"):
@@ -270,31 +186,8 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
     runner._bookkeeping_sync = MethodType(bookkeeping_without_rewind, runner)
 
 
-def report_kept_mass(worker: Any) -> None:
-    """Let the worker's sampler (0.26 to 0.33 have the same two) say how much mass truncation kept."""
-    from rollout_server.vllm_compat import kept_mass
-
-    kept_mass.install(worker.model_runner.sampler)
-
-
-def speed_up_cpu_lora() -> None:
-    """Replace the linear LoRA of vLLM's CPU backend (0.26 to 0.33 have the same one); no effect elsewhere.
-
-    Must run before the model is loaded: a compiled graph keeps what it was traced with.
-    """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-        from rollout_server.vllm_compat import cpu_lora
-
-        cpu_lora.install(PunicaWrapperCPU)
-
-
 def cache_environment() -> None:
-    """Let vLLM's front end read its environment variables once, as its engine does; else it does so for every token
-    (0.26 to 0.33)."""
+    """Let vLLM's front end read its environment variables once, as its engine does, and not for every token."""
     from vllm import envs
 
     envs.enable_envs_cache()

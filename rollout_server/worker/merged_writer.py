@@ -1,18 +1,19 @@
-"""Computes W = W0 + B @ A into a worker's live weights, for `--apply merge`: always from a kept W0, so nothing drifts.
+"""Merge W = W0 + B @ A into a worker's live weights, for `--apply merge`: always from a kept W0, so nothing drifts.
 
-Receiving and applying are apart: an adapter is received and verified while the engine decodes, and applied while it is
-paused. The adapter applied last is kept as well, so that it can be applied again if another worker fails.
+An adapter is received and verified while the engine decodes, and applied while the engine is paused. The adapter
+applied last is kept as well, so that it can be applied again if another worker fails.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from rollout_server.worker import merged_layout
-from rollout_server.worker.slot_writer import Layouts, check_sum, dtype_of, refuse_not_finite, views_of
+from rollout_server.vllm_compat import linears
+from rollout_server.worker.slot_layout import check_fits, lora_pairs
+from rollout_server.worker.slot_writer import check_finite, dtype_of, verify_checksum, views_of
 from shared.adapter_file import Layout
 from shared.errors import InstallFailed, NotFinite
 
@@ -23,9 +24,17 @@ _MARGIN_BYTES = 2 * 2**30
 _CHUNK = 2**26
 
 
+class ShardUpdate(NamedTuple):
+    """Update of one shard to W0 + b @ a: views of this worker's share of B [rows, rank] and A [rank, columns]."""
+
+    shard: linears.WeightShard
+    a: torch.Tensor
+    b: torch.Tensor
+
+
 @dataclass
 class _Received:
-    """A buffer, and what lies in it: an adapter once `checksum` is set."""
+    """A buffer and its content: an adapter once `checksum` is set."""
 
     buffer: torch.Tensor
     layout: Layout | None = None
@@ -33,38 +42,29 @@ class _Received:
 
 
 class MergedWriter:
-    """The one writer of a worker's live weights; `write` and `apply` each by one caller at a time."""
+    """Writer of a worker's live weights. `write` and `apply` take one caller each at a time."""
 
     def __init__(self, worker: Any, keep_base: KeepBase = "auto") -> None:
         self._worker = worker
         self._device = worker.device
         self._keep_base = keep_base
-        self._known = merged_layout.targets(worker)
-        self._layouts = Layouts()
+        self._targets = linears.merge_targets(worker)
         self._base: dict[str, torch.Tensor] = {}  # layer -> W0, of layers that any adapter has touched
-        self._touched: dict[tuple[str, int], merged_layout.Block] = {}  # blocks that do not hold W0
+        self._touched: dict[tuple[str, int], linears.WeightShard] = {}  # shards that do not hold W0
         self._spare = self._empty()
         self._applied = self._empty()
 
     def describe(self) -> dict[str, Any]:
-        """What this worker can adapt, for the log."""
-        layers = {block.layer for target in self._known.values() for block in target.blocks}
-        return {"modules": len(self._known), "linear": len(layers)}
+        """Count the modules and layers that can be adapted."""
+        layers = {shard.layer for target in self._targets.values() for shard in target.shards}
+        return {"modules": len(self._targets), "linear": len(layers)}
 
-    def check(self, layout: Layout) -> dict[str, Any]:
-        """Would this adapter fit? If so, the layout is remembered."""
-        shapes = {entry.name: entry.shape for entry in layout.entries}
-        refusal = merged_layout.check(self._worker, self._known, shapes)
-        if refusal is None:
-            self._layouts.remember(layout)
-        return refusal or {"ok": True}
-
-    def layout(self, key: str) -> Layout:
-        """A layout that `check` has accepted."""
-        return self._layouts[key]
+    def check(self, layout: Layout) -> None:
+        """Raise `LockstepError` unless an adapter of this layout fits (`slot_layout.check_fits`)."""
+        check_fits(self._worker.get_model(), {name: target.shape for name, target in self._targets.items()}, layout)
 
     def buffer(self, layout: Layout) -> torch.Tensor:
-        """Where the tensors' bytes belong: uint8 [layout.nbytes] on the worker's device; never what is applied."""
+        """Return the buffer for the tensors' bytes: uint8 [layout.nbytes] on the device; never the applied one."""
         self._spare.checksum = None
         if self._spare.buffer.nbytes < layout.nbytes:
             self.forget_buffer()
@@ -72,58 +72,59 @@ class MergedWriter:
         return self._spare.buffer[: layout.nbytes]
 
     def forget_buffer(self) -> None:
-        """Use another buffer from now on: a transfer that was given up may still write into this one."""
+        """Use another buffer from now on: an abandoned transfer may still write into this one."""
         self._spare = self._empty()
 
     def write(self, slot_id: int, layout: Layout, announced: str) -> int:
-        """Verify what lies in the buffer, and keep W0 of all it touches; the number of modules. Changes no weight.
+        """Verify the buffer, keep W0 of all layers it touches, return the number of modules. Changes no weight.
 
         Raises:
             LockstepError: `not_finite`, `checksum_mismatch`; `install_failed` if there is no room for W0.
         """
         flat = self.buffer(layout).view(dtype_of(layout))
-        refuse_not_finite(flat, layout)
-        check_sum(flat, layout, announced)
-        updates = merged_layout.plan(self._worker, self._known, views_of(flat, layout))
-        self._keep({update.block.layer: update.block.weight for update in updates})
+        check_finite(flat, layout)
+        verify_checksum(flat, layout, announced)
+        updates = plan_updates(self._worker, self._targets, views_of(flat, layout))
+        self._keep({update.shard.layer: update.shard.weight for update in updates})
         self._spare.layout, self._spare.checksum = layout, announced
         return len(layout.entries) // 2
 
     def apply(self, checksum: str | None) -> int:
-        """Make the weights W0 plus the received adapter of that checksum; None: W0, to the bit. Answers the number of
-        modules that differ from W0 now. The engine must be paused.
+        """Set the weights to W0 plus the received adapter of that checksum (None: W0 itself). The engine is paused.
+
+        Returns the number of modules that differ from W0 afterwards.
 
         Raises:
-            LockstepError: `not_finite` if a weight overflows; `install_failed` if no such adapter was received. Apply
-                something else then.
+            LockstepError: `not_finite` if a weight overflows: apply another adapter then; `install_failed` if no such
+                adapter was received.
         """
         if checksum is not None and checksum != self._applied.checksum:
             if checksum != self._spare.checksum:
                 raise InstallFailed(f"no adapter with checksum {checksum} was received")
             self._applied, self._spare = self._spare, self._applied
-        wanted = self._applied if checksum is not None else None
-        updates: list[merged_layout.Update] = []
-        if wanted is not None and wanted.layout is not None:
-            flat = wanted.buffer[: wanted.layout.nbytes].view(dtype_of(wanted.layout))
-            updates = merged_layout.plan(self._worker, self._known, views_of(flat, wanted.layout))
-        stay = {(update.block.layer, update.block.at) for update in updates}
+        layout = self._applied.layout if checksum is not None else None
+        updates: list[ShardUpdate] = []
+        if layout is not None:
+            flat = self._applied.buffer[: layout.nbytes].view(dtype_of(layout))
+            updates = plan_updates(self._worker, self._targets, views_of(flat, layout))
+        stay = {(update.shard.layer, update.shard.row) for update in updates}
         for key in [key for key in self._touched if key not in stay]:
-            block = self._touched[key]
-            block.live.copy_(self._kept(block))
+            shard = self._touched[key]
+            shard.live.copy_(self._kept(shard))
             del self._touched[key]
         bounds = []
         for update in updates:
-            self._touched[update.block.layer, update.block.at] = update.block
-            bounds += merge(update, self._kept(update.block))
+            self._touched[update.shard.layer, update.shard.row] = update.shard
+            bounds += merge(update, self._kept(update.shard))
         if bounds and not bool(torch.stack(bounds).isfinite().all()):
-            raise NotFinite(f"base plus adapter overflows {updates[0].block.weight.dtype}; training diverged")
-        return len(wanted.layout.entries) // 2 if wanted is not None and wanted.layout is not None else 0
+            raise NotFinite(f"base plus adapter overflows {updates[0].shard.weight.dtype}; training diverged")
+        return len(layout.entries) // 2 if layout is not None else 0
 
     def _empty(self) -> _Received:
         return _Received(torch.empty(0, dtype=torch.uint8, device=self._device))
 
-    def _kept(self, block: merged_layout.Block) -> torch.Tensor:
-        return self._base[block.layer][block.at : block.at + block.rows]
+    def _kept(self, shard: linears.WeightShard) -> torch.Tensor:
+        return self._base[shard.layer][shard.row : shard.row + shard.part.rows]
 
     def _keep(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy W0 of layers that no adapter has touched before; so far they hold it."""
@@ -131,17 +132,17 @@ class MergedWriter:
         if not new:
             return
         host = self._device.type == "cuda" and not self._fits(sum(weight.nbytes for weight in new.values()))
+        place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if host else {"device": self._device}
         try:
-            copies = {}
-            for name, weight in new.items():
-                place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if host else {"device": self._device}
-                copies[name] = torch.empty(weight.shape, dtype=weight.dtype, **place).copy_(weight)
+            self._base |= {
+                name: torch.empty(weight.shape, dtype=weight.dtype, **place).copy_(weight)
+                for name, weight in new.items()
+            }
         except (RuntimeError, MemoryError) as error:
             raise InstallFailed(
                 f"no room to keep the base weights beside the live ones: {error}; start the server with "
                 "--keep-base host, or with a lower --gpu-memory-utilization"
             ) from error
-        self._base |= copies
 
     def _fits(self, nbytes: int) -> bool:
         if self._keep_base == "auto":
@@ -149,13 +150,27 @@ class MergedWriter:
         return self._keep_base == "device"
 
 
-def merge(update: merged_layout.Update, base: torch.Tensor) -> list[torch.Tensor]:
-    """live = base + b @ a, summed in float32 and rounded once; smallest and largest element of what was written.
+def plan_updates(
+    worker: Any, targets: dict[str, linears.MergeTarget], tensors: dict[str, torch.Tensor]
+) -> list[ShardUpdate]:
+    """Return the updates of all shards that an adapter touches. `tensors`: of a layout that fits."""
+    updates = []
+    for name, (a, b) in lora_pairs(tensors).items():
+        start = 0
+        for shard in targets[linears.vllm_module_name(worker.get_model(), name)].shards:
+            (column, columns), first = shard.columns, start + shard.part.first
+            updates.append(ShardUpdate(shard, a[:, column : column + columns], b[first : first + shard.part.rows]))
+            start += shard.part.total
+    return updates
+
+
+def merge(update: ShardUpdate, base: torch.Tensor) -> list[torch.Tensor]:
+    """Set live = base + b @ a, summed in float32 and rounded once; return the bounds of the written elements.
 
     Args:
-        base: W0 [rows, columns] of the block, on the device or in host memory.
+        base: W0 [rows, columns] of the shard, on the device or in host memory.
     """
-    live = update.block.live
+    live = update.shard.live
     a, step = update.a.float(), max(1, _CHUNK // live.shape[1])
     bounds = []
     for start in range(0, live.shape[0], step):

@@ -1,7 +1,7 @@
 """The receiving end of a collective group: the learner (rank 0) and the workers of one server (ranks 1, 2, ...).
 
 A stateless `torch.distributed` process group, NCCL between GPUs and gloo without. Neither notices a peer that stopped
-or was cut off, so every wait here has a deadline and can be ended by `abort`; a group is never used again after that.
+or was cut off, so every wait has a deadline and can be ended by `abort`; a group is never used again after that.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from shared.errors import InstallFailed, Timeout
 
 
 def meeting_host(bind: str) -> str:
-    """Where workers, all on this machine, reach what is bound to `bind`."""
+    """Return the address at which workers, all on this machine, reach a socket bound to `bind`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
 
 
 class ReceivingGroup:
-    """One worker's membership of one group."""
+    """One worker's rank in one group."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -36,10 +36,8 @@ class ReceivingGroup:
         self._left = threading.Event()
 
     def host(self, bind: str, timeout: float) -> int:
-        """Open the store in which the members meet, on the address `bind`; its port.
-
-        torch would listen on all interfaces.
-        """
+        """Open the store in which the ranks meet, on the address `bind`, and return its port."""
+        # torch would listen on all interfaces.
         listening = socket.create_server((bind, 0), family=socket.AF_INET6 if ":" in bind else socket.AF_INET)
         port = int(listening.getsockname()[1])
         self._store = dist.TCPStore(
@@ -53,14 +51,7 @@ class ReceivingGroup:
         return port
 
     def join(self, name: str, bind: str, port: int, rank: int, size: int, timeout: float) -> None:
-        """Meet the other members and hear the learner's greeting.
-
-        Args:
-            bind: what `host` was called with, on whichever worker.
-
-        Raises:
-            LockstepError: `timeout`.
-        """
+        """Join the other ranks at the address `bind` of `host` and receive the learner's greeting; raises `timeout`."""
         limit = timedelta(seconds=timeout)
         deadline = time.monotonic() + timeout
         store = self._store or dist.TCPStore(meeting_host(bind), port, is_master=False, timeout=limit)
@@ -77,13 +68,9 @@ class ReceivingGroup:
             raise InstallFailed("the learner's greeting arrived garbled")
 
     def receive(self, buffer: torch.Tensor, timeout: float, posted: Callable[[], None] = lambda: None) -> None:
-        """Receive the learner's next broadcast into `buffer`. After an error the buffer must not be used again.
+        """Receive the learner's next broadcast into `buffer`; call `posted` as soon as the learner may send.
 
-        Args:
-            posted: called as soon as the learner may send.
-
-        Raises:
-            LockstepError: `timeout`; the group is then left.
+        Raises `timeout` after leaving the group. After an error the buffer must not be used again.
         """
         deadline = time.monotonic() + timeout
         work = self._group.broadcast([buffer], dist.BroadcastOptions())
@@ -96,7 +83,7 @@ class ReceivingGroup:
         work.wait()
 
     def abort(self) -> None:
-        """Leave the group; a `receive` under way ends with an error."""
+        """Leave the group. A `receive` under way ends with an error."""
         self._left.set()
         group, self._group = self._group, None
         if group is not None:

@@ -1,8 +1,8 @@
-"""Writes a received adapter into a slot, in a worker process, and proves what lies there.
+"""Write a received adapter into a slot, in a worker process, and verify the slot's content.
 
 Whatever the transport, an adapter arrives as one flat buffer on the worker's device. A layout (names, shapes, dtype)
-stays the same over a whole run, so the views of buffer and slot are made once, and an install is a few kernels:
-buffer -> slot, clear the buffer, slot -> buffer, checksum of what came back.
+stays the same over a run, so the views of buffer and slot are made once, and an install is a few kernels: buffer ->
+slot, clear the buffer, slot -> buffer, checksum of the read-back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rollout_server.vllm_compat import versions
+from rollout_server.vllm_compat import lora_slots
 from rollout_server.worker import slot_layout
 from shared.adapter_file import Layout
 from shared.checksum import block_sums, block_weights, checksum
@@ -20,95 +20,82 @@ from shared.errors import ChecksumMismatch, NotFinite
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-_LAYOUTS_KEPT = 64
-
-
-class Layouts(dict[str, Layout]):
-    """The layouts used last, by key."""
-
-    def remember(self, layout: Layout) -> None:
-        """Keep `layout`, and forget the oldest."""
-        self.pop(layout.key, None)
-        self[layout.key] = layout
-        while len(self) > _LAYOUTS_KEPT:
-            self.pop(next(iter(self)))
 
 
 class SlotWriter:
-    """The one writer of a worker's adapter slots; callers take care that only one of them uses it at a time."""
+    """Writer of a worker's adapter slots. Callers use it one at a time."""
+
+    _buffer: torch.Tensor
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
-        self._device = worker.device
-        self._layouts = Layouts()
-        self._held: dict[int, str] = {}  # slot index -> key of the layout that was last written there
-        self._plans: dict[tuple[int, str], slot_layout.Plan] = {}
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._written: dict[int, str] = {}  # slot index -> key of the layout that was last written there
+        self._plans: dict[tuple[int, str], list[slot_layout.CopyGroup]] = {}
+        self.forget_buffer()
 
     def describe(self) -> dict[str, Any]:
-        """What this worker can adapt, for the log."""
-        return slot_layout.describe(self._worker)
+        """Describe the layers that can be adapted, and the memory of a slot."""
+        layers = lora_slots.lora_layers(self._worker)
+        modules = sum(len(layer.modules) for layer in layers)
+        return {"modules": modules, "linear": len(layers), "slot_bytes": lora_slots.slot_bytes(self._worker)}
 
-    def check(self, layout: Layout) -> dict[str, Any]:
-        """Would this adapter fit? If so, the layout is remembered."""
-        shapes = {entry.name: entry.shape for entry in layout.entries}
-        refusal = slot_layout.check(self._worker, shapes)
-        if refusal is None:
-            self._layouts.remember(layout)
-        return refusal or {"ok": True}
-
-    def layout(self, key: str) -> Layout:
-        """A layout that `check` has accepted."""
-        return self._layouts[key]
+    def check(self, layout: Layout) -> None:
+        """Raise `LockstepError` unless an adapter of this layout fits (`slot_layout.check_fits`)."""
+        layers = lora_slots.lora_layers(self._worker)
+        served = {name: shape for layer in layers for name, shape in layer.shapes().items()}
+        slot_layout.check_fits(self._worker.get_model(), served, layout)
 
     def buffer(self, layout: Layout) -> torch.Tensor:
-        """Where the tensors' bytes belong: uint8 [layout.nbytes] on the worker's device."""
+        """Return the buffer for the tensors' bytes: uint8 [layout.nbytes] on the worker's device."""
         if self._buffer.nbytes < layout.nbytes:
             self.forget_buffer()
-            self._buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
+            self._buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._worker.device)
         return self._buffer[: layout.nbytes]
 
     def forget_buffer(self) -> None:
-        """Use another buffer from now on: a transfer that was given up may still write into this one."""
+        """Use another buffer from now on: an abandoned transfer may still write into this one."""
         self._plans.clear()
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=self._worker.device)
 
     def write(self, slot_id: int, layout: Layout, announced: str) -> int:
-        """Write what lies in the buffer into a slot; the number of modules written.
+        """Write the buffer into a slot and return the number of modules written.
 
         Raises:
-            LockstepError: `not_finite`, before the slot is touched; `checksum_mismatch` if the slot does not hold
-                what was announced.
+            LockstepError: `not_finite`, before the slot is touched; `checksum_mismatch` if the slot's content differs
+                from the announced checksum.
         """
         flat = self.buffer(layout).view(dtype_of(layout))
-        refuse_not_finite(flat, layout)
-        index = versions.slot_index(self._worker, slot_id)
-        if self._held.get(index) != layout.key:
-            slot_layout.clear(self._worker, index)
-            self._held[index] = layout.key
+        check_finite(flat, layout)
+        index = lora_slots.slot_index(self._worker, slot_id)
+        if self._written.get(index) != layout.key:
+            # Modules that this layout leaves out must not keep values of another one.
+            for layer in lora_slots.lora_layers(self._worker):
+                layer.clear(index)
+            self._written[index] = layout.key
         plan = self._plans.get((index, layout.key))
         if plan is None:
-            plan = self._plans[index, layout.key] = slot_layout.plan(self._worker, index, views_of(flat, layout))
-        for copies in plan.copies:
+            tensors = views_of(flat, layout)
+            plan = self._plans[index, layout.key] = slot_layout.plan_copies(self._worker, index, tensors)
+        for copies in plan:
             torch._foreach_copy_(copies.slot, copies.received)
             torch._foreach_zero_(copies.received)
             torch._foreach_copy_(copies.received, copies.slot)
-        check_sum(flat, layout, announced)
-        return plan.modules
+        verify_checksum(flat, layout, announced)
+        return len(layout.entries) // 2
 
 
 def dtype_of(layout: Layout) -> torch.dtype:
-    """The one dtype of all tensors."""
+    """Return the dtype of all tensors."""
     return _DTYPES[layout.entries[0].dtype]
 
 
 def views_of(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter by name, as views of the buffer that holds them."""
+    """Return the tensors of an adapter by name, as views of the buffer that holds them."""
     parts = flat.split([(entry.end - entry.start) // flat.element_size() for entry in layout.entries])
     return {entry.name: part.view(entry.shape) for entry, part in zip(layout.entries, parts, strict=True)}
 
 
-def refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
+def check_finite(flat: torch.Tensor, layout: Layout) -> None:
     """Raise `not_finite` if any tensor holds NaN or infinity."""
     low, high = flat.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -119,8 +106,8 @@ def refuse_not_finite(flat: torch.Tensor, layout: Layout) -> None:
     )
 
 
-def check_sum(flat: torch.Tensor, layout: Layout, announced: str) -> None:
-    """Raise `checksum_mismatch` unless the adapter that lies in `flat` has the announced checksum."""
+def verify_checksum(flat: torch.Tensor, layout: Layout, announced: str) -> None:
+    """Raise `checksum_mismatch` unless the adapter in `flat` has the announced checksum."""
     sums = torch.cat(list(block_sums(flat.view(_INTEGERS[flat.element_size()]), _weights(flat.device))))
     found = checksum(layout.index, sums.cpu().numpy().tobytes())
     if found != announced:

@@ -91,7 +91,7 @@ async def test_spans_are_vllms_own_for_one_run_and_right_for_several(
     policy = P.make_policy(model)
     async with serving(model, "--max-runs", "2", "--max-num-seqs", "16") as service:
         engine: AsyncLLM = service.proxy._engine
-        proxy = service.installer.proxy = LabellingProxy(engine, service.runs)
+        proxy = service.installer.context.proxy = LabellingProxy(engine, service.runs)
         for run_id in ("still", "moving"):
             await push(service, proxy, run_id, policy, 0)
         await engine.update_weight_version("0")

@@ -29,10 +29,10 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep)
     """`sampling.n` completions for each prompt; one JSON answer, or NDJSON groups as they finish."""
     groups = requests.generate(body, service.proxy, service.runs, service.exclusive)
     if body.stream:
-        return await until_disconnect(request, Ndjson.begin(_lines(groups, service.epoch)))
+        return await until_disconnect(request, Ndjson.begin(_lines(groups, service.served.epoch)))
     content = b'{"epoch":"%s","groups":[%s]}'
     joined = b",".join(await until_disconnect(request, _in_order(groups)))
-    return Response(content % (service.epoch.encode(), joined), media_type="application/json")
+    return Response(content % (service.served.epoch.encode(), joined), media_type="application/json")
 
 
 async def _in_order(groups: Groups) -> list[bytes]:
@@ -55,4 +55,4 @@ async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> Sc
     """Raw logprobs at temperature 1 under one version for all sequences."""
     scored = scoring.score(body, service.proxy, service.runs, service.exclusive)
     version, logprobs = await until_disconnect(request, scored)
-    return ScoreResponse(epoch=service.epoch, version=version, logprobs=logprobs)
+    return ScoreResponse(epoch=service.served.epoch, version=version, logprobs=logprobs)

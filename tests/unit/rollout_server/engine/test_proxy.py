@@ -46,13 +46,13 @@ async def served():
     proxy = EngineProxy(engine, table)
     run = table.open("r", "lease", takeover=False)
     slot = await run.reserve(time.monotonic() + 1)
-    await run.flip(slot, WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
+    run.flip(slot, WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     return SimpleNamespace(engine=engine, table=table, proxy=proxy, run=run)
 
 
 async def _flip(served, step: int) -> None:
     slot = await served.run.reserve(time.monotonic() + 1)
-    await served.run.flip(slot, WeightVersion(run_id="r", step=step), served.table.next_install_seq(), "sum")
+    served.run.flip(slot, WeightVersion(run_id="r", step=step), served.table.next_install_seq(), "sum")
 
 
 def _openai(name: str) -> SimpleNamespace:

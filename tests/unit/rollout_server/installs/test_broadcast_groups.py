@@ -29,12 +29,12 @@ def test_the_store_listens_where_the_server_does(bind: str) -> None:
     assert store.get("met") == b"here"
 
 
-def test_members_meet_there() -> None:
+def test_ranks_meet_there() -> None:
     first, second = (ReceivingGroup(torch.device("cpu")) for _ in range(2))
     port = first.host("127.0.0.2", timeout=10.0)
     joining = [
-        threading.Thread(target=replica.join, args=("g", "127.0.0.2", port, rank, 3, 10.0), daemon=True)
-        for rank, replica in ((1, first), (2, second))
+        threading.Thread(target=worker.join, args=("g", "127.0.0.2", port, rank, 3, 10.0), daemon=True)
+        for rank, worker in ((1, first), (2, second))
     ]
     for thread in joining:
         thread.start()
@@ -46,8 +46,8 @@ def test_members_meet_there() -> None:
     assert not any(thread.is_alive() for thread in joining)
     sent, received = torch.arange(5), [torch.zeros(5, dtype=torch.int64) for _ in range(2)]
     taking = [
-        threading.Thread(target=replica.receive, args=(buffer, 10.0), daemon=True)
-        for replica, buffer in zip((first, second), received, strict=True)
+        threading.Thread(target=worker.receive, args=(buffer, 10.0), daemon=True)
+        for worker, buffer in zip((first, second), received, strict=True)
     ]
     for thread in taking:
         thread.start()

@@ -1,4 +1,4 @@
-"""`--apply merge` on the server's side: who may run while the weights change, and what becomes of a failure."""
+"""`--apply merge` on the server's side: which requests run while the weights change, and how a failure is undone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.installs.live_weights import LiveWeights
-from rollout_server.ipc.client import Call
+from rollout_server.ipc.client import WorkerCall
 from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
@@ -44,23 +44,23 @@ class _Workers:
         self.weights: list[str | None] = [None, None]
         self.broken: set[str | None] = set()
 
-    def begin(self, op: str, checksum: str | None) -> Call:
+    def begin(self, op: str, checksum: str | None) -> WorkerCall:
         assert op == "apply"
         assert self.engine.paused
         pending = []
         for index in (0, 1):
-            answer = asyncio.get_running_loop().create_future()
+            result = asyncio.get_running_loop().create_future()
             if index and checksum in self.broken:
                 self.weights[index] = "half of it"
-                answer.set_result({"ok": False, "code": "install_failed", "message": "broken"})
+                result.set_result({"ok": False, "code": "install_failed", "message": "broken"})
             else:
                 self.weights[index] = checksum
-                answer.set_result({"ok": True})
-            pending.append(SimpleNamespace(answer=answer, told=answer))
-        return Call(op, pending)
+                result.set_result({"ok": True})
+            pending.append(SimpleNamespace(result=result, acknowledged=result))
+        return WorkerCall(op, pending)
 
     async def call(self, op: str, timeout: float, checksum: str | None):
-        return await self.begin(op, checksum).answers(timeout)
+        return await self.begin(op, checksum).results(timeout)
 
 
 @pytest.fixture
@@ -76,11 +76,11 @@ async def served():
 async def _push(served, step: int, deadline: float = 5.0, kv=None) -> None:
     run = served.table.open("r", "lease", takeover=False)
     version, seq = WeightVersion(run_id="r", step=step), served.table.next_install_seq()
-    async with served.weights.changed(run, f"sum{step}", time.monotonic() + deadline, kv) as change:
+    async with served.weights.updated(run, f"sum{step}", time.monotonic() + deadline, kv) as update:
         if kv is None:
-            await run.flip(run.slots[0], version, seq, f"sum{step}")
+            run.flip(run.slots[0], version, seq, f"sum{step}")
         else:
-            await run.move_to(None, version, seq, f"sum{step}", lambda a: a.move(change.tokens, version, kv))
+            run.move(version, seq, f"sum{step}", update.tokens, kv)
 
 
 async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
@@ -91,7 +91,7 @@ async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
     first.release()
     run = table.open("r", "lease", takeover=False)
     proxy.admit(PolicyRequest(policy="base")).release()
-    await run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
+    run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     with pytest.raises(LockstepError) as refusal:
         proxy.admit(PolicyRequest(policy="base"))
     assert refusal.value.code is ErrorCode.BASE_NOT_SERVED
@@ -147,7 +147,10 @@ async def test_a_deadline_leaves_everything_as_it_was(served) -> None:
 async def test_kept_requests_are_moved_even_before_they_are_submitted(served) -> None:
     await _push(served, 0)
     admission = served.proxy.admit(PolicyRequest())
+    waiting = asyncio.ensure_future(served.table.get("r").wait_for_step(1, wait_s=5))
+    await asyncio.sleep(0.01)
     await _push(served, 1, kv="fresh")
+    await asyncio.wait_for(waiting, 1)
     assert admission.version.step == 1
     assert not admission.moved
 

@@ -19,7 +19,7 @@ def _version(step: int) -> WeightVersion:
 
 async def _install(table: RunTable, run: Run, step: int) -> Slot:
     slot = await run.reserve(time.monotonic() + 1)
-    await run.flip(slot, _version(step), table.next_install_seq(), f"sum{step}")
+    run.flip(slot, _version(step), table.next_install_seq(), f"sum{step}")
     return slot
 
 
@@ -54,10 +54,10 @@ async def test_a_lost_slot_stays_out_until_it_is_given_back() -> None:
     run = table.open("r", "lease", takeover=False)
     await _install(table, run, 0)
     slot = await run.reserve(time.monotonic() + 1)
-    await run.give_back(slot, lost=True)
+    run.give_back(slot, lost=True)
     with pytest.raises(LockstepError):
         await run.reserve(time.monotonic() + 0.05)
-    await run.give_back(slot)
+    run.give_back(slot)
     assert await run.reserve(time.monotonic() + 1) is slot
 
 

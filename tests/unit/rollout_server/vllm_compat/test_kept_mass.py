@@ -63,12 +63,16 @@ class Sampler:
         return processed.argmax(-1), processed
 
 
+def _install(sampler: object) -> None:
+    kept_mass.install(SimpleNamespace(model_runner=SimpleNamespace(sampler=sampler)))
+
+
 def test_the_second_runners_sampler():
     torch.manual_seed(0)
     logits = torch.randn(3, 20)
     sampler = Sampler(States(20, top_k=[20, 4, 20, 20], top_p=[1.0] * 4, min_p=[0.0, 0.0, 0.3, 0.0]))
     plain = Sampler(sampler.sampling_states)(logits, np.array([0, 1, 2])).logprobs_tensors.logprobs[:, 0]
-    kept_mass.install(sampler)
+    _install(sampler)
     cut = sampler(logits, np.array([0, 1, 2])).logprobs_tensors
     assert torch.equal(cut.logprobs[:, 0], plain)
     masses = torch.tensor(kept_mass.decoded(cut.selected_token_ranks.tolist()))
@@ -85,6 +89,6 @@ def test_the_second_runners_sampler():
 def test_other_logprobs_are_left_alone(mode):
     sampler = Sampler(States(20, top_k=[4], top_p=[1.0], min_p=[0.0]))
     sampler.logprobs_mode = mode
-    kept_mass.install(sampler)
+    _install(sampler)
     assert type(sampler) is Sampler
-    kept_mass.install(None)
+    _install(None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers import linear
 
-from rollout_server.vllm_compat import versions
+from rollout_server.vllm_compat import linears
 from rollout_server.worker import merged_writer
 from rollout_server.worker.merged_writer import MergedWriter
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
@@ -98,8 +98,13 @@ def _parent(name: str) -> str:
     return "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
 
 
+def _weights(worker: SimpleNamespace) -> dict[str, torch.Tensor]:
+    shards = [shard for target in linears.merge_targets(worker).values() for shard in target.shards]
+    return {shard.layer: shard.weight for shard in shards}
+
+
 def _live(worker: SimpleNamespace) -> dict[str, torch.Tensor]:
-    return {name: layer.weight.data.clone() for name, layer in versions.plain_linears(worker.model).items()}
+    return {name: weight.clone() for name, weight in _weights(worker).items()}
 
 
 def _base(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -123,13 +128,13 @@ def _send(writer: MergedWriter, tensors: dict[str, torch.Tensor]) -> str:
     name = str(dtype).removeprefix("torch.")
     entries = lay_out({key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
     layout = Layout(entries)
-    assert writer.check(layout) == {"ok": True}
+    writer.check(layout)
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     writer.buffer(layout).copy_(flat.view(torch.uint8))
     integers = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
     sums = torch.cat(list(block_sums(integers, torch.from_numpy(block_weights()))))
     announced = checksum(layout.index, np.asarray(sums).tobytes())
-    assert writer.write(0, writer.layout(layout.key), announced) == len(tensors) // 2
+    assert writer.write(0, layout, announced) == len(tensors) // 2
     return announced
 
 
@@ -170,7 +175,7 @@ def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     full = _base(torch.bfloat16)
     worker = _worker(full)
     writer = MergedWriter(worker)
-    addresses = {name: layer.weight.data_ptr() for name, layer in versions.plain_linears(worker.model).items()}
+    addresses = {name: weight.data_ptr() for name, weight in _weights(worker).items()}
     for seed, names in enumerate([SHAPES, ["q_proj"], ["v_proj", "up_proj"], ["o_proj"], ["v_proj"]]):
         tensors = _adapter(names, torch.bfloat16, seed)
         writer.apply(_send(writer, tensors))
@@ -179,7 +184,7 @@ def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     assert torch.equal(k_rows, full["k_proj"])
     writer.apply(None)
     assert all(torch.equal(weight, _live(_worker(full))[name]) for name, weight in _live(worker).items())
-    assert addresses == {name: layer.weight.data_ptr() for name, layer in versions.plain_linears(worker.model).items()}
+    assert addresses == {name: weight.data_ptr() for name, weight in _weights(worker).items()}
 
 
 def test_the_adapter_before_can_be_applied_again() -> None:
@@ -215,4 +220,6 @@ def test_what_does_not_fit_is_refused() -> None:
         ("self_attn.k_proj", (HEADS * SIZE, HIDDEN), ErrorCode.SHAPE_MISMATCH),
     ):
         entries = lay_out({name + LORA_A: (RANK, shape[1]), name + LORA_B: (shape[0], RANK)}, "float32")
-        assert writer.check(Layout(entries))["code"] == code.value
+        with pytest.raises(LockstepError) as refusal:
+            writer.check(Layout(entries))
+        assert refusal.value.code is code

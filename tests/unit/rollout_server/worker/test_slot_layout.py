@@ -81,9 +81,8 @@ def _worker(rank: int, shards: int) -> SimpleNamespace:
         ),
     }
     manager = SimpleNamespace(modules=modules, packed_modules={}, model=nn.Module())
-    return SimpleNamespace(
-        model_runner=SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager)), modules=modules
-    )
+    runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    return SimpleNamespace(model_runner=runner, get_model=lambda: manager.model, modules=modules)
 
 
 def _adapter() -> dict[str, torch.Tensor]:
@@ -101,10 +100,10 @@ def test_one_adapter_over_a_fused_layer_is_cut_without_a_copy(shards: int) -> No
     tensors = _adapter()
     for rank in range(shards):
         worker = _worker(rank, shards)
-        plan = slot_layout.plan(worker, 0, tensors)
+        plan = slot_layout.plan_copies(worker, 0, tensors)
         for name, tensor in _adapter().items():
             tensors[name].copy_(tensor)
-        for copies in plan.copies:
+        for copies in plan:
             torch._foreach_copy_(copies.slot, copies.received)
         own = {name: module.lora_b_stacked[0][0, 0] for name, module in worker.modules.items()}
         q, k, v = tensors["qkv_proj" + LORA_B].split([Q, KV, KV])
@@ -124,7 +123,7 @@ def test_a_shard_that_is_a_copy_is_refused() -> None:
     module = worker.modules["down_proj"]
     module.slice_lora_a = lambda a: a[:, : INNER // 2].clone()
     with pytest.raises(ValueError, match="copy"):
-        slot_layout.plan(worker, 0, _adapter())
+        slot_layout.plan_copies(worker, 0, _adapter())
 
 
 def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
@@ -137,7 +136,7 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
         (full_b_OR, stack_b[0, 0]),
         (a_RI[:, :16], stack_a[0, 0, :rank, :16]),
     ]
-    fast, slow = slot_layout.grouped(pairs)
+    fast, slow = slot_layout.group_copies(pairs)
     assert [t.shape for t in fast.received] == [a_RI.shape, full_b_OR.shape]
     assert [t.shape for t in slow.received] == [b_OR.shape, (rank, 16)]
     for copies in (fast, slow):
@@ -149,5 +148,5 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
 
 
 def test_there_is_no_empty_group() -> None:
-    (only,) = slot_layout.grouped([(torch.ones(2, 2), torch.zeros(2, 2))])
+    (only,) = slot_layout.group_copies([(torch.ones(2, 2), torch.zeros(2, 2))])
     assert len(only.slot) == 1

@@ -67,7 +67,7 @@ async def served():
 async def _flip(table: RunTable, step: int) -> None:
     run = table.get("r")
     slot = await run.reserve(time.monotonic() + 1)
-    await run.flip(slot, WeightVersion(run_id="r", step=step), table.next_install_seq(), "sum")
+    run.flip(slot, WeightVersion(run_id="r", step=step), table.next_install_seq(), "sum")
 
 
 @pytest.mark.parametrize("kind", ["whole", "stream"])

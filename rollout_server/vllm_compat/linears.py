@@ -1,0 +1,120 @@
+"""The served model's linear layers in plain terms: names, fused parts, tensor-parallel shards, live weights.
+
+A linear layer of vLLM holds its weight as [out, in]. A fused layer (q, k, v of `qkv_proj`) stacks the parts of several
+modules; with tensor parallelism each worker holds some rows of each part, or some columns of all rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Part(NamedTuple):
+    """One fused part of a layer: this worker holds `rows` of its `total` output features, starting with `first`."""
+
+    rows: int
+    first: int
+    total: int
+
+
+class ModuleShape(NamedTuple):
+    """Features of a module over all workers, and the highest rank of its adapters."""
+
+    in_features: int
+    out_features: int
+    max_rank: float = math.inf
+
+
+class WeightShard(NamedTuple):
+    """A module's part of a layer on this worker: rows of `weight` from `row` on, `columns` (first, count) of A."""
+
+    layer: str
+    weight: torch.Tensor
+    row: int
+    part: Part
+    columns: tuple[int, int]
+
+    @property
+    def live(self) -> torch.Tensor:
+        """The weight that the engine computes with, as a view [rows, columns]."""
+        return self.weight[self.row : self.row + self.part.rows]
+
+
+class MergeTarget(NamedTuple):
+    """A linear layer as PEFT knows it: one part of a fused layer, or all parts if PEFT's layer is fused too."""
+
+    shards: list[WeightShard]
+    shape: ModuleShape
+
+
+def merge_targets(worker: Any) -> dict[str, MergeTarget]:
+    """Return served name -> target, for every linear layer that computes with its weight as it lies in memory."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.utils import get_packed_modules_mapping
+
+    model = worker.get_model()
+    packed = get_packed_modules_mapping(model)  # last part of a fused layer's name -> those of its modules
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LinearBase) or type(layer.quant_method) is not UnquantizedLinearMethod:
+            continue
+        weight = layer.weight.data
+        parts, columns = linear_parts(layer)
+        if weight.shape != (sum(part.rows for part in parts), columns[1]):
+            continue  # stored in a layout of its own
+        parent, dot, own = name.rpartition(".")
+        row = 0
+        for module, own_parts in assign_parts([parent + dot + each for each in packed.get(own, [own])], parts).items():
+            shards = []
+            for part in own_parts:
+                shards.append(WeightShard(name, weight, row, part, columns))
+                row += part.rows
+            found[module] = MergeTarget(shards, ModuleShape(int(layer.input_size), sum(p.total for p in own_parts)))
+    return found
+
+
+def assign_parts(names: list[str], parts: list[Part]) -> dict[str, list[Part]]:
+    """Map modules to their parts of a layer: one each, or all parts to a single one; empty if they do not match."""
+    if len(names) == len(parts):
+        return {name: [part] for name, part in zip(names, parts, strict=True)}
+    return {names[0]: parts} if len(names) == 1 else {}
+
+
+def linear_parts(layer: Any) -> tuple[list[Part], tuple[int, int]]:
+    """Return a layer's parts in the order of its weight's rows; this worker's first input feature, and how many."""
+    from vllm.model_executor.layers import linear
+
+    rank, shards = layer.tp_rank, layer.tp_size
+    every_column = (0, layer.input_size)
+    if isinstance(layer, linear.QKVParallelLinear):
+        size, v_size = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
+        kv_rank = rank // layer.num_kv_head_replicas
+        heads = [
+            (layer.num_heads, rank, layer.total_num_heads, size),
+            (layer.num_kv_heads, kv_rank, layer.total_num_kv_heads, size),
+            (layer.num_kv_heads, kv_rank, layer.total_num_kv_heads, v_size),
+        ]
+        return [Part(own * each, own * each * index, total * each) for own, index, total, each in heads], every_column
+    if isinstance(layer, linear.MergedColumnParallelLinear):
+        return [Part(n // shards, n // shards * rank, n) for n in layer.output_sizes], every_column
+    if isinstance(layer, linear.RowParallelLinear):
+        own = layer.input_size_per_partition
+        return [Part(layer.output_size, 0, layer.output_size)], (own * rank, own)
+    if isinstance(layer, linear.ColumnParallelLinear):
+        own = layer.output_size_per_partition
+        return [Part(own, own * rank, layer.output_size)], every_column
+    return [Part(layer.output_size, 0, layer.output_size)], every_column
+
+
+def vllm_module_name(model: Any, peft_name: str) -> str:
+    """Return the served model's own name for a module that PEFT calls `peft_name`."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        rename = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
+        mapper = rename() if rename is not None else mapper
+    return parse_fine_tuned_lora_name(f"base_model.model.{peft_name}.lora_A.weight", mapper)[0]

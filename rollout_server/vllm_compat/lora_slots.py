@@ -1,0 +1,127 @@
+"""vLLM's adapter slots in plain terms: which there are, which adapter each holds, and how a layer's tensors lie in one.
+
+vLLM keeps A as [slots, 1, rank, in] and B as [slots, 1, out, rank], one pair per slice of a fused layer (q, k, v of
+`qkv_proj`), and cuts this worker's tensor-parallel shard out of full tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rollout_server.vllm_compat.linears import ModuleShape, assign_parts, linear_parts
+from rollout_server.vllm_compat.versions import lora_request
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _manager(worker: Any) -> Any:
+    return worker.model_runner.lora_manager._adapter_manager
+
+
+def pin_empty_adapter(worker: Any, slot_id: int, rank: int) -> None:
+    """Register a zero adapter of `rank` under `slot_id`, put it into a GPU slot and pin it there for good."""
+    manager = worker.model_runner.lora_manager
+    manager.add_dummy_lora(lora_request(f"slot-{slot_id}", slot_id), rank=rank)
+    _manager(worker).activate_adapter(slot_id)
+    manager.pin_adapter(slot_id)
+
+
+def slot_index(worker: Any, slot_id: int) -> int:
+    """Return the present index of the adapter `slot_id` in the stacked buffers."""
+    return _manager(worker).lora_index_to_id.index(slot_id)
+
+
+def swap_adapters(worker: Any, one: int, other: int) -> None:
+    """Exchange the slots of two pinned adapters between two engine steps. No tensor moves."""
+    manager = _manager(worker)
+    order = manager.lora_index_to_id
+    i, j = order.index(one), order.index(other)
+    order[i], order[j] = order[j], order[i]
+    manager._last_mapping = None  # or a batch that stays the same would keep the old slot
+
+
+def slot_bytes(worker: Any) -> int:
+    """Return the memory of one slot, over all layers."""
+    manager = _manager(worker)
+    # One tensor per module, or one per slice of a fused module; of all slots together.
+    stacks = [stack for module in manager.modules.values() for stack in (module.lora_a_stacked, module.lora_b_stacked)]
+    nbytes = sum(t.nbytes for stack in stacks for t in ((stack,) if isinstance(stack, torch.Tensor) else stack))
+    return nbytes // len(manager.lora_index_to_id)
+
+
+def lora_layers(worker: Any) -> list[LoraLayer]:
+    """Return all linear layers with adapter slots; lm_head and embeddings are never adapted."""
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    manager = _manager(worker)
+    linears = [(n, module) for n, module in manager.modules.items() if isinstance(module, BaseLinearLayerWithLoRA)]
+    return [LoraLayer(module, manager.packed_modules.get(name, [name])) for name, module in linears]
+
+
+class LoraLayer:
+    """A linear layer with adapter slots.
+
+    Attributes:
+        modules: PEFT's modules under the served model's names -> their parts of this layer.
+    """
+
+    def __init__(self, module: Any, names: list[str]) -> None:
+        self._module = module
+        self._parts = linear_parts(module.base_layer)[0]
+        self.modules = assign_parts(names, self._parts)
+
+    def shapes(self) -> dict[str, ModuleShape]:
+        """Return the shape of each module."""
+        # With fully sharded LoRA each worker keeps a part of the rank.
+        shards = self._module.tp_size if self._module.lora_config.fully_sharded_loras else 1
+        max_rank = self._module.lora_a_stacked[0].shape[-2] * shards
+        in_features = int(self._module.base_layer.input_size)
+        return {
+            name: ModuleShape(in_features, sum(part.total for part in parts), max_rank)
+            for name, parts in self.modules.items()
+        }
+
+    def clear(self, index: int) -> None:
+        """Set the slot to the zero adapter."""
+        for stack in (*self._module.lora_a_stacked, *self._module.lora_b_stacked):
+            stack[index].zero_()
+
+    def slot_pairs(self, index: int, tensors: list[Pair | None]) -> list[Pair]:
+        """Pair this worker's shard of an adapter with the place in the slot that it belongs to.
+
+        Args:
+            tensors: for each of `modules` full A [rank, in] and B [out, rank]; None if the adapter leaves it out.
+        """
+        stacks = (self._module.lora_a_stacked, self._module.lora_b_stacked)
+        pairs = []
+        for shards, stack in zip(self._shards(tensors), stacks, strict=True):
+            for views, slice_stack in zip(shards, stack, strict=True):
+                row = 0
+                for view in views:
+                    pairs.append((view, slice_stack[index, 0, row : row + view.shape[0], : view.shape[1]]))
+                    row += view.shape[0]
+        return pairs
+
+    def _shards(self, tensors: list[Pair | None]) -> tuple[list[list[Any]], list[list[Any]]]:
+        """Return this worker's A and B of every slice: views that lie one below the other in the slot."""
+        module = self._module
+        if len(tensors) > 1:
+            all_a: Any = [pair and pair[0] for pair in tensors]
+            all_b: Any = [pair and pair[1] for pair in tensors]
+            if module.tp_size > 1:
+                all_a, all_b = module.slice_lora_a(all_a), module.slice_lora_b(all_b)
+            return [[] if a is None else [a] for a in all_a], [[] if b is None else [b] for b in all_b]
+        assert tensors[0]
+        a, b = tensors[0]
+        if module.tp_size == 1:
+            return [[a]], [[b]]
+        if len(self._parts) == 1:
+            return [[module.slice_lora_a(a)]], [[module.slice_lora_b(b)]]
+        # One LoRA over a fused layer (Phi-3's `qkv_proj`): vLLM would join this worker's rows of all parts in a copy.
+        views, start = [], 0
+        for part in self._parts:
+            views.append(b[start + part.first : start + part.first + part.rows])
+            start += part.total
+        return [[module.slice_lora_a(a)]], [views]
