@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -35,7 +36,7 @@ RECEIPT = PushReceipt(
 
 
 class _Service:
-    epoch = "e"
+    served = SimpleNamespace(epoch="e")
     proxy = runs = exclusive = None
 
     def __init__(self) -> None:
