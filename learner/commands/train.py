@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from learner.trainer.sampling import sampling_params
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
+
+logger = logging.getLogger("lockstep.commands")
 
 #: Where in output_dir a merged model goes.
 MERGED = "merged"
@@ -80,17 +83,17 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     trainer = _trainer(task, config, args, model_args, lora, quantized)
     session = attach(trainer, config=config, pool=pool, revision=model_args.model_revision)
     show_progress(trainer, session)
-    session.say(
+    logger.info(
         f"run {session.run_id}: {task.name}, {len(task.train)} training questions, rollouts from {', '.join(urls)}"
     )
     training = time.perf_counter()
-    checkpoint = _resume(args, session.say)
+    checkpoint = _resume(args)
     try:
         if finished := _finished(checkpoint, args):
-            session.say(f"trained already, {finished.step} steps; more with a higher --max_steps")
+            logger.info(f"trained already, {finished.step} steps; more with a higher --max_steps")
             load_adapter(session.model, Path(str(checkpoint)))
             trainer.state.global_step = finished.step
-            session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
+            session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -108,7 +111,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     if trainer.accelerator.is_main_process:
         write_summary(Path(args.output_dir) / SUMMARY_FILE, summary)
         if config.save_merged:
-            _save_merged(Path(args.output_dir), model_args, session.say)
+            _save_merged(Path(args.output_dir), model_args)
     return summary
 
 
@@ -126,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _save_merged(output_dir: Path, model_args: ModelConfig, say: Callable[[str], None]) -> None:
+def _save_merged(output_dir: Path, model_args: ModelConfig) -> None:
     export(
         output_dir / FINAL_ADAPTER,
         output_dir / MERGED,
@@ -135,7 +138,7 @@ def _save_merged(output_dir: Path, model_args: ModelConfig, say: Callable[[str],
         revision=model_args.model_revision,
         force=True,
     )
-    say(f"the merged model is in {output_dir / MERGED}")
+    logger.info(f"the merged model is in {output_dir / MERGED}")
 
 
 def _joined_config(argv: Sequence[str]) -> list[str]:
@@ -244,7 +247,7 @@ def _trainer(
     )
 
 
-def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:
+def _resume(args: GRPOConfig) -> bool | str | None:
     """A path, or true for the last checkpoint in output_dir, as in TRL; by default the last whole one of ours, if any:
     a training that was cut off goes on when it is started again.
     """
@@ -255,7 +258,7 @@ def _resume(args: GRPOConfig, say: Callable[[str], None]) -> bool | str | None:
         return None
     last = last_checkpoint(args.output_dir)
     if value is None and last is not None:
-        say(f"going on from {last} (start anew with --resume_from_checkpoint false, or another output_dir)")
+        logger.info(f"going on from {last} (start anew with --resume_from_checkpoint false, or another output_dir)")
     return (str(last) if last else value) if value in (None, True) else value
 
 

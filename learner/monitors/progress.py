@@ -58,7 +58,7 @@ def show_progress(trainer: Trainer, session: Session) -> None:
     progress = Progress(bar=False if trainer.args.disable_tqdm else None)
     trainer.add_callback(progress)
     if trainer.accelerator.is_main_process:
-        session.figures.listeners.append(progress.show)
+        session.metrics.listeners.append(progress.show)
 
 
 def _figures(report: StepReport) -> str:

@@ -101,10 +101,10 @@ class LearnerMetrics:
         self._idle.inc(report.idle_seconds or 0.0)
         self._completion_tokens.inc(stats.completion_tokens - self._tokens)
         self._regenerated.inc(stats.regenerated - self._regenerated_seen)
-        for lag, count in (stats.lags - self._seen).items():
+        for lag, count in (stats.staleness - self._seen).items():
             for _ in range(count):
                 self._lag.observe(lag)
-        self._tokens, self._seen = stats.completion_tokens, stats.lags.copy()
+        self._tokens, self._seen = stats.completion_tokens, stats.staleness.copy()
         self._regenerated_seen = stats.regenerated
 
     def logged(self, logs: Mapping[str, float | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from trl import GRPOTrainer
 from learner.adapters.exporter import active_adapter
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunData, render
-from learner.monitors.samples import Samples
+from learner.monitors.samples import Sample, Samples
 from learner.run_dir.files import (
     HISTORY_FILE,
     LOGS_FILE,
@@ -27,8 +28,8 @@ from learner.run_dir.files import (
 )
 from learner.session import Session
 from learner.step_metrics import StepReport
-from learner.trainer.sample_hook import _samples
 
+logger = logging.getLogger("lockstep.monitors")
 #: The page is written at every log, unless that would take more than one part in so many of the training's time.
 _PAGE_EVERY = 20
 #: Names of settings whose values are nobody's business, and what stands before the host in a URL.
@@ -36,7 +37,7 @@ _SECRET = re.compile("token|secret|password|key", re.IGNORECASE)
 _USER = re.compile(r"//[^/@\s]+@")
 
 
-def watch(trainer: GRPOTrainer, session: Session) -> None:
+def watch(trainer: GRPOTrainer, session: Session) -> Recorder | None:
     """Keep the history on disk, write the run's page, and serve metrics. Collective.
 
     Raises:
@@ -45,8 +46,9 @@ def watch(trainer: GRPOTrainer, session: Session) -> None:
     watching = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
     session.publisher.on_main(watching.serve_metrics if watching else lambda: None)
     if watching:
-        session.figures.listeners.append(watching.stepped)
+        session.metrics.listeners.append(watching.stepped)
         trainer.add_callback(watching)
+    return watching
 
 
 class Recorder(TrainerCallback):
@@ -62,14 +64,12 @@ class Recorder(TrainerCallback):
         self._complained, self._next_page = False, 0.0
         self._steps: list[dict[str, Any]] = []
         self._logged: list[dict[str, Any]] = []
-        if self._config.run_page:
-            self._read_completions()
 
     def serve_metrics(self) -> None:
         """On the port that was asked for."""
         if self._config.metrics_port:
             self._metrics.serve(self._config.metrics_host, self._config.metrics_port)
-            self._session.say(f"metrics on http://{self._config.metrics_host}:{self._config.metrics_port}/metrics")
+            logger.info(f"metrics on http://{self._config.metrics_host}:{self._config.metrics_port}/metrics")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for lines in (self._history, self._logs):
@@ -98,17 +98,9 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._write("finished" if state.global_step >= state.max_steps else "stopped")
 
-    def _read_completions(self) -> None:
-        """Keep some of every training batch, as soon as TRL has scored it."""
-        trainer, generate = self._trainer, self._trainer._generate_and_score_completions
-
-        def generate_and_read(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            batch = generate(inputs)
-            if trainer.model.training:
-                self._samples.add(trainer.state.global_step + 1, _samples(trainer, self._session))
-            return batch
-
-        trainer._generate_and_score_completions = generate_and_read
+    def add_samples(self, step: int, samples: list[Sample]) -> None:
+        """Keep samples of the generation batch that `step` trains on."""
+        self._samples.add(step, samples)
 
     def _write(self, state: str) -> None:
         if not self._config.run_page:
@@ -136,7 +128,7 @@ class Recorder(TrainerCallback):
             write()
         except OSError as error:
             if not self._complained:
-                self._session.say(f"what shows the run is not up to date: {error} (said once)")
+                logger.warning(f"what shows the run is not up to date: {error} (said once)")
             self._complained = True
 
 

@@ -65,7 +65,7 @@ class Rewards:
         unscored: rewards that are missing because a function hung or died, by function.
     """
 
-    def __init__(self, trainer: GRPOTrainer, config: LearnerConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, trainer: GRPOTrainer, config: LearnerConfig, say: Callable[[str], None] = print) -> None:
         self._trainer, self._say, self._timeout_s = trainer, say, config.reward_timeout_s
         self.wait_seconds = 0.0
         self.unscored: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""How far the rollout server's distribution lies from the learner's, measured on the tokens it sampled."""
+"""Measure the mismatch of the rollout server's and the learner's distributions on sampled tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 @dataclass(frozen=True)
 class Correction:
-    """TRL's importance correction: what it clips (`*_truncate`) or drops (`*_mask`), by token or by sequence."""
+    """TRL's importance correction: it clips (`*_truncate`) or drops (`*_mask`) ratios, by token or by sequence."""
 
     mode: str
     clip_min: float | None
     clip_max: float | None
 
     def outside(self, ratio: torch.Tensor) -> torch.Tensor:
-        """Which ratios it changes."""
+        """Return a mask of the ratios that are clipped or dropped."""
         low = -torch.inf if self.clip_min is None else self.clip_min
         high = torch.inf if self.clip_max is None else self.clip_max
         return (ratio < low) | (ratio > high)
@@ -42,7 +42,7 @@ class Mismatch:
 def measure(
     batch: Mapping[str, Any], correction: Correction, total: Callable[[torch.Tensor], torch.Tensor]
 ) -> Mismatch:
-    """The drift of a generation batch as TRL leaves it.
+    """Measure the mismatch of a generation batch that TRL has scored.
 
     Args:
         batch: `old_per_token_logps`, `sampling_per_token_logps` and `completion_mask` [B, T], and `tool_mask` [B, T]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Dispatcher, asks_of
+from learner.rollouts.completions import AllowedVersion
+from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
@@ -49,12 +49,12 @@ def test_a_server_that_is_killed_and_comes_back(
         tokens[replica.url] += count
 
     pool.on_tokens = count
-    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024, warn=said.append)
+    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=300, ignore_eos=True), max_model_len=1024)
 
     def fetch(step: int) -> None:
         """Everything that was asked for, of this version, from servers that are up."""
         before = dict(tokens)
-        completions = dispatcher.fetch(asks_of(PROMPTS), lambda: Wanted(publisher.version(step)))
+        completions = dispatcher.dispatch(group_requests(PROMPTS), lambda: AllowedVersion(publisher.version(step)))
         assert len(completions) == len(PROMPTS)
         assert {span.version for c in completions for span in c.spans} == {publisher.version(step)}
         worked.update({url: tokens[url] - before[url] for url in urls})

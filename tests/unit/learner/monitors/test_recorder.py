@@ -54,9 +54,9 @@ def test_metrics_of_a_training(make_trainer, client):
     assert after["lockstep_learner_lag_batches_bucket{le=0.0}"] == 24
     assert after["lockstep_learner_completion_tokens_total"] == session.rollouts.stats.completion_tokens
     assert after["lockstep_learner_push_seconds_count"] == after["lockstep_learner_step_seconds_count"] == 3
-    assert after["lockstep_learner_push_bytes_total"] == sum(r.push_bytes for r in session.figures.reports)
+    assert after["lockstep_learner_push_bytes_total"] == sum(r.push_bytes for r in session.metrics.reports)
     assert after["lockstep_learner_wait_seconds_total"] == pytest.approx(session.rollouts.stats.wait_seconds)
-    assert after["lockstep_learner_drift_nats"] == session.figures.drift.delta
+    assert after["lockstep_learner_drift_nats"] == session.metrics.mismatch.delta
     assert after["lockstep_learner_server_step{server=http://fake}"] == 3
 
 
@@ -97,7 +97,7 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     assert "learning_rate" in page
 
 
-def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, capsys):
+def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, caplog):
     trainer = make_trainer(max_steps=1)
     attach(trainer, client=client, run_id="r", run_page=False)
     trainer.train()
@@ -110,4 +110,4 @@ def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tm
     attach(trainer, client=client, run_id="r")
     trainer.train()
     assert trainer.state.global_step == 2
-    assert capsys.readouterr().out.count("is not up to date") == 1
+    assert caplog.text.count("is not up to date") == 1

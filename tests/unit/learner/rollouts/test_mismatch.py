@@ -1,4 +1,4 @@
-"""What the drift of a generation batch is, against numbers worked out by hand."""
+"""The mismatch of a generation batch, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BATCH = {"old_per_token_logps": OWN, "sampling_per_token_logps": SERVED, "comple
 
 
 def test_mean_difference_and_kl():
-    drift = measure(BATCH, Correction("token_mask", None, 3.0), lambda x: x)
+    mismatch = measure(BATCH, Correction("token_mask", None, 3.0), lambda x: x)
     differences = [0.1, 0.0, -1.0, 0.0, 2.0]
-    assert drift.delta == pytest.approx(3.1 / 5)
-    assert drift.kl == pytest.approx(sum(math.exp(d) - 1 - d for d in differences) / 5)
-    assert drift.clipped == pytest.approx(1 / 5)
+    assert mismatch.delta == pytest.approx(3.1 / 5)
+    assert mismatch.kl == pytest.approx(sum(math.exp(d) - 1 - d for d in differences) / 5)
+    assert mismatch.clipped == pytest.approx(1 / 5)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_tool_tokens_unknown_logprobs_and_empty_sequences_do_not_count():
     served = SERVED.clone()
     served[0, 2] = math.nan
     batch = {**BATCH, "sampling_per_token_logps": served, "tool_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
-    drift = measure(batch, Correction("sequence_mask", 2.0, 3.0), lambda x: x)
-    assert drift.delta == pytest.approx(0.1 / 2)
-    assert drift.clipped == 1.0
+    mismatch = measure(batch, Correction("sequence_mask", 2.0, 3.0), lambda x: x)
+    assert mismatch.delta == pytest.approx(0.1 / 2)
+    assert mismatch.clipped == 1.0
     nothing = {**BATCH, "completion_mask": torch.zeros_like(MASK)}
     assert measure(nothing, Correction("token_mask", None, 3.0), lambda x: x).delta == 0.0
 

@@ -75,7 +75,7 @@ def test_the_same_bytes_as_without_a_kill(train, tmp_path, config, kill_at) -> N
     assert checkpoint.name == f"checkpoint-{kill_at // 3 * 3 - (3 if kill_at % 3 == 0 else 0)}"
     resumed, session = train("cut", resume=str(checkpoint), **config)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert session.figures.pushes == 11
+    assert session.metrics.pushes == 11
     assert session.publisher.lease.fence == 1
 
 
