@@ -79,7 +79,7 @@ class Session:
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self.base_served = serve_base(states)
         self.prompts, self.rewards = prompts, rewards
-        # All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes.
+        # All ranks hold the same lease, so that they request one version; rank 0 keeps it and pushes.
         lease = self._on_main(lambda: load_lease(trainer.output_dir, config.run_id))
         self.publisher = Publisher(
             pool,

@@ -53,7 +53,7 @@ def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
         if not allowed.accepts(span.version, span.kv):
             raise VersionNotActive(
                 f"tokens [{span.start}, {span.end}) come from {span.version or 'the base'} (kv {span.kv}), "
-                f"asked for was {allowed.version}: this would be off-policy; does another learner push to this run?"
+                f"requested was {allowed.version}: this would be off-policy; does another learner push to this run?"
             )
         position = span.end
     if position != length:
@@ -67,7 +67,7 @@ def oldest_step(completion: Completion) -> int:
 
 def broken_response(what: str) -> LockstepError:
     """Return the error for a response that violates the protocol."""
-    return ProtocolMismatch(f"the rollout server's answer is broken: {what}; see its log")
+    return ProtocolMismatch(f"the rollout server's response is broken: {what}; see its log")
 
 
 def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[float]:

@@ -188,10 +188,10 @@ class Dispatcher:
         costs, load = dict(request.costs), request.replica.load
         try:
             with request.replica.places:
-                for answer in request.replica.client.iter_groups(self._body(request)):
-                    index, completions = answer.prompt_index, answer.completions
+                for response in request.replica.client.iter_groups(self._body(request)):
+                    index, completions = response.prompt_index, response.completions
                     group = request.groups[index] if 0 <= index < len(request.groups) else None
-                    if group is None or len(completions) != group.n or answer.prompt_token_ids != group.token_ids:
+                    if group is None or len(completions) != group.n or response.prompt_token_ids != group.token_ids:
                         raise broken_response(f"group {index} is not the completions of a prompt that was sent")
                     for completion in completions:
                         check_completion(completion, request.allowed)
@@ -205,7 +205,7 @@ class Dispatcher:
         finally:
             load.end(sum(costs.values()))
         if missing := request.missing():
-            raise broken_response(f"asked for {len(request.groups)} groups, {len(missing)} of them did not come")
+            raise broken_response(f"requested {len(request.groups)} groups, {len(missing)} of them did not come")
 
     def _body(self, request: _ServerRequest) -> GenerateRequest:
         allowed = request.allowed

@@ -55,7 +55,7 @@ class Training(Protocol):
 
     @property
     def generation_batch(self) -> int:
-        """Number of the generation batch that the trainer asks for now."""
+        """Number of the present generation batch."""
 
     def allowed_version(self, *, ahead: bool) -> AllowedVersion:
         """Return the weights that completions requested now may come from; `ahead`: of a batch to come."""

@@ -29,7 +29,7 @@ class Prefetcher:
 
     Attributes:
         last_seconds: how long the batch that was taken last took to generate.
-        mismatches: batches whose prompts differed from those that the trainer then asked for.
+        mismatches: batches whose prompts differed from those that the trainer then requested.
 
     Args:
         prompts_of: maps a generation batch to the token ids of this rank's rows [B][P]; called on the trainer's thread.
@@ -81,7 +81,7 @@ class Prefetcher:
             self.mismatches += 1
             if self.mismatches == 1:
                 logger.warning(
-                    f"generation batch {batch} was read ahead with other prompts than the trainer asks for: its order "
+                    f"generation batch {batch} was read ahead with other prompts than the trainer requests: its order "
                     "of prompts is not that of its sampler, so nothing is gained by max_staleness (said once)"
                 )
             return None

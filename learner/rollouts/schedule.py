@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Generation batches are numbered from 0 over the whole training, epochs included.
+    """Generation batches are numbered from 0 over the complete training, epochs included.
 
     Attributes:
         per_batch: micro-steps that train on one generation batch: TRL's `steps_per_generation * num_iterations`.
         accumulation: micro-steps per optimizer step; the last one of an epoch may have fewer.
         per_epoch: generation batches per epoch.
-        max_steps: optimizer steps of the whole training.
+        max_steps: optimizer steps of the complete training.
     """
 
     per_batch: int

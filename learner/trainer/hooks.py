@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from learner.adapters.quantization import keep_dtype_on_cpu
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
-from learner.rollouts.mismatch import Correction, Mismatch, measure
+from learner.rollouts.mismatch import Mismatch, measure
 from learner.trainer.padding import may_regroup, scored, sorted_windows
 
 
@@ -85,18 +85,19 @@ def mark_tool_loop(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
 
 def watch_mismatch(trainer: GRPOTrainer, saw: Callable[[Mismatch], None]) -> None:
     """Pass the mismatch of every training batch to `saw`; TRL keeps no ratio from before its clipping."""
-    generate, reduce = trainer._generate_and_score_completions, partial(trainer.accelerator.reduce, reduction="sum")
-    args = trainer.args
-    correction = Correction(
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_min,
-        args.vllm_importance_sampling_clip_max,
+    generate, args = trainer._generate_and_score_completions, trainer.args
+    measured = partial(
+        measure,
+        total=partial(trainer.accelerator.reduce, reduction="sum"),
+        mode=args.vllm_importance_sampling_mode,
+        clip_min=args.vllm_importance_sampling_clip_min,
+        clip_max=args.vllm_importance_sampling_clip_max,
     )
 
     def generate_and_measure(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = generate(inputs)
         if args.vllm_importance_sampling_correction and trainer.model.training:
-            saw(measure(batch, correction, reduce))
+            saw(measured(batch))
         return batch
 
     trainer._generate_and_score_completions = generate_and_measure

@@ -39,7 +39,7 @@ def generation_batch(trainer: GRPOTrainer) -> int:
 
 
 class TrlPrompts:
-    """The `learner.protocols.ComingPrompts` of a trainer."""
+    """The coming prompts of a trainer, as `learner.protocols.ComingPrompts`, whose docstrings apply."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
@@ -47,14 +47,12 @@ class TrlPrompts:
         self._coming: Iterator[list[int]] = iter(())
 
     def rows(self, batch: int) -> list[dict[str, Any]]:
-        """Return this rank's dataset rows of a generation batch. Cheapest in ascending order."""
         trainer = self._trainer
         rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
         first = rows * trainer.accelerator.process_index
         return [trainer.train_dataset[index] for index in self._indices(batch)[first : first + rows]]
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
-        """Return up to `count` dataset rows that are not in the batch on any rank, derived from seed and batch."""
         trainer, used = self._trainer, set(self._indices(batch))
         ranks, length = trainer.accelerator.num_processes, len(trainer.train_dataset)
         drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(
@@ -64,7 +62,6 @@ class TrlPrompts:
         return [trainer.train_dataset[index] for index in others[:count]]
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        """Return token ids of the rows' prompts [B][P], templated by TRL."""
         return [list(ids) for ids in self._trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
     def _indices(self, batch: int) -> list[int]:

@@ -107,7 +107,7 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
     if state is None:
         logger.warning(
             f"{checkpoint} was not written by Lockstep: it does not say where in a generation batch it stands, nor "
-            "in which order later epochs come, so the training goes on from its weights but not exactly"
+            "in which order later epochs come, so the training continues from its weights but not exactly"
         )
         return
     now = _geometry(trainer)

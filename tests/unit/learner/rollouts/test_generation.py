@@ -140,5 +140,5 @@ def test_broken_completions(bad, word):
 
 def test_groups_must_answer_the_prompts():
     server = SimpleNamespace(url="http://fake", iter_groups=lambda request: iter(()))
-    with pytest.raises(LockstepError, match="asked for 1 groups"):
+    with pytest.raises(LockstepError, match="requested 1 groups"):
         rollouts(server).generate([[1]], None, 1)

@@ -46,7 +46,7 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     assert all(log["lockstep/drift_delta"] < 1e-4 for log in logged if "reward" in log)
     assert summary["max_drift_kl"] < 1e-6
     assert summary["max_drift_clipped"] == 0.0
-    # Rollouts of step k are asked of version k, each prompt once with n completions.
+    # Rollouts of step k are requested from version k, each prompt once with n completions.
     asked = [r for r in server.generated if r.policy != "base"]
     assert [r.policy.step for r in asked] == [0, 1, 2]
     assert all(r.sampling.n == 4 and len(r.prompts) == 2 for r in asked)
@@ -66,7 +66,7 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
 
 
 def test_a_server_that_merges(make_trainer, server, client):
-    """The canary is gone before the run's first push; a run that goes on finds no base, and proves itself without."""
+    """The canary is gone before the run's first push; a run that continues finds no base, and is proven without it."""
     server.state = server.state.model_copy(update={"apply": "merge", "max_runs": 1})
     trainer = make_trainer()
     session = attach(trainer, client=client, run_id="r")
@@ -226,15 +226,15 @@ def test_a_stream_of_prompts(make_trainer, server, client):
 
 
 def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
-    """Generation batches of two steps each, two epochs; the second batch was asked for when the first was taken."""
+    """Generation batches of two steps each, two epochs; the second batch was requested when the first was taken."""
     server.state = server.state.model_copy(update={"slots_per_run": 3})
     trainer = make_trainer(steps_per_generation=2, per_device_train_batch_size=8, max_steps=12)
     session = attach(trainer, client=client, run_id="r", max_staleness=1)
     trainer.train()
-    lags = session.rollouts.stats.staleness
-    assert set(lags) == {0, 1}
-    assert lags[1] >= 48
-    assert sum(lags.values()) == 96
+    staleness = session.rollouts.stats.staleness
+    assert set(staleness) == {0, 1}
+    assert staleness[1] >= 48
+    assert sum(staleness.values()) == 96
     assert session.rollouts.prefetcher.mismatches == 0
     assert session.rollouts.stats.regenerated == 0
     assert session.proof.max_gap < 1e-4

@@ -1,4 +1,4 @@
-"""TRL's tool loop and its environments over a fake server: turns, versions, counts, and what is read ahead of them."""
+"""TRL's tool loop and its environments over a fake server: turns, versions, counts, and reading ahead."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def count(words: str) -> str:
 
 
 class Counter:
-    """An environment that counts how often it was asked."""
+    """An environment that counts its calls."""
 
     def reset(self, **_: object) -> str:
         self.calls = 0
@@ -138,10 +138,10 @@ def test_first_turns_are_read_ahead_and_later_ones_are_of_the_present_weights(ma
     trainer = make_tool_trainer(max_steps=4)
     session = attach(trainer, client=client, run_id="r", max_staleness=1)
     trainer.train()
-    lags = session.rollouts.stats.staleness
-    assert sum(lags.values()) == session.rollouts.stats.completions == 32
-    assert lags[1] >= 16
-    assert set(lags) <= {0, 1}
+    staleness = session.rollouts.stats.staleness
+    assert sum(staleness.values()) == session.rollouts.stats.completions == 32
+    assert staleness[1] >= 16
+    assert set(staleness) <= {0, 1}
     assert session.rollouts.prefetcher.mismatches == 0
     later = [r.policy.step for r in server.generated if r.policy not in ("base", "latest") and r.sampling.n < 4]
     assert later == sorted(later)
