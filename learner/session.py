@@ -50,7 +50,7 @@ class Session:
 
     Args:
         pool: the servers; at least one is up.
-        rewards: computed as completions arrive; None: TRL computes them.
+        make_rewards: called last, since it changes the trainer: what scores completions as they arrive. None: TRL does.
         check_state: raises if a server in this state is incompatible.
 
     Attributes:
@@ -68,7 +68,7 @@ class Session:
         sampling: SamplingParams,
         prompts: list[list[int]],
         base_weights: str | None,
-        rewards: Rewards | None = None,
+        make_rewards: Callable[[], Rewards] | None = None,
         check_state: Callable[[ServerState], object] = lambda state: None,
     ) -> None:
         self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
@@ -78,7 +78,7 @@ class Session:
         self._check_state = check_state
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self.base_served = serve_base(states)
-        self.prompts, self.rewards = prompts, rewards
+        self.prompts = prompts
         # All ranks hold the same lease, so that they request one version; rank 0 keeps it and pushes.
         lease = self._on_main(lambda: load_lease(trainer.output_dir, config.run_id))
         self.publisher = Publisher(
@@ -96,16 +96,17 @@ class Session:
         self.gpu_sharing = GpuSharing(pool.up()[0]) if config.share_gpu else None
         rank = trainer.accelerator.process_index
         dispatcher = Dispatcher(pool, sampling, self.max_model_len, rank=rank, before=self.let_serve)
+        self.rewards = make_rewards() if make_rewards else None
         dynamic_sampling = None
-        if config.drop_degenerate_groups and rewards:
+        if config.drop_degenerate_groups and self.rewards:
             dynamic_sampling = DynamicSampling(
-                rewards,
+                self.rewards,
                 trainer.coming_prompts(),
                 self.seed_of,
                 size=trainer.num_generations,
                 rounds=config.degenerate_rounds,
             )
-        self.rollouts = RemoteRollouts(dispatcher, self, rewards, dynamic_sampling)
+        self.rollouts = RemoteRollouts(dispatcher, self, self.rewards, dynamic_sampling)
         self.metrics = StepMetrics(trainer, self.rollouts)
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None

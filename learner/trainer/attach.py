@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def attach(
         sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
-        rewards=Rewards(trainer, config) if config.reward_workers else None,
+        make_rewards=partial(Rewards, trainer, config) if config.reward_workers else None,
         check_state=check_state,
     )
     _install_hooks(trainer, session)
@@ -144,7 +145,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
 
     | TRL's method | hooks, from the inside out | why in this order |
     | --- | --- | --- |
-    | `_generate_and_score_completions` | `Rewards` (when it is built) | must be given the rows that are trained on |
+    | `_generate_and_score_completions` | `Rewards` (made by the session) | is given the rows that are trained on |
     | | `watch_mismatch` | measures the batch that is trained on |
     | | `replace_zero_variance_groups` | changes the rows that TRL and the hooks above are given |
     | | `record_samples` | reads TRL's logs after everything else |
