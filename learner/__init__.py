@@ -11,7 +11,7 @@ __all__ = ["attach"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and TRL only for who attaches to a trainer: `learner eval` needs neither."""
+    """Import torch and TRL only when `attach` is used: `learner eval` needs neither."""
     if name == "attach":
         from learner.trainer.attach import attach
 

@@ -1,42 +1,70 @@
-"""What a session needs of the trainer; `learner.trainer.attach.TrainerSide` answers it for TRL's."""
+"""The trainer, as rollouts, pushes and step metrics see it; `learner.trainer.internals.TrlTrainer` is TRL's."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from accelerate import Accelerator
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-from learner.rollouts.schedule import Schedule
+    from learner.rollouts.schedule import Schedule
 
 
-class Coming(Protocol):
-    """This rank's prompts in generation batches to come; called on the trainer's thread."""
+class ComingPrompts(Protocol):
+    """This rank's prompts in coming generation batches; called on the trainer's thread."""
 
-    def rows(self, batch: int) -> list[dict[str, Any]]: ...
-    def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]: ...
-    def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]: ...
+    def rows(self, batch: int) -> list[dict[str, Any]]:
+        """Return the dataset rows of a generation batch, one for each completion. Cheapest in ascending order."""
+
+    def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
+        """Return up to `count` dataset rows that are not in a generation batch, derived from seed and batch."""
+
+    def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Return the token ids of the rows' prompts [B][P], templated as for training."""
 
 
 class Trainer(Protocol):
-    """A GRPO trainer, as far as rollouts, pushes and figures are concerned."""
+    """A GRPO trainer."""
 
     accelerator: Accelerator
     output_dir: Path
     seed: int
+    num_generations: int
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """Optimizer steps done."""
+
     @property
-    def micro_step(self) -> int: ...
+    def micro_step(self) -> int:
+        """Forward-backward passes done."""
+
     @property
-    def max_steps(self) -> int: ...
+    def max_steps(self) -> int:
+        """Optimizer steps of the complete training."""
+
     @property
-    def schedule(self) -> Schedule: ...
+    def schedule(self) -> Schedule:
+        """When generation batches are trained on; known once the training has begun."""
+
     @property
-    def first_row(self) -> int: ...
+    def generation_batch(self) -> int:
+        """Number of the present generation batch, counted from 0 over the complete training."""
+
     @property
-    def is_training(self) -> bool: ...
-    def coming_prompts(self) -> Coming: ...
-    def latest(self, metric: str) -> float | None: ...
-    def log(self, metric: str, value: float) -> None: ...
+    def first_row(self) -> int:
+        """This rank's first row among the rows of a generation batch."""
+
+    @property
+    def is_training(self) -> bool:
+        """False during evaluation."""
+
+    def coming_prompts(self) -> ComingPrompts:
+        """Return the prompts that this rank will be given."""
+
+    def latest(self, metric: str) -> float | None:
+        """Return the last value of a training metric; None where nothing was generated since the last log."""
+
+    def log(self, metric: str, value: float) -> None:
+        """Add to the metrics of the trainer's next log."""

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from tqdm import tqdm
 
 from learner.adapters.rounding import RoundedUpdates
 from learner.config import LearnerConfig
 from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
-from learner.rollouts.completions import Wanted
+from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.dynamic_sampling import DynamicSampling
-from learner.rollouts.generation import Ahead, RemoteRollouts
-from learner.rollouts.prefetch import Prefetcher
+from learner.rollouts.generation import RemoteRollouts
 from learner.run_dir.lease import load_lease, save_lease
 from learner.servers.client import RolloutClient
 from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
-from learner.step_metrics import Figures, StepReport
+from learner.step_metrics import StepMetrics, StepReport
 from learner.sync.gpu_sharing import GpuSharing
 from learner.sync.probe import canary_slope, probe_sequences
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
-from learner.utils.logs import show_messages
 from shared.errors import (
     ErrorDetail,
     InstallFailed,
@@ -41,16 +39,23 @@ from shared.errors import (
 from shared.sampling import SamplingParams
 from shared.weights import ServerState
 
+logger = logging.getLogger("lockstep.session")
+
 
 class Session:
-    """Everything that is built under a trainer: publisher, rollouts, proof, and the run's figures.
+    """Everything that is built under a trainer: publisher, rollouts, proof, and the run's metrics.
 
     `begin`, `after_step` and `ensure_served` are collective: every rank takes part in reading the adapter and in the
-    model's forward, which may be sharded; rank 0 pushes. Every rank fetches its own rollouts.
+    model's forward, which may be sharded; rank 0 pushes. Every rank requests its own rollouts.
 
     Args:
         pool: the servers; at least one is up.
-        accepts: raises what speaks against a server in this state.
+        make_rewards: called last, since it changes the trainer: what scores completions as they arrive. None: TRL does.
+        check_state: raises if a server in this state is incompatible.
+
+    Attributes:
+        proof, rounded: made when a training begins, since the trainer places the model only then.
+        canary_slope: see `learner.sync.probe`; None where there was no canary.
     """
 
     def __init__(
@@ -63,60 +68,52 @@ class Session:
         sampling: SamplingParams,
         prompts: list[list[int]],
         base_weights: str | None,
-        accepts: Callable[[ServerState], object] = lambda state: None,
+        make_rewards: Callable[[], Rewards] | None = None,
+        check_state: Callable[[ServerState], object] = lambda state: None,
     ) -> None:
         self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
-        show_messages(is_main=trainer.accelerator.is_main_process)
         # What follows from them must be the same on every rank.
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
-        self._accepts = accepts
+        self._check_state = check_state
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self.base_served = serve_base(states)
         self.prompts = prompts
-        self.publisher = self._publisher(base_weights)
-        self._keep_lease()
+        # All ranks hold the same lease, so that they request one version; rank 0 keeps it and pushes.
+        lease = self._on_main(lambda: load_lease(trainer.output_dir, config.run_id))
+        self.publisher = Publisher(
+            pool,
+            model,
+            lease,
+            base_weights=base_weights,
+            takeover=config.takeover,
+            transport=config.transport,
+            in_flight=config.in_flight,
+            on_main=self._on_main,
+        )
+        self._save_lease()
         self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
         self.gpu_sharing = GpuSharing(pool.up()[0]) if config.share_gpu else None
-        dispatcher = Dispatcher(
-            pool,
-            sampling,
-            self.max_model_len,
-            warn=self.say,
-            rank=trainer.accelerator.process_index,
-            before=self.yield_gpu,
-        )
-        self.rollouts = RemoteRollouts(
-            dispatcher,
-            version=lambda: self.publisher.version(trainer.step),
-            barrier=self.ensure_served,
-            is_training=lambda: trainer.is_training,
-            seed_of=self._seed_of,
-            batch=lambda: trainer.schedule.batch_at(trainer.micro_step),
-        )
-        self.rewards: Rewards | None = None
-        self.dynamic: DynamicSampling | None = None
+        rank = trainer.accelerator.process_index
+        dispatcher = Dispatcher(pool, sampling, self.max_model_len, rank=rank, before=self.yield_gpu)
+        self.rewards = make_rewards() if make_rewards else None
+        dynamic_sampling = None
+        if config.drop_degenerate_groups and self.rewards:
+            dynamic_sampling = DynamicSampling(
+                self.rewards,
+                trainer.coming_prompts(),
+                self.seed_of,
+                size=trainer.num_generations,
+                rounds=config.degenerate_rounds,
+            )
+        self.rollouts = RemoteRollouts(dispatcher, self, self.rewards, dynamic_sampling)
+        self.metrics = StepMetrics(trainer, self.rollouts)
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None
         self.canary_slope: float | None = None
         self._log: EventLog | None = None
-        self.figures = Figures(trainer, self.rollouts)
 
-    def _publisher(self, base_weights: str | None) -> Publisher:
-        """All ranks hold the same lease, so that they ask for one version; rank 0 keeps it and pushes."""
-        lease = self._on_main(lambda: load_lease(self.trainer.output_dir, self.config.run_id))
-        return Publisher(
-            self.pool,
-            self.model,
-            lease,
-            base_weights=base_weights,
-            takeover=self.config.takeover,
-            transport=self.config.transport,
-            in_flight=self.config.in_flight,
-            on_main=self._on_main,
-        )
-
-    def _keep_lease(self) -> None:
+    def _save_lease(self) -> None:
         if self.trainer.accelerator.is_main_process:
             save_lease(self.trainer.output_dir, self.publisher.lease)
 
@@ -125,11 +122,6 @@ class Session:
         """Name of the run on the server."""
         return self.publisher.lease.run_id
 
-    def say(self, text: str) -> None:
-        """Print on rank 0, above a progress bar."""
-        if self.trainer.accelerator.is_main_process:
-            tqdm.write(text)
-
     def begin(self) -> None:
         """Prove the base, push the initial adapter, prove it. Collective.
 
@@ -137,7 +129,7 @@ class Session:
         """
         if again := self.publisher.last is not None:
             self.publisher.next_fence()
-            self._keep_lease()
+            self._save_lease()
         self.yield_gpu()
         sequences = self._on_main(lambda: probe_sequences(self.pool, self.prompts))
         self.proof = SyncProof(
@@ -147,19 +139,21 @@ class Session:
             self.canary_slope = canary_slope(self.proof, self.publisher, takeover=self.config.takeover)
         elif self.base_served:
             self.proof.check_base()
-        if self.trainer.accelerator.is_main_process and self._log is None:
-            self._log = EventLog(self.trainer.output_dir / "servers.jsonl", self.pool)
-        self.rounded = RoundedUpdates(self.model, lambda local: self.trainer.accelerator.reduce(local, reduction="sum"))
-        step = self.trainer.step
-        self.publisher.push(step)
-        self.proof.check(self.publisher.version(step))
-        self.pool.supervise(self._catch_up if self.trainer.accelerator.is_main_process else self._see_whether_up)
+        is_main, trainer = self.trainer.accelerator.is_main_process, self.trainer
+        if is_main and self._log is None:
+            self._log = EventLog(trainer.output_dir / "servers.jsonl", self.pool)
+        self.rounded = RoundedUpdates(self.model, lambda local: trainer.accelerator.reduce(local, reduction="sum"))
+        self.publisher.push(trainer.step)
+        self.proof.check(self.publisher.version(trainer.step))
+        self.pool.supervise(self._catch_up if is_main else self._check_up)
         if self.config.max_staleness > 0:
-            self._read_ahead(self.config.max_staleness)
-        self.figures.restart_clock()
+            schedule = trainer.schedule
+            first = schedule.next_batch(trainer.micro_step)
+            self.rollouts.read_ahead(trainer.coming_prompts(), schedule, self.config.max_staleness, first)
+        self.metrics.restart_clock()
 
     def after_step(self) -> StepReport:
-        """Push the step just made until it is served; prove it where that is due. Collective."""
+        """Push the step that was just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
         self.yield_gpu()
         receipt = self.publisher.push(step)
@@ -167,18 +161,13 @@ class Session:
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
         gap = self.proof.check(receipt.version).max_mismatch if due and self.proof else None
         lost = self.rounded.last_lost() if self.rounded else None
-        return self.figures.add(
+        return self.metrics.end_step(
             push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap, update_lost=lost
         )
 
-    def ensure_served(self) -> None:
-        """Barrier: the trainer's step is what was pushed last, else it is pushed. Collective."""
-        self.yield_gpu()
-        self.publisher.ensure(self.trainer.step)
-
     def summary(self) -> dict[str, Any]:
-        """Figures of the training, over all ranks. Collective."""
-        return self.figures.summary() | {
+        """Return the metrics of the training, over all ranks. Collective."""
+        return self.metrics.summary() | {
             "run_id": self.run_id,
             "max_logprob_gap": self.proof.max_mismatch if self.proof else None,
             "logprob_tolerance": self.proof.last.tolerance if self.proof and self.proof.last else None,
@@ -186,33 +175,13 @@ class Session:
             **({"gpu_turn_seconds": sum(self.gpu_sharing.seconds)} if self.gpu_sharing else {}),
         }
 
-    def use(self, rewards: Rewards) -> None:
-        """Have rewards computed as completions arrive."""
-        self.rewards = self.figures.rewards = rewards
-        self.rollouts.arrived = rewards.arrived
-
-    def use_dynamic_sampling(self, size: int) -> DynamicSampling:
-        """Have groups of `size` completions replaced whose rewards do not vary; `use` comes first."""
-        assert self.rewards
-        coming = self.trainer.coming_prompts()
-
-        def spare_of(batch: int, count: int) -> list[tuple[dict[str, Any], list[int]]]:
-            rows = coming.spare_rows(batch, count)
-            return list(zip(rows, coming.token_ids(rows), strict=True)) if rows else []
-
-        self.dynamic = DynamicSampling(
-            self.rewards, spare_of, self._seed_of, size=size, rounds=self.config.degenerate_rounds
-        )
-        self.rollouts.refill = self.figures.dynamic = self.dynamic
-        return self.dynamic
-
     def yield_gpu(self) -> None:
-        """Let a server that shares the learner's GPU have it."""
+        """Give a shared GPU to the server."""
         if self.gpu_sharing:
             self.gpu_sharing.yield_gpu()
 
     def close(self) -> None:
-        """Let go of the way to the servers, where what was pushed stays, and end the reward workers."""
+        """Close the transports and end the reward workers; pushed adapters stay served."""
         self.pool.close()
         if self._log:
             self._log.close()
@@ -221,40 +190,36 @@ class Session:
             self.rewards.close()
         try:
             self.yield_gpu()
-        except (LockstepError, RuntimeError) as error:  # after a failure the learner may not let its memory go
-            self.say(f"share_gpu: the server is left asleep: {error}")
+        except (LockstepError, RuntimeError) as error:  # after a failure the learner may not release its memory
+            logger.warning(f"share_gpu: the server is left asleep: {error}")
 
-    def _read_ahead(self, max_staleness: int) -> None:
-        """Request the first generation batches; from then on each one that is taken requests another."""
-        schedule = self.trainer.schedule
+    # The session is the `learner.rollouts.generation.Training` of its rollouts.
 
-        def wanted() -> Wanted:
-            assert self.publisher.last  # of the push before the first request; the next may be under way just now
-            return Wanted(self.publisher.last.version, exact=False, carried=self.config.in_flight == "carried")
+    @property
+    def is_training(self) -> bool:
+        """False while TRL evaluates."""
+        return self.trainer.is_training
 
-        coming = self.trainer.coming_prompts()
+    @property
+    def generation_batch(self) -> int:
+        """Number of the present generation batch."""
+        return self.trainer.generation_batch
 
-        def prompts_of(batch: int) -> list[list[int]]:
-            rows = coming.rows(batch)
-            prompts = coming.token_ids(rows)
-            if self.dynamic:
-                self.dynamic.expect(batch, rows, prompts)
-            elif self.rewards:
-                self.rewards.expect(batch, rows)
-            return prompts
+    def allowed_version(self, *, ahead: bool) -> AllowedVersion:
+        """Return the weights that completions requested now may come from; `ahead`: of a batch to come."""
+        if not ahead:
+            return AllowedVersion(self.publisher.version(self.trainer.step))
+        assert self.publisher.last  # of the push before the first request; the next may be under way just now
+        carried = self.config.in_flight == "carried"
+        return AllowedVersion(self.publisher.last.version, exact=False, carried=carried)
 
-        prefetcher = Prefetcher(
-            prompts_of,
-            lambda batch, prompts: self.rollouts.draw_ahead(batch, prompts, wanted),
-            last_batch=schedule.last_batch,
-            warn=self.say,
-        )
-        self.rollouts.ahead = Ahead(prefetcher, schedule, max_staleness)
-        first = schedule.next_batch(self.trainer.micro_step)
-        prefetcher.request(first, first + max_staleness - 1)
+    def ensure_served(self) -> None:
+        """Push the trainer's step unless it was pushed last. Collective."""
+        self.yield_gpu()
+        self.publisher.ensure(self.trainer.step)
 
-    def _seed_of(self, row: int, token_ids: list[int]) -> int | None:
-        """Seed of the prompt in a row of the present batch, where seeds are derived."""
+    def seed_of(self, row: int, token_ids: list[int]) -> int | None:
+        """Return the seed of the prompt in a row of the present batch; None unless the run is deterministic."""
         if not self.config.deterministic:
             return None
         trainer = self.trainer
@@ -264,8 +229,8 @@ class Session:
     def _catch_up(self, replica: Replica) -> None:
         self.publisher.catch_up(replica, self._admit)
 
-    def _see_whether_up(self, replica: Replica) -> None:
-        """On other ranks: rank 0 brings it up to date; until then it is asked for nothing."""
+    def _check_up(self, replica: Replica) -> None:
+        """On ranks other than 0: use a server once rank 0 has brought it up to date."""
         state, last = replica.client.state(), self.publisher.last
         if last is None or state.draining or not any(run.version == last.version for run in state.runs):
             raise VersionNotActive(f"{replica.url} does not serve this run yet")
@@ -273,11 +238,11 @@ class Session:
         self.pool.mark_up(replica)
 
     def _admit(self, client: RolloutClient, state: ServerState) -> None:
-        """Raise what keeps a server from joining those that are there."""
-        same = next((m for m in self.pool.up() if m.url != client.url and m.known.epoch == state.epoch), None)
+        """Raise if a server must not join the present ones."""
+        same = next((r for r in self.pool.up() if r.url != client.url and r.known.epoch == state.epoch), None)
         if same is not None:
             raise InvalidRequest(f"it is the server at {same.url}, by another address")
-        self._accepts(state)
+        self._check_state(state)
         if state.lora_dtype != self.publisher.lora_dtype:
             raise UnsupportedAdapter(
                 f"it holds adapters in {state.lora_dtype}, the first server in {self.publisher.lora_dtype}; start all "
@@ -292,7 +257,7 @@ class Session:
             self.proof.check_newcomer(client, state)
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
-        """Run on rank 0; its result, or its error, reaches every rank, so that none waits in vain."""
+        """Run on rank 0, and return its result or raise its error on every rank, so that none waits in vain."""
         accelerator = self.trainer.accelerator
         outcome: list[Any] = [None]
         if accelerator.is_main_process:
@@ -301,22 +266,19 @@ class Session:
             except Exception as error:
                 if accelerator.num_processes == 1:
                     raise
-                failure = error if isinstance(error, LockstepError) else _of_rank_0(error)
-                outcome = [failure.body().error]
+                if not isinstance(error, LockstepError):
+                    error = InstallFailed(f"rank 0 failed with {type(error).__name__}: {error}")
+                outcome = [error.body().error]
         broadcast_object_list(outcome, from_process=0)
         if isinstance(outcome[0], ErrorDetail):
             raise LockstepError.from_detail(outcome[0])
         return outcome[0]
 
 
-def _of_rank_0(error: Exception) -> LockstepError:
-    return InstallFailed(f"rank 0 failed with {type(error).__name__}: {error}")
-
-
 def prompt_seed(base: int, *place: int | str) -> int:
-    """A seed in [0, 2^62) for the prompt at `place` (say: training, micro-step, row) of a training seeded with `base`.
+    """Return a seed in [0, 2^62) for the prompt at `place` (phase, step, row) of a training seeded with `base`.
 
-    vLLM adds the index of a completion to its prompt's seed, so neighbours must not be close to each other.
+    vLLM adds the index of a completion to its prompt's seed, so neighbors must not be close to each other.
     """
     digest = hashlib.blake2b(repr((base, *place)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

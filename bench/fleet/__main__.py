@@ -34,8 +34,8 @@ from bench.common.servers import Server, engine_flags, environment, free_port, v
 from bench.common.shapes import Shape, pick_shapes
 from bench.fleet.quota import quotas
 from bench.fleet.report import SETTLE_S, FleetReport, plot, table
-from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Dispatcher, asks_of
+from learner.rollouts.completions import AllowedVersion
+from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
@@ -95,7 +95,7 @@ class Run:
 
     def dispatcher(self, pool: ServerPool) -> Dispatcher:
         sampling = SamplingParams(max_tokens=self.options.tokens, ignore_eos=True)
-        return Dispatcher(pool, sampling, max_model_len=self.options.tokens + 64, warn=print)
+        return Dispatcher(pool, sampling, max_model_len=self.options.tokens + 64)
 
     def publisher(self, pool: ServerPool, model: Any) -> Publisher:
         return Publisher(pool, model, self.lease, takeover=True, transport="http")
@@ -136,16 +136,18 @@ class Run:
         per_loop = max(1, options.prompts // share)
         failed: list[BaseException] = []
 
-        def wanted() -> Wanted:
+        def allowed() -> AllowedVersion:
             assert publisher.last
-            return Wanted(publisher.last.version, exact=False)
+            return AllowedVersion(publisher.last.version, exact=False)
 
         def loop(seed: int) -> None:
             rng, dispatcher = random.Random(seed), self.dispatcher(pool)
             try:
                 while not stopping.is_set():
                     prompts = [[rng.randrange(3, self.shape.vocab) for _ in range(32)] for _ in range(per_loop)]
-                    dispatcher.fetch(asks_of([prompt for prompt in prompts for _ in range(options.n)]), wanted)
+                    dispatcher.dispatch(
+                        group_requests([prompt for prompt in prompts for _ in range(options.n)]), allowed
+                    )
             except BaseException as error:
                 failed.append(error)
 

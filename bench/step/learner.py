@@ -201,7 +201,7 @@ def train(training: Training) -> dict[str, Any]:
     trainer.train()
     session.close()
     session.publisher.delete_run()
-    reports = session.figures.reports
+    reports = session.metrics.reports
     before = [0, *(report.completion_tokens for report in reports)]  # counted since the start
     steps = [
         Step(r.seconds, r.wait_seconds, r.push_seconds, r.idle_seconds, r.completion_tokens - earlier)
@@ -211,7 +211,7 @@ def train(training: Training) -> dict[str, Any]:
     return {
         "steps": [asdict(step) for step in training.counted(steps)],
         "transport": session.publisher.receipts[-1].transport,
-        "turn_s": session.turns.seconds if session.turns else [],
+        "turn_s": session.gpu_sharing.seconds if session.gpu_sharing else [],
         "learner_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         **{name: summary[name] for name in ("lags", "regenerated", "max_logprob_gap", "max_drift_kl")},
     }

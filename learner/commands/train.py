@@ -104,7 +104,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
             load_adapter(session.model, Path(str(checkpoint)))
             trainer.state.global_step = finished.step
-            session.figures.restore(finished.pushes, finished.completions, finished.completion_tokens)
+            session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:

@@ -60,7 +60,7 @@ def show_progress(trainer: Trainer, session: Session) -> None:
     progress = Progress(bar=sys.stderr.isatty() and not trainer.args.disable_tqdm)
     trainer.add_callback(progress)
     if trainer.accelerator.is_main_process:
-        session.figures.listeners.append(progress.show)
+        session.metrics.listeners.append(progress.show)
 
 
 def _summary(report: StepReport) -> str:

@@ -111,9 +111,9 @@ class LearnerMetrics:
         self._push_seconds.observe(report.push_seconds)
         self._completion_tokens.inc(stats.completion_tokens - self._tokens)
         self._regenerations.inc(stats.regenerated - self._regenerated)
-        for lag in (stats.lags - self._lags).elements():
+        for lag in (stats.staleness - self._lags).elements():
             self._lag.observe(lag)
-        self._tokens, self._lags, self._regenerated = stats.completion_tokens, stats.lags.copy(), stats.regenerated
+        self._tokens, self._lags, self._regenerated = stats.completion_tokens, stats.staleness.copy(), stats.regenerated
 
     def logged(self, logs: Mapping[str, float | None]) -> None:
         """Record TRL's logs: means over the steps since its previous log, or an evaluation."""

@@ -42,7 +42,7 @@ def attach_recorder(trainer: Trainer, session: Session) -> Recorder | None:
     host, port = session.config.metrics_host, session.config.metrics_port
     session.publisher.on_main(lambda: recorder.metrics.serve(host, port) if recorder else None)
     if recorder:
-        session.figures.listeners.append(recorder.stepped)
+        session.metrics.listeners.append(recorder.stepped)
         trainer.add_callback(recorder)
     return recorder
 

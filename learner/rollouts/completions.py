@@ -1,4 +1,4 @@
-"""What is asked of every completion: whole, finite, and of weights that are wanted."""
+"""Validate completions: complete, finite, from an allowed version."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.weights import WeightVersion
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which weights completions may come from.
+class AllowedVersion:
+    """Weights that completions may be sampled from.
 
     Attributes:
-        version: what is served when the request is made.
-        exact: every token must be of `version`; else also of later steps of the same learner, as pushes overtake it.
+        version: served when the request is made.
+        exact: every token must be of `version`; else also of later steps of the same learner, as pushes land.
         carried: tokens may have been sampled with KV that older weights computed.
     """
 
@@ -27,7 +27,7 @@ class Wanted:
     carried: bool = False
 
     def accepts(self, version: WeightVersion | None, kv: Literal["fresh", "carried"]) -> bool:
-        """Whether a token may be of `version`. How old it may be is decided where it is trained on."""
+        """Return whether a token may be of `version`. How old it may be is decided where it is trained on."""
         if kv != "fresh" and not self.carried:
             return False
         if self.exact or version is None:
@@ -35,47 +35,46 @@ class Wanted:
         return (version.run_id, version.fence) == (self.version.run_id, self.version.fence)
 
 
-def check_completion(completion: Completion, wanted: Wanted) -> None:
-    """Every token has a finite logprob and was sampled from weights that are wanted.
+def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
+    """Check that every token has a finite logprob and was sampled from allowed weights.
 
     Raises:
-        LockstepError: `protocol_mismatch` for a broken answer, `version_not_active` for tokens of another
-        version.
+        LockstepError: `protocol_mismatch` for a broken response, `version_not_active` for tokens of another version.
     """
     length = len(completion.token_ids)
     if length == 0 or completion.finish_reason == "abort":
-        raise broken(f"a completion of {length} tokens that ended with {completion.finish_reason!r}")
+        raise broken_response(f"a completion of {length} tokens that ended with {completion.finish_reason!r}")
     if len(completion.logprobs) != length or not all(map(math.isfinite, completion.logprobs)):
-        raise broken(f"{len(completion.logprobs)} logprobs for {length} tokens, or some that are not finite")
+        raise broken_response(f"{len(completion.logprobs)} logprobs for {length} tokens, or some that are not finite")
     position = 0
     for span in completion.spans:
         if span.start != position or span.end <= span.start:
-            raise broken(f"spans leave a gap or overlap at token {position}")
-        if not wanted.accepts(span.version, span.kv):
+            raise broken_response(f"spans leave a gap or overlap at token {position}")
+        if not allowed.accepts(span.version, span.kv):
             raise VersionNotActive(
                 f"tokens [{span.start}, {span.end}) come from {span.version or 'the base'} (kv {span.kv}), "
-                f"asked for was {wanted.version}: this would be off-policy; does another learner push to this run?"
+                f"requested was {allowed.version}: this would be off-policy; does another learner push to this run?"
             )
         position = span.end
     if position != length:
-        raise broken(f"spans cover {position} of {length} tokens")
+        raise broken_response(f"spans cover {position} of {length} tokens")
 
 
 def oldest_step(completion: Completion) -> int:
-    """The step whose weights sampled the oldest token."""
+    """Return the step whose weights sampled the oldest token."""
     return min(span.version.step for span in completion.spans if span.version is not None)
 
 
-def broken(what: str) -> LockstepError:
-    """The error for an answer that no sound server gives."""
-    return ProtocolMismatch(f"the rollout server's answer is broken: {what}; see its log")
+def broken_response(what: str) -> LockstepError:
+    """Return the error for a response that violates the protocol."""
+    return ProtocolMismatch(f"the rollout server's response is broken: {what}; see its log")
 
 
 def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[float]:
-    """ln p of each sampled token before truncation, which is what the trainer's own logprobs are compared with.
+    """Return ln p [T] of each sampled token before truncation, to be compared with the trainer's own logprobs.
 
     Raises:
-        LockstepError: `invalid_request` if the server cannot say how much mass the truncation kept.
+        LockstepError: `invalid_request` if the server does not report how much mass the truncation kept.
     """
     if not sampling.truncates:
         return completion.logprobs

@@ -1,7 +1,8 @@
-"""Completions for the rows of a batch, from all rollout servers: each prompt's from one of them, whoever fails."""
+"""Distribute the prompts of a batch over all rollout servers, and over the remaining ones where a server fails."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -10,7 +11,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from learner.rollouts.completions import Wanted, broken, check_completion
+from learner.rollouts.completions import AllowedVersion, broken_response, check_completion
 from learner.servers.pool import ServerPool
 from learner.servers.replica import Replica
 from learner.servers.router import Router
@@ -19,77 +20,80 @@ from shared.errors import InvalidRequest, LockstepError
 from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt
 from shared.sampling import SamplingParams
 
-#: Row of a batch and its prompt -> seed; None: the server draws.
-SeedOf = Callable[[int, list[int]], int | None]
-#: First row of an entry, and its completions.
-Arrived = Callable[[int, Sequence[Completion]], None]
+#: Called with the first row and the completions of a group, on any thread.
+OnCompletions = Callable[[int, Sequence[Completion]], None]
 #: How long a server may take until it serves a step that was pushed before the request.
 _STEP_WAIT_S = 30.0
 
+logger = logging.getLogger("lockstep.rollouts")
+
 
 @dataclass(frozen=True)
-class Ask:
-    """`n` completions of one prompt, `index` being its first row in the batch; `seed` overrides the sampling's."""
+class GroupRequest:
+    """A request for `n` completions of one prompt.
 
-    index: int
+    Attributes:
+        first_row: row of the batch that the first completion is for; the others follow it.
+        seed: overrides the seed of the sampling parameters.
+    """
+
+    first_row: int
     token_ids: list[int]
     n: int
     seed: int | None = None
 
 
-def _unseeded(row: int, token_ids: list[int]) -> None:
-    return None
-
-
-def asks_of(prompts: Sequence[list[int]], seed_of: SeedOf = _unseeded) -> list[Ask]:
-    """One entry for each run of equal neighbours among the rows.
+def group_requests(
+    prompts: Sequence[list[int]], seed_of: Callable[[int, list[int]], int | None] | None = None
+) -> list[GroupRequest]:
+    """Return one request for each run of equal neighbors among the prompts.
 
     Args:
         prompts: token ids [B][P].
-        seed_of: first row of an entry and its prompt -> its seed.
+        seed_of: maps the first row of a group and its prompt to a seed.
     """
-    asks, index = [], 0
+    requests, row = [], 0
     for token_ids, rows in groupby(prompts):
         n = sum(1 for _ in rows)
-        asks.append(Ask(index, list(token_ids), n, seed_of(index, token_ids)))
-        index += n
-    return asks
+        requests.append(GroupRequest(row, list(token_ids), n, seed_of(row, token_ids) if seed_of else None))
+        row += n
+    return requests
 
 
 @dataclass
-class _Request:
-    """One request to one server: entries with the same `n` and `max_tokens`. `rows`: what has come of it."""
+class _ServerRequest:
+    """One request to one server: groups with the same `n` and `max_tokens`, and the rows completed so far."""
 
     replica: Replica
-    asks: list[Ask]
+    groups: list[GroupRequest]
     max_tokens: int | None
-    wanted: Wanted
+    allowed: AllowedVersion
     incarnation: int
     costs: dict[int, float]
     rows: dict[int, Completion] = field(default_factory=dict)
 
-    def left(self) -> list[Ask]:
-        """What has not come."""
-        return [ask for ask in self.asks if ask.index not in self.rows]
+    def missing(self) -> list[GroupRequest]:
+        return [group for group in self.groups if group.first_row not in self.rows]
 
 
 @dataclass
 class Dispatcher:
-    """Asks the rollout servers.
+    """Sends requests to the rollout servers.
 
     Args:
         pool: the rollout servers.
         sampling: sampling parameters of every completion; `n` is set from the batch.
         max_model_len: the servers' context in tokens.
-        warn: told once that completions are cut short by the servers' context.
         rank: of this process; keeps a fixed `seed` from giving two ranks the same completions.
-        before: called before anything is asked for.
+        before: called before the first request of a batch.
+
+    Attributes:
+        capped_prompts: prompts that left less than `max_tokens` in the context.
     """
 
     pool: ServerPool
     sampling: SamplingParams
     max_model_len: int
-    warn: Callable[[str], None] = print
     rank: int = 0
     before: Callable[[], None] = lambda: None
     capped_prompts: int = field(default=0, init=False)
@@ -99,37 +103,40 @@ class Dispatcher:
 
     @property
     def fixed_seed(self) -> int | None:
-        """The sampling's seed on this rank."""
+        """Seed of the sampling parameters, offset by rank."""
         return None if self.sampling.seed is None else self.sampling.seed + (self.rank << 32)
 
-    def fetch(
-        self, asks: Sequence[Ask], wanted: Callable[[], Wanted], arrived: Arrived | None = None
+    def dispatch(
+        self,
+        groups: Sequence[GroupRequest],
+        allowed: Callable[[], AllowedVersion],
+        on_completions: OnCompletions | None = None,
     ) -> list[Completion]:
-        """Completions in row order. What a server that fails has not sent yet, another one is asked for.
+        """Return completions in row order. Groups that a failing server has not sent are requested from another one.
 
         Args:
-            wanted: what is wanted when a request is made.
-            arrived: told of each entry's completions as they come.
+            allowed: evaluated for every request that is made.
+            on_completions: called for each group as it arrives.
 
         Raises:
-            LockstepError: also when a completion is empty, aborted, or of weights that were not wanted.
+            LockstepError: also when a completion is empty, aborted, or sampled from other weights than allowed.
         """
         self.before()
         rows: dict[int, Completion] = {}
-        waiting, running = list(asks), dict[Future[None], _Request]()
+        waiting, running = list(groups), dict[Future[None], _ServerRequest]()
         failing_since: float | None = None
         while waiting or running:
             replicas = self.pool.up() if running else self.pool.available()
             if waiting and replicas:
-                for request in self._requests(waiting, replicas, wanted()):
-                    running[start(partial(self._run, request, arrived), "rollouts")] = request
+                for request in self._requests(waiting, replicas, allowed()):
+                    running[start(partial(self._run, request, on_completions), "rollouts")] = request
                 waiting = []
             # A server may come back while others are still busy with their share.
             ended, _ = wait(running, 1.0 if waiting else None, FIRST_COMPLETED)
             for outcome in ended:
                 request = running.pop(outcome)
                 rows.update(request.rows)
-                waiting += request.left()
+                waiting += request.missing()
                 failing_since = None if request.rows else failing_since
                 error = outcome.exception()
                 if isinstance(error, LockstepError):
@@ -143,76 +150,77 @@ class Dispatcher:
                     request.replica.failures = 0
         return [rows[i] for i in sorted(rows)]
 
-    def _requests(self, asks: list[Ask], replicas: list[Replica], wanted: Wanted) -> list[_Request]:
+    def _requests(
+        self, groups: list[GroupRequest], replicas: list[Replica], allowed: AllowedVersion
+    ) -> list[_ServerRequest]:
         requests = []
-        for replica, share in self.router.split(asks, replicas):
-            buckets: dict[tuple[int, int | None], list[Ask]] = {}
-            for ask in share:
-                buckets.setdefault((ask.n, self._room(len(ask.token_ids))), []).append(ask)
+        for replica, share in self.router.split(groups, replicas):
+            buckets: dict[tuple[int, int | None], list[GroupRequest]] = {}
+            for group in share:
+                buckets.setdefault((group.n, self._max_tokens(len(group.token_ids))), []).append(group)
             for (_, max_tokens), bucket in buckets.items():
-                costs = {ask.index: self.router.cost(ask) for ask in bucket}
-                requests.append(_Request(replica, bucket, max_tokens, wanted, replica.incarnation, costs))
+                costs = {group.first_row: self.router.cost(group) for group in bucket}
+                requests.append(_ServerRequest(replica, bucket, max_tokens, allowed, replica.incarnation, costs))
                 replica.load.begin(sum(costs.values()))
         return requests
 
-    def _room(self, prompt_length: int) -> int | None:
-        """`max_tokens`, or less where the context ends before (a long prompt, a grown tool history)."""
+    def _max_tokens(self, prompt_length: int) -> int | None:
+        """Return `max_tokens`, or less where the context ends earlier (a long prompt, a grown tool history)."""
         room = self.max_model_len - prompt_length
         if room < 1:
             raise InvalidRequest(
                 f"a prompt of {prompt_length} tokens leaves no room in the server's context of "
                 f"{self.max_model_len}: shorten the prompts or raise the server's --max-model-len"
             )
-        wanted = self.sampling.max_tokens
-        if wanted is None or wanted <= room:
-            return wanted
+        max_tokens = self.sampling.max_tokens
+        if max_tokens is None or max_tokens <= room:
+            return max_tokens
         self.capped_prompts += 1
         if self.capped_prompts == 1:
-            self.warn(
-                f"a prompt of {prompt_length} tokens leaves room for {room} of {wanted} completion tokens "
-                "in the server's context; such completions are cut short (said once, counted in "
-                "capped_prompts)"
+            logger.warning(
+                f"a prompt of {prompt_length} tokens leaves room for {room} of {max_tokens} completion tokens in the "
+                "server's context; such completions are cut short (said once, counted in capped_prompts)"
             )
         return room
 
-    def _run(self, request: _Request, arrived: Arrived | None) -> None:
-        """Make the request; each entry's completions are kept as they come."""
+    def _run(self, request: _ServerRequest, on_completions: OnCompletions | None) -> None:
+        """Make the request; keep the completions of each group as they arrive."""
         costs, load = dict(request.costs), request.replica.load
         try:
             with request.replica.request_slots:
-                for group in request.replica.client.iter_groups(self._body(request)):
-                    index = group.prompt_index
-                    ask = request.asks[index] if 0 <= index < len(request.asks) else None
-                    if ask is None or len(group.completions) != ask.n or group.prompt_token_ids != ask.token_ids:
-                        raise broken(f"group {index} is not the completions of a prompt that was sent")
-                    for completion in group.completions:
-                        check_completion(completion, request.wanted)
-                    lengths = [len(completion.token_ids) for completion in group.completions]
+                for response in request.replica.client.iter_groups(self._body(request)):
+                    index, completions = response.prompt_index, response.completions
+                    group = request.groups[index] if 0 <= index < len(request.groups) else None
+                    if group is None or len(completions) != group.n or response.prompt_token_ids != group.token_ids:
+                        raise broken_response(f"group {index} is not the completions of a prompt that was sent")
+                    for completion in completions:
+                        check_completion(completion, request.allowed)
+                    lengths = [len(completion.token_ids) for completion in completions]
                     self.router.saw(lengths)
-                    load.end(costs.pop(ask.index, 0.0), sum(lengths))
+                    load.end(costs.pop(group.first_row, 0.0), sum(lengths))
                     self.pool.on_tokens(request.replica, sum(lengths))
-                    request.rows.update({ask.index + i: c for i, c in enumerate(group.completions)})
-                    if arrived:
-                        arrived(ask.index, group.completions)
+                    request.rows.update({group.first_row + i: c for i, c in enumerate(completions)})
+                    if on_completions:
+                        on_completions(group.first_row, completions)
         finally:
             load.end(sum(costs.values()))
-        if left := request.left():
-            raise broken(f"asked for {len(request.asks)} groups, {len(left)} of them did not come")
+        if missing := request.missing():
+            raise broken_response(f"requested {len(request.groups)} groups, {len(missing)} of them did not come")
 
-    def _body(self, request: _Request) -> GenerateRequest:
-        wanted = request.wanted
-        update: dict[str, Any] = {"n": request.asks[0].n, "max_tokens": request.max_tokens}
+    def _body(self, request: _ServerRequest) -> GenerateRequest:
+        allowed = request.allowed
+        update: dict[str, Any] = {"n": request.groups[0].n, "max_tokens": request.max_tokens}
         if self.fixed_seed is not None:
             update["seed"] = self.fixed_seed
-        # Validated anew, so that n > 1 with temperature 0 is refused here and by name.
+        # Validated again, so that n > 1 with temperature 0 is refused here and by name.
         sampling = SamplingParams.model_validate({**self.sampling.model_dump(), **update})
-        policy: PolicySelector = wanted.version if wanted.exact else "latest"
-        step = {} if wanted.exact else {"min_step": wanted.version.step, "wait_s": _STEP_WAIT_S}
+        policy: PolicySelector = allowed.version if allowed.exact else "latest"
+        step = {} if allowed.exact else {"min_step": allowed.version.step, "wait_s": _STEP_WAIT_S}
         return GenerateRequest(
-            prompts=[Prompt(token_ids=ask.token_ids, seed=ask.seed) for ask in request.asks],
+            prompts=[Prompt(token_ids=group.token_ids, seed=group.seed) for group in request.groups],
             sampling=sampling,
             policy=policy,
-            run_id=wanted.version.run_id,
+            run_id=allowed.version.run_id,
             return_text=False,
             **step,
         )

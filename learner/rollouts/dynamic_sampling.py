@@ -1,8 +1,8 @@
-"""DAPO's dynamic sampling (arXiv:2503.14476, 3.2): groups whose rewards do not vary are replaced before the training.
+"""Dynamic sampling as in DAPO (arXiv:2503.14476, 3.2): replace zero-variance groups before the training.
 
-All completions of such a group have advantage 0, so it costs what any other costs and teaches nothing. Replacements are
-other rows of the dataset, derived from the seed and the generation batch: TRL's own order of prompts stays as it is,
-and a resumed training draws the same ones.
+All completions of a zero-variance group have advantage 0: it costs as much as any other and gives no learning signal.
+Replacements are other rows of the dataset, derived from the seed and the generation batch: TRL's own order of prompts
+stays as it is, and a resumed training draws the same ones.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from learner.protocols import ComingPrompts
 from learner.rewards.scorer import Rewards
-from learner.rollouts.dispatch import Ask, SeedOf
+from learner.rollouts.dispatch import GroupRequest
 from shared.rollouts import Completion
 
 Row = dict[str, Any]
-Fetch = Callable[[list[Ask]], list[Completion]]
 #: Rewards closer to each other than this are equal, as for TRL's `frac_reward_zero_std`.
 _EQUAL = 1e-8
 
 
 def varies(rewards: Sequence[float]) -> bool:
-    """Whether a group teaches anything: two of its rewards differ. NaN stands for a completion without a reward."""
+    """Return whether two rewards of a group differ. NaN stands for a completion without a reward."""
     scored = [reward for reward in rewards if not math.isnan(reward)]
     return bool(scored) and max(scored) - min(scored) > _EQUAL
 
 
 @dataclass
-class Draw:
+class GenerationBatch:
     """One generation batch of this rank: a dataset row, a prompt [P] and a completion in each row.
 
     Attributes:
-        asked: the prompts before any was replaced.
-        spare: rows and prompts that may take a group's place, in the order in which they are tried.
-        replaced, kept: replacements that were made, and groups that do not vary all the same.
+        requested: the prompts before any was replaced.
+        spare: rows and prompts of possible replacements, in the order in which they are tried.
+        replaced: replacements that were made.
+        kept: zero-variance groups that are left.
     """
 
-    asked: list[list[int]]
+    requested: list[list[int]]
     rows: list[Row]
     prompts: list[list[int]]
     spare: list[tuple[Row, list[int]]]
@@ -48,85 +49,90 @@ class Draw:
 
 
 class DynamicSampling:
-    """Replaces groups whose rewards do not vary; each batch is filled by one thread.
+    """Replaces zero-variance groups; each batch is handled by one thread.
 
     Attributes:
-        replaced, kept: over all batches that were taken.
+        replaced, kept: as in `GenerationBatch`, over all batches that were taken.
 
     Args:
         rewards: computes rewards as completions arrive.
-        spare_of: generation batch and a number -> as many rows and prompts that are not in it, or fewer; called on the
-            trainer's thread.
-        seed_of: row of the batch and its prompt -> its seed, where seeds are derived.
+        coming: reads other rows of the dataset.
+        seed_of: maps a row of the batch and its prompt to a seed, or to None.
         size: completions of a group.
-        rounds: how often a group is replaced at most; what does not vary then is trained on as it is.
+        rounds: how often a group is replaced at most; a zero-variance group that is left then is trained on.
     """
 
     def __init__(
         self,
         rewards: Rewards,
-        spare_of: Callable[[int, int], list[tuple[Row, list[int]]]],
-        seed_of: SeedOf,
+        coming: ComingPrompts,
+        seed_of: Callable[[int, list[int]], int | None],
         *,
         size: int,
         rounds: int,
     ) -> None:
-        self._rewards, self._spare_of, self._seed_of = rewards, spare_of, seed_of
+        self._rewards, self._coming, self._seed_of = rewards, coming, seed_of
         self._size, self._rounds = size, rounds
-        self._draws: dict[int, Draw] = {}
+        self._batches: dict[int, GenerationBatch] = {}
         self.replaced = self.kept = 0
 
-    def expect(self, batch: int, rows: Sequence[Row], prompts: list[list[int]]) -> None:
-        """A generation batch is going to be generated, from these rows and prompts."""
-        known = self._draws.get(batch)
-        if known is None or known.asked != prompts:
-            spare = self._spare_of(batch, self._rounds * (len(rows) // self._size))
-            self._draws[batch] = Draw(prompts, list(rows), list(prompts), spare)
-            self._rewards.expect(batch, rows)
+    def expect(self, number: int, rows: Sequence[Row], prompts: list[list[int]]) -> None:
+        """Prepare for generation batch `number` of these rows and prompts; called on the trainer's thread."""
+        known = self._batches.get(number)
+        if known is None or known.requested != prompts:
+            spare_rows = self._coming.spare_rows(number, self._rounds * (len(rows) // self._size))
+            spare_ids = self._coming.token_ids(spare_rows) if spare_rows else []
+            spare = list(zip(spare_rows, spare_ids, strict=True))
+            self._batches[number] = GenerationBatch(prompts, list(rows), list(prompts), spare)
+            self._rewards.expect(number, rows)
 
-    def fill(self, batch: int, completions: list[Completion], fetch: Fetch) -> list[Completion]:
-        """The completions to train on, once groups whose rewards do not vary have been replaced.
+    def replace(
+        self,
+        number: int,
+        completions: list[Completion],
+        dispatch: Callable[[list[GroupRequest]], list[Completion]],
+    ) -> list[Completion]:
+        """Replace zero-variance groups and return the completions to train on.
 
         Args:
             completions: of the batch as it was expected.
-            fetch: completions in row order.
+            dispatch: returns completions in row order.
         """
-        draw, size = self._draws[batch], self._size
-        draw.completions = completions
-        spare, flat = iter(draw.spare), self._flat(batch, draw, range(0, len(draw.rows), size))
+        batch, size = self._batches[number], self._size
+        batch.completions = completions
+        spare, flat = iter(batch.spare), self._zero_variance(number, range(0, len(batch.rows), size))
         for _ in range(self._rounds):
-            places = dict(zip(flat, spare, strict=False))
-            if not places:
+            chosen = dict(zip(flat, spare, strict=False))
+            if not chosen:
                 break
-            for first, (row, prompt) in places.items():
-                draw.rows[first : first + size] = [dict(row) for _ in range(size)]
-                draw.prompts[first : first + size] = [prompt] * size
-            self._rewards.expect(batch, draw.rows)
-            fresh = iter(
-                fetch([Ask(first, ids, size, self._seed_of(first, ids)) for first, (_, ids) in places.items()])
-            )
-            for first in places:
-                draw.completions[first : first + size] = [next(fresh) for _ in range(size)]
-            draw.replaced += len(places)
-            flat = [first for first in flat if first not in places] + self._flat(batch, draw, places)
-        draw.kept = len(flat)
-        return draw.completions
+            for first, (row, prompt) in chosen.items():
+                batch.rows[first : first + size] = [dict(row) for _ in range(size)]
+                batch.prompts[first : first + size] = [prompt] * size
+            self._rewards.expect(number, batch.rows)
+            requests = [GroupRequest(row, ids, size, self._seed_of(row, ids)) for row, (_, ids) in chosen.items()]
+            fresh = iter(dispatch(requests))
+            for first in chosen:
+                batch.completions[first : first + size] = [next(fresh) for _ in range(size)]
+            batch.replaced += len(chosen)
+            flat = [first for first in flat if first not in chosen] + self._zero_variance(number, chosen)
+        batch.kept = len(flat)
+        return batch.completions
 
-    def prompts(self, batch: int) -> list[list[int]] | None:
-        """The prompts of a batch as it is now; None where it is not expected."""
-        draw = self._draws.get(batch)
-        return draw.prompts if draw else None
+    def prompts(self, number: int) -> list[list[int]] | None:
+        """Return the prompts of a batch after replacement; None if it is not expected."""
+        batch = self._batches.get(number)
+        return batch.prompts if batch else None
 
-    def take(self, batch: int) -> Draw:
-        """A filled batch; what came before is forgotten."""
-        draw = self._draws[batch]
-        self._draws = {known: other for known, other in self._draws.items() if known > batch}
-        self.replaced += draw.replaced
-        self.kept += draw.kept
-        return draw
+    def take(self, number: int) -> GenerationBatch:
+        """Return a batch after replacement, and forget it and all before it."""
+        batch = self._batches[number]
+        self._batches = {known: other for known, other in self._batches.items() if known > number}
+        self.replaced += batch.replaced
+        self.kept += batch.kept
+        return batch
 
-    def _flat(self, batch: int, draw: Draw, firsts: Iterable[int]) -> list[int]:
-        """First rows of the groups that teach nothing."""
-        # All are handed on, in case one was lost on the way: what is being scored already is not scored twice.
-        self._rewards.arrived(batch, 0, draw.completions)
-        return [first for first in firsts if not varies(self._rewards.totals(batch, first))]
+    def _zero_variance(self, number: int, firsts: Iterable[int]) -> list[int]:
+        """Return the first rows of the zero-variance groups among those that begin at `firsts`."""
+        # All are passed on, in case a notification was lost: what is being scored already is not scored twice.
+        self._rewards.arrived(number, 0, self._batches[number].completions)
+        return [first for first in firsts if not varies(self._rewards.totals(number, first))]

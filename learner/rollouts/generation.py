@@ -1,22 +1,24 @@
-"""In the place of TRL's `VLLMGeneration`: completions from the rollout servers, no older than they may be."""
+"""Replaces TRL's `VLLMGeneration`: completions from the rollout servers, within the bound on staleness."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from learner.rollouts.completions import Wanted, oldest_step, policy_logprobs
-from learner.rollouts.dispatch import Ask, Dispatcher, SeedOf, asks_of
+from learner.protocols import ComingPrompts
+from learner.rewards.scorer import Rewards
+from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs
+from learner.rollouts.dispatch import Dispatcher, GroupRequest, group_requests
+from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.prefetch import Prefetcher
 from learner.rollouts.schedule import Schedule
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion
-from shared.weights import WeightVersion
 
 Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]
 
@@ -29,8 +31,9 @@ class RolloutStats:
 
     Attributes:
         wait_seconds: for which the trainer waited for completions.
-        lags: completions by their lag in generation batches.
-        regenerated: completions that were thrown away because they lagged too much.
+        staleness: completions by their staleness in generation batches.
+        last_staleness: mean of the last batch.
+        regenerated: completions that were discarded as too stale.
     """
 
     completions: int = 0
@@ -38,31 +41,30 @@ class RolloutStats:
     wait_seconds: float = 0.0
     last_tokens: int = 0
     last_seconds: float = 0.0
-    lags: Counter[int] = field(default_factory=Counter)
-    last_lag: float = 0.0
+    staleness: Counter[int] = field(default_factory=Counter)
+    last_staleness: float = 0.0
     regenerated: int = 0
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """Reading ahead: what is fetched while the trainer trains.
+class Training(Protocol):
+    """The training that rollouts are for; `learner.session.Session` implements it."""
 
-    Attributes:
-        max_staleness: how many generation batches old a sample's oldest weights may be.
-    """
+    @property
+    def is_training(self) -> bool:
+        """False while TRL evaluates; those rollouts are not counted, and never read ahead."""
 
-    prefetcher: Prefetcher
-    schedule: Schedule
-    max_staleness: int
+    @property
+    def generation_batch(self) -> int:
+        """Number of the present generation batch."""
 
+    def allowed_version(self, *, ahead: bool) -> AllowedVersion:
+        """Return the weights that completions requested now may come from; `ahead`: of a batch to come."""
 
-class Refill(Protocol):
-    """See `learner.rollouts.dynamic_sampling.DynamicSampling`."""
+    def ensure_served(self) -> None:
+        """Make sure that the weights of the trainer's step are served. Collective over all ranks."""
 
-    def fill(
-        self, batch: int, completions: list[Completion], fetch: Callable[[list[Ask]], list[Completion]]
-    ) -> list[Completion]: ...
-    def prompts(self, batch: int) -> list[list[int]] | None: ...
+    def seed_of(self, row: int, token_ids: list[int]) -> int | None:
+        """Return the seed of a prompt in a row of the batch, where seeds are derived."""
 
 
 @dataclass
@@ -70,37 +72,27 @@ class RemoteRollouts:
     """TRL calls `sync_weights()` before a batch whose step it has not seen, then `generate()`; on every rank.
 
     Args:
-        dispatcher: asks the rollout servers.
-        version: answers the version that must be served now.
-        barrier: makes sure that this version is served; collective over all ranks.
-        is_training: False while TRL evaluates; those rollouts are not counted, and never read ahead.
-        seed_of: row of the batch and its prompt -> its seed, where seeds are derived.
-        arrived: told of a training batch's completions as they come: generation batch (None: the present one), first
-            row, completions. Called on any thread.
-        batch: the generation batch that is being generated now.
-        refill: replaces groups of training batches.
+        rewards: scores a training batch's completions as they arrive.
+        dynamic_sampling: replaces zero-variance groups of training batches.
 
     Attributes:
-        drawn: what `draw` has answered last.
+        prefetcher: reads ahead, once `read_ahead` was called.
+        last_completions: of the last batch, after replacement.
     """
 
     dispatcher: Dispatcher
-    version: Callable[[], WeightVersion]
-    barrier: Callable[[], None]
-    is_training: Callable[[], bool] = lambda: True
-    seed_of: SeedOf = lambda row, token_ids: None
-    ahead: Ahead | None = None
-    arrived: Callable[[int | None, int, Sequence[Completion]], None] | None = None
-    batch: Callable[[], int] = lambda: 0
-    refill: Refill | None = None
-    drawn: list[Completion] = field(default_factory=list)
-    stats: RolloutStats = field(default_factory=RolloutStats)
-    _held: tuple[list[list[int]], list[Completion]] | None = None
-    _goes_on: bool = False
+    training: Training
+    rewards: Rewards | None = None
+    dynamic_sampling: DynamicSampling | None = None
+    prefetcher: Prefetcher | None = field(default=None, init=False)
+    last_completions: list[Completion] = field(default_factory=list, init=False)
+    stats: RolloutStats = field(default_factory=RolloutStats, init=False)
+    _held: tuple[list[list[int]], list[Completion]] | None = field(default=None, init=False)
+    _in_tool_loop: bool = field(default=False, init=False)
 
     def sync_weights(self) -> None:
-        """A barrier: when it returns, the trainer's step is served. The push itself follows every step."""
-        self.barrier()
+        """Make sure that the trainer's step is served. The push itself follows every step."""
+        self.training.ensure_served()
 
     def generate(
         self,
@@ -109,11 +101,11 @@ class RemoteRollouts:
         num_generations: int,
         profiler: AbstractContextManager | None = None,
     ) -> Generated:
-        """One completion for each row of `prompts`.
+        """Return one completion for each row of `prompts`.
 
         Args:
             prompts: token ids [B][P]. TRL repeats a prompt `num_generations` times in a row, except in tool
-                loops, where every row has its own history. Equal neighbours share one request entry,
+                loops, where every row has its own history. Equal neighbors share one request entry,
                 whatever their number.
             images: must be None.
             num_generations: TRL's G; not needed, since rows are counted.
@@ -131,10 +123,10 @@ class RemoteRollouts:
             raise InvalidRequest("images in prompts: only text models are supported")
         held, self._held = self._held, None
         with profiler or nullcontext():
-            if self._goes_on:
-                completions = self._go_on(prompts)
+            if self._in_tool_loop:
+                completions = self._next_turn(prompts)
             else:
-                completions = held[1] if held and held[0] == prompts else self.draw(prompts)
+                completions = held[1] if held and held[0] == prompts else self.complete(prompts)
         return (
             prompts,
             [c.token_ids for c in completions],
@@ -143,48 +135,49 @@ class RemoteRollouts:
         )
 
     @contextmanager
-    def later_turns(self) -> Iterator[None]:
-        """Within it TRL's tool loop runs: `generate` goes on with completions that were counted already."""
-        self._goes_on = True
+    def tool_loop(self) -> Iterator[None]:
+        """Within this context `generate` continues completions that were counted already: TRL's tool loop."""
+        self._in_tool_loop = True
         try:
             yield
         finally:
-            self._goes_on = False
+            self._in_tool_loop = False
 
     def hold(self, prompts: list[list[int]], completions: list[Completion]) -> None:
-        """Answer the next `generate` with these, if it is for these prompts."""
+        """Return these completions from the next `generate`, if it is for these prompts."""
         self._held = prompts, completions
 
-    def draw(self, prompts: list[list[int]]) -> list[Completion]:
-        """One completion for each row; of other prompts where `refill` has replaced groups."""
-        started = time.perf_counter()
-        ahead = self.ahead if self.is_training() else None
-        completions = self._from_ahead(ahead, prompts) if ahead else None
-        read_ahead = completions is not None
+    def complete(self, prompts: list[list[int]]) -> list[Completion]:
+        """Return one completion for each row; of other prompts where groups were replaced."""
+        started, training = time.perf_counter(), self.training.is_training
+        prefetcher = self.prefetcher if training else None
+        completions = self._take_prefetched(prefetcher, prompts) if prefetcher else None
+        seconds = prefetcher.last_seconds if prefetcher and completions is not None else None
         if completions is None:
-            completions = self._now(asks_of(prompts, self.seed_of))
-            if self.is_training():
-                completions = self.refill.fill(self.batch(), completions, self._now) if self.refill else completions
-                self._count_lags([0] * len(completions))
-        if self.is_training() and self.arrived:
-            self.arrived(None, 0, completions)  # with what was replaced since it arrived
-        self.drawn = completions
+            batch = self.training.generation_batch if training else None
+            completions = self._complete(batch, group_requests(prompts, self.training.seed_of), ahead=False)
+            self._count_staleness([0] * len(completions) if training else [])
+        if training and self.rewards:
+            # Again, with the completions that were replaced since they arrived.
+            self.rewards.arrived(self.training.generation_batch, 0, completions)
+        self.last_completions = completions
         waited = time.perf_counter() - started
-        self._count(completions, waited, ahead.prefetcher.last_seconds if read_ahead and ahead else waited)
+        self.stats.last_tokens, self.stats.last_seconds = self._count_tokens(completions, waited), seconds or waited
+        self.stats.completions += len(completions) if training else 0
         return completions
 
-    def _go_on(self, prompts: list[list[int]]) -> list[Completion]:
-        """The next turn of each row, by the trainer's present weights; nothing where its history fills the context."""
+    def _next_turn(self, prompts: list[list[int]]) -> list[Completion]:
+        """Return the next turn of each row, by the present weights; empty where its history fills the context."""
         started = time.perf_counter()
         dispatcher = self.dispatcher
         fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < dispatcher.max_model_len]
         dispatcher.capped_prompts += len(prompts) - len(fitting)
-        asks = asks_of([prompts[row] for row in fitting], self._seed_of_turn)
-        fetched = iter(dispatcher.fetch(asks, lambda: Wanted(self.version())))
+        requests = group_requests([prompts[row] for row in fitting], self._seed_of_turn)
+        turns = iter(dispatcher.dispatch(requests, partial(self.training.allowed_version, ahead=False)))
         full = Completion(token_ids=[], logprobs=[], log_kept_mass=[], finish_reason="length", spans=[])
         completions = [full] * len(prompts)
         for row in fitting:
-            completions[row] = next(fetched)
+            completions[row] = next(turns)
         seconds = time.perf_counter() - started
         self.stats.last_tokens += self._count_tokens(completions, seconds)
         self.stats.last_seconds += seconds
@@ -192,65 +185,67 @@ class RemoteRollouts:
 
     def _seed_of_turn(self, row: int, token_ids: list[int]) -> int | None:
         """Rows of one group may have the same history: one fixed seed would give them the same turn."""
-        seed, fixed = self.seed_of(row, token_ids), self.dispatcher.fixed_seed
+        seed, fixed = self.training.seed_of(row, token_ids), self.dispatcher.fixed_seed
         return seed if seed is not None or fixed is None else fixed + row
 
-    def draw_ahead(self, batch: int, prompts: list[list[int]], wanted: Callable[[], Wanted]) -> list[Completion]:
-        """`draw` for a batch to come; called on a thread of its own."""
-        fetch = partial(self.fetch, wanted=wanted, batch=batch)
-        completions = fetch(asks_of(prompts))
-        return self.refill.fill(batch, completions, fetch) if self.refill else completions
+    def read_ahead(self, coming: ComingPrompts, schedule: Schedule, max_staleness: int, first: int) -> None:
+        """Request generation batches from `first` on, up to `max_staleness` of them before they are needed."""
 
-    def _now(self, asks: list[Ask]) -> list[Completion]:
-        """Completions of the trainer's present weights."""
-        return self.fetch(asks, lambda: Wanted(self.version()))
+        def prompts_of(batch: int) -> list[list[int]]:
+            rows = coming.rows(batch)
+            prompts = coming.token_ids(rows)
+            if self.dynamic_sampling:
+                self.dynamic_sampling.expect(batch, rows, prompts)
+            elif self.rewards:
+                self.rewards.expect(batch, rows)
+            return prompts
 
-    def fetch(self, asks: list[Ask], wanted: Callable[[], Wanted], batch: int | None = None) -> list[Completion]:
-        """`Dispatcher.fetch`; what belongs to a training batch is handed on as it arrives.
+        def complete(batch: int, prompts: list[list[int]]) -> list[Completion]:
+            return self._complete(batch, group_requests(prompts), ahead=True)
 
-        Args:
-            batch: that is read ahead; None: the present one, or an evaluation's.
-        """
-        listens = self.arrived if batch is not None or self.is_training() else None
-        return self.dispatcher.fetch(asks, wanted, partial(listens, batch) if listens else None)
+        self.prefetcher = Prefetcher(prompts_of, complete, schedule=schedule, max_staleness=max_staleness)
+        self.prefetcher.request(first, first + max_staleness - 1)
 
-    def _from_ahead(self, ahead: Ahead, prompts: list[list[int]]) -> list[Completion] | None:
-        """What was read ahead, with samples that lag too much replaced; None for prompts that were not."""
-        batch = self.batch()
-        ahead.prefetcher.request(batch, batch)
-        completions = ahead.prefetcher.take(batch, prompts)
+    def _complete(self, batch: int | None, requests: list[GroupRequest], *, ahead: bool) -> list[Completion]:
+        """Return the completions of a training batch after replacement, or of an evaluation (`batch` is None)."""
+        dispatch = partial(self._dispatch, batch, ahead=ahead)
+        completions = dispatch(requests)
+        if batch is None or self.dynamic_sampling is None:
+            return completions
+        return self.dynamic_sampling.replace(batch, completions, dispatch)
+
+    def _dispatch(self, batch: int | None, requests: Sequence[GroupRequest], *, ahead: bool) -> list[Completion]:
+        """Dispatch, and pass the completions of a training batch on to the rewards as they arrive."""
+        score = partial(self.rewards.arrived, batch) if self.rewards and batch is not None else None
+        return self.dispatcher.dispatch(requests, partial(self.training.allowed_version, ahead=ahead), score)
+
+    def _take_prefetched(self, prefetcher: Prefetcher, prompts: list[list[int]]) -> list[Completion] | None:
+        """Return what was read ahead, with stale samples replaced; None if it was not for these prompts."""
+        batch, bound = self.training.generation_batch, prefetcher.max_staleness
+        prefetcher.request(batch, batch)
+        completions = prefetcher.take(batch, prompts)
         if completions is None:
             return None
-        prompts = (self.refill.prompts(batch) if self.refill else None) or prompts
-        lags = [ahead.schedule.lag(batch, oldest_step(completion)) for completion in completions]
-        # First of all, ahead of the batches that are not needed yet.
-        self._regenerate(prompts, completions, lags, ahead.max_staleness)
-        ahead.prefetcher.request(batch + 1, batch + ahead.max_staleness)
-        self._count_lags(lags)
+        prompts = (self.dynamic_sampling.prompts(batch) if self.dynamic_sampling else None) or prompts
+        staleness = [prefetcher.schedule.staleness(batch, oldest_step(completion)) for completion in completions]
+        stale = [row for row, batches in enumerate(staleness) if batches > bound]
+        if stale:  # before the batches that are not needed yet
+            self.stats.regenerated += len(stale)
+            requests = [GroupRequest(r, prompts[r], 1, self.training.seed_of(r, prompts[r])) for r in stale]
+            for row, completion in zip(stale, self._dispatch(batch, requests, ahead=False), strict=True):
+                completions[row], staleness[row] = completion, 0
+        prefetcher.request(batch + 1, batch + bound)
+        self._count_staleness(staleness)
         return completions
 
-    def _regenerate(self, prompts: list[list[int]], completions: list[Completion], lags: list[int], bound: int) -> None:
-        """Replace, in place, every completion that lags more than `bound`."""
-        stale = [row for row, lag in enumerate(lags) if lag > bound]
-        if not stale:
-            return
-        self.stats.regenerated += len(stale)
-        fresh = self._now([Ask(row, prompts[row], 1, self.seed_of(row, prompts[row])) for row in stale])
-        for row, completion in zip(stale, fresh, strict=True):
-            completions[row], lags[row] = completion, 0
-
-    def _count_lags(self, lags: list[int]) -> None:
-        self.stats.lags.update(lags)
-        self.stats.last_lag = sum(lags) / max(len(lags), 1)
-
-    def _count(self, completions: list[Completion], waited: float, seconds: float) -> None:
-        self.stats.last_tokens, self.stats.last_seconds = self._count_tokens(completions, waited), seconds
-        if self.is_training():
-            self.stats.completions += len(completions)
+    def _count_staleness(self, staleness: list[int]) -> None:
+        if staleness:
+            self.stats.staleness.update(staleness)
+            self.stats.last_staleness = sum(staleness) / len(staleness)
 
     def _count_tokens(self, completions: list[Completion], waited: float) -> int:
         tokens = sum(len(c.token_ids) for c in completions)
-        if self.is_training():
+        if self.training.is_training:
             self.stats.completion_tokens += tokens
             self.stats.wait_seconds += waited
         return tokens

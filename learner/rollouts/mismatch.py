@@ -1,4 +1,4 @@
-"""How far the rollout server's distribution lies from the learner's, measured on the tokens it sampled."""
+"""Measure the mismatch of the rollout server's and the learner's distributions on sampled tokens."""
 
 from __future__ import annotations
 
@@ -7,21 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-
-@dataclass(frozen=True)
-class Correction:
-    """TRL's importance correction: what it clips (`*_truncate`) or drops (`*_mask`), by token or by sequence."""
-
-    mode: str
-    clip_min: float | None
-    clip_max: float | None
-
-    def outside(self, ratio: torch.Tensor) -> torch.Tensor:
-        """Which ratios it changes."""
-        low = -torch.inf if self.clip_min is None else self.clip_min
-        high = torch.inf if self.clip_max is None else self.clip_max
-        return (ratio < low) | (ratio > high)
 
 
 @dataclass(frozen=True)
@@ -40,15 +25,21 @@ class Mismatch:
 
 
 def measure(
-    batch: Mapping[str, Any], correction: Correction, total: Callable[[torch.Tensor], torch.Tensor]
+    batch: Mapping[str, Any],
+    total: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
 ) -> Mismatch:
-    """The drift of a generation batch as TRL leaves it.
+    """Measure the mismatch of a generation batch that TRL has scored.
 
     Args:
         batch: `old_per_token_logps`, `sampling_per_token_logps` and `completion_mask` [B, T], and `tool_mask` [B, T]
             where tools were called. Logprobs that are NaN (the server had none) do not count, as in TRL.
-        correction: TRL's options.
         total: sums a vector over all ranks; collective.
+        mode, clip_min, clip_max: TRL's importance correction, which clips (`*_truncate`) or drops (`*_mask`) ratios
+            beyond these bounds, by token or by sequence.
     """
     own_BT, served_BT = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
     mask_BT = batch["completion_mask"].bool()
@@ -59,11 +50,11 @@ def measure(
     mask_BT = mask_BT & ~log_ratio_BT.isnan()
     log_ratio_BT = log_ratio_BT.masked_fill(~mask_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
-    if correction.mode.startswith("sequence"):
-        counted = mask_BT.any(-1)
-        clipped = correction.outside(log_ratio_BT.sum(-1).exp()) & counted
-    else:
-        counted, clipped = mask_BT, correction.outside(ratio_BT) & mask_BT
+    by_sequence = mode.startswith("sequence")
+    counted = mask_BT.any(-1) if by_sequence else mask_BT
+    corrected = log_ratio_BT.sum(-1).exp() if by_sequence else ratio_BT
+    low, high = -torch.inf if clip_min is None else clip_min, torch.inf if clip_max is None else clip_max
+    clipped = ((corrected < low) | (corrected > high)) & counted
     k3_BT = ratio_BT - 1 - log_ratio_BT
     sums = [log_ratio_BT.abs().sum(), k3_BT.sum(), mask_BT.sum(), clipped.sum(), counted.sum()]
     delta, kl, tokens, clips, units = total(torch.stack([s.double() for s in sums])).tolist()

@@ -1,7 +1,8 @@
-"""Coming generation batches, requested while the trainer trains on the present one."""
+"""Request coming generation batches while the trainer trains on the present one."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,42 +10,44 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
+from learner.rollouts.schedule import Schedule
 from learner.utils.threads import start
 from shared.rollouts import Completion
 
 Prompts = list[list[int]]
+logger = logging.getLogger("lockstep.rollouts")
 
 
 @dataclass(frozen=True)
-class _Coming:
+class _Pending:
     prompts: Prompts
     outcome: Future[tuple[list[Completion], float]]
 
 
 class Prefetcher:
-    """A cache of batches that are known to come. What it holds is used only for the very prompts that were requested.
+    """A cache of coming batches. Completions are used only for exactly the prompts that were requested.
 
     Attributes:
-        last_seconds: how long it took to fetch the batch that was taken last.
-        mismatches: batches that were requested with other prompts than the trainer then asked for.
+        last_seconds: how long the batch that was taken last took to generate.
+        mismatches: batches whose prompts differed from those that the trainer then requested.
 
     Args:
-        prompts_of: generation batch -> token ids of its rows on this rank [B][P]; called on the trainer's thread.
-        fetch: batch, prompts -> completions in row order; called on a thread of its own.
-        last_batch: the last generation batch of the training.
-        warn: told once that what is read ahead is of no use.
+        prompts_of: maps a generation batch to the token ids of this rank's rows [B][P]; called on the trainer's thread.
+        complete: maps a batch and its prompts to completions in row order; called on a thread of its own.
+        max_staleness: how many generation batches old a sample's oldest weights may be.
     """
 
     def __init__(
         self,
         prompts_of: Callable[[int], Prompts],
-        fetch: Callable[[int, Prompts], list[Completion]],
+        complete: Callable[[int, Prompts], list[Completion]],
         *,
-        last_batch: int,
-        warn: Callable[[str], None] = print,
+        schedule: Schedule,
+        max_staleness: int,
     ) -> None:
-        self._prompts_of, self._fetch, self._last_batch, self._warn = prompts_of, fetch, last_batch, warn
-        self._coming: dict[int, _Coming] = {}
+        self._prompts_of, self._complete = prompts_of, complete
+        self.schedule, self.max_staleness = schedule, max_staleness
+        self._pending: dict[int, _Pending] = {}
         self._requested = -1
         self._clock = _BusyClock()
         self.last_seconds = 0.0
@@ -52,49 +55,49 @@ class Prefetcher:
 
     @property
     def busy_seconds(self) -> float:
-        """For how long at least one batch was being fetched."""
+        """Seconds for which at least one batch was being generated."""
         return self._clock.seconds
 
     def request(self, first: int, last: int) -> None:
-        """Request the batches from `first` to `last` that have not been requested, and that will be trained on."""
-        for batch in range(max(first, self._requested + 1), min(last, self._last_batch) + 1):
+        """Request the batches from `first` to `last` that have not been requested and will be trained on."""
+        for batch in range(max(first, self._requested + 1), min(last, self.schedule.last_batch) + 1):
             prompts = self._prompts_of(batch)
-            # Not joined at exit: an interrupted training must not wait for completions that nobody wants any more.
+            # Not joined at exit: an interrupted training must not wait for completions that are no longer needed.
             outcome = start(partial(self._timed, batch, prompts), f"rollouts-{batch}")
-            self._coming[batch] = _Coming(prompts, outcome)
+            self._pending[batch] = _Pending(prompts, outcome)
             self._requested = batch
 
     def take(self, batch: int, prompts: Prompts) -> list[Completion] | None:
-        """Wait for the completions of a batch; None if these prompts of it were not requested.
+        """Wait for the completions of a batch; return None if it was not requested with these prompts.
 
         Raises:
-            LockstepError: what made the request fail.
+            LockstepError: the error of the request.
         """
-        coming = self._coming.get(batch)
-        if coming is None:
+        pending = self._pending.get(batch)
+        if pending is None:
             return None
-        if coming.prompts != prompts:
-            del self._coming[batch]
+        if pending.prompts != prompts:
+            del self._pending[batch]
             self.mismatches += 1
             if self.mismatches == 1:
-                self._warn(
-                    f"generation batch {batch} was read ahead with other prompts than the trainer asks for: its order "
+                logger.warning(
+                    f"generation batch {batch} was read ahead with other prompts than the trainer requests: its order "
                     "of prompts is not that of its sampler, so nothing is gained by max_staleness (said once)"
                 )
             return None
-        completions, self.last_seconds = coming.outcome.result()
-        for old in [known for known in self._coming if known <= batch]:
-            del self._coming[old]
+        completions, self.last_seconds = pending.outcome.result()
+        for old in [known for known in self._pending if known <= batch]:
+            del self._pending[old]
         return completions
 
     def _timed(self, batch: int, prompts: Prompts) -> tuple[list[Completion], float]:
         started = time.monotonic()
         with self._clock:
-            return self._fetch(batch, prompts), time.monotonic() - started
+            return self._complete(batch, prompts), time.monotonic() - started
 
 
 class _BusyClock:
-    """Seconds for which at least one of several threads was inside."""
+    """Measures the seconds for which at least one of several threads was inside."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

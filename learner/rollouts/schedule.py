@@ -1,4 +1,4 @@
-"""Which generation batch is trained when: TRL's micro-steps, optimizer steps, epochs, and the lag of a sample."""
+"""When each generation batch is trained on, in TRL's micro-steps and optimizer steps, and how stale a sample is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Generation batches are numbered from 0 over the whole training, epochs included.
+    """Generation batches are numbered from 0 over the complete training, epochs included.
 
     Attributes:
         per_batch: micro-steps that train on one generation batch: TRL's `steps_per_generation * num_iterations`.
         accumulation: micro-steps per optimizer step; the last one of an epoch may have fewer.
         per_epoch: generation batches per epoch.
-        max_steps: optimizer steps of the whole training.
+        max_steps: optimizer steps of the complete training.
     """
 
     per_batch: int
@@ -30,19 +30,19 @@ class Schedule:
         return -(-self._epoch_micro_steps // self.accumulation)
 
     def batch_at(self, micro_step: int) -> int:
-        """The generation batch that a micro-step trains on."""
+        """Return the generation batch that a micro-step trains on."""
         return micro_step // self.per_batch
 
     def next_batch(self, micro_step: int) -> int:
-        """The first generation batch that has not begun before this micro-step."""
+        """Return the first generation batch that has not begun before this micro-step."""
         return -(-micro_step // self.per_batch)
 
     def epoch_at(self, step: int) -> int:
-        """Epochs that are over after so many optimizer steps."""
+        """Return the epochs completed after so many optimizer steps."""
         return step // self._epoch_steps
 
     def first_step(self, batch: int) -> int:
-        """Optimizer steps done when the training on a batch begins."""
+        """Return the optimizer steps done when the training on a batch begins."""
         epoch, within = divmod(batch * self.per_batch, self._epoch_micro_steps)
         return epoch * self._epoch_steps + within // self.accumulation
 
@@ -53,8 +53,8 @@ class Schedule:
         within = min(steps * self.accumulation, self._epoch_micro_steps)
         return (epochs * self._epoch_micro_steps + within - 1) // self.per_batch
 
-    def lag(self, batch: int, step: int) -> int:
-        """How many generation batches old weights of `step` are when the training on `batch` begins.
+    def staleness(self, batch: int, step: int) -> int:
+        """Return how many generation batches old the weights of `step` are when the training on `batch` begins.
 
         0: no batch has begun with newer weights.
         """

@@ -1,7 +1,4 @@
-"""What cannot be trained or served, said at the start and with what to do instead.
-
-Pure functions of configurations and of the server's state: no model is loaded and no request is made here.
-"""
+"""Refuse what cannot be trained, at the start and with what to do instead. No model is loaded, no request is made."""
 
 from __future__ import annotations
 
@@ -13,16 +10,15 @@ from trl import GRPOTrainer
 from learner.trainer.prompt_order import indexable
 from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
-from shared.errors import (
-    InvalidRequest,
-)
+from shared.errors import InvalidRequest
+from shared.weights import ServerState
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
 
 def check_grpo(args: GRPOConfig) -> None:
-    """Generation options that cannot be honoured; see `learner.trainer.sampling`.
+    """Refuse generation options that cannot be honored; see `learner.trainer.sampling`.
 
     Raises:
         LockstepError: `invalid_request`.
@@ -53,7 +49,7 @@ LEAST_TEMPERATURE = 0.01
 
 
 def check_correction(args: GRPOConfig) -> None:
-    """Where TRL compares the server's logprobs with its own, both must be of one distribution.
+    """Check that logprobs of server and trainer are of one distribution, where TRL compares them.
 
     Raises:
         LockstepError: `invalid_request`.
@@ -71,7 +67,7 @@ def check_correction(args: GRPOConfig) -> None:
 
 
 def correction_warnings(args: GRPOConfig) -> list[str]:
-    """What is trained on although it was drawn from another distribution than the policy's, each with its effect."""
+    """Return a warning for each case of training on samples of another distribution than the policy's."""
     sampling, compares = sampling_params(args), _compares_logprobs(args)
     warnings = []
     reweighting = _set_options(args, REWEIGHTING)
@@ -97,16 +93,16 @@ def _compares_logprobs(args: GRPOConfig) -> bool:
 
 
 def _set_options(args: GRPOConfig, names: Iterable[str]) -> list[str]:
-    """Those of the sampling options that are not at their default."""
+    """Return those of the sampling options that are not at their default."""
     chosen = sampling_params(args).model_dump(exclude_defaults=True)
     return [name for name in names if name in chosen]
 
 
 def check_replaceable(trainer: GRPOTrainer) -> None:
-    """Groups can be replaced before they are trained on.
+    """Check that groups can be replaced before they are trained on.
 
     Raises:
-        LockstepError: `invalid_request` where they cannot.
+        LockstepError: `invalid_request`.
     """
     rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
     why = None
@@ -121,3 +117,35 @@ def check_replaceable(trainer: GRPOTrainer) -> None:
         why = "the training data is a stream, of which no other rows are known"
     if why:
         raise InvalidRequest(f"drop_degenerate_groups: {why}")
+
+
+def check_readable_ahead(trainer: GRPOTrainer) -> None:
+    """Check that the prompts of coming generation batches are known.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    why = None
+    if not indexable(trainer):
+        why = "the training data is a stream, whose prompts are not known ahead"
+    elif getattr(trainer, "environment_factories", None) is not None or trainer.rollout_func is not None:
+        why = "environments and rollout functions make their prompts when they are generated"
+    if why:
+        raise InvalidRequest(f"max_staleness: {why}; leave it at 0")
+
+
+def check_slots(trainer: GRPOTrainer, state: ServerState, max_staleness: int, in_flight: str) -> None:
+    """Check that no push has to wait for a slot: a request ahead holds one during the pushes of S generation batches.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    if in_flight != "drain" or state.apply == "merge":
+        return
+    micro_steps = max_staleness * trainer.args.steps_per_generation * trainer.num_iterations
+    needed = -(-micro_steps // trainer.args.gradient_accumulation_steps) + 1
+    if state.slots_per_run < needed:
+        raise InvalidRequest(
+            f"max_staleness={max_staleness}: a rollout can live through {needed - 1} pushes, and the server has only "
+            f"{state.slots_per_run} adapter slots: start it with --slots-per-run {needed}, or set in_flight=keep"
+        )

@@ -1,4 +1,4 @@
-"""What `attach` puts around methods of a `trl.GRPOTrainer`; the names it relies on are checked there."""
+"""Hooks around methods of a `trl.GRPOTrainer`; `learner.trainer.attach` lists them in order."""
 
 from __future__ import annotations
 
@@ -6,16 +6,43 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
 from trl import GRPOTrainer
 
+from learner.adapters.quantization import pin_compute_dtype
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
-from learner.rollouts.mismatch import Correction, Mismatch, measure
+from learner.rollouts.mismatch import Mismatch, measure
 from learner.trainer.padding import may_regroup, scored, sorted_windows
 
 
+def generate_with(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
+    """Set what the constructor sets with use_vllm=True and vllm_mode="server".
+
+    Everything else it sets is the same in both cases, but for `generation_config`, which is then not read. The check of
+    loss_type=vespo is made in `check_grpo`, that of the server's logprobs_mode in `check_server`.
+    """
+    trainer.use_vllm = True
+    trainer.vllm_mode = "server"
+    trainer.vllm_generation = rollouts
+    trainer._last_loaded_step = -1
+    if trainer.accelerator.device.type == "cpu":
+        trl.trainer.utils._use_triton = _picks_scored_positions
+        pin_compute_dtype(trainer.model)
+
+
+def _picks_scored_positions(device: torch.device) -> bool:
+    """Return whether TRL runs the language-model head on the completion's positions only, or on the prompt's too.
+
+    TRL asks this of Triton, since a number of positions that changes would recompile elsewhere. A CPU compiles nothing.
+    """
+    return device.type == "cpu" or trl.kernels.chunked_logprob._use_triton(device)
+
+
 def skip_padding(trainer: GRPOTrainer) -> None:
-    """Forward passes on the columns their rows need, with rows of like length in one micro-batch."""
+    """Cut forward passes to the columns their rows need, and put rows of like length into one micro-batch."""
     trainer._get_per_token_logps_and_entropies = partial(
         scored, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
     )
@@ -45,55 +72,53 @@ def begin_passes_with(trainer: GRPOTrainer, begin: Callable[[], None]) -> None:
     trainer._get_per_token_logps_and_entropies = scored_after
 
 
-def mark_tool_turns(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
-    """Let `rollouts` know which generations of TRL go on with completions whose tools have answered."""
+def mark_tool_loop(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
+    """Tell `rollouts` which generations of TRL continue completions after a tool call."""
     loop = trainer._tool_call_loop
 
-    def loop_of_later_turns(*args: Any, **kwargs: Any) -> Any:
-        with rollouts.later_turns():
+    def marked_loop(*args: Any, **kwargs: Any) -> Any:
+        with rollouts.tool_loop():
             return loop(*args, **kwargs)
 
-    trainer._tool_call_loop = loop_of_later_turns
+    trainer._tool_call_loop = marked_loop
 
 
 def watch_mismatch(trainer: GRPOTrainer, saw: Callable[[Mismatch], None]) -> None:
-    """Hand the drift of every training generation batch to `saw`; TRL keeps no ratio from before its clipping."""
-    generate, reduce = trainer._generate_and_score_completions, partial(trainer.accelerator.reduce, reduction="sum")
-    args = trainer.args
-    correction = Correction(
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_min,
-        args.vllm_importance_sampling_clip_max,
+    """Pass the mismatch of every training batch to `saw`; TRL keeps no ratio from before its clipping."""
+    generate, args = trainer._generate_and_score_completions, trainer.args
+    measured = partial(
+        measure,
+        total=partial(trainer.accelerator.reduce, reduction="sum"),
+        mode=args.vllm_importance_sampling_mode,
+        clip_min=args.vllm_importance_sampling_clip_min,
+        clip_max=args.vllm_importance_sampling_clip_max,
     )
 
     def generate_and_measure(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = generate(inputs)
         if args.vllm_importance_sampling_correction and trainer.model.training:
-            saw(measure(batch, correction, reduce))
+            saw(measured(batch))
         return batch
 
     trainer._generate_and_score_completions = generate_and_measure
 
 
-def replace_degenerate(trainer: GRPOTrainer, dynamic: DynamicSampling, rollouts: RemoteRollouts) -> None:
-    """Let TRL train on rows of which groups without variance were replaced, with their completions.
-
-    Comes after all that reads the rows TRL is given.
-    """
+def replace_zero_variance_groups(trainer: GRPOTrainer, dynamic: DynamicSampling, rollouts: RemoteRollouts) -> None:
+    """Let TRL train on rows and completions after zero-variance groups were replaced."""
     generate, logged = trainer._generate_and_score_completions, trainer._metrics["train"]
 
     def generate_replaced(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not trainer.model.training:
             return generate(inputs)
-        batch = rollouts.batch()
+        number = rollouts.training.generation_batch
         prompts = [list(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in inputs])[0]]
         rollouts.sync_weights()
-        dynamic.expect(batch, inputs, prompts)
-        completions = rollouts.draw(prompts)
-        draw = dynamic.take(batch)
-        rollouts.hold(draw.prompts, completions)
-        for name, count in (("replaced", draw.replaced), ("kept", draw.kept)):
+        dynamic.expect(number, inputs, prompts)
+        completions = rollouts.complete(prompts)
+        batch = dynamic.take(number)
+        rollouts.hold(batch.prompts, completions)
+        for name, count in (("replaced", batch.replaced), ("kept", batch.kept)):
             logged[f"lockstep/degenerate_{name}"].append(float(count))
-        return generate(draw.rows)
+        return generate(batch.rows)
 
     trainer._generate_and_score_completions = generate_replaced

@@ -1,16 +1,20 @@
-"""What is relied on inside TRL, and in which versions: checked before anything is changed."""
+"""TRL's internals: their names and versions, checked before anything is changed, and the state that a session reads."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import trl
 import trl.trainer.utils
 from packaging.specifiers import SpecifierSet
 from trl import GRPOTrainer
 
+from learner.rollouts.schedule import Schedule
+from learner.trainer.prompt_order import TrlPrompts, generation_batch, schedule_of
 from shared.errors import InvalidRequest, UnsupportedAdapter
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
-_TRAINER_NAMES = (
+_METHODS = (
     "_generate_single_turn",
     "_tool_call_loop",
     "_tokenize_prompts",
@@ -23,7 +27,7 @@ _TRAINER_NAMES = (
     "_save_checkpoint",
     "_load_optimizer_and_scheduler",
 )
-_INSTANCE_NAMES = (
+_ATTRIBUTES = (
     "use_vllm",
     "vllm_mode",
     "eos_token_ids",
@@ -44,7 +48,7 @@ _INSTANCE_NAMES = (
 
 
 def check_trl(trainer: GRPOTrainer) -> None:
-    """The installed TRL is one whose internals are known here, and the trainer is in the state it expects.
+    """Check that the internals of the installed TRL are known, and that the trainer is in a supported state.
 
     Raises:
         LockstepError: `invalid_request`.
@@ -53,8 +57,8 @@ def check_trl(trainer: GRPOTrainer) -> None:
         raise InvalidRequest(
             f"Lockstep knows the internals of trl {TRL_RANGE}, not of {trl.__version__}; install one of these"
         )
-    missing = [n for n in _TRAINER_NAMES if not hasattr(GRPOTrainer, n)]
-    missing += [n for n in _INSTANCE_NAMES if not hasattr(trainer, n)]
+    missing = [n for n in _METHODS if not hasattr(GRPOTrainer, n)]
+    missing += [n for n in _ATTRIBUTES if not hasattr(trainer, n)]
     missing += [] if hasattr(trl.trainer.utils, "_use_triton") else ["trainer.utils._use_triton"]
     if missing:
         raise InvalidRequest(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
@@ -71,3 +75,53 @@ def check_trl(trainer: GRPOTrainer) -> None:
             "load_best_model_at_end: under FSDP transformers does not find the adapter in its checkpoints; leave it "
             "out, and choose among them with learner eval --policy"
         )
+
+
+class TrlTrainer:
+    """A `trl.GRPOTrainer` as `learner.protocols.Trainer`, whose docstrings apply."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+        self.accelerator = trainer.accelerator
+        self.output_dir = Path(trainer.args.output_dir)
+        self.seed = trainer.args.seed
+        self.num_generations = trainer.num_generations
+
+    @property
+    def step(self) -> int:
+        return self._trainer.state.global_step
+
+    @property
+    def micro_step(self) -> int:
+        return self._trainer._step
+
+    @property
+    def max_steps(self) -> int:
+        return self._trainer.state.max_steps
+
+    @property
+    def schedule(self) -> Schedule:
+        return schedule_of(self._trainer)
+
+    @property
+    def generation_batch(self) -> int:
+        return generation_batch(self._trainer)
+
+    @property
+    def first_row(self) -> int:
+        accelerator = self.accelerator
+        return self._trainer.args.generation_batch_size // accelerator.num_processes * accelerator.process_index
+
+    @property
+    def is_training(self) -> bool:
+        return self._trainer.model.training  # TRL tells training and evaluation apart in the same way
+
+    def coming_prompts(self) -> TrlPrompts:
+        return TrlPrompts(self._trainer)
+
+    def latest(self, metric: str) -> float | None:
+        values = self._trainer._metrics["train"].get(metric)
+        return values[-1] if values else None
+
+    def log(self, metric: str, value: float) -> None:
+        self._trainer._metrics["train"][metric].append(value)

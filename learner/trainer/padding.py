@@ -1,9 +1,8 @@
-"""Forward passes without the padding of longer batches: completions cost what their own length costs.
+"""Forward passes without the padding of longer batches.
 
-TRL pads a whole generation batch to its longest prompt and completion, and every micro-batch keeps that width. Here
-rows of like length are put together, each forward pass is cut to the longest row it holds, and its answers are padded
-back with zeros, which is what TRL's head gives at padding. All shapes outside the forward pass stay as they were, so
-that no loss can tell the difference.
+TRL pads a generation batch to its longest prompt and completion, and every micro-batch keeps that width. Here rows of
+like length are put together, each forward pass is cut to its longest row, and its outputs are padded back with zeros,
+as TRL's head returns at padding. All shapes outside the forward pass stay as they were, so losses do not change.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ def scored(
     multiple_of: int = 1,
     **options: Any,
 ) -> Logps:
-    """TRL's `_get_per_token_logps_and_entropies`, each of its forward passes on as few columns as its rows need.
+    """Run TRL's `_get_per_token_logps_and_entropies`, each forward pass on as few columns as its rows need.
 
     Args:
-        score: TRL's own.
+        score: TRL's method.
         input_ids, attention_mask: [B, P + T]; prompts padded on the left to P, completions on the right to T.
         logits_to_keep: T.
         batch_size: rows of one forward pass, which are taken in order of their length; None: all.
@@ -38,7 +37,7 @@ def scored(
         options: passed on. Tensors among them (images) would need cutting too, so nothing is cut then.
 
     Returns:
-        Logprobs [B, T] and what `options` ask for: entropies [B, T], the auxiliary loss.
+        Logprobs [B, T] and, where `options` request them, entropies [B, T] and the auxiliary loss.
     """
     if any(isinstance(value, torch.Tensor) for value in options.values()):
         return score(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **options)
@@ -63,11 +62,6 @@ def scored(
         logps_BT = torch.nn.functional.pad(logps_BT, missing)
         entropies_BT = None if entropies_BT is None else torch.nn.functional.pad(entropies_BT, missing)
         parts.append((logps_BT, entropies_BT, aux_loss))
-    return _joined(parts, order_B)
-
-
-def _joined(parts: list[Logps], order_B: torch.Tensor) -> Logps:
-    """The passes' answers, in the order the rows came in."""
     back_B = order_B.argsort()
     logps, entropies, aux_losses = zip(*parts, strict=True)
     return (
@@ -78,10 +72,10 @@ def _joined(parts: list[Logps], order_B: torch.Tensor) -> Logps:
 
 
 def sorted_windows(micro_batches: Sequence[dict[str, Any]], window: int) -> list[dict[str, Any]]:
-    """The same rows with those of like length in one micro-batch, longest first (so that memory runs out at once).
+    """Put rows of like length into one micro-batch, longest first (so that memory runs out at once).
 
-    Rows change places only within `window` micro-batches, which make one optimizer step. Whether that leaves the step
-    as it was depends on the loss; see `may_regroup`.
+    Rows are permuted only within `window` micro-batches, which make one optimizer step. Whether that changes the step
+    depends on the loss; see `may_regroup`.
     """
     regrouped = []
     for start in range(0, len(micro_batches), window):
@@ -89,13 +83,13 @@ def sorted_windows(micro_batches: Sequence[dict[str, Any]], window: int) -> list
         length_B = torch.cat([(b["prompt_mask"].sum(1) + b["completion_mask"].sum(1)) for b in step])
         order_B = length_B.argsort(descending=True, stable=True)
         rows = [len(batch["completion_mask"]) for batch in step]
-        whole = {key: _regrouped([batch[key] for batch in step], order_B, rows) for key in step[0]}
-        regrouped += [{key: values[i] for key, values in whole.items()} for i in range(len(step))]
+        columns = {key: _regrouped([batch[key] for batch in step], order_B, rows) for key in step[0]}
+        regrouped += [{key: values[i] for key, values in columns.items()} for i in range(len(step))]
     return regrouped
 
 
 def _regrouped(values: list[Any], order_B: torch.Tensor, rows: list[int]) -> Sequence[Any]:
-    """One key of the micro-batches: rows of tensors and lists change places, everything else is of the whole batch."""
+    """Permute one key of the micro-batches: the rows of tensors and lists; anything else is of the complete batch."""
     if isinstance(values[0], torch.Tensor) and values[0].ndim > 0:
         return torch.cat(values)[order_B].split(rows)
     if isinstance(values[0], list):
@@ -110,7 +104,7 @@ ROWWISE_LOSSES = ("grpo", "sapo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
 
 
 def may_regroup(args: Any, *, entropy_bonus: bool, aux_loss: bool) -> bool:
-    """Whether an optimizer step is the same however its rows are spread over micro-batches.
+    """Return whether an optimizer step does not depend on how its rows are spread over micro-batches.
 
     Not so where TRL divides or picks within each micro-batch: `bnpo`'s token count, the mean entropy of the bonus,
     the quantile of `top_entropy_quantile`, the load balance of a mixture of experts; nor where the optimizer steps

@@ -17,6 +17,7 @@ from learner.config import LearnerConfig
 from learner.rewards.calls import RewardCall
 from learner.rewards.pool import RewardPool
 from learner.rewards.scorer import EVALUATION, Rewards, Row
+from learner.trainer.prompt_order import generation_batch
 from shared.errors import InvalidRequest
 
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
@@ -46,7 +47,7 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
     rewards = Rewards(
         pool,
         group_size=trainer.num_generations,
-        batch=partial(_present_batch, trainer),
+        batch=partial(generation_batch, trainer),
         weights=lambda: trainer.reward_weights.tolist(),
         early_call=partial(_early_call, trainer, tokenizer) if pool.names and _plain_completions(trainer) else None,
     )
@@ -69,7 +70,7 @@ def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..
             RewardCall(rows, _light(trainer_state)),
             log_extra,
             log_metric,
-            batch=_present_batch(trainer) if training else EVALUATION,
+            batch=generation_batch(trainer) if training else EVALUATION,
             group_size=trainer.num_generations if training else trainer.num_generations_eval,
         )
 
@@ -100,16 +101,12 @@ def _expect_present_rows(trainer: GRPOTrainer, rewards: Rewards) -> None:
 
     def generate_expected(inputs: list[Row]) -> dict[str, Any]:
         if trainer.model.training:
-            batch = _present_batch(trainer)
+            batch = generation_batch(trainer)
             rewards.expect(batch, inputs)
             rewards.forget_before(batch)
         return generate(inputs)
 
     trainer._generate_and_score_completions = generate_expected
-
-
-def _present_batch(trainer: GRPOTrainer) -> int:
-    return trainer._step // (trainer.args.steps_per_generation * trainer.num_iterations)
 
 
 def _may_leave(trainer: GRPOTrainer, function: Callable[..., Any]) -> bool:

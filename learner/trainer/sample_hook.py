@@ -1,4 +1,4 @@
-"""Reads sample completions from TRL's buffers."""
+"""Record sample completions from TRL's logs."""
 
 from __future__ import annotations
 
@@ -13,32 +13,29 @@ from learner.run_dir.files import finite
 from learner.session import Session
 
 
-def read_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, list[Sample]], None]) -> None:
-    """Hand samples of every training batch to `add(step, samples)`, as soon as TRL has scored it.
-
-    `step` is the first optimizer step that trains on the batch.
-    """
+def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, list[Sample]], None]) -> None:
+    """Pass samples of every training batch to `add`, with the step that trains on it, once TRL has scored it."""
     generate = trainer._generate_and_score_completions
 
-    def generate_and_read(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    def generate_and_record(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = generate(inputs)
         if trainer.model.training:
             add(trainer.state.global_step + 1, _samples(trainer, session))
         return batch
 
-    trainer._generate_and_score_completions = generate_and_read
+    trainer._generate_and_score_completions = generate_and_record
 
 
 def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
-    """Of the training batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
+    """Return samples of the batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
     logs, names = trainer._logs, trainer.reward_func_names
     columns = [list(map(finite, logs["rewards"][name])) for name in names]
     weights = trainer.reward_weights.tolist()
     rewards = [total(row, weights) for row in zip(*columns, strict=True)]
     # Of several turns only the first is known.
-    own = [] if trainer.tools else session.rollouts.drawn
+    own = [] if trainer.tools else session.rollouts.last_completions
     prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
-    batch, schedule = session.rollouts.batch(), session.trainer.schedule
+    batch, schedule = session.generation_batch, session.trainer.schedule
     samples = []
     for row, why in choose(rewards).items():
         known: dict[str, Any] = {}
@@ -47,7 +44,7 @@ def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
                 "tokens": len(own[row].token_ids),
                 "finish_reason": own[row].finish_reason,
                 "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
-                "lag": schedule.lag(batch, oldest_step(own[row])),
+                "lag": schedule.staleness(batch, oldest_step(own[row])),
             }
         samples.append(
             Sample(

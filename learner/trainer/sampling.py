@@ -1,4 +1,4 @@
-"""GRPOConfig -> sampling parameters: every generation option is mapped, used by TRL, or refused by name."""
+"""Map GRPOConfig to sampling parameters: every generation option is mapped, used by TRL, or refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ USED_BY_TRL = {
     "vllm_importance_sampling_cap",
 }
 
-#: Fields that speak of a vLLM which the learner does not start, and what to do instead.
+#: Fields about a vLLM that the learner would start itself, and what to do instead.
 REFUSED = {
     "vllm_mode": "leave it out, or set it to 'server': rollouts come from the server at rollout_url",
     "vllm_model_impl": "give --model-impl to rollout-server",
@@ -45,10 +45,10 @@ REFUSED = {
     "cache_implementation": "completions come from the rollout server's vLLM; see its --kv-cache-dtype",
 }
 
-#: Fields that Unsloth adds to GRPOConfig, and where they are read.
-OF_UNSLOTH = {"vllm_sampling_params"}  # learner.trainer.unsloth
+#: Fields that Unsloth adds to GRPOConfig; `learner.trainer.unsloth` reads them.
+OF_UNSLOTH = {"vllm_sampling_params"}
 
-#: Values besides the default that mean what Lockstep does anyway.
+#: Values besides the default that describe what Lockstep does anyway.
 _HARMLESS: dict[str, tuple[Any, ...]] = {"vllm_mode": ("server",)}
 
 
@@ -70,7 +70,7 @@ def refuse_unmapped(args: GRPOConfig) -> None:
 
 
 def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> SamplingParams:
-    """Sampling parameters for the completions of one prompt; `n` is left at 1 and set for each request.
+    """Return sampling parameters for the completions of one prompt; `n` is left at 1 and set for each request.
 
     Args:
         args: TRL's options. `generation_kwargs` holds vLLM's names and overrides the other fields, as in TRL.
@@ -98,11 +98,16 @@ def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> Samp
     values.update(extra)
     if not values.get("ignore_eos"):
         values["stop_token_ids"] = sorted({*values.get("stop_token_ids", ()), *eos_token_ids})
-    return _validated(values)
+    try:
+        return SamplingParams.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "sampling"
+        raise InvalidRequest(f"sampling option {name}: {first['msg']} (see generation_kwargs)") from error
 
 
 def generation_kwargs(args: GRPOConfig) -> dict[str, Any]:
-    """`generation_kwargs` as a dict of vLLM's sampling parameters.
+    """Return `generation_kwargs` as a dict of vLLM's sampling parameters.
 
     Raises:
         LockstepError: `invalid_request` if it sets the number of completions.
@@ -111,12 +116,3 @@ def generation_kwargs(args: GRPOConfig) -> dict[str, Any]:
     if "n" in extra:
         raise InvalidRequest("generation_kwargs.n: set num_generations (and num_generations_eval) instead")
     return extra
-
-
-def _validated(values: dict[str, Any]) -> SamplingParams:
-    try:
-        return SamplingParams.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "sampling"
-        raise InvalidRequest(f"sampling option {name}: {first['msg']} (see generation_kwargs)") from error

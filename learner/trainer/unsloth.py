@@ -1,6 +1,6 @@
 """Unsloth's `vllm_sampling_params`: a `vllm.SamplingParams`, or a dict of its fields, over TRL's own options.
 
-Nothing of vLLM is imported: the learner's machine need not have it.
+vLLM is not imported: it need not be installed beside the learner.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from shared.sampling import SamplingParams
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
-#: Fields that shape what vLLM hands out (text, stream), of which training reads nothing: it has the token ids.
-_ANSWER_ONLY = {
+#: Fields that shape vLLM's text and stream, which training does not read: it has the token ids.
+_OUTPUT_ONLY = {
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
@@ -31,13 +31,13 @@ _ANSWER_ONLY = {
 
 
 def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
-    """A copy of `args` whose `generation_kwargs` hold what `given` sets; `args` itself if that is nothing.
+    """Return a copy of `args` with the fields set in `given` as `generation_kwargs`; `args` itself if there are none.
 
     Args:
         given: a `vllm.SamplingParams`, of which fields at vLLM's default count as not set; or a dict; or None.
 
     Raises:
-        LockstepError: `invalid_request`, naming what cannot be honoured and what to do instead.
+        LockstepError: `invalid_request`, naming what cannot be honored and what to do instead.
     """
     fields = {} if given is None else _set_fields(given)
     _check_owned_by_trl(fields, args)
@@ -46,7 +46,7 @@ def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
             "skip_special_tokens=False with stop: the server looks for stop strings in text without special tokens; "
             "name special tokens in stop_token_ids"
         )
-    fields = {name: value for name, value in fields.items() if name not in _ANSWER_ONLY}
+    fields = {name: value for name, value in fields.items() if name not in _OUTPUT_ONLY}
     if unknown := sorted(fields.keys() - SamplingParams.model_fields.keys()):
         raise _invalid(f"{', '.join(unknown)}: rollout requests have no such field; leave it out")
     extra = generation_kwargs(args)
@@ -61,7 +61,7 @@ def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
 
 
 def _check_owned_by_trl(fields: dict[str, Any], args: GRPOConfig) -> None:
-    """Take out what TRL decides; a value that says the same, or nothing, does no harm."""
+    """Remove fields that TRL decides; refuse values that contradict it."""
     owned: dict[str, tuple[str, tuple[Any, ...]]] = {
         "n": ("num_generations", (1, args.num_generations)),
         "temperature": ("temperature", (args.temperature,)),
@@ -79,10 +79,10 @@ def _check_owned_by_trl(fields: dict[str, Any], args: GRPOConfig) -> None:
 
 
 def _set_fields(given: Any) -> dict[str, Any]:
-    """What was set, by name; None means "not set" for every field of vLLM's."""
+    """Return the fields that were set; None means "not set" for every field of vLLM's."""
     if isinstance(given, Mapping):
         fields = dict(given)
-    elif isinstance(written := getattr(given, "_set_kwargs", None), Mapping):  # Unsloth's vLLMSamplingParams notes it
+    elif isinstance(written := getattr(given, "_set_kwargs", None), Mapping):  # of Unsloth's vLLMSamplingParams
         fields = dict(written)
     else:
         fields = _differing(given)
@@ -93,7 +93,7 @@ def _set_fields(given: Any) -> dict[str, Any]:
 
 
 def _differing(given: Any) -> dict[str, Any]:
-    """Fields that are not at the default of their class."""
+    """Return the fields that are not at the default of their class."""
     defaults = _values(type(given)())
     return {
         name: value
@@ -103,7 +103,7 @@ def _differing(given: Any) -> dict[str, Any]:
 
 
 def _values(record: Any) -> dict[str, Any]:
-    """Public fields of one of vLLM's records: a msgspec.Struct or a dataclass, depending on its version."""
+    """Return the public fields of a vLLM object: a msgspec.Struct or a dataclass, depending on its version."""
     names = getattr(record, "__struct_fields__", None)
     if names is None and dataclasses.is_dataclass(record):
         names = [f.name for f in dataclasses.fields(record)]

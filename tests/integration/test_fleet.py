@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Dispatcher, asks_of
+from learner.rollouts.completions import AllowedVersion
+from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
@@ -55,7 +55,7 @@ def test_a_server_that_is_killed_and_comes_back(
     def fetch(step: int) -> None:
         """Check that all completions have this version and come from servers that are up."""
         before = dict(tokens)
-        completions = dispatcher.fetch(asks_of(PROMPTS), lambda: Wanted(publisher.version(step)))
+        completions = dispatcher.dispatch(group_requests(PROMPTS), lambda: AllowedVersion(publisher.version(step)))
         assert len(completions) == len(PROMPTS)
         assert {span.version for c in completions for span in c.spans} == {publisher.version(step)}
         worked.update({url: tokens[url] - before[url] for url in urls})

@@ -58,7 +58,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server_state(model_dir: Path) -> ServerState:
-    """What a healthy server of the tiny model says of itself."""
+    """State of a healthy server of the tiny model."""
     return ServerState(
         epoch="e1",
         ready=True,

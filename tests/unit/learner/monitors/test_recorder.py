@@ -54,9 +54,9 @@ def test_metrics_of_a_training(make_trainer, client):
     assert after["lockstep_learner_lag_batches_bucket{le=0.0}"] == 24
     assert after["lockstep_learner_completion_tokens_total"] == session.rollouts.stats.completion_tokens
     assert after["lockstep_learner_push_seconds_count"] == after["lockstep_learner_step_seconds_count"] == 3
-    assert after["lockstep_learner_push_bytes_total"] == sum(r.push_bytes for r in session.figures.reports)
+    assert after["lockstep_learner_push_bytes_total"] == sum(r.push_bytes for r in session.metrics.reports)
     assert after["lockstep_learner_wait_seconds_total"] == pytest.approx(session.rollouts.stats.wait_seconds)
-    assert after["lockstep_learner_drift_nats"] == session.figures.drift.delta
+    assert after["lockstep_learner_drift_nats"] == session.metrics.mismatch.delta
     assert after["lockstep_learner_server_step{server=http://fake}"] == 3
 
 

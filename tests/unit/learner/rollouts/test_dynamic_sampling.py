@@ -1,4 +1,4 @@
-"""Groups without variance are replaced: within the bound, none twice, and under a real TRL training."""
+"""Zero-variance groups are replaced: within the bound, none twice, and under a real TRL training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from trl import GRPOTrainer
 
 from learner.config import LearnerConfig
-from learner.rollouts.dispatch import Ask
+from learner.rollouts.dispatch import GroupRequest
 from learner.rollouts.dynamic_sampling import DynamicSampling, varies
 from learner.trainer.attach import attach
-from learner.trainer.prompt_order import ComingPrompts
+from learner.trainer.prompt_order import TrlPrompts
 from shared.errors import LockstepError
 from shared.rollouts import Completion, VersionSpan
 from tests.support import rewards as R
@@ -47,37 +47,48 @@ class Scores:
         return [1.0, 1.0] if self.rows[first]["id"] in self.flat else [0.0, 1.0]
 
 
+class Spare:
+    """In the place of `ComingPrompts`: the rows that a batch of `first` groups leaves."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self._ids = range(first, first + count)
+
+    def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
+        return [{"id": i} for i in self._ids][:count]
+
+    def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        return [[row["id"]] for row in rows]
+
+
 @given(st.integers(1, 6), st.integers(0, 12), st.integers(1, 4), st.data())
 def test_it_ends_within_the_bound(groups: int, spare: int, rounds: int, data: st.DataObject) -> None:
     flat = data.draw(st.sets(st.integers(0, groups + spare - 1)))
     scores, asked = Scores(flat), []
 
-    def fetch(asks: list[Ask]) -> list[Completion]:
-        asked.append([ask.token_ids[0] for ask in asks])
-        assert [ask.index for ask in asks] == sorted(ask.index for ask in asks)
-        return [completion(ask.token_ids) for ask in asks for _ in range(ask.n)]
+    def dispatch(requests: list[GroupRequest]) -> list[Completion]:
+        asked.append([request.token_ids[0] for request in requests])
+        assert [request.first_row for request in requests] == sorted(request.first_row for request in requests)
+        return [completion(request.token_ids) for request in requests for _ in range(request.n)]
 
-    def spare_of(batch: int, count: int) -> list[tuple[dict[str, Any], list[int]]]:
-        return [({"id": i}, [i]) for i in range(groups, groups + spare)][:count]
-
-    dynamic = DynamicSampling(scores, spare_of, lambda row, ids: None, size=SIZE, rounds=rounds)  # type: ignore[arg-type]
+    coming = Spare(groups, spare)
+    dynamic = DynamicSampling(scores, coming, lambda row, ids: None, size=SIZE, rounds=rounds)  # type: ignore[arg-type]
     prompts = [[i] for i in range(groups) for _ in range(SIZE)]
     dynamic.expect(0, [{"id": i} for [i] in prompts], prompts)
-    completions = dynamic.fill(0, [completion(ids) for ids in prompts], fetch)
-    draw = dynamic.take(0)
+    completions = dynamic.replace(0, [completion(ids) for ids in prompts], dispatch)
+    batch = dynamic.take(0)
 
-    assert [c.token_ids for c in completions] == draw.prompts == [[row["id"]] for row in draw.rows]
-    firsts = [ids[0] for ids in draw.prompts[::SIZE]]
+    assert [c.token_ids for c in completions] == batch.prompts == [[row["id"]] for row in batch.rows]
+    firsts = [ids[0] for ids in batch.prompts[::SIZE]]
     assert len(set(firsts)) == groups
-    assert draw.prompts == [[i] for i in firsts for _ in range(SIZE)]
+    assert batch.prompts == [[i] for i in firsts for _ in range(SIZE)]
     tried = [i for round_of in asked for i in round_of]
     assert len(asked) <= rounds
     assert tried == list(range(groups, groups + len(tried)))
-    assert draw.replaced == len(tried)
+    assert batch.replaced == len(tried)
     kept = [i for i in firsts if i in flat]
-    assert draw.kept == len(kept)
+    assert batch.kept == len(kept)
     assert not kept or len(asked) == rounds or len(tried) == min(spare, rounds * groups), "no round, or no prompt, left"
-    assert dynamic.kept == draw.kept
+    assert dynamic.kept == batch.kept
     assert dynamic.prompts(0) is None
 
 
@@ -117,7 +128,7 @@ def test_what_is_trained_on_varies(make_trainer, client, server, staleness) -> N
     assert sum(log["lockstep/degenerate_replaced"] for log in steps) == session.summary()["degenerate_replaced"] > 0
     assert session.summary()["degenerate_kept"] == 0
     assert session.summary()["completions"] == 64
-    assert set(session.rollouts.stats.lags) <= {0, staleness}
+    assert set(session.rollouts.stats.staleness) <= {0, staleness}
 
 
 def test_all_degenerate_is_bounded_and_counted(make_trainer, client, server) -> None:
@@ -134,7 +145,7 @@ def test_all_degenerate_is_bounded_and_counted(make_trainer, client, server) -> 
 
 def test_replacements_are_derived(make_trainer, client, server) -> None:
     """The same for a resumed training, of the dataset, and none of the batch's own."""
-    one, other = (ComingPrompts(_begun(trainer_of(make_trainer, R.all_the_same))) for _ in range(2))
+    one, other = (TrlPrompts(_begun(trainer_of(make_trainer, R.all_the_same))) for _ in range(2))
     for batch in (0, 2, 1):
         spare = one.spare_rows(batch, 8)
         own = {row["prompt"] for row in one.rows(batch)}

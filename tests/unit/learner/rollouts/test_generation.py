@@ -1,4 +1,4 @@
-"""Grouping of rows into requests, and what is asked of every completion."""
+"""Grouping of rows into requests, and the validation of completions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from learner.rollouts.completions import Wanted, check_completion
+from learner.rollouts.completions import AllowedVersion, check_completion
 from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.generation import RemoteRollouts
 from learner.servers.pool import ServerPool
@@ -43,10 +43,14 @@ class Server:
 
 
 def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
-    dispatcher = Dispatcher(
-        ServerPool.of(server, object()), sampling, max_model_len=50, **{"warn": lambda text: None, **changes}
+    training = SimpleNamespace(
+        is_training=True,
+        generation_batch=0,
+        allowed_version=lambda ahead: AllowedVersion(VERSION),
+        seed_of=lambda row, token_ids: None,
     )
-    return RemoteRollouts(dispatcher, version=lambda: VERSION, barrier=lambda: None)
+    dispatcher = Dispatcher(ServerPool.of(server, object()), sampling, max_model_len=50, **changes)
+    return RemoteRollouts(dispatcher, training)
 
 
 def test_equal_neighbours_share_a_request():
@@ -68,13 +72,13 @@ def test_rows_keep_their_order_when_groups_differ():
     assert sorted(r.sampling.n for r in server.requests) == [1, 2]
 
 
-def test_long_prompts_are_capped_and_counted():
-    server, said = Server(), []
-    remote = rollouts(server, warn=said.append)
+def test_long_prompts_are_capped_and_counted(caplog):
+    server = Server()
+    remote = rollouts(server)
     remote.generate([[1] * 45, [2] * 46, [3]], None, 1)
     assert sorted(r.sampling.max_tokens for r in server.requests) == [4, 5, 10]
     assert remote.dispatcher.capped_prompts == 2
-    assert len(said) == 1
+    assert len(caplog.messages) == 1
     with pytest.raises(LockstepError, match="no room"):
         remote.generate([[1] * 50], None, 1)
 
@@ -90,7 +94,7 @@ def test_later_turns_of_rows_with_one_history_differ():
     """Not with one fixed seed for all of them; and a row whose history fills the context ends there."""
     server = Server()
     remote = rollouts(server, sampling=SamplingParams(seed=7, top_p=0.5))
-    with remote.later_turns():
+    with remote.tool_loop():
         _, ids, logprobs, _ = remote.generate([[1], [2] * 50, [2], [1]], None, 1)
     assert {p.seed for r in server.requests for p in r.prompts} == {7, 8, 9}
     assert ids == [[100], [], [200], [100]]
@@ -131,10 +135,10 @@ OTHER = WeightVersion(run_id="r", step=2)
 )
 def test_broken_completions(bad, word):
     with pytest.raises(LockstepError, match=word):
-        check_completion(bad, Wanted(VERSION))
+        check_completion(bad, AllowedVersion(VERSION))
 
 
 def test_groups_must_answer_the_prompts():
     server = SimpleNamespace(url="http://fake", iter_groups=lambda request: iter(()))
-    with pytest.raises(LockstepError, match="asked for 1 groups"):
+    with pytest.raises(LockstepError, match="requested 1 groups"):
         rollouts(server).generate([[1]], None, 1)

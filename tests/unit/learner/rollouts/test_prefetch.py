@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Dispatcher, asks_of
-from learner.rollouts.generation import Ahead, RemoteRollouts
+from learner.rollouts.completions import AllowedVersion
+from learner.rollouts.dispatch import Dispatcher
+from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.prefetch import Prefetcher
 from learner.rollouts.schedule import Schedule
 from learner.servers.pool import ServerPool
@@ -77,8 +77,20 @@ class Server:
         return SimpleNamespace(draining=False)
 
 
+class Prompts:
+    """In the place of `ComingPrompts`: three rows a batch, two of them with the same prompt."""
+
+    def rows(self, batch: int) -> list[dict[str, int]]:
+        return [{"id": batch}, {"id": batch}, {"id": batch + 1000}]
+
+    def token_ids(self, rows: list[dict[str, int]]) -> list[list[int]]:
+        return [[row["id"]] for row in rows]
+
+
 class Training:
     """The trainer's loop: generate, train for `per_batch` micro-steps, push after every optimizer step."""
+
+    is_training = True
 
     def __init__(self, server: Server, schedule: Schedule, staleness: int) -> None:
         self.server, self.schedule, self.step, self.micro = server, schedule, 0, 0
@@ -86,19 +98,24 @@ class Training:
         pool = ServerPool.of(server, object(), patience_s=60.0)  # type: ignore[arg-type]
         pool.supervise(self.bring_back)
         self.pool = pool
-        dispatcher = Dispatcher(pool, SamplingParams(max_tokens=4), max_model_len=99, warn=lambda text: None)
-        self.rollouts = RemoteRollouts(
-            dispatcher, version=self.version, barrier=lambda: None, batch=lambda: schedule.batch_at(self.micro)
-        )
-        self.prefetcher = Prefetcher(
-            lambda batch: [[batch], [batch], [batch + 1000]],
-            lambda batch, prompts: dispatcher.fetch(asks_of(prompts), lambda: Wanted(self.version(), exact=False)),
-            last_batch=schedule.last_batch,
-        )
-        self.rollouts.ahead = Ahead(self.prefetcher, schedule, staleness)
+        self.staleness = staleness
+        dispatcher = Dispatcher(pool, SamplingParams(max_tokens=4), max_model_len=99)
+        self.rollouts = RemoteRollouts(dispatcher, self)
 
-    def version(self) -> WeightVersion:
-        return WeightVersion(run_id="r", step=self.step)
+    @property
+    def generation_batch(self) -> int:
+        return self.schedule.batch_at(self.micro)
+
+    def allowed_version(self, *, ahead: bool) -> AllowedVersion:
+        return AllowedVersion(WeightVersion(run_id="r", step=self.step), exact=not ahead)
+
+    def ensure_served(self) -> None: ...
+
+    def seed_of(self, row: int, token_ids: list[int]) -> None: ...
+
+    def push_first(self) -> None:
+        self.server.push(0)
+        self.rollouts.read_ahead(Prompts(), self.schedule, self.staleness, 0)  # type: ignore[arg-type]
 
     def bring_back(self, replica: Replica) -> None:
         with self.server.lock:
@@ -109,9 +126,9 @@ class Training:
     def run(self) -> list[tuple[int, list[list[int]]]]:
         """Completions by generation batch, in the order in which they were trained on."""
         trained = []
-        self.server.push(0)
+        self.push_first()
         while self.step < self.schedule.max_steps:
-            batch = self.schedule.batch_at(self.micro)
+            batch = self.generation_batch
             if self.micro % self.schedule.per_batch == 0:
                 prompts = [[batch], [batch], [batch + 1000]]
                 trained.append((batch, self.rollouts.generate(prompts, None, 2)[1]))
@@ -148,10 +165,10 @@ def test_every_batch_once_in_order_and_never_too_old(schedule, staleness, delays
     assert [batch for batch, _ in trained] == list(range(schedule.last_batch + 1))
     for batch, completions in trained:
         assert [tokens[0] for tokens in completions] == [batch, batch, batch + 1000]
-        assert all(schedule.lag(batch, tokens[1]) <= staleness for tokens in completions)
+        assert all(schedule.staleness(batch, tokens[1]) <= staleness for tokens in completions)
     stats = training.rollouts.stats
-    assert sum(stats.lags.values()) == stats.completions == 3 * len(trained)
-    assert max(stats.lags) <= staleness
+    assert sum(stats.staleness.values()) == stats.completions == 3 * len(trained)
+    assert max(stats.staleness) <= staleness
 
 
 def test_the_server_works_while_the_trainer_trains() -> None:
@@ -161,15 +178,14 @@ def test_the_server_works_while_the_trainer_trains() -> None:
     training.step_seconds = 0.4
     training.run()
     assert training.rollouts.stats.wait_seconds < 1.6, "2.4 s without reading ahead, 0.4 with"
-    assert training.rollouts.stats.lags == {0: 3, 1: 15}
-    assert training.prefetcher.busy_seconds > 2.2
+    assert training.rollouts.stats.staleness == {0: 3, 1: 15}
+    assert training.rollouts.prefetcher.busy_seconds > 2.2
 
 
 def test_other_prompts_than_expected_are_not_served_from_the_cache() -> None:
     training = Training(Server([0.0], [0], set()), Schedule(1, 1, 4, 4), 1)
-    training.server.push(0)
-    training.prefetcher.request(0, 1)
-    assert training.prefetcher.take(0, [[7]]) is None
+    training.push_first()
+    assert training.rollouts.prefetcher.take(0, [[7]]) is None
     _, completions, _, _ = training.rollouts.generate([[7]], None, 1)
     assert completions == [[7, 0]]
 
@@ -178,7 +194,7 @@ def test_errors_reach_the_trainer() -> None:
     def fail(batch, prompts):
         raise InvalidRequest("too long")
 
-    prefetcher = Prefetcher(lambda batch: [[1]], fail, last_batch=3)
+    prefetcher = Prefetcher(lambda batch: [[1]], fail, schedule=Schedule(1, 1, 4, 4), max_staleness=1)
     prefetcher.request(0, 3)
     with pytest.raises(LockstepError, match="too long"):
         prefetcher.take(0, [[1]])

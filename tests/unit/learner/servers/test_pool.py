@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from learner.rollouts.completions import Wanted
-from learner.rollouts.dispatch import Dispatcher, asks_of
+from learner.rollouts.completions import AllowedVersion
+from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.servers.replica import Load, Replica
@@ -70,8 +70,8 @@ def pool_of():
 
 
 def fetch(pool: ServerPool, prompts: list[list[int]], arrived=None):
-    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=10), max_model_len=50, warn=lambda text: None)
-    return [c.token_ids for c in dispatcher.fetch(asks_of(prompts), lambda: Wanted(VERSION), arrived)]
+    dispatcher = Dispatcher(pool, SamplingParams(max_tokens=10), max_model_len=50)
+    return [c.token_ids for c in dispatcher.dispatch(group_requests(prompts), lambda: AllowedVersion(VERSION), arrived)]
 
 
 PROMPTS = [[i] for i in range(1, 13) for _ in range(2)]
@@ -256,7 +256,7 @@ def _shares(router, asks, servers):
 
 
 def test_slow_and_busy_servers_get_less():
-    asks = asks_of([[i] for i in range(30)])
+    asks = group_requests([[i] for i in range(30)])
     assert _shares(Router(100), asks, [_server("a", 200.0), _server("b", 100.0)]) == {"a": 20, "b": 10}
     assert _shares(Router(100), asks, [_server("a"), _server("b", outstanding=1010.0)]) == {"a": 20, "b": 10}
     assert _shares(Router(100), asks[:2], [_server("a"), _server("b", outstanding=1e6)]) == {"a": 2}
@@ -265,13 +265,17 @@ def test_slow_and_busy_servers_get_less():
 def test_prompts_go_where_their_beginning_is_known():
     router, servers = Router(10), [_server("a"), _server("b")]
     histories = [list(range(start, start + 300)) for start in (0, 1000, 2000, 3000)]
-    first = {tuple(ask.token_ids): s.url for s, share in router.split(asks_of(histories), servers) for ask in share}
+    first = {
+        tuple(ask.token_ids): s.url for s, share in router.split(group_requests(histories), servers) for ask in share
+    }
     longer = [[*history, 7, 8, 9] for history in histories]
-    again = {tuple(ask.token_ids[:300]): s.url for s, share in router.split(asks_of(longer), servers) for ask in share}
+    again = {
+        tuple(ask.token_ids[:300]): s.url for s, share in router.split(group_requests(longer), servers) for ask in share
+    }
     assert again == first
     assert set(first.values()) == {"a", "b"}
     servers[0].load.outstanding = 1e5
-    assert {s.url for s, _ in router.split(asks_of(longer), servers)} == {"b"}, "unless it is busy"
+    assert {s.url for s, _ in router.split(group_requests(longer), servers)} == {"b"}, "unless it is busy"
 
 
 def test_speed_is_measured_while_busy():

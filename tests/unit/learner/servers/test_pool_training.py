@@ -71,7 +71,7 @@ def test_all_are_pushed_to_and_proven(make_trainer, servers, pool, listed):
             listed.write_text("".join(f"{url}\n" for url in servers))
             wait(lambda: "r" in servers["http://s1"].served and servers["http://s2"].served)
 
-    session.figures.listeners.append(after)
+    session.metrics.listeners.append(after)
     trainer.train()
     session.close()
     assert steps(servers["http://s0"]) == [0, 1, 2, 3]
@@ -106,7 +106,7 @@ def test_an_incompatible_newcomer_is_refused(make_trainer, servers, pool, listed
             listed.write_text("".join(f"{url}\n" for url in servers))
             wait(lambda: any("refused" in line for line in caplog.messages))
 
-    session.figures.listeners.append(after)
+    session.metrics.listeners.append(after)
     trainer.train()
     session.close()
     assert not newcomer.pushed

@@ -22,21 +22,21 @@ def test_attach_is_what_the_package_exports():
 
 def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     trainer = make_trainer(lora={"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 3}})
-    attachment = attach(trainer, client=client, run_id="r")
-    show_progress(trainer, attachment)
+    session = attach(trainer, client=client, run_id="r")
+    show_progress(trainer, session)
     trainer.train()
 
     steps = [v.step for v in server.pushed if v.run_id == "r"]
     assert steps == [0, 1, 2, 3]
     assert "r.canary" not in server.served
     assert any(v.run_id == "r.canary" for v in server.pushed)
-    summary = attachment.summary()
+    summary = session.summary()
     assert summary["pushes"] == summary["steps"] == 3
     assert summary["completions"] == 3 * 8
     assert summary["completion_tokens"] >= 24
     assert summary["max_logprob_gap"] < 1e-4
     assert abs(summary["canary_slope"] - 1) < 0.01
-    assert abs(attachment.proof.slope - 1) < 0.01
+    assert abs(session.proof.slope - 1) < 0.01
     # On-policy and the same model: TRL's importance ratios come out as 1 from the server's logprobs.
     logged = trainer.state.log_history
     ratios = [log["sampling/importance_sampling_ratio/mean"] for log in logged if "reward" in log]
@@ -46,7 +46,7 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     assert all(log["lockstep/drift_delta"] < 1e-4 for log in logged if "reward" in log)
     assert summary["max_drift_kl"] < 1e-6
     assert summary["max_drift_clipped"] == 0.0
-    # Rollouts of step k are asked of version k, each prompt once with n completions.
+    # Rollouts of step k are requested from version k, each prompt once with n completions.
     asked = [r for r in server.generated if r.policy != "base"]
     assert [r.policy.step for r in asked] == [0, 1, 2]
     assert all(r.sampling.n == 4 and len(r.prompts) == 2 for r in asked)
@@ -57,21 +57,21 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
 
     folder = save_final_adapter(trainer, tmp_path / "adapter")
     again = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.tensor([attachment.proof.sequences[0]])
+    ids = torch.tensor([session.proof.sequences[0]])
     with torch.no_grad():
         logits = again(input_ids=ids).logits[0, :-1]
     logprobs = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0]
-    expected = attachment.proof.last.served[: len(logprobs)]
+    expected = session.proof.last.served[: len(logprobs)]
     assert torch.allclose(logprobs.double(), torch.tensor(expected), atol=1e-4)
 
 
 def test_a_server_that_merges(make_trainer, server, client):
-    """The canary is gone before the run's first push; a run that goes on finds no base, and proves itself without."""
+    """The canary is gone before the run's first push; a run that continues finds no base, and is proven without it."""
     server.state = server.state.model_copy(update={"apply": "merge", "max_runs": 1})
     trainer = make_trainer()
-    attachment = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert abs(attachment.canary_slope - 1) < 0.01
+    assert abs(session.canary_slope - 1) < 0.01
     assert list(server.served) == ["r"]
     trainer = make_trainer()
     again = attach(trainer, client=client, run_id="r")
@@ -84,35 +84,35 @@ def test_truncated_sampling_does_not_bias_the_ratios(make_trainer, server, clien
     trainer = make_trainer(top_p=0.9, max_steps=1)
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert session.figures.drift.delta < 1e-4
-    assert session.figures.drift.clipped == 0.0
+    assert session.metrics.mismatch.delta < 1e-4
+    assert session.metrics.mismatch.clipped == 0.0
 
 
-def test_drift_that_is_clipped(make_trainer, server, client):
+def test_mismatch_that_is_clipped(make_trainer, server, client):
     trainer = make_trainer(top_p=0.9, max_steps=1, vllm_importance_sampling_mode="token_mask")
     session = attach(trainer, client=client, run_id="r")
     generate = server._generate
 
-    def drifted(request):
+    def shifted(request):
         answer = generate(request)
         for completion in answer.groups[0].completions:
             completion.logprobs = [logprob - 2.0 for logprob in completion.logprobs]
         return answer
 
-    server._generate = drifted
+    server._generate = shifted
     trainer.train()
-    assert 0.0 < session.figures.drift.clipped < 1.0
-    assert session.figures.drift.kl > 0.1
+    assert 0.0 < session.metrics.mismatch.clipped < 1.0
+    assert session.metrics.mismatch.kl > 0.1
     logged = trainer.state.log_history[0]["lockstep/drift_clipped"]
-    assert logged == pytest.approx(session.figures.drift.clipped, abs=1e-3)
+    assert logged == pytest.approx(session.metrics.mismatch.clipped, abs=1e-3)
 
 
 def test_generation_batches_reused_over_steps(make_trainer, server, client):
     trainer = make_trainer(steps_per_generation=2, num_iterations=1, max_steps=4)
-    attachment = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r")
     trainer.train()
     assert [r.policy.step for r in server.generated if r.policy != "base"] == [0, 2]
-    assert attachment.figures.pushes == 4
+    assert session.metrics.pushes == 4
 
 
 def test_evaluation_has_its_own_group_size(make_trainer, server, client):
@@ -126,12 +126,12 @@ def test_evaluation_has_its_own_group_size(make_trainer, server, client):
         max_steps=1,
         do_eval=True,
     )
-    attachment = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r")
     trainer.train()
     asked = [r for r in server.generated if r.policy != "base"]
     assert [(r.policy.step, r.sampling.n) for r in asked] == [(0, 4), (1, 2)]
-    assert attachment.rollouts.stats.completions == 8, "evaluation is not counted"
-    assert not trainer._metrics["train"]["lockstep/drift_kl"], "nor is its drift"
+    assert session.rollouts.stats.completions == 8, "evaluation is not counted"
+    assert not trainer._metrics["train"]["lockstep/drift_kl"], "nor is its mismatch"
     assert any("eval_reward" in log for log in trainer.state.log_history)
 
 
@@ -172,9 +172,9 @@ def test_restarted_server_is_brought_up_to_date(make_trainer, server, client):
 def test_same_directory_is_the_same_run_with_the_next_fence(make_trainer, server, client):
     for fence in (0, 1):
         trainer = make_trainer(max_steps=1)
-        attachment = attach(trainer, client=client)
+        session = attach(trainer, client=client)
         trainer.train()
-        assert attachment.publisher.lease.fence == fence
+        assert session.publisher.lease.fence == fence
     lease = Path(trainer.args.output_dir, "lease.json")
     assert lease.stat().st_mode & 0o777 == 0o600
     assert len({v.run_id for v in server.pushed if not v.run_id.endswith(".canary")}) == 1
@@ -216,17 +216,26 @@ def test_reading_ahead_is_refused_where_it_cannot_work(make_trainer, server, cli
         attach(make_trainer(), client=client, deterministic=True)
 
 
+def test_a_stream_of_prompts(make_trainer, server, client):
+    """It has no length, so its generation batches are counted as one long epoch."""
+    stream = Dataset.from_list([{"prompt": f"w{i}"} for i in range(16)]).to_iterable_dataset()
+    trainer = make_trainer(trainer_kwargs={"train_dataset": stream}, max_steps=2)
+    session = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert dict(session.rollouts.stats.staleness) == {0: 16}
+
+
 def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
-    """Generation batches of two steps each, two epochs; the second batch was asked for when the first was taken."""
+    """Generation batches of two steps each, two epochs; the second batch was requested when the first was taken."""
     server.state = server.state.model_copy(update={"slots_per_run": 3})
     trainer = make_trainer(steps_per_generation=2, per_device_train_batch_size=8, max_steps=12)
     session = attach(trainer, client=client, run_id="r", max_staleness=1)
     trainer.train()
-    lags = session.rollouts.stats.lags
-    assert set(lags) == {0, 1}
-    assert lags[1] >= 48
-    assert sum(lags.values()) == 96
-    assert session.rollouts.ahead.prefetcher.mismatches == 0
+    staleness = session.rollouts.stats.staleness
+    assert set(staleness) == {0, 1}
+    assert staleness[1] >= 48
+    assert sum(staleness.values()) == 96
+    assert session.rollouts.prefetcher.mismatches == 0
     assert session.rollouts.stats.regenerated == 0
     assert session.proof.max_mismatch < 1e-4
     asked = [r for r in server.generated if r.policy == "latest"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import learner.trainer.attach
+import learner.trainer.hooks
 from learner.trainer.attach import attach
 from learner.trainer.padding import sorted_windows
 
@@ -24,6 +26,7 @@ CASES = {
     "multiples-and-masked": {"pad_to_multiple_of": 5, "mask_truncated_completions": True},
     "reused-batches": {"steps_per_generation": 6, "num_iterations": 2},
 }
+PADDED = {(learner.trainer.attach, "skip_padding"): lambda trainer: None}
 
 
 @dataclass
@@ -50,7 +53,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[..., Seen]:
-    """Trains two optimizer steps of three micro-batches; what it changes of `learner.trainer.attach` is as named."""
+    """Trains two optimizer steps of three micro-batches; `changes` replace attributes of these modules."""
 
     generate = server._generate
 
@@ -63,10 +66,10 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
 
     server._generate = some_end  # or mask_truncated_completions would leave nothing
 
-    def run(changes: dict[str, object], **config: object) -> Seen:
+    def run(changes: dict[tuple[ModuleType, str], object], **config: object) -> Seen:
         monkeypatch.setattr("trl.trainer.utils._use_triton", trl.kernels.chunked_logprob._use_triton)
-        for name, value in changes.items():
-            monkeypatch.setattr(learner.trainer.attach, name, value)
+        for (module, name), value in changes.items():
+            monkeypatch.setattr(module, name, value)
         torch.manual_seed(0)
         server.drawn.manual_seed(0)
         server.restart()
@@ -123,15 +126,16 @@ def assert_same(one: Seen, other: Seen) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_shorter_passes_change_nothing(train, case):
     ours = train({}, **CASES[case])
-    plain = train({"skip_padding": lambda trainer: None}, **CASES[case])
+    plain = train(PADDED, **CASES[case])
     assert_same(ours, plain)
     assert ours.positions < plain.positions
 
 
 def test_head_on_scored_positions_changes_nothing(train):
-    off = {"skip_padding": lambda trainer: None}
-    ours = train(off)
-    plain = train({**off, "_picks_scored_positions": trl.kernels.chunked_logprob._use_triton})
+    ours = train(PADDED)
+    plain = train(
+        {**PADDED, (learner.trainer.hooks, "_picks_scored_positions"): trl.kernels.chunked_logprob._use_triton}
+    )
     assert_same(ours, plain)
 
 

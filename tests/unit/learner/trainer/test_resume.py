@@ -20,7 +20,7 @@ class KilledError(Exception):
 
 @pytest.fixture
 def train(make_trainer, server, client, tmp_path):
-    """Trains in `name`; with `kill_at` only until the push of that step. Answers the final adapter."""
+    """Trains in `name`; with `kill_at` only until the push of that step. Returns the final adapter."""
     server.state = server.state.model_copy(update={"deterministic": True})
 
     def run(name: str, kill_at: int | None = None, resume: str | None = None, **config):
@@ -68,18 +68,18 @@ def train(make_trainer, server, client, tmp_path):
 def test_the_same_bytes_as_without_a_kill(train, tmp_path, config, kill_at) -> None:
     """Two prompts a batch of ten: epochs end within; save_steps=3 also falls inside generation batches."""
     config = {"max_steps": 11, "save_steps": 3, **config}
-    whole, _ = train("whole", **config)
+    uncut, _ = train("uncut", **config)
     train("cut", kill_at=kill_at, **config)
     checkpoint = last_checkpoint(tmp_path / "cut")
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{kill_at // 3 * 3 - (3 if kill_at % 3 == 0 else 0)}"
     resumed, session = train("cut", resume=str(checkpoint), **config)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert session.figures.pushes == 11
+    assert all(torch.equal(uncut[name], resumed[name]) for name in uncut)
+    assert session.metrics.pushes == 11
     assert session.publisher.lease.fence == 1
 
 
-def test_checkpoints_are_whole_or_not_there(train, tmp_path) -> None:
+def test_checkpoints_are_atomic(train, tmp_path) -> None:
     train("run", max_steps=4, save_steps=1, save_total_limit=2)
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
@@ -91,7 +91,7 @@ def test_checkpoints_are_whole_or_not_there(train, tmp_path) -> None:
 
 
 def test_the_latest_history_counts(train, tmp_path) -> None:
-    """Started anew in the same place and killed early: its own checkpoint, not the higher one of the history before."""
+    """Started again in the same directory and killed early: its own checkpoint, not the higher one of before."""
     train("run", max_steps=4, save_steps=2)
     train("run", kill_at=3, max_steps=4, save_steps=2)
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"

@@ -212,7 +212,7 @@ def test_a_slow_reward_under_a_real_training(make_trainer, server, client, stale
     trainer.add_callback(Trains())
     trainer.train()
     session.close()
-    waits = [report.reward_wait_seconds for report in session.figures.reports]
+    waits = [report.reward_wait_seconds for report in session.metrics.reports]
     assert len(waits) == 4
     assert session.summary()["unscored_rewards"] == 0
     # A busy machine may spoil any one step.

@@ -1,4 +1,4 @@
-"""TRL's tool loop and its environments over a fake server: turns, versions, counts, and what is read ahead of them."""
+"""TRL's tool loop and its environments over a fake server: turns, versions, counts, and reading ahead."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def count(words: str) -> str:
 
 
 class Counter:
-    """An environment that counts how often it was asked."""
+    """An environment that counts its calls."""
 
     def reset(self, **_: object) -> str:
         self.calls = 0
@@ -96,7 +96,7 @@ def test_logprobs_of_all_turns_are_the_trainers(make_tool_trainer, server, clien
     session = attach(trainer, client=client, run_id="r")
     batches = batches_of(trainer)
     trainer.train()
-    assert session.figures.drift.delta < 1e-4
+    assert session.metrics.mismatch.delta < 1e-4
     assert session.proof.max_mismatch < 1e-4
     calls = [log["tools/call_frequency"] for log in trainer.state.log_history if "reward" in log]
     assert len(calls) == 3
@@ -114,7 +114,7 @@ def test_logprobs_of_all_turns_are_the_trainers(make_tool_trainer, server, clien
     assert {r.policy.step for r in later} == {0, 1, 2}, "every turn is of the version that is trained"
     stats = session.rollouts.stats
     assert stats.completions == 24, "a completion is one, however many turns it has"
-    assert dict(stats.lags) == {0: 24}, "a completion is one, however many turns it has"
+    assert dict(stats.staleness) == {0: 24}, "a completion is one, however many turns it has"
     drawn = sum(len(c.prompts) * c.sampling.n for c in asked)
     assert drawn > 24
     assert stats.completion_tokens > 24
@@ -130,7 +130,7 @@ def test_a_turn_that_finds_the_context_full(make_tool_trainer, server, client):
     assert session.rollouts.dispatcher.capped_prompts > 0
     assert all(len(p.token_ids) < 31 for r in server.generated for p in r.prompts)
     assert len(batches) == 3
-    assert session.figures.drift.delta < 1e-4
+    assert session.metrics.mismatch.delta < 1e-4
 
 
 def test_first_turns_are_read_ahead_and_later_ones_are_of_the_present_weights(make_tool_trainer, server, client):
@@ -138,11 +138,11 @@ def test_first_turns_are_read_ahead_and_later_ones_are_of_the_present_weights(ma
     trainer = make_tool_trainer(max_steps=4)
     session = attach(trainer, client=client, run_id="r", max_staleness=1)
     trainer.train()
-    lags = session.rollouts.stats.lags
-    assert sum(lags.values()) == session.rollouts.stats.completions == 32
-    assert lags[1] >= 16
-    assert set(lags) <= {0, 1}
-    assert session.rollouts.ahead.prefetcher.mismatches == 0
+    staleness = session.rollouts.stats.staleness
+    assert sum(staleness.values()) == session.rollouts.stats.completions == 32
+    assert staleness[1] >= 16
+    assert set(staleness) <= {0, 1}
+    assert session.rollouts.prefetcher.mismatches == 0
     later = [r.policy.step for r in server.generated if r.policy not in ("base", "latest") and r.sampling.n < 4]
     assert later == sorted(later)
     assert later[-1] == 3
@@ -157,7 +157,7 @@ def test_environments(make_tool_trainer, server, client):
     rewards = [log["rewards/Counter/mean"] for log in trainer.state.log_history if "reward" in log]
     assert len(rewards) == 3
     assert max(rewards) > 0
-    assert session.figures.drift.delta < 1e-4
+    assert session.metrics.mismatch.delta < 1e-4
     with pytest.raises(LockstepError, match="environments"):
         attach(make_tool_trainer(trainer_kwargs=given), client=client, max_staleness=1)
     with pytest.raises(LockstepError, match="tools, environments"):
@@ -177,4 +177,4 @@ def test_a_rollout_function_that_asks_our_servers(make_trainer, server, client):
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
     assert session.rollouts.stats.completions == 24
-    assert session.figures.drift.delta < 1e-4
+    assert session.metrics.mismatch.delta < 1e-4

@@ -1,0 +1,95 @@
+"""Refusals of adapters and models, each with a word on what to do instead."""
+
+from __future__ import annotations
+
+import pytest
+from peft import LoraConfig, PromptTuningConfig
+from transformers import LlavaConfig, Qwen3Config
+
+from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
+from shared.errors import ErrorCode, LockstepError
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_modules instead"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    ],
+)
+def test_refuses_what_is_not_plain_lora(settings, word):
+    config = LoraConfig()
+    for name, value in settings.items():  # set afterwards: some need packages or models to be constructed
+        setattr(config, name, value)
+    with pytest.raises(LockstepError, match=word) as caught:
+        check_lora(config)
+    assert caught.value.code is ErrorCode.UNSUPPORTED_ADAPTER
+
+
+def test_refuses_full_fine_tuning_and_other_adapters():
+    with pytest.raises(LockstepError, match="use_peft"):
+        check_lora(None)
+    with pytest.raises(LockstepError, match=r"use peft\.LoraConfig"):
+        check_lora(PromptTuningConfig(num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 3}},
+        {"target_modules": ["q_proj"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": False},
+        {
+            "lora_dropout": 0.1,
+            "layers_to_transform": [0],
+            "layers_pattern": "layers",
+            "target_modules": ["q_proj"],
+        },
+    ],
+)
+def test_plain_lora_passes(settings):
+    check_lora(LoraConfig(**settings))
+
+
+def test_rank_pattern_counts(server_state):
+    check_rank(LoraConfig(r=16), server_state)
+    with pytest.raises(LockstepError, match="--max-lora-rank 32") as caught:
+        check_rank(LoraConfig(r=8, rank_pattern={"q_proj": 32}), server_state)
+    assert caught.value.code is ErrorCode.RANK_TOO_HIGH
+
+
+def test_targets():
+    check_targets(["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"], mixture_of_experts=True)
+    with pytest.raises(LockstepError, match="mixture of experts"):
+        check_targets(["model.layers.0.mlp.experts.3.up_proj"], mixture_of_experts=True)
+    with pytest.raises(LockstepError, match="mixture of experts"):
+        check_targets(["model.layers.0.mlp.gate"], mixture_of_experts=True)
+    with pytest.raises(LockstepError, match="vision"):
+        check_targets(["model.visual.blocks.0.attn.qkv"], mixture_of_experts=False)
+
+
+def test_models():
+    check_model(Qwen3Config())
+    with pytest.raises(LockstepError, match="vision_config"):
+        check_model(LlavaConfig())
+    config = Qwen3Config()
+    config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(LockstepError, match="quantized"):
+        check_model(config)
