@@ -107,12 +107,11 @@ async def generate(
         logger.exception("a generate request failed")
         raise EngineDead(f"generation failed: {type(error).__name__}: {error}") from error
     finally:
-        starting.cancel()
-        (started,) = await asyncio.gather(starting, return_exceptions=True)
-        left = [] if isinstance(started, BaseException) else started
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        # Without an `await` in between: Starlette cancels streams again at every one.
+        if not starting.cancel() and not starting.cancelled() and starting.exception() is None:
+            for task in starting.result():
+                task.cancel()
+            await asyncio.wait(starting.result())
 
 
 async def _next(queue: asyncio.Queue[T]) -> T | None:

@@ -123,19 +123,28 @@ async def test_work_that_starts_while_its_client_leaves_ends_too(work: _Work) ->
     assert len(asyncio.all_tasks()) == 1, "nothing is left"
 
 
-async def test_a_stream_that_is_never_read_ends_its_work(work: _Work) -> None:
-    """The client is gone when the response begins, so its body is cancelled before the first line."""
+@pytest.mark.parametrize("when", ["before its body begins", "while it waits for a group"])
+async def test_a_stream_whose_client_leaves_ends_its_work(work: _Work, when: str) -> None:
+    """Starlette cancels its body again at every `await`, also at those that clean up."""
     stream = await Ndjson.begin(_lines(work.groups(), "epoch"))
+    gone = asyncio.Event()
 
     async def receive() -> dict:
+        await gone.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        await asyncio.Event().wait()
+        if when == "before its body begins":
+            gone.set()
+            await asyncio.Event().wait()
+        elif message.get("body"):
+            asyncio.get_running_loop().call_later(0.02, gone.set)
 
     with contextlib.suppress(asyncio.CancelledError):
         await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+    await asyncio.sleep(0.02)
     assert work.cancelled == 1
+    assert len(asyncio.all_tasks()) == 1, "nothing is left"
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:
