@@ -1,14 +1,15 @@
-"""Requests that keep a rollout server decoding, from a process of their own, and what pushes cost them.
+"""Requests that keep a rollout server decoding, from a process of their own, and the cost of pushes to them.
 
-python -m bench.common.background_load URL RUN_ID REQUESTS LEAST MOST VOCAB    # prints "request start end tokens" for each, until ended
+python -m bench.common.background_load URL RUN_ID REQUESTS LEAST MOST VOCAB    # until it is ended
 
-A request decodes LEAST to MOST tokens.
+A request decodes LEAST to MOST tokens; "request START END TOKENS" is printed for each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import statistics
 import sys
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from bench.common.measure import Setting, spread
+from bench.common.measure import GENERATE, generate_body, random_prompts, spread
 from learner.utils.processes import ProcessGroup
 
 TOKENS = 64
@@ -36,7 +37,7 @@ class Record(NamedTuple):
 
 
 def tokens_within(records: Sequence[Record], start: float, end: float) -> float:
-    """Tokens decoded between two instants, each request's spread evenly over its time."""
+    """Return the tokens decoded between two instants, each request's spread evenly over its time."""
     total = 0.0
     for record in records:
         overlap = min(record.end, end) - max(record.start, start)
@@ -45,29 +46,20 @@ def tokens_within(records: Sequence[Record], start: float, end: float) -> float:
     return total
 
 
-def decode_under_pushes(
-    url: str, run_id: str, setting: Setting, push: Callable[[], None], vocab: int
-) -> dict[str, Any]:
-    """Decoded tokens per second with one push a second against none, in alternating windows."""
-    log = setting.work / f"load-{run_id}.log"
-    windows: list[tuple[float, float]] = []
-    with loaded(url, run_id, setting.under_load, (TOKENS, TOKENS), vocab, log):
-        for _ in range(setting.windows):
-            windows.append(quiet(setting.window_s))
-            windows.append(pushing(setting.window_s, push))
-    return compare(read_records(log), windows, setting.under_load)
-
-
 @contextlib.contextmanager
 def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab: int, log: Path) -> Iterator[None]:
-    """Inside, that many requests are running; afterwards `read_records(log)` knows all that ran inside.
+    """Keep that many requests running inside; afterwards `read_records(log)` has all that ran inside.
 
     Args:
-        tokens: the least and the most that a request decodes.
+        tokens: the least and the most tokens of a request.
     """
     command = [sys.executable, "-m", "bench.common.background_load", url, run_id, *map(str, (requests, *tokens, vocab))]
+    deadline = time.monotonic() + FIRST_REQUEST_S
     with ProcessGroup(command, {}, log) as load:
-        _wait_for_records(load, log)
+        while not read_records(log):
+            if load.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the load finished no request: {log.read_text()[-1000:]}")
+            time.sleep(0.2)
         yield
         # Requests that were running at the end of the last window are counted once they have finished.
         longest = max(record.end - record.start for record in read_records(log))
@@ -77,7 +69,7 @@ def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab:
 
 
 def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], requests: int) -> dict[str, Any]:
-    """Rates of the windows, which alternate between quiet and pushing."""
+    """Return the rates of windows that alternate between quiet and pushing."""
     rates = [tokens_within(records, start, end) / (end - start) for start, end in windows]
     quiet, pushing = rates[::2], rates[1::2]
     return {
@@ -91,7 +83,7 @@ def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], r
 
 
 def read_records(log: Path) -> list[Record]:
-    """Requests that have finished so far."""
+    """Return the requests that have finished so far."""
     records = []
     for line in log.read_text(errors="replace").splitlines():
         fields = line.split()
@@ -101,14 +93,14 @@ def read_records(log: Path) -> list[Record]:
 
 
 def quiet(seconds: float) -> tuple[float, float]:
-    """A window without pushes: its start and end."""
+    """Wait for a window without pushes; return its start and end."""
     start = time.monotonic()
     time.sleep(seconds)
     return start, time.monotonic()
 
 
 def pushing(seconds: float, push: Callable[[], None], every_s: float = 1.0) -> tuple[float, float]:
-    """A window with a push every `every_s` seconds, or as soon as the one before is done: its start and end."""
+    """Push every `every_s` seconds, or as soon as the last push is done, for a window; return its start and end."""
     start = time.monotonic()
     due = start
     while due < start + seconds:
@@ -119,41 +111,22 @@ def pushing(seconds: float, push: Callable[[], None], every_s: float = 1.0) -> t
     return start, time.monotonic()
 
 
-def _wait_for_records(load: ProcessGroup, log: Path) -> None:
-    deadline = time.monotonic() + FIRST_REQUEST_S
-    while not read_records(log):
-        if load.process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the load finished no request: {log.read_text()[-1000:]}")
-        time.sleep(0.2)
-
-
 async def run_load(url: str, run_id: str, requests: int, least: int, most: int, vocab: int) -> None:
-    """Keep `requests` requests running for ever."""
+    """Keep `requests` requests running until the process is ended."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=requests)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120.0) as client:
-        await asyncio.gather(
-            *(_one_after_another(client, run_id, least, most, vocab, seed) for seed in range(requests))
-        )
 
+        async def one_after_another(seed: int) -> None:
+            rng = random.Random(f"load {seed}")
+            for number in itertools.count():
+                tokens = rng.randint(least, most)
+                prompts = random_prompts(1, vocab, PROMPT_TOKENS, f"load {seed} {number}")
+                start = time.monotonic()
+                answer = await client.post(GENERATE, json=generate_body(prompts, tokens, "latest", run_id=run_id))
+                answer.raise_for_status()
+                print("request", start, time.monotonic(), tokens, flush=True)
 
-async def _one_after_another(
-    client: httpx.AsyncClient, run_id: str, least: int, most: int, vocab: int, seed: int
-) -> None:
-    rng = random.Random(f"load {seed}")
-    while True:
-        tokens = rng.randint(least, most)
-        prompt = [rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)]
-        body = {
-            "prompts": [{"token_ids": prompt}],
-            "run_id": run_id,
-            "policy": "latest",
-            "return_text": False,
-            "sampling": {"max_tokens": tokens, "ignore_eos": True},
-        }
-        start = time.monotonic()
-        answer = await client.post("/v1/generate", json=body)
-        answer.raise_for_status()
-        print("request", start, time.monotonic(), tokens, flush=True)
+        await asyncio.gather(*map(one_after_another, range(requests)))
 
 
 if __name__ == "__main__":
