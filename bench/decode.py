@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,9 @@ import torch
 from peft import PeftModel
 
 from bench.common.harness import Bench
-from bench.common.measure import (
-    COMPLETIONS,
-    GENERATE,
-    Sampled,
-    Turns,
-    completions_body,
-    generate_body,
-    random_prompts,
-    sampled,
-    spread,
-)
+from bench.common.load import COMPLETIONS, GENERATE, Sampled, completions_body, generate_body, random_prompts, sampled
 from bench.common.models import Policy, Shape, optimizer_step, served_rank, write_weights
-from bench.common.report import LATE, Row, grouped, picture
+from bench.common.report import Row, grouped_picture, spread
 from bench.common.servers import Server, Setting, vllm_serve
 from bench.contenders.lockstep import HTTP, Lockstep, LockstepPath
 from learner.servers.client import RolloutClient
@@ -94,16 +84,16 @@ class DecodeBench(Bench):
         "--waves": (5, "waves that are counted, after one that is not"),
         "--parallel-start": (False, "all servers at once, on one GPU; their waves take turns"),
     }
-    quick_help = "a tiny model, rank 8, 2 waves of 4 requests of 16 tokens"
-    quick = {"shapes": "tiny", "rank": 8, "batches": "4", "tokens": 16, "waves": 2}
+    quick = "--shapes tiny --rank 8 --batches 4 --tokens 16 --waves 2"
     notes = {PLAIN: "its /v1/completions also makes the texts; ours was asked for token ids and logprobs only"}
+    same = "rank", "tokens"
     figure = "tokens_per_s"
     about = {"shape": "shape", "requests": "batch", "row": "row"}
     columns = {
         "n": "{n}",
         "tokens/s": "{tokens_per_s:.0f}",
         "of plain": "{ratio_to_plain:.1%}",
-        "install ms": lambda row: f"{row['install_s']['median'] * 1e3:.1f}" if "install_s" in row else "-",
+        "install ms": "{install_s[median]:1e3*.1f}",
         "GPU MiB": "{gpu_memory_mib}",
         "mean |gap|": "{fidelity[mean_abs_gap]:.2e}",
         "KL k1 / k3": "{fidelity[kl_k1]:.1e} / {fidelity[kl_k3]:.1e}",
@@ -118,14 +108,14 @@ class DecodeBench(Bench):
 
     def run(self) -> None:
         for shape in self.shapes:
-            abouts = [about for name in SERVERS for about in self.abouts(shape, name)]
+            abouts = [about for name in SERVERS for about in self._abouts(shape, name)]
             # The weights are gigabytes: they go with the shape.
             with tempfile.TemporaryDirectory(dir=self.scratch) as folder, self.failure_kept(*abouts):
                 self.one_shape(shape, Path(folder) / shape.name)
 
     def one_shape(self, shape: Shape, folder: Path) -> None:
         """Measure all servers of a shape."""
-        policy = Policy(shape.write(folder, self.dtype), torch.device(self.device), self.dtype)
+        policy = Policy(shape.write(folder, self.dtype), self.device, self.dtype)
         write_weights(policy, shape, folder, self.dtype)
         setting, rank = self.sized(shape), served_rank(self.options.rank)
         with policy.adapter(self.options.rank, "float32") as model:
@@ -133,11 +123,11 @@ class DecodeBench(Bench):
                 starts = {name: functools.partial(start, name, setting, folder, rank) for name in names}
                 targets: list[Target] = []
                 with (
-                    self.servers(starts, functools.partial(self.abouts, shape)) as servers,
+                    self.servers(starts, functools.partial(self._abouts, shape)) as servers,
                     contextlib.ExitStack() as stack,
                 ):
                     for name, server in servers.items():
-                        with self.failure_kept(*self.abouts(shape, name)):
+                        with self.failure_kept(*self._abouts(shape, name)):
                             found = open_targets(name, server, model, stack)
                             for target in found:
                                 target.figures |= fidelity(target, model, shape.vocab)
@@ -152,30 +142,23 @@ class DecodeBench(Bench):
             prompts = random_prompts(batch, shape.vocab, PROMPT_TOKENS, seed=number)
             return target.ask(prompts, self.options.tokens)[1]
 
-        turns = Turns[Target, float](targets)
-        if not self.late():
-            turns.run(self.options.waves, wave, self.late)
-        for i, target in enumerate(targets):
-            about = self.about_row(shape, target.row, batch)
-            if i in turns.failed:
-                self.add(about, {"ok": False, "error": f"{turns.failed[i]}; {target.server.tail()}"})
-            elif turns.results[i]:
-                rates = self.rates(about, turns.results[i])
-                self.add(about, {**rates, **target.figures, "gpu_memory_mib": target.server.gpu_memory()})
-            else:
-                self.add(about, {"skipped": LATE})
+        about = functools.partial(self._about, shape, batch=batch)
 
-    def rates(self, about: Row, seconds: list[float]) -> dict[str, Any]:
-        """Return tokens per second, and their ratio to the plain vLLM of this run, wave by wave."""
-        plain = {self.key(row): row["waves_s"] for row in self.measured()}.get(self.key({**about, "row": PLAIN}), [])
-        plain = seconds if about["row"] == PLAIN else plain
-        ratios = [plain_s / s for plain_s, s in zip(plain, seconds, strict=False)]
-        return {
-            "n": len(seconds),
-            "tokens_per_s": spread([about["batch"] * self.options.tokens / s for s in seconds]),
-            "waves_s": [round(s, 6) for s in seconds],
-            **({"ratio_to_plain": spread(ratios)} if ratios else {}),
-        }
+        def figures(i: int, waves: Sequence[list[float]]) -> Row:
+            target, seconds = targets[i], waves[i]
+            measured = {self.key(row): row["waves_s"] for row in self.measured()}
+            plain = seconds if target.row == PLAIN else measured.get(self.key(about(PLAIN)), [])
+            ratios = [plain_s / s for plain_s, s in zip(plain, seconds, strict=False)]
+            return {
+                "n": len(seconds),
+                "tokens_per_s": spread([batch * self.options.tokens / s for s in seconds]),
+                "waves_s": [round(s, 6) for s in seconds],
+                **({"ratio_to_plain": spread(ratios)} if ratios else {}),
+                **target.figures,
+                "gpu_memory_mib": target.server.gpu_memory(),
+            }
+
+        self.take_turns(targets, self.options.waves, wave, lambda target: about(target.row), figures)
 
     def sized(self, shape: Shape) -> Setting:
         """Return where servers run that have room for the largest wave."""
@@ -183,27 +166,17 @@ class DecodeBench(Bench):
         length = PROMPT_TOKENS + max(self.options.tokens, FIDELITY_TOKENS) + 16
         return self.setting(length, batch, 1.1 * shape.kv_bytes * batch * length)
 
-    def abouts(self, shape: Shape, name: str) -> list[Row]:
-        """Return what the rows of a server are about."""
-        return [self.about_row(shape, row, batch) for batch in self.options.batches for row in SERVERS[name][0]]
+    def _abouts(self, shape: Shape, name: str) -> list[Row]:
+        return [self._about(shape, row, batch) for batch in self.options.batches for row in SERVERS[name][0]]
 
-    def about_row(self, shape: Shape, row: str, batch: int) -> Row:
-        """Return what a row is about."""
-        options = self.options
-        about = {"row": row, "shape": shape.name, "rank": options.rank, "batch": batch, "tokens": options.tokens}
-        return {**about, "servers_side_by_side": options.parallel_start}
+    def _about(self, shape: Shape, row: str, batch: int) -> Row:
+        side_by_side = {"servers_side_by_side": self.options.parallel_start}
+        return self.about_row(row, shape=shape.name, batch=batch, **side_by_side)
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:
-        """Draw tokens per second of every row, median and range."""
-        places, series = grouped(done, ("shape", "batch"), self.figure)
         title = f"decoding {self.options.tokens} tokens a request, LoRA rank {self.options.rank}"
-        with picture(path, 5.5 + max(4.0, 1.6 * len(places)), 4.8, title, loc="outside right upper") as axes:
-            for name, x, medians, ranges, width in series:
-                drawn = axes.bar(x, medians, 0.92 * width, yerr=ranges, capsize=3, label=name)
-                axes.bar_label(drawn, [f"{median:,.0f}" for median in medians], padding=2, fontsize=7)
-            axes.set_xticks(range(len(places)), [f"{shape}\n{batch} requests" for shape, batch in places])
-            axes.set_ylabel("decoded tokens per second, median and range")
-            axes.grid(axis="y", alpha=0.25)
+        label, place = "decoded tokens per second", "{}\n{} requests"
+        grouped_picture(path, done, self.figure, ("shape", "batch"), place, title, label, bars=True)
 
 
 def start(name: str, setting: Setting, folder: Path, max_rank: int) -> Server:
@@ -230,8 +203,8 @@ def open_targets(name: str, server: Server, model: PeftModel, stack: contextlib.
         optimizer_step(model, ADAPTER_STD)
         installs.append(path.push(step).parts["install"])
     figures = {"install_s": spread(installs[1:])}
-    policies: Mapping[str, Any] = {BASE: "base"}
-    return [Target(row, server, http, policies.get(row, path.version), dict(figures)) for row in SERVERS[name][0]]
+    rows = SERVERS[name][0]
+    return [Target(row, server, http, "base" if row == BASE else path.version, dict(figures)) for row in rows]
 
 
 def fidelity(target: Target, model: PeftModel, vocab: int) -> dict[str, Any]:

@@ -18,14 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
-from bench.common.background_load import compare, loaded, pushing, quiet, read_records
 from bench.common.harness import Bench
-from bench.common.measure import spread, timed
+from bench.common.load import compare, loaded, pushing, quiet, read_records
 from bench.common.models import Policy, optimizer_step, served_rank
-from bench.common.report import Row
+from bench.common.report import Row, spread, timed
 from bench.common.servers import Server, Setting
 from bench.contenders.lockstep import COLLECTIVE, HTTP, Lockstep, LockstepPath
 
@@ -46,8 +44,8 @@ class SlotsBench(Bench):
         "--pushes": (20, "of each pace, at least"),
         "--window-s": (5.0, "quiet and pushing windows alternate"),
     }
-    quick_help = "a tiny model, rank 8, 8 requests of up to 96 tokens, 10 pushes of a pace"
-    quick = {"shape": "tiny", "rank": 8, "requests": 8, "pushes": 10, "window_s": 1.5, "tokens": 96}
+    quick = "--shape tiny --rank 8 --requests 8 --tokens 96 --pushes 10 --window-s 1.5"
+    same = "rank", "requests", "tokens"
     figure = "wait_s"
     about = {"slots": "row", "pushes per completion": "pace"}
     columns = {
@@ -76,17 +74,17 @@ class SlotsBench(Bench):
         setting = self.setting(*sizes, "--load-format", "dummy")
         starts = {slots: functools.partial(self.start, slots, setting, folder) for slots in options.slots}
         with (
-            self.servers(starts, lambda slots: [self.about_row(slots)]) as servers,
-            Policy(folder, torch.device(self.device), self.dtype).adapter(options.rank, "float32") as model,
+            self.servers(starts, lambda slots: [self._about(slots)]) as servers,
+            Policy(folder, self.device, self.dtype).adapter(options.rank, "float32") as model,
         ):
             for slots, server in servers.items():
-                with self.failure_kept(self.about_row(slots), server=server):
+                with self.failure_kept(self._about(slots), server=server):
                     self.in_time()
-                    row = HTTP if setting.on_cpu or setting.same_gpu else COLLECTIVE
+                    row = HTTP if self.device == "cpu" or setting.same_gpu else COLLECTIVE
                     with Lockstep(setting).path(row, server, model) as path:
                         for figures in self.paces(path, model, server.url, self.work / f"{slots}-slots" / "load.log"):
                             figures |= {"slot_mib": path.slot_bytes() / 2**20}
-                            self.add(self.about_row(slots), figures)
+                            self.add(self._about(slots), figures)
                 server.end()
 
     def start(self, slots: int, setting: Setting, folder: Path) -> Server:
@@ -130,11 +128,8 @@ class SlotsBench(Bench):
                 **{name: load[name] for name in ("tokens_per_s_quiet", "tokens_per_s_pushing", "ratio")},
             }
 
-    def about_row(self, slots: int) -> Row:
-        """Return what the rows of a server are about."""
-        options = self.options
-        about = {"row": name_of(slots), "slots": slots, "shape": self.shape.name, "rank": options.rank}
-        return {**about, "requests": options.requests, "tokens": options.tokens}
+    def _about(self, slots: int) -> Row:
+        return self.about_row(name_of(slots), slots=slots, shape=self.shape.name)
 
 
 def server_flags(slots: int) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class StalenessBench(Bench):
         "--eval-size": (128, "held-out questions"),
         "--work-dir": (Path, "keeps everything; trainings that are done there are not repeated"),
     }
-    quick_help, quick = "two steps, one seed, eight questions", {"seeds": "42", "steps": 2, "eval_size": 8}
+    quick = "--seeds 42 --steps 2 --eval-size 8"
     figure = "eval_after"
     about = {"S": "max_staleness", "seed": "seed"}
     columns = {
@@ -96,7 +96,6 @@ class StalenessBench(Bench):
         return result | curves
 
     def headline(self, done: Sequence[Row]) -> str:
-        """Return what was right afterwards, mean and standard deviation over the seeds of every bound."""
         texts = []
         for bound in sorted({row["max_staleness"] for row in done}):
             mine = [row for row in done if row["max_staleness"] == bound]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import shlex
@@ -17,8 +18,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from bench.common.models import pick_shapes, served_rank
-from bench.common.report import LATE, Row, Template, cpu_name, describe, fill, machine, table, why, write_json
+from bench.common.report import LATE, Row, Template, cpu_name, describe, fill, machine, table, why
 from bench.common.servers import Server, Setting, visible_device
+from learner.run_dir.files import write_whole
 from learner.utils.processes import Stopped, stop_on_signals
 
 Name = TypeVar("Name", bound=Hashable)
@@ -50,8 +52,9 @@ class Bench:
     Attributes:
         standard: which of the standard flags it has, without dashes.
         flags: further flags; they win over the standard ones.
-        quick, quick_help: values of options with `--quick`.
+        quick: further flags with `--quick`.
         row_names: of all rows, for `--only`.
+        same: options that all rows share.
         notes: row name -> a note that its rows carry.
         figure: key that measured rows have, and no others.
         about: head of a column -> key; together the values identify a row.
@@ -65,9 +68,9 @@ class Bench:
     name: ClassVar[str]
     standard: ClassVar[str] = ""
     flags: ClassVar[Flags] = {}
-    quick: ClassVar[Mapping[str, Any]] = {}
-    quick_help: ClassVar[str] = ""
+    quick: ClassVar[str] = ""
     row_names: ClassVar[Sequence[str]] = ()
+    same: ClassVar[Sequence[str]] = ()
     notes: ClassVar[Mapping[str, str]] = {}
     figure: ClassVar[str]
     about: ClassVar[Mapping[str, str]]
@@ -80,7 +83,7 @@ class Bench:
         parser = self._parser()
         self.options = parser.parse_args(argv)
         if self.options.quick:
-            vars(self.options).update(self.quick)
+            self.options = parser.parse_args([*argv, *self.quick.split()])
         try:
             self.check()
         except ValueError as error:
@@ -97,7 +100,7 @@ class Bench:
     def _parser(self) -> argparse.ArgumentParser:
         doc = sys.modules[type(self).__module__].__doc__ or ""
         parser = argparse.ArgumentParser(prog=f"python -m bench.{self.name}", description=doc.split("\n", 1)[0])
-        parser.add_argument("--quick", action="store_true", help=self.quick_help)
+        parser.add_argument("--quick", action="store_true", help=f"small: {self.quick}")
         names = ["--json", *(f"--{name}" for name in self.standard.split()), "--work-dir"]
         for flag, (default, text) in {**{name: STANDARD[name] for name in names}, **self.flags}.items():
             text += "; ".join(self.row_names) if flag == "--only" else ""
@@ -142,7 +145,10 @@ class Bench:
         if not torch.cuda.is_available():
             return [cpu_name()]
         last, options = torch.cuda.device_count() - 1, self.options
-        server = min(getattr(options, "server_gpu", 0), last)
+        if "server_gpu" not in options:  # servers use all that the learner does not
+            self.device = "cuda:0"
+            return [torch.cuda.get_device_name(i) for i in range(last + 1)]
+        server = min(options.server_gpu, last)
         learner = min(getattr(options, "learner_gpu", server), last)
         torch.cuda.set_device(learner)
         self.device, self.server_device = f"cuda:{learner}", visible_device(server)
@@ -202,6 +208,10 @@ class Bench:
         if self.late():
             raise Skip(LATE)
 
+    def about_row(self, row: str, **more: Any) -> dict[str, Any]:
+        """Return what a row is about: its name, `more`, and the options that all rows share."""
+        return {"row": row, **more, **{name: getattr(self.options, name) for name in self.same}}
+
     @contextlib.contextmanager
     def failure_kept(self, *abouts: Row, server: Server | None = None) -> Iterator[None]:
         """Turn a failure of the block, or its `Skip`, into rows: `abouts` without a row of this run.
@@ -252,6 +262,44 @@ class Bench:
                 server.end()
                 self.running.remove(server)
 
+    def take_turns(
+        self,
+        targets: Sequence[Any],
+        rounds: int,
+        turn: Callable[[Any, int], Any],
+        about: Callable[[Any], Row],
+        figures: Callable[[int, Sequence[list[Any]]], Row],
+    ) -> None:
+        """Run rounds in which targets take turns, another one first in every round, and add a row for each target.
+
+        Round 0 is not counted. A round counts completely or not at all: none begins after the deadline, one that is
+        interrupted is forgotten. A target that fails gets no further turn.
+
+        Args:
+            targets: objects with a `server`.
+            turn: measures a target in a round.
+            figures: number of a target, and of all targets what their turns returned -> the figures of its row.
+        """
+        results: list[list[Any]] = [[] for _ in targets]
+        failed: dict[int, str] = {}
+        try:
+            for number in range(rounds + 1):
+                if number != 1 and self.late():
+                    break
+                found = {}
+                for i in ((number + shift) % len(targets) for shift in range(len(targets))):
+                    if i not in failed:
+                        try:
+                            found[i] = turn(targets[i], number)
+                        except Exception as error:
+                            failed[i] = f"{describe(error)}; {targets[i].server.tail()}"
+                for i, result in found.items() if number else ():
+                    results[i].append(result)
+        finally:  # also when it is stopped
+            for i, target in enumerate(targets):
+                measured = figures(i, results) if results[i] else {"skipped": LATE}
+                self.add(about(target), {"ok": False, "error": failed[i]} if i in failed else measured)
+
     def key(self, row: Row) -> tuple[Any, ...]:
         """Return what identifies a row."""
         return tuple(row.get(key) for key in self.about.values())
@@ -300,7 +348,7 @@ class Bench:
 
     def _write(self) -> None:
         if self.options.json:
-            write_json(self.options.json, self.document())
+            write_whole(self.options.json, json.dumps(self.document(), indent=1))
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:
         """Draw the measured rows."""

@@ -49,10 +49,6 @@ class Shape:
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": MAX_POSITION,
             "rope_theta": 1000000,
-            "rms_norm_eps": 1e-6,
-            "hidden_act": "silu",
-            "initializer_range": 0.02,
-            "attention_bias": False,
             "eos_token_id": 0,
             "pad_token_id": 1,
             "torch_dtype": dtype,
@@ -121,17 +117,15 @@ def served_rank(rank: int) -> int:
     Raises:
         ValueError: vLLM serves no adapter of this rank.
     """
-    for served in SERVED_RANKS:
-        if rank <= served:
-            return served
-    raise ValueError(f"rank {rank} is above {SERVED_RANKS[-1]}, the highest that vLLM serves")
+    if rank > SERVED_RANKS[-1]:
+        raise ValueError(f"rank {rank} is above {SERVED_RANKS[-1]}, the highest that vLLM serves")
+    return next(served for served in SERVED_RANKS if rank <= served)
 
 
 class Policy:
     """A base model with random weights on the learner's device; adapters are put on it and taken off again."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: str) -> None:
-        self.device = device
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
         config = AutoConfig.from_pretrained(folder)
         with torch.device(device):
             self.base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

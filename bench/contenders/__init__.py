@@ -38,7 +38,7 @@ class SyncPath(ABC):
 
 
 class Contender(ABC):
-    """A server and the paths to it.
+    """A server and the paths to it; its methods raise `Skip` where something is not possible here.
 
     Attributes:
         rows: names of the paths.
@@ -55,16 +55,8 @@ class Contender(ABC):
 
     @abstractmethod
     def start(self, folder: Path, max_rank: int) -> Server:
-        """Start the server; it need not be ready.
-
-        Raises:
-            Skip: not possible here.
-        """
+        """Start the server; it need not be ready."""
 
     @abstractmethod
     def path(self, row: str, server: Server, model: PeftModel) -> AbstractContextManager[SyncPath]:
-        """Open the path of a row.
-
-        Raises:
-            Skip: not possible here.
-        """
+        """Open the path of a row."""

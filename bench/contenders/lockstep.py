@@ -49,12 +49,8 @@ class LockstepPath(SyncPath):
         self.client, self.lease, self.transport = client, new_lease(row), TRANSPORTS[row]
         options: dict[str, Any] = {"transport": self.transport, "in_flight": "keep" if row == KEEP else "drain"}
         self.publisher = Publisher(ServerPool.of(client), model, self.lease, takeover=True, **options)
+        self.run_id = self.lease.run_id
         self.version: WeightVersion | None = None
-
-    @property
-    def run_id(self) -> str:
-        """The run on the server."""
-        return self.lease.run_id
 
     def push(self, step: int) -> Moved:
         receipt = self.publisher.push(step)

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 
 from bench.common.harness import Skip
-from bench.common.measure import timed
+from bench.common.report import timed
 from bench.common.servers import ENVIRONMENT, Server, Setting, environment, free_port
 from bench.contenders import Contender, Moved, SyncPath
 
@@ -58,7 +58,7 @@ class TrlMergedWeights(Contender):
     def start(self, folder: Path, max_rank: int) -> Server:
         from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-        if self.setting.on_cpu or self.setting.same_gpu:
+        if self.setting.device == "cpu" or self.setting.same_gpu:
             raise Skip("needs two GPUs")
         port = free_port()
         arguments = ScriptArguments(model=str(folder), host="127.0.0.1", port=port)

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 from peft import PeftModel
 
-from bench.common.measure import COMPLETIONS, completions_body, timed
+from bench.common.load import COMPLETIONS, completions_body
+from bench.common.report import timed
 from bench.common.servers import Server, vllm_serve
 from bench.contenders import Contender, Moved, SyncPath
 

@@ -24,12 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.common.harness import Bench
-from bench.common.measure import random_prompts
+from bench.common.load import random_prompts
 from bench.common.models import Policy, optimizer_step
-from bench.common.report import Row, cpu_name, picture
+from bench.common.report import Row, picture
 from bench.common.servers import Server, free_port, visible_device
 from bench.contenders.lockstep import LockstepPool
 from bench.fleet.quota import quotas
@@ -59,8 +57,7 @@ class FleetBench(Bench):
         "--push-every-s": (2.0, ""),
         "--work-dir": (Path, "keeps the servers' logs and the record of the run"),
     }
-    quick_help = "two servers, a tiny model, windows of 8 s"
-    quick = {"servers": 2, "window_s": 8.0, "shape": "tiny", "seqs": 8, "prompts": 12}
+    quick = "--servers 2 --window-s 8 --shape tiny --seqs 8 --prompts 12"
     figure = "tokens_per_s"
     about = {"from s": "start", "to s": "end", "servers up": "row"}
     columns = {"tokens/s": "{tokens_per_s:.0f}", "alone, summed": "{expected:.0f}", "ratio": "{ratio:.1%}"}
@@ -73,25 +70,15 @@ class FleetBench(Bench):
             raise ValueError("--servers: 2 to 26")
         self.names = [chr(ord("A") + i) for i in range(self.options.servers)]
 
-    def pick_devices(self) -> list[str]:
-        cuda = torch.cuda.is_available()
-        self.device, self.server_device = "cuda:0" if cuda else "cpu", None
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [cpu_name()]
-
     def run(self) -> None:
-        with self.failure_kept({"row": "fleet"}):
-            self.measure()
-
-    def measure(self) -> None:
-        """Measure each server alone, then all of them while they come and go."""
         names, options = self.names, self.options
         self.folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
         self.ports = {name: free_port() for name in names}
-        with contextlib.ExitStack() as stack:
+        with self.failure_kept({"row": "fleet"}), contextlib.ExitStack() as stack:
             limit = stack.enter_context(quotas(names, options.cores))
             servers = {name: self.start(name) for name in names}
             stack.callback(lambda: [server.end() for server in servers.values()])
-            policy = Policy(self.folder, torch.device(self.device), self.dtype)
+            policy = Policy(self.folder, self.device, self.dtype)
             self.model = stack.enter_context(policy.adapter(options.rank, "float32"))
             for name, server in servers.items():
                 server.wait_ready(START_TIMEOUT_S)
@@ -181,7 +168,6 @@ class FleetBench(Bench):
             raise failed[0]
 
     def headline(self, done: Sequence[Row]) -> str:
-        """Return what the servers that are up give of what they give alone."""
         ratios = [row["ratio"] for row in done]
         return (
             f"on {self.where}: while servers joined, were killed and came back, those that were up gave "

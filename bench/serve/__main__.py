@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.common.harness import Bench
-from bench.common.measure import Turns, spread
 from bench.common.models import Shape, served_rank
-from bench.common.report import LATE, Row, fill
+from bench.common.report import Row, fill, spread
 from bench.common.servers import Setting
 from bench.serve.front_ends import (
     BARE,
@@ -45,12 +44,6 @@ class WaveFigures(NamedTuple):
     request_s: list[float]
 
 
-def _told(row: Row) -> str:
-    of_bare = fill(", {ratio_to_bare:.1%} of the bare engine", row) if "ratio_to_bare" in row else ""
-    median, p95 = (f"{row['request_s'][key] * 1e3:.0f} ms" for key in ("median", "p95"))
-    return fill("{tokens_per_s:.0f} tokens/s", row) + f"{of_bare}, a request {median} (p95 {p95})"
-
-
 class ServeBench(Bench):
     """Waves of requests, the front ends taking turns."""
 
@@ -66,10 +59,10 @@ class ServeBench(Bench):
         "--server-gpu": (0, ""),
         "--start-timeout-s": (900.0, "for all servers to start"),
     }
-    quick_help = "a tiny model, rank 8, up to 64 tokens, 1, 8 and 32 sequences at a time"
-    quick = {"shapes": "tiny", "rank": 8, "tokens": 64, "concurrency": "1,8,32"}
+    quick = "--shapes tiny --rank 8 --tokens 64 --concurrency 1,8,32"
     row_names = tuple(ROWS)
     notes = NOTES
+    same = ("tokens",)
     figure = "tokens_per_s"
     about = {"shape": "shape", "at a time": "concurrency", "a request": "completions", "row": "row"}
     columns = {
@@ -77,14 +70,15 @@ class ServeBench(Bench):
         "tokens/s": "{tokens_per_s:.0f}",
         "of bare": "{ratio_to_bare:.1%}",
         "of vllm serve": "{ratio_to_vllm_serve:.1%}",
-        "processor us/token": lambda row: fill(
-            "{us:.0f}", {"us": {key: 1e6 * value for key, value in row["processor_s_per_token"].items()}}
-        ),
-        "request ms, median": lambda row: f"{row['request_s']['median'] * 1e3:.1f}",
-        "p95": lambda row: f"{row['request_s']['p95'] * 1e3:.1f}",
+        "processor us/token": "{processor_s_per_token:1e6*.0f}",
+        "request ms, median": "{request_s[median]:1e3*.1f}",
+        "p95": "{request_s[p95]:1e3*.1f}",
     }
     what = "{shape}, {concurrency} sequences at a time, {completions} a request, {row}"
-    told = _told
+    told = (
+        "{tokens_per_s:.0f} tokens/s, {ratio_to_bare:.1%} of the bare engine, "
+        "a request {request_s[median]:1e3*.0f} ms (p95 {request_s[p95]:1e3*.0f} ms)"
+    )
 
     def check(self) -> None:
         super().check()
@@ -106,14 +100,14 @@ class ServeBench(Bench):
             setting, rank = self.sized(shape), served_rank(self.options.rank)
             names = dict.fromkeys(ROWS[row] for row in self.options.only)
             starts = {name: functools.partial(start, name, setting, folder, rank) for name in names}
-            with self.servers(starts, functools.partial(self.abouts, shape)) as servers:
+            with self.servers(starts, functools.partial(self._abouts, shape)) as servers:
                 rows = [row for row in self.options.only if ROWS[row] in servers]
                 front_ends = [front_end(row, servers[ROWS[row]]) for row in rows]
                 for concurrency, n in self.levels if front_ends else ():
                     self.level(shape, front_ends, concurrency, n)
 
     def level(self, shape: Shape, front_ends: Sequence[FrontEnd], concurrency: int, n: int) -> None:
-        """Measure all rows of a level; add them also when the measurement is stopped."""
+        """Measure all rows of a level."""
         options, at_once = self.options, concurrency // n  # requests
         count = max(options.least, 2 * at_once)
 
@@ -126,13 +120,10 @@ class ServeBench(Bench):
             tokens = n * sum(request.tokens for request in requests)
             return WaveFigures(tokens / seconds, (front_end.server.processor_s() - before) / tokens, each)
 
-        turns = Turns[FrontEnd, WaveFigures](front_ends)
-        try:
-            if not self.late():
-                turns.run(options.rounds, wave, self.late)
-        finally:
-            for i, one in enumerate(front_ends):
-                self.add(self.about_row(shape, one.row, concurrency, n), figures(turns, i))
+        rows = [one.row for one in front_ends]
+        about = functools.partial(self._about, shape, concurrency=concurrency, n=n)
+        found = functools.partial(figures, rows)
+        self.take_turns(front_ends, options.rounds, wave, lambda one: about(one.row), found)
 
     def sized(self, shape: Shape) -> Setting:
         """Return where servers run that have room for as many requests as are ever sent at a time."""
@@ -141,31 +132,23 @@ class ServeBench(Bench):
         more = ("--load-format", "dummy", "--no-enable-prefix-caching")
         return self.setting(length, most, 1.1 * shape.kv_bytes * most * length, *more)
 
-    def abouts(self, shape: Shape, name: str) -> list[Row]:
-        """Return what the rows of a server are about."""
+    def _abouts(self, shape: Shape, name: str) -> list[Row]:
         rows = [row for row in self.options.only if ROWS[row] == name]
-        return [self.about_row(shape, row, *level) for level in self.levels for row in rows]
+        return [self._about(shape, row, *level) for level in self.levels for row in rows]
 
-    def about_row(self, shape: Shape, row: str, concurrency: int, n: int) -> Row:
-        """Return what a row is about."""
-        about = {"row": row, "shape": shape.name, "concurrency": concurrency, "completions": n}
-        return {**about, "tokens": self.options.tokens}
+    def _about(self, shape: Shape, row: str, concurrency: int, n: int) -> Row:
+        return self.about_row(row, shape=shape.name, concurrency=concurrency, completions=n)
 
     def headline(self, done: Sequence[Row]) -> str:
-        """Return what `/v1/generate` reaches of the others, at every level."""
         text = "{shape} at {concurrency}, {completions} a request: {ratio_to_bare[median]:.1%} of the bare engine"
         text += ", {ratio_to_vllm_serve[median]:.1%} of vllm serve"
         found = [fill(text, row) for row in done if row["row"] == OURS]
         return f"throughput of /v1/generate on {self.where}: {'; '.join(found)}" if found else "nothing was measured"
 
 
-def figures(turns: Turns[FrontEnd, WaveFigures], i: int) -> dict[str, Any]:
+def figures(rows: Sequence[str], i: int, results: Sequence[list[WaveFigures]]) -> Row:
     """Return a row's figures, ratios round by round with the same requests."""
-    front_end, waves = turns.targets[i], turns.results[i]
-    if i in turns.failed:
-        return {"ok": False, "error": f"{turns.failed[i]}; {front_end.server.tail()}"}
-    if not waves:
-        return {"skipped": LATE}
+    waves = results[i]
     each = sorted(seconds for wave in waves for seconds in wave.request_s)
     row: dict[str, Any] = {
         "n": len(waves),
@@ -175,10 +158,10 @@ def figures(turns: Turns[FrontEnd, WaveFigures], i: int) -> dict[str, Any]:
         "request_s": {"median": statistics.median(each), "p95": each[math.ceil(0.95 * len(each)) - 1]},
         "rounds_tokens_per_s": [round(wave.tokens_per_s, 1) for wave in waves],
     }
-    for j, peer in enumerate(turns.targets):
-        if peer.row in RATIOS and j != i and j not in turns.failed:
-            pairs = zip(waves, turns.results[j], strict=True)
-            row[RATIOS[peer.row]] = spread([own.tokens_per_s / other.tokens_per_s for own, other in pairs])
+    for j, peer in enumerate(rows):
+        if peer in RATIOS and j != i and len(results[j]) == len(waves):  # else it has failed
+            pairs = zip(waves, results[j], strict=True)
+            row[RATIOS[peer]] = spread([own.tokens_per_s / other.tokens_per_s for own, other in pairs])
     return row
 
 

@@ -32,12 +32,8 @@ async def serve(argv: list[str]) -> None:
     from shared.sampling import SamplingParams
 
     args, config, _ = cli.resolve(argv)
-    engine = await asyncio.to_thread(
-        AsyncLLM.from_vllm_config,
-        config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        disable_log_stats=args.disable_log_stats,
-    )
+    options = {"usage_context": UsageContext.OPENAI_API_SERVER, "disable_log_stats": args.disable_log_stats}
+    engine = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, **options)
     gc.collect()
     gc.freeze()  # as servers do
     numbers = itertools.count()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.common.measure import COMPLETIONS, GENERATE, completions_body, generate_body, sampled
+from bench.common.load import COMPLETIONS, GENERATE, completions_body, generate_body, sampled
 from bench.common.servers import Server, Setting, vllm_serve
 
 PROMPT_TOKENS = (16, 64)
@@ -79,9 +79,8 @@ async def http_wave(
 
         async def send(request: LoadRequest) -> float:
             prompt, tokens, n = request
-            body = (
-                generate_body([prompt], tokens, "base", n) if path == GENERATE else completions_body(prompt, tokens, n)
-            )
+            ours = path == GENERATE
+            body = generate_body([prompt], tokens, "base", n) if ours else completions_body(prompt, tokens, n)
             data = json.dumps(body).encode()
             started = time.perf_counter()
             async with session.post(path, data=data, headers={"content-type": "application/json"}) as answer:
@@ -95,15 +94,12 @@ async def http_wave(
     return seconds
 
 
-Wave = Callable[[Sequence[LoadRequest], int], tuple[float, list[float]]]  # seconds of the wave and of each request
-
-
 class FrontEnd(NamedTuple):
     """One row: a server, and how a wave is sent to it."""
 
     row: str
     server: Server
-    wave: Wave
+    wave: Callable[[Sequence[LoadRequest], int], tuple[float, list[float]]]  # seconds of the wave and of each request
 
 
 def start(name: str, setting: Setting, folder: Path, max_rank: int) -> Server:

@@ -39,8 +39,6 @@ from bench.contenders.trl_merged_weights import TrlMergedWeights
 from bench.step.figures import TRL, TURNS, Step, figures, ours, reached, stop_ids, together
 from learner.utils.processes import ProcessGroup
 
-#: Options that all rows share.
-SAME = ("rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up")
 PARTS = (
     ("train_s", "training", "#2f6fb0"),
     ("sync_s", "bringing weights to the server", "#8c8c8c"),
@@ -68,18 +66,8 @@ class StepBench(Bench):
         "--rollout-server-flags": ("", "further flags for ours, in one string: --apply merge, say"),
         "--row-limit-s": (600.0, "end a training that takes longer"),
     }
-    quick_help = "a tiny model, 16 completions of up to 64 tokens a step"
-    quick = {
-        "shape": "tiny",
-        "rank": 8,
-        "batch": 16,
-        "group": 4,
-        "micro_batch": 8,
-        "prompt_tokens": 16,
-        "tokens": 64,
-        "mean_tokens": 24,
-        "warm_up": 2,
-    }
+    quick = "--shape tiny --rank 8 --batch 16 --group 4 --prompt-tokens 16 --tokens 64 --mean-tokens 24 --warm-up 2"
+    same = "rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up"
     figure = "step_s"
     about = {"row": "row"}
     columns = {
@@ -116,10 +104,10 @@ class StepBench(Bench):
         setting, rank = self.sized(), served_rank(options.rank)
         # The weights are gigabytes: they never lie in --work-dir.
         self.folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
-        policy = Policy(self.folder, torch.device(self.device), self.dtype)
+        policy = Policy(self.folder, self.device, self.dtype)
         write_weights(policy, self.shape, self.folder, self.dtype)
         del policy
-        if not setting.on_cpu:
+        if self.device != "cpu":
             torch.cuda.empty_cache()
         # A rollout that runs S ahead can live through S pushes.
         slots = str(max(2, *(1 + bound for bound in options.staleness)))
@@ -132,14 +120,14 @@ class StepBench(Bench):
             "peer": {TRL: None},
         }
         starts = {name: functools.partial(one.start, self.folder, rank) for name, one in contenders.items()}
-        with self.servers(starts, lambda name: [self.about_row(row) for row in bounds[name]]) as servers:
+        with self.servers(starts, lambda name: [self._about(row) for row in bounds[name]]) as servers:
             for name, server in servers.items():
                 for row, bound in bounds[name].items():
-                    with self.failure_kept(self.about_row(row), server=server):
+                    with self.failure_kept(self._about(row), server=server):
                         self.in_time()
                         answer = self.train(row, server, bound)
                         steps = [Step(**step) for step in answer.pop("steps")]
-                        self.add(self.about_row(row), {**figures(steps), **answer})
+                        self.add(self._about(row), {**figures(steps), **answer})
                 server.end()
 
     def train(self, row: str, server: Server, max_staleness: int | None) -> dict[str, Any]:
@@ -150,11 +138,9 @@ class StepBench(Bench):
         """
         options, work = self.options, self.work / re.sub(r"\W+", "-", row)
         work.mkdir(parents=True, exist_ok=True)
-        profile = None
         if options.profile_dir:
             options.profile_dir.mkdir(parents=True, exist_ok=True)
-            profile = str((options.profile_dir / f"{work.name}.txt").resolve())
-        training = {name: getattr(options, name) for name in (*SAME, "steps")} | {
+        training = {name: getattr(options, name) for name in (*self.same, "steps")} | {
             "folder": str(self.folder),
             "vocab": self.shape.vocab,
             "dtype": self.dtype,
@@ -163,7 +149,7 @@ class StepBench(Bench):
             "share_gpu": row == TURNS,
             "stop_token_ids": stop_ids(self.shape.vocab, options.mean_tokens),
             "output": str(work / "trainer"),
-            "profile": profile,
+            "profile": options.profile_dir and str((options.profile_dir / f"{work.name}.txt").resolve()),
         }
         asked, answered, log = work / "training.json", work / "steps.json", work / "learner.log"
         asked.write_text(json.dumps(training))
@@ -179,10 +165,8 @@ class StepBench(Bench):
             raise RuntimeError(f"the learner {status}; log {log}: ...{log.read_text(errors='replace')[-600:]}")
         return dict(json.loads(answered.read_text()))
 
-    def about_row(self, row: str) -> Row:
-        """Return what a row is about."""
-        same = {name: getattr(self.options, name) for name in SAME}
-        return {"row": row, "shape": self.shape.name, "parameters": self.shape.parameters, **same}
+    def _about(self, row: str) -> Row:
+        return self.about_row(row, shape=self.shape.name, parameters=self.shape.parameters)
 
     def sized(self) -> Setting:
         """Return where servers run that have room for two batches, the current one and one that is generated ahead."""
@@ -193,7 +177,6 @@ class StepBench(Bench):
         return self.setting(length, sequences, self.shape.kv_bytes * sequences * used)
 
     def headline(self, done: Sequence[Row]) -> str:
-        """Return one sentence with the figures of all rows, and what they show together."""
         text = fill("{shape}, LoRA rank {rank}, {batch} completions of up to {tokens} tokens a step", done[0])
         text += f", on {self.where}: " + "; ".join(fill("{row} {step_s[median]:.2f} s a step", row) for row in done)
         shown = together(done)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.common.measure import spread
-from bench.common.report import Row
+from bench.common.report import Row, spread
 
 TRL = "TRL server mode"
 TURNS = "lockstep, S = 0, one GPU by turns"
@@ -61,7 +59,7 @@ def figures(steps: Sequence[Step]) -> dict[str, Any]:
     parts = {"step": "seconds", "wait": "wait", "sync": "sync", "train": "train", "idle": "server_idle"}
     return {
         "n": len(steps),
-        **{f"{part}_s": with_mean([getattr(step, name) for step in steps]) for part, name in parts.items()},
+        **{f"{part}_s": spread([getattr(step, name) for step in steps]) for part, name in parts.items()},
         "tokens_per_step": tokens / len(steps),
         "tokens_per_s": tokens / seconds,
         "server_tokens_per_s": tokens / max(seconds - idle, 1e-9),
@@ -69,11 +67,6 @@ def figures(steps: Sequence[Step]) -> dict[str, Any]:
         "learner_bubble": wait / seconds,
         "server_bubble": idle / seconds,
     }
-
-
-def with_mean(values: Sequence[float]) -> dict[str, float]:
-    """Return median, range and mean."""
-    return {**spread(values), "mean": statistics.fmean(values)}
 
 
 def together(rows: Sequence[Row]) -> dict[str, float]:

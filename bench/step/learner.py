@@ -23,8 +23,9 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bench.common.measure import random_prompts, timed
+from bench.common.load import random_prompts
 from bench.common.models import wait_for
+from bench.common.report import timed
 from bench.common.servers import free_port
 from bench.contenders.lockstep import train_with_rollouts
 from bench.step.figures import Step
@@ -136,8 +137,7 @@ class TrlWatch(TrainerCallback):
             return answer
 
         def timed_sync() -> None:
-            _, seconds = timed(sync)
-            self._sync_s += seconds
+            self._sync_s += timed(sync)[1]
 
         generation.generate, generation.sync_weights = timed_generate, timed_sync
 

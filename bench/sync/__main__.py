@@ -19,16 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from peft import PeftModel
 
-from bench.common.background_load import TOKENS, compare, loaded, pushing, quiet, read_records
 from bench.common.harness import Bench
-from bench.common.measure import random_prompts, spread
+from bench.common.load import TOKENS, compare, loaded, pushing, quiet, random_prompts, read_records
 from bench.common.models import Policy, Shape, optimizer_step, served_rank
-from bench.common.report import Row, fill, grouped, picture
+from bench.common.report import Row, fill, grouped_picture, spread
 from bench.common.servers import Server
 from bench.contenders import Contender, Moved, SyncPath
 from bench.contenders.lockstep import Lockstep, LockstepPath
@@ -38,7 +36,6 @@ from bench.contenders.vllm_adapter_files import VllmAdapterFiles
 KV_CACHE_BYTES = 4 << 30
 # Merged weights come last: their collective operations know no deadline.
 CONTENDERS: tuple[type[Contender], ...] = (Lockstep, VllmAdapterFiles, TrlMergedWeights)
-MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +54,6 @@ def _parts(row: Row) -> str:
     if "under_load" not in row:
         return text
     return text + fill(" | decode {ratio:.1%} of {tokens_per_s_quiet:.0f} tok/s", row["under_load"])
-
-
-def _told(row: Row) -> str:
-    cost = fill("; decoding at {ratio:.1%} of its rate", row["under_load"]) if "under_load" in row else ""
-    return fill("first token after {first_token_s:.4f} s, push {push_s:.4f} s", row) + cost
 
 
 #: For the learner's side to notice that its server is gone.
@@ -91,19 +83,19 @@ class SyncBench(Bench):
         "--window-s": (5.0, "seconds of each"),
         "--row-limit-s": (240.0, "end the server of a row that takes longer"),
     }
-    quick_help, quick = "a tiny model, rank 8, at most 5 pushes", {"shapes": "tiny", "ranks": "8"}
+    quick = "--shapes tiny --ranks 8"  # and at most 5 pushes
     row_names = tuple(row for contender in CONTENDERS for row in contender.rows)
     notes = {row: note for contender in CONTENDERS for row, note in contender.notes.items()}
     figure = "first_token_s"
     about = {"shape": "shape", "rank": "rank", "row": "row"}
     columns = {
-        "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+        "MB": "{bytes:1e-6*.1f}",
         "n": "{n}",
         "push s": "{push_s:.4f}",
         "first token s": "{first_token_s:.4f}",
         "median parts, ms": _parts,
     }
-    what, told = "{shape} rank {rank} {row}", _told
+    what, told = "{shape} rank {rank} {row}", "first token after {first_token_s:.4f} s, push {push_s:.4f} s"
 
     def check(self) -> None:
         super().check()
@@ -123,10 +115,10 @@ class SyncBench(Bench):
             self.rows = list(json.loads(self.options.json.read_text())["rows"])
         for shape in self.shapes:
             plans = list(self.plans(shape))
-            with self.failure_kept(*(about for plan in plans for about in self.abouts(plan))):
+            with self.failure_kept(*(about for plan in plans for about in self._abouts(plan))):
                 self.in_time()
                 folder = shape.write(self.scratch / shape.name, self.dtype)
-                policy = Policy(folder, torch.device(self.device), self.dtype)
+                policy = Policy(folder, self.device, self.dtype)
                 for side_by_side in [plans] if self.options.parallel_start else [[plan] for plan in plans]:
                     self.measure(side_by_side, folder, policy)
 
@@ -148,21 +140,18 @@ class SyncBench(Bench):
         starts: dict[ServerPlan, Callable[[], Server]] = {
             plan: functools.partial(plan.contender.start, folder, plan.max_rank) for plan in plans
         }
-        with self.servers(starts, self.abouts) as servers:
+        with self.servers(starts, self._abouts) as servers:
             for plan, server in servers.items():
                 for rank in plan.ranks:
                     with policy.adapter(rank, self.options.adapter_dtype) as model:
                         for row in plan.rows:
-                            self.measure_row(plan, server, self.about_row(plan, row, rank, server), model)
+                            self.measure_row(plan, server, self._about(plan, row, rank, server), model)
                 server.end()
 
     def measure_row(self, plan: ServerPlan, server: Server, about: dict[str, Any], model: PeftModel) -> None:
         """Measure one row, and ours again under load."""
         options, vocab = self.options, plan.shape.vocab
-        with (
-            self.watched(server, about),
-            self.failure_kept(about, server=server),
-        ):
+        with self.watched(server, about), self.failure_kept(about, server=server):
             self.in_time()
             with plan.contender.path(about["row"], server, model) as path:
                 self.add(about, measure(path, model, options.pushes, vocab))
@@ -173,21 +162,14 @@ class SyncBench(Bench):
                         log = self.work / f"load-{path.run_id}.log"
                         self.add(loaded, under_load(path, server.url, model, log, *load, vocab))
 
-    def abouts(self, plan: ServerPlan) -> list[Row]:
-        """Return what the rows of a server are about."""
-        return [self.about_row(plan, row, rank) for rank in plan.ranks for row in plan.rows]
+    def _abouts(self, plan: ServerPlan) -> list[Row]:
+        return [self._about(plan, row, rank) for rank in plan.ranks for row in plan.rows]
 
-    def about_row(self, plan: ServerPlan, row: str, rank: int, server: Server | None = None) -> dict[str, Any]:
-        """Return what a row is about."""
-        return {
-            "row": row,
-            "shape": plan.shape.name,
-            "rank": rank,
-            "parameters": plan.shape.parameters,
-            "server_max_lora_rank": plan.max_rank if plan.contender.needs_rank else None,
-            "server_start_s": server.start_s if server else None,
-            "servers_side_by_side": self.options.parallel_start,
-        }
+    def _about(self, plan: ServerPlan, row: str, rank: int, server: Server | None = None) -> dict[str, Any]:
+        about = {"shape": plan.shape.name, "rank": rank, "parameters": plan.shape.parameters}
+        about["server_max_lora_rank"] = plan.max_rank if plan.contender.needs_rank else None
+        about |= {"server_start_s": server and server.start_s, "servers_side_by_side": self.options.parallel_start}
+        return self.about_row(row, **about)
 
     @contextlib.contextmanager
     def watched(self, server: Server, about: Row) -> Iterator[None]:
@@ -216,34 +198,23 @@ class SyncBench(Bench):
             done.set()
 
     def headline(self, done: Sequence[Row]) -> str:
-        """Return the shape and rank that most rows were measured on, the largest of these, and its ways by time."""
-        rows = sorted(
-            (row for row in done if "under_load" not in row), key=lambda row: float(row["first_token_s"]["median"])
-        )
-        places = Counter((row["shape"], row["rank"], row["parameters"]) for row in rows)
-        shape, rank, _ = max(places, key=lambda place: (places[place], place[2], -place[1]))
-        best = [row for row in rows if (row["shape"], row["rank"]) == (shape, rank)]
-        ways = "; ".join(fill("{row} {first_token_s:.4f} s", row) for row in best)
-        text = (
-            f"{shape}, LoRA rank {rank}, on {self.where}: from the optimizer step to the first token of the new version"
-        )
-        return f"{text} (median of {best[0]['n']}, range): {ways}"
+        rows = [row for row in done if "under_load" not in row] or done
+        # The shape and rank that most rows were measured on, the largest of these.
+        places = Counter((row["parameters"], -row["rank"]) for row in rows)
+        most = max(places, key=lambda place: (places[place], place))
+        best = [row for row in rows if (row["parameters"], -row["rank"]) == most]
+        best.sort(key=lambda row: float(row[self.figure]["median"]))
+        ways = [fill("{row} {first_token_s:.4f} s", row) for row in best]
+        text = "{shape}, LoRA rank {rank}, on {where}: from the optimizer step to the first token of the new version "
+        text += "(median of {n}, range): {ways}"
+        return fill(text, {**best[0], "where": self.where, "ways": "; ".join(ways)})
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:
-        """Draw first-token seconds of every row, median and range, on a log scale."""
-        places, series = grouped(done, ("shape", "rank"), self.figure)
-        width, title = 4.5 + max(4.0, 1.1 * len(places)), "optimizer step -> first token of the new version"
-        with picture(path, width, 4.8, title, loc="outside right upper") as axes:
-            for marker, (name, x, medians, ranges, _) in zip(itertools.cycle(MARKERS), series, strict=False):
-                axes.errorbar(x, medians, yerr=ranges, fmt=marker, capsize=3, markersize=6, label=name)
-            axes.set_yscale("log")
-            axes.set_xticks(range(len(places)), [f"{shape}\nrank {rank}" for shape, rank in places])
-            axes.set_ylabel("seconds, median and range")
-            axes.grid(axis="y", which="both", alpha=0.25)
+        title, place = "optimizer step -> first token of the new version", "{}\nrank {}"
+        grouped_picture(path, done, self.figure, ("shape", "rank"), place, title, "seconds", bars=False)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One push: seconds from the end of the optimizer step to its return, and to the first token."""
 
     push_s: float

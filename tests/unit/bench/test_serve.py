@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench.common.measure import GENERATE, Turns, completions_body, generate_body
+from bench.common.load import GENERATE, completions_body, generate_body
 from bench.common.models import SHAPES
 from bench.common.servers import Setting
 from bench.serve import front_ends
-from bench.serve.__main__ import ServeBench, figures
+from bench.serve.__main__ import ServeBench
 from bench.serve.front_ends import BARE, OURS, ROWS, VLLM, FrontEnd, LoadRequest, http_wave, in_parallel, make_requests
 from learner.utils.processes import Stopped
 from shared.rollouts import GenerateRequest
@@ -179,7 +179,6 @@ def test_rows_are_written_down_when_it_is_stopped_and_none_begins_too_late() -> 
     assert [row["n"] for row in bench.rows] == [1, 1]
     late = measured([front_end(BARE)], "--deadline-s", "-1")
     assert late.rows[0]["skipped"] == "the deadline had passed"
-    assert "skipped" in figures(Turns([front_end(VLLM)]), 0)
 
 
 def test_the_headline_is_our_routes_share() -> None:
@@ -211,7 +210,7 @@ def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_only_servers_of_the_rows_that_are_asked_for() -> None:
     bench = ServeBench([*FLAGS, "--only", f"{BARE},{OURS}"])
-    abouts = {name: [about["row"] for about in bench.abouts(TINY, name)] for name in dict.fromkeys(ROWS.values())}
+    abouts = {name: [about["row"] for about in bench._abouts(TINY, name)] for name in dict.fromkeys(ROWS.values())}
     assert abouts == {"engine": [BARE], "rollout-server": [OURS], "vllm serve": []}
 
 

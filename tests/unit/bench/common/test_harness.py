@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from bench.common.harness import Bench, Skip, pick_rows
 from bench.common.report import Row, fill, picture
+from learner.utils.processes import Stopped
 
 
 class ToyBench(Bench):
@@ -20,7 +21,7 @@ class ToyBench(Bench):
     name = "toy"
     standard = "plot shapes rank only deadline-s server-flags"
     flags = {"--rank": (8, ""), "--paces": ("1,2", ""), "--fast": (False, ""), "--share": (float, "")}  # noqa: RUF012
-    quick_help, quick = "smaller", {"shapes": "tiny"}
+    quick = "--shapes tiny"
     row_names = ("ours, http", "ours, nccl", "theirs")
     notes = {"theirs": "slow"}  # noqa: RUF012
     figure = "wait_s"
@@ -90,6 +91,11 @@ def test_templates_have_ranges_and_what_is_missing() -> None:
     assert fill("{wait_s:.2f} {wait_s[max]:.1f} {pace} {memory} {fit[gap]:.1e} {lags}", row) == (
         "0.50 (0.25-1.00) 1.0 2 - - [0, 1]"
     )
+
+
+def test_templates_may_begin_with_a_factor() -> None:
+    row = {"wait_s": {"median": 0.5, "min": 0.25, "max": 1.0}}
+    assert fill("{wait_s:1e3*.0f} {wait_s[max]:1e3*.1f} {push_s:1e3*.1f}", row) == "500 (250-1000) 1000.0 -"
 
 
 def test_table_columns_line_up() -> None:
@@ -196,6 +202,74 @@ def test_after_the_deadline_nothing_is_started() -> None:
     with bench.servers({"a": lambda: pytest.fail("started")}, lambda name: [about(name)]) as servers:
         assert servers == {}
     assert bench.rows[0]["skipped"] == "the deadline had passed"
+
+
+class Target:
+    """Takes turns."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.server = name, self
+
+    def tail(self) -> str:
+        return "log"
+
+
+def turns(bench: ToyBench, rounds: int, turn: Callable[[str, int], Any], names: str = "ab") -> list[Any]:
+    """The results of each target's row, or why it has none."""
+    targets = [Target(name) for name in names]
+    try:
+        bench.take_turns(
+            targets,
+            rounds,
+            lambda target, number: turn(target.name, number),
+            lambda target: about(target.name),
+            lambda i, results: {"found": results[i]},
+        )
+    finally:
+        found = [row.get("found", row.get("error", row.get("skipped"))) for row in bench.rows]
+    return found
+
+
+def test_another_target_is_first_in_every_round_and_the_first_round_is_not_counted() -> None:
+    order: list[str] = []
+    assert turns(ToyBench([]), 3, lambda name, number: (order.append(name), number)[1], "abc") == [[1, 2, 3]] * 3
+    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "a", "b", "c"]
+
+
+def test_a_target_that_fails_gets_no_further_turn() -> None:
+    asked: list[str] = []
+
+    def turn(name: str, number: int) -> int:
+        asked.append(name)
+        if (name, number) == ("b", 2):
+            raise RuntimeError("gone")
+        return number
+
+    assert turns(ToyBench([]), 3, turn) == [[1, 2, 3], "RuntimeError: gone; log"]
+    assert asked.count("b") == 3
+
+
+def test_a_round_counts_completely_and_none_begins_too_late() -> None:
+    late, calls = ToyBench([]), 0
+
+    def in_time_once(name: str, number: int) -> int:
+        late.deadline = 0.0
+        return number
+
+    assert turns(late, 4, in_time_once) == [[1], [1]]
+    assert turns(ToyBench(["--deadline-s", "-1"]), 4, lambda name, number: number) == ["the deadline had passed"] * 2
+
+    def stopped(name: str, number: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise Stopped("SIGTERM")
+        return number
+
+    bench = ToyBench([])
+    with pytest.raises(Stopped):
+        turns(bench, 4, stopped)
+    assert [row["found"] for row in bench.rows] == [[1], [1]]
 
 
 def test_main_measures_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

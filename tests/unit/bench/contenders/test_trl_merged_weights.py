@@ -42,7 +42,7 @@ class Client:
 
 def test_a_push_streams_every_base_parameter_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl.generation.vllm_generation.VLLMClient", Client)
-    policy = Policy(SHAPES["tiny"].write(tmp_path, "float32"), torch.device("cpu"), "float32")
+    policy = Policy(SHAPES["tiny"].write(tmp_path, "float32"), "cpu", "float32")
     names = {name for name, _ in policy.base.named_parameters()}
     before = policy.base.model.layers[0].self_attn.q_proj.weight.clone()
     with policy.adapter(8, "float32") as model:

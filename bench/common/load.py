@@ -1,6 +1,6 @@
-"""Requests that keep a rollout server decoding, from a process of their own, and the cost of pushes to them.
+"""Requests for a fixed number of tokens, and a process whose requests keep a rollout server decoding under pushes.
 
-python -m bench.common.background_load URL RUN_ID REQUESTS LEAST MOST VOCAB    # until it is ended
+python -m bench.common.load URL RUN_ID REQUESTS LEAST MOST VOCAB    # until it is ended
 
 A request decodes LEAST to MOST tokens; "request START END TOKENS" is printed for each.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import random
 import statistics
 import sys
@@ -20,12 +21,61 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from bench.common.measure import GENERATE, generate_body, random_prompts, spread
+from bench.common.report import spread
 from learner.utils.processes import ProcessGroup
 
+GENERATE, COMPLETIONS = "/v1/generate", "/v1/completions"
+Sampled = tuple[list[int], list[float]]  # token ids and logprobs of one sequence
 TOKENS = 64
 PROMPT_TOKENS = 16
 FIRST_REQUEST_S = 120.0
+
+
+def random_prompts(count: int, vocab: int, length: int, seed: int | str) -> list[list[int]]:
+    """Return prompts of random token ids, the same for the same seed."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab) for _ in range(length)] for _ in range(count)]
+
+
+def generate_body(prompts: Sequence[list[int]], tokens: int, policy: Any, n: int = 1, **more: Any) -> dict[str, Any]:
+    """Return the body of a request to `/v1/generate`."""
+    sampling = {"n": n, "max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}
+    asked = [{"token_ids": prompt} for prompt in prompts]
+    return {"prompts": asked, "policy": policy, "return_text": False, "sampling": sampling, **more}
+
+
+def completions_body(prompt: list[int] | list[list[int]], tokens: int, n: int = 1) -> dict[str, Any]:
+    """Return the body of a request to vLLM's `/v1/completions`, for the base."""
+    return {
+        "model": "base",
+        "prompt": prompt,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "n": n,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 1.0,
+    }
+
+
+def sampled(path: str, status: int, content: bytes, tokens: int, count: int) -> list[Sampled]:
+    """Return what an answer has sampled, `tokens` tokens for each of `count` sequences.
+
+    Raises:
+        RuntimeError: the answer is an error, or has other numbers of tokens.
+    """
+    if status != 200:
+        raise RuntimeError(f"{path} answered {status}: {content[:300]!r}")
+    document = json.loads(content)
+    if path == GENERATE:
+        found = [(one["token_ids"], one["logprobs"]) for group in document["groups"] for one in group["completions"]]
+    else:
+        choices = sorted(document["choices"], key=lambda choice: choice["index"])
+        found = [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+    counts = [(len(ids), len(logprobs)) for ids, logprobs in found]
+    if counts != [(tokens, tokens)] * count:
+        raise RuntimeError(f"{path}: tokens and logprobs came back as {counts[:8]}, not {tokens} for each of {count}")
+    return found
 
 
 class Record(NamedTuple):
@@ -38,12 +88,8 @@ class Record(NamedTuple):
 
 def tokens_within(records: Sequence[Record], start: float, end: float) -> float:
     """Return the tokens decoded between two instants, each request's spread evenly over its time."""
-    total = 0.0
-    for record in records:
-        overlap = min(record.end, end) - max(record.start, start)
-        if overlap > 0:
-            total += record.tokens * overlap / max(record.end - record.start, 1e-9)
-    return total
+    overlaps = ((record, min(record.end, end) - max(record.start, start)) for record in records)
+    return sum(r.tokens * overlap / max(r.end - r.start, 1e-9) for r, overlap in overlaps if overlap > 0)
 
 
 @contextlib.contextmanager
@@ -53,7 +99,7 @@ def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab:
     Args:
         tokens: the least and the most tokens of a request.
     """
-    command = [sys.executable, "-m", "bench.common.background_load", url, run_id, *map(str, (requests, *tokens, vocab))]
+    command = [sys.executable, "-m", "bench.common.load", url, run_id, *map(str, (requests, *tokens, vocab))]
     deadline = time.monotonic() + FIRST_REQUEST_S
     with ProcessGroup(command, {}, log) as load:
         while not read_records(log):
@@ -84,12 +130,8 @@ def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], r
 
 def read_records(log: Path) -> list[Record]:
     """Return the requests that have finished so far."""
-    records = []
-    for line in log.read_text(errors="replace").splitlines():
-        fields = line.split()
-        if len(fields) == 4 and fields[0] == "request":
-            records.append(Record(float(fields[1]), float(fields[2]), int(fields[3])))
-    return records
+    lines = map(str.split, log.read_text(errors="replace").splitlines())
+    return [Record(float(f[1]), float(f[2]), int(f[3])) for f in lines if len(f) == 4 and f[0] == "request"]
 
 
 def quiet(seconds: float) -> tuple[float, float]:
