@@ -27,7 +27,6 @@ from bench.common.report import Row, spread, timed
 from bench.common.servers import Server, Setting
 from bench.contenders.lockstep import COLLECTIVE, HTTP, Lockstep, LockstepPath
 
-PROMPT_ROOM = 32
 KV_CACHE_BYTES = 4 << 30
 
 
@@ -70,8 +69,7 @@ class SlotsBench(Bench):
     def run(self) -> None:
         options = self.options
         folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
-        sizes = options.tokens + PROMPT_ROOM, options.requests, KV_CACHE_BYTES
-        setting = self.setting(*sizes, "--load-format", "dummy")
+        setting = self.setting(options.tokens + 32, options.requests, KV_CACHE_BYTES, "--load-format", "dummy")
         starts = {slots: functools.partial(self.start, slots, setting, folder) for slots in options.slots}
         with (
             self.servers(starts, lambda slots: [self._about(slots)]) as servers,

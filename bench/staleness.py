@@ -59,8 +59,7 @@ class StalenessBench(Bench):
     told = "right {eval_before:.3f} -> {eval_after:.3f}, {train_seconds:.0f} s"
 
     def check(self) -> None:
-        self.numbers("seeds")
-        self.numbers("staleness")
+        self.numbers("seeds", "staleness")
 
     def pick_devices(self) -> list[str]:
         self.device, self.server_device = "cpu", None

@@ -128,9 +128,10 @@ class Bench:
         if "only" in options:
             options.only = pick_rows(options.only, self.row_names)
 
-    def numbers(self, name: str, kind: Callable[[str], Any] = int) -> None:
-        """Convert a comma-separated option to the sorted list of its numbers."""
-        setattr(self.options, name, sorted({kind(part) for part in getattr(self.options, name).split(",")}))
+    def numbers(self, *names: str) -> None:
+        """Convert comma-separated options to the sorted lists of their numbers."""
+        for name in names:
+            setattr(self.options, name, sorted({int(part) for part in getattr(self.options, name).split(",")}))
 
     def at_least(self, least: int, *names: str) -> None:
         """Raise ValueError if one of these options, or an item of it, is less."""

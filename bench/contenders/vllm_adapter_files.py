@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -83,8 +84,8 @@ class VllmAdapterFiles(Contender):
 
     def start(self, folder: Path, max_rank: int) -> Server:
         flags = f"--served-model-name base --enable-lora --max-loras 1 --max-cpu-loras 2 --max-lora-rank {max_rank}"
-        log, env = f"{folder.name}-file-{max_rank}.log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-        return self.setting.start("vllm serve", vllm_serve(folder), log, *flags.split(), **env)
+        start = functools.partial(self.setting.start, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+        return start("vllm serve", vllm_serve(folder), f"{folder.name}-file-{max_rank}.log", *flags.split())
 
     @contextlib.contextmanager
     def path(self, row: str, server: Server, model: PeftModel) -> Iterator[FilePath]:

@@ -76,8 +76,10 @@ class FleetBench(Bench):
         self.ports = {name: free_port() for name in names}
         with self.failure_kept({"row": "fleet"}), contextlib.ExitStack() as stack:
             limit = stack.enter_context(quotas(names, options.cores))
-            servers = {name: self.start(name) for name in names}
-            stack.callback(lambda: [server.end() for server in servers.values()])
+            servers: dict[str, Server] = {}
+            for name in names:
+                servers[name] = self.start(name)
+                stack.callback(lambda each: servers[each].end(), name)  # whichever has the name by then
             policy = Policy(self.folder, self.device, self.dtype)
             self.model = stack.enter_context(policy.adapter(options.rank, "float32"))
             for name, server in servers.items():
@@ -111,8 +113,8 @@ class FleetBench(Bench):
     def start(self, name: str) -> Server:
         """Start the server of a name, on its port."""
         options, gpu = self.options, self.device != "cpu"
-        sizes = options.tokens + 64, options.seqs, KV_CACHE_BYTES
-        setting = self.setting(*sizes, "--load-format", "dummy", "--max-runs", "1")
+        more = ("--load-format", "dummy", "--max-runs", "1")
+        setting = self.setting(options.tokens + 64, options.seqs, KV_CACHE_BYTES, *more)
         device = visible_device(self.names.index(name) + 1) if gpu else None
         # On a CPU vLLM binds every engine to the same first cores.
         env = {} if gpu else {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

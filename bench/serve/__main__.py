@@ -83,8 +83,7 @@ class ServeBench(Bench):
     def check(self) -> None:
         super().check()
         options = self.options
-        self.numbers("concurrency")
-        self.numbers("n")
+        self.numbers("concurrency", "n")
         self.at_least(1, "concurrency", "tokens", "n", "rounds", "least")
         #: Sequences at a time and completions of each request: all pairs that make whole requests.
         self.levels = [(most, n) for most in options.concurrency for n in options.n if most % n == 0]

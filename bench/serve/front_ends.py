@@ -74,8 +74,8 @@ async def http_wave(
     import aiohttp  # of vLLM's own dependencies; httpx would need as much of a core as a server does
 
     answers: list[tuple[LoadRequest, int, bytes]] = []
-    options = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(total=WAVE_LIMIT_S)}
-    async with aiohttp.ClientSession(url, **options) as session:
+    limit, patience = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=WAVE_LIMIT_S)
+    async with aiohttp.ClientSession(url, connector=limit, timeout=patience) as session:
 
         async def send(request: LoadRequest) -> float:
             prompt, tokens, n = request
