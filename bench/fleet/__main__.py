@@ -11,151 +11,157 @@ a control group with a limit (needs write access to /sys/fs/cgroup). With GPUs e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import itertools
 import json
-import random
-import secrets
-import shlex
+import statistics
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.common.policy import Policy, optimizer_step
-from bench.common.report import cpu_name, describe, machine
-from bench.common.servers import Server, engine_flags, environment, free_port, visible_device
-from bench.common.shapes import Shape, pick_shapes
+from bench.common.harness import Bench
+from bench.common.load import random_prompts
+from bench.common.models import Policy, optimizer_step
+from bench.common.report import Row, picture
+from bench.common.servers import Server, free_port, visible_device
+from bench.contenders.lockstep import LockstepPool
 from bench.fleet.quota import quotas
-from bench.fleet.report import SETTLE_S, FleetReport, plot, table
-from learner.rollouts.completions import AllowedVersion
-from learner.rollouts.dispatch import Dispatcher, group_requests
-from learner.run_dir.lease import Lease
-from learner.servers.client import RolloutClient
-from learner.servers.discovery import ServerDiscovery
-from learner.servers.event_log import EventLog
-from learner.servers.pool import ServerPool
-from learner.sync.publisher import Publisher
-from learner.utils.logs import show_messages
-from learner.utils.processes import Stopped, stop_on_signals
-from shared.errors import LockstepError
-from shared.sampling import SamplingParams
 
+#: Seconds after an event that belong to it: what had begun on another set of servers comes to its end.
+SETTLE_S = 4.0
 KV_CACHE_BYTES = 4 << 30
 START_TIMEOUT_S = 600.0
+Until = Callable[[], bool]
 
 
-@dataclass
-class Run:
-    """All servers of a run, and who asks them."""
+class FleetBench(Bench):
+    """Tokens per second, a row for every stretch in which the same servers are up."""
 
-    options: argparse.Namespace
-    shape: Shape
-    work: Path
-    report: FleetReport
+    name = "fleet"
+    standard = "plot shape rank server-flags"
+    flags = {
+        "--servers": (3, ""),
+        "--cores": (float, "CPU seconds a second for each server; default: no limit"),
+        "--shape": ("tiny", ""),
+        "--rank": (8, "of the adapter"),
+        "--seqs": (16, "--max-num-seqs of every server"),
+        "--n": (4, "completions of a prompt"),
+        "--tokens": (48, "of each completion"),
+        "--prompts": (36, "of a batch; two batches are being fetched at the same time"),
+        "--window-s": (30.0, "between two events, and for each server alone"),
+        "--push-every-s": (2.0, ""),
+        "--work-dir": (Path, "keeps the servers' logs and the record of the run"),
+    }
+    quick = "--servers 2 --window-s 8 --shape tiny --seqs 8 --prompts 12"
+    figure = "tokens_per_s"
+    about = {"from s": "start", "to s": "end", "servers up": "row"}
+    columns = {"tokens/s": "{tokens_per_s:.0f}", "alone, summed": "{expected:.0f}", "ratio": "{ratio:.1%}"}
+    what = "{row} up from {start:.0f} to {end:.0f} s"
+    told = "{tokens_per_s:.0f} tokens/s, {ratio:.1%} of what they give alone"
 
-    def __post_init__(self) -> None:
-        self.folder = self.shape.write(self.work / self.shape.name, self.dtype)
-        self.lease = Lease(f"bench-fleet-{secrets.token_hex(3)}", secrets.token_hex(16), 0)
-        self.ports = {name: free_port() for name in self.options.names}
+    def check(self) -> None:
+        super().check()
+        if not 2 <= self.options.servers <= 26:
+            raise ValueError("--servers: 2 to 26")
+        self.names = [chr(ord("A") + i) for i in range(self.options.servers)]
 
-    @property
-    def dtype(self) -> str:
-        return "bfloat16" if torch.cuda.is_available() else "float32"
+    def run(self) -> None:
+        names, options = self.names, self.options
+        self.folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
+        self.ports = {name: free_port() for name in names}
+        with self.failure_kept({"row": "fleet"}), contextlib.ExitStack() as stack:
+            limit = stack.enter_context(quotas(names, options.cores))
+            servers: dict[str, Server] = {}
+            for name in names:
+                servers[name] = self.start(name)
+                stack.callback(lambda each: servers[each].end(), name)  # whichever has the name by then
+            policy = Policy(self.folder, self.device, self.dtype)
+            self.model = stack.enter_context(policy.adapter(options.rank, "float32"))
+            for name, server in servers.items():
+                server.wait_ready(START_TIMEOUT_S)
+                limit(name, server.pid)
+            alone = self.machine["alone_tokens_per_s"] = {name: self.alone(server) for name, server in servers.items()}
+            print(f"bench: alone, tokens/s: {json.dumps({n: round(a, 1) for n, a in alone.items()})}", flush=True)
+            listed = self.work / "servers.txt"
+            listed.write_text("".join(f"{servers[name].url}\n" for name in names[:-1]))
+            pool = LockstepPool(f"file:{listed}", self.model, self.work / "servers.jsonl")
+            stack.callback(pool.close)
+            with self.load(pool) as train:
+                train(for_seconds(options.window_s + SETTLE_S))
+                listed.write_text("".join(f"{server.url}\n" for server in servers.values()))  # the last one joins
+                train(lambda: pool.up() == len(names))
+                train(for_seconds(options.window_s + SETTLE_S))
+                victim = names[0]
+                servers[victim].kill()
+                train(for_seconds(options.window_s + SETTLE_S))
+                servers[victim].end()
+                servers[victim] = self.start(victim)
+                train(servers[victim].is_ready)
+                limit(victim, servers[victim].pid)
+                train(lambda: pool.up() == len(names))
+                train(for_seconds(options.window_s + SETTLE_S))
+            by_url = {server.url: name for name, server in servers.items()}
+            self.machine["records"] = [{**record, "server": by_url[record["server"]]} for record in pool.records()]
+            for row in stretches(self.machine["records"], alone):
+                self.add(row, {})
 
     def start(self, name: str) -> Server:
-        """A server at the place that this name has."""
-        options, index = self.options, self.options.names.index(name)
-        sizes = (
-            "--load-format",
-            "dummy",
-            "--max-model-len",
-            str(options.tokens + 64),
-            "--max-num-seqs",
-            str(options.seqs),
-            "--max-runs",
-            "1",
-        )
-        cuda = torch.cuda.is_available()
-        flags = engine_flags(sizes, KV_CACHE_BYTES, "cuda" if cuda else "cpu", options.server_flags)
-        port = self.ports[name]
-        command = [sys.executable, "-m", "rollout_server.cli", str(self.folder), "--port", str(port), *flags]
-        device = visible_device(index + 1) if cuda else None
+        """Start the server of a name, on its port."""
+        options, gpu = self.options, self.device != "cpu"
+        more = ("--load-format", "dummy", "--max-runs", "1")
+        setting = self.setting(options.tokens + 64, options.seqs, KV_CACHE_BYTES, *more)
+        device = visible_device(self.names.index(name) + 1) if gpu else None
         # On a CPU vLLM binds every engine to the same first cores.
-        extra = {} if cuda else {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        return Server(
-            f"server {name}", command, port, self.work / f"{name}.log", environment(device, extra), ready="/ready"
-        )
+        env = {} if gpu else {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        setting, module = replace(setting, server_device=device), ["rollout_server.cli", str(self.folder)]
+        return setting.start(f"server {name}", module, f"{name}.log", ready="/ready", port=self.ports[name], **env)
 
-    def dispatcher(self, pool: ServerPool) -> Dispatcher:
-        sampling = SamplingParams(max_tokens=self.options.tokens, ignore_eos=True)
-        return Dispatcher(pool, sampling, max_model_len=self.options.tokens + 64)
-
-    def publisher(self, pool: ServerPool, model: Any) -> Publisher:
-        return Publisher(pool, model, self.lease, takeover=True, transport="http")
-
-    def alone(self, server: Server, model: Any) -> float:
-        """Tokens a second of one server under its share of the load."""
-        with RolloutClient(server.url) as client:
-            pool = ServerPool.of(client)
-            publisher = self.publisher(pool, model)
-            publisher.push(0)
-            counts: list[int] = []
-            pool.on_tokens = lambda replica, count: counts.append(count)
-            with self.load(pool, publisher, len(self.ports)):
-                training = self.training(publisher, model)
-                training(for_seconds(SETTLE_S))
-                before, started = len(counts), time.monotonic()
-                training(for_seconds(self.options.window_s))
-                rate = sum(counts[before:]) / (time.monotonic() - started)
-            publisher.delete_run()
-            return rate
-
-    def training(self, publisher: Publisher, model: Any) -> Callable[[Callable[[], bool]], None]:
-        """What a learner does meanwhile: pushes, until something is so."""
-        steps = iter(range(1, 10**6))
-
-        def train(until: Callable[[], bool]) -> None:
-            while not until():
-                optimizer_step(model)
-                publisher.push(next(steps))
-                time.sleep(self.options.push_every_s)
-
-        return train
+    def alone(self, server: Server) -> float:
+        """Return the tokens per second of one server under its share of the load."""
+        alone = contextlib.closing(LockstepPool(server.url, self.model, self.work / "alone.jsonl"))
+        with alone as pool, self.load(pool, len(self.names)) as train:
+            train(for_seconds(SETTLE_S))
+            before, started = pool.tokens(), time.monotonic()
+            train(for_seconds(self.options.window_s))
+            return (pool.tokens() - before) / (time.monotonic() - started)
 
     @contextlib.contextmanager
-    def load(self, pool: ServerPool, publisher: Publisher, share: int = 1) -> Any:
-        """Inside, two batches of `--prompts` prompts are being fetched at any time, as with `max_staleness` 1."""
-        stopping, options = threading.Event(), self.options
-        per_loop = max(1, options.prompts // share)
-        failed: list[BaseException] = []
+    def load(self, pool: LockstepPool, share: int = 1) -> Iterator[Callable[[Until], None]]:
+        """Fetch two batches of `--prompts` prompts at any time, as with `max_staleness` 1.
 
-        def allowed() -> AllowedVersion:
-            assert publisher.last
-            return AllowedVersion(publisher.last.version, exact=False)
+        Yields:
+            A function that pushes, as a learner does meanwhile, until something is true.
+        """
+        stopping, options, steps = threading.Event(), self.options, itertools.count(1)
+        count, failed = max(1, options.prompts // share), list[BaseException]()
 
-        def loop(seed: int) -> None:
-            rng, dispatcher = random.Random(seed), self.dispatcher(pool)
+        def loop(number: int) -> None:
+            fetch = pool.fetcher(options.tokens)
             try:
-                while not stopping.is_set():
-                    prompts = [[rng.randrange(3, self.shape.vocab) for _ in range(32)] for _ in range(per_loop)]
-                    dispatcher.dispatch(
-                        group_requests([prompt for prompt in prompts for _ in range(options.n)]), allowed
-                    )
+                for batch in itertools.count():
+                    if stopping.is_set():
+                        return
+                    prompts = random_prompts(count, self.shape.vocab, 32, seed=f"{number} {batch}")
+                    fetch([prompt for prompt in prompts for _ in range(options.n)])
             except BaseException as error:
                 failed.append(error)
 
-        threads = [threading.Thread(target=loop, args=(seed,), daemon=True) for seed in range(2)]
+        def train(until: Until) -> None:
+            while not until():
+                optimizer_step(self.model)
+                pool.push(next(steps))
+                time.sleep(options.push_every_s)
+
+        threads = [threading.Thread(target=loop, args=(number,), daemon=True) for number in range(2)]
         for thread in threads:
             thread.start()
         try:
-            yield
+            yield train
         finally:
             stopping.set()
             for thread in threads:
@@ -163,132 +169,91 @@ class Run:
         if failed:
             raise failed[0]
 
-    def measure(self) -> None:
-        """Each alone, then all of them through their lives."""
-        names, options = self.options.names, self.options
-        with contextlib.ExitStack() as stack:
-            groups = stack.enter_context(quotas(names, options.cores))
-            servers = {name: self.start(name) for name in names}
-            stack.callback(end_all, servers)
-            policy = Policy(self.folder, torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), self.dtype)
-            model = stack.enter_context(policy.adapter(options.rank, "float32"))
-            for name, server in servers.items():
-                server.wait_ready(START_TIMEOUT_S)
-                if name in groups:
-                    groups[name].add(server.pid)
-            alone = {name: self.alone(server, model) for name, server in servers.items()}
-            print(f"bench: alone, tokens/s: {json.dumps({n: round(a, 1) for n, a in alone.items()})}", flush=True)
-            listed = self.work / "servers.txt"
-            listed.write_text("".join(f"{servers[name].url}\n" for name in names[:-1]))
-            show_messages(is_main=True)
-            pool = ServerPool(RolloutClient, ServerDiscovery([f"file:{listed}"]))
-            pool.wait_ready(START_TIMEOUT_S)
-            (log_file := self.work / "servers.jsonl").unlink(missing_ok=True)
-            log = EventLog(log_file, pool)
-            publisher = self.publisher(pool, model)
-            publisher.push(0)
-            pool.supervise(lambda replica: publisher.catch_up(replica, lambda client, state: None))
-            with self.load(pool, publisher):
-                training, window_s = self.training(publisher, model), options.window_s + SETTLE_S
-                training(for_seconds(window_s))
-                listed.write_text("".join(f"{server.url}\n" for server in servers.values()))  # the last one joins
-                training(lambda: len(pool.up()) == len(names))
-                training(for_seconds(window_s))
-                victim = names[0]
-                servers[victim].kill()
-                training(for_seconds(window_s))
-                servers[victim].end()
-                servers[victim] = self.start(victim)
-                training(lambda: _ready(servers[victim]))
-                if victim in groups:
-                    groups[victim].add(servers[victim].pid)
-                training(lambda: len(pool.up()) == len(names))
-                training(for_seconds(window_s))
-            pool.close()
-            log.close()
-            by_url = {server.url: name for name, server in servers.items()}
-            records = [json.loads(line) for line in log_file.read_text().splitlines()]
-            self.report.take([{**record, "server": by_url[record["server"]]} for record in records], alone)
+    def headline(self, done: Sequence[Row]) -> str:
+        ratios = [row["ratio"] for row in done]
+        return (
+            f"on {self.where}: while servers joined, were killed and came back, those that were up gave "
+            f"{statistics.mean(ratios):.1%} of what they give alone (least {min(ratios):.1%} of {len(done)} stretches)"
+        )
+
+    def plot(self, path: Path, done: Sequence[Row]) -> None:
+        """Draw tokens per second of every server over time, and when servers came and went."""
+        records, alone = self.machine.get("records", []), self.machine.get("alone_tokens_per_s", {})
+        if not records:
+            return
+        x, by_server = rates(records, sorted(alone))
+        start, changes = min(record["time"] for record in records), servers_up(records)
+        expected = [(at - start, sum(alone[name] for name in up)) for at, up, _ in changes]
+        expected.append((x[-1], expected[-1][1]))
+        about = f"{self.options.servers} servers, {self.shape.name}, an adapter every {self.options.push_every_s:g} s"
+        with picture(path, 10, 4.8, about, loc="outside lower center", fontsize=8, ncols=len(by_server) + 1) as axes:
+            colors = ["#2f6fb0", "#e08a2c", "#3a8f4d", "#8b5fbf"]
+            labels = [f"server {name}" for name in by_server]
+            axes.stackplot(x, list(by_server.values()), labels=labels, alpha=0.85, colors=colors)
+            for at, up, event in changes:
+                name, what = event["server"], event["event"]
+                if what == "serves" or what.startswith("lost"):
+                    axes.axvline(at - start, color="#555", linewidth=0.8, linestyle=":")
+                    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+                    place |= {"xytext": (2, -2 - 9 * (len(up) % 3)), "fontsize": 7, "va": "top"}
+                    axes.annotate(f"{name} {'up' if what == 'serves' else 'lost'}", (at - start, 1.0), **place)
+            label = "sum of what the servers that are up give alone"
+            axes.step(*zip(*expected, strict=True), where="post", color="black", linewidth=1.2, label=label)
+            axes.set_xlabel("seconds")
+            axes.set_ylabel("tokens a second, mean of 5 s")
+            most = max(*map(sum, zip(*by_server.values(), strict=True)), *(rate for _, rate in expected))
+            axes.set_ylim(0, 1.15 * most)
 
 
-def for_seconds(seconds: float) -> Callable[[], bool]:
-    """Becomes true then."""
+def for_seconds(seconds: float) -> Until:
+    """Return a condition that becomes true after some seconds."""
     end = time.monotonic() + seconds
     return lambda: time.monotonic() > end
 
 
-def end_all(servers: dict[str, Server]) -> None:
-    """Whichever they are by then."""
-    for server in servers.values():
-        server.end()
+def servers_up(records: Sequence[Row]) -> list[tuple[float, frozenset[str], Row]]:
+    """Return when the servers that are up changed, which are up from then on, and the event."""
+    up = frozenset[str]()
+    found = []
+    for event in sorted((r for r in records if "event" in r), key=lambda r: r["time"]):
+        up = up | {event["server"]} if event["event"] == "serves" else up - {event["server"]}
+        found.append((event["time"], up, event))
+    return found
 
 
-def _ready(server: Server) -> bool:
-    with contextlib.suppress(LockstepError, RuntimeError), RolloutClient(server.url) as client:
-        return client.state(2.0).ready
-    return False
+def stretches(records: Sequence[Row], alone: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return tokens per second between events, beside the sum of the servers that were up.
+
+    Args:
+        records: lines of an `EventLog`.
+        alone: tokens per second of each server.
+    """
+    start = min(record["time"] for record in records)
+    changes = servers_up(records)
+    ends = [*(at for at, _, _ in changes[1:]), max(record["time"] for record in records if "tokens" in record)]
+    rows = []
+    for (begin, up, _), end in zip(changes, ends, strict=True):
+        first, last = int(begin + SETTLE_S) + 1, int(end)  # whole seconds
+        if last - first < 5 or not up:
+            continue
+        tokens = sum(r["tokens"] for r in records if "tokens" in r and first <= r["time"] < last)
+        rate, expected = tokens / (last - first), sum(alone[name] for name in up)
+        about = {"row": "+".join(sorted(up)), "servers": sorted(up), "start": first - start, "end": last - start}
+        rows.append({**about, "tokens_per_s": rate, "expected": expected, "ratio": rate / expected})
+    return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Answers the exit code: 0 if nothing failed."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.quick:
-        options.servers, options.window_s, options.shape, options.seqs = 2, 8.0, "tiny", 8
-        options.prompts = 12
-    options.names = [chr(ord("A") + i) for i in range(options.servers)]
-    try:
-        [shape] = pick_shapes(options.shape)
-        if not 2 <= options.servers <= 26:
-            raise ValueError("--servers: 2 to 26")
-    except ValueError as error:
-        parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.fleet", *(sys.argv[1:] if argv is None else argv)])
-    cuda = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [cpu_name()]
-    report = FleetReport(options.json, machine(devices, command))
-    stopped = False
-    with tempfile.TemporaryDirectory(prefix="bench-fleet-") as scratch:
-        work = options.work_dir or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            with stop_on_signals():
-                Run(options, shape, work, report).measure()
-        except Stopped as caught:
-            print(f"bench: stopped by {caught}", file=sys.stderr)
-            stopped = True
-        except Exception as error:
-            report.add({"row": "fleet", "ok": False, "error": describe(error)})
-    report.write()
-    if options.plot and "records" in report.machine:
-        about = f"{options.servers} servers, {shape.name}, an adapter every {options.push_every_s:g} s"
-        plot(options.plot, report.machine["records"], report.machine["alone_tokens_per_s"], about)
-    document = report.document()
-    print("\n" + table(report.rows) + "\n\n" + document["headline"], flush=True)
-    return 0 if document["ok"] and not stopped else 1
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--quick", action="store_true", help="two servers, a tiny model, windows of 8 s")
-    add("--json", type=Path)
-    add("--plot", type=Path, help="a PNG")
-    add("--servers", type=int, default=3)
-    add("--cores", type=float, help="CPU seconds a second for each server; default: no limit")
-    add("--shape", default="tiny")
-    add("--rank", type=int, default=8)
-    add("--seqs", type=int, default=16, help="--max-num-seqs of every server")
-    add("--n", type=int, default=4, help="completions of a prompt")
-    add("--tokens", type=int, default=48, help="of each completion")
-    add("--prompts", type=int, default=36, help="of a batch; two batches are being fetched at the same time")
-    add("--window-s", type=float, default=30.0, help="between two events, and for each server alone")
-    add("--push-every-s", type=float, default=2.0)
-    add("--server-flags", default="", help="further vLLM flags for every server, in one string")
-    add("--work-dir", type=Path, help="keeps the servers' logs and the record of the run")
-    return parser
+def rates(records: Sequence[Row], names: Sequence[str]) -> tuple[list[float], dict[str, list[float]]]:
+    """Return seconds since the first record, and tokens per second of every server then, mean of 5 s."""
+    start = min(record["time"] for record in records)
+    by_second = Counter[tuple[str, int]]()
+    for record in records:
+        if "tokens" in record:
+            by_second[record["server"], int(record["time"])] += record["tokens"]
+    seconds = range(int(start) + 1, max(second for _, second in by_second))
+    smooth = {name: [statistics.fmean(by_second[name, s + d] for d in range(-2, 3)) for s in seconds] for name in names}
+    return [second - start for second in seconds], smooth
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(FleetBench().main())

@@ -1,10 +1,10 @@
-"""A share of the CPU for a group of processes, so that several servers on one machine have as much each as alone."""
+"""A share of the CPU for groups of processes, so that several servers on one machine have as much each as alone."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -13,48 +13,41 @@ _ROOTS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
 _PERIOD_US = 50_000
 
 
-class Quota:
-    """A control group, version 1 or 2, with a limit on CPU time.
+@contextlib.contextmanager
+def quotas(names: Sequence[str], cores: float | None) -> Iterator[Callable[[str, int], None]]:
+    """Make a control group, version 1 or 2, for each name, with a limit on CPU time; without `cores` there is none.
 
     Args:
-        cores: CPU seconds a second for all its processes together.
+        cores: CPU seconds a second for all processes of a group together.
+
+    Yields:
+        A function that moves a process and all its descendants into the group of a name.
 
     Raises:
         OSError: control groups cannot be written here.
     """
+    root = next((root for root in _ROOTS if root.is_dir()), _ROOTS[1])
+    groups = {name: root / f"bench-{os.getpid()}-{name}" for name in names} if cores else {}
 
-    def __init__(self, name: str, cores: float) -> None:
-        root = next(root for root in _ROOTS if root.is_dir())
-        self._folder = root / f"bench-{os.getpid()}-{name}"
-        self._root = root
-        self._folder.mkdir()
-        quota = str(int(cores * _PERIOD_US))
-        if (limit := self._folder / "cpu.max").exists():
-            limit.write_text(f"{quota} {_PERIOD_US}")
-        else:
-            (self._folder / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
-            (self._folder / "cpu.cfs_quota_us").write_text(quota)
+    def move(name: str, pid: int) -> None:
+        if name in groups:
+            for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+                with contextlib.suppress(OSError, psutil.Error):  # it has just ended
+                    (groups[name] / "cgroup.procs").write_text(str(process.pid))
 
-    def add(self, pid: int) -> None:
-        """Move a process and all its descendants into the group."""
-        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-            with contextlib.suppress(OSError, psutil.Error):  # it has just ended
-                (self._folder / "cgroup.procs").write_text(str(process.pid))
-
-    def remove(self) -> None:
-        """Take the group away; its processes have no limit any more."""
-        with contextlib.suppress(OSError):
-            for pid in (self._folder / "cgroup.procs").read_text().split():
-                (self._root / "cgroup.procs").write_text(pid)
-            self._folder.rmdir()
-
-
-@contextlib.contextmanager
-def quotas(names: list[str], cores: float | None) -> Iterator[dict[str, Quota]]:
-    """A group for each name; none without `cores`."""
-    groups = {name: Quota(name, cores) for name in names} if cores else {}
     try:
-        yield groups
+        for folder in groups.values():
+            folder.mkdir()
+            quota = str(int((cores or 0) * _PERIOD_US))
+            if (limit := folder / "cpu.max").exists():
+                limit.write_text(f"{quota} {_PERIOD_US}")
+            else:
+                (folder / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+                (folder / "cpu.cfs_quota_us").write_text(quota)
+        yield move
     finally:
-        for group in groups.values():
-            group.remove()
+        for folder in groups.values():
+            with contextlib.suppress(OSError):
+                for pid in (folder / "cgroup.procs").read_text().split():
+                    (root / "cgroup.procs").write_text(pid)
+                folder.rmdir()

@@ -16,263 +16,200 @@ other rows have both side by side on that GPU.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import functools
 import json
-import math
 import re
 import shlex
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.common.choices import pick_devices
-from bench.common.measure import Setting
-from bench.common.policy import Policy, write_weights
-from bench.common.report import LATE, describe, machine
-from bench.common.servers import Server, engine_flags, environment, visible_device
-from bench.common.shapes import Shape, pick_shapes, served_rank
-from bench.contenders.lockstep import Ours
-from bench.contenders.trl_merged_weights import PeerMerged
-from bench.step.figures import TRL, TURNS, Step, StepReport, figures, ours, stacked, steps_table, stop_ids
-from bench.step.learner import Training
-from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
+from bench.common.harness import Bench
+from bench.common.models import Policy, served_rank, write_weights
+from bench.common.report import Row, fill, picture
+from bench.common.servers import Server, Setting, environment, visible_device
+from bench.contenders import Contender
+from bench.contenders.lockstep import Lockstep
+from bench.contenders.trl_merged_weights import TrlMergedWeights
+from bench.step.figures import TRL, TURNS, Step, figures, ours, reached, stop_ids, together
+from learner.utils.processes import ProcessGroup
 
-QUICK = {
-    "shape": "tiny",
-    "rank": 8,
-    "batch": 16,
-    "group": 4,
-    "micro_batch": 8,
-    "prompt_tokens": 16,
-    "tokens": 64,
-    "mean_tokens": 24,
-    "warm_up": 2,
-}
-
-#: Options that all rows share.
-SAME = ("rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up")
+PARTS = (
+    ("train_s", "training", "#2f6fb0"),
+    ("sync_s", "bringing weights to the server", "#8c8c8c"),
+    ("wait_s", "waiting for completions", "#e08a2c"),
+)
 
 
-@dataclass
-class Run:
-    """All trainings of one shape."""
+class StepBench(Bench):
+    """Trainings, a row for every bound and for TRL's server mode."""
 
-    setting: Setting
-    options: argparse.Namespace
-    report: StepReport
-    shape: Shape
-    folder: Path
-    deadline: float
+    name = "step"
+    standard = "plot shape rank learner-gpu server-gpu server-flags deadline-s"
+    flags = {
+        "--profile-dir": (Path, "a profile of one further step of each training, as text"),
+        "--staleness": ("0,1,2", "bounds to measure; 0 also gives generation and training alone"),
+        "--batch": (256, "completions of a step"),
+        "--group": (8, "completions of a prompt"),
+        "--micro-batch": (8, "completions of a forward-backward pass"),
+        "--prompt-tokens": (64, ""),
+        "--tokens": (512, "the most that a completion has"),
+        "--mean-tokens": (200, "mean length of completions that were not cut"),
+        "--steps": (10, "steps that are counted"),
+        "--warm-up": (3, "steps before these"),
+        "--share-gpu": (False, "also S = 0 with a server that sleeps while the learner trains"),
+        "--rollout-server-flags": ("", "further flags for ours, in one string: --apply merge, say"),
+        "--row-limit-s": (600.0, "end a training that takes longer"),
+    }
+    quick = "--shape tiny --rank 8 --batch 16 --group 4 --prompt-tokens 16 --tokens 64 --mean-tokens 24 --warm-up 2"
+    same = "rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up"
+    figure = "step_s"
+    about = {"row": "row"}
+    columns = {
+        "n": "{n}",
+        "step s": "{step_s:.2f}",
+        "wait s": "{wait_s:.2f}",
+        "sync s": "{sync_s:.2f}",
+        "train s": "{train_s:.2f}",
+        "tokens/s": "{tokens_per_s:,.0f}",
+        "server tok/s": "{server_tokens_per_s:,.0f}",
+        "learner tok/s": "{learner_tokens_per_s:,.0f}",
+        "learner bubble": "{learner_bubble:.0%}",
+        "server bubble": "{server_bubble:.0%}",
+    }
+    what = "{row}"
+    told = (
+        "{step_s:.2f} s a step, {tokens_per_s:,.0f} tokens/s, bubble of the learner {learner_bubble:.0%}, "
+        "of the server {server_bubble:.0%}"
+    )
 
-    def all_trainings(self) -> None:
-        policy = Policy(self.folder, torch.device(self.setting.device), self.setting.dtype)
-        write_weights(policy, self.shape, self.folder, self.setting.dtype)
+    def check(self) -> None:
+        super().check()
+        options = self.options
+        self.numbers("staleness")
+        self.at_least(1, "rank", "prompt_tokens", "tokens", "mean_tokens", "steps")
+        self.at_least(0, "staleness", "warm_up")
+        if options.group < 2:
+            raise ValueError("a group has at least 2 completions")
+        if options.batch % options.micro_batch or options.batch % options.group:
+            raise ValueError("a batch is made of whole micro-batches and of whole groups")
+
+    def run(self) -> None:
+        options = self.options
+        setting, rank = self.sized(), served_rank(options.rank)
+        # The weights are gigabytes: they never lie in --work-dir.
+        self.folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
+        policy = Policy(self.folder, self.device, self.dtype)
+        write_weights(policy, self.shape, self.folder, self.dtype)
         del policy
-        if not self.setting.on_cpu:
+        if self.device != "cpu":
             torch.cuda.empty_cache()
-        peer = PeerMerged()
-        unable = peer.unable(self.setting)
-        rank = served_rank(self.options.rank)
-        with contextlib.ExitStack() as stack:
-            # A rollout that runs S ahead can live through S pushes.
-            slots = str(max(2, *(1 + bound for bound in self.options.staleness)))
-            more = shlex.split(self.options.rollout_server_flags)
-            more += ["--share-gpu"] if self.options.share_gpu else []
-            flags = (*self.setting.engine_flags, "--slots-per-run", slots, *more)
-            own = Ours().start(replace(self.setting, engine_flags=flags), self.folder, rank)
-            stack.callback(own.end)
-            theirs = None if unable else peer.start(self.setting, self.folder, rank)
-            if theirs is not None:
-                stack.callback(theirs.end)
-            started = [server for server in (own, theirs) if server is not None]
-            failed = {server.name: self.not_ready(server) for server in started}  # none starts while one is measured
-            for bound in self.options.staleness:
-                self.one(ours(bound), own, bound, failed[own.name])
-            if self.options.share_gpu:
-                self.one(TURNS, own, 0, failed[own.name])
-            own.end()
-            # TRL's comes last: its collective operations know no deadline.
-            if theirs is None:
-                self.add(TRL, {"skipped": unable})
-            else:
-                self.one(TRL, theirs, None, failed[theirs.name])
-
-    def not_ready(self, server: Server) -> str | None:
-        """Wait for a server; why it did not come."""
-        try:
-            server.wait_ready(self.setting.start_timeout_s)
-        except RuntimeError as error:
-            return str(error)
-        print(f"bench: {server.name} ready after {server.start_s:.0f} s", flush=True)
-        return None
-
-    def one(self, row: str, server: Server, max_staleness: int | None, failed: str | None) -> None:
-        """One training; a failure stays within its row."""
-        if failed or time.monotonic() > self.deadline:
-            self.add(row, {"ok": False, "error": failed} if failed else {"skipped": LATE})
-            return
-        try:
-            answer = self.train(row, server, max_staleness)
-            self.add(row, {**figures([Step(**step) for step in answer.pop("steps")]), **answer})
-        except Exception as error:
-            self.add(row, {"ok": False, "error": f"{describe(error)}; {server.tail()}"})
+        # A rollout that runs S ahead can live through S pushes.
+        slots = str(max(2, *(1 + bound for bound in options.staleness)))
+        more = [*shlex.split(options.rollout_server_flags), *(["--share-gpu"] if options.share_gpu else [])]
+        own = Lockstep(replace(setting, engine_flags=(*setting.engine_flags, "--slots-per-run", slots, *more)))
+        # TRL's comes last: its collective operations know no deadline.
+        contenders: dict[str, Contender] = {"own": own, "peer": TrlMergedWeights(setting)}
+        bounds: dict[str, dict[str, int | None]] = {
+            "own": {ours(bound): bound for bound in options.staleness} | ({TURNS: 0} if options.share_gpu else {}),
+            "peer": {TRL: None},
+        }
+        starts = {name: functools.partial(one.start, self.folder, rank) for name, one in contenders.items()}
+        with self.servers(starts, lambda name: [self._about(row) for row in bounds[name]]) as servers:
+            for name, server in servers.items():
+                for row, bound in bounds[name].items():
+                    with self.failure_kept(self._about(row), server=server):
+                        self.in_time()
+                        answer = self.train(row, server, bound)
+                        steps = [Step(**step) for step in answer.pop("steps")]
+                        self.add(self._about(row), {**figures(steps), **answer})
+                server.end()
 
     def train(self, row: str, server: Server, max_staleness: int | None) -> dict[str, Any]:
-        """What a process of its own answers.
+        """Train in a process of its own; return its answer.
 
         Raises:
             RuntimeError: it failed, or did not end in time.
         """
-        options, work = self.options, self.setting.work / re.sub(r"\W+", "-", row)
+        options, work = self.options, self.work / re.sub(r"\W+", "-", row)
         work.mkdir(parents=True, exist_ok=True)
-        profile = None
         if options.profile_dir:
             options.profile_dir.mkdir(parents=True, exist_ok=True)
-            profile = str((options.profile_dir / f"{work.name}.txt").resolve())
-        training = Training(
-            folder=str(self.folder),
-            url=server.url,
-            max_staleness=max_staleness,
-            vocab=self.shape.vocab,
-            dtype=self.setting.dtype,
-            rank=options.rank,
-            batch=options.batch,
-            group=options.group,
-            micro_batch=options.micro_batch,
-            prompt_tokens=options.prompt_tokens,
-            tokens=options.tokens,
-            stop_token_ids=stop_ids(self.shape.vocab, options.mean_tokens),
-            steps=options.steps,
-            warm_up=options.warm_up,
-            output=str(work / "trainer"),
-            profile=profile,
-            share_gpu=row == TURNS,
-        )
+        training = {name: getattr(options, name) for name in (*self.same, "steps")} | {
+            "folder": str(self.folder),
+            "vocab": self.shape.vocab,
+            "dtype": self.dtype,
+            "url": server.url,
+            "max_staleness": max_staleness,
+            "share_gpu": row == TURNS,
+            "stop_token_ids": stop_ids(self.shape.vocab, options.mean_tokens),
+            "output": str(work / "trainer"),
+            "profile": options.profile_dir and str((options.profile_dir / f"{work.name}.txt").resolve()),
+        }
         asked, answered, log = work / "training.json", work / "steps.json", work / "learner.log"
-        asked.write_text(json.dumps(asdict(training)))
-        device = None if self.setting.on_cpu else visible_device(torch.device(self.setting.device).index)
+        asked.write_text(json.dumps(training))
+        device = None if self.device == "cpu" else visible_device(torch.device(self.device).index)
         command = [sys.executable, "-m", "bench.step.learner", str(asked), str(answered)]
         # On two cores with a server, a second thread made the training of a tiny model six times as long.
         with ProcessGroup(command, environment(device, {} if device else {"OMP_NUM_THREADS": "1"}), log) as group:
             try:
-                status = group.process.wait(options.row_limit_s)
+                status = f"ended with status {group.process.wait(options.row_limit_s)}"
             except subprocess.TimeoutExpired:
-                raise RuntimeError(f"not done after {options.row_limit_s:.0f} s; {_end_of(log)}") from None
-        if status:
-            raise RuntimeError(f"the learner ended with status {status}; {_end_of(log)}")
+                status = f"was not done after {options.row_limit_s:.0f} s"
+        if group.process.returncode or not answered.exists():
+            raise RuntimeError(f"the learner {status}; log {log}: ...{log.read_text(errors='replace')[-600:]}")
         return dict(json.loads(answered.read_text()))
 
-    def add(self, row: str, more: dict[str, Any]) -> None:
+    def _about(self, row: str) -> Row:
+        return self.about_row(row, shape=self.shape.name, parameters=self.shape.parameters)
+
+    def sized(self) -> Setting:
+        """Return where servers run that have room for two batches, the current one and one that is generated ahead."""
+        options, sequences = self.options, 2 * self.options.batch
+        # Few completions are long, and not at once.
+        used = options.prompt_tokens + 16 + min(options.tokens, 1.5 * options.mean_tokens)
+        length = options.prompt_tokens + options.tokens + 16
+        return self.setting(length, sequences, self.shape.kv_bytes * sequences * used)
+
+    def headline(self, done: Sequence[Row]) -> str:
+        text = fill("{shape}, LoRA rank {rank}, {batch} completions of up to {tokens} tokens a step", done[0])
+        text += f", on {self.where}: " + "; ".join(fill("{row} {step_s[median]:.2f} s a step", row) for row in done)
+        shown = together(done)
+        if "of_larger" in shown:
+            text += "; S = 1 takes {of_larger:.2f} times the larger of generation alone ({generation_alone_s:.2f} s)"
+            text += " and training alone ({training_alone_s:.2f} s)"
+        if "trl_of_s1" in shown:
+            text += ", TRL's server mode {trl_of_s1:.2f} times S = 1"
+        return fill(text, shown)
+
+    def document(self) -> dict[str, Any]:
+        shown = together(self.rows)
+        return super().document() | {"reached": reached(shown), "together": shown}
+
+    def plot(self, path: Path, done: Sequence[Row]) -> None:
+        """Draw where the time of a step goes, a bar for every training, generation and training alone as lines."""
         options = self.options
-        about = {"row": row, "shape": self.shape.name, "parameters": self.shape.parameters, "ok": True}
-        same = {name: getattr(options, name) for name in SAME}
-        self.report.add({**about, **same, **more})
-
-
-def _end_of(log: Path) -> str:
-    return f"log {log}: ...{log.read_text(errors='replace')[-600:]}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Answers the exit code: 0 if no row failed."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.quick:
-        vars(options).update(QUICK)
-    try:
-        [shape] = pick_shapes(options.shape)
-        served_rank(options.rank)
-        options.staleness = sorted({int(bound) for bound in options.staleness.split(",")})
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.step", *(sys.argv[1:] if argv is None else argv)])
-    devices, learner, server = pick_devices(options)
-    report = StepReport(options.json, machine(devices, command))
-    dtype = "float32" if learner == "cpu" else "bfloat16"
-    stopped = False
-    # The weights are gigabytes: they never lie in --work-dir.
-    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
-        work = options.work_dir or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        setting = Setting(work, learner, server, dtype, sized_flags(shape, options, learner))
-        folder = shape.write(Path(scratch) / shape.name, dtype)
-        try:
-            with stop_on_signals():
-                Run(setting, options, report, shape, folder, time.monotonic() + options.deadline_s).all_trainings()
-        except Stopped as signal:
-            print(f"bench: stopped by {signal}", file=sys.stderr)
-            stopped = True
-    report.write()
-    if options.plot:
-        stacked(
-            options.plot, report.rows, f"{shape.name}, {options.batch} completions of up to {options.tokens} tokens"
-        )
-    document = report.document()
-    print("\n" + steps_table(report.rows) + "\n\n" + document["headline"], flush=True)
-    return 0 if document["ok"] and not stopped else 1
-
-
-def check(options: argparse.Namespace) -> None:
-    """Numbers that fit together.
-
-    Raises:
-        ValueError: naming those that do not.
-    """
-    if min(options.rank, options.prompt_tokens, options.tokens, options.mean_tokens, options.steps) < 1:
-        raise ValueError("rank, tokens and steps are 1 or more")
-    if min(*options.staleness, options.warm_up) < 0 or options.group < 2:
-        raise ValueError("staleness and warm-up are 0 or more, and a group has at least 2 completions")
-    if options.batch % options.micro_batch or options.batch % options.group:
-        raise ValueError("a batch is made of whole micro-batches and of whole groups")
-
-
-def sized_flags(shape: Shape, options: argparse.Namespace, learner: str) -> tuple[str, ...]:
-    """Of every server: room for two batches, the one that is needed and one that is generated ahead."""
-    length, sequences = options.prompt_tokens + options.tokens + 16, 2 * options.batch
-    per_token = shape.layers * 2 * shape.kv_heads * shape.head_dim * 2
-    used = options.prompt_tokens + 16 + min(options.tokens, 1.5 * options.mean_tokens)  # few are long, and not at once
-    sizes = ("--max-model-len", str(length), "--max-num-seqs", str(sequences))
-    return engine_flags(sizes, math.ceil(per_token * sequences * used), learner, options.server_flags)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a tiny model, 16 completions of up to 64 tokens a step")
-    add("--json", type=Path, help="written after every row")
-    add("--plot", type=Path, help="a PNG")
-    add("--profile-dir", type=Path, help="a profile of one further step of each training, as text")
-    add("--shape", default="qwen3-4b")
-    add("--staleness", default="0,1,2", help="bounds to measure; 0 also gives generation and training alone")
-    add("--rank", type=int, default=32)
-    add("--batch", type=int, default=256, help="completions of a step")
-    add("--group", type=int, default=8, help="completions of a prompt")
-    add("--micro-batch", type=int, default=8, help="completions of a forward-backward pass")
-    add("--prompt-tokens", type=int, default=64)
-    add("--tokens", type=int, default=512, help="the most that a completion has")
-    add("--mean-tokens", type=int, default=200, help="mean length of completions that were not cut")
-    add("--steps", type=int, default=10, help="steps that are counted")
-    add("--warm-up", type=int, default=3, help="steps before these")
-    add("--learner-gpu", type=int, default=0)
-    add("--server-gpu", type=int, default=1)
-    add("--share-gpu", action="store_true", help="also S = 0 with a server that sleeps while the learner trains")
-    add("--server-flags", default="", help="further vLLM flags for every server, in one string")
-    add("--rollout-server-flags", default="", help="further flags for ours, in one string: --apply merge, say")
-    add("--deadline-s", type=float, default=math.inf, help="start no training after this many seconds")
-    add("--row-limit-s", type=float, default=600.0, help="end a training that takes longer")
-    add("--work-dir", type=Path, help="keeps the logs")
-    return parser
+        title = f"{self.shape.name}, {options.batch} completions of up to {options.tokens} tokens"
+        size = 8.5, 1.8 + 0.55 * len(done)
+        with picture(path, *size, title, loc="outside lower center", ncols=3, fontsize=8) as axes:
+            names, left = [row["row"] for row in done], [0.0] * len(done)
+            for part, label, color in PARTS:
+                widths = [row[part]["mean"] for row in done]  # which add up to a step, as medians do not
+                axes.barh(names, widths, 0.6, left=left, color=color, label=label)
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+            alone = next((row for row in done if row["row"] == ours(0)), None)
+            for part, label, style in (("wait_s", "generation alone", "--"), ("train_s", "training alone", ":")):
+                if alone:
+                    axes.axvline(alone[part]["mean"], color="black", linestyle=style, linewidth=1.2, label=label)
+            axes.invert_yaxis()
+            axes.set_xlabel("seconds of a step, mean")
+            axes.grid(axis="x", alpha=0.25)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(StepBench().main())

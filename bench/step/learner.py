@@ -1,16 +1,19 @@
-"""One training of `bench.step`, in a process of its own: what each of its steps took.
+"""One training of `bench.step`, in a process of its own: seconds and tokens of each of its steps.
 
 python -m bench.step.learner TRAINING.json STEPS.json
+
+A training has the options of `bench.step` and, by `StepBench.train`: folder, vocab, dtype, url of the server,
+max_staleness (None: TRL's own server mode), share_gpu, stop_token_ids, output, and a file for a profile or None.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,85 +23,46 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bench.common.policy import wait_for
+from bench.common.load import random_prompts
+from bench.common.models import wait_for
+from bench.common.report import timed
 from bench.common.servers import free_port
+from bench.contenders.lockstep import train_with_rollouts
 from bench.step.figures import Step
-from learner.trainer.attach import attach
 
 #: Small, so that the lengths of completions stay what they are. Every weight of the adapter still changes.
 LEARNING_RATE = 1e-6
 PROFILE_LINES = 40
 
 
-@dataclass(frozen=True)
-class Training:
-    """What to train, and against which server.
+def max_steps(training: Namespace) -> int:
+    """Return the number of steps, with those at the end for which nothing is generated ahead any more."""
+    return training.warm_up + training.steps + (1 if training.profile else 0) + (training.max_staleness or 0)
 
-    Attributes:
-        max_staleness: of ours; None: TRL's own server mode.
-        batch: completions of an optimizer step, which is one generation batch.
-        group: completions of a prompt.
-        micro_batch: completions of a forward-backward pass.
-        tokens: the most that a completion has.
-        stop_token_ids: what ends a completion before.
-        steps, warm_up: that are counted, and that come before these.
-        profile: a file for the profile of a further step.
-        share_gpu: the server sleeps while the learner trains.
-    """
 
-    folder: str
-    url: str
-    max_staleness: int | None
-    vocab: int
-    dtype: str
-    rank: int
-    batch: int
-    group: int
-    micro_batch: int
-    prompt_tokens: int
-    tokens: int
-    stop_token_ids: list[int]
-    steps: int
-    warm_up: int
-    output: str
-    profile: str | None = None
-    share_gpu: bool = False
-
-    @property
-    def max_steps(self) -> int:
-        """With those at the end for which nothing is generated ahead any more; they are not counted."""
-        return self.warm_up + self.steps + (1 if self.profile else 0) + (self.max_staleness or 0)
-
-    def counted(self, steps: list[Step]) -> list[Step]:
-        """The steps that count."""
-        return steps[self.warm_up : self.warm_up + self.steps]
+def counted(training: Namespace, steps: Sequence[Step]) -> Sequence[Step]:
+    """Return the steps that count."""
+    return steps[training.warm_up : training.warm_up + training.steps]
 
 
 def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A reward that costs nothing and does not depend on lengths: the share of odd token ids."""
+    """Return the share of odd token ids: a reward that costs nothing and does not depend on lengths."""
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def make_prompts(training: Training) -> list[str]:
-    """Prompts of random words, a different one for every group of the training, the same for every training."""
-    rng = random.Random(0)
+def make_prompts(training: Namespace) -> list[str]:
+    """Return prompts of random words, a different one for every group, the same for every training."""
     # As many as the longest training of a run needs: which of them come first must not depend on the staleness.
     count = (training.warm_up + training.steps + 8) * (training.batch // training.group)
-    return [
-        " ".join(f"t{rng.randrange(3, training.vocab)}" for _ in range(training.prompt_tokens)) for _ in range(count)
-    ]
+    return [" ".join(f"t{i}" for i in ids) for ids in random_prompts(count, training.vocab, training.prompt_tokens, 0)]
 
 
-def make_trainer(training: Training, callback: TrainerCallback) -> GRPOTrainer:
-    """A GRPOTrainer; ours and TRL's server mode differ in `use_vllm` only."""
+def make_trainer(training: Namespace, callback: TrainerCallback) -> GRPOTrainer:
+    """Return a GRPOTrainer; ours and TRL's server mode differ in `use_vllm` only."""
     own_vllm: dict[str, Any] = {}
     if training.max_staleness is None:
-        own_vllm = {
-            "use_vllm": True,
-            "vllm_mode": "server",
-            "vllm_server_base_url": training.url,
-            "vllm_group_port": free_port(),
-        }
+        own_vllm = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": training.url}
+        own_vllm["vllm_group_port"] = free_port()
     args = GRPOConfig(
         output_dir=training.output,
         use_cpu=not torch.cuda.is_available(),
@@ -113,7 +77,7 @@ def make_trainer(training: Training, callback: TrainerCallback) -> GRPOTrainer:
         generation_kwargs={"stop_token_ids": training.stop_token_ids},
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        max_steps=training.max_steps,
+        max_steps=max_steps(training),
         seed=0,
         save_strategy="no",
         report_to="none",
@@ -137,7 +101,7 @@ def make_trainer(training: Training, callback: TrainerCallback) -> GRPOTrainer:
 class StepWatch(TrainerCallback):
     """Ends a step when its device has done it, and profiles one if asked. Comes before all other callbacks."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Namespace) -> None:
         self.training = training
         self.profiler: torch.profiler.profile | None = None
 
@@ -157,7 +121,7 @@ class StepWatch(TrainerCallback):
 
 
 class TrlWatch(TrainerCallback):
-    """Times TRL's own server mode as `learner.step_metrics` does ours: from the end of a step to the end of the next."""
+    """Times TRL's server mode as `learner.step_metrics` does ours: from the end of a step to the end of the next."""
 
     def __init__(self, generation: Any) -> None:
         self.steps: list[Step] = []
@@ -167,14 +131,13 @@ class TrlWatch(TrainerCallback):
         generate, sync = generation.generate, generation.sync_weights
 
         def timed_generate(*args: Any, **options: Any) -> Any:
-            answer, seconds = _timed(lambda: generate(*args, **options))
+            answer, seconds = timed(lambda: generate(*args, **options))
             self._wait_s += seconds
             self._tokens += sum(map(len, answer[1]))
             return answer
 
         def timed_sync() -> None:
-            _, seconds = _timed(sync)
-            self._sync_s += seconds
+            self._sync_s += timed(sync)[1]
 
         generation.generate, generation.sync_weights = timed_generate, timed_sync
 
@@ -187,42 +150,22 @@ class TrlWatch(TrainerCallback):
         self._started, self._wait_s, self._sync_s, self._tokens = now, 0.0, 0.0, 0
 
 
-def train(training: Training) -> dict[str, Any]:
-    """Train; the counted steps, and what else is known of them."""
+def train(training: Namespace) -> dict[str, Any]:
+    """Train; return the counted steps, and what else is known of them."""
     trainer = make_trainer(training, StepWatch(training))
     if training.max_staleness is None:
         watch = TrlWatch(trainer.vllm_generation)
         trainer.add_callback(watch)
         trainer.train()
-        return {"steps": [asdict(step) for step in training.counted(watch.steps)]}
-    session = attach(
-        trainer, training.url, max_staleness=training.max_staleness, proof_canary=False, share_gpu=training.share_gpu
-    )
-    trainer.train()
-    session.close()
-    session.publisher.delete_run()
-    reports = session.metrics.reports
-    before = [0, *(report.completion_tokens for report in reports)]  # counted since the start
-    steps = [
-        Step(r.seconds, r.wait_seconds, r.push_seconds, r.idle_seconds, r.completion_tokens - earlier)
-        for r, earlier in zip(reports, before, strict=False)
-    ]
-    summary = session.summary()
-    return {
-        "steps": [asdict(step) for step in training.counted(steps)],
-        "transport": session.publisher.receipts[-1].transport,
-        "turn_s": session.gpu_sharing.seconds if session.gpu_sharing else [],
-        "learner_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-        **{name: summary[name] for name in ("lags", "regenerated", "max_logprob_gap", "max_drift_kl")},
-    }
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    answer = call()
-    return answer, time.perf_counter() - started
+        steps, known = watch.steps, dict[str, Any]()
+    else:
+        options = {"max_staleness": training.max_staleness, "share_gpu": training.share_gpu}
+        found, known = train_with_rollouts(trainer, training.url, **options)
+        steps = [Step(*one) for one in found]
+        known["learner_bytes"] = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    return {"steps": [asdict(step) for step in counted(training, steps)], **known}
 
 
 if __name__ == "__main__":
     asked, answered = map(Path, sys.argv[1:])
-    answered.write_text(json.dumps(train(Training(**json.loads(asked.read_text())))))
+    answered.write_text(json.dumps(train(Namespace(**json.loads(asked.read_text())))))

@@ -6,147 +6,288 @@ python -m bench.sync --json sync.json --plot sync.png --ranks 8,32,128 --share-s
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import functools
+import itertools
 import json
-import shlex
+import os
+import statistics
 import sys
-import tempfile
-from collections.abc import Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.common.choices import pick_devices, pick_rows
-from bench.common.measure import Setting
-from bench.common.report import Report, machine, plot, table
-from bench.common.shapes import pick_shapes, served_rank
-from bench.sync.run import ROWS, Plan, Run
-from learner.utils.processes import Stopped, stop_on_signals
+from peft import PeftModel
 
-GPU_FLAGS = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "64")
-CPU_FLAGS = (
-    "--load-format",
-    "dummy",
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "256",
-    "--max-num-seqs",
-    "16",
-    "--enforce-eager",
-)
-#: Of servers that start side by side: memory is given out, not profiled, for they would count each other's.
+from bench.common.harness import Bench
+from bench.common.load import TOKENS, compare, loaded, pushing, quiet, random_prompts, read_records
+from bench.common.models import Policy, Shape, optimizer_step, served_rank
+from bench.common.report import Row, fill, grouped_picture, spread
+from bench.common.servers import Server
+from bench.contenders import Contender, Moved, SyncPath
+from bench.contenders.lockstep import Lockstep, LockstepPath
+from bench.contenders.trl_merged_weights import TrlMergedWeights
+from bench.contenders.vllm_adapter_files import VllmAdapterFiles
+
 KV_CACHE_BYTES = 4 << 30
-SHARED_UTILIZATION, UTILIZATION = 0.28, 0.5
+# Merged weights come last: their collective operations know no deadline.
+CONTENDERS: tuple[type[Contender], ...] = (Lockstep, VllmAdapterFiles, TrlMergedWeights)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure. Answers the exit code: 0 if no row failed."""
-    parser = make_parser()
-    options = parser.parse_args(argv)
-    if options.quick:
-        options.shapes, options.ranks, options.pushes = "tiny", "8", min(options.pushes, 5)
-    try:
-        shapes = pick_shapes(options.shapes)
-        ranks = sorted({int(rank) for rank in options.ranks.split(",")})
-        [served_rank(rank) for rank in ranks]
-        only = pick_rows(options.only, ROWS)
-    except ValueError as error:
-        parser.error(str(error))
-    command = shlex.join(["python", "-m", "bench.sync", *(sys.argv[1:] if argv is None else argv)])
-    if options.parallel_start and not options.share_server:
-        parser.error("--parallel-start needs --share-server: one server per rank would not fit side by side")
-    plan = Plan(
-        shapes,
-        ranks,
-        only,
-        options.adapter_dtype,
-        options.share_server,
-        options.parallel_start,
-        options.deadline_s,
-        options.row_limit_s,
-    )
-    devices, learner, server = pick_devices(options)
-    report = Report(options.json, machine(devices, command), kept_rows(options))
-    with tempfile.TemporaryDirectory(prefix="bench-sync-") as scratch:
-        work = options.work_dir or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        setting = Setting(
-            work=work,
-            device=learner,
-            server_device=server,
-            dtype="float32" if learner == "cpu" else "bfloat16",
-            engine_flags=(
-                *(CPU_FLAGS if learner == "cpu" else GPU_FLAGS),
-                *gpu_flags(options, learner),
-                *shlex.split(options.server_flags),
-            ),
-            pushes=options.pushes,
-            under_load=options.under_load,
-            windows=options.windows,
-            window_s=options.window_s,
-        )
+@dataclass(frozen=True, eq=False)
+class ServerPlan:
+    """One server and the rows to measure on it."""
+
+    contender: Contender
+    shape: Shape
+    max_rank: int
+    ranks: list[int]
+    rows: list[str]
+
+
+def _parts(row: Row) -> str:
+    text = " ".join(f"{name} {value * 1e3:.1f}" for name, value in row["parts_median_s"].items())
+    if "under_load" not in row:
+        return text
+    return text + fill(" | decode {ratio:.1%} of {tokens_per_s_quiet:.0f} tok/s", row["under_load"])
+
+
+#: For the learner's side to notice that its server is gone.
+NOTICE_S = 30.0
+#: Shorter than any block of the prefix cache, so that its answer is always computed with the weights in place.
+PROBE = [5, 6, 7, 8]
+PROMPT_TOKENS = 32
+WARM_UP = 3
+
+
+class SyncBench(Bench):
+    """Seconds of pushes, a row for every way."""
+
+    name = "sync"
+    standard = "plot only learner-gpu server-gpu server-flags deadline-s"
+    flags = {
+        "--append": (False, "keep the rows that --json holds already"),
+        "--shapes": ("qwen3-0.6b,qwen3-4b,qwen3-14b", "comma-separated"),
+        "--ranks": ("8,32,128", "comma-separated"),
+        "--pushes": (20, "pushes of a row that are counted"),
+        "--adapter-dtype": ("float32", "or bfloat16; PEFT's default is float32"),
+        "--gpu-memory-utilization": (float, "default: little, for the key-value cache has a fixed size"),
+        "--share-server": (False, "all ranks on one server of the highest rank"),
+        "--parallel-start": (False, "start all servers of a shape at once; idle ones wait"),
+        "--under-load": (0, "also push while so many requests are decoding"),
+        "--windows": (4, "quiet and pushing windows of --under-load, of each"),
+        "--window-s": (5.0, "seconds of each"),
+        "--row-limit-s": (240.0, "end the server of a row that takes longer"),
+    }
+    quick = "--shapes tiny --ranks 8"  # and at most 5 pushes
+    row_names = tuple(row for contender in CONTENDERS for row in contender.rows)
+    notes = {row: note for contender in CONTENDERS for row, note in contender.notes.items()}
+    figure = "first_token_s"
+    about = {"shape": "shape", "rank": "rank", "row": "row"}
+    columns = {
+        "MB": "{bytes:1e-6*.1f}",
+        "n": "{n}",
+        "push s": "{push_s:.4f}",
+        "first token s": "{first_token_s:.4f}",
+        "median parts, ms": _parts,
+    }
+    what, told = "{shape} rank {rank} {row}", "first token after {first_token_s:.4f} s, push {push_s:.4f} s"
+
+    def check(self) -> None:
+        super().check()
+        options = self.options
+        self.numbers("ranks")
+        for rank in options.ranks:
+            served_rank(rank)
+        if options.quick:
+            options.pushes = min(options.pushes, 5)
+        if options.adapter_dtype not in ("float32", "bfloat16"):
+            raise ValueError("--adapter-dtype is float32 or bfloat16")
+        if options.parallel_start and not options.share_server:
+            raise ValueError("--parallel-start needs --share-server: one server per rank would not fit side by side")
+
+    def run(self) -> None:
+        if self.options.append and self.options.json and self.options.json.is_file():
+            self.rows = list(json.loads(self.options.json.read_text())["rows"])
+        for shape in self.shapes:
+            plans = list(self.plans(shape))
+            with self.failure_kept(*(about for plan in plans for about in self._abouts(plan))):
+                self.in_time()
+                folder = shape.write(self.scratch / shape.name, self.dtype)
+                policy = Policy(folder, self.device, self.dtype)
+                for side_by_side in [plans] if self.options.parallel_start else [[plan] for plan in plans]:
+                    self.measure(side_by_side, folder, policy)
+
+    def plans(self, shape: Shape) -> Iterator[ServerPlan]:
+        """Yield what to measure on which server."""
+        options = self.options
+        share = options.gpu_memory_utilization
+        more = ["--load-format", "dummy", *(["--gpu-memory-utilization", str(share)] if share else [])]
+        sizes = (256, 16) if self.device == "cpu" else (1024, 64)
+        setting = self.setting(*sizes, KV_CACHE_BYTES, *more)
+        for contender in (make(setting) for make in CONTENDERS):
+            together = options.share_server or not contender.needs_rank
+            for ranks in [options.ranks] if together else [[rank] for rank in options.ranks]:
+                if rows := [row for row in contender.rows if row in options.only]:
+                    yield ServerPlan(contender, shape, served_rank(max(ranks)), ranks, rows)
+
+    def measure(self, plans: Sequence[ServerPlan], folder: Path, policy: Policy) -> None:
+        """Start these servers, measure their rows, and end each as soon as it is done."""
+        starts: dict[ServerPlan, Callable[[], Server]] = {
+            plan: functools.partial(plan.contender.start, folder, plan.max_rank) for plan in plans
+        }
+        with self.servers(starts, self._abouts) as servers:
+            for plan, server in servers.items():
+                for rank in plan.ranks:
+                    with policy.adapter(rank, self.options.adapter_dtype) as model:
+                        for row in plan.rows:
+                            self.measure_row(plan, server, self._about(plan, row, rank, server), model)
+                server.end()
+
+    def measure_row(self, plan: ServerPlan, server: Server, about: dict[str, Any], model: PeftModel) -> None:
+        """Measure one row, and ours again under load."""
+        options, vocab = self.options, plan.shape.vocab
+        with self.watched(server, about), self.failure_kept(about, server=server):
+            self.in_time()
+            with plan.contender.path(about["row"], server, model) as path:
+                self.add(about, measure(path, model, options.pushes, vocab))
+                if options.under_load and isinstance(path, LockstepPath):
+                    loaded = {**about, "row": f"{about['row']}, {options.under_load} requests decoding"}
+                    load = options.under_load, options.windows, options.window_s
+                    with self.failure_kept(loaded):
+                        log = self.work / f"load-{path.run_id}.log"
+                        self.add(loaded, under_load(path, server.url, model, log, *load, vocab))
+
+    def _abouts(self, plan: ServerPlan) -> list[Row]:
+        return [self._about(plan, row, rank) for rank in plan.ranks for row in plan.rows]
+
+    def _about(self, plan: ServerPlan, row: str, rank: int, server: Server | None = None) -> dict[str, Any]:
+        about = {"shape": plan.shape.name, "rank": rank, "parameters": plan.shape.parameters}
+        about["server_max_lora_rank"] = plan.max_rank if plan.contender.needs_rank else None
+        about |= {"server_start_s": server and server.start_s, "servers_side_by_side": self.options.parallel_start}
+        return self.about_row(row, **about)
+
+    @contextlib.contextmanager
+    def watched(self, server: Server, about: Row) -> Iterator[None]:
+        """End the server of a row that takes too long; where that does not help, write the row down and exit.
+
+        A collective operation without a deadline must not take the other rows with it.
+        """
+        done, limit_s = threading.Event(), self.options.row_limit_s
+
+        def watch() -> None:
+            if done.wait(limit_s):
+                return
+            server.end()
+            if not done.wait(NOTICE_S):
+                error = f"nothing moved for {limit_s:.0f} s; the measurement ended here"
+                self.add(about, {"ok": False, "error": error})
+                self.finish()
+                for other in self.running:
+                    other.end()
+                os._exit(3)
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
-            with stop_on_signals():
-                Run(setting, plan, report, lambda: finish(report, options)).all_shapes()
-        except Stopped as stopped:
-            print(f"bench: stopped by {stopped}", file=sys.stderr)
-    return finish(report, options)
+            yield
+        finally:
+            done.set()
+
+    def headline(self, done: Sequence[Row]) -> str:
+        rows = [row for row in done if "under_load" not in row] or done
+        # The shape and rank that most rows were measured on, the largest of these.
+        places = Counter((row["parameters"], -row["rank"]) for row in rows)
+        most = max(places, key=lambda place: (places[place], place))
+        best = [row for row in rows if (row["parameters"], -row["rank"]) == most]
+        best.sort(key=lambda row: float(row[self.figure]["median"]))
+        ways = [fill("{row} {first_token_s:.4f} s", row) for row in best]
+        text = "{shape}, LoRA rank {rank}, on {where}: from the optimizer step to the first token of the new version "
+        text += "(median of {n}, range): {ways}"
+        return fill(text, {**best[0], "where": self.where, "ways": "; ".join(ways)})
+
+    def plot(self, path: Path, done: Sequence[Row]) -> None:
+        title, place = "optimizer step -> first token of the new version", "{}\nrank {}"
+        grouped_picture(path, done, self.figure, ("shape", "rank"), place, title, "seconds", bars=False)
 
 
-def gpu_flags(options: argparse.Namespace, learner: str) -> tuple[str, ...]:
-    """Memory of the server's GPU."""
-    if learner == "cpu":
-        return ()
-    shared = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES)) if options.parallel_start else ()
-    share = options.gpu_memory_utilization or (SHARED_UTILIZATION if options.parallel_start else UTILIZATION)
-    return "--gpu-memory-utilization", str(share), *shared
+class Sample(NamedTuple):
+    """One push: seconds from the end of the optimizer step to its return, and to the first token."""
+
+    push_s: float
+    first_token_s: float
+    moved: Moved
 
 
-def kept_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an earlier run, with --append."""
-    if options.append and options.json and options.json.is_file():
-        return list(json.loads(options.json.read_text())["rows"])
-    return []
+def measure(path: SyncPath, model: PeftModel, pushes: int, vocab: int) -> dict[str, Any]:
+    """Return the timings of `pushes` pushes, after some that are not counted.
+
+    Raises:
+        RuntimeError: the server answers the same after different pushes.
+    """
+    prompts = fresh_prompts(vocab)
+    answers = set()
+    for step in range(1, WARM_UP + 1):
+        optimizer_step(model)
+        path.push(step)
+        path.first_token(next(prompts))
+        answers.add(path.first_token(PROBE))
+        path.settle()
+    if len(answers) == 1:
+        raise RuntimeError(f"{WARM_UP} pushes of different weights, one answer {answers}: they had no effect")
+    return summarize([one_push(path, model, WARM_UP + i, next(prompts)) for i in range(1, pushes + 1)])
 
 
-def finish(report: Report, options: argparse.Namespace) -> int:
-    """Write everything, print the table."""
-    report.write()
-    document = report.document()
-    if options.plot:
-        plot(options.plot, report.rows, "optimizer step -> first token of the new version")
-    print("\n" + table(report.rows))
-    print("\n" + document["headline"], flush=True)
-    return 0 if document["ok"] else 1
+def under_load(
+    path: LockstepPath, url: str, model: PeftModel, log: Path, requests: int, windows: int, window_s: float, vocab: int
+) -> dict[str, Any]:
+    """Return the timings of one push a second while requests are decoding, and its cost in tokens per second.
+
+    Args:
+        windows: of each kind; those with pushes alternate with quiet ones.
+    """
+    prompts, steps, samples = fresh_prompts(vocab, seed=1), itertools.count(10_000), list[Sample]()
+    spans: list[tuple[float, float]] = []
+    with loaded(url, path.run_id, requests, (TOKENS, TOKENS), vocab, log):
+        for _ in range(windows):
+            spans.append(quiet(window_s))
+            spans.append(pushing(window_s, lambda: samples.append(one_push(path, model, next(steps), next(prompts)))))
+    return {**summarize(samples), "under_load": compare(read_records(log), spans, requests)}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sync", description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a tiny model, rank 8, at most 5 pushes")
-    add("--json", type=Path, help="written after every row")
-    add("--append", action="store_true", help="keep the rows that --json holds already")
-    add("--plot", type=Path, help="a PNG")
-    add("--shapes", default="qwen3-0.6b,qwen3-4b,qwen3-14b")
-    add("--ranks", default="8,32,128")
-    add("--pushes", type=int, default=20, help="pushes of a row that are counted")
-    add("--only", help="rows to measure, by the beginnings of their names, comma-separated: " + "; ".join(ROWS))
-    add("--adapter-dtype", default="float32", choices=("float32", "bfloat16"), help="PEFT's default is float32")
-    add("--learner-gpu", type=int, default=0)
-    add("--server-gpu", type=int, default=1)
-    add("--gpu-memory-utilization", type=float, help=f"{UTILIZATION}; side by side {SHARED_UTILIZATION}")
-    add("--server-flags", default="", help="further vLLM flags for every server, in one string")
-    add("--share-server", action="store_true", help="all ranks on one server of the highest rank")
-    add("--parallel-start", action="store_true", help="start all servers of a shape at once; idle ones wait")
-    add("--under-load", type=int, default=0, metavar="N", help="also push while N requests are decoding")
-    add("--windows", type=int, default=4, help="quiet and pushing windows of --under-load, of each")
-    add("--window-s", type=float, default=5.0)
-    add("--deadline-s", type=float, help="start no new row after this many seconds")
-    add("--row-limit-s", type=float, default=240.0, help="end the server of a row that takes longer")
-    add("--work-dir", type=Path, help="keeps the servers' logs")
-    return parser
+def one_push(path: SyncPath, model: PeftModel, step: int, prompt: list[int]) -> Sample:
+    """Time an optimizer step, a push, a token."""
+    optimizer_step(model)
+    started = time.perf_counter()
+    moved = path.push(step)
+    pushed = time.perf_counter()
+    path.first_token(prompt)
+    answered = time.perf_counter()
+    path.settle()
+    return Sample(pushed - started, answered - started, moved)
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the figures of a row."""
+    parts = {name: statistics.median(s.moved.parts.get(name, 0.0) for s in samples) for name in samples[-1].moved.parts}
+    return {
+        "bytes": samples[-1].moved.nbytes,
+        "n": len(samples),
+        "push_s": spread([s.push_s for s in samples]),
+        "first_token_s": spread([s.first_token_s for s in samples]),
+        "parts_median_s": parts,
+        "first_token_s_all": [round(s.first_token_s, 6) for s in samples],
+    }
+
+
+def fresh_prompts(vocab: int, seed: int = 0) -> Iterator[list[int]]:
+    """Yield prompts of random token ids that the prefix cache has not seen."""
+    for number in itertools.count():
+        yield from random_prompts(1, vocab, PROMPT_TOKENS, f"{seed} {number}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SyncBench().main())

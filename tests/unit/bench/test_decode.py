@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -15,12 +14,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bench import decode
-from bench.common.measure import Setting, divergence, random_prompts
-from bench.common.policy import Policy, write_weights
-from bench.common.report import Rates, bars, rates_table
-from bench.common.servers import Way
-from bench.common.shapes import SHAPES
-from bench.decode import ADAPTER, BASE, MERGE, PLAIN, Run, fidelity, new_adapter, sized_flags
+from bench.common.load import random_prompts
+from bench.common.models import SHAPES, Policy, optimizer_step, write_weights
+from bench.common.servers import Setting
+from bench.decode import ADAPTER, ADAPTER_STD, BASE, MERGE, PLAIN, DecodeBench, Target, divergence, fidelity
 from shared.rollouts import GenerateRequest
 from shared.weights import WeightVersion
 
@@ -54,8 +51,8 @@ class Fake:
         count -= self.short
         return [7] * count, [-1.5] * count
 
-    def way(self, row: str, policy: WeightVersion | str | None = None) -> Way:
-        return Way(row, Server(), self.http, policy)  # type: ignore[arg-type]
+    def target(self, row: str, policy: WeightVersion | str | None = None) -> Target:
+        return Target(row, Server(), self.http, policy)  # type: ignore[arg-type]
 
 
 class Server:
@@ -79,8 +76,8 @@ class Server:
 def test_both_kinds_of_server_are_asked_for_the_same() -> None:
     prompts = random_prompts(3, 512, 16, seed=0)
     plain, ours, base = Fake(), Fake(VERSION), Fake()
-    for way in (plain.way(PLAIN), ours.way(ADAPTER, VERSION), base.way(BASE, "base")):
-        sampled, seconds = way.ask(prompts, 4)
+    for target in (plain.target(PLAIN), ours.target(ADAPTER, VERSION), base.target(BASE, "base")):
+        sampled, seconds = target.ask(prompts, 4)
         assert sampled == [([7] * 4, [-1.5] * 4)] * 3
         assert seconds > 0
     [(path, body)] = plain.bodies
@@ -98,16 +95,16 @@ def test_both_kinds_of_server_are_asked_for_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "word"),
+    ("target", "word"),
     [
-        (Fake(short=True).way(PLAIN), "came back"),
-        (Fake(VERSION).way(BASE, "base"), "not of base"),
-        (Fake().way(ADAPTER, VERSION), "not of"),
+        (Fake(short=True).target(PLAIN), "came back"),
+        (Fake(VERSION).target(BASE, "base"), "not of base"),
+        (Fake().target(ADAPTER, VERSION), "not of"),
     ],
 )
-def test_an_answer_that_is_not_what_was_asked_is_no_figure(way: Way, word: str) -> None:
+def test_an_answer_that_is_not_what_was_asked_is_no_figure(target: Target, word: str) -> None:
     with pytest.raises(RuntimeError, match=word):
-        way.ask([[1, 2]], 4)
+        target.ask([[1, 2]], 4)
 
 
 def test_divergence_estimates_the_kl_of_served_from_own() -> None:
@@ -125,7 +122,7 @@ def test_divergence_estimates_the_kl_of_served_from_own() -> None:
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Policy, Path]:
     folder = TINY.write(tmp_path_factory.mktemp("model"), "float32")
-    made = Policy(folder, torch.device("cpu"), "float32")
+    made = Policy(folder, "cpu", "float32")
     write_weights(made, TINY, folder, "float32")
     return made, folder
 
@@ -138,8 +135,8 @@ def test_the_servers_load_the_learners_base(policy: tuple[Policy, Path]) -> None
         assert torch.equal(loaded[name], tensor), name
 
 
-def serve(model: PeftModel, way: Way, monkeypatch: pytest.MonkeyPatch, adapter: bool) -> None:
-    """Has `way` answer with the logprobs of the model itself, computed token by token."""
+def serve(model: PeftModel, target: Target, monkeypatch: pytest.MonkeyPatch, adapter: bool) -> None:
+    """Lets `target` answer with the logprobs of the model itself, computed token by token."""
 
     def ask(prompts: list[list[int]], tokens: int) -> Any:
         rows = [prompt + random_prompts(1, TINY.vocab, tokens, seed=i)[0] for i, prompt in enumerate(prompts)]
@@ -156,17 +153,17 @@ def serve(model: PeftModel, way: Way, monkeypatch: pytest.MonkeyPatch, adapter: 
         ]
         return [(row[len(prompts[0]) :], logprobs) for row, logprobs in zip(rows, own, strict=True)], 1.0
 
-    monkeypatch.setattr(way, "ask", ask)
+    monkeypatch.setattr(target, "ask", ask)
 
 
 def test_fidelity_sees_a_forgotten_adapter(policy: tuple[Policy, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with policy[0].adapter(8, "float32") as model:
-        new_adapter(model)
+        optimizer_step(model, ADAPTER_STD)
         gaps = {}
         for row, adapter in ((ADAPTER, True), (MERGE, False), (BASE, False)):
-            way = Fake().way(row, "base")
-            serve(model, way, monkeypatch, adapter)
-            gaps[row] = fidelity(way, model, TINY.vocab)["fidelity"]
+            target = Fake().target(row, "base")
+            serve(model, target, monkeypatch, adapter)
+            gaps[row] = fidelity(target, model, TINY.vocab)["fidelity"]
     assert gaps[ADAPTER]["tokens"] == 8 * 64
     assert gaps[ADAPTER]["max_abs_gap"] < 1e-5
     assert gaps[BASE]["max_abs_gap"] < 1e-5
@@ -174,19 +171,20 @@ def test_fidelity_sees_a_forgotten_adapter(policy: tuple[Policy, Path], monkeypa
     assert gaps[MERGE]["mean_abs_gap"] > 100 * gaps[ADAPTER]["mean_abs_gap"]
 
 
-def make_run(tmp_path: Path, deadline: float = float("inf"), parallel: bool = True) -> Run:
-    options = argparse.Namespace(rank=8, batches=[2, 4], tokens=4, waves=3, parallel_start=parallel)
-    setting = Setting(tmp_path, "cpu", None, "float32", ())
-    return Run(setting, options, Rates(tmp_path / "decode.json", {"devices": ["H"]}), TINY, tmp_path, deadline)
+def make_bench(tmp_path: Path, *more: str) -> DecodeBench:
+    flags = ["--shapes", "tiny", "--rank", "8", "--batches", "2,4", "--tokens", "4", "--waves", "3"]
+    bench = DecodeBench([*flags, "--json", str(tmp_path / "decode.json"), *more])
+    bench.scratch = bench.work = tmp_path
+    return bench
 
 
 def test_servers_take_turns_and_a_failure_stays_in_its_row(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    bench = make_bench(tmp_path)
     fakes = {PLAIN: Fake(), ADAPTER: Fake(VERSION), MERGE: Fake(VERSION, short=True)}
-    ways = [fakes[PLAIN].way(PLAIN), fakes[ADAPTER].way(ADAPTER, VERSION), fakes[MERGE].way(MERGE, VERSION)]
-    run.waves(ways, 2)
-    plain, adapter, merge = run.report.rows
-    assert plain["ratio_to_plain"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    targets = [fakes[PLAIN].target(PLAIN), *(fakes[row].target(row, VERSION) for row in (ADAPTER, MERGE))]
+    bench.waves(TINY, targets, 2)
+    plain, adapter, merge = bench.rows
+    assert plain["ratio_to_plain"] == {"median": 1.0, "mean": 1.0, "min": 1.0, "max": 1.0}
     assert adapter["n"] == 3
     assert adapter["gpu_memory_mib"] == 123
     ratios = sorted(p / a for p, a in zip(plain["waves_s"], adapter["waves_s"], strict=True))
@@ -204,32 +202,32 @@ def test_servers_take_turns_and_a_failure_stays_in_its_row(tmp_path: Path) -> No
 
 
 def test_after_the_deadline_rows_are_skipped(tmp_path: Path) -> None:
-    run = make_run(tmp_path, deadline=time.monotonic() - 1)
-    run.waves([Fake().way(PLAIN)], 2)
-    assert run.report.rows[0]["skipped"] == "the deadline had passed"
-    assert run.report.document()["ok"] is False
+    bench = make_bench(tmp_path)
+    bench.deadline = time.monotonic() - 1
+    bench.waves(TINY, [Fake().target(PLAIN)], 2)
+    assert bench.rows[0]["skipped"] == "the deadline had passed"
+    assert bench.document()["ok"] is False
 
 
-@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("more", [["--parallel-start"], []])
 def test_a_server_that_does_not_know_the_flag(
-    policy: tuple[Policy, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: bool
+    policy: tuple[Policy, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
     class Refuses(Server):
         def wait_ready(self, timeout_s: float) -> None:
             raise RuntimeError("unrecognized arguments: --apply merge")
 
-    def open_ways(name: str, server: Any, model: Any, stack: Any) -> list[Way]:
+    def open_targets(name: str, server: Any, model: Any, stack: Any) -> list[Target]:
         if name == PLAIN:
-            return [Fake().way(PLAIN)]
-        return [Fake(VERSION).way(ADAPTER, VERSION), Fake().way(BASE, "base")]
+            return [Fake().target(PLAIN)]
+        return [Fake(VERSION).target(ADAPTER, VERSION), Fake().target(BASE, "base")]
 
     monkeypatch.setattr(decode, "start", lambda name, *_: Refuses() if name == MERGE else Server())
-    monkeypatch.setattr(decode, "open_ways", open_ways)
-    run = make_run(tmp_path, parallel=parallel)
-    run.folder = policy[1]
-    run.all_servers()
-    rows = {(row["row"], row["batch"]): row for row in run.report.rows}
-    assert len(rows) == len(run.report.rows) == 8
+    monkeypatch.setattr(decode, "open_targets", open_targets)
+    bench = make_bench(tmp_path, *more)
+    bench.run()
+    rows = {(row["row"], row["batch"]): row for row in bench.rows}
+    assert len(rows) == len(bench.rows) == 8
     for batch in (2, 4):
         assert "unrecognized" in rows[MERGE, batch]["error"]
         assert all(rows[row, batch]["ratio_to_plain"] for row in (PLAIN, ADAPTER, BASE))
@@ -238,8 +236,7 @@ def test_a_server_that_does_not_know_the_flag(
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    for module in ("bench.decode.Server", "bench.contenders.lockstep.Server"):
-        monkeypatch.setattr(module, lambda name, command, *_, **__: started.append(command))
+    monkeypatch.setattr("bench.common.servers.Server", lambda name, command, *_, **__: started.append(command))
     setting = Setting(tmp_path, "cpu", None, "float32", ("--dtype", "float32"))
     for name in decode.SERVERS:
         decode.start(name, setting, tmp_path / "tiny", 8)
@@ -252,39 +249,37 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_key_value_cache_has_room_for_the_largest_wave() -> None:
-    options = argparse.Namespace(batches=[32, 256], tokens=256, server_flags="--seed 3")
-    flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    bench = DecodeBench(["--batches", "32,256", "--tokens", "256"])
+    bench.device = "cuda:0"
+    flags = bench.sized(SHAPES["qwen3-4b"]).engine_flags
     values = dict(zip(flags[::2], flags[1::2], strict=True))
     assert values["--max-num-seqs"] == "256"
     assert values["--max-model-len"] == "288"
-    assert values["--seed"] == "3"
     assert 256 * 272 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 13e9
-    assert "--kv-cache-memory-bytes" not in sized_flags(TINY, options, "cpu")
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--shapes", "qwen3-5b"], "unknown shape"),
-        (["--rank", "1024"], "above 512"),
         (["--batches", "0,4"], "1 or more"),
         (["--batches", "many"], "many"),
     ],
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        decode.main(flags)
+        DecodeBench(flags)
     assert word in capsys.readouterr().err
 
 
 def test_table_and_picture(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    bench = make_bench(tmp_path)
     for batch in (2, 4):
-        run.waves([Fake().way(PLAIN), Fake(VERSION).way(ADAPTER, VERSION), Fake(short=True).way(MERGE, VERSION)], batch)
-    lines = rates_table(run.report.rows).splitlines()
+        short = Fake(short=True).target(MERGE, VERSION)
+        bench.waves(TINY, [Fake().target(PLAIN), Fake(VERSION).target(ADAPTER, VERSION), short], batch)
+    lines = bench.table().splitlines()
     assert len(lines) == 2 + 6
     assert "error: RuntimeError" in lines[4]
     assert "100.0%" in lines[2]
-    bars(tmp_path / "a.png", run.report.rows, "title")
-    bars(tmp_path / "b.png", [], "title")
+    bench.plot(tmp_path / "a.png", bench.measured())
+    bench.plot(tmp_path / "b.png", [])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bench.fleet.report import FleetReport, stretches
+from pathlib import Path
+
+from bench.fleet.__main__ import FleetBench, stretches
 
 
 def tokens(server: str, seconds: range, count: int) -> list[dict]:
@@ -27,8 +29,13 @@ def test_stretches_lie_between_events_and_count_who_was_up():
     ]
 
 
-def test_the_headline_says_the_least():
-    report = FleetReport(None, {"devices": ["a machine"]})
-    report.take(RECORDS, {"A": 10.0, "B": 20.0})
-    assert "least 86.7%" in report.document()["headline"]
-    assert report.document()["ok"]
+def test_the_headline_says_the_least(tmp_path: Path):
+    bench = FleetBench(["--quick"])
+    for row in stretches(RECORDS, {"A": 10.0, "B": 20.0}):
+        bench.add(row, {})
+    assert "least 86.7%" in bench.document()["headline"]
+    assert bench.document()["ok"]
+    assert len(bench.table().splitlines()) == 2 + 3
+    bench.machine |= {"records": RECORDS, "alone_tokens_per_s": {"A": 10.0, "B": 20.0}}
+    bench.plot(tmp_path / "fleet.png", bench.rows)
+    assert (tmp_path / "fleet.png").read_bytes().startswith(b"\x89PNG")

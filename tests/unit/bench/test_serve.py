@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench.common.shapes import SHAPES
-from bench.serve import __main__ as serve
-from bench.serve import contenders as serve_contenders
-from bench.serve.__main__ import ServeReport, figures, measure, serve_table, sized_flags
-from bench.serve.contenders import BARE, OURS, ROWS, VLLM, Contender
-from bench.serve.load import Ask, completions_body, generate_body, http_wave, in_parallel, make_asks
+from bench.common.load import GENERATE, completions_body, generate_body
+from bench.common.models import SHAPES
+from bench.common.servers import Setting
+from bench.serve import front_ends
+from bench.serve.__main__ import ServeBench
+from bench.serve.front_ends import BARE, OURS, ROWS, VLLM, FrontEnd, LoadRequest, http_wave, in_parallel, make_requests
 from learner.utils.processes import Stopped
 from shared.rollouts import GenerateRequest
 
-OPTIONS = serve.make_parser().parse_args(["--concurrency", "2", "--tokens", "8", "--rounds", "4"])
+TINY = SHAPES["tiny"]
+FLAGS = ["--concurrency", "2", "--tokens", "8", "--rounds", "4"]
 
 
 class Server:
@@ -32,34 +33,33 @@ class Server:
         return 0.0
 
 
-def contender(row: str, seconds: float = 1.0) -> Contender:
-    return Contender(row, Server(), lambda asks, concurrency: (seconds, [seconds / 2] * len(asks)))  # type: ignore[arg-type]
+def front_end(row: str, seconds: float = 1.0) -> FrontEnd:
+    return FrontEnd(row, Server(), lambda requests, at_once: (seconds, [seconds / 2] * len(requests)))  # type: ignore[arg-type]
 
 
-def add_rows(report: ServeReport, contenders: list[Contender]) -> None:
-    about = {"shape": "tiny", "concurrency": 2, "completions": 1, "ok": True}
-    for one in contenders:
-        report.add({**about, "row": one.row, **figures(one, contenders)})
+def measured(front_ends: list[FrontEnd], *more: str) -> ServeBench:
+    bench = ServeBench([*FLAGS, *more])
+    bench.machine = {"devices": ["a machine"]}
+    bench.level(TINY, front_ends, *bench.levels[-1])
+    return bench
 
 
 def test_requests_are_the_same_for_all_and_differ_from_round_to_round() -> None:
-    asks = make_asks(100, 64, 512, seed=3)
-    assert asks == make_asks(100, 64, 512, seed=3) != make_asks(100, 64, 512, seed=4)
+    asks = make_requests(100, 64, 512, seed=3)
+    assert asks == make_requests(100, 64, 512, seed=3) != make_requests(100, 64, 512, seed=4)
     assert {16, 64} >= {min(ask.tokens for ask in asks), max(ask.tokens for ask in asks)}
     assert all(16 <= len(ask.prompt) <= 64 and min(ask.prompt) >= 3 and max(ask.prompt) < 512 for ask in asks)
 
 
 def test_both_routes_are_asked_for_the_same() -> None:
-    ask = Ask([5, 6], 7, n=3)
-    path, body = generate_body(ask, "base")
+    ask = LoadRequest([5, 6], 7, n=3)
+    body = generate_body([ask.prompt], ask.tokens, "base", ask.n)
     asked = GenerateRequest.model_validate(body)
-    assert path == "/v1/generate"
     assert asked.prompts[0].token_ids == [5, 6]
     assert asked.policy == "base"
     assert (asked.sampling.max_tokens, asked.sampling.ignore_eos, asked.sampling.temperature) == (7, True, 1.0)
     assert asked.sampling.n == body["sampling"]["n"] == 3
-    path, body = completions_body(ask, "base")
-    assert path == "/v1/completions"
+    body = completions_body(ask.prompt, ask.tokens, ask.n)
     assert body["prompt"] == [5, 6]
     assert body["logprobs"] == 0
     assert (body["n"], body["max_tokens"], body["ignore_eos"], body["temperature"]) == (3, 7, True, 1.0)
@@ -68,7 +68,7 @@ def test_both_routes_are_asked_for_the_same() -> None:
 async def test_never_more_at_a_time_than_asked_for() -> None:
     running, most = 0, 0
 
-    async def send(ask: Ask) -> float:
+    async def send(ask: LoadRequest) -> float:
         nonlocal running, most
         running += 1
         most = max(most, running)
@@ -76,7 +76,7 @@ async def test_never_more_at_a_time_than_asked_for() -> None:
         running -= 1
         return float(ask.tokens)
 
-    seconds, each = await in_parallel(make_asks(20, 8, 512, seed=0), 6, send)
+    seconds, each = await in_parallel(make_requests(20, 8, 512, seed=0), 6, send)
     assert most == 6
     assert len(each) == 20
     assert seconds >= max(each) / 1000
@@ -100,9 +100,9 @@ async def test_answers_over_http_are_checked(fault: str | None, word: str) -> No
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    asks = [Ask([5, 6], 4, n=2)] * 5
+    asks = [LoadRequest([5, 6], 4, n=2)] * 5
     try:
-        wave = http_wave(url, asks, 2, lambda ask: generate_body(ask, "base"))
+        wave = http_wave(url, GENERATE, asks, 2)
         if fault is None:
             seconds, each = await wave
             assert len(each) == 5
@@ -115,134 +115,123 @@ async def test_answers_over_http_are_checked(fault: str | None, word: str) -> No
 
 
 def test_a_row_says_what_it_reaches_of_the_others() -> None:
-    contenders = [contender(BARE), contender(OURS, 1.25), contender(VLLM, 2.0)]
     order: list[str] = []
-    for one in contenders:
-        wave = one.wave
-        one.wave = lambda asks, concurrency, row=one.row, wave=wave: (order.append(row), wave(asks, concurrency))[1]  # type: ignore[misc]
-    measure(contenders, 2, 1, OPTIONS, 512)
+
+    def recorded(row: str, seconds: float) -> FrontEnd:
+        one = front_end(row, seconds)
+        return one._replace(wave=lambda requests, at_once: (order.append(row), one.wave(requests, at_once))[1])
+
+    bench = measured([recorded(BARE, 1.0), recorded(OURS, 1.25), recorded(VLLM, 2.0)])
     assert order[::2] == order[1::2]
     assert len(order) == 2 * 15
     assert order[:12:2] == [BARE, OURS, VLLM, OURS, VLLM, BARE]
-    row = figures(contenders[1], contenders)
+    bare, row, _ = bench.rows
     assert row["n"] == 4
     assert row["requests"] == 4 * 8
     assert row["ratio_to_bare"]["median"] == pytest.approx(0.8)
     assert row["ratio_to_vllm_serve"]["median"] == pytest.approx(1.6)
     assert row["request_s"] == {"median": 0.625, "p95": 0.625}
-    assert "ratio_to_bare" not in figures(contenders[0], contenders)
+    assert "ratio_to_bare" not in bare
 
 
 def test_sequences_at_a_time_are_those_of_all_requests() -> None:
     sent: list[tuple[int, int]] = []
 
-    def wave(asks: Any, at_once: int) -> tuple[float, list[float]]:
-        sent.append((len(asks), at_once))
-        return 1.0, [1.0] * len(asks)
+    def wave(requests: Any, at_once: int) -> tuple[float, list[float]]:
+        sent.append((len(requests), at_once))
+        return 1.0, [1.0] * len(requests)
 
-    one = Contender(BARE, Server(), wave)  # type: ignore[arg-type]
-    options = serve.make_parser().parse_args(["--tokens", "4", "--rounds", "1"])
-    measure([one], 256, 8, options, 512)
+    flags = ["--concurrency", "256", "--n", "8", "--tokens", "4", "--rounds", "1"]
+    bench = measured([FrontEnd(BARE, Server(), wave)], *flags)  # type: ignore[arg-type]
     assert set(sent[1::2]) == {(64, 32)}
-    tokens = sum(ask.tokens for ask in make_asks(64, 4, 512, seed=256_001))
-    assert figures(one, [one])["tokens_per_s"]["median"] == 8 * tokens
+    tokens = sum(request.tokens for request in make_requests(64, 4, 512, seed=256_001))
+    assert bench.rows[0]["tokens_per_s"]["median"] == 8 * tokens
 
 
-def test_a_contender_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
-    def broken(asks: Any, concurrency: int) -> Any:
+def test_a_front_end_that_fails_costs_its_own_row_only(tmp_path: Path) -> None:
+    def broken(requests: Any, at_once: int) -> Any:
         raise RuntimeError("gone")
 
-    contenders = [contender(BARE), Contender(OURS, Server(), broken)]  # type: ignore[arg-type]
-    measure(contenders, 2, 1, OPTIONS, 512)
-    report = ServeReport(tmp_path / "r.json", {"devices": ["a machine"]})
-    add_rows(report, contenders)
+    front_ends = [front_end(BARE), FrontEnd(OURS, Server(), broken)]  # type: ignore[arg-type]
+    bench = measured(front_ends, "--json", str(tmp_path / "r.json"))
     document = json.loads((tmp_path / "r.json").read_text())
     assert document["ok"] is False
     assert "gone" in document["rows"][1]["error"]
     assert document["headline"] == "nothing was measured"
-    lines = serve_table(document["rows"]).splitlines()
+    lines = bench.table().splitlines()
     assert len(lines) == 4
     assert "gone" in lines[3]
 
 
-def test_a_round_counts_as_a_whole_and_none_begins_too_late() -> None:
-    contenders = [contender(BARE), contender(OURS)]
-    measure(contenders, 2, 1, OPTIONS, 512, deadline=0.0)
-    assert [figures(one, contenders)["n"] for one in contenders] == [1, 1]
-    contenders = [contender(BARE), contender(OURS)]
-    waves, wave = 0, contenders[1].wave
+def test_rows_are_written_down_when_it_is_stopped_and_none_begins_too_late() -> None:
+    waves = 0
 
-    def stopped(asks: Any, concurrency: int) -> Any:
+    def stopped(requests: Any, at_once: int) -> Any:
         nonlocal waves
         waves += 1
         if waves == 6:
             raise Stopped("SIGTERM")
-        return wave(asks, concurrency)
+        return 1.0, [0.5] * len(requests)
 
-    contenders[1].wave = stopped
+    bench = ServeBench(FLAGS)
     with pytest.raises(Stopped):
-        measure(contenders, 2, 1, OPTIONS, 512)
-    assert [figures(one, contenders)["n"] for one in contenders] == [1, 1]
-    assert "skipped" in figures(contender(VLLM), contenders)
+        bench.level(TINY, [front_end(BARE), FrontEnd(OURS, Server(), stopped)], 2, 1)  # type: ignore[arg-type]
+    assert [row["n"] for row in bench.rows] == [1, 1]
+    late = measured([front_end(BARE)], "--deadline-s", "-1")
+    assert late.rows[0]["skipped"] == "the deadline had passed"
 
 
-def test_the_headline_is_our_routes_share(tmp_path: Path) -> None:
-    contenders = [contender(BARE), contender(OURS, 1.25), contender(VLLM, 2.0)]
-    measure(contenders, 2, 1, OPTIONS, 512)
-    report = ServeReport(None, {"devices": ["a machine"]})
-    add_rows(report, contenders)
-    assert report.document()["headline"] == (
+def test_the_headline_is_our_routes_share() -> None:
+    bench = measured([front_end(BARE), front_end(OURS, 1.25), front_end(VLLM, 2.0)])
+    assert bench.document()["headline"] == (
         "throughput of /v1/generate on a machine: "
         "tiny at 2, 1 a request: 80.0% of the bare engine, 160.0% of vllm serve"
     )
 
 
 def test_all_have_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: dict[str, list[str]] = {}
+    started: dict[str, str] = {}
 
     class Recorded:
         def __init__(self, name: str, command: list[str], *rest: Any, **more: Any) -> None:
-            started[name], self.url = command, "http://nowhere"
+            started[name], self.url = " ".join(command), "http://nowhere"
 
-    monkeypatch.setattr(serve_contenders, "Server", Recorded)
-    options = serve.make_parser().parse_args(["--rank", "8"])
-    options.only = [BARE, OURS]
-    serve_contenders.start(SHAPES["tiny"], tmp_path, tmp_path, options, [], None)
-    assert set(started) == {"engine", "rollout-server"}  # those of the rows that are asked for
-    options.only = ROWS
-    rows = serve_contenders.start(SHAPES["tiny"], tmp_path, tmp_path, options, ["--dtype", "float32"], None)
-    assert tuple(one.row for one in rows) == ROWS
+    monkeypatch.setattr("bench.common.servers.Server", Recorded)
+    setting = Setting(tmp_path, "cpu", None, "float32", ("--dtype", "float32"))
+    for name in dict.fromkeys(ROWS.values()):
+        front_ends.start(name, setting, tmp_path, 8)
     assert set(started) == {"engine", "rollout-server", "vllm serve"}
     for command in started.values():
-        joined = " ".join(command)
-        assert "--max-lora-rank 8" in joined
-        assert "--dtype float32" in joined
-    assert "--enable-lora --max-loras 2" in " ".join(started["vllm serve"])
+        assert "--max-lora-rank 8" in command
+        assert "--dtype float32" in command
+    assert "--enable-lora --max-loras 2" in started["vllm serve"]
     assert "rollout_server.worker.extension.AdapterWorker" in started["vllm serve"]
 
 
+def test_only_servers_of_the_rows_that_are_asked_for() -> None:
+    bench = ServeBench([*FLAGS, "--only", f"{BARE},{OURS}"])
+    abouts = {name: [about["row"] for about in bench._abouts(TINY, name)] for name in dict.fromkeys(ROWS.values())}
+    assert abouts == {"engine": [BARE], "rollout-server": [OURS], "vllm serve": []}
+
+
 def test_the_key_value_cache_has_room_for_the_highest_level() -> None:
-    options = serve.make_parser().parse_args([])
-    options.levels = [(1, 1), (256, 8)]
-    flags = sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
-    pairs = [flag for flag in flags if flag != "--no-enable-prefix-caching"]
-    values = dict(zip(pairs[::2], pairs[1::2], strict=True))
-    assert len(pairs) == len(flags) - 1
+    bench = ServeBench(["--concurrency", "1,256", "--n", "1,8"])
+    bench.device = "cuda:0"
+    flags = [flag for flag in bench.sized(SHAPES["qwen3-4b"]).engine_flags if flag != "--no-enable-prefix-caching"]
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
     assert values["--max-num-seqs"] == "256"
     assert values["--load-format"] == "dummy"
     assert 256 * 320 * 147_456 < int(values["--kv-cache-memory-bytes"]) < 14e9
-    assert "--kv-cache-memory-bytes" not in sized_flags(SHAPES["tiny"], options, "cpu")
+    assert "--no-enable-prefix-caching" in bench.sized(TINY).engine_flags
 
 
 def test_levels_are_whole_numbers_of_requests() -> None:
-    options = serve.make_parser().parse_args(["--concurrency", "32,4", "--n", "8,1"])
-    assert serve.levels(options) == [(4, 1), (32, 1), (32, 8)]
+    assert ServeBench(["--concurrency", "32,4", "--n", "8,1"]).levels == [(4, 1), (32, 1), (32, 8)]
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--shapes", "qwen3-5b"], "unknown shape"),
         (["--only", "theirs"], "unknown row"),
         (["--concurrency", "0,4"], "1 or more"),
         (["--rank", "999"], "above"),
@@ -252,5 +241,5 @@ def test_levels_are_whole_numbers_of_requests() -> None:
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        serve.main(flags)
+        ServeBench(flags)
     assert word in capsys.readouterr().err

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import slots
-from bench.common.background_load import pushing
-from bench.slots import SlotReport, server_flags, slots_table
+from bench.slots import SlotsBench, name_of, server_flags
 
 
 def row(count: int, **more: Any) -> dict[str, Any]:
     spread = {"median": 0.1 * count, "min": 0.0, "max": 1.0}
     figures = {"pace": 2.0, "n": 20, "push_s": spread, "wait_s": spread, "tokens_per_s_pushing": 900.0, "ratio": spread}
-    about = {"row": slots.name_of(count), "slots": count, "shape": "tiny", "rank": 8, "requests": 8, "ok": True}
+    about = {"row": name_of(count), "slots": count, "shape": "tiny", "rank": 8, "requests": 8, "ok": True}
     return {**about, **(more or {**figures, "slot_mib": 0.0 if count == 1 else 1.5})}
 
 
@@ -27,14 +24,15 @@ def test_servers() -> None:
 
 
 def test_rows_become_a_file_a_table_and_a_sentence(tmp_path: Path) -> None:
-    report = SlotReport(tmp_path / "slots.json", {"devices": ["H"]})
+    bench = SlotsBench(["--json", str(tmp_path / "slots.json")])
+    bench.machine = {"devices": ["H"]}
     for each in (row(1), row(3), row(2, ok=False, error="RuntimeError: no\nmore")):
-        report.add(each)
+        bench.add(each, {})
     document = json.loads((tmp_path / "slots.json").read_text())
     assert set(document) == {"headline", "ok", "machine", "rows"}
     assert document["ok"] is False
-    assert document["headline"].startswith("on H: tiny rank 8, 8 requests, one place (--apply merge), 2 pushes per")
-    lines = slots_table(document["rows"]).splitlines()
+    assert document["headline"].startswith("on H: tiny rank 8, 8 requests, one place (--apply merge): 2 pushes per")
+    lines = bench.table().splitlines()
     assert len(lines) == 2 + 3
     assert lines[3].endswith("4.5")
     assert lines[2].endswith("-")
@@ -42,23 +40,14 @@ def test_rows_become_a_file_a_table_and_a_sentence(tmp_path: Path) -> None:
     assert "more" not in lines[4]
 
 
-def test_a_push_that_waits_delays_the_next_one() -> None:
-    quick, slow = list[float](), list[float]()
-    pushing(1.5, lambda: quick.append(time.monotonic()), every_s=0.1)
-    pushing(1.5, lambda: (slow.append(time.monotonic()), time.sleep(1.0)), every_s=0.1)
-    assert len(slow) == 2 < len(quick) <= 16
-
-
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--shape", "qwen3-5b"], "unknown shape"),
         (["--slots", "0,2"], "1 or more"),
         (["--paces", "0"], "more than 0"),
-        (["--rank", "1024"], "above 512"),
     ],
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        slots.main(flags)
+        SlotsBench(flags)
     assert word in capsys.readouterr().err

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.common.shapes import SHAPES
-from bench.step import __main__ as step
-from bench.step.figures import TRL, Step, StepReport, figures, ours, reached, stacked, steps_table, stop_ids, together
-from bench.step.learner import Training, TrlWatch
+from bench.common.models import SHAPES
+from bench.step.__main__ import StepBench
+from bench.step.figures import TRL, Step, figures, ours, reached, stop_ids, together
+from bench.step.learner import TrlWatch, counted, max_steps
 
 ABOUT = {"shape": "tiny", "rank": 8, "batch": 16, "tokens": 64, "ok": True}
 ALTERNATING = [Step(10.0, 4.0, 1.0, None, 100), Step(14.0, 6.0, 1.0, None, 300), Step(12.0, 5.0, 1.0, None, 200)]
@@ -68,31 +68,32 @@ def test_targets(of_larger: float, trl_of_s1: float, met: bool) -> None:
 
 
 def test_rows_become_a_file_a_table_and_a_picture(tmp_path: Path) -> None:
-    report = StepReport(tmp_path / "step.json", {"devices": ["H", "H"]})
+    bench = StepBench(["--json", str(tmp_path / "step.json")])
+    bench.machine = {"devices": ["H", "H"]}
     for each in [*ROWS[:2], row(TRL, [], skipped="needs two GPUs")]:
-        report.add(each)
+        bench.add(each, {})
     document = json.loads((tmp_path / "step.json").read_text())
     assert document["ok"]
     assert document["reached"] is None
     assert len(document["rows"]) == 3
     assert document["headline"].startswith("tiny, LoRA rank 8, 16 completions of up to 64 tokens a step, on H: ")
     assert "S = 1 takes 1.33 times the larger of generation alone (5.00 s) and training" in document["headline"]
-    lines = steps_table(document["rows"]).splitlines()
+    lines = bench.table().splitlines()
     assert len(lines) == 2 + 3
     assert "needs two GPUs" in lines[4]
     assert lines[2].endswith("58%")
-    report.add(row(ours(2), [], ok=False, error="RuntimeError: no\nmore"))
-    assert report.document()["ok"] is False
-    assert "more" not in steps_table(report.rows)
-    stacked(tmp_path / "step.png", report.rows, "title")
+    bench.add(row(ours(2), [], ok=False, error="RuntimeError: no\nmore"), {})
+    assert bench.document()["ok"] is False
+    assert "more" not in bench.table()
+    bench.plot(tmp_path / "step.png", bench.measured())
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    stacked(tmp_path / "empty.png", [], "title")
+    bench.plot(tmp_path / "empty.png", [])
 
 
 def test_nothing_measured_is_not_ok() -> None:
-    report = StepReport(None, {"devices": ["H"]})
-    report.add(row(TRL, [], skipped="needs two GPUs"))
-    assert report.document()["ok"] is False
+    bench = StepBench([])
+    bench.add(row(TRL, [], skipped="needs two GPUs"), {})
+    assert bench.document()["ok"] is False
 
 
 def test_lengths_spread() -> None:
@@ -106,26 +107,10 @@ def test_lengths_spread() -> None:
 
 
 def test_steps_that_generate_nothing_ahead_are_not_counted() -> None:
-    training = Training(
-        folder="",
-        url="",
-        max_staleness=2,
-        vocab=9,
-        dtype="float32",
-        rank=8,
-        batch=4,
-        group=2,
-        micro_batch=2,
-        prompt_tokens=4,
-        tokens=8,
-        stop_token_ids=[],
-        steps=5,
-        warm_up=3,
-        output="",
-    )
-    steps = [Step(float(i), 0.0, 0.0, 0.0, 0) for i in range(training.max_steps)]
-    assert [one.seconds for one in training.counted(steps)] == [3.0, 4.0, 5.0, 6.0, 7.0]
-    assert training.max_steps == 10
+    training = Namespace(max_staleness=2, steps=5, warm_up=3, profile=None)
+    steps = [Step(float(i), 0.0, 0.0, 0.0, 0) for i in range(max_steps(training))]
+    assert [one.seconds for one in counted(training, steps)] == [3.0, 4.0, 5.0, 6.0, 7.0]
+    assert max_steps(training) == 10
 
 
 def test_trl_is_timed_by_what_its_trainer_calls() -> None:
@@ -160,20 +145,19 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
 
 
 def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
-    options = argparse.Namespace(prompt_tokens=64, tokens=512, mean_tokens=200, batch=256, server_flags="--x 1")
-    flags = step.sized_flags(SHAPES["qwen3-4b"], options, "cuda:0")
+    sizes = "--prompt-tokens 64 --tokens 512 --mean-tokens 200 --batch 256"
+    bench = StepBench(["--shape", "qwen3-4b", *sizes.split()])
+    bench.device = "cuda:0"
+    flags = bench.sized().engine_flags
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     assert given["--max-num-seqs"] == "512"
     assert given["--max-model-len"] == "592"
-    assert given["--x"] == "1"
     assert int(given["--kv-cache-memory-bytes"]) > 512 * (64 + 200) * 147_456
-    assert "--enforce-eager" in step.sized_flags(SHAPES["tiny"], options, "cpu")
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--shape", "qwen3-5b"], "unknown shape"),
         (["--staleness", "-1"], "0 or more"),
         (["--batch", "20", "--micro-batch", "8"], "whole micro-batches"),
         (["--group", "1"], "at least 2"),
@@ -182,5 +166,5 @@ def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        step.main(flags)
+        StepBench(flags)
     assert word in capsys.readouterr().err

@@ -1,73 +1,85 @@
+"""What bench.sync pushes and writes down; nothing is started."""
+
 from __future__ import annotations
 
-from itertools import pairwise
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
 
-from bench.common import measure as measuring
-from bench.common.background_load import Record, compare, tokens_within
-from bench.common.choices import pick_rows
-from bench.common.measure import Moved, fresh_prompts, measure
-from bench.common.shapes import SHAPES, pick_shapes, served_rank
+from bench.contenders import Moved, SyncPath
 from bench.sync import __main__ as sync
-from bench.sync.run import ROWS
+from bench.sync.__main__ import SyncBench
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--shapes", "qwen3-5b"], "unknown shape qwen3-5b"),
-        (["--shapes", ""], "unknown shape"),
         (["--ranks", "1024"], "rank 1024 is above 512"),
         (["--only", "theirs"], "unknown row 'theirs'"),
         (["--parallel-start"], "--share-server"),
+        (["--adapter-dtype", "float16"], "float32 or bfloat16"),
     ],
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        sync.main(flags)
+        SyncBench(flags)
     assert word in capsys.readouterr().err
 
 
-def test_rows_are_picked_by_their_beginnings() -> None:
-    assert pick_rows(None, ROWS) == list(ROWS)
-    assert pick_rows("lockstep", ROWS) == ["lockstep http", "lockstep collective", "lockstep collective, keep"]
-    assert pick_rows("merged, lockstep http", ROWS) == ["lockstep http", "merged weights (TRL)"]
+def test_servers_and_their_rows() -> None:
+    bench = SyncBench(["--shapes", "tiny", "--ranks", "8,32", "--only", "lockstep http,merged"])
+    plans = list(bench.plans(bench.shapes[0]))
+    assert [(plan.max_rank, plan.ranks, plan.rows) for plan in plans] == [
+        (8, [8], ["lockstep http"]),
+        (32, [32], ["lockstep http"]),
+        (32, [8, 32], ["merged weights (TRL)"]),
+    ]
+    bench.options.share_server = True
+    assert [plan.ranks for plan in bench.plans(bench.shapes[0])] == [[8, 32], [8, 32]]
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"), [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-14b", 14.77), ("tiny", 0.0)]
-)
-def test_shapes_have_the_sizes_of_their_names(name: str, billions: float) -> None:
-    assert SHAPES[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
+def row(name: str, seconds: float, rank: int = 8, **more: Any) -> dict[str, Any]:
+    spread = {"median": seconds, "min": seconds / 2, "max": seconds * 2}
+    figures = {"bytes": 1_000_000, "n": 5, "push_s": spread, "first_token_s": spread}
+    about = {"shape": "tiny", "rank": rank, "row": name, "parameters": 1, "ok": True}
+    return {**about, **figures, "parts_median_s": {"install": 0.001}, **more}
 
 
-def test_a_shape_is_a_model_directory(tmp_path: Path) -> None:
-    [shape] = pick_shapes("tiny")
-    shape.write(tmp_path, "float32")
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert (config.hidden_size, config.head_dim, config.tie_word_embeddings) == (64, 64, True)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) == shape.vocab
-    assert tokenizer("t5 t511")["input_ids"] == [5, 511]
+def test_headline_takes_the_group_with_most_rows_and_orders_by_time() -> None:
+    bench = SyncBench([])
+    bench.machine = {"devices": ["H", "H"]}
+    text = bench.headline([row("peer", 1.5), row("ours", 0.01), row("ours", 0.02, rank=32)])
+    assert "tiny, LoRA rank 8, on H:" in text
+    assert text.index("ours 0.0100") < text.index("peer 1.5000")
 
 
-def test_served_rank_is_the_next_that_vllm_has() -> None:
-    assert [served_rank(rank) for rank in (1, 8, 9, 128, 129)] == [1, 8, 16, 128, 256]
+def test_table_and_picture(tmp_path: Path) -> None:
+    bench = SyncBench([])
+    ratio = {"median": 0.9, "min": 0.8, "max": 1.0}
+    bench.rows = [row("ours", 0.01), row("peer", 1.5, under_load={"ratio": ratio, "tokens_per_s_quiet": 900.0})]
+    lines = bench.table().splitlines()
+    assert lines[2].endswith("1.0  5  0.0100 (0.0050-0.0200)  0.0100 (0.0050-0.0200)  install 1.0")
+    assert lines[3].endswith("install 1.0 | decode 90.0% (80.0%-100.0%) of 900 tok/s")
+    bench.plot(tmp_path / "sync.png", bench.rows)
+    assert (tmp_path / "sync.png").read_bytes().startswith(b"\x89PNG")
+    bench.plot(tmp_path / "empty.png", [])
 
 
-def test_tokens_are_spread_over_the_time_of_their_request() -> None:
-    records = [Record(0.0, 2.0, 64), Record(2.0, 4.0, 64)]
-    assert tokens_within(records, 1.0, 3.0) == pytest.approx(64)
-    assert tokens_within(records, 5.0, 6.0) == 0
-    windows = list(pairwise([0.0, 2.0, 4.0]))
-    assert compare(records, windows, 1)["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+def test_a_row_that_hangs_ends_its_server() -> None:
+    bench, ended = SyncBench(["--row-limit-s", "0.05"]), threading.Event()
+
+    class Server:
+        def end(self) -> None:
+            ended.set()
+
+    with bench.watched(Server(), {}):  # type: ignore[arg-type]
+        assert ended.wait(10)
+    assert bench.rows == []
 
 
-class FakePath:
+class FakePath(SyncPath):
     """Answers with the number of pushes, or always the same."""
 
     def __init__(self, deaf: bool = False) -> None:
@@ -87,14 +99,14 @@ class FakePath:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(measuring, "optimizer_step", lambda model: None)
+    monkeypatch.setattr(sync, "optimizer_step", lambda model: None)
     return None
 
 
 def test_a_row_counts_what_comes_after_the_warm_up(no_model: Any) -> None:
     path = FakePath()
-    figures = measure(path, no_model, 4, vocab=100)
-    assert path.pushes == path.settled == measuring.WARM_UP + 4
+    figures = sync.measure(path, no_model, 4, vocab=100)
+    assert path.pushes == path.settled == sync.WARM_UP + 4
     assert figures["n"] == 4
     assert figures["bytes"] == 10
     assert figures["parts_median_s"] == {"install": 0.5}
@@ -103,9 +115,9 @@ def test_a_row_counts_what_comes_after_the_warm_up(no_model: Any) -> None:
 
 def test_pushes_without_effect_are_an_error(no_model: Any) -> None:
     with pytest.raises(RuntimeError, match="no effect"):
-        measure(FakePath(deaf=True), no_model, 4, vocab=100)
+        sync.measure(FakePath(deaf=True), no_model, 4, vocab=100)
 
 
 def test_prompts_are_fresh() -> None:
-    prompts = fresh_prompts(1000)
+    prompts = sync.fresh_prompts(1000)
     assert len({tuple(next(prompts)) for _ in range(50)}) == 50

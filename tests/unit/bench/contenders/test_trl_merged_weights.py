@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common.measure import Setting
-from bench.common.policy import Policy, optimizer_step
-from bench.common.shapes import SHAPES
-from bench.contenders.trl_merged_weights import MERGED, MergedPath, PeerMerged, make_generation
+from bench.common.harness import Skip
+from bench.common.models import SHAPES, Policy, optimizer_step
+from bench.common.servers import Setting
+from bench.contenders.trl_merged_weights import MERGED, MergedPath, TrlMergedWeights, make_generation
 
 # The versions of vLLM that TRL names are not all that it works with.
 pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM:UserWarning")
@@ -42,7 +42,7 @@ class Client:
 
 def test_a_push_streams_every_base_parameter_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl.generation.vllm_generation.VLLMClient", Client)
-    policy = Policy(SHAPES["tiny"].write(tmp_path, "float32"), torch.device("cpu"), "float32")
+    policy = Policy(SHAPES["tiny"].write(tmp_path, "float32"), "cpu", "float32")
     names = {name for name, _ in policy.base.named_parameters()}
     before = policy.base.model.layers[0].self_attn.q_proj.weight.clone()
     with policy.adapter(8, "float32") as model:
@@ -64,17 +64,19 @@ def test_a_push_streams_every_base_parameter_merged(tmp_path: Path, monkeypatch:
 
 def test_what_it_cannot_do(tmp_path: Path) -> None:
     setting = Setting(tmp_path, device="cpu", server_device=None, dtype="float32", engine_flags=())
-    assert PeerMerged().unable(setting) == "needs two GPUs"
+    with pytest.raises(Skip, match="needs two GPUs"):
+        TrlMergedWeights(setting).start(tmp_path, 8)
 
 
 def test_the_server_is_started_as_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("bench.contenders.trl_merged_weights.Server", lambda *args: started.extend(args))
+    monkeypatch.setattr(Setting, "same_gpu", False)
     setting = Setting(tmp_path, device="cuda:0", server_device="1", dtype="bfloat16", engine_flags=("--dtype", "half"))
-    PeerMerged().start(setting, tmp_path, 8)
+    TrlMergedWeights(setting).start(tmp_path, 8)
     _, command, _, _, env = started
     assert "--weight-transfer-config" in command
     assert command[-2:] == ["--dtype", "half"]
     assert env["VLLM_SERVER_DEV_MODE"] == "1"
     assert env["CUDA_VISIBLE_DEVICES"] == "1"
-    assert MERGED in PeerMerged.notes
+    assert MERGED in TrlMergedWeights.notes
