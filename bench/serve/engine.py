@@ -48,7 +48,7 @@ async def serve(argv: list[str]) -> None:
             async for output in engine.generate(token_prompt(one.prompt), params, f"bench-{next(numbers)}"):
                 final = output
             assert final is not None
-            assert [len(sampled_logprobs(o.logprobs, o.token_ids)) for o in final.outputs] == [one.tokens] * one.n
+            assert [len(sampled_logprobs(o)) for o in final.outputs] == [one.tokens] * one.n
             return time.perf_counter() - started
 
         seconds, each = await in_parallel(requests, document["concurrency"], send)

@@ -119,8 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["latest"],
         metavar="POLICY",
-        help="base, latest, or a stored adapter: a run's output_dir, a checkpoint, a PEFT directory, served in a run of "
-        "its own meanwhile. Several are compared with the first (default latest)",
+        help="base, latest, or a stored adapter: a run's output_dir, a checkpoint, a PEFT directory, served in a run "
+        "of its own meanwhile. Several are compared with the first (default latest)",
     )
     add("--run-id", help="which run, where the server serves several")
     add("--n", type=int, default=1, help="completions per question (default %(default)s)")

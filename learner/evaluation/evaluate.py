@@ -93,7 +93,8 @@ def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float
         values = asyncio.run(values)
     if len(values) != len(arguments["prompts"]):
         raise InvalidRequest(
-            f"reward function {_name(function)} returned {len(values)} rewards for {len(arguments['prompts'])} completions"
+            f"reward function {_name(function)} returned {len(values)} rewards "
+            f"for {len(arguments['prompts'])} completions"
         )
     return [None if value is None else float(value) for value in values]
 

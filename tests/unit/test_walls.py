@@ -37,7 +37,8 @@ def foreign_private_names(source: str) -> Iterator[str]:
             own.add(node.target.id)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            documented = getattr(node.value, "id", "") in ("os", "torch")  # os._exit, torch._foreach_add_
+            # os._exit, torch._foreach_add_, and the name of a model in transformers
+            documented = getattr(node.value, "id", "") in ("os", "torch") or node.attr == "_name_or_path"
             name = "" if documented else node.attr
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
