@@ -145,7 +145,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
 
     | TRL's method | hooks, from the inside out | why in this order |
     | --- | --- | --- |
-    | `_generate_and_score_completions` | `score_in_workers` (called by the session) | sees the rows that are trained on |
+    | `_generate_and_score_completions` | `score_in_workers` (called by the session) | sees the rows trained on |
     | | `watch_mismatch` | measures the batch that is trained on |
     | | `replace_zero_variance_groups` | changes the rows that TRL and the hooks above are given |
     | | `record_samples` | reads TRL's logs after everything else |
