@@ -15,9 +15,6 @@ from shared.errors import LockstepError
 
 logger = logging.getLogger("lockstep.cli")
 
-#: For responses that are still being sent when nothing runs any more.
-_CLOSE_SECONDS = 5
-
 
 def main() -> None:
     """Console entry point."""
@@ -26,8 +23,13 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import uvloop
 
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s rollout-server: %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("lockstep")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
     try:
-        _log_to_stderr()
         sys.exit(uvloop.run(_serve(*resolve(sys.argv[1:]))))
     except (LockstepError, ValueError) as error:
         sys.exit(f"rollout-server: {error}")
@@ -108,15 +110,6 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
     return args, vllm_config, settings
 
 
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s rollout-server: %(message)s", "%H:%M:%S"))
-    root = logging.getLogger("lockstep")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    root.propagate = False
-
-
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
     from rollout_server import lifecycle
@@ -141,7 +134,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
-        timeout_graceful_shutdown=_CLOSE_SECONDS,
+        timeout_graceful_shutdown=5,  # for responses that are still being sent when nothing runs any more
         **binding.tls_options(args),
     )
     http = asyncio.ensure_future(server.serve())

@@ -35,10 +35,6 @@ from shared.errors import InvalidRequest
 
 logger = logging.getLogger("lockstep.lifecycle")
 
-_REGISTER_SECONDS = 600.0
-_DESCRIBE_SECONDS = 60.0
-_WATCH_SECONDS = 1.0
-
 
 async def start(
     args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
@@ -62,7 +58,11 @@ async def start(
     await engine.reset_mm_cache()
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
-    workers, described = await _reach_workers(proxy, serving, topology.workers(vllm_config.parallel_config))
+    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        await engine.collective_rpc("lockstep_register", timeout=600.0, args=(*serving, os.getpid(), folder))
+        sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
+        workers = await Workers.connect(sockets, topology.workers(vllm_config.parallel_config))
+    described = await workers.call("describe", timeout=60.0)
     boot_id = secrets.token_hex(8)
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)
     backend = "nccl" if described[0]["device"] else "gloo"
@@ -91,25 +91,8 @@ async def start(
     return service
 
 
-async def _reach_workers(
-    proxy: EngineProxy, serving: tuple[Any, ...], count: int
-) -> tuple[Workers, list[dict[str, Any]]]:
-    """Prepare all workers, open a socket to each, and let each describe itself.
-
-    Args:
-        serving: the first arguments of `lockstep_register` of our worker class.
-    """
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        await proxy.register_workers(*serving, os.getpid(), folder, timeout=_REGISTER_SECONDS)
-        sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
-        workers = await Workers.connect(sockets, count)
-    return workers, await workers.call("describe", _DESCRIBE_SECONDS)
-
-
 async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
-    """Generate with and without adapter on each data-parallel engine: the first requests compile and allocate for many
-    seconds.
-    """
+    """Generate with and without adapter on each engine: the first requests compile and allocate for many seconds."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -129,7 +112,7 @@ async def watch(service: Service) -> None:
     """Return when the engine has died, or hangs, with the reason in the log."""
     stall = StallWatchdog(service.proxy, service.settings.engine_stall_seconds)
     while not service.proxy.errored:
-        await asyncio.sleep(_WATCH_SECONDS)
+        await asyncio.sleep(1.0)
         stall.look()
     logger.error(
         "the engine died: %s; this server stops so that its supervisor can restart it", service.proxy.dead_error

@@ -21,11 +21,7 @@ from shared.weights import InFlight, PushReceipt, ServerState
 
 @dataclass(frozen=True)
 class Service:
-    """Lives from warm-up to shutdown.
-
-    Attributes:
-        openai_state: what vLLM's own routes work with.
-    """
+    """Lives from warm-up to shutdown."""
 
     settings: ServerSettings
     served: ServerState
@@ -33,7 +29,7 @@ class Service:
     proxy: EngineProxy
     exclusive: Exclusive
     installer: Installer
-    openai_state: Any
+    openai_state: Any  # of vLLM's own routes
 
     def state(self) -> ServerState:
         """Return what the server is and serves at present."""
@@ -62,15 +58,13 @@ class Service:
                 self._list_models()
                 yield receipt
 
-    async def join_group(self, run_id: str, lease: str) -> AsyncGenerator[GroupInvitation | None, None]:
-        """Meet the run's learner in a collective group; see `Groups.join`.
+    def join_group(self, run_id: str, lease: str) -> AsyncGenerator[GroupInvitation | None, None]:
+        """Meet the run's learner in a collective group; see `BroadcastGroups.join`.
 
         Raises:
             LockstepError: also `unknown_run`, `lease_mismatch`.
         """
-        async with aclosing(self.installer.groups.join(self._held_run(run_id, lease))) as events:
-            async for invitation in events:
-                yield invitation
+        return self.installer.groups.join(self._held_run(run_id, lease))
 
     async def end_run(self, run_id: str, lease: str) -> None:
         """Forget a run and free its slots; see `Installer.end`.

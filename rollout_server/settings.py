@@ -100,9 +100,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options["action"] = "store_true"
         else:
             options |= {"type": type(setting.default), "choices": setting.metadata["choices"]}
-        group.add_argument(
-            "--" + setting.name.replace("_", "-"), **options
-        )  # vLLM's parser adds the default to the help
+        # vLLM's parser adds the default to the help.
+        group.add_argument("--" + setting.name.replace("_", "-"), **options)
 
 
 _MAY_BE_ZERO = ("drain_seconds", "engine_stall_seconds")

@@ -21,10 +21,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     """Return our app with vLLM's mounted below it: a path of ours never reaches vLLM's handlers, nor the other way
     round.
     """
-    app = FastAPI(
-        title="Lockstep rollout server",
-        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
-    )
+    app = FastAPI(title="Lockstep rollout server", responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
     app.state.lockstep = service
     for module in (generate, runs, state):
         app.include_router(module.router)

@@ -34,14 +34,10 @@ REFUSED = Counter(
 
 
 class PolicySteps(Collector):
-    """The step at which each run is served now; a run that ends leaves no series behind.
-
-    Attributes:
-        served: returns run id -> step.
-    """
+    """The step at which each run is served now; a run that ends leaves no series behind."""
 
     def __init__(self) -> None:
-        self.served: Callable[[], dict[str, int]] = dict
+        self.served: Callable[[], dict[str, int]] = dict  # run id -> step
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(

@@ -22,7 +22,6 @@ class HttpServer(uvicorn.Server):
 
     Args:
         on_signal: the default stops the server.
-        options: of `uvicorn.Config`.
     """
 
     def __init__(self, app: Any, on_signal: Callable[[], None] | None = None, **options: Any) -> None:

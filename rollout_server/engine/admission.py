@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, aclosing
 from typing import Any, Literal
 
 from rollout_server.runs.slots import Run, Slot
@@ -15,19 +14,11 @@ from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
 
 KV = Literal["fresh", "carried"]
+#: Tokens so far of every output under way, by request id and output index; an output that is missing has ended.
+OutputTokens = dict[tuple[str, int], int]
 
 
-@dataclass(frozen=True)
-class _Move:
-    """A push that running requests lived through: `tokens` says how many each output had before, by request id and
-    output index; an output that is missing had ended."""
-
-    tokens: dict[tuple[str, int], int]
-    version: WeightVersion
-    kv: KV
-
-
-class Admission:
+class Admission(AbstractContextManager["Admission"]):
     """A request bound to one slot, from which all its tokens are sampled, however long it runs.
 
     It holds its slot from the moment it exists until `release`, so that no push can refill the slot in between. Unless
@@ -38,17 +29,11 @@ class Admission:
         on_output: called at every output of the engine.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        run: Run | None = None,
-        slot: Slot | None = None,
-        on_output: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, engine: Any, run: Run | None, slot: Slot | None, on_output: Callable[[], None]) -> None:
         self._engine, self._run, self._slot, self._on_output = engine, run, slot, on_output
         self.version: WeightVersion | None = slot.version if slot else None
         self._submitted: dict[str, WeightVersion | None] = {}
-        self._moves: defaultdict[str, list[_Move]] = defaultdict(list)
+        self._moves: defaultdict[str, list[tuple[OutputTokens, WeightVersion, KV]]] = defaultdict(list)
         if run and slot:
             run.acquire(slot, self)
 
@@ -63,29 +48,26 @@ class Admission:
         if run and self._slot:
             run.release(self._slot, self)
 
-    def __enter__(self) -> Admission:
-        return self
-
     def __exit__(self, *exc: object) -> None:
         self.release()
 
-    def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: KV) -> None:
-        """Sample from `version` from now on. `tokens`: how many each output of each running request has so far."""
+    def move(self, tokens: OutputTokens, version: WeightVersion, kv: KV) -> None:
+        """Sample from `version` from now on; `tokens` is the state at the push."""
         self.version = version
         for request_id in self._submitted:
-            self._moves[request_id].append(_Move(tokens, version, kv))
+            self._moves[request_id].append((tokens, version, kv))
 
     def spans(self, request_id: str, index: int, tokens: int) -> list[VersionSpan]:
         """Return the spans of a finished output of `tokens` tokens; without a push in between, one."""
         version, start, kv = self._submitted[request_id], 0, "fresh"
         spans = []
-        for move in self._moves.get(request_id, ()):
-            end = move.tokens.get((request_id, index))
+        for tokens_before, next_version, next_kv in self._moves.get(request_id, ()):
+            end = tokens_before.get((request_id, index))
             if end is None:  # it had ended
                 break
             if end > start:
                 spans.append(VersionSpan(version=version, start=start, end=end, kv=kv))
-            version, start, kv = move.version, end, move.kv
+            version, start, kv = next_version, end, next_kv
         if tokens > start:
             spans.append(VersionSpan(version=version, start=start, end=tokens, kv=kv))
         return spans
@@ -96,12 +78,20 @@ class Admission:
         """Generate on this version with vLLM. `prompt`: one of vLLM's prompt dicts.
 
         Raises:
-            LockstepError: `engine_dead`.
+            LockstepError: `invalid_request`, `engine_dead`.
         """
-        _check_integers(sampling_params)
+        import msgspec  # vLLM's
+
+        try:  # vLLM would keep the request's state for ever if it could not send it to its engine
+            msgspec.msgpack.encode(sampling_params, enc_hook=repr)
+        except OverflowError as error:
+            raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
         if self._run is not None and self._slot is not None:
             await self._run.not_moving.wait()
-            prompt = _salted(prompt, self._slot.salt)
+            if not isinstance(prompt, dict):
+                raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
+            salt, own = self._slot.salt, prompt.get("cache_salt")
+            prompt = {**prompt, "cache_salt": f"{salt}:{own}" if own else salt}
             if self._slot.slot_id:
                 # Name and id of a slot never change; the salt tells installs apart.
                 kwargs["lora_request"] = versions.lora_request(f"slot-{self._slot.slot_id}", self._slot.slot_id)
@@ -110,35 +100,13 @@ class Admission:
             try:
                 async for output in stream:
                     self._on_output()
-                    _check_given_up(output)
+                    if any(completion.finish_reason == "error" for completion in output.outputs):
+                        raise InvalidRequest(
+                            "the engine gave a completion up: nothing that its structured_outputs ask for may be "
+                            "sampled; they contradict the other sampling parameters"
+                        )
                     yield output
             except versions.engine_dead_error() as error:
                 raise EngineDead(
                     "the engine died while this request was running; ask a server that is ready"
                 ) from error
-
-
-def _check_given_up(output: Any) -> None:
-    if any(completion.finish_reason == "error" for completion in output.outputs):
-        raise InvalidRequest(
-            "the engine gave a completion up: nothing that its structured_outputs ask for may be sampled; "
-            "they contradict the other sampling parameters"
-        )
-
-
-def _check_integers(sampling_params: Any) -> None:
-    """Refuse integers that vLLM cannot send to its engine: it would keep the request's state for ever."""
-    import msgspec  # vLLM's
-
-    try:
-        msgspec.msgpack.encode(sampling_params, enc_hook=repr)
-    except OverflowError as error:
-        raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
-
-
-def _salted(prompt: Any, salt: str) -> Any:
-    """Return the prompt with the prefix-cache salt of this install (and the client's own, if it sent one)."""
-    if not isinstance(prompt, dict):
-        raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
-    own = prompt.get("cache_salt")
-    return {**prompt, "cache_salt": f"{salt}:{own}" if own else salt}

@@ -9,14 +9,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import HTTPException
 
-from rollout_server.engine.admission import Admission
-from rollout_server.engine.call_context import CALL_CONTEXT, CallContext
+from rollout_server.engine.admission import Admission, OutputTokens
 from rollout_server.engine.capacity import Capacity
-from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
@@ -48,6 +48,19 @@ _CLOSED = {
 }
 
 
+@dataclass
+class CallContext:
+    """One HTTP request to vLLM's routes, which may become several requests to the engine."""
+
+    wanted: WeightVersion | None = None  # the version that it insists on
+    versions: dict[str, None] = field(default_factory=dict)  # it was admitted to, in order; `base` for the base model
+    refusal: LockstepError | None = None  # why `EngineProxy` did not admit it
+
+
+#: Of the running task; None in our own routes.
+CALL_CONTEXT: ContextVar[CallContext | None] = ContextVar("lockstep_call", default=None)
+
+
 class EngineProxy:
     """AsyncLLM as seen by every route. Attributes that are not here are AsyncLLM's own, but for those that would
     change weights or adapters behind the server's back.
@@ -55,7 +68,7 @@ class EngineProxy:
 
     def __init__(self, engine: Any, runs: RunTable, capacity: Capacity | None = None) -> None:
         self._engine = engine
-        self._runs = runs
+        self.runs = runs
         self._given_up: LockstepError | None = None
         self.capacity = capacity or Capacity(ServerSettings())
         self.outputs = 0  # of the engine so far
@@ -95,24 +108,15 @@ class EngineProxy:
         if request.policy == "base":
             return self._admit_base()
         wanted = request.policy if isinstance(request.policy, WeightVersion) else None
-        run = self._runs.get(wanted.run_id if wanted else request.run_id)
-        return self._admit_run(run, wanted)
-
-    def _admit_model(self, model: str | None, wanted: WeightVersion | None) -> Admission:
-        """Admit a request of the OpenAI routes; `model` is None for the base."""
-        if model is not None:
-            run_id = model.removeprefix(POLICY_MODEL).removeprefix(":") or None
-            return self._admit_run(self._runs.get(run_id), wanted)
-        if wanted is not None:
-            raise VersionNotActive(f"the model asked for is the base, not {wanted}; ask for {POLICY_MODEL}")
-        return self._admit_base()
+        return self._admit_run(wanted.run_id if wanted else request.run_id, wanted)
 
     def _admit_base(self) -> Admission:
-        self._runs.check_base_served()
-        base = self._runs.base
+        self.runs.check_base_served()
+        base = self.runs.base
         return Admission(self._engine, base, base.slots[0] if base else None, self._count_output)
 
-    def _admit_run(self, run: Run, wanted: WeightVersion | None = None) -> Admission:
+    def _admit_run(self, run_id: str | None, wanted: WeightVersion | None) -> Admission:
+        run = self.runs.get(run_id)
         slot = run.active
         if slot is None or (wanted is not None and slot.version != wanted):
             served = slot.version if slot else "nothing yet"
@@ -133,8 +137,16 @@ class EngineProxy:
         with contextlib.ExitStack() as held:
             try:
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
-                await self._runs.admitting()
-                admission = self._admit_model(lora_request.lora_name if lora_request else None, call.wanted)
+                await self.runs.admitting()
+                if lora_request is not None:
+                    run_id = lora_request.lora_name.removeprefix(POLICY_MODEL).removeprefix(":") or None
+                    admission = self._admit_run(run_id, call.wanted)
+                elif call.wanted is not None:
+                    raise VersionNotActive(
+                        f"the model asked for is the base, not {call.wanted}; ask for {POLICY_MODEL}"
+                    )
+                else:
+                    admission = self._admit_base()
                 held.enter_context(admission)
                 call.versions[str(admission.version or "base")] = None
                 async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
@@ -149,14 +161,14 @@ class EngineProxy:
         """Refuse pooling requests to anything but the base model."""
         if lora_request is not None:
             raise InvalidRequest("pooling requests are served by the base model only")
-        if self._runs.base is not None:
+        if self.runs.base is not None:
             raise InvalidRequest("--apply merge serves no pooling requests")
         return self._engine.encode(*args, **kwargs)
 
     @asynccontextmanager
-    async def paused(self, *, clear_cache: bool) -> AsyncIterator[dict[tuple[str, int], int]]:
-        """Hold all running requests between two tokens; yield how many tokens each output has so far, by request id
-        and output index. With `clear_cache` they compute their KV again afterwards.
+    async def paused(self, *, clear_cache: bool) -> AsyncIterator[OutputTokens]:
+        """Hold all running requests between two tokens; yield how many tokens each output has so far. With
+        `clear_cache` they compute their KV again afterwards.
 
         Raises:
             TimeoutError: the engine did not agree to it.
@@ -191,14 +203,10 @@ class EngineProxy:
         self.held -= 1
         self._still.release()
 
-    def output_tokens(self) -> dict[tuple[str, int], int]:
-        """Return how many tokens every output under way has, by request id and output index."""
+    def output_tokens(self) -> OutputTokens:
+        """Return how many tokens every output under way has."""
         return versions.output_tokens(self._engine)
 
     def running(self) -> set[str]:
         """Return the ids of unfinished requests that the engine has received with all their outputs."""
         return versions.submitted_requests(self._engine)
-
-    async def register_workers(self, *args: Any, timeout: float) -> None:
-        """Run `lockstep_register` of our worker class on every worker of every engine."""
-        await self._engine.collective_rpc("lockstep_register", timeout=timeout, args=args)

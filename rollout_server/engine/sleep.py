@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.ipc.client import Workers
@@ -62,10 +62,7 @@ class Sleep:
     @asynccontextmanager
     async def kept_awake(self) -> AsyncIterator[None]:
         """Keep the engine awake in this block, which writes to its weights."""
-        if not self._enabled:
-            yield
-            return
-        async with self._lock:
+        async with self._lock if self._enabled else nullcontext():
             await self._wake()
             yield
 
@@ -75,8 +72,8 @@ class Sleep:
         for free, needed in zip(await self._free(), self._given_back, strict=True):
             if free < needed:
                 raise InvalidRequest(
-                    f"the server sleeps on: it needs {_gib(needed)} GiB of its GPU, and others have left {_gib(free)}. "
-                    "Lower its --gpu-memory-utilization until it fits beside the learner"
+                    f"the server sleeps on: it needs {needed / 2**30:.1f} GiB of its GPU, and others have left "
+                    f"{free / 2**30:.1f}. Lower its --gpu-memory-utilization until it fits beside the learner"
                 )
         await self._moved(self._proxy.wake(self._level), "wake up")
 
@@ -99,7 +96,3 @@ class Sleep:
     def _check_enabled(self) -> None:
         if not self._enabled:
             raise InvalidRequest("this server has its GPU to itself: start it with --share-gpu to let it sleep")
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f}"

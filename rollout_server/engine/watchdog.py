@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from rollout_server.engine.admission import OutputTokens
 from rollout_server.engine.proxy import EngineProxy
 from shared.errors import EngineDead
 
@@ -18,7 +19,7 @@ class StallWatchdog:
         self._looked = time.monotonic()
         self._stalled = 0.0
         self._outputs = 0
-        self._tokens: dict[tuple[str, int], int] = {}
+        self._tokens: OutputTokens = {}
 
     def look(self) -> None:
         """Check for progress; to be called once a second or so."""

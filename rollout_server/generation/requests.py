@@ -8,46 +8,37 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.tokenization import check_lengths, tokenize
-from rollout_server.generation.vllm_params import to_completion, to_vllm, token_prompt
-from rollout_server.runs.table import RunTable
-from rollout_server.vllm_compat import versions
+from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm, token_prompt
+from rollout_server.vllm_compat import kept_mass, versions
 from shared.errors import EngineDead, InvalidRequest, LockstepError
-from shared.rollouts import HEARTBEAT_SECONDS, GenerateRequest, RolloutGroup
+from shared.rollouts import HEARTBEAT_SECONDS, Completion, GenerateRequest, RolloutGroup
 
 logger = logging.getLogger("lockstep.generation")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The completions of one prompt.
-
-    Attributes:
-        params: vLLM's.
-        tokenizer: None where no text is wanted.
-        truncated: the request cuts the distribution, so the kept mass is wanted.
-    """
+    """The completions of one prompt."""
 
     admission: Admission
     prompt_index: int
     token_ids: list[int]
-    params: Any
-    tokenizer: Any
-    truncated: bool
+    params: Any  # vLLM's
+    tokenizer: Any  # None where no text is wanted
+    truncated: bool  # the request cuts the distribution, so the kept mass is wanted
     request_id: str = field(default_factory=lambda: f"generate-{uuid.uuid4().hex}")
 
     async def run(self) -> RolloutGroup:
         """Generate; the group is complete or an error is raised."""
         final = None
-        prompt = token_prompt(self.token_ids)
         try:
-            async for output in self.admission.generate(prompt, self.params, self.request_id):
+            async for output in self.admission.generate(token_prompt(self.token_ids), self.params, self.request_id):
                 final = output
         except versions.refusals() as error:  # vLLM's own validation of the parameters
             raise InvalidRequest(str(error)) from error
@@ -56,27 +47,30 @@ class Job:
         return RolloutGroup(
             prompt_index=self.prompt_index,
             prompt_token_ids=self.token_ids,
-            completions=[
-                to_completion(
-                    output,
-                    self.admission.spans(self.request_id, output.index, len(output.token_ids)),
-                    self._text(output),
-                    truncated=self.truncated,
-                )
-                for output in sorted(final.outputs, key=lambda output: output.index)
-            ],
+            completions=[self._completion(output) for output in sorted(final.outputs, key=lambda output: output.index)],
         )
 
-    def _text(self, output: Any) -> str | None:
-        if self.tokenizer is None:
-            return None
-        if self.params.detokenize:
-            return output.text
-        return self.tokenizer.decode(output.token_ids, skip_special_tokens=self.params.skip_special_tokens)
+    def _completion(self, output: Any) -> Completion:
+        text = None
+        if self.tokenizer is not None:
+            text = output.text
+            if not self.params.detokenize:
+                skip = self.params.skip_special_tokens
+                text = self.tokenizer.decode(output.token_ids, skip_special_tokens=skip)
+        ranks = [output.logprobs.ranks[start] for start in output.logprobs.start_indices]
+        return Completion(
+            token_ids=list(output.token_ids),
+            logprobs=sampled_logprobs(output),
+            log_kept_mass=kept_mass.decoded(ranks) if self.truncated else None,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            spans=self.admission.spans(self.request_id, output.index, len(output.token_ids)),
+            text=text,
+        )
 
 
 async def generate(
-    body: GenerateRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive
+    body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive
 ) -> AsyncGenerator[RolloutGroup | None, None]:
     """Yield the groups of a request in the order they finish.
 
@@ -88,7 +82,7 @@ async def generate(
             `overloaded`, `draining`, `engine_dead`.
     """
     finished: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-    starting = asyncio.ensure_future(_start(body, proxy, runs, exclusive))
+    starting = asyncio.ensure_future(_start(body, proxy, exclusive))
     starting.add_done_callback(finished.put_nowait)
     try:
         while await _next(finished) is None:
@@ -114,7 +108,7 @@ async def generate(
             await asyncio.wait(starting.result())
 
 
-async def _next(queue: asyncio.Queue[T]) -> T | None:
+async def _next(queue: asyncio.Queue[asyncio.Future[Any]]) -> asyncio.Future[Any] | None:
     """Return the next item, or None if there is none within `HEARTBEAT_SECONDS`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(HEARTBEAT_SECONDS):
@@ -122,9 +116,7 @@ async def _next(queue: asyncio.Queue[T]) -> T | None:
     return None
 
 
-async def _start(
-    body: GenerateRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive
-) -> list[asyncio.Future[RolloutGroup]]:
+async def _start(body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive) -> list[asyncio.Future[RolloutGroup]]:
     """Check the complete request, bind it to a version, and set it running: one task per prompt.
 
     Its sequences are counted, and the version's slot is held, until the last task has ended.
@@ -133,7 +125,7 @@ async def _start(
     tasks: list[asyncio.Future[RolloutGroup]] = []
     try:
         held.callback(proxy.capacity.take(len(body.prompts), body.sampling.n))
-        jobs = await _jobs(body, proxy, runs, exclusive, held)
+        jobs = await _jobs(body, proxy, exclusive, held)
 
         def submitted(ids: set[str]) -> list[bool]:
             return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
@@ -151,7 +143,7 @@ async def _start(
 
 
 async def _jobs(
-    body: GenerateRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive, held: contextlib.ExitStack
+    body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive, held: contextlib.ExitStack
 ) -> list[Job]:
     """Return the request's jobs, checked and bound to a version; `held` releases what they hold."""
     given_as_text = any(prompt.token_ids is None for prompt in body.prompts)
@@ -165,23 +157,21 @@ async def _jobs(
     proxy.capacity.check_tokens(
         sum(len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens) for ids in prompts)
     )
-    params = _params(body)
+    sampled = body.sampling
+    params = {  # prompts with the same seed share them
+        seed: to_vllm(
+            sampled if seed is None else sampled.model_copy(update={"seed": seed}),
+            skip_special_tokens=body.skip_special_tokens,
+        )
+        for seed in {prompt.seed for prompt in body.prompts}
+    }
     if body.min_step is not None:
-        await runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
+        await proxy.runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
     held.callback(await exclusive.take())
-    await runs.admitting()
+    await proxy.runs.admitting()
     admission = held.enter_context(proxy.admit(body))
     decoder, truncated = tokenizer if wants_text else None, body.sampling.truncates
     return [
-        Job(admission, index, token_ids, own, decoder, truncated)
-        for index, (token_ids, own) in enumerate(zip(prompts, params, strict=True))
+        Job(admission, index, token_ids, params[prompt.seed], decoder, truncated)
+        for index, (prompt, token_ids) in enumerate(zip(body.prompts, prompts, strict=True))
     ]
-
-
-def _params(body: GenerateRequest) -> list[Any]:
-    """Return vLLM's parameters for each prompt; prompts with the same seed share them."""
-    made = {}
-    for seed in {prompt.seed for prompt in body.prompts}:
-        sampling = body.sampling if seed is None else body.sampling.model_copy(update={"seed": seed})
-        made[seed] = to_vllm(sampling, skip_special_tokens=body.skip_special_tokens)
-    return [made[prompt.seed] for prompt in body.prompts]

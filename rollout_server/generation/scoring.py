@@ -10,14 +10,13 @@ from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.tokenization import check_lengths
-from rollout_server.generation.vllm_params import scoring_params, token_prompt
-from rollout_server.runs.table import RunTable
+from rollout_server.generation.vllm_params import token_prompt
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
 
 
 async def score(
-    body: ScoreRequest, proxy: EngineProxy, runs: RunTable, exclusive: Exclusive
+    body: ScoreRequest, proxy: EngineProxy, exclusive: Exclusive
 ) -> tuple[WeightVersion | None, list[list[float]]]:
     """Score all sequences under one version.
 
@@ -32,10 +31,10 @@ async def score(
         check_lengths(body.sequences, 1, proxy.model_config)
         proxy.capacity.check_tokens(sum(map(len, body.sequences)))
         if body.min_step is not None:
-            await runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
+            await proxy.runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
         held.callback(await exclusive.take())
         while True:
-            await runs.admitting()
+            await proxy.runs.admitting()
             with proxy.admit(body) as admission:
                 jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
                 try:
@@ -49,9 +48,14 @@ async def score(
 
 
 async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
     final = None
-    stream = admission.generate(token_prompt(sequence), scoring_params(), f"score-{uuid.uuid4().hex}")
-    async for output in stream:
+    async for output in admission.generate(token_prompt(sequence), params, f"score-{uuid.uuid4().hex}"):
         final = output
     assert final is not None
     assert final.prompt_logprobs is not None

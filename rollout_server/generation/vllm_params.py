@@ -1,12 +1,11 @@
-"""Sampling parameters for vLLM, and completions from vLLM's outputs."""
+"""vLLM's inputs and sampling parameters from ours, and logprobs from its outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.vllm_compat import kept_mass, versions
+from rollout_server.vllm_compat import versions
 from shared.errors import InvalidRequest
-from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams
 
 
@@ -39,34 +38,6 @@ def to_vllm(params: SamplingParams, *, skip_special_tokens: bool = True) -> Any:
         )
     except versions.refusals() as error:
         raise InvalidRequest(f"sampling: {error}") from error
-
-
-def scoring_params() -> Any:
-    """Return vLLM's SamplingParams for the raw logprob of every prompt token."""
-    from vllm import SamplingParams as VllmParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return VllmParams(
-        max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-    )
-
-
-def to_completion(output: Any, spans: list[VersionSpan], text: str | None, *, truncated: bool = False) -> Completion:
-    """Return one of vLLM's completion outputs as ours.
-
-    Args:
-        truncated: the request cuts the distribution, so the kept mass is wanted.
-    """
-    ranks = [output.logprobs.ranks[start] for start in output.logprobs.start_indices]
-    return Completion(
-        token_ids=list(output.token_ids),
-        logprobs=sampled_logprobs(output),
-        log_kept_mass=kept_mass.decoded(ranks) if truncated else None,
-        finish_reason=output.finish_reason,
-        stop_reason=output.stop_reason,
-        spans=spans,
-        text=text,
-    )
 
 
 def sampled_logprobs(output: Any) -> list[float]:

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rollout_server.api.responses import error_response
 from rollout_server.api.security.bearer_tokens import Tokens
-from rollout_server.api.security.roles import OPEN, may, role_needed
+from rollout_server.api.security.roles import OPEN, Role, role_needed
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import Forbidden, LockstepError, Unauthenticated
 
@@ -38,23 +38,15 @@ class AuthMiddleware:
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
 
     def _refusal(self, scope: Scope) -> LockstepError | None:
-        if self._tokens is None:
+        if self._tokens is None or (scope["type"] == "http" and scope["path"] in OPEN):
             return None
-        if scope["type"] == "http" and scope["path"] in OPEN:
-            return None
-        presented = _presented(scope)
-        role = self._tokens.role_of(presented) if presented is not None else None
+        values = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
+        presented = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
+        role = self._tokens.role_of(presented[1]) if presented else None
         if role is None:
-            what = "this token is not known here" if presented is not None else "a bearer token is needed"
+            what = "this token is not known here" if presented else "a bearer token is needed"
             return Unauthenticated(f"{what}: {_HOW}")
         needed = role_needed(scope.get("method", "websocket"), scope["path"])
-        if not may(role, needed):
+        if role not in (needed, Role.WEIGHTS):
             return Forbidden(f"this token has the role {role.value}, and this needs {needed.value}")
         return None
-
-
-def _presented(scope: Scope) -> bytes | None:
-    """Return the token in the request's one Authorization header."""
-    values = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
-    match = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
-    return match[1] if match else None

@@ -16,12 +16,8 @@ from shared import wire
 from shared.errors import LockstepError, Timeout
 
 _BODY_SECONDS = 120.0
-_RETRY_AFTER = "1"
-_REFUSALS = (429, 503)
 #: Let through under any load, and while others wait for their turn: they have no body, and begin no work.
 _ORDERS = (wire.DRAIN, wire.SLEEP, wire.WAKE)
-#: Their handlers count the sequences, which are known once the body has been parsed.
-_COUNTED_LATER = (wire.GENERATE, wire.SCORE)
 _RUNS = wire.RUN.format(run_id="")
 
 
@@ -42,39 +38,32 @@ class LimitsMiddleware:
         is_push = scope["path"].startswith(_RUNS)
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in _REFUSALS:
+            if message["type"] == "http.response.start" and message["status"] in (429, 503):
                 metrics.REFUSED.labels(message["status"]).inc()
-                MutableHeaders(scope=message).setdefault("Retry-After", _RETRY_AFTER)
+                MutableHeaders(scope=message).setdefault("Retry-After", "1")
             await send(message)
 
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(self._capacity.request(bounded=not is_push))
-                self._check(scope["method"], scope["path"])
+                # Refuse what can be refused before it is read.
+                if is_push and scope["method"] != "DELETE":
+                    self._capacity.check(0)
+                # The handlers of these two count their sequences, which are known once the body has been parsed.
+                elif not is_push and scope["path"] not in (wire.GENERATE, wire.SCORE):
+                    self._capacity.check()
                 if not (is_push and scope["method"] == "PUT"):
-                    body = await self._body(Headers(scope=scope), receive, held)
-                    if body is None:
+                    buffered = await self._buffer(Headers(scope=scope), receive, held)
+                    if buffered is None:
                         return
-                    receive = _again(body, receive)
+                    receive = buffered
             except LockstepError as error:
                 await error_response(error)(scope, receive, answer)
                 return
             await self._app(scope, receive, answer)
 
-    def _check(self, method: str, path: str) -> None:
-        """Refuse what can be refused before it is read.
-
-        Raises:
-            LockstepError: `draining`, `overloaded`.
-        """
-        if path.startswith(_RUNS):
-            if method != "DELETE":
-                self._capacity.check(0)
-        elif path not in _COUNTED_LATER:
-            self._capacity.check()
-
-    async def _body(self, headers: Headers, receive: Receive, held: contextlib.ExitStack) -> bytes | None:
-        """Read the body; None if the client left. Its bytes count until `held` is closed.
+    async def _buffer(self, headers: Headers, receive: Receive, held: contextlib.ExitStack) -> Receive | None:
+        """Read the body; return a `receive` that begins with it, None if the client left. It counts until `held` ends.
 
         Raises:
             LockstepError: `too_large` as soon as that is known, `timeout`, `overloaded`.
@@ -96,20 +85,16 @@ class LimitsMiddleware:
                     self._capacity.hold(len(chunk))
                     body += chunk
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        break
         except TimeoutError:
             raise Timeout(f"the request's body did not arrive within {_BODY_SECONDS:g} s") from None
         finally:
             held.callback(self._capacity.hold, -len(body))
+        left = [bytes(body)]
 
+        async def again() -> Message:
+            if left:
+                return {"type": "http.request", "body": left.pop(), "more_body": False}
+            return await receive()
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """Return `receive` of a request whose body has been read."""
-    left = [body]
-
-    async def again() -> Message:
-        if left:
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
-        return await receive()
-
-    return again
+        return again

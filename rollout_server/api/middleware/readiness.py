@@ -26,12 +26,7 @@ class ReadinessMiddleware:
     def open(
         self, app: ASGIApp, healthy: Callable[[], bool] = lambda: True, ready: Callable[[], bool] = lambda: True
     ) -> None:
-        """Let requests through to `app`.
-
-        Args:
-            healthy: is the engine behind it alive?
-            ready: does it take new requests?
-        """
+        """Let requests through to `app`. `healthy`: is the engine alive? `ready`: does it take new requests?"""
         self._app, self._healthy, self._ready = app, healthy, ready
 
     def on_close(self, closer: Callable[[], None]) -> None:

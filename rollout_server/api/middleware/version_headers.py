@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from rollout_server.api.responses import error_response
-from rollout_server.engine.call_context import CALL_CONTEXT, CallContext
+from rollout_server.engine.proxy import CALL_CONTEXT, CallContext
 from shared.errors import InvalidRequest
 from shared.weights import WeightVersion
 from shared.wire import POLICY_HEADER, VERSION_HEADER

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from rollout_server.api.disconnect import until_disconnect
 from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
 from rollout_server.generation import requests, scoring
 from shared import wire
+from shared.errors import Timeout
 from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
 
 router = APIRouter()
 Groups = AsyncGenerator[RolloutGroup | None, None]
+T = TypeVar("T")
 
 
 @router.post(
@@ -27,11 +29,11 @@ Groups = AsyncGenerator[RolloutGroup | None, None]
 )
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Any:
     """`sampling.n` completions for each prompt; one JSON answer, or NDJSON groups as they finish."""
-    groups = requests.generate(body, service.proxy, service.runs, service.exclusive)
+    groups = requests.generate(body, service.proxy, service.exclusive)
     if body.stream:
-        return await until_disconnect(request, Ndjson.begin(_lines(groups, service.served.epoch)))
+        return await _until_disconnect(request, Ndjson.begin(_lines(groups, service.served.epoch)))
     content = b'{"epoch":"%s","groups":[%s]}'
-    joined = b",".join(await until_disconnect(request, _in_order(groups)))
+    joined = b",".join(await _until_disconnect(request, _in_order(groups)))
     return Response(content % (service.served.epoch.encode(), joined), media_type="application/json")
 
 
@@ -53,6 +55,27 @@ async def _lines(groups: Groups, epoch: str) -> AsyncGenerator[bytes, None]:
 @router.post(wire.SCORE)
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
-    scored = scoring.score(body, service.proxy, service.runs, service.exclusive)
-    version, logprobs = await until_disconnect(request, scored)
+    scored = scoring.score(body, service.proxy, service.exclusive)
+    version, logprobs = await _until_disconnect(request, scored)
     return ScoreResponse(epoch=service.served.epoch, version=version, logprobs=logprobs)
+
+
+async def _until_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Await `work`, but cancel it when the client disconnects: it must free the engine at once."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Timeout("the client went away")  # nobody reads it
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":  # the body has been read before
+        pass

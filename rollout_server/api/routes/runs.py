@@ -75,11 +75,7 @@ async def join_group(run_id: RunId, service: ServiceDep, lease: Lease) -> Stream
 
 @router.post(wire.BROADCAST, response_class=StreamingResponse)
 async def broadcast(
-    run_id: RunId,
-    announced: Announcement,
-    service: ServiceDep,
-    lease: Lease,
-    in_flight: InFlightHeader = "drain",
+    run_id: RunId, announced: Announcement, service: ServiceDep, lease: Lease, in_flight: InFlightHeader = "drain"
 ) -> StreamingResponse:
     """Install an adapter that comes by broadcast: first `{"receiving": true}`, then the `PushReceipt`."""
     events = service.broadcast(run_id, lease, announced, in_flight)

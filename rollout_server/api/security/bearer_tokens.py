@@ -33,7 +33,14 @@ class Tokens:
 
     def role_of(self, presented: bytes) -> Role | None:
         """Return the role of a token, None if it is unknown; a near miss takes as long as any other token."""
-        self._follow_files()
+        stamps = self._stamps()
+        if stamps != self._seen:
+            self._seen = stamps
+            try:
+                self._known = self._read()
+                logger.info("token files read again: %d tokens", len(self._known))
+            except LockstepError as error:
+                logger.error("the tokens stay as they were: %s", error)
         digest, found = _digest(presented), None
         for known, role in self._known:
             if hmac.compare_digest(known, digest):
@@ -55,17 +62,6 @@ class Tokens:
 
     def _stamps(self) -> list[tuple[int, int, int] | None]:
         return [_stamp(path) for path in self._files.values()]
-
-    def _follow_files(self) -> None:
-        stamps = self._stamps()
-        if stamps == self._seen:
-            return
-        self._seen = stamps
-        try:
-            self._known = self._read()
-            logger.info("token files read again: %d tokens", len(self._known))
-        except LockstepError as error:
-            logger.error("the tokens stay as they were: %s", error)
 
 
 def configured_tokens(settings: ServerSettings) -> Tokens | None:

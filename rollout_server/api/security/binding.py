@@ -50,13 +50,9 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
 
 def tls_options(args: Any) -> dict[str, Any]:
     """Return vLLM's TLS flags as uvicorn's options."""
-    named = {
-        "ssl_keyfile": args.ssl_keyfile,
-        "ssl_certfile": args.ssl_certfile,
-        "ssl_ca_certs": args.ssl_ca_certs,
-        "ssl_ciphers": getattr(args, "ssl_ciphers", None),  # younger than the other flags
-    }
-    return {name: value for name, value in named.items() if value is not None}
+    names = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_ciphers")
+    given = {name: getattr(args, name, None) for name in names}  # older vLLM versions have no --ssl-ciphers
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _check_tls(args: Any) -> None:

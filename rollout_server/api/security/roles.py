@@ -58,22 +58,12 @@ VLLM_ROUTES = {
 }
 VLLM_PATHS = frozenset(path for _, path in VLLM_ROUTES)
 
-
 _TABLE = [(method, compile_path(path)[0], role) for (method, path), role in {**_OURS, **VLLM_ROUTES}.items()]
 
 
 def role_needed(method: str, path: str) -> Role:
-    """Return the role that a request needs.
-
-    Args:
-        path: percent-decoded, as ASGI has it.
-    """
+    """Return the role that a request needs; `path` is percent-decoded, as in ASGI."""
     for listed, pattern, role in _TABLE:
         if method == listed and pattern.fullmatch(path):
             return role
     return Role.WEIGHTS
-
-
-def may(held: Role, needed: Role) -> bool:
-    """Return whether a token of the role `held` may do what needs the role `needed`."""
-    return held in (needed, Role.WEIGHTS)

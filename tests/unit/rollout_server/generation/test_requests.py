@@ -44,7 +44,7 @@ class _Work:
             raise
 
     def groups(self) -> Any:
-        return requests.generate(*[None] * 4)  # type: ignore[arg-type]
+        return requests.generate(*[None] * 3)  # type: ignore[arg-type]
 
 
 @pytest.fixture

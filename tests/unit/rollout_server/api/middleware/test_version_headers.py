@@ -12,9 +12,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
-from rollout_server.engine.call_context import CALL_CONTEXT
 from rollout_server.engine.capacity import Capacity
-from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.proxy import CALL_CONTEXT, EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.weights import WeightVersion
