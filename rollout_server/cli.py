@@ -106,7 +106,7 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
 
     args, settings = parse(argv)
     vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    lifecycle.refuse_what_cannot_work(vllm_config, settings)
+    lifecycle.check_config(vllm_config, settings)
     return args, vllm_config, settings
 
 

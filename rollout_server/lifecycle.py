@@ -114,9 +114,8 @@ async def watch(service: Service) -> None:
     while not service.proxy.errored:
         await asyncio.sleep(1.0)
         stall.look()
-    logger.error(
-        "the engine died: %s; this server stops so that its supervisor can restart it", service.proxy.dead_error
-    )
+    reason = service.proxy.dead_error
+    logger.error("the engine died: %s; this server stops so that its supervisor can restart it", reason)
 
 
 async def drained(service: Service) -> None:
@@ -133,12 +132,8 @@ async def drained(service: Service) -> None:
         )
 
 
-def refuse_what_cannot_work(vllm_config: Any, settings: ServerSettings) -> None:
-    """Check what only vLLM's resolved configuration shows.
-
-    Raises:
-        LockstepError: with what to do instead.
-    """
+def check_config(vllm_config: Any, settings: ServerSettings) -> None:
+    """Check vLLM's resolved configuration; raises `invalid_request`, with what to do instead."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     altering = served_model.policy_altering(vllm_config)
     if altering and not settings.allow_policy_altering:

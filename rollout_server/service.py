@@ -1,4 +1,4 @@
-"""What the server does for its routes, HTTP aside."""
+"""Operations behind the routes, without HTTP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Service:
     openai_state: Any  # of vLLM's own routes
 
     def state(self) -> ServerState:
-        """Return what the server is and serves at present."""
+        """Return the present state of the server."""
         present = {
             "ready": not self.proxy.errored,
             "draining": self.proxy.capacity.draining,

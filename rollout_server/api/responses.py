@@ -14,7 +14,7 @@ from shared.wire import NDJSON_TYPE
 
 
 def error_response(error: LockstepError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return the response that tells a client of `error`."""
+    """Return the JSON response for `error`."""
     return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status, headers=headers)
 
 

@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterator
 from rollout_server.settings import ServerSettings
 from shared.errors import Draining, LockstepError, Overloaded, TooLarge
 
-_POLL_SECONDS = 0.05
-
 
 class Capacity:
-    """Counts work under way, over all routes, and refuses what goes beyond the settings.
+    """Counts work under way, over all routes, and refuses work beyond the settings.
 
-    What fills an engine are sequences, prompts times n, so they are bounded; requests are bounded for the memory that
-    their bodies take.
+    Sequences (prompts times n) are bounded because they fill the engine, requests for the memory of their bodies.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -42,7 +39,7 @@ class Capacity:
         while self.sequences or self.requests:
             if asyncio.get_running_loop().time() >= deadline:
                 return False
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(0.05)
         return True
 
     def check(self, sequences: int = 1) -> None:
@@ -61,10 +58,10 @@ class Capacity:
             )
 
     def take(self, prompts: int, n: int = 1) -> Callable[[], None]:
-        """Count `prompts` times `n` sequences as under way; return what gives their room back, once.
+        """Count `prompts` times `n` sequences as under way; return a function that gives the room back, once.
 
         Raises:
-            LockstepError: `too_large` for what could never be taken; `draining`, `overloaded`.
+            LockstepError: `too_large` if they could never be taken; `draining`, `overloaded`.
         """
         limits = self._settings
         sequences = prompts * n
@@ -86,22 +83,14 @@ class Capacity:
         return give_back
 
     def check_tokens(self, tokens: int) -> None:
-        """Check the `tokens` of one request, given and asked for.
-
-        Raises:
-            LockstepError: `too_large`.
-        """
+        """Check the `tokens` of one request, given and asked for; raises `too_large`."""
         limit = self._settings.max_request_tokens
         if tokens > limit:
             raise too_large(f"{tokens} tokens, given and asked for", "--max-request-tokens", limit)
 
     @contextlib.contextmanager
     def request(self, *, bounded: bool = True) -> Iterator[None]:
-        """Count a request as under way.
-
-        Raises:
-            LockstepError: `overloaded`.
-        """
+        """Count a request as under way; raises `overloaded`."""
         if bounded and self.requests >= self._settings.max_requests:
             raise Overloaded(
                 f"{self.requests} requests are under way, as many as --max-requests allows; ask again after the "
@@ -114,11 +103,7 @@ class Capacity:
             self.requests -= 1
 
     def hold(self, size: int) -> None:
-        """Count so many more bytes (or less) of bodies in memory.
-
-        Raises:
-            LockstepError: `overloaded`.
-        """
+        """Count `size` more bytes of bodies in memory, less if negative; raises `overloaded`."""
         if size > 0 and self._body_bytes + size > self._settings.max_bodies_mib * 2**20:
             raise Overloaded(
                 f"requests of --max-bodies-mib {self._settings.max_bodies_mib} are being read or worked on; ask again "

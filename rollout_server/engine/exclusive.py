@@ -1,7 +1,7 @@
 """`--deterministic`: one request at a time, admitted at once, so that the engine forms the same batches every time.
 
-What a matrix product rounds to depends on the batch it is computed in. Equal seeds give equal tokens and logprobs only
-if requests meet the same company at every step of the engine.
+The rounding of a matrix product depends on its batch. Equal seeds give equal tokens and logprobs only if every step of
+the engine has the same batch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from contextlib import asynccontextmanager
 from rollout_server.engine.proxy import EngineProxy
 from shared.errors import EngineDead
 
-_POLL_SECONDS = 0.002
-
 
 class Exclusive:
     """Exclusive use of the engine by one request; no effect unless `enabled`."""
@@ -24,7 +22,7 @@ class Exclusive:
         self._lock = asyncio.Lock() if enabled else None
 
     async def take(self) -> Callable[[], None]:
-        """Wait until no other request has the engine; return what releases it, to be called once."""
+        """Wait until no other request has the engine; return a function that releases it, to be called once."""
         if self._lock is None:
             return lambda: None
         await self._lock.acquire()
@@ -44,7 +42,7 @@ class Exclusive:
             async with self._proxy.paused(clear_cache=False):
                 yield
                 while not all(submitted(self._proxy.running())):  # noqa: ASYNC110 - vLLM has no event for it
-                    await asyncio.sleep(_POLL_SECONDS)
+                    await asyncio.sleep(0.002)
         except TimeoutError:
             error = EngineDead("the engine hangs: it did not pause between two steps")
             self._proxy.give_up(error)

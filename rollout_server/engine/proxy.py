@@ -27,7 +27,6 @@ from shared.weights import WeightVersion
 #: Model name of the trained adapter on vLLM's OpenAI routes. `policy:RUN_ID` names one of several runs.
 POLICY_MODEL = "policy"
 
-_PAUSE_SECONDS = 120.0
 _RESUME_SECONDS = 10.0
 
 _CLOSED = {
@@ -173,16 +172,16 @@ class EngineProxy:
         Raises:
             TimeoutError: the engine did not agree to it.
         """
-        held = 0
         async with self._still:
             try:
-                async with asyncio.timeout(_PAUSE_SECONDS):
+                async with asyncio.timeout(120.0):
                     await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
-                held = 1
-                self.held += held
-                yield self.output_tokens()
+                self.held += 1
+                try:
+                    yield self.output_tokens()
+                finally:
+                    self.held -= 1
             finally:
-                self.held -= held
                 # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
                 resumed = asyncio.ensure_future(self._engine.resume_generation())
                 await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)

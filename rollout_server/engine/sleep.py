@@ -37,8 +37,8 @@ class Sleep:
         """Give the GPU's memory back, after a push that is under way; no effect if it sleeps already.
 
         Raises:
-            LockstepError: `invalid_request` without --share-gpu, `install_failed` if a worker is still writing what a
-                push left behind; `engine_dead`.
+            LockstepError: `invalid_request` without --share-gpu, `install_failed` if a worker is still writing for a
+                failed push; `engine_dead`.
         """
         self._check_enabled()
         async with self._lock:

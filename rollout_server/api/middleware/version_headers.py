@@ -1,4 +1,4 @@
-"""Versions in headers around vLLM's OpenAI routes: that of a response, and one that a request insists on.
+"""Version headers of vLLM's OpenAI routes: the version of a response, and the version that a request insists on.
 
 vLLM's routes know nothing of versions, and begin a streamed response before they ask the engine for anything. So the
 start of every response is held back until its first bytes: by then `EngineProxy` has admitted or refused the request.

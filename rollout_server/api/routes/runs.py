@@ -1,7 +1,7 @@
 """`/v1/runs/{run_id}`: the state of a run, and pushes of its adapter over HTTP or by broadcast.
 
 Broadcasts are answered with NDJSON, because both sides act in between: the first line says that the learner may go on,
-the last one how it ended. What is refused before the first line is an ordinary error response.
+the last one how it ended. Errors before the first line are ordinary error responses.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def tls_options(args: Any) -> dict[str, Any]:
 
 
 def _check_tls(args: Any) -> None:
-    """Load key and certificate once: a wrong path is better known now than after the model has been loaded."""
+    """Load key and certificate once, so that a wrong path is reported before the model is loaded."""
     if args.ssl_cert_reqs:
         raise InvalidRequest(
             "--ssl-cert-reqs: learners prove themselves with a token, not with a certificate; leave it out, or let a "
