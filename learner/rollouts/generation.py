@@ -172,7 +172,13 @@ class RemoteRollouts:
         dispatcher = self.dispatcher
         fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < dispatcher.max_model_len]
         dispatcher.capped_prompts += len(prompts) - len(fitting)
-        requests = group_requests([prompts[row] for row in fitting], self._seed_of_turn)
+
+        def seed_of(row: int, token_ids: list[int]) -> int | None:
+            # Rows of one group may have the same history: one fixed seed would give them the same turn.
+            seed, fixed = self.training.seed_of(row, token_ids), dispatcher.fixed_seed
+            return seed if seed is not None or fixed is None else fixed + row
+
+        requests = group_requests([prompts[row] for row in fitting], seed_of)
         turns = iter(dispatcher.dispatch(requests, partial(self.training.allowed_version, ahead=False)))
         full = Completion(token_ids=[], logprobs=[], log_kept_mass=[], finish_reason="length", spans=[])
         completions = [full] * len(prompts)
@@ -182,11 +188,6 @@ class RemoteRollouts:
         self.stats.last_tokens += self._count_tokens(completions, seconds)
         self.stats.last_seconds += seconds
         return completions
-
-    def _seed_of_turn(self, row: int, token_ids: list[int]) -> int | None:
-        """Rows of one group may have the same history: one fixed seed would give them the same turn."""
-        seed, fixed = self.training.seed_of(row, token_ids), self.dispatcher.fixed_seed
-        return seed if seed is not None or fixed is None else fixed + row
 
     def read_ahead(self, coming: ComingPrompts, schedule: Schedule, max_staleness: int, first: int) -> None:
         """Request generation batches from `first` on, up to `max_staleness` of them before they are needed."""

@@ -15,7 +15,6 @@ from learner.adapters.quantization import pin_compute_dtype
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch, measure
-from learner.trainer.padding import may_regroup, scored, sorted_windows
 
 
 def generate_with(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
@@ -39,26 +38,6 @@ def _picks_scored_positions(device: torch.device) -> bool:
     TRL asks this of Triton, since a number of positions that changes would recompile elsewhere. A CPU compiles nothing.
     """
     return device.type == "cpu" or trl.kernels.chunked_logprob._use_triton(device)
-
-
-def skip_padding(trainer: GRPOTrainer) -> None:
-    """Cut forward passes to the columns their rows need, and put rows of like length into one micro-batch."""
-    trainer._get_per_token_logps_and_entropies = partial(
-        scored, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
-    )
-    args, prepare = trainer.args, trainer._prepare_inputs
-    if not may_regroup(args, entropy_bonus=trainer._entropy_bonus_enabled, aux_loss=trainer.aux_loss_enabled):
-        return
-
-    def prepare_sorted(generation_batch: Any) -> dict[str, Any]:
-        before = trainer._buffered_inputs
-        inputs = prepare(generation_batch)
-        if trainer._buffered_inputs is before:
-            return inputs
-        trainer._buffered_inputs = sorted_windows(trainer._buffered_inputs, args.gradient_accumulation_steps)
-        return trainer._buffered_inputs[trainer._step % args.steps_per_generation]
-
-    trainer._prepare_inputs = prepare_sorted
 
 
 def begin_passes_with(trainer: GRPOTrainer, begin: Callable[[], None]) -> None:
