@@ -28,10 +28,9 @@ def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, l
 
 def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
     """Return samples of the batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
-    logs, names = trainer._logs, trainer.reward_func_names
-    columns = [list(map(finite, logs["rewards"][name])) for name in names]
-    weights = trainer.reward_weights.tolist()
-    rewards = [total(row, weights) for row in zip(*columns, strict=True)]
+    logs, weights = trainer._logs, trainer.reward_weights.tolist()
+    columns = {name: list(map(finite, logs["rewards"][name])) for name in trainer.reward_func_names}
+    rewards = [total(row, weights) for row in zip(*columns.values(), strict=True)]
     # Of several turns only the first is known.
     own = [] if trainer.tools else session.rollouts.last_completions
     prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
@@ -52,7 +51,7 @@ def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
                 text_of(prompts[row], PROMPT_CHARACTERS),
                 text_of(completions[row], COMPLETION_CHARACTERS),
                 rewards[row],
-                {name: column[row] for name, column in zip(names, columns, strict=True)},
+                {name: column[row] for name, column in columns.items()},
                 finite(advantages[row]),
                 **known,
             )
