@@ -61,10 +61,10 @@ class Training(Protocol):
         """Return the weights that completions requested now may come from; `ahead`: of a batch to come."""
 
     def ensure_served(self) -> None:
-        """Make sure that the weights of the trainer's step are served. Collective over all ranks."""
+        """Push the trainer's step unless it was pushed last. Collective."""
 
     def seed_of(self, row: int, token_ids: list[int]) -> int | None:
-        """Return the seed of a prompt in a row of the batch, where seeds are derived."""
+        """Return the seed of the prompt in a row of the present batch; None unless the run is deterministic."""
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _set_fields(given: Any) -> dict[str, Any]:
         fields = dict(written)
     else:
         defaults = _values(type(given)())
-        fields = {n: value for n, value in _values(given).items() if value is not None and value != defaults.get(n)}
+        fields = {n: value for n, value in _values(given).items() if value != defaults.get(n)}
     form = fields.get("structured_outputs")
     if form is not None and not isinstance(form, Mapping):
         fields["structured_outputs"] = {k: v for k, v in _values(form).items() if v not in (None, False)}
