@@ -98,13 +98,8 @@ class Session:
         self.rewards = make_rewards() if make_rewards else None
         dynamic_sampling = None
         if config.drop_degenerate_groups and self.rewards:
-            dynamic_sampling = DynamicSampling(
-                self.rewards,
-                trainer.coming_prompts(),
-                self.seed_of,
-                size=trainer.num_generations,
-                rounds=config.degenerate_rounds,
-            )
+            coming, size = trainer.coming_prompts(), trainer.num_generations
+            dynamic_sampling = DynamicSampling(self.rewards, coming, self.seed_of, size, config.degenerate_rounds)
         self.rollouts = RemoteRollouts(dispatcher, self, self.rewards, dynamic_sampling)
         self.metrics = StepMetrics(trainer, self.rollouts)
         self.proof: SyncProof | None = None
@@ -251,8 +246,7 @@ class Session:
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0, and return its result or raise its error on every rank, so that none waits in vain."""
-        accelerator = self.trainer.accelerator
-        outcome: list[Any] = [None]
+        accelerator, outcome = self.trainer.accelerator, list[Any]([None])
         if accelerator.is_main_process:
             try:
                 outcome = [action()]

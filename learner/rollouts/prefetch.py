@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 
 from learner.rollouts.schedule import Schedule
@@ -17,35 +18,32 @@ Prompts = list[list[int]]
 logger = logging.getLogger("lockstep.rollouts")
 
 
+@dataclass
 class Prefetcher:
     """A cache of coming batches. Completions are used only for exactly the prompts that were requested.
-
-    Attributes:
-        last_seconds: how long the batch that was taken last took to generate.
-        mismatches: batches whose prompts differed from those that the trainer then requested.
 
     Args:
         prompts_of: maps a generation batch to the token ids of this rank's rows [B][P]; called on the trainer's thread.
         complete: maps a batch and its prompts to completions in row order; called on a thread of its own.
         max_staleness: how many generation batches old a sample's oldest weights may be.
+
+    Attributes:
+        last_seconds: how long the batch that was taken last took to generate.
+        mismatches: batches whose prompts differed from those that the trainer then requested.
     """
 
-    def __init__(
-        self,
-        prompts_of: Callable[[int], Prompts],
-        complete: Callable[[int, Prompts], list[Completion]],
-        *,
-        schedule: Schedule,
-        max_staleness: int,
-    ) -> None:
-        self._prompts_of, self._complete = prompts_of, complete
-        self.schedule, self.max_staleness = schedule, max_staleness
+    prompts_of: Callable[[int], Prompts]
+    complete: Callable[[int, Prompts], list[Completion]]
+    schedule: Schedule
+    max_staleness: int
+    last_seconds: float = field(default=0.0, init=False)
+    mismatches: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
         self._pending: dict[int, tuple[Prompts, Future[tuple[list[Completion], float]]]] = {}
         self._requested = -1
         self._lock = threading.Lock()
         self._running, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
-        self.last_seconds = 0.0
-        self.mismatches = 0
 
     @property
     def busy_seconds(self) -> float:
@@ -56,7 +54,7 @@ class Prefetcher:
     def request(self, first: int, last: int) -> None:
         """Request the batches from `first` to `last` that have not been requested and will be trained on."""
         for batch in range(max(first, self._requested + 1), min(last, self.schedule.last_batch) + 1):
-            prompts = self._prompts_of(batch)
+            prompts = self.prompts_of(batch)
             # Not joined at exit: an interrupted training must not wait for completions that are no longer needed.
             self._pending[batch] = prompts, start(partial(self._timed, batch, prompts), f"rollouts-{batch}")
             self._requested = batch
@@ -91,7 +89,7 @@ class Prefetcher:
                 self._busy_since = started
             self._running += 1
         try:
-            return self._complete(batch, prompts), time.monotonic() - started
+            return self.complete(batch, prompts), time.monotonic() - started
         finally:
             with self._lock:
                 self._running -= 1

@@ -30,6 +30,7 @@ from learner.trainer.hooks import (
     begin_passes_with,
     generate_with,
     mark_tool_loop,
+    record_samples,
     replace_zero_variance_groups,
     watch_mismatch,
 )
@@ -37,7 +38,6 @@ from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.padding import skip_padding
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import score_in_workers
-from learner.trainer.sample_hook import record_samples
 from learner.trainer.sampling import sampling_params
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
