@@ -100,8 +100,8 @@ class Session:
         if config.drop_degenerate_groups and self.rewards:
             coming, size = trainer.coming_prompts(), trainer.num_generations
             dynamic_sampling = DynamicSampling(self.rewards, coming, self.seed_of, size, config.degenerate_rounds)
-        self.rollouts = RemoteRollouts(dispatcher, self, self.rewards, dynamic_sampling)
-        self.metrics = StepMetrics(trainer, self.rollouts)
+        self.rollouts = RemoteRollouts(dispatcher, trainer, self, self.rewards, dynamic_sampling)
+        self.metrics = StepMetrics(self.rollouts)
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None
         self.canary_slope: float | None = None
@@ -141,9 +141,7 @@ class Session:
         self.proof.check(self.publisher.version(trainer.step))
         self.pool.supervise(self._catch_up if is_main else self._check_up)
         if config.max_staleness:
-            schedule = trainer.schedule
-            first = schedule.next_batch(trainer.micro_step)
-            self.rollouts.read_ahead(trainer.coming_prompts(), schedule, config.max_staleness, first)
+            self.rollouts.read_ahead(config.max_staleness)
         self.metrics.restart_clock()
 
     def after_step(self) -> StepReport:
@@ -187,15 +185,7 @@ class Session:
         except (LockstepError, RuntimeError) as error:  # after a failure the learner may not release its memory
             logger.warning(f"share_gpu: the server is left asleep: {error}")
 
-    # The session is the `learner.rollouts.generation.Training` of its rollouts, whose docstrings apply.
-
-    @property
-    def is_training(self) -> bool:
-        return self.trainer.is_training
-
-    @property
-    def generation_batch(self) -> int:
-        return self.trainer.generation_batch
+    # As `learner.rollouts.generation.Training`, whose docstrings apply.
 
     def allowed_version(self, *, ahead: bool) -> AllowedVersion:
         if not ahead:

@@ -7,15 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 
-if TYPE_CHECKING:
-    from learner.protocols import Trainer
-    from learner.rollouts.generation import RemoteRollouts
-    from learner.rollouts.mismatch import Mismatch
-    from shared.weights import PushReceipt
+from learner.rollouts.generation import RemoteRollouts
+from learner.rollouts.mismatch import Mismatch
+from shared.weights import PushReceipt
 
 #: Fields of a report that are logged under their own name.
 _LOGGED = (
@@ -79,8 +77,8 @@ class StepMetrics:
         mismatch: of the last generation batch, None without importance correction.
     """
 
-    def __init__(self, trainer: Trainer, rollouts: RemoteRollouts) -> None:
-        self._trainer, self._rollouts, self._pool = trainer, rollouts, rollouts.dispatcher.pool
+    def __init__(self, rollouts: RemoteRollouts) -> None:
+        self._rollouts, self._trainer, self._pool = rollouts, rollouts.trainer, rollouts.dispatcher.pool
         self.pushes = 0
         self.reports: list[StepReport] = []
         self.mismatch: Mismatch | None = None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from learner.config import LearnerConfig
 from learner.trainer.prompt_order import indexable, rows_of_rank
@@ -12,10 +10,6 @@ from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared.errors import InvalidRequest
 from shared.weights import ServerState
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
-
 
 #: vLLM rules tokens out by these before any probability is computed, and says nothing of the mass they had.
 HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")

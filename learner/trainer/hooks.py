@@ -93,8 +93,8 @@ def replace_zero_variance_groups(trainer: GRPOTrainer, dynamic: DynamicSampling,
     def generate_replaced(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not trainer.model.training:
             return generate(inputs)
-        number = rollouts.training.generation_batch
-        prompts = [list(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in inputs])[0]]
+        number = rollouts.trainer.generation_batch
+        prompts = dynamic.coming.token_ids(inputs)
         rollouts.sync_weights()
         dynamic.expect(number, inputs, prompts)
         completions = rollouts.complete(prompts)
@@ -128,7 +128,7 @@ def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
     # Of several turns only the first is known.
     own = [] if trainer.tools else session.rollouts.last_completions
     prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
-    batch, schedule = session.generation_batch, session.trainer.schedule
+    batch, schedule = session.trainer.generation_batch, session.trainer.schedule
     samples = []
     for row, why in choose(rewards).items():
         known: dict[str, Any] = {}
@@ -139,15 +139,8 @@ def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
                 "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
                 "lag": schedule.staleness(batch, oldest_step(own[row])),
             }
-        samples.append(
-            Sample(
-                why,
-                text_of(prompts[row], PROMPT_CHARACTERS),
-                text_of(completions[row], COMPLETION_CHARACTERS),
-                rewards[row],
-                {name: column[row] for name, column in columns.items()},
-                finite(advantages[row]),
-                **known,
-            )
-        )
+        prompt = text_of(prompts[row], PROMPT_CHARACTERS)
+        completion = text_of(completions[row], COMPLETION_CHARACTERS)
+        scores = {name: column[row] for name, column in columns.items()}
+        samples.append(Sample(why, prompt, completion, rewards[row], scores, finite(advantages[row]), **known))
     return samples

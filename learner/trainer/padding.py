@@ -67,7 +67,6 @@ def _score_cut(
     """Run TRL's `_get_per_token_logps_and_entropies`, each forward pass on as few columns as its rows need.
 
     Args:
-        score: TRL's method.
         input_ids, attention_mask: [B, P + T]; prompts padded on the left to P, completions on the right to T.
         logits_to_keep: T.
         batch_size: rows of one forward pass, which are taken in order of their length; None: all.

@@ -69,15 +69,11 @@ def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..
     """Return a reward function that returns what workers computed; TRL calls it with all rows of this rank."""
 
     def reward(trainer_state: Any, log_extra: Any, log_metric: Any, **rows: list[Any]) -> list[float | None]:
-        training = trainer.model.training
-        return rewards.collect(
-            index,
-            RewardCall(rows, _light(trainer_state)),
-            log_extra,
-            log_metric,
-            batch=generation_batch(trainer) if training else EVALUATION,
-            group_size=trainer.num_generations if training else trainer.num_generations_eval,
-        )
+        batch, size = EVALUATION, trainer.num_generations_eval
+        if trainer.model.training:
+            batch, size = generation_batch(trainer), trainer.num_generations
+        call = RewardCall(rows, _light(trainer_state))
+        return rewards.collect(index, call, log_extra, log_metric, batch=batch, group_size=size)
 
     reward.__name__ = trainer.reward_func_names[index]
     return reward

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
+from trl import GRPOConfig
 
 from shared.errors import InvalidRequest
 from shared.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
 
 #: Fields that end up in a request.
 MAPPED = {"vllm_structured_outputs_regex"}

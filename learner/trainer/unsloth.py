@@ -8,14 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from trl import GRPOConfig
 
 from learner.trainer.sampling import generation_kwargs
 from shared.errors import InvalidRequest, LockstepError
 from shared.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
 
 #: Fields that shape vLLM's text and stream, which training does not read: it has the token ids.
 _OUTPUT_ONLY = {
@@ -90,10 +89,9 @@ def _set_fields(given: Any) -> dict[str, Any]:
 
 def _values(record: Any) -> dict[str, Any]:
     """Return the public fields of a vLLM object: a msgspec.Struct or a dataclass, depending on its version."""
-    names = getattr(record, "__struct_fields__", None)
-    if names is None and dataclasses.is_dataclass(record):
-        names = [f.name for f in dataclasses.fields(record)]
-    if names is None:
+    fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else []
+    names = getattr(record, "__struct_fields__", [field.name for field in fields])
+    if not names:
         raise _invalid(f"a {type(record).__name__}: give a vllm.SamplingParams, or a dict of its fields")
     return {name: getattr(record, name) for name in names if not name.startswith("_")}
 
