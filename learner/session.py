@@ -68,8 +68,8 @@ class Session:
         sampling: SamplingParams,
         prompts: list[list[int]],
         base_weights: str | None,
-        make_rewards: Callable[[], Rewards] | None = None,
-        check_state: Callable[[ServerState], object] = lambda state: None,
+        make_rewards: Callable[[], Rewards] | None,
+        check_state: Callable[[ServerState], object],
     ) -> None:
         self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
         # What follows from them must be the same on every rank.

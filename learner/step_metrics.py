@@ -94,7 +94,7 @@ class StepMetrics:
         self._reward_waited = rewards.wait_seconds if rewards else 0.0
 
     def end_step(
-        self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None, update_lost: float | None = None
+        self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None, update_lost: float | None
     ) -> StepReport:
         """Report, log and count a step that has ended with a push."""
         self.pushes += 1

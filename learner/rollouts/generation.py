@@ -26,7 +26,7 @@ Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], lis
 class RolloutStats:
     """Counts of training rollouts on this rank, and the last batch's speed.
 
-    A completion of several turns is one completion; tokens and seconds are those of all its turns.
+    A completion of several turns counts once, with the tokens and seconds of all its turns.
 
     Attributes:
         wait_seconds: for which the trainer waited for completions.

@@ -1,8 +1,7 @@
 """Exact resume under a `trl.GRPOTrainer`: save and restore the state that its own checkpoints leave out.
 
-Left out are: where in a generation batch the training stands, the batch itself, the order of later epochs (TRL's
-sampler draws it from a new generator), and under FSDP2 the adapter, for which no name is the expected one once
-activation checkpointing has wrapped the layers.
+This is the position in a generation batch, the batch itself, the order of later epochs (TRL's sampler draws it from a
+new generator), and under FSDP2 the adapter, whose names change once activation checkpointing has wrapped the layers.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
 
 
 def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..., list[float | None]]:
-    """Return a reward function that returns what workers computed; TRL calls it with all rows of this rank."""
+    """Return a function for TRL to call with all rows of this rank, which returns the workers' rewards."""
 
     def reward(trainer_state: Any, log_extra: Any, log_metric: Any, **rows: list[Any]) -> list[float | None]:
         batch, size = EVALUATION, trainer.num_generations_eval
