@@ -62,7 +62,7 @@ class Training(Protocol):
 class RemoteRollouts:
     """TRL calls `sync_weights()` before a batch whose step it has not seen, then `generate()`; on every rank.
 
-    Those of an evaluation are not counted, and never read ahead.
+    Rollouts of an evaluation are not counted, and never read ahead.
 
     Args:
         rewards: scores a training batch's completions as they arrive.

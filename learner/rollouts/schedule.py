@@ -54,7 +54,7 @@ class Schedule:
         return (epochs * self._epoch_micro_steps + within - 1) // self.per_batch
 
     def staleness(self, batch: int, step: int) -> int:
-        """Return how many generation batches with newer weights than `step` have begun, up to `batch` itself."""
+        """Return how many generation batches, up to `batch`, begin with newer weights than those of `step`."""
         newest = batch
         while newest > 0 and self.first_step(newest) > step:
             newest -= 1
