@@ -68,17 +68,16 @@ class Session:
         sampling: SamplingParams,
         prompts: list[list[int]],
         base_weights: str | None,
-        make_rewards: Callable[[], Rewards] | None = None,
-        check_state: Callable[[ServerState], object] = lambda state: None,
+        make_rewards: Callable[[], Rewards] | None,
+        check_state: Callable[[ServerState], object],
     ) -> None:
         self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
         # What follows from them must be the same on every rank.
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
-        self._check_state = check_state
+        self._check_state, self._prompts = check_state, prompts
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
-        self.base_served = serve_base(states)
-        self.prompts = prompts
+        self._base_served = serve_base(states)
         # All ranks hold the same lease, so that they request one version; rank 0 keeps it and pushes.
         lease = self._on_main(lambda: load_lease(trainer.output_dir, config.run_id))
         self.publisher = Publisher(
@@ -92,22 +91,17 @@ class Session:
             on_main=self._on_main,
         )
         self._save_lease()
-        self.continues = any(run.run_id == self.run_id for state in states for run in state.runs)
+        self._continues = any(run.run_id == self.run_id for state in states for run in state.runs)
         self.gpu_sharing = GpuSharing(pool.up()[0]) if config.share_gpu else None
         rank = trainer.accelerator.process_index
         dispatcher = Dispatcher(pool, sampling, self.max_model_len, rank=rank, before=self.yield_gpu)
         self.rewards = make_rewards() if make_rewards else None
         dynamic_sampling = None
         if config.drop_degenerate_groups and self.rewards:
-            dynamic_sampling = DynamicSampling(
-                self.rewards,
-                trainer.coming_prompts(),
-                self.seed_of,
-                size=trainer.num_generations,
-                rounds=config.degenerate_rounds,
-            )
-        self.rollouts = RemoteRollouts(dispatcher, self, self.rewards, dynamic_sampling)
-        self.metrics = StepMetrics(trainer, self.rollouts)
+            coming, size = trainer.coming_prompts(), trainer.num_generations
+            dynamic_sampling = DynamicSampling(self.rewards, coming, self.seed_of, size, config.degenerate_rounds)
+        self.rollouts = RemoteRollouts(dispatcher, trainer, self, self.rewards, dynamic_sampling)
+        self.metrics = StepMetrics(self.rollouts)
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None
         self.canary_slope: float | None = None
@@ -131,38 +125,36 @@ class Session:
             self.publisher.next_fence()
             self._save_lease()
         self.yield_gpu()
-        sequences = self._on_main(lambda: probe_sequences(self.pool, self.prompts))
+        sequences = self._on_main(lambda: probe_sequences(self.pool, self._prompts))
+        config, trainer, is_main = self.config, self.trainer, self.trainer.accelerator.is_main_process
         self.proof = SyncProof(
-            self.pool, self.model, sequences, tolerance=self.config.proof_tolerance, on_main=self._on_main
+            self.pool, self.model, sequences, tolerance=config.proof_tolerance, on_main=self._on_main
         )
-        if self.config.proof_canary and not self.continues and not again and self.base_served:
-            self.canary_slope = canary_slope(self.proof, self.publisher, takeover=self.config.takeover)
-        elif self.base_served:
+        if config.proof_canary and not self._continues and not again and self._base_served:
+            self.canary_slope = canary_slope(self.proof, self.publisher, takeover=config.takeover)
+        elif self._base_served:
             self.proof.check_base()
-        is_main, trainer = self.trainer.accelerator.is_main_process, self.trainer
         if is_main and self._log is None:
             self._log = EventLog(trainer.output_dir / "servers.jsonl", self.pool)
         self.rounded = RoundedUpdates(self.model, lambda local: trainer.accelerator.reduce(local, reduction="sum"))
         self.publisher.push(trainer.step)
         self.proof.check(self.publisher.version(trainer.step))
         self.pool.supervise(self._catch_up if is_main else self._check_up)
-        if self.config.max_staleness > 0:
-            schedule = trainer.schedule
-            first = schedule.next_batch(trainer.micro_step)
-            self.rollouts.read_ahead(trainer.coming_prompts(), schedule, self.config.max_staleness, first)
+        if config.max_staleness:
+            self.rollouts.read_ahead(config.max_staleness)
         self.metrics.restart_clock()
 
     def after_step(self) -> StepReport:
         """Push the step that was just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
         self.yield_gpu()
-        receipt = self.publisher.push(step)
-        every = self.config.proof_every
+        receipt, every = self.publisher.push(step), self.config.proof_every
         due = step <= 2 or step == steps or (every > 0 and step % every == 0)
-        gap = self.proof.check(receipt.version).max_mismatch if due and self.proof else None
-        lost = self.rounded.last_lost() if self.rounded else None
         return self.metrics.end_step(
-            push_seconds=self.publisher.seconds[-1], receipt=receipt, logprob_gap=gap, update_lost=lost
+            push_seconds=self.publisher.seconds[-1],
+            receipt=receipt,
+            logprob_gap=self.proof.check(receipt.version).max_mismatch if due and self.proof else None,
+            update_lost=self.rounded.last_lost() if self.rounded else None,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -193,33 +185,19 @@ class Session:
         except (LockstepError, RuntimeError) as error:  # after a failure the learner may not release its memory
             logger.warning(f"share_gpu: the server is left asleep: {error}")
 
-    # The session is the `learner.rollouts.generation.Training` of its rollouts.
-
-    @property
-    def is_training(self) -> bool:
-        """False while TRL evaluates."""
-        return self.trainer.is_training
-
-    @property
-    def generation_batch(self) -> int:
-        """Number of the present generation batch."""
-        return self.trainer.generation_batch
+    # As `learner.rollouts.generation.Training`, whose docstrings apply.
 
     def allowed_version(self, *, ahead: bool) -> AllowedVersion:
-        """Return the weights that completions requested now may come from; `ahead`: of a batch to come."""
         if not ahead:
             return AllowedVersion(self.publisher.version(self.trainer.step))
         assert self.publisher.last  # of the push before the first request; the next may be under way just now
-        carried = self.config.in_flight == "carried"
-        return AllowedVersion(self.publisher.last.version, exact=False, carried=carried)
+        return AllowedVersion(self.publisher.last.version, exact=False, carried=self.config.in_flight == "carried")
 
     def ensure_served(self) -> None:
-        """Push the trainer's step unless it was pushed last. Collective."""
         self.yield_gpu()
         self.publisher.ensure(self.trainer.step)
 
     def seed_of(self, row: int, token_ids: list[int]) -> int | None:
-        """Return the seed of the prompt in a row of the present batch; None unless the run is deterministic."""
         if not self.config.deterministic:
             return None
         trainer = self.trainer
@@ -258,8 +236,7 @@ class Session:
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0, and return its result or raise its error on every rank, so that none waits in vain."""
-        accelerator = self.trainer.accelerator
-        outcome: list[Any] = [None]
+        accelerator, outcome = self.trainer.accelerator, list[Any]([None])
         if accelerator.is_main_process:
             try:
                 outcome = [action()]

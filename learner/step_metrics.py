@@ -7,15 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import gather_object
 
-if TYPE_CHECKING:
-    from learner.protocols import Trainer
-    from learner.rollouts.generation import RemoteRollouts
-    from learner.rollouts.mismatch import Mismatch
-    from shared.weights import PushReceipt
+from learner.rollouts.generation import RemoteRollouts
+from learner.rollouts.mismatch import Mismatch
+from shared.weights import PushReceipt
 
 #: Fields of a report that are logged under their own name.
 _LOGGED = (
@@ -37,9 +35,8 @@ class StepReport:
     """Metrics of one optimizer step, in wall-clock seconds.
 
     Attributes:
-        lag: mean staleness of the samples of the generation batch, in generation batches.
-        wait_seconds: for which the trainer waited for completions.
-        reward_wait_seconds: for which the trainer waited for rewards (None: TRL computes them itself).
+        lag: mean staleness of the generation batch's samples, in generation batches.
+        wait_seconds, reward_wait_seconds: for which the trainer waited for completions, for rewards (None: TRL's own).
         idle_seconds: for which no batch of this rank was being read ahead (None: reading ahead is off).
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
         logprob_gap: None where not proven.
@@ -76,13 +73,12 @@ class StepMetrics:
 
     Attributes:
         pushes: of the complete run, without those of step 0 and of recoveries.
-        reports: one per optimizer step that this process made.
-        listeners: called with each report.
+        reports: one per optimizer step that this process made; `listeners` are called with each.
         mismatch: of the last generation batch, None without importance correction.
     """
 
-    def __init__(self, trainer: Trainer, rollouts: RemoteRollouts) -> None:
-        self._trainer, self._rollouts, self._pool = trainer, rollouts, rollouts.dispatcher.pool
+    def __init__(self, rollouts: RemoteRollouts) -> None:
+        self._rollouts, self._trainer, self._pool = rollouts, rollouts.trainer, rollouts.dispatcher.pool
         self.pushes = 0
         self.reports: list[StepReport] = []
         self.mismatch: Mismatch | None = None
@@ -98,7 +94,7 @@ class StepMetrics:
         self._reward_waited = rewards.wait_seconds if rewards else 0.0
 
     def end_step(
-        self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None, update_lost: float | None = None
+        self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None, update_lost: float | None
     ) -> StepReport:
         """Report, log and count a step that has ended with a push."""
         self.pushes += 1
@@ -137,19 +133,14 @@ class StepMetrics:
     def _log(self, report: StepReport) -> None:
         logged = {name: getattr(report, name) for name in _LOGGED}
         logged |= {"server_idle_seconds": report.idle_seconds, "regenerated": self._rollouts.stats.regenerated}
+        for url, replica in list(self._pool.replicas.items()) if report.servers > 1 else ():
+            total, before = replica.load.tokens, self._server_tokens.get(url, 0)
+            since = total - before if total >= before else total  # it was forgotten and listed again
+            logged[f"tokens_from/{url.split('://')[-1]}"] = since
+            self._server_tokens[url] = total
         for name, value in logged.items():
             if value is not None:
                 self._trainer.log(f"lockstep/{name}", float(value))
-        if report.servers > 1:
-            self._log_servers()
-
-    def _log_servers(self) -> None:
-        """Log the tokens that came from each server since the last step."""
-        for url, replica in list(self._pool.replicas.items()):
-            total, before = replica.load.tokens, self._server_tokens.get(url, 0)
-            since = total - before if total >= before else total  # it was forgotten and listed again
-            self._trainer.log(f"lockstep/tokens_from/{url.split('://')[-1]}", float(since))
-            self._server_tokens[url] = total
 
     def saw_mismatch(self, mismatch: Mismatch) -> None:
         """Record the mismatch of a generation batch."""
@@ -160,8 +151,8 @@ class StepMetrics:
     def counts(self) -> dict[str, int]:
         """Return the counts of the complete run, over all ranks. Collective."""
         stats = self._rollouts.stats
-        local = [(stats.completions, stats.completion_tokens)]
-        completions, tokens = (sum(column) for column in zip(*gather_object(local), strict=True))
+        ranks = gather_object([(stats.completions, stats.completion_tokens)])
+        completions, tokens = map(sum, zip(*ranks, strict=True))
         return {"pushes": self.pushes, "completions": completions, "completion_tokens": tokens}
 
     def restore(self, pushes: int, completions: int, completion_tokens: int) -> None:

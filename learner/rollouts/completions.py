@@ -36,7 +36,7 @@ class AllowedVersion:
 
 
 def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
-    """Check that every token has a finite logprob and was sampled from allowed weights.
+    """Check that every token has a finite logprob and comes from allowed weights.
 
     Raises:
         LockstepError: `protocol_mismatch` for a broken response, `version_not_active` for tokens of another version.

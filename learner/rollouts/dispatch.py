@@ -9,7 +9,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 from learner.rollouts.completions import AllowedVersion, broken_response, check_completion
 from learner.servers.pool import ServerPool
@@ -17,7 +16,7 @@ from learner.servers.replica import Replica
 from learner.servers.router import Router
 from learner.utils.threads import start
 from shared.errors import InvalidRequest, LockstepError
-from shared.rollouts import Completion, GenerateRequest, PolicySelector, Prompt
+from shared.rollouts import Completion, GenerateRequest, Prompt
 from shared.sampling import SamplingParams
 
 #: Called with the first row and the completions of a group, on any thread.
@@ -208,19 +207,14 @@ class Dispatcher:
             raise broken_response(f"requested {len(request.groups)} groups, {len(missing)} of them did not come")
 
     def _body(self, request: _ServerRequest) -> GenerateRequest:
-        allowed = request.allowed
-        update: dict[str, Any] = {"n": request.groups[0].n, "max_tokens": request.max_tokens}
-        if self.fixed_seed is not None:
-            update["seed"] = self.fixed_seed
-        # Validated again, so that n > 1 with temperature 0 is refused here and by name.
-        sampling = SamplingParams.model_validate({**self.sampling.model_dump(), **update})
-        policy: PolicySelector = allowed.version if allowed.exact else "latest"
-        step = {} if allowed.exact else {"min_step": allowed.version.step, "wait_s": _STEP_WAIT_S}
+        allowed, n = request.allowed, request.groups[0].n
+        update = {"n": n, "max_tokens": request.max_tokens, "seed": self.fixed_seed}
         return GenerateRequest(
             prompts=[Prompt(token_ids=group.token_ids, seed=group.seed) for group in request.groups],
-            sampling=sampling,
-            policy=policy,
+            # Validated again, so that n > 1 with temperature 0 is refused here and by name.
+            sampling=SamplingParams.model_validate({**self.sampling.model_dump(), **update}),
+            policy=allowed.version if allowed.exact else "latest",
             run_id=allowed.version.run_id,
             return_text=False,
-            **step,
+            **({} if allowed.exact else {"min_step": allowed.version.step, "wait_s": _STEP_WAIT_S}),
         )

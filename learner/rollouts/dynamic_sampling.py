@@ -48,11 +48,9 @@ class GenerationBatch:
     kept: int = 0
 
 
+@dataclass
 class DynamicSampling:
     """Replaces zero-variance groups; each batch is handled by one thread.
-
-    Attributes:
-        replaced, kept: as in `GenerationBatch`, over all batches that were taken.
 
     Args:
         rewards: computes rewards as completions arrive.
@@ -60,37 +58,31 @@ class DynamicSampling:
         seed_of: maps a row of the batch and its prompt to a seed, or to None.
         size: completions of a group.
         rounds: how often a group is replaced at most; a zero-variance group that is left then is trained on.
+
+    Attributes:
+        replaced, kept: as in `GenerationBatch`, over all batches that were taken.
     """
 
-    def __init__(
-        self,
-        rewards: Rewards,
-        coming: ComingPrompts,
-        seed_of: Callable[[int, list[int]], int | None],
-        *,
-        size: int,
-        rounds: int,
-    ) -> None:
-        self._rewards, self._coming, self._seed_of = rewards, coming, seed_of
-        self._size, self._rounds = size, rounds
-        self._batches: dict[int, GenerationBatch] = {}
-        self.replaced = self.kept = 0
+    rewards: Rewards
+    coming: ComingPrompts
+    seed_of: Callable[[int, list[int]], int | None]
+    size: int
+    rounds: int
+    replaced: int = field(default=0, init=False)
+    kept: int = field(default=0, init=False)
+    _batches: dict[int, GenerationBatch] = field(default_factory=dict, init=False)
 
     def expect(self, number: int, rows: Sequence[Row], prompts: list[list[int]]) -> None:
         """Prepare for generation batch `number` of these rows and prompts; called on the trainer's thread."""
-        known = self._batches.get(number)
-        if known is None or known.requested != prompts:
-            spare_rows = self._coming.spare_rows(number, self._rounds * (len(rows) // self._size))
-            spare_ids = self._coming.token_ids(spare_rows) if spare_rows else []
+        if number not in self._batches or self._batches[number].requested != prompts:
+            spare_rows = self.coming.spare_rows(number, self.rounds * (len(rows) // self.size))
+            spare_ids = self.coming.token_ids(spare_rows) if spare_rows else []
             spare = list(zip(spare_rows, spare_ids, strict=True))
             self._batches[number] = GenerationBatch(prompts, list(rows), list(prompts), spare)
-            self._rewards.expect(number, rows)
+            self.rewards.expect(number, rows)
 
     def replace(
-        self,
-        number: int,
-        completions: list[Completion],
-        dispatch: Callable[[list[GroupRequest]], list[Completion]],
+        self, number: int, completions: list[Completion], dispatch: Callable[[list[GroupRequest]], list[Completion]]
     ) -> list[Completion]:
         """Replace zero-variance groups and return the completions to train on.
 
@@ -98,18 +90,18 @@ class DynamicSampling:
             completions: of the batch as it was expected.
             dispatch: returns completions in row order.
         """
-        batch, size = self._batches[number], self._size
+        batch, size = self._batches[number], self.size
         batch.completions = completions
         spare, flat = iter(batch.spare), self._zero_variance(number, range(0, len(batch.rows), size))
-        for _ in range(self._rounds):
+        for _ in range(self.rounds):
             chosen = dict(zip(flat, spare, strict=False))
             if not chosen:
                 break
             for first, (row, prompt) in chosen.items():
                 batch.rows[first : first + size] = [dict(row) for _ in range(size)]
                 batch.prompts[first : first + size] = [prompt] * size
-            self._rewards.expect(number, batch.rows)
-            requests = [GroupRequest(row, ids, size, self._seed_of(row, ids)) for row, (_, ids) in chosen.items()]
+            self.rewards.expect(number, batch.rows)
+            requests = [GroupRequest(row, ids, size, self.seed_of(row, ids)) for row, (_, ids) in chosen.items()]
             fresh = iter(dispatch(requests))
             for first in chosen:
                 batch.completions[first : first + size] = [next(fresh) for _ in range(size)]
@@ -134,5 +126,5 @@ class DynamicSampling:
     def _zero_variance(self, number: int, firsts: Iterable[int]) -> list[int]:
         """Return the first rows of the zero-variance groups among those that begin at `firsts`."""
         # All are passed on, in case a notification was lost: what is being scored already is not scored twice.
-        self._rewards.arrived(number, 0, self._batches[number].completions)
-        return [first for first in firsts if not varies(self._rewards.totals(number, first))]
+        self.rewards.arrived(number, 0, self._batches[number].completions)
+        return [first for first in firsts if not varies(self.rewards.totals(number, first))]

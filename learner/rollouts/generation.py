@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from learner.protocols import ComingPrompts
+from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs
 from learner.rollouts.dispatch import Dispatcher, GroupRequest, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.prefetch import Prefetcher
-from learner.rollouts.schedule import Schedule
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 
@@ -27,7 +26,7 @@ Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], lis
 class RolloutStats:
     """Counts of training rollouts on this rank, and the last batch's speed.
 
-    A completion of several turns is one completion; tokens and seconds are those of all its turns.
+    A completion of several turns counts once, with the tokens and seconds of all its turns.
 
     Attributes:
         wait_seconds: for which the trainer waited for completions.
@@ -49,27 +48,21 @@ class RolloutStats:
 class Training(Protocol):
     """The training that rollouts are for; `learner.session.Session` implements it."""
 
-    @property
-    def is_training(self) -> bool:
-        """False while TRL evaluates; those rollouts are not counted, and never read ahead."""
-
-    @property
-    def generation_batch(self) -> int:
-        """Number of the present generation batch."""
-
     def allowed_version(self, *, ahead: bool) -> AllowedVersion:
         """Return the weights that completions requested now may come from; `ahead`: of a batch to come."""
 
     def ensure_served(self) -> None:
-        """Make sure that the weights of the trainer's step are served. Collective over all ranks."""
+        """Push the trainer's step unless it was pushed last. Collective."""
 
     def seed_of(self, row: int, token_ids: list[int]) -> int | None:
-        """Return the seed of a prompt in a row of the batch, where seeds are derived."""
+        """Return the seed of the prompt in a row of the present batch; None unless the run is deterministic."""
 
 
 @dataclass
 class RemoteRollouts:
     """TRL calls `sync_weights()` before a batch whose step it has not seen, then `generate()`; on every rank.
+
+    Rollouts of an evaluation are not counted, and never read ahead.
 
     Args:
         rewards: scores a training batch's completions as they arrive.
@@ -81,6 +74,7 @@ class RemoteRollouts:
     """
 
     dispatcher: Dispatcher
+    trainer: Trainer
     training: Training
     rewards: Rewards | None = None
     dynamic_sampling: DynamicSampling | None = None
@@ -104,17 +98,16 @@ class RemoteRollouts:
         """Return one completion for each row of `prompts`.
 
         Args:
-            prompts: token ids [B][P]. TRL repeats a prompt `num_generations` times in a row, except in tool
-                loops, where every row has its own history. Equal neighbors share one request entry,
-                whatever their number.
+            prompts: token ids [B][P]. Equal neighbors share one request entry, whatever their number: TRL repeats a
+                prompt in a row, except in tool loops, where every row has its own history.
             images: must be None.
             num_generations: TRL's G; not needed, since rows are counted.
             profiler: TRL's timer.
 
         Returns:
-            prompt ids [B][P], completion ids [B][T], logprobs [B][T][1] of the sampled tokens under the
-            distribution they were drawn from (before it was truncated, if it was), and their token ids [B][T][1].
-            T is 0 only for later turns that find the context full.
+            prompt ids [B][P], completion ids [B][T], logprobs [B][T][1] of the sampled tokens under the distribution
+            they were drawn from (before its truncation), and their token ids [B][T][1]. T is 0 only for later turns
+            that find the context full.
 
         Raises:
             LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on.
@@ -149,17 +142,17 @@ class RemoteRollouts:
 
     def complete(self, prompts: list[list[int]]) -> list[Completion]:
         """Return one completion for each row; of other prompts where groups were replaced."""
-        started, training = time.perf_counter(), self.training.is_training
+        started, training = time.perf_counter(), self.trainer.is_training
         prefetcher = self.prefetcher if training else None
         completions = self._take_prefetched(prefetcher, prompts) if prefetcher else None
         seconds = prefetcher.last_seconds if prefetcher and completions is not None else None
         if completions is None:
-            batch = self.training.generation_batch if training else None
+            batch = self.trainer.generation_batch if training else None
             completions = self._complete(batch, group_requests(prompts, self.training.seed_of), ahead=False)
             self._count_staleness([0] * len(completions) if training else [])
         if training and self.rewards:
             # Again, with the completions that were replaced since they arrived.
-            self.rewards.arrived(self.training.generation_batch, 0, completions)
+            self.rewards.arrived(self.trainer.generation_batch, 0, completions)
         self.last_completions = completions
         waited = time.perf_counter() - started
         self.stats.last_tokens, self.stats.last_seconds = self._count_tokens(completions, waited), seconds or waited
@@ -172,24 +165,27 @@ class RemoteRollouts:
         dispatcher = self.dispatcher
         fitting = [row for row, prompt in enumerate(prompts) if len(prompt) < dispatcher.max_model_len]
         dispatcher.capped_prompts += len(prompts) - len(fitting)
-        requests = group_requests([prompts[row] for row in fitting], self._seed_of_turn)
-        turns = iter(dispatcher.dispatch(requests, partial(self.training.allowed_version, ahead=False)))
+
+        def seed_of(row: int, token_ids: list[int]) -> int | None:
+            # Rows of one group may have the same history: one fixed seed would give them the same turn.
+            seed, fixed = self.training.seed_of(row, token_ids), dispatcher.fixed_seed
+            return seed if seed is not None or fixed is None else fixed + row
+
+        requests = group_requests([prompts[row] for row in fitting], seed_of)
+        turns = dispatcher.dispatch(requests, partial(self.training.allowed_version, ahead=False))
         full = Completion(token_ids=[], logprobs=[], log_kept_mass=[], finish_reason="length", spans=[])
         completions = [full] * len(prompts)
-        for row in fitting:
-            completions[row] = next(turns)
+        for row, turn in zip(fitting, turns, strict=True):
+            completions[row] = turn
         seconds = time.perf_counter() - started
         self.stats.last_tokens += self._count_tokens(completions, seconds)
         self.stats.last_seconds += seconds
         return completions
 
-    def _seed_of_turn(self, row: int, token_ids: list[int]) -> int | None:
-        """Rows of one group may have the same history: one fixed seed would give them the same turn."""
-        seed, fixed = self.training.seed_of(row, token_ids), self.dispatcher.fixed_seed
-        return seed if seed is not None or fixed is None else fixed + row
-
-    def read_ahead(self, coming: ComingPrompts, schedule: Schedule, max_staleness: int, first: int) -> None:
-        """Request generation batches from `first` on, up to `max_staleness` of them before they are needed."""
+    def read_ahead(self, max_staleness: int) -> None:
+        """Request coming generation batches from now on, up to `max_staleness` of them before they are needed."""
+        coming, schedule = self.trainer.coming_prompts(), self.trainer.schedule
+        first = schedule.next_batch(self.trainer.micro_step)
 
         def prompts_of(batch: int) -> list[list[int]]:
             rows = coming.rows(batch)
@@ -221,7 +217,7 @@ class RemoteRollouts:
 
     def _take_prefetched(self, prefetcher: Prefetcher, prompts: list[list[int]]) -> list[Completion] | None:
         """Return what was read ahead, with stale samples replaced; None if it was not for these prompts."""
-        batch, bound = self.training.generation_batch, prefetcher.max_staleness
+        batch, bound = self.trainer.generation_batch, prefetcher.max_staleness
         prefetcher.request(batch, batch)
         completions = prefetcher.take(batch, prompts)
         if completions is None:
@@ -245,7 +241,7 @@ class RemoteRollouts:
 
     def _count_tokens(self, completions: list[Completion], waited: float) -> int:
         tokens = sum(len(c.token_ids) for c in completions)
-        if self.training.is_training:
+        if self.trainer.is_training:
             self.stats.completion_tokens += tokens
             self.stats.wait_seconds += waited
         return tokens

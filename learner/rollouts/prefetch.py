@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from learner.rollouts.schedule import Schedule
@@ -18,53 +18,45 @@ Prompts = list[list[int]]
 logger = logging.getLogger("lockstep.rollouts")
 
 
-@dataclass(frozen=True)
-class _Pending:
-    prompts: Prompts
-    outcome: Future[tuple[list[Completion], float]]
-
-
+@dataclass
 class Prefetcher:
     """A cache of coming batches. Completions are used only for exactly the prompts that were requested.
-
-    Attributes:
-        last_seconds: how long the batch that was taken last took to generate.
-        mismatches: batches whose prompts differed from those that the trainer then requested.
 
     Args:
         prompts_of: maps a generation batch to the token ids of this rank's rows [B][P]; called on the trainer's thread.
         complete: maps a batch and its prompts to completions in row order; called on a thread of its own.
         max_staleness: how many generation batches old a sample's oldest weights may be.
+
+    Attributes:
+        last_seconds: how long the batch that was taken last took to generate.
+        mismatches: batches whose prompts differed from those that the trainer then requested.
     """
 
-    def __init__(
-        self,
-        prompts_of: Callable[[int], Prompts],
-        complete: Callable[[int, Prompts], list[Completion]],
-        *,
-        schedule: Schedule,
-        max_staleness: int,
-    ) -> None:
-        self._prompts_of, self._complete = prompts_of, complete
-        self.schedule, self.max_staleness = schedule, max_staleness
-        self._pending: dict[int, _Pending] = {}
+    prompts_of: Callable[[int], Prompts]
+    complete: Callable[[int, Prompts], list[Completion]]
+    schedule: Schedule
+    max_staleness: int
+    last_seconds: float = field(default=0.0, init=False)
+    mismatches: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._pending: dict[int, tuple[Prompts, Future[tuple[list[Completion], float]]]] = {}
         self._requested = -1
-        self._clock = _BusyClock()
-        self.last_seconds = 0.0
-        self.mismatches = 0
+        self._lock = threading.Lock()
+        self._running, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
 
     @property
     def busy_seconds(self) -> float:
         """Seconds for which at least one batch was being generated."""
-        return self._clock.seconds
+        with self._lock:
+            return self._busy_seconds + (time.monotonic() - self._busy_since if self._running else 0.0)
 
     def request(self, first: int, last: int) -> None:
         """Request the batches from `first` to `last` that have not been requested and will be trained on."""
         for batch in range(max(first, self._requested + 1), min(last, self.schedule.last_batch) + 1):
-            prompts = self._prompts_of(batch)
+            prompts = self.prompts_of(batch)
             # Not joined at exit: an interrupted training must not wait for completions that are no longer needed.
-            outcome = start(partial(self._timed, batch, prompts), f"rollouts-{batch}")
-            self._pending[batch] = _Pending(prompts, outcome)
+            self._pending[batch] = prompts, start(partial(self._timed, batch, prompts), f"rollouts-{batch}")
             self._requested = batch
 
     def take(self, batch: int, prompts: Prompts) -> list[Completion] | None:
@@ -73,10 +65,10 @@ class Prefetcher:
         Raises:
             LockstepError: the error of the request.
         """
-        pending = self._pending.get(batch)
-        if pending is None:
+        if batch not in self._pending:
             return None
-        if pending.prompts != prompts:
+        requested, outcome = self._pending[batch]
+        if requested != prompts:
             del self._pending[batch]
             self.mismatches += 1
             if self.mismatches == 1:
@@ -85,37 +77,21 @@ class Prefetcher:
                     "of prompts is not that of its sampler, so nothing is gained by max_staleness (said once)"
                 )
             return None
-        completions, self.last_seconds = pending.outcome.result()
+        completions, self.last_seconds = outcome.result()
         for old in [known for known in self._pending if known <= batch]:
             del self._pending[old]
         return completions
 
     def _timed(self, batch: int, prompts: Prompts) -> tuple[list[Completion], float]:
         started = time.monotonic()
-        with self._clock:
-            return self._complete(batch, prompts), time.monotonic() - started
-
-
-class _BusyClock:
-    """Measures the seconds for which at least one of several threads was inside."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside, self._since, self._seconds = 0, 0.0, 0.0
-
-    @property
-    def seconds(self) -> float:
         with self._lock:
-            return self._seconds + (time.monotonic() - self._since if self._inside else 0.0)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._since = time.monotonic()
-            self._inside += 1
-
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._seconds += time.monotonic() - self._since
+            if not self._running:
+                self._busy_since = started
+            self._running += 1
+        try:
+            return self.complete(batch, prompts), time.monotonic() - started
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._busy_seconds += time.monotonic() - self._busy_since

@@ -54,10 +54,7 @@ class Schedule:
         return (epochs * self._epoch_micro_steps + within - 1) // self.per_batch
 
     def staleness(self, batch: int, step: int) -> int:
-        """Return how many generation batches old the weights of `step` are when the training on `batch` begins.
-
-        0: no batch has begun with newer weights.
-        """
+        """Return how many generation batches, up to `batch`, begin with newer weights than those of `step`."""
         newest = batch
         while newest > 0 and self.first_step(newest) > step:
             newest -= 1

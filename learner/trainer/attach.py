@@ -25,25 +25,19 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
-from learner.trainer.checks import (
-    check_grpo,
-    check_readable_ahead,
-    check_replaceable,
-    check_slots,
-    correction_warnings,
-)
+from learner.trainer.checks import check_grpo, check_known_ahead, check_slots
 from learner.trainer.hooks import (
     begin_passes_with,
     generate_with,
     mark_tool_loop,
+    record_samples,
     replace_zero_variance_groups,
-    skip_padding,
     watch_mismatch,
 )
 from learner.trainer.internals import TrlTrainer, check_trl
+from learner.trainer.padding import skip_padding
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import score_in_workers
-from learner.trainer.sample_hook import record_samples
 from learner.trainer.sampling import sampling_params
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
@@ -95,15 +89,11 @@ def attach(
     if vllm_sampling_params is None:
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
     args = with_vllm_params(trainer.args, vllm_sampling_params)
-    check_grpo(args)
-    for warning in correction_warnings(args):
+    for warning in check_grpo(args):
         warnings.warn(warning, stacklevel=2)
     if pool is None:
         pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
-    if config.max_staleness:
-        check_readable_ahead(trainer)
-    if config.drop_degenerate_groups:
-        check_replaceable(trainer)
+    check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     adapter_config = model.peft_config[active_adapter(model)]
@@ -115,8 +105,7 @@ def attach(
         check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
         if config.share_gpu:
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
-        if config.max_staleness:
-            check_slots(trainer, state, config.max_staleness, config.in_flight)
+        check_slots(trainer, state, config)
         check_rank(adapter_config, state)
         check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, longest_prompt, state)
@@ -178,17 +167,13 @@ def meet(config: LearnerConfig) -> ServerPool:
     Raises:
         LockstepError: `not_ready` after `config.ready_timeout_s`.
     """
-    token = read_token(config.token_file)
-
-    def connect(url: str) -> RolloutClient:
-        return RolloutClient(
-            url,
-            token,
-            ca_file=config.ca_file,
-            push_timeout_s=config.push_timeout_s,
-            generate_timeout_s=config.generate_timeout_s,
-        )
-
+    connect = partial(
+        RolloutClient,
+        token=read_token(config.token_file),
+        ca_file=config.ca_file,
+        push_timeout_s=config.push_timeout_s,
+        generate_timeout_s=config.generate_timeout_s,
+    )
     pool = ServerPool(connect, ServerDiscovery(config.require_urls()), patience_s=config.ready_timeout_s)
     pool.wait_ready(config.ready_timeout_s)
     return pool
@@ -211,7 +196,7 @@ class _PushAfterStep(TrainerCallback):
         self.session.yield_gpu()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.session.yield_gpu()  # also of an evaluation that no training follows
+        self.session.yield_gpu()  # no training may follow
 
 
 def save_final_adapter(trainer: GRPOTrainer, folder: Path) -> Path:
@@ -236,9 +221,8 @@ def _peft_model(trainer: GRPOTrainer) -> PeftModel:
 def _first_prompts(trainer: GRPOTrainer) -> list[list[int]]:
     """Return token ids of the first prompts [N][P], templated by TRL; none for streams and environments."""
     dataset = trainer.train_dataset
-    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
-        return []
-    if getattr(trainer, "environment_factories", None) is not None:
+    known = isinstance(dataset, Dataset) and "prompt" in dataset.column_names
+    if not known or trainer.environment_factories is not None:
         return []
     prompts = dataset[:PROMPTS_MEASURED]["prompt"]
     return [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]] if prompts else []

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from trl import GRPOConfig, GRPOTrainer
 
-from trl import GRPOTrainer
-
-from learner.trainer.prompt_order import indexable
+from learner.config import LearnerConfig
+from learner.trainer.prompt_order import indexable, rows_of_rank
 from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared.errors import InvalidRequest
 from shared.weights import ServerState
 
-if TYPE_CHECKING:
-    from trl import GRPOConfig
+#: vLLM rules tokens out by these before any probability is computed, and says nothing of the mass they had.
+HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")
+#: These reweight all tokens: the server's logprobs are those of the distribution that results.
+REWEIGHTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+#: vLLM raises lower temperatures to this.
+LEAST_TEMPERATURE = 0.01
 
 
-def check_grpo(args: GRPOConfig) -> None:
+def check_grpo(args: GRPOConfig) -> list[str]:
     """Refuse generation options that cannot be honored; see `learner.trainer.sampling`.
+
+    Returns:
+        A warning where samples are of another distribution than the policy's.
 
     Raises:
         LockstepError: `invalid_request`.
@@ -26,7 +31,19 @@ def check_grpo(args: GRPOConfig) -> None:
     refuse_unmapped(args)
     if generation_kwargs(args).get("temperature", args.temperature) == 0.0:
         raise InvalidRequest("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
-    check_correction(args)
+    sampling = sampling_params(args)
+    chosen = sampling.model_dump(exclude_defaults=True)
+    cuts = [name for name in HIDDEN_CUTS if name in chosen]
+    # Where TRL compares logprobs of server and trainer, they must be of one distribution.
+    compares = args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None
+    if compares and cuts:
+        raise InvalidRequest(
+            f"{cuts[0]} rules out tokens by a mass that the server cannot return, which would bias the importance "
+            f"correction: leave {cuts[0]} out, or set vllm_importance_sampling_correction=false (and no "
+            "off_policy_mask_threshold)"
+        )
+    if compares and 0 < sampling.temperature < LEAST_TEMPERATURE:
+        raise InvalidRequest(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
     if args.push_to_hub:
         raise InvalidRequest(
             "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"
@@ -38,73 +55,38 @@ def check_grpo(args: GRPOConfig) -> None:
             "loss_type=vespo needs vllm_importance_sampling_mode=token_truncate or token_mask, "
             f"not {args.vllm_importance_sampling_mode}"
         )
-
-
-#: vLLM rules tokens out by these before any probability is computed, and says nothing of the mass they had.
-HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")
-#: These reweight all tokens: the server's logprobs are those of the distribution that results.
-REWEIGHTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
-#: vLLM raises lower temperatures to this.
-LEAST_TEMPERATURE = 0.01
-
-
-def check_correction(args: GRPOConfig) -> None:
-    """Check that logprobs of server and trainer are of one distribution, where TRL compares them.
-
-    Raises:
-        LockstepError: `invalid_request`.
-    """
-    if not _compares_logprobs(args):
-        return
-    for name in _set_options(args, HIDDEN_CUTS):
-        raise InvalidRequest(
-            f"{name} rules out tokens by a mass that the server cannot return, which would bias the importance "
-            f"correction: leave {name} out, or set vllm_importance_sampling_correction=false (and no "
-            "off_policy_mask_threshold)"
-        )
-    if 0 < sampling_params(args).temperature < LEAST_TEMPERATURE:
-        raise InvalidRequest(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
-
-
-def correction_warnings(args: GRPOConfig) -> list[str]:
-    """Return a warning for each case of training on samples of another distribution than the policy's."""
-    sampling, compares = sampling_params(args), _compares_logprobs(args)
-    warnings = []
-    reweighting = _set_options(args, REWEIGHTING)
+    reweighting = [name for name in REWEIGHTING if name in chosen]
     if sampling.temperature != args.temperature:
         reweighting.append("generation_kwargs.temperature")
     if reweighting and compares:
-        warnings.append(
+        return [
             f"{', '.join(reweighting)}: completions are drawn from another distribution than the one being trained. "
             "The importance ratios account for it, so they lie far from 1 and many are clipped or dropped (see "
             "lockstep/drift_clipped)"
-        )
-    uncorrected = [*reweighting, *_set_options(args, HIDDEN_CUTS)]
-    if uncorrected and not compares:
-        warnings.append(
-            f"{', '.join(uncorrected)}: completions are drawn from another distribution than the one being trained, "
-            "and vllm_importance_sampling_correction is off, so they are trained on as if they were the policy's"
-        )
-    return warnings
+        ]
+    if reweighting or cuts:
+        return [
+            f"{', '.join([*reweighting, *cuts])}: completions are drawn from another distribution than the one being "
+            "trained, and vllm_importance_sampling_correction is off, so they are trained on as if they were the "
+            "policy's"
+        ]
+    return []
 
 
-def _compares_logprobs(args: GRPOConfig) -> bool:
-    return args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None
-
-
-def _set_options(args: GRPOConfig, names: Iterable[str]) -> list[str]:
-    """Return those of the sampling options that are not at their default."""
-    chosen = sampling_params(args).model_dump(exclude_defaults=True)
-    return [name for name in names if name in chosen]
-
-
-def check_replaceable(trainer: GRPOTrainer) -> None:
-    """Check that groups can be replaced before they are trained on.
+def check_known_ahead(trainer: GRPOTrainer, config: LearnerConfig) -> None:
+    """Check that prompts and rewards are known early enough for `max_staleness` and `drop_degenerate_groups`.
 
     Raises:
         LockstepError: `invalid_request`.
     """
-    rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
+    why = None
+    if not indexable(trainer):
+        why = "the training data is a stream, whose prompts are not known ahead"
+    elif trainer.environment_factories is not None or trainer.rollout_func is not None:
+        why = "environments and rollout functions make their prompts when they are generated"
+    if config.max_staleness and why:
+        raise InvalidRequest(f"max_staleness: {why}; leave it at 0")
+    rows = len(rows_of_rank(trainer))
     why = None
     if not all_known_early(trainer):
         why = "rewards must be known as completions arrive: no reward models, tools, environments or rollout functions"
@@ -115,37 +97,22 @@ def check_replaceable(trainer: GRPOTrainer) -> None:
         )
     elif not indexable(trainer):
         why = "the training data is a stream, of which no other rows are known"
-    if why:
+    if config.drop_degenerate_groups and why:
         raise InvalidRequest(f"drop_degenerate_groups: {why}")
 
 
-def check_readable_ahead(trainer: GRPOTrainer) -> None:
-    """Check that the prompts of coming generation batches are known.
-
-    Raises:
-        LockstepError: `invalid_request`.
-    """
-    why = None
-    if not indexable(trainer):
-        why = "the training data is a stream, whose prompts are not known ahead"
-    elif getattr(trainer, "environment_factories", None) is not None or trainer.rollout_func is not None:
-        why = "environments and rollout functions make their prompts when they are generated"
-    if why:
-        raise InvalidRequest(f"max_staleness: {why}; leave it at 0")
-
-
-def check_slots(trainer: GRPOTrainer, state: ServerState, max_staleness: int, in_flight: str) -> None:
+def check_slots(trainer: GRPOTrainer, state: ServerState, config: LearnerConfig) -> None:
     """Check that no push has to wait for a slot: a request ahead holds one during the pushes of S generation batches.
 
     Raises:
         LockstepError: `invalid_request`.
     """
-    if in_flight != "drain" or state.apply == "merge":
+    if not config.max_staleness or config.in_flight != "drain" or state.apply == "merge":
         return
-    micro_steps = max_staleness * trainer.args.steps_per_generation * trainer.num_iterations
+    micro_steps = config.max_staleness * trainer.args.steps_per_generation * trainer.num_iterations
     needed = -(-micro_steps // trainer.args.gradient_accumulation_steps) + 1
     if state.slots_per_run < needed:
         raise InvalidRequest(
-            f"max_staleness={max_staleness}: a rollout can live through {needed - 1} pushes, and the server has only "
-            f"{state.slots_per_run} adapter slots: start it with --slots-per-run {needed}, or set in_flight=keep"
+            f"max_staleness={config.max_staleness}: a rollout can live through {needed - 1} pushes, and the server has "
+            f"only {state.slots_per_run} adapter slots: start it with --slots-per-run {needed}, or set in_flight=keep"
         )

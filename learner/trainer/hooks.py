@@ -12,10 +12,13 @@ import trl.trainer.utils
 from trl import GRPOTrainer
 
 from learner.adapters.quantization import pin_compute_dtype
+from learner.monitors.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, choose, text_of, total
+from learner.rollouts.completions import oldest_step
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch, measure
-from learner.trainer.padding import may_regroup, scored, sorted_windows
+from learner.run_dir.files import finite
+from learner.session import Session
 
 
 def generate_with(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
@@ -39,26 +42,6 @@ def _picks_scored_positions(device: torch.device) -> bool:
     TRL asks this of Triton, since a number of positions that changes would recompile elsewhere. A CPU compiles nothing.
     """
     return device.type == "cpu" or trl.kernels.chunked_logprob._use_triton(device)
-
-
-def skip_padding(trainer: GRPOTrainer) -> None:
-    """Cut forward passes to the columns their rows need, and put rows of like length into one micro-batch."""
-    trainer._get_per_token_logps_and_entropies = partial(
-        scored, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
-    )
-    args, prepare = trainer.args, trainer._prepare_inputs
-    if not may_regroup(args, entropy_bonus=trainer._entropy_bonus_enabled, aux_loss=trainer.aux_loss_enabled):
-        return
-
-    def prepare_sorted(generation_batch: Any) -> dict[str, Any]:
-        before = trainer._buffered_inputs
-        inputs = prepare(generation_batch)
-        if trainer._buffered_inputs is before:
-            return inputs
-        trainer._buffered_inputs = sorted_windows(trainer._buffered_inputs, args.gradient_accumulation_steps)
-        return trainer._buffered_inputs[trainer._step % args.steps_per_generation]
-
-    trainer._prepare_inputs = prepare_sorted
 
 
 def begin_passes_with(trainer: GRPOTrainer, begin: Callable[[], None]) -> None:
@@ -110,8 +93,8 @@ def replace_zero_variance_groups(trainer: GRPOTrainer, dynamic: DynamicSampling,
     def generate_replaced(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not trainer.model.training:
             return generate(inputs)
-        number = rollouts.training.generation_batch
-        prompts = [list(ids) for ids in trainer._tokenize_prompts([row["prompt"] for row in inputs])[0]]
+        number = rollouts.trainer.generation_batch
+        prompts = dynamic.coming.token_ids(inputs)
         rollouts.sync_weights()
         dynamic.expect(number, inputs, prompts)
         completions = rollouts.complete(prompts)
@@ -122,3 +105,42 @@ def replace_zero_variance_groups(trainer: GRPOTrainer, dynamic: DynamicSampling,
         return generate(batch.rows)
 
     trainer._generate_and_score_completions = generate_replaced
+
+
+def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, list[Sample]], None]) -> None:
+    """Pass samples of every training batch to `add`, with the step that trains on it, once TRL has scored it."""
+    generate = trainer._generate_and_score_completions
+
+    def generate_and_record(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = generate(inputs)
+        if trainer.model.training:
+            add(trainer.state.global_step + 1, _samples(trainer, session))
+        return batch
+
+    trainer._generate_and_score_completions = generate_and_record
+
+
+def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
+    """Return samples of the batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
+    logs, weights = trainer._logs, trainer.reward_weights.tolist()
+    columns = {name: list(map(finite, logs["rewards"][name])) for name in trainer.reward_func_names}
+    rewards = [total(row, weights) for row in zip(*columns.values(), strict=True)]
+    # Of several turns only the first is known.
+    own = [] if trainer.tools else session.rollouts.last_completions
+    prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
+    batch, schedule = session.trainer.generation_batch, session.trainer.schedule
+    samples = []
+    for row, why in choose(rewards).items():
+        known: dict[str, Any] = {}
+        if row < len(own):
+            known = {
+                "tokens": len(own[row].token_ids),
+                "finish_reason": own[row].finish_reason,
+                "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
+                "lag": schedule.staleness(batch, oldest_step(own[row])),
+            }
+        prompt = text_of(prompts[row], PROMPT_CHARACTERS)
+        completion = text_of(completions[row], COMPLETION_CHARACTERS)
+        scores = {name: column[row] for name, column in columns.items()}
+        samples.append(Sample(why, prompt, completion, rewards[row], scores, finite(advantages[row]), **known))
+    return samples

@@ -10,11 +10,11 @@ from packaging.specifiers import SpecifierSet
 from trl import GRPOTrainer
 
 from learner.rollouts.schedule import Schedule
-from learner.trainer.prompt_order import TrlPrompts, generation_batch, schedule_of
+from learner.trainer.prompt_order import TrlPrompts, generation_batch, rows_of_rank, schedule_of
 from shared.errors import InvalidRequest, UnsupportedAdapter
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
-_METHODS = (
+_USED = (
     "_generate_single_turn",
     "_tool_call_loop",
     "_tokenize_prompts",
@@ -26,8 +26,6 @@ _METHODS = (
     "_get_output_dir",
     "_save_checkpoint",
     "_load_optimizer_and_scheduler",
-)
-_ATTRIBUTES = (
     "use_vllm",
     "vllm_mode",
     "eos_token_ids",
@@ -36,6 +34,8 @@ _ATTRIBUTES = (
     "_logs",
     "reward_weights",
     "_tokenizer",
+    "environment_factories",
+    "rollout_func",
     "num_generations_eval",
     "reward_func_names",
     "tools",
@@ -57,8 +57,7 @@ def check_trl(trainer: GRPOTrainer) -> None:
         raise InvalidRequest(
             f"Lockstep knows the internals of trl {TRL_RANGE}, not of {trl.__version__}; install one of these"
         )
-    missing = [n for n in _METHODS if not hasattr(GRPOTrainer, n)]
-    missing += [n for n in _ATTRIBUTES if not hasattr(trainer, n)]
+    missing = [name for name in _USED if not hasattr(trainer, name)]
     missing += [] if hasattr(trl.trainer.utils, "_use_triton") else ["trainer.utils._use_triton"]
     if missing:
         raise InvalidRequest(f"this trl {trl.__version__} has no {', '.join(missing)}; install trl {TRL_RANGE}")
@@ -109,8 +108,7 @@ class TrlTrainer:
 
     @property
     def first_row(self) -> int:
-        accelerator = self.accelerator
-        return self._trainer.args.generation_batch_size // accelerator.num_processes * accelerator.process_index
+        return rows_of_rank(self._trainer).start
 
     @property
     def is_training(self) -> bool:

@@ -8,14 +8,52 @@ as TRL's head returns at padding. All shapes outside the forward pass stay as th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
+from trl import GRPOTrainer
 
 Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+#: Losses that sum over rows with a divisor that is the same for every micro-batch of an optimizer step.
+ROWWISE_LOSSES = ("grpo", "sapo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
 
 
-def scored(
+def skip_padding(trainer: GRPOTrainer) -> None:
+    """Cut forward passes to the columns their rows need, and put rows of like length into one micro-batch.
+
+    The latter only where an optimizer step does not depend on how its rows are spread over micro-batches. Not so where
+    TRL divides or picks within each micro-batch: `bnpo`'s token count, the mean entropy of the bonus, the quantile of
+    `top_entropy_quantile`, the load balance of a mixture of experts; nor where the optimizer steps do not divide a
+    generation batch evenly.
+    """
+    trainer._get_per_token_logps_and_entropies = partial(
+        _score_cut, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
+    )
+    args, prepare = trainer.args, trainer._prepare_inputs
+    if (
+        args.loss_type not in ROWWISE_LOSSES
+        or args.top_entropy_quantile != 1.0
+        or trainer._entropy_bonus_enabled
+        or trainer.aux_loss_enabled
+        or args.gradient_accumulation_steps == 1
+        or args.steps_per_generation % args.gradient_accumulation_steps
+    ):
+        return
+
+    def prepare_sorted(generation_batch: Any) -> dict[str, Any]:
+        before = trainer._buffered_inputs
+        inputs = prepare(generation_batch)
+        if trainer._buffered_inputs is before:
+            return inputs
+        trainer._buffered_inputs = sorted_windows(trainer._buffered_inputs, args.gradient_accumulation_steps)
+        return trainer._buffered_inputs[trainer._step % args.steps_per_generation]
+
+    trainer._prepare_inputs = prepare_sorted
+
+
+def _score_cut(
     score: Callable[..., Logps],
     model: Any,
     input_ids: torch.Tensor,
@@ -23,13 +61,12 @@ def scored(
     logits_to_keep: int,
     *,
     batch_size: int | None = None,
-    multiple_of: int = 1,
+    multiple_of: int,
     **options: Any,
 ) -> Logps:
     """Run TRL's `_get_per_token_logps_and_entropies`, each forward pass on as few columns as its rows need.
 
     Args:
-        score: TRL's method.
         input_ids, attention_mask: [B, P + T]; prompts padded on the left to P, completions on the right to T.
         logits_to_keep: T.
         batch_size: rows of one forward pass, which are taken in order of their length; None: all.
@@ -52,16 +89,14 @@ def scored(
     for start in range(0, rows, batch_size):
         chosen_B = order_B[start : start + batch_size]
         longest_P, longest_T = (max(column) for column in zip(*lengths[start : start + batch_size], strict=True))
-        keep_P = min(_rounded_up(longest_P, multiple_of), width_P)
-        keep_T = min(_rounded_up(max(longest_T, 1), multiple_of), logits_to_keep)
+        keep_P = min(-(-longest_P // multiple_of) * multiple_of, width_P)
+        keep_T = min(-(-max(longest_T, 1) // multiple_of) * multiple_of, logits_to_keep)
         columns = slice(width_P - keep_P, width_P + keep_T)
         logps_BT, entropies_BT, aux_loss = score(
             model, input_ids[chosen_B, columns], attention_mask[chosen_B, columns], keep_T, **options
         )
-        missing = (0, logits_to_keep - keep_T)
-        logps_BT = torch.nn.functional.pad(logps_BT, missing)
-        entropies_BT = None if entropies_BT is None else torch.nn.functional.pad(entropies_BT, missing)
-        parts.append((logps_BT, entropies_BT, aux_loss))
+        pad = partial(torch.nn.functional.pad, pad=(0, logits_to_keep - keep_T))
+        parts.append((pad(logps_BT), None if entropies_BT is None else pad(entropies_BT), aux_loss))
     back_B = order_B.argsort()
     logps, entropies, aux_losses = zip(*parts, strict=True)
     return (
@@ -74,8 +109,7 @@ def scored(
 def sorted_windows(micro_batches: Sequence[dict[str, Any]], window: int) -> list[dict[str, Any]]:
     """Put rows of like length into one micro-batch, longest first (so that memory runs out at once).
 
-    Rows are permuted only within `window` micro-batches, which make one optimizer step. Whether that changes the step
-    depends on the loss; see `may_regroup`.
+    Rows are permuted only within `window` micro-batches, which make one optimizer step.
     """
     regrouped = []
     for start in range(0, len(micro_batches), window):
@@ -94,31 +128,6 @@ def _regrouped(values: list[Any], order_B: torch.Tensor, rows: list[int]) -> Seq
         return torch.cat(values)[order_B].split(rows)
     if isinstance(values[0], list):
         joined = [item for value in values for item in value]
-        items, starts = [joined[i] for i in order_B.tolist()], [sum(rows[:i]) for i in range(len(rows))]
-        return [items[s : s + n] for s, n in zip(starts, rows, strict=True)]
+        items = iter([joined[i] for i in order_B.tolist()])
+        return [list(islice(items, n)) for n in rows]
     return values
-
-
-#: Losses that sum over rows with a divisor that is the same for every micro-batch of an optimizer step.
-ROWWISE_LOSSES = ("grpo", "sapo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
-
-
-def may_regroup(args: Any, *, entropy_bonus: bool, aux_loss: bool) -> bool:
-    """Return whether an optimizer step does not depend on how its rows are spread over micro-batches.
-
-    Not so where TRL divides or picks within each micro-batch: `bnpo`'s token count, the mean entropy of the bonus,
-    the quantile of `top_entropy_quantile`, the load balance of a mixture of experts; nor where the optimizer steps
-    do not divide a generation batch evenly.
-    """
-    return (
-        args.loss_type in ROWWISE_LOSSES
-        and args.top_entropy_quantile == 1.0
-        and not entropy_bonus
-        and not aux_loss
-        and args.gradient_accumulation_steps > 1
-        and args.steps_per_generation % args.gradient_accumulation_steps == 0
-    )
-
-
-def _rounded_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple

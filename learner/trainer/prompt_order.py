@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -38,6 +38,13 @@ def generation_batch(trainer: GRPOTrainer) -> int:
     return schedule_of(trainer).batch_at(trainer._step)
 
 
+def rows_of_rank(trainer: GRPOTrainer) -> range:
+    """Return this rank's rows among those of a generation batch."""
+    size = trainer.args.generation_batch_size // trainer.accelerator.num_processes
+    first = size * trainer.accelerator.process_index
+    return range(first, first + size)
+
+
 class TrlPrompts:
     """The coming prompts of a trainer, as `learner.protocols.ComingPrompts`, whose docstrings apply."""
 
@@ -47,17 +54,14 @@ class TrlPrompts:
         self._coming: Iterator[list[int]] = iter(())
 
     def rows(self, batch: int) -> list[dict[str, Any]]:
-        trainer = self._trainer
-        rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
-        first = rows * trainer.accelerator.process_index
-        return [trainer.train_dataset[index] for index in self._indices(batch)[first : first + rows]]
+        dataset, rows = self._trainer.train_dataset, rows_of_rank(self._trainer)
+        return [dataset[index] for index in self._indices(batch)[rows.start : rows.stop]]
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
         trainer, used = self._trainer, set(self._indices(batch))
         ranks, length = trainer.accelerator.num_processes, len(trainer.train_dataset)
-        drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(
-            range(length), min(length, count * ranks + len(used))
-        )
+        size = min(length, count * ranks + len(used))
+        drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(range(length), size)
         others = [index for index in drawn if index not in used][trainer.accelerator.process_index :: ranks]
         return [trainer.train_dataset[index] for index in others[:count]]
 
@@ -74,19 +78,13 @@ class TrlPrompts:
         return self._known
 
 
-class IndexSampler(Protocol, Sized):
-    """`trl.trainer.utils.RepeatSampler`: each iteration is one epoch."""
-
-    def __iter__(self) -> Iterator[int]: ...
-
-
-def skip_epochs(sampler: IndexSampler, epochs: int) -> None:
-    """Advance a new sampler by so many epochs: an epoch's order is drawn at its first index."""
+def skip_epochs(sampler: Iterable[int], epochs: int) -> None:
+    """Advance a new `RepeatSampler` of TRL by so many epochs: each iteration draws its order at its first index."""
     for _ in range(epochs):
         next(iter(sampler))
 
 
-def coming_indices(sampler: IndexSampler, *, rows: int, schedule: Schedule, first: int) -> Iterator[list[int]]:
+def coming_indices(sampler: Iterable[int], *, rows: int, schedule: Schedule, first: int) -> Iterator[list[int]]:
     """Yield dataset indices [rows] of the generation batches from `first` on, one for each completion.
 
     Args:

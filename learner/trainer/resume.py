@@ -1,15 +1,14 @@
 """Exact resume under a `trl.GRPOTrainer`: save and restore the state that its own checkpoints leave out.
 
-Left out are: where in a generation batch the training stands, the batch itself, the order of later epochs (TRL's
-sampler draws it from a new generator), and under FSDP2 the adapter, for which no name is the expected one once
-activation checkpointing has wrapped the layers.
+This is the position in a generation batch, the batch itself, the order of later epochs (TRL's sampler draws it from a
+new generator), and under FSDP2 the adapter, whose names change once activation checkpointing has wrapped the layers.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from trl import GRPOTrainer
 from learner.adapters.peft_dir import load_adapter, save_adapter
 from learner.run_dir.checkpoint import STAGING, TrainingState, commit, load_state, save_state
 from learner.session import Session
-from learner.trainer.prompt_order import IndexSampler, indexable, schedule_of, skip_epochs
+from learner.trainer.prompt_order import indexable, schedule_of, skip_epochs
 from shared.errors import InvalidRequest
 
 logger = logging.getLogger("lockstep.trainer")
@@ -30,11 +29,11 @@ logger = logging.getLogger("lockstep.trainer")
 
 def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
     """Wrap the trainer's methods that write and read checkpoints."""
-    samplers: list[IndexSampler] = []
+    samplers: list[Iterable[int]] = []
     make_sampler, save = trainer._get_train_sampler, trainer._save_checkpoint
     load = trainer._load_optimizer_and_scheduler
 
-    def remembered_sampler(*args: Any) -> IndexSampler:
+    def remembered_sampler(*args: Any) -> Iterable[int]:
         samplers.append(make_sampler(*args))
         return samplers[-1]
 
@@ -51,8 +50,8 @@ def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
 
 def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> None:
     """Write transformers' checkpoint under another name and our state beside it, then rename it."""
-    output_dir, writes = Path(trainer.args.output_dir), trainer.args.should_save
-    staged = output_dir / STAGING / f"checkpoint-{trainer.state.global_step}"
+    output_dir, writes, trl_state = Path(trainer.args.output_dir), trainer.args.should_save, trainer.state
+    staged = output_dir / STAGING / f"checkpoint-{trl_state.global_step}"
     if writes:
         shutil.rmtree(staged.parent, ignore_errors=True)  # what a killed process may have left
     trainer.accelerator.wait_for_everyone()
@@ -66,14 +65,19 @@ def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> N
         save_adapter(session.model, staged, writes=writes)
     schedule = schedule_of(trainer)
     if schedule.next_batch(trainer._step) != schedule.batch_at(trainer._step):  # within a generation batch
-        save_batches(staged / _batch_file(trainer), trainer._buffered_inputs)
+        _save_batches(staged / _batch_file(trainer), trainer._buffered_inputs)
     trainer.accelerator.wait_for_everyone()
     counts = session.metrics.counts()
-    _name_the_best(trainer, staged, output_dir)
+    best = output_dir / f"checkpoint-{trl_state.best_global_step}"
+    if trl_state.best_global_step and (best.is_dir() or best.name == staged.name):
+        # transformers has looked for it beside the checkpoint that is being written.
+        trl_state.best_model_checkpoint = str(best)
+        if writes:
+            trl_state.save_to_json(str(staged / transformers.trainer.TRAINER_STATE_NAME))
     if writes:
         state = TrainingState(
             fence=session.publisher.lease.fence,
-            step=trainer.state.global_step,
+            step=trl_state.global_step,
             micro_step=trainer._step,
             geometry=_geometry(trainer),
             **counts,
@@ -83,25 +87,13 @@ def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> N
         transformers.trainer_utils.rotate_checkpoints(
             output_dir=str(output_dir),
             save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            best_model_checkpoint=trl_state.best_model_checkpoint,
             use_mtime=True,
         )
     trainer.accelerator.wait_for_everyone()
 
 
-def _name_the_best(trainer: GRPOTrainer, staged: Path, output_dir: Path) -> None:
-    """Correct the best checkpoint's path: transformers has looked for it beside the one being written."""
-    state = trainer.state
-    if not state.best_global_step:
-        return
-    best = output_dir / f"checkpoint-{state.best_global_step}"
-    if best.is_dir() or best.name == staged.name:
-        state.best_model_checkpoint = str(best)
-        if trainer.args.should_save:
-            state.save_to_json(str(staged / transformers.trainer.TRAINER_STATE_NAME))
-
-
-def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: list[IndexSampler]) -> None:
+def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: list[Iterable[int]]) -> None:
     folder = Path(checkpoint)
     state = load_state(folder)
     if state is None:
@@ -111,8 +103,7 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
         )
         return
     now = _geometry(trainer)
-    changed = [f"{name}={now[name]} instead of {was}" for name, was in state.geometry.items() if now[name] != was]
-    if changed:
+    if changed := [f"{name}={now[name]} instead of {was}" for name, was in state.geometry.items() if now[name] != was]:
         raise InvalidRequest(
             f"{checkpoint} was written with batches arranged otherwise: {', '.join(changed)}; resume with the same "
             "options, or start a new run from its adapter with --init_adapter"
@@ -121,7 +112,13 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
         load_adapter(session.model, folder)
     trainer._step = state.micro_step
     batch_file = folder / _batch_file(trainer)
-    trainer._buffered_inputs = load_batches(batch_file, trainer.accelerator.device) if batch_file.is_file() else None
+    trainer._buffered_inputs = None
+    if batch_file.is_file():
+        batches: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in load_file(batch_file).items():
+            index, name = key.split(".", 1)
+            batches.setdefault(int(index), {})[name] = tensor.to(trainer.accelerator.device)
+        trainer._buffered_inputs = [batches[index] for index in sorted(batches)]
     if indexable(trainer):  # transformers itself reads a stream up to its place
         skip_epochs(samplers[-1], schedule_of(trainer).epoch_at(state.step))
     session.metrics.restore(state.pushes, state.completions, state.completion_tokens)
@@ -142,15 +139,8 @@ def _batch_file(trainer: GRPOTrainer) -> str:
     return f"generation_batch_{trainer.accelerator.process_index}.safetensors"
 
 
-def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
-    """Write the micro-batches of a generation batch.
-
-    Args:
-        batches: one dict of tensors (or None) for each micro-batch.
-
-    Raises:
-        LockstepError: `invalid_request` for anything but tensors.
-    """
+def _save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
+    """Write the micro-batches of a generation batch: one dict of tensors (or None) each."""
     tensors = {}
     for index, batch in enumerate(batches):
         for name, value in batch.items():
@@ -163,12 +153,3 @@ def save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
                 )
             tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, path)
-
-
-def load_batches(path: Path, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Load what `save_batches` wrote, onto `device`."""
-    batches: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(path).items():
-        index, name = key.split(".", 1)
-        batches.setdefault(int(index), {})[name] = tensor.to(device)
-    return [batches[index] for index in sorted(batches)]

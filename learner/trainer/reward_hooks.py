@@ -20,8 +20,6 @@ from learner.rewards.scorer import EVALUATION, Rewards, Row
 from learner.trainer.prompt_order import generation_batch
 from shared.errors import InvalidRequest
 
-_NOT_COLUMNS = ("prompt", "completion", "completion_ids")
-
 
 def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
     """Replace the trainer's reward functions by stand-ins, and score groups as their completions arrive.
@@ -54,25 +52,28 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
     for i in pool.names:
         functions[i] = _stand_in(trainer, rewards, i)
     trainer.reward_funcs = functions
-    _expect_present_rows(trainer, rewards)
+    generate = trainer._generate_and_score_completions
+
+    def generate_expected(inputs: list[Row]) -> dict[str, Any]:
+        if trainer.model.training:
+            batch = generation_batch(trainer)
+            rewards.expect(batch, inputs)
+            rewards.forget_before(batch)
+        return generate(inputs)
+
+    trainer._generate_and_score_completions = generate_expected
     return rewards
 
 
 def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..., list[float | None]]:
-    """Return a reward function that returns what workers computed; TRL calls it with all rows of this rank."""
+    """Return a function for TRL to call with all rows of this rank, which returns the workers' rewards."""
 
-    def reward(
-        trainer_state: Any, log_extra: Callable[..., None], log_metric: Callable[..., None], **rows: list[Any]
-    ) -> list[float | None]:
-        training = trainer.model.training
-        return rewards.collect(
-            index,
-            RewardCall(rows, _light(trainer_state)),
-            log_extra,
-            log_metric,
-            batch=generation_batch(trainer) if training else EVALUATION,
-            group_size=trainer.num_generations if training else trainer.num_generations_eval,
-        )
+    def reward(trainer_state: Any, log_extra: Any, log_metric: Any, **rows: list[Any]) -> list[float | None]:
+        batch, size = EVALUATION, trainer.num_generations_eval
+        if trainer.model.training:
+            batch, size = generation_batch(trainer), trainer.num_generations
+        call = RewardCall(rows, _light(trainer_state))
+        return rewards.collect(index, call, log_extra, log_metric, batch=batch, group_size=size)
 
     reward.__name__ = trainer.reward_func_names[index]
     return reward
@@ -84,11 +85,9 @@ def _early_call(trainer: GRPOTrainer, tokenizer: Any, rows: list[Row], completio
     completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational({"prompt": prompts[0]}):
         completions = [[{"role": "assistant", "content": content}] for content in completions]
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _NOT_COLUMNS}
-    return RewardCall(
-        {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns},
-        _light(trainer.state),
-    )
+    own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    names = [name for name in rows[0] if name not in ("prompt", "completion", "completion_ids")]
+    return RewardCall(own | {name: [row[name] for row in rows] for name in names}, _light(trainer.state))
 
 
 def all_known_early(trainer: GRPOTrainer) -> bool:
@@ -96,22 +95,9 @@ def all_known_early(trainer: GRPOTrainer) -> bool:
     return _plain_completions(trainer) and all(_may_leave(trainer, function) for function in trainer.reward_funcs)
 
 
-def _expect_present_rows(trainer: GRPOTrainer, rewards: Rewards) -> None:
-    generate = trainer._generate_and_score_completions
-
-    def generate_expected(inputs: list[Row]) -> dict[str, Any]:
-        if trainer.model.training:
-            batch = generation_batch(trainer)
-            rewards.expect(batch, inputs)
-            rewards.forget_before(batch)
-        return generate(inputs)
-
-    trainer._generate_and_score_completions = generate_expected
-
-
 def _may_leave(trainer: GRPOTrainer, function: Callable[..., Any]) -> bool:
     """Return whether a function depends on its arguments only: reward models and readers of environments do not."""
-    if isinstance(function, nn.Module) or getattr(trainer, "environment_factories", None) is not None:
+    if isinstance(function, nn.Module) or trainer.environment_factories is not None:
         return False
     try:
         return "environments" not in inspect.signature(function).parameters

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
+from trl import GRPOConfig
 
 from shared.errors import InvalidRequest
 from shared.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
 
 #: Fields that end up in a request.
 MAPPED = {"vllm_structured_outputs_regex"}
@@ -45,12 +43,6 @@ REFUSED = {
     "cache_implementation": "completions come from the rollout server's vLLM; see its --kv-cache-dtype",
 }
 
-#: Fields that Unsloth adds to GRPOConfig; `learner.trainer.unsloth` reads them.
-OF_UNSLOTH = {"vllm_sampling_params"}
-
-#: Values besides the default that describe what Lockstep does anyway.
-_HARMLESS: dict[str, tuple[Any, ...]] = {"vllm_mode": ("server",)}
-
 
 def refuse_unmapped(args: GRPOConfig) -> None:
     """Refuse generation options that would have no effect here.
@@ -61,11 +53,13 @@ def refuse_unmapped(args: GRPOConfig) -> None:
     defaults = {f.name: f.default for f in fields(args)}
     for name, instead in REFUSED.items():
         value = getattr(args, name, defaults.get(name))
-        if name in defaults and value != defaults[name] and value not in _HARMLESS.get(name, ()):
+        harmless = (name, value) == ("vllm_mode", "server")  # as it is here anyway
+        if name in defaults and value != defaults[name] and not harmless:
             raise InvalidRequest(f"{name}={value!r} has no effect here: {instead}")
-    unknown = {n for n in defaults if n.startswith("vllm_")} - MAPPED - USED_BY_TRL - REFUSED.keys() - OF_UNSLOTH
-    changed = sorted(n for n in unknown if getattr(args, n) != defaults[n])
-    if changed:
+    # Unsloth adds a field to GRPOConfig, which `learner.trainer.unsloth` reads.
+    known = MAPPED | USED_BY_TRL | REFUSED.keys() | {"vllm_sampling_params"}
+    unknown = {name for name in defaults if name.startswith("vllm_")} - known
+    if changed := sorted(name for name in unknown if getattr(args, name) != defaults[name]):
         raise InvalidRequest(f"{', '.join(changed)}: this version of Lockstep does not know what it does")
 
 
@@ -85,7 +79,7 @@ def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> Samp
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,
-        "min_p": 0.0 if args.min_p is None else args.min_p,
+        "min_p": args.min_p or 0.0,
         "repetition_penalty": args.repetition_penalty,
         "max_tokens": args.max_completion_length,
     }
@@ -102,7 +96,7 @@ def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> Samp
         return SamplingParams.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "sampling"
+        name = ".".join(map(str, first["loc"])) or "sampling"
         raise InvalidRequest(f"sampling option {name}: {first['msg']} (see generation_kwargs)") from error
 
 

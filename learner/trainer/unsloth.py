@@ -8,14 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from trl import GRPOConfig
 
 from learner.trainer.sampling import generation_kwargs
 from shared.errors import InvalidRequest, LockstepError
 from shared.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from trl import GRPOConfig
 
 #: Fields that shape vLLM's text and stream, which training does not read: it has the token ids.
 _OUTPUT_ONLY = {
@@ -40,7 +39,20 @@ def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
         LockstepError: `invalid_request`, naming what cannot be honored and what to do instead.
     """
     fields = {} if given is None else _set_fields(given)
-    _check_owned_by_trl(fields, args)
+    owned_by_trl: dict[str, tuple[str, tuple[Any, ...]]] = {
+        "n": ("num_generations", (1, args.num_generations)),
+        "temperature": ("temperature", (args.temperature,)),
+        "max_tokens": ("max_completion_length", (args.max_completion_length,)),
+    }
+    for name, (option, same) in owned_by_trl.items():
+        value = fields.pop(name, same[-1])
+        if value not in same:
+            raise _invalid(
+                f"{name}={value!r} contradicts {option}={same[-1]!r}, which the loss is computed with: set {option} in "
+                "GRPOConfig"
+            )
+    if (value := fields.pop("logprobs", 0)) != 0:
+        raise _invalid(f"logprobs={value!r}: rollouts carry the sampled tokens' logprobs and no others; leave it out")
     if fields.get("skip_special_tokens") is False and fields.get("stop"):
         raise _invalid(
             "skip_special_tokens=False with stop: the server looks for stop strings in text without special tokens; "
@@ -60,24 +72,6 @@ def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
     return changed
 
 
-def _check_owned_by_trl(fields: dict[str, Any], args: GRPOConfig) -> None:
-    """Remove fields that TRL decides; refuse values that contradict it."""
-    owned: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "n": ("num_generations", (1, args.num_generations)),
-        "temperature": ("temperature", (args.temperature,)),
-        "max_tokens": ("max_completion_length", (args.max_completion_length,)),
-    }
-    for name, (option, same) in owned.items():
-        value = fields.pop(name, same[-1])
-        if value not in same:
-            raise _invalid(
-                f"{name}={value!r} contradicts {option}={same[-1]!r}, which the loss is computed with: set {option} in "
-                "GRPOConfig"
-            )
-    if (value := fields.pop("logprobs", 0)) != 0:
-        raise _invalid(f"logprobs={value!r}: rollouts carry the sampled tokens' logprobs and no others; leave it out")
-
-
 def _set_fields(given: Any) -> dict[str, Any]:
     """Return the fields that were set; None means "not set" for every field of vLLM's."""
     if isinstance(given, Mapping):
@@ -85,29 +79,19 @@ def _set_fields(given: Any) -> dict[str, Any]:
     elif isinstance(written := getattr(given, "_set_kwargs", None), Mapping):  # of Unsloth's vLLMSamplingParams
         fields = dict(written)
     else:
-        fields = _differing(given)
+        defaults = _values(type(given)())
+        fields = {n: value for n, value in _values(given).items() if value != defaults.get(n)}
     form = fields.get("structured_outputs")
     if form is not None and not isinstance(form, Mapping):
         fields["structured_outputs"] = {k: v for k, v in _values(form).items() if v not in (None, False)}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _differing(given: Any) -> dict[str, Any]:
-    """Return the fields that are not at the default of their class."""
-    defaults = _values(type(given)())
-    return {
-        name: value
-        for name, value in _values(given).items()
-        if (value is not None if defaults.get(name) is None else value != defaults[name])
-    }
-
-
 def _values(record: Any) -> dict[str, Any]:
     """Return the public fields of a vLLM object: a msgspec.Struct or a dataclass, depending on its version."""
-    names = getattr(record, "__struct_fields__", None)
-    if names is None and dataclasses.is_dataclass(record):
-        names = [f.name for f in dataclasses.fields(record)]
-    if names is None:
+    fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else []
+    names = getattr(record, "__struct_fields__", [field.name for field in fields])
+    if not names:
         raise _invalid(f"a {type(record).__name__}: give a vllm.SamplingParams, or a dict of its fields")
     return {name: getattr(record, name) for name in names if not name.startswith("_")}
 

@@ -43,14 +43,13 @@ class Server:
 
 
 def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa: B008
+    trainer = SimpleNamespace(is_training=True, generation_batch=0)
     training = SimpleNamespace(
-        is_training=True,
-        generation_batch=0,
         allowed_version=lambda ahead: AllowedVersion(VERSION),
         seed_of=lambda row, token_ids: None,
     )
     dispatcher = Dispatcher(ServerPool.of(server, object()), sampling, max_model_len=50, **changes)
-    return RemoteRollouts(dispatcher, training)
+    return RemoteRollouts(dispatcher, trainer, training)
 
 
 def test_equal_neighbours_share_a_request():

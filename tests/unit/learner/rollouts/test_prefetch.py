@@ -91,20 +91,21 @@ class Training:
     """The trainer's loop: generate, train for `per_batch` micro-steps, push after every optimizer step."""
 
     is_training = True
+    coming_prompts = Prompts
 
     def __init__(self, server: Server, schedule: Schedule, staleness: int) -> None:
-        self.server, self.schedule, self.step, self.micro = server, schedule, 0, 0
+        self.server, self.schedule, self.step, self.micro_step = server, schedule, 0, 0
         self.served, self.step_seconds = 0, 0.0
         pool = ServerPool.of(server, object(), patience_s=60.0)  # type: ignore[arg-type]
         pool.supervise(self.bring_back)
         self.pool = pool
         self.staleness = staleness
         dispatcher = Dispatcher(pool, SamplingParams(max_tokens=4), max_model_len=99)
-        self.rollouts = RemoteRollouts(dispatcher, self)
+        self.rollouts = RemoteRollouts(dispatcher, self, self)
 
     @property
     def generation_batch(self) -> int:
-        return self.schedule.batch_at(self.micro)
+        return self.schedule.batch_at(self.micro_step)
 
     def allowed_version(self, *, ahead: bool) -> AllowedVersion:
         return AllowedVersion(WeightVersion(run_id="r", step=self.step), exact=not ahead)
@@ -115,7 +116,7 @@ class Training:
 
     def push_first(self) -> None:
         self.server.push(0)
-        self.rollouts.read_ahead(Prompts(), self.schedule, self.staleness, 0)  # type: ignore[arg-type]
+        self.rollouts.read_ahead(self.staleness)
 
     def bring_back(self, replica: Replica) -> None:
         with self.server.lock:
@@ -129,12 +130,12 @@ class Training:
         self.push_first()
         while self.step < self.schedule.max_steps:
             batch = self.generation_batch
-            if self.micro % self.schedule.per_batch == 0:
+            if self.micro_step % self.schedule.per_batch == 0:
                 prompts = [[batch], [batch], [batch + 1000]]
                 trained.append((batch, self.rollouts.generate(prompts, None, 2)[1]))
-            self.micro += 1
+            self.micro_step += 1
             length = self.schedule.per_epoch * self.schedule.per_batch
-            within = (self.micro - 1) % length
+            within = (self.micro_step - 1) % length
             if (within + 1) % self.schedule.accumulation == 0 or within + 1 == length:
                 self.step += 1
                 time.sleep(self.step_seconds)

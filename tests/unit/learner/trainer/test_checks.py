@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner.trainer.checks import check_grpo, correction_warnings
+from learner.trainer.checks import check_grpo
 from shared.errors import LockstepError
 
 
@@ -33,8 +33,7 @@ def test_cuts_whose_mass_is_unknown(grpo, settings):
     with pytest.raises(LockstepError, match="vllm_importance_sampling_correction=false"):
         check_grpo(grpo(**settings))
     off = {"vllm_importance_sampling_correction": False, **settings}
-    check_grpo(grpo(**off))
-    assert "as if they were the policy's" in correction_warnings(grpo(**off))[0]
+    assert "as if they were the policy's" in check_grpo(grpo(**off))[0]
     with pytest.raises(LockstepError, match="off_policy_mask_threshold"):
         check_grpo(grpo(off_policy_mask_threshold=0.1, **off))
 
@@ -53,13 +52,11 @@ def test_temperatures_that_the_server_would_raise(grpo):
     ],
 )
 def test_reweighted_sampling_is_a_warning(grpo, settings, named):
-    check_grpo(grpo(**settings))
-    (warning,) = correction_warnings(grpo(**settings))
+    (warning,) = check_grpo(grpo(**settings))
     assert named in warning
     assert "ratios" in warning
 
 
 def test_truncation_and_temperature_need_no_warning(grpo):
     args = grpo(top_p=0.9, top_k=50, min_p=0.05, temperature=0.7)
-    check_grpo(args)
-    assert correction_warnings(args) == []
+    assert check_grpo(args) == []
