@@ -52,23 +52,17 @@ def load_error(index: int) -> str | None:
 
 
 def score(index: int, payload: bytes) -> bytes:
-    """Return a pickled `RewardResult`. Raises nothing, so that every error of the pool is about the process.
+    """Call a reward function as TRL does, but record what it logs.
 
     Args:
         payload: `RewardCall.payload`.
+
+    Returns:
+        A pickled `RewardResult`. Raises nothing, so that every error of the pool is about the process.
     """
-    function = _functions[index]
-    try:
-        if isinstance(function, str):
-            return cloudpickle.dumps(RewardResult(error=function))
-        return cloudpickle.dumps(_call(function, pickle.loads(payload)))  # noqa: S301 - the learner's own bytes
-    except BaseException:  # sys.exit() in a reward function must not end a training
-        return cloudpickle.dumps(RewardResult(error=traceback.format_exc()))
-
-
-def _call(function: Callable[..., Any], kwargs: dict[str, Any]) -> RewardResult:
-    """Call a reward function as TRL does, but record what it logs."""
-    result = RewardResult()
+    function, result = _functions[index], RewardResult()
+    if isinstance(function, str):
+        return cloudpickle.dumps(RewardResult(error=function))
 
     def log_metric(name: str, value: float) -> None:
         result.metrics.append((name, float(value)))
@@ -76,8 +70,12 @@ def _call(function: Callable[..., Any], kwargs: dict[str, Any]) -> RewardResult:
     def log_extra(column: str, values: list[Any]) -> None:
         result.extras.append((column, list(values)))
 
-    rewards = function(**kwargs, log_metric=log_metric, log_extra=log_extra)
-    if inspect.iscoroutine(rewards):
-        rewards = asyncio.run(rewards)
-    result.rewards = [None if reward is None else float(reward) for reward in rewards]
-    return result
+    try:
+        kwargs = pickle.loads(payload)  # noqa: S301 - the learner's own bytes
+        rewards = function(**kwargs, log_metric=log_metric, log_extra=log_extra)
+        if inspect.iscoroutine(rewards):
+            rewards = asyncio.run(rewards)
+        result.rewards = [None if reward is None else float(reward) for reward in rewards]
+        return cloudpickle.dumps(result)
+    except BaseException:  # sys.exit() in a reward function must not end a training
+        return cloudpickle.dumps(RewardResult(error=traceback.format_exc()))

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from learner.servers.credentials import tls_error
-from learner.servers.http import STATE_TIMEOUT_S, BaseClient, reason, request_timeout
+from learner.servers.http import STATE_TIMEOUT_S, BaseClient, request_timeout
 from shared import PROTOCOL_VERSION, wire
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import NotReady, ProtocolMismatch
@@ -103,7 +103,7 @@ class RolloutClient(BaseClient):
             except httpx.HTTPError as error:
                 if refusal := tls_error(self.url, error):
                     raise refusal from error
-                last = reason(error)
+                last = str(error) or type(error).__name__
             if time.monotonic() >= deadline:
                 raise NotReady(
                     f"the rollout server at {self.url} was not ready within {timeout_s:g} s ({last}); start "
@@ -188,7 +188,11 @@ class RolloutClient(BaseClient):
         path, timeout = wire.ADAPTER.format(run_id=run_id), request_timeout(self.push_timeout_s)
         for attempt in (1, 2):
             try:
-                response = self._http.put(path, content=_slices(pieces), headers=headers, timeout=timeout)
+                # Parts that a socket takes at once, without joining or copying.
+                parts: Iterator[Any] = (
+                    piece[i : i + SLICE_BYTES] for piece in pieces for i in range(0, len(piece), SLICE_BYTES)
+                )
+                response = self._http.put(path, content=parts, headers=headers, timeout=timeout)
                 break
             except httpx.HTTPError as error:
                 if attempt == 2 or isinstance(error, httpx.TimeoutException):
@@ -240,10 +244,3 @@ class RolloutClient(BaseClient):
 
 def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:
     return {wire.LEASE_HEADER: lease} | ({} if in_flight == "drain" else {wire.IN_FLIGHT_HEADER: in_flight})
-
-
-def _slices(pieces: Sequence[bytes | memoryview]) -> Iterator[Any]:
-    """Cut the blob into parts that a socket takes at once, without joining or copying."""
-    for piece in pieces:
-        for start in range(0, len(piece), SLICE_BYTES):
-            yield piece[start : start + SLICE_BYTES]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import ssl
-import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback, parse_tokens
+from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
 
 
@@ -40,12 +38,6 @@ def ssl_context(ca_file: str | None) -> ssl.SSLContext | bool:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one
         raise InvalidRequest(f"ca_file {ca_file} cannot be used: {error}") from error
-
-
-def warn_if_exposed(url: str, token: str | None) -> None:
-    """Warn if the token would be readable on the way to `url`."""
-    if token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname):
-        warnings.warn(f"the token goes to {url} unencrypted; use https://, or a network of your own", stacklevel=3)
 
 
 def tls_error(url: str, error: BaseException) -> LockstepError | None:

@@ -28,10 +28,24 @@ class ServerDiscovery:
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
-        for source in sources:
-            _check(source)
         if not sources:
             raise InvalidRequest("give --rollout_url, e.g. http://127.0.0.1:8000")
+        for source in sources:
+            if source.startswith(FILE):
+                try:
+                    _listed(source)
+                except OSError as error:
+                    raise InvalidRequest(f"rollout_url {source!r}: {error}") from error
+            elif not _is_url(source.removeprefix(DNS)):
+                raise InvalidRequest(
+                    f"rollout_url {source!r} must start with http:// or https://, be dns+http://NAME:PORT for all "
+                    "addresses of a name, or file:PATH for a file with one URL a line"
+                )
+            elif source.startswith(DNS + "https:"):
+                raise InvalidRequest(
+                    f"rollout_url {source!r}: a certificate is for a name, not for the addresses behind it; list the "
+                    "servers' own names in a file (file:PATH)"
+                )
         self._sources = list(sources)
         self._last: dict[str, list[str]] = {}
         self._problems: dict[str, str] = {}
@@ -48,7 +62,11 @@ class ServerDiscovery:
     def _resolve(self, source: str) -> list[str]:
         try:
             if source.startswith(DNS):
-                found = _addresses(source.removeprefix(DNS))
+                parts = urlsplit(source.removeprefix(DNS))
+                port = parts.port or 80
+                entries = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+                hosts = sorted({str(entry[4][0]) for entry in entries})
+                found = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in hosts]
             elif source.startswith(FILE):
                 found = _listed(source)
             else:
@@ -59,31 +77,6 @@ class ServerDiscovery:
                 self._problems[source] = str(error)
                 logger.warning("rollout_url %s: %s; the servers stay as they were", source, error)
         return self._last.get(source, [])
-
-
-def _check(source: str) -> None:
-    if source.startswith(FILE):
-        try:
-            _listed(source)
-        except OSError as error:
-            raise InvalidRequest(f"rollout_url {source!r}: {error}") from error
-    elif not _is_url(source.removeprefix(DNS)):
-        raise InvalidRequest(
-            f"rollout_url {source!r} must start with http:// or https://, be dns+http://NAME:PORT for all addresses of "
-            "a name, or file:PATH for a file with one URL a line"
-        )
-    elif source.startswith(DNS + "https:"):
-        raise InvalidRequest(
-            f"rollout_url {source!r}: a certificate is for a name, not for the addresses behind it; list the servers' "
-            "own names in a file (file:PATH)"
-        )
-
-
-def _addresses(url: str) -> list[str]:
-    parts = urlsplit(url)
-    port = parts.port or 80
-    hosts = {str(entry[4][0]) for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-    return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in sorted(hosts)]
 
 
 def _listed(source: str) -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from learner.servers.credentials import ssl_context, tls_error, warn_if_exposed
-from shared.bearer_tokens import TOKEN_VARIABLE
+from learner.servers.credentials import ssl_context, tls_error
+from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.errors import (
     ErrorBody,
     Forbidden,
@@ -38,7 +40,8 @@ class BaseClient:
     def __init__(self, url: str, token: str | None, ca_file: str | None, transport: httpx.BaseTransport | None) -> None:
         if not url.startswith(("http://", "https://")):
             raise InvalidRequest(f"rollout_url {url!r} must start with http:// or https://")
-        warn_if_exposed(url, token)
+        if token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname):
+            warnings.warn(f"the token goes to {url} unencrypted; use https://, or a network of your own", stacklevel=2)
         self.url = url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.url,
@@ -110,12 +113,10 @@ class BaseClient:
         if "error" not in document:
             return document
         try:
-            failure = _error_of(document)
-        except ValidationError:
-            failure = self._protocol_mismatch(
-                f"answered an error that this learner does not know: {str(document)[:200]}"
-            )
-        raise failure
+            raise LockstepError.from_detail(ErrorBody.model_validate(document).error)
+        except ValidationError as error:
+            text = f"answered an error that this learner does not know: {str(document)[:200]}"
+            raise self._protocol_mismatch(text) from error
 
     def _decoded(self, response: httpx.Response) -> Any:
         if response.is_error:
@@ -133,7 +134,7 @@ class BaseClient:
 
     def _response_error(self, response: httpx.Response) -> LockstepError:
         try:
-            return _error_of(response.json())
+            return LockstepError.from_detail(ErrorBody.model_validate(response.json()).error)
         except ValueError:  # neither JSON nor one of our errors: a proxy's
             status = response.status_code
             if status in (401, 403):
@@ -158,7 +159,7 @@ class BaseClient:
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
             return Timeout(f"{self.url}{path} did not answer within its deadline; see the server's log")
         return NotReady(
-            f"cannot reach the rollout server at {self.url}{path} ({reason(error)}); "
+            f"cannot reach the rollout server at {self.url}{path} ({str(error) or type(error).__name__}); "
             "is rollout-server running there, and is rollout_url right?"
         )
 
@@ -189,12 +190,3 @@ def _waited(response: httpx.Response, deadline: float) -> bool:
         return False
     time.sleep(seconds)
     return True
-
-
-def _error_of(document: Any) -> LockstepError:
-    return LockstepError.from_detail(ErrorBody.model_validate(document).error)
-
-
-def reason(error: Exception) -> str:
-    """Return the message of an httpx error, or its class name where it has none."""
-    return str(error) or type(error).__name__

@@ -39,6 +39,7 @@ RECOVERABLE = {
     ErrorCode.VERSION_NOT_ACTIVE,
     ErrorCode.STEP_NOT_REACHED,
 }
+_NO_SERVER_UP = "no rollout server is up; start one, or check rollout_url"
 #: Another learner has the run: waiting does not help.
 _FINAL = {ErrorCode.LEASE_MISMATCH, ErrorCode.STALE_VERSION}
 
@@ -87,7 +88,7 @@ class ServerPool:
         while not self._discover() and not self.replicas and time.monotonic() < deadline:
             time.sleep(1.0)
         if not self.replicas:
-            raise _no_server_up()
+            raise NotReady(_NO_SERVER_UP)
         waiting = {start(partial(r.client.wait_ready, timeout_s), f"ready-{r.url}"): r for r in self.replicas.values()}
         for outcome in first_of(waiting, grace_s=_GRACE_S):
             replica = waiting[outcome]
@@ -136,7 +137,7 @@ class ServerPool:
                 final = [error for replica, error in failed if replica.incarnation and error.code in _FINAL]
                 left = deadline - time.monotonic()
                 if final or left <= 0 or not self._recover:
-                    raise final[0] if final else failed[-1][1] if failed else _no_server_up()
+                    raise final[0] if final else failed[-1][1] if failed else NotReady(_NO_SERVER_UP)
                 self._changed.wait(min(left, 1.0))
 
     def ask_all(self, call: Callable[[Replica], T], name: str) -> list[T]:
@@ -161,7 +162,7 @@ class ServerPool:
             if found := [result for result in results if result is not None]:
                 return found
             if time.monotonic() > deadline:
-                raise next((replica.error for replica in replicas if replica.error), _no_server_up())
+                raise next((replica.error for replica in replicas if replica.error), NotReady(_NO_SERVER_UP))
 
     def lost_or_raise(self, replica: Replica, error: LockstepError, incarnation: int) -> None:
         """Mark a server as lost if the error is recoverable and the pool is supervised; else raise it."""
@@ -269,7 +270,3 @@ def serve_base(states: Iterable[ServerState]) -> bool:
 
 def _as_lockstep_error(error: Exception) -> LockstepError:
     return error if isinstance(error, LockstepError) else InvalidRequest(f"{type(error).__name__}: {error}")
-
-
-def _no_server_up() -> LockstepError:
-    return NotReady("no rollout server is up; start one, or check rollout_url")

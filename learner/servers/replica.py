@@ -87,10 +87,6 @@ class Replica:
         assert self.state is not None
         return self.state
 
-    def restarted(self, state: ServerState) -> None:
-        """Take the state of a new server process, which has no adapter."""
-        self.state, self.receipt = state, None
-
     def serves_receipt(self, state: ServerState) -> bool:
         """Return whether `state` is of the process and version of `receipt`."""
         receipt = self.receipt

@@ -38,31 +38,27 @@ def can_broadcast(device: torch.device, state: ServerState) -> str | None:
 
 
 class SendingGroup:
-    """Group of this learner and the workers of one server."""
+    """Group of this learner and the workers of one server, which is asked for it.
 
-    def __init__(self, client: RolloutClient, lease: Lease, group: Any, timeout_s: float) -> None:
-        self._client, self._lease, self._group, self._timeout_s = client, lease, group, timeout_s
+    Raises:
+        Timeout: the workers cannot be reached.
+        LockstepError: the server refuses.
+    """
 
-    @classmethod
-    def join(cls, client: RolloutClient, lease: Lease, device: torch.device) -> SendingGroup:
-        """Ask the server for a group, and connect to its workers.
-
-        Raises:
-            Timeout: the workers cannot be reached.
-            LockstepError: the server refuses.
-        """
+    def __init__(self, client: RolloutClient, lease: Lease, device: torch.device) -> None:
+        self._client, self._lease = client, lease
         events = client.join_group(lease.run_id, lease.secret)
         invitation = next(events)
         assert isinstance(invitation, GroupInvitation)
+        self._timeout_s = invitation.timeout_s
         try:
-            group = cls(client, lease, _connect(invitation, client.url, device), invitation.timeout_s)
-            group.send(torch.tensor([GREETING], dtype=torch.int64, device=device))
+            self._group: Any = _connect(invitation, client.url, device)
+            self.send(torch.tensor([GREETING], dtype=torch.int64, device=device))
             next(events)
         except (RuntimeError, StopIteration) as error:  # torch's own errors: store or peers not reached
             raise Timeout(f"the workers of {client.url} cannot be reached: {error}") from error
         finally:
             events.close()
-        return group
 
     def send(self, tensor: torch.Tensor) -> None:
         """Broadcast `tensor` to all workers; leave the group if that fails.

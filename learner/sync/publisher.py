@@ -52,7 +52,10 @@ class Publisher:
     ) -> None:
         states = [replica.known for replica in pool.up()]
         self.pool, self.model = pool, model
-        self.lease: Lease = on_main(lambda: _above_served(lease, states))
+        # The kept lease may be older than a served version.
+        served = [run.version for state in states for run in state.runs if run.run_id == lease.run_id and run.version]
+        fence = max([lease.fence, *(version.fence + 1 for version in served)])
+        self.lease: Lease = on_main(lambda: replace(lease, fence=fence))
         self.lora_dtype: str = on_main(lambda: states[0].lora_dtype)
         self.base_weights = base_weights
         self._choice, self._in_flight = transport, in_flight
@@ -122,7 +125,7 @@ class Publisher:
             admit(replica.client, state)
             if (transport := self._transports.pop(replica.url, None)) is not None:
                 transport.close()  # its workers are gone
-            replica.restarted(state)
+            replica.state, replica.receipt = state, None
         elif not replica.serves_receipt(state):
             replica.receipt = None
         while True:
@@ -171,7 +174,11 @@ class Publisher:
         def one(replica: Replica) -> None:
             incarnation, replica.pushing = replica.incarnation, True
             try:
-                receipt = self._transport(replica).send(export, takeover=self._takes_over(replica))
+                transport = self._transports.get(replica.url)
+                if transport is None:
+                    transport = Transport(replica, self.lease, export.flat.device, self._choice, self._in_flight)
+                    self._transports[replica.url] = transport
+                receipt = transport.send(export, takeover=self._takes_over(replica))
                 self._accept(replica, receipt, export.manifest)
             except LockstepError as error:
                 self.pool.lost_or_raise(replica, error, incarnation)
@@ -183,14 +190,6 @@ class Publisher:
         serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)
         receipts = [replica.receipt for replica in serving if replica.receipt]
         return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
-
-    def _transport(self, replica: Replica) -> Transport:
-        transport = self._transports.get(replica.url)
-        if transport is None:
-            device = self.exporter.flat.device
-            transport = Transport(replica.client, self.lease, device, replica.known, self._choice, self._in_flight)
-            self._transports[replica.url] = transport
-        return transport
 
     def _takes_over(self, replica: Replica) -> bool:
         """Take over once on each server: a learner that is taken over itself must not take the run back."""
@@ -210,10 +209,3 @@ class Publisher:
             )
         self._taken_over.add(replica.url)
         replica.receipt = receipt
-
-
-def _above_served(lease: Lease, states: list[ServerState]) -> Lease:
-    """Return the lease with a fence above that of every served version; the kept lease may be older than that."""
-    runs = [run for state in states for run in state.runs if run.run_id == lease.run_id]
-    fences = [run.version.fence + 1 for run in runs if run.version is not None]
-    return Lease(lease.run_id, lease.secret, max([lease.fence, *fences]))

@@ -15,10 +15,10 @@ import torch
 
 from learner.adapters.exporter import AdapterExport
 from learner.run_dir.lease import Lease
-from learner.servers.client import RolloutClient
+from learner.servers.replica import Replica
 from learner.sync.broadcast import SendingGroup, can_broadcast
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
-from shared.weights import InFlight, PushReceipt, ServerState
+from shared.weights import InFlight, PushReceipt
 
 Choice = Literal["auto", "http", "collective"]
 #: Failures of the broadcast rather than of the adapter.
@@ -40,7 +40,6 @@ class Transport:
 
     Args:
         device: of the exported adapter.
-        state: of the server.
         choice: `auto` broadcasts between different GPUs; `collective` also between CPUs (gloo), waits for the group
             before the second push and refuses where there can be none; `http` never broadcasts.
         in_flight: what happens to running requests when a push lands.
@@ -50,19 +49,12 @@ class Transport:
     """
 
     def __init__(
-        self,
-        client: RolloutClient,
-        lease: Lease,
-        device: torch.device,
-        state: ServerState,
-        choice: Choice = "auto",
-        in_flight: InFlight = "drain",
+        self, replica: Replica, lease: Lease, device: torch.device, choice: Choice, in_flight: InFlight
     ) -> None:
-        self._client, self._lease, self._device = client, lease, device
-        obstacle = can_broadcast(device, state)
+        self._client, self._lease, self._device, self._in_flight = replica.client, lease, device, in_flight
+        obstacle = can_broadcast(device, replica.known)
         if choice == "collective" and obstacle:
             raise InvalidRequest(f"transport=collective: {obstacle}; use transport=auto")
-        self._in_flight = in_flight
         self._waits = choice == "collective"
         self._may_broadcast = choice == "collective" or (choice == "auto" and not obstacle and device.type == "cuda")
         self._group: SendingGroup | None = None
@@ -107,7 +99,7 @@ class Transport:
     def _join(self) -> None:
         started = time.monotonic()
         try:
-            group = SendingGroup.join(self._client, self._lease, self._device)
+            group = SendingGroup(self._client, self._lease, self._device)
         except LockstepError as error:
             self._give_up(f"no collective group with the rollout server, pushes go over HTTP: {error}")
             return

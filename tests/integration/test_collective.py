@@ -164,5 +164,5 @@ def test_a_stranger_cannot_join_a_runs_group(learner: _Learner) -> None:
     learner.push(0)
     stranger = replace(learner.publisher.lease, secret="somebody-else")
     with pytest.raises(LockstepError) as refused:
-        SendingGroup.join(learner.client, stranger, torch.device("cpu"))
+        SendingGroup(learner.client, stranger, torch.device("cpu"))
     assert refused.value.code is ErrorCode.LEASE_MISMATCH
