@@ -184,7 +184,7 @@ class Session:
         """Close the transports and end the reward workers; pushed adapters stay served."""
         self.pool.close()
         if self._log:
-            self._log.close()
+            self._log.flush()
         self.publisher.close()
         if self.rewards:
             self.rewards.close()
