@@ -72,11 +72,10 @@ class Rewards:
             self._expected = {known: rows for known, rows in self._expected.items() if known >= batch}
 
     def arrived(self, batch: int | None, first: int, completions: Sequence[Completion]) -> None:
-        """Begin to score completions of consecutive rows. Rows that are not complete groups wait for `collect`.
+        """Begin to score completions of the rows from `first` on; those of incomplete groups wait for `collect`.
 
         Args:
             batch: generation batch; None: the present one.
-            first: the first row.
         """
         size = self.group_size
         with self._lock:
@@ -90,10 +89,7 @@ class Rewards:
                 self._pending((batch, row), self.early_call(rows[row : row + size], completion_ids))
 
     def totals(self, batch: int, first: int) -> list[float]:
-        """Wait for a group's rewards and return their weighted sums, as TRL computes them; NaN where there is none.
-
-        Args:
-            first: the group's first row.
+        """Wait for the rewards of the group from row `first` on; return their sums, weighted as by TRL, NaN for none.
 
         Raises:
             RuntimeError: a reward function raised.
@@ -120,9 +116,6 @@ class Rewards:
         group_size: int,
     ) -> list[float | None]:
         """Return the rewards of function `index` for all rows of this rank, and pass on what it logged, in row order.
-
-        Args:
-            batch: generation batch, or `EVALUATION`.
 
         Raises:
             RuntimeError: the function raised; with its traceback.

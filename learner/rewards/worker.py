@@ -52,13 +52,9 @@ def load_error(index: int) -> str | None:
 
 
 def score(index: int, payload: bytes) -> bytes:
-    """Call a reward function as TRL does, but record what it logs.
+    """Call a reward function as TRL does, but record what it logs; return a pickled `RewardResult`.
 
-    Args:
-        payload: `RewardCall.payload`.
-
-    Returns:
-        A pickled `RewardResult`. Raises nothing, so that every error of the pool is about the process.
+    Takes `RewardCall.payload`. Raises nothing, so that every error of the pool is about the process.
     """
     function, result = _functions[index], RewardResult()
     if isinstance(function, str):

@@ -52,8 +52,7 @@ class ServerPool:
     """All rollout servers of a learner.
 
     Args:
-        connect: URL -> client.
-        discovery: current URLs.
+        connect: returns a client of a URL.
         patience_s: seconds to wait for any server when none is up.
 
     Attributes:

@@ -21,11 +21,7 @@ _AFFINITY_SLACK = 1.25
 
 
 class Router:
-    """Spreads prompts over servers.
-
-    Args:
-        max_tokens: of a completion; the expected length until some were measured.
-    """
+    """Spreads prompts over servers; expects completions of `max_tokens` until some were measured."""
 
     def __init__(self, max_tokens: int | None) -> None:
         self._length = float(max_tokens or 256)

@@ -32,14 +32,19 @@ import torch
 from peft import PeftModel
 
 from learner.adapters.exporter import active_adapter, lora_layers
+from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import ServerPool
+from learner.servers.pool import ServerPool, serve_base
+from learner.sync.publisher import Publisher
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
-from shared.errors import BaseMismatch, InstallFailed
-from shared.rollouts import ScoreRequest, ScoreResponse
+from shared.errors import BaseMismatch, InstallFailed, NoFreeRun
+from shared.rollouts import GenerateRequest, PolicySelector, Prompt, ScoreRequest, ScoreResponse
+from shared.sampling import SamplingParams
 from shared.weights import ServerState, WeightVersion
 
+#: The probe.
+SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
 #: How far the slope may be from 1; the canary's signal is far above any noise.
 SLOPE_SLACK = 0.5
 CANARY_SLACK = 0.2
@@ -292,3 +297,54 @@ def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> I
         with torch.no_grad(), gathered(weights, written=True):
             for weight, old in zip(weights, kept, strict=True):
                 weight.copy_(old)
+
+
+def probe_sequences(pool: ServerPool, prompts: list[list[int]]) -> list[list[int]]:
+    """Return ends of the first distinct prompts, each with a greedy completion: text like the policy will see.
+
+    Args:
+        prompts: token ids [B][P].
+
+    Returns:
+        Token ids [N][T], N <= 4; prompts only where the servers' context has no room for a completion.
+    """
+    replica = pool.available()[0]
+    policy: PolicySelector = "base" if serve_base([replica.known]) else "latest"
+    distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:SEQUENCES]
+    room = min(r.known.max_model_len for r in pool.up()) - max(map(len, distinct))
+    if room < 1:
+        return [list(prompt) for prompt in distinct]
+    request = GenerateRequest(
+        prompts=[Prompt(token_ids=list(prompt)) for prompt in distinct],
+        sampling=SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room)),
+        policy=policy,
+    )
+    groups = replica.client.generate(request).groups
+    return [[*group.prompt_token_ids, *group.completions[0].token_ids] for group in groups]
+
+
+def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float | None:
+    """Push a canary adapter as a run of its own, prove that it is served, and delete it. Collective, as a push is.
+
+    Returns:
+        The slope of `SyncProof.canary`; None where a server has no room for another run: the real run's own push
+        reports that.
+    """
+    lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
+    canary = Publisher(
+        real.pool,
+        real.model,
+        lease,
+        base_weights=real.base_weights,
+        takeover=takeover,
+        transport="http",
+        on_main=real.on_main,
+    )
+    try:
+        return proof.canary(lambda: canary.push(0).version)
+    except NoFreeRun:
+        return None
+    finally:
+        real.on_main(canary.delete_run)
+        for replica in real.pool.up():
+            replica.receipt = None  # from now on the real run is served

@@ -6,7 +6,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from peft import PeftModel
 
@@ -22,6 +22,7 @@ from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, 
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 
+@dataclass(eq=False)
 class Publisher:
     """Pushes the adapter of one model to all rollout servers.
 
@@ -38,35 +39,29 @@ class Publisher:
         seconds: wall-clock seconds of every push, from export to the last receipt.
     """
 
-    def __init__(
-        self,
-        pool: ServerPool,
-        model: PeftModel,
-        lease: Lease,
-        *,
-        base_weights: str | None = None,
-        takeover: bool = False,
-        transport: Choice = "auto",
-        in_flight: InFlight = "drain",
-        on_main: OnMain = on_one_rank,
-    ) -> None:
-        states = [replica.known for replica in pool.up()]
-        self.pool, self.model = pool, model
+    pool: ServerPool
+    model: PeftModel
+    lease: Lease
+    base_weights: str | None = None
+    takeover: bool = False
+    transport: Choice = "auto"
+    in_flight: InFlight = "drain"
+    on_main: OnMain = on_one_rank
+    receipts: list[PushReceipt] = field(default_factory=list, init=False)
+    seconds: list[float] = field(default_factory=list, init=False)
+    _taken_over: set[str] = field(default_factory=set, init=False)
+    _export: AdapterExport | None = field(default=None, init=False)
+    _transports: dict[str, Transport] = field(default_factory=dict, init=False)
+    #: Servers that come back are sent the last export from threads of their own.
+    _exporting: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        states, run_id = [replica.known for replica in self.pool.up()], self.lease.run_id
         # The kept lease may be older than a served version.
-        served = [run.version for state in states for run in state.runs if run.run_id == lease.run_id and run.version]
-        fence = max([lease.fence, *(version.fence + 1 for version in served)])
-        self.lease: Lease = on_main(lambda: replace(lease, fence=fence))
-        self.lora_dtype: str = on_main(lambda: states[0].lora_dtype)
-        self.base_weights = base_weights
-        self._choice, self._in_flight = transport, in_flight
-        self._takeover, self._taken_over = takeover, set[str]()
-        self.on_main = on_main
-        self._export: AdapterExport | None = None
-        self._transports: dict[str, Transport] = {}
-        # Servers that come back are sent the last export from threads of their own.
-        self._exporting = threading.Lock()
-        self.receipts: list[PushReceipt] = []
-        self.seconds: list[float] = []
+        served = [run.version for state in states for run in state.runs if run.run_id == run_id and run.version]
+        lease = replace(self.lease, fence=max([self.lease.fence, *(version.fence + 1 for version in served)]))
+        self.lease = self.on_main(lambda: lease)
+        self.lora_dtype: str = self.on_main(lambda: states[0].lora_dtype)
 
     @functools.cached_property
     def exporter(self) -> AdapterExporter:
@@ -140,7 +135,7 @@ class Publisher:
                 pieces,
                 self.lease.secret,
                 takeover=self._takes_over(replica),
-                in_flight=self._in_flight,
+                in_flight=self.in_flight,
             )
             self._accept(replica, receipt, export.manifest)
 
@@ -176,7 +171,7 @@ class Publisher:
             try:
                 transport = self._transports.get(replica.url)
                 if transport is None:
-                    transport = Transport(replica, self.lease, export.flat.device, self._choice, self._in_flight)
+                    transport = Transport(replica, self.lease, export.flat.device, self.transport, self.in_flight)
                     self._transports[replica.url] = transport
                 receipt = transport.send(export, takeover=self._takes_over(replica))
                 self._accept(replica, receipt, export.manifest)
@@ -193,7 +188,7 @@ class Publisher:
 
     def _takes_over(self, replica: Replica) -> bool:
         """Take over once on each server: a learner that is taken over itself must not take the run back."""
-        return self._takeover and replica.url not in self._taken_over
+        return self.takeover and replica.url not in self._taken_over
 
     def _accept(self, replica: Replica, receipt: PushReceipt, manifest: AdapterManifest) -> None:
         if receipt.epoch != replica.known.epoch:  # it has to be admitted again first
