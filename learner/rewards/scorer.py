@@ -97,8 +97,7 @@ class Rewards:
         with self._lock:
             pending = dict(self._groups[batch, first][1])
         columns = [self._checked(i, self.pool.wait(outcome)) for i, outcome in pending.items()]
-        all_weights = self.weights()
-        weights = [all_weights[i] for i in pending]
+        weights = [self.weights()[i] for i in pending]
         sums = []
         for row in zip(*columns, strict=True):
             scored = [weight * reward for weight, reward in zip(weights, row, strict=True) if reward is not None]

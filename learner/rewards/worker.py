@@ -59,16 +59,12 @@ def score(index: int, payload: bytes) -> bytes:
     function, result = _functions[index], RewardResult()
     if isinstance(function, str):
         return cloudpickle.dumps(RewardResult(error=function))
-
-    def log_metric(name: str, value: float) -> None:
-        result.metrics.append((name, float(value)))
-
-    def log_extra(column: str, values: list[Any]) -> None:
-        result.extras.append((column, list(values)))
-
     try:
-        kwargs = pickle.loads(payload)  # noqa: S301 - the learner's own bytes
-        rewards = function(**kwargs, log_metric=log_metric, log_extra=log_extra)
+        rewards = function(
+            **pickle.loads(payload),  # noqa: S301 - the learner's own bytes
+            log_metric=lambda name, value: result.metrics.append((name, float(value))),
+            log_extra=lambda column, values: result.extras.append((column, list(values))),
+        )
         if inspect.iscoroutine(rewards):
             rewards = asyncio.run(rewards)
         result.rewards = [None if reward is None else float(reward) for reward in rewards]

@@ -59,7 +59,7 @@ class RolloutClient:
         token: bearer token of every request.
         ca_file: CA of the server's certificate, in PEM. Default: the well-known CAs, or those of $SSL_CERT_FILE.
         push_timeout_s: deadline of a push, of joining a group, and of `sleep` and `wake`, in seconds.
-        generate_timeout_s: deadline of `generate`, `iter_groups` and `score`, in seconds.
+        generate_timeout_s: deadline of `generate`, `iter_groups` and `score` (or its `timeout_s`, if less), in seconds.
         transport: httpx transport; tests replace the network with it.
 
     Example:
@@ -183,9 +183,6 @@ class RolloutClient:
 
     def score(self, request: ScoreRequest, timeout_s: float | None = None) -> ScoreResponse:
         """`POST /v1/score`: teacher-forced logprobs at temperature 1, without truncation.
-
-        Args:
-            timeout_s: deadline in seconds, where it is to be shorter than `generate_timeout_s`.
 
         Returns:
             `logprobs[i][t]` = ln p(sequence i's token t + 1 | its tokens up to t): T - 1 values for T tokens.

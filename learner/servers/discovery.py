@@ -47,13 +47,10 @@ class ServerDiscovery:
                     "servers' own names in a file (file:PATH)"
                 )
         self._sources = list(sources)
+        #: Whether `urls` may return something else later.
+        self.may_change = any(source.startswith((DNS, FILE)) for source in sources)
         self._last: dict[str, list[str]] = {}
         self._problems: dict[str, str] = {}
-
-    @property
-    def may_change(self) -> bool:
-        """Whether `urls` may return something else later."""
-        return any(source.startswith((DNS, FILE)) for source in self._sources)
 
     def urls(self) -> list[str]:
         """Return all URLs, each once. A source that cannot be read now keeps its last URLs, with a warning."""

@@ -105,11 +105,9 @@ class ServerPool:
             return
         self._recover = recover
         for replica in list(self.replicas.values()):
-            self._start_supervisor(replica, recover)
+            _start(f"supervise-{replica.url}", self._supervise, replica, recover)
         if self._discovery.may_change:
-            threading.Thread(
-                target=self._follow_discovery, args=(recover,), name="lockstep-discovery", daemon=True
-            ).start()
+            _start("discovery", self._follow_discovery, recover)
 
     def close(self) -> None:
         """Stop supervising."""
@@ -195,10 +193,6 @@ class ServerPool:
             others = f" ({len(self.up())} of {len(self.replicas)} serve)" if len(self.replicas) > 1 else ""
             logger.info("%s %s%s", replica.url, event, others)
 
-    def _start_supervisor(self, replica: Replica, recover: Callable[[Replica], None]) -> None:
-        name = f"lockstep-supervise-{replica.url}"
-        threading.Thread(target=self._supervise, args=(replica, recover), name=name, daemon=True).start()
-
     def _supervise(self, replica: Replica, recover: Callable[[Replica], None]) -> None:
         while self._recover is recover and self.replicas.get(replica.url) is replica:
             if replica.up:
@@ -247,7 +241,7 @@ class ServerPool:
         while self._recover is recover:
             for replica in self._discover():
                 self._report(replica, "is new")
-                self._start_supervisor(replica, recover)
+                _start(f"supervise-{replica.url}", self._supervise, replica, recover)
             with self._changed:
                 self._changed.wait_for(lambda: self._recover is not recover, _DISCOVER_S)
 
@@ -265,6 +259,10 @@ class ServerPool:
 def serve_base(states: Iterable[ServerState]) -> bool:
     """Return whether all servers serve their base now; a merging one does not while it has a run."""
     return all(state.apply == "adapter" or not any(run.version for run in state.runs) for state in states)
+
+
+def _start(name: str, call: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=call, args=args, name=f"lockstep-{name}", daemon=True).start()
 
 
 def _as_lockstep_error(error: Exception) -> LockstepError:

@@ -39,7 +39,7 @@ from learner.sync.publisher import Publisher
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
 from shared.errors import BaseMismatch, InstallFailed, NoFreeRun
-from shared.rollouts import GenerateRequest, PolicySelector, Prompt, ScoreRequest, ScoreResponse
+from shared.rollouts import GenerateRequest, Prompt, ScoreRequest, ScoreResponse
 from shared.sampling import SamplingParams
 from shared.weights import ServerState, WeightVersion
 
@@ -309,7 +309,6 @@ def probe_sequences(pool: ServerPool, prompts: list[list[int]]) -> list[list[int
         Token ids [N][T], N <= 4; prompts only where the servers' context has no room for a completion.
     """
     replica = pool.available()[0]
-    policy: PolicySelector = "base" if serve_base([replica.known]) else "latest"
     distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:SEQUENCES]
     room = min(r.known.max_model_len for r in pool.up()) - max(map(len, distinct))
     if room < 1:
@@ -317,7 +316,7 @@ def probe_sequences(pool: ServerPool, prompts: list[list[int]]) -> list[list[int
     request = GenerateRequest(
         prompts=[Prompt(token_ids=list(prompt)) for prompt in distinct],
         sampling=SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room)),
-        policy=policy,
+        policy="base" if serve_base([replica.known]) else "latest",
     )
     groups = replica.client.generate(request).groups
     return [[*group.prompt_token_ids, *group.completions[0].token_ids] for group in groups]
@@ -327,8 +326,7 @@ def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float 
     """Push a canary adapter as a run of its own, prove that it is served, and delete it. Collective, as a push is.
 
     Returns:
-        The slope of `SyncProof.canary`; None where a server has no room for another run: the real run's own push
-        reports that.
+        The slope of `SyncProof.canary`; None where a server has no room: the real run's own push reports that.
     """
     lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
     canary = Publisher(
