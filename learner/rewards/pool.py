@@ -22,7 +22,7 @@ from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
 from learner.rewards import worker
-from learner.rewards.calls import Parts, RewardCall, RewardResult
+from learner.rewards.calls import Parts, RewardCall
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
 
@@ -96,7 +96,8 @@ class RewardPool:
 
         def done(task: Future[bytes]) -> None:
             try:
-                outcome.set_result([(len(call), _result(task))])
+                result = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
+                outcome.set_result([(len(call), result)])
             except _LOST as lost:
                 if len(call) == 1 and isinstance(lost, TimeoutError):
                     outcome.set_result([(1, None)])
@@ -134,7 +135,7 @@ class RewardPool:
             parts: Parts = []
             for task in [self._schedule(worker.score, (index, payload), self.timeout_s) for payload in payloads]:
                 try:
-                    parts.append((1, _result(task)))
+                    parts.append((1, pickle.loads(task.result())))  # noqa: S301 - as above
                 except _LOST:
                     parts.append((1, None))
             outcome.set_result(parts)
@@ -216,11 +217,6 @@ def _keep(pool: ProcessPool, started: threading.Event, closed: threading.Event) 
     finally:
         started.set()
     closed.wait()
-
-
-def _result(task: Future[bytes]) -> RewardResult:
-    result: RewardResult = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
-    return result
 
 
 _open: weakref.WeakSet[RewardPool] = weakref.WeakSet()

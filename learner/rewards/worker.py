@@ -17,8 +17,6 @@ import cloudpickle
 
 from learner.rewards.calls import RewardResult
 
-_PR_SET_PDEATHSIG = 1
-
 #: The pool's number of a function -> the function, or the traceback if it cannot be loaded here.
 _functions: dict[int, Callable[..., Any] | str] = {}
 
@@ -31,7 +29,7 @@ def prepare(parent: int, blobs: Mapping[int, bytes]) -> None:
         blobs: cloudpickled reward functions.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

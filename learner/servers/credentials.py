@@ -26,14 +26,8 @@ def read_token(token_file: str | None) -> str | None:
     return parse_tokens(text, f"token_file {token_file}")[0]
 
 
-def ssl_context(ca_file: str | None) -> ssl.SSLContext | bool:
-    """Return httpx's `verify`: trust only the CA in `ca_file`; by default the well-known CAs, or $SSL_CERT_FILE.
-
-    Raises:
-        InvalidRequest: the file holds no certificate.
-    """
-    if ca_file is None:
-        return True
+def ssl_context(ca_file: str) -> ssl.SSLContext:
+    """Return a context that trusts only the CA in `ca_file`; raises `InvalidRequest` if that holds no certificate."""
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one

@@ -78,8 +78,8 @@ class ServerDiscovery:
 
 def _listed(source: str) -> list[str]:
     path = Path(source.removeprefix(FILE))
-    lines = (line.split("#")[0].strip() for line in path.read_text(errors="replace").splitlines())
-    urls = [line for line in lines if line]
+    lines = path.read_text(errors="replace").splitlines()
+    urls = [url for line in lines if (url := line.split("#")[0].strip())]
     for url in urls:
         if not _is_url(url):
             raise InvalidRequest(f"{path}: {url!r} is not http://HOST:PORT or https://HOST:PORT")
