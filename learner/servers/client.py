@@ -94,12 +94,10 @@ class RolloutClient:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             # A refused connection is retried before anything was sent, so this is safe for every request.
-            transport=transport
-            or httpx.HTTPTransport(retries=2, verify=True if ca_file is None else ssl_context(ca_file)),
+            transport=transport or httpx.HTTPTransport(retries=2, verify=ca_file is None or ssl_context(ca_file)),
             timeout=_timeout(STATE_TIMEOUT_S),
         )
-        self.push_timeout_s = push_timeout_s
-        self.generate_timeout_s = generate_timeout_s
+        self.push_timeout_s, self.generate_timeout_s = push_timeout_s, generate_timeout_s
 
     def close(self) -> None:
         """Close all connections."""

@@ -66,8 +66,7 @@ def check_lengths(max_completion_length: int | None, longest_prompt: int, state:
     Raises:
         InvalidRequest: they do not.
     """
-    wanted = longest_prompt + (max_completion_length or 1)
-    if wanted > state.max_model_len:
+    if longest_prompt + (max_completion_length or 1) > state.max_model_len:
         raise InvalidRequest(
             f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
             f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "

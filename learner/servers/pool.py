@@ -1,8 +1,8 @@
 """Pool of rollout servers: discovery, health checks, recovery.
 
-A server is *up* while it is known to serve the last push; only then it is given requests. Whoever finds that it does
-not, marks it as lost. Each server has a supervising thread, which tries to recover it with growing pauses, so that a
-sick server delays no other.
+A server is *up* while it is known to serve the last push; only then is it given requests. A caller that finds otherwise
+marks it as lost. Each server has a supervising thread, which tries to recover it with growing pauses, so that a sick
+server delays no other.
 """
 
 from __future__ import annotations

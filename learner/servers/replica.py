@@ -77,9 +77,8 @@ class Replica:
         self.incarnation = int(self.up)
         self.pushing = False
         self.error: LockstepError | None = None
-        self.failures = 0
+        self.failures = self.misses = 0
         self.retry_at = 0.0
-        self.misses = 0
 
     @property
     def known(self) -> ServerState:

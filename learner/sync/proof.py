@@ -93,13 +93,11 @@ class SyncProof:
         tolerance: float | None = None,
         on_main: OnMain = on_one_rank,
     ) -> None:
-        self._pool = pool
-        self.model = model
+        self._pool, self.model, self._on_main = pool, model, on_main
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
         #: Of every scored token: its sequence, and its position there.
         self._places = [(row, t) for row, tokens in enumerate(self.sequences) for t in range(1, len(tokens))]
         self.fixed_tolerance = tolerance
-        self._on_main = on_main
         self._base: LearnerLogprobs | None = None
         #: Server -> its measurements at this learner's first version, and at the last check.
         self._references = defaultdict[str, list[Measurement]](list)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from peft import PeftModel
 
@@ -50,6 +50,7 @@ class Publisher:
     receipts: list[PushReceipt] = field(default_factory=list, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
     _taken_over: set[str] = field(default_factory=set, init=False)
+    _exporter: AdapterExporter | None = field(default=None, init=False)
     _export: AdapterExport | None = field(default=None, init=False)
     _transports: dict[str, Transport] = field(default_factory=dict, init=False)
     #: Servers that come back are sent the last export from threads of their own.
@@ -62,11 +63,6 @@ class Publisher:
         lease = replace(self.lease, fence=max([self.lease.fence, *(version.fence + 1 for version in served)]))
         self.lease = self.on_main(lambda: lease)
         self.lora_dtype: str = self.on_main(lambda: states[0].lora_dtype)
-
-    @functools.cached_property
-    def exporter(self) -> AdapterExporter:
-        """Made at the first push: only then the trainer has put the model where it stays."""
-        return AdapterExporter(self.model, dtype=self.lora_dtype, base_weights=self.base_weights)
 
     @property
     def last(self) -> PushReceipt | None:
@@ -92,7 +88,9 @@ class Publisher:
         """
         started = time.perf_counter()
         with self._exporting:
-            export = self._export = self.exporter.export(self.version(step))
+            if self._exporter is None:  # only now the trainer has put the model where it stays
+                self._exporter = AdapterExporter(self.model, dtype=self.lora_dtype, base_weights=self.base_weights)
+            export = self._export = self._exporter.export(self.version(step))
             replicas = self.pool.up()
         receipt: PushReceipt = self.on_main(lambda: self._send(export, replicas))
         self.receipts.append(receipt)
@@ -101,8 +99,7 @@ class Publisher:
 
     def ensure(self, step: int) -> PushReceipt:
         """Push `step` unless it was the last push. Collective."""
-        last = self.last
-        return last if last is not None and last.version == self.version(step) else self.push(step)
+        return last if (last := self.last) and last.version == self.version(step) else self.push(step)
 
     def catch_up(self, replica: Replica, admit: Callable[[RolloutClient, ServerState], None]) -> None:
         """Push the last export over HTTP to a server that is new, or has failed, and mark it up. Not collective.
@@ -180,7 +177,7 @@ class Publisher:
             finally:
                 replica.pushing = False
 
-        all_of([functools.partial(one, replica) for replica in replicas], "push")
+        all_of([partial(one, replica) for replica in replicas], "push")
         # If all of them failed, one that has come back since has been caught up.
         serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)
         receipts = [replica.receipt for replica in serving if replica.receipt]

@@ -70,7 +70,7 @@ class Transport:
         self._retry_at, self._retry_s = 0.0, _FIRST_RETRY_S
 
     def send(self, export: AdapterExport, *, takeover: bool = False) -> PushReceipt:
-        """Push one adapter.
+        """Push one adapter, and afterwards begin to join a group, unless that is unwanted or has just failed.
 
         Raises:
             LockstepError: as `RolloutClient.push`.
@@ -86,7 +86,12 @@ class Transport:
         receipt = self._client.push(
             self._lease.run_id, export.pieces(), self._lease.secret, takeover=takeover, in_flight=self._in_flight
         )
-        self._join_soon()
+        idle = self._joining is None or not self._joining.is_alive()
+        if self._may_broadcast and self._group is None and idle and time.monotonic() >= self._retry_at:
+            self._joining = threading.Thread(target=self._join, name="lockstep-join", daemon=True)
+            self._joining.start()
+            if self._waits:
+                self._joining.join()
         return receipt
 
     def close(self) -> None:
@@ -94,15 +99,6 @@ class Transport:
         if self._group is not None:
             self._group.leave()
         self._group, self._may_broadcast = None, False
-
-    def _join_soon(self) -> None:
-        """Start to join a group, unless that is under way, unwanted, or has just failed."""
-        idle = self._joining is None or not self._joining.is_alive()
-        if self._may_broadcast and self._group is None and idle and time.monotonic() >= self._retry_at:
-            self._joining = threading.Thread(target=self._join, name="lockstep-join", daemon=True)
-            self._joining.start()
-            if self._waits:
-                self._joining.join()
 
     def _join(self) -> None:
         started = time.monotonic()
@@ -142,7 +138,7 @@ def can_broadcast(device: torch.device, state: ServerState) -> str | None:
 
 
 class SendingGroup:
-    """Group of this learner and the workers of one server, which is asked for it.
+    """Group of this learner and the workers of one server, which both join here.
 
     Raises:
         Timeout: the workers cannot be reached.
