@@ -25,8 +25,7 @@ from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
 from learner.step_metrics import StepMetrics, StepReport
 from learner.sync.gpu_sharing import GpuSharing
-from learner.sync.probe import canary_slope, probe_sequences
-from learner.sync.proof import SyncProof
+from learner.sync.proof import SyncProof, canary_slope, probe_sequences
 from learner.sync.publisher import Publisher
 from shared.errors import (
     ErrorDetail,
@@ -55,7 +54,7 @@ class Session:
 
     Attributes:
         proof, rounded: made when a training begins, since the trainer places the model only then.
-        canary_slope: see `learner.sync.probe`; None where there was no canary.
+        canary_slope: see `learner.sync.proof`; None where there was no canary.
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class Session:
         """Close the transports and end the reward workers; pushed adapters stay served."""
         self.pool.close()
         if self._log:
-            self._log.close()
+            self._log.flush()
         self.publisher.close()
         if self.rewards:
             self.rewards.close()

@@ -152,7 +152,7 @@ class LockstepPool:
     def close(self) -> None:
         """End the run."""
         self.pool.close()
-        self._events.close()
+        self._events.flush()
         with contextlib.suppress(LockstepError):
             self._publisher.delete_run()
 

@@ -22,7 +22,7 @@ from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
 from learner.rewards import worker
-from learner.rewards.calls import Parts, RewardCall, RewardResult
+from learner.rewards.calls import Parts, RewardCall
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
 
@@ -51,7 +51,6 @@ class RewardPool:
 
     Args:
         functions: number -> (name, function).
-        workers: processes.
         timeout_s: limit per row, in seconds; a group has this for each of its rows.
 
     Raises:
@@ -72,11 +71,13 @@ class RewardPool:
         _open.add(self)
         for index, (_, function) in functions.items():
             try:
-                self._blobs[index] = _pickled(function)
+                blob = cloudpickle.dumps(function)
+                if len(blob) > MAX_BLOB_BYTES:
+                    raise ValueError(f"it holds {len(blob) >> 20} MiB of objects")
+                self._blobs[index] = blob
             except Exception as error:
                 self._leave_out(index, f"it cannot be pickled ({error})")
-        if self._blobs:
-            self._load()
+        self._load()
 
     def submit(self, index: int, call: RewardCall) -> Future[Parts]:
         """Begin to score a group with function `index`, one of `names`."""
@@ -95,7 +96,8 @@ class RewardPool:
 
         def done(task: Future[bytes]) -> None:
             try:
-                outcome.set_result([(len(call), _result(task))])
+                result = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
+                outcome.set_result([(len(call), result)])
             except _LOST as lost:
                 if len(call) == 1 and isinstance(lost, TimeoutError):
                     outcome.set_result([(1, None)])
@@ -130,8 +132,13 @@ class RewardPool:
     def _score_rows(self, index: int, call: RewardCall, outcome: Future[Parts]) -> None:
         try:
             payloads = [call.part(row).payload for row in range(len(call))]
-            tasks = [self._schedule(worker.score, (index, payload), self.timeout_s) for payload in payloads]
-            outcome.set_result([(1, _result_or_none(task)) for task in tasks])
+            parts: Parts = []
+            for task in [self._schedule(worker.score, (index, payload), self.timeout_s) for payload in payloads]:
+                try:
+                    parts.append((1, pickle.loads(task.result())))  # noqa: S301 - as above
+                except _LOST:
+                    parts.append((1, None))
+            outcome.set_result(parts)
         except BaseException as error:
             outcome.set_exception(error)
 
@@ -210,25 +217,6 @@ def _keep(pool: ProcessPool, started: threading.Event, closed: threading.Event) 
     finally:
         started.set()
     closed.wait()
-
-
-def _pickled(function: Callable[..., Any]) -> bytes:
-    blob = cloudpickle.dumps(function)
-    if len(blob) > MAX_BLOB_BYTES:
-        raise ValueError(f"it holds {len(blob) >> 20} MiB of objects")
-    return blob
-
-
-def _result(task: Future[bytes]) -> RewardResult:
-    result: RewardResult = pickle.loads(task.result())  # noqa: S301 - from a process that this one started
-    return result
-
-
-def _result_or_none(task: Future[bytes]) -> RewardResult | None:
-    try:
-        return _result(task)
-    except _LOST:
-        return None
 
 
 _open: weakref.WeakSet[RewardPool] = weakref.WeakSet()

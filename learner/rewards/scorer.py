@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -27,13 +27,6 @@ EVALUATION = -1
 
 
 @dataclass
-class _Group:
-    """One group and its outcomes: function -> what the trainer has not collected yet."""
-
-    call: RewardCall
-    pending: dict[int, Future[Parts]]
-
-
 class Rewards:
     """Takes completions as they arrive, on any thread; returns rewards to the trainer, on its thread.
 
@@ -53,22 +46,19 @@ class Rewards:
             if that cannot be known before.
     """
 
-    def __init__(
-        self,
-        pool: RewardPool,
-        *,
-        group_size: int,
-        batch: Callable[[], int],
-        weights: Callable[[], list[float]],
-        early_call: Callable[[list[Row], list[list[int]]], RewardCall] | None,
-    ) -> None:
-        self._pool, self._group_size, self._batch, self._weights = pool, group_size, batch, weights
-        self._early_call = early_call
-        self.wait_seconds = 0.0
-        self.unscored: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._groups: dict[tuple[int, int], _Group] = {}
-        self._expected: dict[int, list[Row]] = {}
+    pool: RewardPool
+    group_size: int
+    batch: Callable[[], int]
+    weights: Callable[[], list[float]]
+    early_call: Callable[[list[Row], list[list[int]]], RewardCall] | None
+    wait_seconds: float = field(default=0.0, init=False)
+    unscored: Counter[str] = field(default_factory=Counter, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    #: Batch and first row of a group -> its call, and the outcome of each function that was not collected yet.
+    _groups: dict[tuple[int, int], tuple[RewardCall, dict[int, Future[Parts]]]] = field(
+        default_factory=dict, init=False
+    )
+    _expected: dict[int, list[Row]] = field(default_factory=dict, init=False)
 
     def expect(self, batch: int, rows: Sequence[Row]) -> None:
         """Note the dataset rows of this rank in a generation batch, one for each completion."""
@@ -82,37 +72,32 @@ class Rewards:
             self._expected = {known: rows for known, rows in self._expected.items() if known >= batch}
 
     def arrived(self, batch: int | None, first: int, completions: Sequence[Completion]) -> None:
-        """Begin to score completions of consecutive rows. Rows that are not complete groups wait for `collect`.
+        """Begin to score completions of the rows from `first` on; those of incomplete groups wait for `collect`.
 
         Args:
             batch: generation batch; None: the present one.
-            first: the first row.
         """
-        size = self._group_size
+        size = self.group_size
         with self._lock:
-            batch = self._batch() if batch is None else batch
+            batch = self.batch() if batch is None else batch
             rows = self._expected.get(batch)
-            if not self._early_call or rows is None or len(rows) % size or first % size or len(completions) % size:
+            if not self.early_call or rows is None or len(rows) % size or first % size or len(completions) % size:
                 return
             for start in range(0, len(completions), size):
                 row = first + start
                 completion_ids = [completion.token_ids for completion in completions[start : start + size]]
-                self._group((batch, row), self._early_call(rows[row : row + size], completion_ids))
+                self._pending((batch, row), self.early_call(rows[row : row + size], completion_ids))
 
     def totals(self, batch: int, first: int) -> list[float]:
-        """Wait for a group's rewards and return their weighted sums, as TRL computes them; NaN where there is none.
-
-        Args:
-            first: the group's first row.
+        """Wait for the rewards of the group from row `first` on; return their sums, weighted as by TRL, NaN for none.
 
         Raises:
             RuntimeError: a reward function raised.
         """
         with self._lock:
-            pending = dict(self._groups[batch, first].pending)
-        columns = [self._checked(i, self._pool.wait(outcome)) for i, outcome in pending.items()]
-        all_weights = self._weights()
-        weights = [all_weights[i] for i in pending]
+            pending = dict(self._groups[batch, first][1])
+        columns = [self._checked(i, self.pool.wait(outcome)) for i, outcome in pending.items()]
+        weights = [self.weights()[i] for i in pending]
         sums = []
         for row in zip(*columns, strict=True):
             scored = [weight * reward for weight, reward in zip(weights, row, strict=True) if reward is not None]
@@ -131,47 +116,51 @@ class Rewards:
     ) -> list[float | None]:
         """Return the rewards of function `index` for all rows of this rank, and pass on what it logged, in row order.
 
-        Args:
-            batch: generation batch, or `EVALUATION`.
-
         Raises:
             RuntimeError: the function raised; with its traceback.
             ValueError: it returned too many rewards, or too few.
         """
         began = time.perf_counter()
-        pending = []
+        outcomes = []
         with self._lock:
             for first, part in _groups(call, group_size):
-                group = self._group((batch, first), part)
-                if index not in group.pending:  # collected before: compute it again
-                    group.pending[index] = self._pool.submit(index, part)
-                pending.append(group.pending.pop(index))
-                if not group.pending:
+                pending = self._pending((batch, first), part)
+                # Collected before: compute it again.
+                outcomes.append(pending.pop(index) if index in pending else self.pool.submit(index, part))
+                if not pending:
                     del self._groups[batch, first]
-        parts = [part for outcome in pending for part in self._pool.wait(outcome)]
+        parts = [part for outcome in outcomes for part in self.pool.wait(outcome)]
         if batch != EVALUATION:
             self.wait_seconds += time.perf_counter() - began
-        self._count_unscored(self._pool.names[index], sum(rows for rows, result in parts if result is None))
+        name, unscored = self.pool.names[index], sum(rows for rows, result in parts if result is None)
+        if unscored and not self.unscored[name]:
+            logger.warning(
+                "the reward %s gave %d sample(s) no reward within %g s each, or ended its process; they count as "
+                "unscorable. Make it faster, give it a limit of its own, or raise reward_timeout_s (warned of once, "
+                "counted as unscored)",
+                name,
+                unscored,
+                self.pool.timeout_s,
+            )
+        self.unscored[name] += unscored
         rewards = self._checked(index, parts)
         _replay(parts, log_extra, log_metric)
         return rewards
 
     def close(self) -> None:
         """End the workers."""
-        self._early_call = None
-        self._pool.close()
+        self.early_call = None
+        self.pool.close()
 
-    def _group(self, place: tuple[int, int], call: RewardCall) -> _Group:
-        """Return the group at `place` (batch, first row); begin to score it unless that was done for the same call."""
-        group = self._groups.get(place)
-        if group is None or not _same(group.call.rows, call.rows):
-            group = _Group(call, {index: self._pool.submit(index, call) for index in self._pool.names})
-            self._groups[place] = group
-        return group
+    def _pending(self, place: tuple[int, int], call: RewardCall) -> dict[int, Future[Parts]]:
+        """Return the outcomes of the group at `place`; begin to score it unless that was done for the same call."""
+        if place not in self._groups or not _same(self._groups[place][0].rows, call.rows):
+            self._groups[place] = call, {index: self.pool.submit(index, call) for index in self.pool.names}
+        return self._groups[place][1]
 
     def _checked(self, index: int, parts: Parts) -> list[float | None]:
         """Return a reward for each row. Raises as `collect`."""
-        name, rewards = self._pool.names[index], list[float | None]()
+        name, rewards = self.pool.names[index], list[float | None]()
         for rows, result in parts:
             if result is None:
                 rewards += [None] * rows
@@ -186,18 +175,6 @@ class Rewards:
                 )
             rewards += result.rewards
         return rewards
-
-    def _count_unscored(self, name: str, rows: int) -> None:
-        if rows and not self.unscored[name]:
-            logger.warning(
-                "the reward %s gave %d sample(s) no reward within %g s each, or ended its process; they count as "
-                "unscorable. Make it faster, give it a limit of its own, or raise reward_timeout_s (warned of once, "
-                "counted as unscored)",
-                name,
-                rows,
-                self._pool.timeout_s,
-            )
-        self.unscored[name] += rows
 
 
 def _groups(call: RewardCall, size: int) -> Iterator[tuple[int, RewardCall]]:

@@ -17,8 +17,6 @@ import cloudpickle
 
 from learner.rewards.calls import RewardResult
 
-_PR_SET_PDEATHSIG = 1
-
 #: The pool's number of a function -> the function, or the traceback if it cannot be loaded here.
 _functions: dict[int, Callable[..., Any] | str] = {}
 
@@ -31,7 +29,7 @@ def prepare(parent: int, blobs: Mapping[int, bytes]) -> None:
         blobs: cloudpickled reward functions.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -52,32 +50,22 @@ def load_error(index: int) -> str | None:
 
 
 def score(index: int, payload: bytes) -> bytes:
-    """Return a pickled `RewardResult`. Raises nothing, so that every error of the pool is about the process.
+    """Call a reward function as TRL does, but record what it logs; return a pickled `RewardResult`.
 
-    Args:
-        payload: `RewardCall.payload`.
+    Takes `RewardCall.payload`. Raises nothing, so that every error of the pool is about the process.
     """
-    function = _functions[index]
+    function, result = _functions[index], RewardResult()
+    if isinstance(function, str):
+        return cloudpickle.dumps(RewardResult(error=function))
     try:
-        if isinstance(function, str):
-            return cloudpickle.dumps(RewardResult(error=function))
-        return cloudpickle.dumps(_call(function, pickle.loads(payload)))  # noqa: S301 - the learner's own bytes
+        rewards = function(
+            **pickle.loads(payload),  # noqa: S301 - the learner's own bytes
+            log_metric=lambda name, value: result.metrics.append((name, float(value))),
+            log_extra=lambda column, values: result.extras.append((column, list(values))),
+        )
+        if inspect.iscoroutine(rewards):
+            rewards = asyncio.run(rewards)
+        result.rewards = [None if reward is None else float(reward) for reward in rewards]
+        return cloudpickle.dumps(result)
     except BaseException:  # sys.exit() in a reward function must not end a training
         return cloudpickle.dumps(RewardResult(error=traceback.format_exc()))
-
-
-def _call(function: Callable[..., Any], kwargs: dict[str, Any]) -> RewardResult:
-    """Call a reward function as TRL does, but record what it logs."""
-    result = RewardResult()
-
-    def log_metric(name: str, value: float) -> None:
-        result.metrics.append((name, float(value)))
-
-    def log_extra(column: str, values: list[Any]) -> None:
-        result.extras.append((column, list(values)))
-
-    rewards = function(**kwargs, log_metric=log_metric, log_extra=log_extra)
-    if inspect.iscoroutine(rewards):
-        rewards = asyncio.run(rewards)
-    result.rewards = [None if reward is None else float(reward) for reward in rewards]
-    return result

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from shared import PROTOCOL_VERSION
-from shared.errors import BaseMismatch, InvalidRequest, NotReady, ProtocolMismatch
+from shared.errors import BaseMismatch, InvalidRequest, NotReady
 from shared.weights import BaseFingerprint, ServerState
 
 
 def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
-    """Check that the server speaks our protocol, is ready, and returns the logprobs of the policy.
+    """Check that the server is ready and returns the logprobs of the policy.
 
     Raises:
-        ProtocolMismatch, NotReady, InvalidRequest: it does not.
+        NotReady, InvalidRequest: it does not.
     """
-    if state.protocol != PROTOCOL_VERSION:
-        raise ProtocolMismatch(
-            f"the server speaks protocol {state.protocol}, this learner {PROTOCOL_VERSION}; install the same "
-            "lockstep-rl on both sides"
-        )
     if not state.ready:
         raise NotReady("the rollout server is not ready; wait until /ready answers 200")
     if state.logprobs_mode != "processed_logprobs":
@@ -72,8 +66,7 @@ def check_lengths(max_completion_length: int | None, longest_prompt: int, state:
     Raises:
         InvalidRequest: they do not.
     """
-    wanted = longest_prompt + (max_completion_length or 1)
-    if wanted > state.max_model_len:
+    if longest_prompt + (max_completion_length or 1) > state.max_model_len:
         raise InvalidRequest(
             f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
             f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "

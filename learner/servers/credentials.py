@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import ssl
-import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback, parse_tokens
+from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
 
 
@@ -28,24 +26,12 @@ def read_token(token_file: str | None) -> str | None:
     return parse_tokens(text, f"token_file {token_file}")[0]
 
 
-def ssl_context(ca_file: str | None) -> ssl.SSLContext | bool:
-    """Return httpx's `verify`: trust only the CA in `ca_file`; by default the well-known CAs, or $SSL_CERT_FILE.
-
-    Raises:
-        InvalidRequest: the file holds no certificate.
-    """
-    if ca_file is None:
-        return True
+def ssl_context(ca_file: str) -> ssl.SSLContext:
+    """Return a context that trusts only the CA in `ca_file`; raises `InvalidRequest` if that holds no certificate."""
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:  # ssl.SSLError is one
         raise InvalidRequest(f"ca_file {ca_file} cannot be used: {error}") from error
-
-
-def warn_if_exposed(url: str, token: str | None) -> None:
-    """Warn if the token would be readable on the way to `url`."""
-    if token and url.startswith("http://") and not is_loopback(urlsplit(url).hostname):
-        warnings.warn(f"the token goes to {url} unencrypted; use https://, or a network of your own", stacklevel=3)
 
 
 def tls_error(url: str, error: BaseException) -> LockstepError | None:

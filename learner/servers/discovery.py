@@ -28,18 +28,29 @@ class ServerDiscovery:
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
-        for source in sources:
-            _check(source)
         if not sources:
             raise InvalidRequest("give --rollout_url, e.g. http://127.0.0.1:8000")
+        for source in sources:
+            if source.startswith(FILE):
+                try:
+                    _listed(source)
+                except OSError as error:
+                    raise InvalidRequest(f"rollout_url {source!r}: {error}") from error
+            elif not _is_url(source.removeprefix(DNS)):
+                raise InvalidRequest(
+                    f"rollout_url {source!r} must start with http:// or https://, be dns+http://NAME:PORT for all "
+                    "addresses of a name, or file:PATH for a file with one URL a line"
+                )
+            elif source.startswith(DNS + "https:"):
+                raise InvalidRequest(
+                    f"rollout_url {source!r}: a certificate is for a name, not for the addresses behind it; list the "
+                    "servers' own names in a file (file:PATH)"
+                )
         self._sources = list(sources)
+        #: Whether `urls` may return something else later.
+        self.may_change = any(source.startswith((DNS, FILE)) for source in sources)
         self._last: dict[str, list[str]] = {}
         self._problems: dict[str, str] = {}
-
-    @property
-    def may_change(self) -> bool:
-        """Whether `urls` may return something else later."""
-        return any(source.startswith((DNS, FILE)) for source in self._sources)
 
     def urls(self) -> list[str]:
         """Return all URLs, each once. A source that cannot be read now keeps its last URLs, with a warning."""
@@ -48,7 +59,11 @@ class ServerDiscovery:
     def _resolve(self, source: str) -> list[str]:
         try:
             if source.startswith(DNS):
-                found = _addresses(source.removeprefix(DNS))
+                parts = urlsplit(source.removeprefix(DNS))
+                port = parts.port or 80
+                entries = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+                hosts = sorted({str(entry[4][0]) for entry in entries})
+                found = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in hosts]
             elif source.startswith(FILE):
                 found = _listed(source)
             else:
@@ -61,35 +76,10 @@ class ServerDiscovery:
         return self._last.get(source, [])
 
 
-def _check(source: str) -> None:
-    if source.startswith(FILE):
-        try:
-            _listed(source)
-        except OSError as error:
-            raise InvalidRequest(f"rollout_url {source!r}: {error}") from error
-    elif not _is_url(source.removeprefix(DNS)):
-        raise InvalidRequest(
-            f"rollout_url {source!r} must start with http:// or https://, be dns+http://NAME:PORT for all addresses of "
-            "a name, or file:PATH for a file with one URL a line"
-        )
-    elif source.startswith(DNS + "https:"):
-        raise InvalidRequest(
-            f"rollout_url {source!r}: a certificate is for a name, not for the addresses behind it; list the servers' "
-            "own names in a file (file:PATH)"
-        )
-
-
-def _addresses(url: str) -> list[str]:
-    parts = urlsplit(url)
-    port = parts.port or 80
-    hosts = {str(entry[4][0]) for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)}
-    return [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in sorted(hosts)]
-
-
 def _listed(source: str) -> list[str]:
     path = Path(source.removeprefix(FILE))
-    lines = (line.split("#")[0].strip() for line in path.read_text(errors="replace").splitlines())
-    urls = [line for line in lines if line]
+    lines = path.read_text(errors="replace").splitlines()
+    urls = [url for line in lines if (url := line.split("#")[0].strip())]
     for url in urls:
         if not _is_url(url):
             raise InvalidRequest(f"{path}: {url!r} is not http://HOST:PORT or https://HOST:PORT")

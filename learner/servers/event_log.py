@@ -36,20 +36,15 @@ class EventLog:
         """Count tokens of completions that a server has sent."""
         second = int(time.time())
         with self._lock:
-            past = self._second, self._tokens
             if second != self._second:
-                self._second, self._tokens = second, Counter()
+                self.flush()
+                self._second = second
             self._tokens[replica.url] += count
-        if past[0] != second:
-            self._write_tokens(*past)
 
-    def close(self) -> None:
-        """Write the last second."""
-        self._write_tokens(self._second, self._tokens)
+    def flush(self) -> None:
+        """Write the tokens that were counted and not yet written."""
+        self._write([{"time": self._second, "server": s, "tokens": count} for s, count in sorted(self._tokens.items())])
         self._tokens.clear()
-
-    def _write_tokens(self, second: int, tokens: Counter[str]) -> None:
-        self._write([{"time": second, "server": url, "tokens": count} for url, count in sorted(tokens.items())])
 
     def _write(self, lines: list[dict[str, object]]) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end a training that writes no checkpoint just now

@@ -1,8 +1,8 @@
 """Pool of rollout servers: discovery, health checks, recovery.
 
-A server is *up* while it is known to serve the last push; only then it is given requests. Whoever finds that it does
-not, marks it as lost. Each server has a supervising thread, which tries to recover it with growing pauses, so that a
-sick server delays no other.
+A server is *up* while it is known to serve the last push; only then is it given requests. A caller that finds otherwise
+marks it as lost. Each server has a supervising thread, which tries to recover it with growing pauses, so that a sick
+server delays no other.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ RECOVERABLE = {
     ErrorCode.VERSION_NOT_ACTIVE,
     ErrorCode.STEP_NOT_REACHED,
 }
+_NO_SERVER_UP = "no rollout server is up; start one, or check rollout_url"
 #: Another learner has the run: waiting does not help.
 _FINAL = {ErrorCode.LEASE_MISMATCH, ErrorCode.STALE_VERSION}
 
@@ -51,8 +52,7 @@ class ServerPool:
     """All rollout servers of a learner.
 
     Args:
-        connect: URL -> client.
-        discovery: current URLs.
+        connect: returns a client of a URL.
         patience_s: seconds to wait for any server when none is up.
 
     Attributes:
@@ -87,7 +87,7 @@ class ServerPool:
         while not self._discover() and not self.replicas and time.monotonic() < deadline:
             time.sleep(1.0)
         if not self.replicas:
-            raise _no_server_up()
+            raise NotReady(_NO_SERVER_UP)
         waiting = {start(partial(r.client.wait_ready, timeout_s), f"ready-{r.url}"): r for r in self.replicas.values()}
         for outcome in first_of(waiting, grace_s=_GRACE_S):
             replica = waiting[outcome]
@@ -105,11 +105,9 @@ class ServerPool:
             return
         self._recover = recover
         for replica in list(self.replicas.values()):
-            self._start_supervisor(replica, recover)
+            _start(f"supervise-{replica.url}", self._supervise, replica, recover)
         if self._discovery.may_change:
-            threading.Thread(
-                target=self._follow_discovery, args=(recover,), name="lockstep-discovery", daemon=True
-            ).start()
+            _start("discovery", self._follow_discovery, recover)
 
     def close(self) -> None:
         """Stop supervising."""
@@ -136,7 +134,7 @@ class ServerPool:
                 final = [error for replica, error in failed if replica.incarnation and error.code in _FINAL]
                 left = deadline - time.monotonic()
                 if final or left <= 0 or not self._recover:
-                    raise final[0] if final else failed[-1][1] if failed else _no_server_up()
+                    raise final[0] if final else failed[-1][1] if failed else NotReady(_NO_SERVER_UP)
                 self._changed.wait(min(left, 1.0))
 
     def ask_all(self, call: Callable[[Replica], T], name: str) -> list[T]:
@@ -161,7 +159,7 @@ class ServerPool:
             if found := [result for result in results if result is not None]:
                 return found
             if time.monotonic() > deadline:
-                raise next((replica.error for replica in replicas if replica.error), _no_server_up())
+                raise next((replica.error for replica in replicas if replica.error), NotReady(_NO_SERVER_UP))
 
     def lost_or_raise(self, replica: Replica, error: LockstepError, incarnation: int) -> None:
         """Mark a server as lost if the error is recoverable and the pool is supervised; else raise it."""
@@ -194,10 +192,6 @@ class ServerPool:
         if self._recover:  # before that, the caller of `wait_ready` reports it
             others = f" ({len(self.up())} of {len(self.replicas)} serve)" if len(self.replicas) > 1 else ""
             logger.info("%s %s%s", replica.url, event, others)
-
-    def _start_supervisor(self, replica: Replica, recover: Callable[[Replica], None]) -> None:
-        name = f"lockstep-supervise-{replica.url}"
-        threading.Thread(target=self._supervise, args=(replica, recover), name=name, daemon=True).start()
 
     def _supervise(self, replica: Replica, recover: Callable[[Replica], None]) -> None:
         while self._recover is recover and self.replicas.get(replica.url) is replica:
@@ -247,7 +241,7 @@ class ServerPool:
         while self._recover is recover:
             for replica in self._discover():
                 self._report(replica, "is new")
-                self._start_supervisor(replica, recover)
+                _start(f"supervise-{replica.url}", self._supervise, replica, recover)
             with self._changed:
                 self._changed.wait_for(lambda: self._recover is not recover, _DISCOVER_S)
 
@@ -267,9 +261,9 @@ def serve_base(states: Iterable[ServerState]) -> bool:
     return all(state.apply == "adapter" or not any(run.version for run in state.runs) for state in states)
 
 
+def _start(name: str, call: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=call, args=args, name=f"lockstep-{name}", daemon=True).start()
+
+
 def _as_lockstep_error(error: Exception) -> LockstepError:
     return error if isinstance(error, LockstepError) else InvalidRequest(f"{type(error).__name__}: {error}")
-
-
-def _no_server_up() -> LockstepError:
-    return NotReady("no rollout server is up; start one, or check rollout_url")

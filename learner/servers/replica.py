@@ -77,19 +77,14 @@ class Replica:
         self.incarnation = int(self.up)
         self.pushing = False
         self.error: LockstepError | None = None
-        self.failures = 0
+        self.failures = self.misses = 0
         self.retry_at = 0.0
-        self.misses = 0
 
     @property
     def known(self) -> ServerState:
         """Last reported state of a server that has been reached."""
         assert self.state is not None
         return self.state
-
-    def restarted(self, state: ServerState) -> None:
-        """Take the state of a new server process, which has no adapter."""
-        self.state, self.receipt = state, None
 
     def serves_receipt(self, state: ServerState) -> bool:
         """Return whether `state` is of the process and version of `receipt`."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from learner.servers.replica import NEWEST, Replica
+
+if TYPE_CHECKING:
+    from learner.rollouts.dispatch import GroupRequest
 
 #: Prompts are compared in blocks of so many tokens. Servers cache in smaller ones; shorter prompts cost little anyway.
 _BLOCK_TOKENS = 128
@@ -16,24 +20,8 @@ _MAX_BLOCKS = 65536
 _AFFINITY_SLACK = 1.25
 
 
-class Routable(Protocol):
-    """`n` completions of one prompt."""
-
-    @property
-    def token_ids(self) -> list[int]: ...
-    @property
-    def n(self) -> int: ...
-
-
-R = TypeVar("R", bound=Routable)
-
-
 class Router:
-    """Spreads prompts over servers.
-
-    Args:
-        max_tokens: of a completion; the expected length until some were measured.
-    """
+    """Spreads prompts over servers; expects completions of `max_tokens` until some were measured."""
 
     def __init__(self, max_tokens: int | None) -> None:
         self._length = float(max_tokens or 256)
@@ -42,7 +30,7 @@ class Router:
         #: Hash of a prompt's first blocks -> URL of the server that was last sent them.
         self._cached_at: OrderedDict[int, str] = OrderedDict()
 
-    def cost(self, request: Routable) -> float:
+    def cost(self, request: GroupRequest) -> float:
         """Estimate the tokens to compute, of prompt and completions."""
         return request.n * self._length + len(request.token_ids)
 
@@ -53,13 +41,15 @@ class Router:
             self._length = (1 - NEWEST) * self._length + NEWEST * mean if self._measured else max(mean, 1.0)
             self._measured = True
 
-    def split(self, requests: Sequence[R], replicas: Sequence[Replica]) -> list[tuple[Replica, list[R]]]:
+    def split(
+        self, requests: Sequence[GroupRequest], replicas: Sequence[Replica]
+    ) -> list[tuple[Replica, list[GroupRequest]]]:
         """Assign each request to one server; omit servers without any. Their loads are not changed."""
         measured = [replica.load.speed for replica in replicas if replica.load.speed]
         usual = sum(measured) / len(measured) if measured else 1.0
         speed = {replica.url: replica.load.speed or usual for replica in replicas}
         tokens = {replica.url: replica.load.outstanding for replica in replicas}
-        shares: dict[str, list[R]] = {replica.url: [] for replica in replicas}
+        shares: dict[str, list[GroupRequest]] = {replica.url: [] for replica in replicas}
         with self._lock:
             for request in requests:
                 cost = self.cost(request)
@@ -80,8 +70,5 @@ class Router:
 
 def _block_hashes(token_ids: list[int]) -> list[int]:
     """Return a hash of every prefix of full blocks, the shortest first."""
-    hashes, last = [], 0
-    for end in range(_BLOCK_TOKENS, len(token_ids) + 1, _BLOCK_TOKENS):
-        last = hash((last, *token_ids[end - _BLOCK_TOKENS : end]))
-        hashes.append(last)
-    return hashes
+    ends = range(_BLOCK_TOKENS, len(token_ids) + 1, _BLOCK_TOKENS)
+    return list(accumulate(ends, lambda last, end: hash((last, *token_ids[end - _BLOCK_TOKENS : end])), initial=0))[1:]

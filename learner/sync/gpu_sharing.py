@@ -10,7 +10,7 @@ import torch
 
 from learner.servers.pool import RECOVERABLE
 from learner.servers.replica import Replica
-from learner.sync.broadcast import gpu_uuid
+from learner.sync.transport import gpu_uuid
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.weights import ServerState
 

@@ -32,15 +32,19 @@ import torch
 from peft import PeftModel
 
 from learner.adapters.exporter import active_adapter, lora_layers
+from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import ServerPool
-from learner.servers.replica import Replica
+from learner.servers.pool import ServerPool, serve_base
+from learner.sync.publisher import Publisher
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
-from shared.errors import BaseMismatch, InstallFailed, LockstepError
-from shared.rollouts import ScoreRequest, ScoreResponse
+from shared.errors import BaseMismatch, InstallFailed, NoFreeRun
+from shared.rollouts import GenerateRequest, Prompt, ScoreRequest, ScoreResponse
+from shared.sampling import SamplingParams
 from shared.weights import ServerState, WeightVersion
 
+#: The probe.
+SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
 #: How far the slope may be from 1; the canary's signal is far above any noise.
 SLOPE_SLACK = 0.5
 CANARY_SLACK = 0.2
@@ -89,13 +93,11 @@ class SyncProof:
         tolerance: float | None = None,
         on_main: OnMain = on_one_rank,
     ) -> None:
-        self._pool = pool
-        self.model = model
+        self._pool, self.model, self._on_main = pool, model, on_main
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
         #: Of every scored token: its sequence, and its position there.
         self._places = [(row, t) for row, tokens in enumerate(self.sequences) for t in range(1, len(tokens))]
         self.fixed_tolerance = tolerance
-        self._on_main = on_main
         self._base: LearnerLogprobs | None = None
         #: Server -> its measurements at this learner's first version, and at the last check.
         self._references = defaultdict[str, list[Measurement]](list)
@@ -110,10 +112,7 @@ class SyncProof:
             InstallFailed: a mismatch exceeds the tolerance.
         """
         self._base = self.own_logprobs(adapter=False)
-        measurements = self._measure(self._base, None)
-        for measurement in measurements:
-            self._check_mismatch(measurement)
-        return measurements
+        return self._measure(self._base, None)
 
     def check_newcomer(self, client: RolloutClient, state: ServerState) -> None:
         """Compare the base of a server that joins, if the learner's was measured. Not collective.
@@ -143,7 +142,6 @@ class SyncProof:
         measurements = self._measure(self.own_logprobs(), version)
         slopes: list[float | None] = []
         for now in measurements:
-            self._check_mismatch(now)
             references = self._references[now.server]
             slopes += [self._check_movement(reference, now) for reference in references]
             references[1:] = [now]
@@ -169,14 +167,13 @@ class SyncProof:
         with _loud_adapter(self, own, max(CANARY_SIGNAL * noise, CANARY_NATS)):
             version = push()
             louds = self._measure(self.own_logprobs(), version)
-        slopes = []
-        for loud in louds:
-            self._check_mismatch(loud)
-            seen = self._check_movement(base[loud.server], loud, CANARY_SLACK)
-            if seen is None:
-                raise _failed("the canary adapter moves the learner's own logprobs too little to prove anything")
-            slopes.append(seen)
-        return max(slopes, key=lambda seen: abs(seen - 1.0))
+        slopes = [self._check_movement(base[loud.server], loud, CANARY_SLACK) for loud in louds]
+        known = [seen for seen in slopes if seen is not None]
+        if len(known) < len(slopes):
+            raise InstallFailed(
+                "proof of sync failed: the canary adapter moves the learner's own logprobs too little to prove anything"
+            )
+        return max(known, key=lambda seen: abs(seen - 1.0))
 
     def own_logprobs(self, *, adapter: bool = True) -> LearnerLogprobs:
         """Score the probe with the learner's model, teacher-forced, with or without its adapter. Collective.
@@ -204,30 +201,34 @@ class SyncProof:
         return self._on_main(lambda: LearnerLogprobs(np.concatenate(logprobs), std, largest))
 
     def _measure(self, own: LearnerLogprobs, version: WeightVersion | None) -> list[Measurement]:
-        """Score the probe on each server that is up; None: its base."""
+        """Score the probe on each server that is up, and check the mismatch; None: its base."""
         run_id = version.run_id if version else None
         request = ScoreRequest(sequences=self.sequences, policy=version or "base", run_id=run_id)
-
-        def ask(replica: Replica) -> tuple[str, ServerState, ScoreResponse]:
-            return replica.url, replica.known, replica.client.score(request, _SCORE_TIMEOUT_S)
-
-        answers = self._on_main(lambda: self._pool.ask_all(ask, "proof"))
-        return [self._compare(own, version, *answer) for answer in answers]
+        answers = self._on_main(
+            lambda: self._pool.ask_all(lambda r: (r.url, r.known, r.client.score(request, _SCORE_TIMEOUT_S)), "proof")
+        )
+        measurements = [self._compare(own, version, *answer) for answer in answers]
+        for measurement in measurements:
+            self._check_mismatch(measurement)
+        return measurements
 
     def _compare(
         self, own: LearnerLogprobs, version: WeightVersion | None, url: str, state: ServerState, answer: ScoreResponse
     ) -> Measurement:
         served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
         if answer.version != version or served.shape != own.values.shape or not np.isfinite(served).all():
-            raise _failed(
-                f"{url} scored {served.size} tokens by {answer.version}, not the {own.values.size} by {version}"
+            raise InstallFailed(
+                f"proof of sync failed: {url} scored {served.size} tokens by {answer.version}, not the "
+                f"{own.values.size} by {version}"
             )
-        config = self.model.get_base_model().config.get_text_config()
+        base, adapter = self.model.get_base_model(), active_adapter(self.model)
+        config, lora = base.config.get_text_config(), next(iter(lora_layers(self.model, adapter).values()))
+        coarser = max(base.dtype, lora.lora_A[adapter].weight.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         layers, rounding = config.num_hidden_layers, 0.0
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         tolerance = self.fixed_tolerance or derived_tolerance(
-            [_computed_in(self.model), state.dtype],
+            [str(coarser).removeprefix("torch."), state.dtype],
             layers=layers,
             width=config.hidden_size,
             logit_std=own.logit_std,
@@ -243,16 +244,14 @@ class SyncProof:
         worst = int(np.abs(m.served - m.own).argmax())
         row, position = self._places[worst]
         what = f"version {m.version}" if m.version else "the base (no adapter)"
-        hint = (
-            "the server does not sample from the weights that were pushed"
-            if m.version
-            else "learner and server do not hold the same base, or compute it in very different precision"
-        )
-        raise _failed(
-            f"at {what} the logprob of the server at {m.server} of token {position} of probe sequence {row} is "
-            f"{m.served[worst]:.6f}, the learner's {m.own[worst]:.6f}: a mismatch of {m.max_mismatch:.3g}, tolerance "
-            f"{m.tolerance:.3g}. {hint}. Compare model, revision and dtype on both sides; proof_tolerance "
-            "overrides the derived tolerance"
+        hint = "the server does not sample from the weights that were pushed"
+        if m.version is None:
+            hint = "learner and server do not hold the same base, or compute it in very different precision"
+        raise InstallFailed(
+            f"proof of sync failed: at {what} the logprob of the server at {m.server} of token {position} of probe "
+            f"sequence {row} is {m.served[worst]:.6f}, the learner's {m.own[worst]:.6f}: a mismatch of "
+            f"{m.max_mismatch:.3g}, tolerance {m.tolerance:.3g}. {hint}. Compare model, revision and dtype on both "
+            "sides; proof_tolerance overrides the derived tolerance"
         )
 
     def _check_movement(self, reference: Measurement, now: Measurement, slack: float = SLOPE_SLACK) -> float | None:
@@ -261,28 +260,20 @@ class SyncProof:
             own, served = now.own - reference.own, now.served - reference.served
             most = int(np.abs(own).argmax())
             row, position = self._places[most]
-            raise _failed(
-                f"from {reference.version or 'the base'} to {now.version} the learner's logprobs moved, those of the "
-                f"server at {now.server} followed by a factor of {seen:.2f} instead of 1: token {position} of probe "
-                f"sequence {row} moved by {own[most]:.3g} here and by {served[most]:.3g} there. The push has "
-                "not (or not correctly) taken effect; restart the rollout server"
+            raise InstallFailed(
+                f"proof of sync failed: from {reference.version or 'the base'} to {now.version} the learner's logprobs "
+                f"moved, those of the server at {now.server} followed by a factor of {seen:.2f} instead of 1: token "
+                f"{position} of probe sequence {row} moved by {own[most]:.3g} here and by {served[most]:.3g} there. "
+                "The push has not (or not correctly) taken effect; restart the rollout server"
             )
         return seen
-
-
-def _computed_in(model: PeftModel) -> str:
-    """Return the coarser dtype of base and adapter."""
-    adapter = next(iter(lora_layers(model, active_adapter(model)).values())).lora_A[active_adapter(model)].weight
-    coarser = max(model.get_base_model().dtype, adapter.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    return str(coarser).removeprefix("torch.")
 
 
 @contextmanager
 def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> Iterator[None]:
     """Within it B is random, and so large that the probe's logprobs move by `nats` (rms); then it is restored."""
-    model = proof.model
-    layers = lora_layers(model, active_adapter(model))
-    weights = [layer.lora_B[active_adapter(model)].weight for layer in layers.values()]
+    adapter = active_adapter(proof.model)
+    weights = [layer.lora_B[adapter].weight for layer in lora_layers(proof.model, adapter).values()]
     with gathered(weights):
         kept = [weight.detach().clone() for weight in weights]
     # A generator of its own, so that the training's random numbers are not used up.
@@ -306,5 +297,50 @@ def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> I
                 weight.copy_(old)
 
 
-def _failed(message: str) -> LockstepError:
-    return InstallFailed(f"proof of sync failed: {message}")
+def probe_sequences(pool: ServerPool, prompts: list[list[int]]) -> list[list[int]]:
+    """Return ends of the first distinct prompts, each with a greedy completion: text like the policy will see.
+
+    Args:
+        prompts: token ids [B][P].
+
+    Returns:
+        Token ids [N][T], N <= 4; prompts only where the servers' context has no room for a completion.
+    """
+    replica = pool.available()[0]
+    distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:SEQUENCES]
+    room = min(r.known.max_model_len for r in pool.up()) - max(map(len, distinct))
+    if room < 1:
+        return [list(prompt) for prompt in distinct]
+    request = GenerateRequest(
+        prompts=[Prompt(token_ids=list(prompt)) for prompt in distinct],
+        sampling=SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room)),
+        policy="base" if serve_base([replica.known]) else "latest",
+    )
+    groups = replica.client.generate(request).groups
+    return [[*group.prompt_token_ids, *group.completions[0].token_ids] for group in groups]
+
+
+def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float | None:
+    """Push a canary adapter as a run of its own, prove that it is served, and delete it. Collective, as a push is.
+
+    Returns:
+        The slope of `SyncProof.canary`; None where a server has no room: the real run's own push reports that.
+    """
+    lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
+    canary = Publisher(
+        real.pool,
+        real.model,
+        lease,
+        base_weights=real.base_weights,
+        takeover=takeover,
+        transport="http",
+        on_main=real.on_main,
+    )
+    try:
+        return proof.canary(lambda: canary.push(0).version)
+    except NoFreeRun:
+        return None
+    finally:
+        real.on_main(canary.delete_run)
+        for replica in real.pool.up():
+            replica.receipt = None  # from now on the real run is served

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from peft import PeftModel
 
@@ -22,6 +22,7 @@ from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, 
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 
+@dataclass(eq=False)
 class Publisher:
     """Pushes the adapter of one model to all rollout servers.
 
@@ -38,37 +39,30 @@ class Publisher:
         seconds: wall-clock seconds of every push, from export to the last receipt.
     """
 
-    def __init__(
-        self,
-        pool: ServerPool,
-        model: PeftModel,
-        lease: Lease,
-        *,
-        base_weights: str | None = None,
-        takeover: bool = False,
-        transport: Choice = "auto",
-        in_flight: InFlight = "drain",
-        on_main: OnMain = on_one_rank,
-    ) -> None:
-        states = [replica.known for replica in pool.up()]
-        self.pool, self.model = pool, model
-        self.lease: Lease = on_main(lambda: _above_served(lease, states))
-        self.lora_dtype: str = on_main(lambda: states[0].lora_dtype)
-        self.base_weights = base_weights
-        self._choice, self._in_flight = transport, in_flight
-        self._takeover, self._taken_over = takeover, set[str]()
-        self.on_main = on_main
-        self._export: AdapterExport | None = None
-        self._transports: dict[str, Transport] = {}
-        # Servers that come back are sent the last export from threads of their own.
-        self._exporting = threading.Lock()
-        self.receipts: list[PushReceipt] = []
-        self.seconds: list[float] = []
+    pool: ServerPool
+    model: PeftModel
+    lease: Lease
+    base_weights: str | None = None
+    takeover: bool = False
+    transport: Choice = "auto"
+    in_flight: InFlight = "drain"
+    on_main: OnMain = on_one_rank
+    receipts: list[PushReceipt] = field(default_factory=list, init=False)
+    seconds: list[float] = field(default_factory=list, init=False)
+    _taken_over: set[str] = field(default_factory=set, init=False)
+    _exporter: AdapterExporter | None = field(default=None, init=False)
+    _export: AdapterExport | None = field(default=None, init=False)
+    _transports: dict[str, Transport] = field(default_factory=dict, init=False)
+    #: Servers that come back are sent the last export from threads of their own.
+    _exporting: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    @functools.cached_property
-    def exporter(self) -> AdapterExporter:
-        """Made at the first push: only then the trainer has put the model where it stays."""
-        return AdapterExporter(self.model, dtype=self.lora_dtype, base_weights=self.base_weights)
+    def __post_init__(self) -> None:
+        states, run_id = [replica.known for replica in self.pool.up()], self.lease.run_id
+        # The kept lease may be older than a served version.
+        served = [run.version for state in states for run in state.runs if run.run_id == run_id and run.version]
+        lease = replace(self.lease, fence=max([self.lease.fence, *(version.fence + 1 for version in served)]))
+        self.lease = self.on_main(lambda: lease)
+        self.lora_dtype: str = self.on_main(lambda: states[0].lora_dtype)
 
     @property
     def last(self) -> PushReceipt | None:
@@ -94,7 +88,9 @@ class Publisher:
         """
         started = time.perf_counter()
         with self._exporting:
-            export = self._export = self.exporter.export(self.version(step))
+            if self._exporter is None:  # only now the trainer has put the model where it stays
+                self._exporter = AdapterExporter(self.model, dtype=self.lora_dtype, base_weights=self.base_weights)
+            export = self._export = self._exporter.export(self.version(step))
             replicas = self.pool.up()
         receipt: PushReceipt = self.on_main(lambda: self._send(export, replicas))
         self.receipts.append(receipt)
@@ -103,8 +99,7 @@ class Publisher:
 
     def ensure(self, step: int) -> PushReceipt:
         """Push `step` unless it was the last push. Collective."""
-        last = self.last
-        return last if last is not None and last.version == self.version(step) else self.push(step)
+        return last if (last := self.last) and last.version == self.version(step) else self.push(step)
 
     def catch_up(self, replica: Replica, admit: Callable[[RolloutClient, ServerState], None]) -> None:
         """Push the last export over HTTP to a server that is new, or has failed, and mark it up. Not collective.
@@ -122,7 +117,7 @@ class Publisher:
             admit(replica.client, state)
             if (transport := self._transports.pop(replica.url, None)) is not None:
                 transport.close()  # its workers are gone
-            replica.restarted(state)
+            replica.state, replica.receipt = state, None
         elif not replica.serves_receipt(state):
             replica.receipt = None
         while True:
@@ -137,7 +132,7 @@ class Publisher:
                 pieces,
                 self.lease.secret,
                 takeover=self._takes_over(replica),
-                in_flight=self._in_flight,
+                in_flight=self.in_flight,
             )
             self._accept(replica, receipt, export.manifest)
 
@@ -171,30 +166,26 @@ class Publisher:
         def one(replica: Replica) -> None:
             incarnation, replica.pushing = replica.incarnation, True
             try:
-                receipt = self._transport(replica).send(export, takeover=self._takes_over(replica))
+                transport = self._transports.get(replica.url)
+                if transport is None:
+                    transport = Transport(replica, self.lease, export.flat.device, self.transport, self.in_flight)
+                    self._transports[replica.url] = transport
+                receipt = transport.send(export, takeover=self._takes_over(replica))
                 self._accept(replica, receipt, export.manifest)
             except LockstepError as error:
                 self.pool.lost_or_raise(replica, error, incarnation)
             finally:
                 replica.pushing = False
 
-        all_of([functools.partial(one, replica) for replica in replicas], "push")
+        all_of([partial(one, replica) for replica in replicas], "push")
         # If all of them failed, one that has come back since has been caught up.
         serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)
         receipts = [replica.receipt for replica in serving if replica.receipt]
         return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
 
-    def _transport(self, replica: Replica) -> Transport:
-        transport = self._transports.get(replica.url)
-        if transport is None:
-            device = self.exporter.flat.device
-            transport = Transport(replica.client, self.lease, device, replica.known, self._choice, self._in_flight)
-            self._transports[replica.url] = transport
-        return transport
-
     def _takes_over(self, replica: Replica) -> bool:
         """Take over once on each server: a learner that is taken over itself must not take the run back."""
-        return self._takeover and replica.url not in self._taken_over
+        return self.takeover and replica.url not in self._taken_over
 
     def _accept(self, replica: Replica, receipt: PushReceipt, manifest: AdapterManifest) -> None:
         if receipt.epoch != replica.known.epoch:  # it has to be admitted again first
@@ -210,10 +201,3 @@ class Publisher:
             )
         self._taken_over.add(replica.url)
         replica.receipt = receipt
-
-
-def _above_served(lease: Lease, states: list[ServerState]) -> Lease:
-    """Return the lease with a fence above that of every served version; the kept lease may be older than that."""
-    runs = [run for state in states for run in state.runs if run.run_id == lease.run_id]
-    fences = [run.version.fence + 1 for run in runs if run.version is not None]
-    return Lease(lease.run_id, lease.secret, max([lease.fence, *fences]))

@@ -53,8 +53,7 @@ class Measurement:
 def slope(reference: Measurement, now: Measurement) -> float | None:
     """Regress the server's change of logprobs on the learner's, through the origin: 1 if it follows, 0 if not.
 
-    Returns:
-        None where the learner's change is too small to tell from rounding.
+    None where the learner's change is too small to tell from rounding.
     """
     own, served = now.own - reference.own, now.served - reference.served
     if float(np.sqrt(np.mean(own**2))) < MIN_SIGNAL * reference.noise:

@@ -15,8 +15,8 @@ import torch
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
-from learner.sync.broadcast import SendingGroup
 from learner.sync.publisher import Publisher
+from learner.sync.transport import SendingGroup
 from shared.errors import ErrorCode, LockstepError
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
@@ -155,7 +155,7 @@ def test_an_engine_that_is_stopped_ends_in_an_error_within_the_deadline(
 
 def test_collective_is_refused_where_there_can_be_no_group(client: RolloutClient) -> None:
     state = client.state().model_copy(update={"devices": ["GPU-1"], "device": "cuda"})
-    from learner.sync.broadcast import can_broadcast
+    from learner.sync.transport import can_broadcast
 
     assert "cuda" in str(can_broadcast(torch.device("cpu"), state))
 
@@ -164,5 +164,5 @@ def test_a_stranger_cannot_join_a_runs_group(learner: _Learner) -> None:
     learner.push(0)
     stranger = replace(learner.publisher.lease, secret="somebody-else")
     with pytest.raises(LockstepError) as refused:
-        SendingGroup.join(learner.client, stranger, torch.device("cpu"))
+        SendingGroup(learner.client, stranger, torch.device("cpu"))
     assert refused.value.code is ErrorCode.LEASE_MISMATCH

@@ -48,7 +48,9 @@ def test_unreachable_slow_and_foreign_servers():
     assert code_of(client_of(raising(httpx.ReadTimeout)).state) is ErrorCode.TIMEOUT
     assert code_of(client_of(lambda r: httpx.Response(200, text="hello")).state) is ErrorCode.PROTOCOL_MISMATCH
     assert code_of(client_of(lambda r: httpx.Response(418, text="bad")).state) is ErrorCode.PROTOCOL_MISMATCH
-    assert code_of(client_of(lambda r: httpx.Response(200, json={"protocol": 99})).state) is ErrorCode.PROTOCOL_MISMATCH
+    with pytest.raises(LockstepError, match="same lockstep-rl") as caught:
+        client_of(lambda r: httpx.Response(200, json={"protocol": 99})).state()
+    assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH
 
 
 def test_waits_until_ready(server_state):
@@ -132,7 +134,7 @@ def test_a_proxy_that_refuses(status, code):
 
 def test_an_overloaded_server_is_retried_until_the_deadline(monkeypatch):
     slept = []
-    monkeypatch.setattr("learner.servers.http.time.sleep", slept.append)
+    monkeypatch.setattr("learner.servers.client.time.sleep", slept.append)
     busy = Overloaded("too much").body().model_dump()
     group = {"prompt_index": 0, "prompt_token_ids": [1], "completions": []}
     answers = []

@@ -14,7 +14,6 @@ BASE = BaseFingerprint(weights="a" * 32, tokenizer="b" * 32, chat_template="c" *
 @pytest.mark.parametrize(
     ("change", "word", "code"),
     [
-        ({"protocol": 99}, "same lockstep-rl", ErrorCode.PROTOCOL_MISMATCH),
         ({"ready": False}, "/ready", ErrorCode.NOT_READY),
         ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs", ErrorCode.INVALID_REQUEST),
         ({"policy_altering": ["speculative decoding"]}, "allow_policy_altering", ErrorCode.INVALID_REQUEST),

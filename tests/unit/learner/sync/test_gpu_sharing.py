@@ -144,7 +144,7 @@ def test_a_server_that_came_back_is_put_to_sleep_again(server: FakeServer) -> No
     assert server.naps == 1
     server.restart()
     server.state = server.state.model_copy(update={"asleep": False})
-    replica.restarted(server.state)
+    replica.state = server.state
     sharing.take_gpu()
     assert server.naps == 2
     assert server.state.asleep

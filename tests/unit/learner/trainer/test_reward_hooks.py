@@ -91,7 +91,7 @@ def test_equal_to_trls_own(make_trainer, rows, caplog) -> None:
     rewards.expect(0, batch["inputs"])
     for first in (8, 0, 12, 4):
         rewards.arrived(None, first, completions_of(batch)[first : first + 4])
-    begun = [group.pending[0] for group in rewards._groups.values()]
+    begun = [pending[0] for _, pending in rewards._groups.values()]
     assert_equal(trainer._calculate_rewards(**batch), expected)
     assert len(begun) == 4, "each was fetched, and not computed again"
     assert not rewards._groups, "each was fetched, and not computed again"
