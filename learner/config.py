@@ -192,11 +192,7 @@ class LearnerConfig:
         return cast(dict[str, Any], self.lora_kwargs)
 
     def require_urls(self) -> list[str]:
-        """Return the rollout servers' URLs as given.
-
-        Raises:
-            LockstepError: `invalid_request` without any, or with several where only one can be used.
-        """
+        """Return the URLs as given; raise `InvalidRequest` without any, or with several where one must do."""
         if not self.rollout_url:
             raise InvalidRequest("give --rollout-url, e.g. http://127.0.0.1:8000")
         several = len(self.rollout_url) > 1 or self.rollout_url[0].startswith(("dns+", "file:"))
@@ -209,22 +205,14 @@ class LearnerConfig:
         return self.rollout_url
 
     def require_task(self) -> str:
-        """Return `task`.
-
-        Raises:
-            LockstepError: `invalid_request` if it is missing.
-        """
+        """Return `task`; raise `InvalidRequest` if it is missing."""
         if not self.task:
             raise InvalidRequest("give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
         return self.task
 
 
 def json_object(value: dict | str | None, name: str) -> dict[str, Any]:
-    """Return the JSON object that option `name` gives as text, or as a dict.
-
-    Raises:
-        ValueError: if it is something else.
-    """
+    """Return the JSON object that option `name` gives as text or as a dict; raise `ValueError` for anything else."""
     try:
         value = {} if value in (None, "") else json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
