@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN
@@ -30,7 +30,7 @@ class LearnerConfig:
     """Options of `learner train` and `attach`: rollout servers, task, weight sync, rewards, monitoring.
 
     TRL's `TrlParser` parses them next to GRPOConfig and ModelConfig, so every field is a flag and a YAML key.
-    Dicts are given as JSON on the command line.
+    Dicts are given as JSON on the command line; after construction they are dicts.
 
     Raises:
         ValueError: for values out of range or options that exclude each other.
@@ -180,16 +180,6 @@ class LearnerConfig:
             raise ValueError("deterministic: where in a completion a push lands varies; leave in_flight at drain")
         if self.run_id is not None and not re.match(RUN_ID_PATTERN, self.run_id):
             raise ValueError(f"run_id {self.run_id!r}: letters, digits, dot, dash and underscore, at most 64")
-
-    @property
-    def task_options(self) -> dict[str, Any]:
-        """`task_args`, which is always a dict after construction."""
-        return cast(dict[str, Any], self.task_args)
-
-    @property
-    def lora_options(self) -> dict[str, Any]:
-        """`lora_kwargs`, which is always a dict after construction."""
-        return cast(dict[str, Any], self.lora_kwargs)
 
     def require_urls(self) -> list[str]:
         """Return the URLs as given; raise `InvalidRequest` without any, or with several where one must do."""

@@ -22,7 +22,6 @@ from learner.utils.threads import all_of
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState
 
-_TIMEOUT_S = 5.0
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -128,7 +127,7 @@ def _ask(urls: Sequence[str], connect: Callable[[str], RolloutClient], progress:
 
     def ask(url: str) -> tuple[ServerRow, Sequence[RunState]]:
         try:
-            state = connect(url).state(timeout_s=_TIMEOUT_S)
+            state = connect(url).state(timeout_s=5.0)
         except LockstepError as error:
             return ServerRow(url, "away", error=str(error)), ()
         readiness = "draining" if state.draining else "ready" if state.ready else "not ready"

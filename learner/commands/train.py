@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from peft import LoraConfig, PeftModel
@@ -86,7 +86,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
     task = load_task(
         task_spec,
-        task_args=config.task_options,
+        task_args=cast(dict[str, Any], config.task_args),
         eval_size=config.eval_size,
         train_size=config.train_size,
         seed=args.seed,
@@ -149,10 +149,11 @@ def _is_main() -> bool:
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
     """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
+    extra = cast(dict[str, Any], config.lora_kwargs)
     if config.init_adapter is not None:
         defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
         changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
-        if changed or config.lora_options:
+        if changed or extra:
             what = ", ".join(changed) or "lora_kwargs"
             raise InvalidRequest(f"{what}: the adapter of init_adapter keeps its own LoRA settings; leave this out")
         try:
@@ -161,10 +162,10 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
             raise InvalidRequest(f"init_adapter {config.init_adapter!r} is not a PEFT LoRA adapter: {error}") from error
     if not model_args.use_peft:
         return None
-    unknown = sorted(config.lora_options.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
+    unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
-    return dataclasses.replace(get_peft_config(model_args), **config.lora_options)
+    return dataclasses.replace(get_peft_config(model_args), **extra)
 
 
 def _trainer(

@@ -39,6 +39,17 @@ START_SECONDS = 600.0
 #: vLLM shares the prefill of a group in full blocks, and the CPU backend's default of 128 tokens is longer than these
 #: prompts; compilation would take longer than the demo.
 CPU_FLAGS = ("--block-size", "32", "--enforce-eager")
+#: Environment of both processes, unless set by the user.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # None reserved: server and learner take turns on the same cores, or have cores of their own.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Dependencies warn about things that the user of the demo cannot change.
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +98,12 @@ def run(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", dtype]
     command += ["--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64"]
     command += [*(CPU_FLAGS if recipe.get("use_cpu") else ()), *options.server_flags]
-    server_cores, learner_cores = _cores(options)
-    with ProcessGroup(command, _environment(), log, cores=server_cores) as server:
+    environment = {**ENVIRONMENT, **os.environ}
+    half = len(cores := sorted(os.sched_getaffinity(0))) // 2
+    if options.split_cores and not half:
+        raise SystemExit("demo: --split-cores needs two cores")
+    server_cores, learner_cores = (cores[:half], cores[half:]) if options.split_cores else (None, None)
+    with ProcessGroup(command, environment, log, cores=server_cores) as server:
         client = RolloutClient(url, read_token(None))  # from the environment, which the server inherits
         _wait_ready(client, server, log)
         sizes = {name: recipe[name] for name in ("eval_size", "train_size") if name in recipe}
@@ -99,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
         command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
         command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
-        with ProcessGroup([*command, *options.train_flags], _environment(), cores=learner_cores) as learner:
+        with ProcessGroup([*command, *options.train_flags], environment, cores=learner_cores) as learner:
             if status := learner.process.wait():
                 raise SystemExit(f"demo: the learner exited with status {status}")
         trained = json.loads((out / SUMMARY_FILE).read_text())
@@ -115,31 +130,6 @@ def run(options: argparse.Namespace) -> None:
     logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
     logger.info("    see %s, %s and %s", out / PAGE_FILE, picture, out / EVALS_FILE)
     logger.info("done in %.0f s: %.0f s of training and evaluation", time.monotonic() - started, total)
-
-
-def _cores(options: argparse.Namespace) -> tuple[list[int] | None, list[int] | None]:
-    """Return the CPU cores of the server and of the learner; None means all."""
-    if not options.split_cores:
-        return None, None
-    cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2
-    if not half:
-        raise SystemExit("demo: --split-cores needs two cores")
-    return cores[:half], cores[half:]
-
-
-def _environment() -> dict[str, str]:
-    defaults = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        # None reserved: server and learner take turns on the same cores, or have cores of their own.
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Dependencies warn about things that the user of the demo cannot change.
-        "PYTHONWARNINGS": "ignore",
-    }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:

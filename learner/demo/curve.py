@@ -29,7 +29,7 @@ def write_curve(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 4.6), dpi=150, layout="constrained")  # no pyplot: no global state, no display
-    axes = figure.add_subplot()
+    axes: Any = figure.add_subplot()
     if points:
         steps, rewards = zip(*points, strict=True)
         window = max(3, len(points) // 10)

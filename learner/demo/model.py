@@ -25,10 +25,8 @@ COMPLETE = ".complete"
 
 def default_model_dir() -> Path:
     """Return the demo model's directory: under `LOCKSTEP_CACHE`, else in the user's cache."""
-    if own := os.environ.get("LOCKSTEP_CACHE"):
-        return Path(own).expanduser() / MODEL_NAME
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "lockstep" / MODEL_NAME
+    cache = os.environ.get("LOCKSTEP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lockstep")
+    return Path(cache).expanduser() / MODEL_NAME
 
 
 def ensure_demo_model(

@@ -23,7 +23,6 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-ur
 #: Control characters, changes of the writing direction, lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NONE = "\N{EN DASH}"
-_STATES = {"training": "training", "finished": "finished", "stopped": "stopped early"}
 
 
 @dataclass
@@ -74,6 +73,7 @@ def render(run: RunData) -> str:
 def _head(run: RunData) -> str:
     steps, spent, evals = run.last("max_steps"), run.total("seconds"), _column(run.logs, "eval_reward")
     done, push = min(100.0, 100 * (run.last("step") or 0) / (steps or 1)), run.last("push_seconds")
+    state = "stopped early" if run.state == "stopped" else run.state
     written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     tiles = [
         ("step", f"{run.last('step')} / {steps}" if steps else "0"),
@@ -86,7 +86,7 @@ def _head(run: RunData) -> str:
         ("servers up", f"{sum(bool(server['up']) for server in run.servers)} of {len(run.servers)}"),
     ]
     return (
-        f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{_STATES[run.state]}</span></h1>'
+        f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{state}</span></h1>'
         f'<p class="soft">{_text(run.model)} · {timedelta(seconds=int(spent))} in {len(run.steps)} steps · written '
         f'{written}; reload to update</p><div class="bar"><span style="width:{done:.1f}%"></span></div></header>'
         f'<ul class="tiles">{"".join(f"<li><span>{a}</span><b>{_text(b)}</b></li>" for a, b in tiles)}</ul>'
