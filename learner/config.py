@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from shared.errors import InvalidRequest
 from shared.weights import RUN_ID_PATTERN
@@ -30,7 +30,7 @@ class LearnerConfig:
     """Options of `learner train` and `attach`: rollout servers, task, weight sync, rewards, monitoring.
 
     TRL's `TrlParser` parses them next to GRPOConfig and ModelConfig, so every field is a flag and a YAML key.
-    Dicts are given as JSON on the command line.
+    Dicts are given as JSON on the command line; after construction they are dicts.
 
     Raises:
         ValueError: for values out of range or options that exclude each other.
@@ -181,22 +181,8 @@ class LearnerConfig:
         if self.run_id is not None and not re.match(RUN_ID_PATTERN, self.run_id):
             raise ValueError(f"run_id {self.run_id!r}: letters, digits, dot, dash and underscore, at most 64")
 
-    @property
-    def task_options(self) -> dict[str, Any]:
-        """`task_args`, which is always a dict after construction."""
-        return cast(dict[str, Any], self.task_args)
-
-    @property
-    def lora_options(self) -> dict[str, Any]:
-        """`lora_kwargs`, which is always a dict after construction."""
-        return cast(dict[str, Any], self.lora_kwargs)
-
     def require_urls(self) -> list[str]:
-        """Return the rollout servers' URLs as given.
-
-        Raises:
-            LockstepError: `invalid_request` without any, or with several where only one can be used.
-        """
+        """Return the URLs as given; raise `InvalidRequest` without any, or with several where one must do."""
         if not self.rollout_url:
             raise InvalidRequest("give --rollout-url, e.g. http://127.0.0.1:8000")
         several = len(self.rollout_url) > 1 or self.rollout_url[0].startswith(("dns+", "file:"))
@@ -209,22 +195,14 @@ class LearnerConfig:
         return self.rollout_url
 
     def require_task(self) -> str:
-        """Return `task`.
-
-        Raises:
-            LockstepError: `invalid_request` if it is missing.
-        """
+        """Return `task`; raise `InvalidRequest` if it is missing."""
         if not self.task:
             raise InvalidRequest("give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
         return self.task
 
 
 def json_object(value: dict | str | None, name: str) -> dict[str, Any]:
-    """Return the JSON object that option `name` gives as text, or as a dict.
-
-    Raises:
-        ValueError: if it is something else.
-    """
+    """Return the JSON object that option `name` gives as text or as a dict; raise `ValueError` for anything else."""
     try:
         value = {} if value in (None, "") else json.loads(value) if isinstance(value, str) else value
     except ValueError as error:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from learner.commands.flags import either_spelling
 from learner.monitors.charts import sparkline
-from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
+from learner.run_dir.files import HISTORY_FILE, LEASE_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.servers.discovery import ServerDiscovery
@@ -22,7 +22,6 @@ from learner.utils.threads import all_of
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState
 
-_TIMEOUT_S = 5.0
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -106,8 +105,12 @@ def read_progress(run_dir: Path) -> RunProgress | None:
         return None
     evals = [row for row in read_lines(run_dir / LOGS_FILE) if finite(row.get("eval_reward")) is not None]
     last, evaluated = rows[-1], evals[-1] if evals else {}
+    try:
+        run_id = json.loads((run_dir / LEASE_FILE).read_text())["run_id"]
+    except (OSError, ValueError, KeyError):  # only the owner of the files may read it
+        run_id = None
     return RunProgress(
-        run_id=_run_id(run_dir),
+        run_id=run_id,
         step=last["step"],
         max_steps=last["max_steps"],
         seconds_ago=max(time.time() - history.stat().st_mtime, 0.0),
@@ -124,7 +127,7 @@ def _ask(urls: Sequence[str], connect: Callable[[str], RolloutClient], progress:
 
     def ask(url: str) -> tuple[ServerRow, Sequence[RunState]]:
         try:
-            state = connect(url).state(timeout_s=_TIMEOUT_S)
+            state = connect(url).state(timeout_s=5.0)
         except LockstepError as error:
             return ServerRow(url, "away", error=str(error)), ()
         readiness = "draining" if state.draining else "ready" if state.ready else "not ready"
@@ -135,22 +138,14 @@ def _ask(urls: Sequence[str], connect: Callable[[str], RolloutClient], progress:
     if progress and progress.run_id:
         known.append((progress.run_id, progress.step))
     newest = dict(sorted(known))  # of several steps of a run, the highest comes last and stays
-    return [replace(row, runs=tuple(_run_row(run, newest) for run in runs)) for row, runs in replies]
 
+    def row_of(run: RunState) -> RunRow:
+        if not (version := run.version):
+            return RunRow(run.run_id, None, None, None, run.running_requests)
+        lag = newest[run.run_id] - version.step
+        return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests)
 
-def _run_row(run: RunState, newest: Mapping[str, int]) -> RunRow:
-    if not (version := run.version):
-        return RunRow(run.run_id, None, None, None, run.running_requests)
-    lag = newest[run.run_id] - version.step
-    return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests)
-
-
-def _run_id(run_dir: Path) -> str | None:
-    """Read it from the lease, which only the owner of the files may do."""
-    try:
-        return json.loads((run_dir / "lease.json").read_text())["run_id"]
-    except (OSError, ValueError, KeyError):
-        return None
+    return [replace(row, runs=tuple(map(row_of, runs))) for row, runs in replies]
 
 
 def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[str]:

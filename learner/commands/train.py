@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from peft import LoraConfig, PeftModel
@@ -22,7 +22,7 @@ from learner.adapters.quantization import quantization_config
 from learner.commands.export import export
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
-from learner.run_dir.checkpoint import TrainingState, last_checkpoint, load_state
+from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
 from learner.servers.compatibility import check_base, check_server
 from learner.tasks import Task, import_object, load_task
@@ -32,7 +32,6 @@ from learner.trainer.sampling import sampling_params
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
-from shared.weights import ServerState
 
 logger = logging.getLogger("lockstep.commands")
 
@@ -80,10 +79,14 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     quantized = quantization_config(model_args)
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
-    _check_servers(states, config, model_args, lora)
+    own = fingerprint_checkpoint(model, revision)
+    for state in states:  # what is known before the model is loaded; `attach` checks all of it
+        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        check_rank(lora, state)
+        check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
     task = load_task(
         task_spec,
-        task_args=config.task_options,
+        task_args=cast(dict[str, Any], config.task_args),
         eval_size=config.eval_size,
         train_size=config.train_size,
         seed=args.seed,
@@ -100,7 +103,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     training = time.perf_counter()
     checkpoint = _resume(args)
     try:
-        if finished := _finished(checkpoint, args):
+        finished = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
+        if finished and 0 < args.max_steps <= finished.step:  # transformers would make one more step
             logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
             load_adapter(session.model, Path(str(checkpoint)))
             trainer.state.global_step = finished.step
@@ -145,10 +149,11 @@ def _is_main() -> bool:
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
     """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
+    extra = cast(dict[str, Any], config.lora_kwargs)
     if config.init_adapter is not None:
         defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
         changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
-        if changed or config.lora_options:
+        if changed or extra:
             what = ", ".join(changed) or "lora_kwargs"
             raise InvalidRequest(f"{what}: the adapter of init_adapter keeps its own LoRA settings; leave this out")
         try:
@@ -157,21 +162,10 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
             raise InvalidRequest(f"init_adapter {config.init_adapter!r} is not a PEFT LoRA adapter: {error}") from error
     if not model_args.use_peft:
         return None
-    unknown = sorted(config.lora_options.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
+    unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
-    return dataclasses.replace(get_peft_config(model_args), **config.lora_options)
-
-
-def _check_servers(
-    states: Sequence[ServerState], config: LearnerConfig, model_args: ModelConfig, lora: LoraConfig
-) -> None:
-    """Check what is known before the model is loaded; `attach` checks all of it."""
-    own = fingerprint_checkpoint(model_args.model_name_or_path, model_args.model_revision)
-    for state in states:
-        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
-        check_rank(lora, state)
-        check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+    return dataclasses.replace(get_peft_config(model_args), **extra)
 
 
 def _trainer(
@@ -222,9 +216,3 @@ def _resume(args: GRPOConfig) -> bool | str | None:
     if value is None and last is not None:
         logger.info("resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", last)
     return (str(last) if last else value) if value in (None, True) else value
-
-
-def _finished(checkpoint: bool | str | None, args: GRPOConfig) -> TrainingState | None:
-    """Return the state in `checkpoint` if no step is left; transformers would make one more."""
-    state = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
-    return state if state is not None and 0 < args.max_steps <= state.step else None

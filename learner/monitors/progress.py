@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -29,7 +30,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "eval_reward" in logs:
-            self._write(f"step {state.global_step}: eval reward {logs['eval_reward']:.3f}")
+            write = tqdm.write if self._bar is not None else partial(print, flush=True)
+            write(f"step {state.global_step}: eval reward {logs['eval_reward']:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
@@ -37,20 +39,21 @@ class Progress(TrainerCallback):
 
     def show(self, report: StepReport) -> None:
         """Show a completed optimizer step."""
+        reward = "-" if report.reward is None else f"{report.reward:.3f}"
+        servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
+        gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
+        summary = (
+            f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
+            f"push {report.push_seconds:.2f} s{servers}{gap}"
+        )
         if self._bar is not None:
-            self._bar.set_postfix_str(_summary(report))
+            self._bar.set_postfix_str(summary)
             self._bar.update(report.step - self._bar.n)
         else:
             done = report.step - self._first_step
             seconds = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
             left = timedelta(seconds=int(seconds))
-            self._write(f"step {report.step}/{report.max_steps}  {_summary(report)}  left {left}")
-
-    def _write(self, text: str) -> None:
-        if self._bar is not None:
-            tqdm.write(text)
-        else:
-            print(text, flush=True)
+            print(f"step {report.step}/{report.max_steps}  {summary}  left {left}", flush=True)
 
 
 def show_progress(trainer: Trainer, session: Session) -> None:
@@ -61,13 +64,3 @@ def show_progress(trainer: Trainer, session: Session) -> None:
     trainer.add_callback(progress)
     if trainer.accelerator.is_main_process:
         session.metrics.listeners.append(progress.show)
-
-
-def _summary(report: StepReport) -> str:
-    reward = "-" if report.reward is None else f"{report.reward:.3f}"
-    servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
-    gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
-    return (
-        f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
-        f"push {report.push_seconds:.2f} s{servers}{gap}"
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter as Counts
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -66,14 +66,15 @@ _COUNTED = {
 }
 
 
-class LearnerMetrics:
+class LearnerMetrics(Collector):
     """All metrics of one learner process, in a registry of their own.
 
     Counters begin at 0 with each process, also in a resumed run.
     """
 
     def __init__(self, pool: ServerPool, *, run_id: str, model: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry, self._pool = CollectorRegistry(), pool
+        self._values: dict[str, float] = {}
         self._lags, self._tokens, self._regenerated = Counts[int](), 0, 0
         gauge = partial(Gauge, namespace=NAMESPACE, registry=self.registry)
         counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
@@ -83,28 +84,25 @@ class LearnerMetrics:
             "mean": gauge("reward_function", "Mean of one reward function, before its weight", ["function"]),
             "std": gauge("reward_function_std", "Standard deviation of one reward function", ["function"]),
         }
-        self._gauges = _Gauges([*_STEPPED.values(), *_MISMATCH.values(), *_LOGGED.values()])
-        self.registry.register(self._gauges)
+        self.registry.register(self)
         self._step_seconds = histogram("step_seconds", "Optimizer steps, waiting included", buckets=_STEP_SECONDS)
-        self._push_seconds = histogram(
-            "push_seconds", "From the adapter's export to the last receipt", buckets=_SECONDS
-        )
+        pushes = "From the adapter's export to the last receipt"
+        self._push_seconds = histogram("push_seconds", pushes, buckets=_SECONDS)
         self._lag = histogram("lag_batches", "Staleness of trained samples, in generation batches", buckets=_LAGS)
         self._counters = {field: counter(*metric) for field, metric in _COUNTED.items()}
         self._completion_tokens = counter("completion_tokens", "Tokens of the completions trained on")
         self._regenerations = counter("regenerated", "Samples generated again because they were too stale")
-        self.registry.register(_Servers(pool))
 
     def begin(self, step: int, max_steps: int, stats: RolloutStats) -> None:
         """Begin at the state of a run, whose earlier counts belong to another process."""
-        self._gauges.set(_STEPPED, {"step": step, "max_steps": max_steps})
+        self._set(_STEPPED, {"step": step, "max_steps": max_steps})
         self._tokens = stats.completion_tokens
 
     def stepped(self, report: StepReport, stats: RolloutStats) -> None:
         """Record an optimizer step."""
         values = asdict(report)
-        self._gauges.set(_STEPPED, values)
-        self._gauges.set(_MISMATCH, values["drift"] or {})
+        self._set(_STEPPED, values)
+        self._set(_MISMATCH, values["drift"] or {})
         for name, counter in self._counters.items():
             counter.inc(values[name] or 0.0)
         self._step_seconds.observe(report.seconds)
@@ -117,7 +115,7 @@ class LearnerMetrics:
 
     def logged(self, logs: Mapping[str, float | None]) -> None:
         """Record TRL's logs: means over the steps since its previous log, or an evaluation."""
-        self._gauges.set(_LOGGED, logs)
+        self._set(_LOGGED, logs)
         for name, value in logs.items():
             kind, _, function = name.partition("/")
             function, _, statistic = function.rpartition("/")
@@ -140,40 +138,21 @@ class LearnerMetrics:
             ) from error
         logger.info("metrics on http://%s:%d/metrics", host, port)
 
-
-class _Gauges(Collector):
-    """Gauges without a sample until their value is known: a missing evaluation is not one of 0."""
-
-    def __init__(self, gauges: Sequence[tuple[str, str]]) -> None:
-        self._gauges, self._values = gauges, dict[str, float]()
-
-    def set(self, table: Mapping[str, tuple[str, str]], values: Mapping[str, Any]) -> None:
-        """Set the gauges of `table` from `values`; what is missing, None or not finite keeps its previous value."""
-        for key, (name, _) in table.items():
-            if (value := finite(values.get(key))) is not None:
-                self._values[name] = value
-
     def collect(self) -> Iterator[Metric]:
-        for name, documentation in self._gauges:
+        """Yield the gauges, without a sample until their value is known: a missing evaluation is not one of 0."""
+        for name, documentation in (*_STEPPED.values(), *_MISMATCH.values(), *_LOGGED.values()):
             yield GaugeMetricFamily(f"{NAMESPACE}_{name}", documentation, self._values.get(name))
-
-
-class _Servers(Collector):
-    """Rollout servers of the moment, since servers come and go."""
-
-    def __init__(self, pool: ServerPool) -> None:
-        self._pool = pool
-
-    def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily(
-            f"{NAMESPACE}_server_up", "1 if the server serves the current version, else 0", labels=["server"]
-        )
-        step = GaugeMetricFamily(
-            f"{NAMESPACE}_server_step", "Step of the version last pushed to the server", labels=["server"]
-        )
+        gauge = partial(GaugeMetricFamily, labels=["server"])
+        up = gauge(f"{NAMESPACE}_server_up", "1 if the server serves the current version, else 0")
+        step = gauge(f"{NAMESPACE}_server_step", "Step of the version last pushed to the server")
         for replica in list(self._pool.replicas.values()):
             up.add_metric([replica.url], float(replica.up))
             if replica.receipt is not None:
                 step.add_metric([replica.url], replica.receipt.version.step)
-        yield up
-        yield step
+        yield from (up, step)
+
+    def _set(self, table: Mapping[str, tuple[str, str]], values: Mapping[str, Any]) -> None:
+        """Set the gauges of `table` from `values`; what is missing, None or not finite keeps its previous value."""
+        for key, (name, _) in table.items():
+            if (value := finite(values.get(key))) is not None:
+                self._values[name] = value

@@ -56,13 +56,19 @@ class Recorder(TrainerCallback):
         self._history, self._logs = JsonLines(output_dir / files.HISTORY_FILE), JsonLines(output_dir / files.LOGS_FILE)
         self.samples, self._page = Samples(output_dir / files.SAMPLES_FILE), output_dir / files.PAGE_FILE
         self.metrics = LearnerMetrics(session.pool, run_id=session.run_id, model=model)
-        self._run = RunData(session.run_id, model, settings=_settings(trainer, session))
+        lora = session.model.peft_config[active_adapter(session.model)].to_dict()
+        settings = {
+            "Lockstep": _changed(self._config, vars(self._config)),
+            "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # without tokens
+            "LoRA": {name: _plain(value) for name, value in lora.items() if value not in (None, False, {}, [], "")},
+        }
+        self._run = RunData(session.run_id, model, settings=settings)
         self._complained, self._next_page = False, 0.0
 
     def stepped(self, report: StepReport) -> None:
         """Record a completed optimizer step."""
         row = asdict(report)
-        self._history.add(row)
+        self._quietly(lambda: self._history.add(row))
         self._run.steps.append(row)
         self.metrics.stepped(report, self._session.rollouts.stats)
 
@@ -116,17 +122,8 @@ class Recorder(TrainerCallback):
             self._complained = True
 
 
-def _settings(trainer: Trainer, session: Session) -> dict[str, dict[str, Any]]:
-    """Collect the settings that differ from their defaults."""
-    lora = session.model.peft_config[active_adapter(session.model)].to_dict()
-    return {
-        "Lockstep": _changed(session.config, vars(session.config)),
-        "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # without tokens
-        "LoRA": {name: _plain(value) for name, value in lora.items() if value not in (None, False, {}, [], "")},
-    }
-
-
 def _changed(config: Any, values: Mapping[str, Any]) -> dict[str, str]:
+    """Format the settings that differ from their defaults."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
     return {name: _plain(value) for name, value in values.items() if value != defaults.get(name) and value is not None}
 

@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from html import escape
+from importlib import resources
 from typing import Any
 
 from learner.monitors.charts import Point, Series, bucketed, chart, number, power, trailing_mean
-from learner.monitors.page_style import STYLE
 from learner.run_dir.files import finite
 
+_STYLE = resources.files("learner.monitors").joinpath("run_page.css").read_text("utf-8")
 #: Second line of defense behind escaping: the browser loads nothing and runs no script.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 #: Control characters, changes of the writing direction, lone surrogates.
 _UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NONE = "\N{EN DASH}"
-_STATES = {"training": "training", "finished": "finished", "stopped": "stopped early"}
 
 
 @dataclass
@@ -59,49 +59,38 @@ class RunData:
 def render(run: RunData) -> str:
     """Render the page as HTML."""
     charts = "".join(_charts(run)) or '<p class="soft">The first step has not ended yet.</p>'
-    body = (
-        _head(run)
-        + _tiles(run)
-        + f'<div class="charts">{charts}</div>'
-        + _completions(run.batches)
-        + _servers(run.servers)
-        + _settings(run.settings)
-    )
+    body = f'{_head(run)}<div class="charts">{charts}</div>{_completions(run)}{_servers(run)}{_settings(run)}'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">'
-        f"<title>{_text(run.run_id)} · Lockstep</title><style>{STYLE}</style></head>"
+        f"<title>{_text(run.run_id)} · Lockstep</title><style>{_STYLE}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
 
 def _head(run: RunData) -> str:
-    done = min(100.0, 100 * (run.last("step") or 0) / (run.last("max_steps") or 1))
-    spent = timedelta(seconds=int(run.total("seconds")))
-    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    return (
-        f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{_STATES[run.state]}</span></h1>'
-        f'<p class="soft">{_text(run.model)} · {spent} in {len(run.steps)} steps · written {written}; '
-        "reload to update</p>"
-        f'<div class="bar"><span style="width:{done:.1f}%"></span></div></header>'
-    )
-
-
-def _tiles(run: RunData) -> str:
     steps, spent, evals = run.last("max_steps"), run.total("seconds"), _column(run.logs, "eval_reward")
+    done, push = min(100.0, 100 * (run.last("step") or 0) / (steps or 1)), run.last("push_seconds")
+    state = "stopped early" if run.state == "stopped" else run.state
+    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     tiles = [
         ("step", f"{run.last('step')} / {steps}" if steps else "0"),
         ("reward", _three(run.last("reward"))),
         ("evaluation", _three(evals[-1][1] if evals else None)),
         ("lag, batches", _short(run.last("lag"))),
         ("bubble", f"{100 * run.total('wait_seconds') / spent:.0f} %" if spent else _NONE),
-        ("push", _seconds(run.last("push_seconds"))),
+        ("push", _NONE if push is None else f"{push:.2g} s" if push < 10 else f"{push:.0f} s"),
         ("tokens/s", _short(run.last("rollout_tokens_per_second"))),
-        ("servers up", f"{sum(bool(server.get('up')) for server in run.servers)} of {len(run.servers)}"),
+        ("servers up", f"{sum(bool(server['up']) for server in run.servers)} of {len(run.servers)}"),
     ]
-    return '<ul class="tiles">' + "".join(f"<li><span>{a}</span><b>{_text(b)}</b></li>" for a, b in tiles) + "</ul>"
+    return (
+        f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{state}</span></h1>'
+        f'<p class="soft">{_text(run.model)} · {timedelta(seconds=int(spent))} in {len(run.steps)} steps · written '
+        f'{written}; reload to update</p><div class="bar"><span style="width:{done:.1f}%"></span></div></header>'
+        f'<ul class="tiles">{"".join(f"<li><span>{a}</span><b>{_text(b)}</b></li>" for a, b in tiles)}</ul>'
+    )
 
 
 def _charts(run: RunData) -> list[str]:
@@ -146,23 +135,20 @@ def _lines(rows: Sequence[Mapping[str, Any]], /, **labels: str) -> list[Series]:
     return [Series(label, _column(rows, name), color=i) for i, (name, label) in enumerate(labels.items(), 1)]
 
 
-def _completions(batches: Sequence[Mapping[str, Any]]) -> str:
-    if not batches:
+def _completions(run: RunData) -> str:
+    if not run.batches:
         return ""
-    shown = "".join(_batch(batch, is_open=i == 0) for i, batch in enumerate(reversed(batches)))
-    return (
+    parts = [
         '<h2 id="completions">Completions</h2><p class="soft">The first, the best and the worst completion of some '
-        "generation batches, newest first. TRL's <code>--log_completions</code> logs all of them.</p>" + shown
-    )
-
-
-def _batch(batch: Mapping[str, Any], *, is_open: bool) -> str:
-    samples = batch["samples"]
-    rewards = ", ".join(_three(sample["reward"]) for sample in samples)
-    return (
-        f'<details class="batch"{" open" if is_open else ""}><summary>Step {int(batch["step"])}'
-        f'<span class="soft">reward {_text(rewards)}</span></summary>{"".join(map(_sample, samples))}</details>'
-    )
+        "generation batches, newest first. TRL's <code>--log_completions</code> logs all of them.</p>"
+    ]
+    for batch in reversed(run.batches):
+        rewards = ", ".join(_three(sample["reward"]) for sample in batch["samples"])
+        parts.append(
+            f'<details class="batch"{" open" if len(parts) == 1 else ""}><summary>Step {int(batch["step"])}'
+            f'<span class="soft">reward {rewards}</span></summary>{"".join(map(_sample, batch["samples"]))}</details>'
+        )
+    return "".join(parts)
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
@@ -170,8 +156,9 @@ def _sample(sample: Mapping[str, Any]) -> str:
     if len(sample["rewards"]) > 1:
         facts += [(name, _three(value)) for name, value in sample["rewards"].items()]
     facts.append(("advantage", _NONE if sample["advantage"] is None else f"{sample['advantage']:+.2f}"))
-    if sample.get("spans"):
-        facts += [("weights of", _spans(sample["spans"])), ("lag", str(sample["lag"]))]
+    if spans := sample.get("spans"):  # as `step 4`, or `step 4 to token 31, step 5 (carried KV)`
+        parts = [f"step {step}{' (carried KV)' * (kv == 'carried')} to token {end}" for step, _, end, kv in spans]
+        facts += [("weights of", ", ".join(parts).rpartition(" to token ")[0]), ("lag", str(sample["lag"]))]
     if sample.get("tokens"):
         cut = {"length": ", cut off", "repetition": ", repeating"}.get(sample["finish_reason"], "")
         facts.append(("tokens", f"{sample['tokens']}{cut}"))
@@ -183,14 +170,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
     )
 
 
-def _spans(spans: Sequence[Sequence[Any]]) -> str:
-    """Format as `step 4`, or `step 4 to token 31, step 5 (carried KV)`."""
-    parts = [f"step {step}{' (carried KV)' if kv == 'carried' else ''}" for step, _, _, kv in spans]
-    ends = [f" to token {end}" for _, _, end, _ in spans[:-1]] + [""]
-    return ", ".join(part + end for part, end in zip(parts, ends, strict=True))
-
-
-def _servers(servers: Sequence[Mapping[str, Any]]) -> str:
+def _servers(run: RunData) -> str:
     rows = "".join(
         f'<li><b>{_text(server["url"])}</b> <span class="{"up" if server["up"] else "down"}">'
         f"{'serving' if server['up'] else 'away'}</span>"
@@ -198,14 +178,14 @@ def _servers(servers: Sequence[Mapping[str, Any]]) -> str:
         f"<span>{server['tokens']:,} tokens</span>"
         + (f"<p>{_text(server['error'])}</p>" if server["error"] else "")
         + "</li>"
-        for server in servers
+        for server in run.servers
     )
-    return f'<h2>Rollout servers</h2><ul class="servers">{rows}</ul>' if servers else ""
+    return f'<h2>Rollout servers</h2><ul class="servers">{rows}</ul>' if rows else ""
 
 
-def _settings(sections: Mapping[str, Mapping[str, Any]]) -> str:
+def _settings(run: RunData) -> str:
     parts = []
-    for title, values in sections.items():
+    for title, values in run.settings.items():
         rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in values.items())
         parts.append(f'<details><summary>{_text(title)}</summary><dl class="settings">{rows}</dl></details>')
     return f"<h2>Settings</h2>{''.join(parts)}" if parts else ""
@@ -227,7 +207,3 @@ def _short(value: float | None) -> str:
 
 def _three(value: float | None) -> str:
     return _NONE if value is None else f"{value:.3f}"
-
-
-def _seconds(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s"

@@ -72,15 +72,6 @@ def text_of(message: Any, limit: int) -> str:
     return f"{text[: limit - tail]}\n[… {len(text) - limit} characters left out …]\n{text[-tail:]}"
 
 
-def thinned(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep at most `BATCHES`: the first, the newest, and others spread evenly over the run."""
-    kept = list(batches)
-    while len(kept) > BATCHES:
-        inner = range(1, len(kept) - _NEWEST)
-        kept.pop(min(inner, key=lambda i: kept[i + 1]["step"] - kept[i - 1]["step"]))
-    return kept
-
-
 class Samples:
     """`completions.jsonl`: one line `{"step", "samples"}` per generation batch; `step` is the first to train on it."""
 
@@ -93,8 +84,11 @@ class Samples:
         self.batches = [batch for batch in read_lines(self._path) if batch["step"] <= step] if step else []
 
     def add(self, step: int, samples: Sequence[Sample]) -> None:
-        """Add the samples of a generation batch."""
-        self.batches = thinned([*self.batches, {"step": step, "samples": [asdict(sample) for sample in samples]}])
+        """Add the samples of a generation batch; keep the first, the newest, and others spread over the run."""
+        kept = self.batches = [*self.batches, {"step": step, "samples": [asdict(sample) for sample in samples]}]
+        while len(kept) > BATCHES:
+            inner = range(1, len(kept) - _NEWEST)
+            kept.pop(min(inner, key=lambda i: kept[i + 1]["step"] - kept[i - 1]["step"]))
 
     def write(self) -> None:
         """Rewrite the file, whose size stays bounded."""

@@ -25,7 +25,7 @@ def test_recipes_are_options_that_exist(path, tmp_path):
     config, args, _ = learner.commands.train.parse(flags)
     check_grpo(args)
     if ":" in config.require_task() and "/" not in config.require_task():
-        task = load_task(config.task, task_args=config.task_options, eval_size=8, train_size=64)
+        task = load_task(config.task, task_args=config.task_args, eval_size=8, train_size=64)
         assert len(task.train)
         assert len(task.eval)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ import pytest
 from datasets import Dataset
 from prometheus_client.parser import text_string_to_metric_families
 
+from learner.run_dir.files import JsonLines
 from learner.trainer.attach import attach
 from shared.errors import LockstepError
 
@@ -111,3 +113,15 @@ def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tm
     trainer.train()
     assert trainer.state.global_step == 2
     assert caplog.text.count("is not up to date") == 1
+
+
+def test_a_full_disk_does_not_end_a_training(make_trainer, client, monkeypatch, caplog):
+    def add(self: JsonLines, entry: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JsonLines, "add", add)
+    trainer = make_trainer(max_steps=2)
+    attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert caplog.text.count("No space left on device") == 1
