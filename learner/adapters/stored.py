@@ -1,10 +1,12 @@
-"""A trained adapter on disk: found in a run, checked, and read. Only reading its values imports torch."""
+"""A trained adapter and its base model on disk: found, checked, and read. Only reading tensors imports torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,21 @@ PEFT_PREFIX = "base_model.model."
 FLOATS = {code for code, _ in DTYPES.values()}
 #: Options that PEFT marks as variants of LoRA, beside those in `lora_rules`.
 _VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")
+#: Tokenizer and chat template: copied unchanged beside a model's weights.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,34 @@ def find_adapter(path: str | Path) -> Path:
     raise InvalidRequest(
         f"{folder} holds no adapter: give a run's output_dir, a checkpoint of it, or a directory with {CONFIG_FILE}"
     )
+
+
+def fetch_base(name: str, revision: str | None = None) -> Path:
+    """Return the directory of a base model: `name` itself, or the hub's repository (cached or downloaded).
+
+    Raises:
+        LockstepError: `invalid_request` if there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", *TOKENIZER_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"the base model {name!r} is not a directory here and cannot be downloaded from the hub "
+            f"({str(error).splitlines()[0]}); name it with --model_name_or_path"
+        ) from error
+
+
+def copy_files(source: Path, out: Path, names: Iterable[str]) -> None:
+    """Copy the files of `names` that exist in `source`."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.quantization import FOUR_BIT, check_bitsandbytes
+from learner.adapters.stored import TOKENIZER_FILES, copy_files, fetch_base
 from learner.commands.flags import either_spelling
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
@@ -25,9 +25,6 @@ from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import torch
-
-QUANT_TYPES = ("nf4", "fp4")
-_ROUNDS = 8
 
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
@@ -74,7 +71,7 @@ def _quantize_until_stable(weight: torch.Tensor, quant_type: str, name: str) -> 
     import torch
     from bitsandbytes import functional
 
-    for _ in range(_ROUNDS):
+    for _ in range(8):
         again = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quant_type)).to(weight.dtype)
         if torch.equal(again, weight):
             return weight
@@ -106,6 +103,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("model", help="a model's directory, or its name on the hub")
     add("--out", required=True, help="directory to write")
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of both sides' computation (default %(default)s)")
-    add("--quant-type", choices=QUANT_TYPES, default="nf4", help="the 16 values (default %(default)s)")
+    add("--quant-type", choices=("nf4", "fp4"), default="nf4", help="the 16 values (default %(default)s)")
     add("--model-revision", help="of the model on the hub")
     return parser
