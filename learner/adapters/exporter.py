@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,7 +29,6 @@ class AdapterExport:
     """One version of an adapter, ready to be sent.
 
     Attributes:
-        layout: names and shapes of the tensors, the same in every export.
         flat: all tensors one after the other, 1-D, of the server's LoRA dtype, on the model's device. The next export
             overwrites it.
     """
@@ -139,7 +137,14 @@ class AdapterExporter:
                 torch._foreach_copy_(self._views[::2], [full_tensor(w) for w in self._a])
                 scaled = torch._foreach_mul([full_tensor(w).float() for w in self._b], scalings)
                 torch._foreach_copy_(self._views[1::2], scaled)
-            self._refuse_not_finite(version)
+            low, high = self.flat.aminmax()
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                pairs = zip(self.layout.entries, self._views, strict=True)
+                bad = next(entry.name for entry, view in pairs if not torch.isfinite(view).all())
+                raise NotFinite(
+                    f"{bad} of {version} holds NaN or infinity: the training has diverged; "
+                    "lower learning_rate or set max_grad_norm"
+                )
             elements = self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
             sums = torch.cat(list(block_sums(elements, self._weights))).cpu().numpy().tobytes()
         if self._template is None or scalings != self._scalings:
@@ -149,12 +154,13 @@ class AdapterExporter:
 
     def _manifest(self, version: WeightVersion, scalings: list[float]) -> AdapterManifest:
         """Return a manifest to copy for every push: making one takes longer than the transfer."""
+        config = self.model.peft_config[self.adapter].to_dict()
         return AdapterManifest(
             version=version,
             base_weights=self.base_weights,
             dtype=self.dtype,
             checksum="",
-            peft_config=_plain_config(self.model.peft_config[self.adapter]),
+            peft_config=json.loads(json.dumps(config, default=lambda o: sorted(o) if isinstance(o, set) else str(o))),
             modules={
                 name: ModuleSpec(rank=full_shape(a_RI)[0], scaling=scaling)
                 for name, a_RI, scaling in zip(self.layers, self._a, scalings, strict=True)
@@ -169,21 +175,6 @@ class AdapterExporter:
                 f"{len(left)} trainable parameters are not part of the adapter, {left[0]} for one: freeze them, "
                 "or train LoRA on linear layers only"
             )
-
-    def _refuse_not_finite(self, version: WeightVersion) -> None:
-        low, high = self.flat.aminmax()
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            bad = next(
-                e.name for e, v in zip(self.layout.entries, self._views, strict=True) if not torch.isfinite(v).all()
-            )
-            raise NotFinite(
-                f"{bad} of {version} holds NaN or infinity: the training has diverged; "
-                "lower learning_rate or set max_grad_norm"
-            )
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict(), default=lambda o: sorted(o) if isinstance(o, set) else str(o)))
 
 
 def _refuse_variants(name: str, layer: LoraLayer, adapter: str) -> None:

@@ -123,10 +123,8 @@ def find_adapter(path: str | Path) -> Path:
     if last is not None and has_final:
         state, steps = load_state(last), _json_file(folder / SUMMARY_FILE).get("steps")
         has_final = state is None or steps is None or state.step <= steps
-    if has_final:
-        return final
-    if last is not None:
-        return last
+    if (found := final if has_final else last) is not None:
+        return found
     raise InvalidRequest(
         f"{folder} holds no adapter: give a run's output_dir, a checkpoint of it, or a directory with {CONFIG_FILE}"
     )
@@ -180,21 +178,17 @@ def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder:
     if not names or shapes.keys() != wanted:
         odd = ", ".join(sorted(shapes.keys() ^ wanted)[:3]) or "none at all"
         raise UnsupportedAdapter(f"{folder} holds tensors that are no pairs of lora_A and lora_B: {odd}")
-    modules = {}
+    modules, patterns = {}, config.get("alpha_pattern") or {}
     for name in sorted(names):
         a, b = (shapes[PEFT_PREFIX + name + suffix] for suffix in (LORA_A, LORA_B))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise MalformedAdapter(f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices")
-        modules[name] = ModuleSpec(rank=a[0], scaling=_scaling(config, name, a[0]))
+        # As in PEFT, alpha comes from the first pattern that matches the end of the module's name.
+        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        alpha = next(matching, config.get("lora_alpha", 8))
+        scaling = alpha / (math.sqrt(a[0]) if config.get("use_rslora") else a[0])
+        modules[name] = ModuleSpec(rank=a[0], scaling=scaling)
     return modules
-
-
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    """Return PEFT's scaling: alpha comes from the first pattern that matches the end of the module's name."""
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    alpha = next(matching, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _json_file(path: Path) -> dict[str, Any]:

@@ -23,9 +23,6 @@ from shared.errors import InvalidRequest
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 
-#: Policies that a server has already; all others are adapters on disk.
-SERVED = ("base", "latest")
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Return the exit code."""
@@ -38,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise InvalidRequest(str(error).replace("\n", " ")) from error
-    policies = {name: None if name in SERVED else open_adapter(name) for name in options.policy}
+    policies = {name: None if name in ("base", "latest") else open_adapter(name) for name in options.policy}
     from learner.tasks import load_task
 
     task = load_task(

@@ -14,7 +14,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from learner.adapters.quantization import FOUR_BIT, check_bitsandbytes
 from learner.adapters.stored import TOKENIZER_FILES, copy_files, fetch_base
@@ -22,9 +21,6 @@ from learner.commands.flags import either_spelling
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    import torch
 
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
@@ -38,8 +34,8 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
         LockstepError: `invalid_request`.
     """
     check_bitsandbytes()
-    import bitsandbytes
     import torch
+    from bitsandbytes import functional, nn
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     target = Path(out).absolute()
@@ -51,32 +47,28 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     torch_dtype = getattr(torch, dtype)
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch_dtype)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, quantization_config=bits)
-    layers = [name for name, module in loaded.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    layers = [name for name, module in loaded.named_modules() if isinstance(module, nn.Linear4bit)]
     if not layers:
         raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantizes")
     loaded = loaded.dequantize(torch_dtype)
     with torch.no_grad():
         for name in layers:
-            weight = loaded.get_submodule(name).weight
-            weight.copy_(_quantize_until_stable(weight.detach(), quant_type, name))
+            weight = loaded.get_submodule(name).weight.detach()
+            for _ in range(8):  # the first time rounds the scale of each block to the weights' dtype
+                again = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quant_type))
+                stable = torch.equal(again.to(weight.dtype), weight)
+                weight.copy_(again)
+                if stable:
+                    break
+            else:
+                raise InvalidRequest(
+                    f"{name} changes whenever it is quantized again; are there NaN or infinities in it?"
+                )
     setattr(loaded.config, FOUR_BIT, {"quant_type": quant_type, "dtype": dtype})
     with atomic_directory(target) as building:
         loaded.save_pretrained(building)
         copy_files(folder, building, TOKENIZER_FILES)
     return len(layers)
-
-
-def _quantize_until_stable(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
-    """Quantize until nothing changes: the first time rounds the scale of each block to the weights' dtype."""
-    import torch
-    from bitsandbytes import functional
-
-    for _ in range(8):
-        again = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quant_type)).to(weight.dtype)
-        if torch.equal(again, weight):
-            return weight
-        weight = again
-    raise InvalidRequest(f"{name} changes whenever it is quantized again; are there NaN or infinities in it?")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -41,7 +41,6 @@ def load_task(
             questions repeats them.
         seed: for the order and, with a generator, the choice of training questions.
         reward_specs: import paths `module:function`; `score` is a reasoning_gym task's own score, its default.
-        reward_weights: one for each reward; default 1 each.
         eval_dataset: file or hub dataset to evaluate on, instead of held-out rows of `spec`.
         prompt_column: column of a file or dataset with the prompt, as text or chat messages.
 
