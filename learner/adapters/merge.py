@@ -21,11 +21,8 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
     """Write the merged model's weights and configuration into `out`, in as many shards as the base has.
 
     Holds one merged shard in memory. Tensors without an adapter are rounded to `dtype` too; those of other types than
-    float32, bfloat16 and float16 are copied.
-
-    Raises:
-        LockstepError: `unsupported_adapter` for a quantized base, `shape_mismatch` if the adapter does not fit it,
-            `malformed_adapter` if a file of the base is not safetensors.
+    float32, bfloat16 and float16 are copied. Raises `unsupported_adapter` for a quantized base, `shape_mismatch` if the
+    adapter does not fit it, `malformed_adapter` if a file of the base is not safetensors.
     """
     config, shards = _open_base(base)
     _check_fit(adapter, shards)

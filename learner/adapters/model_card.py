@@ -49,11 +49,9 @@ def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
     }
     if not Path(base).exists():  # the hub's page links to it
         head |= {"base_model": base, "base_model_relation": "finetune" if dtype else "adapter"}
-    origin = f"A LoRA adapter for `{base}`, trained with GRPO."
-    if dtype:
-        origin = (
-            f"`{base}` with a LoRA adapter from GRPO merged into its weights (in float32, then rounded to {dtype})."
-        )
+    origin = f"`{base}` with a LoRA adapter from GRPO merged into its weights (in float32, then rounded to {dtype})."
+    if dtype is None:
+        origin = f"A LoRA adapter for `{base}`, trained with GRPO."
     title = run.get("run_id") or f"{Path(base).name}-lora"
     table = [f"| {name} | {value} |" for name, value in _facts(adapter, base).items() if value not in (None, "")]
     parts = [

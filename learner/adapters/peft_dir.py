@@ -30,8 +30,7 @@ def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load values written by `save_adapter` into the active adapter. Collective if the model is sharded.
 
-    Raises:
-        LockstepError: `invalid_request` if they are missing, or another adapter's.
+    Raises `invalid_request` if they are missing, or another adapter's.
     """
     path, weights = folder / WEIGHTS_FILE, _peft_weights(model)
     tensors = load_file(path) if path.is_file() else {}

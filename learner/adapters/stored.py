@@ -66,8 +66,7 @@ class StoredAdapter:
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A [rank, in] and B [out, rank] of a module in float32, without the scaling.
 
-        Raises:
-            LockstepError: `not_finite`; `unsupported_adapter` for other dtypes than float32, bfloat16 and float16.
+        Raises `not_finite`, and `unsupported_adapter` for other dtypes than float32, bfloat16 and float16.
         """
         path = self.folder / WEIGHTS_FILE
         tensors, names = open_tensors(path), [PEFT_PREFIX + module + suffix for suffix in (LORA_A, LORA_B)]
@@ -81,11 +80,7 @@ class StoredAdapter:
 
 
 def open_tensors(path: Path, framework: str = "pt") -> Any:
-    """Map a safetensors file into memory; `framework` "np" reads its header without torch.
-
-    Raises:
-        LockstepError: `malformed_adapter` if it is not safetensors, or cut off.
-    """
+    """Map a safetensors file into memory, or raise `malformed_adapter`; "np" reads its header without torch."""
     try:
         return safe_open(path, framework)
     except (SafetensorError, OSError) as error:
@@ -95,9 +90,8 @@ def open_tensors(path: Path, framework: str = "pt") -> Any:
 def open_adapter(path: str | Path) -> StoredAdapter:
     """Open the adapter in a PEFT directory, a checkpoint, or a run's output_dir (see `find_adapter`).
 
-    Raises:
-        LockstepError: `invalid_request` if there is none, `unsupported_adapter` for all but plain LoRA,
-            `malformed_adapter` if its tensors do not fit its settings.
+    Raises `invalid_request` if there is none, `unsupported_adapter` for all but plain LoRA, `malformed_adapter` if its
+    tensors do not fit its settings.
     """
     folder = find_adapter(path)
     config = _json_file(folder / CONFIG_FILE)
@@ -131,10 +125,9 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def fetch_base(name: str, revision: str | None = None) -> Path:
-    """Return the directory of a base model: `name` itself, or the hub's repository (cached or downloaded).
+    """Return the directory of a base model: `name`, or the hub's repository (cached or downloaded).
 
-    Raises:
-        LockstepError: `invalid_request` if there is none.
+    Raises `invalid_request` if there is neither.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -192,7 +185,6 @@ def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder:
 
 
 def _json_file(path: Path) -> dict[str, Any]:
-    """Return a JSON object; empty if there is no such file."""
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:

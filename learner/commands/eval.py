@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
         run_id = options.run_id
         with contextlib.ExitStack() as stack:
             if stored is not None:
-                policy = stack.enter_context(temporary_run(client, stored))
-                run_id = policy.run_id
+                version = stack.enter_context(temporary_run(client, stored))
+                policy, run_id = version, version.run_id
             result = evaluate(
                 client,
                 task,

@@ -31,17 +31,14 @@ def export(
 ) -> Path:
     """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Return its directory.
 
-    Atomic; a merge holds one shard of the model in memory.
+    Atomic; a merge holds one shard of the model in memory. Raises `invalid_request`, `unsupported_adapter`,
+    `shape_mismatch`, `base_mismatch`, and the errors of `learner.adapters.stored.open_adapter`.
 
     Args:
         merged: write a model with the adapter in its weights; else the adapter alone, as PEFT reads it.
         model, revision: the base model; by default the one named in the adapter.
         dtype: of a merged model's weights.
         force: replace an earlier export in `out`.
-
-    Raises:
-        LockstepError: `invalid_request`, `unsupported_adapter`, `shape_mismatch`, `base_mismatch`, and the errors of
-            `learner.adapters.stored.open_adapter`.
     """
     adapter, target = open_adapter(source), Path(out).absolute()
     if not model:

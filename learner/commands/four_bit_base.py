@@ -24,14 +24,11 @@ from shared.errors import InvalidRequest
 
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
-    """Write `model` to `out`, atomically, with its linear layers quantized. Return the number of these layers.
+    """Write `model` with quantized linear layers to `out`, atomically. Return their number; raises `invalid_request`.
 
     Args:
         model: a directory, or a repository of the hub.
         dtype: of all weights, and the learner's `--dtype` later.
-
-    Raises:
-        LockstepError: `invalid_request`.
     """
     check_bitsandbytes()
     import torch

@@ -31,14 +31,11 @@ def evaluate(
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvalResult:
-    """Score `policy` on the first `n_questions` of `task.eval`, all by default.
+    """Score `policy` on the first `n_questions` of `task.eval`, all by default; `invalid_request` if there are none.
 
     Args:
         sampling: greedy by default. Chat messages are templated by the server.
         progress: called with (questions done, all questions).
-
-    Raises:
-        LockstepError: the server's errors; `invalid_request` if the task has no evaluation questions.
     """
     rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
     if not rows:

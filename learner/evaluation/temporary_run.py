@@ -20,8 +20,7 @@ from shared.weights import AdapterManifest, WeightVersion
 def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[WeightVersion]:
     """Push `adapter` into a new run of the server, which ends with the block. Yield its version.
 
-    Raises:
-        LockstepError: `no_free_run` if the server has no room for another run, and the server's other errors.
+    Raises `no_free_run` if the server has no room for another run, and the server's other errors.
     """
     version = WeightVersion(run_id=f"eval-{secrets.token_hex(4)}", step=adapter.step or 0)
     lease = secrets.token_hex(16)

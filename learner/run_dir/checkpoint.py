@@ -48,11 +48,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
 
 
 def load_state(folder: Path) -> TrainingState | None:
-    """Return the state in a checkpoint directory, or None if the checkpoint is not ours.
-
-    Raises:
-        LockstepError: `invalid_request` if the file is damaged.
-    """
+    """Return a checkpoint's state, or None if it is not ours; raises `invalid_request` if the file is damaged."""
     path = folder / STATE_FILE
     if not path.is_file():
         return None

@@ -68,11 +68,7 @@ def finite(value: Any) -> float | None:
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary as JSON, atomically.
-
-    Raises:
-        ValueError: if it holds NaN or infinity.
-    """
+    """Write the summary as JSON, atomically; raises ValueError if it holds NaN or infinity."""
     write_atomically(Path(path), json.dumps(dict(summary), indent=2, allow_nan=False) + "\n")
 
 
@@ -86,10 +82,5 @@ def provenance(
             versions[package] = version(package)
         except PackageNotFoundError:  # of a source tree that was never installed
             continue
-    return {
-        "model": model,
-        "model_revision": revision,
-        "base_weights": base_weights,
-        "task": task,
-        "versions": versions,
-    }
+    record = {"model": model, "model_revision": revision, "base_weights": base_weights, "task": task}
+    return record | {"versions": versions}

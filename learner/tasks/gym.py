@@ -81,7 +81,7 @@ def load_gym_task(
         }
         for i, entry in enumerate(held_out + trained_on)
     ]
-    order: list[dict[str, Any]] = []  # in which two questions occur equally often, or one of them once more
+    order: list[dict[str, Any]] = []  # every question equally often, some of them once more
     rng = random.Random(f"lockstep order {seed}")
     while len(order) < train_size:
         order += rng.sample(rows[len(held_out) :], len(trained_on))

@@ -25,11 +25,7 @@ def start(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
-    """Run all calls at once and return their results in order.
-
-    Raises:
-        Exception: the first error in order, after all calls have ended.
-    """
+    """Run all calls at once. Return their results in order, or raise the first error in order once all have ended."""
     if len(calls) == 1:
         return [calls[0]()]
     started = [start(call, f"{name}-{i}") for i, call in enumerate(calls)]
@@ -40,8 +36,7 @@ def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
 def first_of(outcomes: Collection[Future[T]], grace_s: float) -> list[Future[T]]:
     """Wait for the first success and `grace_s` seconds longer; return all that have succeeded by then.
 
-    Raises:
-        Exception: the last error if all fail.
+    Raises the last error if all fail.
     """
     for outcome in as_completed(outcomes):
         if outcome.exception() is None:
