@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,7 +29,6 @@ class AdapterExport:
     """One version of an adapter, ready to be sent.
 
     Attributes:
-        layout: names and shapes of the tensors, the same in every export.
         flat: all tensors one after the other, 1-D, of the server's LoRA dtype, on the model's device. The next export
             overwrites it.
     """
@@ -50,11 +48,7 @@ class AdapterExport:
 
 
 def active_adapter(model: PeftModel) -> str:
-    """Return the name of the adapter being trained.
-
-    Raises:
-        LockstepError: `unsupported_adapter` if several are active at once.
-    """
+    """Return the name of the adapter being trained; raises `unsupported_adapter` if several are active at once."""
     names = model.active_adapters
     if len(names) != 1:
         raise UnsupportedAdapter(f"adapters {names} are active at once; activate one with set_adapter(name)")
@@ -62,11 +56,7 @@ def active_adapter(model: PeftModel) -> str:
 
 
 def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Return the layers that carry `adapter`, by module name in the base model.
-
-    Raises:
-        LockstepError: `unsupported_adapter` for an embedding.
-    """
+    """Return the layers with `adapter`, by module name in the base; raises `unsupported_adapter` for an embedding."""
     layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -84,22 +74,18 @@ class AdapterExporter:
     """Exports the active adapter of a PEFT model after every step.
 
     Multiplies B by the layer's scaling in float32, then rounds A and B once to the server's dtype. Reads the values at
-    every export, from the parameter objects that the model had when this was made.
+    every export, from the parameter objects that the model had when this was made. Raises `unsupported_adapter` if a
+    trainable parameter is not part of the adapter.
 
     Args:
         model: unwrapped (no DDP) PEFT model with plain LoRA layers. It may be sharded by ZeRO-3, or by FSDP2 if all
             of it is resharded (`learner.utils.distributed.reshard`).
         dtype: the server's `lora_dtype`.
         base_weights: fingerprint of the base the adapter is trained on.
-
-    Raises:
-        LockstepError: `unsupported_adapter` if a trainable parameter is not part of the adapter.
     """
 
     def __init__(self, model: PeftModel, *, dtype: str, base_weights: str | None = None) -> None:
-        self.model = model
-        self.dtype = dtype
-        self.base_weights = base_weights
+        self.model, self.dtype, self.base_weights = model, dtype, base_weights
         self.adapter = active_adapter(model)
         self.layers = lora_layers(model, self.adapter)
         if not self.layers:
@@ -125,9 +111,8 @@ class AdapterExporter:
     def export(self, version: WeightVersion) -> AdapterExport:
         """Export the current values as `version`, unsharded on every rank. Collective if the model is sharded.
 
-        Raises:
-            LockstepError: `not_finite` if it holds NaN or infinity (after rounding), `unsupported_adapter` if
-                it is merged or something else has become trainable.
+        Raises `not_finite` if it holds NaN or infinity (after rounding), `unsupported_adapter` if it is merged or
+        something else has become trainable.
         """
         self._check_trainable()
         for name, layer in self.layers.items():
@@ -139,27 +124,32 @@ class AdapterExporter:
                 torch._foreach_copy_(self._views[::2], [full_tensor(w) for w in self._a])
                 scaled = torch._foreach_mul([full_tensor(w).float() for w in self._b], scalings)
                 torch._foreach_copy_(self._views[1::2], scaled)
-            self._refuse_not_finite(version)
+            low, high = self.flat.aminmax()
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                pairs = zip(self.layout.entries, self._views, strict=True)
+                bad = next(entry.name for entry, view in pairs if not torch.isfinite(view).all())
+                raise NotFinite(
+                    f"{bad} of {version} holds NaN or infinity: the training has diverged; "
+                    "lower learning_rate or set max_grad_norm"
+                )
             elements = self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
             sums = torch.cat(list(block_sums(elements, self._weights))).cpu().numpy().tobytes()
         if self._template is None or scalings != self._scalings:
-            self._template, self._scalings = self._manifest(version, scalings), scalings
+            # Copied for every push: making a manifest takes longer than the transfer.
+            config = self.model.peft_config[self.adapter].to_dict()
+            plain_config = json.dumps(config, default=lambda o: sorted(o) if isinstance(o, set) else str(o))
+            modules = zip(self.layers, self._a, scalings, strict=True)
+            self._scalings = scalings
+            self._template = AdapterManifest(
+                version=version,
+                base_weights=self.base_weights,
+                dtype=self.dtype,
+                checksum="",
+                peft_config=json.loads(plain_config),
+                modules={name: ModuleSpec(rank=full_shape(a_RI)[0], scaling=s) for name, a_RI, s in modules},
+            )
         update = {"version": version, "checksum": checksum(self.layout.index, sums)}
         return AdapterExport(self._template.model_copy(update=update), self.layout, self.flat)
-
-    def _manifest(self, version: WeightVersion, scalings: list[float]) -> AdapterManifest:
-        """Return a manifest to copy for every push: making one takes longer than the transfer."""
-        return AdapterManifest(
-            version=version,
-            base_weights=self.base_weights,
-            dtype=self.dtype,
-            checksum="",
-            peft_config=_plain_config(self.model.peft_config[self.adapter]),
-            modules={
-                name: ModuleSpec(rank=full_shape(a_RI)[0], scaling=scaling)
-                for name, a_RI, scaling in zip(self.layers, self._a, scalings, strict=True)
-            },
-        )
 
     def _check_trainable(self) -> None:
         """Refuse trainable parameters that are not pushed: the server would sample from another policy."""
@@ -169,21 +159,6 @@ class AdapterExporter:
                 f"{len(left)} trainable parameters are not part of the adapter, {left[0]} for one: freeze them, "
                 "or train LoRA on linear layers only"
             )
-
-    def _refuse_not_finite(self, version: WeightVersion) -> None:
-        low, high = self.flat.aminmax()
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            bad = next(
-                e.name for e, v in zip(self.layout.entries, self._views, strict=True) if not torch.isfinite(v).all()
-            )
-            raise NotFinite(
-                f"{bad} of {version} holds NaN or infinity: the training has diverged; "
-                "lower learning_rate or set max_grad_norm"
-            )
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(config.to_dict(), default=lambda o: sorted(o) if isinstance(o, set) else str(o)))
 
 
 def _refuse_variants(name: str, layer: LoraLayer, adapter: str) -> None:

@@ -34,11 +34,7 @@ _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_proje
 
 
 def check_lora(config: LoraConfig | None) -> None:
-    """Refuse everything but plain LoRA; rsLoRA, rank_pattern, alpha_pattern and subsets of layers are plain.
-
-    Raises:
-        LockstepError: `unsupported_adapter`.
-    """
+    """Refuse everything but plain LoRA (with rsLoRA, patterns, or subsets of layers, too): `unsupported_adapter`."""
     if config is None:
         raise UnsupportedAdapter(
             "full fine-tuning cannot be served: only a LoRA adapter travels to the server. "

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from learner.adapters.base_dir import copy_files
 from learner.adapters.quantization import FOUR_BIT
-from learner.adapters.stored import FLOATS, StoredAdapter, open_tensors
+from learner.adapters.stored import FLOATS, StoredAdapter, copy_files, open_tensors
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
 
 INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
-_CONFIG_FILE, _GENERATION_FILE = "config.json", "generation_config.json"
 _BLOCK_ELEMENTS = 2**24  # bounds the memory of float32 copies
 
 
@@ -23,14 +21,10 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
     """Write the merged model's weights and configuration into `out`, in as many shards as the base has.
 
     Holds one merged shard in memory. Tensors without an adapter are rounded to `dtype` too; those of other types than
-    float32, bfloat16 and float16 are copied.
-
-    Raises:
-        LockstepError: `unsupported_adapter` for a quantized base, `shape_mismatch` if the adapter does not fit it,
-            `malformed_adapter` if a file of the base is not safetensors.
+    float32, bfloat16 and float16 are copied. Raises `unsupported_adapter` for a quantized base, `shape_mismatch` if the
+    adapter does not fit it, `malformed_adapter` if a file of the base is not safetensors.
     """
-    config = _config(base)
-    shards = [open_tensors(path) for path in _weight_files(base)]
+    config, shards = _open_base(base)
     _check_fit(adapter, shards)
     weight_map: dict[str, str] = {}
     total = 0
@@ -43,13 +37,14 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     config.pop("torch_dtype", None)  # an older name of `dtype`
     config.pop(FOUR_BIT, None)  # merged weights do not fit into four bits
-    (out / _CONFIG_FILE).write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
-    copy_files(base, out, (_GENERATION_FILE,))
+    (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+    copy_files(base, out, ("generation_config.json",))
 
 
-def _config(base: Path) -> dict[str, Any]:
+def _open_base(base: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Return a base's config.json and its open shards."""
     try:
-        config = json.loads((base / _CONFIG_FILE).read_text())
+        config = json.loads((base / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{base} is not a model directory: {error}") from error
     if config.get("quantization_config"):
@@ -57,17 +52,14 @@ def _config(base: Path) -> dict[str, Any]:
             f"{base} is quantized, and rounding an adapter to its few bits would lose it: name the checkpoint that "
             "it was quantized from with --model_name_or_path, or export the adapter alone (without --merge)"
         )
-    return config
-
-
-def _weight_files(base: Path) -> list[Path]:
+    names = [ONE_FILE]
     if (base / INDEX_FILE).is_file():
-        return [base / name for name in sorted(set(json.loads((base / INDEX_FILE).read_text())["weight_map"].values()))]
-    if (base / ONE_FILE).is_file():
-        return [base / ONE_FILE]
-    raise InvalidRequest(
-        f"{base} has neither {INDEX_FILE} nor {ONE_FILE}: load it with transformers and save_pretrained() it first"
-    )
+        names = sorted(set(json.loads((base / INDEX_FILE).read_text())["weight_map"].values()))
+    elif not (base / ONE_FILE).is_file():
+        raise InvalidRequest(
+            f"{base} has neither {INDEX_FILE} nor {ONE_FILE}: load it with transformers and save_pretrained() it first"
+        )
+    return config, [open_tensors(base / name) for name in names]
 
 
 def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> None:
@@ -91,25 +83,20 @@ def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> None:
 
 def _write_shard(shard: Any, adapter: StoredAdapter, path: Path, dtype: str) -> int:
     """Write one file of the merged model. Return the bytes of its tensors."""
-    tensors = {}
+    tensors, torch_dtype = {}, getattr(torch, dtype)
     for name in shard.keys():  # noqa: SIM118
         tensor, module = shard.get_tensor(name), name.removesuffix(".weight")
         if module in adapter.modules and name != module:
-            tensor = _merged(tensor, *adapter.pair(module), adapter.modules[module].scaling, getattr(torch, dtype))
+            a_RI, b_OR = adapter.pair(module)
+            base_OI, tensor = tensor, torch.empty_like(tensor, dtype=torch_dtype)
+            rows = max(_BLOCK_ELEMENTS // a_RI.shape[1], 1)
+            for merged, weight, b in zip(tensor.split(rows), base_OI.split(rows), b_OR.split(rows), strict=True):
+                # NumPy multiplies in float32 always; torch in TF32 on some CPUs, if the training in this process
+                # allowed that.
+                delta = torch.from_numpy(b.numpy() @ a_RI.numpy()) * adapter.modules[module].scaling
+                merged.copy_(weight.float() + delta)
         elif shard.get_slice(name).get_dtype() in FLOATS:
-            tensor = tensor.to(getattr(torch, dtype))
+            tensor = tensor.to(torch_dtype)
         tensors[name] = tensor
     save_file(tensors, path, metadata={"format": "pt"})
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _merged(
-    weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, dtype: torch.dtype
-) -> torch.Tensor:
-    merged_OI = torch.empty_like(weight_OI, dtype=dtype)
-    rows = max(_BLOCK_ELEMENTS // a_RI.shape[1], 1)
-    for merged, weight, b in zip(merged_OI.split(rows), weight_OI.split(rows), b_OR.split(rows), strict=True):
-        # NumPy multiplies in float32 always; torch in TF32 on some CPUs, if the training in this process allowed that.
-        delta = torch.from_numpy(b.numpy() @ a_RI.numpy()) * scaling
-        merged.copy_(weight.float() + delta)
-    return merged_OI

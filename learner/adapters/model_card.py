@@ -49,17 +49,14 @@ def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
     }
     if not Path(base).exists():  # the hub's page links to it
         head |= {"base_model": base, "base_model_relation": "finetune" if dtype else "adapter"}
-    origin = f"A LoRA adapter for `{base}`, trained with GRPO."
-    if dtype:
-        origin = (
-            f"`{base}` with a LoRA adapter from GRPO merged into its weights (in float32, then rounded to {dtype})."
-        )
-    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _facts(adapter, base).items())]
+    origin = f"`{base}` with a LoRA adapter from GRPO merged into its weights (in float32, then rounded to {dtype})."
+    if dtype is None:
+        origin = f"A LoRA adapter for `{base}`, trained with GRPO."
+    title = run.get("run_id") or f"{Path(base).name}-lora"
+    table = [f"| {name} | {value} |" for name, value in _facts(adapter, base).items() if value not in (None, "")]
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {run.get('run_id') or f'{Path(base).name}-lora'}",
-        origin,
-        "\n".join(table),
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{origin}",
+        "\n".join(["| | |", "| --- | --- |", *table]),
     ]
     if run.get("eval_before") is not None and run.get("eval_after") is not None:
         parts.append(
@@ -75,7 +72,7 @@ def _facts(adapter: StoredAdapter, base: str) -> dict[str, Any]:
     revision = config.get("revision")
     ranks = Counter(module.rank for module in adapter.modules.values())
     kinds = sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})
-    facts = {
+    return {
         "base model": f"`{base}`" + (f", revision {revision}" if revision else ""),
         "fingerprint of its weights": run.get("base_weights"),
         "task": run.get("task"),
@@ -87,4 +84,3 @@ def _facts(adapter: StoredAdapter, base: str) -> dict[str, Any]:
         "adapted": f"{len(adapter.modules)} linear layers: {', '.join(kinds)}",
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()),
     }
-    return {name: value for name, value in facts.items() if value not in (None, "")}

@@ -18,7 +18,9 @@ from shared.errors import InvalidRequest
 
 def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
     """Write the active adapter into `folder`, on the rank that `writes`. Collective if the model is sharded."""
-    tensors = peft_tensors(model)
+    weights = _peft_weights(model)
+    with gathered(list(weights.values())):
+        tensors = {name: full_tensor(weight.detach()).clone() for name, weight in weights.items()}
     if writes:
         replace(model.peft_config[active_adapter(model)], inference_mode=True).save_pretrained(folder)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -28,8 +30,7 @@ def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load values written by `save_adapter` into the active adapter. Collective if the model is sharded.
 
-    Raises:
-        LockstepError: `invalid_request` if they are missing, or another adapter's.
+    Raises `invalid_request` if they are missing, or another adapter's.
     """
     path, weights = folder / WEIGHTS_FILE, _peft_weights(model)
     tensors = load_file(path) if path.is_file() else {}
@@ -40,21 +41,11 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
             overwrite(weight, tensors[name].to(weight.device, weight.dtype))
 
 
-def peft_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Return the active adapter's values under the names of PEFT's files, unsharded on every rank.
-
-    Collective if the model is sharded.
-    """
-    weights = _peft_weights(model)
-    with gathered(list(weights.values())):
-        return {name: full_tensor(weight.detach()).clone() for name, weight in weights.items()}
-
-
 def _peft_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     # PEFT's own function finds other names where activation checkpointing has wrapped the layers, and saves nothing.
     adapter = active_adapter(model)
-    weights = {}
-    for name, layer in lora_layers(model, adapter).items():
-        weights[PEFT_PREFIX + name + LORA_A] = layer.lora_A[adapter].weight
-        weights[PEFT_PREFIX + name + LORA_B] = layer.lora_B[adapter].weight
-    return weights
+    return {
+        PEFT_PREFIX + name + suffix: factors[adapter].weight
+        for name, layer in lora_layers(model, adapter).items()
+        for suffix, factors in ((LORA_A, layer.lora_A), (LORA_B, layer.lora_B))
+    }

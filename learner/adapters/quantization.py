@@ -19,10 +19,9 @@ _HOW = "make a base for learner and server with `learner four-bit-base MODEL --o
 
 
 def check_quantization(model_config: Any) -> None:
-    """Refuse a quantized model unless its base was made for that quantization, and so holds the server's weights.
+    """Refuse a quantized model, unless its base was made for that quantization and so holds the server's weights.
 
-    Raises:
-        LockstepError: `unsupported_adapter`.
+    Raises `unsupported_adapter`.
     """
     quantization = getattr(model_config, "quantization_config", None)
     if quantization is None:
@@ -55,8 +54,7 @@ def check_quantization(model_config: Any) -> None:
 def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     """Return the quantization that `load_in_4bit` asks for, checked before the model is loaded, or None.
 
-    Raises:
-        LockstepError: `invalid_request`, `unsupported_adapter`.
+    Raises `invalid_request`, `unsupported_adapter`.
     """
     from transformers import AutoConfig
     from trl import get_quantization_config

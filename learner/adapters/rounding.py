@@ -23,11 +23,8 @@ class RoundedUpdates:
 
     def __init__(self, model: PeftModel, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._total = total
-        self._parameters = [
-            parameter
-            for parameter in model.parameters()
-            if parameter.requires_grad and hasattr(parameter, "ds_id") and parameter.dtype != torch.float32
-        ]
+        trained = (p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id"))
+        self._parameters = [parameter for parameter in trained if parameter.dtype != torch.float32]
         self._before = self._copies()
 
     def last_lost(self) -> float | None:

@@ -1,10 +1,12 @@
-"""A trained adapter on disk: found in a run, checked, and read. Only reading its values imports torch."""
+"""A trained adapter and its base model on disk: found, checked, and read. Only reading tensors imports torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,21 @@ PEFT_PREFIX = "base_model.model."
 FLOATS = {code for code, _ in DTYPES.values()}
 #: Options that PEFT marks as variants of LoRA, beside those in `lora_rules`.
 _VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")
+#: Tokenizer and chat template: copied unchanged beside a model's weights.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,7 @@ class StoredAdapter:
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A [rank, in] and B [out, rank] of a module in float32, without the scaling.
 
-        Raises:
-            LockstepError: `not_finite`; `unsupported_adapter` for other dtypes than float32, bfloat16 and float16.
+        Raises `not_finite`, and `unsupported_adapter` for other dtypes than float32, bfloat16 and float16.
         """
         path = self.folder / WEIGHTS_FILE
         tensors, names = open_tensors(path), [PEFT_PREFIX + module + suffix for suffix in (LORA_A, LORA_B)]
@@ -64,11 +80,7 @@ class StoredAdapter:
 
 
 def open_tensors(path: Path, framework: str = "pt") -> Any:
-    """Map a safetensors file into memory; `framework` "np" reads its header without torch.
-
-    Raises:
-        LockstepError: `malformed_adapter` if it is not safetensors, or cut off.
-    """
+    """Map a safetensors file into memory, or raise `malformed_adapter`; "np" reads its header without torch."""
     try:
         return safe_open(path, framework)
     except (SafetensorError, OSError) as error:
@@ -78,9 +90,8 @@ def open_tensors(path: Path, framework: str = "pt") -> Any:
 def open_adapter(path: str | Path) -> StoredAdapter:
     """Open the adapter in a PEFT directory, a checkpoint, or a run's output_dir (see `find_adapter`).
 
-    Raises:
-        LockstepError: `invalid_request` if there is none, `unsupported_adapter` for all but plain LoRA,
-            `malformed_adapter` if its tensors do not fit its settings.
+    Raises `invalid_request` if there is none, `unsupported_adapter` for all but plain LoRA, `malformed_adapter` if its
+    tensors do not fit its settings.
     """
     folder = find_adapter(path)
     config = _json_file(folder / CONFIG_FILE)
@@ -106,13 +117,38 @@ def find_adapter(path: str | Path) -> Path:
     if last is not None and has_final:
         state, steps = load_state(last), _json_file(folder / SUMMARY_FILE).get("steps")
         has_final = state is None or steps is None or state.step <= steps
-    if has_final:
-        return final
-    if last is not None:
-        return last
+    if (found := final if has_final else last) is not None:
+        return found
     raise InvalidRequest(
         f"{folder} holds no adapter: give a run's output_dir, a checkpoint of it, or a directory with {CONFIG_FILE}"
     )
+
+
+def fetch_base(name: str, revision: str | None = None) -> Path:
+    """Return the directory of a base model: `name`, or the hub's repository (cached or downloaded).
+
+    Raises `invalid_request` if there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", *TOKENIZER_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"the base model {name!r} is not a directory here and cannot be downloaded from the hub "
+            f"({str(error).splitlines()[0]}); name it with --model_name_or_path"
+        ) from error
+
+
+def copy_files(source: Path, out: Path, names: Iterable[str]) -> None:
+    """Copy the files of `names` that exist in `source`."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
 
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:
@@ -135,25 +171,20 @@ def _modules(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder:
     if not names or shapes.keys() != wanted:
         odd = ", ".join(sorted(shapes.keys() ^ wanted)[:3]) or "none at all"
         raise UnsupportedAdapter(f"{folder} holds tensors that are no pairs of lora_A and lora_B: {odd}")
-    modules = {}
+    modules, patterns = {}, config.get("alpha_pattern") or {}
     for name in sorted(names):
         a, b = (shapes[PEFT_PREFIX + name + suffix] for suffix in (LORA_A, LORA_B))
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise MalformedAdapter(f"{folder}: {name} has A {list(a)} and B {list(b)}, which are no pair of matrices")
-        modules[name] = ModuleSpec(rank=a[0], scaling=_scaling(config, name, a[0]))
+        # As in PEFT, alpha comes from the first pattern that matches the end of the module's name.
+        matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        alpha = next(matching, config.get("lora_alpha", 8))
+        scaling = alpha / (math.sqrt(a[0]) if config.get("use_rslora") else a[0])
+        modules[name] = ModuleSpec(rank=a[0], scaling=scaling)
     return modules
 
 
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    """Return PEFT's scaling: alpha comes from the first pattern that matches the end of the module's name."""
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    alpha = next(matching, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def _json_file(path: Path) -> dict[str, Any]:
-    """Return a JSON object; empty if there is no such file."""
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:

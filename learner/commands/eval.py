@@ -6,10 +6,9 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from learner.adapters.stored import StoredAdapter, open_adapter
 from learner.commands.flags import either_spelling
@@ -24,16 +23,19 @@ from shared.errors import InvalidRequest
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 
-#: Policies that a server has already; all others are adapters on disk.
-SERVED = ("base", "latest")
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
-    task_args = _json_option(options.task_args, "--task-args")
-    chat_kwargs = _json_option(options.chat_template_kwargs, "--chat-template-kwargs")
-    policies = {name: None if name in SERVED else open_adapter(name) for name in options.policy}
+    try:
+        task_args = json_object(options.task_args, "--task-args")
+        chat_kwargs = json_object(options.chat_template_kwargs, "--chat-template-kwargs")
+        sampling = SamplingParams(
+            n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error).replace("\n", " ")) from error
+    policies = {name: None if name in ("base", "latest") else open_adapter(name) for name in options.policy}
     from learner.tasks import load_task
 
     task = load_task(
@@ -52,15 +54,14 @@ def main(argv: Sequence[str]) -> int:
             f"{task.name} has no reward functions to score completions with (an environment's reward needs its tools "
             "and TRL): name some with --reward-funcs, or another task"
         )
-    try:
-        sampling = SamplingParams(
-            n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens
-        )
-    except ValueError as error:
-        raise InvalidRequest(str(error).replace("\n", " ")) from error
 
     def ask(client: RolloutClient, name: str, stored: StoredAdapter | None) -> EvalResult:
-        with _serving(client, name, stored, options.run_id) as (policy, run_id):
+        policy: PolicySelector = "base" if name == "base" else "latest"
+        run_id = options.run_id
+        with contextlib.ExitStack() as stack:
+            if stored is not None:
+                version = stack.enter_context(temporary_run(client, stored))
+                policy, run_id = version, version.run_id
             result = evaluate(
                 client,
                 task,
@@ -85,18 +86,6 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, default=str))
     return 0
-
-
-@contextlib.contextmanager
-def _serving(
-    client: RolloutClient, name: str, stored: StoredAdapter | None, run_id: str | None
-) -> Iterator[tuple[PolicySelector, str | None]]:
-    """Serve a policy of the command line for the block. Yield its selector and run id for requests."""
-    if stored is None:
-        yield ("base" if name == "base" else "latest"), run_id
-        return
-    with temporary_run(client, stored) as version:
-        yield version, version.run_id
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -133,13 +122,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ca-file", help="certificate (PEM) of the CA that the server's certificate is from")
     add("--ready-timeout-s", type=float, default=60.0, help="wait so long for the server (default %(default)s)")
     return parser
-
-
-def _json_option(value: str | None, flag: str) -> dict[str, Any]:
-    try:
-        return json_object(value, flag)
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from error
 
 
 def _show(done: int, total: int) -> None:

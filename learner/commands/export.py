@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.model_card import MARK, model_card
-from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter, open_adapter
+from learner.adapters.stored import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, copy_files, fetch_base, open_adapter
 from learner.commands.flags import either_spelling
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
@@ -32,17 +31,14 @@ def export(
 ) -> Path:
     """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Return its directory.
 
-    Atomic; a merge holds one shard of the model in memory.
+    Atomic; a merge holds one shard of the model in memory. Raises `invalid_request`, `unsupported_adapter`,
+    `shape_mismatch`, `base_mismatch`, and the errors of `learner.adapters.stored.open_adapter`.
 
     Args:
         merged: write a model with the adapter in its weights; else the adapter alone, as PEFT reads it.
         model, revision: the base model; by default the one named in the adapter.
         dtype: of a merged model's weights.
         force: replace an earlier export in `out`.
-
-    Raises:
-        LockstepError: `invalid_request`, `unsupported_adapter`, `shape_mismatch`, `base_mismatch`, and the errors of
-            `learner.adapters.stored.open_adapter`.
     """
     adapter, target = open_adapter(source), Path(out).absolute()
     if not model:
@@ -56,7 +52,12 @@ def export(
             from learner.adapters.merge import merge  # imports torch
 
             base = fetch_base(model, revision)
-            _check_base(adapter, base)
+            trained_on, given = adapter.run.get("base_weights"), fingerprint_checkpoint(str(base)).weights
+            if trained_on is not None and trained_on != given:
+                raise BaseMismatch(
+                    f"{base} is not the base that {adapter.folder} was trained on ({str(given)[:12]} and "
+                    f"{trained_on[:12]}): name that with --model_name_or_path, and --model_revision"
+                )
             merge(base, adapter, building, dtype)
             # The tokenizer and chat template that the adapter was trained with come before the base's.
             own = (adapter.folder / "tokenizer_config.json").is_file()
@@ -84,16 +85,6 @@ def main(argv: Sequence[str]) -> int:
     size = sum(path.stat().st_size for path in Path(options.out).iterdir())
     print(f"{source}, {what}, is in {options.out} ({size / 2**20:,.1f} MiB)")
     return 0
-
-
-def _check_base(adapter: StoredAdapter, base: Path) -> None:
-    """Refuse another base than the run's, if the run's summary has a fingerprint."""
-    trained_on, given = adapter.run.get("base_weights"), fingerprint_checkpoint(str(base)).weights
-    if trained_on is not None and trained_on != given:
-        raise BaseMismatch(
-            f"{base} is not the base that {adapter.folder} was trained on ({str(given)[:12]} and {trained_on[:12]}): "
-            "name that with --model_name_or_path, and --model_revision"
-        )
 
 
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:

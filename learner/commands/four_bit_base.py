@@ -14,35 +14,25 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from learner.adapters.base_dir import TOKENIZER_FILES, copy_files, fetch_base
 from learner.adapters.quantization import FOUR_BIT, check_bitsandbytes
+from learner.adapters.stored import TOKENIZER_FILES, copy_files, fetch_base
 from learner.commands.flags import either_spelling
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    import torch
-
-QUANT_TYPES = ("nf4", "fp4")
-_ROUNDS = 8
-
 
 def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype: str, quant_type: str = "nf4") -> int:
-    """Write `model` to `out`, atomically, with its linear layers quantized. Return the number of these layers.
+    """Write `model` with quantized linear layers to `out`, atomically. Return their number; raises `invalid_request`.
 
     Args:
         model: a directory, or a repository of the hub.
         dtype: of all weights, and the learner's `--dtype` later.
-
-    Raises:
-        LockstepError: `invalid_request`.
     """
     check_bitsandbytes()
-    import bitsandbytes
     import torch
+    from bitsandbytes import functional, nn
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     target = Path(out).absolute()
@@ -54,32 +44,28 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     torch_dtype = getattr(torch, dtype)
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch_dtype)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, quantization_config=bits)
-    layers = [name for name, module in loaded.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    layers = [name for name, module in loaded.named_modules() if isinstance(module, nn.Linear4bit)]
     if not layers:
         raise InvalidRequest(f"{model} has no linear layer that bitsandbytes quantizes")
     loaded = loaded.dequantize(torch_dtype)
     with torch.no_grad():
         for name in layers:
-            weight = loaded.get_submodule(name).weight
-            weight.copy_(_quantize_until_stable(weight.detach(), quant_type, name))
+            weight = loaded.get_submodule(name).weight.detach()
+            for _ in range(8):  # the first time rounds the scale of each block to the weights' dtype
+                again = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quant_type))
+                stable = torch.equal(again.to(weight.dtype), weight)
+                weight.copy_(again)
+                if stable:
+                    break
+            else:
+                raise InvalidRequest(
+                    f"{name} changes whenever it is quantized again; are there NaN or infinities in it?"
+                )
     setattr(loaded.config, FOUR_BIT, {"quant_type": quant_type, "dtype": dtype})
     with atomic_directory(target) as building:
         loaded.save_pretrained(building)
         copy_files(folder, building, TOKENIZER_FILES)
     return len(layers)
-
-
-def _quantize_until_stable(weight: torch.Tensor, quant_type: str, name: str) -> torch.Tensor:
-    """Quantize until nothing changes: the first time rounds the scale of each block to the weights' dtype."""
-    import torch
-    from bitsandbytes import functional
-
-    for _ in range(_ROUNDS):
-        again = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=quant_type)).to(weight.dtype)
-        if torch.equal(again, weight):
-            return weight
-        weight = again
-    raise InvalidRequest(f"{name} changes whenever it is quantized again; are there NaN or infinities in it?")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,6 +92,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("model", help="a model's directory, or its name on the hub")
     add("--out", required=True, help="directory to write")
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of both sides' computation (default %(default)s)")
-    add("--quant-type", choices=QUANT_TYPES, default="nf4", help="the 16 values (default %(default)s)")
+    add("--quant-type", choices=("nf4", "fp4"), default="nf4", help="the 16 values (default %(default)s)")
     add("--model-revision", help="of the model on the hub")
     return parser

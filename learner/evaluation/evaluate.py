@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation.results import EvalResult, EvalRow, question_means
@@ -17,7 +17,7 @@ from shared.sampling import SamplingParams
 if TYPE_CHECKING:
     from learner.tasks import Task
 
-QUESTIONS_PER_REQUEST = 64
+_QUESTIONS_PER_REQUEST = 64
 
 
 def evaluate(
@@ -31,14 +31,11 @@ def evaluate(
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvalResult:
-    """Score `policy` on the first `n_questions` of `task.eval`, all by default.
+    """Score `policy` on the first `n_questions` of `task.eval`, all by default; `invalid_request` if there are none.
 
     Args:
         sampling: greedy by default. Chat messages are templated by the server.
         progress: called with (questions done, all questions).
-
-    Raises:
-        LockstepError: the server's errors; `invalid_request` if the task has no evaluation questions.
     """
     rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
     if not rows:
@@ -46,8 +43,8 @@ def evaluate(
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
-    for start in range(0, len(rows), QUESTIONS_PER_REQUEST):
-        chunk = rows[start : start + QUESTIONS_PER_REQUEST]
+    for start in range(0, len(rows), _QUESTIONS_PER_REQUEST):
+        chunk = rows[start : start + _QUESTIONS_PER_REQUEST]
         request = GenerateRequest(
             prompts=[Prompt(text=p) if isinstance(p := row["prompt"], str) else Prompt(messages=p) for row in chunk],
             sampling=sampling,
@@ -78,7 +75,14 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
         "log_metric": lambda name, value: None,
         **columns,
     }
-    scores = {_name(function): _call(function, arguments) for function in task.reward_funcs}
+    scores: dict[str, list[float | None]] = {}
+    for function in task.reward_funcs:
+        name, values = getattr(function, "__name__", type(function).__name__), function(**arguments)
+        if inspect.isawaitable(values):
+            values = asyncio.run(_awaited(values))
+        if len(values) != len(flat):
+            raise InvalidRequest(f"reward function {name} returned {len(values)} rewards for {len(flat)} completions")
+        scores[name] = [None if value is None else float(value) for value in values]
     weights = task.reward_weights or [1.0] * len(scores)
     for position, (i, row, completion) in enumerate(flat):
         rewards = {name: values[position] for name, values in scores.items()}
@@ -87,20 +91,8 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
         yield EvalRow(start + i, row["prompt"], texts[position], completion.finish_reason, tokens, rewards, total)
 
 
-def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float | None]:
-    values = function(**arguments)
-    if inspect.iscoroutine(values):
-        values = asyncio.run(values)
-    if len(values) != len(arguments["prompts"]):
-        raise InvalidRequest(
-            f"reward function {_name(function)} returned {len(values)} rewards "
-            f"for {len(arguments['prompts'])} completions"
-        )
-    return [None if value is None else float(value) for value in values]
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result
 
 
 def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:

@@ -20,8 +20,7 @@ from shared.weights import AdapterManifest, WeightVersion
 def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[WeightVersion]:
     """Push `adapter` into a new run of the server, which ends with the block. Yield its version.
 
-    Raises:
-        LockstepError: `no_free_run` if the server has no room for another run, and the server's other errors.
+    Raises `no_free_run` if the server has no room for another run, and the server's other errors.
     """
     version = WeightVersion(run_id=f"eval-{secrets.token_hex(4)}", step=adapter.step or 0)
     lease = secrets.token_hex(16)
@@ -50,23 +49,19 @@ def adapter_blob(adapter: StoredAdapter, version: WeightVersion, dtype: str) -> 
         a_RI, b_OR = adapter.pair(name)
         shapes |= {name + LORA_A: tuple(a_RI.shape), name + LORA_B: tuple(b_OR.shape)}
         parts += [tensor.to(getattr(torch, dtype)).flatten() for tensor in (a_RI, b_OR * module.scaling)]
+    # The fingerprint of its base is in its run's summary; else it comes from the base itself, if that is on disk.
+    base, base_weights = adapter.config.get("base_model_name_or_path"), adapter.run.get("base_weights")
+    if base_weights is None and base and Path(base).is_dir():
+        base_weights = fingerprint_checkpoint(base).weights
     flat, layout = torch.cat(parts), Layout(lay_out(shapes, dtype))
     elements = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
     sums = torch.cat(list(block_sums(elements, torch.from_numpy(block_weights()))))
     manifest = AdapterManifest(
         version=version,
-        base_weights=_base_weights(adapter),
+        base_weights=base_weights,
         dtype=dtype,
         modules=adapter.modules,
         peft_config=adapter.config,
         checksum=checksum(layout.index, sums.numpy().tobytes()),
     )
     return [layout.header(manifest), memoryview(flat.view(torch.uint8).numpy())]
-
-
-def _base_weights(adapter: StoredAdapter) -> str | None:
-    """Return the fingerprint of its base: from its run's summary, else from the base itself if it is on disk."""
-    named = adapter.config.get("base_model_name_or_path")
-    if (known := adapter.run.get("base_weights")) is not None or not named or not Path(named).is_dir():
-        return known
-    return fingerprint_checkpoint(named).weights

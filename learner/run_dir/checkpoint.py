@@ -19,7 +19,6 @@ from shared.errors import InvalidRequest
 STATE_FILE = "lockstep.json"
 #: Directory in which a checkpoint is written before its rename.
 STAGING = ".checkpoint-incomplete"
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
 
 
 def load_state(folder: Path) -> TrainingState | None:
-    """Return the state in a checkpoint directory, or None if the checkpoint is not ours.
-
-    Raises:
-        LockstepError: `invalid_request` if the file is damaged.
-    """
+    """Return a checkpoint's state, or None if it is not ours; raises `invalid_request` if the file is damaged."""
     path = folder / STATE_FILE
     if not path.is_file():
         return None
@@ -72,10 +67,6 @@ def commit(staged: Path, final: Path) -> None:
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the newest complete checkpoint of ours in `output_dir`: the last step of the highest fence."""
-    folder = Path(output_dir)
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        state = load_state(path) if _NAME.fullmatch(path.name) else None
-        if state is not None:
-            found.append(((state.fence, state.step), path))
-    return max(found)[1] if found else None
+    folders = (path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    states = {path: state for path in folders if (state := load_state(path)) is not None}
+    return max(states, key=lambda path: (states[path].fence, states[path].step), default=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -28,7 +29,6 @@ PAGE_FILE = "run.html"
 LEASE_FILE = "lease.json"
 #: Directories of the trained adapter, and of the model that it was merged into.
 FINAL_ADAPTER, MERGED = "adapter", "merged"
-_PACKAGES = ("lockstep-rl", "trl", "peft", "transformers", "torch")
 
 
 class JsonLines:
@@ -53,16 +53,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Skips lines cut off by a kill or a full disk, together with what was later appended to the same line.
     """
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return [entry for line in lines if (entry := _object(line)) is not None]
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and "step" in entry else None
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "step" in entry:
+                entries.append(entry)
+    return entries
 
 
 def finite(value: Any) -> float | None:
@@ -71,11 +68,7 @@ def finite(value: Any) -> float | None:
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary as JSON, atomically.
-
-    Raises:
-        ValueError: if it holds NaN or infinity.
-    """
+    """Write the summary as JSON, atomically; raises ValueError if it holds NaN or infinity."""
     write_atomically(Path(path), json.dumps(dict(summary), indent=2, allow_nan=False) + "\n")
 
 
@@ -84,15 +77,10 @@ def provenance(
 ) -> dict[str, Any]:
     """Return the summary's record of model, task, fingerprint of the base, and versions on both sides."""
     versions = {"vllm": server.vllm_version}
-    for package in _PACKAGES:
+    for package in ("lockstep-rl", "trl", "peft", "transformers", "torch"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # of a source tree that was never installed
             continue
-    return {
-        "model": model,
-        "model_revision": revision,
-        "base_weights": base_weights,
-        "task": task,
-        "versions": versions,
-    }
+    record = {"model": model, "model_revision": revision, "base_weights": base_weights, "task": task}
+    return record | {"versions": versions}

@@ -25,8 +25,7 @@ class Lease:
 def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
     """Return the next lease of the run in `output_dir` (same secret, next fence), or a new one. Writes nothing.
 
-    Raises:
-        LockstepError: `invalid_request` if the file is damaged.
+    Raises `invalid_request` if the file is damaged.
     """
     path = Path(output_dir) / LEASE_FILE
     if path.is_file():

@@ -10,8 +10,6 @@ from learner.tasks.imports import import_object, is_importable
 
 __all__ = ["RewardFunc", "Task", "TaskError", "import_object", "load_task"]
 
-GYM_PREFIX = "reasoning_gym:"
-
 
 def load_task(
     spec: str,
@@ -41,7 +39,6 @@ def load_task(
             questions repeats them.
         seed: for the order and, with a generator, the choice of training questions.
         reward_specs: import paths `module:function`; `score` is a reasoning_gym task's own score, its default.
-        reward_weights: one for each reward; default 1 each.
         eval_dataset: file or hub dataset to evaluate on, instead of held-out rows of `spec`.
         prompt_column: column of a file or dataset with the prompt, as text or chat messages.
 
@@ -62,18 +59,18 @@ def load_task(
         "reward_specs": reward_specs,
         "reward_weights": reward_weights,
     }
-    if spec.startswith(GYM_PREFIX):
+    kind, colon, name = spec.partition(":")
+    if colon and kind == "reasoning_gym":
         from learner.tasks.gym import load_gym_task
 
         if eval_dataset is not None:
             raise TaskError(
                 "--eval_dataset is for files and datasets; reasoning_gym tasks hold out questions themselves"
             )
-        return load_gym_task(spec.removeprefix(GYM_PREFIX), task_args or {}, **common)
+        return load_gym_task(name, task_args or {}, **common)
 
     common |= {"eval_dataset": eval_dataset, "prompt_column": prompt_column}
-    module, _, _ = spec.partition(":")
-    if ":" in spec and "@" not in spec and is_importable(module):
+    if colon and "@" not in spec and is_importable(kind):
         made = import_object(spec)
         made = made if isinstance(made, Task) or not callable(made) else made(task_args=task_args or {}, **common)
         if not isinstance(made, Task):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from learner.tasks.base import TaskError
-
 # Commas count as thousands separators only. A minus sign belongs to the number unless it follows a digit or a closing
 # bracket, where it is a subtraction.
 _NUMBER = re.compile(r"(?:(?<![\d.)\]])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
@@ -31,10 +29,3 @@ def whole(text: str) -> str | None:
 
 
 EXTRACTORS: dict[str, Callable[[str], str | None]] = {"last_number": last_number, "tag": tagged, "whole": whole}
-
-
-def extractor(name: str) -> Callable[[str], str | None]:
-    """Look up an extractor; raises `TaskError` if there is none of that name."""
-    if name not in EXTRACTORS:
-        raise TaskError(f"answer {name!r} is not one of {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name]

@@ -45,7 +45,11 @@ def load_dataset_task(
         held_out = _with_prompts(_read(eval_dataset), eval_dataset, prompt_column, style)
         hashes = [_hash(question_key(prompt)) for prompt in held_out["prompt"]]
         held_out = held_out.select(sorted(range(len(held_out)), key=hashes.__getitem__)[:eval_size])
-        train = _without(train, held_out, spec)
+        keys = {question_key(prompt) for prompt in held_out["prompt"]}
+        kept = [i for i, prompt in enumerate(train["prompt"]) if question_key(prompt) not in keys]
+        if dropped := len(train) - len(kept):
+            logger.warning("%s: left out %d training rows whose question is in the evaluation set", spec, dropped)
+        train = train.select(kept)
     train = train.shuffle(seed=seed)
     if train_size:
         train = train.select(range(min(train_size, len(train))))
@@ -57,7 +61,17 @@ def load_dataset_task(
 def _read(spec: str) -> Dataset:
     path = Path(spec).expanduser()
     if path.suffix in FILE_KINDS or path.exists():
-        return _read_file(path)
+        if not path.is_file():
+            raise TaskError(f"no file {path}")
+        if path.suffix not in FILE_KINDS:
+            raise TaskError(f"{path}: a task file ends in {', '.join(FILE_KINDS)}")
+        try:
+            rows = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:  # the cause (a broken line, mixed types) is chained below
+            raise TaskError(f"{path} cannot be read: {error.__cause__ or error}") from error
+        if not len(rows):
+            raise TaskError(f"{path} has no rows")
+        return rows
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
     try:
@@ -68,20 +82,6 @@ def _read(spec: str) -> Dataset:
             "task is reasoning_gym:NAME, a .jsonl/.json/.csv/.parquet file, a hub dataset name[:config][@split], or "
             "module:object"
         ) from error
-
-
-def _read_file(path: Path) -> Dataset:
-    if not path.is_file():
-        raise TaskError(f"no file {path}")
-    if path.suffix not in FILE_KINDS:
-        raise TaskError(f"{path}: a task file ends in {', '.join(FILE_KINDS)}")
-    try:
-        rows = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # the cause (a broken line, mixed types) is chained below
-        raise TaskError(f"{path} cannot be read: {error.__cause__ or error}") from error
-    if not len(rows):
-        raise TaskError(f"{path} has no rows")
-    return rows
 
 
 def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptStyle) -> Dataset:
@@ -112,15 +112,6 @@ def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Datase
     held_out = [by_key[key][0] for key in keys[:eval_size]]
     kept = sorted(i for key in keys[eval_size:] for i in by_key[key])
     return rows.select(kept), rows.select(held_out)
-
-
-def _without(rows: Dataset, held_out: Dataset, spec: str) -> Dataset:
-    """Drop training rows with a held-out question."""
-    keys = {question_key(prompt) for prompt in held_out["prompt"]}
-    kept = [i for i, prompt in enumerate(rows["prompt"]) if question_key(prompt) not in keys]
-    if dropped := len(rows) - len(kept):
-        logger.warning("%s: left out %d training rows whose question is in the evaluation set", spec, dropped)
-    return rows.select(kept)
 
 
 def _hash(key: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from learner.tasks.answer_parsing import extractor
+from learner.tasks.answer_parsing import EXTRACTORS
 from learner.tasks.base import Task, TaskError
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, completion_text, question_key
@@ -42,7 +42,9 @@ def load_gym_task(
     """Load `reasoning_gym:NAME`. See `learner.tasks.load_task`."""
     generator_args = dict(task_args)
     style = PromptStyle.take_from(generator_args)
-    extract = extractor(generator_args.pop("answer", "last_number"))
+    answer = generator_args.pop("answer", "last_number")
+    if answer not in EXTRACTORS:
+        raise TaskError(f"answer {answer!r} is not one of {', '.join(EXTRACTORS)}")
     partial_credit = bool(generator_args.pop("partial_credit", True))
     for reserved in ("seed", "size"):
         if reserved in generator_args:
@@ -54,23 +56,38 @@ def load_gym_task(
     # The stream of held-out questions does not depend on the seed: an evaluation with another seed never asks training
     # questions.
     eval_entries = _take_distinct(_stream(name, generator_args, "eval"), eval_size, style, known=set())
-    if len(eval_entries) < eval_size:
-        raise TaskError(_too_small(name, generator_args, len(eval_entries), eval_size))
-    train_stream = _stream(name, generator_args, f"train {seed}")
-    train_entries = _take_distinct(train_stream, train_size, style, known=set(eval_entries))
+    train_entries: dict[str, Entry] = {}
+    if len(eval_entries) == eval_size:
+        train_stream = _stream(name, generator_args, f"train {seed}")
+        train_entries = _take_distinct(train_stream, train_size, style, known=set(eval_entries))
     if len(train_entries) < min(train_size, MIN_TRAIN_QUESTIONS):
-        raise TaskError(_too_small(name, generator_args, eval_size + len(train_entries), eval_size))
+        raise TaskError(
+            f"reasoning_gym:{name} with {generator_args or 'its defaults'} has about "
+            f"{len(eval_entries) + len(train_entries)} different questions: too few to hold out {eval_size} and train "
+            f"on others (at least {MIN_TRAIN_QUESTIONS}). Widen task_args or lower eval_size"
+        )
     if len(train_entries) < train_size:
         logger.info("reasoning_gym:%s: %d distinct training questions, repeated", name, len(train_entries))
 
     held_out, trained_on = list(eval_entries.values()), list(train_entries.values())
-    score = GymScore(name, generator_args, held_out + trained_on, extract, partial_credit)
+    score = GymScore(name, generator_args, held_out + trained_on, EXTRACTORS[answer], partial_credit)
     functions, weights = load_rewards(reward_specs, reward_weights, own=score)
-    rows = [_row(i, entry, style) for i, entry in enumerate(held_out + trained_on)]
-    order = _fill_up(len(trained_on), train_size, seed)
+    rows = [
+        {
+            "prompt": style.prompt(entry["question"], entry),
+            "question": entry["question"],
+            "answer": None if entry["answer"] is None else str(entry["answer"]),
+            "gym_item": i,
+        }
+        for i, entry in enumerate(held_out + trained_on)
+    ]
+    order: list[dict[str, Any]] = []  # every question equally often, some of them once more
+    rng = random.Random(f"lockstep order {seed}")
+    while len(order) < train_size:
+        order += rng.sample(rows[len(held_out) :], len(trained_on))
     return Task(
         name=f"reasoning_gym:{name}",
-        train=Dataset.from_list([rows[len(held_out) + i] for i in order]),
+        train=Dataset.from_list(order[:train_size]),
         eval=Dataset.from_list(rows[: len(held_out)]),
         reward_funcs=functions,
         reward_weights=weights,
@@ -105,25 +122,7 @@ def _stream(name: str, args: dict[str, Any], label: str) -> Iterator[Entry]:
             yield generator[i]
 
 
-def _fill_up(questions: int, size: int, seed: int) -> list[int]:
-    """Return `size` shuffled indices below `questions`; the counts of two questions differ by at most 1."""
-    rng = random.Random(f"lockstep order {seed}")
-    order: list[int] = []
-    while len(order) < size:
-        order += rng.sample(range(questions), questions)
-    return order[:size]
-
-
-def _row(index: int, entry: Entry, style: PromptStyle) -> dict[str, Any]:
-    answer = entry["answer"]
-    return {
-        "prompt": style.prompt(entry["question"], entry),
-        "question": entry["question"],
-        "answer": None if answer is None else str(answer),
-        "gym_item": index,
-    }
-
-
+@dataclasses.dataclass(eq=False, repr=False)
 class GymScore:
     """A reward function: reasoning-gym's own score of the extracted answer; without partial credit, 1 or 0.
 
@@ -131,28 +130,25 @@ class GymScore:
     needs. Pickled without its scorer, which needs `import_reasoning_gym`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        args: dict[str, Any],
-        entries: list[Entry],
-        extract: Callable[[str], str | None],
-        partial_credit: bool,
-    ) -> None:
-        self.__name__, self._args, self._entries = name, args, entries
-        self._extract, self._partial_credit = extract, partial_credit
-        self._scorer = _create(name, args, seed=0)
+    name: str
+    args: dict[str, Any]
+    entries: list[Entry]
+    extract: Callable[[str], str | None]
+    partial_credit: bool
+
+    def __post_init__(self) -> None:
+        self.__name__, self._scorer = self.name, _create(self.name, self.args, seed=0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GymScore, (self.__name__, self._args, self._entries, self._extract, self._partial_credit)
+        return GymScore, (self.name, self.args, self.entries, self.extract, self.partial_credit)
 
     def __call__(self, prompts: list[Any], completions: list[Any], gym_item: list[int], **_: Any) -> list[float]:
-        return [self._one(completion, item) for completion, item in zip(completions, gym_item, strict=True)]
-
-    def _one(self, completion: Any, item: int) -> float:
-        answer = self._extract(completion_text(completion))
-        value = 0.0 if answer is None else float(self._scorer.score_answer(answer, self._entries[item]))
-        return value if self._partial_credit else float(value >= 1.0)
+        scores = []
+        for completion, item in zip(completions, gym_item, strict=True):
+            answer = self.extract(completion_text(completion))
+            value = 0.0 if answer is None else float(self._scorer.score_answer(answer, self.entries[item]))
+            scores.append(value if self.partial_credit else float(value >= 1.0))
+        return scores
 
 
 def _create(name: str, args: dict[str, Any], seed: int) -> Any:
@@ -170,13 +166,6 @@ def _create(name: str, args: dict[str, Any], seed: int) -> Any:
         return create_dataset(name, seed=seed, size=CHUNK, **args)
     except (AssertionError, TypeError, ValueError) as error:
         raise TaskError(f"reasoning_gym:{name} refuses {args}: {error}") from error
-
-
-def _too_small(name: str, args: dict[str, Any], questions: int, eval_size: int) -> str:
-    return (
-        f"reasoning_gym:{name} with {args or 'its defaults'} has about {questions} different questions: too few to "
-        f"hold out {eval_size} and train on others (at least {MIN_TRAIN_QUESTIONS}). Widen task_args or lower eval_size"
-    )
 
 
 def import_reasoning_gym() -> None:

@@ -15,9 +15,8 @@ from learner.tasks.base import RewardFunc, TaskError
 def import_object(path: str) -> Any:
     """Return the object at `module:attribute`. Modules in the current directory are found too.
 
-    Raises:
-        TaskError: the path is malformed, or there is no such module or attribute, or the module raises; that error is
-            then the cause, and named in the message.
+    Raises `TaskError` if the path is malformed, there is no such module or attribute, or the module raises: that error
+    is the cause, and named in the message.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
@@ -55,8 +54,7 @@ def load_rewards(
 ) -> tuple[list[RewardFunc], list[float] | None]:
     """Return reward functions and their weights. `own` is the task's own score: the default, and `score` in `specs`.
 
-    Raises:
-        TaskError: there is no reward, one is not callable, two have the same name, or the weights do not match.
+    Raises `TaskError` if there is no reward, one is not callable, two have one name, or the weights do not match.
     """
     if not specs:
         if own is None:

@@ -37,34 +37,35 @@ class PromptStyle:
     def prompt(self, value: Any, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         """Return the prompt of one row. `value` is its prompt column: text, or a list of chat messages."""
         if self.prompt_template is not None:
-            value = self._fill(row)
+            try:
+                value = self.prompt_template.format_map(row)
+            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+                raise TaskError(
+                    f"prompt_template {self.prompt_template!r} does not fit the rows, whose fields are "
+                    f"{', '.join(row)}: {type(error).__name__} {error}"
+                ) from error
         if isinstance(value, str):
             if self.prompt_format == "raw":
                 return value
             value = [{"role": "user", "content": value}]
-        if not _is_chat(value):
+        if not (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in value)
+        ):
             raise TaskError(f"a prompt must be text or a list of messages with role and content, not {value!r:.200}")
         if self.system_prompt is not None and value[0]["role"] != "system":
             value = [{"role": "system", "content": self.system_prompt}, *value]
         return value
-
-    def _fill(self, row: Mapping[str, Any]) -> str:
-        assert self.prompt_template is not None
-        try:
-            return self.prompt_template.format_map(row)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            raise TaskError(
-                f"prompt_template {self.prompt_template!r} does not fit the rows, whose fields are "
-                f"{', '.join(row)}: {type(error).__name__} {error}"
-            ) from error
 
 
 def question_key(prompt: str | list[dict[str, Any]]) -> str:
     """Return a key that is equal for prompts of the same text, ignoring white space and system messages."""
     if isinstance(prompt, str):
         return " ".join(prompt.split())
-    turns = [m for m in prompt if m["role"] != "system"]
-    return json.dumps([[m["role"], _squeeze(m["content"])] for m in turns], sort_keys=True, default=str)
+    contents = [(m["role"], m["content"]) for m in prompt if m["role"] != "system"]
+    turns = [[role, " ".join(text.split()) if isinstance(text, str) else text] for role, text in contents]
+    return json.dumps(turns, sort_keys=True, default=str)
 
 
 def completion_text(completion: Any) -> str:
@@ -72,15 +73,3 @@ def completion_text(completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     return "".join(m.get("content") or "" for m in completion if m.get("role", "assistant") == "assistant")
-
-
-def _squeeze(content: Any) -> Any:
-    return " ".join(content.split()) if isinstance(content, str) else content
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in value)
-    )

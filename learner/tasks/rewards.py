@@ -52,16 +52,15 @@ def _math_score(text: str, gold: str) -> float | None:
     from math_verify import parse, verify
 
     # math_verify's time limits use SIGALRM, which only the main thread can receive.
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main:
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    if limit is None:
         for part in ("parser", "grader"):
             logging.getLogger(f"math_verify.{part}").setLevel(logging.ERROR)
-    limits = {"parse": 5, "verify": 5} if in_main else {"parse": None, "verify": None}
-    expected = _parse_gold(gold.rpartition("####")[2].strip(), limits["parse"])
+    expected = _parse_gold(gold.rpartition("####")[2].strip(), limit)
     if not expected:
         return None
-    found = parse(text, parsing_timeout=limits["parse"])
-    return float(bool(found) and verify(expected, found, timeout_seconds=limits["verify"]))
+    found = parse(text, parsing_timeout=limit)
+    return float(bool(found) and verify(expected, found, timeout_seconds=limit))
 
 
 @cache

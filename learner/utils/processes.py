@@ -58,8 +58,7 @@ class ProcessGroup:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
         try:
-            with contextlib.ExitStack() as stack:
-                output = stack.enter_context(log.open("wb")) if log else None
+            with log.open("wb") if log else contextlib.nullcontext() as output:
                 self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, as_completed, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -26,11 +25,7 @@ def start(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
-    """Run all calls at once and return their results in order.
-
-    Raises:
-        Exception: the first error in order, after all calls have ended.
-    """
+    """Run all calls at once. Return their results in order, or raise the first error in order once all have ended."""
     if len(calls) == 1:
         return [calls[0]()]
     started = [start(call, f"{name}-{i}") for i, call in enumerate(calls)]
@@ -38,22 +33,15 @@ def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
     return [outcome.result() for outcome in started]
 
 
-def first_of(outcomes: Iterable[Future[T]], grace_s: float) -> list[Future[T]]:
+def first_of(outcomes: Collection[Future[T]], grace_s: float) -> list[Future[T]]:
     """Wait for the first success and `grace_s` seconds longer; return all that have succeeded by then.
 
-    Raises:
-        Exception: the last error if all fail.
+    Raises the last error if all fail.
     """
-    running, good = set(outcomes), list[Future[T]]()
-    deadline: float | None = None
-    while running:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        ended, running = wait(running, left, FIRST_COMPLETED)
-        good += [outcome for outcome in ended if outcome.exception() is None]
-        if not ended:
+    for outcome in as_completed(outcomes):
+        if outcome.exception() is None:
             break
-        if good and deadline is None:
-            deadline = time.monotonic() + grace_s
-        if not good and not running:
-            ended.pop().result()
-    return good
+    else:
+        outcome.result()
+    wait(outcomes, grace_s)
+    return [outcome for outcome in outcomes if outcome.done() and outcome.exception() is None]

@@ -30,13 +30,10 @@ def levels(
     """Load the first levels of reasoning-gym's curriculum for a task; the training questions go from level to level.
 
     A level's questions include those of the levels below it, as in reasoning-gym. The same number of questions is held
-    out of each level.
+    out of each level. Raises `TaskError` if the task has no curriculum, or an argument is missing.
 
     Args:
         task_args: `name` of the task, number of `levels`, and arguments of `reasoning_gym:NAME` for all levels.
-
-    Raises:
-        TaskError: the task has no curriculum, or an argument is missing.
     """
     given = dict(task_args)
     name, count = given.pop("name", None), given.pop("levels", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Sequence
@@ -51,17 +52,14 @@ def people(
 
 def fields_right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
     """Return the share of fields of the column `answer` (JSON) that the completion has, too; 0 if it is not JSON."""
-    return [_share(completion_text(c), json.loads(gold)) for c, gold in zip(completions, answer, strict=True)]
-
-
-def _share(text: str, expected: dict[str, Any]) -> float:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return 0.0
-    if not isinstance(found, dict):
-        return 0.0
-    return sum(found.get(key) == value for key, value in expected.items()) / len(expected)
+    shares = []
+    for completion, gold in zip(completions, answer, strict=True):
+        found, expected = None, json.loads(gold)
+        with contextlib.suppress(ValueError):
+            found = json.loads(completion_text(completion))
+        right = [isinstance(found, dict) and found.get(key) == value for key, value in expected.items()]
+        shares.append(sum(right) / len(right))
+    return shares
 
 
 def _rows(people: list[tuple[str, int, str]]) -> Dataset:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 from learner.adapters.exporter import AdapterExport, AdapterExporter
-from learner.adapters.peft_dir import peft_tensors
+from learner.adapters.peft_dir import save_adapter
 from shared.adapter_file import header_length, parse_header
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -115,13 +115,18 @@ def test_diverged_training_is_said_before_the_push(model_dir):
     assert caught.value.code is ErrorCode.NOT_FINITE
 
 
-def test_names_are_those_of_the_model_without_wrappers(model_dir):
+def test_names_are_those_of_the_model_without_wrappers(model_dir, tmp_path):
     model = peft_model(model_dir)
-    plain, tensors = decoded(export_adapter(model, VERSION, "float32"))[0], peft_tensors(model)
+
+    def saved():
+        save_adapter(model, tmp_path, writes=True)
+        return load_file(tmp_path / "adapter_model.safetensors")
+
+    plain, tensors = decoded(export_adapter(model, VERSION, "float32"))[0], saved()
     layers = model.get_base_model().model.layers
     for index, layer in enumerate(layers):
         layers[index] = torch.compile(checkpoint_wrapper(layer))
     assert decoded(export_adapter(model, VERSION, "float32"))[0] == plain
-    wrapped = peft_tensors(model)
+    wrapped = saved()
     assert wrapped.keys() == tensors.keys() == get_peft_model_state_dict(peft_model(model_dir)).keys()
     assert all(torch.equal(wrapped[name], tensors[name]) for name in tensors)
