@@ -23,8 +23,8 @@ from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import BroadcastGroups
-from rollout_server.installs.context import InstallContext
 from rollout_server.installs.installer import Installer
+from rollout_server.installs.slot_install import InstallContext
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable

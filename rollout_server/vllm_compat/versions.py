@@ -37,14 +37,13 @@ def vllm_version() -> str:
     return vllm.__version__
 
 
-def _first_module(*names: str) -> Any:
-    for name in names[:-1]:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
-                raise
-    return importlib.import_module(names[-1])
+def _first_module(new: str, old: str) -> Any:
+    try:
+        return importlib.import_module(new)
+    except ModuleNotFoundError as error:
+        if error.name is None or not new.startswith(error.name):
+            raise
+    return importlib.import_module(old)
 
 
 def make_arg_parser(parser: Any) -> Any:
@@ -71,7 +70,7 @@ def list_models(state: Any, names: list[str]) -> None:
 
 
 def lora_request(name: str, slot_id: int) -> Any:
-    """vLLM's request for the adapter in a slot, which is never read from a file."""
+    """Return vLLM's request for the adapter in a slot, which is never read from a file."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name, slot_id, "/in-memory")
@@ -118,11 +117,9 @@ def engine_dead_error() -> type[Exception]:
 
 def submitted_requests(engine: Any) -> set[str]:
     """Return the caller's ids of all requests that AsyncLLM has handed to the engine with all their outputs."""
-    outputs: Counter[str] = Counter()
-    wanted: dict[str, int] = {}
-    for state in engine.output_processor.request_states.values():
-        outputs[state.external_req_id] += 1
-        wanted[state.external_req_id] = state.parent_req.n if state.parent_req is not None else 1
+    states = engine.output_processor.request_states.values()
+    outputs = Counter(state.external_req_id for state in states)
+    wanted = {state.external_req_id: 1 if state.parent_req is None else state.parent_req.n for state in states}
     return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
 
 

@@ -46,18 +46,7 @@ class AdapterWorker:
 
 
 class Operations:
-    """Operations that the server calls on a worker, each on a thread of its own. Results are plain dicts."""
-
-    NAMES: tuple[str, ...] = (
-        "describe",
-        "free_memory",
-        "check",
-        "fill",
-        "swap",
-        "host_group",
-        "join_group",
-        "leave_group",
-    )
+    """Operations that the server calls on a worker: all public methods, each on a thread of its own."""
 
     def __init__(self, worker: Any, writer: Any) -> None:
         self.worker = worker
@@ -94,13 +83,12 @@ class Operations:
     ) -> dict[str, Any]:
         """Receive an adapter and write it into `slot_id`.
 
-        Args:
-            source: `group` and `timeout` of a broadcast; or `path`, `memory` (number) and `offset` in shared memory.
+        `source`: `group` and `timeout` of a broadcast; or `path`, `memory` (number) and `offset` in shared memory.
         """
         if not self.filling.acquire(blocking=False):
             raise InstallFailed("another adapter is still being written on this worker")
         try:
-            with self.on_own_stream():
+            with self._on_own_stream():
                 started = time.perf_counter()
                 layout = self.layouts[key]
                 buffer = self.writer.buffer(layout)
@@ -142,12 +130,11 @@ class Operations:
 
     def leave_group(self, _: Acknowledge, group: str) -> None:
         """Leave a group, even in the middle of a transfer."""
-        left = self.groups.pop(group, None)
-        if left is not None:
+        if left := self.groups.pop(group, None):
             left.abort()
 
     @contextlib.contextmanager
-    def on_own_stream(self) -> Iterator[None]:
+    def _on_own_stream(self) -> Iterator[None]:
         """Run device work that does not wait for the engine's, and wait for its end."""
         if self.stream is None:
             with torch.inference_mode():
@@ -164,7 +151,8 @@ def listen(operations: Operations, server_pid: int, folder: str) -> None:
     threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
     versions.keep_seeds_alive_on_cpu(operations.worker)
     kept_mass.install(operations.worker)
-    serve(Path(folder), {name: getattr(operations, name) for name in operations.NAMES})
+    names = [name for name in dir(type(operations)) if not name.startswith("_")]
+    serve(Path(folder), {name: getattr(operations, name) for name in names})
 
 
 def _end_with(server_pid: int) -> None:
