@@ -63,7 +63,7 @@ class Service:
                 yield receipt
 
     async def join_group(self, run_id: str, lease: str) -> AsyncGenerator[GroupInvitation | None, None]:
-        """Meet the run's learner in a collective group; see `Groups.join`.
+        """Meet the run's learner in a collective group; see `BroadcastGroups.join`.
 
         Raises:
             LockstepError: also `unknown_run`, `lease_mismatch`.

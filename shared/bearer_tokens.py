@@ -32,9 +32,7 @@ def parse_tokens(text: str, source: str) -> list[str]:
 
 def is_loopback(host: str | None) -> bool:
     """Return whether `host` is this machine alone. None and wildcards are every interface, so they are not."""
-    if host is None:
-        return False
     try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host is not None and (host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback)
     except ValueError:
         return False

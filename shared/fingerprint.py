@@ -17,7 +17,6 @@ import xxhash
 
 from shared.weights import BaseFingerprint
 
-SAMPLES_PER_TENSOR = 32
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ARCHITECTURE_KEYS = (
     "architectures",
@@ -82,8 +81,8 @@ def _tensor_digests(path: Path) -> dict[str, str]:
         item_bytes = _ITEM_BYTES.get(info["dtype"], 1)
         start, end = info["data_offsets"]
         count = (end - start) // item_bytes
-        # Evenly spread, first and last element included; independent of file layout.
-        indices = np.unique(np.linspace(0, max(count - 1, 0), SAMPLES_PER_TENSOR).astype(np.int64))
+        # 32 elements, evenly spread, first and last included; independent of file layout.
+        indices = np.unique(np.linspace(0, max(count - 1, 0), 32).astype(np.int64))
         raw = b"".join(bytes(data[start + i * item_bytes : start + (i + 1) * item_bytes]) for i in indices if count)
         shape = json.dumps([name, info["shape"], math.prod(info["shape"])])
         if info["dtype"] == "BF16":

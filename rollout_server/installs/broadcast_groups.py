@@ -12,8 +12,6 @@ from rollout_server.settings import ServerSettings
 from shared.collective import GroupInvitation
 from shared.errors import NoGroup
 
-_LEAVE_SECONDS = 10.0
-
 
 @dataclass
 class BroadcastGroups:
@@ -45,7 +43,7 @@ class BroadcastGroups:
             ranks = [{**common, "port": port, "rank": rank, "size": size} for rank in range(1, size)]
             call = self.workers.begin_each("join_group", ranks)
             yield GroupInvitation(group=name, port=port, size=size, backend=self.backend, timeout_s=timeout)
-            await call.results(timeout + _LEAVE_SECONDS)
+            await call.results(timeout + 10.0)  # workers give up on their own after `timeout`
         except BaseException:
             self.workers.begin("leave_group", group=name)
             raise

@@ -31,7 +31,6 @@ from shared.errors import (
 )
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState
 
-_CHECK_SECONDS = 30.0
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 
 
@@ -54,7 +53,7 @@ class Installer:
     async def push(
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight = "drain"
     ) -> PushReceipt:
-        """Receive one adapter over HTTP and install it; raises any fault of the push, and serves what it did then."""
+        """Receive one adapter over HTTP and install it. After an error nothing served has changed."""
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
         check = functools.partial(self._check, run_id, lease, takeover)
@@ -179,7 +178,7 @@ class Installer:
         self._check_order(run_id, manifest)
         if key not in self._known_layouts:
             entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
-            await self.context.workers.call("check", _CHECK_SECONDS, entries=entries)
+            await self.context.workers.call("check", timeout=30.0, entries=entries)
             self._known_layouts = [*self._known_layouts, key][-_LAYOUTS_KNOWN:]
 
     def _check_order(self, run_id: str, manifest: AdapterManifest) -> PushReceipt | None:

@@ -18,8 +18,6 @@ from shared.adapter_file import AdapterHeader
 from shared.errors import EngineDead, InstallFailed, UnknownRun
 from shared.weights import InFlight, PushReceipt
 
-_SWAP_SECONDS = 10.0
-
 
 @dataclass
 class InstallContext:
@@ -131,7 +129,7 @@ class SlotInstall:
         try:
             async with asyncio.timeout(self._left()), proxy.paused(clear_cache=self.kv == "fresh") as tokens:
                 try:
-                    await self.context.workers.call("swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id)
+                    await self.context.workers.call("swap", timeout=10.0, one=active.slot_id, other=spare.slot_id)
                 except BaseException:
                     proxy.give_up(EngineDead("not every worker exchanged its adapter slots"))
                     raise

@@ -11,8 +11,6 @@ from typing import Any
 
 from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, error_class
 
-Result = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Workers:
@@ -41,7 +39,7 @@ class Workers:
         """Begin an operation on the first `len(arguments)` workers, with arguments of their own."""
         return WorkerCall(op, [link.send(op, own) for link, own in zip(self.links, arguments, strict=False)])
 
-    async def call(self, op: str, timeout: float, **arguments: Any) -> list[Result]:
+    async def call(self, op: str, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
         """Run an operation on all workers and return their results; raises as `WorkerCall.results`."""
         return await self.begin(op, **arguments).results(timeout)
 
@@ -58,7 +56,7 @@ class WorkerCall:
         await self._all([reply.acknowledged for reply in self.replies], timeout)
         await self._all([reply.result for reply in self.replies if reply.result.done()], timeout)
 
-    async def results(self, timeout: float) -> list[Result]:
+    async def results(self, timeout: float) -> list[dict[str, Any]]:
         """Return the results of all workers, in their order.
 
         Raises the first refusal, or `install_failed` if a worker sends no result within `timeout` seconds.
@@ -90,7 +88,7 @@ class Reply:
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.acknowledged: asyncio.Future[None] = loop.create_future()
-        self.result: asyncio.Future[Result] = loop.create_future()
+        self.result: asyncio.Future[dict[str, Any]] = loop.create_future()
         # No task may be waiting when a link breaks: retrieve the exception.
         for future in (self.acknowledged, self.result):
             future.add_done_callback(lambda f: f.cancelled() or f.exception())

@@ -106,8 +106,7 @@ def _reporting_v2(base: Any) -> Any:
         log_mass_N: torch.Tensor | None = None
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().__call__(*args, **kwargs)
-            return _with_mass(output, self.log_mass_N)
+            return _with_mass(super().__call__(*args, **kwargs), self.log_mass_N)
 
         def sample(self, *args: Any, **kwargs: Any) -> Any:
             self.log_mass_N, self.sampling_states.log_total_N = None, None

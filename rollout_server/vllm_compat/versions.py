@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
-
-SUPPORTED = ((0, 26), (0, 33))
 
 
 def vllm_version() -> str:
@@ -29,7 +26,7 @@ def vllm_version() -> str:
     import vllm
 
     release = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    low, high = SUPPORTED
+    low, high = (0, 26), (0, 33)
     if not low <= release <= high:
         raise RuntimeError(
             f"vLLM {vllm.__version__} is not supported; install a version from {low[0]}.{low[1]} to {high[0]}.{high[1]}"
@@ -135,7 +132,7 @@ def keep_linear_weights_on_cpu() -> None:
     import torch
     from vllm.model_executor.layers import utils
 
-    dispatch: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
+    dispatch = utils.dispatch_cpu_unquantized_gemm
 
     def dispatch_but_linears(layer: Any, remove_weight: bool) -> None:
         if remove_weight and layer.weight.dim() == 2:
@@ -156,8 +153,7 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
     runner = worker.model_runner
     if str(worker.device.type) != "cpu" or not hasattr(runner, "_bookkeeping_sync"):
         return
-    sample: Callable[..., Any] = runner._sample
-    bookkeeping: Callable[..., Any] = runner._bookkeeping_sync
+    sample, bookkeeping = runner._sample, runner._bookkeeping_sync
 
     def discarded(self: Any) -> list[int]:
         rows = self.discard_request_mask.np[: self.input_batch.num_reqs]
@@ -181,10 +177,3 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
 
     runner._sample = MethodType(sample_and_rewind, runner)
     runner._bookkeeping_sync = MethodType(bookkeeping_without_rewind, runner)
-
-
-def cache_environment() -> None:
-    """Let vLLM's front end read its environment variables once, as its engine does, and not for every token."""
-    from vllm import envs
-
-    envs.enable_envs_cache()

@@ -26,8 +26,6 @@ from rollout_server.worker.slot_writer import SlotWriter
 from shared.adapter_file import Layout, TensorEntry
 from shared.errors import InstallFailed
 
-_LAYOUTS_KEPT = 64
-
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
 
@@ -70,12 +68,12 @@ class Operations:
             return {"free": torch.cuda.mem_get_info(self.device)[0] if self.stream else None}
 
     def check(self, _: Acknowledge, entries: list[Any]) -> None:
-        """Refuse a layout that does not fit; remember one that does, by its key."""
+        """Refuse a layout that does not fit; remember the last 64 that do, by their keys."""
         layout = Layout([TensorEntry(n, dtype, tuple(shape), a, b) for n, dtype, shape, a, b in entries])
         self.writer.check(layout)
         self.layouts.pop(layout.key, None)
         self.layouts[layout.key] = layout
-        while len(self.layouts) > _LAYOUTS_KEPT:
+        if len(self.layouts) > 64:
             self.layouts.pop(next(iter(self.layouts)))
 
     def fill(
