@@ -23,8 +23,8 @@ from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import BroadcastGroups
-from rollout_server.installs.context import InstallContext
 from rollout_server.installs.installer import Installer
+from rollout_server.installs.slot_install import InstallContext
 from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable
@@ -40,6 +40,7 @@ async def start(
     args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
 ) -> Service:
     """Load the model, register the slots, warm up, and let requests in."""
+    from vllm import envs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -85,7 +86,7 @@ async def start(
     # All has been loaded: make later requests cheaper.
     gc.collect()
     gc.freeze()  # or every full collection walks over all that the imports left behind
-    versions.cache_environment()
+    envs.enable_envs_cache()  # or the front end would read environment variables for every token
     readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, boot id %s", time.monotonic() - started, served.model, boot_id)
     return service

@@ -105,10 +105,9 @@ def header_length(prefix: bytes) -> int:
 
 
 def parse_header(header: bytes) -> AdapterHeader:
-    """Parse and check the JSON header (without the 8 length bytes).
+    """Parse and check the JSON header, without the 8 length bytes.
 
-    Raises:
-        LockstepError: `malformed_adapter`, `protocol_mismatch`, `shape_mismatch`.
+    Raises `malformed_adapter`, `protocol_mismatch`, `shape_mismatch`.
     """
     try:
         document = json.loads(header, object_pairs_hook=_each_key_once)
@@ -124,7 +123,11 @@ def parse_header(header: bytes) -> AdapterHeader:
         )
     try:
         manifest = AdapterManifest.model_validate(raw_manifest)
-        entries = _entries(document)
+        entries = [
+            TensorEntry(name, info["dtype"], tuple(_integers(info["shape"])), *_integers(info["data_offsets"]))
+            for name, info in document.items()
+            if name != "__metadata__"
+        ]
     except ValidationError as error:
         raise MalformedAdapter(f"the manifest does not fit its schema: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -141,14 +144,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key in document:
         key.encode()  # JSON can hold halves of characters, which no other reader takes
     return document
-
-
-def _entries(document: dict[str, Any]) -> list[TensorEntry]:
-    return [
-        TensorEntry(name, info["dtype"], tuple(_integers(info["shape"])), *_integers(info["data_offsets"]))
-        for name, info in document.items()
-        if name != "__metadata__"
-    ]
 
 
 def _integers(values: Any) -> list[int]:

@@ -58,12 +58,9 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-_LONGEST = 4000
-
-
 def sendable(text: str) -> str:
     """Return `text`, which may quote a client, short and encodable: JSON can hold halves of characters."""
-    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+    text = text if len(text) <= 4000 else text[:4000] + "..."
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -194,9 +191,6 @@ class NotFinite(LockstepError, code=ErrorCode.NOT_FINITE): ...
 class InstallFailed(LockstepError, code=ErrorCode.INSTALL_FAILED, status=500): ...
 
 
-_BY_CODE = {kind.code: kind for kind in LockstepError.__subclasses__()}
-
-
 def error_class(code: ErrorCode) -> type[LockstepError]:
     """Return the class that carries `code`."""
-    return _BY_CODE[code]
+    return next(kind for kind in LockstepError.__subclasses__() if kind.code is code)

@@ -17,7 +17,6 @@ import xxhash
 
 from shared.weights import BaseFingerprint
 
-SAMPLES_PER_TENSOR = 32
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ARCHITECTURE_KEYS = (
     "architectures",
@@ -40,27 +39,21 @@ _ARCHITECTURE_KEYS = (
 
 
 def fingerprint_checkpoint(model: str, revision: str | None = None) -> BaseFingerprint:
-    """Fingerprint of a local checkpoint directory, or of a hub repository (downloaded or cached).
+    """Return the fingerprint of a local checkpoint directory, or of a hub repository (downloaded or cached).
 
     Parts that cannot be read (no safetensors files, no tokenizer) are None; a None never matches anything.
     """
-    folder = _resolve(model, revision)
-    if folder is None:
-        return BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            patterns = ["*.safetensors", "*.json", "*.jinja"]
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+            return BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
     return BaseFingerprint(weights=_weights(folder), tokenizer=_tokenizer(folder), chat_template=_chat_template(folder))
-
-
-def _resolve(model: str, revision: str | None) -> Path | None:
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.jinja"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        return None
 
 
 def _weights(folder: Path) -> str | None:
@@ -68,9 +61,7 @@ def _weights(folder: Path) -> str | None:
     config_file = folder / "config.json"
     if not files or not config_file.is_file():
         return None
-    digests: dict[str, str] = {}
-    for path in files:
-        digests.update(_tensor_digests(path))
+    digests = {name: digest for path in files for name, digest in _tensor_digests(path).items()}
     config = json.loads(config_file.read_text())
     architecture = {key: config[key] for key in _ARCHITECTURE_KEYS if config.get(key) is not None}
     document = json.dumps([architecture, sorted(digests.items())], sort_keys=True)
@@ -90,20 +81,16 @@ def _tensor_digests(path: Path) -> dict[str, str]:
         item_bytes = _ITEM_BYTES.get(info["dtype"], 1)
         start, end = info["data_offsets"]
         count = (end - start) // item_bytes
-        # Evenly spread, first and last element included; independent of file layout.
-        indices = np.unique(np.linspace(0, max(count - 1, 0), SAMPLES_PER_TENSOR).astype(np.int64))
+        # 32 elements, evenly spread, first and last included; independent of file layout.
+        indices = np.unique(np.linspace(0, max(count - 1, 0), 32).astype(np.int64))
         raw = b"".join(bytes(data[start + i * item_bytes : start + (i + 1) * item_bytes]) for i in indices if count)
         shape = json.dumps([name, info["shape"], math.prod(info["shape"])])
-        digests[name] = xxhash.xxh3_64_hexdigest(shape.encode() + _widen(raw, info["dtype"]))
+        if info["dtype"] == "BF16":
+            raw = (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).tobytes()
+        if info["dtype"] == "F16":
+            raw = np.frombuffer(raw, dtype="<f2").astype("<f4").tobytes()
+        digests[name] = xxhash.xxh3_64_hexdigest(shape.encode() + raw)
     return digests
-
-
-def _widen(raw: bytes, dtype: str) -> bytes:
-    if dtype == "BF16":
-        return (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).tobytes()
-    if dtype == "F16":
-        return np.frombuffer(raw, dtype="<f2").astype("<f4").tobytes()
-    return raw
 
 
 def _tokenizer(folder: Path) -> str | None:

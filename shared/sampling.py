@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class StructuredOutputs(BaseModel):
@@ -63,14 +63,10 @@ class SamplingParams(BaseModel):
         """Whether top_k, top_p or min_p may keep tokens from being drawn; greedy choices are not drawn."""
         return self.temperature > 0.0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
-    @model_validator(mode="before")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _one_stop_string(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("stop"), str):
-            values = {**values, "stop": [values["stop"]]}
-        if isinstance(values, dict) and values.get("stop", ...) is None:
-            values = {key: value for key, value in values.items() if key != "stop"}
-        return values
+    def _one_stop_string(cls, stop: Any) -> Any:
+        return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> SamplingParams:

@@ -83,11 +83,6 @@ class AdapterManifest(BaseModel):
     peft_config: dict[str, Any] = Field(description="the PEFT LoraConfig, for checks and for people")
     checksum: str = Field(description="over tensor names, dtypes, shapes and bytes, see shared.checksum")
 
-    @property
-    def max_rank(self) -> int:
-        """The highest rank of any module."""
-        return max(module.rank for module in self.modules.values())
-
 
 class PushReceipt(BaseModel):
     """Result of a push. Nothing is served before every worker has acknowledged."""

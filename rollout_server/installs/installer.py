@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from rollout_server.engine.sleep import Sleep
 from rollout_server.installs.broadcast_groups import BroadcastGroups
-from rollout_server.installs.context import InstallContext
-from rollout_server.installs.merge_install import MergeInstall
-from rollout_server.installs.slot_install import SlotInstall
+from rollout_server.installs.live_weights import LiveWeights, MergeInstall
+from rollout_server.installs.slot_install import InstallContext, SlotInstall
 from rollout_server.installs.staging import Staging
 from rollout_server.runs.slots import Run
 from rollout_server.settings import ServerSettings
@@ -32,7 +31,6 @@ from shared.errors import (
 )
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState
 
-_CHECK_SECONDS = 30.0
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 
 
@@ -55,11 +53,7 @@ class Installer:
     async def push(
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight = "drain"
     ) -> PushReceipt:
-        """Receive one adapter over HTTP and install it.
-
-        Raises:
-            LockstepError: any fault of the push; what is served has not changed then.
-        """
+        """Receive one adapter over HTTP and install it. After an error nothing served has changed."""
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
         check = functools.partial(self._check, run_id, lease, takeover)
@@ -67,8 +61,9 @@ class Installer:
             async with asyncio.timeout(self.settings.push_timeout):
                 memory, header, seconds = await self.staging.receive(body, check)
         except TimeoutError:
-            seconds = self.settings.push_timeout
-            raise Timeout(f"the push did not arrive within {seconds} s; see --push-timeout") from None
+            raise Timeout(
+                f"the push did not arrive within {self.settings.push_timeout} s; see --push-timeout"
+            ) from None
         try:
             async with self._opened(run_id, lease, takeover) as run:
                 receipt = self._check_order(run_id, header.manifest)
@@ -86,7 +81,7 @@ class Installer:
     async def broadcast(
         self, run_id: str, lease: str, announced: Announcement, in_flight: InFlight = "drain"
     ) -> AsyncGenerator[PushReceipt | None, None]:
-        """Install one adapter that arrives by broadcast: yields None when the workers receive, then the receipt.
+        """Install one adapter that arrives by broadcast: yield None when the workers receive, then the receipt.
 
         Raises:
             LockstepError: as `push`; `no_group` if the run's learner has joined none, `unknown_layout` if its last push
@@ -94,7 +89,11 @@ class Installer:
         """
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
-        header = self._as_last_time(self.runs.get(run_id), announced)
+        last = self.runs.get(run_id).header
+        if last is None or last.layout.key != announced.layout:
+            raise UnknownLayout(f"run {run_id} has pushed no adapter of this layout; push it over HTTP")
+        manifest = last.manifest.model_copy(update={"version": announced.version, "checksum": announced.checksum})
+        header = replace(last, manifest=manifest)
         await self._check(run_id, lease, False, header)
         async with self._opened(run_id, lease, False) as run:
             if repeated := self._check_order(run_id, header.manifest):
@@ -123,19 +122,10 @@ class Installer:
                 "version; use drain"
             )
 
-    def _as_last_time(self, run: Run, announced: Announcement) -> AdapterHeader:
-        """Return the header of an adapter that is announced with the layout of the run's last push."""
-        last = run.header
-        if last is None or last.layout.key != announced.layout:
-            raise UnknownLayout(f"run {run.run_id} has pushed no adapter of this layout; push it over HTTP")
-        manifest = last.manifest.model_copy(update={"version": announced.version, "checksum": announced.checksum})
-        return replace(last, manifest=manifest)
-
     async def end(self, run_id: str) -> None:
         """Remove a run, after a push of it that is under way. A base that it was merged into is restored bit by bit.
 
-        Raises:
-            LockstepError: `no_free_slot` if running requests do not end in time; the run stays then.
+        Raises `no_free_slot` if running requests do not end in time; the run stays then.
         """
         run = self.runs.get(run_id)
         # Without --apply merge no weight is written.
@@ -143,7 +133,7 @@ class Installer:
         async with awake, run.push_lock:
             if self.settings.merges and run.active is not None:
                 deadline = time.monotonic() + self.settings.push_timeout
-                async with self.context.weights.updated(run, None, deadline):
+                async with LiveWeights(self.context.proxy, self.context.workers).updated(run, None, deadline):
                     self.runs.close(run_id)
             elif not run.closed:
                 self.runs.close(run_id)
@@ -166,13 +156,7 @@ class Installer:
 
     async def _check(self, run_id: str, lease: str, takeover: bool, header: AdapterHeader) -> None:
         """Run all checks that need no tensor."""
-        self._check_identity(run_id, header.manifest)
-        self.runs.check_open(run_id, lease, takeover)
-        self._check_order(run_id, header.manifest)
-        await self._check_shapes(header)
-
-    def _check_identity(self, run_id: str, manifest: AdapterManifest) -> None:
-        served = self.served
+        served, manifest, key = self.served, header.manifest, header.layout.key
         if manifest.version.run_id != run_id:
             raise MalformedAdapter(f"the push for run {run_id} carries version {manifest.version}")
         if manifest.base_weights is not None and manifest.base_weights != served.base.weights:
@@ -180,8 +164,9 @@ class Installer:
                 f"the adapter was trained on base {manifest.base_weights}, this server serves {served.base.weights} "
                 f"({served.model}); start both on the same checkpoint"
             )
-        if manifest.max_rank > served.max_lora_rank:
-            raise RankTooHigh(f"rank {manifest.max_rank} is above the server's --max-lora-rank {served.max_lora_rank}")
+        max_rank = max(module.rank for module in manifest.modules.values())
+        if max_rank > served.max_lora_rank:
+            raise RankTooHigh(f"rank {max_rank} is above the server's --max-lora-rank {served.max_lora_rank}")
         if manifest.dtype != served.lora_dtype:
             raise UnsupportedAdapter(
                 f"the adapter comes in {manifest.dtype}, the slots hold {served.lora_dtype} (/v1/state: lora_dtype)"
@@ -189,6 +174,12 @@ class Installer:
         altering = [key for key in ("use_dora", "lora_bias", "modules_to_save") if manifest.peft_config.get(key)]
         if altering:
             raise UnsupportedAdapter(f"{', '.join(altering)} cannot be served; train plain LoRA")
+        self.runs.check_open(run_id, lease, takeover)
+        self._check_order(run_id, manifest)
+        if key not in self._known_layouts:
+            entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
+            await self.context.workers.call("check", timeout=30.0, entries=entries)
+            self._known_layouts = [*self._known_layouts, key][-_LAYOUTS_KNOWN:]
 
     def _check_order(self, run_id: str, manifest: AdapterManifest) -> PushReceipt | None:
         """Refuse a version older than the served one; return the receipt again if it is the same push."""
@@ -202,11 +193,3 @@ class Installer:
             f"{manifest.version} does not come after {slot.version}, which is being served",
             served=slot.version.model_dump(),
         )
-
-    async def _check_shapes(self, header: AdapterHeader) -> None:
-        key = header.layout.key
-        if key in self._known_layouts:
-            return
-        entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
-        await self.context.workers.call("check", _CHECK_SECONDS, entries=entries)
-        self._known_layouts = [*self._known_layouts, key][-_LAYOUTS_KNOWN:]

@@ -1,4 +1,4 @@
-"""Updates of the weights that all requests compute with, for `--apply merge`: wait or pause, apply, resume."""
+"""Installs in the weights that all requests compute with, for `--apply merge`: wait or pause, apply, resume."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rollout_server.engine.admission import KV
 from rollout_server.engine.proxy import EngineProxy
+from rollout_server.installs.slot_install import SlotInstall
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
@@ -53,7 +55,12 @@ class LiveWeights:
         run.ring.admits.clear()
         try:
             if kv is None:
-                await self._drained(run, deadline)
+                slot = run.slots[0]
+                if not await run.ring.wait_for(lambda: slot.requests == 0, deadline):
+                    raise NoFreeSlot(
+                        f"{slot.requests} requests still ran at the deadline, and the weights may not change under "
+                        "them; push with in_flight = keep, or start the server with a longer --push-timeout"
+                    )
             paused = time.monotonic()
             update.wait_seconds = paused - started
             run.not_moving.clear()
@@ -73,14 +80,6 @@ class LiveWeights:
         finally:
             run.ring.admits.set()
 
-    async def _drained(self, run: Run, deadline: float) -> None:
-        slot = run.slots[0]
-        if not await run.ring.wait_for(lambda: slot.requests == 0, deadline):
-            raise NoFreeSlot(
-                f"{slot.requests} requests still ran at the deadline, and the weights may not change under them; "
-                "push with in_flight = keep, or start the server with a longer --push-timeout"
-            )
-
     async def _apply(self, checksum: str | None, before: str | None) -> None:
         """Apply on all workers, or, where one fails, `before` on all of them again."""
         call = self.workers.begin("apply", checksum=checksum)
@@ -95,3 +94,27 @@ class LiveWeights:
                 self.proxy.give_up(EngineDead("not every worker holds the same weights"))
                 raise
             raise
+
+
+class MergeInstall(SlotInstall):
+    """Install without a slot: the workers receive and verify, then change the weights when no request uses them."""
+
+    @asynccontextmanager
+    async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
+        """Let all workers receive and verify from `source`. Unless `finish` is reached, nothing has changed."""
+        async with self.context.fill_lock:
+            self._begin_fill(0, source)
+            yield
+
+    async def _switch(self, install_seq: int) -> float:
+        run, version, checksum = self.run, self.header.manifest.version, self.header.manifest.checksum
+        # Before the first push it is the base that runs.
+        kv = self.kv if self.in_flight != "drain" and run.active is not None else None
+        weights = LiveWeights(self.context.proxy, self.context.workers)
+        async with weights.updated(run, checksum, self.deadline, kv) as update:
+            if kv is None:
+                run.flip(run.slots[0], version, install_seq, checksum)
+            else:
+                run.move(version, install_seq, checksum, update.tokens, kv)
+        self._wait_seconds += update.wait_seconds
+        return update.pause_seconds

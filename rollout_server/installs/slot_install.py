@@ -10,14 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rollout_server.engine.admission import KV
-from rollout_server.installs.context import InstallContext
-from rollout_server.ipc.client import WorkerCall
+from rollout_server.engine.proxy import EngineProxy
+from rollout_server.ipc.client import WorkerCall, Workers
 from rollout_server.runs.slots import Run, Slot
+from rollout_server.runs.table import RunTable
 from shared.adapter_file import AdapterHeader
 from shared.errors import EngineDead, InstallFailed, UnknownRun
 from shared.weights import InFlight, PushReceipt
 
-_SWAP_SECONDS = 10.0
+
+@dataclass
+class InstallContext:
+    """State that all installs of this server share."""
+
+    proxy: EngineProxy
+    workers: Workers
+    runs: RunTable
+    boot_id: str
+    receipts: dict[int, PushReceipt] = field(default_factory=dict)  # of served versions, by install_seq
+    recoveries: set[asyncio.Future[None]] = field(default_factory=set)
+    fill_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # the workers have one receive buffer each
 
 
 @dataclass
@@ -46,17 +58,23 @@ class SlotInstall:
 
         Unless `finish` is reached, the slot is released and nothing has changed.
         """
-        started = time.monotonic()
-        slot = await self.run.reserve(self.deadline)
+        started, begun = time.monotonic(), False
+        slot = self._slot = await self.run.reserve(self.deadline)
         self._wait_seconds = time.monotonic() - started
-        async with self.context.fill_lock:
-            try:
+        try:
+            async with self.context.fill_lock:
                 self._begin_fill(slot.slot_id, source)
-                self._slot = slot
+                begun = True
                 yield
-            finally:
-                if self._slot is not None:
-                    self._recover(slot)
+        finally:
+            if not begun:
+                self.run.give_back(slot)
+            elif self._slot is not None:
+                self.run.give_back(slot, lost=True)
+                recovery = asyncio.ensure_future(self._call.ended())
+                self.context.recoveries.add(recovery)
+                recovery.add_done_callback(self.context.recoveries.discard)
+                recovery.add_done_callback(lambda _: self.run.give_back(slot))
 
     def _begin_fill(self, slot_id: int, source: dict[str, Any]) -> None:
         key, checksum = self.header.layout.key, self.header.manifest.checksum
@@ -92,31 +110,26 @@ class SlotInstall:
             pause_seconds=pause_seconds,
         )
         run.header = self.header
-        context.remember(receipt)
+        served = {run.active.install_seq for run in context.runs.runs.values() if run.active}
+        kept = {seq: kept for seq, kept in context.receipts.items() if seq in served}
+        context.receipts = {**kept, install_seq: receipt}
         return receipt
 
     async def _switch(self, install_seq: int) -> float:
         """Let requests sample from the verified adapter; return the seconds for which none was decoding."""
-        run, slot, manifest = self.run, self._slot, self.header.manifest
-        assert slot
-        if self.in_flight != "drain" and run.active is not None and run.active.requests > 0:
-            return await self._move(run, run.active, slot, install_seq)
-        self._slot = None
-        run.flip(slot, manifest.version, install_seq, manifest.checksum)
-        return 0.0
-
-    async def _move(self, run: Run, active: Slot, spare: Slot, install_seq: int) -> float:
-        """Move running requests to the new adapter: swap the two slots while the engine is paused.
-
-        Returns the seconds of the pause.
-        """
-        proxy, manifest = self.context.proxy, self.header.manifest
-        started = time.monotonic()
+        run, active, spare, manifest = self.run, self.run.active, self._slot, self.header.manifest
+        assert spare
+        if self.in_flight == "drain" or active is None or active.requests == 0:
+            self._slot = None
+            run.flip(spare, manifest.version, install_seq, manifest.checksum)
+            return 0.0
+        # Running requests move along: the two slots are swapped while the engine is paused.
+        proxy, started = self.context.proxy, time.monotonic()
         run.not_moving.clear()
         try:
             async with asyncio.timeout(self._left()), proxy.paused(clear_cache=self.kv == "fresh") as tokens:
                 try:
-                    await self.context.workers.call("swap", _SWAP_SECONDS, one=active.slot_id, other=spare.slot_id)
+                    await self.context.workers.call("swap", timeout=10.0, one=active.slot_id, other=spare.slot_id)
                 except BaseException:
                     proxy.give_up(EngineDead("not every worker exchanged its adapter slots"))
                     raise
@@ -131,16 +144,3 @@ class SlotInstall:
 
     def _left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
-
-    def _recover(self, slot: Slot) -> None:
-        """Release the slot as soon as no worker writes it."""
-        call, run, recoveries = self._call, self.run, self.context.recoveries
-        run.give_back(slot, lost=True)
-
-        async def recover() -> None:
-            await call.ended()
-            run.give_back(slot)
-
-        task = asyncio.get_running_loop().create_task(recover())
-        recoveries.add(task)
-        task.add_done_callback(recoveries.discard)

@@ -48,7 +48,14 @@ class Staging:
             LockstepError: `malformed_adapter`, `too_large`, and what `check` raises.
         """
         started = time.monotonic()
-        head, header = await _receive_header(body)
+        head = bytearray()
+        async for chunk in body:
+            head += chunk
+            if len(head) >= 8 and len(head) >= (data_offset := 8 + header_length(bytes(head[:8]))):
+                break
+        else:
+            raise _truncated(len(head), "its header")
+        header = parse_header(bytes(head[8:data_offset]))
         if header.total_bytes > self.max_bytes:
             raise TooLarge(
                 f"the adapter has {header.total_bytes} bytes, this server takes {self.max_bytes}; see --max-adapter-mib"
@@ -72,19 +79,8 @@ class Staging:
             self._free.pop().free()
 
 
-async def _receive_header(body: AsyncIterator[bytes]) -> tuple[bytearray, AdapterHeader]:
-    """Return the received bytes, which include the complete header, and the header."""
-    head = bytearray()
-    async for chunk in body:
-        head += chunk
-        if len(head) >= 8 and len(head) >= (data_offset := 8 + header_length(bytes(head[:8]))):
-            return head, parse_header(bytes(head[8:data_offset]))
-    raise _truncated(len(head), "its header")
-
-
 async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, descriptor: int) -> None:
-    total = header.total_bytes
-    received = len(head)
+    total, received = header.total_bytes, len(head)
     try:
         os.pwrite(descriptor, head[: min(received, total)], 0)
         async for chunk in body:

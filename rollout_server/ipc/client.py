@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, error_class
 
-Result = dict[str, Any]
 
-
+@dataclass(frozen=True)
 class Workers:
     """All workers of all engines of this server."""
 
-    def __init__(self, links: list[_Link]) -> None:
-        self._links = links
+    links: list[_Link]
 
     @classmethod
     async def connect(cls, paths: list[Path], count: int) -> Workers:
@@ -30,7 +29,7 @@ class Workers:
         return cls([_Link(*await asyncio.open_unix_connection(str(path))) for path in paths])
 
     def __len__(self) -> int:
-        return len(self._links)
+        return len(self.links)
 
     def begin(self, op: str, **arguments: Any) -> WorkerCall:
         """Begin an operation (`worker.extension.Operations`) on all workers."""
@@ -38,48 +37,49 @@ class Workers:
 
     def begin_each(self, op: str, arguments: list[dict[str, Any]]) -> WorkerCall:
         """Begin an operation on the first `len(arguments)` workers, with arguments of their own."""
-        return WorkerCall(op, [link.send(op, own) for link, own in zip(self._links, arguments, strict=False)])
+        return WorkerCall(op, [link.send(op, own) for link, own in zip(self.links, arguments, strict=False)])
 
-    async def call(self, op: str, timeout: float, **arguments: Any) -> list[Result]:
+    async def call(self, op: str, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
         """Run an operation on all workers and return their results; raises as `WorkerCall.results`."""
         return await self.begin(op, **arguments).results(timeout)
 
 
+@dataclass(frozen=True)
 class WorkerCall:
     """An operation under way on several workers."""
 
-    def __init__(self, op: str, replies: list[Reply]) -> None:
-        self._op = op
-        self._replies = replies
+    op: str
+    replies: list[Reply]
 
     async def acknowledged(self, timeout: float) -> None:
         """Wait until every worker has acknowledged, or sent a result already; raises as `results`."""
-        await self._all([reply.acknowledged for reply in self._replies], timeout)
-        _raise_first([reply.result.result() for reply in self._replies if reply.result.done()])
+        await self._all([reply.acknowledged for reply in self.replies], timeout)
+        await self._all([reply.result for reply in self.replies if reply.result.done()], timeout)
 
-    async def results(self, timeout: float) -> list[Result]:
+    async def results(self, timeout: float) -> list[dict[str, Any]]:
         """Return the results of all workers, in their order.
 
-        Raises:
-            LockstepError: the first refusal; `install_failed` if a worker sends no result within `timeout` seconds.
+        Raises the first refusal, or `install_failed` if a worker sends no result within `timeout` seconds.
         """
-        results = await self._all([reply.result for reply in self._replies], timeout)
-        _raise_first(results)
-        return results
+        return await self._all([reply.result for reply in self.replies], timeout)
 
     async def ended(self) -> None:
         """Wait until the operation has ended on all workers, successful or not."""
-        await asyncio.gather(*(asyncio.shield(reply.result) for reply in self._replies), return_exceptions=True)
+        await asyncio.gather(*(asyncio.shield(reply.result) for reply in self.replies), return_exceptions=True)
 
     async def _all(self, futures: list[asyncio.Future[Any]], timeout: float) -> list[Any]:
         try:
             async with asyncio.timeout(timeout):
-                return [await asyncio.shield(future) for future in futures]
+                results = [await asyncio.shield(future) for future in futures]
         except TimeoutError:
             late = sum(not future.done() for future in futures)
             raise InstallFailed(
-                f"{late} of {len(futures)} workers did not answer {self._op} within {timeout:.1f} s"
+                f"{late} of {len(futures)} workers did not answer {self.op} within {timeout:.1f} s"
             ) from None
+        for result in results:
+            if result is not None and not result["ok"]:
+                raise error_class(ErrorCode(result["code"]))(result["message"])
+        return results
 
 
 class Reply:
@@ -88,17 +88,10 @@ class Reply:
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.acknowledged: asyncio.Future[None] = loop.create_future()
-        self.result: asyncio.Future[Result] = loop.create_future()
+        self.result: asyncio.Future[dict[str, Any]] = loop.create_future()
         # No task may be waiting when a link breaks: retrieve the exception.
         for future in (self.acknowledged, self.result):
             future.add_done_callback(lambda f: f.cancelled() or f.exception())
-
-    def resolve(self, result: Result | None) -> None:
-        """Take a message of the worker: its result, or None for an acknowledgement."""
-        if not self.acknowledged.done():
-            self.acknowledged.set_result(None)
-        if result is not None:
-            self.result.set_result(result)
 
     def fail(self) -> None:
         """End both futures: the worker is gone."""
@@ -111,15 +104,14 @@ class _Link:
     """The socket to one worker."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+        self._writer = writer
         self._ids = itertools.count()
         self._replies: dict[int, Reply] = {}
-        self._broken = False
-        self._reading = asyncio.get_running_loop().create_task(self._read())
+        self._reading = asyncio.get_running_loop().create_task(self._read(reader))
 
     def send(self, op: str, arguments: dict[str, Any]) -> Reply:
         reply = Reply()
-        if self._broken:
+        if self._reading.done():
             reply.fail()
             return reply
         request_id = next(self._ids)
@@ -127,23 +119,18 @@ class _Link:
         self._writer.write(json.dumps({"id": request_id, "op": op, **arguments}).encode() + b"\n")
         return reply
 
-    async def _read(self) -> None:
+    async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
-            while line := await self._reader.readline():
+            while line := await reader.readline():
                 message = json.loads(line)
                 result = message.get("result")
                 reply = self._replies[message["id"]] if result is None else self._replies.pop(message["id"])
-                reply.resolve(result)
+                if not reply.acknowledged.done():
+                    reply.acknowledged.set_result(None)
+                if result is not None:
+                    reply.result.set_result(result)
         except OSError:
             pass
         finally:
-            self._broken = True
             for reply in self._replies.values():
                 reply.fail()
-
-
-def _raise_first(results: list[Result]) -> None:
-    """Raise the first refusal among the results."""
-    for result in results:
-        if not result["ok"]:
-            raise error_class(ErrorCode(result["code"]))(result["message"])

@@ -24,11 +24,7 @@ def policy_altering(vllm_config: Any) -> list[str]:
 def describe(
     vllm_config: Any, workers: list[dict[str, Any]], max_lora_rank: int, settings: ServerSettings, boot_id: str
 ) -> ServerState:
-    """Read the facts that do not change from vLLM's resolved configuration and the checkpoint's files.
-
-    Args:
-        workers: results of the workers' `describe`.
-    """
+    """Describe what does not change, from vLLM's configuration, the checkpoint and the `workers`' own `describe`."""
     model, lora = vllm_config.model_config, vllm_config.lora_config
     text = model.hf_text_config
     dummy = str(vllm_config.load_config.load_format) == "dummy"

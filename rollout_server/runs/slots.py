@@ -40,11 +40,6 @@ class Slot:
     requests: int = 0
 
     @property
-    def serves(self) -> bool:
-        """Whether requests may be sampling from it."""
-        return self.state in (SlotState.ACTIVE, SlotState.DRAINING)
-
-    @property
     def salt(self) -> str:
         """Prefix-cache salt, unique to each install."""
         return f"lockstep:{self.install_seq}"
@@ -52,12 +47,10 @@ class Slot:
 
 @dataclass(eq=False)
 class Ring:
-    """Slots of one run at a time.
-
-    While `admits` is not set no request may be admitted (`--apply merge`: the weights are about to change).
-    """
+    """Slots of one run at a time."""
 
     slots: list[Slot]
+    # While it is not set no request may be admitted (`--apply merge`: the weights are about to change).
     admits: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -101,12 +94,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.not_moving.set()
+        self.slots = self.ring.slots
         self._holders: dict[Slot, set[Holder]] = {slot: set() for slot in self.slots}
-
-    @property
-    def slots(self) -> list[Slot]:
-        """The slots of this run's ring."""
-        return self.ring.slots
 
     def acquire(self, slot: Slot, holder: Holder) -> None:
         """Keep `slot` from being refilled until `release`."""
@@ -153,10 +142,7 @@ class Run:
     def move(
         self, version: WeightVersion, install_seq: int, checksum: str, tokens: dict[tuple[str, int], int], kv: Any
     ) -> None:
-        """Note that the active slot holds another adapter, for running requests too: move them to its version.
-
-        `tokens`, `kv`: see `engine.admission.Admission.move`.
-        """
+        """Move running requests to another version in the active slot; `tokens`, `kv`: see `Admission.move`."""
         slot = self.active
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
@@ -176,15 +162,14 @@ class Run:
             return self.active.version if self.active else None
 
         def reached() -> bool:
-            version = served()
-            return (version is not None and version.step >= step) or self.closed
+            return self.closed or ((version := served()) is not None and version.step >= step)
 
         if not await self.ring.wait_for(reached, time.monotonic() + wait_s):
             raise StepNotReached(f"run {self.run_id} serves {served()}, step {step} did not arrive within {wait_s} s")
 
     def state(self) -> RunState:
         """Return the run's state for clients."""
-        active = self.active
+        active, serving = self.active, (SlotState.ACTIVE, SlotState.DRAINING)
         return RunState(
             run_id=self.run_id,
             version=active.version if active else None,
@@ -194,7 +179,7 @@ class Run:
                 {
                     "slot_id": slot.slot_id,
                     "state": slot.state.value,
-                    "version": slot.version.model_dump() if slot.version and slot.serves else None,
+                    "version": slot.version.model_dump() if slot.version and slot.state in serving else None,
                     "requests": slot.requests,
                 }
                 for slot in self.slots

@@ -9,17 +9,13 @@ from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
 
 
 class RunTable:
-    """All runs of this server. Slot ids are vLLM's LoRA ids and start at 1.
-
-    Attributes:
-        base: holder of the slot for base requests, if adapters are merged into the weights (`merged`): base and run
-            share slot 0 then. Otherwise the base is always served, and this is None.
-    """
+    """All runs of this server. Slot ids are vLLM's LoRA ids and start at 1."""
 
     def __init__(self, slots_per_run: int, max_runs: int, *, merged: bool = False) -> None:
         ids = [0] if merged else list(range(1, slots_per_run * max_runs + 1))
         size = 1 if merged else slots_per_run
         self._rings = [Ring([Slot(i) for i in ids[start : start + size]]) for start in range(0, len(ids), size)]
+        # Holds slot 0, which it shares with the run, for base requests; None where the base is always served.
         self.base = Run("base", "", self._rings[0]) if merged else None
         self.runs: dict[str, Run] = {}
         self._install_seq = 0
@@ -46,7 +42,7 @@ class RunTable:
     def replaced_by(self, run_id: str, takeover: bool) -> str | None:
         """Return the run whose place `open` would give to `run_id`."""
         full = run_id not in self.runs and self._free_ring() is None
-        return next(iter(self.runs)) if full and self._replaceable(takeover) else None
+        return next(iter(self.runs)) if full and takeover and len(self._rings) == len(self.runs) == 1 else None
 
     def get(self, run_id: str | None) -> Run:
         """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
@@ -70,7 +66,7 @@ class RunTable:
                 raise LeaseMismatch(
                     f"another learner holds run {run_id}; stop it, or take the run over with --takeover"
                 )
-        elif self._free_ring() is None and not self._replaceable(takeover):
+        elif self._free_ring() is None and self.replaced_by(run_id, takeover) is None:
             raise NoFreeRun(
                 f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
                 "end that run, take its place with --takeover, or start the server with --max-runs"
@@ -91,9 +87,6 @@ class RunTable:
             run = self.runs[run_id] = Run(run_id, lease, ring)
         run.lease = lease
         return run
-
-    def _replaceable(self, takeover: bool) -> bool:
-        return takeover and len(self._rings) == len(self.runs) == 1
 
     def _free_ring(self) -> Ring | None:
         taken = [run.ring for run in self.runs.values()]

@@ -15,13 +15,6 @@ import torch
 _groups: list[tuple[int, torch.Tensor | None]] = []
 
 
-def set_groups(token_slots: torch.Tensor) -> None:
-    """Group the rows of the next forward pass. `token_slots`: int64 [tokens], -1 for the base model."""
-    slots = token_slots.unique().tolist()
-    alone = len(slots) == 1
-    _groups[:] = [(s, None if alone else (token_slots == s).nonzero()[:, 0]) for s in slots if s >= 0]
-
-
 def add_lora(y: torch.Tensor, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], slices: list[int]) -> None:
     """Add x Aᵢᵀ Bᵢᵀ to y[:, slice i] in place, each row with its own adapter.
 
@@ -64,7 +57,10 @@ def install() -> None:
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         update(self, *args, **kwargs)
-        set_groups(self.token_lora_indices)
+        token_slots = self.token_lora_indices  # int64 [tokens], -1 for the base model
+        slots = token_slots.unique().tolist()
+        alone = len(slots) == 1
+        _groups[:] = [(s, None if alone else (token_slots == s).nonzero()[:, 0]) for s in slots if s >= 0]
 
     def add_lora_linear(
         self: Any, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **_: Any

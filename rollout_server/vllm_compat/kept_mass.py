@@ -65,7 +65,9 @@ def _reporting_v1(base: Any) -> Any:
             return _with_mass(super().forward(*args, **kwargs), self.log_mass_N)
 
         def sample(self, logits: torch.Tensor, metadata: Any, *args: Any, **kwargs: Any) -> Any:
-            if metadata.temperature is None or not _truncates_v1(metadata):
+            by_min_p = any(getattr(p, "min_p_count", 0) > 0 for p in metadata.logitsprocs.argmax_invariant)
+            by_top = metadata.top_k is not None or metadata.top_p is not None
+            if metadata.temperature is None or not (by_min_p or by_top):
                 return super().sample(logits, metadata, *args, **kwargs)
             temperature_N = metadata.temperature
             temperature_N = torch.where(temperature_N < _GREEDY_BELOW, 1.0, temperature_N)
@@ -78,11 +80,6 @@ def _reporting_v1(base: Any) -> Any:
             return sampled, processed_NV
 
     return ReportingSampler
-
-
-def _truncates_v1(metadata: Any) -> bool:
-    by_min_p = any(getattr(p, "min_p_count", 0) > 0 for p in metadata.logitsprocs.argmax_invariant)
-    return metadata.top_k is not None or metadata.top_p is not None or by_min_p
 
 
 def _summing_states(base: Any) -> Any:
@@ -109,8 +106,7 @@ def _reporting_v2(base: Any) -> Any:
         log_mass_N: torch.Tensor | None = None
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().__call__(*args, **kwargs)
-            return _with_mass(output, self.log_mass_N)
+            return _with_mass(super().__call__(*args, **kwargs), self.log_mass_N)
 
         def sample(self, *args: Any, **kwargs: Any) -> Any:
             self.log_mass_N, self.sampling_states.log_total_N = None, None

@@ -61,16 +61,12 @@ def lora_layers(worker: Any) -> list[LoraLayer]:
 
 
 class LoraLayer:
-    """A linear layer with adapter slots.
-
-    Attributes:
-        modules: PEFT's modules under the served model's names -> their parts of this layer.
-    """
+    """A linear layer with adapter slots."""
 
     def __init__(self, module: Any, names: list[str]) -> None:
         self._module = module
         self._parts = linear_parts(module.base_layer)[0]
-        self.modules = assign_parts(names, self._parts)
+        self.modules = assign_parts(names, self._parts)  # PEFT's, under the served model's names -> their parts
 
     def shapes(self) -> dict[str, ModuleShape]:
         """Return the shape of each module."""
@@ -89,10 +85,9 @@ class LoraLayer:
             stack[index].zero_()
 
     def slot_pairs(self, index: int, tensors: list[Pair | None]) -> list[Pair]:
-        """Pair this worker's shard of an adapter with the place in the slot that it belongs to.
+        """Pair this worker's shard of an adapter with its place in the slot.
 
-        Args:
-            tensors: for each of `modules` full A [rank, in] and B [out, rank]; None if the adapter leaves it out.
+        `tensors`: for each of `modules` full A [rank, in] and B [out, rank]; None if the adapter leaves it out.
         """
         stacks = (self._module.lora_a_stacked, self._module.lora_b_stacked)
         pairs = []

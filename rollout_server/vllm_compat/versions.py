@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
-
-SUPPORTED = ((0, 26), (0, 33))
 
 
 def vllm_version() -> str:
@@ -29,7 +26,7 @@ def vllm_version() -> str:
     import vllm
 
     release = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    low, high = SUPPORTED
+    low, high = (0, 26), (0, 33)
     if not low <= release <= high:
         raise RuntimeError(
             f"vLLM {vllm.__version__} is not supported; install a version from {low[0]}.{low[1]} to {high[0]}.{high[1]}"
@@ -37,14 +34,13 @@ def vllm_version() -> str:
     return vllm.__version__
 
 
-def _first_module(*names: str) -> Any:
-    for name in names[:-1]:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not name.startswith(error.name):
-                raise
-    return importlib.import_module(names[-1])
+def _first_module(new: str, old: str) -> Any:
+    try:
+        return importlib.import_module(new)
+    except ModuleNotFoundError as error:
+        if error.name is None or not new.startswith(error.name):
+            raise
+    return importlib.import_module(old)
 
 
 def make_arg_parser(parser: Any) -> Any:
@@ -71,7 +67,7 @@ def list_models(state: Any, names: list[str]) -> None:
 
 
 def lora_request(name: str, slot_id: int) -> Any:
-    """vLLM's request for the adapter in a slot, which is never read from a file."""
+    """Return vLLM's request for the adapter in a slot, which is never read from a file."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(name, slot_id, "/in-memory")
@@ -118,11 +114,9 @@ def engine_dead_error() -> type[Exception]:
 
 def submitted_requests(engine: Any) -> set[str]:
     """Return the caller's ids of all requests that AsyncLLM has handed to the engine with all their outputs."""
-    outputs: Counter[str] = Counter()
-    wanted: dict[str, int] = {}
-    for state in engine.output_processor.request_states.values():
-        outputs[state.external_req_id] += 1
-        wanted[state.external_req_id] = state.parent_req.n if state.parent_req is not None else 1
+    states = engine.output_processor.request_states.values()
+    outputs = Counter(state.external_req_id for state in states)
+    wanted = {state.external_req_id: 1 if state.parent_req is None else state.parent_req.n for state in states}
     return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
 
 
@@ -138,7 +132,7 @@ def keep_linear_weights_on_cpu() -> None:
     import torch
     from vllm.model_executor.layers import utils
 
-    dispatch: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
+    dispatch = utils.dispatch_cpu_unquantized_gemm
 
     def dispatch_but_linears(layer: Any, remove_weight: bool) -> None:
         if remove_weight and layer.weight.dim() == 2:
@@ -159,8 +153,7 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
     runner = worker.model_runner
     if str(worker.device.type) != "cpu" or not hasattr(runner, "_bookkeeping_sync"):
         return
-    sample: Callable[..., Any] = runner._sample
-    bookkeeping: Callable[..., Any] = runner._bookkeeping_sync
+    sample, bookkeeping = runner._sample, runner._bookkeeping_sync
 
     def discarded(self: Any) -> list[int]:
         rows = self.discard_request_mask.np[: self.input_batch.num_reqs]
@@ -184,10 +177,3 @@ def keep_seeds_alive_on_cpu(worker: Any) -> None:
 
     runner._sample = MethodType(sample_and_rewind, runner)
     runner._bookkeeping_sync = MethodType(bookkeeping_without_rewind, runner)
-
-
-def cache_environment() -> None:
-    """Let vLLM's front end read its environment variables once, as its engine does, and not for every token."""
-    from vllm import envs
-
-    envs.enable_envs_cache()

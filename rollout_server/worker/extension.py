@@ -26,8 +26,6 @@ from rollout_server.worker.slot_writer import SlotWriter
 from shared.adapter_file import Layout, TensorEntry
 from shared.errors import InstallFailed
 
-_LAYOUTS_KEPT = 64
-
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
 
@@ -46,18 +44,7 @@ class AdapterWorker:
 
 
 class Operations:
-    """Operations that the server calls on a worker, each on a thread of its own. Results are plain dicts."""
-
-    NAMES: tuple[str, ...] = (
-        "describe",
-        "free_memory",
-        "check",
-        "fill",
-        "swap",
-        "host_group",
-        "join_group",
-        "leave_group",
-    )
+    """Operations that the server calls on a worker: all public methods, each on a thread of its own."""
 
     def __init__(self, worker: Any, writer: Any) -> None:
         self.worker = worker
@@ -81,12 +68,12 @@ class Operations:
             return {"free": torch.cuda.mem_get_info(self.device)[0] if self.stream else None}
 
     def check(self, _: Acknowledge, entries: list[Any]) -> None:
-        """Refuse a layout that does not fit; remember one that does, by its key."""
+        """Refuse a layout that does not fit; remember the last 64 that do, by their keys."""
         layout = Layout([TensorEntry(n, dtype, tuple(shape), a, b) for n, dtype, shape, a, b in entries])
         self.writer.check(layout)
         self.layouts.pop(layout.key, None)
         self.layouts[layout.key] = layout
-        while len(self.layouts) > _LAYOUTS_KEPT:
+        if len(self.layouts) > 64:
             self.layouts.pop(next(iter(self.layouts)))
 
     def fill(
@@ -94,13 +81,12 @@ class Operations:
     ) -> dict[str, Any]:
         """Receive an adapter and write it into `slot_id`.
 
-        Args:
-            source: `group` and `timeout` of a broadcast; or `path`, `memory` (number) and `offset` in shared memory.
+        `source`: `group` and `timeout` of a broadcast; or `path`, `memory` (number) and `offset` in shared memory.
         """
         if not self.filling.acquire(blocking=False):
             raise InstallFailed("another adapter is still being written on this worker")
         try:
-            with self.on_own_stream():
+            with self._on_own_stream():
                 started = time.perf_counter()
                 layout = self.layouts[key]
                 buffer = self.writer.buffer(layout)
@@ -142,12 +128,11 @@ class Operations:
 
     def leave_group(self, _: Acknowledge, group: str) -> None:
         """Leave a group, even in the middle of a transfer."""
-        left = self.groups.pop(group, None)
-        if left is not None:
+        if left := self.groups.pop(group, None):
             left.abort()
 
     @contextlib.contextmanager
-    def on_own_stream(self) -> Iterator[None]:
+    def _on_own_stream(self) -> Iterator[None]:
         """Run device work that does not wait for the engine's, and wait for its end."""
         if self.stream is None:
             with torch.inference_mode():
@@ -164,7 +149,8 @@ def listen(operations: Operations, server_pid: int, folder: str) -> None:
     threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
     versions.keep_seeds_alive_on_cpu(operations.worker)
     kept_mass.install(operations.worker)
-    serve(Path(folder), {name: getattr(operations, name) for name in operations.NAMES})
+    names = [name for name in dir(type(operations)) if not name.startswith("_")]
+    serve(Path(folder), {name: getattr(operations, name) for name in names})
 
 
 def _end_with(server_pid: int) -> None:

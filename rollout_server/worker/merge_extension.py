@@ -29,15 +29,13 @@ class MergeWorker:
 class MergeOperations(Operations):
     """Operations of a merging worker: `fill` only receives and verifies; `apply` changes the weights."""
 
-    NAMES = (*Operations.NAMES, "apply")
-
     def __init__(self, worker: Any, writer: MergedWriter) -> None:
         super().__init__(worker, writer)
         self.applying = threading.Lock()
 
-    def apply(self, _: Acknowledge, checksum: str | None) -> dict[str, Any]:
+    def apply(self, _: Acknowledge, checksum: str | None) -> None:
         """Set the weights to W0 plus a received adapter, or to W0; the engine is paused."""
-        with self.applying, self.on_own_stream():
+        with self.applying, self._on_own_stream():
             if self.stream is not None:
                 torch.cuda.synchronize(self.device)  # no kernel of the engine may still read the weights
-            return {"modules": self.writer.apply(checksum)}
+            self.writer.apply(checksum)

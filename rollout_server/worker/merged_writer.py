@@ -6,18 +6,16 @@ applied last is kept as well, so that it can be applied again if another worker 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from rollout_server.vllm_compat import linears
 from rollout_server.worker.slot_layout import check_fits, lora_pairs
-from rollout_server.worker.slot_writer import check_finite, dtype_of, verify_checksum, views_of
+from rollout_server.worker.slot_writer import finite_elements, verify_checksum, views_of
 from shared.adapter_file import Layout
 from shared.errors import InstallFailed, NotFinite
-
-KeepBase = Literal["auto", "device", "host"]
 
 #: Left free on a GPU that W0 is kept on, and elements computed at a time (float32: 256 MiB).
 _MARGIN_BYTES = 2 * 2**30
@@ -34,19 +32,18 @@ class ShardUpdate(NamedTuple):
 
 @dataclass
 class _Received:
-    """A buffer and its content: an adapter once `checksum` is set."""
+    """A buffer and its content: an adapter once `checksum` is set. `updates` are views of the buffer."""
 
     buffer: torch.Tensor
-    layout: Layout | None = None
+    updates: list[ShardUpdate] = field(default_factory=list)
     checksum: str | None = None
 
 
 class MergedWriter:
     """Writer of a worker's live weights. `write` and `apply` take one caller each at a time."""
 
-    def __init__(self, worker: Any, keep_base: KeepBase = "auto") -> None:
-        self._worker = worker
-        self._device = worker.device
+    def __init__(self, worker: Any, keep_base: str = "auto") -> None:
+        self._model, self._device = worker.get_model(), worker.device
         self._keep_base = keep_base
         self._targets = linears.merge_targets(worker)
         self._base: dict[str, torch.Tensor] = {}  # layer -> W0, of layers that any adapter has touched
@@ -61,7 +58,7 @@ class MergedWriter:
 
     def check(self, layout: Layout) -> None:
         """Raise `LockstepError` unless an adapter of this layout fits (`slot_layout.check_fits`)."""
-        check_fits(self._worker.get_model(), {name: target.shape for name, target in self._targets.items()}, layout)
+        check_fits(self._model, {name: target.shape for name, target in self._targets.items()}, layout)
 
     def buffer(self, layout: Layout) -> torch.Tensor:
         """Return the buffer for the tensors' bytes: uint8 [layout.nbytes] on the device; never the applied one."""
@@ -81,18 +78,23 @@ class MergedWriter:
         Raises:
             LockstepError: `not_finite`, `checksum_mismatch`; `install_failed` if there is no room for W0.
         """
-        flat = self.buffer(layout).view(dtype_of(layout))
-        check_finite(flat, layout)
+        flat = finite_elements(self.buffer(layout), layout)
         verify_checksum(flat, layout, announced)
-        updates = plan_updates(self._worker, self._targets, views_of(flat, layout))
+        updates = []
+        for name, (a, b) in lora_pairs(views_of(flat, layout)).items():
+            start = 0
+            for shard in self._targets[linears.vllm_module_name(self._model, name)].shards:
+                (column, columns), first = shard.columns, start + shard.part.first
+                updates.append(ShardUpdate(shard, a[:, column : column + columns], b[first : first + shard.part.rows]))
+                start += shard.part.total
         self._keep({update.shard.layer: update.shard.weight for update in updates})
-        self._spare.layout, self._spare.checksum = layout, announced
+        self._spare.updates, self._spare.checksum = updates, announced
         return len(layout.entries) // 2
 
     def apply(self, checksum: str | None) -> int:
         """Set the weights to W0 plus the received adapter of that checksum (None: W0 itself). The engine is paused.
 
-        Returns the number of modules that differ from W0 afterwards.
+        Returns the number of shards that differ from W0 afterwards.
 
         Raises:
             LockstepError: `not_finite` if a weight overflows: apply another adapter then; `install_failed` if no such
@@ -102,11 +104,7 @@ class MergedWriter:
             if checksum != self._spare.checksum:
                 raise InstallFailed(f"no adapter with checksum {checksum} was received")
             self._applied, self._spare = self._spare, self._applied
-        layout = self._applied.layout if checksum is not None else None
-        updates: list[ShardUpdate] = []
-        if layout is not None:
-            flat = self._applied.buffer[: layout.nbytes].view(dtype_of(layout))
-            updates = plan_updates(self._worker, self._targets, views_of(flat, layout))
+        updates = self._applied.updates if checksum is not None else []
         stay = {(update.shard.layer, update.shard.row) for update in updates}
         for key in [key for key in self._touched if key not in stay]:
             shard = self._touched[key]
@@ -118,7 +116,7 @@ class MergedWriter:
             bounds += merge(update, self._kept(update.shard))
         if bounds and not bool(torch.stack(bounds).isfinite().all()):
             raise NotFinite(f"base plus adapter overflows {updates[0].shard.weight.dtype}; training diverged")
-        return len(layout.entries) // 2 if layout is not None else 0
+        return len(updates)
 
     def _empty(self) -> _Received:
         return _Received(torch.empty(0, dtype=torch.uint8, device=self._device))
@@ -131,7 +129,10 @@ class MergedWriter:
         new = {name: weight for name, weight in weights.items() if name not in self._base}
         if not new:
             return
-        host = self._device.type == "cuda" and not self._fits(sum(weight.nbytes for weight in new.values()))
+        host = self._keep_base == "host" and self._device.type == "cuda"
+        if self._keep_base == "auto" and self._device.type == "cuda":
+            needed = sum(weight.nbytes for weight in new.values()) + _MARGIN_BYTES
+            host = needed > torch.cuda.mem_get_info(self._device)[0]
         place: dict[str, Any] = {"device": "cpu", "pin_memory": True} if host else {"device": self._device}
         try:
             self._base |= {
@@ -144,31 +145,11 @@ class MergedWriter:
                 "--keep-base host, or with a lower --gpu-memory-utilization"
             ) from error
 
-    def _fits(self, nbytes: int) -> bool:
-        if self._keep_base == "auto":
-            return nbytes + _MARGIN_BYTES <= torch.cuda.mem_get_info(self._device)[0]
-        return self._keep_base == "device"
-
-
-def plan_updates(
-    worker: Any, targets: dict[str, linears.MergeTarget], tensors: dict[str, torch.Tensor]
-) -> list[ShardUpdate]:
-    """Return the updates of all shards that an adapter touches. `tensors`: of a layout that fits."""
-    updates = []
-    for name, (a, b) in lora_pairs(tensors).items():
-        start = 0
-        for shard in targets[linears.vllm_module_name(worker.get_model(), name)].shards:
-            (column, columns), first = shard.columns, start + shard.part.first
-            updates.append(ShardUpdate(shard, a[:, column : column + columns], b[first : first + shard.part.rows]))
-            start += shard.part.total
-    return updates
-
 
 def merge(update: ShardUpdate, base: torch.Tensor) -> list[torch.Tensor]:
     """Set live = base + b @ a, summed in float32 and rounded once; return the bounds of the written elements.
 
-    Args:
-        base: W0 [rows, columns] of the shard, on the device or in host memory.
+    `base`: W0 [rows, columns] of the shard, on the device or in host memory.
     """
     live = update.shard.live
     a, step = update.a.float(), max(1, _CHUNK // live.shape[1])

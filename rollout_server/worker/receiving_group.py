@@ -40,13 +40,9 @@ class ReceivingGroup:
         # torch would listen on all interfaces.
         listening = socket.create_server((bind, 0), family=socket.AF_INET6 if ":" in bind else socket.AF_INET)
         port = int(listening.getsockname()[1])
+        limit, fd = timedelta(seconds=timeout), listening.detach()
         self._store = dist.TCPStore(
-            meeting_host(bind),
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout),
-            master_listen_fd=listening.detach(),
+            meeting_host(bind), port, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=fd
         )
         return port
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,10 +11,8 @@ from rollout_server.vllm_compat import linears, lora_slots
 from shared.adapter_file import LORA_A, LORA_B, Layout
 from shared.errors import RankTooHigh, ShapeMismatch, UnsupportedAdapter
 
-T = TypeVar("T")
 
-
-def lora_pairs(tensors: Mapping[str, T]) -> dict[str, tuple[T, T]]:
+def lora_pairs(tensors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return PEFT's module name -> A and B, from NAME.lora_A.weight and NAME.lora_B.weight."""
     names = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
     return {name: (tensors[name + LORA_A], tensors[name + LORA_B]) for name in names}
@@ -23,8 +21,7 @@ def lora_pairs(tensors: Mapping[str, T]) -> dict[str, tuple[T, T]]:
 def check_fits(model: Any, served: dict[str, linears.ModuleShape], layout: Layout) -> None:
     """Compare an announced layout with the served modules' shapes by name.
 
-    Raises:
-        LockstepError: `unsupported_adapter` for a module that is not served, `shape_mismatch`, `rank_too_high`.
+    Raises `unsupported_adapter` for a module that is not served, `shape_mismatch`, `rank_too_high`.
     """
     shapes = lora_pairs({entry.name: entry.shape for entry in layout.entries})
     for peft_name, ((rank, in_features), (out_features, _)) in shapes.items():

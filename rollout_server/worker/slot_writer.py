@@ -64,8 +64,7 @@ class SlotWriter:
             LockstepError: `not_finite`, before the slot is touched; `checksum_mismatch` if the slot's content differs
                 from the announced checksum.
         """
-        flat = self.buffer(layout).view(dtype_of(layout))
-        check_finite(flat, layout)
+        flat = finite_elements(self.buffer(layout), layout)
         index = lora_slots.slot_index(self._worker, slot_id)
         if self._written.get(index) != layout.key:
             # Modules that this layout leaves out must not keep values of another one.
@@ -84,22 +83,18 @@ class SlotWriter:
         return len(layout.entries) // 2
 
 
-def dtype_of(layout: Layout) -> torch.dtype:
-    """Return the dtype of all tensors."""
-    return _DTYPES[layout.entries[0].dtype]
-
-
 def views_of(flat: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter by name, as views of the buffer that holds them."""
     parts = flat.split([(entry.end - entry.start) // flat.element_size() for entry in layout.entries])
     return {entry.name: part.view(entry.shape) for entry, part in zip(layout.entries, parts, strict=True)}
 
 
-def check_finite(flat: torch.Tensor, layout: Layout) -> None:
-    """Raise `not_finite` if any tensor holds NaN or infinity."""
+def finite_elements(buffer: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return the elements of all tensors in `buffer`; raises `not_finite` if any tensor holds NaN or infinity."""
+    flat = buffer.view(_DTYPES[layout.entries[0].dtype])
     low, high = flat.aminmax()
     if bool(torch.isfinite(low) & torch.isfinite(high)):
-        return
+        return flat
     bad = [name for name, tensor in views_of(flat, layout).items() if not bool(torch.isfinite(tensor).all())]
     raise NotFinite(
         f"{len(bad)} tensors hold NaN or infinity, the first is {min(bad)}; the optimizer step that made them diverged"

@@ -93,7 +93,7 @@ def test_second_adapter_stays_at_home(model_dir):
     model = peft_model(model_dir)
     model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))
     manifest, _ = decoded(export_adapter(model, VERSION, "float32"))
-    assert manifest.max_rank == 4
+    assert max(module.rank for module in manifest.modules.values()) == 4
     assert len(manifest.modules) == 14
 
 
