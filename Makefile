@@ -1,34 +1,34 @@
-# `make demo` and `make test` set everything up themselves, into .venv/. Needed: Python 3.11 to 3.13, make, pip's index.
+# `make demo` and `make test` install everything into .venv/ first. Requires Python 3.11 to 3.13 and a package index.
 PY := .venv/bin/python
 
 .PHONY: help setup demo test test-unit fuzz chaos chaos-quick lint format reference lock audit clean
 
-help: ## what there is to make
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-setup: ## the CPU environment, into .venv/
+setup: ## install the CPU environment into .venv/
 	@deploy/setup-cpu.sh
 
 demo: setup ## train a small model on a real task, both processes on this machine
 	$(PY) -m learner.demo $(DEMO_FLAGS)
 
-test: setup ## all tests; the integration tests start a real vLLM
+test: setup ## run all tests; the integration tests start a real vLLM
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
 
-test-unit: setup ## unit tests only, in seconds
+test-unit: setup ## run the unit tests, in seconds
 	$(PY) -m pytest -q tests/unit
 
-chaos: setup ## a training run under a random schedule of faults, about 40 minutes (CHAOS_FLAGS="--seed N")
+chaos: setup ## train under a random schedule of faults, about 40 minutes (CHAOS_FLAGS="--seed N")
 	$(PY) -m tests.chaos $(CHAOS_FLAGS)
 
-chaos-quick: setup ## the same with a few faults, in minutes
+chaos-quick: setup ## train under a few faults, in minutes
 	$(PY) -m tests.chaos --quick $(CHAOS_FLAGS)
 
-fuzz: setup ## 20,000 requests that nobody would send, to a server of its own (FUZZ_FLAGS="--seed 7")
+fuzz: setup ## send 20,000 malformed requests to a rollout server (FUZZ_FLAGS="--seed 7")
 	FUZZ_EXAMPLES=10000 $(PY) -m pytest -q --timeout 1200 tests/unit/shared/test_adapter_blobs.py
 	$(PY) -m tests.fuzz $(FUZZ_FLAGS)
 
-lint: setup ## ruff, mypy, hadolint, Kubernetes schemas, and a search for secrets
+lint: setup ## run ruff, import-linter, mypy, hadolint, Kubernetes schemas, and a search for secrets
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-cache
@@ -36,20 +36,20 @@ lint: setup ## ruff, mypy, hadolint, Kubernetes schemas, and a search for secret
 	deploy/lint.sh
 	files=$$(git ls-files) && $(PY) -m detect_secrets.pre_commit_hook --no-verify $$files
 
-format: setup ## put the code into form
+format: setup ## format the code, and fix what ruff can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-reference: setup ## write docs/cli.md and docs/http.md anew from the code
+reference: setup ## regenerate docs/cli.md and docs/http.md from the code
 	$(PY) -m docs.reference
 
-lock: ## write the lists of pinned packages anew (UPGRADE=1: newest versions)
+lock: ## regenerate the lists of pinned packages (UPGRADE=1: newest versions)
 	deploy/lock-cpu.sh
 	deploy/lock-images.sh
 
 audit: ## look up known vulnerabilities of the pinned packages (needs pypi.org)
 	deploy/audit.sh
 
-clean: ## remove what was made here, runs/ aside
+clean: ## remove environment, builds and caches, but not runs/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis ./*.egg-info
 	find shared rollout_server learner bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Looks up known vulnerabilities of everything in deploy/constraints-cpu.txt (`make audit`). Needs pypi.org, so it is no
-# part of continuous integration; what cannot be looked up is a failure. pip-audit is installed into a throwaway
-# environment, and nothing else is.
+# Looks up known vulnerabilities of all packages in deploy/constraints-cpu.txt (`make audit`). Needs pypi.org, so it is
+# not part of continuous integration. Fails if a package cannot be looked up. Installs only pip-audit, into a throwaway
+# environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# first-start.sh COMMAND...: makes what a composition needs before its services start, then runs COMMAND (which fetches
-# the model). Does nothing twice.
+# first-start.sh COMMAND...: makes the tokens of the services, unless they exist, then runs COMMAND, which makes or
+# fetches the model.
 set -eu
 
 /opt/lockstep/make-tokens.sh /run/secrets
-# Prometheus runs as another user, on a volume of its own that has this one token.
+# Prometheus runs as another user, with a volume that holds only this token.
 install -m 444 /run/secrets/metrics_token /run/metrics/metrics_token
 exec "$@"

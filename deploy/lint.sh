@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The Dockerfile against hadolint, and the Kubernetes manifests against the schemas of the oldest and newest version that
-# they are meant for (part of `make lint`). Both tools are installed into a throwaway environment, and nothing else is.
+# Checks the Dockerfile with hadolint, and the manifests of deploy/kubernetes/base against the schemas of the oldest and
+# newest supported Kubernetes (part of `make lint`). Installs only both tools, into a throwaway environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

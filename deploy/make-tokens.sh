@@ -1,5 +1,5 @@
 #!/bin/sh
-# make-tokens.sh DIR: random tokens in DIR, weights_token and metrics_token, unless they are there.
+# make-tokens.sh DIR: makes random tokens DIR/weights_token and DIR/metrics_token, unless they exist.
 set -eu
 
 mkdir -p "$1"

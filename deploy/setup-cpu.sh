@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes .venv/ with all that the demo and the tests need on a CPU (`make setup`). A second call reuses what is there.
+# Makes .venv/ with all packages for the demo and the tests on a CPU (`make setup`). Reuses an environment that is up to
+# date.
 #
-#   PYTHON=python3.11                 which Python makes the environment
-#   PIP_FIND_LINKS, PIP_INDEX_URL ... pip's own settings hold throughout
-#   LOCKSTEP_TORCH_INDEX=URL          where to look for torch's CPU build if those do not have it
+#   PYTHON=python3.11                 Python of the environment
+#   PIP_FIND_LINKS, PIP_INDEX_URL ... pip's own settings apply
+#   LOCKSTEP_TORCH_INDEX=URL          index for torch's CPU build if the configured indexes lack it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +16,7 @@ torch_index=${LOCKSTEP_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-# What the environment is made from. Its place counts too: scripts in an environment name their interpreter in full.
+# Includes the path: scripts in an environment contain the absolute path of their interpreter.
 fingerprint() { { pwd; cat "$list" pyproject.toml; } | cksum; }
 
 wanted=$(fingerprint)
@@ -25,7 +26,7 @@ fi
 
 command -v "$python" > /dev/null || fail "no $python here; Python 3.11, 3.12 or 3.13 is needed (choose with PYTHON=...)"
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-  || fail "$("$python" --version) does not do; Python 3.11, 3.12 or 3.13 is needed (choose with PYTHON=python3.11)"
+  || fail "$("$python" --version) is not supported; Python 3.11, 3.12 or 3.13 is needed (choose with PYTHON=python3.11)"
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] \
   || fail "the pinned CPU environment is for Linux on x86_64; elsewhere see the README on installing by hand"
 
@@ -36,7 +37,7 @@ if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
 fi
 pip() { PYTHONUNBUFFERED=1 .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 pinned() { grep -E "^$1==" "$list"; }
-# From pip's many lines one that moves on a terminal, and one for every 50 packages elsewhere.
+# Condense pip's output: one updating line on a terminal, a line for every 50 packages elsewhere.
 progress() {
   awk -v all="$packages" -v tty="$([ -t 1 ] && echo 1)" '
     /^(Collecting|Processing|Requirement already satisfied)/ { n++; name = $1 == "Requirement" ? $4 : $2 }
@@ -50,8 +51,8 @@ progress() {
 }
 rm -f "$stamp"
 
-# Every step takes exactly what the list names (--no-deps), so that nothing unpinned is drawn in. Packages that are
-# there already are left alone.
+# Every step installs exactly the packages of the list (--no-deps), so nothing unpinned is pulled in. Installed packages
+# are kept.
 torch=$(pinned torch)
 say "$torch"
 if ! pip install --quiet --no-deps --no-compile --retries 1 "$torch" 2> .venv/torch.log; then
@@ -65,12 +66,12 @@ rm -f .venv/torch.log
 
 packages=$(grep -c '==' "$list")
 say "$packages packages of $list (about 2 GB; some minutes the first time)"
-# Those that come as source are built by the pinned setuptools, not by whatever an isolated build would download.
+# Build source packages with the pinned setuptools instead of a version that an isolated build would download.
 pip install --quiet --no-deps "$(pinned setuptools)"
 pip install --no-deps --no-build-isolation --no-compile --requirement "$list" | progress
 pip install --quiet --no-deps --no-build-isolation --editable .
 
-# On all cores, where pip would use one. A server imports vLLM in three processes; without bytecode each compiles it.
+# On all cores; pip would use one. A server imports vLLM in three processes; without bytecode each compiles it.
 say "compiling to bytecode"
 .venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # some packages carry files for other Pythons
 
