@@ -60,7 +60,7 @@ class ErrorBody(BaseModel):
 
 def sendable(text: str) -> str:
     """Return `text`, which may quote a client, short and encodable: JSON can hold halves of characters."""
-    text = text if len(text) <= 4000 else text[:4000] + "..."
+    text = f"{text[:4000]}..." if len(text) > 4000 else text
     return text.encode("utf-8", "backslashreplace").decode()
 
 

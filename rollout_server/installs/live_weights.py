@@ -16,8 +16,7 @@ from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
 
-#: All of W0 may come from host memory.
-_APPLY_SECONDS = 60.0
+_APPLY_SECONDS = 60.0  # all of W0 may come from host memory
 
 
 @dataclass

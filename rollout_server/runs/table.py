@@ -41,8 +41,8 @@ class RunTable:
 
     def replaced_by(self, run_id: str, takeover: bool) -> str | None:
         """Return the run whose place `open` would give to `run_id`."""
-        full = run_id not in self.runs and self._free_ring() is None
-        return next(iter(self.runs)) if full and takeover and len(self._rings) == len(self.runs) == 1 else None
+        full = run_id not in self.runs and len(self._rings) == len(self.runs) == 1
+        return next(iter(self.runs)) if full and takeover else None
 
     def get(self, run_id: str | None) -> Run:
         """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
