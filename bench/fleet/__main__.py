@@ -238,7 +238,8 @@ def stretches(records: Sequence[Row], alone: Mapping[str, float]) -> list[dict[s
             continue
         tokens = sum(r["tokens"] for r in records if "tokens" in r and first <= r["time"] < last)
         rate, expected = tokens / (last - first), sum(alone[name] for name in up)
-        about = {"row": "+".join(sorted(up)), "servers": sorted(up), "start": first - start, "end": last - start}
+        seconds = {"start": float(round(first - start)), "end": float(round(last - start))}
+        about = {"row": "+".join(sorted(up)), "servers": sorted(up), **seconds}
         rows.append({**about, "tokens_per_s": rate, "expected": expected, "ratio": rate / expected})
     return rows
 
