@@ -13,7 +13,7 @@ from itertools import groupby
 from learner.rollouts.completions import AllowedVersion, broken_response, check_completion
 from learner.servers.pool import ServerPool
 from learner.servers.replica import Replica
-from learner.servers.router import Router
+from learner.servers.router import GroupRequest, Router
 from learner.utils.threads import start
 from shared.errors import InvalidRequest, LockstepError
 from shared.rollouts import Completion, GenerateRequest, Prompt
@@ -25,21 +25,6 @@ OnCompletions = Callable[[int, Sequence[Completion]], None]
 _STEP_WAIT_S = 30.0
 
 logger = logging.getLogger("lockstep.rollouts")
-
-
-@dataclass(frozen=True)
-class GroupRequest:
-    """A request for `n` completions of one prompt.
-
-    Attributes:
-        first_row: row of the batch that the first completion is for; the others follow it.
-        seed: overrides the seed of the sampling parameters.
-    """
-
-    first_row: int
-    token_ids: list[int]
-    n: int
-    seed: int | None = None
 
 
 def group_requests(

@@ -14,7 +14,7 @@ from typing import Any
 
 from learner.protocols import ComingPrompts
 from learner.rewards.scorer import Rewards
-from learner.rollouts.dispatch import GroupRequest
+from learner.servers.router import GroupRequest
 from shared.rollouts import Completion
 
 Row = dict[str, Any]

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs
-from learner.rollouts.dispatch import Dispatcher, GroupRequest, group_requests
+from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.prefetch import Prefetcher
+from learner.servers.router import GroupRequest
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion
 

@@ -5,19 +5,31 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from learner.servers.replica import NEWEST, Replica
-
-if TYPE_CHECKING:
-    from learner.rollouts.dispatch import GroupRequest
 
 #: Prompts are compared in blocks of so many tokens. Servers cache in smaller ones; shorter prompts cost little anyway.
 _BLOCK_TOKENS = 128
 _MAX_BLOCKS = 65536
 #: How much later a server with the prompt in its cache may finish than the first one.
 _AFFINITY_SLACK = 1.25
+
+
+@dataclass(frozen=True)
+class GroupRequest:
+    """A request for `n` completions of one prompt.
+
+    Attributes:
+        first_row: row of the batch that the first completion is for; the others follow it.
+        seed: overrides the seed of the sampling parameters.
+    """
+
+    first_row: int
+    token_ids: list[int]
+    n: int
+    seed: int | None = None
 
 
 class Router:

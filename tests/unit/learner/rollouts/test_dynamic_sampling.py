@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trl import GRPOTrainer
 
 from learner.config import LearnerConfig
-from learner.rollouts.dispatch import GroupRequest
 from learner.rollouts.dynamic_sampling import DynamicSampling, varies
+from learner.servers.router import GroupRequest
 from learner.trainer.attach import attach
 from learner.trainer.prompt_order import TrlPrompts
 from shared.errors import LockstepError
