@@ -124,14 +124,7 @@ class AdapterExporter:
                 torch._foreach_copy_(self._views[::2], [full_tensor(w) for w in self._a])
                 scaled = torch._foreach_mul([full_tensor(w).float() for w in self._b], scalings)
                 torch._foreach_copy_(self._views[1::2], scaled)
-            low, high = self.flat.aminmax()
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                pairs = zip(self.layout.entries, self._views, strict=True)
-                bad = next(entry.name for entry, view in pairs if not torch.isfinite(view).all())
-                raise NotFinite(
-                    f"{bad} of {version} holds NaN or infinity: the training has diverged; "
-                    "lower learning_rate or set max_grad_norm"
-                )
+            self._check_finite(version)
             elements = self.flat.view(torch.int32 if self.flat.element_size() == 4 else torch.int16)
             sums = torch.cat(list(block_sums(elements, self._weights))).cpu().numpy().tobytes()
         if self._template is None or scalings != self._scalings:
@@ -150,6 +143,17 @@ class AdapterExporter:
             )
         update = {"version": version, "checksum": checksum(self.layout.index, sums)}
         return AdapterExport(self._template.model_copy(update=update), self.layout, self.flat)
+
+    def _check_finite(self, version: WeightVersion) -> None:
+        low, high = self.flat.aminmax()
+        if bool(torch.isfinite(low) & torch.isfinite(high)):
+            return
+        pairs = zip(self.layout.entries, self._views, strict=True)
+        bad = next(entry.name for entry, view in pairs if not torch.isfinite(view).all())
+        raise NotFinite(
+            f"{bad} of {version} holds NaN or infinity: the training has diverged; "
+            "lower learning_rate or set max_grad_norm"
+        )
 
     def _check_trainable(self) -> None:
         """Refuse trainable parameters that are not pushed: the server would sample from another policy."""

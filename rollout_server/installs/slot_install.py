@@ -67,9 +67,9 @@ class SlotInstall:
                 begun = True
                 yield
         finally:
-            if not begun:
+            if not begun or (self._slot is not None and self._call.done):
                 self.run.give_back(slot)
-            elif self._slot is not None:
+            elif self._slot is not None:  # a worker may still be writing it
                 self.run.give_back(slot, lost=True)
                 recovery = asyncio.ensure_future(self._call.ended())
                 self.context.recoveries.add(recovery)

@@ -63,6 +63,11 @@ class WorkerCall:
         """
         return await self._all([reply.result for reply in self.replies], timeout)
 
+    @property
+    def done(self) -> bool:
+        """Whether the operation has ended on all workers, successful or not."""
+        return all(reply.result.done() for reply in self.replies)
+
     async def ended(self) -> None:
         """Wait until the operation has ended on all workers, successful or not."""
         await asyncio.gather(*(asyncio.shield(reply.result) for reply in self.replies), return_exceptions=True)

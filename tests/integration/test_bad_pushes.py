@@ -76,7 +76,7 @@ def _nan(policy, client: RolloutClient) -> bytes:
     """NaN with a correct checksum, as a broken learner would push it."""
     P.randomize(policy, seed=8)
     exporter = P.AdapterExporter(policy, dtype="float32")
-    exporter._refuse_not_finite = lambda version: None  # type: ignore[method-assign]
+    exporter._check_finite = lambda version: None  # type: ignore[method-assign]
     with torch.no_grad():
         next(p for n, p in policy.named_parameters() if "lora_B" in n).view(-1)[1] = float("nan")
     return b"".join(exporter.export(SERVED.model_copy(update={"step": 6})).pieces())

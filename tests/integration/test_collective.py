@@ -69,7 +69,7 @@ def test_pushes_go_by_broadcast_from_the_second_on(learner: _Learner, caplog: py
     assert [learner.push(step) for step in range(4)] == ["http", "collective", "collective", "collective"]
     (message,) = (record.getMessage() for record in caplog.records if record.name == "lockstep.sync")
     assert "by broadcast from now on" in message
-    announced = learner.publisher.exporter.export(learner.publisher.version(3)).announcement()
+    announced = learner.publisher._exporter.export(learner.publisher.version(3)).announcement()
     (again,) = learner.client.broadcast(learner.publisher.lease.run_id, announced, P.LEASE)
     assert again is not None, "a push that is sent again is recognized before anything is sent"
     assert again.repeated, "a push that is sent again is recognized before anything is sent"
@@ -85,7 +85,7 @@ def test_a_refused_broadcast_changes_nothing_and_the_group_goes_on(learner: _Lea
     assert refused.value.code is ErrorCode.STALE_VERSION
     with torch.no_grad():
         next(p for n, p in learner.policy.named_parameters() if "lora_B" in n).view(-1)[0] = float("nan")
-    learner.publisher.exporter._refuse_not_finite = lambda version: None  # type: ignore[method-assign]
+    learner.publisher._exporter._check_finite = lambda version: None  # type: ignore[method-assign]
     with pytest.raises(LockstepError) as refused:
         learner.publisher.push(6)
     assert refused.value.code is ErrorCode.NOT_FINITE
@@ -99,7 +99,7 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner, caplog: pyt
     learner.push(0)
     assert learner.push(1) == "collective"
     served = P.score(learner.client, PROBE)
-    export = learner.publisher.exporter.export(learner.publisher.version(2))
+    export = learner.publisher._exporter.export(learner.publisher.version(2))
     started = time.monotonic()
     with pytest.raises(LockstepError) as silent:
         for event in learner.client.broadcast(learner.publisher.lease.run_id, export.announcement(), P.LEASE):
@@ -110,7 +110,8 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner, caplog: pyt
     assert torch.equal(P.score(learner.client, PROBE), served)
     assert learner.push(3) == "http"
     assert "over HTTP" in caplog.messages[-1]
-    learner.publisher._transport(learner.publisher.pool.up()[0])._retry_at = 0.0
+    (transport,) = learner.publisher._transports.values()
+    transport._retry_at = 0.0
     assert learner.push(4) == "http", "the group is joined again"
     assert learner.push(5) == "collective", "the group is joined again"
 
@@ -118,7 +119,7 @@ def test_a_learner_that_announces_and_never_sends(learner: _Learner, caplog: pyt
 def test_a_learner_that_hangs_up_after_the_announcement(learner: _Learner) -> None:
     learner.push(0)
     assert learner.push(1) == "collective"
-    export = learner.publisher.exporter.export(learner.publisher.version(2))
+    export = learner.publisher._exporter.export(learner.publisher.version(2))
     events = learner.client.broadcast(learner.publisher.lease.run_id, export.announcement(), P.LEASE)
     assert next(events) is None
     events.close()

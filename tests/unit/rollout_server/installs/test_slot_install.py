@@ -15,10 +15,14 @@ from rollout_server.runs.table import RunTable
 
 class _Call:
     def __init__(self) -> None:
-        self.done = asyncio.Event()
+        self.end = asyncio.Event()
+
+    @property
+    def done(self) -> bool:
+        return self.end.is_set()
 
     async def ended(self) -> None:
-        await self.done.wait()
+        await self.end.wait()
 
 
 class _Workers:
@@ -72,6 +76,17 @@ async def test_a_slot_that_a_worker_may_be_writing_is_free_when_the_worker_has_e
     await asyncio.wait({filling})
     (slot,) = install.run.slots
     assert slot.state is SlotState.LOST
-    context.workers.calls[0].done.set()
+    context.workers.calls[0].end.set()
     assert await install.run.reserve(time.monotonic() + 5) is slot
+    assert not context.recoveries
+
+
+async def test_a_refused_push_has_given_its_slot_back_when_its_error_is_raised(context: InstallContext) -> None:
+    install = _install(context, "a")
+    filling = asyncio.ensure_future(_fill(install, asyncio.Event()))
+    await asyncio.sleep(0.01)
+    context.workers.calls[0].end.set()
+    filling.cancel()
+    await asyncio.wait({filling})
+    assert install.run.slots[0].state is SlotState.FREE
     assert not context.recoveries
