@@ -16,6 +16,7 @@ import ssl
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httptools
@@ -27,7 +28,8 @@ logger = logging.getLogger("lockstep.api")
 
 #: In the `extensions` of a scope: a function that `AuthMiddleware` calls for a request that may pass.
 ADMIT = "lockstep.admit"
-_ACCEPTED_AT_ONCE = 64
+#: In one turn of the event loop: few enough for the earlier ones to be read before many newer ones have come.
+_ACCEPTED_AT_ONCE = 16
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 5.0
 #: Of one of a name's addresses, where another may do: IPv6 is often switched off.
@@ -141,18 +143,17 @@ class Connection(HttpToolsProtocol):
 
     def open(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Begin on a socket that has just been accepted."""
-        self._opening = self.loop.create_task(self._open(accepted, tls))
-
-    async def _open(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
         timeouts = {"ssl_shutdown_timeout": _SHUTDOWN_SECONDS} if tls else {}
-        try:
-            await self.loop.connect_accepted_socket(lambda: self, accepted, ssl=tls, **timeouts)
-        except (OSError, asyncio.CancelledError):
-            pass  # no handshake, or too many connections
-        finally:
-            if self.transport is None:
-                self._all.discard(self)
-                accepted.close()
+        opening = self.loop.connect_accepted_socket(lambda: self, accepted, ssl=tls, **timeouts)
+        self._opening = self.loop.create_task(opening)
+        self._opening.add_done_callback(partial(self._opened, accepted))
+
+    def _opened(self, accepted: socket.socket, opening: asyncio.Task[Any]) -> None:
+        if not opening.cancelled():
+            opening.exception()  # the client's handshake; nobody else wants to know
+        if self.transport is None:
+            self._all.discard(self)
+            accepted.close()
 
     def abort(self) -> None:
         """Close at once, whatever has not been sent."""
