@@ -128,7 +128,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, connections: Connections, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._all, self._limits = connections, connections.limits
-        self._extensions = {ADMIT: self._admit}
+        self._extensions: dict[str, Any] = {ADMIT: self._admit}
         self._admitted = False
         self._opening: asyncio.Task[Any] | None = None
         #: Whether nothing of the next request has come.

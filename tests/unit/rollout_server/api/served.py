@@ -44,8 +44,8 @@ GROUP = RolloutGroup(prompt_index=0, prompt_token_ids=[1], completions=[])
 
 async def _generate(body: GenerateRequest, *_: Any) -> Any:
     """Yield `n` groups, one each 0.1 s: `max_tokens` says how large."""
-    for _ in range(body.sampling.n):
-        yield GROUP.model_copy(update={"prompt_token_ids": [1] * body.sampling.max_tokens})
+    for _group in range(body.sampling.n):
+        yield GROUP.model_copy(update={"prompt_token_ids": [1] * (body.sampling.max_tokens or 0)})
         await asyncio.sleep(0.1)
 
 
@@ -107,9 +107,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(log: Path, ca: str | None = None, loop: str = "uvloop", **given: Any) -> Iterator[Served]:
+def served(log: Path, given: dict[str, Any], ca: str | None = None) -> Iterator[Served]:
     """Start a server; `given` is read by `serve`."""
-    command = [sys.executable, "-m", __name__, json.dumps({**given, "loop": loop})]
+    command = [sys.executable, "-m", __name__, json.dumps(given)]
     with (
         log.open("w") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
@@ -124,4 +124,4 @@ def served(log: Path, ca: str | None = None, loop: str = "uvloop", **given: Any)
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    (uvloop if given["loop"] == "uvloop" else asyncio).run(serve(given))
+    (uvloop if given.get("loop") != "asyncio" else asyncio).run(serve(given))

@@ -32,7 +32,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: server\r\n\r\n"
 
 @pytest.fixture(scope="module", params=["uvloop", "asyncio"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("server") / "log", loop=request.param, limits=LIMITS) as running:
+    with served(tmp_path_factory.mktemp("server") / "log", {"loop": request.param, "limits": LIMITS}) as running:
         yield running
 
 
@@ -197,7 +197,7 @@ def test_a_body_is_not_read_for_ever_after_its_answer(
 
 @pytest.mark.parametrize(("state", "expected"), [("full", 429), ("draining", 503), ("loading", 503)])
 def test_nor_after_an_answer_for_the_moment(tmp_path: Path, state: str, expected: int) -> None:
-    with served(tmp_path / "log", limits=LIMITS, **{state: True}) as server, server.connect() as wire:
+    with served(tmp_path / "log", {"limits": LIMITS, state: True}) as server, server.connect() as wire:
         head = b"POST /v1/chat/completions HTTP/1.1\r\n" + TOKEN_LINE + b"Content-Length: 900000000\r\n\r\n"
         sent, answer = send(wire, head, b"x" * 2**16)
         assert sent < IN_FLIGHT_MIB
@@ -264,14 +264,14 @@ def test_a_long_answer_is_cut_off_only_if_nobody_reads_it(server: Served) -> Non
     with server.connect() as reader, server.connect() as sleeper:
         for wire in (reader, sleeper):
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
-            _generate(wire, n=8, max_tokens=2_000_000)
+            _generate(wire, n=8, max_tokens=1_000_000)
         answer = b""
         while part := reader.recv(2**16):
             answer += part
-            time.sleep(0.02 if len(answer) < 2**24 else 0)
+            time.sleep(0.02 if len(answer) < 2**22 else 0)
         assert answer.endswith(b"0\r\n\r\n")
-        assert len(answer) > 8 * 4_000_000
-        time.sleep(2)
+        assert len(answer) > 8 * 2_000_000
+        time.sleep(5)
         cut = b""
         with contextlib.suppress(ConnectionError, ssl.SSLError):
             while part := sleeper.recv(2**20):
@@ -313,7 +313,7 @@ def _crowd(server: Served, count: int, opened: contextlib.ExitStack, begin: Call
 @pytest.mark.parametrize("begin", [b"", b"GET /health HTTP/1.1\r\nX: ", HEALTH])
 def test_more_connections_than_there_may_be(tmp_path: Path, given: dict[str, int], begin: bytes) -> None:
     """With seconds as by default: nobody leaves because time is up."""
-    with served(tmp_path / "log", **given) as server, contextlib.ExitStack() as opened:
+    with served(tmp_path / "log", given) as server, contextlib.ExitStack() as opened:
         known = opened.enter_context(
             httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, limits=httpx.Limits())
         )
@@ -321,8 +321,8 @@ def test_more_connections_than_there_may_be(tmp_path: Path, given: dict[str, int
         busy = opened.enter_context(server.connect())
         _generate(busy, n=40, max_tokens=1)
         assert busy.recv(4096).startswith(b"HTTP/1.1 200")
-        for _ in range(3):
-            _crowd(server, 120, opened, lambda wire: wire.sendall(begin))
+        for _ in range(2):
+            _crowd(server, 150, opened, lambda wire: wire.sendall(begin))
             assert server.health_seconds() < 1
             assert server.get("/v1/runs/r", TOKEN).status_code == 200
             assert _local_port(known.get("/v1/runs/r")) == first
@@ -334,7 +334,7 @@ def test_more_connections_than_there_may_be(tmp_path: Path, given: dict[str, int
 
 
 def test_who_is_idle_leaves_before_who_is_busy(tmp_path: Path) -> None:
-    with served(tmp_path / "log", most=8) as server, contextlib.ExitStack() as opened:
+    with served(tmp_path / "log", {"most": 8}) as server, contextlib.ExitStack() as opened:
         busy = [opened.enter_context(server.connect()) for _ in range(4)]
         for wire in busy:
             _generate(wire, n=15, max_tokens=1)
@@ -352,7 +352,7 @@ def test_who_is_idle_leaves_before_who_is_busy(tmp_path: Path) -> None:
 def test_tls_handshakes_that_never_end(tmp_path: Path, pems: SimpleNamespace) -> None:
     tls = {"ssl_certfile": pems.cert, "ssl_keyfile": pems.key}
     with (
-        served(tmp_path / "log", pems.ca, tls=tls, most=40, limits=LIMITS) as server,
+        served(tmp_path / "log", {"tls": tls, "most": 40, "limits": LIMITS}, pems.ca) as server,
         contextlib.ExitStack() as opened,
     ):
         trusting = ssl.create_default_context(cafile=pems.ca)
