@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -82,8 +83,15 @@ class Served:
 
     def __init__(self, port: int, process: subprocess.Popen[str], log: Path, ca: str | None) -> None:
         self.port, self.log = port, log
-        self.url = f"http{'s' if ca else ''}://127.0.0.1:{port}"
-        self._pid, self._ca = process.pid, ca
+        self.url = f"http://127.0.0.1:{port}"
+        self._pid = process.pid
+        # Made once: it takes long enough to be noticed in `health_seconds`.
+        self._http = httpx.Client(
+            base_url=f"http{'s' if ca else ''}://127.0.0.1:{port}",
+            verify=ssl.create_default_context(cafile=ca) if ca else False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            timeout=5,
+        )
 
     def connect(self) -> socket.socket:
         """Open a connection, of TCP only."""
@@ -97,7 +105,7 @@ class Served:
     def get(self, path: str, token: str | None = None) -> httpx.Response:
         """Send a request on a connection of its own."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.get(self.url + path, headers=headers, verify=self._ca or True, timeout=5)
+        return self._http.get(path, headers=headers)
 
     def health_seconds(self) -> float:
         """Return how long `/health` takes."""

@@ -314,9 +314,9 @@ def _crowd(server: Served, count: int, opened: contextlib.ExitStack, begin: Call
 def test_more_connections_than_there_may_be(tmp_path: Path, given: dict[str, int], begin: bytes) -> None:
     """With seconds as by default: nobody leaves because time is up."""
     with served(tmp_path / "log", given) as server, contextlib.ExitStack() as opened:
-        known = opened.enter_context(
-            httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {TOKEN}"}, limits=httpx.Limits())
-        )
+        kept = httpx.Limits(keepalive_expiry=60)
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        known = opened.enter_context(httpx.Client(base_url=server.url, headers=headers, limits=kept))
         first = _local_port(known.get("/v1/runs/r"))
         busy = opened.enter_context(server.connect())
         _generate(busy, n=40, max_tokens=1)
