@@ -52,11 +52,11 @@ class ConnectionLimits:
     left_bytes: int = 2**20
     left_seconds: int = 5
     #: From the connection to its first byte; the TLS handshake has as many.
-    first_byte_seconds: int = 10
+    first_byte_seconds: int = 15
     #: From the first byte of a head to its last.
-    head_seconds: int = 10
+    head_seconds: int = 15
     #: From a head without a token to the end of its answer.
-    answer_seconds: int = 10
+    answer_seconds: int = 15
     #: Without a byte sent, although an answer waits for the client to read.
     stall_seconds: int = 120
 
