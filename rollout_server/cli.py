@@ -15,6 +15,9 @@ from shared.errors import LockstepError
 
 logger = logging.getLogger("lockstep.cli")
 
+#: Connections beyond those of `--max-requests`: idle ones, pushes, probes, and requests that are refused.
+_SPARE_CONNECTIONS = 1024
+
 
 def main() -> None:
     """Console entry point."""
@@ -113,6 +116,7 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
     from rollout_server import lifecycle
+    from rollout_server.api.connections import Connections, connections_that_fit
     from rollout_server.api.middleware.auth import AuthMiddleware
     from rollout_server.api.middleware.readiness import ReadinessMiddleware
     from rollout_server.api.security import binding
@@ -121,6 +125,10 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
     from rollout_server.engine.capacity import Capacity
 
     readiness, capacity = ReadinessMiddleware(), Capacity(settings)
+
+    wanted, fitting = settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
+    if fitting < wanted:
+        logger.warning("`ulimit -n` leaves room for %d connections; --max-requests needs %d", fitting, wanted)
 
     def leave() -> None:
         if readiness.is_open:
@@ -131,6 +139,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
     server = HttpServer(
         AuthMiddleware(readiness, configured_tokens(settings)),
         leave,
+        Connections(min(wanted, fitting)),
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from learner.monitors.metrics_server import start_metrics_server
 from learner.rollouts.generation import RolloutStats
 from learner.run_dir.files import finite
 from learner.servers.pool import ServerPool
@@ -131,7 +132,7 @@ class LearnerMetrics(Collector):
         if not port:
             return
         try:
-            start_http_server(port, host, registry=self.registry)
+            start_metrics_server(self.registry, host, port)
         except (OSError, OverflowError) as error:
             raise InvalidRequest(
                 f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz.campaign import Tally, Target, pushed
+from tests.fuzz.connections import fuzz_connections
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, openai_schema, own_schema
 from tests.integration.support import policy as P
@@ -42,11 +43,12 @@ SHARES = {
     "/v1/chat/completions": 0.1,
     "/tokenize": 0.07,
     "/detokenize": 0.07,
-    "raw": 0.19,
+    "raw": 0.16,
     "broadcast": 0.04,
     "adapter": 0.11,
     "schema": 0.02,
     "openai-schema": 0.01,
+    "connections": 0.03,
 }
 
 
@@ -95,6 +97,7 @@ def make_campaigns(target: Target, good: bytes, argv: list[str]) -> dict[str, Ca
     return {
         **{path: bodies(path) for path in BODIES},
         "raw": lambda count, seed: fuzz_raw(target, count, seed),
+        "connections": lambda count, seed: fuzz_connections(target, count, seed),
         "broadcast": lambda count, seed: fuzz_announcements(target, count, seed),
         "adapter": lambda count, seed: fuzz_adapters(target, good, count, seed),
         "schema": lambda count, seed: fuzz_schema(target, "schema", own_schema(target), count, seed),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from learner.servers.client import RolloutClient
 from tests.fuzz.campaign import Tally, Target, pushed
+from tests.fuzz.connections import fuzz_connections
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, own_schema
 from tests.integration.support import policy as P
@@ -24,6 +25,7 @@ def test_no_request_breaks_the_server_or_changes_what_it_serves(
         for path in BODIES:
             fuzz_bodies(target, path, 60, SEED)
         fuzz_raw(target, 150, SEED)
+        fuzz_connections(target, 60, SEED)
         fuzz_announcements(target, 20, SEED)
         fuzz_adapters(target, good, 150, SEED)
         fuzz_schema(target, "schema", own_schema(target), 60, SEED)

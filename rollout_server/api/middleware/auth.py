@@ -6,6 +6,7 @@ import re
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rollout_server.api.connections import ADMIT
 from rollout_server.api.responses import error_response
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import OPEN, Role, role_needed
@@ -30,6 +31,9 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope)
         if refusal is None:
+            admit = scope.get("extensions", {}).get(ADMIT)
+            if admit is not None and scope["path"] not in OPEN:
+                admit()
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             headers = {"WWW-Authenticate": "Bearer"} if isinstance(refusal, Unauthenticated) else None
