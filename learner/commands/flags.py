@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,7 +26,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith(_UNKNOWN):
             message = unknown_flag(message.removeprefix(_UNKNOWN).split(), self._option_string_actions)
-        raise InvalidRequest(message)
+        raise InvalidRequest(without_usage(message))
+
+
+def without_usage(message: str) -> str:
+    """Return argparse's error with one spelling of the flag."""
+    return re.sub(r"^argument (-\S+?)(/-\S+)?: ", r"\1: ", message)
 
 
 def number(

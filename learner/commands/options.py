@@ -6,15 +6,16 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import Parser, dtype_name, number
+from learner.commands.flags import Parser, dtype_name, number, without_usage
 from learner.config import LearnerConfig
 from shared.errors import InvalidRequest
 from shared.messages import did_you_mean, one_line, unknown_flag
@@ -73,12 +74,14 @@ class OptionParser(TrlParser):
         for action in self._actions:
             if action.dest in hints and action.dest not in self._options:  # the second one is --no_OPTION
                 kinds = _kinds(hints[action.dest])
+                if action.dest == "num_generations":  # TRL's hint allows None, and TRL fails with it
+                    kinds.discard(NoneType)
                 self._options[action.dest] = action, kinds
                 action.type = _type(action, kinds)
                 action.choices = _CHOICES.get(action.dest, action.choices)
 
     def error(self, message: str) -> NoReturn:
-        raise InvalidRequest(message)
+        raise InvalidRequest(without_usage(message))
 
     def parse(self, argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
         """Parse flags, and the files of `--config` before them.
@@ -145,15 +148,29 @@ def _kinds(hint: Any) -> set[Any]:
 def _type(action: argparse.Action, kinds: set[Any]) -> Any:
     """Return what turns text into a value of the option."""
     name = action.dest
-    if action.type in (int, float):
+    of_number = {action.type, *kinds} & {int, float}
+    if of_number and str not in kinds:
         bounds = {"least": _LEAST.get(name), "most": _MOST.get(name), "above": _ABOVE.get(name)}
-        kind: Any = action.type
-        return number(kind, **{bound: value for bound, value in bounds.items() if value is not None})
-    if dict in kinds:
+        given = {bound: value for bound, value in bounds.items() if value is not None}
+        parse = number(float if float in of_number else int, **given)
+        return _or_none(parse) if NoneType in kinds and list not in kinds else parse
+    if dict in kinds and name not in LearnerConfig.__dataclass_fields__:  # which reads JSON itself
         return partial(_dict_or_path, may_be_path=name in ("accelerator_config", "fsdp_config", "deepspeed"))
     if name == "scale_rewards":
         return lambda text: _SCALES.get(text.lower(), text)
-    return dtype_name if name == "dtype" else action.type
+    return {"dtype": dtype_name, "attn_implementation": _attention}.get(name, action.type)
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Take `none` and `null` for None, as TRL does where a number may be None."""
+    return lambda text: None if text.lower() in ("none", "null") else parse(text)
+
+
+def _attention(text: str) -> str:
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if text not in known and "/" not in text:  # kernels of the hub have a slash
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+    return text
 
 
 def _dict_or_path(text: str, *, may_be_path: bool) -> Any:
@@ -162,7 +179,7 @@ def _dict_or_path(text: str, *, may_be_path: bool) -> Any:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"is not valid JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {type(value).__name__}")
     return value

@@ -1,9 +1,9 @@
 """The reason for which vLLM has not started, told by its processes to the server.
 
-vLLM only says "see root cause above"; the root cause is in the log of an engine or worker process, some hundred lines up.
-Each of these processes imports our worker extension before it loads the model, and calls `report_errors` then: what it
-logs with an exception (vLLM 0.26 to 0.33: "EngineCore failed to start.", "WorkerProc failed to start.") also goes into a
-file, whose first line is the root cause.
+vLLM only says "see root cause above": in the log of an engine or worker process, some hundred lines up. Each of these
+processes imports our worker extension before it loads the model, and calls `report_errors` then: what it logs with an
+exception (vLLM 0.26 to 0.33: "EngineCore failed to start.", "WorkerProc failed to start.") also goes into a file, whose
+first line is the root cause.
 """
 
 from __future__ import annotations
