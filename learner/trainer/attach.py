@@ -84,12 +84,12 @@ def attach(
     """
     show_messages(is_main=trainer.accelerator.is_main_process)
     config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
-    check_trl(trainer)
     if any(isinstance(callback, _PushAfterStep) for callback in trainer.callback_handler.callbacks):
         raise InvalidRequest(
             "this trainer is attached already, and would push every step twice: use the session that the first "
             "attach returned, or build a new GRPOTrainer"
         )
+    check_trl(trainer)
     model = _peft_model(trainer)
     if vllm_sampling_params is None:
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
