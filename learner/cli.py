@@ -5,8 +5,10 @@ A command is imported only when it is called: `status`, `eval` and `export` need
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"learner: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)} (learner --help)", file=sys.stderr)
         return EXIT_USAGE
+    # Of what is installed beside TRL and not used by it: an error would not be the only line on stderr.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except (LockstepError, OSError) as error:  # OSError: a full disk, a path that cannot be written
