@@ -48,7 +48,7 @@ _LEAST = {
     "dataloader_num_workers": 0,
 }
 _ABOVE = {"logging_steps": 0, "save_steps": 0, "eval_steps": 0}
-_MOST = {"lora_dropout": 1, "top_p": 1}
+_MOST = {"lora_dropout": 1, "top_p": 1, "seed": 2**32 - 1}
 #: Values that TRL would look at in the first step only.
 _CHOICES = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from learner.adapters.lora_rules import check_lora, check_model, check_rank
@@ -79,6 +80,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     lora = _lora_config(config, model_args)
     check_lora(lora)
     _check_paths(config, args)
+    _check_scheduler(args)
     check_target_modules(lora, _model_config(model, revision, args), trust_remote_code=args.trust_remote_code)
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
@@ -163,6 +165,15 @@ def _check_paths(config: LearnerConfig, args: GRPOConfig) -> None:
     check_writable(args.output_dir, "output_dir", directory=True)
 
 
+def _check_scheduler(args: GRPOConfig) -> None:
+    """Refuse settings of the learning rate's schedule, which TRL makes when the training begins: `invalid_request`."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"lr_scheduler_kwargs, or lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
+
+
 def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
     """Return the model's configuration; raises `invalid_request` where there is none, `unsupported_adapter`."""
     try:
@@ -193,7 +204,10 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
     unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
-    return dataclasses.replace(get_peft_config(model_args), **extra)
+    try:
+        return dataclasses.replace(get_peft_config(model_args), **extra)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"the LoRA settings (lora_kwargs, lora_task_type) are refused: {error}") from error
 
 
 def _trainer(
@@ -231,7 +245,13 @@ def _trainer(
             tools=tools or None,
             environment_factory=environment,
         )
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:  # what TRL and transformers refuse
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        NotImplementedError,
+    ) as error:  # what TRL and transformers refuse
         raise InvalidRequest(str(error)) from error
 
 
