@@ -32,7 +32,9 @@ def cli_page() -> str:
             [
                 "# Commands",
                 "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags "
-                "of the learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
+                "of the learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys. A "
+                "value there is the text that is written, and passes the same checks as on the command line: `no` is "
+                "no boolean where an option takes words. Where an option takes a list, one value will do.",
                 "## rollout-server MODEL",
                 "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
                 _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),

@@ -20,6 +20,7 @@ from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.run_dir.lease import load_lease, save_lease
 from learner.servers.client import RolloutClient
+from learner.servers.compatibility import AUTOCAST
 from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
@@ -127,7 +128,13 @@ class Session:
         sequences = self._on_main(lambda: probe_sequences(self.pool, self._prompts))
         config, trainer, is_main = self.config, self.trainer, self.trainer.accelerator.is_main_process
         self.proof = SyncProof(
-            self.pool, self.model, sequences, tolerance=config.proof_tolerance, on_main=self._on_main
+            self.pool,
+            self.model,
+            sequences,
+            tolerance=config.proof_tolerance,
+            autocast=AUTOCAST.get(trainer.accelerator.mixed_precision),
+            same_base=self.publisher.base_weights is not None,
+            on_main=self._on_main,
         )
         if config.proof_canary and not self._continues and not again and self._base_served:
             self.canary_slope = canary_slope(self.proof, self.publisher, takeover=config.takeover)

@@ -8,10 +8,14 @@ import logging
 import os
 import shutil
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
-from shared.errors import LockstepError
+from shared.errors import InvalidRequest, LockstepError
+from shared.messages import one_line, unknown_flag
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+_UNKNOWN = "unrecognized arguments: "
 
 logger = logging.getLogger("lockstep.cli")
 
@@ -33,9 +37,25 @@ def main() -> None:
     root.setLevel(logging.INFO)
     root.propagate = False
     try:
-        sys.exit(uvloop.run(_serve(*resolve(sys.argv[1:]))))
-    except (LockstepError, ValueError) as error:
-        sys.exit(f"rollout-server: {error}")
+        configured = resolve(sys.argv[1:])
+    except Exception as error:  # of vLLM and transformers, of any kind
+        _fail(error, EXIT_USAGE)
+    try:
+        status = uvloop.run(_serve(*configured))
+    except Exception as error:
+        if not isinstance(error, LockstepError):
+            logger.exception("the server failed")
+        _fail(error, EXIT_FAILED)
+    sys.exit(status)
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    """Exit with the error as the last line on stderr; with $LOCKSTEP_TRACEBACK, with its traceback."""
+    if os.environ.get("LOCKSTEP_TRACEBACK"):
+        raise error
+    kind = "" if isinstance(error, LockstepError | ValueError) else f"{type(error).__name__}: "
+    print(f"rollout-server: {kind}{one_line(error)}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
@@ -52,7 +72,13 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            if message.startswith(_UNKNOWN):
+                message = unknown_flag(message.removeprefix(_UNKNOWN).split(), self._option_string_actions)
+            raise InvalidRequest(message)
+
+    parser = Parser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
     server_settings.add_flags(parser)
     parser = versions.make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)

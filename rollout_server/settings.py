@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -117,6 +118,8 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
     for name, value in vars(settings).items():
         if isinstance(value, bool | str) or name == "slots_per_run":
             continue
+        if not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number")
         if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
             least = "not be negative" if name in _MAY_BE_ZERO else "be more than 0"
             raise ValueError(f"--{name.replace('_', '-')} must {least}")

@@ -12,9 +12,19 @@ from shared import PROTOCOL_VERSION
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+#: The values of vLLM's --max-lora-rank (0.26 to 0.33).
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
 #: What happens to a run's in-flight requests when a push lands. `drain`: they finish on their version. `keep`: they
 #: continue on the new one and recompute their KV. `carried`: they continue on the new one with their old KV.
 InFlight = Literal["drain", "keep", "carried"]
+
+
+def served_rank(rank: int) -> int:
+    """Return the smallest `--max-lora-rank` that serves adapters of `rank`; raises `ValueError` where none does."""
+    if rank > SERVED_RANKS[-1]:
+        raise ValueError(f"rank {rank} is above {SERVED_RANKS[-1]}, the highest that vLLM serves")
+    return next(served for served in SERVED_RANKS if rank <= served)
 
 
 @total_ordering

@@ -37,9 +37,9 @@ def evaluate(
         sampling: greedy by default. Chat messages are templated by the server.
         progress: called with (questions done, all questions).
     """
-    rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
+    rows = [task.eval[i] for i in range(len(task.eval) if n_questions is None else min(n_questions, len(task.eval)))]
     if not rows:
-        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size")
+        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     results: list[EvalRow] = []
     versions: dict[str, None] = {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from shared.errors import BaseMismatch, InvalidRequest, NotReady
 from shared.weights import BaseFingerprint, ServerState
 
+#: Accelerate's names of mixed precision -> the dtype in which autocast computes.
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+
 
 def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
     """Check that the server is ready and returns the logprobs of the policy.
@@ -58,6 +61,23 @@ def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch:
             "requests and evaluations the server's"
         )
     return warnings
+
+
+def check_precision(weights: str, autocast: str | None, state: ServerState) -> list[str]:
+    """Return a warning where autocast makes the learner compute in another dtype than its weights and the server.
+
+    Args:
+        weights: dtype of the learner's base.
+        autocast: dtype of the training's autocast, if it has one.
+    """
+    if autocast is None or autocast in (weights, state.dtype):
+        return []
+    flag = next(name for name, dtype in AUTOCAST.items() if dtype == autocast)
+    return [
+        f"{flag}=true: the learner computes in {autocast} over weights in {weights}, the server in {state.dtype}, so "
+        f"their logprobs differ by the rounding of {autocast}: set {flag}=false, or start the server with --dtype "
+        f"{autocast}"
+    ]
 
 
 def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState) -> None:

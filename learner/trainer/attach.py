@@ -19,7 +19,7 @@ from learner.adapters.peft_dir import save_adapter
 from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
 from learner.servers.client import RolloutClient
-from learner.servers.compatibility import check_base, check_lengths, check_server
+from learner.servers.compatibility import AUTOCAST, check_base, check_lengths, check_precision, check_server
 from learner.servers.credentials import read_token
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
@@ -84,6 +84,11 @@ def attach(
     """
     show_messages(is_main=trainer.accelerator.is_main_process)
     config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
+    if any(isinstance(callback, _PushAfterStep) for callback in trainer.callback_handler.callbacks):
+        raise InvalidRequest(
+            "this trainer is attached already, and would push every step twice: use the session that the first "
+            "attach returned, or build a new GRPOTrainer"
+        )
     check_trl(trainer)
     model = _peft_model(trainer)
     if vllm_sampling_params is None:
@@ -91,8 +96,6 @@ def attach(
     args = with_vllm_params(trainer.args, vllm_sampling_params)
     for warning in check_grpo(args):
         warnings.warn(warning, stacklevel=2)
-    if pool is None:
-        pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
     check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
@@ -100,6 +103,9 @@ def attach(
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     prompts = _first_prompts(trainer)
     longest_prompt = max(map(len, prompts), default=0)
+    weights = str(model.get_base_model().dtype).removeprefix("torch.")
+    if pool is None:  # last, since it may wait for minutes
+        pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
 
     def check_state(state: ServerState) -> list[str]:
         check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
@@ -109,7 +115,8 @@ def attach(
         check_rank(adapter_config, state)
         check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, longest_prompt, state)
-        return check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+        warned = check_precision(weights, AUTOCAST.get(trainer.accelerator.mixed_precision), state)
+        return [*warned, *check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)]
 
     states = [replica.known for replica in pool.up()]
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):

@@ -29,7 +29,7 @@ from shared.errors import (
     UnknownLayout,
     UnsupportedAdapter,
 )
-from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState
+from shared.weights import SERVED_RANKS, AdapterManifest, InFlight, PushReceipt, ServerState
 
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 
@@ -166,7 +166,10 @@ class Installer:
             )
         max_rank = max(module.rank for module in manifest.modules.values())
         if max_rank > served.max_lora_rank:
-            raise RankTooHigh(f"rank {max_rank} is above the server's --max-lora-rank {served.max_lora_rank}")
+            raise RankTooHigh(
+                f"rank {max_rank} is above the server's --max-lora-rank {served.max_lora_rank}: start it with one of "
+                f"{', '.join(map(str, SERVED_RANKS))}"
+            )
         if manifest.dtype != served.lora_dtype:
             raise UnsupportedAdapter(
                 f"the adapter comes in {manifest.dtype}, the slots hold {served.lora_dtype} (/v1/state: lora_dtype)"
