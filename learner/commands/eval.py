@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
     print("\n".join(comparison_table(results)))
     if options.json:
-        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, default=str))
+        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, allow_nan=False))
     return 0
 
 
