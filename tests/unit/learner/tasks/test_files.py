@@ -66,6 +66,14 @@ def test_text_stays_text(tmp_path: Path, kind: str) -> None:
         assert exact_match(prompts=[], completions=said, answer=[row["answer"] for row in part]) == [1.0] * len(part)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_column_of_one_kind_of_text_stays_text(tmp_path: Path, kind: str) -> None:
+    """A reader that guesses makes dates of a column of dates."""
+    rows = [{"prompt": f"Question {i}"} | {f"column {j}": text for j, text in enumerate(TEXTS)} for i in range(2)]
+    text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+    assert list(read_file(write(tmp_path / f"rows.{kind}", text))) == rows
+
+
 def test_unquoted_csv_fields_are_text(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "prompt,answer\na,007\nb,1.50\nc,2024-01-01\nd,\ne,True\nf,NA\n")
     assert list(read_file(path)["answer"]) == ["007", "1.50", "2024-01-01", "", "True", "NA"]

@@ -86,6 +86,18 @@ def test_keys_that_arrow_filled_in_are_not_shown(make_trainer, client, chat_toke
     assert {json.dumps(ids) for ids in asked} <= {json.dumps(shown * 2), json.dumps(shown * 3)}
 
 
+def test_none_that_is_meant_is_shown(make_trainer, client, chat_tokenizer, server) -> None:
+    """`datasets` keeps every message as it is where it is asked to."""
+    rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": "w1"}]} for _ in range(8)]
+    rows[3]["prompt"][0]["name"] = None
+    given = with_rows(Dataset.from_list(rows, on_mixed_types="use_json"))
+    trainer = make_trainer(trainer_kwargs={**given, "processing_class": chat_tokenizer}, max_steps=0)
+    attach(trainer, client=client)
+    shown = trainer._tokenize_prompts(trainer.train_dataset["prompt"][:4])[0]
+    w1, w50 = (chat_tokenizer(word)["input_ids"] for word in ("w1", "w50"))
+    assert shown == [w1 * 2, w1 * 2, w1 * 2, w1 * 2 + w50]
+
+
 @pytest.mark.parametrize("name", ["image", "images"])
 def test_image_columns_without_images(make_trainer, client, chat_tokenizer, name: str) -> None:
     rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": "w1"}], name: None} for i in range(8)]
