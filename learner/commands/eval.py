@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     print("\n".join(comparison_table(results)))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, default=str))
+        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, allow_nan=False))
     return 0
 
 

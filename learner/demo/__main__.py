@@ -24,7 +24,7 @@ from learner.commands.flags import Parser, dtype_name, number
 from learner.demo.curve import write_curve
 from learner.demo.model import ensure_demo_model
 from learner.evaluation.evaluate import evaluate
-from learner.evaluation.results import EvalResult
+from learner.evaluation.results import EvalResult, json_values
 from learner.run_dir.files import EVALS_FILE, HISTORY_FILE, PAGE_FILE, SUMMARY_FILE, read_lines, write_summary
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -202,7 +202,7 @@ def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:
 def _evaluate(client: RolloutClient, task: Task, recipe: dict[str, Any], policy: Any, path: Path) -> EvalResult:
     sampling = SamplingParams(temperature=0.0, max_tokens=recipe["max_completion_length"])
     result = evaluate(client, task, policy=policy, sampling=sampling)
-    path.write_text(json.dumps(asdict(result), indent=1, default=str))
+    path.write_text(json.dumps(json_values(asdict(result)), indent=1))
     right, questions = result.reward, result.questions
     logger.info("    %s: %.3f of %d questions answered correctly", ", ".join(result.versions), right, questions)
     return result

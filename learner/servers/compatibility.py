@@ -80,15 +80,19 @@ def check_precision(weights: str, autocast: str | None, state: ServerState) -> l
     ]
 
 
-def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState) -> None:
+def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState, where: str = "") -> None:
     """Check that prompt and completion, in tokens, fit into the server's context.
+
+    Args:
+        where: names the longest prompt.
 
     Raises:
         InvalidRequest: they do not.
     """
     if longest_prompt + (max_completion_length or 1) > state.max_model_len:
+        longest = f"{longest_prompt} tokens: {where}" if where else f"{longest_prompt} tokens"
         raise InvalidRequest(
-            f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
-            f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "
-            "shorten the prompts, or raise the server's --max-model-len"
+            f"max_completion_length={max_completion_length} and the longest prompt ({longest}) exceed the server's "
+            f"context of {state.max_model_len}: lower max_completion_length, shorten the prompts, or raise the "
+            "server's --max-model-len"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -73,6 +74,8 @@ def load_rewards(
         raise TaskError(f"two rewards are called {', '.join(twice)}: rewards are logged by name, so rename one")
     if weights is not None and len(weights) != len(functions):
         raise TaskError(f"{len(weights)} reward weights for {len(functions)} rewards ({', '.join(names)})")
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise TaskError(f"reward weights {', '.join(map(str, weights))}: each must be a finite number")
     return functions, None if weights is None else [float(w) for w in weights]
 
 
