@@ -39,6 +39,7 @@ from learner.trainer.padding import skip_padding
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import score_in_workers
 from learner.trainer.sampling import sampling_params
+from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
@@ -122,6 +123,7 @@ def attach(
         sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
+        settings=settings_of(trainer, adapter_config, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
     )
@@ -142,7 +144,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | | `begin_passes_with` | the GPU must be the learner's before the first pass of `skip_padding` |
     | `_prepare_inputs` | `skip_padding` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
-    | `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
 
     Callbacks run in the order in which they are added: the push comes before the recorder.
     """
