@@ -98,6 +98,7 @@ def attach(
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     adapter_config = model.peft_config[active_adapter(model)]
+    layers = lora_layers(model, active_adapter(model)).keys()
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     prompts = _first_prompts(trainer)
     longest_prompt = max(map(len, prompts), default=0)
@@ -108,7 +109,7 @@ def attach(
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
         check_rank(adapter_config, state)
-        check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
+        check_targets(layers, mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, longest_prompt, state)
         return check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
 
@@ -123,7 +124,7 @@ def attach(
         sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
-        settings=settings_of(trainer, adapter_config, config, own.weights),
+        settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
     )

@@ -221,6 +221,7 @@ def _scale_learning_rate(scheduler: Any, factor: float) -> None:
     scheduler.base_lrs = [rate * factor for rate in getattr(scheduler, "base_lrs", ())]
     for group in scheduler.optimizer.param_groups:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _batch_file(trainer: GRPOTrainer) -> str:

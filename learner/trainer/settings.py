@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,13 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.adapters.stored import WEIGHTS_FILE
 from learner.config import LearnerConfig
 
-#: Fields of LoraConfig -> our names. The layers that `target_modules` stands for are known once the model is.
+#: Fields of LoraConfig -> our names. Of `target_modules` and the like, the layers that they select are compared.
 _LORA = {
     "r": "lora_r",
     "lora_alpha": "lora_alpha",
     "use_rslora": "use_rslora",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
-    "exclude_modules": "exclude_modules",
-    "layers_to_transform": "layers_to_transform",
-    "layers_pattern": "layers_pattern",
     "modules_to_save": "lora_modules_to_save",
     "use_dora": "use_dora",
     "bias": "lora_bias",
@@ -59,11 +57,16 @@ def settings_before(
 
 
 def settings_of(
-    trainer: GRPOTrainer, lora: LoraConfig, config: LearnerConfig, base_weights: str | None
+    trainer: GRPOTrainer,
+    lora: LoraConfig,
+    layers: Collection[str],
+    config: LearnerConfig,
+    base_weights: str | None,
 ) -> dict[str, Any]:
-    """Return all settings. `lora`: of the trainer's model."""
+    """Return all settings. `lora`, `layers`: of the trainer's model, the names of its adapted layers."""
     settings = settings_before(trainer.args, lora, config, base_weights)
-    settings["lora_target_modules"] = lora.target_modules
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    settings["lora_target_modules"] = f"{' '.join(kinds)} ({len(layers)} layers, {_digest(sorted(layers))})"
     sharded = {"fsdp": trainer.is_fsdp_enabled, "deepspeed": trainer.is_deepspeed_enabled}
     settings["sharding"] = next((kind for kind, enabled in sharded.items() if enabled), "none")
     if isinstance(trainer.train_dataset, Dataset) and "prompt" in trainer.train_dataset.column_names:
@@ -74,11 +77,14 @@ def settings_of(
 def _digest_of_prompts(dataset: Dataset) -> str:
     stride = -(-len(dataset) // _PROMPTS_HASHED) or 1
     prompts = dataset.select_columns("prompt").select(range(0, len(dataset), stride))
-    digest = hashlib.blake2b(digest_size=6)
-    for batch in prompts.iter(1000):
-        text = json.dumps(batch["prompt"], sort_keys=True, default=lambda value: type(value).__name__)
-        digest.update(text.encode())
-    return f"{len(dataset)} prompts ({digest.hexdigest()})"
+    return f"{len(dataset)} prompts ({_digest(batch['prompt'] for batch in prompts.iter(1000))})"
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=lambda value: type(value).__name__).encode())
+    return digest.hexdigest()
 
 
 def _digest_of_adapter(folder: str) -> str:
