@@ -143,7 +143,7 @@ OTHER_SETTINGS = {
     "weight_decay=0.1 instead of 0.0": ["--weight_decay", "0.1"],
     "optim=sgd instead of adamw_torch": ["--optim", "sgd"],
     'task_args={"more": 1} instead of {}': ["--task_args", '{"more": 1}'],
-    f"task={TASK}_of_others instead of {TASK}, train_dataset=8 prompts": ["--task", f"{TASK}_of_others"],
+    f"task={TASK}_of_others instead of {TASK};": ["--task", f"{TASK}_of_others"],
     "init_adapter=weights": ["--init_adapter", "ADAPTER"],
     "model_name_or_path=weights": ["--model_name_or_path", "OTHER_MODEL"],
 }
