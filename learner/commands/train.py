@@ -115,8 +115,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             logger.info(
                 "resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", checkpoint
             )
-        state = load_state(checkpoint) if checkpoint else None
-        finished = state if state and 0 < args.max_steps <= state.step else None
+        reached = load_state(checkpoint) if checkpoint else None
+        finished = reached if reached and 0 < args.max_steps <= reached.step else None
         if checkpoint and finished:  # transformers would make one more step
             logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
             load_adapter(session.model, checkpoint)

@@ -145,13 +145,14 @@ def _within_batch(trainer: GRPOTrainer, micro_step: int) -> bool:
 
 
 def training_state(trainer: GRPOTrainer, session: Session) -> TrainingState:
-    """Return the state of the training now, without files."""
+    """Return the state of the training now, without files. Collective."""
+    counts: dict[str, Any] = session.metrics.counts()
     return TrainingState(
         fence=session.publisher.lease.fence,
         step=trainer.state.global_step,
         micro_step=trainer._step,
         settings=session.settings,
-        **session.metrics.counts(),
+        **counts,
     )
 
 
