@@ -52,6 +52,7 @@ class Session:
         pool: the servers; at least one is up.
         make_rewards: called last, since it changes the trainer: what scores completions as they arrive. None: TRL does.
         check_state: raises if a server in this state is incompatible.
+        settings: what the training's state depends on, see `learner.trainer.settings`.
 
     Attributes:
         proof, rounded: made when a training begins, since the trainer places the model only then.
@@ -70,8 +71,9 @@ class Session:
         base_weights: str | None,
         make_rewards: Callable[[], Rewards] | None,
         check_state: Callable[[ServerState], object],
+        settings: dict[str, Any],
     ) -> None:
-        self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
+        self.trainer, self.model, self.pool, self.config, self.settings = trainer, model, pool, config, settings
         # What follows from them must be the same on every rank.
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -24,16 +25,19 @@ from learner.commands.export import export
 from learner.commands.options import OptionParser
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
-from learner.run_dir.checkpoint import last_checkpoint, load_state
+from learner.run_dir.checkpoint import load_state, save_state
 from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
 from learner.servers.compatibility import check_base, check_server
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
+from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_grpo
+from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
-from learner.utils.atomic import check_writable
+from learner.trainer.settings import settings_before
+from learner.utils.atomic import atomic_directory, check_writable
 from learner.utils.cleanup import finally_do
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
@@ -79,12 +83,16 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
+    assert lora is not None
     _check_paths(config, args)
     _check_scheduler(args)
     check_target_modules(lora, _model_config(model, revision, args), trust_remote_code=args.trust_remote_code)
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
+    own = fingerprint_checkpoint(model, revision)
+    asked = _asked(args)
+    checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))
     task = load_task(
         task_spec,
         task_args=cast(dict[str, Any], config.task_args),
@@ -96,7 +104,6 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         prompt_column=config.prompt_column,
         eval_dataset=config.eval_dataset,
     )
-    own = fingerprint_checkpoint(model, revision)
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
     for state in states:  # what is known before the model is loaded; `attach` checks all of it
@@ -109,18 +116,25 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     run_id, size = session.run_id, len(task.train)
     logger.info("run %s: %s, %d training questions, rollouts from %s", run_id, task.name, size, ", ".join(urls))
     training = time.perf_counter()
-    checkpoint = _resume(args)
     with finally_do(session.close, "closing the session"):
-        finished = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
-        if finished and 0 < args.max_steps <= finished.step:  # transformers would make one more step
+        resume_point(out, checkpoint or asked, session.settings)
+        if checkpoint and asked is None:
+            logger.info(
+                "resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", checkpoint
+            )
+        reached = load_state(checkpoint) if checkpoint else None
+        finished = reached if reached and 0 < args.max_steps <= reached.step else None
+        if checkpoint and finished:  # transformers would make one more step
             logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
-            load_adapter(session.model, Path(str(checkpoint)))
+            load_adapter(session.model, checkpoint)
             trainer.state.global_step = finished.step
             session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
     train_seconds = time.perf_counter() - training
-    save_final_adapter(trainer, out / FINAL_ADAPTER)
+    saved = load_state(out / FINAL_ADAPTER) if finished else None
+    if not (finished and saved and (saved.fence, saved.step) == (finished.fence, finished.step)):
+        _save_adapter(trainer, session, out / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
     for replica in pool.replicas.values():
@@ -255,17 +269,19 @@ def _trainer(
         raise InvalidRequest(str(error)) from error
 
 
-def _resume(args: GRPOConfig) -> bool | str | None:
-    """Return what to resume from: as in TRL a path, or true for the last checkpoint in output_dir.
+def _save_adapter(trainer: GRPOTrainer, session: Session, folder: Path) -> None:
+    """Save the final adapter, with what it was trained with, in place of an earlier one. Collective."""
+    state, writes = training_state(trainer, session), trainer.accelerator.is_main_process
+    with atomic_directory(folder) if writes else contextlib.nullcontext(folder) as building:
+        save_final_adapter(trainer, building)
+        if writes:
+            save_state(building, state)
 
-    By default the last complete one of ours, if any: an interrupted training continues when it is started again.
+
+def _asked(args: GRPOConfig) -> str | bool | None:
+    """Return what to resume from, see `learner.trainer.resume.resume_point`; TRL's parser gives booleans as text.
+
+    By default the last whole checkpoint of ours, if any: an interrupted training continues when it is started again.
     """
     value = args.resume_from_checkpoint
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
-    if value is False:
-        return None
-    last = last_checkpoint(args.output_dir)
-    if value is None and last is not None:
-        logger.info("resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", last)
-    return (str(last) if last else value) if value in (None, True) else value
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value

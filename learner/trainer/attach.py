@@ -39,6 +39,7 @@ from learner.trainer.padding import skip_padding
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
 from learner.trainer.sampling import sampling_params
+from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
@@ -99,6 +100,7 @@ def attach(
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     adapter_config = model.peft_config[active_adapter(model)]
+    layers = lora_layers(model, active_adapter(model)).keys()
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     check_datasets(trainer)
     drop_filled_keys(trainer)
@@ -113,7 +115,7 @@ def attach(
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
         check_rank(adapter_config, state)
-        check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
+        check_targets(layers, mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, prompts.longest, state, prompts.where)
         warned = check_precision(weights, AUTOCAST.get(trainer.accelerator.mixed_precision), state)
         return [*warned, *check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)]
@@ -130,6 +132,7 @@ def attach(
         sampling=sampling_params(args, trainer.eos_token_ids),
         prompts=prompts.first or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
+        settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
     )
@@ -151,7 +154,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | | `begin_passes_with` | the GPU must be the learner's before the first pass of `skip_padding` |
     | `_prepare_inputs` | `skip_padding` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
-    | `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
 
     Callbacks run in the order in which they are added: the push comes before the recorder.
     """

@@ -56,24 +56,25 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def replace_directory(staged: Path, target: Path, *, durable: bool = False) -> None:
-    """Rename `staged` to `target`; an existing `target` becomes `replaced` beside `staged`, for the caller to remove.
+def replace_directory(staged: Path, target: Path, *, aside: Path | None = None, durable: bool = False) -> None:
+    """Rename `staged` to `target`; an existing `target` is renamed to `aside` before, for the caller to remove.
 
     Args:
+        aside: by default `replaced` beside `staged`.
         durable: sync every file to disk before the rename, and the rename itself.
     """
     if durable:
         for root, _, names in os.walk(staged):
             for path in (*(Path(root, name) for name in names), Path(root)):
                 _sync(path)
-    replaced = staged.with_name("replaced")
+    aside = aside or staged.with_name("replaced")
     if target.exists():
-        target.rename(replaced)
+        target.rename(aside)
     try:
         staged.rename(target)
     except OSError:
-        if replaced.exists():
-            replaced.rename(target)
+        if aside.exists():
+            aside.rename(target)
         raise
     if durable:
         _sync(target.parent)

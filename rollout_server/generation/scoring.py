@@ -11,8 +11,12 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.tokenization import check_lengths
 from rollout_server.generation.vllm_params import token_prompt
+from shared.errors import VersionNotActive
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
+
+#: Times that a request is scored, if a push with `in_flight` `keep` lands in between each time.
+ATTEMPTS = 4
 
 
 async def score(
@@ -24,7 +28,7 @@ async def score(
         The version, None for the base model, and for each sequence the logprobs of all its tokens but the first.
 
     Raises:
-        LockstepError: as `requests.generate`.
+        LockstepError: as `requests.generate`; `version_not_active` where pushes keep landing in between.
     """
     with contextlib.ExitStack() as held:
         held.callback(proxy.capacity.take(len(body.sequences)))
@@ -33,7 +37,7 @@ async def score(
         if body.min_step is not None:
             await proxy.runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
         held.callback(await exclusive.take())
-        while True:
+        for _ in range(ATTEMPTS):
             await proxy.runs.admitting()
             with proxy.admit(body) as admission:
                 jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
@@ -45,6 +49,10 @@ async def score(
                     await asyncio.gather(*jobs, return_exceptions=True)
             if not admission.moved:  # else a push landed in between and some positions are under another version
                 return admission.version, logprobs
+        raise VersionNotActive(
+            f"{ATTEMPTS} pushes in a row landed while these sequences were scored; send fewer in one request, or pause "
+            "the training"
+        )
 
 
 async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
