@@ -27,31 +27,38 @@ _RESERVED = frozenset(
 )
 
 
-def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:
+def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any], context: int) -> list[int]:
     """Return the token ids of one prompt.
 
     Args:
-        tokenizer: one of transformers; not used for a prompt of token ids.
+        tokenizer: vLLM's; not used for a prompt of token ids.
+        context: tokens of the model's context. Text that cannot fit into it is not tokenized.
 
     Raises:
-        LockstepError: `invalid_request` when the tokenizer or its chat template refuses.
+        LockstepError: `invalid_request` when the tokenizer or its chat template refuses, or the text is too long.
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
+    longest = context * tokenizer.max_chars_per_token
     if taken := _RESERVED & chat_template_kwargs.keys():
         raise InvalidRequest(
             "chat_template_kwargs: the template and how it is used are the server's own; leave "
             f"{', '.join(sorted(taken))} out"
         )
     try:
-        if prompt.text is not None:
-            return list(tokenizer(prompt.text)["input_ids"])
-        ids = tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
+        text = prompt.text or tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
         )
+        if len(text) > longest:
+            raise InvalidRequest(
+                f"a prompt has {len(text)} characters, and the model's {context} tokens hold at most {longest}; cut it"
+            )
+        # A template writes the special tokens itself.
+        return list(tokenizer(text, add_special_tokens=prompt.text is not None)["input_ids"])
+    except InvalidRequest:
+        raise
     except Exception as error:  # templates raise what their author chose
         raise InvalidRequest(f"the prompt cannot be tokenized: {error}") from error
-    return list(ids)
 
 
 def check_lengths(sequences: list[list[int]], room: int, model_config: Any) -> None:
