@@ -12,7 +12,7 @@ from typing import Any
 #: A shorter document costs next to nothing, whatever its shape.
 SMALL = 2**16
 _MAX_NESTING = 100
-_STRING = re.compile(rb'"[^"]*+"?')
+_QUOTED = re.compile(rb'"[^"]*+"?')
 _STRING_OR_BRACKET = re.compile(rb'"[^"]*+"?|[\[\]{}]')
 #: Of one list or object without others in it, which is parsed at one go.
 _MAX_FLAT_VALUES, _MAX_FLAT_STRINGS = 2**20, 2**17
@@ -76,7 +76,7 @@ def _check_flat(plain: bytes, start: int, end: int) -> None:
 def _values(plain: bytes, limit: int) -> int:
     """Count the values; commas in strings count only where they cannot matter."""
     commas = plain.count(b",")
-    return 1 + (_STRING.sub(b"", plain).count(b",") if commas > limit else commas)
+    return 1 + (_QUOTED.sub(b"", plain).count(b",") if commas > limit else commas)
 
 
 def _check(what: str, count: int, limit: int) -> None:

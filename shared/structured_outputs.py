@@ -13,8 +13,10 @@ from typing import Any
 
 from shared.bounded_json import JsonLimits, load_json
 
-#: Characters with all repeats written out.
-MAX_COST = 16384
+#: Characters with all repeats written out. A repeat costs more than its copies: the tokens that reach beyond each of
+#: them are looked at, too.
+MAX_COST = 32768
+_REPEAT_COST, _REPEATS_THAT_COST = 20, 50
 #: Characters as they are sent; descriptions in a schema count here, but cost nothing.
 MAX_CHARACTERS = 2**18
 _LIMITS = JsonLimits(values=2**15, strings=2**15, containers=2**13)
@@ -84,7 +86,7 @@ def expanded_length(pattern: str, *, grammar: bool = False) -> int:
             place += 1
         elif repeat := _REPEAT.match(pattern, place) or (grammar and _LARK_REPEAT.match(pattern, place)):
             times = max(map(_number, repeat.groups()))
-            add(atom * max(times - 1, 0))
+            add(atom * max(times - 1, 0) + _repeat_cost(times))
             atom, place = min(atom * max(times, 1), _HUGE), repeat.end()
         elif grammar and (number := _NUMBER.match(pattern, place)):
             add(max(atom, 1) * _number(number[0]))
@@ -103,6 +105,10 @@ def _closing(pattern: str, place: int, close: str) -> int:
     return place + 1
 
 
+def _repeat_cost(times: int) -> int:
+    return _REPEAT_COST * min(times, _REPEATS_THAT_COST) if times > 1 else 0
+
+
 def _number(digits: str | None) -> int:
     return 0 if not digits else int(digits) if len(digits) < 9 else _HUGE
 
@@ -114,6 +120,7 @@ class _Schema:
         self._document = document
         self._branches = 1
         self._joined = 0
+        self._lengths: set[tuple[str, int]] = set()
 
     def check(self, form: str) -> None:
         cost = 0
@@ -130,11 +137,15 @@ class _Schema:
             for key, value in node.items():
                 yield 1
                 if names:
-                    yield len(str(key))
+                    yield len(key)
                 elif key in _IGNORED:
                     continue
-                elif _COUNTS.fullmatch(str(key)):
-                    yield _times(value)
+                elif _COUNTS.fullmatch(key):
+                    times = _times(value)
+                    yield times
+                    if key.endswith("Length") and (key, times) not in self._lengths:  # equal ones are compiled once
+                        self._lengths.add((key, times))
+                        yield _repeat_cost(times)
                     continue
                 elif key in _PATTERNS and isinstance(value, str):
                     yield expanded_length(value, grammar=key == "grammar")
@@ -144,7 +155,7 @@ class _Schema:
                 elif key in _BRANCHES and isinstance(value, list):
                     self._branches = max(self._branches, len(value))
                 if not names and key == "patternProperties" and isinstance(value, dict):
-                    yield sum(expanded_length(str(pattern)) for pattern in value)
+                    yield sum(map(expanded_length, value))
                 yield from self._costs(value, depth + 1, names=not names and key in _NAMED)
         elif isinstance(node, list):
             for value in node:

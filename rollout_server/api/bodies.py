@@ -105,10 +105,9 @@ class BoundedRoute(APIRoute):
                 try:
                     bounded.model = await in_turn(_validated, models[0], body)
                 except ValidationError as error:
-                    problems = error.errors(include_url=False, include_input=False, include_context=False)
-                    raise RequestValidationError(
-                        [{**each, "loc": ("body", *each["loc"])} for each in problems]
-                    ) from error
+                    errors = error.errors(include_url=False, include_input=False, include_context=False)
+                    located = [{**each, "loc": ("body", *each["loc"])} for each in errors]
+                    raise RequestValidationError(located) from error
                 except json.JSONDecodeError as error:
                     raise InvalidRequest(f"the body is no JSON: {error}") from error
             return await handle(bounded)
