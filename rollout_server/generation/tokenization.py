@@ -45,20 +45,29 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
             "chat_template_kwargs: the template and how it is used are the server's own; leave "
             f"{', '.join(sorted(taken))} out"
         )
-    try:
-        text = prompt.text or tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs
+    characters = _characters(prompt.text or prompt.messages)
+    if characters > longest:
+        raise InvalidRequest(
+            f"a prompt has {characters} characters, and the model's {context} tokens hold at most {longest}; cut it"
         )
-        if len(text) > longest:
-            raise InvalidRequest(
-                f"a prompt has {len(text)} characters, and the model's {context} tokens hold at most {longest}; cut it"
-            )
-        # A template writes the special tokens itself.
-        return list(tokenizer(text, add_special_tokens=prompt.text is not None)["input_ids"])
-    except InvalidRequest:
-        raise
+    try:
+        if prompt.text is not None:
+            return list(tokenizer(prompt.text)["input_ids"])
+        ids = tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
+        )
     except Exception as error:  # templates raise what their author chose
         raise InvalidRequest(f"the prompt cannot be tokenized: {error}") from error
+    return list(ids)
+
+
+def _characters(part: Any) -> int:
+    """Count the characters of all text in a message."""
+    if isinstance(part, dict):
+        return sum(map(_characters, part.values()))
+    if isinstance(part, list):
+        return sum(map(_characters, part))
+    return len(part) if isinstance(part, str) else 0
 
 
 def check_lengths(sequences: list[list[int]], room: int, model_config: Any) -> None:
