@@ -18,6 +18,8 @@ MIB = 2**20
 _SIZE = 31 * MIB
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 PROPERTIES = {"type": "object", "properties": {f"property_{i}": {"type": "string"} for i in range(20000)}}
+#: Each length is compiled for itself.
+LENGTHS = {f"p{i}": {"type": "string", "maxLength": 100 + i} for i in range(20)}
 
 
 def _filled(unit: bytes, head: bytes = b"", tail: bytes = b"", size: int = _SIZE) -> bytes:
@@ -101,12 +103,7 @@ WORST: dict[str, tuple[str, Callable[[], bytes]]] = {
         ).encode(),
     ),
     # The largest that are taken.
-    "largest-schema": (
-        GENERATE,
-        lambda: _structured(
-            json={"properties": {f"p{i}": {"type": "string", "maxLength": 100 + i} for i in range(20)}}
-        ),
-    ),
+    "largest-schema": (GENERATE, lambda: _structured(json={"properties": LENGTHS})),
 }
 
 
