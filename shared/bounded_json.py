@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from json.decoder import JSONArray, JSONObject
+from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # not in typeshed
 from typing import Any
 
 #: A shorter document costs next to nothing, whatever its shape.
@@ -103,15 +102,15 @@ class _StepwiseDecoder(json.JSONDecoder):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._at_one_go: Callable[[str, int], tuple[Any, int]] = self.scan_once
+        self._at_one_go: Any = self.scan_once  # type: ignore[has-type]
         self.scan_once = self._scan_object
 
-    def _scan_object(self, text: str, place: int) -> tuple[Any, int]:
+    def _scan_object(self, text: str, place: int) -> Any:
         if text[place : place + 1] == "{":
             return JSONObject((text, place + 1), True, self._scan_list, None, None)
         return self._scan_list(text, place)
 
-    def _scan_list(self, text: str, place: int) -> tuple[Any, int]:
+    def _scan_list(self, text: str, place: int) -> Any:
         if text[place : place + 1] == "[":
             return JSONArray((text, place + 1), self._at_one_go)
         return self._at_one_go(text, place)
