@@ -59,7 +59,7 @@ class ServerSettings:
         "step of one learner asks for some thousand",
     )
     max_prompts: int = _flag(16384, "prompts, or sequences to score, in one request; beyond it 413")
-    max_n: int = _flag(4096, "completions of one prompt in one request; beyond it 413")
+    max_n: int = _flag(1024, "completions of one prompt in one request; beyond it 413")
     max_request_tokens: int = _flag(
         2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
     )

@@ -22,7 +22,8 @@ from shared.structured_outputs import check_structured_outputs
 _OURS = JsonLimits(values=5 * 2**20, strings=2**20, containers=2**19)
 #: vLLM parses bodies on the event loop, and its request models keep an error for every value that fits none of a
 #: field's many types.
-_THEIRS = JsonLimits(values=2**20, strings=2**16, containers=2**15)
+_THEIRS_MIB = 12
+_THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
 _MAX_LIST = 4096
 _TOKEN_LISTS = ("prompt", "tokens")
 _OUR_PATHS = (wire.GENERATE, wire.SCORE)
@@ -44,6 +45,10 @@ def _check_ours(body: bytes) -> int:
 
 
 def _check_theirs(body: bytes) -> int:
+    if len(body) > _THEIRS_MIB * 2**20:
+        raise TooLarge(
+            f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"
+        )
     memory = _bounded(_THEIRS, body)
     try:
         document = load_json(body)
