@@ -101,7 +101,7 @@ async def test_small_and_large_bodies_are_answered_alike(
         answer = await post(_json(prompts=[wrong]))
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "invalid_request"
-        assert f"prompts.0.{field}" in answer.json()["error"]["message"]
+        assert field in answer.json()["error"]["message"]
     answer = await post(_json(prompts=[{"token_ids": row}])[:-1])
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_request"
