@@ -9,6 +9,7 @@ import uuid
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.turns import in_turn
 from rollout_server.generation.tokenization import check_lengths
 from rollout_server.generation.vllm_params import token_prompt
 from shared.errors import VersionNotActive
@@ -31,17 +32,20 @@ async def score(
         LockstepError: as `requests.generate`; `version_not_active` where pushes keep landing in between.
     """
     with contextlib.ExitStack() as held:
+        proxy.capacity.check_size(len(body.sequences))
+        await proxy.reached(body)
         held.callback(proxy.capacity.take(len(body.sequences)))
-        check_lengths(body.sequences, 1, proxy.model_config)
+        await in_turn(check_lengths, body.sequences, 1, proxy.model_config)
         proxy.capacity.check_tokens(sum(map(len, body.sequences)))
-        if body.min_step is not None:
-            await proxy.runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
         held.callback(await exclusive.take())
         for _ in range(ATTEMPTS):
             await proxy.runs.admitting()
             with proxy.admit(body) as admission:
-                jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
+                jobs: list[asyncio.Future[list[float]]] = []
                 try:
+                    for sequence in body.sequences:
+                        jobs.append(asyncio.ensure_future(_score_one(admission, sequence)))
+                        await asyncio.sleep(0)  # as in `requests`
                     logprobs = await asyncio.gather(*jobs)
                 finally:
                     for job in jobs:
