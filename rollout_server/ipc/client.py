@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,6 @@ from typing import Any
 
 from rollout_server.ipc.lines import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES
 from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, TooLarge, error_class
-
-logger = logging.getLogger("lockstep.ipc")
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,7 @@ class _Link:
         self._replies: dict[int, Reply] = {}
         self._broken = ""  # why, once it is
         self._reading = asyncio.get_running_loop().create_task(self._read(reader))
+        self._reading.add_done_callback(self._end)
 
     def send(self, op: str, arguments: dict[str, Any]) -> Reply:
         reply = Reply()
@@ -152,22 +151,19 @@ class _Link:
         self._reading.cancel()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        reason = "the server leaves"
-        try:
+        with contextlib.suppress(OSError):
             while line := await reader.readline():
                 self._take(json.loads(line))
-            reason = "a worker of the engine has ended"
-        except OSError:
-            reason = "a worker of the engine has ended"
-        except Exception as error:
-            logger.exception("cannot read a worker's answers")
-            reason = f"cannot read a worker's answers: {type(error).__name__}: {error}"
-        finally:
-            self._writer.close()
-            self._broken = reason
-            for reply in self._replies.values():
-                reply.fail(self._broken)
-        self._on_break(EngineDead(reason))
+
+    def _end(self, reading: asyncio.Task[None]) -> None:
+        self._broken = "a worker of the engine has ended"
+        if not reading.cancelled() and (error := reading.exception()) is not None:
+            self._broken = f"cannot read a worker's answers: {type(error).__name__}: {error}"
+        self._writer.close()
+        for reply in self._replies.values():
+            reply.fail(self._broken)
+        if not reading.cancelled():
+            self._on_break(EngineDead(self._broken))
 
     def _take(self, message: dict[str, Any]) -> None:
         result = message.get("result")
