@@ -184,6 +184,8 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             if watching.done():
                 watching.result()
                 status = 1
+            if leaving.done():
+                leaving.result()
             watching.cancel()
             leaving.cancel()
     finally:

@@ -67,7 +67,9 @@ async def start(
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         await engine.collective_rpc("lockstep_register", timeout=600.0, args=(*serving, os.getpid(), folder))
         sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
-        workers = await Workers.connect(sockets, topology.workers(vllm_config.parallel_config))
+        count = topology.workers(vllm_config.parallel_config)
+        workers = await Workers.connect(sockets, count, on_break=proxy.give_up)
+    readiness.on_close(workers.close)
     described = await workers.call("describe", timeout=60.0)
     boot_id = secrets.token_hex(8)
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)

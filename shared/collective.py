@@ -10,8 +10,14 @@ from shared.weights import WeightVersion
 #: The learner's first broadcast, which opens the connections: int64 [1].
 GREETING = 0x10C_57E9
 POLL_SECONDS = 0.0002
-#: NCCL's watchdog must not end a process because of a lost peer: both ends keep deadlines of their own.
-NCCL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+#: NCCL's watchdog must not end a process because of a lost peer: both ends keep deadlines of their own. Nor may it look
+#: into the store, which is closed once all have met.
+NCCL_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+}
 
 
 class Announcement(FewFields):

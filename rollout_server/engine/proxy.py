@@ -19,10 +19,11 @@ from fastapi import HTTPException
 
 from rollout_server.engine.admission import Admission, OutputTokens
 from rollout_server.engine.capacity import Capacity
+from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
-from shared.errors import InvalidRequest, LockstepError, VersionNotActive
+from shared.errors import EngineDead, InvalidRequest, LockstepError, VersionNotActive
 from shared.rollouts import PolicyRequest
 from shared.structured_outputs import check_structured_outputs
 from shared.weights import WeightVersion
@@ -80,6 +81,7 @@ class EngineProxy:
         self.held = 0  # pauses under way that the engine has agreed to
         self.asleep = False
         self._probe: asyncio.Future[None] | None = None
+        self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
 
     @property
@@ -94,7 +96,7 @@ class EngineProxy:
 
     def give_up(self, reason: LockstepError) -> None:
         """End this server, and every request with an error: the engine hangs, or cannot be trusted."""
-        self._given_up = reason
+        self._given_up = self._given_up or reason
         versions.fail_requests(self._engine)
 
     def __getattr__(self, name: str) -> Any:
@@ -200,11 +202,22 @@ class EngineProxy:
                 finally:
                     self.held -= 1
             finally:
-                # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
-                resumed = asyncio.ensure_future(self._engine.resume_generation())
-                await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
-                if resumed.done():
-                    resumed.result()
+                await uninterrupted(self._resume())
+
+    async def _resume(self) -> None:
+        # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
+        resumed = asyncio.ensure_future(self._engine.resume_generation())
+        resumed.add_done_callback(self._see_resumed)
+        self._resuming.add(resumed)
+        await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
+        if resumed.done():
+            resumed.result()
+
+    def _see_resumed(self, resumed: asyncio.Future[None]) -> None:
+        """Give up an engine that stays paused: it would answer nothing."""
+        self._resuming.discard(resumed)
+        if not resumed.cancelled() and (error := resumed.exception()) is not None and not self.errored:
+            self.give_up(EngineDead(f"the engine did not go on after a pause: {type(error).__name__}: {error}"))
 
     async def put_to_sleep(self, level: int) -> None:
         """Hold all requests until `wake`, and let nobody pause meanwhile. `level`: vLLM's."""

@@ -25,6 +25,7 @@ from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, PolicyRequest
 from shared.weights import WeightVersion
+from tests.support.runs import open_run
 
 
 class _Engine:
@@ -47,7 +48,7 @@ class _Engine:
 async def served():
     engine, table = _Engine(), RunTable(2, 2)
     proxy = EngineProxy(engine, table)
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table)
     slot = await run.reserve(time.monotonic() + 1)
     run.flip(slot, WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     return SimpleNamespace(engine=engine, table=table, proxy=proxy, run=run)
