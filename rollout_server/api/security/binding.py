@@ -27,6 +27,8 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
             f"${TOKEN_VARIABLE}"
         )
     _check_tls(args)
+    if tokens is None and "*" in (getattr(args, "allowed_origins", None) or ()):
+        logger.warning("ANY page in a browser that reaches this server may generate on it (--allowed-origins *)")
     if is_loopback(args.host):
         return
     if tokens is None and not settings.allow_unauthenticated:
