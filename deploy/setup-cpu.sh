@@ -28,7 +28,7 @@ command -v "$python" > /dev/null || fail "no $python here; Python 3.11, 3.12 or 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   || fail "$("$python" --version) is not supported; Python 3.11, 3.12 or 3.13 is needed (choose with PYTHON=python3.11)"
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] \
-  || fail "the pinned CPU environment is for Linux on x86_64; elsewhere see the README on installing by hand"
+  || fail "the pinned CPU environment is for Linux on x86_64; elsewhere, pip install -e '.[learner]' may do, without a server"
 
 if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
   say "making .venv with $("$python" --version)"

@@ -1,6 +1,6 @@
 """`make demo`: train a small chat model on sums, with the rollout server and the learner as two processes.
 
-python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
+python -m learner.demo [--config demo-gpu.yaml] [--output-dir runs/demo] [--seed N]
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from learner.run_dir.files import EVALS_FILE, HISTORY_FILE, PAGE_FILE, SUMMARY_F
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.tasks import Task, load_task
-from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
-from shared.errors import LockstepError
+from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
+from shared.errors import InvalidRequest, LockstepError
 from shared.sampling import SamplingParams
 
 logger = logging.getLogger("lockstep.commands")
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 START_SECONDS = 600.0
 #: vLLM shares the prefill of a group in full blocks, and the CPU backend's default of 128 tokens is longer than these
 #: prompts; compilation would take longer than the demo.
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m learner.demo", description=__doc__)
     add = parser.add_argument
-    add("--config", default=str(RECIPE), help="options of the learner, as for `learner train --config`")
+    add("--config", default=str(RECIPE), help="options of the learner: a file, or the name of a recipe")
     add("--output-dir", default="runs/demo")
     add("--seed", type=int, help="of training and task (default: the recipe's)")
     add("--model-dir", help="directory of the model (default: in the user's cache)")
@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     out = Path(options.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    recipe = yaml.safe_load(Path(options.config).read_text())
+    config = _find_config(options.config)
+    recipe = yaml.safe_load(config.read_text())
     if recipe.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns that it found no GPU
     dtype, seed = recipe["dtype"], recipe["seed"] if options.seed is None else options.seed
@@ -95,10 +96,10 @@ def run(options: argparse.Namespace) -> None:
     url = f"http://127.0.0.1:{port}"
     log = out / "server.log"
     logger.info("2/5 the rollout server: vLLM at %s, log in %s", url, log)
-    command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", dtype]
+    command = [*module_command("rollout_server.cli"), str(model), "--port", str(port), "--dtype", dtype]
     command += ["--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64"]
     command += [*(CPU_FLAGS if recipe.get("use_cpu") else ()), *options.server_flags]
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = {**ENVIRONMENT, **os.environ, **module_environment()}
     half = len(cores := sorted(os.sched_getaffinity(0))) // 2
     if options.split_cores and not half:
         raise SystemExit("demo: --split-cores needs two cores")
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
         logger.info("3/5 before training: %d held-out questions, greedy decoding", len(task.eval))
         before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
         logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
-        command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
+        command = [*module_command("learner.cli"), "train", "--config", str(config), "--rollout_url", url]
         command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
         with ProcessGroup([*command, *options.train_flags], environment, cores=learner_cores) as learner:
             if status := learner.process.wait():
@@ -130,6 +131,14 @@ def run(options: argparse.Namespace) -> None:
     logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
     logger.info("    see %s, %s and %s", out / PAGE_FILE, picture, out / EVALS_FILE)
     logger.info("done in %.0f s: %.0f s of training and evaluation", time.monotonic() - started, total)
+
+
+def _find_config(name: str) -> Path:
+    for path in (Path(name), RECIPE.with_name(Path(name).name)):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in RECIPE.parent.glob("*.yaml")))
+    raise InvalidRequest(f"--config {name}: no such file, and no recipe of that name; recipes are {known}")
 
 
 def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:

@@ -70,7 +70,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        refusal: LockstepError = UnknownRoute(f"there is no {where} here; docs/http.md lists the routes")
+        refusal: LockstepError = UnknownRoute(f"there is no {where} here; GET /openapi.json lists the routes")
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         refusal = MethodNotAllowed(f"there is no {where}, but {allowed}")
