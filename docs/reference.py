@@ -83,7 +83,8 @@ def http_page() -> str:
     parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
     parts.append("## Errors")
     parts.append(
-        'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do.'
+        'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do. A '
+        "line that ends a stream of NDJSON early has the same form. What vLLM's routes refuse themselves has vLLM's."
     )
     parts.append(_table(("code", "status"), ((f"`{c.value}`", str(error_class(c).status)) for c in ErrorCode)))
     parts.append("## Bodies")

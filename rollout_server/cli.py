@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
 from shared.errors import InvalidRequest, LockstepError
+from shared.local_access import LocalAccess
 from shared.messages import one_line, unknown_flag
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -82,6 +83,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     server_settings.add_flags(parser)
     parser = versions.make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)
+    parser.set_defaults(allowed_origins=[])  # every one in some versions of vLLM
     args = parser.parse_args(argv)
     settings = server_settings.from_args(args)
     args.model = args.model_tag or args.model
@@ -97,6 +99,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     for flag, given in unusable.items():
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
+    if not isinstance(args.allowed_origins, list) or not all(isinstance(one, str) for one in args.allowed_origins):
+        raise ValueError("--allowed-origins takes a JSON list, as in '[\"http://localhost:3000\"]'")
     binding.check(args, settings, configured_tokens(settings))
     if current_platform.is_cpu() and not shutil.which(os.environ.get("CXX", "g++")):
         # vLLM compiles its sampler even with --enforce-eager, and its engine dies where it cannot.
@@ -163,7 +167,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             server.stop()
 
     server = HttpServer(
-        AuthMiddleware(readiness, configured_tokens(settings)),
+        AuthMiddleware(readiness, configured_tokens(settings), LocalAccess(args.host), args.allowed_origins),
         leave,
         Connections(min(wanted, fitting)),
         host=args.host,

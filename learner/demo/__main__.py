@@ -1,6 +1,6 @@
 """`make demo`: train a small chat model on sums, with the rollout server and the learner as two processes.
 
-python -m learner.demo [--config recipes/demo.yaml] [--output-dir runs/demo] [--seed N]
+python -m learner.demo [--config demo-gpu.yaml] [--output-dir runs/demo] [--seed N]
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.tasks import Task, load_task
 from learner.utils.atomic import check_writable
-from learner.utils.processes import ProcessGroup, Stopped, stop_on_signals
+from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.messages import one_line
 from shared.sampling import SamplingParams
 
 logger = logging.getLogger("lockstep.commands")
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 START_SECONDS = 600.0
 #: vLLM shares the prefill of a group in full blocks, and the CPU backend's default of 128 tokens is longer than these
 #: prompts; compilation would take longer than the demo.
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the demo's flags; raises `invalid_request`."""
     parser = Parser(prog="python -m learner.demo", description=__doc__)
     add = parser.add_argument
-    add("--config", default=str(RECIPE), help="options of the learner, as for `learner train --config`")
+    add("--config", default=str(RECIPE), help="options of the learner: a file, or the name of a recipe")
     add("--output-dir", default="runs/demo")
     add("--seed", type=number(int, 0), help="of training and task (default: the recipe's)")
     add("--model-dir", help="directory of the model (default: in the user's cache)")
@@ -113,9 +113,9 @@ def _with_values(argv: Sequence[str]) -> list[str]:
     return tied
 
 
-def _recipe(path: str, seed: int | None) -> dict[str, Any]:
+def _recipe(path: Path, seed: int | None) -> dict[str, Any]:
     """Return the options of a recipe that the demo itself needs; raises `invalid_request`."""
-    recipe = read_config_file(path)
+    recipe = read_config_file(str(path))
     if missing := [name for name in ("task", "dtype", "max_completion_length") if not recipe.get(name)]:
         raise InvalidRequest(f"--config {path}: the demo needs {', '.join(missing)} in it")
     sizes = {"max_completion_length": 1, "eval_size": 1, "train_size": 1, "seed": 0}
@@ -137,7 +137,8 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.output_dir)
     check_writable(out, "--output-dir", directory=True)
     out.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(options.config, options.seed)
+    config = _find_config(options.config)
+    recipe = _recipe(config, options.seed)
     half = len(cores := sorted(os.sched_getaffinity(0))) // 2
     if options.split_cores and not half:
         raise InvalidRequest("--split-cores needs two cores")
@@ -153,10 +154,10 @@ def run(options: argparse.Namespace) -> None:
     url = f"http://127.0.0.1:{port}"
     log = out / "server.log"
     logger.info("2/5 the rollout server: vLLM at %s, log in %s", url, log)
-    command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(port), "--dtype", dtype]
+    command = [*module_command("rollout_server.cli"), str(model), "--port", str(port), "--dtype", dtype]
     command += ["--max-lora-rank", "16", "--max-model-len", "512", "--max-num-seqs", "64"]
     command += [*(CPU_FLAGS if recipe["use_cpu"] else ()), *options.server_flags]
-    environment = {**ENVIRONMENT, **os.environ}
+    environment = {**ENVIRONMENT, **os.environ, **module_environment()}
     server_cores, learner_cores = (cores[:half], cores[half:]) if options.split_cores else (None, None)
     with ProcessGroup(command, environment, log, cores=server_cores) as server:
         client = RolloutClient(url, read_token(None))  # from the environment, which the server inherits
@@ -165,7 +166,7 @@ def run(options: argparse.Namespace) -> None:
         logger.info("3/5 before training: %d held-out questions, greedy decoding", len(task.eval))
         before = _evaluate(client, task, recipe, "base", out / "eval_before.json")
         logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
-        command = [sys.executable, "-m", "learner.cli", "train", "--config", str(options.config), "--rollout_url", url]
+        command = [*module_command("learner.cli"), "train", "--config", str(config), "--rollout_url", url]
         command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
         with ProcessGroup([*command, *options.train_flags], environment, cores=learner_cores) as learner:
             if status := learner.process.wait():
@@ -183,6 +184,14 @@ def run(options: argparse.Namespace) -> None:
     logger.info("    correct before %.3f, after %.3f", before.reward, after.reward)
     logger.info("    see %s, %s and %s", out / PAGE_FILE, picture, out / EVALS_FILE)
     logger.info("done in %.0f s: %.0f s of training and evaluation", time.monotonic() - started, total)
+
+
+def _find_config(name: str) -> Path:
+    for path in (Path(name), RECIPE.with_name(Path(name).name)):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in RECIPE.parent.glob("*.yaml")))
+    raise InvalidRequest(f"--config {name}: no such file, and no recipe of that name; recipes are {known}")
 
 
 def _wait_ready(client: RolloutClient, server: ProcessGroup, log: Path) -> None:

@@ -34,6 +34,7 @@ _BROADCAST_FAILURES = {
     ErrorCode.TIMEOUT,
     ErrorCode.NO_GROUP,
     ErrorCode.INSTALL_FAILED,
+    ErrorCode.INTERNAL_ERROR,
     ErrorCode.CHECKSUM_MISMATCH,
     ErrorCode.NOT_READY,
     ErrorCode.UNKNOWN_RUN,
