@@ -79,4 +79,4 @@ def table(records: list[Record], world: World, seconds: float) -> tuple[str, boo
     rows += [f"not injected {count} times, {what}" for what, count in skipped.items()]
     rows += [f"VIOLATION of {v.invariant} at {v.seconds:.0f} s, {v.during}: {v.what[:500]}" for v in checker.violations]
     rows.append("0 violations" if not checker.violations else f"{len(checker.violations)} violations")
-    return "\n".join(rows), not checker.violations and bool(injected)
+    return "\n".join(rows), not checker.violations and bool(records) and len(injected) == len(records)

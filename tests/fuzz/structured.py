@@ -116,7 +116,7 @@ _CHOICES: dict[str, Callable[[int], list[str]]] = {
     "prefixes": lambda size: ["a" * i for i in range(1, min(size, 2000))],
 }
 _Form = tuple[str, str]  # a field of structured outputs, and a kind
-_FORMS: list[_Form] = [
+FORMS: list[_Form] = [
     *(("json", kind) for kind in _SCHEMAS),
     *(("json as text", kind) for kind in _SCHEMAS),
     *(("regex", kind) for kind in _PATTERNS),
@@ -146,7 +146,7 @@ def constraint(form: _Form, size: int) -> dict[str, Any]:
 
 
 def request(route: str, constraint: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return path and body of a request under a constraint; `route` is one of `_ROUTES`."""
+    """Return path and body of a request under a constraint; `route` is one of `ROUTES`."""
     schema = constraint.get("json", {"type": "object", "x": constraint})
     schema = json.loads(schema) if isinstance(schema, str) else schema
     chat = {"model": "base", "messages": _MESSAGES, "max_tokens": 2}
@@ -211,7 +211,8 @@ def request(route: str, constraint: dict[str, Any]) -> tuple[str, dict[str, Any]
     }[route]()
 
 
-_ROUTES = [
+#: Ways to state a constraint.
+ROUTES = [
     "/v1/generate",
     "completions",
     "completions, response_format",
@@ -242,11 +243,11 @@ def fuzz_structured(target: Target, examples: int, number: int) -> None:
         target.send("structured", "POST", path, what=what, content=json_bytes(body), headers=JSON)
         honest(target, what, f"word {next(words)} of {number}")
 
-    for form in _FORMS:
+    for form in FORMS:
         send(("/v1/generate" if form[0] != "structural_tag" else "chat", form, LARGE))
-    for route in _ROUTES:
+    for route in ROUTES:
         send((route, ("json", "properties"), LARGE))
-    every(st.tuples(st.sampled_from(_ROUTES), st.sampled_from(_FORMS), st.sampled_from(_SIZES)), examples, number, send)
+    every(st.tuples(st.sampled_from(ROUTES), st.sampled_from(FORMS), st.sampled_from(_SIZES)), examples, number, send)
     target.expect_unchanged("structured outputs")
 
 
