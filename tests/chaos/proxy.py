@@ -1,7 +1,8 @@
 """A TCP proxy between learner and rollout servers, as a separate process, that breaks connections in every way.
 
 It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every adapter
-(`FOLDER/pushes/FENCE.STEP.blob`) before its last piece is forwarded, and records every receipt that reaches the learner.
+(`FOLDER/pushes/FENCE.STEP.blob`) before its last piece is forwarded, and records every receipt on its
+way to the learner.
 
 python -m tests.chaos.proxy FOLDER HOST UPSTREAM_PORT...     # controlled over FOLDER/control, see `tests.chaos.control`
 """

@@ -65,7 +65,8 @@ def fuzz_foreign(target: Target, good: bytes, examples: int, number: int) -> Non
         answer = target.send("foreign", method, path, what=kind, content=content, headers=headers)
         if answer is not None and not 400 <= answer.status_code < 500:
             taken.add(kind)
-            target.tally.fail(f"foreign: {method} {path} with {kind} gets {answer.status_code}")
+            about = {"method": method, "path": path, "status": answer.status_code}
+            target.tally.fail(f"foreign: {kind} is no reason to refuse an answer to {about}")
 
     every(st.tuples(st.sampled_from(list(FOREIGN)), st.sampled_from(list(known))), examples, number, send)
     for kind in FOREIGN:
