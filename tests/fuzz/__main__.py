@@ -129,7 +129,7 @@ def make_campaigns(
         "broadcast": lambda count, seed: fuzz_announcements(target, count, seed),
         "adapter": lambda count, seed: fuzz_adapters(target, good, count, seed),
         "pushes": lambda count, seed: fuzz_pushes(target, good, count, seed),
-        "joins": lambda count, seed: fuzz_joins(target, engine, count, seed),
+        "joins": lambda count, seed: fuzz_joins(target, engine, count),
         "schema": lambda count, seed: fuzz_schema(target, "schema", own_schema(target), count, seed),
         "openai-schema": lambda count, seed: fuzz_schema(target, "openai-schema", openai_schema(argv), count, seed),
     }

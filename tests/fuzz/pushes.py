@@ -102,12 +102,12 @@ def _flipped(parts: Parts, share: float) -> bytes:
     return put_together(*parts[:2], bytes(parts[2]))
 
 
-def _renamed(length: int) -> Callable[[Parts, float], bytes]:
+def _renamed(length: int, letter: str = "m") -> Callable[[Parts, float], bytes]:
     """Return a maker of blobs one of whose modules has a name of that length."""
 
     def make(parts: Parts, share: float) -> bytes:
         document, manifest, data = parts
-        old, new = sorted(manifest["modules"])[0], "m" * length
+        old, new = sorted(manifest["modules"])[0], letter * length
         manifest["modules"][new] = manifest["modules"].pop(old)
         for suffix in (".lora_A.weight", ".lora_B.weight"):
             document[new + suffix] = document.pop(old + suffix)
@@ -145,6 +145,10 @@ _BAD: dict[str, Callable[[Parts, float], bytes]] = {
     "a fence of 400 digits": _of_manifest(version={"run_id": "fuzzed", "fence": 10**400, "step": 0}),
     "a step beyond 64 bits": _of_manifest(version={"run_id": "fuzzed", "fence": 0, "step": 2**64}),
     **{f"a module's name of {length}": _renamed(length) for length in _LONG},
+    **{
+        f"a module's name of 70,000 {letter!r}": _renamed(70_000, letter)
+        for letter in ("\U0001f600", "\x01", '"', "\u2028")
+    },
     **{f"modules' names of {length}": _many_renamed(length) for length in (5_000, 70_000, 300_000)},
     **{f"a run's name of {length}": _of_manifest(version={"run_id": "r" * length, "step": 1}) for length in _LONG},
     **{f"a checksum of {length}": _of_manifest(checksum="0" * length) for length in _LONG},
@@ -236,7 +240,7 @@ def _at_once(owner: Owner, in_flight: str) -> None:
     owner.served = target.served_version("fuzzed")
 
 
-def fuzz_joins(target: Target, processes: Callable[[], list[int]], examples: int, number: int) -> None:
+def fuzz_joins(target: Target, processes: Callable[[], list[int]], examples: int) -> None:
     """Begin to join a run's collective group and do not come; nothing of it may be left on the server."""
     ways: dict[str, Callable[[dict[str, Any]], None]] = {
         "nobody comes": lambda invitation: None,
@@ -246,16 +250,17 @@ def fuzz_joins(target: Target, processes: Callable[[], list[int]], examples: int
         "a request comes": lambda invitation: _write(target, invitation, b"GET / HTTP/1.1\r\n\r\n"),
     }
     _fail_to_join(target, lambda invitation: None, waits=True)  # what is made once is made now
-    before = _descriptors(processes())
-    rounds = [list(ways)[(number + i) % len(ways)] for i in range(max(examples, len(ways)))]
-    for way in rounds:
+    times = max(examples // len(ways), 2)
+    for way, come in ways.items():
         target.during = f"joins: {way}"
-        _fail_to_join(target, ways[way], waits=way != "it is hung up on")
-    deadline = time.monotonic() + _JOINS_LEAVE_S
-    while (left := _descriptors(processes()) - before) >= len(rounds) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    if left >= len(rounds):
-        target.tally.fail(f"joins: {len(rounds)} failed joins have left {left} descriptors and threads open")
+        before = _descriptors(processes())
+        for _ in range(times):
+            _fail_to_join(target, come, waits=way != "it is hung up on")
+        deadline = time.monotonic() + _JOINS_LEAVE_S
+        while (left := _descriptors(processes()) - before) >= times and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if left >= times:
+            target.tally.fail(f"joins: {way}, {times} times: {left} descriptors and threads are left")
     target.expect_unchanged("joins")
 
 
