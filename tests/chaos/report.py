@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 
 def table(records: list[Record], world: World, seconds: float) -> tuple[str, bool]:
-    """Return a Markdown table, and whether the run passed."""
+    """Return a Markdown table, and whether the run passed: without violations, and with every fault injected."""
     checker = world.checker
     rows = [
         "",
