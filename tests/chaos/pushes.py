@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
+
+import httpx
 
 from shared.wire import IN_FLIGHT_HEADER, TAKEOVER_HEADER
 from tests.chaos import forgery, recipes
@@ -63,8 +66,8 @@ def refused_takeover(world: World, server: int, random: Random) -> None:
     """Take the run over with an adapter that must be refused: run and lease stay the learner's."""
     (fence, step), blob = _served(world, server)
     bad = forgery.flip_a_bit(forgery.reversioned(blob, fence, step + 1), random)
-    bad = random.choice([bad, bad[: random.randrange(len(bad))]])
-    _refused(world, server, bad, secret="a stranger's lease", **_TAKEOVER)
+    for body in (bad[: random.randrange(len(bad))], bad):
+        _refused(world, server, body, secret="a stranger's lease", **_TAKEOVER)
     _still_ours(world, server, "a refused takeover")
 
 
@@ -92,7 +95,7 @@ def same_push_at_once(world: World, server: int, random: Random) -> None:
         "prompts": [{"token_ids": [5 + i]} for i in range(8)],
         "sampling": {"max_tokens": 100, "n": 2, "ignore_eos": True},
     }
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(9) as pool:
         try:
             if not world.control("hold", server=server, at=1.0, timeout=20):
                 raise NotInjectedError("no push came")
@@ -101,7 +104,7 @@ def same_push_at_once(world: World, server: int, random: Random) -> None:
             time.sleep(random.uniform(0, 0.3))
             headers = {IN_FLIGHT_HEADER: in_flight}
             url, lease = world.url(server), world.lease
-            pushing = [pool.submit(forgery.send, url, RUN_ID, lease, blob, **headers) for _ in range(4)]
+            pushing = [pool.submit(_later, i * 0.02, url, lease, blob, headers) for i in range(8)]
             time.sleep(random.uniform(0, 0.2))
         finally:
             world.control("release", server=server)
@@ -110,6 +113,11 @@ def same_push_at_once(world: World, server: int, random: Random) -> None:
             right = answer.status_code in (200, 409)
             world.checker.require("I3", right, f"the same push at once: {answer.status_code} {answer.text[:300]}")
         world.checker.require("I3", running.result().status_code in (200, 404), "a request beside pushes has failed")
+
+
+def _later(delay_s: float, url: str, lease: Path, blob: bytes, headers: dict[str, str]) -> httpx.Response:
+    time.sleep(delay_s)
+    return forgery.send(url, RUN_ID, lease, blob, **headers)
 
 
 def _still_ours(world: World, server: int, after: str) -> None:

@@ -222,10 +222,10 @@ def _at_once(owner: Owner, in_flight: str) -> None:
         headers = {"Lockstep-Lease": P.LEASE, "Lockstep-In-Flight": in_flight}
         return httpx.put(f"{target.url}/v1/runs/fuzzed/adapter", content=blob, headers=headers, timeout=30.0)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(18) as pool:
         running = [pool.submit(httpx.post, f"{target.url}/v1/generate", json=body, timeout=60.0) for _ in range(2)]
         time.sleep(0.3)
-        pushing = [pool.submit(push, delay_s) for delay_s in (0.0, 0.02, 0.05, 0.1, 0.2)]
+        pushing = [pool.submit(push, delay_s) for delay_s in (i * 0.015 for i in range(16))]
         for future in (*running, *pushing):
             try:
                 answer = future.result()
