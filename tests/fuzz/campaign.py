@@ -132,9 +132,15 @@ class Target:
         return answer
 
     def await_recovery(self) -> None:
-        """Wait until the server answers again, so that what breaks is what broke it."""
+        """Wait until the server answers again, so that what breaks is what broke it.
+
+        Raises:
+            RuntimeError: it does not.
+        """
         deadline = time.monotonic() + _RECOVERY_S
-        while health(self._address, _RECOVERY_S) != 200 and time.monotonic() < deadline:
+        while health(self._address, _RECOVERY_S) != 200:
+            if time.monotonic() > deadline or not self.alive():
+                raise RuntimeError(f"the server does not come back after {self.during}")
             time.sleep(0.5)
 
     def judge(
