@@ -115,7 +115,7 @@ def _with_values(argv: Sequence[str]) -> list[str]:
 
 def _recipe(path: Path, seed: int | None) -> dict[str, Any]:
     """Return the options of a recipe that the demo itself needs; raises `invalid_request`."""
-    recipe = read_config_file(str(path))
+    recipe = read_config_file(path)
     if missing := [name for name in ("task", "dtype", "max_completion_length") if not recipe.get(name)]:
         raise InvalidRequest(f"--config {path}: the demo needs {', '.join(missing)} in it")
     sizes = {"max_completion_length": 1, "eval_size": 1, "train_size": 1, "seed": 0}

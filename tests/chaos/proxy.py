@@ -1,7 +1,8 @@
 """A TCP proxy between learner and rollout servers, as a separate process, that breaks connections in every way.
 
-It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every forwarded adapter
-(`FOLDER/pushes/FENCE.STEP.blob`), and records every receipt that reaches the learner.
+It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every adapter
+(`FOLDER/pushes/FENCE.STEP.blob`) before its last piece is forwarded, and records every receipt on its
+way to the learner.
 
 python -m tests.chaos.proxy FOLDER HOST UPSTREAM_PORT...     # controlled over FOLDER/control, see `tests.chaos.control`
 """
@@ -196,13 +197,14 @@ class Link:
         while data := await _read(reader):
             for piece in requests.pieces(data):
                 push, at = requests.push, self.hold_at
+                if complete := requests.complete_push:
+                    self.proxy.store(complete)
                 if push and at is not None and len(push) >= at * requests.length:
                     self.held.set()
                     await self.released.wait()
                 if not await self._pass(connection, 0, piece, to):
                     return
-                if complete := requests.complete_push:
-                    self.proxy.store(complete)
+                if complete:
                     requests.push = None
 
     async def _back(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
