@@ -9,16 +9,16 @@ from contextlib import suppress
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import WSGIApplication
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
 
 _CONNECTIONS = 16
 _SECONDS = 10.0
 
 
-def start_metrics_server(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
-    """Serve `http://HOST:PORT/metrics` from a thread, until the process ends; raises OSError, OverflowError."""
-    server = make_server(host, port, make_wsgi_app(registry), _Server, handler_class=_Request)
+def start_metrics_server(app: WSGIApplication, host: str, port: int) -> WSGIServer:
+    """Serve `app` from a thread, until the process ends; raises OSError, OverflowError."""
+    server = make_server(host, port, app, _Server, handler_class=_Request)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -138,8 +138,7 @@ class LearnerMetrics(Collector):
         if not port:
             return
         try:
-            server = start_metrics_server(self.registry, host, port)
-            server.set_app(for_programs(server.get_app(), host))
+            start_metrics_server(for_programs(make_wsgi_app(self.registry), host), host, port)
         except (OSError, OverflowError) as error:
             raise InvalidRequest(
                 f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out"

@@ -54,7 +54,7 @@ class Installer:
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight = "drain"
     ) -> PushReceipt:
         """Receive one adapter over HTTP and install it. After an error nothing served has changed."""
-        self.runs.check_open(run_id, lease, takeover)  # before anything of it is read
+        self.runs.places(run_id, lease, takeover)  # before anything of it is read
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
         check = functools.partial(self._check, run_id, lease, takeover)

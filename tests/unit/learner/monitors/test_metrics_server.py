@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
 
 from learner.monitors import metrics_server
 
@@ -18,7 +18,7 @@ from learner.monitors import metrics_server
 def port() -> Iterator[int]:
     registry = CollectorRegistry()
     Gauge("a_gauge", "for tests", registry=registry).set(7)
-    server = metrics_server.start_metrics_server(registry, "127.0.0.1", 0)
+    server = metrics_server.start_metrics_server(make_wsgi_app(registry), "127.0.0.1", 0)
     yield server.server_port
     server.shutdown()
     server.server_close()
