@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -138,7 +138,7 @@ class LearnerMetrics(Collector):
             return
         try:
             server, _ = start_http_server(port, host, registry=self.registry)
-            server.set_app(for_programs(server.get_app(), host))
+            server.set_app(for_programs(make_wsgi_app(self.registry), host))
         except (OSError, OverflowError) as error:
             raise InvalidRequest(
                 f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out"
