@@ -173,9 +173,6 @@ def _check_paths(config: LearnerConfig, args: GRPOConfig) -> None:
     if config.ca_file:
         ssl_context(config.ca_file)
     ServerDiscovery(config.require_urls())
-    checkpoint = args.resume_from_checkpoint
-    if isinstance(checkpoint, str) and checkpoint.lower() not in ("true", "false") and not Path(checkpoint).is_dir():
-        raise InvalidRequest(f"resume_from_checkpoint: {checkpoint} is not a directory; give one, or true or false")
     check_writable(args.output_dir, "output_dir", directory=True)
 
 

@@ -116,7 +116,7 @@ def _choose(output_dir: Path, asked: str | Path | bool | None) -> Path | None:
         return None
     if asked is not None and asked is not True:
         if not Path(asked).is_dir():
-            raise InvalidRequest(f"resume_from_checkpoint {asked}: no such directory")
+            raise InvalidRequest(f"resume_from_checkpoint {asked}: no such directory; give one, or true or false")
         return Path(asked)
     if (last := last_checkpoint(output_dir)) is not None:
         return last

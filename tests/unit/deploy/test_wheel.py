@@ -90,7 +90,7 @@ def test_the_demo_finds_its_recipe(site: Path, tmp_path: Path) -> None:
         assert "1/5 the model" in ended.stdout, ended.stderr
         assert ended.stderr == "demo: no GGUF file at none.gguf [invalid_request]\n"
     ended = run(site, tmp_path, *demo, "--config", "other.yaml")
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr.startswith(
         "demo: --config other.yaml: no such file, and no recipe of that name; recipes are cu"
     )

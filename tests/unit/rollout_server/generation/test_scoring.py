@@ -15,6 +15,7 @@ from rollout_server.runs.table import RunTable
 from shared.errors import VersionNotActive
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
+from tests.support.runs import open_run
 
 
 class _Engine:
@@ -37,7 +38,7 @@ class _Engine:
 
 
 async def _score(engine: _Engine) -> tuple[WeightVersion | None, list[list[float]]]:
-    run = engine.table.open("r", "lease", takeover=False)
+    run = open_run(engine.table)
     slot = await run.reserve(time.monotonic() + 1)
     run.flip(slot, WeightVersion(run_id="r", step=0), engine.table.next_install_seq(), "sum")
     proxy = EngineProxy(engine, engine.table)

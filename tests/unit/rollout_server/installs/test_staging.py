@@ -12,11 +12,12 @@ from rollout_server.installs.slot_install import InstallContext
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.errors import LeaseMismatch, NoFreeRun
+from tests.support.runs import open_run
 
 
 async def test_nothing_of_a_push_is_read_without_the_lease() -> None:
     runs = RunTable(2, 1)
-    runs.open("r", "the lease", takeover=False)
+    open_run(runs, "r", "the lease")
     proxy = SimpleNamespace(capacity=None)
     context = InstallContext(proxy, SimpleNamespace(), runs, "boot")
     settings = ServerSettings()

@@ -68,6 +68,6 @@ def test_workers_of_all_engines_are_counted() -> None:
 
 async def test_a_missing_worker_ends_the_start(tmp_path) -> None:
     with pytest.raises(LockstepError) as refusal:
-        await Workers.connect([tmp_path / "1.sock"], 2)
+        await Workers.connect([tmp_path / "1.sock"], 2, lambda reason: None)
     assert refusal.value.code is ErrorCode.INVALID_REQUEST
     assert "1 of the engine's 2 workers" in refusal.value.message
