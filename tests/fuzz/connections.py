@@ -109,7 +109,7 @@ def exchange(address: tuple[str, int], data: Iterator[bytes], patience_s: float 
                     sent = connection.send(left)
                     outcome.taken += sent
                     left = left[sent:]
-                elif not reading:
+                elif not reading and not left:
                     break
             if left:
                 outcome.closed = False  # in one direction only

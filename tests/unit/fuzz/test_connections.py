@@ -80,7 +80,7 @@ def test_a_head_without_end_that_is_refused() -> None:
 @pytest.mark.parametrize("handle", [_takes_all, _answers_and_takes_all, _half_closes_and_takes_all])
 def test_one_that_is_taken(handle: Handler) -> None:
     with _serving(handle) as address:
-        outcome = exchange(address, endless(HEAD, AGAIN, 2**16), patience_s=3.0)
+        outcome = exchange(address, endless(HEAD, AGAIN, 2**16), patience_s=1.0)
     assert outcome.taken >= ENDLESS_BYTES - 2**16
 
 
