@@ -104,6 +104,16 @@ class LearnerConfig:
         "Generation batches that rollouts may run ahead of training. 0: synchronous. S > 0: the next S batches are "
         "generated while the learner trains; staler samples are never trained on.",
     )
+    packed_passes: bool = _option(
+        True,
+        "Pack completions into forward and backward passes without padding, each distinct prompt once, and compute base "
+        "and adapter of a layer as one product. Models that cannot be packed are trained as with false, and say why.",
+    )
+    max_tokens_per_pass: int | None = _option(
+        None,
+        "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: "
+        "8192 on a GPU, 2048 on a CPU.",
+    )
     share_gpu: bool = _option(
         False,
         "Train on the rollout server's GPU: the server sleeps while the learner computes. Requires rollout-server "
