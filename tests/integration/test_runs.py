@@ -43,9 +43,12 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
     steps = 8
     failures: list[str] = []
 
+    # Loaded one after the other: transformers patches its classes for the duration of a load.
+    policies = {run_id: P.make_policy(model) for run_id in ("one", "two")}
+
     def learn(run_id: str, seed: int, **options) -> None:
         with RolloutClient(server.url) as client:
-            policy = P.make_policy(model)
+            policy = policies[run_id]
             publisher = _publisher(client, policy, run_id, **options)
             for step in range(steps):
                 P.randomize(policy, seed=seed + step)
