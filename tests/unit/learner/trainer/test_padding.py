@@ -26,7 +26,11 @@ CASES = {
     "multiples-and-masked": {"pad_to_multiple_of": 5, "mask_truncated_completions": True},
     "reused-batches": {"steps_per_generation": 6, "num_iterations": 2},
 }
-PADDED = {(learner.trainer.attach, "skip_padding"): lambda trainer: None}
+CUT = {
+    (learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None,
+    (learner.trainer.attach, "use_one_product"): lambda model, adapter: 0,
+}
+PADDED = {**CUT, (learner.trainer.attach, "skip_padding"): lambda trainer: None}
 
 
 @dataclass
@@ -123,9 +127,10 @@ def assert_same(one: Seen, other: Seen) -> None:
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()  # small gradients are differences of larger terms
 
 
+@pytest.mark.parametrize("changes", [{}, CUT], ids=["packed", "cut"])
 @pytest.mark.parametrize("case", CASES)
-def test_shorter_passes_change_nothing(train, case):
-    ours = train({}, **CASES[case])
+def test_shorter_passes_change_nothing(train, case, changes):
+    ours = train(changes, **CASES[case])
     plain = train(PADDED, **CASES[case])
     assert_same(ours, plain)
     assert ours.positions < plain.positions
