@@ -208,7 +208,6 @@ class _Watch(TrainerCallback):
         trainer._generate_and_score_completions = timed
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # TRL's batch is made before this event.
         wait_for(self._device)
         self._started = time.perf_counter()
 
