@@ -106,9 +106,9 @@ class LearnerConfig:
     )
     packed_passes: bool = _option(
         True,
-        "Pack completions into forward and backward passes without padding, each distinct prompt once, and compute base "
-        "and adapter of a layer as one product. A model that cannot be packed is trained as with false, and the log says "
-        "why.",
+        "Pack completions into forward and backward passes without padding, each distinct prompt once, and compute "
+        "base and adapter of a layer as one product. A model that cannot be packed is trained as with false, and the "
+        "log says why.",
     )
     max_tokens_per_pass: int | None = _option(
         None,
