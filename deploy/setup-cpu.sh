@@ -28,7 +28,7 @@ command -v "$python" > /dev/null || fail "no $python here; Python 3.11, 3.12 or 
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
   || fail "$("$python" --version) is not supported; Python 3.11, 3.12 or 3.13 is needed (choose with PYTHON=python3.11)"
 [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] \
-  || fail "the pinned CPU environment is for Linux on x86_64; elsewhere see the README on installing by hand"
+  || fail "the pinned CPU environment is for Linux on x86_64; elsewhere, pip install -e '.[learner]' may do, without a server"
 
 if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
   say "making .venv with $("$python" --version)"
@@ -53,22 +53,26 @@ rm -f "$stamp"
 
 # Every step installs exactly the packages of the list (--no-deps), so nothing unpinned is pulled in. Installed packages
 # are kept.
-torch=$(pinned torch)
+pinned torch > .venv/torch.txt
+torch=$(cut -d ' ' -f 1 .venv/torch.txt)
 say "$torch"
-if ! pip install --quiet --no-deps --no-compile --retries 1 "$torch" 2> .venv/torch.log; then
+if ! pip install --quiet --no-deps --no-compile --retries 1 --requirement .venv/torch.txt 2> .venv/torch.log; then
   say "not on the configured indexes; trying $torch_index"
-  pip install --quiet --no-deps --no-compile --index-url "$torch_index" "$torch" || {
+  pip install --quiet --no-deps --no-compile --index-url "$torch_index" --requirement .venv/torch.txt || {
     cat .venv/torch.log >&2
     fail "no $torch: neither on the configured indexes (above) nor at $torch_index"
   }
 fi
-rm -f .venv/torch.log
+rm -f .venv/torch.log .venv/torch.txt
 
 packages=$(grep -c '==' "$list")
 say "$packages packages of $list (about 2 GB; some minutes the first time)"
 # Build source packages with the pinned setuptools instead of a version that an isolated build would download.
-pip install --quiet --no-deps "$(pinned setuptools)"
-pip install --no-deps --no-build-isolation --no-compile --requirement "$list" | progress
+pinned setuptools > .venv/setuptools.txt
+pip install --quiet --no-deps --require-hashes --requirement .venv/setuptools.txt
+grep -v '^torch==' "$list" > .venv/others.txt
+pip install --no-deps --require-hashes --no-build-isolation --no-compile --requirement .venv/others.txt | progress
+rm -f .venv/setuptools.txt .venv/others.txt
 pip install --quiet --no-deps --no-build-isolation --editable .
 
 # On all cores; pip would use one. A server imports vLLM in three processes; without bytecode each compiles it.

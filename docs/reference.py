@@ -32,7 +32,9 @@ def cli_page() -> str:
             [
                 "# Commands",
                 "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags "
-                "of the learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys.",
+                "of the learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys. A "
+                "value there is the text that is written, and passes the same checks as on the command line: `no` is "
+                "no boolean where an option takes words. Where an option takes a list, one value will do.",
                 "## rollout-server MODEL",
                 "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
                 _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
@@ -81,7 +83,8 @@ def http_page() -> str:
     parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
     parts.append("## Errors")
     parts.append(
-        'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do.'
+        'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do. A '
+        "line that ends a stream of NDJSON early has the same form. What vLLM's routes refuse themselves has vLLM's."
     )
     parts.append(_table(("code", "status"), ((f"`{c.value}`", str(error_class(c).status)) for c in ErrorCode)))
     parts.append("## Bodies")

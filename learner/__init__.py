@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# Ours lies beside this package, whatever is called `shared` in the working directory or beside a script.
+sys.path.insert(0, _beside := str(Path(__file__).parents[1]))
+import shared
+
+sys.path.remove(_beside)
+if not hasattr(shared, "PROTOCOL_VERSION"):
+    raise ImportError(f"{shared} was imported before Lockstep's module of that name: rename yours")
 
 if TYPE_CHECKING:
     from learner.trainer.attach import attach

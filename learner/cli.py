@@ -5,12 +5,15 @@ A command is imported only when it is called: `status`, `eval` and `export` need
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
 from shared.errors import ErrorCode, LockstepError
+from shared.messages import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("learner.commands.train", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
@@ -32,15 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if argv else EXIT_USAGE
     if argv[0] not in COMMANDS:
-        print(f"learner: no command {argv[0]!r}\n{_usage()}", file=sys.stderr)
+        print(f"learner: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)} (learner --help)", file=sys.stderr)
         return EXIT_USAGE
+    # Of what is installed beside TRL and not used by it: an error would not be the only line on stderr.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
-    except LockstepError as error:
+    except (LockstepError, OSError) as error:  # OSError: a full disk, a path that cannot be written
         if os.environ.get("LOCKSTEP_TRACEBACK"):
             raise
-        print(f"learner {argv[0]}: {error}", file=sys.stderr)
-        return EXIT_USAGE if error.code is ErrorCode.INVALID_REQUEST else EXIT_FAILED
+        print(f"learner {argv[0]}: {one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE if getattr(error, "code", None) is ErrorCode.INVALID_REQUEST else EXIT_FAILED
     except KeyboardInterrupt:
         print(f"learner {argv[0]}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

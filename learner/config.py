@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +25,24 @@ class _Repeatable(argparse.Action):
 def _option(default: Any, text: str, **kwargs: Any) -> Any:
     """Declare a field; `kwargs` go to `ArgumentParser.add_argument`."""
     return field(default=default, metadata={"help": text, **kwargs})
+
+
+_NOT_NEGATIVE = 0, "not be negative"
+_POSITIVE = sys.float_info.min, "be more than 0"
+#: Numeric options: their least value, and what to say of a smaller or infinite one.
+_BOUNDS: dict[str, tuple[float, str]] = {
+    "eval_size": _NOT_NEGATIVE,
+    "train_size": (1, "be at least 1"),
+    "proof_every": _NOT_NEGATIVE,
+    "proof_tolerance": _NOT_NEGATIVE,
+    "ready_timeout_s": _NOT_NEGATIVE,
+    "push_timeout_s": _POSITIVE,
+    "generate_timeout_s": _POSITIVE,
+    "max_staleness": _NOT_NEGATIVE,
+    "reward_workers": _NOT_NEGATIVE,
+    "reward_timeout_s": _POSITIVE,
+    "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
+}
 
 
 @dataclass
@@ -169,20 +189,19 @@ class LearnerConfig:
     takeover: bool = _option(False, "Take the run over from another learner; pushes of that learner are then refused.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.rollout_url, str):
-            self.rollout_url = [self.rollout_url]
+        for name in ("rollout_url", "reward_funcs", "tools"):
+            if isinstance(one := getattr(self, name), str):
+                setattr(self, name, [one])
         for name in ("task_args", "lora_kwargs"):
             setattr(self, name, json_object(getattr(self, name), name))
-        if not 0 <= (self.metrics_port or 0) <= 65535:
+        for name, (least, what) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} {value} must {what}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port {self.metrics_port}: a port is between 1 and 65535; 0 serves no metrics")
-        if self.max_staleness < 0:
-            raise ValueError("max_staleness must not be negative")
-        if self.degenerate_rounds < 1:
-            raise ValueError("degenerate_rounds must be at least 1; leave drop_degenerate_groups out to replace none")
         if self.drop_degenerate_groups and not self.reward_workers:
             raise ValueError("drop_degenerate_groups: TRL computes rewards too late; set reward_workers to 1 or more")
-        if self.reward_workers < 0 or self.reward_timeout_s <= 0:
-            raise ValueError("reward_workers must not be negative, reward_timeout_s must be more than 0")
         if self.share_gpu and self.max_staleness:
             raise ValueError("share_gpu: rollouts that run ahead need their own GPU; leave max_staleness at 0")
         if self.deterministic and self.max_staleness:

@@ -20,6 +20,7 @@ from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.run_dir.lease import load_lease, save_lease
 from learner.servers.client import RolloutClient
+from learner.servers.compatibility import AUTOCAST
 from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
@@ -51,6 +52,7 @@ class Session:
         pool: the servers; at least one is up.
         make_rewards: called last, since it changes the trainer: what scores completions as they arrive. None: TRL does.
         check_state: raises if a server in this state is incompatible.
+        settings: what the training's state depends on, see `learner.trainer.settings`.
 
     Attributes:
         proof, rounded: made when a training begins, since the trainer places the model only then.
@@ -69,8 +71,9 @@ class Session:
         base_weights: str | None,
         make_rewards: Callable[[], Rewards] | None,
         check_state: Callable[[ServerState], object],
+        settings: dict[str, Any],
     ) -> None:
-        self.trainer, self.model, self.pool, self.config = trainer, model, pool, config
+        self.trainer, self.model, self.pool, self.config, self.settings = trainer, model, pool, config, settings
         # What follows from them must be the same on every rank.
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
@@ -127,7 +130,13 @@ class Session:
         sequences = self._on_main(lambda: probe_sequences(self.pool, self._prompts))
         config, trainer, is_main = self.config, self.trainer, self.trainer.accelerator.is_main_process
         self.proof = SyncProof(
-            self.pool, self.model, sequences, tolerance=config.proof_tolerance, on_main=self._on_main
+            self.pool,
+            self.model,
+            sequences,
+            tolerance=config.proof_tolerance,
+            autocast=AUTOCAST.get(trainer.accelerator.mixed_precision),
+            same_base=self.publisher.base_weights is not None,
+            on_main=self._on_main,
         )
         if config.proof_canary and not self._continues and not again and self._base_served:
             self.canary_slope = canary_slope(self.proof, self.publisher, takeover=config.takeover)

@@ -8,12 +8,20 @@ import logging
 import os
 import shutil
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
-from shared.errors import LockstepError
+from shared.errors import InvalidRequest, LockstepError
+from shared.local_access import LocalAccess
+from shared.messages import one_line, unknown_flag
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+_UNKNOWN = "unrecognized arguments: "
 
 logger = logging.getLogger("lockstep.cli")
+
+#: Connections beyond those of `--max-requests`: idle ones, pushes, probes, and requests that are refused.
+_SPARE_CONNECTIONS = 1024
 
 
 def main() -> None:
@@ -30,9 +38,25 @@ def main() -> None:
     root.setLevel(logging.INFO)
     root.propagate = False
     try:
-        sys.exit(uvloop.run(_serve(*resolve(sys.argv[1:]))))
-    except (LockstepError, ValueError) as error:
-        sys.exit(f"rollout-server: {error}")
+        configured = resolve(sys.argv[1:])
+    except Exception as error:  # of vLLM and transformers, of any kind
+        _fail(error, EXIT_USAGE)
+    try:
+        status = uvloop.run(_serve(*configured))
+    except Exception as error:
+        if not isinstance(error, LockstepError):
+            logger.exception("the server failed")
+        _fail(error, EXIT_FAILED)
+    sys.exit(status)
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    """Exit with the error as the last line on stderr; with $LOCKSTEP_TRACEBACK, with its traceback."""
+    if os.environ.get("LOCKSTEP_TRACEBACK"):
+        raise error
+    kind = "" if isinstance(error, LockstepError | ValueError) else f"{type(error).__name__}: "
+    print(f"rollout-server: {kind}{one_line(error)}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
@@ -49,10 +73,17 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            if message.startswith(_UNKNOWN):
+                message = unknown_flag(message.removeprefix(_UNKNOWN).split(), self._option_string_actions)
+            raise InvalidRequest(message)
+
+    parser = Parser(prog="rollout-server", description="vLLM that serves a policy while it is trained.")
     server_settings.add_flags(parser)
     parser = versions.make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)
+    parser.set_defaults(allowed_origins=[])  # every one in some versions of vLLM
     args = parser.parse_args(argv)
     settings = server_settings.from_args(args)
     args.model = args.model_tag or args.model
@@ -68,6 +99,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     for flag, given in unusable.items():
         if given:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
+    if not isinstance(args.allowed_origins, list) or not all(isinstance(one, str) for one in args.allowed_origins):
+        raise ValueError("--allowed-origins takes a JSON list, as in '[\"http://localhost:3000\"]'")
     binding.check(args, settings, configured_tokens(settings))
     if current_platform.is_cpu() and not shutil.which(os.environ.get("CXX", "g++")):
         # vLLM compiles its sampler even with --enforce-eager, and its engine dies where it cannot.
@@ -113,6 +146,7 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
     from rollout_server import lifecycle
+    from rollout_server.api.connections import Connections, connections_that_fit
     from rollout_server.api.middleware.auth import AuthMiddleware
     from rollout_server.api.middleware.readiness import ReadinessMiddleware
     from rollout_server.api.security import binding
@@ -122,6 +156,10 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
 
     readiness, capacity = ReadinessMiddleware(), Capacity(settings)
 
+    wanted, fitting = settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
+    if fitting < wanted:
+        logger.warning("`ulimit -n` leaves room for %d connections; --max-requests needs %d", fitting, wanted)
+
     def leave() -> None:
         if readiness.is_open:
             capacity.drain()
@@ -129,8 +167,9 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             server.stop()
 
     server = HttpServer(
-        AuthMiddleware(readiness, configured_tokens(settings)),
+        AuthMiddleware(readiness, configured_tokens(settings), LocalAccess(args.host), args.allowed_origins),
         leave,
+        Connections(min(wanted, fitting)),
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -149,6 +188,8 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             if watching.done():
                 watching.result()
                 status = 1
+            if leaving.done():
+                leaving.result()
             watching.cancel()
             leaving.cancel()
     finally:

@@ -30,8 +30,9 @@ from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import topology, versions
-from shared.errors import InvalidRequest
+from rollout_server.vllm_compat import start_errors, topology, versions
+from shared.errors import EngineDead, InvalidRequest
+from shared.messages import one_line
 
 logger = logging.getLogger("lockstep.lifecycle")
 
@@ -45,14 +46,18 @@ async def start(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     started = time.monotonic()
-    # On a thread: loading takes minutes, and /health must answer meanwhile.
-    engine = await asyncio.to_thread(
-        AsyncLLM.from_vllm_config,
-        vllm_config=vllm_config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=args.enable_log_requests,
-        disable_log_stats=args.disable_log_stats,
-    )
+    with start_errors.reported_errors() as first_report:
+        try:
+            # On a thread: loading takes minutes, and /health must answer meanwhile.
+            engine = await asyncio.to_thread(
+                AsyncLLM.from_vllm_config,
+                vllm_config=vllm_config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=args.enable_log_requests,
+                disable_log_stats=args.disable_log_stats,
+            )
+        except Exception as error:
+            raise EngineDead(f"vLLM could not start the engine: {first_report() or one_line(error)}") from error
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
@@ -62,7 +67,9 @@ async def start(
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         await engine.collective_rpc("lockstep_register", timeout=600.0, args=(*serving, os.getpid(), folder))
         sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
-        workers = await Workers.connect(sockets, topology.workers(vllm_config.parallel_config))
+        count = topology.workers(vllm_config.parallel_config)
+        workers = await Workers.connect(sockets, count, on_break=proxy.give_up)
+    readiness.on_close(workers.close)
     described = await workers.call("describe", timeout=60.0)
     boot_id = secrets.token_hex(8)
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)

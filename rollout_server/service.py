@@ -45,18 +45,21 @@ class Service:
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight
     ) -> PushReceipt:
         """Install an adapter that comes as one blob; see `Installer.push`."""
-        receipt = await self.installer.push(run_id, lease, takeover, body, in_flight)
-        self._list_models()
-        return receipt
+        try:
+            return await self.installer.push(run_id, lease, takeover, body, in_flight)
+        finally:  # what has failed after its flip is served
+            self._list_models()
 
     async def broadcast(
         self, run_id: str, lease: str, announced: Announcement, in_flight: InFlight
     ) -> AsyncGenerator[PushReceipt | None, None]:
         """Install an adapter that comes by broadcast; see `Installer.broadcast`."""
-        async with aclosing(self.installer.broadcast(run_id, lease, announced, in_flight)) as events:
-            async for receipt in events:
-                self._list_models()
-                yield receipt
+        try:
+            async with aclosing(self.installer.broadcast(run_id, lease, announced, in_flight)) as events:
+                async for receipt in events:
+                    yield receipt
+        finally:
+            self._list_models()
 
     def join_group(self, run_id: str, lease: str) -> AsyncGenerator[GroupInvitation | None, None]:
         """Meet the run's learner in a collective group; see `BroadcastGroups.join`.
@@ -64,7 +67,7 @@ class Service:
         Raises:
             LockstepError: also `unknown_run`, `lease_mismatch`.
         """
-        return self.installer.groups.join(self._held_run(run_id, lease))
+        return self.installer.groups.join(self._held_run(run_id, lease), lease)
 
     async def end_run(self, run_id: str, lease: str) -> None:
         """Forget a run and free its slots; see `Installer.end`.
@@ -72,14 +75,16 @@ class Service:
         Raises:
             LockstepError: also `unknown_run`, `lease_mismatch`, `invalid_request` while it receives a push.
         """
-        if self._held_run(run_id, lease).push_lock.locked():
+        if self._held_run(run_id, lease).ring.push_lock.locked():
             raise InvalidRequest(f"run {run_id} is receiving a push; stop its learner first")
-        await self.installer.end(run_id)
-        self._list_models()
+        try:
+            await self.installer.end(run_id, lease)
+        finally:
+            self._list_models()
 
     def _held_run(self, run_id: str, lease: str) -> Run:
         run = self.runs.get(run_id)
-        self.runs.check_open(run_id, lease, takeover=False)
+        self.runs.check_lease(run, lease)
         return run
 
     def _list_models(self) -> None:

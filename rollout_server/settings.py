@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -48,8 +49,10 @@ class ServerSettings:
     )
     drain_seconds: float = _flag(60.0, "seconds that running requests get to finish after SIGTERM or POST /v1/drain")
     max_adapter_mib: int = _flag(8192, "largest adapter accepted, in MiB")
-    max_body_mib: int = _flag(64, "largest body of any other request, in MiB; beyond it 413")
-    max_bodies_mib: int = _flag(1024, "bodies of all requests under way together, in MiB; beyond it 429")
+    max_body_mib: int = _flag(32, "largest body of any other request, in MiB; beyond it 413")
+    max_bodies_mib: int = _flag(
+        4096, "memory for the bodies of all requests under way together, as sent and as parsed, in MiB; beyond it 429"
+    )
     max_requests: int = _flag(2048, "requests under way at once; beyond it 429")
     max_sequences: int = _flag(
         32768,
@@ -57,7 +60,7 @@ class ServerSettings:
         "step of one learner asks for some thousand",
     )
     max_prompts: int = _flag(16384, "prompts, or sequences to score, in one request; beyond it 413")
-    max_n: int = _flag(4096, "completions of one prompt in one request; beyond it 413")
+    max_n: int = _flag(1024, "completions of one prompt in one request; beyond it 413")
     max_request_tokens: int = _flag(
         2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
     )
@@ -117,6 +120,8 @@ def from_args(args: argparse.Namespace) -> ServerSettings:
     for name, value in vars(settings).items():
         if isinstance(value, bool | str) or name == "slots_per_run":
             continue
+        if not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number")
         if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
             least = "not be negative" if name in _MAY_BE_ZERO else "be more than 0"
             raise ValueError(f"--{name.replace('_', '-')} must {least}")

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import xxhash
 from pydantic import ValidationError
 
+from shared.bounded_json import JsonLimits
 from shared.errors import MalformedAdapter, ProtocolMismatch, ShapeMismatch
 from shared.weights import AdapterManifest
 
 MANIFEST_KEY = "lockstep_manifest"
 MAX_HEADER_BYTES = 16 * 2**20
+_LIMITS = JsonLimits(values=2**21, strings=2**20, containers=2**20)
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -110,9 +112,9 @@ def parse_header(header: bytes) -> AdapterHeader:
     Raises `malformed_adapter`, `protocol_mismatch`, `shape_mismatch`.
     """
     try:
-        document = json.loads(header, object_pairs_hook=_each_key_once)
+        document = _load(header)
         metadata = document.get("__metadata__", {})
-        raw_manifest = json.loads(metadata[MANIFEST_KEY])
+        raw_manifest = _load(metadata[MANIFEST_KEY].encode())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MalformedAdapter(f"the safetensors header holds no readable {MANIFEST_KEY!r}: {error!r}") from error
     protocol = raw_manifest.get("protocol") if isinstance(raw_manifest, dict) else None
@@ -136,6 +138,11 @@ def parse_header(header: bytes) -> AdapterHeader:
     return AdapterHeader(manifest, Layout(sorted(entries, key=lambda e: e.start)), data_offset=8 + len(header))
 
 
+def _load(document: bytes) -> Any:
+    _LIMITS.check(document)
+    return json.loads(document, object_pairs_hook=_each_key_once)
+
+
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse duplicate keys: readers differ in which of them they take."""
     document = dict(pairs)
@@ -147,9 +154,9 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integers(values: Any) -> list[int]:
-    """Return `values` if they are a list of integers, which 1.0, "1", true and Infinity are not."""
-    if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise TypeError(f"{values!r} is no list of integers")
+    """Return `values` if they are two sizes: integers, which 1.0, "1", true and Infinity are not."""
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise TypeError(f"{values!r:.200} is no list of sizes")
     return values
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import stat
+from pathlib import Path
 
 from shared.errors import InvalidRequest
 
@@ -11,6 +14,8 @@ from shared.errors import InvalidRequest
 TOKEN_VARIABLE = "LOCKSTEP_TOKEN"
 _MIN_LENGTH = 16
 _ADVICE = "make one with `openssl rand -hex 32`"
+#: Mounted into one container only, and readable for every user in it.
+_CONTAINER_SECRETS = ("/run/secrets/", "/var/run/secrets/")
 
 
 def parse_tokens(text: str, source: str) -> list[str]:
@@ -28,6 +33,25 @@ def parse_tokens(text: str, source: str) -> list[str]:
                 f"without spaces; {_ADVICE}"
             )
     return tokens
+
+
+def exposure(path: str | Path) -> str | None:
+    """Return who else may use the token in a file, and what to do about it; None if nobody, or if that is not known.
+
+    The group of a file that belongs to another user is how this process may read it, so it may; others never.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(status.st_mode) or os.path.abspath(path).startswith(_CONTAINER_SECRETS):
+        return None
+    mode = stat.S_IMODE(status.st_mode)
+    if not mode & (0o066 if status.st_uid == os.geteuid() else 0o026):
+        return None
+    who = "every user of this machine" if mode & 0o006 else "its group"
+    what = "changed" if mode & 0o022 else "read"
+    return f"token file {path} can be {what} by {who} (mode {mode:04o}): `chmod go= {path}`, and replace the token"
 
 
 def is_loopback(host: str | None) -> bool:

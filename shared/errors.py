@@ -19,6 +19,9 @@ class ErrorCode(StrEnum):
     TOO_LARGE = "too_large"
     OVERLOADED = "overloaded"
     DRAINING = "draining"
+    UNKNOWN_ROUTE = "unknown_route"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    INTERNAL_ERROR = "internal_error"
     # tokens
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
@@ -129,6 +132,15 @@ class Overloaded(LockstepError, code=ErrorCode.OVERLOADED, status=429): ...
 
 
 class Draining(LockstepError, code=ErrorCode.DRAINING, status=503): ...
+
+
+class UnknownRoute(LockstepError, code=ErrorCode.UNKNOWN_ROUTE, status=404): ...
+
+
+class MethodNotAllowed(LockstepError, code=ErrorCode.METHOD_NOT_ALLOWED, status=405): ...
+
+
+class InternalError(LockstepError, code=ErrorCode.INTERNAL_ERROR, status=500): ...
 
 
 class Unauthenticated(LockstepError, code=ErrorCode.UNAUTHENTICATED, status=401): ...

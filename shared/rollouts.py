@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shared.bounds import Count, FewFields, TokenIds
 from shared.sampling import SamplingParams
 from shared.weights import RUN_ID_PATTERN, WeightVersion
 
@@ -15,14 +16,14 @@ HEARTBEAT_SECONDS = 5.0
 PolicySelector = Literal["latest", "base"] | WeightVersion
 
 
-class Prompt(BaseModel):
+class Prompt(FewFields):
     """Exactly one of token ids, text, or chat messages (templated by the server)."""
 
     model_config = ConfigDict(extra="forbid")
 
-    token_ids: list[int] | None = Field(None, min_length=1)
+    token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     text: str | None = Field(None, min_length=1)
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=2**16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="of this prompt, instead of sampling.seed")
 
     @model_validator(mode="after")
@@ -32,7 +33,7 @@ class Prompt(BaseModel):
         return self
 
 
-class PolicyRequest(BaseModel):
+class PolicyRequest(FewFields):
     """Which weights a request wants; shared by generate and score."""
 
     model_config = ConfigDict(extra="forbid")
@@ -41,7 +42,7 @@ class PolicyRequest(BaseModel):
     policy: PolicySelector = Field(
         "latest", description="latest, base, or a version as a precondition: 409 if it is not the one being served"
     )
-    min_step: int | None = Field(None, ge=0, description="wait until this step is served")
+    min_step: Count | None = Field(None, description="wait until this step is served")
     wait_s: float = Field(0.0, ge=0.0, le=3600.0, description="how long to wait for min_step")
 
     @model_validator(mode="after")
@@ -56,9 +57,9 @@ class PolicyRequest(BaseModel):
 class GenerateRequest(PolicyRequest):
     """`sampling.n` completions for each prompt."""
 
-    prompts: list[Prompt] = Field(min_length=1)
+    prompts: Annotated[list[Prompt], Field(fail_fast=True)] = Field(min_length=1, max_length=2**20)
     sampling: SamplingParams = SamplingParams()
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field({})
     return_text: bool | None = Field(None, description="decode completions; default: unless prompts are token ids")
     skip_special_tokens: bool = Field(True, description="in the decoded text only; token ids always keep them")
     stream: bool = Field(False, description="answer groups as NDJSON lines in the order they finish")
@@ -107,7 +108,9 @@ class GenerateResponse(BaseModel):
 class ScoreRequest(PolicyRequest):
     """Teacher-forced logprobs of given sequences at temperature 1, nothing truncated."""
 
-    sequences: list[list[int]] = Field(min_length=1, description="each of at least two token ids")
+    sequences: Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=2**20, description="each of at least two token ids"
+    )
 
     @model_validator(mode="after")
     def _scorable(self) -> ScoreRequest:

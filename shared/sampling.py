@@ -5,12 +5,18 @@ Unknown names are refused instead of ignored: a misspelt field would silently ch
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from shared.bounds import Count, FewFields
+from shared.structured_outputs import check_structured_outputs
+
+_Words = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(fail_fast=True, max_length=1024)]
+_TokenIds = Annotated[list[Count], Field(fail_fast=True, max_length=2**20)]
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(FewFields):
     """Format of completions: exactly one of these, as in `vllm.sampling_params.StructuredOutputsParams`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
@@ -18,7 +24,7 @@ class StructuredOutputs(BaseModel):
     # Not named `json`, which is a method of pydantic's models.
     json_schema: str | dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -26,10 +32,13 @@ class StructuredOutputs(BaseModel):
     def _exactly_one(self) -> StructuredOutputs:
         if len(self.model_dump(exclude_none=True, by_alias=True)) != 1:
             raise ValueError("structured_outputs takes exactly one of json, regex, choice, grammar, json_object")
+        check_structured_outputs(
+            json_schema=self.json_schema, regex=self.regex, choice=self.choice, grammar=self.grammar
+        )
         return self
 
 
-class SamplingParams(BaseModel):
+class SamplingParams(FewFields):
     """How completions are drawn. Every field means what it means in `vllm.SamplingParams`.
 
     Fields that only shape vLLM's own output (`logprobs`, `detokenize`, `output_kind` ...) are not here: responses of
@@ -38,24 +47,24 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    n: int = Field(1, ge=1, description="completions per prompt")
+    n: int = Field(1, ge=1, lt=2**31, description="completions per prompt")
     temperature: float = Field(1.0, ge=0.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens")
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, gt=0.0)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(16, ge=1, description="None: as long as the model's context allows")
-    min_tokens: int = Field(0, ge=0)
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
+    max_tokens: int | None = Field(16, ge=1, lt=2**31, description="None: as long as the model's context allows")
+    min_tokens: int = Field(0, ge=0, lt=2**31)
+    stop: _Words = Field([])
+    stop_token_ids: _TokenIds = Field([])
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
-    bad_words: list[str] = []
-    allowed_token_ids: list[int] | None = None
-    logit_bias: dict[int, float] | None = None
+    bad_words: _Words = Field([])
+    allowed_token_ids: _TokenIds | None = None
+    logit_bias: Annotated[dict[Count, float], Field(fail_fast=True, max_length=2**20)] | None = None
     structured_outputs: StructuredOutputs | None = None
 
     @property

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import re
 from functools import total_ordering
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared import PROTOCOL_VERSION
+from shared.bounds import Count, Digest, FewFields
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+#: The values of vLLM's --max-lora-rank (0.26 to 0.33).
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: A mixture of experts with 128 experts in each of 94 layers has 36,000.
+MAX_MODULES = 2**17
+_ModuleName = Annotated[str, Field(min_length=1, max_length=1024)]
 
 #: What happens to a run's in-flight requests when a push lands. `drain`: they finish on their version. `keep`: they
 #: continue on the new one and recompute their KV. `carried`: they continue on the new one with their old KV.
 InFlight = Literal["drain", "keep", "carried"]
 
 
+def served_rank(rank: int) -> int:
+    """Return the smallest `--max-lora-rank` that serves adapters of `rank`; raises `ValueError` where none does."""
+    if rank > SERVED_RANKS[-1]:
+        raise ValueError(f"rank {rank} is above {SERVED_RANKS[-1]}, the highest that vLLM serves")
+    return next(served for served in SERVED_RANKS if rank <= served)
+
+
 @total_ordering
-class WeightVersion(BaseModel):
+class WeightVersion(FewFields):
     """Version of the weights: optimizer steps done in one run. Ordered by (fence, step) within a run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str = Field(pattern=RUN_ID_PATTERN)
-    fence: int = Field(0, ge=0, description="grows each time a learner takes the run over")
-    step: int = Field(ge=0, description="optimizer steps done; 0 is the initial adapter")
+    fence: Count = Field(0, description="grows each time a learner takes the run over")
+    step: Count = Field(description="optimizer steps done; 0 is the initial adapter")
 
     def __lt__(self, other: WeightVersion) -> bool:
         if self.run_id != other.run_id:
@@ -54,19 +68,22 @@ class BaseFingerprint(BaseModel):
     chat_template: str | None
 
 
-class ModuleSpec(BaseModel):
+class ModuleSpec(FewFields):
     """One adapted module: A is [rank, in_features], B is [out_features, rank] with the scaling already in it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, lt=2**31)
     scaling: float = Field(
         allow_inf_nan=False,
         description="PEFT's scaling (alpha/r, alpha/sqrt(r) with rsLoRA); already multiplied into B",
     )
 
 
-class AdapterManifest(BaseModel):
+_Modules = Annotated[dict[_ModuleName, ModuleSpec], Field(fail_fast=True)]
+
+
+class AdapterManifest(FewFields):
     """Announcement of a push, in the header of the safetensors blob.
 
     `modules` maps PEFT module names without the `base_model.model.` prefix (`model.layers.0.self_attn.q_proj`) to
@@ -77,11 +94,11 @@ class AdapterManifest(BaseModel):
 
     protocol: int = PROTOCOL_VERSION
     version: WeightVersion
-    base_weights: str | None = Field(description="fingerprint of the base the adapter was trained on; None: unknown")
+    base_weights: Digest | None = Field(description="fingerprint of the base the adapter was trained on; None: unknown")
     dtype: Literal["float32", "bfloat16", "float16"]
-    modules: dict[str, ModuleSpec] = Field(min_length=1)
+    modules: _Modules = Field(min_length=1, max_length=MAX_MODULES)
     peft_config: dict[str, Any] = Field(description="the PEFT LoraConfig, for checks and for people")
-    checksum: str = Field(description="over tensor names, dtypes, shapes and bytes, see shared.checksum")
+    checksum: Digest = Field(description="over tensor names, dtypes, shapes and bytes, see shared.checksum")
 
 
 class PushReceipt(BaseModel):

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-#: The ranks that vLLM compiles its LoRA kernels for.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from shared.weights import served_rank as served_rank
+
 MAX_POSITION = 4096
 #: vLLM's dummy weights are below 0.001, those of its norms too: smaller adapters would not show in its answers.
 SCALE = 0.3
@@ -109,17 +109,6 @@ def pick_shapes(names: str) -> list[Shape]:
     if unknown or not asked:
         raise ValueError(f"unknown shape {', '.join(unknown) or repr(names)}; there are {', '.join(SHAPES)}")
     return [SHAPES[name] for name in asked]
-
-
-def served_rank(rank: int) -> int:
-    """Return the smallest `--max-lora-rank` that serves `rank`.
-
-    Raises:
-        ValueError: vLLM serves no adapter of this rank.
-    """
-    if rank > SERVED_RANKS[-1]:
-        raise ValueError(f"rank {rank} is above {SERVED_RANKS[-1]}, the highest that vLLM serves")
-    return next(served for served in SERVED_RANKS if rank <= served)
 
 
 class Policy:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.adapters.quantization import check_quantization
 from shared.errors import RankTooHigh, UnsupportedAdapter
-from shared.weights import ServerState
+from shared.weights import SERVED_RANKS, ServerState, served_rank
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -64,9 +64,13 @@ def check_rank(config: LoraConfig, state: ServerState) -> None:
     """Refuse an adapter whose highest rank does not fit into the server's slots: `rank_too_high`."""
     rank = max([config.r, *(config.rank_pattern or {}).values()])
     if rank > state.max_lora_rank:
+        if rank > SERVED_RANKS[-1]:
+            raise RankTooHigh(
+                f"no server serves an adapter of rank {rank}: lower lora_r (rank_pattern) to {SERVED_RANKS[-1]}"
+            )
         raise RankTooHigh(
             f"the adapter's rank {rank} is above the server's {state.max_lora_rank}: lower lora_r "
-            f"(rank_pattern), or start the server with --max-lora-rank {rank}"
+            f"(rank_pattern), or start the server with --max-lora-rank {served_rank(rank)}"
         )
 
 

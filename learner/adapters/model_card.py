@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from learner.adapters.stored import StoredAdapter
+from shared.weights import SERVED_RANKS, served_rank
 
 #: In every card that `learner export` has written.
 MARK = "lockstep-rl"
@@ -20,7 +21,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 ```
 
 ```bash
-vllm serve {base} --enable-lora --max-lora-rank RANK --lora-modules policy=THIS_DIRECTORY
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules policy=THIS_DIRECTORY
 ```"""
 _LOAD_MERGED = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,7 +64,9 @@ def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
             f"Mean reward of {run.get('eval_questions')} held-out questions: {run['eval_before']:.3f} before training, "
             f"{run['eval_after']:.3f} after it."
         )
-    loading = _LOAD_MERGED.format(dtype=dtype) if dtype else _LOAD_ADAPTER.format(base=base)
+    rank = max(module.rank for module in adapter.modules.values())
+    served = served_rank(rank) if rank <= SERVED_RANKS[-1] else rank
+    loading = _LOAD_MERGED.format(dtype=dtype) if dtype else _LOAD_ADAPTER.format(base=base, rank=served)
     return "\n\n".join([*parts, "## Load it", loading]) + "\n"
 
 

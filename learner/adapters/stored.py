@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
@@ -27,6 +28,11 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 #: Safetensors' names of the dtypes that widen to float32 without loss.
 FLOATS = {code for code, _ in DTYPES.values()}
+_EXPONENTS: dict[str, tuple[Any, int]] = {
+    "F32": (np.uint32, 0x7F800000),
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+}
 #: Options that PEFT marks as variants of LoRA, beside those in `lora_rules`.
 _VARIANTS = ("velora_config", "monteclora_config", "use_bdlora", "arrow_config", "alora_invocation_tokens")
 #: Tokenizer and chat template: copied unchanged beside a model's weights.
@@ -72,11 +78,30 @@ class StoredAdapter:
         tensors, names = open_tensors(path), [PEFT_PREFIX + module + suffix for suffix in (LORA_A, LORA_B)]
         for name in names:
             if (code := tensors.get_slice(name).get_dtype()) not in FLOATS:
-                raise UnsupportedAdapter(f"{name} in {path} is {code}: only {', '.join(DTYPES)} are supported")
+                raise _unsupported_dtype(name, path, code)
         a_RI, b_OR = (tensors.get_tensor(name).float() for name in names)
         if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
             raise NotFinite(f"{module} in {self.folder} holds NaN or infinity")
         return a_RI, b_OR
+
+    def check_finite(self) -> None:
+        """Raise what `pair` raises of any module, without torch: NaN and infinity set all bits of the exponent."""
+        path = self.folder / WEIGHTS_FILE
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, info in header.items():
+            if info["dtype"] not in _EXPONENTS:
+                raise _unsupported_dtype(name, path, info["dtype"])
+            integer, exponent = _EXPONENTS[info["dtype"]]
+            bits = np.memmap(path, integer, "r", 8 + length + info["data_offsets"][0], tuple(info["shape"]))
+            if (bits & exponent == exponent).any():
+                raise NotFinite(f"{name} in {self.folder} holds NaN or infinity: the training had diverged")
+
+
+def _unsupported_dtype(name: str, path: Path, code: str) -> UnsupportedAdapter:
+    return UnsupportedAdapter(f"{name} in {path} is {code}: only {', '.join(DTYPES)} are supported")
 
 
 def open_tensors(path: Path, framework: str = "pt") -> Any:

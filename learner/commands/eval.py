@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from learner.adapters.stored import StoredAdapter, open_adapter
-from learner.commands.flags import either_spelling
+from learner.commands.flags import Parser, either_spelling, number
 from learner.config import json_object
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult, comparison_document, comparison_table
 from learner.evaluation.temporary_run import temporary_run
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
+from learner.utils.atomic import check_writable
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import InvalidRequest
+from shared.messages import one_line
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
             n=options.n, temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens
         )
     except ValueError as error:
-        raise InvalidRequest(str(error).replace("\n", " ")) from error
+        raise InvalidRequest(one_line(error)) from error
     policies = {name: None if name in ("base", "latest") else open_adapter(name) for name in options.policy}
     from learner.tasks import load_task
 
@@ -75,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
         return replace(result, policy=name)
 
     token = read_token(options.token_file)
+    if options.json:
+        check_writable(options.json, "--json")
     try:
         with stop_on_signals(), RolloutClient(options.rollout_url, token, ca_file=options.ca_file) as client:
             client.wait_ready(options.ready_timeout_s)
@@ -84,13 +88,14 @@ def main(argv: Sequence[str]) -> int:
     print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
     print("\n".join(comparison_table(results)))
     if options.json:
-        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, default=str))
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, allow_nan=False))
     return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Flags of `learner eval`."""
-    parser = argparse.ArgumentParser(prog="learner eval", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="learner eval", description=__doc__)
     add = either_spelling(parser)
     add("--rollout-url", required=True, help="URL of the rollout server")
     add("--task", required=True, help="reasoning_gym:NAME, a JSONL file, a hub dataset, or module:object")
@@ -98,11 +103,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval-dataset", help="another task or file to evaluate on")
     add("--prompt-column", default="prompt", help="column that holds the prompt")
     add("--reward-funcs", nargs="+", help="reward functions by import path, module:function")
-    add("--reward-weights", nargs="+", type=float, help="one weight for each reward function")
-    add("--eval-size", type=int, default=128, help="questions held out; as in training (default %(default)s)")
-    add("--train-size", type=int, help="training questions; as in training, where the split depends on it")
-    add("--seed", type=int, default=42, help="of the split; as in training (default %(default)s)")
-    add("--limit", type=int, help="ask only the first so many questions")
+    add("--reward-weights", nargs="+", type=number(), help="one weight for each reward function")
+    add(
+        "--eval-size", type=number(int, 0), default=128, help="questions held out; as in training (default %(default)s)"
+    )
+    add("--train-size", type=number(int, 1), help="training questions; as in training, where the split depends on it")
+    add("--seed", type=number(int), default=42, help="of the split; as in training (default %(default)s)")
+    add("--limit", type=number(int, 1), help="ask only the first so many questions")
     add(
         "--policy",
         nargs="+",
@@ -112,15 +119,20 @@ def make_parser() -> argparse.ArgumentParser:
         "of its own meanwhile. Several are compared with the first (default latest)",
     )
     add("--run-id", help="which run, where the server serves several")
-    add("--n", type=int, default=1, help="completions per question (default %(default)s)")
-    add("--temperature", type=float, default=0.0, help="default %(default)s: greedy")
-    add("--top-p", type=float, default=1.0, help="default %(default)s")
-    add("--max-tokens", type=int, default=256, help="per completion (default %(default)s)")
+    add("--n", type=number(int, 1), default=1, help="completions per question (default %(default)s)")
+    add("--temperature", type=number(float, 0), default=0.0, help="default %(default)s: greedy")
+    add("--top-p", type=number(float, above=0, most=1), default=1.0, help="default %(default)s")
+    add("--max-tokens", type=number(int, 1), default=256, help="per completion (default %(default)s)")
     add("--chat-template-kwargs", help="for the server's chat template, as JSON")
     add("--json", help="write results, differences, and every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")
     add("--ca-file", help="certificate (PEM) of the CA that the server's certificate is from")
-    add("--ready-timeout-s", type=float, default=60.0, help="wait so long for the server (default %(default)s)")
+    add(
+        "--ready-timeout-s",
+        type=number(float, 0),
+        default=60.0,
+        help="wait so long for the server (default %(default)s)",
+    )
     return parser
 
 

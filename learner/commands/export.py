@@ -10,8 +10,8 @@ from pathlib import Path
 
 from learner.adapters.model_card import MARK, model_card
 from learner.adapters.stored import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, copy_files, fetch_base, open_adapter
-from learner.commands.flags import either_spelling
-from learner.utils.atomic import atomic_directory, is_missing_or_empty
+from learner.commands.flags import Parser, dtype_name, either_spelling
+from learner.utils.atomic import atomic_directory, check_writable, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
@@ -41,6 +41,8 @@ def export(
         force: replace an earlier export in `out`.
     """
     adapter, target = open_adapter(source), Path(out).absolute()
+    check_writable(out, "--out", directory=True)
+    adapter.check_finite()
     if not model:
         model, revision = adapter.config.get("base_model_name_or_path"), revision or adapter.config.get("revision")
     if not model:
@@ -101,12 +103,18 @@ def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Flags of `learner export`."""
-    parser = argparse.ArgumentParser(prog="learner export", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="learner export", description=__doc__)
     add = either_spelling(parser)
     add("source", help="a run's output_dir, one of its checkpoints, or a PEFT LoRA directory")
     add("--out", required=True, help="directory to write")
     add("--merge", action="store_true", help="write a model, W0 + s*B*A computed in float32 (default: the adapter)")
-    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of a merged model (default %(default)s)")
+    add(
+        "--dtype",
+        type=dtype_name,
+        choices=tuple(DTYPES),
+        default="bfloat16",
+        help="of a merged model (default %(default)s)",
+    )
     add("--model-name-or-path", help="the base model (default: the one the adapter names)")
     add("--model-revision", help="of the base model on the hub")
     add("--force", action="store_true", help="replace an earlier export")

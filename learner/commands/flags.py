@@ -1,10 +1,68 @@
-"""Flags of the commands that parse without TRL."""
+"""Parsers of the commands: a wrong flag is one line, and numbers must be numbers, within their range."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+from shared.adapter_file import DTYPES
+from shared.errors import InvalidRequest
+from shared.messages import unknown_flag
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_DTYPES |= {name: name for name in DTYPES}
+_UNKNOWN = "unrecognized arguments: "
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` that raises `InvalidRequest` where it would print its usage and exit."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith(_UNKNOWN):
+            message = unknown_flag(message.removeprefix(_UNKNOWN).split(), self._option_string_actions)
+        raise InvalidRequest(without_usage(message))
+
+
+def without_usage(message: str) -> str:
+    """Return argparse's error with one spelling of the flag."""
+    return re.sub(r"^argument (-\S+?)(/-\S+)?: ", r"\1: ", message)
+
+
+def number(
+    kind: type[int] | type[float] = float,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
+) -> Callable[[str], float]:
+    """Return a `type` of argparse for numbers from `least` to `most`, more than `above`; NaN is none."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number")
+        if not (least <= value <= most and value > above):
+            bounds = [f"at least {least:g}"] if least > -math.inf else []
+            bounds += [f"more than {above:g}"] if above > -math.inf else []
+            bounds += [f"at most {most:g}"] if most < math.inf else []
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {' and '.join(bounds)}")
+        return value
+
+    return parse
+
+
+def dtype_name(text: str) -> str:
+    """Return the full name of a dtype (bfloat16 for bf16), as a `type` of argparse."""
+    return _DTYPES.get(text.lower().removeprefix("torch."), text)
 
 
 def either_spelling(parser: argparse.ArgumentParser) -> Callable[..., Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from learner.adapters.quantization import FOUR_BIT, check_bitsandbytes
 from learner.adapters.stored import TOKENIZER_FILES, copy_files, fetch_base
-from learner.commands.flags import either_spelling
-from learner.utils.atomic import atomic_directory, is_missing_or_empty
+from learner.commands.flags import Parser, dtype_name, either_spelling
+from learner.utils.atomic import atomic_directory, check_writable, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 
@@ -36,6 +36,7 @@ def make_base(model: str, out: str | Path, *, revision: str | None = None, dtype
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     target = Path(out).absolute()
+    check_writable(out, "--out", directory=True)
     if not is_missing_or_empty(target):
         raise InvalidRequest(f"{target} exists; choose another --out")
     folder = fetch_base(model, revision)
@@ -87,11 +88,17 @@ def make_parser() -> argparse.ArgumentParser:
     summary = (
         "Make a base model for QLoRA: the same for a learner that holds it in four bits and a server that does not."
     )
-    parser = argparse.ArgumentParser(prog="learner four-bit-base", description=summary, allow_abbrev=False)
+    parser = Parser(prog="learner four-bit-base", description=summary)
     add = either_spelling(parser)
     add("model", help="a model's directory, or its name on the hub")
     add("--out", required=True, help="directory to write")
-    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of both sides' computation (default %(default)s)")
+    add(
+        "--dtype",
+        type=dtype_name,
+        choices=tuple(DTYPES),
+        default="bfloat16",
+        help="of both sides' computation (default %(default)s)",
+    )
     add("--quant-type", choices=("nf4", "fp4"), default="nf4", help="the 16 values (default %(default)s)")
     add("--model-revision", help="of the model on the hub")
     return parser

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from learner.commands.flags import either_spelling
+from learner.commands.flags import Parser, either_spelling, number
 from learner.monitors.charts import sparkline
 from learner.run_dir.files import HISTORY_FILE, LEASE_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
 from learner.servers.client import RolloutClient
@@ -193,19 +193,19 @@ def _ago(seconds: float) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of `learner status`."""
-    parser = argparse.ArgumentParser(prog="learner status", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="learner status", description=__doc__)
     add = either_spelling(parser)
     add("--rollout-url", nargs="+", help="as for `learner train`: URLs, dns+http://NAME:PORT, file:PATH")
     add("--run-dir", help="a run's output_dir, to show its progress")
-    add("--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS", help="repeat every SECONDS (default: 2)")
+    add(
+        "--watch",
+        nargs="?",
+        type=number(float, above=0, most=1e6),
+        const=2.0,
+        metavar="SECONDS",
+        help="repeat every SECONDS (default: 2)",
+    )
     add("--json", action="store_true", help="print one JSON object; with --watch, one per line")
     add("--token-file", help="file with the servers' bearer token (default: $LOCKSTEP_TOKEN)")
     add("--ca-file", help="CA certificate (PEM) to verify the servers' certificates with")
     return parser
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError("must be more than 0 seconds")
-    return value

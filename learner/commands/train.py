@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
+import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
-from learner.adapters.lora_rules import check_lora, check_rank
+from learner.adapters.lora_rules import check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
+from learner.adapters.target_modules import check_target_modules
 from learner.commands.export import export
+from learner.commands.options import OptionParser
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
-from learner.run_dir.checkpoint import last_checkpoint, load_state
+from learner.run_dir.checkpoint import load_state, save_state
 from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
 from learner.servers.compatibility import check_base, check_server
+from learner.servers.credentials import read_token, ssl_context
+from learner.servers.discovery import ServerDiscovery
+from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_grpo
+from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
+from learner.trainer.settings import settings_before
+from learner.utils.atomic import atomic_directory, check_writable
+from learner.utils.cleanup import finally_do
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
@@ -45,17 +55,13 @@ def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
     `use_peft` is true by default, since only adapters can be trained.
 
     Raises:
-        LockstepError: `invalid_request` for contradictory or unknown options.
+        LockstepError: `invalid_request` for contradictory, unknown or wrong options.
     """
-    parser = TrlParser((LearnerConfig, GRPOConfig, ModelConfig), prog="learner train")
-    parser.set_defaults(use_peft=True)
-    files = argparse.ArgumentParser(prog="learner train", add_help=False, allow_abbrev=False)
-    files.add_argument("--config", action="append", default=[])  # TrlParser does not know --config=FILE
-    known, flags = files.parse_known_args(argv)
-    try:
-        return parser.parse_args_and_config([*(part for file in known.config for part in ("--config", file)), *flags])
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        raise InvalidRequest(str(error)) from error
+    config, args, model_args = OptionParser().parse(argv)
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        model_args.lora_target_modules = [targets]  # TRL makes a regular expression of a single name
+    return config, args, model_args
 
 
 def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -72,18 +78,21 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         raise InvalidRequest("give --model_name_or_path: the base model, the same as the rollout server's")
     args.full_determinism = args.full_determinism or config.deterministic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
+    # All that is on this machine comes before servers are awaited, and before the model is loaded.
     check_grpo(args)
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
+    assert lora is not None
+    _check_paths(config, args)
+    _check_scheduler(args)
+    check_target_modules(lora, _model_config(model, revision, args), trust_remote_code=args.trust_remote_code)
     quantized = quantization_config(model_args)
-    pool = meet(config)
-    states = [replica.known for replica in pool.up()]
+    tools = [import_object(path) for path in config.tools or ()]
+    environment = import_object(config.environment) if config.environment else None
     own = fingerprint_checkpoint(model, revision)
-    for state in states:  # what is known before the model is loaded; `attach` checks all of it
-        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
-        check_rank(lora, state)
-        check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+    asked = _asked(args)
+    checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))
     task = load_task(
         task_spec,
         task_args=cast(dict[str, Any], config.task_args),
@@ -95,26 +104,37 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         prompt_column=config.prompt_column,
         eval_dataset=config.eval_dataset,
     )
-    trainer = _trainer(task, config, args, model_args, lora, quantized)
+    pool = meet(config)
+    states = [replica.known for replica in pool.up()]
+    for state in states:  # what is known before the model is loaded; `attach` checks all of it
+        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        check_rank(lora, state)
+        check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+    trainer = _trainer(task, config, args, model_args, lora, quantized, tools, environment)
     session = attach(trainer, config=config, pool=pool, revision=revision)
     show_progress(trainer, session)
     run_id, size = session.run_id, len(task.train)
     logger.info("run %s: %s, %d training questions, rollouts from %s", run_id, task.name, size, ", ".join(urls))
     training = time.perf_counter()
-    checkpoint = _resume(args)
-    try:
-        finished = load_state(Path(checkpoint)) if isinstance(checkpoint, str) else None
-        if finished and 0 < args.max_steps <= finished.step:  # transformers would make one more step
+    with finally_do(session.close, "closing the session"):
+        resume_point(out, checkpoint or asked, session.settings)
+        if checkpoint and asked is None:
+            logger.info(
+                "resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", checkpoint
+            )
+        reached = load_state(checkpoint) if checkpoint else None
+        finished = reached if reached and 0 < args.max_steps <= reached.step else None
+        if checkpoint and finished:  # transformers would make one more step
             logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
-            load_adapter(session.model, Path(str(checkpoint)))
+            load_adapter(session.model, checkpoint)
             trainer.state.global_step = finished.step
             session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        session.close()
     train_seconds = time.perf_counter() - training
-    save_final_adapter(trainer, out / FINAL_ADAPTER)
+    saved = load_state(out / FINAL_ADAPTER) if finished else None
+    if not (finished and saved and (saved.fence, saved.step) == (finished.fence, finished.step)):
+        _save_adapter(trainer, session, out / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
     for replica in pool.replicas.values():
@@ -147,6 +167,39 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _check_paths(config: LearnerConfig, args: GRPOConfig) -> None:
+    """Refuse files that cannot be read and an output_dir that cannot be written: `invalid_request`."""
+    read_token(config.token_file)
+    if config.ca_file:
+        ssl_context(config.ca_file)
+    ServerDiscovery(config.require_urls())
+    checkpoint = args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and checkpoint.lower() not in ("true", "false") and not Path(checkpoint).is_dir():
+        raise InvalidRequest(f"resume_from_checkpoint: {checkpoint} is not a directory; give one, or true or false")
+    check_writable(args.output_dir, "output_dir", directory=True)
+
+
+def _check_scheduler(args: GRPOConfig) -> None:
+    """Refuse settings of the learning rate's schedule, which TRL makes when the training begins: `invalid_request`."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"lr_scheduler_kwargs, or lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
+
+
+def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
+    """Return the model's configuration; raises `invalid_request` where there is none, `unsupported_adapter`."""
+    try:
+        found = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InvalidRequest(
+            f"model_name_or_path {model!r} is no model's directory here, nor on the hub: {error}"
+        ) from error
+    check_model(found)
+    return found
+
+
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
     """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
     extra = cast(dict[str, Any], config.lora_kwargs)
@@ -165,7 +218,10 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
     unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
-    return dataclasses.replace(get_peft_config(model_args), **extra)
+    try:
+        return dataclasses.replace(get_peft_config(model_args), **extra)
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"the LoRA settings (lora_kwargs, lora_task_type) are refused: {error}") from error
 
 
 def _trainer(
@@ -175,6 +231,8 @@ def _trainer(
     model_args: ModelConfig,
     lora: LoraConfig | None,
     quantized: BitsAndBytesConfig | None,
+    tools: list[Any],
+    environment: Any,
 ) -> GRPOTrainer:
     model_init = {
         "revision": model_args.model_revision,
@@ -185,34 +243,45 @@ def _trainer(
         **(args.model_init_kwargs or {}),
     }
     model: Any = model_args.model_name_or_path
-    if config.init_adapter is not None:
-        base = AutoModelForCausalLM.from_pretrained(model, **model_init)
-        model, lora = PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
-    args.model_init_kwargs = model_init if config.init_adapter is None else None
     args.reward_weights = task.reward_weights
-    return GRPOTrainer(
-        model=model,
-        args=args,
-        reward_funcs=list(task.reward_funcs),
-        train_dataset=task.train,
-        eval_dataset=task.eval if args.eval_strategy != "no" else None,
-        peft_config=lora,
-        tools=[import_object(path) for path in config.tools or ()] or None,
-        environment_factory=import_object(config.environment) if config.environment else None,
-    )
+    try:
+        if config.init_adapter is not None:
+            base = AutoModelForCausalLM.from_pretrained(model, **model_init)
+            model, lora = PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
+        args.model_init_kwargs = model_init if config.init_adapter is None else None
+        return GRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=list(task.reward_funcs),
+            train_dataset=task.train,
+            eval_dataset=task.eval if args.eval_strategy != "no" else None,
+            peft_config=lora,
+            tools=tools or None,
+            environment_factory=environment,
+        )
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        NotImplementedError,
+    ) as error:  # what TRL and transformers refuse
+        raise InvalidRequest(str(error)) from error
 
 
-def _resume(args: GRPOConfig) -> bool | str | None:
-    """Return what to resume from: as in TRL a path, or true for the last checkpoint in output_dir.
+def _save_adapter(trainer: GRPOTrainer, session: Session, folder: Path) -> None:
+    """Save the final adapter, with what it was trained with, in place of an earlier one. Collective."""
+    state, writes = training_state(trainer, session), trainer.accelerator.is_main_process
+    with atomic_directory(folder) if writes else contextlib.nullcontext(folder) as building:
+        save_final_adapter(trainer, building)
+        if writes:
+            save_state(building, state)
 
-    By default the last complete one of ours, if any: an interrupted training continues when it is started again.
+
+def _asked(args: GRPOConfig) -> str | bool | None:
+    """Return what to resume from, see `learner.trainer.resume.resume_point`; TRL's parser gives booleans as text.
+
+    By default the last whole checkpoint of ours, if any: an interrupted training continues when it is started again.
     """
     value = args.resume_from_checkpoint
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        value = value.lower() == "true"
-    if value is False:
-        return None
-    last = last_checkpoint(args.output_dir)
-    if value is None and last is not None:
-        logger.info("resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", last)
-    return (str(last) if last else value) if value in (None, True) else value
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value

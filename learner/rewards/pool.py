@@ -92,7 +92,7 @@ class RewardPool:
                 )
             )
             return outcome
-        task = self._schedule(worker.score, (index, payload), self.timeout_s * len(call))
+        task = self._schedule(worker.score, (index, self.names[index], payload), self.timeout_s * len(call))
 
         def done(task: Future[bytes]) -> None:
             try:
@@ -133,7 +133,8 @@ class RewardPool:
         try:
             payloads = [call.part(row).payload for row in range(len(call))]
             parts: Parts = []
-            for task in [self._schedule(worker.score, (index, payload), self.timeout_s) for payload in payloads]:
+            arguments = [(index, self.names[index], payload) for payload in payloads]
+            for task in [self._schedule(worker.score, row, self.timeout_s) for row in arguments]:
                 try:
                     parts.append((1, pickle.loads(task.result())))  # noqa: S301 - as above
                 except _LOST:

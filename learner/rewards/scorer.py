@@ -15,7 +15,7 @@ from typing import Any
 
 import cloudpickle
 
-from learner.rewards.calls import Parts, RewardCall
+from learner.rewards.calls import Parts, RewardCall, RewardError
 from learner.rewards.pool import RewardPool
 from shared.rollouts import Completion
 
@@ -92,11 +92,11 @@ class Rewards:
         """Wait for the rewards of the group from row `first` on; return their sums, weighted as by TRL, NaN for none.
 
         Raises:
-            RuntimeError: a reward function raised.
+            RewardError: a reward function raised, or returned what is no reward.
         """
         with self._lock:
             pending = dict(self._groups[batch, first][1])
-        columns = [self._checked(i, self.pool.wait(outcome)) for i, outcome in pending.items()]
+        columns = [self._checked(self.pool.wait(outcome)) for outcome in pending.values()]
         weights = [self.weights()[i] for i in pending]
         sums = []
         for row in zip(*columns, strict=True):
@@ -117,8 +117,7 @@ class Rewards:
         """Return the rewards of function `index` for all rows of this rank, and pass on what it logged, in row order.
 
         Raises:
-            RuntimeError: the function raised; with its traceback.
-            ValueError: it returned too many rewards, or too few.
+            RewardError: the function raised, or returned what is no reward.
         """
         began = time.perf_counter()
         outcomes = []
@@ -143,7 +142,7 @@ class Rewards:
                 self.pool.timeout_s,
             )
         self.unscored[name] += unscored
-        rewards = self._checked(index, parts)
+        rewards = self._checked(parts)
         _replay(parts, log_extra, log_metric)
         return rewards
 
@@ -158,23 +157,21 @@ class Rewards:
             self._groups[place] = call, {index: self.pool.submit(index, call) for index in self.pool.names}
         return self._groups[place][1]
 
-    def _checked(self, index: int, parts: Parts) -> list[float | None]:
+    def _checked(self, parts: Parts) -> list[float | None]:
         """Return a reward for each row. Raises as `collect`."""
-        name, rewards = self.pool.names[index], list[float | None]()
+        rewards = list[float | None]()
         for rows, result in parts:
-            if result is None:
-                rewards += [None] * rows
-                continue
-            if result.error is not None:
-                raise RuntimeError(f"the reward function '{name}' failed:\n{result.error}")
-            if len(result.rewards) != rows:
-                raise ValueError(
-                    f"The reward function '{name}' returned {len(result.rewards)} rewards, but {rows} were expected "
-                    "(one per prompt-completion pair). Make sure the reward function returns exactly one reward per "
-                    "completion."
-                )
-            rewards += result.rewards
+            if result is not None and result.error is not None:
+                raise RewardError(result.error) from WorkerTraceback(result.traceback)
+            rewards += [None] * rows if result is None else result.rewards
         return rewards
+
+
+class WorkerTraceback(Exception):
+    """Shows the traceback of an error in a reward worker."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
 
 
 def _groups(call: RewardCall, size: int) -> Iterator[tuple[int, RewardCall]]:

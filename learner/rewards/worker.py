@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import inspect
 import os
 import pickle
 import signal
@@ -15,7 +13,8 @@ from typing import Any
 
 import cloudpickle
 
-from learner.rewards.calls import RewardResult
+from learner.rewards.calls import RewardResult, call_reward
+from shared.errors import LockstepError
 
 #: The pool's number of a function -> the function, or the traceback if it cannot be loaded here.
 _functions: dict[int, Callable[..., Any] | str] = {}
@@ -49,23 +48,24 @@ def load_error(index: int) -> str | None:
     return function if isinstance(function, str) else None
 
 
-def score(index: int, payload: bytes) -> bytes:
+def score(index: int, name: str, payload: bytes) -> bytes:
     """Call a reward function as TRL does, but record what it logs; return a pickled `RewardResult`.
 
     Takes `RewardCall.payload`. Raises nothing, so that every error of the pool is about the process.
     """
     function, result = _functions[index], RewardResult()
     if isinstance(function, str):
-        return cloudpickle.dumps(RewardResult(error=function))
+        return cloudpickle.dumps(RewardResult(error=function.strip().splitlines()[-1], traceback=function))
+    recorders = {
+        "log_metric": lambda metric, value: result.metrics.append((metric, float(value))),
+        "log_extra": lambda column, values: result.extras.append((column, list(values))),
+    }
     try:
-        rewards = function(
-            **pickle.loads(payload),  # noqa: S301 - the learner's own bytes
-            log_metric=lambda name, value: result.metrics.append((name, float(value))),
-            log_extra=lambda column, values: result.extras.append((column, list(values))),
-        )
-        if inspect.iscoroutine(rewards):
-            rewards = asyncio.run(rewards)
-        result.rewards = [None if reward is None else float(reward) for reward in rewards]
+        result.rewards = call_reward(name, function, {**pickle.loads(payload), **recorders})  # noqa: S301 - the learner's
         return cloudpickle.dumps(result)
-    except BaseException:  # sys.exit() in a reward function must not end a training
-        return cloudpickle.dumps(RewardResult(error=traceback.format_exc()))
+    except LockstepError as error:
+        return cloudpickle.dumps(RewardResult(error=error.message, traceback=traceback.format_exc()))
+    except BaseException as error:
+        return cloudpickle.dumps(
+            RewardResult(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        )

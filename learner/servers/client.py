@@ -189,7 +189,7 @@ class RolloutClient:
         Raises:
             UnknownRun, VersionNotActive, StepNotReached, BaseNotServed: the requested policy is not served.
         """
-        timeout_s = min(timeout_s or self.generate_timeout_s, self.generate_timeout_s)
+        timeout_s = self.generate_timeout_s if timeout_s is None else min(timeout_s, self.generate_timeout_s)
         return self._parse(ScoreResponse, self._json("POST", wire.SCORE, request, timeout_s=timeout_s))
 
     def push(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from shared.errors import BaseMismatch, InvalidRequest, NotReady
 from shared.weights import BaseFingerprint, ServerState
 
+#: Accelerate's names of mixed precision -> the dtype in which autocast computes.
+AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
+
 
 def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
     """Check that the server is ready and returns the logprobs of the policy.
@@ -60,15 +63,36 @@ def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch:
     return warnings
 
 
-def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState) -> None:
+def check_precision(weights: str, autocast: str | None, state: ServerState) -> list[str]:
+    """Return a warning where autocast makes the learner compute in another dtype than its weights and the server.
+
+    Args:
+        weights: dtype of the learner's base.
+        autocast: dtype of the training's autocast, if it has one.
+    """
+    if autocast is None or autocast in (weights, state.dtype):
+        return []
+    flag = next(name for name, dtype in AUTOCAST.items() if dtype == autocast)
+    return [
+        f"{flag}=true: the learner computes in {autocast} over weights in {weights}, the server in {state.dtype}, so "
+        f"their logprobs differ by the rounding of {autocast}: set {flag}=false, or start the server with --dtype "
+        f"{autocast}"
+    ]
+
+
+def check_lengths(max_completion_length: int | None, longest_prompt: int, state: ServerState, where: str = "") -> None:
     """Check that prompt and completion, in tokens, fit into the server's context.
+
+    Args:
+        where: names the longest prompt.
 
     Raises:
         InvalidRequest: they do not.
     """
     if longest_prompt + (max_completion_length or 1) > state.max_model_len:
+        longest = f"{longest_prompt} tokens: {where}" if where else f"{longest_prompt} tokens"
         raise InvalidRequest(
-            f"max_completion_length={max_completion_length} and the longest prompt ({longest_prompt} "
-            f"tokens) exceed the server's context of {state.max_model_len}: lower max_completion_length, "
-            "shorten the prompts, or raise the server's --max-model-len"
+            f"max_completion_length={max_completion_length} and the longest prompt ({longest}) exceed the server's "
+            f"context of {state.max_model_len}: lower max_completion_length, shorten the prompts, or raise the "
+            "server's --max-model-len"
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
 from pathlib import Path
 
-from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
+from shared.bearer_tokens import TOKEN_VARIABLE, exposure, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
+
+logger = logging.getLogger("lockstep.servers")
 
 
 def read_token(token_file: str | None) -> str | None:
@@ -23,6 +26,8 @@ def read_token(token_file: str | None) -> str | None:
         text = Path(token_file).read_text()
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"token_file cannot be read: {error}") from error
+    if (exposed := exposure(token_file)) is not None:
+        logger.warning(exposed)
     return parse_tokens(text, f"token_file {token_file}")[0]
 
 

@@ -34,6 +34,7 @@ RECOVERABLE = {
     ErrorCode.CHECKSUM_MISMATCH,
     ErrorCode.OVERLOADED,
     ErrorCode.DRAINING,
+    ErrorCode.INTERNAL_ERROR,
     # It has restarted, or missed a push: pushing again helps.
     ErrorCode.UNKNOWN_RUN,
     ErrorCode.VERSION_NOT_ACTIVE,

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from learner.adapters.exporter import active_adapter, lora_layers
+from learner.adapters.exporter import TORCH_DTYPES, active_adapter, lora_layers
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool, serve_base
 from learner.sync.publisher import Publisher
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
+from learner.utils.cleanup import finally_do
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
 from shared.errors import BaseMismatch, InstallFailed, NoFreeRun
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest, ScoreResponse
@@ -77,6 +78,8 @@ class SyncProof:
     Args:
         sequences: token ids [N][T] of the probe; those of one token are left out.
         tolerance: of the mismatch, in nats, instead of the derived one.
+        autocast: dtype of the training's autocast, if it has one.
+        same_base: whether fingerprints have shown that all servers hold the learner's base.
 
     Attributes:
         last: of the last check, the measurement with the largest mismatch.
@@ -91,19 +94,30 @@ class SyncProof:
         sequences: list[list[int]],
         *,
         tolerance: float | None = None,
+        autocast: str | None = None,
+        same_base: bool = False,
         on_main: OnMain = on_one_rank,
     ) -> None:
         self._pool, self.model, self._on_main = pool, model, on_main
         self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
         #: Of every scored token: its sequence, and its position there.
         self._places = [(row, t) for row, tokens in enumerate(self.sequences) for t in range(1, len(tokens))]
-        self.fixed_tolerance = tolerance
+        self.fixed_tolerance, self._autocast, self._same_base = tolerance, autocast, same_base
         self._base: LearnerLogprobs | None = None
         #: Server -> its measurements at this learner's first version, and at the last check.
         self._references = defaultdict[str, list[Measurement]](list)
         self.last: Measurement | None = None
         self.max_mismatch = 0.0
         self.slope: float | None = None
+
+    @property
+    def compute_dtype(self) -> str:
+        """The coarsest dtype in which the learner computes: of base, adapter or autocast."""
+        adapter = active_adapter(self.model)
+        lora = next(iter(lora_layers(self.model, adapter).values()))
+        dtypes = [self.model.get_base_model().dtype, lora.lora_A[adapter].weight.dtype]
+        dtypes += [TORCH_DTYPES[self._autocast]] if self._autocast else []
+        return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
     def check_base(self) -> list[Measurement]:
         """Compare the bases, without any adapter; return one measurement per server.
@@ -221,21 +235,22 @@ class SyncProof:
                 f"proof of sync failed: {url} scored {served.size} tokens by {answer.version}, not the "
                 f"{own.values.size} by {version}"
             )
-        base, adapter = self.model.get_base_model(), active_adapter(self.model)
-        config, lora = base.config.get_text_config(), next(iter(lora_layers(self.model, adapter).values()))
-        coarser = max(base.dtype, lora.lora_A[adapter].weight.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        config = self.model.get_base_model().config.get_text_config()
         layers, rounding = config.num_hidden_layers, 0.0
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
-        tolerance = self.fixed_tolerance or derived_tolerance(
-            [str(coarser).removeprefix("torch."), state.dtype],
-            layers=layers,
-            width=config.hidden_size,
-            logit_std=own.logit_std,
-            logit_max=own.logit_max,
-            merge_noise=rounding,
-        )
-        return Measurement(version, own.values, served, tolerance, rounding, f"{url}, epoch {answer.epoch}")
+        tolerance = self.fixed_tolerance
+        if tolerance is None:
+            tolerance = derived_tolerance(
+                [self.compute_dtype, state.dtype],
+                layers=layers,
+                width=config.hidden_size,
+                logit_std=own.logit_std,
+                logit_max=own.logit_max,
+                merge_noise=rounding,
+            )
+        server = f"{url}, epoch {answer.epoch}"
+        return Measurement(version, own.values, served, tolerance, rounding, server, state.dtype)
 
     def _check_mismatch(self, m: Measurement) -> None:
         self.max_mismatch = max(self.max_mismatch, m.max_mismatch)
@@ -244,15 +259,28 @@ class SyncProof:
         worst = int(np.abs(m.served - m.own).argmax())
         row, position = self._places[worst]
         what = f"version {m.version}" if m.version else "the base (no adapter)"
-        hint = "the server does not sample from the weights that were pushed"
-        if m.version is None:
-            hint = "learner and server do not hold the same base, or compute it in very different precision"
+        hint = "the server does not sample from the weights that were pushed" if m.version else self._base_hint(m)
         raise InstallFailed(
             f"proof of sync failed: at {what} the logprob of the server at {m.server} of token {position} of probe "
             f"sequence {row} is {m.served[worst]:.6f}, the learner's {m.own[worst]:.6f}: a mismatch of "
-            f"{m.max_mismatch:.3g}, tolerance {m.tolerance:.3g}. {hint}. Compare model, revision and dtype on both "
-            "sides; proof_tolerance overrides the derived tolerance"
+            f"{m.max_mismatch:.3g}, tolerance {m.tolerance:.3g}. {hint}; proof_tolerance "
+            "overrides the derived tolerance"
         )
+
+    def _base_hint(self, m: Measurement) -> str:
+        """Return why the bases differ, and what to set."""
+        own, same = self.compute_dtype, "learner and server hold the same base (by its fingerprint)"
+        if not self._same_base:
+            same = "learner and server may not hold the same base: compare model and revision"
+        if own == m.dtype:
+            return f"{same}, and both compute in {own}: compare the versions of vLLM and transformers"
+        precision = f"the learner computes in {own}, the server in {m.dtype}: give both the same --dtype"
+        if own == self._autocast != str(self.model.get_base_model().dtype).removeprefix("torch."):
+            precision = (
+                f"the learner computes in {own} by autocast, the server in {m.dtype}: set bf16=false and fp16=false, "
+                f"or start the server with --dtype {own}"
+            )
+        return f"{same}, and {precision}"
 
     def _check_movement(self, reference: Measurement, now: Measurement, slack: float = SLOPE_SLACK) -> float | None:
         seen = slope(reference, now)
@@ -337,10 +365,11 @@ def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float 
         on_main=real.on_main,
     )
     try:
-        return proof.canary(lambda: canary.push(0).version)
-    except NoFreeRun:
-        return None
+        with finally_do(lambda: real.on_main(canary.delete_run), "deleting the canary's run"):
+            try:
+                return proof.canary(lambda: canary.push(0).version)
+            except NoFreeRun:
+                return None
     finally:
-        real.on_main(canary.delete_run)
         for replica in real.pool.up():
             replica.receipt = None  # from now on the real run is served

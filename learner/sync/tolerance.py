@@ -29,6 +29,7 @@ class Measurement:
         tolerance: largest mismatch to accept, in nats; see `derived_tolerance`.
         merge_noise: rms of the server's rounding of merged weights, which differs from version to version.
         server: URL and boot id.
+        dtype: in which that server computes.
     """
 
     version: WeightVersion | None
@@ -37,6 +38,7 @@ class Measurement:
     tolerance: float
     merge_noise: float = 0.0
     server: str = ""
+    dtype: str = ""
 
     @property
     def max_mismatch(self) -> float:

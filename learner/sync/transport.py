@@ -25,7 +25,7 @@ from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.replica import Replica
 from shared.collective import GREETING, NCCL_SETTINGS, POLL_SECONDS, Announcement, GroupInvitation
-from shared.errors import ErrorCode, InvalidRequest, LockstepError, NotReady, Timeout
+from shared.errors import ErrorCode, InvalidRequest, LockstepError, NoGroup, NotReady, Timeout
 from shared.weights import InFlight, PushReceipt, ServerState
 
 Choice = Literal["auto", "http", "collective"]
@@ -34,6 +34,7 @@ _BROADCAST_FAILURES = {
     ErrorCode.TIMEOUT,
     ErrorCode.NO_GROUP,
     ErrorCode.INSTALL_FAILED,
+    ErrorCode.INTERNAL_ERROR,
     ErrorCode.CHECKSUM_MISMATCH,
     ErrorCode.NOT_READY,
     ErrorCode.UNKNOWN_RUN,
@@ -68,6 +69,7 @@ class Transport:
         self._group: SendingGroup | None = None
         self._joining: threading.Thread | None = None
         self._retry_at, self._retry_s = 0.0, _FIRST_RETRY_S
+        self._changing = threading.Lock()
 
     def send(self, export: AdapterExport, *, takeover: bool = False) -> PushReceipt:
         """Push one adapter, and afterwards begin to join a group, unless that is unwanted or has just failed.
@@ -95,10 +97,11 @@ class Transport:
         return receipt
 
     def close(self) -> None:
-        """Leave the group."""
-        if self._group is not None:
-            self._group.leave()
-        self._group, self._may_broadcast = None, False
+        """Leave the group, also one that is being joined."""
+        with self._changing:
+            group, self._group, self._may_broadcast = self._group, None, False
+        if group is not None:
+            group.leave()
 
     def _join(self) -> None:
         started = time.monotonic()
@@ -107,10 +110,13 @@ class Transport:
         except LockstepError as error:
             self._give_up(f"no collective group with the rollout server, pushes go over HTTP: {error}")
             return
-        if not self._may_broadcast:  # closed meanwhile
+        with self._changing:
+            closed = not self._may_broadcast
+            if not closed:
+                self._group, self._retry_s = group, _FIRST_RETRY_S
+        if closed:
             group.leave()
             return
-        self._group, self._retry_s = group, _FIRST_RETRY_S
         logger.info("pushes go by broadcast from now on (group made in %.1f s)", time.monotonic() - started)
 
     def _give_up(self, why: str) -> None:
@@ -148,15 +154,21 @@ class SendingGroup:
     def __init__(self, client: RolloutClient, lease: Lease, device: torch.device) -> None:
         self._client, self._lease = client, lease
         with closing(client.join_group(lease.run_id, lease.secret)) as events:
-            invitation = next(events)
-            assert isinstance(invitation, GroupInvitation)
+            invitation = next(events, None)
+            if not isinstance(invitation, GroupInvitation):
+                raise NotReady(f"{client.url} invites to no collective group")
             self._timeout_s = invitation.timeout_s
+            self._group: Any = None
             try:
-                self._group: Any = _connect(invitation, client.url, device)
+                self._group = _connect(invitation, client.url, device)
                 self.send(torch.tensor([GREETING], dtype=torch.int64, device=device))
-                next(events)
-            except (RuntimeError, StopIteration) as error:  # torch's own errors: store or peers not reached
-                raise Timeout(f"the workers of {client.url} cannot be reached: {error}") from error
+                if list(events) != [None]:
+                    raise NotReady(f"{client.url} ended the meeting of a collective group early")
+            except BaseException as error:
+                self.leave()
+                if isinstance(error, RuntimeError):  # torch's own errors: store or peers not reached
+                    raise Timeout(f"the workers of {client.url} cannot be reached: {error}") from error
+                raise
 
     def send(self, tensor: torch.Tensor) -> None:
         """Broadcast `tensor` to all workers; leave the group if that fails.
@@ -164,7 +176,7 @@ class SendingGroup:
         Raises:
             Timeout: it failed, or took too long.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline, work = time.monotonic() + self._timeout_s, None
         try:
             work = self._group.broadcast([tensor], dist.BroadcastOptions())
             while not work.is_completed():
@@ -177,6 +189,8 @@ class SendingGroup:
             if isinstance(error, RuntimeError):
                 raise Timeout(f"the broadcast failed: {error}") from error
             raise
+        finally:
+            del work  # it holds the group's connections, and an error may be kept with this frame
 
     def push(self, announced: Announcement, flat: torch.Tensor, in_flight: InFlight) -> PushReceipt:
         """Announce an adapter, broadcast `flat` (all its tensors, 1-D), and wait for the receipt.
@@ -189,6 +203,8 @@ class SendingGroup:
             for event in events:
                 if event is not None:
                     return event
+                if self._group is None:
+                    raise NoGroup("the collective group was left")
                 self.send(flat.view(torch.uint8))
         raise NotReady(f"{self._client.url} ended a push without a receipt")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from learner.tasks.base import RewardFunc, Task, TaskError
@@ -28,8 +29,9 @@ def load_task(
     The choice of held-out questions depends on the task and `eval_size`, not on `seed` or `train_size`.
 
     Args:
-        spec: `reasoning_gym:NAME`; a .jsonl, .json, .csv or .parquet file; a hub dataset `name[:config][@split]`; or
-            `module:object`, a `Task` or a function that is called with the arguments below and returns one.
+        spec: `reasoning_gym:NAME`; a .jsonl, .json, .csv, .tsv or .parquet file; a hub dataset
+            `name[:config][@split]`; or `module:object`, a `Task` or a function that is called with the arguments below
+            and returns one.
         task_args: for all kinds `system_prompt`, `prompt_format` (`chat` or `raw`) and `prompt_template` (a format
             string over the row's fields, with `{metadata[...]}` for reasoning_gym). For reasoning_gym also the
             generator's parameters, `answer` (`last_number`, `tag` or `whole`: how to extract the answer from a
@@ -75,7 +77,11 @@ def load_task(
         made = made if isinstance(made, Task) or not callable(made) else made(task_args=task_args or {}, **common)
         if not isinstance(made, Task):
             raise TaskError(f"{spec} is neither a learner.tasks.Task nor a function that returns one, but {made!r:.80}")
-        return made
+        from learner.tasks.columns import usable
+
+        return replace(
+            made, train=usable(made.train, f"{spec}, training"), eval=usable(made.eval, f"{spec}, evaluation")
+        )
 
     from learner.tasks.dataset import load_dataset_task
 

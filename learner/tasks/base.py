@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 
 # Called by TRL as f(prompts=..., completions=..., **columns); returns a float for each, or None if it does not apply.
 RewardFunc = Callable[..., Any]
+#: Arguments that TRL gives every reward function; a dataset column of such a name would take the place of one.
+REWARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
 
 
 class TaskError(InvalidRequest):

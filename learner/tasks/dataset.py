@@ -1,4 +1,4 @@
-"""Tasks from a file (JSONL, JSON, CSV, Parquet) or from a dataset on the Hugging Face hub."""
+"""Tasks from a file (JSONL, JSON, CSV, TSV, Parquet) or from a dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 
 from learner.tasks.base import Task, TaskError
+from learner.tasks.columns import exact_dataset, is_filled, usable, without_filled_keys
+from learner.tasks.files import FILE_KINDS, kind_of, read_file
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, question_key
 
 logger = logging.getLogger("lockstep.tasks")
-
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_dataset_task(
@@ -60,42 +60,64 @@ def load_dataset_task(
 
 def _read(spec: str) -> Dataset:
     path = Path(spec).expanduser()
-    if path.suffix in FILE_KINDS or path.exists():
+    if kind_of(path) in FILE_KINDS or path.exists():
         if not path.is_file():
             raise TaskError(f"no file {path}")
-        if path.suffix not in FILE_KINDS:
-            raise TaskError(f"{path}: a task file ends in {', '.join(FILE_KINDS)}")
-        try:
-            rows = load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # the cause (a broken line, mixed types) is chained below
-            raise TaskError(f"{path} cannot be read: {error.__cause__ or error}") from error
-        if not len(rows):
-            raise TaskError(f"{path} has no rows")
-        return rows
+        return read_file(path)
     name, _, split = spec.partition("@")
     name, _, config = name.partition(":")
     try:
-        return load_dataset(name, config or None, split=split or "train")
+        return _read_hub(name, config or None, split or "train")
+    except TaskError:
+        raise
     except Exception as error:  # not found, offline, gated, unknown config or split: the message says which
         raise TaskError(
             f"{spec!r} is not a file here and could not be loaded from the hub: {type(error).__name__}: {error}. A "
-            "task is reasoning_gym:NAME, a .jsonl/.json/.csv/.parquet file, a hub dataset name[:config][@split], or "
+            f"task is reasoning_gym:NAME, a {'/'.join(FILE_KINDS)} file, a hub dataset name[:config][@split], or "
             "module:object"
         ) from error
 
 
+def _read_hub(name: str, config: str | None, split: str) -> Dataset:
+    """Load a dataset of the hub. Those that consist of CSV files get text only, as `read_file` would.
+
+    Raises `TaskError` where `datasets` has read text as dates.
+    """
+    rows = load_dataset(name, config, split=split)
+    if rows.info.builder_name == "csv":
+        text = Features(dict.fromkeys(rows.column_names, Value("string")))
+        return load_dataset(name, config, split=split, features=text, keep_default_na=False)
+    if rows.info.builder_name == "json":
+        for column, feature in rows.features.items():
+            if "timestamp" in str(feature):
+                raise TaskError(
+                    f"{name}, column {column!r}: datasets reads its text as dates. Download the file and give its path"
+                )
+    return rows
+
+
 def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptStyle) -> Dataset:
     """Put the model's prompt into the column `prompt`; the rewards read the other columns."""
+    rows = usable(rows, spec)
     if style.prompt_template is None and prompt_column not in rows.column_names:
         raise TaskError(
             f"{spec} has no column {prompt_column!r}; it has {', '.join(rows.column_names)}. Name the question's "
             "column with --prompt_column"
         )
-    prompts = [style.prompt(row.get(prompt_column), row) for row in rows]
+    filled = prompt_column in rows.column_names and is_filled(rows.features[prompt_column])
+    prompts: list[Any] = []
+    for i, row in enumerate(rows):
+        value = row.get(prompt_column)
+        try:
+            prompts.append(style.prompt(without_filled_keys(value) if filled else value, row))
+            if type(prompts[i]) is not type(prompts[0]):
+                raise TaskError("some prompts are text and others are chat messages: make all the same")
+        except TaskError as error:
+            raise TaskError(f"{spec}, row {i + 1}: {error.message}") from error
+    prompted = exact_dataset({"prompt": prompts}, spec)
     others = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
-    if not others.column_names:  # a table without columns has no rows either
-        return Dataset.from_dict({"prompt": prompts})
-    return others.add_column("prompt", prompts)
+    # A table without columns has no rows either.
+    return concatenate_datasets([others, prompted], axis=1) if others.column_names else prompted
 
 
 def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Dataset]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from learner.tasks.base import RewardFunc, TaskError
@@ -26,14 +28,16 @@ def import_object(path: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise TaskError(f"no module {error.name!r} for {path!r} in {os.getcwd()} or installed") from error
+            where = f"in {os.getcwd()} or installed{_hidden(module_name)}"
+            raise TaskError(f"no module {error.name!r} for {path!r} {where}") from error
         raise TaskError(f"importing {module_name!r} failed: {error}") from error
     except Exception as error:  # whatever the user's module does when it is imported
         raise TaskError(f"importing {module_name!r} failed: {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
         if not hasattr(found, name):
             public = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
-            raise TaskError(f"{path!r}: no {name!r} in {module_name}; it has {', '.join(public) or 'no callables'}")
+            there = f"it has {', '.join(public) or 'no callables'}{_hidden(module_name)}"
+            raise TaskError(f"{path!r}: no {name!r} in {module_name}; {there}")
         found = getattr(found, name)
     return found
 
@@ -73,11 +77,26 @@ def load_rewards(
         raise TaskError(f"two rewards are called {', '.join(twice)}: rewards are logged by name, so rename one")
     if weights is not None and len(weights) != len(functions):
         raise TaskError(f"{len(weights)} reward weights for {len(functions)} rewards ({', '.join(names)})")
+    if weights is not None and not all(map(math.isfinite, weights)):
+        raise TaskError(f"reward weights {', '.join(map(str, weights))}: each must be a finite number")
     return functions, None if weights is None else [float(w) for w in weights]
 
 
 def _current_directory_is_importable() -> None:
-    # A console script has its own directory on the path, not the current one.
+    # A console script has its own directory on the path, not the current one. It comes last: reward workers look for
+    # our own packages on this path too, and folders of the user's may have their names.
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        ours = str(Path(__file__).parents[2])
+        sys.path += [os.getcwd()] if ours in sys.path else [ours, os.getcwd()]
     importlib.invalidate_caches()
+
+
+def _hidden(module_name: str) -> str:
+    """Return what to say where the user's module has the name of an installed one, which is found first."""
+    top = module_name.partition(".")[0]
+    found = importlib.util.find_spec(top)
+    origin = Path((found and found.origin) or "")
+    if not origin.is_absolute() or origin.is_relative_to(os.getcwd()):
+        return ""
+    own = [path for path in (Path(top).absolute(), Path(f"{top}.py").absolute()) if path.exists()]
+    return f"; {own[0]} is hidden by {origin}: rename it" if own else ""

@@ -45,6 +45,8 @@ class PromptStyle:
                     f"{', '.join(row)}: {type(error).__name__} {error}"
                 ) from error
         if isinstance(value, str):
+            if not value.strip():
+                raise TaskError("the prompt is empty")
             if self.prompt_format == "raw":
                 return value
             value = [{"role": "user", "content": value}]

@@ -8,7 +8,7 @@ import threading
 from functools import cache
 from typing import Any
 
-from learner.tasks.base import TaskError
+from learner.tasks.base import REWARD_ARGUMENTS, TaskError
 from learner.tasks.prompts import completion_text
 
 _WORD = re.compile(r"[A-Za-z]{3,}")
@@ -74,5 +74,4 @@ def _parse_gold(gold: str, limit: int | None) -> list[Any]:
 
 
 def _names(columns: dict[str, Any]) -> str:
-    passed_by_trl = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
-    return ", ".join(sorted(set(columns) - passed_by_trl)) or "no other columns"
+    return ", ".join(sorted(set(columns) - set(REWARD_ARGUMENTS))) or "no other columns"

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -20,13 +19,14 @@ from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
 from learner.passes.lora_product import use_one_product
 from learner.servers.client import RolloutClient
-from learner.servers.compatibility import check_base, check_lengths, check_server
+from learner.servers.compatibility import AUTOCAST, check_base, check_lengths, check_precision, check_server
 from learner.servers.credentials import read_token
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
 from learner.trainer.checks import check_grpo, check_known_ahead, check_slots
+from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
 from learner.trainer.hooks import (
     begin_passes_with,
     generate_with,
@@ -39,15 +39,15 @@ from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import skip_padding
 from learner.trainer.resume import resume_exactly
-from learner.trainer.reward_hooks import score_in_workers
+from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
 from learner.trainer.sampling import sampling_params
+from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 
-PROMPTS_MEASURED = 512
 NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
 
 
@@ -86,6 +86,11 @@ def attach(
     """
     show_messages(is_main=trainer.accelerator.is_main_process)
     config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
+    if any(isinstance(callback, _PushAfterStep) for callback in trainer.callback_handler.callbacks):
+        raise InvalidRequest(
+            "this trainer is attached already, and would push every step twice: use the session that the first "
+            "attach returned, or build a new GRPOTrainer"
+        )
     check_trl(trainer)
     model = _peft_model(trainer)
     if vllm_sampling_params is None:
@@ -93,15 +98,18 @@ def attach(
     args = with_vllm_params(trainer.args, vllm_sampling_params)
     for warning in check_grpo(args):
         warnings.warn(warning, stacklevel=2)
-    if pool is None:
-        pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
     check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
     adapter_config = model.peft_config[active_adapter(model)]
+    layers = lora_layers(model, active_adapter(model)).keys()
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
-    prompts = _first_prompts(trainer)
-    longest_prompt = max(map(len, prompts), default=0)
+    check_datasets(trainer)
+    drop_filled_keys(trainer)
+    prompts = measure_prompts(trainer)
+    weights = str(model.get_base_model().dtype).removeprefix("torch.")
+    if pool is None:  # last, since it may wait for minutes
+        pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
 
     def check_state(state: ServerState) -> list[str]:
         check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
@@ -109,24 +117,28 @@ def attach(
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
         check_rank(adapter_config, state)
-        check_targets(lora_layers(model, active_adapter(model)), mixture_of_experts=state.mixture_of_experts)
-        check_lengths(trainer.args.max_completion_length, longest_prompt, state)
-        return check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
+        check_targets(layers, mixture_of_experts=state.mixture_of_experts)
+        check_lengths(trainer.args.max_completion_length, prompts.longest, state, prompts.where)
+        warned = check_precision(weights, AUTOCAST.get(trainer.accelerator.mixed_precision), state)
+        return [*warned, *check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)]
 
     states = [replica.known for replica in pool.up()]
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
         warnings.warn(warning, stacklevel=2)
+    name_rewards(trainer)
     session = Session(
         TrlTrainer(trainer),
         model,
         pool,
         config,
         sampling=sampling_params(args, trainer.eos_token_ids),
-        prompts=prompts or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
+        prompts=prompts.first or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
+        settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
     )
+    check_rewards(trainer)
     _install_hooks(trainer, session)
     return session
 
@@ -144,7 +156,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | | `begin_passes_with` | the GPU must be the learner's before the first pass of `skip_padding` |
     | `_prepare_inputs` | `skip_padding` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
-    | `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
 
     Callbacks run in the order in which they are added: the push comes before the recorder.
     """
@@ -222,13 +234,3 @@ def _peft_model(trainer: GRPOTrainer) -> PeftModel:
     check_lora(model.peft_config[active_adapter(model)])
     check_model(model.config)
     return model
-
-
-def _first_prompts(trainer: GRPOTrainer) -> list[list[int]]:
-    """Return token ids of the first prompts [N][P], templated by TRL; none for streams and environments."""
-    dataset = trainer.train_dataset
-    known = isinstance(dataset, Dataset) and "prompt" in dataset.column_names
-    if not known or trainer.environment_factories is not None:
-        return []
-    prompts = dataset[:PROMPTS_MEASURED]["prompt"]
-    return [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]] if prompts else []

@@ -2,26 +2,43 @@
 
 This is the position in a generation batch, the batch itself, the order of later epochs (TRL's sampler draws it from a
 new generator), and under FSDP2 the adapter, whose names change once activation checkpointing has wrapped the layers.
+Before anything is loaded, all ranks compare where they resume from, and what that was trained with.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.trainer_utils
+from accelerate.state import PartialState
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
 from learner.adapters.peft_dir import load_adapter, save_adapter
-from learner.run_dir.checkpoint import STAGING, TrainingState, commit, load_state, save_state
+from learner.run_dir.checkpoint import (
+    STAGING,
+    TrainingState,
+    check_settings,
+    commit,
+    file_sizes,
+    last_checkpoint,
+    load_state,
+    require_undamaged,
+    rotate,
+    save_state,
+)
+from learner.run_dir.files import FINAL_ADAPTER
 from learner.session import Session
 from learner.trainer.prompt_order import indexable, schedule_of, skip_epochs
+from learner.utils.distributed import on_every_rank
 from shared.errors import InvalidRequest
 
 logger = logging.getLogger("lockstep.trainer")
@@ -31,7 +48,7 @@ def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
     """Wrap the trainer's methods that write and read checkpoints."""
     samplers: list[Iterable[int]] = []
     make_sampler, save = trainer._get_train_sampler, trainer._save_checkpoint
-    load = trainer._load_optimizer_and_scheduler
+    load, train = trainer._load_optimizer_and_scheduler, trainer.train
 
     def remembered_sampler(*args: Any) -> Iterable[int]:
         samplers.append(make_sampler(*args))
@@ -43,9 +60,100 @@ def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
         if checkpoint is not None:
             _restore(trainer, session, checkpoint, samplers)
 
+    def train_from(resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        output_dir, asked = trainer.args.output_dir, resume_from_checkpoint or False
+        checkpoint = resume_point(output_dir, asked, session.settings, partial(_check_batch, trainer))
+        return train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+
     trainer._get_train_sampler = remembered_sampler
     trainer._save_checkpoint = lambda model, trial: _save(trainer, session, partial(save, model, trial))
     trainer._load_optimizer_and_scheduler = load_with_state
+    trainer.train = train_from
+
+
+def resume_point(
+    output_dir: str | Path,
+    asked: str | Path | bool | None,
+    settings: Mapping[str, Any],
+    check: Callable[[Path], object] = lambda checkpoint: None,
+) -> Path | None:
+    """Return the checkpoint to resume from; None: start over. Collective.
+
+    Args:
+        asked: a path; true: the last one in `output_dir`; false: none; None: the last one of ours, if any.
+        settings: what it, and a finished adapter in `output_dir`, must have been trained with.
+        check: raises if this rank cannot go on from it.
+
+    Raises:
+        LockstepError: `invalid_request` on every rank, if it was trained with other settings, is damaged or missing, or
+            if the ranks, without a shared `output_dir`, would resume from different places.
+    """
+
+    def place() -> tuple[Path | None, str]:
+        checkpoint, state = _choose(Path(output_dir), asked), None
+        if checkpoint is not None:
+            check_settings(checkpoint, settings)
+            check(checkpoint)
+            state = load_state(checkpoint)
+        if asked is not False and (checkpoint is None or not checkpoint.parent.samefile(output_dir)):
+            check_settings(Path(output_dir) / FINAL_ADAPTER, settings)  # which this training would write over
+        # Copies on several nodes are one place, though every node has only its own ranks' files.
+        identity = json.dumps(asdict(replace(state, files={}))) if state else checkpoint.name if checkpoint else ""
+        return checkpoint, identity
+
+    places = on_every_rank(place)
+    if len({identity for _, identity in places}) > 1:
+        listed = ", ".join(f"rank {rank} {path or 'starts over'}" for rank, (path, _) in enumerate(places))
+        raise InvalidRequest(
+            f"the ranks would resume from different places: {listed}; give all nodes one shared output_dir, or copy "
+            "the checkpoint to every node and name it with resume_from_checkpoint"
+        )
+    return places[PartialState().process_index][0]
+
+
+def _choose(output_dir: Path, asked: str | Path | bool | None) -> Path | None:
+    if asked is False:
+        return None
+    if asked is not None and asked is not True:
+        if not Path(asked).is_dir():
+            raise InvalidRequest(f"resume_from_checkpoint {asked}: no such directory")
+        return Path(asked)
+    if (last := last_checkpoint(output_dir)) is not None:
+        return last
+    require_undamaged(output_dir)
+    if not asked:
+        return None
+    others = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if others is None:
+        raise InvalidRequest(f"resume_from_checkpoint: {output_dir} holds no checkpoint; leave it out to start")
+    return Path(others)
+
+
+def _check_batch(trainer: GRPOTrainer, checkpoint: Path) -> None:
+    """Refuse a checkpoint within a generation batch that lacks this rank's part of it."""
+    state, batch_file = load_state(checkpoint), checkpoint / _batch_file(trainer)
+    if state and _within_batch(trainer, state.micro_step) and not batch_file.is_file():
+        raise InvalidRequest(
+            f"{batch_file} is missing, and the checkpoint lies within a generation batch: copy the checkpoint whole, "
+            "with the files of all ranks"
+        )
+
+
+def _within_batch(trainer: GRPOTrainer, micro_step: int) -> bool:
+    schedule = schedule_of(trainer)
+    return schedule.next_batch(micro_step) != schedule.batch_at(micro_step)
+
+
+def training_state(trainer: GRPOTrainer, session: Session) -> TrainingState:
+    """Return the state of the training now, without files. Collective."""
+    counts: dict[str, Any] = session.metrics.counts()
+    return TrainingState(
+        fence=session.publisher.lease.fence,
+        step=trainer.state.global_step,
+        micro_step=trainer._step,
+        settings=session.settings,
+        **counts,
+    )
 
 
 def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> None:
@@ -63,11 +171,10 @@ def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> N
     staged.mkdir(parents=True, exist_ok=True)
     if trainer.is_fsdp_enabled:
         save_adapter(session.model, staged, writes=writes)
-    schedule = schedule_of(trainer)
-    if schedule.next_batch(trainer._step) != schedule.batch_at(trainer._step):  # within a generation batch
+    if _within_batch(trainer, trainer._step):
         _save_batches(staged / _batch_file(trainer), trainer._buffered_inputs)
     trainer.accelerator.wait_for_everyone()
-    counts = session.metrics.counts()
+    state = training_state(trainer, session)
     best = output_dir / f"checkpoint-{trl_state.best_global_step}"
     if trl_state.best_global_step and (best.is_dir() or best.name == staged.name):
         # transformers has looked for it beside the checkpoint that is being written.
@@ -75,21 +182,10 @@ def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> N
         if writes:
             trl_state.save_to_json(str(staged / transformers.trainer.TRAINER_STATE_NAME))
     if writes:
-        state = TrainingState(
-            fence=session.publisher.lease.fence,
-            step=trl_state.global_step,
-            micro_step=trainer._step,
-            geometry=_geometry(trainer),
-            **counts,
-        )
-        save_state(staged, state)
-        commit(staged, output_dir / staged.name)
-        transformers.trainer_utils.rotate_checkpoints(
-            output_dir=str(output_dir),
-            save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trl_state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        save_state(staged, replace(state, files=file_sizes(staged)))
+        final = output_dir / staged.name
+        commit(staged, final)
+        rotate(output_dir, trainer.args.save_total_limit, keep={final, Path(trl_state.best_model_checkpoint or final)})
     trainer.accelerator.wait_for_everyone()
 
 
@@ -102,12 +198,6 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
             "in which order later epochs come, so the training continues from its weights but not exactly"
         )
         return
-    now = _geometry(trainer)
-    if changed := [f"{name}={now[name]} instead of {was}" for name, was in state.geometry.items() if now[name] != was]:
-        raise InvalidRequest(
-            f"{checkpoint} was written with batches arranged otherwise: {', '.join(changed)}; resume with the same "
-            "options, or start a new run from its adapter with --init_adapter"
-        )
     if trainer.is_fsdp_enabled:
         load_adapter(session.model, folder)
     trainer._step = state.micro_step
@@ -121,18 +211,18 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
         trainer._buffered_inputs = [batches[index] for index in sorted(batches)]
     if indexable(trainer):  # transformers itself reads a stream up to its place
         skip_epochs(samplers[-1], schedule_of(trainer).epoch_at(state.step))
+    before, now = state.settings.get("learning_rate"), trainer.args.learning_rate
+    if before and before != now:
+        _scale_learning_rate(trainer.lr_scheduler, now / before)
     session.metrics.restore(state.pushes, state.completions, state.completion_tokens)
 
 
-def _geometry(trainer: GRPOTrainer) -> dict[str, int]:
-    args = trainer.args
-    return {
-        "num_processes": trainer.accelerator.num_processes,
-        "generation_batch_size": args.generation_batch_size,
-        "steps_per_generation": args.steps_per_generation,
-        "num_iterations": trainer.num_iterations,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-    }
+def _scale_learning_rate(scheduler: Any, factor: float) -> None:
+    """Let a changed learning rate count: optimizer and scheduler have just been given those of the checkpoint."""
+    scheduler.base_lrs = [rate * factor for rate in getattr(scheduler, "base_lrs", ())]
+    for group in scheduler.optimizer.param_groups:
+        group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _batch_file(trainer: GRPOTrainer) -> str:

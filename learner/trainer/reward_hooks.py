@@ -9,12 +9,14 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
+from trl.trainer.utils import is_async_callable
 
 from learner.config import LearnerConfig
-from learner.rewards.calls import RewardCall
+from learner.rewards.calls import RewardCall, call_reward, checked_rewards, distinct, raising_by_name
 from learner.rewards.pool import RewardPool
 from learner.rewards.scorer import EVALUATION, Rewards, Row
 from learner.trainer.prompt_order import generation_batch
@@ -63,6 +65,56 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
 
     trainer._generate_and_score_completions = generate_expected
     return rewards
+
+
+def name_rewards(trainer: GRPOTrainer) -> None:
+    """Give rewards of one name different ones: TRL keeps and logs them by name."""
+    trainer.reward_func_names = distinct(trainer.reward_func_names)
+
+
+def check_rewards(trainer: GRPOTrainer) -> None:
+    """Hold the reward functions and models that TRL calls to what `checked_rewards` takes for a reward.
+
+    Raises, when rewards are computed:
+        RewardError: names the reward and the completion.
+    """
+    names, functions = trainer.reward_func_names, list(trainer.reward_funcs)
+    trainer.reward_funcs = [
+        function if isinstance(function, nn.Module) else _checked(name, function)
+        for name, function in zip(names, functions, strict=True)
+    ]
+    models = [i for i, function in enumerate(functions) if isinstance(function, nn.Module)]
+    if not models:
+        return
+    calculate = trainer._calculate_rewards
+
+    def calculate_checked(*args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards_BF = calculate(*args, **kwargs)
+        for i in models:
+            column = rewards_BF[:, i].tolist()  # of all ranks, whose prompts are not known here
+            checked_rewards(names[i], column, ["not shown"] * len(column))
+        return rewards_BF
+
+    trainer._calculate_rewards = calculate_checked
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the same kind, for TRL to call, that returns checked rewards."""
+    if is_async_callable(function):
+
+        async def reward_later(**arguments: Any) -> list[float | None]:
+            with raising_by_name(name):
+                rewards = await function(**arguments)
+            return checked_rewards(name, rewards, arguments["prompts"])
+
+        reward_later.__name__ = name
+        return reward_later
+
+    def reward(**arguments: Any) -> list[float | None]:
+        return call_reward(name, function, arguments)
+
+    reward.__name__ = name
+    return reward
 
 
 def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..., list[float | None]]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shared.errors import InvalidRequest
+
 
 @contextmanager
 def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iterator[Path]:
@@ -54,24 +56,25 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def replace_directory(staged: Path, target: Path, *, durable: bool = False) -> None:
-    """Rename `staged` to `target`; an existing `target` becomes `replaced` beside `staged`, for the caller to remove.
+def replace_directory(staged: Path, target: Path, *, aside: Path | None = None, durable: bool = False) -> None:
+    """Rename `staged` to `target`; an existing `target` is renamed to `aside` before, for the caller to remove.
 
     Args:
+        aside: by default `replaced` beside `staged`.
         durable: sync every file to disk before the rename, and the rename itself.
     """
     if durable:
         for root, _, names in os.walk(staged):
             for path in (*(Path(root, name) for name in names), Path(root)):
                 _sync(path)
-    replaced = staged.with_name("replaced")
+    aside = aside or staged.with_name("replaced")
     if target.exists():
-        target.rename(replaced)
+        target.rename(aside)
     try:
         staged.rename(target)
     except OSError:
-        if replaced.exists():
-            replaced.rename(target)
+        if aside.exists():
+            aside.rename(target)
         raise
     if durable:
         _sync(target.parent)
@@ -80,6 +83,16 @@ def replace_directory(staged: Path, target: Path, *, durable: bool = False) -> N
 def is_missing_or_empty(target: Path) -> bool:
     """Return whether writing to `target` would replace nothing."""
     return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def check_writable(path: str | Path, option: str, *, directory: bool = False) -> None:
+    """Refuse a path, given as `option`, at which no file or directory can be written: `invalid_request`."""
+    target = Path(path).absolute()
+    nearest = next(place for place in (target, *target.parents) if place.exists())
+    if nearest == target and target.is_dir() != directory:
+        raise InvalidRequest(f"{option} {path} is {'no' if directory else 'a'} directory: choose another path")
+    if not os.access(nearest, os.W_OK) or (nearest != target and not nearest.is_dir()):
+        raise InvalidRequest(f"{option} {path} cannot be written in {nearest}: choose another path")
 
 
 def _sync(path: Path) -> None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from shared.errors import ErrorDetail, LockstepError
+
+T = TypeVar("T")
 #: Runs an action on rank 0; every rank gets its result, or raises its LockstepError. Collective.
 OnMain = Callable[[Callable[[], Any]], Any]
 
@@ -22,6 +26,22 @@ OnMain = Callable[[Callable[[], Any]], Any]
 def on_one_rank(action: Callable[[], Any]) -> Any:
     """Run `action`: `OnMain` for a single rank."""
     return action()
+
+
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank, and return all results on each; if it fails on one, all raise its error. Collective.
+
+    Raises:
+        LockstepError: of the first rank that raised one.
+    """
+    try:
+        outcomes = gather_object([action()])
+    except LockstepError as error:
+        outcomes = gather_object([error.body().error])
+    for outcome in outcomes:
+        if isinstance(outcome, ErrorDetail):
+            raise LockstepError.from_detail(outcome)
+    return outcomes
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:

@@ -8,37 +8,80 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
-from rollout_server.api.responses import error_response
+from rollout_server.api.responses import error_response, unforeseen
 from rollout_server.api.routes import generate, runs, state
-from rollout_server.api.security.roles import VLLM_PATHS
+from rollout_server.api.security.roles import VLLM_PATHS, is_vllm_path
 from rollout_server.service import Service
-from shared.errors import ErrorBody, InvalidRequest, LockstepError, sendable
+from shared.errors import (
+    ErrorBody,
+    InternalError,
+    InvalidRequest,
+    LockstepError,
+    MethodNotAllowed,
+    UnknownRoute,
+    sendable,
+)
 
 
 def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
-    """Return our app with vLLM's mounted below it: a path of ours never reaches vLLM's handlers, nor the other way
-    round.
+    """Return our app with vLLM's mounted below it: a path of ours never reaches vLLM's handlers or middleware, nor the
+    other way round.
     """
-    app = FastAPI(title="Lockstep rollout server", responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+    app = FastAPI(
+        title="Lockstep rollout server",
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        redirect_slashes=False,
+    )
     app.state.lockstep = service
     for module in (generate, runs, state):
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_unforeseen)
     openai_app.add_exception_handler(LockstepError, _answer_error)  # what `EngineProxy` refuses to vLLM's routes, too
     for kind in (AttributeError, LookupError, RecursionError):
         openai_app.add_exception_handler(kind, _answer_unreadable)
     theirs = openai_app.router.routes
     theirs[:] = [route for route in theirs if getattr(route, "path", None) in VLLM_PATHS]
-    app.mount("/", VersionHeaderMiddleware(openai_app))
+    app.router.routes.append(_VllmMount("/", VersionHeaderMiddleware(openai_app)))
     return app
+
+
+class _VllmMount(Mount):
+    """vLLM's app at its own paths. Others are ours, whatever their method, preflights of browsers included."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches(scope) if is_vllm_path(scope["path"]) else (Match.NONE, {})
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LockstepError)
     return error_response(error)
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    """Answer with our body where Starlette or FastAPI has refused a request."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        refusal: LockstepError = UnknownRoute(f"there is no {where} here; GET /openapi.json lists the routes")
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        refusal = MethodNotAllowed(f"there is no {where}, but {allowed}")
+    else:
+        refusal = (InvalidRequest if error.status_code < 500 else InternalError)(f"{where}: {error.detail}")
+    return error_response(refusal, dict(error.headers or {}))
+
+
+async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:
+    """Answer with our body to what nobody has caught; uvicorn logs its traceback."""
+    return error_response(unforeseen(error))
 
 
 async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse:

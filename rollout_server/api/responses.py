@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Self
@@ -9,13 +10,20 @@ from typing import Self
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from shared.errors import LockstepError
+from shared.errors import InternalError, LockstepError
 from shared.wire import NDJSON_TYPE
+
+logger = logging.getLogger("lockstep.api")
 
 
 def error_response(error: LockstepError, headers: dict[str, str] | None = None) -> JSONResponse:
     """Return the JSON response for `error`."""
     return JSONResponse(error.body().model_dump(mode="json"), status_code=error.status, headers=headers)
+
+
+def unforeseen(error: Exception) -> InternalError:
+    """Return the error for what nobody has caught."""
+    return InternalError(f"the server failed ({type(error).__name__}: {error}); its log has the traceback")
 
 
 class Ndjson(StreamingResponse):
@@ -50,3 +58,6 @@ class Ndjson(StreamingResponse):
                     yield line + b"\n"
             except LockstepError as error:
                 yield error.body().model_dump_json().encode() + b"\n"
+            except Exception as error:
+                logger.exception("a response failed after its first line")
+                yield unforeseen(error).body().model_dump_json().encode() + b"\n"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 
 from rollout_server.settings import ServerSettings
 from shared.errors import Draining, LockstepError, Overloaded, TooLarge
+
+#: Memory of the running request's body, as `Capacity.hold` has counted it.
+BODY_BYTES: ContextVar[int] = ContextVar("lockstep_body_bytes", default=0)
 
 
 class Capacity:
@@ -20,7 +24,8 @@ class Capacity:
         self._settings = settings
         self.sequences = 0
         self.requests = 0
-        self._body_bytes = 0
+        self.waiting = 0  # requests that wait for a step, which are no others' hindrance
+        self._body_bytes = self._waiting_bytes = 0
         self._draining = asyncio.Event()
 
     @property
@@ -36,7 +41,7 @@ class Capacity:
         """Wait for `drain`, then until nothing is under way or `seconds` have passed; return whether all is done."""
         await self._draining.wait()
         deadline = asyncio.get_running_loop().time() + seconds
-        while self.sequences or self.requests:
+        while self.sequences or self.requests or self.waiting:
             if asyncio.get_running_loop().time() >= deadline:
                 return False
             await asyncio.sleep(0.05)
@@ -57,14 +62,9 @@ class Capacity:
                 sequences=self.sequences,
             )
 
-    def take(self, prompts: int, n: int = 1) -> Callable[[], None]:
-        """Count `prompts` times `n` sequences as under way; return a function that gives the room back, once.
-
-        Raises:
-            LockstepError: `too_large` if they could never be taken; `draining`, `overloaded`.
-        """
-        limits = self._settings
-        sequences = prompts * n
+    def check_size(self, prompts: int, n: int = 1) -> None:
+        """Raise `too_large` if so many could never be taken."""
+        limits, sequences = self._settings, prompts * n
         for flag, asked, limit in (
             ("--max-prompts", prompts, limits.max_prompts),
             ("--max-n", n, limits.max_n),
@@ -72,6 +72,15 @@ class Capacity:
         ):
             if asked > limit:
                 raise too_large(f"{prompts} prompts with n = {n}", flag, limit)
+
+    def take(self, prompts: int, n: int = 1) -> Callable[[], None]:
+        """Count `prompts` times `n` sequences as under way; return a function that gives the room back, once.
+
+        Raises:
+            LockstepError: `too_large` if they could never be taken; `draining`, `overloaded`.
+        """
+        self.check_size(prompts, n)
+        sequences = prompts * n
         self.check(sequences)
         self.sequences += sequences
         taken = [sequences]
@@ -101,6 +110,38 @@ class Capacity:
             yield
         finally:
             self.requests -= 1
+
+    async def wait(self, event: Awaitable[None]) -> None:
+        """Wait for `event`, which others may have to bring about: meanwhile the request counts apart.
+
+        Raises:
+            LockstepError: `overloaded` where too many wait, or hold too much memory; `draining`.
+        """
+        limits, size = self._settings, BODY_BYTES.get()
+        waiting = asyncio.ensure_future(event)
+        leaving = asyncio.ensure_future(self._draining.wait())
+        self._count_waiting(1, size)
+        try:
+            if self.waiting > limits.max_requests or self._waiting_bytes > limits.max_bodies_mib * 2**20 / 4:
+                raise Overloaded(
+                    f"{self.waiting - 1} requests wait for a step already, as many as --max-requests, or a quarter of "
+                    "--max-bodies-mib, allow; ask again after the seconds of Retry-After"
+                )
+            await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                waiting.result()
+            else:
+                self.check(0)
+        finally:
+            waiting.cancel()
+            leaving.cancel()
+            self._count_waiting(-1, -size)
+
+    def _count_waiting(self, requests: int, size: int) -> None:
+        self.waiting += requests
+        self.requests -= requests
+        self._waiting_bytes += size
+        self._body_bytes -= size
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes of bodies in memory, less if negative; raises `overloaded`."""

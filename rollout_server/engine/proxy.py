@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
@@ -17,12 +19,16 @@ from fastapi import HTTPException
 
 from rollout_server.engine.admission import Admission, OutputTokens
 from rollout_server.engine.capacity import Capacity
+from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
-from shared.errors import InvalidRequest, LockstepError, VersionNotActive
+from shared.errors import EngineDead, InvalidRequest, LockstepError, VersionNotActive
 from shared.rollouts import PolicyRequest
+from shared.structured_outputs import check_structured_outputs
 from shared.weights import WeightVersion
+
+logger = logging.getLogger("lockstep.engine")
 
 #: Model name of the trained adapter on vLLM's OpenAI routes. `policy:RUN_ID` names one of several runs.
 POLICY_MODEL = "policy"
@@ -54,6 +60,7 @@ class CallContext:
     wanted: WeightVersion | None = None  # the version that it insists on
     versions: dict[str, None] = field(default_factory=dict)  # it was admitted to, in order; `base` for the base model
     refusal: LockstepError | None = None  # why `EngineProxy` did not admit it
+    format: Any = None  # structured outputs that have been checked
 
 
 #: Of the running task; None in our own routes.
@@ -73,6 +80,8 @@ class EngineProxy:
         self.outputs = 0  # of the engine so far
         self.held = 0  # pauses under way that the engine has agreed to
         self.asleep = False
+        self._probe: asyncio.Future[None] | None = None
+        self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
 
     @property
@@ -87,7 +96,7 @@ class EngineProxy:
 
     def give_up(self, reason: LockstepError) -> None:
         """End this server, and every request with an error: the engine hangs, or cannot be trusted."""
-        self._given_up = reason
+        self._given_up = self._given_up or reason
         versions.fail_requests(self._engine)
 
     def __getattr__(self, name: str) -> Any:
@@ -97,6 +106,16 @@ class EngineProxy:
                 "push adapters with PUT /v1/runs/{run_id}/adapter"
             )
         return getattr(self._engine, name)
+
+    async def reached(self, request: PolicyRequest) -> None:
+        """Wait for the step that a request asks for, before it takes any room.
+
+        Raises:
+            LockstepError: `unknown_run`, `step_not_reached`, `overloaded`, `draining`.
+        """
+        if request.min_step is not None:
+            run = self.runs.get(request.run_id)
+            await self.capacity.wait(run.wait_for_step(request.min_step, request.wait_s))
 
     def admit(self, request: PolicyRequest) -> Admission:
         """Bind a request to the version that serves it from now on.
@@ -135,6 +154,7 @@ class EngineProxy:
         call = CALL_CONTEXT.get() or CallContext()
         with contextlib.ExitStack() as held:
             try:
+                _check_format(sampling_params, call)
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
                 await self.runs.admitting()
                 if lora_request is not None:
@@ -182,11 +202,22 @@ class EngineProxy:
                 finally:
                     self.held -= 1
             finally:
-                # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
-                resumed = asyncio.ensure_future(self._engine.resume_generation())
-                await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
-                if resumed.done():
-                    resumed.result()
+                await uninterrupted(self._resume())
+
+    async def _resume(self) -> None:
+        # An engine that was stopped by a signal returns when it goes on; nobody else has to wait for that.
+        resumed = asyncio.ensure_future(self._engine.resume_generation())
+        resumed.add_done_callback(self._see_resumed)
+        self._resuming.add(resumed)
+        await asyncio.wait({resumed}, timeout=_RESUME_SECONDS)
+        if resumed.done():
+            resumed.result()
+
+    def _see_resumed(self, resumed: asyncio.Future[None]) -> None:
+        """Give up an engine that stays paused: it would answer nothing."""
+        self._resuming.discard(resumed)
+        if not resumed.cancelled() and (error := resumed.exception()) is not None and not self.errored:
+            self.give_up(EngineDead(f"the engine did not go on after a pause: {type(error).__name__}: {error}"))
 
     async def put_to_sleep(self, level: int) -> None:
         """Hold all requests until `wake`, and let nobody pause meanwhile. `level`: vLLM's."""
@@ -202,6 +233,22 @@ class EngineProxy:
         self.held -= 1
         self._still.release()
 
+    def probe(self) -> None:
+        """Have the engine sample a token, which counts as an output; no effect while the last probe goes on."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.ensure_future(self._sample_one())
+
+    async def _sample_one(self) -> None:
+        from vllm import SamplingParams
+
+        prompt = {"type": "token", "prompt_token_ids": [0], "cache_salt": "lockstep:probe"}
+        params = SamplingParams(max_tokens=1, detokenize=False)
+        try:
+            async for _ in self._engine.generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
+                self._count_output()
+        except Exception as error:
+            logger.warning("the engine did not answer a probe: %s: %s", type(error).__name__, error)
+
     def output_tokens(self) -> OutputTokens:
         """Return how many tokens every output under way has."""
         return versions.output_tokens(self._engine)
@@ -209,3 +256,25 @@ class EngineProxy:
     def running(self) -> set[str]:
         """Return the ids of unfinished requests that the engine has received with all their outputs."""
         return versions.submitted_requests(self._engine)
+
+
+def _check_format(sampling_params: Any, call: CallContext) -> None:
+    """Check the structured outputs of a request of vLLM's routes, also those that they have made of its tools.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    form = getattr(sampling_params, "structured_outputs", None)
+    if form is None or form == call.format:
+        return
+    try:
+        check_structured_outputs(
+            json_schema=form.json,
+            regex=form.regex,
+            choice=form.choice,
+            grammar=form.grammar,
+            structural_tag=form.structural_tag,
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    call.format = form

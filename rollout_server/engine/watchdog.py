@@ -12,7 +12,11 @@ _LOOKS = 30  # within the limit; each walks over all requests
 
 
 class StallWatchdog:
-    """Gives up an engine that has requests and, for `limit` seconds, no new token for any of them; 0: never."""
+    """Gives up an engine that has requests and, for `limit` seconds, no new token for any of them; 0: never.
+
+    Half-way it asks for a token itself: requests that cannot begin, because their structured outputs are still being
+    compiled, say nothing about the engine.
+    """
 
     def __init__(self, proxy: EngineProxy, limit: float) -> None:
         self._proxy, self._limit, self._interval = proxy, limit, min(limit / _LOOKS, 10.0)
@@ -32,7 +36,10 @@ class StallWatchdog:
         self._stalled += min(passed, 2 * self._interval + 2.0)
         if self._progressed():
             self._stalled = 0.0
-        elif self._stalled > self._limit:
+        elif self._stalled <= self._limit:
+            if self._stalled > self._limit / 2:
+                self._proxy.probe()
+        else:
             self._proxy.give_up(
                 EngineDead(
                     f"{len(self._tokens)} sequences are running and none has got a token for {self._stalled:.0f} s "

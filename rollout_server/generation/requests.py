@@ -13,6 +13,7 @@ from typing import Any
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.turns import in_turn
 from rollout_server.generation.tokenization import check_lengths, tokenize
 from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm, token_prompt
 from rollout_server.vllm_compat import kept_mass, versions
@@ -124,6 +125,8 @@ async def _start(body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive
     held = contextlib.ExitStack()
     tasks: list[asyncio.Future[RolloutGroup]] = []
     try:
+        proxy.capacity.check_size(len(body.prompts), body.sampling.n)
+        await proxy.reached(body)
         held.callback(proxy.capacity.take(len(body.prompts), body.sampling.n))
         jobs = await _jobs(body, proxy, exclusive, held)
 
@@ -131,15 +134,38 @@ async def _start(body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive
             return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
 
         async with exclusive.together(submitted):
-            tasks += [asyncio.ensure_future(job.run()) for job in jobs]
-            asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: held.close())
+            for job in jobs:
+                tasks.append(asyncio.ensure_future(job.run()))
+                await asyncio.sleep(0)  # to hand one over takes vLLM milliseconds, in which nothing else is answered
     except BaseException:
         for task in tasks:
             task.cancel()
-        if not tasks:
-            held.close()
         raise
+    finally:
+        if tasks:
+            asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: held.close())
+        else:
+            held.close()
     return tasks
+
+
+def _tokenized(body: GenerateRequest, tokenizer: Any, model_config: Any) -> list[list[int]]:
+    limit = model_config.max_model_len
+    prompts = [tokenize(tokenizer, prompt, body.chat_template_kwargs, limit) for prompt in body.prompts]
+    check_lengths(prompts, body.sampling.max_tokens or 1, model_config)
+    return prompts
+
+
+def _params(body: GenerateRequest) -> dict[int | None, Any]:
+    """Return vLLM's parameters by the seed of a prompt; prompts with the same seed share them."""
+    sampled = body.sampling
+    return {
+        seed: to_vllm(
+            sampled if seed is None else sampled.model_copy(update={"seed": seed}),
+            skip_special_tokens=body.skip_special_tokens,
+        )
+        for seed in {prompt.seed for prompt in body.prompts}
+    }
 
 
 async def _jobs(
@@ -150,23 +176,13 @@ async def _jobs(
     wants_text = given_as_text if body.return_text is None else body.return_text
     # A server without a tokenizer serves token ids.
     tokenizer = proxy.get_tokenizer() if given_as_text or wants_text else None
-    prompts = [tokenize(tokenizer, prompt, body.chat_template_kwargs) for prompt in body.prompts]
     max_tokens = body.sampling.max_tokens
-    check_lengths(prompts, max_tokens or 1, proxy.model_config)
+    prompts = await in_turn(_tokenized, body, tokenizer, proxy.model_config)
     limit = proxy.model_config.max_model_len
     proxy.capacity.check_tokens(
         sum(len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens) for ids in prompts)
     )
-    sampled = body.sampling
-    params = {  # prompts with the same seed share them
-        seed: to_vllm(
-            sampled if seed is None else sampled.model_copy(update={"seed": seed}),
-            skip_special_tokens=body.skip_special_tokens,
-        )
-        for seed in {prompt.seed for prompt in body.prompts}
-    }
-    if body.min_step is not None:
-        await proxy.runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
+    params = await in_turn(_params, body)
     held.callback(await exclusive.take())
     await proxy.runs.admitting()
     admission = held.enter_context(proxy.admit(body))

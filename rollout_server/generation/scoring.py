@@ -9,10 +9,15 @@ import uuid
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.turns import in_turn
 from rollout_server.generation.tokenization import check_lengths
 from rollout_server.generation.vllm_params import token_prompt
+from shared.errors import VersionNotActive
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
+
+#: Times that a request is scored, if a push with `in_flight` `keep` lands in between each time.
+ATTEMPTS = 4
 
 
 async def score(
@@ -24,20 +29,23 @@ async def score(
         The version, None for the base model, and for each sequence the logprobs of all its tokens but the first.
 
     Raises:
-        LockstepError: as `requests.generate`.
+        LockstepError: as `requests.generate`; `version_not_active` where pushes keep landing in between.
     """
     with contextlib.ExitStack() as held:
+        proxy.capacity.check_size(len(body.sequences))
+        await proxy.reached(body)
         held.callback(proxy.capacity.take(len(body.sequences)))
-        check_lengths(body.sequences, 1, proxy.model_config)
+        await in_turn(check_lengths, body.sequences, 1, proxy.model_config)
         proxy.capacity.check_tokens(sum(map(len, body.sequences)))
-        if body.min_step is not None:
-            await proxy.runs.get(body.run_id).wait_for_step(body.min_step, body.wait_s)
         held.callback(await exclusive.take())
-        while True:
+        for _ in range(ATTEMPTS):
             await proxy.runs.admitting()
             with proxy.admit(body) as admission:
-                jobs = [asyncio.ensure_future(_score_one(admission, sequence)) for sequence in body.sequences]
+                jobs: list[asyncio.Future[list[float]]] = []
                 try:
+                    for sequence in body.sequences:
+                        jobs.append(asyncio.ensure_future(_score_one(admission, sequence)))
+                        await asyncio.sleep(0)  # as in `requests`
                     logprobs = await asyncio.gather(*jobs)
                 finally:
                     for job in jobs:
@@ -45,6 +53,10 @@ async def score(
                     await asyncio.gather(*jobs, return_exceptions=True)
             if not admission.moved:  # else a push landed in between and some positions are under another version
                 return admission.version, logprobs
+        raise VersionNotActive(
+            f"{ATTEMPTS} pushes in a row landed while these sequences were scored; send fewer in one request, or pause "
+            "the training"
+        )
 
 
 async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:

@@ -27,21 +27,28 @@ _RESERVED = frozenset(
 )
 
 
-def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any]) -> list[int]:
+def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any], context: int) -> list[int]:
     """Return the token ids of one prompt.
 
     Args:
-        tokenizer: one of transformers; not used for a prompt of token ids.
+        tokenizer: vLLM's; not used for a prompt of token ids.
+        context: tokens of the model's context. Text that cannot fit into it is not tokenized.
 
     Raises:
-        LockstepError: `invalid_request` when the tokenizer or its chat template refuses.
+        LockstepError: `invalid_request` when the tokenizer or its chat template refuses, or the text is too long.
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
+    longest = context * tokenizer.max_chars_per_token
     if taken := _RESERVED & chat_template_kwargs.keys():
         raise InvalidRequest(
             "chat_template_kwargs: the template and how it is used are the server's own; leave "
             f"{', '.join(sorted(taken))} out"
+        )
+    characters = _characters(prompt.text or prompt.messages)
+    if characters > longest:
+        raise InvalidRequest(
+            f"a prompt has {characters} characters, and the model's {context} tokens hold at most {longest}; cut it"
         )
     try:
         if prompt.text is not None:
@@ -52,6 +59,15 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
     except Exception as error:  # templates raise what their author chose
         raise InvalidRequest(f"the prompt cannot be tokenized: {error}") from error
     return list(ids)
+
+
+def _characters(part: Any) -> int:
+    """Count the characters of all text in a message."""
+    if isinstance(part, dict):
+        return sum(map(_characters, part.values()))
+    if isinstance(part, list):
+        return sum(map(_characters, part))
+    return len(part) if isinstance(part, str) else 0
 
 
 def check_lengths(sequences: list[list[int]], room: int, model_config: Any) -> None:

@@ -29,7 +29,7 @@ from shared.errors import (
     UnknownLayout,
     UnsupportedAdapter,
 )
-from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState
+from shared.weights import SERVED_RANKS, AdapterManifest, InFlight, PushReceipt, ServerState
 
 _LAYOUTS_KNOWN = 8  # fewer than a worker keeps, so that it always knows them
 
@@ -54,6 +54,7 @@ class Installer:
         self, run_id: str, lease: str, takeover: bool, body: AsyncIterator[bytes], in_flight: InFlight = "drain"
     ) -> PushReceipt:
         """Receive one adapter over HTTP and install it. After an error nothing served has changed."""
+        self.runs.places(run_id, lease, takeover)  # before anything of it is read
         self._check_in_flight(in_flight)
         deadline = time.monotonic() + self.settings.push_timeout
         check = functools.partial(self._check, run_id, lease, takeover)
@@ -66,9 +67,9 @@ class Installer:
             ) from None
         try:
             async with self._opened(run_id, lease, takeover) as run:
-                receipt = self._check_order(run_id, header.manifest)
+                receipt = self._check_order(run_id, lease, header.manifest)
                 if receipt is None:
-                    install = self._install(self.context, run, header, deadline, in_flight, "http", seconds)
+                    install = self._install(self.context, run, lease, header, deadline, in_flight, "http", seconds)
                     source = {"path": memory.path, "memory": memory.number, "offset": header.data_offset}
                     async with install.filling(source):
                         receipt = await install.finish()
@@ -96,12 +97,12 @@ class Installer:
         header = replace(last, manifest=manifest)
         await self._check(run_id, lease, False, header)
         async with self._opened(run_id, lease, False) as run:
-            if repeated := self._check_order(run_id, header.manifest):
+            if repeated := self._check_order(run_id, lease, header.manifest):
                 yield repeated
                 return
             group = self.groups.of(run)
             timeout = min(self.settings.collective_timeout, deadline - time.monotonic())
-            install = self._install(self.context, run, header, deadline, in_flight, "collective")
+            install = self._install(self.context, run, lease, header, deadline, in_flight, "collective")
             try:
                 async with install.filling({"group": group, "timeout": timeout}):
                     await install.acknowledged()
@@ -122,7 +123,7 @@ class Installer:
                 "version; use drain"
             )
 
-    async def end(self, run_id: str) -> None:
+    async def end(self, run_id: str, lease: str) -> None:
         """Remove a run, after a push of it that is under way. A base that it was merged into is restored bit by bit.
 
         Raises `no_free_slot` if running requests do not end in time; the run stays then.
@@ -130,29 +131,26 @@ class Installer:
         run = self.runs.get(run_id)
         # Without --apply merge no weight is written.
         awake = self.sleep.kept_awake() if self.settings.merges else contextlib.nullcontext()
-        async with awake, run.push_lock:
-            if self.settings.merges and run.active is not None:
+        async with awake, run.ring.push_lock:
+            if run.closed:
+                return
+            self.runs.check_lease(run, lease)  # a takeover may have come in between
+            if self.settings.merges:
                 deadline = time.monotonic() + self.settings.push_timeout
-                async with LiveWeights(self.context.proxy, self.context.workers).updated(run, None, deadline):
-                    self.runs.close(run_id)
-            elif not run.closed:
+                weights = LiveWeights(self.context.proxy, self.context.workers)
+                await weights.update(run, None, deadline, lambda _: self.runs.close(run_id))
+            else:
                 self.runs.close(run_id)
-        self.groups.leave(run)
+        self.groups.leave_lost()
 
     @contextlib.asynccontextmanager
     async def _opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
-        """Open the run and hold its push lock. If its first push fails, its place is free for other runs."""
-        try:
-            while self.settings.merges and (replaced := self.runs.replaced_by(run_id, takeover)):
-                await self.end(replaced)
-            async with self.sleep.kept_awake():
-                run = self.runs.open(run_id, lease, takeover)
-                async with run.push_lock:
-                    yield run
-        finally:
-            opened = self.runs.runs.get(run_id)
-            if opened is not None and opened.active is None and not opened.push_lock.locked():
-                self.runs.close(run_id)
+        """Hold the push lock of the run with the engine awake; whose run it is changes with the flip alone."""
+        async with self.sleep.kept_awake(), self.runs.opened(run_id, lease, takeover) as run:
+            try:
+                yield run
+            finally:
+                self.groups.leave_lost()
 
     async def _check(self, run_id: str, lease: str, takeover: bool, header: AdapterHeader) -> None:
         """Run all checks that need no tensor."""
@@ -166,7 +164,10 @@ class Installer:
             )
         max_rank = max(module.rank for module in manifest.modules.values())
         if max_rank > served.max_lora_rank:
-            raise RankTooHigh(f"rank {max_rank} is above the server's --max-lora-rank {served.max_lora_rank}")
+            raise RankTooHigh(
+                f"rank {max_rank} is above the server's --max-lora-rank {served.max_lora_rank}: start it with one of "
+                f"{', '.join(map(str, SERVED_RANKS))}"
+            )
         if manifest.dtype != served.lora_dtype:
             raise UnsupportedAdapter(
                 f"the adapter comes in {manifest.dtype}, the slots hold {served.lora_dtype} (/v1/state: lora_dtype)"
@@ -174,21 +175,22 @@ class Installer:
         altering = [key for key in ("use_dora", "lora_bias", "modules_to_save") if manifest.peft_config.get(key)]
         if altering:
             raise UnsupportedAdapter(f"{', '.join(altering)} cannot be served; train plain LoRA")
-        self.runs.check_open(run_id, lease, takeover)
-        self._check_order(run_id, manifest)
+        self.runs.places(run_id, lease, takeover)
+        self._check_order(run_id, lease, manifest)
         if key not in self._known_layouts:
             entries = [[e.name, e.dtype, e.shape, e.start, e.end] for e in header.layout.entries]
             await self.context.workers.call("check", timeout=30.0, entries=entries)
             self._known_layouts = [*self._known_layouts, key][-_LAYOUTS_KNOWN:]
 
-    def _check_order(self, run_id: str, manifest: AdapterManifest) -> PushReceipt | None:
-        """Refuse a version older than the served one; return the receipt again if it is the same push."""
+    def _check_order(self, run_id: str, lease: str, manifest: AdapterManifest) -> PushReceipt | None:
+        """Refuse a version older than the served one; return the receipt again if it is its learner's own push."""
         run = self.runs.runs.get(run_id)
         slot = run.active if run else None
-        if slot is None or slot.version is None or manifest.version > slot.version:
+        if run is None or slot is None or slot.version is None or manifest.version > slot.version:
             return None
-        if manifest.version == slot.version and manifest.checksum == slot.checksum:
-            return self.context.receipts[slot.install_seq].model_copy(update={"repeated": True})
+        if (manifest.version, manifest.checksum, lease) == (slot.version, slot.checksum, run.lease):
+            assert slot.receipt is not None
+            return slot.receipt.model_copy(update={"repeated": True})
         raise StaleVersion(
             f"{manifest.version} does not come after {slot.version}, which is being served",
             served=slot.version.model_dump(),

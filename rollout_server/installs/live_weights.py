@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.engine.admission import KV
 from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.installs.slot_install import SlotInstall
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
+from shared.weights import PushReceipt
 
 _APPLY_SECONDS = 60.0  # all of W0 may come from host memory
 
@@ -35,13 +37,18 @@ class LiveWeights:
     proxy: EngineProxy
     workers: Workers
 
-    @asynccontextmanager
-    async def updated(
-        self, run: Run, checksum: str | None, deadline: float, kv: KV | None = None
-    ) -> AsyncIterator[WeightUpdate]:
-        """Apply the adapter of that checksum (None: no adapter) and keep the engine paused inside the block.
+    async def update(
+        self,
+        run: Run,
+        checksum: str | None,
+        deadline: float,
+        commit: Callable[[WeightUpdate], None],
+        kv: KV | None = None,
+    ) -> WeightUpdate:
+        """Apply the adapter of that checksum (None: no adapter), and `commit` to it while the engine is paused.
 
-        No request is admitted until the end, so requests admitted later see the state that the caller sets inside.
+        No request is admitted until the end, so requests admitted later see what `commit` sets. Once a weight may have
+        changed, a caller that is cancelled does not end it.
 
         Args:
             kv: None: wait until no request runs. Otherwise running requests survive the update and recompute their KV
@@ -69,8 +76,7 @@ class LiveWeights:
                     self.proxy.paused(clear_cache=kv == "fresh") as update.tokens,
                 ):
                     limit.reschedule(None)
-                    await self._apply(checksum, before=run.slots[0].checksum or None)
-                    yield update
+                    await uninterrupted(self._commit(checksum, run.slots[0].checksum or None, update, commit))
             except TimeoutError:
                 raise InstallFailed("the engine did not pause before the push's deadline") from None
             finally:
@@ -78,6 +84,13 @@ class LiveWeights:
                 update.pause_seconds = time.monotonic() - paused
         finally:
             run.ring.admits.set()
+        return update
+
+    async def _commit(
+        self, checksum: str | None, before: str | None, update: WeightUpdate, commit: Callable[[WeightUpdate], None]
+    ) -> None:
+        await self._apply(checksum, before)
+        commit(update)
 
     async def _apply(self, checksum: str | None, before: str | None) -> None:
         """Apply on all workers, or, where one fails, `before` on all of them again."""
@@ -105,15 +118,14 @@ class MergeInstall(SlotInstall):
             self._begin_fill(0, source)
             yield
 
-    async def _switch(self, install_seq: int) -> float:
-        run, version, checksum = self.run, self.header.manifest.version, self.header.manifest.checksum
-        # Before the first push it is the base that runs.
-        kv = self.kv if self.in_flight != "drain" and run.active is not None else None
+    async def _switch(self, receipt: PushReceipt) -> float:
+        # Before the first push it is the base that runs, or a run whose place this one takes.
+        kv = self.kv if self.in_flight != "drain" and self.run.active is not None else None
+
+        def commit(update: WeightUpdate) -> None:
+            self._serve(receipt, self.run.slots[0], update.tokens if kv else None)
+
         weights = LiveWeights(self.context.proxy, self.context.workers)
-        async with weights.updated(run, checksum, self.deadline, kv) as update:
-            if kv is None:
-                run.flip(run.slots[0], version, install_seq, checksum)
-            else:
-                run.move(version, install_seq, checksum, update.tokens, kv)
+        update = await weights.update(self.run, self.header.manifest.checksum, self.deadline, commit, kv)
         self._wait_seconds += update.wait_seconds
         return update.pause_seconds

@@ -9,14 +9,17 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rollout_server.engine.admission import KV
+from rollout_server.engine.admission import KV, OutputTokens
 from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.ipc.client import WorkerCall, Workers
 from rollout_server.runs.slots import Run, Slot
 from rollout_server.runs.table import RunTable
 from shared.adapter_file import AdapterHeader
-from shared.errors import EngineDead, InstallFailed, UnknownRun
+from shared.errors import EngineDead, InstallFailed
 from shared.weights import InFlight, PushReceipt
+
+_SWAP_SECONDS = 10.0
 
 
 @dataclass
@@ -27,7 +30,6 @@ class InstallContext:
     workers: Workers
     runs: RunTable
     boot_id: str
-    receipts: dict[int, PushReceipt] = field(default_factory=dict)  # of served versions, by install_seq
     recoveries: set[asyncio.Future[None]] = field(default_factory=set)
     fill_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # the workers have one receive buffer each
 
@@ -38,6 +40,7 @@ class SlotInstall:
 
     context: InstallContext
     run: Run
+    lease: str
     header: AdapterHeader
     deadline: float
     in_flight: InFlight
@@ -86,61 +89,71 @@ class SlotInstall:
 
     async def finish(self) -> PushReceipt:
         """Wait for every worker's result and flip."""
-        context, run, manifest = self.context, self.run, self.header.manifest
         results = await self._call.results(self._left())
-        written = time.monotonic()
-        if run.closed:
-            raise UnknownRun(f"run {run.run_id} was deleted while a push was under way")
-        install_seq = context.runs.next_install_seq()
-        waited = self._wait_seconds
-        pause_seconds = await self._switch(install_seq)
+        written, waited, manifest = time.monotonic(), self._wait_seconds, self.header.manifest
         receipt = PushReceipt(
-            epoch=context.boot_id,
+            epoch=self.context.boot_id,
             version=manifest.version,
-            install_seq=install_seq,
+            install_seq=self.context.runs.next_install_seq(),
             checksum=manifest.checksum,
             bytes=self.header.total_bytes,
             transport=self.transport,
             workers=len(results),
             modules=results[0]["modules"],
             transfer_seconds=self.sent_seconds + max(result["receive_seconds"] for result in results),
-            wait_seconds=self._wait_seconds,
+            wait_seconds=waited,
             install_seconds=max(result["write_seconds"] for result in results),
-            flip_seconds=time.monotonic() - written - (self._wait_seconds - waited),
-            pause_seconds=pause_seconds,
+            flip_seconds=0.0,
         )
-        run.header = self.header
-        served = {run.active.install_seq for run in context.runs.runs.values() if run.active}
-        kept = {seq: kept for seq, kept in context.receipts.items() if seq in served}
-        context.receipts = {**kept, install_seq: receipt}
+        pause_seconds = await self._switch(receipt)
+        # What is served has this receipt already; from now on with its times.
+        receipt.wait_seconds, receipt.pause_seconds = self._wait_seconds, pause_seconds
+        receipt.flip_seconds = time.monotonic() - written - (self._wait_seconds - waited)
         return receipt
 
-    async def _switch(self, install_seq: int) -> float:
+    def _serve(self, receipt: PushReceipt, slot: Slot, tokens: OutputTokens | None = None) -> None:
+        """Give `slot` to new requests, and to running ones that have `tokens` so far; the run to its learner."""
+        run, version = self.run, receipt.version
+        self.context.runs.own(run, self.lease)
+        if tokens is None:
+            run.flip(slot, version, receipt.install_seq, receipt.checksum)
+        else:
+            run.move(version, receipt.install_seq, receipt.checksum, tokens, self.kv)
+        slot.receipt, run.header = receipt, self.header
+
+    async def _switch(self, receipt: PushReceipt) -> float:
         """Let requests sample from the verified adapter; return the seconds for which none was decoding."""
-        run, active, spare, manifest = self.run, self.run.active, self._slot, self.header.manifest
+        run, active, spare = self.run, self.run.active, self._slot
         assert spare
         if self.in_flight == "drain" or active is None or active.requests == 0:
             self._slot = None
-            run.flip(spare, manifest.version, install_seq, manifest.checksum)
+            self._serve(receipt, spare)
             return 0.0
         # Running requests move along: the two slots are swapped while the engine is paused.
-        proxy, started = self.context.proxy, time.monotonic()
+        started = time.monotonic()
         run.not_moving.clear()
         try:
-            async with asyncio.timeout(self._left()), proxy.paused(clear_cache=self.kv == "fresh") as tokens:
-                try:
-                    await self.context.workers.call("swap", timeout=10.0, one=active.slot_id, other=spare.slot_id)
-                except BaseException:
-                    proxy.give_up(EngineDead("not every worker exchanged its adapter slots"))
-                    raise
-                self._slot = None
-                run.move(manifest.version, install_seq, manifest.checksum, tokens, self.kv)
-                run.give_back(spare)
+            async with (
+                asyncio.timeout(self._left()) as limit,
+                self.context.proxy.paused(clear_cache=self.kv == "fresh") as tokens,
+            ):
+                limit.reschedule(None)  # the engine is paused for as long as the swap takes
+                await uninterrupted(self._swap(receipt, active, spare, tokens))
         except TimeoutError:
             raise InstallFailed("the engine did not pause before the push's deadline") from None
         finally:
             run.not_moving.set()
         return time.monotonic() - started
+
+    async def _swap(self, receipt: PushReceipt, active: Slot, spare: Slot, tokens: OutputTokens) -> None:
+        try:
+            await self.context.workers.call("swap", timeout=_SWAP_SECONDS, one=active.slot_id, other=spare.slot_id)
+        except BaseException:
+            self.context.proxy.give_up(EngineDead("not every worker exchanged its adapter slots"))
+            raise
+        self._slot = None
+        self._serve(receipt, active, tokens)
+        self.run.give_back(spare)
 
     def _left(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import time
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from shared.adapter_file import AdapterHeader, header_length, parse_header
+from shared.bounded_json import SMALL
 from shared.errors import InstallFailed, LockstepError, MalformedAdapter, TooLarge
 
 
@@ -55,7 +57,9 @@ class Staging:
                 break
         else:
             raise _truncated(len(head), "its header")
-        header = parse_header(bytes(head[8:data_offset]))
+        text = bytes(head[8:data_offset])
+        # A large one takes longer than the event loop may be kept from other requests.
+        header = await asyncio.to_thread(_parse, text) if len(text) > SMALL else _parse(text)
         if header.total_bytes > self.max_bytes:
             raise TooLarge(
                 f"the adapter has {header.total_bytes} bytes, this server takes {self.max_bytes}; see --max-adapter-mib"
@@ -77,6 +81,12 @@ class Staging:
         """Free the shared memory."""
         while self._free:
             self._free.pop().free()
+
+
+def _parse(header: bytes) -> AdapterHeader:
+    parsed = parse_header(header)
+    _ = parsed.layout.key  # computed once, here
+    return parsed
 
 
 async def _store(body: AsyncIterator[bytes], head: bytearray, header: AdapterHeader, descriptor: int) -> None:

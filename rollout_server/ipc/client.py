@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, error_class
+from rollout_server.ipc.lines import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES
+from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, TooLarge, error_class
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,24 @@ class Workers:
     links: list[_Link]
 
     @classmethod
-    async def connect(cls, paths: list[Path], count: int) -> Workers:
-        """Connect to the workers' sockets; raises `invalid_request` if fewer than `count` run on this host."""
+    async def connect(cls, paths: list[Path], count: int, on_break: Callable[[EngineDead], None]) -> Workers:
+        """Connect to the workers' sockets; raises `invalid_request` if fewer than `count` run on this host.
+
+        Args:
+            on_break: called with the reason when a link has ended: no push can succeed from then on.
+        """
         if len(paths) != count:
             raise InvalidRequest(
                 f"{len(paths)} of the engine's {count} workers run on this host; a rollout server reaches only those: "
                 "choose a layout that fits on one host, or start several rollout servers"
             )
-        return cls([_Link(*await asyncio.open_unix_connection(str(path))) for path in paths])
+        limit = MAX_ANSWER_BYTES
+        return cls([_Link(*await asyncio.open_unix_connection(str(path), limit=limit), on_break) for path in paths])
+
+    def close(self) -> None:
+        """Close all links; nothing counts as broken from now on."""
+        for link in self.links:
+            link.close()
 
     def __len__(self) -> int:
         return len(self.links)
@@ -98,44 +111,64 @@ class Reply:
         for future in (self.acknowledged, self.result):
             future.add_done_callback(lambda f: f.cancelled() or f.exception())
 
-    def fail(self) -> None:
-        """End both futures: the worker is gone."""
+    def fail(self, reason: str) -> None:
+        """End both futures: the worker cannot be reached any more."""
         for future in (self.acknowledged, self.result):
             if not future.done():
-                future.set_exception(EngineDead("a worker of the engine has ended"))
+                future.set_exception(EngineDead(reason))
 
 
 class _Link:
-    """The socket to one worker."""
+    """The socket to one worker. It ends once, whatever the reason, and everybody who waits is told."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_break: Callable[[EngineDead], None]
+    ) -> None:
+        self._writer, self._on_break = writer, on_break
         self._ids = itertools.count()
         self._replies: dict[int, Reply] = {}
+        self._broken = ""  # why, once it is
         self._reading = asyncio.get_running_loop().create_task(self._read(reader))
+        self._reading.add_done_callback(self._end)
 
     def send(self, op: str, arguments: dict[str, Any]) -> Reply:
         reply = Reply()
-        if self._reading.done():
-            reply.fail()
+        if self._broken:
+            reply.fail(self._broken)
             return reply
         request_id = next(self._ids)
+        line = json.dumps({"id": request_id, "op": op, **arguments}).encode() + b"\n"
+        if len(line) > MAX_REQUEST_BYTES:
+            raise TooLarge(
+                f"{op}: {len(line)} bytes are more than a worker takes in a request ({MAX_REQUEST_BYTES}); "
+                "push an adapter of fewer tensors with shorter names"
+            )
         self._replies[request_id] = reply
-        self._writer.write(json.dumps({"id": request_id, "op": op, **arguments}).encode() + b"\n")
+        self._writer.write(line)
         return reply
 
+    def close(self) -> None:
+        self._reading.cancel()
+
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while line := await reader.readline():
-                message = json.loads(line)
-                result = message.get("result")
-                reply = self._replies[message["id"]] if result is None else self._replies.pop(message["id"])
-                if not reply.acknowledged.done():
-                    reply.acknowledged.set_result(None)
-                if result is not None:
-                    reply.result.set_result(result)
-        except OSError:
-            pass
-        finally:
-            for reply in self._replies.values():
-                reply.fail()
+                self._take(json.loads(line))
+
+    def _end(self, reading: asyncio.Task[None]) -> None:
+        self._broken = "a worker of the engine has ended"
+        if not reading.cancelled() and (error := reading.exception()) is not None:
+            self._broken = f"cannot read a worker's answers: {type(error).__name__}: {error}"
+        self._writer.close()
+        for reply in self._replies.values():
+            reply.fail(self._broken)
+        if not reading.cancelled():
+            self._on_break(EngineDead(self._broken))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        result = message.get("result")
+        reply = self._replies[message["id"]] if result is None else self._replies.pop(message["id"])
+        if not reply.acknowledged.done():
+            reply.acknowledged.set_result(None)
+        if result is not None:
+            reply.result.set_result(result)

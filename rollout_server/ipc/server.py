@@ -6,6 +6,7 @@ Request: {"id", "op", **arguments}. Replies, in any order: {"id", "acknowledged"
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -13,8 +14,9 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from rollout_server.ipc.lines import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES
 from shared.errors import InstallFailed, LockstepError
 
 Acknowledge = Callable[[], None]
@@ -36,23 +38,42 @@ def serve(folder: Path, operations: dict[str, Operation]) -> None:
 def _read(listener: socket.socket, operations: dict[str, Operation]) -> None:
     connection, _ = listener.accept()
     listener.close()
-    out, lock = connection.makefile("wb", buffering=0), threading.Lock()
-    for line in connection.makefile("rb"):
-        request = json.loads(line)
-        args = (operations[request.pop("op")], request.pop("id"), request, out, lock)
-        threading.Thread(target=_run, args=args, name="lockstep-operation", daemon=True).start()
+    lock = threading.Lock()
+    try:
+        requests = connection.makefile("rb")
+        while line := requests.readline(MAX_REQUEST_BYTES + 1):
+            if len(line) > MAX_REQUEST_BYTES:
+                raise ValueError(f"a request has over {MAX_REQUEST_BYTES} bytes")
+            request = json.loads(line)
+            args = (operations, request.pop("op"), request.pop("id"), request, connection, lock)
+            threading.Thread(target=_run, args=args, name="lockstep-operation", daemon=True).start()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)  # the server must not wait for answers that cannot come
 
 
-def _run(operation: Operation, request_id: int, arguments: dict[str, Any], out: BinaryIO, lock: threading.Lock) -> None:
+def _run(
+    operations: dict[str, Operation],
+    op: str,
+    request_id: int,
+    arguments: dict[str, Any],
+    connection: socket.socket,
+    lock: threading.Lock,
+) -> None:
     def send(**reply: Any) -> None:
+        line = json.dumps({"id": request_id, **reply}).encode() + b"\n"
+        if len(line) > MAX_ANSWER_BYTES:
+            raise InstallFailed(f"the answer to {op} has {len(line)} bytes, and {MAX_ANSWER_BYTES} are read")
         with lock:
-            out.write(json.dumps({"id": request_id, **reply}).encode() + b"\n")
+            connection.sendall(line)
 
     try:
-        result = {"ok": True, **(operation(lambda: send(acknowledged=True), **arguments) or {})}
-    except Exception as error:
+        send(result={"ok": True, **(operations[op](lambda: send(acknowledged=True), **arguments) or {})})
+    except BaseException as error:
         if not isinstance(error, LockstepError):
             traceback.print_exc()
             error = InstallFailed(f"{type(error).__name__}: {error}")
-        result = {"ok": False, "code": error.code.value, "message": error.message}
-    send(result=result)
+        with contextlib.suppress(OSError):  # the server is gone, and this process about to be
+            send(result={"ok": False, "code": error.code.value, "message": error.message})

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from shared.adapter_file import AdapterHeader
 from shared.errors import NoFreeSlot, StepNotReached, UnknownRun
-from shared.weights import RunState, WeightVersion
+from shared.weights import PushReceipt, RunState, WeightVersion
 
 
 class SlotState(StrEnum):
@@ -37,6 +37,7 @@ class Slot:
     version: WeightVersion | None = None
     install_seq: int = 0
     checksum: str = ""
+    receipt: PushReceipt | None = None  # of the push that it serves; complete when that push is answered
     requests: int = 0
 
     @property
@@ -47,9 +48,10 @@ class Slot:
 
 @dataclass(eq=False)
 class Ring:
-    """Slots of one run at a time."""
+    """Slots of one run at a time; of the next one too, while its first push is under way."""
 
     slots: list[Slot]
+    push_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     # While it is not set no request may be admitted (`--apply merge`: the weights are about to change).
     admits: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,14 +83,17 @@ class Holder(Protocol):
 
 @dataclass(eq=False)
 class Run:
-    """One training run on this server."""
+    """One training run on this server, in the table from its first flip on.
+
+    Attributes:
+        lease: secret of the learner whose push flipped last.
+    """
 
     run_id: str
     lease: str
     ring: Ring
     active: Slot | None = None
     header: AdapterHeader | None = None  # of its last install
-    push_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     not_moving: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
 
@@ -127,7 +132,7 @@ class Run:
         if slot is None or self.closed:
             raise UnknownRun(f"run {self.run_id} was deleted while a push was waiting")
         slot.state = SlotState.FILLING
-        slot.version = None
+        slot.version = slot.receipt = None
         return slot
 
     def flip(self, slot: Slot, version: WeightVersion, install_seq: int, checksum: str) -> None:

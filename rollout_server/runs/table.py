@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from rollout_server.runs.slots import Ring, Run, Slot, SlotState
 from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
@@ -18,6 +20,7 @@ class RunTable:
         # Holds slot 0, which it shares with the run, for base requests; None where the base is always served.
         self.base = Run("base", "", self._rings[0]) if merged else None
         self.runs: dict[str, Run] = {}
+        self._opening: dict[str, Run] = {}  # that are being pushed to
         self._install_seq = 0
 
     def next_install_seq(self) -> int:
@@ -39,11 +42,6 @@ class RunTable:
                 "that run is deleted; ask a server with --apply adapter"
             )
 
-    def replaced_by(self, run_id: str, takeover: bool) -> str | None:
-        """Return the run whose place `open` would give to `run_id`."""
-        full = run_id not in self.runs and len(self._rings) == len(self.runs) == 1
-        return next(iter(self.runs)) if full and takeover else None
-
     def get(self, run_id: str | None) -> Run:
         """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
         if run_id is None and len(self.runs) == 1:
@@ -58,39 +56,61 @@ class RunTable:
         active = [(run_id, run.active) for run_id, run in self.runs.items()]
         return {run_id: slot.version.step for run_id, slot in active if slot and slot.version}
 
-    def check_open(self, run_id: str, lease: str, takeover: bool) -> None:
-        """Raise `lease_mismatch` or `no_free_run` if `open` would. Changes nothing."""
-        run = self.runs.get(run_id)
-        if run is not None:
-            if not takeover and not hmac.compare_digest(run.lease.encode(), lease.encode()):
-                raise LeaseMismatch(
-                    f"another learner holds run {run_id}; stop it, or take the run over with --takeover"
-                )
-        elif self._free_ring() is None and self.replaced_by(run_id, takeover) is None:
-            raise NoFreeRun(
-                f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
-                "end that run, take its place with --takeover, or start the server with --max-runs"
+    def check_lease(self, run: Run, lease: str) -> None:
+        """Raise `lease_mismatch` unless the learner of that lease holds the run."""
+        if not hmac.compare_digest(run.lease.encode(), lease.encode()):
+            raise LeaseMismatch(
+                f"another learner holds run {run.run_id}; stop it, or take the run over with --takeover"
             )
 
-    def open(self, run_id: str, lease: str, takeover: bool) -> Run:
-        """Return the run to push to, a new one if there is room.
+    def places(self, run_id: str, lease: str, takeover: bool) -> list[Ring]:
+        """Return the slots that a push to `run_id` may go to; raises `lease_mismatch`, `no_free_run`. Changes nothing.
 
-        `takeover` replaces the lease, or the only other run. Raises `lease_mismatch`, `no_free_run`.
+        `takeover`: the run may be another learner's, and the slots those of the only other run.
         """
-        self.check_open(run_id, lease, takeover)
-        if replaced := self.replaced_by(run_id, takeover):
-            self.close(replaced)
         run = self.runs.get(run_id)
-        if run is None:
-            ring = self._free_ring()
-            assert ring is not None
-            run = self.runs[run_id] = Run(run_id, lease, ring)
-        run.lease = lease
-        return run
-
-    def _free_ring(self) -> Ring | None:
+        if run is not None:
+            if not takeover:
+                self.check_lease(run, lease)
+            return [run.ring]
+        if run_id in self._opening:
+            return [self._opening[run_id].ring]
         taken = [run.ring for run in self.runs.values()]
-        return next((ring for ring in self._rings if ring not in taken), None)
+        free = [ring for ring in self._rings if ring not in taken]
+        if free:
+            return free
+        if takeover and len(self._rings) == 1:
+            return self._rings
+        raise NoFreeRun(
+            f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
+            "end that run, take its place with --takeover, or start the server with --max-runs"
+        )
+
+    @asynccontextmanager
+    async def opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
+        """Hold the push lock of the run's slots. A new run is in the table once it is served (`own`).
+
+        Raises as `places`, also for what has changed while it waited.
+        """
+        while True:
+            # A lock that is held may be another new run's, whose push may fail.
+            ring = min(self.places(run_id, lease, takeover), key=lambda ring: ring.push_lock.locked())
+            async with ring.push_lock:
+                if ring not in self.places(run_id, lease, takeover):
+                    continue
+                run = self._opening[run_id] = self.runs.get(run_id) or Run(run_id, lease, ring)
+                try:
+                    yield run
+                finally:
+                    del self._opening[run_id]
+                return
+
+    def own(self, run: Run, lease: str) -> None:
+        """Give the run to the holder of the lease, and its place to the run: at a flip, and never before."""
+        for other in [other for other in self.runs.values() if other.ring is run.ring and other is not run]:
+            self.close(other.run_id)
+        self.runs[run.run_id] = run
+        run.lease = lease
 
     def close(self, run_id: str) -> None:
         """Remove a run. Its running requests finish; then its slots are free for other runs."""
@@ -102,4 +122,5 @@ class RunTable:
                 slot.state = SlotState.DRAINING if slot.requests else SlotState.FREE
             if self.base is not None:  # belongs to the base from now on, under a new salt
                 slot.version, slot.checksum, slot.install_seq = None, "", self.next_install_seq()
+                slot.receipt = None
         run.ring.notify()

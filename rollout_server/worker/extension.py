@@ -13,6 +13,7 @@ import select
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from rollout_server.ipc.server import Acknowledge, serve
-from rollout_server.vllm_compat import cpu_lora, kept_mass, lora_slots, versions
+from rollout_server.vllm_compat import cpu_lora, kept_mass, lora_slots, start_errors, versions
 from rollout_server.worker.receiving_group import ReceivingGroup
 from rollout_server.worker.slot_writer import SlotWriter
 from shared.adapter_file import Layout, TensorEntry
@@ -28,6 +29,7 @@ from shared.errors import InstallFailed
 
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
+start_errors.report_errors()
 
 
 class AdapterWorker:
@@ -53,6 +55,8 @@ class Operations:
         self.writer = writer
         self.layouts: dict[str, Layout] = {}  # that fit, by key; the latest last
         self.groups: dict[str, ReceivingGroup] = {}
+        self.left: deque[str] = deque(maxlen=256)  # groups; calls have threads of their own and may come late
+        self.grouping = threading.Lock()
         self.filling = threading.Lock()
         self.mapping: tuple[int, torch.Tensor] | None = None
 
@@ -92,7 +96,7 @@ class Operations:
                 buffer = self.writer.buffer(layout)
                 if "group" in source:
                     try:
-                        self.groups[source["group"]].receive(buffer, source["timeout"], posted=acknowledge)
+                        self._joining(source["group"]).receive(buffer, source["timeout"], posted=acknowledge)
                     except BaseException:
                         self.writer.forget_buffer()
                         raise
@@ -117,19 +121,31 @@ class Operations:
 
     def host_group(self, _: Acknowledge, group: str, bind: str, timeout: float) -> dict[str, Any]:
         """Open the store in which the ranks of a group meet."""
-        self.groups[group] = ReceivingGroup(self.device)
-        return {"port": self.groups[group].host(bind, timeout)}
+        return {"port": self._joining(group).host(bind, timeout)}
 
     def join_group(
         self, _: Acknowledge, group: str, bind: str, port: int, rank: int, size: int, timeout: float
     ) -> None:
         """Join the learner and the other workers in a group."""
-        self.groups.setdefault(group, ReceivingGroup(self.device)).join(group, bind, port, rank, size, timeout)
+        self._joining(group).join(group, bind, port, rank, size, timeout)
+
+    def close_store(self, _: Acknowledge, group: str) -> None:
+        """Close the store of `host_group`; all ranks have met."""
+        self._joining(group).close_store()
 
     def leave_group(self, _: Acknowledge, group: str) -> None:
-        """Leave a group, even in the middle of a transfer."""
-        if left := self.groups.pop(group, None):
+        """Leave a group, even in the middle of a transfer, or before the call that would have made it comes."""
+        with self.grouping:
+            self.left.append(group)
+            left = self.groups.pop(group, None)
+        if left is not None:
             left.abort()
+
+    def _joining(self, group: str) -> ReceivingGroup:
+        with self.grouping:
+            if group in self.left:
+                raise InstallFailed("the collective group was left")
+            return self.groups.setdefault(group, ReceivingGroup(self.device))
 
     @contextlib.contextmanager
     def _on_own_stream(self) -> Iterator[None]:
@@ -160,9 +176,12 @@ def _end_with(server_pid: int) -> None:
     """
     try:
         process = os.pidfd_open(server_pid)
-    except (OSError, AttributeError):  # on another host, or no Linux: vLLM's own means have to do
+    except ProcessLookupError:  # it has gone already
+        process = None
+    except (OSError, AttributeError):  # no Linux: vLLM's own means have to do
         return
-    select.select([process], [], [])
+    if process is not None:
+        select.select([process], [], [])
     engine = os.getppid()
     if engine not in (1, server_pid):
         os.kill(engine, signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from tests.chaos import pushes, recipes
+from tests.chaos import pushes, recipes, strangers
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,17 @@ FAULTS = [
     Fault("push: older", pushes.older_push, 6, quick=1),
     Fault("push: stale fence", pushes.stale_fence, 6, quick=1),
     Fault("push: a stranger's lease", pushes.strangers_push, 4, quick=1),
+    Fault("push: refused takeover", pushes.refused_takeover, 5, quick=1),
+    Fault("push: refused takeover by another run", pushes.refused_takeover_of_its_place, 5, quick=1),
+    Fault("push: long names", pushes.long_names, 4, quick=1),
+    Fault("push: the same several times at once", pushes.same_push_at_once, 6, quick=1),
+    Fault("group: failed join", strangers.failed_join, 3, quick=1),
+    Fault("strangers: requests without end", strangers.endless_requests, 4, quick=1),
+    Fault("strangers: idle connections", strangers.idle_connections, 4, quick=1),
+    Fault("strangers: large bodies", strangers.large_bodies, 4, quick=1),
+    Fault("strangers: structured outputs", strangers.structured_outputs, 4, quick=1),
+    Fault("strangers: waiting requests", strangers.waiting_crowd, 3, quick=1),
+    Fault("strangers: a page of another site", strangers.requests_of_a_page, 3, quick=1),
     Fault("disk full", recipes.full_disk, 3, needs="disk"),
     Fault("clock of the learner jumps", recipes.learner_clock_jumps, 6, quick=1, needs="clock"),
     Fault("clock of the servers jumps", recipes.server_clock_jumps, 6, quick=1, needs="clock"),
@@ -79,8 +90,12 @@ def plan(random: Random, count: int, *, quick: bool, missing: set[str]) -> list[
         chosen = [fault for fault in known for _ in range(fault.quick)]
     else:
         total = sum(fault.share for fault in known)
-        chosen = [fault for fault in known for _ in range(max(round(count * fault.share / total), 1))]
+        numbers = {fault: max(round(count * fault.share / total), 1) for fault in known}
         cheap = [fault for fault in known if fault.share >= 9]
-        chosen += [random.choice(cheap) for _ in range(count - len(chosen))]
+        while sum(numbers.values()) < count:
+            numbers[random.choice(cheap)] += 1
+        while sum(numbers.values()) > max(count, len(known)):
+            numbers[max(numbers, key=lambda fault: numbers[fault])] -= 1
+        chosen = [fault for fault, number in numbers.items() for _ in range(number)]
     random.shuffle(chosen)
     return chosen[:count]

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from shared.adapter_file import MANIFEST_KEY
+from shared.adapter_file import LORA_A, LORA_B, MANIFEST_KEY
 from shared.wire import LEASE_HEADER
 from tests.integration.support.server import HTTP
 
 
 def reversioned(blob: bytes, fence: int, step: int) -> bytes:
     """Return the blob with another version; its checksum covers the tensors only."""
-    length = int.from_bytes(blob[:8], "little")
-    document = json.loads(blob[8 : 8 + length])
-    manifest = json.loads(document["__metadata__"][MANIFEST_KEY])
-    manifest["version"] |= {"fence": fence, "step": step}
-    document["__metadata__"][MANIFEST_KEY] = json.dumps(manifest)
-    header = json.dumps(document).encode()
-    return len(header).to_bytes(8, "little") + header + blob[8 + length :]
+    return _with_manifest(blob, lambda manifest: manifest["version"].update(fence=fence, step=step))
+
+
+def other_run(blob: bytes, run_id: str) -> bytes:
+    """Return the blob as one of another run."""
+    return _with_manifest(blob, lambda manifest: manifest["version"].update(run_id=run_id))
+
+
+def renamed(blob: bytes, length: int) -> bytes:
+    """Return the blob with a name of that length for one of its modules."""
+    document, manifest, data = _parts(blob)
+    old, new = sorted(manifest["modules"])[0], "m" * length
+    manifest["modules"][new] = manifest["modules"].pop(old)
+    for suffix in (LORA_A, LORA_B):
+        document[new + suffix] = document.pop(old + suffix)
+    return _joined(document, manifest, data)
 
 
 def flip_a_bit(blob: bytes, random: Random) -> bytes:
@@ -33,11 +44,13 @@ def flip_a_bit(blob: bytes, random: Random) -> bytes:
     return blob[:place] + bytes([blob[place] ^ 1 << random.randrange(8)]) + blob[place + 1 :]
 
 
-def send(url: str, run_id: str, lease: Path, blob: bytes, *, secret: str | None = None) -> httpx.Response:
+def send(
+    url: str, run_id: str, lease: Path, blob: bytes, *, secret: str | None = None, **headers: str
+) -> httpx.Response:
     """Push directly to a server, with `secret` instead of the lease's own if given."""
     secret = secret or json.loads(lease.read_text())["secret"]
     path = f"{url}/v1/runs/{run_id}/adapter"
-    return HTTP.put(path, content=blob, headers={LEASE_HEADER: secret}, timeout=30.0)
+    return HTTP.put(path, content=blob, headers={LEASE_HEADER: secret, **headers}, timeout=30.0)
 
 
 def send_half(url: str, run_id: str, lease: Path, blob: bytes, share: float) -> None:
@@ -49,3 +62,22 @@ def send_half(url: str, run_id: str, lease: Path, blob: bytes, share: float) -> 
     )
     with socket.create_connection((address.hostname or "", address.port or 80), timeout=10) as connection:
         connection.sendall(head.encode() + blob[: round(len(blob) * share)])
+
+
+def _with_manifest(blob: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    document, manifest, data = _parts(blob)
+    change(manifest)
+    return _joined(document, manifest, data)
+
+
+def _parts(blob: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Return header document, manifest, and tensor bytes."""
+    length = int.from_bytes(blob[:8], "little")
+    document = json.loads(blob[8 : 8 + length])
+    return document, json.loads(document["__metadata__"][MANIFEST_KEY]), blob[8 + length :]
+
+
+def _joined(document: dict[str, Any], manifest: dict[str, Any], data: bytes) -> bytes:
+    document["__metadata__"][MANIFEST_KEY] = json.dumps(manifest)
+    header = json.dumps(document).encode()
+    return len(header).to_bytes(8, "little") + header + data

@@ -1,7 +1,8 @@
 """A TCP proxy between learner and rollout servers, as a separate process, that breaks connections in every way.
 
-It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every forwarded adapter
-(`FOLDER/pushes/FENCE.STEP.blob`), and records every receipt that reaches the learner.
+It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every adapter
+(`FOLDER/pushes/FENCE.STEP.blob`) before its last piece is forwarded, and records every receipt on its
+way to the learner.
 
 python -m tests.chaos.proxy FOLDER HOST UPSTREAM_PORT...     # controlled over FOLDER/control, see `tests.chaos.control`
 """
@@ -105,11 +106,14 @@ class Link:
         self.passing, self.released, self.held = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.passing.set()
         self.hold_at: float | None = None
+        self._called = self._own_name = b""
 
     async def serve(self, host: str) -> None:
         """Listen on a free port."""
         server = await asyncio.start_server(self._accept, host, 0)
         self.port = server.sockets[0].getsockname()[1]
+        self._called = f" {host}:{self.port}\r\n".encode()
+        self._own_name = f"127.0.0.1:{self.port}\r\n".rjust(len(self._called)).encode()
 
     async def do_reset(self) -> int:
         """Reset every connection; return how many."""
@@ -193,13 +197,14 @@ class Link:
         while data := await _read(reader):
             for piece in requests.pieces(data):
                 push, at = requests.push, self.hold_at
+                if complete := requests.complete_push:
+                    self.proxy.store(complete)
                 if push and at is not None and len(push) >= at * requests.length:
                     self.held.set()
                     await self.released.wait()
                 if not await self._pass(connection, 0, piece, to):
                     return
-                if complete := requests.complete_push:
-                    self.proxy.store(complete)
+                if complete:
                     requests.push = None
 
     async def _back(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
@@ -215,6 +220,8 @@ class Link:
 
     async def _pass(self, connection: Connection, side: int, data: bytes, to: asyncio.StreamWriter) -> bool:
         """Forward a piece; return whether the connection goes on."""
+        if side == 0:  # a server without tokens answers to the loopback's names only
+            data = data.replace(self._called, self._own_name)
         await self.passing.wait()
         if self.delay:
             await asyncio.sleep(self.delay)

@@ -1,13 +1,20 @@
-"""Recipes of pushes that must be refused; all but one with the run's own lease."""
+"""Recipes of pushes beside the learner's, nearly all of which must be refused."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from random import Random
 
-from tests.chaos import forgery
+import httpx
+
+from shared.wire import IN_FLIGHT_HEADER, TAKEOVER_HEADER
+from tests.chaos import forgery, recipes
 from tests.chaos.world import RUN_ID, NotInjectedError, World
 from tests.integration.support.server import HTTP
+
+_TAKEOVER = {TAKEOVER_HEADER: "1"}
 
 
 def truncated_push(world: World, server: int, random: Random) -> None:
@@ -45,7 +52,8 @@ def stale_fence(world: World, server: int, random: Random) -> None:
     """Push as a learner that was replaced: a later step with the former fence."""
     (fence, step), blob = _served(world, server)
     if not fence:
-        raise NotInjectedError("this is the first learner")
+        recipes.kill_learner(world, server, random)
+        (fence, step), blob = _served(world, server, fence=1)
     _refused(world, server, forgery.reversioned(blob, fence - 1, step + 1000))
 
 
@@ -54,19 +62,100 @@ def strangers_push(world: World, server: int, random: Random) -> None:
     _refused(world, server, forgery.reversioned(blob, fence, step + 1), secret="a stranger's lease")
 
 
-def _served(world: World, server: int) -> tuple[tuple[int, int], bytes]:
-    """Wait until this server serves the last push, and return it; a server without a run would accept any push."""
-    deadline = time.monotonic() + 5.0
+def refused_takeover(world: World, server: int, random: Random) -> None:
+    """Take the run over with an adapter that must be refused: run and lease stay the learner's."""
+    (fence, step), blob = _served(world, server)
+    bad = forgery.flip_a_bit(forgery.reversioned(blob, fence, step + 1), random)
+    for body in (bad[: random.randrange(len(bad))], bad):
+        _refused(world, server, body, secret="a stranger's lease", **_TAKEOVER)
+    _still_ours(world, server, "a refused takeover")
+
+
+def refused_takeover_of_its_place(world: World, server: int, random: Random) -> None:
+    """Give the only place for a run to another run, with an adapter that must be refused."""
+    (fence, step), blob = _served(world, server)
+    bad = forgery.other_run(forgery.flip_a_bit(forgery.reversioned(blob, fence, step), random), "another-run")
+    _refused(world, server, bad, run_id="another-run", secret="a stranger's lease", **_TAKEOVER)
+    _still_ours(world, server, "a refused takeover by another run")
+
+
+def long_names(world: World, server: int, random: Random) -> None:
+    """Push adapters of modules whose names are longer than any buffer."""
+    (fence, step), blob = _served(world, server)
+    for length in random.sample([1_000, 30_000, 70_000, 300_000, 2**20], 3):
+        _refused(world, server, forgery.renamed(forgery.reversioned(blob, fence, step + 1), length))
+    _still_ours(world, server, "long names")
+
+
+def same_push_at_once(world: World, server: int, random: Random) -> None:
+    """Push the learner's next adapter several times while its own push arrives and requests run, as after a cut."""
+    in_flight = "drain" if world.options.deterministic else random.choice(["drain", "keep"])
+    body = {
+        "run_id": RUN_ID,
+        "prompts": [{"token_ids": [5 + i]} for i in range(8)],
+        "sampling": {"max_tokens": 100, "n": 2, "ignore_eos": True},
+    }
+    with ThreadPoolExecutor(9) as pool:
+        try:
+            if not world.control("hold", server=server, at=1.0, timeout=20):
+                raise NotInjectedError("no push came")
+            blob = world.newest()[1]
+            running = pool.submit(HTTP.post, f"{world.url(server)}/v1/generate", json=body)
+            time.sleep(random.uniform(0, 0.3))
+            headers = {IN_FLIGHT_HEADER: in_flight}
+            url, lease = world.url(server), world.lease
+            pushing = [pool.submit(_later, i * 0.02, url, lease, blob, headers) for i in range(8)]
+            time.sleep(random.uniform(0, 0.2))
+        finally:
+            world.control("release", server=server)
+        for future in pushing:
+            answer = future.result()
+            right = answer.status_code in (200, 409)
+            world.checker.require("I3", right, f"the same push at once: {answer.status_code} {answer.text[:300]}")
+        world.checker.require("I3", running.result().status_code in (200, 404), "a request beside pushes has failed")
+
+
+def _later(delay_s: float, url: str, lease: Path, blob: bytes, headers: dict[str, str]) -> httpx.Response:
+    time.sleep(delay_s)
+    return forgery.send(url, RUN_ID, lease, blob, **headers)
+
+
+def _still_ours(world: World, server: int, after: str) -> None:
+    """Check that the learner's run is served, and that its last push is taken again."""
+    run = HTTP.get(f"{world.url(server)}/v1/runs/{RUN_ID}", timeout=5)
+    served = run.status_code == 200 and run.json()["version"] is not None
+    world.checker.require("I3", served, f"after {after} the run is gone: {run.status_code} {run.text[:300]}")
+    answer = forgery.send(world.url(server), RUN_ID, world.lease, world.newest()[1])
+    ours = answer.status_code in (200, 409)  # 409: the learner has pushed a later one meanwhile
+    world.checker.require("I3", ours, f"after {after} the learner's push gets {answer.status_code} {answer.text[:300]}")
+
+
+def _served(world: World, server: int, *, fence: int = 0) -> tuple[tuple[int, int], bytes]:
+    """Wait until this server serves the last push, of a learner as late as `fence`; return version and bytes.
+
+    A server without a run would accept any push.
+    """
+    deadline = time.monotonic() + (90.0 if fence else 5.0)
     while time.monotonic() < deadline:
-        (fence, step), blob = world.newest()
+        (newest, step), blob = world.newest()
         run = HTTP.get(f"{world.url(server)}/v1/runs/{RUN_ID}", timeout=5)
         version = run.json()["version"] if run.status_code == 200 else None
-        if version and (version["fence"], version["step"]) >= (fence, step):
-            return (fence, step), blob
+        if version and newest >= fence and (version["fence"], version["step"]) >= (newest, step):
+            return (newest, step), blob
+        time.sleep(0.02)
     raise NotInjectedError("the server does not serve the last push")
 
 
-def _refused(world: World, server: int, blob: bytes, *, secret: str | None = None, may_repeat: bool = False) -> None:
-    answer = forgery.send(world.url(server), RUN_ID, world.lease, blob, secret=secret)
+def _refused(
+    world: World,
+    server: int,
+    blob: bytes,
+    *,
+    run_id: str = RUN_ID,
+    secret: str | None = None,
+    may_repeat: bool = False,
+    **headers: str,
+) -> None:
+    answer = forgery.send(world.url(server), run_id, world.lease, blob, secret=secret, **headers)
     refused = 400 <= answer.status_code < 500 or (may_repeat and answer.status_code == 200)
     world.checker.require("I3", refused, f"a bad push returned {answer.status_code}: {answer.text[:300]}")

@@ -6,6 +6,7 @@ Prints counts of status codes; exits with 1 if the server failed on a request, o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
@@ -14,8 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz.campaign import Tally, Target, pushed
+from tests.fuzz.connections import HeldConnections, fuzz_connections
+from tests.fuzz.foreign import fuzz_foreign
+from tests.fuzz.large import fuzz_large
+from tests.fuzz.pushes import fuzz_joins, fuzz_pushes
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, openai_schema, own_schema
+from tests.fuzz.structured import fuzz_structured
+from tests.fuzz.waiting import fuzz_waiting
+from tests.fuzz.watch import Watch
 from tests.integration.support import policy as P
 from tests.integration.support.server import running_server
 from tests.support.arguments import arguments
@@ -36,15 +44,22 @@ FLAGS = arguments(
 )
 #: Shares of all requests.
 SHARES = {
-    "/v1/generate": 0.19,
-    "/v1/score": 0.1,
-    "/v1/completions": 0.1,
-    "/v1/chat/completions": 0.1,
-    "/tokenize": 0.07,
-    "/detokenize": 0.07,
-    "raw": 0.19,
+    "/v1/generate": 0.17,
+    "/v1/score": 0.09,
+    "/v1/completions": 0.09,
+    "/v1/chat/completions": 0.09,
+    "/tokenize": 0.06,
+    "/detokenize": 0.06,
+    "raw": 0.18,
+    "connections": 0.02,
+    "large": 0.03,
+    "structured": 0.02,
+    "waiting": 0.0002,
+    "foreign": 0.02,
     "broadcast": 0.04,
-    "adapter": 0.11,
+    "adapter": 0.10,
+    "pushes": 0.008,
+    "joins": 0.0003,
     "schema": 0.02,
     "openai-schema": 0.01,
 }
@@ -68,26 +83,37 @@ def main() -> int:
             policy = P.make_policy(model)
             pushed(target, policy, "kept")
             good = pushed(target, policy, "fuzzed")
-            campaigns = make_campaigns(target, good, [str(model), *FLAGS])
+            campaigns = make_campaigns(target, good, [str(model), *FLAGS], server.engine_processes)
             total = sum(SHARES[name] for name in names)
-            for name in names:
-                begun = time.monotonic()
-                campaigns[name](round(options.requests * SHARES[name] / total), options.seed)
-                counts = tally.statuses.get(name, {})
-                summary = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
-                print(f"fuzz: {name}: {summary} in {time.monotonic() - begun:.0f} s", flush=True)
+            held = HeldConnections(server.url, scale=1.0 if "connections" in names else 0.0)
+            with (
+                contextlib.closing(held),
+                Watch(server.url, server.processes, lambda: target.during, tally.fail) as watch,
+            ):
+                for name in names:
+                    begun = time.monotonic()
+                    campaigns[name](round(options.requests * SHARES[name] / total), options.seed)
+                    counts = tally.statuses.get(name, {})
+                    summary = ", ".join(f"{counts[status]} x {status}" for status in sorted(counts))
+                    print(f"fuzz: {name}: {summary} in {time.monotonic() - begun:.0f} s", flush=True)
+                target.during = "connections that are held"
+                for overdue in held.overdue():
+                    tally.fail(f"connections: {overdue}")
             target.close()
             if options.log:
                 options.log.write_bytes(server.log.read_bytes())
     print(
         f"fuzz: seed {options.seed}: {tally.requests} requests in {time.monotonic() - started:.0f} s, slowest answer "
-        f"{tally.slowest_s:.1f} s, {len(tally.failures)} failures"
+        f"{tally.slowest_s:.1f} s, of /health {watch.slowest_s:.2f} s, largest growth of memory "
+        f"{watch.growth / 2**20:.0f} MiB, {len(tally.failures)} failures"
     )
     return 1 if tally.failures else 0
 
 
-def make_campaigns(target: Target, good: bytes, argv: list[str]) -> dict[str, Callable[[int, int], None]]:
-    """Return campaigns by name; each takes the number of requests and a seed."""
+def make_campaigns(
+    target: Target, good: bytes, argv: list[str], engine: Callable[[], list[int]]
+) -> dict[str, Callable[[int, int], None]]:
+    """Return campaigns by name; each takes the number of requests and a seed. `engine` returns its processes."""
 
     def bodies(path: str) -> Callable[[int, int], None]:
         return lambda count, seed: fuzz_bodies(target, path, count, seed)
@@ -95,8 +121,15 @@ def make_campaigns(target: Target, good: bytes, argv: list[str]) -> dict[str, Ca
     return {
         **{path: bodies(path) for path in BODIES},
         "raw": lambda count, seed: fuzz_raw(target, count, seed),
+        "connections": lambda count, seed: fuzz_connections(target, count, seed),
+        "large": lambda count, seed: fuzz_large(target, count, seed),
+        "structured": lambda count, seed: fuzz_structured(target, count, seed),
+        "waiting": lambda count, seed: fuzz_waiting(target, count, seed),
+        "foreign": lambda count, seed: fuzz_foreign(target, good, count, seed),
         "broadcast": lambda count, seed: fuzz_announcements(target, count, seed),
         "adapter": lambda count, seed: fuzz_adapters(target, good, count, seed),
+        "pushes": lambda count, seed: fuzz_pushes(target, good, count, seed),
+        "joins": lambda count, seed: fuzz_joins(target, engine, count),
         "schema": lambda count, seed: fuzz_schema(target, "schema", own_schema(target), count, seed),
         "openai-schema": lambda count, seed: fuzz_schema(target, "openai-schema", openai_schema(argv), count, seed),
     }

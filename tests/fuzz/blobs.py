@@ -163,7 +163,8 @@ def _version(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: byt
     if isinstance(manifest.get("version"), dict):
         field = draw(st.sampled_from(["run_id", "fence", "step"]))
         # A valid version far ahead would block all later ones.
-        manifest["version"][field] = draw(st.one_of(wild_texts, st.integers(max_value=3), st.none()))
+        numbers = st.one_of(st.integers(max_value=3), st.sampled_from([2**64, 10**400]))
+        manifest["version"][field] = draw(st.one_of(wild_texts, numbers, st.none()))
 
 
 def _module(draw: st.DrawFn, document: dict[str, Any], manifest: Any, data: bytearray) -> None:

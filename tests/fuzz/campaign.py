@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 
 from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
+from tests.fuzz.watch import health
 from tests.integration.support import policy as P
 
 #: Upper limit of any response time.
 DEADLINE_S = 30.0
+#: How long a server that did not answer may take to come back, before the next request is sent.
+_RECOVERY_S = 150.0
 PROBES = [[(7 * i + 3) % 500 + 3 for i in range(200)], [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]]
 #: Codes of status 503 that ask for a retry: no slot is free, or the server is draining. Others are failures.
 SPECIFIED_503 = ("no_free_slot", "draining")
@@ -46,11 +49,17 @@ class Tally:
 
 
 class Target:
-    """A running server, and the weights that it must still serve after every campaign."""
+    """A running server, and the weights that it must still serve after every campaign.
+
+    Attributes:
+        during: what the server is doing, for messages.
+    """
 
     def __init__(self, url: str, tally: Tally, alive: Callable[[], bool] = lambda: True) -> None:
         self.url, self.tally, self.alive = url, tally, alive
+        self.during = "nothing"
         self.http = httpx.Client(base_url=url, timeout=DEADLINE_S)
+        self._address = (self.http.base_url.host, self.http.base_url.port or 80)
         self.client = RolloutClient(url)
         self.epoch = self.client.state().epoch
         self.served = self.look()
@@ -81,8 +90,12 @@ class Target:
         return run.version, run.checksum, run.install_seq
 
     def expect_unchanged(self, after: str) -> None:
-        """Check that the server is alive and serves the same as before."""
+        """Check that the server is alive, can say so in all its ways, and serves the same as before."""
+        self.during = f"the checks after {after}"
         try:
+            for path in ("/ready", "/metrics", "/v1/state", "/v1/models"):
+                if (status := self.http.get(path).status_code) != 200:
+                    self.tally.fail(f"after {after}: {path} gives {status}")
             if self.http.get("/health").status_code != 200 or not self.alive():
                 self.tally.fail(f"after {after}: the server is not healthy")
             if self.client.state().epoch != self.epoch:
@@ -97,9 +110,11 @@ class Target:
             if name not in now["scored"] or scores != now["scored"][name]:
                 self.tally.fail(f"after {after}: the weights of {name} give other logprobs")
 
-    def send(self, campaign: str, method: str, path: str, **request: Any) -> httpx.Response | None:
-        """Send one request and judge the response; return None if there was none."""
+    def send(self, campaign: str, method: str, path: str, *, what: str = "", **request: Any) -> httpx.Response | None:
+        """Send one request and judge the response; return None if there was none. `what`: shown for the request."""
         counts = self.tally.statuses.setdefault(campaign, Counter())
+        about: Any = {"what": what} if what else request
+        self.during = f"{campaign}: {method} {path[:80]} to {what or shown(request)}"
         started = time.monotonic()
         try:
             try:
@@ -110,10 +125,23 @@ class Target:
         except (httpx.TransportError, httpx.InvalidURL, UnicodeError) as error:
             if not isinstance(error, httpx.LocalProtocolError | httpx.InvalidURL | UnicodeError):  # else: never sent
                 counts[0] += 1
-                self.tally.fail(f"{campaign}: {method} {path[:80]}: no answer: {error!r} to {shown(request)}")
+                self.tally.fail(f"{campaign}: {method} {path[:80]}: no answer: {error!r} to {shown(about)}")
+                self.await_recovery()
             return None
-        self.judge(campaign, method, path, answer.status_code, answer.text, time.monotonic() - started, request)
+        self.judge(campaign, method, path, answer.status_code, answer.text, time.monotonic() - started, about)
         return answer
+
+    def await_recovery(self) -> None:
+        """Wait until the server answers again, so that what breaks is what broke it.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        deadline = time.monotonic() + _RECOVERY_S
+        while health(self._address, _RECOVERY_S) != 200:
+            if time.monotonic() > deadline or not self.alive():
+                raise RuntimeError(f"the server does not come back after {self.during}")
+            time.sleep(0.5)
 
     def judge(
         self, campaign: str, method: str, path: str, status: int, text: str, seconds: float, request: Any
@@ -129,6 +157,8 @@ class Target:
 
 def shown(request: Any) -> str:
     """Return a shortened representation of a request."""
+    if isinstance(request, dict):
+        request = {key: value[:600] if isinstance(value, bytes | str) else value for key, value in request.items()}
     return repr(request)[:700]
 
 

@@ -197,7 +197,12 @@ _raw_bodies = st.one_of(
 _leases = st.one_of(
     st.just(P.LEASE), st.just(P.LEASE), st.text(st.characters(max_codepoint=255), max_size=300), st.just("")
 )
-_run_ids = st.one_of(st.just("fuzzed"), st.just("fuzzed"), wild_texts, st.sampled_from(["..", "%2e%2e", "a/b", "%00"]))
+_run_ids = st.one_of(
+    st.just("fuzzed"),
+    st.just("fuzzed"),
+    wild_texts,
+    st.sampled_from(["..", "%2e%2e", "a/b", "%00", "r" * 64, "r" * 65, "r" * 3000, "r" * 30_000]),
+)
 _flags = st.one_of(st.sampled_from(["1", "0", "true", "keep", "carried", "drain"]), wild_texts)
 _types = st.sampled_from(
     ["application/json", "text/plain", "application/octet-stream", "application/x-python-pickle", ""]

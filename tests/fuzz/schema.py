@@ -41,6 +41,7 @@ def fuzz_schema(target: Target, name: str, document: dict[str, Any], examples: i
         def send(case: Any) -> None:
             case.body = tamed(case.body)
             about = {"headers": dict(case.headers or {}), "query": dict(case.query or {}), "body": case.body}
+            target.during = f"{name}: {case.method} {case.formatted_path} to {shown(about)}"
             try:
                 answer = case.call(base_url=target.url, session=session, timeout=DEADLINE_S)
             except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL, UnicodeError, ValueError):

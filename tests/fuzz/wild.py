@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 _INTEGERS = [-(2**63) - 1, -(2**31), -1, 0, 1, 2, 255, 511, 512, 2**31 - 1, 2**31, 2**53 + 1, 2**63, 2**64, 10**30]
+_INTEGERS += [10**400, -(10**400), 10**4200]  # longer ones cannot be written: Python's limit is 4,300 digits
 _FLOATS = [math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324, 1e-30, -0.0, 0.5, 1.0000001]
 _TEXTS = [
     "",

@@ -19,6 +19,7 @@ from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role, role_needed
 from rollout_server.vllm_compat import versions
+from tests.integration.support.server import HTTP, ServerProcess
 
 HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}
 #: Some of what vLLM would serve with these settings.
@@ -118,3 +119,56 @@ async def test_what_vllm_opens_for_developers_is_not_there_at_all(apps: SimpleNa
         for method in ("GET", "POST"):
             assert await _status(AuthMiddleware(readiness, Tokens({}, HELD)), method, path, Role.WEIGHTS) == 404, path
             assert await _status(readiness, method, path, None) == 404, path
+
+
+#: What a page of another site makes a browser say.
+PAGES = [
+    {"Host": "evil.example"},
+    {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
+    {"Origin": "http://evil.example"},
+    {"Origin": "null"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_page_does_nothing_to_a_server_without_tokens(server: ServerProcess, page: dict[str, str]) -> None:
+    body = {"prompts": [{"text": "a"}], "policy": "base", "sampling": {"max_tokens": 1}}
+    chat = {"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    lease = {"Lockstep-Lease": "a lease of a page"}
+    for method, path, sent in (
+        ("PUT", "/v1/runs/x/adapter", None),
+        ("DELETE", "/v1/runs/x", None),
+        ("POST", "/v1/generate", body),
+        ("POST", "/v1/chat/completions", chat),
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/state", None),
+        ("GET", "/metrics", None),
+        ("POST", "/v1/drain", None),
+    ):
+        answer = HTTP.request(method, server.url + path, json=sent, headers={**page, **lease})
+        assert answer.status_code == 403, (method, path)
+        assert answer.json()["error"]["code"] == "forbidden"
+        preflight = {**page, "Access-Control-Request-Method": method}
+        answer = HTTP.request("OPTIONS", server.url + path, headers=preflight)
+        assert answer.status_code == 403, path
+        assert "access-control-allow-origin" not in answer.headers
+    assert HTTP.get(server.url + "/v1/state").json()["draining"] is False
+    own = {"Host": f"localhost:{server.port}", "Origin": f"http://localhost:{server.port}"}
+    assert HTTP.post(server.url + "/v1/generate", json=body, headers=own).status_code == 200
+
+
+def test_errors_of_our_routes_have_our_body(server: ServerProcess) -> None:
+    for method, path, sent, status, code in (
+        ("GET", "/v1/generate", b"", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/runs/x/adapter", b"", 405, "method_not_allowed"),
+        ("POST", "/v1/runs/x/nothing", b"", 404, "unknown_route"),
+        ("GET", "/v1/state/", b"", 404, "unknown_route"),
+        ("POST", "/v1/generate", b"\xff", 400, "invalid_request"),
+        ("POST", "/v1/score", b"[" * 100_000, 400, "invalid_request"),
+        ("GET", "/v1/runs/x", b"", 404, "unknown_run"),
+    ):
+        answer = HTTP.request(method, server.url + path, content=sent, headers={"Content-Type": "application/json"})
+        assert answer.status_code == status, (method, path)
+        assert answer.json()["error"]["code"] == code, (method, path)

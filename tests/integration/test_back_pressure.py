@@ -73,7 +73,7 @@ def _sent(server: ServerProcess, body: dict, path: str = "/v1/generate") -> sock
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: server\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     connection.sendall(head.encode() + content)

@@ -6,8 +6,15 @@ from pathlib import Path
 
 from learner.servers.client import RolloutClient
 from tests.fuzz.campaign import Tally, Target, pushed
+from tests.fuzz.connections import fuzz_connections
+from tests.fuzz.foreign import fuzz_foreign
+from tests.fuzz.large import fuzz_large
+from tests.fuzz.pushes import fuzz_pushes
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
 from tests.fuzz.schema import fuzz_schema, own_schema
+from tests.fuzz.structured import fuzz_structured
+from tests.fuzz.waiting import fuzz_waiting
+from tests.fuzz.watch import Watch
 from tests.integration.support import policy as P
 from tests.integration.support.server import ServerProcess
 
@@ -32,3 +39,24 @@ def test_no_request_breaks_the_server_or_changes_what_it_serves(
     client.delete_run("fuzzed", P.LEASE)
     assert not tally.failures, "\n".join(tally.failures[:5])
     assert tally.requests > 600
+
+
+def test_the_worst_requests_keep_nobody_waiting_and_take_little_memory(
+    server: ServerProcess, client: RolloutClient, model: Path
+) -> None:
+    tally, pids = Tally(), server.engine_processes()
+    target = Target(server.url, tally, alive=lambda: server.engine_processes() == pids)
+    good = pushed(target, P.make_policy(model), "fuzzed")
+    try:
+        with Watch(server.url, server.processes, lambda: target.during, tally.fail):
+            fuzz_connections(target, 1, SEED)
+            fuzz_large(target, 20, SEED)
+            fuzz_structured(target, 20, SEED)
+            fuzz_waiting(target, 3, SEED)
+            fuzz_foreign(target, good, 1, SEED)
+            fuzz_pushes(target, good, 1, SEED)
+    finally:
+        target.close()
+    client.delete_run("fuzzed", P.LEASE)
+    assert not tally.failures, "\n".join(failure[:1000] for failure in tally.failures[:20])
+    assert tally.requests > 400

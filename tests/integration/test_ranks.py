@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from learner.run_dir.checkpoint import TrainingState, save_state
 from tests.integration.support.policy import FP32
 from tests.integration.support.server import ENVIRONMENT, ServerProcess, free_port
 from tests.support.arguments import arguments
@@ -117,6 +118,41 @@ def test_two_ranks_train_as_one(
     assert len(summary["installs"]) == 2
     assert summary["max_logprob_gap"] < FP32
     check_same(adapter(tmp_path / "two"), expected, 1e-5)
+
+
+def test_ranks_without_a_shared_output_dir_refuse_to_resume(model: Path, tmp_path: Path) -> None:
+    """Two nodes, of which one has a checkpoint: both end, with the reason, before a server or a model is needed."""
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    (folders[0] / "checkpoint-2").mkdir(parents=True)
+    save_state(folders[0] / "checkpoint-2", TrainingState(0, 2, 2, 2, 8, 9, settings={}))
+    port, processes, logs = str(free_port()), [], [folder.with_suffix(".log") for folder in folders]
+    for rank, folder in enumerate(folders):
+        flags = {
+            "--rollout_url": "http://127.0.0.1:9",
+            "--model_name_or_path": model,
+            "--task": f"{__name__}:no_task",
+            "--output_dir": folder,
+            "--use_cpu": "true",
+            "--bf16": "false",
+        }
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        with logs[rank].open("wb") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "learner.cli", "train", *arguments(flags)],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **ENVIRONMENT, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                )
+            )
+    try:
+        codes = [process.wait(TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [2, 2]
+    for log in logs:
+        assert f"rank 0 {folders[0] / 'checkpoint-2'}, rank 1 starts over; give all nodes one" in log.read_text()
 
 
 def test_zero3_in_bfloat16_says_what_rounding_takes(model: Path, server: ServerProcess, tmp_path: Path) -> None:

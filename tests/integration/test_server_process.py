@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rollout_server import cli
 from shared.errors import LockstepError
@@ -53,6 +54,21 @@ def test_refused_at_start(model: Path, case: str) -> None:
     flags, word = REFUSED[case]
     with pytest.raises((LockstepError, ValueError), match=re.escape(word)):
         cli.resolve([str(model), *FLAGS, *flags])
+
+
+def test_the_reason_of_a_failed_start_is_the_last_line(model: Path, tmp_path: Path) -> None:
+    """GPT-2 is an architecture that vLLM cannot serve with LoRA, which it finds out in the engine's process."""
+    config = GPT2Config(vocab_size=512, n_positions=256, n_embd=64, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
+    server = ServerProcess(tmp_path / "gpt2", tmp_path / "log", "--enforce-eager", "--max-model-len", "256")
+    try:
+        assert server.process.wait(240) == 1
+    finally:
+        server.stop()
+    last = server.tail().splitlines()[-1]
+    assert last.startswith("rollout-server: vLLM could not start the engine: ValueError: ")
+    assert "does not support LoRA" in last
 
 
 def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tmp_path: Path) -> None:

@@ -49,6 +49,23 @@ def raises(completions, **_):
     raise KeyError("no such answer")
 
 
+def not_a_number(completions, **_):
+    return [1.0, float("nan"), *[0.5] * (len(completions) - 2)]
+
+
+async def infinite_later(completions, **_):
+    return [float("inf")] * len(completions)
+
+
+def too_large(completions, **_):
+    """Finite, but not in float32."""
+    return [1e39] * len(completions)
+
+
+def text(completions, **_):
+    return ["0.5"] * len(completions)
+
+
 def too_few(completions, **_):
     return [1.0]
 

@@ -9,8 +9,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.api import metrics
+from rollout_server.api.bodies import check_body
 from rollout_server.api.responses import error_response
-from rollout_server.engine.capacity import Capacity, too_large
+from rollout_server.engine.capacity import BODY_BYTES, Capacity, too_large
 from rollout_server.settings import ServerSettings
 from shared import wire
 from shared.errors import LockstepError, Timeout
@@ -53,7 +54,7 @@ class LimitsMiddleware:
                 elif not is_push and scope["path"] not in (wire.GENERATE, wire.SCORE):
                     self._capacity.check()
                 if not (is_push and scope["method"] == "PUT"):
-                    buffered = await self._buffer(Headers(scope=scope), receive, held)
+                    buffered = await self._buffer(scope, receive, held)
                     if buffered is None:
                         return
                     receive = buffered
@@ -62,16 +63,16 @@ class LimitsMiddleware:
                 return
             await self._app(scope, receive, answer)
 
-    async def _buffer(self, headers: Headers, receive: Receive, held: contextlib.ExitStack) -> Receive | None:
+    async def _buffer(self, scope: Scope, receive: Receive, held: contextlib.ExitStack) -> Receive | None:
         """Read the body; return a `receive` that begins with it, None if the client left. It counts until `held` ends.
 
         Raises:
-            LockstepError: `too_large` as soon as that is known, `timeout`, `overloaded`.
+            LockstepError: `too_large` as soon as that is known, `timeout`, `overloaded`, `invalid_request`.
         """
         limit = self._settings.max_body_mib * 2**20
-        announced = headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limit:
-            raise too_large(f"{announced} bytes", "--max-body-mib", self._settings.max_body_mib)
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
+            raise too_large(f"{announced[:18]} bytes", "--max-body-mib", self._settings.max_body_mib)
         body = bytearray()
         try:
             async with asyncio.timeout(_BODY_SECONDS):
@@ -91,6 +92,10 @@ class LimitsMiddleware:
         finally:
             held.callback(self._capacity.hold, -len(body))
         left = [bytes(body)]
+        memory = await check_body(scope, left[0]) - len(body)
+        self._capacity.hold(memory)
+        held.callback(self._capacity.hold, -memory)
+        BODY_BYTES.set(memory + len(left[0]))
 
         async def again() -> Message:
             if left:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from rollout_server.api.bodies import BoundedRoute
 from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
 from rollout_server.generation import requests, scoring
@@ -17,7 +18,7 @@ from shared import wire
 from shared.errors import Timeout
 from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 Groups = AsyncGenerator[RolloutGroup | None, None]
 T = TypeVar("T")
 

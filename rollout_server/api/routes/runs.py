@@ -15,13 +15,14 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from rollout_server.api import metrics
+from rollout_server.api.bodies import BoundedRoute
 from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
 from shared import wire
 from shared.collective import Announcement
 from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState
 
-router = APIRouter()
+router = APIRouter(route_class=BoundedRoute)
 RunId = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
 Lease = Annotated[
     str,

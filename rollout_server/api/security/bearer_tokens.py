@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rollout_server.api.security.roles import Role
 from rollout_server.settings import ServerSettings
-from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
+from shared.bearer_tokens import TOKEN_VARIABLE, exposure, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
 
 logger = logging.getLogger("lockstep.api")
@@ -54,6 +54,8 @@ class Tokens:
                 text = path.read_text()
             except (OSError, ValueError) as error:
                 raise InvalidRequest(f"token file {path} cannot be read: {error}") from error
+            if (exposed := exposure(path)) is not None:
+                logger.warning(exposed)
             known += [(_digest(token.encode()), role) for token in parse_tokens(text, f"token file {path}")]
         digests = [digest for digest, _ in known]
         if len(set(digests)) < len(digests):

@@ -27,13 +27,15 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
             f"${TOKEN_VARIABLE}"
         )
     _check_tls(args)
+    if tokens is None and "*" in (getattr(args, "allowed_origins", None) or ()):
+        logger.warning("ANY page in a browser that reaches this server may generate on it (--allowed-origins *)")
     if is_loopback(args.host):
         return
     if tokens is None and not settings.allow_unauthenticated:
         raise InvalidRequest(
             f"--host {args.host} can be reached from other machines, and no token is set: whoever reaches it could "
-            f"replace the weights. Give --token-file FILE (`openssl rand -hex 32 > FILE`) or ${TOKEN_VARIABLE}; or, "
-            "where nobody else can reach it, --allow-unauthenticated"
+            "replace the weights. Give --token-file FILE (`umask 077; openssl rand -hex 32 > FILE`) or "
+            f"${TOKEN_VARIABLE}; or, where nobody else can reach it, --allow-unauthenticated"
         )
     if tokens is None:
         logger.warning(

@@ -57,6 +57,7 @@ VLLM_ROUTES = {
     ("POST", "/stop_profile"): Role.WEIGHTS,
 }
 VLLM_PATHS = frozenset(path for _, path in VLLM_ROUTES)
+_VLLM_TABLE = [(compile_path(path)[0], role) for (_, path), role in VLLM_ROUTES.items()]
 
 _TABLE = [(method, compile_path(path)[0], role) for (method, path), role in {**_OURS, **VLLM_ROUTES}.items()]
 
@@ -67,3 +68,8 @@ def role_needed(method: str, path: str) -> Role:
         if method == listed and pattern.fullmatch(path):
             return role
     return Role.WEIGHTS
+
+
+def is_vllm_path(path: str, role: Role | None = None) -> bool:
+    """Return whether vLLM's app answers at `path`; with `role`, whether on a route that this role opens."""
+    return any(pattern.fullmatch(path) and role in (None, needed) for pattern, needed in _VLLM_TABLE)

@@ -83,6 +83,10 @@ class ServerProcess:
     def tail(self, characters: int = 4000) -> str:
         return self.log.read_text(errors="replace")[-characters:]
 
+    def processes(self) -> list[int]:
+        """Return the process ids of the server and all its descendants."""
+        return [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
+
     def engine_processes(self) -> list[int]:
         """Return the process ids of vLLM's engine and workers."""
         return [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from shared.weights import AdapterManifest, ModuleSpec, PushReceipt, WeightVersi
 from tests.chaos.control import Control
 from tests.chaos.forgery import reversioned
 from tests.chaos.processes import REPOSITORY
+from tests.chaos.proxy import Link, Proxy
 
 MANIFEST = AdapterManifest(
     version=WeightVersion(run_id="run", fence=2, step=7),
@@ -165,3 +168,20 @@ def test_another_version_in_the_same_bytes(tmp_path: Path) -> None:
     other = reversioned(BLOB, 1, 9)
     assert b'"fence": 1' in other.replace(b"\\", b"")
     assert other[-LAYOUT.nbytes :] == BLOB[-LAYOUT.nbytes :]
+
+
+async def test_the_server_is_called_by_a_name_of_the_loopback(tmp_path: Path) -> None:
+    """Although the learner, in its own network, calls the proxy by another."""
+    heads: list[bytes] = []
+
+    async def upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(upstream, "127.0.0.1", 0) as server:
+        link = Link(Proxy(tmp_path, []), server.sockets[0].getsockname()[1])
+        await link.serve("127.200.200.200")
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.200.200.200:{link.port}/")).status_code == 204
+    assert re.search(rb"\r\nHost: +127\.0\.0\.1:%d\r\n" % link.port, heads[0])

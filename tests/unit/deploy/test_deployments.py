@@ -15,7 +15,13 @@ from tests.unit.deploy.files import COMPOSE, ROOT, Container, compose, container
 
 SERVERS, LEARNERS = containers("rollout-server"), containers("learner")
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
-PACKAGES = {path.stem: path.read_text().split() for path in sorted((ROOT / "deploy" / "packages").glob("*.txt"))}
+#: List -> package and version, with the options of pip that follow them.
+LISTS = {
+    path.stem: [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    for path in [ROOT / "deploy" / "constraints-cpu.txt", *sorted((ROOT / "deploy" / "packages").glob("*.txt"))]
+}
+PINNED = LISTS["constraints-cpu"]
+PACKAGES = {name: [line.split()[0] for line in lines] for name, lines in LISTS.items() if lines is not PINNED}
 
 
 def _place(container: Container) -> str:
@@ -143,8 +149,23 @@ def test_everything_is_pinned() -> None:
     for name, packages in PACKAGES.items():
         assert len(packages) > 50, name
         assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", package) for package in packages)
-    pinned = (ROOT / "deploy" / "constraints-cpu.txt").read_text().split()
-    assert {*PACKAGES["cpu-server"], *PACKAGES["cpu-learner"]} <= set(pinned)
+    assert {*LISTS["cpu-server"], *LISTS["cpu-learner"]} <= set(PINNED), "with the same hashes, too"
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_file_has_a_hash(name: str) -> None:
+    """But those of torch's CPU build, whose index `make lock` may not reach."""
+    for line in LISTS[name]:
+        package, *hashes = line.split()
+        assert hashes or re.fullmatch(r"torch==[\d.]+\+cpu", package), line
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", one) for one in hashes), line
+
+
+def test_files_are_compared_with_their_hashes() -> None:
+    for file in ("deploy/setup-cpu.sh", "deploy/Dockerfile"):
+        installs = re.findall(r"pip install .*--requirement (?!.*torch\.txt).*", (ROOT / file).read_text())
+        assert len(installs) > 1
+        assert all("--require-hashes" in line for line in installs), file
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])

@@ -20,6 +20,10 @@ from shared.sampling import SamplingParams
         ({"structured_outputs": {"regex": "a", "json": {}}}, "exactly one"),
         ({"structured_outputs": {"regexp": "a"}}, "regexp"),
         ({"logprobs": 5}, "logprobs"),
+        ({"structured_outputs": {"regex": "a{1,100000}"}}, "too large to be compiled"),
+        ({"n": 10**400}, "n"),
+        ({"stop": ["x"] * 10**4}, "stop"),
+        ({f"field{i}": 0 for i in range(10**4)}, "fields, of which most are unknown"),
     ],
 )
 def test_unknown_and_contradictory_fields_are_named(fields: dict, word: str) -> None:

@@ -75,6 +75,12 @@ def test_rank_pattern_counts(server_state):
     assert caught.value.code is ErrorCode.RANK_TOO_HIGH
 
 
+@pytest.mark.parametrize(("rank", "word"), [(17, "--max-lora-rank 32"), (300, "320"), (512, "512"), (513, "no server")])
+def test_the_advice_is_a_rank_that_vllm_serves(server_state, rank, word):
+    with pytest.raises(LockstepError, match=word):
+        check_rank(LoraConfig(r=rank), server_state)
+
+
 def test_targets():
     check_targets(["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"], mixture_of_experts=True)
     with pytest.raises(LockstepError, match="mixture of experts"):

@@ -216,6 +216,36 @@ def test_tensors_that_are_refused(model_dir: Path, tmp_path: Path) -> None:
         open_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_adapter_that_is_not_finite_is_not_exported(model_dir: Path, tmp_path: Path, dtype, value) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    export(tmp_path / "adapter", tmp_path / "finite")
+    (list(tensors.values())[-1])[-1, -1] = value
+    save_file(tensors, file)
+    with pytest.raises(LockstepError, match="NaN or infinity") as refusal:
+        export(tmp_path / "adapter", tmp_path / "out")
+    assert refusal.value.code is ErrorCode.NOT_FINITE
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_in_another_dtype_is_not_exported(model_dir: Path, tmp_path: Path) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(LockstepError, match="F64"):
+        export(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_the_card_names_a_rank_that_vllm_serves(model_dir: Path, tmp_path: Path) -> None:
+    _adapter(model_dir, tmp_path / "adapter", r=24)
+    export(tmp_path / "adapter", tmp_path / "out")
+    assert "--max-lora-rank 32 " in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
     _adapter(model_dir, tmp_path / "adapter", rank_pattern={"q_proj": 4})
     summary = {

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import learner.commands.eval
 import learner.commands.train
 import learner.trainer.attach
+from learner.adapters.stored import find_adapter
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
-from shared.errors import LockstepError
+from shared.errors import ErrorCode, LockstepError
 from tests.support.rewards import answers_seven, reward_odd
 
 TASK = f"{__name__}:task"
+ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def task(**_):
@@ -119,6 +123,100 @@ def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
     assert len(server.pushed) == pushed
     assert all(again[name] == first[name] for name in ("steps", "pushes", "completions"))
     assert run(flags, "--max_steps", "4")["steps"] == 4
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+OTHER_SETTINGS = {
+    "lora_r=8 instead of 4": ["--lora_r", "8"],
+    "lora_alpha=64 instead of 32": ["--lora_alpha", "64"],
+    "use_rslora=true instead of false": ["--use_rslora", "true"],
+    'rank_pattern={"q_proj": 8} instead of {}': ["--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}'],
+    'alpha_pattern={"q_proj": 3} instead of {}': ["--lora_kwargs", '{"alpha_pattern": {"q_proj": 3}}'],
+    "up_proj v_proj (12 layers, ": ["--lora_kwargs", '{"exclude_modules": ["q_proj"]}'],
+    "lora_target_modules=q_proj v_proj (4 layers, ": ["--lora_target_modules", "q_proj", "v_proj"],
+    "num_generations=8 instead of 4": ["--num_generations", "8"],
+    "steps_per_generation=2 instead of 1": ["--steps_per_generation", "2"],
+    "seed=7 instead of 42": ["--seed", "7"],
+    "weight_decay=0.1 instead of 0.0": ["--weight_decay", "0.1"],
+    "optim=sgd instead of adamw_torch": ["--optim", "sgd"],
+    'task_args={"more": 1} instead of {}': ["--task_args", '{"more": 1}'],
+    f"task={TASK}_of_others instead of {TASK};": ["--task", f"{TASK}_of_others"],
+    "init_adapter=weights": ["--init_adapter", "ADAPTER"],
+    "model_name_or_path=weights": ["--model_name_or_path", "OTHER_MODEL"],
+}
+
+
+def task_of_others(**_):
+    made = task()
+    return dataclasses.replace(made, train=made.train.map(lambda row: {"prompt": row["prompt"] + " w3"}))
+
+
+@pytest.mark.parametrize("steps", ["2", "4"], ids=["finished", "goes on"])
+def test_an_output_dir_is_not_reused_with_other_settings(flags, server, tmp_path, model_dir, steps):
+    run(flags)
+    out = tmp_path / "out"
+    before, pushed = contents(out / "adapter"), len(server.pushed)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors")
+    for message, more in OTHER_SETTINGS.items():
+        base = list(flags)
+        if "ADAPTER" in more:
+            at = base.index("--lora_r")
+            base[at : at + 4] = []
+        more = [{"ADAPTER": str(out / "adapter"), "OTHER_MODEL": str(other)}.get(word, word) for word in more]
+        with pytest.raises(LockstepError) as refusal:
+            run(base, *more, "--max_steps", steps)
+        assert message in refusal.value.message
+        assert refusal.value.code is ErrorCode.INVALID_REQUEST
+        assert f"{out / 'checkpoint-2'} was trained with other settings" in refusal.value.message
+    assert contents(out / "adapter") == before
+    assert len(server.pushed) == pushed
+    may_change = ["--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-4", "--lora_dropout", "0.1"]
+    may_change += ["--lora_target_modules", *ALL_LAYERS]
+    assert run(flags, *may_change, "--max_steps", steps)["steps"] == int(steps)
+    assert (contents(out / "adapter") == before) == (steps == "2")
+
+
+def test_a_finished_adapter_without_checkpoints_is_not_overwritten_either(flags, tmp_path):
+    flags += ["--save_strategy", "no", "--max_steps", "1"]
+    run(flags)
+    before = contents(tmp_path / "out" / "adapter")
+    for more in (["--lora_alpha", "64"], ["--lora_target_modules", "q_proj", "v_proj"]):
+        with pytest.raises(LockstepError, match=r"adapter was trained with other settings"):
+            run(flags, *more)
+    assert contents(tmp_path / "out" / "adapter") == before
+    run(flags, "--lora_alpha", "64", "--resume_from_checkpoint", "false")
+    assert LoraConfig.from_pretrained(tmp_path / "out" / "adapter").lora_alpha == 64
+
+
+def test_damaged_checkpoints(flags, tmp_path, caplog):
+    """An old one blocks neither a start nor an export, nor does a new one; a named one is the only one looked at."""
+    run(flags)
+    out = tmp_path / "out"
+    (out / "checkpoint-1" / "lockstep.json").write_text("{")
+    assert run(flags, "--max_steps", "3")["steps"] == 3
+    assert str(out / "checkpoint-1") in caplog.text
+    (out / "checkpoint-3" / "optimizer.pt").write_bytes(b"cut")
+    shutil.rmtree(out / "adapter")
+    assert find_adapter(out) == out / "checkpoint-2"
+    assert run(flags, "--max_steps", "3")["steps"] == 3
+    caplog.clear()
+    shutil.copytree(out / "checkpoint-2", tmp_path / "copy")
+    assert run(flags, "--max_steps", "4", "--resume_from_checkpoint", str(tmp_path / "copy"))["steps"] == 4
+    assert "checkpoint-1" not in caplog.text
+    for word, more in (("no such directory", "nowhere"), ("damaged", str(out / "checkpoint-1"))):
+        with pytest.raises(LockstepError, match=word):
+            run(flags, "--resume_from_checkpoint", more)
+    for step in (2, 3, 4):
+        (out / f"checkpoint-{step}" / "lockstep.json").write_text("")
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        with pytest.raises(LockstepError, match=r"no checkpoint in .* is whole"):
+            run(flags, *more)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from learner.evaluation.evaluate import evaluate
+from learner.evaluation.results import EvalResult
+from learner.rewards.calls import RewardError
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
 from shared.errors import InvalidRequest
@@ -52,5 +55,77 @@ def test_every_completion_needs_a_reward(server) -> None:
         return [1.0]
 
     client = RolloutClient("http://fake", transport=server.transport)
-    with pytest.raises(InvalidRequest, match="short returned 1 rewards for 8 completions"):
+    with pytest.raises(InvalidRequest, match="'short' returned 1 rewards for 8 completions"):
         evaluate(client, _task(short), policy="base", sampling=SamplingParams(max_tokens=4))
+
+
+def evaluated(server, *functions: Any, n_questions: int | None = None) -> EvalResult:
+    client = RolloutClient("http://fake", transport=server.transport)
+    sampling = SamplingParams(max_tokens=4)
+    return evaluate(client, _task(*functions), policy="base", sampling=sampling, n_questions=n_questions)
+
+
+def test_a_completion_without_a_reward_is_left_out_as_in_training(server) -> None:
+    def only_first_half(prompts: list[str], **_: Any) -> list[float | None]:
+        return [1.0 if i < 4 else None for i in range(len(prompts))]
+
+    result = evaluated(server, only_first_half)
+    assert result.reward == 1.0
+    assert result.questions == 4
+    assert result.unscored == 4
+    assert [row.reward for row in result.rows] == [1.0] * 4 + [None] * 4
+    one_applies = evaluated(server, only_first_half, lambda prompts, **_: [0.5] * len(prompts))
+    assert one_applies.reward == pytest.approx(1.0)
+    assert one_applies.unscored == 0, "one reward is enough, as in training"
+
+
+def test_no_reward_at_all_is_an_error(server) -> None:
+    with pytest.raises(RewardError, match="toy: no completion has a reward"):
+        evaluated(server, lambda prompts, **_: [None] * len(prompts))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (float("nan"), "returned nan for question 3"),
+        (float("inf"), "returned inf for question 3"),
+        (1e39, "returned 1e.39 for question 3"),
+        ("1.0", "returned '1.0' for question 3"),
+    ],
+)
+def test_what_is_no_reward_is_an_error_as_in_training(server, returned: Any, words: str) -> None:
+    def judge(prompts: list[str], **_: Any) -> list[Any]:
+        return [returned if prompt == "w2 w11" else 0.0 for prompt in prompts]
+
+    with pytest.raises(RewardError, match=rf"the reward 'judge' {words} \(prompt: 'w2 w11'\)"):
+        evaluated(server, judge)
+
+
+def test_a_reward_that_raises_is_one_line(server) -> None:
+    def judge(**_: Any) -> list[float]:
+        raise KeyError("answer")
+
+    with pytest.raises(RewardError, match=r"^the reward 'judge' raised KeyError: 'answer' \(in judge") as refused:
+        evaluated(server, judge)
+    assert isinstance(refused.value.__cause__, KeyError)
+
+
+def test_two_rewards_of_one_name_both_count(server) -> None:
+    def odd(prompts: list[str], **_: Any) -> list[float]:
+        return [10.0] * len(prompts)
+
+    result = evaluated(server, globals()["odd"], odd)
+    assert result.rewards.keys() == {"odd", "odd_2"}
+    assert result.rewards["odd_2"] == 10.0
+    assert result.reward == pytest.approx(10.0 + (result.rewards["odd"] or 0.0))
+
+
+def test_a_column_does_not_take_the_place_of_what_the_model_said(server) -> None:
+    def short(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(len(ids) <= 4) for ids in completion_ids]
+
+    task = _task(short)
+    rows = task.eval.add_column("completion_ids", [[1] * 9] * 8)
+    client = RolloutClient("http://fake", transport=server.transport)
+    result = evaluate(client, replace(task, eval=rows), policy="base", sampling=SamplingParams(max_tokens=4))
+    assert result.reward == 1.0

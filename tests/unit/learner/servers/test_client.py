@@ -109,6 +109,17 @@ def test_stream_yields_groups_and_notices_a_missing_end():
         list(lines(group).iter_groups(REQUEST))
 
 
+def test_a_token_file_that_others_can_read_is_said(tmp_path, caplog):
+    path = tmp_path / "token"
+    path.write_text("a-token-of-a-file\n")
+    path.chmod(0o600)
+    assert read_token(str(path)) == "a-token-of-a-file"
+    assert not caplog.messages
+    path.chmod(0o644)
+    assert read_token(str(path)) == "a-token-of-a-file"
+    assert f"token file {path} can be read by every user of this machine" in caplog.messages[0]
+
+
 def test_urls_and_tokens(tmp_path, monkeypatch):
     with pytest.raises(LockstepError, match="http://"):
         RolloutClient("localhost:8000")

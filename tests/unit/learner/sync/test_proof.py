@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from learner.run_dir.lease import Lease
 from learner.servers.pool import ServerPool
-from learner.sync.proof import SyncProof
+from learner.sync.proof import SyncProof, canary_slope
 from learner.sync.publisher import Publisher
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
-from shared.errors import LockstepError
+from shared.errors import LockstepError, NotReady
 from shared.weights import WeightVersion
 
 SEQUENCES = [[5, 9, 14, 20, 33, 8], [40, 41, 3, 7]]
@@ -134,3 +134,61 @@ def test_tolerance_follows_the_dtype():
     )
     tiny = derived_tolerance(["float32"] * 2, layers=2, width=32, logit_std=0.5, logit_max=2.0)
     assert tiny == pytest.approx(1e-4)
+
+
+@pytest.fixture
+def server_elsewhere(server):
+    """The server, whose base is not quite the learner's."""
+    for weight in server.base.values():
+        weight *= 1.01
+    return server
+
+
+@pytest.mark.usefixtures("server_elsewhere")
+def test_a_base_in_another_precision_is_not_called_another_base(model, client):
+    """float32 on both sides, and TRL's default bf16: the learner computes in bfloat16."""
+    how = {"tolerance": 0.0, "same_base": True}
+    proof = SyncProof(ServerPool.of(client), model, SEQUENCES, autocast="bfloat16", **how)
+    with pytest.raises(LockstepError, match=r"hold the same base .* in bfloat16 by autocast, .* in float32: set bf16="):
+        proof.check_base()
+    proof = SyncProof(ServerPool.of(client), model, SEQUENCES, **how)
+    with pytest.raises(LockstepError, match=r"hold the same base .* both compute in float32"):
+        proof.check_base()
+    proof = SyncProof(ServerPool.of(client), model.to(torch.bfloat16), SEQUENCES, **how)
+    with pytest.raises(LockstepError, match="in bfloat16, the server in float32: give both the same --dtype"):
+        proof.check_base()
+
+
+@pytest.mark.usefixtures("server_elsewhere")
+def test_a_base_that_is_not_known_to_be_the_same(model, client):
+    with pytest.raises(LockstepError, match="may not hold the same base: compare model and revision"):
+        SyncProof(ServerPool.of(client), model, SEQUENCES).check_base()
+
+
+def test_the_tolerance_covers_autocast(model, client):
+    by_autocast = {
+        autocast: SyncProof(ServerPool.of(client), model, SEQUENCES, autocast=autocast).check_base()[0].tolerance
+        for autocast in (None, "float16", "bfloat16")
+    }
+    assert by_autocast[None] < by_autocast["float16"] < by_autocast["bfloat16"]
+
+
+@pytest.mark.usefixtures("server_elsewhere")
+def test_a_tolerance_of_zero_is_zero(model, client):
+    proof = SyncProof(ServerPool.of(client), model, SEQUENCES, tolerance=0.0)
+    with pytest.raises(LockstepError, match=r"tolerance 0\."):
+        proof.check_base()
+
+
+def test_what_the_canary_has_found_is_said_even_if_its_run_cannot_be_deleted(proof, publisher, server, monkeypatch):
+    def gone(self):
+        raise NotReady("the server has gone away")
+
+    monkeypatch.setattr(Publisher, "delete_run", gone)
+    server.scale = 0.0
+    proof.fixed_tolerance = 10.0
+    with pytest.raises(LockstepError, match="factor of 0"):
+        canary_slope(proof, publisher, takeover=False)
+    server.scale = 1.0
+    with pytest.raises(NotReady):  # nothing else has failed
+        canary_slope(proof, publisher, takeover=False)

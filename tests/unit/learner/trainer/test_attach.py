@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 import learner
 from learner.monitors.progress import show_progress
 from learner.trainer.attach import attach, save_final_adapter
+from learner.utils.cleanup import finally_do
 from shared.errors import ErrorCode, LockstepError, UnknownRun
 
 
@@ -259,3 +260,48 @@ def test_a_second_training_goes_on_under_the_next_fence(make_trainer, server, cl
     assert summary["max_logprob_gap"] < 1e-4
     assert json.loads(Path(trainer.args.output_dir, "lease.json").read_text())["fence"] == 1
     assert set(summary["lags"]) <= {str(lag) for lag in range(max_staleness + 1)}
+
+
+def test_attached_twice(make_trainer, client):
+    trainer = make_trainer(max_steps=1)
+    session = attach(trainer, client=client, run_id="r")
+    with pytest.raises(LockstepError, match="attached already"):
+        attach(trainer, client=client, run_id="r")
+    trainer.train()
+    session.close()
+    with pytest.raises(LockstepError, match="attached already"):
+        attach(trainer, client=client, run_id="r")
+
+
+def test_what_the_trainer_shows_is_refused_before_servers_are_awaited(make_trainer, monkeypatch):
+    def awaited(config):
+        raise AssertionError("servers were awaited")
+
+    monkeypatch.setattr("learner.trainer.attach.meet", awaited)
+    stream = Dataset.from_list([{"prompt": "w1 w2"}]).to_iterable_dataset()
+    trainer = make_trainer(trainer_kwargs={"train_dataset": stream})
+    with pytest.raises(LockstepError, match="max_staleness"):
+        attach(trainer, "http://127.0.0.1:9", max_staleness=1)
+    with pytest.raises(LockstepError, match="full_determinism"):
+        attach(make_trainer(), "http://127.0.0.1:9", deterministic=True)
+
+
+def test_autocast_over_a_base_in_float32(make_trainer, client):
+    """TRL's default bf16 while both sides hold float32: trained with a warning, not refused as another base."""
+    trainer = make_trainer(bf16=True, max_steps=1)
+    with pytest.warns(UserWarning, match="bf16=true: the learner computes in bfloat16 .* set bf16=false"):
+        session = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    assert session.proof.compute_dtype == "bfloat16"
+    assert session.summary()["steps"] == 1
+
+
+def test_errors_of_the_training_are_not_hidden_by_those_of_its_end(caplog):
+    def fails():
+        raise OSError("the disk is full")
+
+    with pytest.raises(ValueError, match="the cause"), finally_do(fails, "closing"):
+        raise ValueError("the cause")
+    assert "closing failed as well: the disk is full" in caplog.text
+    with pytest.raises(OSError, match="full"), finally_do(fails, "closing"):
+        pass

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from trl import GRPOTrainer
 
-from learner.run_dir.checkpoint import STAGING, commit, last_checkpoint, load_state
+from learner.run_dir.checkpoint import STAGING, commit, last_checkpoint, load_state, save_state
+from learner.run_dir.files import LOGS_FILE, read_lines
 from learner.trainer.attach import attach
 from shared.errors import LockstepError
 
@@ -23,15 +26,15 @@ def train(make_trainer, server, client, tmp_path):
     """Trains in `name`; with `kill_at` only until the push of that step. Returns the final adapter."""
     server.state = server.state.model_copy(update={"deterministic": True})
 
-    def run(name: str, kill_at: int | None = None, resume: str | None = None, **config):
-        rows = [{"prompt": f"w{i} w{i + 7}"} for i in range(10)]
+    def run(name: str, kill_at: int | None = None, resume: str | None = None, rows=None, lora=None, **config):
+        rows = rows or [{"prompt": f"w{i} w{i + 7}"} for i in range(10)]
         trainer = make_trainer(
             trainer_kwargs={"train_dataset": Dataset.from_list(rows)},
             output_dir=str(tmp_path / name),
             save_strategy="steps",
             seed=5,
             full_determinism=True,
-            lora={"lora_dropout": 0.1},
+            lora={"lora_dropout": 0.1, **(lora or {})},
             **config,
         )
         session = attach(trainer, client=client, deterministic=True)
@@ -101,6 +104,43 @@ def test_another_arrangement_of_batches_is_refused(train, tmp_path) -> None:
     train("run", max_steps=2, save_steps=1, steps_per_generation=2)
     with pytest.raises(LockstepError, match="steps_per_generation=1 instead of 2"):
         train("run", max_steps=4, save_steps=1, resume=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_another_adapter_is_refused_before_it_is_loaded(train, tmp_path, monkeypatch) -> None:
+    """In a script, too: by name, where a rank or a layer would otherwise be found by a mismatch of sizes, or not."""
+    train("run", max_steps=1, save_steps=1)
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    monkeypatch.setattr(GRPOTrainer, "_load_from_checkpoint", lambda *_: pytest.fail("it was loaded"))
+    for lora, words in (
+        ({"r": 8}, "lora_r=8 instead of 4"),
+        ({"lora_alpha": 4}, "lora_alpha=4 instead of 8"),
+        ({"target_modules": ["q_proj"]}, r"lora_target_modules=q_proj \(2 layers, \w+\) instead of down_proj"),
+    ):
+        with pytest.raises(LockstepError, match=words):
+            train("run", max_steps=2, save_steps=1, resume=checkpoint, lora=lora)
+    rows = [{"prompt": f"w{i} w{i + 8}"} for i in range(10)]
+    with pytest.raises(LockstepError, match=r"train_dataset=10 prompts \(\w+\) instead of 10 prompts"):
+        train("run", max_steps=2, save_steps=1, resume=checkpoint, rows=rows)
+
+
+def test_a_learning_rate_that_was_changed_counts(train, tmp_path) -> None:
+    """Torch's optimizer and scheduler would bring the checkpoint's."""
+    schedule = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "linear"}
+    train("run", **schedule, learning_rate=1e-2)
+    train("run", **schedule, learning_rate=2e-2, resume=str(tmp_path / "run" / "checkpoint-2"))
+    logs = read_lines(tmp_path / "run" / LOGS_FILE)
+    rates = [log["learning_rate"] for log in logs if "learning_rate" in log]
+    assert rates == pytest.approx([1e-2, 0.75e-2, 1e-2, 0.5e-2])
+
+
+def test_a_batch_that_a_rank_lacks_is_refused(train, tmp_path) -> None:
+    train("run", max_steps=3, save_steps=1, steps_per_generation=3)
+    folder = tmp_path / "run" / "checkpoint-1"
+    state = load_state(folder)
+    (folder / "generation_batch_0.safetensors").unlink()
+    save_state(folder, replace(state, files={}))  # as where another node has written it
+    with pytest.raises(LockstepError, match=r"generation_batch_0.safetensors is missing"):
+        train("run", max_steps=3, save_steps=1, steps_per_generation=3, resume=str(folder))
 
 
 def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, server, client) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
+import traceback
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from learner.config import LearnerConfig
+from learner.rewards.calls import RewardError
 from learner.trainer.attach import attach
-from learner.trainer.reward_hooks import score_in_workers
+from learner.trainer.reward_hooks import check_rewards, score_in_workers
 from shared.errors import InvalidRequest
 from shared.rollouts import Completion, VersionSpan
 from tests.support import rewards as R
@@ -178,17 +181,49 @@ def test_functions_that_hang_are_left_out_and_counted(make_trainer, caplog) -> N
 
 
 @pytest.mark.parametrize(
-    ("function", "kind", "words"),
+    ("function", "words"),
     [
-        (R.raises, RuntimeError, r"(?s)'raises' failed.*in raises.*no such answer"),
-        (R.too_few, ValueError, r"'too_few' returned 1 rewards, but 4 were expected"),
+        (R.raises, r"'raises' raised KeyError: 'no such answer' \(in raises, .*rewards.py:"),
+        (R.too_few, r"'too_few' returned 1 rewards for \d+ completions"),
+        (R.not_a_number, r"'not_a_number' returned nan for completion 2 \(prompt: 'w0 w7'\)"),
+        (R.infinite_later, r"'infinite_later' returned inf for completion 1 \(prompt: 'w0 w7'\)"),
+        (R.too_large, r"'too_large' returned 1e\+39 for completion 1 "),
+        (R.text, r"'text' returned '0.5' for completion 1 "),
     ],
 )
-def test_the_users_errors_reach_the_user(make_trainer, function, kind, words) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_reward_is_one_line_wherever_it_is_computed(make_trainer, function, words, workers) -> None:
     trainer = make_trainer(trainer_kwargs={"reward_funcs": [function]})
-    score_in_workers(trainer, LearnerConfig())
-    with pytest.raises(kind, match=words):
+    if workers:
+        score_in_workers(trainer, LearnerConfig(reward_workers=workers))
+    check_rewards(trainer)
+    with pytest.raises(RewardError, match=words) as refused:
         trainer._calculate_rewards(**batch_of(trainer, ROWS))
+    assert "\n" not in refused.value.message
+    if function is R.raises:
+        shown = "".join(traceback.format_exception(refused.value))
+        assert 'raise KeyError("no such answer")' in shown
+
+
+def test_a_reward_model_that_diverged_is_named(make_trainer) -> None:
+    trainer = make_trainer()
+    trainer.reward_funcs = [nn.Linear(1, 1)]
+    trainer._calculate_rewards = lambda: torch.tensor([[0.5], [math.inf]])
+    check_rewards(trainer)
+    with pytest.raises(RewardError, match="'reward_odd' returned inf for completion 2 "):
+        trainer._calculate_rewards()
+
+
+def test_two_rewards_of_one_name_are_kept_apart(make_trainer, client, server) -> None:
+    def odd(completion_ids, **_):
+        return [0.25] * len(completion_ids)
+
+    odd.__name__ = "reward_odd"
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": [reward_odd, odd]}, max_steps=1)
+    session = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    session.close()
+    assert trainer.state.log_history[0]["rewards/reward_odd_2/mean"] == 0.25
 
 
 def test_reward_models_stay_where_they_are(make_trainer) -> None:

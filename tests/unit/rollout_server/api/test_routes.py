@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 
 from learner.servers.client import RolloutClient
 from rollout_server.api.app import build_app
 from rollout_server.generation import requests
-from shared.errors import ErrorCode, LockstepError, NoGroup, NotFinite, UnknownRun
+from shared.errors import ErrorBody, ErrorCode, LockstepError, NoGroup, NotFinite, UnknownRun
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
 from shared.weights import PushReceipt, WeightVersion
 
@@ -67,13 +67,14 @@ def service() -> _Service:
 @pytest.fixture
 def client(service: _Service) -> httpx.AsyncClient:
     app = build_app(service, FastAPI())  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
 
 
 def _told(monkeypatch: pytest.MonkeyPatch, *events: Any) -> None:
     async def generate(*_: Any):
         for event in events:
-            if isinstance(event, LockstepError):
+            if isinstance(event, Exception):
                 raise event
             yield event
 
@@ -105,6 +106,93 @@ async def test_errors_before_and_after_the_first_line(
     assert answer.status_code == 200
     assert answer.text == f"{GROUPS[0].model_dump_json()}\n{gone.body().model_dump_json()}\n"
     assert (await client.post("/v1/generate", json=BODY.model_dump())).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/generate", 405, "method_not_allowed"),
+        ("DELETE", "/v1/state", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/runs/r/adapter", 405, "method_not_allowed"),
+        ("PATCH", "/v1/runs/r", 405, "method_not_allowed"),
+        ("BREW", "/v1/score", 405, "method_not_allowed"),
+        ("POST", "/v1/generate/", 404, "unknown_route"),
+        ("GET", "/v1/runs", 404, "unknown_route"),
+        ("GET", "/v1/runs/r/nothing", 404, "unknown_route"),
+        ("GET", "/v1/runs/a/b/c", 404, "unknown_route"),
+        ("GET", "/", 404, "unknown_route"),
+        ("GET", "/collective_rpc", 404, "unknown_route"),
+        ("POST", "/v1/load_lora_adapter", 404, "unknown_route"),
+    ],
+)
+async def test_what_is_not_there_has_our_body(
+    client: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
+    answer = await client.request(method, path)
+    assert answer.status_code == status
+    error = ErrorBody.model_validate(answer.json()).error
+    assert error.code == code
+    if status == 405:
+        assert answer.headers["allow"] in error.message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"prompts": [{"text": "\\ud800"}], "x": 1}', b"[" * 100_000],
+    ids=["none", "cut", "list", "null", "no-utf8", "unknown-field", "deep"],
+)
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/score", "/v1/runs/r/broadcast"])
+async def test_bodies_that_cannot_be_read_have_our_body(client: httpx.AsyncClient, path: str, content: bytes) -> None:
+    headers = {"Lockstep-Lease": LEASE, "Content-Type": "application/json"}
+    answer = await client.post(path, content=content, headers=headers)
+    assert answer.status_code == 400
+    assert ErrorBody.model_validate(answer.json()).error.code is ErrorCode.INVALID_REQUEST
+
+
+class EngineDeadError(Exception):
+    """As vLLM's."""
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [KeyError("slot"), EngineDeadError(), ValueError("vLLM's"), NotImplementedError(), HTTPException(503, "vLLM's")],
+    ids=lambda failure: type(failure).__name__,
+)
+async def test_what_nobody_has_caught_has_our_body(
+    client: httpx.AsyncClient, service: _Service, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    async def fail(*_: Any) -> None:
+        raise failure
+
+    async def fail_late(*_: Any) -> Any:
+        yield None
+        raise failure
+
+    _told(monkeypatch, failure)
+    stream = BODY.model_copy(update={"stream": True}).model_dump()
+    for name in ("push", "end_run"):
+        monkeypatch.setattr(service, name, fail)
+    monkeypatch.setattr(service, "broadcast", fail_late)
+    lease = {"Lockstep-Lease": LEASE}
+    announced = {"version": RECEIPT.version.model_dump(), "checksum": "0" * 32, "layout": "0" * 32}
+    for answer in (
+        await client.post("/v1/generate", json=BODY.model_dump()),
+        await client.post("/v1/generate", json=stream),
+        await client.put("/v1/runs/r/adapter", content=b"abc", headers=lease),
+        await client.delete("/v1/runs/r", headers=lease),
+        await client.get("/v1/runs/r"),
+        await client.get("/v1/state"),
+        await client.post("/v1/wake"),
+    ):
+        assert answer.status_code == 500, answer.url
+        assert ErrorBody.model_validate(answer.json()).error.code is ErrorCode.INTERNAL_ERROR
+    answer = await client.post("/v1/runs/r/broadcast", json=announced, headers=lease)
+    first, last = answer.text.splitlines()
+    assert first == '{"receiving":true}'
+    assert ErrorBody.model_validate_json(last).error.code is ErrorCode.INTERNAL_ERROR
+    _told(monkeypatch, None, GROUPS[0], failure)
+    answer = await client.post("/v1/generate", json=stream)
+    assert ErrorBody.model_validate_json(answer.text.splitlines()[-1]).error.code is ErrorCode.INTERNAL_ERROR
 
 
 async def test_pushes(client: httpx.AsyncClient, service: _Service) -> None:

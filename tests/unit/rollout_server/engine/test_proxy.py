@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import time
 from dataclasses import replace
@@ -12,16 +13,19 @@ from typing import Any
 
 import pytest
 from fastapi import HTTPException
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from rollout_server.engine.capacity import Capacity
+from rollout_server.engine.capacity import BODY_BYTES, Capacity
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, LockstepError
-from shared.rollouts import PolicyRequest
+from shared.rollouts import GenerateRequest, PolicyRequest
 from shared.weights import WeightVersion
+from tests.support.runs import open_run
 
 
 class _Engine:
@@ -44,7 +48,7 @@ class _Engine:
 async def served():
     engine, table = _Engine(), RunTable(2, 2)
     proxy = EngineProxy(engine, table)
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table)
     slot = await run.reserve(time.monotonic() + 1)
     run.flip(slot, WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     return SimpleNamespace(engine=engine, table=table, proxy=proxy, run=run)
@@ -173,3 +177,54 @@ async def test_a_completion_that_the_engine_gave_up_is_a_bad_request(served) -> 
     with pytest.raises(HTTPException) as refusal:
         _ = [o async for o in served.proxy.generate({"prompt_token_ids": [1]}, None, "a", lora_request=None)]
     assert refusal.value.status_code == 400
+
+
+async def test_whoever_waits_for_a_step_holds_no_room(served) -> None:
+    """Eight prompts of 4096 completions that wait for an hour, as many requests as there may be, and large bodies."""
+    settings = replace(ServerSettings(), max_requests=2, max_bodies_mib=4)
+    capacity = served.proxy.capacity = Capacity(settings)
+    body = GenerateRequest.model_validate(
+        {"prompts": [{"token_ids": [1]}] * 8, "sampling": {"n": 4096}, "min_step": 1, "wait_s": 3600}
+    )
+    requests = contextlib.ExitStack()
+    waiting = []
+    for _ in range(2):
+        requests.enter_context(capacity.request())
+        capacity.hold(2**19)
+        context = contextvars.copy_context()
+        context.run(BODY_BYTES.set, 2**19)
+        waiting.append(asyncio.create_task(served.proxy.reached(body), context=context))
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert capacity.sequences == capacity.requests == 0
+    capacity.hold(4 * 2**20)  # all that others may hold
+    capacity.hold(-4 * 2**20)
+    with capacity.request(), pytest.raises(LockstepError, match="wait for a step already"):
+        await served.proxy.reached(body)
+    await _flip(served, 1)
+    await asyncio.gather(*waiting)
+    assert (capacity.requests, capacity.waiting) == (2, 0)
+    requests.close()
+    late = asyncio.create_task(served.proxy.reached(body.model_copy(update={"min_step": 9})))
+    await asyncio.sleep(0.01)
+    capacity.drain()
+    with pytest.raises(LockstepError, match="about to leave"):
+        await late
+    assert (capacity.requests, capacity.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("form", [{"json": {"maxItems": 10**6}}, {"structural_tag": '{"pattern": "a{100000}"}'}])
+async def test_formats_that_vllms_routes_have_made_are_bounded_too(served, form: dict[str, Any]) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
+    with pytest.raises(HTTPException, match="too large to be compiled") as refusal:
+        await anext(served.proxy.generate({"prompt_token_ids": [1]}, params, "x"))
+    assert refusal.value.status_code == 400
+    assert not served.engine.calls
+
+
+async def test_a_probe_is_an_output(served) -> None:
+    served.proxy.probe()
+    served.proxy.probe()
+    await asyncio.sleep(0.01)
+    assert len(served.engine.calls) == 1
+    assert served.proxy.outputs == 3

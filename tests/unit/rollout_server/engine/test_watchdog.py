@@ -12,11 +12,17 @@ from rollout_server.engine.watchdog import StallWatchdog
 class _Proxy:
     def __init__(self) -> None:
         self.tokens: dict[tuple[str, int], int] = {}
-        self.outputs = self.held = 0
+        self.outputs = self.held = self.probes = 0
         self.reasons: list[str] = []
+        self.answers = False  # to a probe
 
     def output_tokens(self) -> dict[tuple[str, int], int]:
         return dict(self.tokens)
+
+    def probe(self) -> None:
+        self.probes += 1
+        if self.answers:
+            self.outputs += 1
 
     def give_up(self, reason: Exception) -> None:
         self.reasons.append(str(reason))
@@ -59,6 +65,17 @@ def test_idle_held_and_finishing_engines_are_well(watched) -> None:
 
     watched.wait(100, one_more)
     assert not watched.proxy.reasons
+
+
+def test_a_request_that_cannot_begin_is_no_hang_while_others_could(watched) -> None:
+    """A grammar that is being compiled, on a server that has nothing else to do."""
+    watched.proxy.tokens, watched.proxy.answers = {("compiling", 0): 0}, True
+    watched.wait(100)
+    assert not watched.proxy.reasons
+    assert 3 <= watched.proxy.probes <= 7, "a probe in each half of the limit"
+    watched.proxy.answers = False
+    watched.wait(40)
+    assert watched.proxy.reasons
 
 
 def test_requests_that_come_and_go_are_no_progress(watched) -> None:

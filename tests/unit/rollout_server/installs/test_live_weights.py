@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from rollout_server.engine.proxy import EngineProxy
-from rollout_server.installs.live_weights import LiveWeights
+from rollout_server.installs.live_weights import LiveWeights, WeightUpdate
 from rollout_server.ipc.client import WorkerCall
 from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicyRequest
 from shared.weights import WeightVersion
+from tests.support.runs import open_run
 
 
 class _Engine:
@@ -74,13 +75,16 @@ async def served():
 
 
 async def _push(served, step: int, deadline: float = 5.0, kv=None) -> None:
-    run = served.table.open("r", "lease", takeover=False)
+    run = open_run(served.table)
     version, seq = WeightVersion(run_id="r", step=step), served.table.next_install_seq()
-    async with served.weights.updated(run, f"sum{step}", time.monotonic() + deadline, kv) as update:
+
+    def commit(update: WeightUpdate) -> None:
         if kv is None:
             run.flip(run.slots[0], version, seq, f"sum{step}")
         else:
             run.move(version, seq, f"sum{step}", update.tokens, kv)
+
+    await served.weights.update(run, f"sum{step}", time.monotonic() + deadline, commit, kv)
 
 
 async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
@@ -89,7 +93,7 @@ async def test_the_base_is_served_until_a_push_and_after_the_run() -> None:
     first = proxy.admit(PolicyRequest(policy="base"))
     assert table.base.slots[0].requests == 1
     first.release()
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table)
     proxy.admit(PolicyRequest(policy="base")).release()
     run.flip(run.slots[0], WeightVersion(run_id="r", step=0), table.next_install_seq(), "sum")
     with pytest.raises(LockstepError) as refusal:

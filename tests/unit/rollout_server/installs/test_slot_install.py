@@ -11,6 +11,7 @@ import pytest
 from rollout_server.installs.slot_install import InstallContext, SlotInstall
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
+from tests.support.runs import open_run
 
 
 class _Call:
@@ -36,10 +37,10 @@ class _Workers:
 
 
 def _install(context: InstallContext, run_id: str) -> SlotInstall:
-    run = context.runs.open(run_id, "lease", takeover=False)
+    run = open_run(context.runs, run_id)
     manifest = SimpleNamespace(checksum="sum")
     header = SimpleNamespace(layout=SimpleNamespace(key="key"), manifest=manifest)
-    return SlotInstall(context, run, header, time.monotonic() + 5, "drain", "http")
+    return SlotInstall(context, run, "lease", header, time.monotonic() + 5, "drain", "http")
 
 
 async def _fill(install: SlotInstall, end: asyncio.Event) -> None:

@@ -11,6 +11,7 @@ from rollout_server.runs.slots import Run, Slot, SlotState
 from rollout_server.runs.table import RunTable
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
+from tests.support.runs import open_run
 
 
 def _version(step: int) -> WeightVersion:
@@ -25,7 +26,7 @@ async def _install(table: RunTable, run: Run, step: int) -> Slot:
 
 async def test_a_slot_in_use_is_never_refilled() -> None:
     table = RunTable(slots_per_run=2, max_runs=1)
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table, "r")
     first = await _install(table, run, 0)
     run.acquire(first, "request")
     second = await _install(table, run, 1)
@@ -44,14 +45,14 @@ async def test_a_slot_in_use_is_never_refilled() -> None:
 
 async def test_salts_never_repeat() -> None:
     table = RunTable(2, 1)
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table, "r")
     salts = [(await _install(table, run, step)).salt for step in range(10)]
     assert len(set(salts)) == 10
 
 
 async def test_a_lost_slot_stays_out_until_it_is_given_back() -> None:
     table = RunTable(2, 1)
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table, "r")
     await _install(table, run, 0)
     slot = await run.reserve(time.monotonic() + 1)
     run.give_back(slot, lost=True)
@@ -61,27 +62,96 @@ async def test_a_lost_slot_stays_out_until_it_is_given_back() -> None:
     assert await run.reserve(time.monotonic() + 1) is slot
 
 
-async def test_leases_and_takeover() -> None:
+async def _refused(table: RunTable, run_id: str, lease: str, *, takeover: bool = False) -> ErrorCode:
+    with pytest.raises(LockstepError) as refusal:
+        async with table.opened(run_id, lease, takeover):
+            pytest.fail("it may not be pushed to")
+    return refusal.value.code
+
+
+async def test_a_run_belongs_to_who_has_flipped_last() -> None:
     table = RunTable(2, 1)
-    table.open("r", "mine", takeover=False)
-    with pytest.raises(LockstepError) as refusal:
-        table.open("r", "yours", takeover=False)
-    assert refusal.value.code is ErrorCode.LEASE_MISMATCH
-    assert table.open("r", "yours", takeover=True).lease == "yours"
-    with pytest.raises(LockstepError) as refusal:
-        table.open("other", "x", takeover=False)
-    assert refusal.value.code is ErrorCode.NO_FREE_RUN
-    table.open("other", "x", takeover=True)
-    assert list(table.runs) == ["other"]
+    run = open_run(table, "r", "mine")
+    assert await _refused(table, "r", "yours") is ErrorCode.LEASE_MISMATCH
+    async with table.opened("r", "yours", takeover=True) as taken:
+        assert taken is run
+    assert run.lease == "mine", "a takeover that does not flip takes nothing"
+    async with table.opened("r", "yours", takeover=True) as taken:
+        table.own(taken, "yours")
+    assert await _refused(table, "r", "mine") is ErrorCode.LEASE_MISMATCH
+
+
+async def test_a_run_keeps_its_place_until_the_next_one_is_served() -> None:
+    table = RunTable(2, 1)
+    run = open_run(table)
+    active = await _install(table, run, 0)
+    assert await _refused(table, "other", "x") is ErrorCode.NO_FREE_RUN
+    async with table.opened("other", "x", takeover=True) as other:
+        slot = await other.reserve(time.monotonic() + 1)
+        assert slot is not active
+        other.give_back(slot)
+        assert table.runs == {"r": run}
+    assert table.get("r").active is active
+    async with table.opened("other", "x", takeover=True) as other:
+        table.own(other, "x")
+        await _install(table, other, 0)
+    assert table.runs == {"other": other}
+    assert run.closed
+    assert [slot.state for slot in other.slots].count(SlotState.ACTIVE) == 1
+
+
+async def test_a_first_push_that_fails_gives_way_to_the_next_that_waits() -> None:
+    table = RunTable(2, 1)
+    order: list[str] = []
+
+    async def push(run_id: str, lease: str, *, flips: bool) -> None:
+        async with table.opened(run_id, lease, takeover=False) as run:
+            order.append(f"{run_id} of {lease}")
+            await asyncio.sleep(0.01)
+            if flips:
+                table.own(run, lease)
+
+    pushes = [
+        push("a", "first", flips=False),
+        push("a", "second", flips=False),
+        push("b", "third", flips=True),
+        push("a", "fourth", flips=True),
+        push("b", "fifth", flips=True),
+    ]
+    outcomes = await asyncio.gather(*pushes, return_exceptions=True)
+    assert order == ["a of first", "a of second", "b of third"]
+    assert [getattr(outcome, "code", None) for outcome in outcomes] == [
+        None,
+        None,
+        None,
+        ErrorCode.NO_FREE_RUN,
+        ErrorCode.LEASE_MISMATCH,
+    ]
+    assert list(table.runs) == ["b"]
+
+
+async def test_new_runs_are_opened_side_by_side_where_there_is_room() -> None:
+    table = RunTable(2, 2)
+    async with (
+        table.opened("a", "x", takeover=False) as one,
+        table.opened("b", "y", takeover=False) as two,
+    ):
+        assert one.ring is not two.ring
+        third = asyncio.ensure_future(_refused(table, "c", "z"))
+        await asyncio.sleep(0.01)
+        assert not third.done(), "both may fail yet"
+        table.own(one, "x")
+        table.own(two, "y")
+    assert await third is ErrorCode.NO_FREE_RUN
 
 
 async def test_a_new_run_waits_for_the_old_ones_requests() -> None:
     table = RunTable(1, 1)
-    old = table.open("old", "x", takeover=False)
+    old = open_run(table, "old")
     slot = await _install(table, old, 0)
     old.acquire(slot, "request")
     table.close("old")
-    new = table.open("new", "y", takeover=False)
+    new = open_run(table, "new")
     waiting = asyncio.ensure_future(new.reserve(time.monotonic() + 5))
     await asyncio.sleep(0.01)
     assert not waiting.done()
@@ -91,13 +161,13 @@ async def test_a_new_run_waits_for_the_old_ones_requests() -> None:
 
 async def test_runs_have_slots_of_their_own() -> None:
     table = RunTable(2, 3)
-    rings = [table.open(name, "x", takeover=False).slots for name in "abc"]
+    rings = [open_run(table, name).slots for name in "abc"]
     assert sorted(slot.slot_id for ring in rings for slot in ring) == [1, 2, 3, 4, 5, 6]
 
 
 async def test_waiting_for_a_step() -> None:
     table = RunTable(2, 1)
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table, "r")
     waiting = asyncio.ensure_future(run.wait_for_step(1, wait_s=5))
     await _install(table, run, 0)
     await asyncio.sleep(0.01)

@@ -189,7 +189,8 @@ async def test_also_while_the_model_loads() -> None:
 async def test_without_tokens_everything_passes() -> None:
     readiness = ReadinessMiddleware()
     readiness.open(_echo)
-    assert (await _client(AuthMiddleware(readiness, None)).delete("/v1/runs/r")).text == "/v1/runs/r"
+    client = _client(AuthMiddleware(readiness, None))
+    assert (await client.delete("http://localhost:8000/v1/runs/r")).text == "/v1/runs/r"
 
 
 async def test_a_revoked_token_is_refused_at_once(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rollout_server.engine.proxy import CALL_CONTEXT, EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from shared.weights import WeightVersion
+from tests.support.runs import open_run
 
 
 class _Engine:
@@ -32,7 +33,7 @@ async def served():
     """A proxy with one run at step 3, and an app with routes as vLLM writes them."""
     table = RunTable(2, 2)
     proxy = EngineProxy(_Engine(), table, Capacity(ServerSettings()))
-    run = table.open("r", "lease", takeover=False)
+    run = open_run(table)
     await _flip(table, 3)
     app = FastAPI()
 

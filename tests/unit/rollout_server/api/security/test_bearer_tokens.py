@@ -10,7 +10,7 @@ import pytest
 from rollout_server.api.security.bearer_tokens import Tokens, configured_tokens
 from rollout_server.api.security.roles import Role
 from rollout_server.settings import ServerSettings
-from shared.bearer_tokens import is_loopback, parse_tokens
+from shared.bearer_tokens import exposure, is_loopback, parse_tokens
 from shared.errors import LockstepError
 
 LEARNER, READER, SCRAPER = "learner-0123456789", "reader-0123456789", "scraper-0123456789"
@@ -104,6 +104,58 @@ def test_a_token_is_replaced_while_the_server_runs(tmp_path) -> None:
     assert tokens.role_of(f"{LEARNER}-next".encode()) is Role.WEIGHTS
     write(path, f"{LEARNER}-last")
     assert tokens.role_of(f"{LEARNER}-last".encode()) is Role.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        (0o600, None),
+        (0o400, None),
+        (0o700, None),
+        (0o640, "read by its group"),
+        (0o644, "read by every user of this machine"),
+        (0o604, "read by every user of this machine"),
+        (0o444, "read by every user of this machine"),
+        (0o620, "changed by its group"),
+        (0o602, "changed by every user of this machine"),
+    ],
+)
+def test_a_file_that_others_can_use_is_said(
+    tmp_path, caplog: pytest.LogCaptureFixture, mode: int, said: str | None
+) -> None:
+    path = Path(write(tmp_path / "w", LEARNER))
+    path.chmod(mode)
+    tokens = configured_tokens(ServerSettings(token_file=str(path)))
+    assert tokens is not None
+    assert tokens.role_of(LEARNER.encode()) is Role.WEIGHTS, "it is taken all the same"
+    assert LEARNER not in caplog.text
+    if said is None:
+        assert not caplog.messages
+    else:
+        (message,) = caplog.messages
+        assert f"token file {path} can be {said}" in message
+        assert f"chmod go= {path}" in message
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [(0o440, False), (0o640, False), (0o400, False), (0o444, True), (0o660, True)],
+)
+def test_a_file_of_root_for_the_group_of_the_server(tmp_path, monkeypatch, mode: int, said: bool) -> None:
+    """As Kubernetes mounts it with `fsGroup`: without the group the server could not read it."""
+    path = Path(write(tmp_path / "w", LEARNER))
+    path.chmod(mode)
+    monkeypatch.setattr(os, "geteuid", lambda: os.stat(path).st_uid + 1)
+    assert (exposure(path) is not None) == said
+
+
+def test_secrets_of_containers_are_readable_inside(monkeypatch) -> None:
+    """Docker mounts them with mode 0444, where only one container can see them."""
+    public = os.stat_result((0o100444, 1, 1, 1, 0, 0, 10, 0, 0, 0))
+    monkeypatch.setattr(os, "stat", lambda path: public)
+    assert exposure("/run/secrets/weights_token") is None
+    assert exposure("/var/run/secrets/weights/token") is None
+    assert exposure("/run/secrets/../../home/token") is not None
 
 
 def test_tokens_of_a_file_in_order() -> None:

@@ -1,0 +1,137 @@
+"""Columns of a task's dataset: nested values that keep exactly their own keys, and names that rewards can be given."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets.features.features import register_feature
+
+from learner.tasks.base import REWARD_ARGUMENTS, TaskError
+
+T = TypeVar("T", Dataset, IterableDataset)
+
+#: Columns that TRL reads as images of the prompt.
+IMAGE_COLUMNS = ("image", "images")
+#: Columns of one of these types keep every value as it is; integers up to 64 bits.
+_PLAIN = {str: "string", bool: "bool", int: "int64", float: "float64"}
+
+
+@dataclass
+class ExactJson:
+    """A feature of `datasets`: any JSON value, which comes back as it was put in.
+
+    Arrow would give the dicts of a column one set of keys, with None where a row has none, and its numbers one type.
+    """
+
+    pa_type: ClassVar[Any] = pa.large_binary()
+    _type: str = field(default="ExactJson", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: Any) -> bytes:
+        """Return the stored form; bytes, which no JSON value is, have been encoded before."""
+        return value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False).encode()
+
+    def decode_example(self, stored: bytes, token_per_repo_id: Any = None) -> Any:
+        """Return the value."""
+        return json.loads(stored)
+
+
+with warnings.catch_warnings(action="ignore"):  # "experimental"
+    register_feature(ExactJson, "ExactJson")
+
+
+def exact_dataset(columns: Mapping[str, Sequence[Any]], where: str) -> Dataset:
+    """Return a dataset of JSON values, each of which comes back as it was put in.
+
+    Raises:
+        TaskError: a text holds half of a surrogate pair; with `where`, row and column.
+    """
+    arrays, features = dict[str, Any](), Features()
+    for name, values in columns.items():
+        features[name] = feature = _feature(values)
+        try:
+            if isinstance(feature, ExactJson):
+                stored = [None if value is None else feature.encode_example(value) for value in values]
+                arrays[name] = pa.array(stored, feature())
+            else:
+                arrays[name] = pa.array(values, feature())
+        except UnicodeEncodeError as error:
+            row = next(i for i, value in enumerate(values) if not _encodable(value))
+            raise TaskError(
+                f"{where}, row {row + 1}, column {name!r}: half of a surrogate pair (\\ud800-\\udfff) is no character"
+            ) from error
+    return Dataset.from_dict(arrays, features)
+
+
+def is_filled(feature: Any) -> bool:
+    """Return whether Arrow has given all dicts in a column of this feature the same keys."""
+    if isinstance(feature, dict):
+        return True
+    if isinstance(feature, list):
+        return is_filled(feature[0])
+    return is_filled(feature.feature) if hasattr(feature, "feature") else False
+
+
+def without_filled_keys(prompt: Any) -> Any:
+    """Return a prompt of a column that `is_filled`, without keys whose value is None; a message keeps its content."""
+    if not isinstance(prompt, list):
+        return prompt
+    return [
+        {key: _without_none(value) for key, value in message.items() if value is not None or key == "content"}
+        if isinstance(message, Mapping)
+        else message
+        for message in prompt
+    ]
+
+
+def usable(rows: T, what: str) -> T:
+    """Return the rows, checked; without image columns, which TRL would read, where these hold no image.
+
+    Raises:
+        TaskError: a column would take the place of an argument of reward functions, or a row has an image.
+    """
+    names = rows.column_names or ()
+    if taken := [name for name in names if name in REWARD_ARGUMENTS]:
+        raise TaskError(
+            f"{what} has a column {taken[0]!r}, the name of an argument that every reward function gets: rename it"
+        )
+    for name in set(IMAGE_COLUMNS) & set(names) if isinstance(rows, Dataset) else ():
+        for i, value in enumerate(rows[name]):
+            if value is not None and value != []:
+                raise TaskError(
+                    f"{what}, row {i + 1}, column {name!r}: images in prompts: only text models are supported"
+                )
+        rows = rows.remove_columns(name)
+    return rows
+
+
+def _feature(values: Sequence[Any]) -> Value | ExactJson:
+    types = {type(value) for value in values if value is not None}
+    if not types:
+        return Value("null")
+    name = _PLAIN.get(types.pop()) if len(types) == 1 else None
+    if name == "int64" and not all(value is None or -(2**63) <= value < 2**63 for value in values):
+        name = None
+    return Value(name) if name else ExactJson()
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value

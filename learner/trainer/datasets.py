@@ -1,0 +1,133 @@
+"""The datasets of a `trl.GRPOTrainer`: refuse at the start, by row, what would end the training in its middle."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl import GRPOTrainer
+
+from learner.tasks.columns import is_filled, usable, without_filled_keys
+from shared.errors import InvalidRequest
+
+logger = logging.getLogger("lockstep.trainer")
+
+#: Prompts whose token ids are kept.
+KEPT = 512
+_ROWS_AT_ONCE = 512
+_MANY_ROWS = 50_000
+
+
+@dataclass
+class Prompts:
+    """Prompts of all datasets, as TRL templates them.
+
+    Attributes:
+        first: token ids [N][P] of the first training prompts.
+        longest: tokens of the longest prompt.
+        where: names the longest prompt.
+    """
+
+    first: list[list[int]] = field(default_factory=list)
+    longest: int = 0
+    where: str = ""
+
+
+def check_datasets(trainer: GRPOTrainer) -> None:
+    """Check the columns of the training and evaluation data; take out image columns without images.
+
+    Raises:
+        LockstepError: `invalid_request`, with the column and its row.
+    """
+    if isinstance(trainer.train_dataset, Dataset | IterableDataset):
+        trainer.train_dataset = usable(trainer.train_dataset, "the training data")
+    evaluation = trainer.eval_dataset
+    if isinstance(evaluation, dict):
+        trainer.eval_dataset = {name: usable(rows, f"the data of {name}") for name, rows in evaluation.items()}
+    elif isinstance(evaluation, Dataset | IterableDataset):
+        trainer.eval_dataset = usable(evaluation, "the evaluation data")
+
+
+def drop_filled_keys(trainer: GRPOTrainer) -> None:
+    """Let chat templates see messages with their own keys only.
+
+    Arrow gives all messages of a column the same keys, with None where a message has none. Which None was in the row
+    cannot be told any more, so none is shown; `Dataset.from_list(rows, on_mixed_types="use_json")` keeps them apart.
+    """
+    datasets = [rows for _, rows in _datasets(trainer) if (rows.features or {}).get("prompt") is not None]
+    if not any(is_filled(rows.features["prompt"]) for rows in datasets):
+        return
+    tokenize = trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda prompts: tokenize([without_filled_keys(prompt) for prompt in prompts])
+
+
+def measure_prompts(trainer: GRPOTrainer) -> Prompts:
+    """Tokenize every prompt of the training and evaluation data; none of streams and environments, which make theirs.
+
+    Raises:
+        LockstepError: `invalid_request`, with the row of a prompt that is missing or empty, has images, is of another
+            kind than the others, or is refused by the chat template.
+    """
+    found = Prompts()
+    if trainer.environment_factories is not None:
+        return found
+    for name, rows in _datasets(trainer):
+        if not isinstance(rows, Dataset) or "prompt" not in rows.column_names:
+            continue
+        kind: type | None = None
+        if len(rows) > _MANY_ROWS:
+            logger.info("measuring the %d prompts of %s", len(rows), name)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            prompts = rows[start : start + _ROWS_AT_ONCE]["prompt"]
+            kind = kind or type(prompts[0])
+            for i, token_ids in enumerate(_token_ids(trainer, prompts, kind, name, start)):
+                if not token_ids:
+                    raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
+                if len(token_ids) > found.longest:
+                    found.longest = len(token_ids)
+                    found.where = f"{name}, row {start + i + 1}, {_beginning(prompts[i])}"
+                if rows is trainer.train_dataset and len(found.first) < KEPT:
+                    found.first.append(token_ids)
+    return found
+
+
+def _datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
+    evaluation = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"the evaluation data": evaluation}
+    for name, rows in {"the training data": trainer.train_dataset, **named}.items():
+        if isinstance(rows, Dataset | IterableDataset):
+            yield name, rows
+
+
+def _token_ids(trainer: GRPOTrainer, prompts: list[Any], kind: type, name: str, start: int) -> list[list[int]]:
+    """Return token ids [N][P]; where that fails, name the first row for which it does."""
+    for row, prompt in enumerate(prompts, start + 1):
+        if not isinstance(prompt, str | list) or not prompt or type(prompt) is not kind:
+            raise InvalidRequest(
+                f"{name}, row {row}: a prompt must be text or a list of chat messages, as in the other rows, and not "
+                f"empty, but it is {prompt!r:.80}"
+            )
+    try:
+        found, images = trainer._tokenize_prompts(prompts)[:2]
+    except Exception as error:  # whatever a chat template raises
+        half = len(prompts) // 2
+        if half:
+            first = _token_ids(trainer, prompts[:half], kind, name, start)
+            return first + _token_ids(trainer, prompts[half:], kind, name, start + half)
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise InvalidRequest(
+            f"{name}, row {start + 1}, {_beginning(prompts[0])}: the tokenizer or its chat template refuses it ({why})"
+        ) from error
+    if images is not None:
+        row = next(row for row, image in enumerate(images, start + 1) if image)
+        raise InvalidRequest(f"{name}, row {row}: images in prompts: only text models are supported")
+    return [list(token_ids) for token_ids in found]
+
+
+def _beginning(prompt: Any) -> str:
+    message = prompt[-1] if isinstance(prompt, list) and prompt else prompt
+    text = message.get("content") if isinstance(message, dict) else message
+    return f"{' '.join(str(text).split())!r:.80}"

@@ -1,0 +1,131 @@
+"""Bodies of requests: bounded before anything parses them; large ones are parsed beside the event loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+from starlette.types import Scope
+
+from rollout_server.engine.turns import in_turn
+from shared import wire
+from shared.bounded_json import SMALL, JsonLimits, load_json
+from shared.errors import InvalidRequest, TooLarge
+from shared.structured_outputs import check_structured_outputs
+
+#: 512 prompts of 8192 token ids are four million values.
+_OURS = JsonLimits(values=5 * 2**20, strings=2**20, containers=2**19)
+#: vLLM parses bodies on the event loop, and its request models keep an error for every value that fits none of a
+#: field's many types.
+_THEIRS_MIB = 12
+_THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
+_MAX_LIST = 4096
+_TOKEN_LISTS = ("prompt", "tokens")
+_OUR_PATHS = (wire.GENERATE, wire.SCORE)
+
+
+async def check_body(scope: Scope, body: bytes) -> int:
+    """Check a complete body without parsing it as a whole; return the memory that it takes when it is parsed.
+
+    Raises:
+        LockstepError: `too_large`, `invalid_request`.
+    """
+    ours = scope["path"] in _OUR_PATHS or scope["path"].startswith(wire.RUN.format(run_id=""))
+    check = _check_ours if ours else _check_theirs
+    return check(body) if len(body) <= SMALL else await in_turn(check, body)
+
+
+def _check_ours(body: bytes) -> int:
+    return _bounded(_OURS, body)
+
+
+def _check_theirs(body: bytes) -> int:
+    if len(body) > _THEIRS_MIB * 2**20:
+        raise TooLarge(
+            f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"
+        )
+    memory = _bounded(_THEIRS, body)
+    try:
+        document = load_json(body)
+    except json.JSONDecodeError:  # vLLM says so
+        return memory
+    try:
+        if isinstance(document, dict):
+            _check_openai(document)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    return memory
+
+
+def _bounded(limits: JsonLimits, body: bytes) -> int:
+    try:
+        return limits.check(body)
+    except ValueError as error:
+        raise TooLarge(f"{error}; split the request", bytes=len(body)) from error
+
+
+def _check_openai(document: dict[str, Any]) -> None:
+    """Check what vLLM's request models would look at before they refuse it, and grammars that they compile."""
+    for name, value in document.items():
+        _check_lists(name, value)
+    forms = document.get("structured_outputs")
+    if isinstance(forms, dict):
+        known = ("regex", "choice", "grammar", "structural_tag")
+        check_structured_outputs(json_schema=forms.get("json"), **{name: forms.get(name) for name in known})
+    form = document.get("response_format")
+    if isinstance(form, dict):
+        check_structured_outputs(structural_tag=form)
+
+
+def _check_lists(name: str, value: Any) -> None:
+    """Refuse long lists but those of token ids where token ids belong: they fit none of a field's types."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_lists(str(key), inner)
+    elif isinstance(value, list):
+        tokens = name in _TOKEN_LISTS or name.endswith("token_ids")
+        if len(value) > _MAX_LIST and not (tokens and all(type(item) is int for item in value)):
+            but = ", but for token ids" if tokens else ""
+            raise ValueError(f"{name:.100}: the list has {len(value)} items; send at most {_MAX_LIST}{but}")
+        for inner in value:
+            if isinstance(inner, dict | list):
+                _check_lists(name, inner)
+
+
+class BoundedRoute(APIRoute):
+    """A route whose large JSON bodies are parsed and validated beside the event loop."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handle = super().get_route_handler()
+        models = [param.field_info.annotation for param in self.dependant.body_params]
+
+        async def handle_bounded(request: Request) -> Any:
+            bounded = _BoundedRequest(request.scope, request.receive)
+            if models and len(body := await bounded.body()) > SMALL:
+                try:
+                    bounded.model = await in_turn(_validated, models[0], body)
+                except ValidationError as error:
+                    errors = error.errors(include_url=False, include_input=False, include_context=False)
+                    located = [{**each, "loc": ("body", *each["loc"])} for each in errors]
+                    raise RequestValidationError(located) from error
+                except json.JSONDecodeError as error:
+                    raise InvalidRequest(f"the body is no JSON: {error}") from error
+            return await handle(bounded)
+
+        return handle_bounded
+
+
+def _validated(model: Any, body: bytes) -> Any:
+    return model.model_validate(load_json(body))
+
+
+class _BoundedRequest(Request):
+    model: Any = None  # the validated body
+
+    async def json(self) -> Any:
+        return self.model or load_json(await self.body())

@@ -1,0 +1,7 @@
+"""Lengths of the lines: what is longer is refused by the side that would send it, and ends the link if it comes."""
+
+from __future__ import annotations
+
+#: An adapter's tensor index has at most 16 MiB in its header (`shared.adapter_file`), and more here, with escapes.
+MAX_REQUEST_BYTES = 128 * 2**20
+MAX_ANSWER_BYTES = 2**20

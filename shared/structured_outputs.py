@@ -1,0 +1,204 @@
+"""Bounds on the format of completions (structured outputs): what a grammar may cost before anything compiles it.
+
+A compiled grammar has about as many positions as its text has characters once all repeats are written out, and at each
+of them the whole vocabulary is looked at. Nothing can end a compilation, so its cost is bounded before it begins.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from shared.bounded_json import JsonLimits, load_json
+
+#: Characters with all repeats written out. A repeat costs more than its copies: the tokens that reach beyond each of
+#: them are looked at, too.
+MAX_COST = 32768
+_REPEAT_COST, _REPEATS_THAT_COST = 20, 50
+#: Characters as they are sent; descriptions in a schema count here, but cost nothing.
+MAX_CHARACTERS = 2**18
+_LIMITS = JsonLimits(values=2**15, strings=2**15, containers=2**13)
+_MAX_NESTING = 64  # vLLM's
+_HUGE = 10**9
+_REPEAT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+_LARK_REPEAT = re.compile(r"~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
+_NUMBER = re.compile(r"(?<!\w)\d+")
+_SIMPLE = re.compile(r"[^\\\[(){}\"'~|\d]+")
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"})
+_IGNORED = frozenset({"description", "title", "$comment", "examples", "default", "$schema", "$id"})
+_COUNTS = re.compile(r"(min|max)(Items|Length|Properties|Contains)")
+_BRANCHES = ("anyOf", "oneOf")
+_PATTERNS = ("pattern", "regex", "grammar")  # the last two of structural tags
+
+
+def check_structured_outputs(
+    *,
+    json_schema: str | dict[str, Any] | None = None,
+    regex: str | None = None,
+    choice: list[str] | None = None,
+    grammar: str | None = None,
+    structural_tag: str | dict[str, Any] | None = None,
+) -> None:
+    """Check whichever of the forms is given; raises `ValueError` with the bound that it passes."""
+    if isinstance(json_schema, str | dict):
+        _Schema(_document("json", json_schema)).check("json")
+    if isinstance(structural_tag, str | dict):
+        _Schema(_document("structural_tag", structural_tag)).check("structural_tag")
+    if isinstance(choice, list):
+        _check_cost("choice", sum(1 + len(str(each)) for each in choice))
+    for name, text in (("regex", regex), ("grammar", grammar)):
+        if isinstance(text, str):
+            _check_characters(name, len(text))
+            _check_cost(name, expanded_length(text, grammar=name == "grammar"))
+
+
+def expanded_length(pattern: str, *, grammar: bool = False) -> int:
+    """Count the characters of a regular expression with all its repeats written out.
+
+    Args:
+        grammar: it is EBNF or Lark: quotes hold literals, and any number outside of them may be a repeat.
+    """
+    groups, atom, place = [0], 0, 0
+
+    def add(cost: int) -> None:
+        groups[-1] = min(groups[-1] + cost, _HUGE)
+
+    while place < len(pattern):
+        character = pattern[place]
+        if simple := _SIMPLE.match(pattern, place):
+            add(simple.end() - place)
+            atom, place = 1, simple.end()
+        elif character == "\\":
+            atom, place = 1, place + 2
+            add(1)
+        elif character == "[" or (grammar and character in "\"'"):
+            end = _closing(pattern, place, "]" if character == "[" else character)
+            atom, place = (1 if character == "[" else end - place), end
+            add(atom)
+        elif character == "(":
+            groups.append(0)
+            place += 1
+        elif character == ")" and len(groups) > 1:
+            atom = groups.pop()
+            add(atom)
+            place += 1
+        elif repeat := _REPEAT.match(pattern, place) or (grammar and _LARK_REPEAT.match(pattern, place)):
+            times = max(map(_number, repeat.groups()))
+            add(atom * max(times - 1, 0) + _repeat_cost(times))
+            atom, place = min(atom * max(times, 1), _HUGE), repeat.end()
+        elif grammar and (number := _NUMBER.match(pattern, place)):
+            add(max(atom, 1) * _number(number[0]))
+            place = number.end()
+        else:
+            add(1)
+            atom, place = 1, place + 1
+    return sum(groups)
+
+
+def _closing(pattern: str, place: int, close: str) -> int:
+    """Return the place behind the `close` of what opens at `place`."""
+    place += 1
+    while place < len(pattern) and pattern[place] != close:
+        place += 2 if pattern[place] == "\\" else 1
+    return place + 1
+
+
+def _repeat_cost(times: int) -> int:
+    return _REPEAT_COST * min(times, _REPEATS_THAT_COST) if times > 1 else 0
+
+
+def _number(digits: str | None) -> int:
+    return 0 if not digits else int(digits) if len(digits) < 9 else _HUGE
+
+
+class _Schema:
+    """Cost of a JSON schema, or of a structural tag, whose schemas and patterns count alike."""
+
+    def __init__(self, document: Any) -> None:
+        self._document = document
+        self._branches = 1
+        self._joined = 0
+        self._lengths: set[tuple[str, int]] = set()
+
+    def check(self, form: str) -> None:
+        cost = 0
+        for part in self._costs(self._document, 0, names=False):
+            cost += part
+            _check_cost(form, cost)
+        # Every combination of the alternatives that several members of an `allOf` have.
+        _check_cost(form, cost + self._branches ** min(self._joined, 30))
+
+    def _costs(self, node: Any, depth: int, *, names: bool) -> Iterator[int]:
+        if depth > _MAX_NESTING:
+            raise ValueError(f"structured_outputs are nested more than {_MAX_NESTING} levels deep")
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield 1
+                if names:
+                    yield len(key)
+                elif key in _IGNORED:
+                    continue
+                elif _COUNTS.fullmatch(key):
+                    times = _times(value)
+                    yield times
+                    if key.endswith("Length") and (key, times) not in self._lengths:  # equal ones are compiled once
+                        self._lengths.add((key, times))
+                        yield _repeat_cost(times)
+                    continue
+                elif key in _PATTERNS and isinstance(value, str):
+                    yield expanded_length(value, grammar=key == "grammar")
+                    continue
+                elif key == "allOf" and isinstance(value, list):
+                    self._joined += max(len(value) - 1, 0)
+                elif key in _BRANCHES and isinstance(value, list):
+                    self._branches = max(self._branches, len(value))
+                if not names and key == "patternProperties" and isinstance(value, dict):
+                    yield sum(map(expanded_length, value))
+                yield from self._costs(value, depth + 1, names=not names and key in _NAMED)
+        elif isinstance(node, list):
+            for value in node:
+                yield 1
+                yield from self._costs(value, depth + 1, names=False)
+        elif isinstance(node, str):
+            yield len(node)
+        else:
+            yield 1
+
+
+def _document(form: str, given: str | dict[str, Any]) -> Any:
+    """Return the parsed document of a form that may be text; text that is no JSON is left to vLLM's own refusal."""
+    try:
+        text = given if isinstance(given, str) else json.dumps(given)
+    except RecursionError as error:
+        raise ValueError(f"structured_outputs are nested more than {_MAX_NESTING} levels deep") from error
+    _check_characters(form, len(text))
+    encoded = text.encode("utf-8", "replace")
+    _LIMITS.check(encoded)
+    try:
+        return load_json(encoded)
+    except json.JSONDecodeError:
+        return None
+
+
+def _times(value: Any) -> int:
+    try:
+        return min(int(value), _HUGE)
+    except (TypeError, ValueError, OverflowError):
+        return 1
+
+
+def _check_characters(form: str, characters: int) -> None:
+    if characters > MAX_CHARACTERS:
+        raise ValueError(
+            f"structured_outputs: {form} has {characters} characters, at most {MAX_CHARACTERS} may be sent"
+        )
+
+
+def _check_cost(form: str, cost: int) -> None:
+    if cost > MAX_COST:
+        raise ValueError(
+            f"structured_outputs: {form} is too large to be compiled: with all repeats written out (as of maxItems, "
+            f"maxLength or {{n,m}}) it has more than {MAX_COST} characters; make it smaller"
+        )

@@ -1,0 +1,45 @@
+"""The learner's metrics among connections that say nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
+
+from learner.monitors import metrics_server
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    registry = CollectorRegistry()
+    Gauge("a_gauge", "for tests", registry=registry).set(7)
+    server = metrics_server.start_metrics_server(make_wsgi_app(registry), "127.0.0.1", 0)
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", b"GET /metrics HTTP/1.1\r\nX: ", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n"]
+)
+def test_many_connections_take_few_threads(port: int, begin: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    before = threading.active_count()
+    with contextlib.ExitStack() as opened:
+        for _ in range(100):
+            wire = opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            with contextlib.suppress(ConnectionError):
+                wire.sendall(begin)
+        assert "a_gauge 7.0" in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text
+        assert threading.active_count() - before <= metrics_server._CONNECTIONS + 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_connection_that_says_nothing_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server._Request, "timeout", 0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as wire:
+        assert wire.recv(1) == b""

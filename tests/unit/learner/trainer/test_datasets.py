@@ -1,0 +1,119 @@
+"""Data of a real TRL trainer: what would end the training in its middle is refused at the start, by row."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from learner.trainer.attach import attach
+from shared.errors import InvalidRequest
+
+ROWS = [{"prompt": f"w{i % 60} w{(i + 7) % 60}"} for i in range(1300)]
+#: Shows every key of every message, and refuses a word.
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content == 'refused' %}{{ raise_exception('no such word') }}{% endif %}"
+    "{% for key in message %}{% if message[key] is none %}w50{% else %}w1{% endif %} {% endfor %}{% endfor %}"
+)
+
+
+def with_rows(rows: Any) -> dict[str, Any]:
+    return {"train_dataset": Dataset.from_list(rows) if isinstance(rows, list) else rows}
+
+
+@pytest.fixture
+def chat_tokenizer(model_dir) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset", "one of several"])
+@pytest.mark.parametrize(
+    "name", ["prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"]
+)
+def test_columns_named_like_arguments_of_rewards(make_trainer, client, part: str, name: str) -> None:
+    rows = Dataset.from_list([{"prompt": "w1", name: "w1"}] * 4)
+    given = {part: rows} if part != "one of several" else {"eval_dataset": {"hard": rows}}
+    trainer = make_trainer(trainer_kwargs=given)
+    with pytest.raises(InvalidRequest, match=f"has a column '{name}'.*rename"):
+        attach(trainer, client=client)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (" ".join(["w1"] * 130), r"130 tokens: the training data, row 1203, 'w1 w1.*--max-model-len"),
+        ("", "the training data, row 1203: a prompt must be text .* not empty, but it is ''"),
+        (" ", "the training data, row 1203: the prompt is empty"),
+        (None, "the training data, row 1203: a prompt must be text .* but it is None"),
+    ],
+)
+def test_every_prompt_is_measured(make_trainer, client, prompt: str | None, message: str) -> None:
+    trainer = make_trainer(trainer_kwargs=with_rows([*ROWS[:1202], {"prompt": prompt}, *ROWS[1203:]]))
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        attach(trainer, client=client)
+    assert "\n" not in refused.value.message
+
+
+def test_prompts_of_the_evaluation_are_measured(make_trainer, client) -> None:
+    long = Dataset.from_list([*ROWS[:600], {"prompt": " ".join(["w1"] * 130)}])
+    trainer = make_trainer(trainer_kwargs={"eval_dataset": {"hard": long}})
+    with pytest.raises(InvalidRequest, match="130 tokens: hard, row 601"):
+        attach(trainer, client=client)
+
+
+def test_a_prompt_that_the_chat_template_refuses(make_trainer, client, chat_tokenizer) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "refused" if i == 700 else "w1"}]} for i in range(800)]
+    trainer = make_trainer(trainer_kwargs={**with_rows(rows), "processing_class": chat_tokenizer})
+    with pytest.raises(InvalidRequest, match=r"row 701, 'refused': .*template refuses it .*no such word"):
+        attach(trainer, client=client)
+
+
+def test_keys_that_arrow_filled_in_are_not_shown(make_trainer, client, chat_tokenizer, server) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": "w1"}]} for _ in range(8)]
+    rows[3]["prompt"][0]["name"] = "w2"
+    assert Dataset.from_list(rows)[0]["prompt"][0] == {"role": "user", "content": "w1", "name": None}
+    trainer = make_trainer(trainer_kwargs={**with_rows(rows), "processing_class": chat_tokenizer}, max_steps=1)
+    session = attach(trainer, client=client)
+    trainer.train()
+    session.close()
+    asked = [prompt.token_ids for request in server.generated for prompt in request.prompts]
+    shown = chat_tokenizer("w1")["input_ids"]
+    assert {json.dumps(ids) for ids in asked} <= {json.dumps(shown * 2), json.dumps(shown * 3)}
+
+
+def test_none_that_is_meant_is_shown(make_trainer, client, chat_tokenizer, server) -> None:
+    """`datasets` keeps every message as it is where it is asked to."""
+    rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": "w1"}]} for _ in range(8)]
+    rows[3]["prompt"][0]["name"] = None
+    given = with_rows(Dataset.from_list(rows, on_mixed_types="use_json"))
+    trainer = make_trainer(trainer_kwargs={**given, "processing_class": chat_tokenizer}, max_steps=0)
+    attach(trainer, client=client)
+    shown = trainer._tokenize_prompts(trainer.train_dataset["prompt"][:4])[0]
+    w1, w50 = (chat_tokenizer(word)["input_ids"] for word in ("w1", "w50"))
+    assert shown == [w1 * 2, w1 * 2, w1 * 2, w1 * 2 + w50]
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_image_columns_without_images(make_trainer, client, chat_tokenizer, name: str) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": "w1"}], name: None} for i in range(8)]
+    given = {"eval_dataset": Dataset.from_list(rows), "processing_class": chat_tokenizer}
+    trainer = make_trainer(
+        trainer_kwargs={**with_rows(rows), **given}, max_steps=1, eval_strategy="steps", per_device_eval_batch_size=8
+    )
+    session = attach(trainer, client=client)
+    trainer.train()
+    session.close()
+    assert any("eval_reward" in log for log in trainer.state.log_history)
+
+
+def test_images_are_refused_by_row(make_trainer, client) -> None:
+    trainer = make_trainer(
+        trainer_kwargs=with_rows([{**row, "image": "cat.png" if i == 4 else None} for i, row in enumerate(ROWS[:8])])
+    )
+    with pytest.raises(InvalidRequest, match="the training data, row 5, column 'image': images in prompts"):
+        attach(trainer, client=client)

@@ -1,0 +1,107 @@
+"""Bodies are checked before anything parses them, and large ones parsed beside the event loop."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+
+from rollout_server.api.app import build_app
+from rollout_server.api.bodies import check_body
+from rollout_server.generation import requests
+from shared.errors import InvalidRequest, TooLarge
+from shared.rollouts import GenerateRequest, RolloutGroup
+
+GENERATE, SCORE, CHAT, COMPLETIONS = (
+    {"path": f"/v1/{p}"} for p in ("generate", "score", "chat/completions", "completions")
+)
+WIDE = {"properties": {f"property_{i}": {} for i in range(20000)}}
+
+
+def _json(**document: Any) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+async def test_a_large_training_is_taken() -> None:
+    row = list(range(100000, 108192))
+    for path, body in ((GENERATE, _json(prompts=[{"token_ids": row}] * 512)), (SCORE, _json(sequences=[row] * 512))):
+        assert len(body) < 32 * 2**20, "--max-body-mib"
+        assert await check_body(path, body) < 2**28
+    await check_body(GENERATE, _json(prompts=[{"messages": [{"role": "user", "content": "a"}] * 4}] * 16384))
+
+
+async def test_what_clients_send_to_vllm_is_taken() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "QUJD" * 2**18}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "what, and why? {[" * 10000}, image]}] * 4
+    parameters = {"type": "object", "properties": {f"p{i}": {"description": "it is " * 50} for i in range(20)}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": parameters}} for i in range(100)]
+    await check_body(CHAT, _json(messages=messages, tools=tools))
+    await check_body(COMPLETIONS, _json(prompt=[list(range(8192))] * 40, allowed_token_ids=list(range(10**5))))
+    await check_body({"path": "/detokenize"}, _json(tokens=list(range(10**5))))
+    await check_body(CHAT, b"no JSON")  # vLLM says so
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error"),
+    [
+        (GENERATE, b'{"prompts":[' + b'{"token_ids":[1]},' * 10**6 + b"{}]}", TooLarge),
+        (GENERATE, b"[" * 10**6, TooLarge),
+        (SCORE, b'{"sequences":[' + b"[]," * 10**6 + b"[]]}", TooLarge),
+        (CHAT, _json(messages=[{}] * 40000), TooLarge),
+        (CHAT, _json(**{f"field{i}": 0 for i in range(70000)}), TooLarge),
+        (CHAT, _json(messages=[1] * 5000), InvalidRequest),
+        (CHAT, _json(vllm_xargs={"x": {"y": [[1] * 5000]}}), InvalidRequest),
+        (COMPLETIONS, _json(prompt=[1.5] * 5000), InvalidRequest),
+        (COMPLETIONS, _json(prompt=["a"] * 5000), InvalidRequest),
+        (COMPLETIONS, _json(structured_outputs={"json": WIDE}), InvalidRequest),
+        (COMPLETIONS, _json(structured_outputs={"structural_tag": json.dumps({"x": WIDE})}), InvalidRequest),
+        (CHAT, _json(response_format={"type": "json_schema", "json_schema": {"schema": WIDE}}), InvalidRequest),
+        (CHAT, _json(response_format={"type": "structural_tag", "structures": [{"schema": WIDE}]}), InvalidRequest),
+    ],
+)
+async def test_shapes_that_are_refused(path: dict[str, str], body: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await check_body(path, body)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> httpx.AsyncClient:
+    async def generate(body: GenerateRequest, *_: Any):
+        for index, prompt in enumerate(body.prompts):
+            yield RolloutGroup(prompt_index=index, prompt_token_ids=prompt.token_ids[:2], completions=[])
+
+    monkeypatch.setattr(requests, "generate", generate)
+    service = SimpleNamespace(served=SimpleNamespace(epoch="e"), proxy=None, exclusive=None)
+    app = build_app(service, FastAPI())  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
+
+
+@pytest.mark.parametrize("size", [10, 20000])
+async def test_small_and_large_bodies_are_answered_alike(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    async def never(self: Request) -> Any:
+        pytest.fail("parsed on the event loop")
+
+    async def post(body: bytes) -> httpx.Response:
+        return await client.post("/v1/generate", content=body, headers={"content-type": "application/json"})
+
+    monkeypatch.setattr(Request, "json", never)
+    row = [1234] * size
+    answer = await post(_json(prompts=[{"token_ids": row}, {"token_ids": row}]))
+    assert [group["prompt_token_ids"] for group in answer.json()["groups"]] == [row[:2]] * 2
+    for wrong, field in (
+        ({"token_ids": [*row, "x"]}, "prompts.0.token_ids"),
+        ({"token_ids": row, "x": 1}, "prompts.0.x"),
+    ):
+        answer = await post(_json(prompts=[wrong]))
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "invalid_request"
+        assert field in answer.json()["error"]["message"]
+    answer = await post(_json(prompts=[{"token_ids": row}])[:-1])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_request"
