@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -29,14 +29,13 @@ from bench.common.load import random_prompts
 from bench.common.models import Policy, Shape, wait_for
 from bench.common.report import Row, spread
 from learner.adapters.exporter import active_adapter
-from learner.passes.compiled import compile_layers
 from learner.passes.lora_product import use_one_product
+from learner.rollouts.generation import RemoteRollouts
 from learner.trainer.hooks import generate_with
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import skip_padding
 
-PLAIN, CUT, PACKED = "TRL", "padding cut", "packed"
-PRODUCT, COMPILED = "packed, LoRA as one product", "packed, LoRA as one product, compiled"
+PLAIN, CUT, PACKED, PRODUCT = "TRL", "padding cut", "packed", "packed, LoRA as one product"
 #: Dense bfloat16 products without sparsity, in operations per second.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -46,7 +45,7 @@ class LearnerBench(Bench):
 
     name = "learner"
     standard = "shape rank only deadline-s"
-    row_names = (PLAIN, CUT, PACKED, PRODUCT, COMPILED)
+    row_names = (PLAIN, CUT, PACKED, PRODUCT)
     flags = {
         "--batch": (128, "completions of a step"),
         "--group": (8, "completions of a prompt"),
@@ -82,9 +81,6 @@ class LearnerBench(Bench):
             with self.failure_kept(self.about_row(row, shape=self.shape.name)):
                 self.in_time()
                 self.add(self.about_row(row, shape=self.shape.name), self.train(row, policy, str(folder)))
-            # The base is shared; adapters and what was fitted around them go with their row.
-            for module in policy.base.modules():
-                module._compiled_call_impl = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -120,11 +116,9 @@ class LearnerBench(Bench):
             ),
             train_dataset=Dataset.from_dict({"prompt": rollouts.prompts()}),
         )
-        generate_with(trainer, rollouts)
-        if row in (PRODUCT, COMPILED):
+        generate_with(trainer, cast(RemoteRollouts, rollouts))
+        if row == PRODUCT:
             use_one_product(trainer.model, active_adapter(trainer.model))
-        if row == COMPILED:
-            compile_layers(trainer.model.get_base_model())
         if row == CUT:
             skip_padding(trainer)
         elif row != PLAIN and score_packed(trainer, options.pass_tokens or None) is None:

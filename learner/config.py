@@ -39,6 +39,7 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "push_timeout_s": _POSITIVE,
     "generate_timeout_s": _POSITIVE,
     "max_staleness": _NOT_NEGATIVE,
+    "max_tokens_per_pass": (1, "be at least 1"),
     "reward_workers": _NOT_NEGATIVE,
     "reward_timeout_s": _POSITIVE,
     "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
@@ -132,8 +133,8 @@ class LearnerConfig:
     )
     max_tokens_per_pass: int | None = _option(
         None,
-        "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: "
-        "8192 on a GPU, 2048 on a CPU.",
+        "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: on "
+        "a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192; on a CPU 2048.",
     )
     share_gpu: bool = _option(
         False,

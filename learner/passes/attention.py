@@ -18,7 +18,7 @@ from learner.passes.packing import PackedPass, Segment
 #: The name in `config._attn_implementation`.
 PACKED = "lockstep_packed"
 #: RoPE types whose angles depend on the longest row of a pass.
-_WIDTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_WIDTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -32,7 +32,7 @@ def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str 
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     rope = getattr(config, "rope_parameters", None) or {}
-    ropes = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    ropes = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} brings an attention of its own"
     if kinds or sliding:
@@ -41,8 +41,8 @@ def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str 
         return f"the attention of {type(model).__name__} is none that the packed kernel computes"
     if getattr(config, "attention_dropout", 0.0):
         return "attention_dropout is not 0"
-    if ropes & set(_WIDTH_DEPENDENT_ROPE):
-        return f"its positions depend on the longest row (rope_type {', '.join(sorted(ropes - {None}))})"
+    if ropes & _WIDTH_DEPENDENT_ROPE:
+        return f"its positions depend on the longest row (rope_type {', '.join(sorted(ropes & _WIDTH_DEPENDENT_ROPE))})"
     if device.type == "cuda" and (dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 0)):
         return "torch's variable-length attention needs bfloat16 or float16, and compute capability 8.0"
     return None

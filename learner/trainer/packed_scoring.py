@@ -30,8 +30,11 @@ logger = logging.getLogger("lockstep.passes")
 Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 #: Key in TRL's batches: entropies [B, T] that belong to `old_per_token_logps`.
 ENTROPIES = "lockstep_entropies"
-#: Tokens of one pass where nothing else is set. On a CPU a pass need not fill anything.
-DEFAULT_TOKENS = {"cuda": 8192, "cpu": 2048}
+#: Tokens of one pass where nothing else is set: at first, and the most that a GPU's memory is found to have room for.
+#: A CPU has no use for larger passes.
+_FIRST_TOKENS, _MOST_TOKENS = 2048, 8192
+#: Share of the free memory that a pass may take: batches differ, and there is more than this process.
+_OF_FREE = 0.6
 #: Rows of the first batch that are scored both ways, and the largest mean difference in nats, by bytes of an element.
 _CHECKED_ROWS, _CHECK_NATS = 4, {4: 1e-3, 2: 0.1}
 
@@ -49,7 +52,7 @@ def score_packed(trainer: GRPOTrainer, max_tokens: int | None) -> PackedScoring 
     if reason:
         logger.info("forward passes are not packed: %s", reason)
         return None
-    return PackedScoring(trainer, model, max_tokens or DEFAULT_TOKENS.get(device.type, 8192))
+    return PackedScoring(trainer, model, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,13 @@ class PackedScoring:
 
     Args:
         model: the base model, whose attention is switched.
-        max_tokens: of one pass. Not kept where weights are sharded: there every rank makes one pass a micro-batch,
+        max_tokens: of one pass; None: found out. Not kept where weights are sharded: there every rank makes one pass a micro-batch,
             because ranks gather weights together.
     """
 
-    def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int) -> None:
-        self._trainer, self._max_tokens = trainer, max_tokens
+    def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None) -> None:
+        self._trainer, self._max_tokens = trainer, max_tokens or _FIRST_TOKENS
+        self._finds_out = max_tokens is None and trainer.accelerator.device.type == "cuda"
         self._sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in trainer.model.modules())
         self._configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
@@ -199,6 +203,9 @@ class PackedScoring:
         passes = plan_passes(rows, self._max_tokens, logps.device)
         for number, packed in enumerate(passes, 1):
             last = number == len(passes)
+            if self._finds_out:
+                torch.cuda.reset_peak_memory_stats(logps.device)
+                before = torch.cuda.memory_allocated(logps.device)
             with nullcontext() if last else self._trainer.accelerator.no_sync(model):
                 values = self._run(model, packed)
                 at = packed.next_ids[0] != -100
@@ -207,6 +214,22 @@ class PackedScoring:
                     outputs.append(values[1][at])
                     gradients.append(entropies[packed.rows, packed.columns])
                 torch.autograd.backward(outputs, gradients)
+            if self._finds_out:
+                self._find_out(packed.input_ids.numel(), torch.cuda.max_memory_allocated(logps.device) - before)
+
+    def _find_out(self, tokens: int, needed: int) -> None:
+        """Set the size of later passes from the memory, in bytes, that one of `tokens` needed."""
+        self._finds_out, device = False, self._trainer.accelerator.device
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        self._max_tokens = pass_tokens(tokens, needed, free)
+        logger.info(
+            "passes of %d tokens: one of %d needed %.1f GiB, of %.1f that are free (max_tokens_per_pass)",
+            self._max_tokens,
+            tokens,
+            needed / 2**30,
+            free / 2**30,
+        )
 
     def _attend(self, *, packed: bool) -> None:
         for config, own in zip(self._configs, self._own_attention, strict=True):
@@ -274,6 +297,16 @@ class PackedScoring:
                 self._attend(packed=False)
 
         return step_and_backward
+
+
+def pass_tokens(tokens: int, needed: int, free: int) -> int:
+    """Return how many tokens a pass may have, if one of `tokens` needed so many of the free bytes.
+
+    Example:
+        assert pass_tokens(1000, needed=2 * 2**30, free=10 * 2**30) == 2816
+    """
+    fitting = _OF_FREE * free * tokens / max(needed, 1)
+    return int(min(max(fitting, 256), _MOST_TOKENS)) // 256 * 256
 
 
 class _Leaf(torch.autograd.Function):

@@ -16,6 +16,7 @@ import learner.trainer.attach
 import learner.trainer.hooks
 from learner.passes import attention
 from learner.trainer.attach import attach
+from learner.trainer.packed_scoring import pass_tokens
 from learner.trainer.padding import sorted_windows
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -159,6 +160,13 @@ def test_passes_do_not_follow_micro_batches(train):
     seen = train({}, {"max_tokens_per_pass": 10_000}, max_steps=1)
     # A few rows to compare, all rows without gradient, all rows with it.
     assert len(seen.packed) == 3
+
+
+@pytest.mark.parametrize(
+    ("needed_gib", "free_gib", "tokens"), [(2, 10, 2816), (1, 1000, 8192), (100, 10, 256), (0, 10, 8192)]
+)
+def test_passes_take_a_part_of_the_free_memory(needed_gib, free_gib, tokens):
+    assert pass_tokens(1000, needed_gib * 2**30, free_gib * 2**30) == tokens
 
 
 def test_passes_that_differ_are_not_believed(train, monkeypatch, caplog):
