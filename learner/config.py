@@ -39,6 +39,7 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "push_timeout_s": _POSITIVE,
     "generate_timeout_s": _POSITIVE,
     "max_staleness": _NOT_NEGATIVE,
+    "max_tokens_per_pass": (1, "be at least 1"),
     "reward_workers": _NOT_NEGATIVE,
     "reward_timeout_s": _POSITIVE,
     "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
@@ -123,6 +124,17 @@ class LearnerConfig:
         0,
         "Generation batches that rollouts may run ahead of training. 0: synchronous. S > 0: the next S batches are "
         "generated while the learner trains; staler samples are never trained on.",
+    )
+    packed_passes: bool = _option(
+        True,
+        "Pack completions into forward and backward passes without padding, each distinct prompt once, and compute "
+        "base and adapter of a layer as one product. A model that cannot be packed is trained as with false, and the "
+        "log says why.",
+    )
+    max_tokens_per_pass: int | None = _option(
+        None,
+        "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: on "
+        "a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192; on a CPU 2048.",
     )
     share_gpu: bool = _option(
         False,

@@ -17,6 +17,7 @@ from learner.adapters.lora_rules import check_lora, check_model, check_rank, che
 from learner.adapters.peft_dir import save_adapter
 from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
+from learner.passes.lora_product import use_one_product
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import AUTOCAST, check_base, check_lengths, check_precision, check_server
 from learner.servers.credentials import read_token
@@ -35,6 +36,7 @@ from learner.trainer.hooks import (
     watch_mismatch,
 )
 from learner.trainer.internals import TrlTrainer, check_trl
+from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import skip_padding
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
@@ -159,7 +161,11 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     Callbacks run in the order in which they are added: the push comes before the recorder.
     """
     generate_with(trainer, session.rollouts)
-    skip_padding(trainer)
+    if session.config.packed_passes:
+        use_one_product(session.model, active_adapter(session.model))
+    packed = score_packed(trainer, session.config.max_tokens_per_pass) if session.config.packed_passes else None
+    if packed is None:
+        skip_padding(trainer)
     if session.gpu_sharing:
         begin_passes_with(trainer, session.gpu_sharing.take_gpu)
     mark_tool_loop(trainer, session.rollouts)

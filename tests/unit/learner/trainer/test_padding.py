@@ -10,11 +10,13 @@ import pytest
 import torch
 import trl.kernels.chunked_logprob
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 import learner.trainer.attach
 import learner.trainer.hooks
+from learner.passes import attention
 from learner.trainer.attach import attach
+from learner.trainer.packed_scoring import pass_tokens
 from learner.trainer.padding import sorted_windows
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -26,7 +28,11 @@ CASES = {
     "multiples-and-masked": {"pad_to_multiple_of": 5, "mask_truncated_completions": True},
     "reused-batches": {"steps_per_generation": 6, "num_iterations": 2},
 }
-PADDED = {(learner.trainer.attach, "skip_padding"): lambda trainer: None}
+CUT = {
+    (learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None,
+    (learner.trainer.attach, "use_one_product"): lambda model, adapter: 0,
+}
+PADDED = {**CUT, (learner.trainer.attach, "skip_padding"): lambda trainer: None}
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Seen(TrainerCallback):
     losses: list[float] = field(default_factory=list)
     gradients: list[torch.Tensor] = field(default_factory=list)
     positions: int = 0
+    packed: list[int] = field(default_factory=list)  # positions of each packed pass
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         trained = [p.grad for p in model.parameters() if p.requires_grad]
@@ -66,7 +73,9 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
 
     server._generate = some_end  # or mask_truncated_completions would leave nothing
 
-    def run(changes: dict[tuple[ModuleType, str], object], **config: object) -> Seen:
+    def run(
+        changes: dict[tuple[ModuleType, str], object], options: dict[str, object] | None = None, **config: object
+    ) -> Seen:
         monkeypatch.setattr("trl.trainer.utils._use_triton", trl.kernels.chunked_logprob._use_triton)
         for (module, name), value in changes.items():
             monkeypatch.setattr(module, name, value)
@@ -93,7 +102,7 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
             if "lora_B" in name:  # zero at first, which would leave the gradients of A at zero
                 parameter.data = torch.randn(parameter.shape) * 0.1
         seen, compute = Seen(), trainer.compute_loss
-        attach(trainer, client=client, run_id="r", proof_canary=False)
+        attach(trainer, client=client, run_id="r", proof_canary=False, **(options or {}))
 
         def compute_loss(*args, **kwargs):
             loss = compute(*args, **kwargs)
@@ -104,6 +113,8 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
 
         def count(module, args, kwargs):
             seen.positions += kwargs["input_ids"].numel()
+            if "packed_segments" in kwargs:
+                seen.packed.append(kwargs["input_ids"].numel())
 
         trainer.compute_loss = compute_loss
         trainer.add_callback(seen)
@@ -123,12 +134,69 @@ def assert_same(one: Seen, other: Seen) -> None:
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()  # small gradients are differences of larger terms
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_shorter_passes_change_nothing(train, case):
-    ours = train({}, **CASES[case])
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [*((case, {}) for case in CASES), *((case, CUT) for case in ("grpo", "entropy", "reused-batches"))],
+    ids=[*CASES, "grpo-cut", "entropy-cut", "reused-batches-cut"],
+)
+def test_shorter_passes_change_nothing(train, case, changes):
+    ours = train(changes, **CASES[case])
     plain = train(PADDED, **CASES[case])
     assert_same(ours, plain)
     assert ours.positions < plain.positions
+
+
+@pytest.mark.parametrize("case", ["grpo", "reused-batches", "no-correction"])
+def test_the_size_of_passes_changes_nothing(train, case):
+    """Where logprobs are known before the loss, and where they are not."""
+    config = {**CASES, "no-correction": {"vllm_importance_sampling_correction": False}}[case]
+    ours = train({}, {"max_tokens_per_pass": 60}, **config)
+    assert_same(ours, train(PADDED, **config))
+    assert max(ours.packed) <= 60
+    assert len(ours.packed) > 10
+
+
+def test_passes_do_not_follow_micro_batches(train):
+    seen = train({}, {"max_tokens_per_pass": 10_000}, max_steps=1)
+    # A few rows to compare, all rows without gradient, all rows with it.
+    assert len(seen.packed) == 3
+
+
+@pytest.mark.parametrize(
+    ("needed_gib", "free_gib", "tokens"), [(2, 10, 2816), (1, 1000, 8192), (100, 10, 256), (0, 10, 8192)]
+)
+def test_passes_take_a_part_of_the_free_memory(needed_gib, free_gib, tokens):
+    assert pass_tokens(1000, needed_gib * 2**30, free_gib * 2**30) == tokens
+
+
+def test_passes_that_differ_are_not_believed(train, monkeypatch, caplog):
+    attend = attention.attend
+
+    def wrong(*args, **kwargs):
+        out, weights = attend(*args, **kwargs)
+        return out.flip(1), weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.PACKED, wrong)
+    ours = train({})
+    assert "not packed: their logprobs differ" in caplog.text
+    assert_same(ours, train(PADDED))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+    ],
+    ids=str,
+)
+def test_models_that_are_not_packed(changes, reason):
+    model = Qwen3ForCausalLM(Qwen3Config(hidden_size=8, intermediate_size=8, num_hidden_layers=2, vocab_size=16))
+    assert attention.why_not_packed(model, torch.device("cpu"), torch.float32) is None
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    assert reason in attention.why_not_packed(model, torch.device("cpu"), torch.float32)
 
 
 def test_head_on_scored_positions_changes_nothing(train):

@@ -1,0 +1,214 @@
+"""Forward and backward passes of an optimizer step, plain TRL beside Lockstep's packed passes, without any server.
+
+python -m bench.learner --quick --json learner.json                     # a tiny model on the CPU, a minute
+python -m bench.learner --shape qwen3-4b --json learner.json            # one GPU
+
+Every row is a training of TRL's GRPOTrainer with the same random weights, prompts and completions, which come from
+memory. A step scores all completions once without gradient and once with it, as TRL does for rollouts from vLLM.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from bench.common.harness import Bench
+from bench.common.load import random_prompts
+from bench.common.models import Policy, Shape, wait_for
+from bench.common.report import Row, spread
+from learner.adapters.exporter import active_adapter
+from learner.passes.lora_product import use_one_product
+from learner.rollouts.generation import RemoteRollouts
+from learner.trainer.hooks import generate_with
+from learner.trainer.packed_scoring import score_packed
+from learner.trainer.padding import skip_padding
+
+PLAIN, CUT, PACKED, PRODUCT = "TRL", "padding cut", "packed", "packed, LoRA as one product"
+#: Dense bfloat16 products without sparsity, in operations per second.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+class LearnerBench(Bench):
+    """Steps of a learner, a row for every way of making their passes."""
+
+    name = "learner"
+    standard = "shape rank only deadline-s"
+    row_names = (PLAIN, CUT, PACKED, PRODUCT)
+    flags = {
+        "--batch": (128, "completions of a step"),
+        "--group": (8, "completions of a prompt"),
+        "--micro-batch": (8, "completions of a micro-batch"),
+        "--prompt-tokens": (64, ""),
+        "--tokens": (512, "the most that a completion has"),
+        "--mean-tokens": (200, "mean length of completions that were not cut"),
+        "--pass-tokens": (0, "tokens of a packed pass; 0: the learner's default"),
+        "--steps": (3, "steps that are counted"),
+        "--warm-up": (2, "steps before these"),
+    }
+    quick = "--shape tiny --rank 8 --batch 16 --group 4 --micro-batch 4 --prompt-tokens 16 --tokens 64 --mean-tokens 24"
+    same = "rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "pass_tokens"
+    figure = "step_s"
+    about = {"row": "row"}
+    columns = {
+        "n": "{n}",
+        "scoring s": "{score_s[median]:.2f}",
+        "step s": "{step_s[median]:.2f}",
+        "first step s": "{first_s:.1f}",
+        "of TRL": "{of_trl:.2f}",
+        "tokens/s": "{tokens_per_s:,.0f}",
+        "of peak": "{of_peak:.1%}",
+        "GiB": "{gib:.1f}",
+    }
+    what = "{row}"
+    told = "{step_s[median]:.2f} s a step, {tokens_per_s:,.0f} tokens/s, {gib:.1f} GiB"
+
+    def run(self) -> None:
+        folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
+        policy = Policy(folder, self.device, self.dtype)
+        for row in self.options.only:
+            with self.failure_kept(self.about_row(row, shape=self.shape.name)):
+                self.in_time()
+                self.add(self.about_row(row, shape=self.shape.name), self.train(row, policy, str(folder)))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def train(self, row: str, policy: Policy, folder: str) -> dict[str, Any]:
+        """Train; return the figures of the row."""
+        options, shape = self.options, self.shape
+        rollouts = _Rollouts(self)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        forward = policy.base.forward
+        trainer = GRPOTrainer(
+            model=policy.base,
+            processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+            args=GRPOConfig(
+                output_dir=str(self.scratch / "run"),
+                use_cpu=self.device == "cpu",
+                bf16=self.dtype == "bfloat16",
+                gradient_checkpointing=False,
+                per_device_train_batch_size=options.micro_batch,
+                gradient_accumulation_steps=options.batch // options.micro_batch,
+                num_generations=options.group,
+                max_completion_length=options.tokens,
+                learning_rate=1e-6,
+                max_steps=options.warm_up + options.steps,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            reward_funcs=lambda completion_ids, **_: [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids],
+            peft_config=LoraConfig(
+                r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+            train_dataset=Dataset.from_dict({"prompt": rollouts.prompts()}),
+        )
+        generate_with(trainer, cast(RemoteRollouts, rollouts))
+        if row == PRODUCT:
+            use_one_product(trainer.model, active_adapter(trainer.model))
+        if row == CUT:
+            skip_padding(trainer)
+        elif row != PLAIN and score_packed(trainer, options.pass_tokens or None) is None:
+            raise RuntimeError("the passes of this model cannot be packed here")
+        watch = _Watch(trainer)
+        trainer.add_callback(watch)
+        trainer.train()
+        trainer.model.unload()
+        policy.base.forward = forward
+        counted = watch.steps[options.warm_up :]
+        tokens = statistics.mean(rollouts.tokens[options.warm_up : options.warm_up + options.steps])
+        step_s = spread([seconds for seconds, _ in counted])
+        plain = next((r for r in self.measured() if r["row"] == PLAIN), {"step_s": step_s} if row == PLAIN else None)
+        peak = next((value for name, value in PEAKS.items() if name in self.where), None)
+        return {
+            "n": len(counted),
+            "step_s": step_s,
+            "score_s": spread([seconds for _, seconds in counted]),
+            "first_s": watch.steps[0][0],
+            "of_trl": plain and step_s["median"] / plain["step_s"]["median"],
+            "tokens_per_s": tokens / step_s["median"],
+            # Forward twice and backward with respect to activations: 6 operations a weight and token.
+            "of_peak": peak and 6 * _multiplied(shape) * tokens / step_s["median"] / peak,
+            "gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan,
+        }
+
+    def headline(self, done: Sequence[Row]) -> str:
+        shown = "; ".join(f"{row['row']} {row['step_s']['median']:.2f} s a step" for row in done)
+        return f"{self.shape.name}, LoRA rank {self.options.rank}, on {self.where}: {shown}"
+
+
+def _multiplied(shape: Shape) -> int:
+    """Return the weights that a token is multiplied with, without the head, which sees completions only."""
+    return shape.parameters - (1 if shape.tied else 2) * shape.vocab * shape.hidden
+
+
+class _Rollouts:
+    """Completions of random tokens with geometric lengths, in place of a rollout server; the same for every row."""
+
+    def __init__(self, bench: LearnerBench) -> None:
+        self._options, self._vocab = bench.options, bench.shape.vocab
+        self._rng = random.Random(0)
+        self.tokens: list[int] = []  # of each batch, with prompts
+
+    def prompts(self) -> list[str]:
+        """Return prompts for all steps."""
+        options = self._options
+        count = (options.warm_up + options.steps) * options.batch // options.group
+        drawn = random_prompts(count, self._vocab, options.prompt_tokens, 0)
+        return [" ".join(f"t{i}" for i in ids) for ids in drawn]
+
+    def sync_weights(self) -> None:
+        """Do nothing: no server needs them."""
+
+    def generate(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None) -> Any:
+        """Return what TRL's `VLLMGeneration.generate` does."""
+        options, rng = self._options, self._rng
+        lengths = [min(options.tokens, 1 + int(rng.expovariate(1 / options.mean_tokens))) for _ in prompts]
+        completions = [[rng.randrange(3, self._vocab) for _ in range(n)] for n in lengths]
+        logprobs = [[[-math.log(self._vocab)] for _ in ids] for ids in completions]
+        self.tokens.append(sum(map(len, prompts)) + sum(lengths))
+        return prompts, completions, logprobs, [[[i] for i in ids] for ids in completions]
+
+
+class _Watch(TrainerCallback):
+    """Seconds of each step, and of its scoring without gradient, to the end of the device's work."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.steps: list[tuple[float, float]] = []
+        self._device, self._score_s, self._started = trainer.args.device, 0.0, 0.0
+        generate = trainer._generate_and_score_completions
+
+        def timed(inputs: Any) -> Any:
+            wait_for(self._device)
+            started = time.perf_counter()
+            batch = generate(inputs)
+            wait_for(self._device)
+            self._score_s = time.perf_counter() - started
+            return batch
+
+        trainer._generate_and_score_completions = timed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait_for(self._device)
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait_for(self._device)
+        self.steps.append((time.perf_counter() - self._started, self._score_s))
+
+
+if __name__ == "__main__":
+    sys.exit(LearnerBench().main())

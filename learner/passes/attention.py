@@ -1,0 +1,155 @@
+"""Attention over packed segments, as an implementation that transformers can be told to use.
+
+GPUs run torch's variable-length FlashAttention (arXiv:2307.08691); other devices run one scaled dot product a segment.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+
+from learner.passes.packing import PackedPass, Segment
+
+#: The name in `config._attn_implementation`.
+PACKED = "lockstep_packed"
+#: RoPE types whose angles depend on the longest row of a pass.
+_WIDTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why passes of this model cannot be packed; None if they can.
+
+    Args:
+        model: without its PEFT wrapper.
+        dtype: of the computation, after autocast.
+    """
+    config: PreTrainedConfig = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} brings an attention of its own"
+    if kinds or sliding:
+        return f"{type(model).__name__} has {', '.join(sorted(kinds)) or 'sliding_attention'} layers"
+    if getattr(config, "attn_logit_softcapping", None) or hasattr(config, "attention_chunk_size"):
+        return f"the attention of {type(model).__name__} is none that the packed kernel computes"
+    if getattr(config, "attention_dropout", 0.0):
+        return "attention_dropout is not 0"
+    if ropes & _WIDTH_DEPENDENT_ROPE:
+        return f"its positions depend on the longest row (rope_type {', '.join(sorted(ropes & _WIDTH_DEPENDENT_ROPE))})"
+    if device.type == "cuda" and (dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "torch's variable-length attention needs bfloat16 or float16, and compute capability 8.0"
+    return None
+
+
+def arguments(packed: PackedPass) -> dict[str, Any]:
+    """Return what `attend` needs, as keyword arguments of the model's forward."""
+    device, segments = packed.input_ids.device, packed.segments
+    if device.type != "cuda":
+        return {"packed_segments": [(segment, _mask(segment, device)) for segment in segments]}
+    lengths = [(s.stop - s.start, s.prefix_length + s.stop - s.start) for s in segments]
+    cumulative = torch.tensor([(0, 0), *lengths], device=device).cumsum(0).to(torch.int32)
+    keys = None
+    if any(segment.prefix_length for segment in segments):
+        index: list[int] = []
+        for s in segments:
+            index += range(s.prefix, s.prefix + s.prefix_length)
+            index += range(s.start, s.stop)
+        keys = torch.tensor(index, device=device)
+    return {
+        "cu_seq_lens_q": cumulative[:, 0].contiguous(),
+        "cu_seq_lens_k": cumulative[:, 1].contiguous(),
+        "max_length_q": max(q for q, _ in lengths),
+        "max_length_k": max(k for _, k in lengths),
+        "packed_keys": keys,
+    }
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    packed_segments: list[tuple[Segment, torch.Tensor | None]] | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention over the segments of one pass. The signature is transformers'.
+
+    Args:
+        query: [1, heads, N, head size].
+        key, value: [1, key heads, N, head size].
+
+    Returns:
+        [1, N, heads, head size], and no attention weights.
+    """
+    if packed_segments is None:
+        return _varlen(query, key, value, scaling, **others)[None], None
+    parts = []
+    for s, mask in packed_segments:
+        keys, values = (
+            torch.cat([each[:, :, s.prefix : s.prefix + s.prefix_length], each[:, :, s.start : s.stop]], 2)
+            if s.prefix_length
+            else each[:, :, s.start : s.stop]
+            for each in (key, value)
+        )
+        own = query[:, :, s.start : s.stop]
+        parts.append(
+            scaled_dot_product_attention(
+                own, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=key.size(1) != query.size(1)
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _mask(segment: Segment, device: torch.device) -> torch.Tensor | None:
+    """Return which keys each query sees, [own, prefix + own]; None for plain causal attention."""
+    own = segment.stop - segment.start
+    if not segment.prefix_length:
+        return None
+    ones = torch.ones(own, segment.prefix_length + own, dtype=torch.bool, device=device)
+    return ones.tril(segment.prefix_length)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: torch.Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    packed_keys: torch.Tensor | None,
+    **_: Any,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    if packed_keys is not None:
+        key, value = key.index_select(0, packed_keys), value.index_select(0, packed_keys)
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"scale": scaling}
+    # torch 2.11 has no `enable_gqa`.
+    if "enable_gqa" in known:
+        options["enable_gqa"] = key.size(1) != query.size(1)
+    else:
+        key, value = (each.repeat_interleave(query.size(1) // key.size(1), 1) for each in (key, value))
+    return varlen_attn(
+        query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, window_size=(-1, 0), **options
+    )
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Make no mask: `attend` knows the segments."""
+
+
+AttentionInterface.register(PACKED, attend)
+AttentionMaskInterface.register(PACKED, _no_mask)

@@ -1,0 +1,339 @@
+"""Score TRL's batches in packed passes, whose size does not depend on its micro-batches.
+
+TRL makes a forward pass for every micro-batch of its loss. Here the values that the loss starts from are known before:
+they are those of `old_per_token_logps`, scored a moment ago with the same weights in passes of `max_tokens_per_pass`.
+The loss is differentiated with respect to them alone; once an optimizer step's micro-batches have delivered these
+gradients, its rows run again in packed passes, each forward and backward, so that no activation outlives its pass
+(gradient caching, arXiv:2101.06983, at the logprobs). Whatever TRL makes of logprobs and entropies holds as it is.
+
+Where the values are not known (weights have changed since, or TRL needs no old logprobs), a micro-batch that fits into
+one pass is scored in it with its graph; a larger one is scored first and runs again as above.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from learner.passes import attention
+from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
+
+logger = logging.getLogger("lockstep.passes")
+
+Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+#: Key in TRL's batches: entropies [B, T] that belong to `old_per_token_logps`.
+ENTROPIES = "lockstep_entropies"
+#: Tokens of one pass where nothing else is set: at first, and the most that a GPU's memory is found to have room for.
+#: A CPU has no use for larger passes.
+_FIRST_TOKENS, _MOST_TOKENS = 2048, 8192
+#: Share of the free memory that a pass may take: batches differ, and there is more than this process.
+_OF_FREE = 0.6
+#: Rows of the first batch that are scored both ways, and the largest mean difference in nats, by bytes of an element.
+_CHECKED_ROWS, _CHECK_NATS = 4, {4: 1e-3, 2: 0.1}
+
+
+def score_packed(trainer: GRPOTrainer, max_tokens: int | None) -> PackedScoring | None:
+    """Put packed scoring around `trainer`; return None, and say why, if its passes cannot be packed."""
+    model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
+    device = trainer.accelerator.device
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, model.dtype)
+    reason = attention.why_not_packed(model, device, dtype)
+    if reason is None and trainer.aux_loss_enabled:
+        reason = "the load-balancing loss of a mixture of experts is a mean over each micro-batch"
+    if reason is None and device.type != "cpu" and trainer.args.full_determinism:
+        reason = "full_determinism"
+    if reason:
+        logger.info("forward passes are not packed: %s", reason)
+        return None
+    return PackedScoring(trainer, model, max_tokens)
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """Rows whose gradient has arrived from the loss, and whose backward pass has not been made."""
+
+    rows: list[Row]
+    logps: torch.Tensor
+    entropies: torch.Tensor | None
+
+
+class PackedScoring:
+    """Takes the place of TRL's `_get_per_token_logps_and_entropies`.
+
+    Args:
+        model: the base model, whose attention is switched.
+        max_tokens: of one pass; None: found out. Not kept where weights are sharded: there every rank makes one pass a micro-batch,
+            because ranks gather weights together.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None) -> None:
+        self._trainer, self._max_tokens = trainer, max_tokens or _FIRST_TOKENS
+        self._finds_out = max_tokens is None and trainer.accelerator.device.type == "cuda"
+        self._sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in trainer.model.modules())
+        self._configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+        self._own_attention = [config._attn_implementation for config in self._configs]
+        self._checked = self._refused = False
+        self._inputs: dict[str, Any] | None = None
+        self._scored: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # while TRL makes a generation batch
+        self._known_at: int | None = None  # the step at which the present generation batch was scored
+        self._owed: list[_Owed] = []
+        self._plain = trainer._get_per_token_logps_and_entropies
+        trainer._get_per_token_logps_and_entropies = self.score
+        trainer._generate_and_score_completions = self._keeping_entropies(trainer._generate_and_score_completions)
+        trainer._compute_loss = self._seeing_inputs(trainer._compute_loss)
+        trainer.training_step = self._with_backward(trainer.training_step)
+
+    def score(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **options: Any,
+    ) -> Logps:
+        """Return logprobs and entropies [B, T], zero at padding.
+
+        Args:
+            input_ids, attention_mask: [B, P + T]; prompts padded on the left to P, completions on the right to T.
+            logits_to_keep: T.
+            batch_size: rows that ranks with sharded weights score in one pass; None: all.
+            options: images and the like, which are not packed.
+        """
+        rows = None
+        if not self._refused and all(value is None or value is False for value in options.values()):
+            rows = rows_of(input_ids, attention_mask, logits_to_keep)
+        if rows is not None and not self._checked:
+            self._check_first(model, input_ids, attention_mask, logits_to_keep, rows)
+        if rows is None or self._refused:
+            self._attend(packed=False)
+            return self._plain(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                **options,
+            )
+        self._attend(packed=True)
+        if not torch.is_grad_enabled():
+            logps, entropies = self._score_all(model, rows, logits_to_keep, batch_size)
+            if self._scored is not None:
+                self._scored.append((logps, entropies))
+            return logps, entropies, None
+        known = self._known()
+        if known is None and (self._sharded or self._dropout or self._tokens(rows) <= self._max_tokens):
+            (packed,) = plan_passes(rows, 2**62, input_ids.device)
+            logps, entropies = _scatter([(packed, self._run(model, packed))], len(rows), logits_to_keep)
+            return logps, entropies, None
+        if known is None:
+            with torch.no_grad():
+                known = self._score_all(model, rows, logits_to_keep, None)
+        anchor = torch.zeros((), requires_grad=True)
+        logps, entropies = _Leaf.apply(anchor, *known, lambda *gradients: self._owed.append(_Owed(rows, *gradients)))
+        return logps, entropies, None
+
+    def _known(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return this micro-batch's logprobs and entropies at the present weights, if they were scored before."""
+        inputs = self._inputs
+        if inputs is None or ENTROPIES not in inputs or self._known_at != self._trainer.state.global_step:
+            return None
+        return inputs["old_per_token_logps"], inputs[ENTROPIES]
+
+    @staticmethod
+    def _tokens(rows: list[Row]) -> int:
+        return sum(len(row.prompt) + len(row.completion) for row in rows)
+
+    def _score_all(
+        self, model: Any, rows: list[Row], width_T: int, batch_size: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self._trainer.accelerator.device
+        if self._sharded:
+            size = batch_size or len(rows)
+            chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        else:
+            chunks = [rows]
+        limit = 2**62 if self._sharded else self._max_tokens
+        parts = []
+        for chunk in chunks:
+            passes = plan_passes(chunk, limit, device)
+            parts.append(_scatter([(packed, self._run(model, packed)) for packed in passes], len(chunk), width_T))
+        logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
+        return logps, entropies
+
+    def _run(self, model: Any, packed: PackedPass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logprobs and entropies [N] of a pass."""
+        with self._trainer.accelerator.autocast():
+            outputs = model(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                shift_labels=packed.next_ids,
+                fused_lm_head=True,
+                **attention.arguments(packed),
+            )
+        return outputs.log_probs[0], outputs.entropy[0]
+
+    def _backward(self, model: Any) -> None:
+        """Make the backward passes that are owed for this optimizer step."""
+        owed, self._owed = self._owed, []
+        if not owed:
+            return
+        width = max(each.logps.shape[1] for each in owed)
+
+        def joined(gradients: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([torch.nn.functional.pad(g, (0, width - g.shape[1])) for g in gradients])
+
+        logps = joined([each.logps for each in owed])
+        entropies = None
+        if any(each.entropies is not None for each in owed):
+            entropies = joined([torch.zeros_like(e.logps) if e.entropies is None else e.entropies for e in owed])
+        rows = [row for each in owed for row in each.rows]
+        self._attend(packed=True)
+        passes = plan_passes(rows, self._max_tokens, logps.device)
+        for number, packed in enumerate(passes, 1):
+            last = number == len(passes)
+            if self._finds_out:
+                torch.cuda.reset_peak_memory_stats(logps.device)
+                before = torch.cuda.memory_allocated(logps.device)
+            with nullcontext() if last else self._trainer.accelerator.no_sync(model):
+                values = self._run(model, packed)
+                at = packed.next_ids[0] != -100
+                outputs, gradients = [values[0][at]], [logps[packed.rows, packed.columns]]
+                if entropies is not None:
+                    outputs.append(values[1][at])
+                    gradients.append(entropies[packed.rows, packed.columns])
+                torch.autograd.backward(outputs, gradients)
+            if self._finds_out:
+                self._find_out(packed.input_ids.numel(), torch.cuda.max_memory_allocated(logps.device) - before)
+
+    def _find_out(self, tokens: int, needed: int) -> None:
+        """Set the size of later passes from the memory, in bytes, that one of `tokens` needed."""
+        self._finds_out, device = False, self._trainer.accelerator.device
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        self._max_tokens = pass_tokens(tokens, needed, free)
+        logger.info(
+            "passes of %d tokens: one of %d needed %.1f GiB, of %.1f that are free (max_tokens_per_pass)",
+            self._max_tokens,
+            tokens,
+            needed / 2**30,
+            free / 2**30,
+        )
+
+    def _attend(self, *, packed: bool) -> None:
+        for config, own in zip(self._configs, self._own_attention, strict=True):
+            config._attn_implementation = attention.PACKED if packed else own
+
+    def _check_first(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, width_T: int, rows: list[Row]
+    ) -> None:
+        """Believe packed passes of this model once they agree with plain ones on a few rows."""
+        self._checked = True
+        few = slice(0, _CHECKED_ROWS)
+        with torch.no_grad():
+            self._attend(packed=False)
+            plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
+            self._attend(packed=True)
+            try:
+                packed = self._score_all(model, rows[few], width_T, None)[0]
+                difference = float((packed - plain).abs().sum() / max(1, sum(len(r.completion) for r in rows[few])))
+                reason = f"their logprobs differ from plain ones by {difference:.2g} nats on average"
+            except (TypeError, RuntimeError, ValueError) as error:  # a model that cannot be called this way
+                difference, reason = float("inf"), f"{type(error).__name__}: {error}"
+        bits = 2 if self._trainer.accelerator.mixed_precision in ("bf16", "fp16") else model.dtype.itemsize
+        # Every rank decides alike: with sharded weights they make their passes together.
+        worst = torch.tensor(difference, device=self._trainer.accelerator.device)
+        difference = float(self._trainer.accelerator.gather(worst).max())
+        if not difference <= _CHECK_NATS.get(bits, 1e-3):
+            self._refused = True
+            logger.warning("forward passes of this model are not packed: %s", reason)
+
+    def _keeping_entropies(self, generate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def generate_and_keep(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            if not self._trainer.model.training or self._sharded or self._dropout:
+                return generate(inputs)
+            self._scored = []
+            try:
+                batch = generate(inputs)
+                # A reference model may have been scored after the policy.
+                for logps, entropies in self._scored:
+                    if logps is batch.get("old_per_token_logps"):
+                        batch[ENTROPIES], self._known_at = entropies, self._trainer.state.global_step
+                return batch
+            finally:
+                self._scored = None
+
+        return generate_and_keep
+
+    def _seeing_inputs(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def compute_seen(model: Any, inputs: dict[str, Any]) -> Any:
+            self._inputs = inputs
+            try:
+                return compute(model, inputs)
+            finally:
+                self._inputs = None
+
+        return compute_seen
+
+    def _with_backward(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def step_and_backward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                loss = step(model, *args, **kwargs)
+                if self._trainer.accelerator.sync_gradients:
+                    self._backward(model)
+                return loss
+            finally:
+                self._attend(packed=False)
+
+        return step_and_backward
+
+
+def pass_tokens(tokens: int, needed: int, free: int) -> int:
+    """Return how many tokens a pass may have, if one of `tokens` needed so many of the free bytes.
+
+    Example:
+        assert pass_tokens(1000, needed=2 * 2**30, free=10 * 2**30) == 2816
+    """
+    fitting = _OF_FREE * free * tokens / max(needed, 1)
+    return int(min(max(fitting, 256), _MOST_TOKENS)) // 256 * 256
+
+
+class _Leaf(torch.autograd.Function):
+    """Logprobs and entropies whose gradient goes to `owe`, instead of into a graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: torch.Tensor, logps: torch.Tensor, entropies: torch.Tensor, owe: Callable[..., None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.owe = owe
+        ctx.set_materialize_grads(False)
+        return logps.clone(), entropies.clone()
+
+    @staticmethod
+    def backward(ctx: Any, logps: torch.Tensor | None, entropies: torch.Tensor | None) -> Any:
+        if logps is not None:
+            ctx.owe(logps, entropies)
+        return None, None, None, None
+
+
+def _scatter(
+    scored: list[tuple[PackedPass, tuple[torch.Tensor, torch.Tensor]]], rows: int, width_T: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logprobs and entropies [rows, T], differentiable."""
+    index = torch.cat([packed.rows * width_T + packed.columns for packed, _ in scored])
+    results = []
+    for values in zip(*(values for _, values in scored), strict=True):
+        flat = torch.cat([v[p.next_ids[0] != -100] for (p, _), v in zip(scored, values, strict=True)])
+        results.append(flat.new_zeros(rows * width_T).index_put((index,), flat).view(rows, width_T))
+    return results[0], results[1]
