@@ -133,8 +133,9 @@ class LearnerConfig:
     )
     max_tokens_per_pass: int | None = _option(
         None,
-        "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: on "
-        "a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192; on a CPU 2048.",
+        "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: "
+        "on a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192; on a CPU "
+        "2048.",
     )
     share_gpu: bool = _option(
         False,

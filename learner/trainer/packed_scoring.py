@@ -69,8 +69,8 @@ class PackedScoring:
 
     Args:
         model: the base model, whose attention is switched.
-        max_tokens: of one pass; None: found out. Not kept where weights are sharded: there every rank makes one pass a micro-batch,
-            because ranks gather weights together.
+        max_tokens: of one pass; None: found out. Not kept where weights are sharded: there every rank makes one pass a
+            micro-batch, because ranks gather weights together.
     """
 
     def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None) -> None:
