@@ -16,6 +16,8 @@ from shared.errors import VersionNotActive
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
 
+#: Sequences of a request that the engine has at a time: more than it computes at once, and few enough for its loops.
+IN_FLIGHT = 1024
 #: Times that a request is scored, if a push with `in_flight` `keep` lands in between each time.
 ATTEMPTS = 4
 
@@ -42,9 +44,12 @@ async def score(
             await proxy.runs.admitting()
             with proxy.admit(body) as admission:
                 jobs: list[asyncio.Future[list[float]]] = []
+                room = asyncio.Semaphore(IN_FLIGHT)
                 try:
                     for sequence in body.sequences:
+                        await room.acquire()
                         jobs.append(asyncio.ensure_future(_score_one(admission, sequence)))
+                        jobs[-1].add_done_callback(lambda _, room=room: room.release())
                         await asyncio.sleep(0)  # as in `requests`
                     logprobs = await asyncio.gather(*jobs)
                 finally:

@@ -26,14 +26,21 @@ class Watch:
         processes: returns the ids of the server's processes.
         during: returns what the server is doing.
         fail: called with a message for everything that does not hold.
+        health_s: longest time in which `/health` has to answer.
 
     Attributes:
         slowest_s, growth: worst so far: of `/health` in seconds, of the memory in bytes.
     """
 
     def __init__(
-        self, url: str, processes: Callable[[], list[int]], during: Callable[[], str], fail: Callable[[str], None]
+        self,
+        url: str,
+        processes: Callable[[], list[int]],
+        during: Callable[[], str],
+        fail: Callable[[str], None],
+        health_s: float = HEALTH_S,
     ) -> None:
+        self._health_s = health_s
         self.slowest_s, self.growth = 0.0, 0
         self._address = (urlsplit(url).hostname or "", urlsplit(url).port or 80)
         self._processes, self._during, self._fail = processes, during, fail
@@ -63,7 +70,7 @@ class Watch:
         self.slowest_s = max(self.slowest_s, seconds)
         if status != 200:
             self._fail(f"/health gives {status or 'no answer'} during {during}: {seconds:.1f} s")
-        elif seconds > HEALTH_S:
+        elif seconds > self._health_s:
             now = self._during()
             self._fail(
                 f"/health is late during {during}: {seconds:.1f} s" + (f", until {now}" if now != during else "")
