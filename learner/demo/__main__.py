@@ -168,6 +168,8 @@ def run(options: argparse.Namespace) -> None:
         logger.info("4/5 the learner: GRPO, an adapter push after every optimizer step")
         command = [*module_command("learner.cli"), "train", "--config", str(config), "--rollout_url", url]
         command += ["--model_name_or_path", str(model), "--output_dir", str(out), "--seed", str(seed)]
+        if not any(flag.startswith("--resume_from_checkpoint") for flag in options.train_flags):
+            command += ["--resume_from_checkpoint", "false"]  # a second demo trains anew
         with ProcessGroup([*command, *options.train_flags], environment, cores=learner_cores) as learner:
             if status := learner.process.wait():
                 raise SystemExit(f"demo: the learner exited with status {status}")

@@ -106,8 +106,9 @@ def check_settings(folder: Path, now: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise InvalidRequest(
-            f"{folder} was trained with other settings: {', '.join(changed)}; give the old values, or another "
-            f"output_dir (with init_adapter {folder} a new run starts there from these weights)"
+            f"{folder} was trained with other settings: {', '.join(changed)}; give the old values, another output_dir "
+            f"(with init_adapter {folder} a new run starts there from these weights), or resume_from_checkpoint=false "
+            "to start over here"
         )
 
 

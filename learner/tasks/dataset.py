@@ -89,11 +89,18 @@ def _read_hub(name: str, config: str | None, split: str) -> Dataset:
         return load_dataset(name, config, split=split, features=text, keep_default_na=False)
     if rows.info.builder_name == "json":
         for column, feature in rows.features.items():
-            if "timestamp" in str(feature):
+            if _has_dates(feature):
                 raise TaskError(
                     f"{name}, column {column!r}: datasets reads its text as dates. Download the file and give its path"
                 )
     return rows
+
+
+def _has_dates(feature: Any) -> bool:
+    if isinstance(feature, Value):
+        return feature.dtype.startswith(("timestamp", "date", "time"))
+    nested = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return any(map(_has_dates, (each for each in nested if each is not None)))
 
 
 def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptStyle) -> Dataset:

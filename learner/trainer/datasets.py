@@ -80,8 +80,9 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
         kind: type | None = None
         if len(rows) > _MANY_ROWS:
             logger.info("measuring the %d prompts of %s", len(rows), name)
+        only_prompts = rows.select_columns("prompt")  # other columns may be large
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            prompts = rows[start : start + _ROWS_AT_ONCE]["prompt"]
+            prompts = only_prompts[start : start + _ROWS_AT_ONCE]["prompt"]
             kind = kind or type(prompts[0])
             for i, token_ids in enumerate(_token_ids(trainer, prompts, kind, name, start)):
                 if not token_ids:

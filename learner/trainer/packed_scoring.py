@@ -240,7 +240,8 @@ class PackedScoring:
     ) -> None:
         """Believe packed passes of this model once they agree with plain ones on a few rows."""
         self._checked = True
-        few = slice(0, _CHECKED_ROWS)
+        few, training = slice(0, _CHECKED_ROWS), model.training
+        model.eval()  # dropout would make them differ, and take random numbers that a resumed training would miss
         with torch.no_grad():
             self._attend(packed=False)
             plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
@@ -251,6 +252,7 @@ class PackedScoring:
                 reason = f"their logprobs differ from plain ones by {difference:.2g} nats on average"
             except (TypeError, RuntimeError, ValueError) as error:  # a model that cannot be called this way
                 difference, reason = float("inf"), f"{type(error).__name__}: {error}"
+        model.train(training)
         bits = 2 if self._trainer.accelerator.mixed_precision in ("bf16", "fp16") else model.dtype.itemsize
         # Every rank decides alike: with sharded weights they make their passes together.
         worst = torch.tensor(difference, device=self._trainer.accelerator.device)

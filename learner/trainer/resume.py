@@ -90,12 +90,18 @@ def resume_point(
     """
 
     def place() -> tuple[Path | None, str]:
+        try:
+            return found()
+        except OSError as error:  # ranks share only errors of ours
+            raise InvalidRequest(f"output_dir {output_dir}, resume_from_checkpoint {asked}: {error}") from error
+
+    def found() -> tuple[Path | None, str]:
         checkpoint, state = _choose(Path(output_dir), asked), None
         if checkpoint is not None:
             check_settings(checkpoint, settings)
             check(checkpoint)
             state = load_state(checkpoint)
-        if asked is not False and (checkpoint is None or not checkpoint.parent.samefile(output_dir)):
+        if asked is not False and (checkpoint is None or checkpoint.parent.resolve() != Path(output_dir).resolve()):
             check_settings(Path(output_dir) / FINAL_ADAPTER, settings)  # which this training would write over
         # Copies on several nodes are one place, though every node has only its own ranks' files.
         identity = json.dumps(asdict(replace(state, files={}))) if state else checkpoint.name if checkpoint else ""
@@ -212,17 +218,19 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
     if indexable(trainer):  # transformers itself reads a stream up to its place
         skip_epochs(samplers[-1], schedule_of(trainer).epoch_at(state.step))
     before, now = state.settings.get("learning_rate"), trainer.args.learning_rate
-    if before and before != now:
-        _scale_learning_rate(trainer.lr_scheduler, now / before)
+    # A checkpoint without them leaves the new optimizer and scheduler as they are.
+    if before and before != now and (trainer.is_deepspeed_enabled or (folder / "scheduler.pt").is_file()):
+        _scale_learning_rate(trainer.optimizer, trainer.lr_scheduler, now / before)
     session.metrics.restore(state.pushes, state.completions, state.completion_tokens)
 
 
-def _scale_learning_rate(scheduler: Any, factor: float) -> None:
+def _scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:
     """Let a changed learning rate count: optimizer and scheduler have just been given those of the checkpoint."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # within accelerate's wrapper
     scheduler.base_lrs = [rate * factor for rate in getattr(scheduler, "base_lrs", ())]
-    for group in scheduler.optimizer.param_groups:
+    for group in optimizer.param_groups:
         group |= {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _batch_file(trainer: GRPOTrainer) -> str:

@@ -48,8 +48,7 @@ async def score(
                 try:
                     for sequence in body.sequences:
                         await room.acquire()
-                        jobs.append(asyncio.ensure_future(_score_one(admission, sequence)))
-                        jobs[-1].add_done_callback(lambda _, room=room: room.release())
+                        jobs.append(asyncio.ensure_future(_score_one(admission, sequence, room)))
                         await asyncio.sleep(0)  # as in `requests`
                     logprobs = await asyncio.gather(*jobs)
                 finally:
@@ -64,7 +63,8 @@ async def score(
         )
 
 
-async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
+async def _score_one(admission: Admission, sequence: list[int], room: asyncio.Semaphore) -> list[float]:
+    """Return the logprobs of all tokens but the first; releases `room` when the engine has no more to do with it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -72,8 +72,11 @@ async def _score_one(admission: Admission, sequence: list[int]) -> list[float]:
         max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
     final = None
-    async for output in admission.generate(token_prompt(sequence), params, f"score-{uuid.uuid4().hex}"):
-        final = output
+    try:
+        async for output in admission.generate(token_prompt(sequence), params, f"score-{uuid.uuid4().hex}"):
+            final = output
+    finally:
+        room.release()
     assert final is not None
     assert final.prompt_logprobs is not None
     positions = zip(list(final.prompt_logprobs)[1:], sequence[1:], strict=True)
