@@ -33,7 +33,7 @@ from learner.passes.lora_product import use_one_product
 from learner.rollouts.generation import RemoteRollouts
 from learner.trainer.hooks import generate_with
 from learner.trainer.packed_scoring import score_packed
-from learner.trainer.padding import skip_padding
+from learner.trainer.padding import cut_passes, sort_rows
 
 PLAIN, CUT, PACKED, PRODUCT = "TRL", "padding cut", "packed", "packed, LoRA as one product"
 #: Dense bfloat16 products without sparsity, in operations per second.
@@ -120,7 +120,8 @@ class LearnerBench(Bench):
         if row == PRODUCT:
             use_one_product(trainer.model, active_adapter(trainer.model))
         if row == CUT:
-            skip_padding(trainer)
+            cut_passes(trainer)
+            sort_rows(trainer)
         elif row != PLAIN and score_packed(trainer, options.pass_tokens or None) is None:
             raise RuntimeError("the passes of this model cannot be packed here")
         watch = _Watch(trainer)

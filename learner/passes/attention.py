@@ -10,42 +10,13 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from learner.passes.packing import PackedPass, Segment
 
 #: The name in `config._attn_implementation`.
 PACKED = "lockstep_packed"
-#: RoPE types whose angles depend on the longest row of a pass.
-_WIDTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-
-def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why passes of this model cannot be packed; None if they can.
-
-    Args:
-        model: without its PEFT wrapper.
-        dtype: of the computation, after autocast.
-    """
-    config: PreTrainedConfig = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} brings an attention of its own"
-    if kinds or sliding:
-        return f"{type(model).__name__} has {', '.join(sorted(kinds)) or 'sliding_attention'} layers"
-    if getattr(config, "attn_logit_softcapping", None) or hasattr(config, "attention_chunk_size"):
-        return f"the attention of {type(model).__name__} is none that the packed kernel computes"
-    if getattr(config, "attention_dropout", 0.0):
-        return "attention_dropout is not 0"
-    if ropes & _WIDTH_DEPENDENT_ROPE:
-        return f"its positions depend on the longest row (rope_type {', '.join(sorted(ropes & _WIDTH_DEPENDENT_ROPE))})"
-    if device.type == "cuda" and (dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "torch's variable-length attention needs bfloat16 or float16, and compute capability 8.0"
-    return None
 
 
 def arguments(packed: PackedPass) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.nn.functional import linear
 
+#: Attribute of a layer: its weight with spare columns.
+_WIDE = "lockstep_wide_weight"
+
 
 def use_one_product(model: PeftModel, adapter: str) -> int:
     """Let LoRA layers compute base and adapter in one product; return how many do.
@@ -23,11 +26,13 @@ def use_one_product(model: PeftModel, adapter: str) -> int:
     Left to PEFT are layers with another base than `nn.Linear` (quantized, say), a variant of LoRA, a bias in B, or
     dropout; and all, for the time being, while adapters are disabled, merged, or others than `adapter` are active.
 
-    In 16 bits the base's weight becomes a view of a matrix with r spare columns, so that nothing is copied for a pass.
+    In 16 bits the base's weight becomes a view of a matrix with r spare columns, so that nothing is copied for a pass;
+    `safetensors` wants it `contiguous()` before it is written by itself.
     """
     layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module, adapter)]
     for layer in layers:
-        layer.forward = MethodType(_forward_of(layer, adapter), layer)
+        _widen(layer, adapter)
+        layer.forward = MethodType(_forward_of(adapter), layer)
     return len(layers)
 
 
@@ -42,39 +47,41 @@ def _is_plain(layer: Linear, adapter: str) -> bool:
     )
 
 
-def _forward_of(layer: Linear, adapter: str) -> Any:
-    original, wide = layer.forward, _widen(layer, adapter)
-
+def _forward_of(adapter: str) -> Any:
     def forward(self: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [adapter]:
-            return original(x, *args, **kwargs)
+            return Linear.forward(self, x, *args, **kwargs)
         base, device = self.base_layer, x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        fits = wide is not None and wide.dtype == dtype and base.weight.data_ptr() == wide.data_ptr()
-        return OneProduct.apply(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-            dtype,
-            wide if fits else None,
-        )
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        wide = self.__dict__.get(_WIDE)
+        if wide is not None and not (
+            wide.data_ptr() == base.weight.data_ptr()
+            and wide.dtype == base.weight.dtype
+            and wide.shape[1] == base.weight.shape[1] + _columns(a)
+        ):
+            wide = self.__dict__[_WIDE] = None  # the weight was moved, or the adapter is another
+        if wide is not None and wide.dtype != dtype:
+            wide = None
+        return OneProduct.apply(x, base.weight, base.bias, a, b, self.scaling[adapter], dtype, wide)
 
     return forward
 
 
-def _widen(layer: Linear, adapter: str) -> torch.Tensor | None:
-    """Move a 16-bit weight into [W, 0], of shape [out, in + r], and return that; None for other weights."""
+def _columns(a: torch.Tensor) -> int:
+    """Return how many columns A takes: its rank, rounded up to rows that GPUs read in whole pieces of 16 bytes."""
+    return -(-a.shape[0] // 8) * 8
+
+
+def _widen(layer: Linear, adapter: str) -> None:
+    """Move a 16-bit weight into [W, 0], of shape [out, in + columns], which the layer keeps; not other weights."""
     weight = layer.base_layer.weight
     if weight.dtype.itemsize != 2 or type(weight.data) is not torch.Tensor or weight.requires_grad:
-        return None
-    rank = layer.lora_A[adapter].weight.shape[0]
-    wide = weight.new_zeros(weight.shape[0], weight.shape[1] + rank)
+        return
+    wide = weight.new_zeros(weight.shape[0], weight.shape[1] + _columns(layer.lora_A[adapter].weight))
     wide[:, : weight.shape[1]] = weight.data
     weight.data = wide[:, : weight.shape[1]]
-    return wide
+    layer.__dict__[_WIDE] = wide  # no buffer: it is in no state_dict
 
 
 class OneProduct(torch.autograd.Function):
@@ -98,7 +105,7 @@ class OneProduct(torch.autograd.Function):
             x: [..., in].
             weight, bias: [out, in] and [out], without gradient.
             a, b: [r, in] and [out, r].
-            wide: `[W, ...]`, of shape [out, in + r], whose last columns are overwritten; None: it is made.
+            wide: `[W, 0]`, of shape [out, in + columns], where s B is written; None: it is made.
         """
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -106,7 +113,8 @@ class OneProduct(torch.autograd.Function):
             shrunk = rows @ a.to(dtype).T
             own_bias = None if bias is None else bias.to(dtype)
             if dtype.itemsize == 2:
-                y = linear(torch.cat([rows, shrunk], 1), _wide(weight, scaled_b, dtype, wide), own_bias)
+                spare = rows.new_zeros(rows.shape[0], _columns(a) - a.shape[0])
+                y = linear(torch.cat([rows, shrunk, spare], 1), _wide(weight, scaled_b, dtype, wide), own_bias)
             else:
                 y = linear(rows, weight.to(dtype), own_bias).addmm_(shrunk, scaled_b.T)
         ctx.save_for_backward(rows, shrunk, weight, a, b)
@@ -123,7 +131,7 @@ class OneProduct(torch.autograd.Function):
             scaled_b = (b * ctx.scaling).to(dtype)
             if dtype.itemsize == 2 and ctx.needs_input_grad[0]:
                 both = g @ _wide(weight, scaled_b, dtype, ctx.wide)
-                g_x, g_shrunk = both[:, :columns], both[:, columns:]
+                g_x, g_shrunk = both[:, :columns], both[:, columns : columns + a.shape[0]]
             else:
                 g_shrunk = g @ scaled_b
                 g_x = g @ weight.to(dtype) if ctx.needs_input_grad[0] else None
@@ -136,6 +144,7 @@ class OneProduct(torch.autograd.Function):
 
 def _wide(weight: torch.Tensor, scaled_b: torch.Tensor, dtype: torch.dtype, wide: torch.Tensor | None) -> torch.Tensor:
     if wide is None:
-        return torch.cat([weight.to(dtype), scaled_b], 1)
-    wide[:, weight.shape[1] :] = scaled_b
+        wide = weight.new_zeros(weight.shape[0], weight.shape[1] + _columns(scaled_b.T), dtype=dtype)
+        wide[:, : weight.shape[1]] = weight
+    wide[:, weight.shape[1] : weight.shape[1] + scaled_b.shape[1]] = scaled_b
     return wide

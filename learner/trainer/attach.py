@@ -37,7 +37,7 @@ from learner.trainer.hooks import (
 )
 from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.packed_scoring import score_packed
-from learner.trainer.padding import skip_padding
+from learner.trainer.padding import cut_passes, sort_rows
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
 from learner.trainer.sampling import sampling_params
@@ -152,20 +152,24 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | | `watch_mismatch` | measures the batch that is trained on |
     | | `replace_zero_variance_groups` | changes the rows that TRL and the hooks above are given |
     | | `record_samples` | reads TRL's logs after everything else |
-    | `_get_per_token_logps_and_entropies` | `skip_padding` | |
-    | | `begin_passes_with` | the GPU must be the learner's before the first pass of `skip_padding` |
-    | `_prepare_inputs` | `skip_padding` | |
+    | | `score_packed` (inside `watch_mismatch`) | keeps the entropies of what TRL scores |
+    | `_get_per_token_logps_and_entropies` | `cut_passes` | |
+    | | `score_packed` | passes that are not packed are cut |
+    | | `begin_passes_with` | the GPU must be the learner's before the first pass |
+    | `_compute_loss`, `training_step` | `score_packed` | |
+    | `_prepare_inputs` | `sort_rows` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
 
     Callbacks run in the order in which they are added: the push comes before the recorder.
     """
     generate_with(trainer, session.rollouts)
-    if session.config.packed_passes:
+    cut_passes(trainer)
+    packs = session.config.packed_passes
+    if packs and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         use_one_product(session.model, active_adapter(session.model))
-    packed = score_packed(trainer, session.config.max_tokens_per_pass) if session.config.packed_passes else None
-    if packed is None:
-        skip_padding(trainer)
+    if not packs or score_packed(trainer, session.config.max_tokens_per_pass) is None:
+        sort_rows(trainer)
     if session.gpu_sharing:
         begin_passes_with(trainer, session.gpu_sharing.take_gpu)
     mark_tool_loop(trainer, session.rollouts)

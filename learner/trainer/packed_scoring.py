@@ -13,13 +13,14 @@ one pass is scored in it with its graph; a larger one is scored first and runs a
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 
 from learner.passes import attention
@@ -35,8 +36,37 @@ ENTROPIES = "lockstep_entropies"
 _FIRST_TOKENS, _MOST_TOKENS = 2048, 8192
 #: Share of the free memory that a pass may take: batches differ, and there is more than this process.
 _OF_FREE = 0.6
+#: RoPE types whose angles depend on the longest row of a pass.
+_WIDTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 #: Rows of the first batch that are scored both ways, and the largest mean difference in nats, by bytes of an element.
 _CHECKED_ROWS, _CHECK_NATS = 4, {4: 1e-3, 2: 0.1}
+
+
+def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why passes of this model cannot be packed; None if they can.
+
+    Args:
+        model: without its PEFT wrapper.
+        dtype: of the computation, after autocast.
+    """
+    config: PreTrainedConfig = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} brings an attention of its own"
+    if kinds or sliding:
+        return f"{type(model).__name__} has {', '.join(sorted(kinds)) or 'sliding_attention'} layers"
+    if getattr(config, "attn_logit_softcapping", None) or hasattr(config, "attention_chunk_size"):
+        return f"the attention of {type(model).__name__} is none that the packed kernel computes"
+    if getattr(config, "attention_dropout", 0.0):
+        return "attention_dropout is not 0"
+    if ropes & _WIDTH_DEPENDENT_ROPE:
+        return f"its positions depend on the longest row (rope_type {', '.join(sorted(ropes & _WIDTH_DEPENDENT_ROPE))})"
+    if device.type == "cuda" and (dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "torch's variable-length attention needs bfloat16 or float16, and compute capability 8.0"
+    return None
 
 
 def score_packed(trainer: GRPOTrainer, max_tokens: int | None) -> PackedScoring | None:
@@ -44,7 +74,7 @@ def score_packed(trainer: GRPOTrainer, max_tokens: int | None) -> PackedScoring 
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
     device = trainer.accelerator.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, model.dtype)
-    reason = attention.why_not_packed(model, device, dtype)
+    reason = why_not_packed(model, device, dtype)
     if reason is None and trainer.aux_loss_enabled:
         reason = "the load-balancing loss of a mixture of experts is a mean over each micro-batch"
     if reason is None and device.type != "cpu" and trainer.args.full_determinism:
@@ -78,8 +108,10 @@ class PackedScoring:
         self._finds_out = max_tokens is None and trainer.accelerator.device.type == "cuda"
         self._sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in trainer.model.modules())
+        self._model = model
         self._configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
-        self._own_attention = [config._attn_implementation for config in self._configs]
+        # Not the property, which would set every part's: a vision tower keeps its own.
+        self._own_attention = [config._attn_implementation_internal for config in self._configs]
         self._checked = self._refused = False
         self._inputs: dict[str, Any] | None = None
         self._scored: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # while TRL makes a generation batch
@@ -90,6 +122,7 @@ class PackedScoring:
         trainer._generate_and_score_completions = self._keeping_entropies(trainer._generate_and_score_completions)
         trainer._compute_loss = self._seeing_inputs(trainer._compute_loss)
         trainer.training_step = self._with_backward(trainer.training_step)
+        trainer.add_callback(_ForgetAtBegin(self))
 
     def score(
         self,
@@ -115,8 +148,7 @@ class PackedScoring:
             rows = rows_of(input_ids, attention_mask, logits_to_keep)
         if rows is not None and not self._checked:
             self._check_first(model, input_ids, attention_mask, logits_to_keep, rows)
-        if rows is None or self._refused:
-            self._attend(packed=False)
+        if rows is None or not self._checked or self._refused:
             return self._plain(
                 model,
                 input_ids,
@@ -126,15 +158,17 @@ class PackedScoring:
                 compute_entropy=compute_entropy,
                 **options,
             )
-        self._attend(packed=True)
         if not torch.is_grad_enabled():
             logps, entropies = self._score_all(model, rows, logits_to_keep, batch_size)
             if self._scored is not None:
                 self._scored.append((logps, entropies))
             return logps, entropies, None
         known = self._known()
-        if known is None and (self._sharded or self._dropout or self._tokens(rows) <= self._max_tokens):
+        # Several ranks (DDP) add up their gradients once a step, so all of them owe theirs.
+        fits = self._trainer.accelerator.num_processes == 1 and self._tokens(rows) <= self._max_tokens
+        if known is None and (self._sharded or self._dropout or fits):
             (packed,) = plan_passes(rows, 2**62, input_ids.device)
+            self._attend(packed=True)  # until the end of the step: checkpointed layers run again in the backward pass
             logps, entropies = _scatter([(packed, self._run(model, packed))], len(rows), logits_to_keep)
             return logps, entropies, None
         if known is None:
@@ -166,9 +200,13 @@ class PackedScoring:
             chunks = [rows]
         limit = 2**62 if self._sharded else self._max_tokens
         parts = []
-        for chunk in chunks:
-            passes = plan_passes(chunk, limit, device)
-            parts.append(_scatter([(packed, self._run(model, packed)) for packed in passes], len(chunk), width_T))
+        self._attend(packed=True)
+        try:
+            for chunk in chunks:
+                passes = plan_passes(chunk, limit, device)
+                parts.append(_scatter([(packed, self._run(model, packed)) for packed in passes], len(chunk), width_T))
+        finally:
+            self._attend(packed=False)
         logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
         return logps, entropies
 
@@ -214,7 +252,7 @@ class PackedScoring:
                     outputs.append(values[1][at])
                     gradients.append(entropies[packed.rows, packed.columns])
                 torch.autograd.backward(outputs, gradients)
-            if self._finds_out:
+            if self._finds_out and packed.input_ids.numel() >= _FIRST_TOKENS // 2:  # a small one shows fixed costs
                 self._find_out(packed.input_ids.numel(), torch.cuda.max_memory_allocated(logps.device) - before)
 
     def _find_out(self, tokens: int, needed: int) -> None:
@@ -233,30 +271,37 @@ class PackedScoring:
 
     def _attend(self, *, packed: bool) -> None:
         for config, own in zip(self._configs, self._own_attention, strict=True):
-            config._attn_implementation = attention.PACKED if packed else own
+            config._attn_implementation_internal = attention.PACKED if packed else own
+
+    def forget(self) -> None:
+        """Forget what an earlier training owed and knew."""
+        self._owed, self._known_at = [], None
 
     def _check_first(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, width_T: int, rows: list[Row]
     ) -> None:
-        """Believe packed passes of this model once they agree with plain ones on a few rows."""
-        self._checked = True
-        few, training = slice(0, _CHECKED_ROWS), model.training
+        """Believe packed passes of this model once they agree with plain ones on a few rows that have a completion."""
+        few = [number for number, row in enumerate(rows) if row.completion][:_CHECKED_ROWS] or [0]
+        chosen, training = [rows[number] for number in few], model.training
+        tokens, difference, reason = sum(len(row.completion) for row in chosen), 0.0, ""
         model.eval()  # dropout would make them differ, and take random numbers that a resumed training would miss
         with torch.no_grad():
-            self._attend(packed=False)
             plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
-            self._attend(packed=True)
             try:
-                packed = self._score_all(model, rows[few], width_T, None)[0]
-                difference = float((packed - plain).abs().sum() / max(1, sum(len(r.completion) for r in rows[few])))
+                packed = self._score_all(model, chosen, width_T, None)[0]
+                difference = float((packed - plain).abs().sum() / max(1, tokens))
                 reason = f"their logprobs differ from plain ones by {difference:.2g} nats on average"
-            except (TypeError, RuntimeError, ValueError) as error:  # a model that cannot be called this way
+            except torch.OutOfMemoryError:
+                raise
+            # A model that cannot be called this way.
+            except (TypeError, RuntimeError, ValueError, AttributeError, ImportError) as error:
                 difference, reason = float("inf"), f"{type(error).__name__}: {error}"
         model.train(training)
-        bits = 2 if self._trainer.accelerator.mixed_precision in ("bf16", "fp16") else model.dtype.itemsize
+        bits = 2 if self._trainer.accelerator.mixed_precision in ("bf16", "fp16") else self._model.dtype.itemsize
         # Every rank decides alike: with sharded weights they make their passes together.
-        worst = torch.tensor(difference, device=self._trainer.accelerator.device)
-        difference = float(self._trainer.accelerator.gather(worst).max())
+        found = torch.tensor([[difference, float(tokens)]], device=self._trainer.accelerator.device)
+        difference, compared = self._trainer.accelerator.gather(found).amax(0).tolist()
+        self._checked = compared > 0
         if not difference <= _CHECK_NATS.get(bits, 1e-3):
             self._refused = True
             logger.warning("forward passes of this model are not packed: %s", reason)
@@ -290,13 +335,21 @@ class PackedScoring:
 
     def _with_backward(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def step_and_backward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            done = False
             try:
                 loss = step(model, *args, **kwargs)
-                if self._trainer.accelerator.sync_gradients:
+                if self._owed and self._trainer.accelerator.sync_gradients:
+                    began = time.perf_counter()
                     self._backward(model)
+                    # TRL has timed the step without it.
+                    if times := self._trainer._metrics["train"]["step_time"]:
+                        times[-1] += time.perf_counter() - began
+                done = True
                 return loss
             finally:
                 self._attend(packed=False)
+                if not done:
+                    self.forget()
 
         return step_and_backward
 
@@ -309,6 +362,14 @@ def pass_tokens(tokens: int, needed: int, free: int) -> int:
     """
     fitting = _OF_FREE * free * tokens / max(needed, 1)
     return int(min(max(fitting, 256), _MOST_TOKENS)) // 256 * 256
+
+
+class _ForgetAtBegin(TrainerCallback):
+    def __init__(self, scoring: PackedScoring) -> None:
+        self._scoring = scoring
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._scoring.forget()
 
 
 class _Leaf(torch.autograd.Function):

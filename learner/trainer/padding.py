@@ -20,17 +20,21 @@ Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 ROWWISE_LOSSES = ("grpo", "sapo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
 
 
-def skip_padding(trainer: GRPOTrainer) -> None:
-    """Cut forward passes to the columns their rows need, and put rows of like length into one micro-batch.
+def cut_passes(trainer: GRPOTrainer) -> None:
+    """Cut forward passes to the columns their rows need."""
+    trainer._get_per_token_logps_and_entropies = partial(
+        _score_cut, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
+    )
 
-    The latter only where an optimizer step does not depend on how its rows are spread over micro-batches. Not so where
+
+def sort_rows(trainer: GRPOTrainer) -> None:
+    """Put rows of like length into one micro-batch.
+
+    Only where an optimizer step does not depend on how its rows are spread over micro-batches. Not so where
     TRL divides or picks within each micro-batch: `bnpo`'s token count, the mean entropy of the bonus, the quantile of
     `top_entropy_quantile`, the load balance of a mixture of experts; nor where the optimizer steps do not divide a
     generation batch evenly.
     """
-    trainer._get_per_token_logps_and_entropies = partial(
-        _score_cut, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
-    )
     args, prepare = trainer.args, trainer._prepare_inputs
     if (
         args.loss_type not in ROWWISE_LOSSES

@@ -166,7 +166,7 @@ def test_errors_of_our_routes_have_our_body(server: ServerProcess) -> None:
         ("POST", "/v1/runs/x/nothing", b"", 404, "unknown_route"),
         ("GET", "/v1/state/", b"", 404, "unknown_route"),
         ("POST", "/v1/generate", b"\xff", 400, "invalid_request"),
-        ("POST", "/v1/score", b"[" * 100_000, 400, "invalid_request"),
+        ("POST", "/v1/score", b"[" * 100_000, 413, "too_large"),
         ("GET", "/v1/runs/x", b"", 404, "unknown_run"),
     ):
         answer = HTTP.request(method, server.url + path, content=sent, headers={"Content-Type": "application/json"})

@@ -17,7 +17,6 @@ from shared.errors import ErrorCode
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from tests.integration.conftest import FLAGS
-from tests.integration.support import policy as P
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.integration.support.waiting import until
 
@@ -108,55 +107,49 @@ def test_what_is_too_large(server: ServerProcess) -> None:
     assert "--max-n" in theirs.json()["error"]["message"]
 
 
-def test_too_much_at_once(server: ServerProcess, model: Path) -> None:
-    with RolloutClient(server.url) as client:
-        P.push(client, P.make_policy(model), "held", step=0)
-    endless = {**LONG, "policy": "latest", "min_step": 5, "wait_s": 600}  # until it is hung up on
-    long = _sent(server, endless)
-    until(lambda: server.metric("lockstep_sequences") == 36)
+def test_too_much_at_once(server: ServerProcess) -> None:
     many = {**CHAT, "n": 5}
-    for body, path in (
-        (SHORT, "/v1/generate"),
-        ({**SHORT, "stream": True}, "/v1/generate"),
-        ({"sequences": [PROMPT] * 5, "policy": "base"}, "/v1/score"),
-        (many, "/v1/chat/completions"),
-        ({"model": "base", "prompt": [PROMPT] * 5, "max_tokens": 4}, "/v1/completions"),
-    ):
-        answer = _post(server, body, path)
-        assert answer.status_code == 429, (path, answer.text[:300])
-        assert answer.headers["Retry-After"] == "1", (path, answer.text[:300])
-        assert "--max-sequences" in answer.json()["error"]["message"]
-        until(lambda: server.metric("lockstep_sequences") == 36)
-    full = _sent(server, {**endless, "sampling": {**LONG["sampling"], "n": 4}})
-    until(lambda: server.metric("lockstep_sequences") == 40)
-    streamed = _post(server, {**CHAT, "stream": True}, "/v1/chat/completions")
-    assert streamed.status_code == 429, "before its first byte"
     request = GenerateRequest(
         prompts=[Prompt(token_ids=PROMPT)], policy="base", sampling=SamplingParams(n=5, max_tokens=4)
     )
     with RolloutClient(server.url) as client, ThreadPoolExecutor() as pool:
-        waiting = [
-            pool.submit(client.generate, request),
-            pool.submit(lambda: list(client.iter_groups(request))),
-            pool.submit(client.score, ScoreRequest(sequences=[PROMPT], policy="base")),
-        ]
-        time.sleep(0.3)
-        assert not any(future.done() for future in waiting), "a learner waits"
-        long.close()
-        full.close()
+        with server.frozen_engine():
+            long = _sent(server, LONG)
+            until(lambda: server.metric("lockstep_sequences") == 36)
+            for body, path in (
+                (SHORT, "/v1/generate"),
+                ({**SHORT, "stream": True}, "/v1/generate"),
+                ({"sequences": [PROMPT] * 5, "policy": "base"}, "/v1/score"),
+                (many, "/v1/chat/completions"),
+                ({"model": "base", "prompt": [PROMPT] * 5, "max_tokens": 4}, "/v1/completions"),
+            ):
+                answer = _post(server, body, path)
+                assert answer.status_code == 429, (path, answer.text[:300])
+                assert answer.headers["Retry-After"] == "1", (path, answer.text[:300])
+                assert "--max-sequences" in answer.json()["error"]["message"]
+                until(lambda: server.metric("lockstep_sequences") == 36)
+            full = _sent(server, {**LONG, "sampling": {**LONG["sampling"], "n": 4}})
+            until(lambda: server.metric("lockstep_sequences") == 40)
+            streamed = _post(server, {**CHAT, "stream": True}, "/v1/chat/completions")
+            assert streamed.status_code == 429, "before its first byte"
+            waiting = [
+                pool.submit(client.generate, request),
+                pool.submit(lambda: list(client.iter_groups(request))),
+                pool.submit(client.score, ScoreRequest(sequences=[PROMPT], policy="base")),
+            ]
+            time.sleep(0.3)
+            assert not any(future.done() for future in waiting), "a learner waits"
+            long.close()
+            full.close()
         for future in waiting:
             future.result(60)
 
 
-@pytest.mark.parametrize("case", ["json", "stream", "before-the-first-byte", "waiting", "score", "chat", "chat-stream"])
-def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, model: Path, case: str) -> None:
+@pytest.mark.parametrize("case", ["json", "stream", "before-the-first-byte", "score", "chat", "chat-stream"])
+def test_a_client_that_leaves_frees_the_engine(server: ServerProcess, case: str) -> None:
     body, path = dict(LONG), "/v1/generate"
     if case in ("stream", "before-the-first-byte"):
         body |= {"stream": True}
-    elif case == "waiting":
-        with RolloutClient(server.url) as client:
-            P.push(client, P.make_policy(model), "waiting", step=0)
-        body |= {"policy": "latest", "min_step": 5, "wait_s": 600}
     elif case == "score":
         body, path = {"sequences": [[i] * 1000 for i in range(3, 18)], "policy": "base"}, "/v1/score"
     elif case.startswith("chat"):

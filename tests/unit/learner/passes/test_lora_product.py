@@ -117,6 +117,38 @@ def test_what_is_no_plain_lora_is_left_to_peft(options):
     assert use_one_product(peft_net(**options), "default") == 0
 
 
+@pytest.mark.parametrize("rank", [1, 4, 8, 12])
+def test_any_rank_in_16_bits(rank):
+    model = peft_net(dtype=torch.bfloat16, r=rank)
+    reference = copy.deepcopy(model).float()
+    use_one_product(model, "default")
+    x = torch.randn(64, 48).bfloat16()
+    y, ours = gradients(model, x)
+    expected, theirs = gradients(reference, x.float())
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.float() - other).norm() < 0.03 * other.norm()
+
+
+def test_a_copy_is_its_own():
+    model = peft_net()
+    use_one_product(model, "default")
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    with other.disable_adapter(), torch.no_grad():
+        assert not other(torch.randn(3, 48)).any()
+
+
+def test_a_weight_that_was_moved_is_not_kept_twice():
+    model = peft_net(dtype=torch.bfloat16)
+    use_one_product(model, "default")
+    layer = model.base_model.model.first
+    layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
+    model(torch.randn(3, 48).bfloat16())
+    assert layer.__dict__["lockstep_wide_weight"] is None
+
+
 def test_another_active_adapter_is_left_to_peft():
     model = peft_net()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))

@@ -16,7 +16,7 @@ import learner.trainer.attach
 import learner.trainer.hooks
 from learner.passes import attention
 from learner.trainer.attach import attach
-from learner.trainer.packed_scoring import pass_tokens
+from learner.trainer.packed_scoring import pass_tokens, why_not_packed
 from learner.trainer.padding import sorted_windows
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -32,7 +32,11 @@ CUT = {
     (learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None,
     (learner.trainer.attach, "use_one_product"): lambda model, adapter: 0,
 }
-PADDED = {**CUT, (learner.trainer.attach, "skip_padding"): lambda trainer: None}
+PADDED = {
+    **CUT,
+    (learner.trainer.attach, "cut_passes"): lambda trainer: None,
+    (learner.trainer.attach, "sort_rows"): lambda trainer: None,
+}
 
 
 @dataclass
@@ -193,10 +197,10 @@ def test_passes_that_differ_are_not_believed(train, monkeypatch, caplog):
 )
 def test_models_that_are_not_packed(changes, reason):
     model = Qwen3ForCausalLM(Qwen3Config(hidden_size=8, intermediate_size=8, num_hidden_layers=2, vocab_size=16))
-    assert attention.why_not_packed(model, torch.device("cpu"), torch.float32) is None
+    assert why_not_packed(model, torch.device("cpu"), torch.float32) is None
     for name, value in changes.items():
         setattr(model.config, name, value)
-    assert reason in attention.why_not_packed(model, torch.device("cpu"), torch.float32)
+    assert reason in why_not_packed(model, torch.device("cpu"), torch.float32)
 
 
 def test_head_on_scored_positions_changes_nothing(train):
