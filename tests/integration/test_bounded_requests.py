@@ -132,11 +132,7 @@ class _Watch(threading.Thread):
 
 
 @pytest.mark.parametrize("name", WORST)
-def test_the_worst_of_each_kind(server: ServerProcess, name: str, request: pytest.FixtureRequest) -> None:
-    if name == "many-sequences":
-        request.applymarker(
-            pytest.mark.xfail(reason="16384 results in vLLM's output loop: 2 s on a busy machine", strict=False)
-        )
+def test_the_worst_of_each_kind(server: ServerProcess, name: str) -> None:
     path, make = WORST[name]
     body = make()
     # What blocks the server blocks it every time; a machine that stalls does not.

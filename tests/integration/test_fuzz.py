@@ -51,8 +51,8 @@ def test_the_worst_requests_keep_nobody_waiting_and_take_little_memory(
         # Other tests share this machine's cores; `make fuzz` has them to itself, and a limit of a second.
         with Watch(server.url, server.processes, lambda: target.during, tally.fail, health_s=10.0):
             fuzz_connections(target, 1, SEED)
-            fuzz_large(target, 20, SEED)
-            fuzz_structured(target, 20, SEED)
+            fuzz_large(target, 8, SEED)
+            fuzz_structured(target, 8, SEED)
             fuzz_waiting(target, 3, SEED)
             fuzz_foreign(target, good, 1, SEED)
             fuzz_pushes(target, good, 1, SEED)
@@ -60,4 +60,4 @@ def test_the_worst_requests_keep_nobody_waiting_and_take_little_memory(
         target.close()
     client.delete_run("fuzzed", P.LEASE)
     assert not tally.failures, "\n".join(failure[:1000] for failure in tally.failures[:20])
-    assert tally.requests > 400
+    assert tally.requests > 200

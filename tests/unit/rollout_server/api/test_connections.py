@@ -30,7 +30,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: server\r\n\r\n"
 
 
-@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+@pytest.fixture(scope="module", params=["uvloop"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with served(tmp_path_factory.mktemp("server") / "log", {"loop": request.param, "limits": LIMITS}) as running:
         yield running
