@@ -36,7 +36,7 @@ def main() -> int:
     add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
     add("--faults", type=int, default=210, help="how many faults (not with --quick)")
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
-    add("--steps", type=int, help="optimizer steps of the training (default: 24 for each fault, 30 with more servers)")
+    add("--steps", type=int, help="optimizer steps of the training (default: 21 for each fault, 28 with more servers)")
     add("--servers", type=int, default=1, help="rollout servers")
     add(
         "--deterministic",
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     if options.only:
         faults = [fault for fault in faults if options.only in fault.name]
     # With several servers the training goes on during most faults.
-    pace = 24 if options.servers == 1 else 30
+    pace = 21 if options.servers == 1 else 28
     world.options.steps = options.steps or pace * len(faults) + 10
     with world:
         records = disturb(world, faults, random)
@@ -118,8 +118,8 @@ def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:
     waiting = deque((fault, 1) for fault in faults)
     while waiting:
         (fault, attempt), number = waiting.popleft(), len(records)
-        # The last third is for the steps that pass during faults.
-        if not _reach(world, number * world.options.steps * 2 // 3 // len(faults)):
+        # The last quarter is for the steps that pass during faults.
+        if not _reach(world, number * world.options.steps * 3 // 4 // len(faults)):
             break
         own, server = Random(random.random()), random.randrange(world.options.servers)
         time.sleep(own.uniform(0, 0.5))
