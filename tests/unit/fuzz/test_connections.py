@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -105,38 +106,41 @@ def test_connections_that_are_closed_are_not(monkeypatch: pytest.MonkeyPatch) ->
         assert held.overdue() == []
 
 
-def _watched(handle: Handler, seconds: float) -> list[str]:
+def _failures(handle: Handler, health_s: float = watch.HEALTH_S, probes: int = 1) -> list[str]:
+    """Return what a watch of this server finds in `probes` requests for `/health`, however slow the machine is."""
     failures: list[str] = []
-    with _serving(handle) as (host, port), Watch(f"http://{host}:{port}", list, lambda: "a test", failures.append):
-        time.sleep(seconds)
+    begun = threading.Semaphore(0)
+
+    def handled(connection: socket.socket) -> None:
+        begun.release()
+        handle(connection)
+
+    with (
+        _serving(handled) as (host, port),
+        Watch(f"http://{host}:{port}", lambda: [1], lambda: "a test", failures.append, health_s),
+    ):
+        for _ in range(probes + 1):  # the last one begins when those before it have been judged
+            assert begun.acquire(timeout=60.0)
     return failures
 
 
 def test_health_that_answers_at_once() -> None:
-    assert _watched(_answers, 0.3) == []
+    assert _failures(_answers, health_s=30.0) == []
 
 
-def test_health_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "HEALTH_S", 0.1)
-
+def test_health_that_is_late() -> None:
     def late(connection: socket.socket) -> None:
         time.sleep(0.2)
         _answers(connection)
 
-    assert "is late during a test" in _watched(late, 0.1)[0]
+    assert "is late during a test" in _failures(late, health_s=0.1)[0]
 
 
 def test_health_that_gives_no_answer() -> None:
-    assert "no answer during a test" in _watched(lambda connection: None, 0.1)[0]
+    assert "no answer during a test" in _failures(lambda connection: None)[0]
 
 
 def test_memory_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = iter([10 * 2**30, 10 * 2**30, *[12 * 2**30] * 1000])
+    held = itertools.chain([10 * 2**30, 10 * 2**30], itertools.repeat(12 * 2**30))
     monkeypatch.setattr(watch, "_resident", lambda pid: next(held))
-    failures: list[str] = []
-    with (
-        _serving(_answers) as (host, port),
-        Watch(f"http://{host}:{port}", lambda: [1], lambda: "a test", failures.append),
-    ):
-        time.sleep(0.4)
-    assert failures == ["memory grows during a test: by 2048 MiB"]
+    assert _failures(_answers, health_s=30.0, probes=2) == ["memory grows during a test: by 2048 MiB"]
