@@ -26,9 +26,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bench.common.harness import Bench
 from bench.common.load import random_prompts
-from bench.common.models import Policy, Shape, wait_for
+from bench.common.models import Policy, wait_for
 from bench.common.report import Row, spread
 from learner.adapters.exporter import active_adapter
+from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.passes.lora_product import use_one_product
 from learner.rollouts.generation import RemoteRollouts
 from learner.trainer.hooks import generate_with
@@ -36,8 +37,6 @@ from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, sort_rows
 
 PLAIN, CUT, PACKED, PRODUCT = "TRL", "padding cut", "packed", "packed, LoRA as one product"
-#: Dense bfloat16 products without sparsity, in operations per second.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 class LearnerBench(Bench):
@@ -87,7 +86,7 @@ class LearnerBench(Bench):
 
     def train(self, row: str, policy: Policy, folder: str) -> dict[str, Any]:
         """Train; return the figures of the row."""
-        options, shape = self.options, self.shape
+        options = self.options
         rollouts = _Rollouts(self)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -133,7 +132,7 @@ class LearnerBench(Bench):
         tokens = statistics.mean(rollouts.tokens[options.warm_up : options.warm_up + options.steps])
         step_s = spread([seconds for seconds, _ in counted])
         plain = next((r for r in self.measured() if r["row"] == PLAIN), {"step_s": step_s} if row == PLAIN else None)
-        peak = next((value for name, value in PEAKS.items() if name in self.where), None)
+        peak, weights = peak_flops(policy.base.device), multiplied_weights(policy.base)
         return {
             "n": len(counted),
             "step_s": step_s,
@@ -141,19 +140,13 @@ class LearnerBench(Bench):
             "first_s": watch.steps[0][0],
             "of_trl": plain and step_s["median"] / plain["step_s"]["median"],
             "tokens_per_s": tokens / step_s["median"],
-            # Forward twice and backward with respect to activations: 6 operations a weight and token.
-            "of_peak": peak and 6 * _multiplied(shape) * tokens / step_s["median"] / peak,
+            "of_peak": peak and weights and training_flops(weights, tokens) / step_s["median"] / peak,
             "gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan,
         }
 
     def headline(self, done: Sequence[Row]) -> str:
         shown = "; ".join(f"{row['row']} {row['step_s']['median']:.2f} s a step" for row in done)
         return f"{self.shape.name}, LoRA rank {self.options.rank}, on {self.where}: {shown}"
-
-
-def _multiplied(shape: Shape) -> int:
-    """Return the weights that a token is multiplied with, without the head, which sees completions only."""
-    return shape.parameters - (1 if shape.tied else 2) * shape.vocab * shape.hidden
 
 
 class _Rollouts:

@@ -63,6 +63,9 @@ class Trainer(Protocol):
     def coming_prompts(self) -> ComingPrompts:
         """Return the prompts that this rank will be given."""
 
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Return the share of this rank's peak FLOP/s that training on so many tokens a second takes; None: unknown."""
+
     def latest(self, metric: str) -> float | None:
         """Return the last value of a training metric; None where nothing was generated since the last log."""
 

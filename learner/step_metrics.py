@@ -22,6 +22,8 @@ _LOGGED = (
     "lag",
     "logprob_gap",
     "rollout_tokens_per_second",
+    "train_tokens_per_second",
+    "flops_utilisation",
     "wait_seconds",
     "reward_wait_seconds",
     "servers_up",
@@ -39,6 +41,8 @@ class StepReport:
         wait_seconds, reward_wait_seconds: for which the trainer waited for completions, for rewards (None: TRL's own).
         idle_seconds: for which no batch of this rank was being read ahead (None: reading ahead is off).
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
+        train_tokens_per_second: prompts and completions of this rank, while it was neither waiting nor pushing.
+        flops_utilisation: share of this rank's peak bfloat16 FLOP/s in that time; None on CPUs and unknown devices.
         logprob_gap: None where not proven.
         drift: mismatch of the generation batch that was trained on; None without importance correction.
         servers_up, servers: rollout servers that serve the present version, and all that are known.
@@ -65,6 +69,8 @@ class StepReport:
     servers_up: int = 1
     servers: int = 1
     pause_seconds: float = 0.0
+    train_tokens_per_second: float = 0.0
+    flops_utilisation: float | None = None
     update_lost: float | None = None
 
 
@@ -101,6 +107,10 @@ class StepMetrics:
         stats, trainer = self._rollouts.stats, self._trainer
         rewards, prefetcher = self._rollouts.rewards, self._rollouts.prefetcher
         seconds = time.perf_counter() - self._started
+        waited = stats.wait_seconds - self._waited
+        reward_waited = rewards.wait_seconds - self._reward_waited if rewards else None
+        tokens = (stats.last_tokens + stats.last_prompt_tokens) * trainer.schedule.batches_per_step
+        speed = tokens / max(seconds - waited - (reward_waited or 0.0) - push_seconds, 1e-9)
         report = StepReport(
             step=trainer.step,
             max_steps=trainer.max_steps,
@@ -109,7 +119,7 @@ class StepMetrics:
             completion_length=self._latest("completions/mean_length", "completion_length"),
             completion_tokens=stats.completion_tokens,
             lag=stats.last_staleness,
-            wait_seconds=stats.wait_seconds - self._waited,
+            wait_seconds=waited,
             idle_seconds=max(seconds - (prefetcher.busy_seconds - self._busy), 0.0) if prefetcher else None,
             push_seconds=push_seconds,
             push_bytes=receipt.bytes,
@@ -118,9 +128,11 @@ class StepMetrics:
             logprob_gap=logprob_gap,
             seconds=seconds,
             drift=self.mismatch,
-            reward_wait_seconds=rewards.wait_seconds - self._reward_waited if rewards else None,
+            reward_wait_seconds=reward_waited,
             servers_up=len(self._pool.up()),
             servers=len(self._pool.replicas),
+            train_tokens_per_second=speed,
+            flops_utilisation=trainer.utilisation(speed),
             update_lost=update_lost,
         )
         self.restart_clock()

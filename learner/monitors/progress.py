@@ -42,9 +42,11 @@ class Progress(TrainerCallback):
         reward = "-" if report.reward is None else f"{report.reward:.3f}"
         servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
         gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
+        used = "" if report.flops_utilisation is None else f" ({report.flops_utilisation:.0%} of peak)"
         summary = (
-            f"reward {reward}  lag {report.lag:g}  {report.rollout_tokens_per_second:.0f} tok/s  "
-            f"push {report.push_seconds:.2f} s{servers}{gap}"
+            f"reward {reward}  lag {report.lag:g}  {report.seconds:.1f} s, {report.wait_seconds:.1f} waiting  "
+            f"rollouts {report.rollout_tokens_per_second:.0f} tok/s  "
+            f"training {report.train_tokens_per_second:.0f} tok/s{used}  push {report.push_seconds:.2f} s{servers}{gap}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(summary)

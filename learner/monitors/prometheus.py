@@ -42,6 +42,14 @@ _STEPPED = {
         "rollout_tokens_per_second",
         "Throughput of the servers while the last generation batch was generated",
     ),
+    "train_tokens_per_second": (
+        "train_tokens_per_second",
+        "Prompts and completions of this rank, while it was neither waiting nor pushing",
+    ),
+    "flops_utilisation": (
+        "flops_utilisation_ratio",
+        "Share of this rank's peak bfloat16 FLOP/s while it trained; not on CPUs and unknown devices",
+    ),
     "logprob_gap": ("logprob_gap_nats", "Largest difference of served and local logprobs at the last proof of sync"),
 }
 #: Gauges set at every step that measured them: field of Mismatch -> name and documentation.

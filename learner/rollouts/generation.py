@@ -33,6 +33,8 @@ class RolloutStats:
         wait_seconds: for which the trainer waited for completions.
         staleness: completions by their staleness in generation batches.
         last_staleness: mean of the last batch.
+        last_tokens, last_seconds: of the last batch's completions, and how long they took to generate.
+        last_prompt_tokens: of its prompts, each as often as it has completions.
         regenerated: completions that were discarded as too stale.
     """
 
@@ -40,6 +42,7 @@ class RolloutStats:
     completion_tokens: int = 0
     wait_seconds: float = 0.0
     last_tokens: int = 0
+    last_prompt_tokens: int = 0
     last_seconds: float = 0.0
     staleness: Counter[int] = field(default_factory=Counter)
     last_staleness: float = 0.0
@@ -156,8 +159,11 @@ class RemoteRollouts:
             self.rewards.arrived(self.trainer.generation_batch, 0, completions)
         self.last_completions = completions
         waited = time.perf_counter() - started
-        self.stats.last_tokens, self.stats.last_seconds = self._count_tokens(completions, waited), seconds or waited
-        self.stats.completions += len(completions) if training else 0
+        tokens = self._count_tokens(completions, waited)
+        if training:
+            self.stats.last_tokens, self.stats.last_seconds = tokens, seconds or waited
+            self.stats.last_prompt_tokens = sum(map(len, prompts))
+            self.stats.completions += len(completions)
         return completions
 
     def _next_turn(self, prompts: list[list[int]]) -> list[Completion]:
@@ -179,8 +185,10 @@ class RemoteRollouts:
         for row, turn in zip(fitting, turns, strict=True):
             completions[row] = turn
         seconds = time.perf_counter() - started
-        self.stats.last_tokens += self._count_tokens(completions, seconds)
-        self.stats.last_seconds += seconds
+        tokens = self._count_tokens(completions, seconds)
+        if self.trainer.is_training:
+            self.stats.last_tokens += tokens
+            self.stats.last_seconds += seconds
         return completions
 
     def read_ahead(self, max_staleness: int) -> None:

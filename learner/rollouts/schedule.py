@@ -14,12 +14,19 @@ class Schedule:
         accumulation: micro-steps per optimizer step; the last one of an epoch may have fewer.
         per_epoch: generation batches per epoch.
         max_steps: optimizer steps of the complete training.
+        iterations: how often each row is trained on: TRL's `num_iterations`.
     """
 
     per_batch: int
     accumulation: int
     per_epoch: int
     max_steps: int
+    iterations: int = 1
+
+    @property
+    def batches_per_step(self) -> float:
+        """Rows that an optimizer step trains on, as a part or a multiple of those of a generation batch."""
+        return self.accumulation * self.iterations / self.per_batch
 
     @property
     def _epoch_micro_steps(self) -> int:

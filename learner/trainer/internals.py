@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import trl
@@ -9,6 +10,7 @@ import trl.trainer.utils
 from packaging.specifiers import SpecifierSet
 from trl import GRPOTrainer
 
+from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.rollouts.schedule import Schedule
 from learner.trainer.prompt_order import TrlPrompts, generation_batch, rows_of_rank, schedule_of
 from shared.errors import InvalidRequest, UnsupportedAdapter
@@ -116,6 +118,15 @@ class TrlTrainer:
 
     def coming_prompts(self) -> TrlPrompts:
         return TrlPrompts(self._trainer)
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        peak, weights = self._flops
+        return training_flops(weights, tokens_per_second) / peak if peak and weights else None
+
+    @cached_property
+    def _flops(self) -> tuple[float | None, int | None]:
+        model = self.accelerator.unwrap_model(self._trainer.model)
+        return peak_flops(self.accelerator.device), multiplied_weights(model.get_base_model())
 
     def latest(self, metric: str) -> float | None:
         values = self._trainer._metrics["train"].get(metric)

@@ -30,6 +30,7 @@ def schedule_of(trainer: GRPOTrainer) -> Schedule:
         accumulation=args.gradient_accumulation_steps,
         per_epoch=max(rows // prompts, 1),
         max_steps=trainer.state.max_steps,
+        iterations=trainer.num_iterations,
     )
 
 

@@ -58,6 +58,13 @@ def test_metrics_of_a_training(make_trainer, client):
     assert after["lockstep_learner_push_seconds_count"] == after["lockstep_learner_step_seconds_count"] == 3
     assert after["lockstep_learner_push_bytes_total"] == sum(r.push_bytes for r in session.metrics.reports)
     assert after["lockstep_learner_wait_seconds_total"] == pytest.approx(session.rollouts.stats.wait_seconds)
+    reports = session.metrics.reports
+    assert after["lockstep_learner_train_tokens_per_second"] == reports[-1].train_tokens_per_second
+    # A step trains on a generation batch: 8 rows with prompts of 3 tokens.
+    waiting = [r.wait_seconds + (r.reward_wait_seconds or 0.0) + r.push_seconds for r in reports]
+    trained = sum(r.train_tokens_per_second * (r.seconds - w) for r, w in zip(reports, waiting, strict=True))
+    assert trained == pytest.approx(session.rollouts.stats.completion_tokens + 24 * 3)
+    assert "lockstep_learner_flops_utilisation_ratio" not in after, "a CPU has no peak"
     assert after["lockstep_learner_drift_nats"] == session.metrics.mismatch.delta
     assert after["lockstep_learner_server_step{server=http://fake}"] == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
@@ -78,3 +79,12 @@ def test_reads_what_the_loader_will_read(size: int, prompts: int, generations: i
 def test_seeds_tell_places_apart(base: int, one: list[int], other: list[int]) -> None:
     assert 0 <= prompt_seed(base, *one) < 2**62
     assert (prompt_seed(base, *one) == prompt_seed(base, *other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("per_batch", "accumulation", "iterations", "share"),
+    [(4, 4, 1, 1.0), (8, 4, 2, 1.0), (8, 4, 1, 0.5), (1, 4, 1, 4.0)],
+)
+def test_what_an_optimizer_step_trains_on(per_batch: int, accumulation: int, iterations: int, share: float) -> None:
+    schedule = Schedule(per_batch, accumulation, per_epoch=8, max_steps=8, iterations=iterations)
+    assert schedule.batches_per_step == share
