@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
 from shared.errors import InvalidRequest, LockstepError
-from shared.local_access import LocalAccess
 from shared.messages import one_line, unknown_flag
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -160,6 +159,8 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
     if fitting < wanted:
         logger.warning("`ulimit -n` leaves room for %d connections; --max-requests needs %d", fitting, wanted)
 
+    access = binding.local_access(args, settings)
+
     def leave() -> None:
         if readiness.is_open:
             capacity.drain()
@@ -167,7 +168,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             server.stop()
 
     server = HttpServer(
-        AuthMiddleware(readiness, configured_tokens(settings), LocalAccess(args.host), args.allowed_origins),
+        AuthMiddleware(readiness, configured_tokens(settings), access, args.allowed_origins),
         leave,
         Connections(min(wanted, fitting)),
         host=args.host,
