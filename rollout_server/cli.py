@@ -19,7 +19,8 @@ _UNKNOWN = "unrecognized arguments: "
 
 logger = logging.getLogger("lockstep.cli")
 
-#: Connections beyond those of `--max-requests`: idle ones, pushes, probes, and requests that are refused.
+#: Connections beyond those of `--max-requests`, which as many may wait for: idle ones, pushes, probes, and requests that
+#: are refused.
 _SPARE_CONNECTIONS = 1024
 
 
@@ -155,7 +156,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
 
     readiness, capacity = ReadinessMiddleware(), Capacity(settings)
 
-    wanted, fitting = settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
+    wanted, fitting = 2 * settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
     if fitting < wanted:
         logger.warning("`ulimit -n` leaves room for %d connections; --max-requests needs %d", fitting, wanted)
 

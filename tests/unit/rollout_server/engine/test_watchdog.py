@@ -19,7 +19,8 @@ class _Proxy:
     def output_tokens(self) -> dict[tuple[str, int], int]:
         return dict(self.tokens)
 
-    def probe(self) -> None:
+    def probe(self, *, sampling: bool) -> None:
+        assert sampling
         self.probes += 1
         if self.answers:
             self.outputs += 1
