@@ -19,7 +19,7 @@ _UNKNOWN = "unrecognized arguments: "
 
 logger = logging.getLogger("lockstep.cli")
 
-#: Connections beyond those of `--max-requests`, which as many may wait for: idle ones, pushes, probes, and requests that
+#: Connections beyond those of `--max-requests`, and of as many that wait: idle ones, pushes, probes, and requests that
 #: are refused.
 _SPARE_CONNECTIONS = 1024
 

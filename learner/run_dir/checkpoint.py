@@ -23,6 +23,8 @@ logger = logging.getLogger("lockstep.run_dir")
 
 #: Written last; marks a complete checkpoint of ours.
 STATE_FILE = "lockstep.json"
+#: The adapter of a checkpoint, as PEFT writes it.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 #: Directory in which a checkpoint is written before its rename.
 STAGING = ".checkpoint-incomplete"
 #: A checkpoint, and one that was being replaced when its learner was killed.

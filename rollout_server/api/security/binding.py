@@ -57,7 +57,7 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
 
 
 def local_access(args: Any, settings: ServerSettings) -> LocalAccess:
-    """Return what a server without tokens answers to: names that its operator gives, beyond loopback the machine's own."""
+    """Return what a server without tokens answers to, by names of its operator, and beyond loopback by its own."""
     names = _named_hosts(settings)
     if settings.allow_unauthenticated and not is_loopback(args.host):
         names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
