@@ -156,7 +156,7 @@ class _Schema:
         return self._alternatives[id(schema)]
 
     def _most_branches(self, node: Any) -> int:
-        """Return the branches of the largest `anyOf` or `oneOf` in `node`, of the whole document where it refers to it."""
+        """Return the branches of the largest `anyOf` or `oneOf` in `node`; if it has references, in the document."""
         if isinstance(node, dict):
             if "$ref" in node:
                 return self._branches

@@ -137,7 +137,7 @@ def _json_columns(lines: Iterable[str], path: Path) -> dict[str, list[Any]]:
 def _csv_columns(lines: Iterable[str], path: Path, kind: str) -> dict[str, list[Any]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
-    columns, row = dict[str, list[Any]](), 1
+    columns, row = dict[str, list[Any]](), 0
     try:
         # A data frame's index has no name.
         header = next((fields for fields in reader if fields), [])
@@ -151,7 +151,7 @@ def _csv_columns(lines: Iterable[str], path: Path, kind: str) -> dict[str, list[
             for values, field in zip(columns.values(), fields, strict=True):
                 values.append(field)
     except csv.Error as error:
-        raise TaskError(f"{path}, row {row}, line {reader.line_num}: {error}") from error
+        raise TaskError(f"{path}, row {row + 1}, line {reader.line_num}: {error}") from error
     return columns
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
-#: UTF-8 bytes of one prompt's text, and for each token of a long context. A token may have but one, and a tokenizer takes
-#: seconds for a million, and hundreds of bytes of memory for each.
+#: UTF-8 bytes of one prompt's text, and for each token of a long context. A token may have but one, and a tokenizer
+#: takes seconds for a million, and hundreds of bytes of memory for each.
 _TEXT_BYTES, _TEXT_BYTES_PER_TOKEN = 2**21, 8
 #: Parameters of `apply_chat_template` that are no variables of a template. A template is a program: none comes with a
 #: request.

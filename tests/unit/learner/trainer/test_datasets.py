@@ -94,7 +94,7 @@ def test_each_rank_measures_its_part(make_trainer, monkeypatch, ranks: int) -> N
 
     monkeypatch.setattr("learner.trainer.datasets.on_every_rank", on_each)
     assert measure_prompts(trainer) == alone
-    assert sum(parts, []) == [row["prompt"] for row in rows]
+    assert [prompt for part in parts for prompt in part] == [row["prompt"] for row in rows]
     assert max(map(len, parts)) <= len(rows) // ranks + 1
     assert "row 6" in alone.where
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -393,7 +394,7 @@ class _Listening:
 async def test_only_a_shortage_of_this_machine_pauses_accepting(error: int, caplog: pytest.LogCaptureFixture) -> None:
     """A client that breaks its own connection before it is accepted holds up nobody."""
     opened: list[socket.socket] = []
-    protocol = SimpleNamespace(open=lambda accepted, tls: opened.append(accepted), abort=lambda: None)
+    protocol = Mock(open=lambda accepted, tls: opened.append(accepted))
     (real,) = listen("127.0.0.1", 0)
     with real, socket.create_connection(real.getsockname()):
         listener = Listener(_Listening(real, error, error), Connections(4), lambda: protocol, None)  # type: ignore[arg-type]
