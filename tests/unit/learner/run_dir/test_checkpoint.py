@@ -197,5 +197,5 @@ def test_a_checkpoint_whose_optimizer_was_deleted(tmp_path: Path) -> None:
     assert state is not None
     assert state.step == 4
     (folder / WEIGHTS).write_text("w")
-    with pytest.raises(InvalidRequest, match=r"resume from another checkpoint$"):
+    with pytest.raises(InvalidRequest, match=r"resume from another checkpoint \["):
         load_state(folder, needed=ADAPTER_FILES)
