@@ -115,9 +115,9 @@ def _json_values(lines: Iterable[str], path: Path) -> Iterator[Any]:
 
 def _json_columns(lines: Iterable[str], path: Path) -> dict[str, list[Any]]:
     """Read objects one after the other, or one list of them."""
-    values = _json_values(lines, path)
-    rows: Iterable[Any] = list(islice(values, 2))
-    rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else chain(rows, values)
+    found = _json_values(lines, path)
+    first = list(islice(found, 2))
+    rows: Iterable[Any] = first[0] if len(first) == 1 and isinstance(first[0], list) else chain(first, found)
     columns: dict[str, list[Any]] = {}
     for i, row in enumerate(rows):
         if isinstance(row, _Unkept):

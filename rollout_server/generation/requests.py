@@ -14,7 +14,7 @@ from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turns
-from rollout_server.generation.tokenization import check_length, tokenize
+from rollout_server.generation.tokenization import checked, tokenize
 from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm, token_prompt
 from rollout_server.vllm_compat import kept_mass, versions
 from shared.errors import EngineDead, InvalidRequest, LockstepError
@@ -162,8 +162,7 @@ def _tokenized(body: GenerateRequest, tokenizer: Any, model_config: Any) -> Iter
     limit = model_config.max_model_len
     for index, prompt in enumerate(body.prompts):
         token_ids = tokenize(tokenizer, prompt, body.chat_template_kwargs, limit)
-        check_length(index, token_ids, body.sampling.max_tokens or 1, model_config)
-        yield token_ids
+        yield checked(index, token_ids, body.sampling.max_tokens or 1, model_config)
 
 
 def _params(body: GenerateRequest) -> Iterator[tuple[int | None, Any]]:

@@ -10,7 +10,7 @@ from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turns
-from rollout_server.generation.tokenization import check_length
+from rollout_server.generation.tokenization import checked
 from rollout_server.generation.vllm_params import token_prompt
 from shared.errors import VersionNotActive
 from shared.rollouts import ScoreRequest
@@ -37,7 +37,7 @@ async def score(
         proxy.capacity.check_size(len(body.sequences))
         await proxy.reached(body)
         held.callback(proxy.capacity.take(len(body.sequences)))
-        await in_turns(check_length(index, each, 1, proxy.model_config) for index, each in enumerate(body.sequences))
+        await in_turns(checked(index, each, 1, proxy.model_config) for index, each in enumerate(body.sequences))
         proxy.capacity.check_tokens(sum(map(len, body.sequences)))
         held.callback(await exclusive.take())
         for _ in range(ATTEMPTS):

@@ -87,8 +87,8 @@ def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def check_length(index: int, sequence: list[int], room: int, model_config: Any) -> None:
-    """Refuse a sequence that leaves no `room` tokens in the model's context, or holds ids outside the vocabulary.
+def checked(index: int, sequence: list[int], room: int, model_config: Any) -> list[int]:
+    """Return a sequence that leaves `room` tokens in the model's context, and holds ids of its vocabulary only.
 
     Args:
         model_config: vLLM's.
@@ -106,3 +106,4 @@ def check_length(index: int, sequence: list[int], room: int, model_config: Any) 
         raise InvalidRequest(f"sequence {index} has no tokens")
     if min(sequence) < 0 or max(sequence) >= vocabulary:
         raise InvalidRequest(f"sequence {index} holds token ids outside the vocabulary of {vocabulary}")
+    return sequence
