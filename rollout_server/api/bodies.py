@@ -26,7 +26,7 @@ _OURS = JsonLimits(values=5 * 2**20, strings=2**20, containers=2**19)
 #: field's many types.
 _THEIRS_MIB = 12
 #: vLLM makes the answer of `/tokenize` on the event loop: a token for every few bytes.
-_TOKENIZE_KIB = 512
+_TOKENIZE_KIB = 256
 _THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
 _MAX_LIST = 4096
 _TOKEN_LISTS = ("prompt", "tokens")
@@ -44,7 +44,10 @@ async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
     """
     ours = scope["path"] in _OUR_PATHS or scope["path"].startswith(wire.RUN.format(run_id=""))
     if scope["path"] == "/tokenize" and len(body) > _TOKENIZE_KIB * 2**10:
-        raise TooLarge(f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text")
+        raise TooLarge(
+            f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text, or send "
+            f"it to {wire.GENERATE} with max_tokens 1, whose answer has prompt_token_ids"
+        )
     check = _check_ours if ours else partial(_check_theirs, context)
     return check(body) if len(body) <= SMALL else await in_turn(check, body)
 

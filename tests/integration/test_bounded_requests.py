@@ -70,7 +70,7 @@ WORST: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tokenize": ("/tokenize", lambda: json.dumps({"model": "base", "prompt": "word " * (11 * MIB // 5)}).encode()),
     "tokenize-largest": (
         "/tokenize",
-        lambda: json.dumps({"model": "base", "prompt": "7" * (2**19 - 100), "return_token_strs": True}).encode(),
+        lambda: json.dumps({"model": "base", "prompt": "7" * (2**18 - 100), "return_token_strs": True}).encode(),
     ),
     "completion-truncated": (
         "/v1/completions",
