@@ -20,14 +20,14 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from bench.common.harness import Bench
 from bench.common.load import random_prompts
 from bench.common.models import Policy, wait_for
 from bench.common.report import Row, spread
+from bench.common.training import grpo_config, lora_config, odd_tokens
 from learner.adapters.exporter import active_adapter
 from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.passes.lora_product import use_one_product
@@ -94,25 +94,15 @@ class LearnerBench(Bench):
         trainer = GRPOTrainer(
             model=policy.base,
             processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
-            args=GRPOConfig(
-                output_dir=str(self.scratch / "run"),
-                use_cpu=self.device == "cpu",
-                bf16=self.dtype == "bfloat16",
-                gradient_checkpointing=False,
-                per_device_train_batch_size=options.micro_batch,
-                gradient_accumulation_steps=options.batch // options.micro_batch,
-                num_generations=options.group,
-                max_completion_length=options.tokens,
-                learning_rate=1e-6,
+            args=grpo_config(
+                options,
+                output=str(self.scratch / "run"),
+                cpu=self.device == "cpu",
+                dtype=self.dtype,
                 max_steps=options.warm_up + options.steps,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
             ),
-            reward_funcs=lambda completion_ids, **_: [sum(i % 2 for i in ids) / len(ids) for ids in completion_ids],
-            peft_config=LoraConfig(
-                r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
+            reward_funcs=odd_tokens,
+            peft_config=lora_config(options.rank),
             train_dataset=Dataset.from_dict({"prompt": rollouts.prompts()}),
         )
         generate_with(trainer, cast(RemoteRollouts, rollouts))

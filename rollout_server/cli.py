@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
 from shared.errors import InvalidRequest, LockstepError
-from shared.local_access import LocalAccess
 from shared.messages import one_line, unknown_flag
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -20,7 +19,8 @@ _UNKNOWN = "unrecognized arguments: "
 
 logger = logging.getLogger("lockstep.cli")
 
-#: Connections beyond those of `--max-requests`: idle ones, pushes, probes, and requests that are refused.
+#: Connections beyond those of `--max-requests`, and of as many that wait: idle ones, pushes, probes, and requests that
+#: are refused.
 _SPARE_CONNECTIONS = 1024
 
 
@@ -156,9 +156,11 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
 
     readiness, capacity = ReadinessMiddleware(), Capacity(settings)
 
-    wanted, fitting = settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
+    wanted, fitting = 2 * settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
     if fitting < wanted:
         logger.warning("`ulimit -n` leaves room for %d connections; --max-requests needs %d", fitting, wanted)
+
+    access = binding.local_access(args, settings)
 
     def leave() -> None:
         if readiness.is_open:
@@ -167,7 +169,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             server.stop()
 
     server = HttpServer(
-        AuthMiddleware(readiness, configured_tokens(settings), LocalAccess(args.host), args.allowed_origins),
+        AuthMiddleware(readiness, configured_tokens(settings), access, args.allowed_origins),
         leave,
         Connections(min(wanted, fitting)),
         host=args.host,

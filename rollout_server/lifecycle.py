@@ -62,6 +62,7 @@ async def start(
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
     await engine.reset_mm_cache()
+    proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
@@ -89,7 +90,9 @@ async def start(
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
-    app = LimitsMiddleware(build_app(service, openai_app), settings, capacity)
+    app = LimitsMiddleware(
+        build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len
+    )
     # All has been loaded: make later requests cheaper.
     gc.collect()
     gc.freeze()  # or every full collection walks over all that the imports left behind
@@ -118,7 +121,8 @@ async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
 
 async def watch(service: Service) -> None:
     """Return when the engine has died, or hangs, with the reason in the log."""
-    stall = StallWatchdog(service.proxy, service.settings.engine_stall_seconds)
+    settings = service.settings
+    stall = StallWatchdog(service.proxy, settings.engine_stall_seconds, sampling=not settings.deterministic)
     while not service.proxy.errored:
         await asyncio.sleep(1.0)
         stall.look()

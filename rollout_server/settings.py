@@ -82,6 +82,11 @@ class ServerSettings:
     allow_unauthenticated: bool = _flag(
         False, "let everyone who reaches this server use it, and replace the weights it serves"
     )
+    allowed_hosts: str = _flag(
+        "",
+        "names with a dot by which programs call a server without tokens, separated by commas "
+        "(`rollout.prod.svc,gpu-1.corp.example`); addresses and names without a dot need none",
+    )
 
     @property
     def merges(self) -> bool:

@@ -25,9 +25,11 @@ class LocalAccess:
 
     Attributes:
         bound: the address or name that it listens on; None and "" are every interface.
+        names: other names of it, in lower case.
     """
 
     bound: str | None = "127.0.0.1"
+    names: frozenset[str] = frozenset()
 
     def refusal(
         self, hosts: Sequence[str], origins: Sequence[str], sites: Sequence[str], trusted: Collection[str] = ()
@@ -55,6 +57,8 @@ class LocalAccess:
         if matched is None:
             return False
         name = matched[1].strip("[]").lower()
+        if name.removesuffix(".") in self.names:
+            return True
         if is_loopback(self.bound):
             return is_loopback(name)
         return "." not in name or name == (self.bound or "").lower() or _is_address(name)

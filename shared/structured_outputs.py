@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from shared.bounded_json import JsonLimits, load_json
 
@@ -118,22 +119,70 @@ class _Schema:
 
     def __init__(self, document: Any) -> None:
         self._document = document
-        self._branches = 1
-        self._joined = 0
         self._lengths: set[tuple[str, int]] = set()
+        self._joins: list[dict[str, Any]] = []  # with an `allOf`
+        self._branches = 1  # of the largest `anyOf` or `oneOf`
+        self._alternatives: dict[int, int] = {}  # by the id of a schema
 
     def check(self, form: str) -> None:
         cost = 0
         for part in self._costs(self._document, 0, names=False):
             cost += part
             _check_cost(form, cost)
-        # Every combination of the alternatives that several members of an `allOf` have.
-        _check_cost(form, cost + self._branches ** min(self._joined, 30))
+        for join in self._joins:
+            cost += self._combinations(join, 0)
+            _check_cost(form, cost)
+
+    def _combinations(self, schema: Any, depth: int) -> int:
+        """Count the alternatives of a schema: all combinations of those that the members of an `allOf` have."""
+        if not isinstance(schema, dict):
+            return 1
+        if depth > _MAX_NESTING:
+            return _HUGE
+        if id(schema) not in self._alternatives:
+            self._alternatives[id(schema)] = 1  # where it comes back to itself
+            count = 1
+            for key in _BRANCHES:
+                if isinstance(members := schema.get(key), list):
+                    count *= max(sum(self._combinations(each, depth + 1) for each in members), 1)
+            joined = schema.get("allOf")
+            for each in joined if isinstance(joined, list) else ():
+                count = min(count * self._combinations(each, depth + 1), _HUGE)
+            own = dict(schema)
+            if (reference := own.pop("$ref", None)) is not None:
+                count *= self._combinations(self._referred(reference), depth + 1)
+            # What is below combines with what other members have at the same place.
+            self._alternatives[id(schema)] = min(count if count > 1 else self._most_branches(own), _HUGE)
+        return self._alternatives[id(schema)]
+
+    def _most_branches(self, node: Any) -> int:
+        """Return the branches of the largest `anyOf` or `oneOf` in `node`; if it has references, in the document."""
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return self._branches
+            own = [len(node[key]) for key in _BRANCHES if isinstance(node.get(key), list)]
+            return max([1, *own, *map(self._most_branches, node.values())])
+        return max([1, *map(self._most_branches, node)]) if isinstance(node, list) else 1
+
+    def _referred(self, reference: Any) -> Any:
+        """Return what a JSON pointer in the document refers to; the whole document for anything else."""
+        node = self._document
+        for part in unquote(str(reference)).split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(node, dict) and part in node:
+                node = node[part]
+            elif isinstance(node, list) and part.isdecimal() and int(part[:9]) < len(node):
+                node = node[int(part[:9])]
+            else:
+                return self._document
+        return node
 
     def _costs(self, node: Any, depth: int, *, names: bool) -> Iterator[int]:
         if depth > _MAX_NESTING:
             raise ValueError(f"structured_outputs are nested more than {_MAX_NESTING} levels deep")
         if isinstance(node, dict):
+            if not names and isinstance(node.get("allOf"), list):
+                self._joins.append(node)
             for key, value in node.items():
                 yield 1
                 if names:
@@ -150,8 +199,6 @@ class _Schema:
                 elif key in _PATTERNS and isinstance(value, str):
                     yield expanded_length(value, grammar=key == "grammar")
                     continue
-                elif key == "allOf" and isinstance(value, list):
-                    self._joined += max(len(value) - 1, 0)
                 elif key in _BRANCHES and isinstance(value, list):
                     self._branches = max(self._branches, len(value))
                 if not names and key == "patternProperties" and isinstance(value, dict):

@@ -19,19 +19,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from bench.common.load import random_prompts
 from bench.common.models import wait_for
 from bench.common.report import timed
 from bench.common.servers import free_port
+from bench.common.training import grpo_config, lora_config, odd_tokens
 from bench.contenders.lockstep import train_with_rollouts
 from bench.step.figures import Step
 
-#: Small, so that the lengths of completions stay what they are. Every weight of the adapter still changes.
-LEARNING_RATE = 1e-6
 PROFILE_LINES = 40
 
 
@@ -43,11 +41,6 @@ def max_steps(training: Namespace) -> int:
 def counted(training: Namespace, steps: Sequence[Step]) -> Sequence[Step]:
     """Return the steps that count."""
     return steps[training.warm_up : training.warm_up + training.steps]
-
-
-def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Return the share of odd token ids: a reward that costs nothing and does not depend on lengths."""
-    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
 def make_prompts(training: Namespace) -> list[str]:
@@ -63,28 +56,17 @@ def make_trainer(training: Namespace, callback: TrainerCallback) -> GRPOTrainer:
     if training.max_staleness is None:
         own_vllm = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": training.url}
         own_vllm["vllm_group_port"] = free_port()
-    args = GRPOConfig(
-        output_dir=training.output,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=training.dtype == "bfloat16",
+    args = grpo_config(
+        training,
+        output=training.output,
+        cpu=not torch.cuda.is_available(),
+        dtype=training.dtype,
+        max_steps=max_steps(training),
         model_init_kwargs={"dtype": training.dtype},
-        gradient_checkpointing=False,
-        per_device_train_batch_size=training.micro_batch,
-        gradient_accumulation_steps=training.batch // training.micro_batch,
-        num_generations=training.group,
-        max_completion_length=training.tokens,
         temperature=1.0,
         generation_kwargs={"stop_token_ids": training.stop_token_ids},
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_steps=max_steps(training),
-        seed=0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         **own_vllm,
     )
-    lora = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     # Not AutoTokenizer, which gives some model types a pre-tokenizer of their own: a word must be one token.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(training.folder)
     return GRPOTrainer(
@@ -92,7 +74,7 @@ def make_trainer(training: Namespace, callback: TrainerCallback) -> GRPOTrainer:
         processing_class=tokenizer,
         args=args,
         reward_funcs=odd_tokens,
-        peft_config=lora,
+        peft_config=lora_config(training.rank),
         callbacks=[callback],
         train_dataset=Dataset.from_dict({"prompt": make_prompts(training)}),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
-from learner.run_dir.checkpoint import last_checkpoint, load_state
+from learner.run_dir.checkpoint import ADAPTER_FILES, last_checkpoint, load_state
 from learner.run_dir.files import EVALS_FILE, FINAL_ADAPTER, SUMMARY_FILE
 from shared.adapter_file import DTYPES, LORA_A, LORA_B
 from shared.errors import InvalidRequest, MalformedAdapter, NotFinite, UnsupportedAdapter
@@ -24,7 +24,7 @@ from shared.weights import ModuleSpec
 if TYPE_CHECKING:
     import torch
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 PEFT_PREFIX = "base_model.model."
 #: Safetensors' names of the dtypes that widen to float32 without loss.
 FLOATS = {code for code, _ in DTYPES.values()}
@@ -123,7 +123,7 @@ def open_adapter(path: str | Path) -> StoredAdapter:
     _check_config(config, folder)
     tensors = open_tensors(folder / WEIGHTS_FILE, "np")
     shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    state = load_state(folder)
+    state = load_state(folder, needed=ADAPTER_FILES)  # the optimizer may have been deleted to save space
     run = {**_json_file(folder.parent / EVALS_FILE), **_json_file(folder.parent / SUMMARY_FILE)}
     step = state.step if state else run.get("steps") if folder.name == FINAL_ADAPTER else None
     return StoredAdapter(folder, config, _modules(config, shapes, folder), run, step)

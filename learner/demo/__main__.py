@@ -21,6 +21,7 @@ from typing import Any
 
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name, number
+from learner.config import json_object
 from learner.demo.curve import write_curve
 from learner.demo.model import ensure_demo_model
 from learner.evaluation.evaluate import evaluate
@@ -119,12 +120,16 @@ def _recipe(path: Path, seed: int | None) -> dict[str, Any]:
     if missing := [name for name in ("task", "dtype", "max_completion_length") if not recipe.get(name)]:
         raise InvalidRequest(f"--config {path}: the demo needs {', '.join(missing)} in it")
     sizes = {"max_completion_length": 1, "eval_size": 1, "train_size": 1, "seed": 0}
-    for name, least in sizes.items():
-        if recipe.get(name) is not None:
-            try:
+    try:
+        for name, least in sizes.items():
+            if recipe.get(name) is not None:
                 recipe[name] = number(int, least)(recipe[name])
-            except (argparse.ArgumentTypeError, TypeError) as error:
-                raise InvalidRequest(f"--config {path}: {name}: {error}") from error
+            elif name in recipe and name != "train_size":  # as `learner train` would, after the server has started
+                raise ValueError("has no value; leave the line out for the default")
+        name = "task_args"
+        recipe[name] = json_object(recipe.get(name), name)
+    except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"--config {path}: {name}: {error}") from error
     recipe["dtype"] = dtype_name(str(recipe["dtype"]))
     recipe["seed"] = recipe.get("seed", 42) if seed is None else seed
     recipe["use_cpu"] = str(recipe.get("use_cpu")).lower() in ("true", "yes", "1")
@@ -143,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
     if options.split_cores and not half:
         raise InvalidRequest("--split-cores needs two cores")
     sizes = {name: recipe[name] for name in ("eval_size", "train_size") if recipe.get(name) is not None}
-    task = load_task(recipe["task"], task_args=recipe.get("task_args"), seed=recipe["seed"], **sizes)
+    task = load_task(recipe["task"], task_args=recipe["task_args"], seed=recipe["seed"], **sizes)
     if recipe["use_cpu"]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns that it found no GPU
     dtype, seed = recipe["dtype"], recipe["seed"]

@@ -23,6 +23,8 @@ logger = logging.getLogger("lockstep.run_dir")
 
 #: Written last; marks a complete checkpoint of ours.
 STATE_FILE = "lockstep.json"
+#: The adapter of a checkpoint, as PEFT writes it.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 #: Directory in which a checkpoint is written before its rename.
 STAGING = ".checkpoint-incomplete"
 #: A checkpoint, and one that was being replaced when its learner was killed.
@@ -65,8 +67,12 @@ def save_state(folder: Path, state: TrainingState) -> None:
     (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
 
 
-def load_state(folder: Path) -> TrainingState | None:
-    """Return a checkpoint's state, or None if it is not ours; raises `invalid_request` if any of it is damaged."""
+def load_state(folder: Path, needed: Collection[str] | None = None) -> TrainingState | None:
+    """Return a checkpoint's state, or None if it is not ours; raises `invalid_request` if any of it is damaged.
+
+    Args:
+        needed: names of the files that must be whole; None: all.
+    """
     path = folder / STATE_FILE
     try:
         if not path.is_file():
@@ -80,9 +86,12 @@ def load_state(folder: Path) -> TrainingState | None:
         raise InvalidRequest(
             f"{path} is damaged ({type(error).__name__}: {error}); resume from another checkpoint"
         ) from error
-    if damaged := [name for name, size in state.files.items() if sizes.get(name) != size]:
+    damaged = [name for name, size in state.files.items() if sizes.get(name) != size]
+    if any(needed is None or name in needed for name in damaged):
+        instead = f", or start a new run from its weights with init_adapter {folder} and another output_dir"
         raise InvalidRequest(
             f"{folder} is damaged ({', '.join(damaged[:3])}: missing or cut off); resume from another checkpoint"
+            + ("" if set(ADAPTER_FILES) & set(damaged) else instead)
         )
     return state
 

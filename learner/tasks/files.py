@@ -12,9 +12,11 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +56,26 @@ def read_file(path: Path) -> Dataset:
         except Exception as error:  # the cause is chained below
             raise TaskError(f"{path} cannot be read: {_line(error.__cause__ or error)}") from error
     else:
-        text = _text(path)
-        columns = _json_columns(text, path) if kind in (".jsonl", ".json") else _csv_columns(text, path, kind)
+        lines = _lines(path)
+        columns = _json_columns(lines, path) if kind in (".jsonl", ".json") else _csv_columns(lines, path, kind)
         rows = exact_dataset(columns, str(path))
     if not len(rows):
         raise TaskError(f"{path} has no rows")
     return rows
 
 
-def _text(path: Path) -> str:
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines one after the other: a file may be larger than what every rank can hold twice."""
+    number = 0
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(_GZIP) else data
-        return data.decode("utf-8-sig")
+        with path.open("rb") as file:
+            data: Any = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == _GZIP else file
+            for number, line in enumerate(io.TextIOWrapper(data, "utf-8-sig", newline=""), 1):  # noqa: B007
+                yield line
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise TaskError(f"{path} is not UTF-8 text: line {line}, {_line(error)}") from error
-    except (OSError, EOFError, ValueError) as error:
+        line_number = number + 1 + error.object.count(b"\n", 0, error.start)
+        raise TaskError(f"{path} is not UTF-8 text: line {line_number}, {_line(error)}") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise TaskError(f"{path} cannot be read: {_line(error)}") from error
 
 
@@ -81,20 +86,38 @@ class _Unkept:
     why: str
 
 
-def _json_columns(text: str, path: Path) -> dict[str, list[Any]]:
-    """Read objects one after the other, or one list of them."""
+def _json_values(lines: Iterable[str], path: Path) -> Iterator[Any]:
+    """Yield JSON values that come one after the other; each may take one line, several, or a part of one."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_int=_int)
-    rows: list[Any] = []
-    at = _SPACE.match(text).end()  # type: ignore[union-attr]
-    while at < len(text):
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"{path}, row {len(rows) + 1}, is not JSON: {_line(error)}") from error
-        rows.append(row)
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-    if len(rows) == 1 and isinstance(rows[0], list):
-        rows = rows[0]
+    text, tried, first_line, count = "", 0, 1, 0
+    for line in chain(lines, [None]):
+        text += line or ""
+        if line is not None and len(text) < 2 * tried:  # or a long value would be tried again with each of its lines
+            continue
+        at = _SPACE.match(text).end()  # type: ignore[union-attr]
+        tried = 0
+        while at < len(text) and not tried:
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                if line is None:
+                    where = first_line + text.count("\n", 0, getattr(error, "pos", at))
+                    why = getattr(error, "msg", None) or _line(error)
+                    raise TaskError(f"{path}, row {count + 1}, is not JSON: {why} (line {where})") from error
+                tried = len(text) - at  # it may go on in the next line
+            else:
+                count += 1
+                yield value
+                at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        first_line += text.count("\n", 0, at)
+        text = text[at:]
+
+
+def _json_columns(lines: Iterable[str], path: Path) -> dict[str, list[Any]]:
+    """Read objects one after the other, or one list of them."""
+    found = _json_values(lines, path)
+    first = list(islice(found, 2))
+    rows: Iterable[Any] = first[0] if len(first) == 1 and isinstance(first[0], list) else chain(first, found)
     columns: dict[str, list[Any]] = {}
     for i, row in enumerate(rows):
         if isinstance(row, _Unkept):
@@ -111,23 +134,25 @@ def _json_columns(text: str, path: Path) -> dict[str, list[Any]]:
     return columns
 
 
-def _csv_columns(text: str, path: Path, kind: str) -> dict[str, list[Any]]:
+def _csv_columns(lines: Iterable[str], path: Path, kind: str) -> dict[str, list[Any]]:
     csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",", strict=True)
-    names, rows = list[str](), list[list[str]]()
+    reader = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
+    columns, row = dict[str, list[Any]](), 0
     try:
         # A data frame's index has no name.
-        header = next((fields for fields in lines if fields), [])
+        header = next((fields for fields in reader if fields), [])
         names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
-        for fields in lines:
-            if fields and len(fields) != len(names):
-                raise TaskError(f"{path}, row {len(rows) + 1}, has {len(fields)} fields for {len(names)} columns")
-            rows += [fields] if fields else []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise TaskError(f"{path} has two columns {twice[0]!r}: rename one")
+        columns = {name: [] for name in names}
+        for row, fields in enumerate((fields for fields in reader if fields), 1):
+            if len(fields) != len(names):
+                raise TaskError(f"{path}, row {row}, has {len(fields)} fields for {len(names)} columns")
+            for values, field in zip(columns.values(), fields, strict=True):
+                values.append(field)
     except csv.Error as error:
-        raise TaskError(f"{path}, row {len(rows) + 1}, line {lines.line_num}: {error}") from error
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise TaskError(f"{path} has two columns {twice[0]!r}: rename one")
-    return {name: [fields[i] for fields in rows] for i, name in enumerate(names)}
+        raise TaskError(f"{path}, row {row + 1}, line {reader.line_num}: {error}") from error
+    return columns
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Unkept:

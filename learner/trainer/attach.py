@@ -82,7 +82,8 @@ def attach(
             trainer's arguments, if they have it.
 
     Raises:
-        LockstepError: every refusal of `learner.trainer.checks`, before anything is changed.
+        LockstepError: every refusal of `learner.trainer.checks`, before anything of the trainer is changed but its
+            data: image columns without images go, and keys that Arrow has filled. It can be attached again.
     """
     show_messages(is_main=trainer.accelerator.is_main_process)
     config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
 from learner.tasks.columns import is_filled, usable, without_filled_keys
+from learner.utils.distributed import on_every_rank
 from shared.errors import InvalidRequest
 
 logger = logging.getLogger("lockstep.trainer")
@@ -65,25 +67,38 @@ def drop_filled_keys(trainer: GRPOTrainer) -> None:
 
 
 def measure_prompts(trainer: GRPOTrainer) -> Prompts:
-    """Tokenize every prompt of the training and evaluation data; none of streams and environments, which make theirs.
+    """Tokenize every prompt of the training data, and of the evaluation data if the training evaluates; none of streams
+    and environments, which make theirs. Each rank takes its part of the rows. Collective.
 
     Raises:
-        LockstepError: `invalid_request`, with the row of a prompt that is missing or empty, has images, is of another
-            kind than the others, or is refused by the chat template.
+        LockstepError: `invalid_request` on every rank, with the row of a prompt that is missing or empty, has images,
+            is of another kind than the others, or is refused by the chat template.
     """
+    accelerator, found = trainer.accelerator, Prompts()
+    measure = partial(_measure_part, trainer, accelerator.process_index, accelerator.num_processes)
+    for part in on_every_rank(measure):
+        found.first += part.first[: KEPT - len(found.first)]
+        if part.longest > found.longest:
+            found.longest, found.where = part.longest, part.where
+    return found
+
+
+def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
     found = Prompts()
     if trainer.environment_factories is not None:
         return found
+    evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
     for name, rows in _datasets(trainer):
-        if not isinstance(rows, Dataset) or "prompt" not in rows.column_names:
+        if not isinstance(rows, Dataset) or "prompt" not in rows.column_names or not len(rows):
             continue
-        kind: type | None = None
-        if len(rows) > _MANY_ROWS:
+        if not (evaluates or rows is trainer.train_dataset):
+            continue
+        if len(rows) > _MANY_ROWS and rank == 0:
             logger.info("measuring the %d prompts of %s", len(rows), name)
         only_prompts = rows.select_columns("prompt")  # other columns may be large
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            prompts = only_prompts[start : start + _ROWS_AT_ONCE]["prompt"]
-            kind = kind or type(prompts[0])
+        kind, end = type(only_prompts[0]["prompt"]), len(rows) * (rank + 1) // ranks
+        for start in range(len(rows) * rank // ranks, end, _ROWS_AT_ONCE):
+            prompts = only_prompts[start : min(start + _ROWS_AT_ONCE, end)]["prompt"]
             for i, token_ids in enumerate(_token_ids(trainer, prompts, kind, name, start)):
                 if not token_ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")

@@ -225,8 +225,6 @@ class PackedScoring:
     def _backward(self, model: Any) -> None:
         """Make the backward passes that are owed for this optimizer step."""
         owed, self._owed = self._owed, []
-        if not owed:
-            return
         width = max(each.logps.shape[1] for each in owed)
 
         def joined(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -285,18 +283,19 @@ class PackedScoring:
         chosen, training = [rows[number] for number in few], model.training
         tokens, difference, reason = sum(len(row.completion) for row in chosen), 0.0, ""
         model.eval()  # dropout would make them differ, and take random numbers that a resumed training would miss
-        with torch.no_grad():
-            plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
-            try:
+        try:
+            with torch.no_grad():
+                plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
                 packed = self._score_all(model, chosen, width_T, None)[0]
-                difference = float((packed - plain).abs().sum() / max(1, tokens))
-                reason = f"their logprobs differ from plain ones by {difference:.2g} nats on average"
-            except torch.OutOfMemoryError:
-                raise
-            # A model that cannot be called this way.
-            except (TypeError, RuntimeError, ValueError, AttributeError, ImportError) as error:
-                difference, reason = float("inf"), f"{type(error).__name__}: {error}"
-        model.train(training)
+            difference = float((packed - plain).abs().sum() / max(1, tokens))
+            reason = f"their logprobs differ from plain ones by {difference:.2g} nats on average"
+        except torch.OutOfMemoryError:
+            raise
+        # A model that cannot be called this way.
+        except (TypeError, RuntimeError, ValueError, AttributeError, ImportError) as error:
+            difference, reason = float("inf"), f"{type(error).__name__}: {error}"
+        finally:
+            model.train(training)
         bits = 2 if self._trainer.accelerator.mixed_precision in ("bf16", "fp16") else self._model.dtype.itemsize
         # Every rank decides alike: with sharded weights they make their passes together.
         found = torch.tensor([[difference, float(tokens)]], device=self._trainer.accelerator.device)
@@ -335,7 +334,6 @@ class PackedScoring:
 
     def _with_backward(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def step_and_backward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            done = False
             try:
                 loss = step(model, *args, **kwargs)
                 if self._owed and self._trainer.accelerator.sync_gradients:
@@ -344,12 +342,12 @@ class PackedScoring:
                     # TRL has timed the step without it.
                     if times := self._trainer._metrics["train"]["step_time"]:
                         times[-1] += time.perf_counter() - began
-                done = True
                 return loss
+            except BaseException:
+                self.forget()
+                raise
             finally:
                 self._attend(packed=False)
-                if not done:
-                    self.forget()
 
         return step_and_backward
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from starlette.types import Scope
 
 from rollout_server.engine.turns import in_turn
+from rollout_server.generation.tokenization import check_text
 from shared import wire
 from shared.bounded_json import SMALL, JsonLimits, load_json
 from shared.errors import InvalidRequest, TooLarge
@@ -31,16 +33,22 @@ _TOKEN_LISTS = ("prompt", "tokens")
 _OUR_PATHS = (wire.GENERATE, wire.SCORE)
 
 
-async def check_body(scope: Scope, body: bytes) -> int:
+async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
     """Check a complete body without parsing it as a whole; return the memory that it takes when it is parsed.
+
+    Args:
+        context: tokens of the model's context.
 
     Raises:
         LockstepError: `too_large`, `invalid_request`.
     """
     ours = scope["path"] in _OUR_PATHS or scope["path"].startswith(wire.RUN.format(run_id=""))
     if scope["path"] == "/tokenize" and len(body) > _TOKENIZE_KIB * 2**10:
-        raise TooLarge(f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text")
-    check = _check_ours if ours else _check_theirs
+        raise TooLarge(
+            f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text, or send "
+            f"it to {wire.GENERATE} with max_tokens 1, whose answer has prompt_token_ids"
+        )
+    check = _check_ours if ours else partial(_check_theirs, context)
     return check(body) if len(body) <= SMALL else await in_turn(check, body)
 
 
@@ -48,7 +56,7 @@ def _check_ours(body: bytes) -> int:
     return _bounded(_OURS, body)
 
 
-def _check_theirs(body: bytes) -> int:
+def _check_theirs(context: int, body: bytes) -> int:
     if len(body) > _THEIRS_MIB * 2**20:
         raise TooLarge(
             f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"
@@ -61,6 +69,7 @@ def _check_theirs(body: bytes) -> int:
     try:
         if isinstance(document, dict):
             _check_openai(document)
+            _check_prompts(document, context)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     return memory
@@ -84,6 +93,14 @@ def _check_openai(document: dict[str, Any]) -> None:
     form = document.get("response_format")
     if isinstance(form, dict):
         check_structured_outputs(structural_tag=form)
+
+
+def _check_prompts(document: dict[str, Any], context: int) -> None:
+    """Check the text of each prompt, which vLLM tokenizes whole, also where it is to be truncated afterwards."""
+    prompts = document.get("prompt")
+    for prompt in prompts if isinstance(prompts, list) else [prompts]:
+        check_text(prompt, context)
+    check_text({name: value for name, value in document.items() if name != "prompt"}, context)
 
 
 def _check_lists(name: str, value: Any) -> None:

@@ -34,6 +34,21 @@ _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 5.0
 #: Of one of a name's addresses, where another may do: IPv6 is often switched off.
 _NOT_OF_THIS_MACHINE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+#: Of a connection that its client, or the network, has broken before it was accepted (accept(2)); others are ours.
+_BROKEN_BEFORE = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.EPERM,
+    }
+)
 _DESCRIPTORS = 2**16
 #: For the engine's sockets, files, and connections that have been closed in this turn of the event loop.
 _OTHER_DESCRIPTORS = 768
@@ -199,7 +214,6 @@ class Connection(HttpToolsProtocol):
         elif self._resting:
             self._resting = False
             self._end_after(self._limits.head_seconds)
-        self._unset_keepalive_if_required()
         self._overhead += len(data)
         try:
             self.parser.feed_data(data)
@@ -263,6 +277,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         next_one = bool(self.pipeline)
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # uvicorn's timer: `look` ends idle connections
         if next_one and not self.transport.is_closing():
             self._end_after(math.inf if self._admitted else self._limits.answer_seconds)
             return
@@ -362,9 +377,12 @@ class Listener:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
                 accepted, _ = self._listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError):
                 return
-            except OSError as error:  # no descriptor is left, and none will be in this turn of the event loop
+            except OSError as error:
+                if error.errno in _BROKEN_BEFORE:
+                    continue
+                # No descriptor is left, and none will be in this turn of the event loop.
                 logger.warning("cannot accept connections: %s; trying again in a second", error)
                 self._loop.remove_reader(self._listening)
                 self._again = self._loop.call_later(1.0, self._listen)

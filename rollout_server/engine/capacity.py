@@ -115,7 +115,8 @@ class Capacity:
         """Wait for `event`, which others may have to bring about: meanwhile the request counts apart.
 
         Raises:
-            LockstepError: `overloaded` where too many wait, or hold too much memory; `draining`.
+            LockstepError: `overloaded` where too many wait, or hold too much memory, or where there is no room for the
+                request when it goes on; `draining`.
         """
         limits, size = self._settings, BODY_BYTES.get()
         waiting = asyncio.ensure_future(event)
@@ -136,6 +137,11 @@ class Capacity:
             waiting.cancel()
             leaving.cancel()
             self._count_waiting(-1, -size)
+        if self.requests > limits.max_requests or self._body_bytes > limits.max_bodies_mib * 2**20:
+            raise Overloaded(
+                "the step has been reached, and --max-requests or --max-bodies-mib leave no room for the request; ask "
+                "again after the seconds of Retry-After"
+            )
 
     def _count_waiting(self, requests: int, size: int) -> None:
         self.waiting += requests

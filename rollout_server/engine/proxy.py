@@ -24,6 +24,7 @@ from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
 from shared.errors import EngineDead, InvalidRequest, LockstepError, VersionNotActive
+from shared.messages import one_line
 from shared.rollouts import PolicyRequest
 from shared.structured_outputs import check_structured_outputs
 from shared.weights import WeightVersion
@@ -80,6 +81,7 @@ class EngineProxy:
         self.outputs = 0  # of the engine so far
         self.held = 0  # pauses under way that the engine has agreed to
         self.asleep = False
+        self.turn_tokenizer: Any = None  # the one of the thread of `turns`
         self._probe: asyncio.Future[None] | None = None
         self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
@@ -91,8 +93,10 @@ class EngineProxy:
 
     @property
     def dead_error(self) -> BaseException:
-        """The reason for `errored`."""
-        return self._given_up or self._engine.dead_error
+        """The reason for `errored`: this server's own, the engine's, or both, of which either may be the cause."""
+        if self._given_up is None or not self._engine.errored:
+            return self._given_up or self._engine.dead_error
+        return EngineDead(f"{self._given_up.message}; the engine says: {one_line(self._engine.dead_error)}")
 
     def give_up(self, reason: LockstepError) -> None:
         """End this server, and every request with an error: the engine hangs, or cannot be trusted."""
@@ -233,21 +237,33 @@ class EngineProxy:
         self.held -= 1
         self._still.release()
 
-    def probe(self) -> None:
-        """Have the engine sample a token, which counts as an output; no effect while the last probe goes on."""
+    def probe(self, *, sampling: bool = True) -> None:
+        """Have the engine answer, which counts as an output; no effect while the last probe goes on.
+
+        Args:
+            sampling: it has to sample a token, in a batch with what else it runs; else only to look up between two
+                steps, which changes no batch.
+        """
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.ensure_future(self._sample_one())
+            self._probe = asyncio.ensure_future(self._ask(sampling))
+
+    async def _ask(self, sampling: bool) -> None:
+        try:
+            if sampling:
+                await self._sample_one()
+            else:
+                await self._engine.is_sleeping()
+                self._count_output()
+        except Exception as error:
+            logger.warning("the engine did not answer a probe: %s: %s", type(error).__name__, error)
 
     async def _sample_one(self) -> None:
         from vllm import SamplingParams
 
         prompt = {"type": "token", "prompt_token_ids": [0], "cache_salt": "lockstep:probe"}
         params = SamplingParams(max_tokens=1, detokenize=False)
-        try:
-            async for _ in self._engine.generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
-                self._count_output()
-        except Exception as error:
-            logger.warning("the engine did not answer a probe: %s: %s", type(error).__name__, error)
+        async for _ in self._engine.generate(prompt, params, f"probe-{uuid.uuid4().hex}"):
+            self._count_output()
 
     def output_tokens(self) -> OutputTokens:
         """Return how many tokens every output under way has."""

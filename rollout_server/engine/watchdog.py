@@ -15,11 +15,13 @@ class StallWatchdog:
     """Gives up an engine that has requests and, for `limit` seconds, no new token for any of them; 0: never.
 
     Half-way it asks for a token itself: requests that cannot begin, because their structured outputs are still being
-    compiled, say nothing about the engine.
+    compiled, say nothing about the engine. `sampling` is False where that token would change the batches of others:
+    then the engine only has to answer between two steps.
     """
 
-    def __init__(self, proxy: EngineProxy, limit: float) -> None:
+    def __init__(self, proxy: EngineProxy, limit: float, *, sampling: bool = True) -> None:
         self._proxy, self._limit, self._interval = proxy, limit, min(limit / _LOOKS, 10.0)
+        self._sampling = sampling
         self._looked = time.monotonic()
         self._stalled = 0.0
         self._outputs = 0
@@ -38,7 +40,7 @@ class StallWatchdog:
             self._stalled = 0.0
         elif self._stalled <= self._limit:
             if self._stalled > self._limit / 2:
-                self._proxy.probe()
+                self._proxy.probe(sampling=self._sampling)
         else:
             self._proxy.give_up(
                 EngineDead(

@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
-from rollout_server.engine.turns import in_turn
-from rollout_server.generation.tokenization import check_lengths, tokenize
+from rollout_server.engine.turns import in_turns
+from rollout_server.generation.tokenization import checked, tokenize
 from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm, token_prompt
 from rollout_server.vllm_compat import kept_mass, versions
 from shared.errors import EngineDead, InvalidRequest, LockstepError
@@ -124,6 +124,12 @@ async def _start(body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive
     """
     held = contextlib.ExitStack()
     tasks: list[asyncio.Future[RolloutGroup]] = []
+    failed = asyncio.Event()
+
+    def see_end(task: asyncio.Future[RolloutGroup]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            failed.set()
+
     try:
         proxy.capacity.check_size(len(body.prompts), body.sampling.n)
         await proxy.reached(body)
@@ -131,11 +137,14 @@ async def _start(body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive
         jobs = await _jobs(body, proxy, exclusive, held)
 
         def submitted(ids: set[str]) -> list[bool]:
-            return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=True)]
+            return [task.done() or job.request_id in ids for job, task in zip(jobs, tasks, strict=False)]
 
         async with exclusive.together(submitted):
             for job in jobs:
+                if failed.is_set():  # and so has the request
+                    break
                 tasks.append(asyncio.ensure_future(job.run()))
+                tasks[-1].add_done_callback(see_end)
                 await asyncio.sleep(0)  # to hand one over takes vLLM milliseconds, in which nothing else is answered
     except BaseException:
         for task in tasks:
@@ -149,23 +158,28 @@ async def _start(body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive
     return tasks
 
 
-def _tokenized(body: GenerateRequest, tokenizer: Any, model_config: Any) -> list[list[int]]:
+def _tokenized(body: GenerateRequest, tokenizer: Any, model_config: Any) -> Iterator[list[int]]:
     limit = model_config.max_model_len
-    prompts = [tokenize(tokenizer, prompt, body.chat_template_kwargs, limit) for prompt in body.prompts]
-    check_lengths(prompts, body.sampling.max_tokens or 1, model_config)
-    return prompts
+    for index, prompt in enumerate(body.prompts):
+        token_ids = tokenize(tokenizer, prompt, body.chat_template_kwargs, limit)
+        yield checked(index, token_ids, body.sampling.max_tokens or 1, model_config)
 
 
-def _params(body: GenerateRequest) -> dict[int | None, Any]:
-    """Return vLLM's parameters by the seed of a prompt; prompts with the same seed share them."""
+def _params(body: GenerateRequest) -> Iterator[tuple[int | None, Any]]:
+    """Yield vLLM's parameters by the seed of a prompt; prompts with the same seed share them."""
     sampled = body.sampling
-    return {
-        seed: to_vllm(
-            sampled if seed is None else sampled.model_copy(update={"seed": seed}),
-            skip_special_tokens=body.skip_special_tokens,
-        )
-        for seed in {prompt.seed for prompt in body.prompts}
-    }
+    for seed in {prompt.seed for prompt in body.prompts}:
+        seeded = sampled if seed is None else sampled.model_copy(update={"seed": seed})
+        yield seed, to_vllm(seeded, skip_special_tokens=body.skip_special_tokens)
+
+
+def _tokenizer(proxy: EngineProxy) -> Any:
+    try:
+        return proxy.get_tokenizer()
+    except ValueError as error:
+        raise InvalidRequest(
+            "this server has no tokenizer (--skip-tokenizer-init): send token ids, and leave return_text out"
+        ) from error
 
 
 async def _jobs(
@@ -174,15 +188,15 @@ async def _jobs(
     """Return the request's jobs, checked and bound to a version; `held` releases what they hold."""
     given_as_text = any(prompt.token_ids is None for prompt in body.prompts)
     wants_text = given_as_text if body.return_text is None else body.return_text
-    # A server without a tokenizer serves token ids.
-    tokenizer = proxy.get_tokenizer() if given_as_text or wants_text else None
+    tokenizer = _tokenizer(proxy) if given_as_text or wants_text else None
+    encoder = tokenizer if proxy.turn_tokenizer is None else proxy.turn_tokenizer
     max_tokens = body.sampling.max_tokens
-    prompts = await in_turn(_tokenized, body, tokenizer, proxy.model_config)
+    prompts = await in_turns(_tokenized(body, encoder, proxy.model_config))
     limit = proxy.model_config.max_model_len
     proxy.capacity.check_tokens(
         sum(len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens) for ids in prompts)
     )
-    params = await in_turn(_params, body)
+    params = dict(await in_turns(_params(body)))
     held.callback(await exclusive.take())
     await proxy.runs.admitting()
     admission = held.enter_context(proxy.admit(body))

@@ -9,8 +9,8 @@ import uuid
 from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
-from rollout_server.engine.turns import in_turn
-from rollout_server.generation.tokenization import check_lengths
+from rollout_server.engine.turns import in_turns
+from rollout_server.generation.tokenization import checked
 from rollout_server.generation.vllm_params import token_prompt
 from shared.errors import VersionNotActive
 from shared.rollouts import ScoreRequest
@@ -37,30 +37,33 @@ async def score(
         proxy.capacity.check_size(len(body.sequences))
         await proxy.reached(body)
         held.callback(proxy.capacity.take(len(body.sequences)))
-        await in_turn(check_lengths, body.sequences, 1, proxy.model_config)
+        await in_turns(checked(index, each, 1, proxy.model_config) for index, each in enumerate(body.sequences))
         proxy.capacity.check_tokens(sum(map(len, body.sequences)))
         held.callback(await exclusive.take())
         for _ in range(ATTEMPTS):
             await proxy.runs.admitting()
             with proxy.admit(body) as admission:
-                jobs: list[asyncio.Future[list[float]]] = []
-                room = asyncio.Semaphore(IN_FLIGHT)
-                try:
-                    for sequence in body.sequences:
-                        await room.acquire()
-                        jobs.append(asyncio.ensure_future(_score_one(admission, sequence, room)))
-                        await asyncio.sleep(0)  # as in `requests`
-                    logprobs = await asyncio.gather(*jobs)
-                finally:
-                    for job in jobs:
-                        job.cancel()
-                    await asyncio.gather(*jobs, return_exceptions=True)
+                logprobs = await _score_all(admission, body.sequences)
             if not admission.moved:  # else a push landed in between and some positions are under another version
                 return admission.version, logprobs
         raise VersionNotActive(
             f"{ATTEMPTS} pushes in a row landed while these sequences were scored; send fewer in one request, or pause "
             "the training"
         )
+
+
+async def _score_all(admission: Admission, sequences: list[list[int]]) -> list[list[float]]:
+    """Score as many at a time as there is room for. The first failure ends those under way, and no more are begun."""
+    room, jobs = asyncio.Semaphore(IN_FLIGHT), list[asyncio.Task[list[float]]]()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for sequence in sequences:
+                await room.acquire()
+                jobs.append(group.create_task(_score_one(admission, sequence, room)))
+                await asyncio.sleep(0)  # as in `requests`
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [job.result() for job in jobs]
 
 
 async def _score_one(admission: Admission, sequence: list[int], room: asyncio.Semaphore) -> list[float]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
+#: UTF-8 bytes of one prompt's text, and for each token of a long context. A token may have but one, and a tokenizer
+#: takes seconds for a million, and hundreds of bytes of memory for each.
+_TEXT_BYTES, _TEXT_BYTES_PER_TOKEN = 2**21, 8
 #: Parameters of `apply_chat_template` that are no variables of a template. A template is a program: none comes with a
 #: request.
 _RESERVED = frozenset(
@@ -45,11 +49,13 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
             "chat_template_kwargs: the template and how it is used are the server's own; leave "
             f"{', '.join(sorted(taken))} out"
         )
-    characters = _characters(prompt.text or prompt.messages)
+    text = prompt.text or prompt.messages
+    characters = _measure(text, len)
     if characters > longest:
         raise InvalidRequest(
             f"a prompt has {characters} characters, and the model's {context} tokens hold at most {longest}; cut it"
         )
+    check_text([text, chat_template_kwargs], context)
     try:
         if prompt.text is not None:
             return list(tokenizer(prompt.text)["input_ids"])
@@ -61,17 +67,28 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
     return list(ids)
 
 
-def _characters(part: Any) -> int:
-    """Count the characters of all text in a message."""
+def check_text(prompt: Any, context: int) -> None:
+    """Check that the text in all parts of a prompt is not too much for the tokenizer; raises `invalid_request`."""
+    size, most = _measure(prompt, _utf8_bytes), max(_TEXT_BYTES, context * _TEXT_BYTES_PER_TOKEN)
+    if size > most:
+        raise InvalidRequest(f"a prompt has {size} bytes of text, and at most {most} are tokenized; cut it")
+
+
+def _measure(part: Any, measure: Callable[[str], int]) -> int:
+    """Measure all text in lists and objects, their names too."""
     if isinstance(part, dict):
-        return sum(map(_characters, part.values()))
+        return sum(measure(str(name)) + _measure(value, measure) for name, value in part.items())
     if isinstance(part, list):
-        return sum(map(_characters, part))
-    return len(part) if isinstance(part, str) else 0
+        return sum(_measure(each, measure) for each in part)
+    return measure(part) if isinstance(part, str) else 0
 
 
-def check_lengths(sequences: list[list[int]], room: int, model_config: Any) -> None:
-    """Refuse sequences that leave no `room` tokens in the model's context, or hold ids outside the vocabulary.
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def checked(index: int, sequence: list[int], room: int, model_config: Any) -> list[int]:
+    """Return a sequence that leaves `room` tokens in the model's context, and holds ids of its vocabulary only.
 
     Args:
         model_config: vLLM's.
@@ -80,13 +97,13 @@ def check_lengths(sequences: list[list[int]], room: int, model_config: Any) -> N
         LockstepError: `invalid_request` with the index of the sequence.
     """
     limit, vocabulary = model_config.max_model_len, model_config.get_vocab_size()
-    for index, sequence in enumerate(sequences):
-        if len(sequence) + room > limit:
-            raise InvalidRequest(
-                f"sequence {index} has {len(sequence)} tokens, with {room} more that is beyond the model's "
-                f"{limit}; shorten it, lower max_tokens, or start the server with a larger --max-model-len"
-            )
-        if not sequence:
-            raise InvalidRequest(f"sequence {index} has no tokens")
-        if min(sequence) < 0 or max(sequence) >= vocabulary:
-            raise InvalidRequest(f"sequence {index} holds token ids outside the vocabulary of {vocabulary}")
+    if len(sequence) + room > limit:
+        raise InvalidRequest(
+            f"sequence {index} has {len(sequence)} tokens, with {room} more that is beyond the model's "
+            f"{limit}; shorten it, lower max_tokens, or start the server with a larger --max-model-len"
+        )
+    if not sequence:
+        raise InvalidRequest(f"sequence {index} has no tokens")
+    if min(sequence) < 0 or max(sequence) >= vocabulary:
+        raise InvalidRequest(f"sequence {index} holds token ids outside the vocabulary of {vocabulary}")
+    return sequence

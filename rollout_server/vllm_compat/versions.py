@@ -5,6 +5,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | module | relies on |
 | --- | --- |
 | versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
+| versions | the pool of tokenizers, where there is one |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
 | lora_slots | the worker's LoRA manager and LoRA layers |
@@ -15,6 +16,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections import Counter
 from types import MethodType, SimpleNamespace
@@ -88,6 +90,23 @@ def refusals() -> tuple[type[Exception], ...]:
 
     own = [getattr(exceptions, name, None) for name in ("VLLMClientError", "VLLMValidationError")]
     return (ValueError, TypeError, OverflowError, *(error for error in own if error is not None))
+
+
+def copy_tokenizer(engine: Any) -> Any:
+    """Return a copy of the engine's tokenizer that one thread may use; None without a tokenizer.
+
+    vLLM keeps as many as its own threads need. Whichever thread asks for one more makes it, which takes a second, and
+    may be the event loop.
+    """
+    from vllm.tokenizers import hf
+
+    try:
+        tokenizer = engine.get_tokenizer()
+    except ValueError:
+        return None
+    if isinstance(tokenizer, getattr(hf, "ThreadSafeHFTokenizerMixin", ())):
+        tokenizer = tokenizer.__reduce__()[1][0]  # the one that the others are copies of
+    return copy.deepcopy(tokenizer)
 
 
 def output_tokens(engine: Any) -> dict[tuple[str, int], int]:

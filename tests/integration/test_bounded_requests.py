@@ -52,6 +52,7 @@ WORST: dict[str, tuple[str, Callable[[], bytes]]] = {
     "long-prompts": (GENERATE, lambda: _ours(prompts=[{"token_ids": [123456] * 8192}] * 500)),
     "one-long-prompt": (GENERATE, lambda: _ours(prompts=[{"token_ids": [5] * 2**20}])),
     "completions": (GENERATE, lambda: _ours(prompts=[{"token_ids": [5] * 900}], sampling={"n": 1024, "max_tokens": 1})),
+    "many-texts": (GENERATE, lambda: _ours(prompts=[{"text": "a, " * (2 * MIB // 3)}] * 4)),
     "text": (GENERATE, lambda: _ours(prompts=[{"text": "the quick, brown fox " * (_SIZE // 21)}])),
     "messages": (GENERATE, lambda: _ours(prompts=[{"messages": [{"role": "user", "content": "a"}] * 60000}])),
     "brackets": (GENERATE, lambda: b"[" * _SIZE),
@@ -67,6 +68,22 @@ WORST: dict[str, tuple[str, Callable[[], bytes]]] = {
     "completion-floats": ("/v1/completions", lambda: json.dumps({"model": "base", "prompt": [1.5] * 10**6}).encode()),
     "completion-tokens": ("/v1/completions", lambda: json.dumps({"model": "base", "prompt": [5] * 500000}).encode()),
     "tokenize": ("/tokenize", lambda: json.dumps({"model": "base", "prompt": "word " * (11 * MIB // 5)}).encode()),
+    "tokenize-largest": (
+        "/tokenize",
+        lambda: json.dumps({"model": "base", "prompt": "7" * (2**18 - 100), "return_token_strs": True}).encode(),
+    ),
+    "completion-truncated": (
+        "/v1/completions",
+        lambda: json.dumps(
+            {"model": "base", "prompt": "a, " * (11 * MIB // 3), "truncate_prompt_tokens": 8, "max_tokens": 1}
+        ).encode(),
+    ),
+    "completion-text": (
+        "/v1/completions",
+        lambda: json.dumps(
+            {"model": "base", "prompt": "7" * (2 * MIB - 200), "truncate_prompt_tokens": 8, "max_tokens": 1}
+        ).encode(),
+    ),
     "detokenize": ("/detokenize", lambda: json.dumps({"model": "base", "tokens": [5] * 500000}).encode()),
     "schema": (GENERATE, lambda: _structured(json=PROPERTIES)),
     "regex": (GENERATE, lambda: _structured(regex="a{1,100000}")),

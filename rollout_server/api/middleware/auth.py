@@ -20,7 +20,7 @@ from shared.local_access import LocalAccess
 
 _BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
 _HOW = f"a learner takes it from --token_file or ${TOKEN_VARIABLE}, other clients send `Authorization: Bearer TOKEN`"
-_HOW_WITHOUT = "use its address, or give the server a token (--token-file) and send that"
+_HOW_WITHOUT = "use its address, name it with --allowed-hosts, or give the server a token (--token-file) and send that"
 
 
 class AuthMiddleware:
@@ -58,10 +58,10 @@ class AuthMiddleware:
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
 
     def _refusal(self, scope: Scope) -> LockstepError | None:
-        if self._tokens is None:
-            return self._page_refusal(scope)
         if scope["type"] == "http" and scope["path"] in OPEN:
             return None
+        if self._tokens is None:
+            return self._page_refusal(scope)
         values = _values(scope, b"authorization")
         presented = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
         role = self._tokens.role_of(presented[1]) if presented else None

@@ -27,10 +27,13 @@ class LimitsMiddleware:
 
     Pushes are let through under any load: a learner must be able to go on. Adapters are streamed past it; they have
     `--max-adapter-mib`, and a deadline of their own.
+
+    Args:
+        context: tokens of the model's context.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, capacity: Capacity) -> None:
-        self._app, self._settings, self._capacity = app, settings, capacity
+    def __init__(self, app: ASGIApp, settings: ServerSettings, capacity: Capacity, context: int = 0) -> None:
+        self._app, self._settings, self._capacity, self._context = app, settings, capacity, context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] in _ORDERS:
@@ -92,7 +95,7 @@ class LimitsMiddleware:
         finally:
             held.callback(self._capacity.hold, -len(body))
         left = [bytes(body)]
-        memory = await check_body(scope, left[0]) - len(body)
+        memory = await check_body(scope, left[0], self._context) - len(body)
         self._capacity.hold(memory)
         held.callback(self._capacity.hold, -memory)
         BODY_BYTES.set(memory + len(left[0]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import ssl
 from typing import Any
 
@@ -11,6 +13,9 @@ from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.errors import InvalidRequest
+from shared.local_access import LocalAccess
+
+_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 
 logger = logging.getLogger("lockstep.api")
 
@@ -27,6 +32,7 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
             f"${TOKEN_VARIABLE}"
         )
     _check_tls(args)
+    _named_hosts(settings)
     if tokens is None and "*" in (getattr(args, "allowed_origins", None) or ()):
         logger.warning("ANY page in a browser that reaches this server may generate on it (--allowed-origins *)")
     if is_loopback(args.host):
@@ -48,6 +54,24 @@ def check(args: Any, settings: ServerSettings, tokens: Tokens | None) -> None:
             "tokens, prompts and completions cross the network unencrypted: give --ssl-certfile and --ssl-keyfile, "
             "unless something in front of this server encrypts"
         )
+
+
+def local_access(args: Any, settings: ServerSettings) -> LocalAccess:
+    """Return what a server without tokens answers to, by names of its operator, and beyond loopback by its own."""
+    names = _named_hosts(settings)
+    if settings.allow_unauthenticated and not is_loopback(args.host):
+        names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+    return LocalAccess(args.host, frozenset(names))
+
+
+def _named_hosts(settings: ServerSettings) -> set[str]:
+    names = {name.strip().lower().removesuffix(".") for name in settings.allowed_hosts.split(",") if name.strip()}
+    if wrong := sorted(name for name in names if not _NAME.fullmatch(name)):
+        raise InvalidRequest(
+            f"--allowed-hosts: {wrong[0]} is no name of a host; give names alone, without scheme, port or wildcard, as "
+            "in gpu-1.corp.example,rollout.prod.svc"
+        )
+    return names
 
 
 def tls_options(args: Any) -> dict[str, Any]:

@@ -9,12 +9,24 @@ import pytest
 from shared.structured_outputs import check_structured_outputs, expanded_length
 
 PROPERTIES = {f"property_{i}": {"type": "string", "description": "what it is, at length " * 20} for i in range(100)}
+JOINED = {"allOf": [{"anyOf": [{}, {}, {}]}] * 4}
 HONEST: list[dict[str, Any]] = [
     {"json_schema": {"type": "object", "properties": PROPERTIES, "required": list(PROPERTIES)}},
     {"json_schema": {"type": "array", "items": {"type": "string", "maxLength": 200}, "maxItems": 100}},
     {"json_schema": {"properties": {f"p{i}": {"type": "string", "maxLength": 100} for i in range(60)}}},
     {"json_schema": '{"enum": ["yes", "no"]}'},
     {"json_schema": {"anyOf": [{"allOf": [{"$ref": "#/$defs/a"}]}] * 40, "$defs": {"a": {"type": "integer"}}}},
+    {"json_schema": {"properties": {f"p{i}": JOINED for i in range(20)}}},
+    {"json_schema": {"allOf": [JOINED, {"properties": {"x": {"anyOf": [{}] * 40}}}], "oneOf": [{"const": 1}] * 9}},
+    {"json_schema": {"allOf": [{"$ref": "#/$defs/a"}] * 40, "$defs": {"a": {"properties": {"a": {"$ref": "#"}}}}}},
+    {
+        "json_schema": {
+            "anyOf": [{}] * 90,
+            "items": {"allOf": [{"$ref": "#/$defs/a"}] * 9},
+            "$defs": {"a": {"const": 1}},
+        }
+    },
+    {"json_schema": {"properties": {"anyOf": JOINED, "allOf": {"anyOf": [{}] * 100}}}},
     {"regex": r"\d{4}-\d{2}-\d{2}( [A-Z][a-z]{1,20}){1,5}"},
     {"choice": [f"label number {i}" for i in range(1000)]},
     {"grammar": 'root ::= "a"{1,100} | [0-9]+ rule12\nrule12 ::= "x"'},
@@ -31,6 +43,12 @@ def _nested(depth: int) -> dict[str, Any]:
     return {"items": _nested(depth - 1)} if depth else {}
 
 
+def _doubled(levels: int) -> dict[str, Any]:
+    """Each refers to the next one twice, so that there are 2 to the power of 2**levels combinations."""
+    ends = {f"d{levels}": {"anyOf": [{"const": 1}, {"const": 2}]}}
+    return ends | {f"d{i}": {"allOf": [{"$ref": f"#/%24defs/d{i + 1}"}] * 2} for i in range(levels)}
+
+
 @pytest.mark.parametrize(
     "forms",
     [
@@ -44,6 +62,12 @@ def _nested(depth: int) -> dict[str, Any]:
         {"json_schema": {"type": "string", "pattern": "(a{1000}){1000}"}},
         {"json_schema": {"patternProperties": {"a{100000}": {}}}},
         {"json_schema": {"allOf": [{"anyOf": [{}, {}, {}]}] * 20}},
+        {"json_schema": {"items": {"anyOf": [{}] * 300, "allOf": [{"anyOf": [{}] * 300}]}}},
+        {"json_schema": {"allOf": [{"properties": {"x": {"anyOf": [{}] * 40}}}] * 4}},
+        {"json_schema": {"allOf": [{"$ref": "#/$defs/a"}] * 12, "$defs": {"a": {"anyOf": [{}] * 4}}}},
+        {"json_schema": {"properties": {f"p{i}": {"allOf": [{"anyOf": [{}] * 20}] * 3} for i in range(8)}}},
+        {"json_schema": {"$ref": "#/$defs/d0", "$defs": _doubled(5)}},
+        {"structural_tag": {"structures": [{"schema": {"allOf": [{"oneOf": [{}, {}, {}]}] * 20}}]}},
         {"json_schema": _nested(500)},
         {"json_schema": "[" * 100000},
         {"json_schema": " " * 2**19},

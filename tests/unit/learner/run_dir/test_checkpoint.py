@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from learner.run_dir.checkpoint import (
+    ADAPTER_FILES,
     STAGING,
     STATE_FILE,
     TrainingState,
@@ -184,3 +185,17 @@ def test_rotation_removes_the_oldest_of_whole_ones_only(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-9").exists()
     rotate(tmp_path, 1, keep={new, best})
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (1, 2, 3, 5)}
+
+
+def test_a_checkpoint_whose_optimizer_was_deleted(tmp_path: Path) -> None:
+    """To save space: its weights are whole, and the refusal to resume from it says what can be done with them."""
+    folder = _write(tmp_path / "checkpoint-4", 4)
+    (folder / "nested" / "optimizer.pt").unlink()
+    with pytest.raises(InvalidRequest, match=rf"optimizer.pt: .*new run from its weights with init_adapter {folder}"):
+        load_state(folder)
+    state = load_state(folder, needed=ADAPTER_FILES)
+    assert state is not None
+    assert state.step == 4
+    (folder / WEIGHTS).write_text("w")
+    with pytest.raises(InvalidRequest, match=r"resume from another checkpoint \["):
+        load_state(folder, needed=ADAPTER_FILES)

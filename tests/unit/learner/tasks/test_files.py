@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl.data_utils import apply_chat_template
 
 from learner.tasks import TaskError, load_task
 from learner.tasks.dataset import _read_hub
-from learner.tasks.files import read_file
+from learner.tasks.files import _json_values, read_file
 from learner.tasks.rewards import exact_match
 
 REWARD = ["learner.tasks.rewards:exact_match"]
@@ -47,6 +48,35 @@ def write(path: Path, text: str | bytes) -> Path:
 def same(found: Any, expected: Any) -> bool:
     """Equal, and of the same types: 1, 1.0 and True are different."""
     return json.dumps(found) == json.dumps(expected)
+
+
+def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+    """Every rank reads it, and it may be larger than what they can hold several times."""
+    read: list[int] = []
+
+    def lines(*given: str) -> Iterator[str]:
+        for number, line in enumerate(given):
+            read.append(number)
+            yield line
+
+    values = _json_values(lines('{"x": 1}\n', '{"x":\n', ' 2} {"x": 3}', ' {"x": 4}\n', "[\n", "5\n", "]\n"), tmp_path)
+    assert next(values) == {"x": 1}
+    assert read == [0]
+    assert [value if isinstance(value, list) else value["x"] for value in values] == [2, 3, 4, [5]]
+
+
+def test_a_long_value_is_not_tried_with_each_of_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    decode = json.JSONDecoder.raw_decode
+
+    def counted(self: json.JSONDecoder, text: str, at: int) -> Any:
+        tried.append(at)
+        return decode(self, text, at)
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", counted)
+    rows = [{"x": number} for number in range(2000)]
+    assert read_file(write(tmp_path / "rows.json", json.dumps(rows, indent=1)))["x"] == list(range(2000))
+    assert len(tried) < 30
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "jsonl.gz", "csv.gz"])
@@ -124,15 +154,19 @@ def test_a_key_that_a_row_lacks_is_none(tmp_path: Path) -> None:
         ("r.jsonl", '{"x": "fine"}\n{"x": "\\ud800"}', "row 2, column 'x': half of a surrogate pair"),
         ("r.jsonl", '{"x": [1]}\n{"x": {"y": "\\udfff"}}', "row 2, column 'x': half of a surrogate pair"),
         ("r.jsonl", '{"x": 1}\n{"x": 2', "row 2, is not JSON: .*line 2"),
+        ("r.jsonl", '{"x": 1}\n{"x":\n 2} {"x": 3} {"x"\n: 2\n,}\n{"x": 4}', "row 4, is not JSON: .*line 5"),
         ("r.jsonl", '{"x": 1}\n[1]', r"row 2, must be an object with a value for each column, not \[1\]"),
         ("r.json", "[" * 100_000, "row 1, is not JSON"),
         ("r.json", '["a", "b"]', "row 1, must be an object"),
         ("r.json", "[]", "has no rows"),
         ("r.jsonl", b'{"x": "a"}\n{"x": "\xff"}', "not UTF-8 text: line 2"),
+        ("r.jsonl", b'{"x": "a"}\n' * 5000 + b'{"x": "\xff"}', "not UTF-8 text: line 5001"),
+        ("r.jsonl.gz", b"\x1f\x8b\x08" + bytes(5) + b"\x02\xff" + b"\xff" * 30, "cannot be read: .*invalid block type"),
         ("r.csv", "prompt,answer\na,1\nb,1,2\n", "row 2, has 3 fields for 2 columns"),
         ("r.csv", "prompt,answer\na,1\nb\n", "row 2, has 1 fields for 2 columns"),
         ("r.csv", 'prompt,answer\na,"1" 2\n', "row 1, line 2"),
         ("r.csv", 'prompt,answer\na,"1\n', "row 1, line 2: unexpected end of data"),
+        ("r.csv", 'prompt,answer\na,1\nb,"1" 2\n', "row 2, line 3"),
         ("r.csv", "answer,answer\na,1\n", "two columns 'answer'"),
         ("r.csv", "", "has no rows"),
         ("r.jsonl.gz", b"\x1f\x8bno", "cannot be read"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from learner.trainer.attach import attach
+from learner.trainer.datasets import Prompts, measure_prompts
 from shared.errors import InvalidRequest
 
 ROWS = [{"prompt": f"w{i % 60} w{(i + 7) % 60}"} for i in range(1300)]
@@ -61,9 +63,40 @@ def test_every_prompt_is_measured(make_trainer, client, prompt: str | None, mess
 
 def test_prompts_of_the_evaluation_are_measured(make_trainer, client) -> None:
     long = Dataset.from_list([*ROWS[:600], {"prompt": " ".join(["w1"] * 130)}])
-    trainer = make_trainer(trainer_kwargs={"eval_dataset": {"hard": long}})
+    trainer = make_trainer(trainer_kwargs={"eval_dataset": {"hard": long}}, eval_strategy="steps", eval_steps=1)
     with pytest.raises(InvalidRequest, match="130 tokens: hard, row 601"):
         attach(trainer, client=client)
+
+
+def test_an_evaluation_that_is_not_made_is_not_measured(make_trainer, client) -> None:
+    long = Dataset.from_list([{"prompt": " ".join(["w1"] * 130)}])
+    attach(make_trainer(trainer_kwargs={"eval_dataset": long}, eval_strategy="no"), client=client).close()
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_each_rank_measures_its_part(make_trainer, monkeypatch, ranks: int) -> None:
+    """And all of them know the same afterwards, in the order of the rows."""
+    rows = [*ROWS[:5], {"prompt": " ".join(["w1"] * 70)}, *ROWS[5:1000]]
+    trainer, measured = make_trainer(trainer_kwargs=with_rows(rows)), []
+    tokenize = trainer._tokenize_prompts
+    monkeypatch.setattr(trainer, "_tokenize_prompts", lambda prompts: measured.extend(prompts) or tokenize(prompts))
+    alone = measure_prompts(trainer)
+    assert measured == [row["prompt"] for row in rows]
+    parts: list[list[str]] = []
+
+    def on_each(measure: partial[Prompts]) -> list[Prompts]:
+        found = []
+        for rank in range(ranks):
+            measured.clear()
+            found.append(measure.func(trainer, rank, ranks))
+            parts.append(list(measured))
+        return found
+
+    monkeypatch.setattr("learner.trainer.datasets.on_every_rank", on_each)
+    assert measure_prompts(trainer) == alone
+    assert [prompt for part in parts for prompt in part] == [row["prompt"] for row in rows]
+    assert max(map(len, parts)) <= len(rows) // ranks + 1
+    assert "row 6" in alone.where
 
 
 def test_a_prompt_that_the_chat_template_refuses(make_trainer, client, chat_tokenizer) -> None:

@@ -15,8 +15,9 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM, Trai
 import learner.trainer.attach
 import learner.trainer.hooks
 from learner.passes import attention
+from learner.passes.packing import Row
 from learner.trainer.attach import attach
-from learner.trainer.packed_scoring import pass_tokens, why_not_packed
+from learner.trainer.packed_scoring import PackedScoring, pass_tokens, why_not_packed
 from learner.trainer.padding import sorted_windows
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
@@ -184,6 +185,19 @@ def test_passes_that_differ_are_not_believed(train, monkeypatch, caplog):
     ours = train({})
     assert "not packed: their logprobs differ" in caplog.text
     assert_same(ours, train(PADDED))
+
+
+def test_a_check_that_runs_out_of_memory_leaves_the_model_training():
+    """A caller may catch it, and go on with smaller batches."""
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("of the device")
+
+    scoring, model = object.__new__(PackedScoring), torch.nn.Dropout()
+    scoring._plain = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        scoring._check_first(model, torch.ones(1, 4), torch.ones(1, 4), 2, [Row([1, 1], [1, 1])])
+    assert model.training
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ async def test_a_large_training_is_taken() -> None:
 
 
 async def test_what_clients_send_to_vllm_is_taken() -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "QUJD" * 2**18}}
-    messages = [{"role": "user", "content": [{"type": "text", "text": "what, and why? {[" * 10000}, image]}] * 4
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "QUJD" * 2**16}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "what, and why? {[" * 5000}, image]}] * 4
     parameters = {"type": "object", "properties": {f"p{i}": {"description": "it is " * 50} for i in range(20)}}
     tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": parameters}} for i in range(100)]
     await check_body(CHAT, _json(messages=messages, tools=tools))
@@ -66,6 +66,30 @@ async def test_what_clients_send_to_vllm_is_taken() -> None:
 async def test_shapes_that_are_refused(path: dict[str, str], body: bytes, error: type[Exception]) -> None:
     with pytest.raises(error):
         await check_body(path, body)
+
+
+@pytest.mark.parametrize("context", [0, 2**17, 2**20])
+async def test_text_of_one_prompt_is_bounded_on_vllms_routes(context: int) -> None:
+    """Also where it is to be truncated: vLLM tokenizes it first."""
+    most = max(2**21, 8 * context)
+    await check_body(COMPLETIONS, _json(prompt=["a" * (most // 2 + 1)] * 2), context)
+    for path, fields in (
+        (COMPLETIONS, {"prompt": "a" * (most + 1), "truncate_prompt_tokens": 16}),
+        (COMPLETIONS, {"prompt": ["a", "é" * (most // 2 + 1)], "truncate_prompt_tokens": -1}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * (most // 2)}] * 2, "truncate_prompt_tokens": 16}),
+        ({"path": "/v1/responses"}, {"input": "a" * (most + 1), "truncation": "auto"}),
+        ({"path": "/v1/messages"}, {"messages": [], "system": "a" * (most + 1)}),
+    ):
+        with pytest.raises(InvalidRequest, match="bytes of text"):
+            await check_body(path, json.dumps(fields, ensure_ascii=False).encode(), context)
+
+
+async def test_longer_text_can_be_tokenized_on_our_route() -> None:
+    """vLLM makes its answer on the event loop; ours names the way that does not."""
+    await check_body({"path": "/tokenize"}, _json(prompt="a" * (2**18 - 20)))
+    with pytest.raises(TooLarge, match=r"256 KiB .*/v1/generate .*prompt_token_ids"):
+        await check_body({"path": "/tokenize"}, _json(prompt="a" * 2**18))
+    await check_body(GENERATE, _json(prompts=[{"text": "a" * 2**20}]))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import select
@@ -12,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import trustme
 
-from rollout_server.api.connections import listen
+from rollout_server.api.connections import Connections, Listener, listen
 from shared.errors import LockstepError
 from tests.unit.rollout_server.api.served import GENERATE_TOKEN, TOKEN, Served, served
 
@@ -371,6 +373,38 @@ def test_tls_handshakes_that_never_end(tmp_path: Path, pems: SimpleNamespace) ->
             assert sent < IN_FLIGHT_MIB
             assert status(answer) == 431
         assert "Traceback" not in server.log.read_text()
+
+
+class _Listening:
+    """Each accept raises one of the errors, with these numbers; then comes a connection."""
+
+    def __init__(self, real: socket.socket, *errors: int) -> None:
+        self.real, self.errors = real, list(errors)
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.errors:
+            raise OSError(self.errors.pop(0), "an error of accept(2)")
+        return self.real.accept()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("error", [errno.ECONNABORTED, errno.EPROTO, errno.EHOSTUNREACH, errno.EMFILE, errno.ENOBUFS])
+async def test_only_a_shortage_of_this_machine_pauses_accepting(error: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that breaks its own connection before it is accepted holds up nobody."""
+    opened: list[socket.socket] = []
+    protocol = Mock(open=lambda accepted, tls: opened.append(accepted))
+    (real,) = listen("127.0.0.1", 0)
+    with real, socket.create_connection(real.getsockname()):
+        listener = Listener(_Listening(real, error, error), Connections(4), lambda: protocol, None)  # type: ignore[arg-type]
+        listener._accept()
+        listener.close()
+    for each in opened:
+        each.close()
+    short = error in (errno.EMFILE, errno.ENOBUFS)
+    assert len(opened) == (0 if short else 1)
+    assert ("cannot accept" in caplog.text) == short
 
 
 def test_a_port_that_is_taken() -> None:

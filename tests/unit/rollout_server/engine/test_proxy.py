@@ -22,7 +22,7 @@ from rollout_server.engine.proxy import EngineProxy
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import EngineDead, ErrorCode, LockstepError
 from shared.rollouts import GenerateRequest, PolicyRequest
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
@@ -42,6 +42,9 @@ class _Engine:
             yield SimpleNamespace(index=index, outputs=[])
 
     async def sleep(self, level: int) -> None: ...
+
+    async def is_sleeping(self) -> bool:
+        return False
 
 
 @pytest.fixture
@@ -125,6 +128,17 @@ async def test_a_dead_engine_is_an_error_that_both_sides_know(served) -> None:
     with pytest.raises(HTTPException) as theirs:
         await anext(served.proxy.generate({"prompt_token_ids": [1]}, None, "b"))
     assert theirs.value.status_code == 503
+
+
+async def test_the_reason_of_a_death_is_the_servers_and_the_engines(served, monkeypatch) -> None:
+    """A worker's link breaks because the engine has died, or the other way round."""
+    served.engine.dead_error = EngineDeadError()
+    monkeypatch.setattr("rollout_server.vllm_compat.versions.fail_requests", lambda engine: None)
+    served.proxy.give_up(EngineDead("a worker of the engine has ended"))
+    assert str(served.proxy.dead_error) == str(EngineDead("a worker of the engine has ended"))
+    served.engine.errored = True
+    assert "a worker of the engine has ended" in str(served.proxy.dead_error)
+    assert "EngineCore encountered an issue" in str(served.proxy.dead_error)
 
 
 async def test_version_as_precondition(served) -> None:
@@ -213,6 +227,42 @@ async def test_whoever_waits_for_a_step_holds_no_room(served) -> None:
     assert (capacity.requests, capacity.waiting) == (0, 0)
 
 
+@pytest.mark.parametrize("others", ["requests", "bodies"])
+async def test_whoever_waited_counts_when_it_goes_on(served, others: str) -> None:
+    """Others have come meanwhile, with their bodies: there may be no room for all who waited."""
+    capacity = served.proxy.capacity = Capacity(replace(ServerSettings(), max_requests=3, max_bodies_mib=4))
+    body = GenerateRequest.model_validate({"prompts": [{"token_ids": [1]}], "min_step": 1, "wait_s": 3600})
+
+    async def ask(size: int) -> None:
+        with capacity.request():
+            capacity.hold(size)
+            BODY_BYTES.set(size)
+            try:
+                await served.proxy.reached(body)
+                await asyncio.Event().wait()
+            finally:
+                capacity.hold(-size)
+
+    waiting = [asyncio.ensure_future(ask(2**18)) for _ in range(3)]
+    await asyncio.sleep(0)
+    taken = contextlib.ExitStack()
+    if others == "requests":
+        taken.enter_context(capacity.request())
+    else:
+        capacity.hold(2**22 - 2 * 2**18)
+    await _flip(served, 1)
+    ended, going_on = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+    assert len(going_on) == 2
+    with pytest.raises(LockstepError, match="leave no room") as refusal:
+        ended.pop().result()
+    assert refusal.value.code is ErrorCode.OVERLOADED
+    assert capacity.requests == 2 + (others == "requests")
+    taken.close()
+    for task in going_on:
+        task.cancel()
+    await asyncio.wait(going_on)
+
+
 @pytest.mark.parametrize("form", [{"json": {"maxItems": 10**6}}, {"structural_tag": '{"pattern": "a{100000}"}'}])
 async def test_formats_that_vllms_routes_have_made_are_bounded_too(served, form: dict[str, Any]) -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
@@ -228,3 +278,11 @@ async def test_a_probe_is_an_output(served) -> None:
     await asyncio.sleep(0.01)
     assert len(served.engine.calls) == 1
     assert served.proxy.outputs == 3
+
+
+async def test_a_probe_that_changes_no_batch(served) -> None:
+    """Of --deterministic: what a request gets depends on what is computed beside it."""
+    served.proxy.probe(sampling=False)
+    await asyncio.sleep(0.01)
+    assert not served.engine.calls
+    assert served.proxy.outputs == 1

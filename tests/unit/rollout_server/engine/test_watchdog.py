@@ -19,7 +19,8 @@ class _Proxy:
     def output_tokens(self) -> dict[tuple[str, int], int]:
         return dict(self.tokens)
 
-    def probe(self) -> None:
+    def probe(self, *, sampling: bool) -> None:
+        self.sampling = sampling
         self.probes += 1
         if self.answers:
             self.outputs += 1
@@ -65,6 +66,14 @@ def test_idle_held_and_finishing_engines_are_well(watched) -> None:
 
     watched.wait(100, one_more)
     assert not watched.proxy.reasons
+
+
+@pytest.mark.parametrize("sampling", [True, False])
+def test_how_it_asks(watched, sampling: bool) -> None:
+    watched.stall._sampling = sampling
+    watched.proxy.tokens = {("compiling", 0): 0}
+    watched.wait(20)
+    assert watched.proxy.sampling is sampling
 
 
 def test_a_request_that_cannot_begin_is_no_hang_while_others_could(watched) -> None:

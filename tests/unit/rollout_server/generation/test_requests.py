@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes.generate import _in_order, _lines
+from rollout_server.engine.exclusive import Exclusive
+from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation import requests
-from shared.errors import ErrorCode, LockstepError, UnknownRun
-from shared.rollouts import RolloutGroup
+from rollout_server.runs.table import RunTable
+from shared.errors import ErrorCode, InvalidRequest, LockstepError, UnknownRun
+from shared.rollouts import GenerateRequest, RolloutGroup
 
 
 class _Work:
@@ -151,3 +155,32 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_nothing_more_is_submitted_for_a_request_that_has_failed() -> None:
+    submitted: list[int] = []
+
+    async def generate(prompt: Any, params: Any, request_id: str, **kwargs: Any) -> Any:
+        submitted.append(prompt["prompt_token_ids"][0])
+        if len(submitted) == 3:
+            raise UnknownRun("refused by the engine")
+        await asyncio.Event().wait()
+        yield
+
+    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 10**6)
+    proxy = EngineProxy(SimpleNamespace(generate=generate, errored=False, model_config=model), RunTable(2, 1))
+    body = GenerateRequest.model_validate({"prompts": [{"token_ids": [i]} for i in range(1000)], "policy": "base"})
+    with pytest.raises(UnknownRun, match="refused by the engine"):
+        await _in_order(requests.generate(body, proxy, Exclusive(proxy, enabled=False)))
+    assert len(submitted) < 10
+    assert proxy.capacity.sequences == 0
+
+
+async def test_text_for_a_server_without_tokenizer() -> None:
+    def none() -> Any:
+        raise ValueError("Tokenizer not available when `skip_tokenizer_init=True`")
+
+    proxy = EngineProxy(SimpleNamespace(get_tokenizer=none, errored=False), RunTable(2, 1))
+    body = GenerateRequest.model_validate({"prompts": [{"text": "hello"}], "policy": "base"})
+    with pytest.raises(InvalidRequest, match="send token ids"):
+        await _in_order(requests.generate(body, proxy, Exclusive(proxy, enabled=False)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation import scoring
 from rollout_server.runs.table import RunTable
-from shared.errors import VersionNotActive
+from shared.errors import InvalidRequest, VersionNotActive
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
@@ -37,13 +38,13 @@ class _Engine:
         yield SimpleNamespace(prompt_logprobs=logprobs, outputs=[])
 
 
-async def _score(engine: _Engine) -> tuple[WeightVersion | None, list[list[float]]]:
+async def _score(engine: _Engine, rows: int = 1) -> tuple[WeightVersion | None, list[list[float]]]:
     run = open_run(engine.table)
     slot = await run.reserve(time.monotonic() + 1)
     run.flip(slot, WeightVersion(run_id="r", step=0), engine.table.next_install_seq(), "sum")
     proxy = EngineProxy(engine, engine.table)
     try:
-        return await scoring.score(ScoreRequest(sequences=[[1, 2, 3]]), proxy, Exclusive(proxy, enabled=False))
+        return await scoring.score(ScoreRequest(sequences=[[1, 2, 3]] * rows), proxy, Exclusive(proxy, enabled=False))
     finally:
         assert proxy.capacity.sequences == 0
         assert all(slot.requests == 0 for slot in run.slots)
@@ -61,3 +62,24 @@ async def test_pushes_without_end_do_not_score_without_end() -> None:
     with pytest.raises(VersionNotActive, match="fewer"):
         await _score(engine)
     assert engine.requests == scoring.ATTEMPTS
+
+
+async def test_a_failure_ends_the_rest_of_its_rows() -> None:
+    """Nothing more is submitted for a request that has failed, and what runs is ended."""
+    engine, ended = _Engine(pushes=0), []
+
+    async def generate(prompt: Any, params: Any, request_id: str, **kwargs: Any) -> Any:
+        engine.requests += 1
+        if engine.requests == 3:
+            raise InvalidRequest("refused by the engine")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(request_id)
+        yield
+
+    engine.generate = generate  # type: ignore[method-assign]
+    with pytest.raises(InvalidRequest, match="refused by the engine"):
+        await _score(engine, rows=1000)
+    assert engine.requests < 10
+    assert len(ended) == engine.requests - 1

@@ -17,12 +17,15 @@ from rollout_server.api.app import build_app
 from rollout_server.api.middleware.auth import AuthMiddleware
 from rollout_server.api.middleware.limits import LimitsMiddleware
 from rollout_server.api.middleware.readiness import ReadinessMiddleware
+from rollout_server.api.security import binding
 from rollout_server.api.security.bearer_tokens import Tokens
 from rollout_server.api.security.roles import Role
 from rollout_server.api.server import HttpServer
 from rollout_server.engine.capacity import Capacity
 from rollout_server.settings import ServerSettings
+from shared.errors import LockstepError
 from shared.local_access import LocalAccess
+from tests.unit.rollout_server.api.security.test_binding import TOKENS, arguments
 
 TOKEN = "-".join(["a", "token", "for", "these", "tests"])
 #: Of our routes, of vLLM's, and of nobody's.
@@ -43,7 +46,6 @@ REQUESTS = [
     ("GET", "/nothing"),
     ("OPTIONS", "/v1/runs/r/adapter"),
     ("HEAD", "/v1/state"),
-    ("GET", "/health"),
 ]
 PAGES = [
     ["Host: evil.example"],
@@ -83,13 +85,18 @@ class _Reached:
 
 @contextlib.asynccontextmanager
 async def _served(
-    reached: _Reached, tokens: Tokens | None = None, bound: str = "127.0.0.1", origins: Sequence[str] = ()
+    reached: _Reached,
+    tokens: Tokens | None = None,
+    bound: str = "127.0.0.1",
+    origins: Sequence[str] = (),
+    access: LocalAccess | None = None,
 ) -> AsyncIterator[int]:
     readiness, settings = ReadinessMiddleware(), ServerSettings()
     app = build_app(reached, reached.vllm)  # type: ignore[arg-type]
     readiness.open(LimitsMiddleware(app, settings, Capacity(settings)))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = HttpServer(AuthMiddleware(readiness, tokens, LocalAccess(bound), origins), log_level="critical")
+        local = access or LocalAccess(bound)
+        server = HttpServer(AuthMiddleware(readiness, tokens, local, origins), log_level="critical")
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))
         try:
             yield listening.getsockname()[1]
@@ -121,6 +128,40 @@ async def test_a_page_of_another_site_does_nothing(page: list[str]) -> None:
             if method != "HEAD":
                 assert json.loads(body)["error"]["code"] == "forbidden", (method, path)
     assert reached.calls == []
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["rollout.prod.svc.cluster.local:8000", "10.1.2.3", "evil.example"])
+async def test_probes_are_answered_by_any_name(bound: str, host: str) -> None:
+    """Of load balancers and supervisors; the answer tells no page more than that something listens."""
+    async with _served(_Reached(), bound=bound) as port:
+        for path in ("/health", "/ready"):
+            status, _, body = await _ask(port, "GET", path, [f"Host: {host}", "Origin: http://evil.example"])
+            assert status == 200
+            assert body == b""
+
+
+async def test_names_that_the_operator_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And, beyond the loopback, the machine's own: a page can have none of them."""
+    monkeypatch.setattr("socket.getfqdn", lambda: "GPU-7.corp.example")
+    own = {"127.0.0.1": [], "0.0.0.0": ["gpu-7.corp.example"]}
+    for bound, theirs in own.items():
+        settings = ServerSettings(allow_unauthenticated=True, allowed_hosts="Rollout.prod.svc, rollout.prod")
+        access = binding.local_access(arguments(host=bound), settings)
+        async with _served(_Reached(), access=access) as port:
+            for host in ["rollout.prod.svc:8000", "ROLLOUT.PROD", "rollout.prod.svc.", "localhost", *theirs]:
+                assert (await _ask(port, "GET", "/v1/models", [f"Host: {host}"]))[0] == 200, host
+                page = [f"Host: {host}", "Origin: http://evil.example"]
+                assert (await _ask(port, "GET", "/v1/models", page))[0] == 403, host
+            for host in ["evil.example", "x.rollout.prod", "rollout.prod.evil.example"]:
+                assert (await _ask(port, "GET", "/v1/models", [f"Host: {host}"]))[0] == 403, host
+        assert (access.refusal(["gpu-7.corp.example"], [], []) is None) == bool(theirs)
+
+
+@pytest.mark.parametrize("given", ["http://gpu-1.corp.example", "gpu-1.corp.example:8000", "*", "*.corp.example"])
+def test_hosts_are_given_as_names(given: str) -> None:
+    with pytest.raises(LockstepError, match="--allowed-hosts"):
+        binding.check(arguments(), ServerSettings(allowed_hosts=f"gpu-2,{given}"), None)
 
 
 async def test_a_websocket_of_another_site_is_refused() -> None:
@@ -190,9 +231,6 @@ async def test_our_paths_never_reach_vllms_cors(tokens: Tokens | None) -> None:
 
 
 def test_a_wildcard_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    from rollout_server.api.security import binding
-    from tests.unit.rollout_server.api.security.test_binding import TOKENS, arguments
-
     binding.check(arguments(allowed_origins=["*"]), ServerSettings(), TOKENS)
     assert not caplog.messages
     binding.check(arguments(allowed_origins=["*"]), ServerSettings(), None)

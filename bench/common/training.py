@@ -1,0 +1,49 @@
+"""Trainings of TRL that benchmarks measure, alike but for what they compare."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from peft import LoraConfig
+from trl import GRPOConfig
+
+#: Small, so that the lengths of completions stay what they are. Every weight of the adapter still changes.
+LEARNING_RATE = 1e-6
+
+
+def grpo_config(options: Namespace, *, output: str, cpu: bool, dtype: str, max_steps: int, **others: Any) -> GRPOConfig:
+    """Return TRL's options for steps of `options.batch` completions, `options.group` for each prompt.
+
+    Args:
+        options: with `batch`, `group`, `micro_batch`, and `tokens`, the most that a completion has.
+        others: further fields of GRPOConfig.
+    """
+    return GRPOConfig(
+        output_dir=output,
+        use_cpu=cpu,
+        bf16=dtype == "bfloat16",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.batch // options.micro_batch,
+        num_generations=options.group,
+        max_completion_length=options.tokens,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=max_steps,
+        seed=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **others,
+    )
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """Return an adapter of all linear layers."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Return the share of odd token ids: a reward that costs nothing and does not depend on lengths."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]

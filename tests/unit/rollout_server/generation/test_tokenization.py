@@ -1,0 +1,62 @@
+"""Which text is tokenized at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rollout_server.generation.requests import _tokenized
+from shared.errors import InvalidRequest
+from shared.rollouts import GenerateRequest
+
+MIB = 2**20
+
+
+class _Tokenizer:
+    """Counts what it is given; the longest entry of its vocabulary has 256 characters, as in many."""
+
+    max_chars_per_token = 256
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        self.given += 1
+        return {"input_ids": [7] * 4}
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> list[int]:
+        self.given += 1
+        return [7] * 4
+
+
+def _tokenize(context: int, **fields: Any) -> int:
+    """Return how many texts reached the tokenizer."""
+    model = SimpleNamespace(max_model_len=context, get_vocab_size=lambda: 100)
+    tokenizer = _Tokenizer()
+    list(_tokenized(GenerateRequest.model_validate(fields), tokenizer, model))
+    return tokenizer.given
+
+
+@pytest.mark.parametrize("context", [2**17, 2**20])
+def test_text_is_bounded_where_the_context_is_long(context: int) -> None:
+    most = max(2 * MIB, 8 * context)
+    assert _tokenize(context, prompts=[{"text": "a" * most}] * 2) == 2
+    assert _tokenize(context, prompts=[{"messages": [{"content": "a" * (most // 2 - 100)}] * 2}]) == 1
+    prompt = {"messages": [{"content": "hello"}]}
+    for prompts, variables in (
+        ([{"text": "a" * (most + 1)}], {}),
+        ([{"text": "é" * (most // 2 + 1)}], {}),
+        ([{"messages": [{"content": "a" * (most // 2)}] * 2}], {}),
+        ([prompt], {"documents": [{"text": "a" * most}]}),
+        ([prompt], {"a" * most: 1}),
+    ):
+        with pytest.raises(InvalidRequest, match="bytes of text"):
+            _tokenize(context, prompts=prompts, chat_template_kwargs=variables)
+
+
+def test_text_that_cannot_fit_is_not_tokenized() -> None:
+    assert _tokenize(64, prompts=[{"text": "a" * 64 * 256}]) == 1
+    with pytest.raises(InvalidRequest, match="64 tokens hold at most 16384"):
+        _tokenize(64, prompts=[{"text": "a" * (64 * 256 + 1)}])
