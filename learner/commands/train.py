@@ -33,7 +33,7 @@ from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
-from learner.trainer.checks import check_grpo
+from learner.trainer.checks import check_corrected, check_grpo
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
@@ -80,6 +80,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
     # All that is on this machine comes before servers are awaited, and before the model is loaded.
     check_grpo(args)
+    check_corrected(args, config)
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)

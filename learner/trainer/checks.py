@@ -73,6 +73,21 @@ def check_grpo(args: GRPOConfig) -> list[str]:
     return []
 
 
+def check_corrected(args: GRPOConfig, config: LearnerConfig) -> None:
+    """Check that something of TRL's accounts for stale samples: the importance correction, or its off-policy mask.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    bounded = args.vllm_importance_sampling_correction or args.off_policy_mask_threshold is not None
+    if config.max_staleness and not bounded:
+        raise InvalidRequest(
+            f"max_staleness={config.max_staleness} with vllm_importance_sampling_correction=false trains on samples of "
+            "older weights as if they were the present policy's: leave the correction on, or set "
+            "off_policy_mask_threshold, or max_staleness=0"
+        )
+
+
 def check_known_ahead(trainer: GRPOTrainer, config: LearnerConfig) -> None:
     """Check that prompts and rewards are known early enough for `max_staleness` and `drop_degenerate_groups`.
 

@@ -108,6 +108,46 @@ def test_mismatch_that_is_clipped(make_trainer, server, client):
     assert logged == pytest.approx(session.metrics.mismatch.clipped, abs=1e-3)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "batches", [{}, {"gradient_accumulation_steps": 2}, {"steps_per_generation": 2}, {"num_iterations": 2}], ids=str
+)
+def test_mismatch_is_measured_where_nothing_is_corrected(make_trainer, server, client, packed, batches):
+    """Of the logprobs of the loss, at the weights that the completions were requested from."""
+    trainer = make_trainer(vllm_importance_sampling_correction=False, max_steps=2, learning_rate=1.0, **batches)
+    session = attach(trainer, client=client, run_id="r", packed_passes=packed)
+    trainer.train()
+    drifts = [report.drift for report in session.metrics.reports]
+    assert all(drift.delta < 1e-4 for drift in drifts)
+    assert all(drift.effective_sample_size == 1.0 for drift in drifts)
+    logged = [log for log in trainer.state.log_history if "lockstep/drift_delta" in log]
+    assert len(logged) == (2 if len(server.generated) > 2 else 1)
+
+
+def test_a_small_effective_sample_is_warned_of_once(make_trainer, server, client, caplog):
+    trainer = make_trainer(max_steps=2)
+    session = attach(trainer, client=client, run_id="r")
+    generate = server._generate
+
+    def shifted(request):
+        answer = generate(request)
+        for completion in [each for group in answer.groups for each in group.completions][1:]:
+            completion.logprobs = [logprob - 2.0 for logprob in completion.logprobs]
+        return answer
+
+    server._generate = shifted
+    trainer.train()
+    assert caplog.text.count("vllm_importance_sampling_mode=token_truncate") == 1
+    assert session.summary()["min_effective_sample_size"] < 0.5
+    assert all("lockstep/drift_effective_sample_size" in log for log in trainer.state.log_history if "reward" in log)
+
+
+def test_stale_samples_without_correction_are_refused(make_trainer, client):
+    trainer = make_trainer(vllm_importance_sampling_correction=False)
+    with pytest.raises(LockstepError, match="vllm_importance_sampling_correction=false"):
+        attach(trainer, client=client, max_staleness=1)
+
+
 def test_generation_batches_reused_over_steps(make_trainer, server, client):
     trainer = make_trainer(steps_per_generation=2, num_iterations=1, max_steps=4)
     session = attach(trainer, client=client, run_id="r")
