@@ -25,7 +25,7 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
-from learner.trainer.checks import check_corrected, check_grpo, check_known_ahead, check_slots
+from learner.trainer.checks import check_corrected, check_dropout, check_grpo, check_known_ahead, check_slots
 from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
 from learner.trainer.hooks import (
     begin_passes_with,
@@ -96,7 +96,7 @@ def attach(
     if vllm_sampling_params is None:
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
     args = with_vllm_params(trainer.args, vllm_sampling_params)
-    for warning in check_grpo(args):
+    for warning in [*check_grpo(args), *check_dropout(model)]:
         warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)
     check_known_ahead(trainer, config)

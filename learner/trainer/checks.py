@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.config import LearnerConfig
@@ -86,6 +87,25 @@ def check_corrected(args: GRPOConfig, config: LearnerConfig) -> None:
             "older weights as if they were the present policy's: leave the correction on, or set "
             "off_policy_mask_threshold, or max_staleness=0"
         )
+
+
+def check_dropout(model: nn.Module) -> list[str]:
+    """Return a warning for each kind of dropout in `model`: what trains is then not the network that is served."""
+    drops = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p}
+    of_adapter = max((p for name, p in drops.items() if "lora_dropout" in name), default=0.0)
+    of_base = max((p for name, p in drops.items() if "lora_dropout" not in name), default=0.0)
+    of_attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
+    kinds = (
+        ("lora_dropout", of_adapter, "lora_dropout=0, or disable_dropout=True in GRPOConfig"),
+        ("the base's dropout", of_base, "disable_dropout=True in GRPOConfig"),
+        ("attention_dropout", of_attention, 'model_init_kwargs={"attention_dropout": 0.0} in GRPOConfig'),
+    )
+    return [
+        f"{what} is {p:g}: every training pass leaves out a random part of the network, so importance ratios and "
+        f"gradients are of others than the one that is served and proven: set {instead}"
+        for what, p, instead in kinds
+        if p
+    ]
 
 
 def check_known_ahead(trainer: GRPOTrainer, config: LearnerConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,25 @@ def test_a_small_effective_sample_is_warned_of_once(make_trainer, server, client
     assert caplog.text.count("vllm_importance_sampling_mode=token_truncate") == 1
     assert session.summary()["min_effective_sample_size"] < 0.5
     assert all("lockstep/drift_effective_sample_size" in log for log in trainer.state.log_history if "reward" in log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"lora": {"lora_dropout": 0.05}}, "set lora_dropout=0"),
+        ({"model_init_kwargs": {"attention_dropout": 0.1}}, "attention_dropout"),
+        ({"lora": {"lora_dropout": 0.05}, "disable_dropout": True}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_dropout_is_warned_of(make_trainer, client, settings, advice):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(make_trainer(**settings), client=client)
+    seen = [str(each.message) for each in caught if "random part of the network" in str(each.message)]
+    assert len(seen) == (advice is not None)
+    assert all(advice in message for message in seen)
 
 
 def test_stale_samples_without_correction_are_refused(make_trainer, client):
