@@ -33,6 +33,7 @@ _USED = (
     "_metrics",
     "_logs",
     "reward_weights",
+    "multi_objective_aggregation",
     "_tokenizer",
     "environment_factories",
     "rollout_func",
