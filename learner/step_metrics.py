@@ -138,7 +138,9 @@ class StepMetrics:
 
     def _log(self, report: StepReport) -> None:
         logged = {name: getattr(report, name) for name in _LOGGED}
-        logged |= {"server_idle_seconds": report.idle_seconds, "regenerated": self._rollouts.stats.regenerated}
+        stats = self._rollouts.stats
+        logged |= {"server_idle_seconds": report.idle_seconds, "regenerated": stats.regenerated}
+        logged["unscored_tokens"] = stats.unscored_tokens
         for url, replica in list(self._pool.replicas.items()) if report.servers > 1 else ():
             total, before = replica.load.tokens, self._server_tokens.get(url, 0)
             since = total - before if total >= before else total  # it was forgotten and listed again
@@ -183,6 +185,7 @@ class StepMetrics:
         stats, rewards, dynamic = self._rollouts.stats, self._rollouts.rewards, self._rollouts.dynamic_sampling
         local = {
             "regenerated": stats.regenerated,
+            "unscored_tokens": stats.unscored_tokens,
             "capped_prompts": self._rollouts.dispatcher.capped_prompts,
             "unscored_rewards": rewards.unscored.total() if rewards else 0,
             "degenerate_replaced": dynamic.replaced if dynamic else 0,

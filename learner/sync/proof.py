@@ -230,7 +230,13 @@ class SyncProof:
         self, own: LearnerLogprobs, version: WeightVersion | None, url: str, state: ServerState, answer: ScoreResponse
     ) -> Measurement:
         served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
-        if answer.version != version or served.shape != own.values.shape or not np.isfinite(served).all():
+        if missing := int((~np.isfinite(served)).sum()):
+            raise InstallFailed(
+                f"proof of sync failed: {url} has no finite logprob for {missing} of {served.size} probe tokens at "
+                f"{version or 'the base'}: it computes NaN or infinity; start it with --dtype bfloat16 if it computes "
+                "in float16"
+            )
+        if answer.version != version or served.shape != own.values.shape:
             raise InstallFailed(
                 f"proof of sync failed: {url} scored {served.size} tokens by {answer.version}, not the "
                 f"{own.values.size} by {version}"

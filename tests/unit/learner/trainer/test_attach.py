@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -123,6 +124,37 @@ def test_mismatch_is_measured_where_nothing_is_corrected(make_trainer, server, c
     assert all(drift.effective_sample_size == 1.0 for drift in drifts)
     logged = [log for log in trainer.state.log_history if "lockstep/drift_delta" in log]
     assert len(logged) == (2 if len(server.generated) > 2 else 1)
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate"])
+def test_one_logprob_that_is_not_finite_has_ratio_1(make_trainer, server, client, mode):
+    """As in a training whose server knows it: the learner's own logprob is the served one."""
+
+    def train(broken: bool):
+        server.drawn.manual_seed(0)
+        server.restart()
+        torch.manual_seed(0)
+        trainer = make_trainer(max_steps=2, vllm_importance_sampling_mode=mode)
+        session = attach(trainer, client=client, run_id=f"r{broken}", proof_canary=False)
+        generate, left = type(server)._generate, [math.nan] if broken else []
+
+        def with_one(request):
+            answer = generate(server, request)
+            if left and request.policy != "base":
+                answer.groups[0].completions[0].logprobs[0] = left.pop()
+            return answer
+
+        server._generate = with_one
+        trainer.train()
+        session.close()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        return session.summary(), [(log["loss"], log["grad_norm"]) for log in logs], logs[-1]
+
+    summary, broken, logged = train(True)
+    assert summary["unscored_tokens"] == logged["lockstep/unscored_tokens"] == 1
+    _, whole, _ = train(False)
+    for mine, other in zip(broken, whole, strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
 
 
 def test_a_small_effective_sample_is_warned_of_once(make_trainer, server, client, caplog):
