@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from learner.adapters.peft_dir import save_adapter
+from learner.adapters.rounding import keep_master_weights
 from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
 from learner.passes.lora_product import use_one_product
@@ -127,6 +128,8 @@ def attach(
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
         warnings.warn(warning, stacklevel=2)
     name_rewards(trainer)
+    if not trainer.is_deepspeed_enabled:
+        keep_master_weights(model)
     session = Session(
         TrlTrainer(trainer),
         model,

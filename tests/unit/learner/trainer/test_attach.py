@@ -126,6 +126,26 @@ def test_mismatch_is_measured_where_nothing_is_corrected(make_trainer, server, c
     assert len(logged) == (2 if len(server.generated) > 2 else 1)
 
 
+def test_an_adapter_that_trl_put_into_bfloat16_trains_in_float32(make_trainer, server, client):
+    """As TRL does over a quantized base. Updates far below a unit in the last place of A reach what is pushed."""
+    trainer = make_trainer(learning_rate=1e-5, max_steps=2)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would leave A where it is
+            parameter.data = torch.randn_like(parameter) * 0.1
+    a = [parameter for name, parameter in trainer.model.named_parameters() if "lora_A" in name]
+    before = torch.cat([weight.detach().float().flatten() for weight in a])
+    session = attach(trainer, client=client, run_id="r", proof_canary=False)
+    trainer.train()
+    session.close()
+    after = torch.cat([weight.detach().flatten() for weight in a])
+    assert after.dtype == torch.float32
+    assert ((after - before).abs() > 0).float().mean() > 0.9
+    assert session.summary()["max_update_lost"] is None
+
+
 @pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate"])
 def test_one_logprob_that_is_not_finite_has_ratio_1(make_trainer, server, client, mode):
     """As in a training whose server knows it: the learner's own logprob is the served one."""
