@@ -100,7 +100,9 @@ class SmallUpdatesBench(Bench):
                 snapshots[step] = {name: weight.detach().clone() for name, weight in weights.items()}
         return snapshots
 
-    def moved(self, policy: PeftModel, at: Weights, probes: list[list[int]], bases: dict[Any, np.ndarray]) -> np.ndarray:
+    def moved(
+        self, policy: PeftModel, at: Weights, probes: list[list[int]], bases: dict[Any, np.ndarray]
+    ) -> np.ndarray:
         """Return how far the probes' logprobs are from those of the base in the same arithmetic."""
         with torch.no_grad():
             for name, weight in _adapter(policy).items():

@@ -1,9 +1,9 @@
 """Float32 copies of the weights that train: who keeps them, and how much of each step does not reach the adapter.
 
-In 16 bits an update below half a unit in the last place of its weight vanishes. So the adapter itself is in float32, also
-where TRL has put it into bfloat16 (over a quantized base). DeepSpeed keeps copies of its own: TRL leaves the adapter in
-the base's dtype there, the optimizer updates the copy, and forwards, pushes and checkpoints use the copy, rounded. Small
-updates add up in the copy until they move the adapter by one unit in its last place.
+In 16 bits an update below half a unit in the last place of its weight vanishes. So the adapter itself is in float32,
+also where TRL has put it into bfloat16 (over a quantized base). DeepSpeed keeps copies of its own: TRL leaves the
+adapter in the base's dtype there, the optimizer updates the copy, and forwards, pushes and checkpoints use the copy,
+rounded. Small updates add up in the copy until they move the adapter by one unit in its last place.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class RoundedUpdates:
     def __init__(self, model: PeftModel, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._total = total
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32}
-        if bare := [name for name, p in trained.items() if not (hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"))]:
+        bare = [name for name, p in trained.items() if not (hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"))]
+        if bare:
             raise UnsupportedAdapter(
-                f"{len(bare)} parameters train in {trained[bare[0]].dtype} without a float32 copy, {bare[0]} for one, so "
-                "most of each update would be lost to rounding: leave the adapter in the float32 that attach puts it into"
+                f"{len(bare)} parameters train in {trained[bare[0]].dtype} without a float32 copy, {bare[0]} for one, "
+                "so most of each update would be lost to rounding: leave the adapter in the float32 that attach puts it into"
             )
         self._parameters = list(trained.values())
         self._before = self._copies()

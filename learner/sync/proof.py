@@ -15,9 +15,9 @@ something else:
   reaches the tolerance: constant differences cancel. References are step 0, so that small steps add up, and the last
   proof, so that a server that got stuck later is detected.
 - **Canary**: early updates can be smaller than the resolution of the server's dtype (learning rate 1e-6 in bfloat16):
-  then neither check above can tell, nor whether updates are lost to rounding. So before step 0 a throw-away adapter with a large effect is pushed as a run of
-  its own, must move the served logprobs as it moves the learner's, and is deleted. It proves the way from push to
-  logits.
+  then neither check above can tell, nor whether updates are lost to rounding. So before step 0 a throw-away adapter
+  with a large effect is pushed as a run of its own, must move the served logprobs as it moves the learner's, and is
+  deleted. It proves the way from push to logits.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ TRL pads a generation batch to its longest prompt and completion, and every micr
 like length are put together, each forward pass is cut to its longest row, and its outputs are padded back with zeros,
 as TRL's head returns at padding. All shapes outside the forward pass stay as they were.
 
-In float32 losses are the same to five digits. In 16 bits the rounding of a row's logprobs depends on what shares its pass
-and how wide that is, so two passes of one row at the same weights differ, and the policy's ratio would not be 1:
+In float32 losses are the same to five digits. In 16 bits the rounding of a row's logprobs depends on what shares its
+pass and how wide that is, so two passes of one row at the same weights differ, and the policy's ratio would not be 1:
 `keep_old_values` makes it 1. Where the angles of positions depend on the width (longrope, dynamic NTK), cutting would
 change the function itself, so nothing is cut.
 """

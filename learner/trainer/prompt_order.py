@@ -59,7 +59,10 @@ class TrlPrompts:
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
         trainer, per_epoch = self._trainer, schedule_of(self._trainer).per_epoch
-        ranks, prompts = trainer.accelerator.num_processes, trainer.args.generation_batch_size // trainer.num_generations
+        ranks, prompts = (
+            trainer.accelerator.num_processes,
+            trainer.args.generation_batch_size // trainer.num_generations,
+        )
         # Twice as many batches as are needed, around this one, of its epoch.
         self._reach = -(-count * ranks // prompts)
         begin = batch - batch % per_epoch

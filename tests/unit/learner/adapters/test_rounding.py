@@ -62,7 +62,7 @@ def test_where_nothing_is_rounded(masters: Masters) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_without_a_copy_are_not_passed_over(dtype: torch.dtype) -> None:
     plain = torch.nn.Linear(2, 1).to(dtype)
-    with pytest.raises(UnsupportedAdapter, match="2 parameters train in torch.*16 without a float32 copy, weight"):
+    with pytest.raises(UnsupportedAdapter, match=r"2 parameters train in torch.*16 without a float32 copy, weight"):
         RoundedUpdates(plain, torch.neg)  # type: ignore[arg-type]
     assert keep_master_weights(plain) == 2  # type: ignore[arg-type]
     assert RoundedUpdates(plain, torch.neg).last_lost() is None  # type: ignore[arg-type]
@@ -70,7 +70,7 @@ def test_16_bits_without_a_copy_are_not_passed_over(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("keeps", "least", "most"), [(False, 0.0, 0.5), (True, 0.99, 1.01)])
 def test_small_steps_move_the_adapter(keeps: bool, least: float, most: float) -> None:
-    """A of a rank-16 adapter of width 576, 20 steps of AdamW at 1e-5: the regression of its movement on the true one."""
+    """A of a rank-16 adapter of width 576, 20 steps of AdamW at 1e-5: its movement regressed on the true one."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(576, 16, bias=False).to(torch.bfloat16)
     true = torch.nn.Linear(576, 16, bias=False)

@@ -188,7 +188,7 @@ def test_replacements_are_derived(make_trainer, client, server) -> None:
 
 @pytest.mark.parametrize("batch", [0, 1, 20, 47, 48, 70, 95])
 def test_replacements_keep_a_curriculum(make_trainer, batch) -> None:
-    """Rows in order of their level: replacements of 4 groups in 3 rounds are at most 6 batches away, of the same epoch."""
+    """Rows in order of their level: replacements of 4 groups in 3 rounds are at most 6 batches away, of one epoch."""
     rows = Dataset.from_list([{"prompt": f"w{i % 60}", "at": i} for i in range(192)])
     settings = {"per_device_train_batch_size": 16, "shuffle_dataset": False, "max_steps": 96}
     coming = TrlPrompts(_begun(make_trainer(trainer_kwargs={"train_dataset": rows}, **settings)))

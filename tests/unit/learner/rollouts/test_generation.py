@@ -103,20 +103,20 @@ def test_a_token_without_a_finite_logprob_is_carried_and_counted(sampling, caplo
 
 def test_a_kept_mass_that_is_not_finite_leaves_no_logprob():
     remote = rollouts(Silent(0, mass=None), SamplingParams(max_tokens=1000, top_p=0.9))
-    with pytest.raises(LockstepError, match="1000 of 1000 sampled tokens"):
+    with pytest.raises(LockstepError, match=r"1000 of 1000 sampled tokens.*--dtype bfloat16"):
         remote.generate([[1]], None, 1)
 
 
 @pytest.mark.parametrize(
-    ("missing", "batches", "refused_at"), [(2, [3], None), (4, [3], 0), (1000, [9], 0), (4, [1, 3], 0), (1, [1, 1], None)]
+    ("missing", "batches", "refused_at"),
+    [(2, [3], None), (4, [3], 0), (1000, [9], 0), (4, [1, 3], 0), (1, [1, 1], None)],
 )
 def test_more_than_one_in_a_thousand_is_refused(missing, batches, refused_at):
     remote, refused = rollouts(Silent(missing), SamplingParams(max_tokens=1000)), None
     for number, size in enumerate(batches):
         try:
             remote.generate([[row] for row in range(1, size + 1)], None, 1)
-        except NotFinite as error:
-            assert "--dtype bfloat16" in error.message
+        except NotFinite:
             refused = number
             break
     assert refused == refused_at

@@ -197,7 +197,7 @@ NO_HOOK = {(learner.trainer.attach, "keep_old_values"): lambda trainer: None}
 def test_ratios_are_1_at_the_weights_of_the_old_logprobs_in_bfloat16(
     make_trainer, server, client, monkeypatch, one_thread, changes, options, equal
 ):
-    """TRL shuffles rows between scoring and loss, so a row's two passes have other companions and other widths."""
+    """Rows of a bnpo loss stay as TRL shuffles them, so a row's two passes have other companions and other widths."""
     for (module, name), value in changes.items():
         monkeypatch.setattr(module, name, value)
     trainer = make_trainer(
@@ -207,6 +207,7 @@ def test_ratios_are_1_at_the_weights_of_the_old_logprobs_in_bfloat16(
         max_completion_length=24,
         max_steps=2,
         learning_rate=1e-3,
+        loss_type="bnpo",
     )
     rows = [{"prompt": " ".join(f"w{(7 * i + j) % 60}" for j in range(1 + 5 * (i % 4)))} for i in range(12)]
     trainer.train_dataset = Dataset.from_list(rows)
