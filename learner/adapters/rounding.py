@@ -45,8 +45,8 @@ class RoundedUpdates:
         if bare:
             raise UnsupportedAdapter(
                 f"{len(bare)} parameters train in {trained[bare[0]].dtype} without a float32 copy, {bare[0]} for one, "
-                "so most of each update would be lost to rounding: leave the adapter in the float32 that attach puts it "
-                "into"
+                "so most of each update would be lost to rounding: leave the adapter in the float32 that attach "
+                "puts it into"
             )
         self._parameters = list(trained.values())
         self._before = self._copies()
