@@ -160,8 +160,8 @@ class LearnerConfig:
     )
     drop_degenerate_groups: bool = _option(
         False,
-        "Replace zero-variance groups (no learning signal) by other prompts of the training data before training "
-        "(DAPO's dynamic sampling). Requires reward_workers.",
+        "Replace zero-variance groups (no learning signal) by prompts of neighboring batches before training (DAPO's "
+        "dynamic sampling). Requires reward_workers.",
     )
     degenerate_rounds: int = _option(
         4, "Maximum number of replacements per group; the last one is trained on even if its variance is zero."

@@ -18,7 +18,7 @@ class ComingPrompts(Protocol):
         """Return the dataset rows of a generation batch, one for each completion. Cheapest in ascending order."""
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
-        """Return up to `count` dataset rows that are not in a generation batch, derived from seed and batch."""
+        """Return up to `count` dataset rows of the batches around a generation batch, drawn by seed and batch."""
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         """Return the token ids of the rows' prompts [B][P], templated as for training."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import Counter
@@ -15,6 +16,10 @@ from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch
 from shared.weights import PushReceipt
 
+logger = logging.getLogger("lockstep.metrics")
+
+#: Warned of below.
+_LEAST_EFFECTIVE = 0.5
 #: Fields of a report that are logged under their own name.
 _LOGGED = (
     "push_seconds",
@@ -44,7 +49,7 @@ class StepReport:
         train_tokens_per_second: prompts and completions of this rank, while it was neither waiting nor pushing.
         flops_utilisation: share of this rank's peak bfloat16 FLOP/s in that time; None on CPUs and unknown devices.
         logprob_gap: None where not proven.
-        drift: mismatch of the generation batch that was trained on; None without importance correction.
+        drift: mismatch of the generation batch that was trained on.
         servers_up, servers: rollout servers that serve the present version, and all that are known.
         pause_seconds: for which no request of the slowest server was decoding because of the push.
         update_lost: part of the step lost by rounding, see `learner.adapters.rounding`; None where nothing is rounded.
@@ -80,7 +85,7 @@ class StepMetrics:
     Attributes:
         pushes: of the complete run, without those of step 0 and of recoveries.
         reports: one per optimizer step that this process made; `listeners` are called with each.
-        mismatch: of the last generation batch, None without importance correction.
+        mismatch: of the last generation batch; None before the first.
     """
 
     def __init__(self, rollouts: RemoteRollouts) -> None:
@@ -90,6 +95,7 @@ class StepMetrics:
         self.mismatch: Mismatch | None = None
         self.listeners: list[Callable[[StepReport], None]] = []
         self._server_tokens: dict[str, int] = {}
+        self._warned = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -144,7 +150,9 @@ class StepMetrics:
 
     def _log(self, report: StepReport) -> None:
         logged = {name: getattr(report, name) for name in _LOGGED}
-        logged |= {"server_idle_seconds": report.idle_seconds, "regenerated": self._rollouts.stats.regenerated}
+        stats = self._rollouts.stats
+        logged |= {"server_idle_seconds": report.idle_seconds, "regenerated": stats.regenerated}
+        logged["unscored_tokens"] = stats.unscored_tokens
         for url, replica in list(self._pool.replicas.items()) if report.servers > 1 else ():
             total, before = replica.load.tokens, self._server_tokens.get(url, 0)
             since = total - before if total >= before else total  # it was forgotten and listed again
@@ -159,6 +167,16 @@ class StepMetrics:
         self.mismatch = mismatch
         for name, value in asdict(mismatch).items():
             self._trainer.log(f"lockstep/drift_{name}", value)
+        effective = mismatch.effective_sample_size
+        if effective < _LEAST_EFFECTIVE and not self._warned:
+            self._warned = True
+            logger.warning(
+                "importance ratios leave %.0f %% of a batch's samples effective: the longer completions are, the less "
+                "remains of ratios of complete sequences. Set vllm_importance_sampling_mode=token_truncate, or make "
+                "completions shorter, samples fresher, or both sides' dtypes the same (warned of once, logged as "
+                "lockstep/drift_effective_sample_size)",
+                100 * effective,
+            )
 
     def counts(self) -> dict[str, int]:
         """Return the counts of the complete run, over all ranks. Collective."""
@@ -179,6 +197,7 @@ class StepMetrics:
         stats, rewards, dynamic = self._rollouts.stats, self._rollouts.rewards, self._rollouts.dynamic_sampling
         local = {
             "regenerated": stats.regenerated,
+            "unscored_tokens": stats.unscored_tokens,
             "capped_prompts": self._rollouts.dispatcher.capped_prompts,
             "unscored_rewards": rewards.unscored.total() if rewards else 0,
             "degenerate_replaced": dynamic.replaced if dynamic else 0,
@@ -195,6 +214,7 @@ class StepMetrics:
             "wait_seconds": stats.wait_seconds,
             "max_drift_kl": max((m.kl for m in mismatches), default=None),
             "max_drift_clipped": max((m.clipped for m in mismatches), default=None),
+            "min_effective_sample_size": min((m.effective_sample_size for m in mismatches), default=None),
             "max_update_lost": max((r.update_lost for r in self.reports if r.update_lost is not None), default=None),
             "push_seconds_median": statistics.median(r.push_seconds for r in self.reports) if self.reports else None,
         }

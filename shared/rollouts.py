@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from shared.bounds import Count, FewFields, TokenIds
 from shared.sampling import SamplingParams
@@ -14,6 +15,14 @@ from shared.weights import RUN_ID_PATTERN, WeightVersion
 HEARTBEAT_SECONDS = 5.0
 
 PolicySelector = Literal["latest", "base"] | WeightVersion
+
+
+def _finite(values: list[float | None]) -> list[float | None]:
+    return [value if value is not None and math.isfinite(value) else None for value in values]
+
+
+#: Of tokens; None (null) where the model computed NaN or infinity, which JSON has no numbers for.
+Logprobs = Annotated[list[float | None], AfterValidator(_finite)]
 
 
 class Prompt(FewFields):
@@ -78,8 +87,10 @@ class Completion(BaseModel):
     """One sampled completion; `spans` are contiguous and cover every token."""
 
     token_ids: list[int]
-    logprobs: list[float] = Field(description="ln p of each sampled token under the distribution it was drawn from")
-    log_kept_mass: list[float] | None = Field(
+    logprobs: Logprobs = Field(
+        description="ln p of each sampled token under the distribution it was drawn from; null where it is not finite"
+    )
+    log_kept_mass: Logprobs | None = Field(
         None,
         description="with top_k, top_p or min_p: ln of the mass they kept of the distribution each token was drawn "
         "from, so that logprobs + log_kept_mass are the logprobs before truncation; None: unknown, or nothing cut",
@@ -120,8 +131,8 @@ class ScoreRequest(PolicyRequest):
 
 
 class ScoreResponse(BaseModel):
-    """`logprobs[i][t]` is ln p(sequence[t + 1] | sequence[: t + 1])."""
+    """`logprobs[i][t]` is ln p(sequence[t + 1] | sequence[: t + 1]), null where it is not finite."""
 
     epoch: str
     version: WeightVersion | None
-    logprobs: list[list[float]]
+    logprobs: list[Logprobs]

@@ -69,7 +69,10 @@ class LockstepPath(SyncPath):
         completion = self.client.generate(request).groups[0].completions[0]
         if [span.version for span in completion.spans] != [self.version]:
             raise RuntimeError(f"the token is of {completion.spans}, not of {self.version}")
-        return completion.token_ids[0], completion.logprobs[0]
+        [token], [logprob] = completion.token_ids, completion.logprobs
+        if logprob is None:
+            raise RuntimeError("the token's logprob is not finite")
+        return token, logprob
 
     def slot_bytes(self) -> int:
         """Return the bytes of a slot on the server."""

@@ -57,6 +57,8 @@ _CHOICES = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
+#: Our defaults, where TRL's cannot be meant: only adapters can be trained, and the server applies no dropout.
+DEFAULTS = {"use_peft": True, "lora_dropout": 0.0}
 _SCALES = {"true": "group", "false": "none"}  # as TRL takes them in Python
 
 
@@ -65,7 +67,7 @@ class OptionParser(TrlParser):
 
     def __init__(self) -> None:
         super().__init__((LearnerConfig, GRPOConfig, ModelConfig), prog="learner train", allow_abbrev=False)
-        self.set_defaults(use_peft=True)  # only adapters can be trained
+        self.set_defaults(**DEFAULTS)
         hints: dict[str, Any] = {}
         for options in self.dataclass_types:
             hints |= get_type_hints(options)

@@ -22,7 +22,7 @@ from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.target_modules import check_target_modules
 from learner.commands.export import export
-from learner.commands.options import OptionParser
+from learner.commands.options import DEFAULTS, OptionParser
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
 from learner.run_dir.checkpoint import load_state, save_state
@@ -33,7 +33,7 @@ from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
-from learner.trainer.checks import check_grpo
+from learner.trainer.checks import check_corrected, check_grpo
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
@@ -52,7 +52,7 @@ _ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
 def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
     """Parse flags and `--config FILE.yaml` into Lockstep's options, TRL's GRPOConfig and its ModelConfig.
 
-    `use_peft` is true by default, since only adapters can be trained.
+    `use_peft` is true by default, since only adapters can be trained, and `lora_dropout` is 0.
 
     Raises:
         LockstepError: `invalid_request` for contradictory, unknown or wrong options.
@@ -80,6 +80,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
     # All that is on this machine comes before servers are awaited, and before the model is loaded.
     check_grpo(args)
+    check_corrected(args, config)
     sampling_params(args)
     lora = _lora_config(config, model_args)
     check_lora(lora)
@@ -201,7 +202,7 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
     """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
     extra = cast(dict[str, Any], config.lora_kwargs)
     if config.init_adapter is not None:
-        defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+        defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | DEFAULTS
         changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
         if changed or extra:
             what = ", ".join(changed) or "lora_kwargs"

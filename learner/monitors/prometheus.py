@@ -57,6 +57,10 @@ _MISMATCH = {
     "delta": ("drift_nats", "Mean absolute difference of ln p(learner) and ln p(server) over sampled tokens"),
     "kl": ("drift_kl_nats", "KL from the server to the learner over sampled tokens, k3 estimator"),
     "clipped": ("drift_clipped_ratio", "Share of importance ratios that the correction clipped or dropped"),
+    "effective_sample_size": (
+        "effective_sample_ratio",
+        "Share of a batch's samples that is left, by Kish, with the weights that importance ratios give them",
+    ),
 }
 #: Gauges set from TRL's logs, every `logging_steps`: TRL's name -> name and documentation.
 _LOGGED = {

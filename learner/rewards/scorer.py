@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ logger = logging.getLogger("lockstep.rewards")
 Row = dict[str, Any]
 #: In place of a generation batch's number, during evaluation.
 EVALUATION = -1
+#: Standard deviation of rewards that are equal, as for TRL's `frac_reward_zero_std`.
+_NO_DEVIATION = 1e-8
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Rewards:
         group_size: completions of a prompt in training.
         batch: returns the number of the present generation batch.
         weights: returns the trainer's weight of each reward function.
+        normalizes: whether each function's rewards of a group are normalized before they are added: TRL's
+            `normalize_then_sum`.
         early_call: dataset rows, token ids of their completions -> the call that the trainer will make for them; None
             if that cannot be known before.
     """
@@ -51,6 +56,7 @@ class Rewards:
     batch: Callable[[], int]
     weights: Callable[[], list[float]]
     early_call: Callable[[list[Row], list[list[int]]], RewardCall] | None
+    normalizes: bool = False
     wait_seconds: float = field(default=0.0, init=False)
     unscored: Counter[str] = field(default_factory=Counter, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -89,7 +95,7 @@ class Rewards:
                 self._pending((batch, row), self.early_call(rows[row : row + size], completion_ids))
 
     def totals(self, batch: int, first: int) -> list[float]:
-        """Wait for the rewards of the group from row `first` on; return their sums, weighted as by TRL, NaN for none.
+        """Wait for the rewards of the group from row `first` on; return what TRL makes advantages of, NaN for none.
 
         Raises:
             RewardError: a reward function raised, or returned what is no reward.
@@ -98,11 +104,7 @@ class Rewards:
             pending = dict(self._groups[batch, first][1])
         columns = [self._checked(self.pool.wait(outcome)) for outcome in pending.values()]
         weights = [self.weights()[i] for i in pending]
-        sums = []
-        for row in zip(*columns, strict=True):
-            scored = [weight * reward for weight, reward in zip(weights, row, strict=True) if reward is not None]
-            sums.append(sum(scored) if scored else math.nan)
-        return sums
+        return group_totals(columns, weights, normalizes=self.normalizes)
 
     def collect(
         self,
@@ -165,6 +167,31 @@ class Rewards:
                 raise RewardError(result.error) from WorkerTraceback(result.traceback)
             rewards += [None] * rows if result is None else result.rewards
         return rewards
+
+
+def group_totals(columns: list[list[float | None]], weights: list[float], *, normalizes: bool) -> list[float]:
+    """Return the weighted sum of each row of a group's rewards; NaN where no function applies.
+
+    Args:
+        columns: of each reward function, the rewards of all rows, None where it does not apply.
+        normalizes: each column is normalized first, by its mean and standard deviation; not as TRL by 1e-4 more, which
+            leaves something of columns that cancel.
+    """
+    if normalizes:
+        columns = [_normalized(column) for column in columns]
+    sums = []
+    for row in zip(*columns, strict=True):
+        scored = [weight * reward for weight, reward in zip(weights, row, strict=True) if reward is not None]
+        sums.append(sum(scored) if scored else math.nan)
+    return sums
+
+
+def _normalized(column: list[float | None]) -> list[float | None]:
+    known = [reward for reward in column if reward is not None]
+    mean, deviation = (statistics.fmean(known), statistics.stdev(known)) if len(known) > 1 else (0.0, 0.0)
+    if deviation < _NO_DEVIATION:
+        return [None if reward is None else 0.0 for reward in column]
+    return [None if reward is None else (reward - mean) / deviation for reward in column]
 
 
 class WorkerTraceback(Exception):

@@ -1,4 +1,4 @@
-"""Validate completions: complete, finite, from an allowed version."""
+"""Validate completions: complete, from an allowed version; and find their logprobs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AllowedVersion:
 
 
 def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
-    """Check that every token has a finite logprob and comes from allowed weights.
+    """Check that every token has a logprob, finite or not, and comes from allowed weights.
 
     Raises:
         LockstepError: `protocol_mismatch` for a broken response, `version_not_active` for tokens of another version.
@@ -44,8 +44,8 @@ def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
     length = len(completion.token_ids)
     if length == 0 or completion.finish_reason == "abort":
         raise broken_response(f"a completion of {length} tokens that ended with {completion.finish_reason!r}")
-    if len(completion.logprobs) != length or not all(map(math.isfinite, completion.logprobs)):
-        raise broken_response(f"{len(completion.logprobs)} logprobs for {length} tokens, or some that are not finite")
+    if len(completion.logprobs) != length:
+        raise broken_response(f"{len(completion.logprobs)} logprobs for {length} tokens")
     position = 0
     for span in completion.spans:
         if span.start != position or span.end <= span.start:
@@ -73,14 +73,21 @@ def broken_response(what: str) -> LockstepError:
 def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[float]:
     """Return ln p [T] of each sampled token before truncation, to be compared with the trainer's own logprobs.
 
+    NaN where the server computed no finite number: TRL gives such a token the importance ratio 1.
+
     Raises:
         LockstepError: `invalid_request` if the server does not report how much mass the truncation kept.
     """
+    logprobs = [_number(logprob) for logprob in completion.logprobs]
     if not sampling.truncates:
-        return completion.logprobs
+        return logprobs
     if completion.log_kept_mass is None or len(completion.log_kept_mass) != len(completion.logprobs):
         raise InvalidRequest(
             "the rollout server does not say how much probability top_k, top_p or min_p kept (older than the learner, "
             "or speculating), so its logprobs cannot be compared with the trainer's: set top_k=0, top_p=1, min_p=0"
         )
-    return [logprob + mass for logprob, mass in zip(completion.logprobs, completion.log_kept_mass, strict=True)]
+    return [logprob + _number(mass) for logprob, mass in zip(logprobs, completion.log_kept_mass, strict=True)]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

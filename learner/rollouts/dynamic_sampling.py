@@ -1,8 +1,8 @@
 """Dynamic sampling as in DAPO (arXiv:2503.14476, 3.2): replace zero-variance groups before the training.
 
 All completions of a zero-variance group have advantage 0: it costs as much as any other and gives no learning signal.
-Replacements are other rows of the dataset, derived from the seed and the generation batch: TRL's own order of prompts
-stays as it is, and a resumed training draws the same ones.
+Replacements are rows of the generation batches around the present one, so that a curriculum stays one, drawn by seed
+and batch: TRL's own order of prompts stays as it is, and a resumed training draws the same ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DynamicSampling:
 
     Args:
         rewards: computes rewards as completions arrive.
-        coming: reads other rows of the dataset.
+        coming: reads rows of neighboring batches.
         seed_of: maps a row of the batch and its prompt to a seed, or to None.
         size: completions of a group.
         rounds: how often a group is replaced at most; a zero-variance group that is left then is trained on.

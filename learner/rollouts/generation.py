@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,8 +19,13 @@ from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.prefetch import Prefetcher
 from learner.servers.router import GroupRequest
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, NotFinite
 from shared.rollouts import Completion
+
+logger = logging.getLogger("lockstep.rollouts")
+
+#: Share of the sampled tokens, of a batch and of the training, that may be without a finite logprob; one always may.
+_UNSCORED = 1e-3
 
 Generated = tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]
 
@@ -36,6 +43,7 @@ class RolloutStats:
         last_tokens, last_seconds: of the last batch's completions, and how long they took to generate.
         last_prompt_tokens: of its prompts, each as often as it has completions.
         regenerated: completions that were discarded as too stale.
+        unscored_tokens: sampled tokens without a finite logprob of the server's.
     """
 
     completions: int = 0
@@ -47,6 +55,7 @@ class RolloutStats:
     staleness: Counter[int] = field(default_factory=Counter)
     last_staleness: float = 0.0
     regenerated: int = 0
+    unscored_tokens: int = 0
 
 
 class Training(Protocol):
@@ -110,11 +119,12 @@ class RemoteRollouts:
 
         Returns:
             prompt ids [B][P], completion ids [B][T], logprobs [B][T][1] of the sampled tokens under the distribution
-            they were drawn from (before its truncation), and their token ids [B][T][1]. T is 0 only for later turns
-            that find the context full.
+            they were drawn from (before its truncation; NaN where the server has none), and their token ids [B][T][1].
+            T is 0 only for later turns that find the context full.
 
         Raises:
-            LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on.
+            LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on, and
+                when more than one in a thousand tokens is without a finite logprob.
         """
         if images is not None and any(image is not None for image in images):
             raise InvalidRequest("images in prompts: only text models are supported")
@@ -124,10 +134,12 @@ class RemoteRollouts:
                 completions = self._next_turn(prompts)
             else:
                 completions = held[1] if held and held[0] == prompts else self.complete(prompts)
+        logprobs = [policy_logprobs(completion, self.dispatcher.sampling) for completion in completions]
+        self._count_unscored(logprobs)
         return (
             prompts,
             [c.token_ids for c in completions],
-            [[[logprob] for logprob in policy_logprobs(c, self.dispatcher.sampling)] for c in completions],
+            [[[logprob] for logprob in row] for row in logprobs],
             [[[token] for token in c.token_ids] for c in completions],
         )
 
@@ -247,6 +259,27 @@ class RemoteRollouts:
         if staleness:
             self.stats.staleness.update(staleness)
             self.stats.last_staleness = sum(staleness) / len(staleness)
+
+    def _count_unscored(self, logprobs: list[list[float]]) -> None:
+        """Count tokens whose logprob is NaN; refuse to train on many."""
+        unscored, stats = sum(math.isnan(logprob) for row in logprobs for logprob in row), self.stats
+        if not unscored:
+            return
+        if not stats.unscored_tokens:
+            logger.warning(
+                f"{unscored} sampled tokens have no finite logprob: trained on with importance ratio 1 (said once, "
+                "counted in unscored_tokens)"
+            )
+        known = (unscored, sum(map(len, logprobs))), (stats.unscored_tokens + unscored, stats.completion_tokens)
+        stats.unscored_tokens += unscored
+        for missing, tokens in known:
+            if missing > max(1, _UNSCORED * tokens):
+                raise NotFinite(
+                    f"{missing} of {tokens} sampled tokens have no finite logprob, more than one in a thousand: the "
+                    "served policy computes NaN or infinity. Start rollout-server with --dtype bfloat16 if it computes "
+                    "in float16; check that the base alone is finite (/v1/score with policy=base); lower learning_rate "
+                    "if it began during the training"
+                )
 
     def _count_tokens(self, completions: list[Completion], waited: float) -> int:
         tokens = sum(len(c.token_ids) for c in completions)

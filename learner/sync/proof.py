@@ -7,16 +7,17 @@ something else:
   that did not arrive or went elsewhere; does not show whether the engine uses the slot.
 - **Mismatch**: max |served - own| over the probe, at the base and at the proven version. Detects another base,
   tokenizer or dtype, a missing module, a wrong scaling, a stale cache, a push without effect, as soon as the difference
-  exceeds the tolerance of the dtype.
+  exceeds the tolerance of the dtype; that of autocast where the training has one, since the learner's side computes
+  under it, too.
 - **Movement**: the change of the served logprobs since an earlier version against the change of the learner's own, as
   the slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the
   adapter twice. Judged as soon as the learner's own change exceeds the rounding noise (MIN_SIGNAL), long before it
   reaches the tolerance: constant differences cancel. References are step 0, so that small steps add up, and the last
   proof, so that a server that got stuck later is detected.
 - **Canary**: early updates can be smaller than the resolution of the server's dtype (learning rate 1e-6 in bfloat16):
-  then neither check above can tell. So before step 0 a throw-away adapter with a large effect is pushed as a run of
-  its own, must move the served logprobs as it moves the learner's, and is deleted. It proves the way from push to
-  logits.
+  then neither check above can tell, nor whether updates are lost to rounding. So before step 0 a throw-away adapter
+  with a large effect is pushed as a run of its own, must move the served logprobs as it moves the learner's, and is
+  deleted. It proves the way from push to logits.
 """
 
 from __future__ import annotations
@@ -230,7 +231,13 @@ class SyncProof:
         self, own: LearnerLogprobs, version: WeightVersion | None, url: str, state: ServerState, answer: ScoreResponse
     ) -> Measurement:
         served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
-        if answer.version != version or served.shape != own.values.shape or not np.isfinite(served).all():
+        if missing := int((~np.isfinite(served)).sum()):
+            raise InstallFailed(
+                f"proof of sync failed: {url} has no finite logprob for {missing} of {served.size} probe tokens at "
+                f"{version or 'the base'}: it computes NaN or infinity; start it with --dtype bfloat16 if it computes "
+                "in float16"
+            )
+        if answer.version != version or served.shape != own.values.shape:
             raise InstallFailed(
                 f"proof of sync failed: {url} scored {served.size} tokens by {answer.version}, not the "
                 f"{own.values.size} by {version}"

@@ -100,7 +100,7 @@ def merge_noise(dtype: str, *, layers: int, logit_std: float) -> float:
     Independent errors of u / sqrt(3) in the elements of a weight change its output by the same relative rms, like one
     more rounding of that output; from there as in `derived_tolerance`. The derivation does not cover an adapter so
     small that its updates lie below half a unit in the last place of W0: rounding removes those together. Their joint
-    effect shows in the mismatch; where it is larger than the tolerance, merging in this dtype is not exact enough.
+    effect is part of the mismatch, and mostly below the tolerance: no check here notices that it is missing.
     """
     unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
     return math.sqrt(2 * MERGED_PER_LAYER * layers / 3) * unit * logit_std

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from learner.adapters.peft_dir import save_adapter
+from learner.adapters.rounding import keep_master_weights
 from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
 from learner.passes.lora_product import use_one_product
@@ -25,7 +26,7 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
-from learner.trainer.checks import check_grpo, check_known_ahead, check_slots
+from learner.trainer.checks import check_corrected, check_dropout, check_grpo, check_known_ahead, check_slots, dropouts
 from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
 from learner.trainer.hooks import (
     begin_passes_with,
@@ -37,7 +38,7 @@ from learner.trainer.hooks import (
 )
 from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.packed_scoring import score_packed
-from learner.trainer.padding import cut_passes, sort_rows
+from learner.trainer.padding import cut_passes, keep_old_values, sort_rows
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
 from learner.trainer.sampling import sampling_params
@@ -97,8 +98,9 @@ def attach(
     if vllm_sampling_params is None:
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
     args = with_vllm_params(trainer.args, vllm_sampling_params)
-    for warning in check_grpo(args):
+    for warning in [*check_grpo(args), *check_dropout(model)]:
         warnings.warn(warning, stacklevel=2)
+    check_corrected(args, config)
     check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
@@ -127,6 +129,8 @@ def attach(
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
         warnings.warn(warning, stacklevel=2)
     name_rewards(trainer)
+    if not trainer.is_deepspeed_enabled:
+        keep_master_weights(model)
     session = Session(
         TrlTrainer(trainer),
         model,
@@ -156,8 +160,9 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | | `score_packed` (inside `watch_mismatch`) | keeps the entropies of what TRL scores |
     | `_get_per_token_logps_and_entropies` | `cut_passes` | |
     | | `score_packed` | passes that are not packed are cut |
+    | | `keep_old_values` | holds for packed and cut passes |
     | | `begin_passes_with` | the GPU must be the learner's before the first pass |
-    | `_compute_loss`, `training_step` | `score_packed` | |
+    | `_compute_loss`, `training_step` | `score_packed`, `keep_old_values` | |
     | `_prepare_inputs` | `sort_rows` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
@@ -171,6 +176,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
         use_one_product(session.model, active_adapter(session.model))
     if not packs or score_packed(trainer, session.config.max_tokens_per_pass) is None:
         sort_rows(trainer)
+    if not dropouts(session.model):
+        keep_old_values(trainer)
     if session.gpu_sharing:
         begin_passes_with(trainer, session.gpu_sharing.take_gpu)
     mark_tool_loop(trainer, session.rollouts)

@@ -67,23 +67,78 @@ def mark_tool_loop(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
 
 
 def watch_mismatch(trainer: GRPOTrainer, saw: Callable[[Mismatch], None]) -> None:
-    """Pass the mismatch of every training batch to `saw`; TRL keeps no ratio from before its clipping."""
-    generate, args = trainer._generate_and_score_completions, trainer.args
+    """Pass the mismatch of every training batch to `saw`; TRL keeps no ratio from before its clipping.
+
+    TRL scores a batch before its loss only where it needs these logprobs. Where it does not, the loss's own are taken:
+    of the first optimizer step on the batch, whose weights are those that the batch was requested for.
+    """
+    args = trainer.args
     measured = partial(
         measure,
         total=partial(trainer.accelerator.reduce, reduction="sum"),
-        mode=args.vllm_importance_sampling_mode,
+        mode=args.vllm_importance_sampling_mode if args.vllm_importance_sampling_correction else None,
         clip_min=args.vllm_importance_sampling_clip_min,
         clip_max=args.vllm_importance_sampling_clip_max,
+        off_policy_threshold=args.off_policy_mask_threshold,
     )
+    generate, compute = trainer._generate_and_score_completions, trainer._compute_loss
+    score = trainer._get_per_token_logps_and_entropies
+    unmeasured = _Unmeasured()
 
     def generate_and_measure(inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = generate(inputs)
-        if args.vllm_importance_sampling_correction and trainer.model.training:
-            saw(measured(batch))
+        if trainer.model.training and "sampling_per_token_logps" in batch:
+            if "old_per_token_logps" in batch:
+                saw(measured(batch))
+            else:
+                unmeasured.begin()
         return batch
 
+    def compute_seen(model: Any, inputs: dict[str, Any]) -> Any:
+        unmeasured.inputs = inputs if trainer.model.training else None
+        try:
+            loss = compute(model, inputs)
+        finally:
+            unmeasured.inputs = None
+        if trainer.model.training and trainer.accelerator.sync_gradients and unmeasured.parts is not None:
+            saw(measured(unmeasured.end()))
+        return loss
+
+    def score_seen(*positional: Any, **options: Any) -> Any:
+        scored = score(*positional, **options)
+        unmeasured.add(scored[0])
+        return scored
+
     trainer._generate_and_score_completions = generate_and_measure
+    trainer._compute_loss = compute_seen
+    trainer._get_per_token_logps_and_entropies = score_seen
+
+
+class _Unmeasured:
+    """Micro-batches of one optimizer step whose mismatch is not measured before all are scored.
+
+    Attributes:
+        inputs: of the loss that is being computed.
+        parts: what `measure` needs of each micro-batch so far; None: nothing is to be measured.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] | None = None
+        self.parts: list[dict[str, torch.Tensor]] | None = None
+
+    def begin(self) -> None:
+        self.parts = []
+
+    def add(self, logps: torch.Tensor) -> None:
+        if self.parts is None or self.inputs is None:
+            return
+        names = ("sampling_per_token_logps", "completion_mask", "tool_mask", "advantages")
+        part = {name: self.inputs[name] for name in names if name in self.inputs}
+        self.parts.append({**part, "old_per_token_logps": logps.detach()})
+
+    def end(self) -> dict[str, torch.Tensor]:
+        parts, self.parts = self.parts or [], None
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def replace_zero_variance_groups(trainer: GRPOTrainer, dynamic: DynamicSampling, rollouts: RemoteRollouts) -> None:

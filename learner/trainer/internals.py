@@ -35,6 +35,7 @@ _USED = (
     "_metrics",
     "_logs",
     "reward_weights",
+    "multi_objective_aggregation",
     "_tokenizer",
     "environment_factories",
     "rollout_func",

@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 
 from learner.passes import attention
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
+from learner.trainer.padding import width_dependent_ropes
 
 logger = logging.getLogger("lockstep.passes")
 
@@ -36,8 +37,6 @@ ENTROPIES = "lockstep_entropies"
 _FIRST_TOKENS, _MOST_TOKENS = 2048, 8192
 #: Share of the free memory that a pass may take: batches differ, and there is more than this process.
 _OF_FREE = 0.6
-#: RoPE types whose angles depend on the longest row of a pass.
-_WIDTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 #: Rows of the first batch that are scored both ways, and the largest mean difference in nats, by bytes of an element.
 _CHECKED_ROWS, _CHECK_NATS = 4, {4: 1e-3, 2: 0.1}
 
@@ -52,8 +51,6 @@ def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str 
     config: PreTrainedConfig = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} brings an attention of its own"
     if kinds or sliding:
@@ -62,8 +59,8 @@ def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str 
         return f"the attention of {type(model).__name__} is none that the packed kernel computes"
     if getattr(config, "attention_dropout", 0.0):
         return "attention_dropout is not 0"
-    if ropes & _WIDTH_DEPENDENT_ROPE:
-        return f"its positions depend on the longest row (rope_type {', '.join(sorted(ropes & _WIDTH_DEPENDENT_ROPE))})"
+    if ropes := width_dependent_ropes(model):
+        return f"its positions depend on the longest row (rope_type {', '.join(ropes)})"
     if device.type == "cuda" and (dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 0)):
         return "torch's variable-length attention needs bfloat16 or float16, and compute capability 8.0"
     return None

@@ -2,11 +2,17 @@
 
 TRL pads a generation batch to its longest prompt and completion, and every micro-batch keeps that width. Here rows of
 like length are put together, each forward pass is cut to its longest row, and its outputs are padded back with zeros,
-as TRL's head returns at padding. All shapes outside the forward pass stay as they were, so losses do not change.
+as TRL's head returns at padding. All shapes outside the forward pass stay as they were.
+
+In float32 losses are the same to five digits. In 16 bits the rounding of a row's logprobs depends on what shares its
+pass and how wide that is, so two passes of one row at the same weights differ, and the policy's ratio would not be 1:
+`keep_old_values` makes it 1. Where the angles of positions depend on the width (longrope, dynamic NTK), cutting would
+change the function itself, so nothing is cut.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -15,13 +21,27 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+logger = logging.getLogger("lockstep.passes")
+
 Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 #: Losses that sum over rows with a divisor that is the same for every micro-batch of an optimizer step.
 ROWWISE_LOSSES = ("grpo", "sapo", "dr_grpo", "dapo", "cispo", "vespo", "luspo")
+#: RoPE types whose angles depend on the longest row of a pass.
+_WIDTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def width_dependent_ropes(model: Any) -> list[str]:
+    """Return the RoPE types of `model` whose angles depend on the width of a pass."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, dict)}
+    return sorted(kinds & _WIDTH_DEPENDENT_ROPE)
 
 
 def cut_passes(trainer: GRPOTrainer) -> None:
-    """Cut forward passes to the columns their rows need."""
+    """Cut forward passes to the columns their rows need, unless positions depend on the width."""
+    if ropes := width_dependent_ropes(trainer.accelerator.unwrap_model(trainer.model)):
+        logger.info("forward passes are not cut: their positions depend on the width (rope_type %s)", ", ".join(ropes))
+        return
     trainer._get_per_token_logps_and_entropies = partial(
         _score_cut, trainer._get_per_token_logps_and_entropies, multiple_of=trainer.pad_to_multiple_of or 1
     )
@@ -33,7 +53,7 @@ def sort_rows(trainer: GRPOTrainer) -> None:
     Only where an optimizer step does not depend on how its rows are spread over micro-batches. Not so where
     TRL divides or picks within each micro-batch: `bnpo`'s token count, the mean entropy of the bonus, the quantile of
     `top_entropy_quantile`, the load balance of a mixture of experts; nor where the optimizer steps do not divide a
-    generation batch evenly.
+    generation batch evenly. Nor where passes are not cut.
     """
     args, prepare = trainer.args, trainer._prepare_inputs
     if (
@@ -42,6 +62,7 @@ def sort_rows(trainer: GRPOTrainer) -> None:
         or trainer._entropy_bonus_enabled
         or trainer.aux_loss_enabled
         or args.gradient_accumulation_steps == 1
+        or width_dependent_ropes(trainer.accelerator.unwrap_model(trainer.model))
         or args.steps_per_generation % args.gradient_accumulation_steps
     ):
         return
@@ -55,6 +76,46 @@ def sort_rows(trainer: GRPOTrainer) -> None:
         return trainer._buffered_inputs[trainer._step % args.steps_per_generation]
 
     trainer._prepare_inputs = prepare_sorted
+
+
+def keep_old_values(trainer: GRPOTrainer) -> None:
+    """Let the loss start from TRL's `old_per_token_logps` as long as the weights are those that they were scored at.
+
+    Gradients are those of the loss's own pass. Not with dropout, where two passes are of two networks.
+    """
+    generate, compute = trainer._generate_and_score_completions, trainer._compute_loss
+    score, known = trainer._get_per_token_logps_and_entropies, _Known()
+
+    def generate_and_note(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = generate(inputs)
+        if trainer.model.training:
+            known.at = trainer.state.global_step
+        return batch
+
+    def compute_noted(model: Any, inputs: dict[str, Any]) -> Any:
+        if trainer.model.training and known.at == trainer.state.global_step:
+            known.logps = inputs.get("old_per_token_logps")
+        try:
+            return compute(model, inputs)
+        finally:
+            known.logps = None
+
+    def score_known(*positional: Any, **options: Any) -> Logps:
+        logps, *others = score(*positional, **options)
+        if known.logps is not None:
+            logps = known.logps + (logps - logps.detach())
+        return (logps, *others)
+
+    trainer._generate_and_score_completions = generate_and_note
+    trainer._compute_loss = compute_noted
+    trainer._get_per_token_logps_and_entropies = score_known
+
+
+class _Known:
+    """The step at which the present generation batch was scored, and during a loss at that step its logprobs [B, T]."""
+
+    at: int | None = None
+    logps: torch.Tensor | None = None
 
 
 def _score_cut(

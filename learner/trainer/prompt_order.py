@@ -51,32 +51,45 @@ class TrlPrompts:
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
-        self._batch, self._known = -2, list[int]()
-        self._coming: Iterator[list[int]] = iter(())
+        self._known: dict[int, list[int]] = {}
+        self._coming, self._next, self._reach = iter(list[list[int]]()), -1, 0
 
     def rows(self, batch: int) -> list[dict[str, Any]]:
         dataset, rows = self._trainer.train_dataset, rows_of_rank(self._trainer)
-        return [dataset[index] for index in self._indices(batch)[rows.start : rows.stop]]
+        return [dataset[index] for index in self._indices(batch, batch)[batch][rows.start : rows.stop]]
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
-        trainer, used = self._trainer, set(self._indices(batch))
-        ranks, length = trainer.accelerator.num_processes, len(trainer.train_dataset)
-        size = min(length, count * ranks + len(used))
-        drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(range(length), size)
-        others = [index for index in drawn if index not in used][trainer.accelerator.process_index :: ranks]
-        return [trainer.train_dataset[index] for index in others[:count]]
+        trainer, per_epoch = self._trainer, schedule_of(self._trainer).per_epoch
+        ranks, prompts = (
+            trainer.accelerator.num_processes,
+            trainer.args.generation_batch_size // trainer.num_generations,
+        )
+        # Twice as many batches as are needed, around this one, of its epoch.
+        self._reach = -(-count * ranks // prompts)
+        begin = batch - batch % per_epoch
+        end = begin + per_epoch - 1
+        first = max(begin, min(batch - self._reach, end - 2 * self._reach))
+        near = self._indices(first, min(end, first + 2 * self._reach))
+        used = set(near[batch])
+        others = [index for index in dict.fromkeys(i for each in near.values() for i in each) if index not in used]
+        drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(others, min(len(others), count * ranks))
+        return [trainer.train_dataset[index] for index in drawn[trainer.accelerator.process_index :: ranks]]
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         return [list(ids) for ids in self._trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
 
-    def _indices(self, batch: int) -> list[int]:
-        if batch != self._batch:
-            if batch != self._batch + 1:
-                trainer, schedule = self._trainer, schedule_of(self._trainer)
-                rows = trainer.args.generation_batch_size
-                self._coming = coming_indices(trainer._get_train_sampler(), rows=rows, schedule=schedule, first=batch)
-            self._batch, self._known = batch, next(self._coming)
-        return self._known
+    def _indices(self, first: int, last: int) -> dict[int, list[int]]:
+        """Return the dataset indices of the generation batches from `first` to `last`."""
+        if first not in self._known and first != self._next:
+            trainer, schedule = self._trainer, schedule_of(self._trainer)
+            rows = trainer.args.generation_batch_size
+            self._coming = coming_indices(trainer._get_train_sampler(), rows=rows, schedule=schedule, first=first)
+            self._known, self._next = {}, first
+        while self._next <= last:
+            self._known[self._next] = next(self._coming)
+            self._next += 1
+        self._known = {batch: indices for batch, indices in self._known.items() if batch >= first - 2 * self._reach}
+        return {batch: self._known[batch] for batch in range(first, last + 1)}
 
 
 def skip_epochs(sampler: Iterable[int], epochs: int) -> None:

@@ -49,6 +49,7 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
         group_size=trainer.num_generations,
         batch=partial(generation_batch, trainer),
         weights=lambda: trainer.reward_weights.tolist(),
+        normalizes=trainer.multi_objective_aggregation == "normalize_then_sum",
         early_call=partial(_early_call, trainer, tokenizer) if pool.names and _plain_completions(trainer) else None,
     )
     for i in pool.names:

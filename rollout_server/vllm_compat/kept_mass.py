@@ -23,8 +23,8 @@ _GREEDY_BELOW = 1e-5  # vLLM's own bound on the temperature
 
 
 def encoded(log_mass_N: torch.Tensor) -> torch.Tensor:
-    """Encode ln Z [N] in place of ranks: int64 [N]."""
-    return (log_mass_N.double().clamp(_LEAST, 0.0) * _STEPS).round().long()
+    """Encode ln Z [N] in place of ranks: int64 [N]; NaN as 0, since the token's logprob is NaN, too."""
+    return (log_mass_N.double().nan_to_num(nan=0.0).clamp(_LEAST, 0.0) * _STEPS).round().long()
 
 
 def decoded(ranks: Sequence[int | None]) -> list[float] | None:

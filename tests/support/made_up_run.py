@@ -88,7 +88,7 @@ def _row(step: int, steps: int) -> dict[str, Any]:
         "rollout_tokens_per_second": 16_000 + 2000 * math.sin(step),
         "logprob_gap": 3e-3 if step % 10 == 0 else None,
         "seconds": 9.0 + math.cos(step),
-        "drift": {"delta": 2e-3, "kl": 4e-5, "clipped": 0.0},
+        "drift": {"delta": 2e-3, "kl": 4e-5, "clipped": 0.0, "effective_sample_size": 0.98},
         "reward_wait_seconds": 0.3,
         "servers_up": 2,
         "servers": 2,

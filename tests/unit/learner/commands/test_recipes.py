@@ -14,7 +14,7 @@ from learner.tasks.base import TaskError
 from learner.tasks.examples.extraction import fields_right
 from learner.tasks.examples.guessing import Guessing
 from learner.tasks.prompts import question_key
-from learner.trainer.checks import check_grpo
+from learner.trainer.checks import check_corrected, check_grpo
 
 RECIPES = sorted((Path(__file__).parents[4] / "recipes").glob("*.yaml"))
 
@@ -22,8 +22,10 @@ RECIPES = sorted((Path(__file__).parents[4] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_options_that_exist(path, tmp_path):
     flags = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    config, args, _ = learner.commands.train.parse(flags)
+    config, args, model_args = learner.commands.train.parse(flags)
     check_grpo(args)
+    check_corrected(args, config)
+    assert model_args.lora_dropout == 0.0, "the server applies none"
     if ":" in config.require_task() and "/" not in config.require_task():
         task = load_task(config.task, task_args=config.task_args, eval_size=8, train_size=64)
         assert len(task.train)

@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOTrainer
+from trl.trainer.utils import nanstd
 
 from learner.config import LearnerConfig
+from learner.rewards.scorer import group_totals
 from learner.rollouts.dynamic_sampling import DynamicSampling, varies
 from learner.servers.router import GroupRequest
 from learner.trainer.attach import attach
@@ -106,6 +109,34 @@ def test_what_varies(rewards: list[float], expected: bool) -> None:
     assert varies(rewards) is expected
 
 
+NORMALIZED = [
+    # Different advantages, though each row's sum is 2, and none, though the sums are 1 and 2.
+    ([[0.0, 2.0], [1.0, 0.0]], [1.0, 2.0], True),
+    ([[0.0, 1.0], [2.0, 0.0]], [1.0, 1.0], False),
+    ([[0.0, 1.0, None], [1.0, 1.0, 1.0]], [1.0, 1.0], True),
+    ([[None, 1.0], [0.5, 0.5]], [1.0, 1.0], False),
+    ([[None, 1.0], [None, 0.5]], [1.0, 1.0], False),
+]
+
+
+@pytest.mark.parametrize(("columns", "weights", "expected"), NORMALIZED)
+def test_what_varies_after_normalization(columns, weights, expected) -> None:
+    """As TRL's advantages of the group among another one that varies."""
+    assert varies(group_totals(columns, weights, normalizes=True)) is expected
+    of_trl = _normalized_then_summed(columns, weights)
+    known = of_trl[~of_trl.isnan()]
+    assert bool(known.max() - known.min() > 1e-3) is expected
+
+
+def _normalized_then_summed(columns, weights) -> torch.Tensor:
+    """The lines of TRL's `_generate_and_score_completions`."""
+    grouped = torch.tensor([[math.nan if r is None else r for r in column] for column in columns]).T[None]
+    mean, std = torch.nanmean(grouped, 1, keepdim=True), nanstd(grouped, dim=1, keepdim=True)
+    rewards = (((grouped - mean) / (std + 1e-4))[0] * torch.tensor(weights)).nansum(1)
+    rewards[grouped[0].isnan().all(1)] = math.nan
+    return rewards
+
+
 def trainer_of(make_trainer: Any, function: Any, **config: Any) -> GRPOTrainer:
     rows = [{"prompt": f"w{i} w{i + 7}", "easy": i % 3 == 0} for i in range(24)]
     return make_trainer(
@@ -153,6 +184,31 @@ def test_replacements_are_derived(make_trainer, client, server) -> None:
         assert spare == other.spare_rows(batch, 8)
     assert one.spare_rows(0, 8) != one.spare_rows(1, 8)
     assert len(one.spare_rows(0, 99)) == 20
+
+
+@pytest.mark.parametrize("batch", [0, 1, 20, 47, 48, 70, 95])
+def test_replacements_keep_a_curriculum(make_trainer, batch) -> None:
+    """Rows in order of their level: replacements of 4 groups in 3 rounds are at most 6 batches away, of one epoch."""
+    rows = Dataset.from_list([{"prompt": f"w{i % 60}", "at": i} for i in range(192)])
+    settings = {"per_device_train_batch_size": 16, "shuffle_dataset": False, "max_steps": 96}
+    coming = TrlPrompts(_begun(make_trainer(trainer_kwargs={"train_dataset": rows}, **settings)))
+    own = {row["at"] for row in coming.rows(batch)}
+    spare = [row["at"] for row in coming.spare_rows(batch, 12)]
+    assert own == set(range(batch % 48 * 4, batch % 48 * 4 + 4))
+    assert len(set(spare)) == 12
+    assert not own & set(spare)
+    assert max(abs(at - min(own)) for at in spare) <= 6 * 4 + 3
+
+
+def test_rows_of_a_batch_do_not_depend_on_what_was_read_before(make_trainer) -> None:
+    rows = Dataset.from_list([{"prompt": f"w{i % 60}", "at": i} for i in range(40)])
+    settings = {"per_device_train_batch_size": 16, "max_steps": 30}
+    trainer = _begun(make_trainer(trainer_kwargs={"train_dataset": rows}, **settings))
+    one = TrlPrompts(trainer)
+    for batch in (0, 1, 5, 4, 12, 11, 3):
+        fresh = TrlPrompts(trainer)
+        assert one.rows(batch) == fresh.rows(batch)
+        assert one.spare_rows(batch, 4) == fresh.spare_rows(batch, 4)
 
 
 def _begun(trainer: GRPOTrainer) -> GRPOTrainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from learner.rollouts.completions import AllowedVersion, check_completion
 from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.generation import RemoteRollouts
 from learner.servers.pool import ServerPool
-from shared.errors import LockstepError
+from shared.errors import LockstepError, NotFinite
 from shared.rollouts import Completion, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
@@ -71,6 +72,66 @@ def test_rows_keep_their_order_when_groups_differ():
     assert sorted(r.sampling.n for r in server.requests) == [1, 2]
 
 
+class Silent(Server):
+    """Has no finite logprob for so many of the tokens it samples next; completions have 1,000."""
+
+    def __init__(self, missing: int, mass: float | None = -0.25) -> None:
+        super().__init__()
+        self.missing, self.mass = missing, mass
+
+    def iter_groups(self, request):
+        for group in super().iter_groups(request):
+            for made in group.completions:
+                now, self.missing = min(self.missing, 1000), max(self.missing - 1000, 0)
+                values = [math.nan, math.inf, -math.inf, None] * 250
+                made.token_ids, made.spans[0].end = [7] * 1000, 1000
+                made.logprobs = [*values[:now], *[-0.5] * (1000 - now)]
+                made.log_kept_mass = [self.mass] * 1000
+            yield RolloutGroup.model_validate_json(group.model_dump_json())  # as it crosses the wire
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}])
+def test_a_token_without_a_finite_logprob_is_carried_and_counted(sampling, caplog):
+    remote = rollouts(Silent(1), SamplingParams(max_tokens=1000, **sampling))
+    _, _, logprobs, _ = remote.generate([[1], [2]], None, 1)
+    values = [logprob for row in logprobs for (logprob,) in row]
+    assert sum(map(math.isnan, values)) == remote.stats.unscored_tokens == 1
+    assert {value for value in values if not math.isnan(value)} == {-0.75 if sampling else -0.5}
+    remote.generate([[1], [2]], None, 1)
+    assert caplog.text.count("no finite logprob") == 1
+
+
+def test_a_kept_mass_that_is_not_finite_leaves_no_logprob():
+    remote = rollouts(Silent(0, mass=None), SamplingParams(max_tokens=1000, top_p=0.9))
+    with pytest.raises(LockstepError, match=r"1000 of 1000 sampled tokens.*--dtype bfloat16"):
+        remote.generate([[1]], None, 1)
+
+
+@pytest.mark.parametrize(
+    ("missing", "batches", "refused_at"),
+    [(2, [3], None), (4, [3], 0), (1000, [9], 0), (4, [1, 3], 0), (1, [1, 1], None)],
+)
+def test_more_than_one_in_a_thousand_is_refused(missing, batches, refused_at):
+    remote, refused = rollouts(Silent(missing), SamplingParams(max_tokens=1000)), None
+    for number, size in enumerate(batches):
+        try:
+            remote.generate([[row] for row in range(1, size + 1)], None, 1)
+        except NotFinite:
+            refused = number
+            break
+    assert refused == refused_at
+
+
+def test_one_broken_token_in_each_small_batch_is_refused_in_the_end():
+    server = Silent(1)
+    remote = rollouts(server, SamplingParams(max_tokens=1000))
+    remote.stats.completion_tokens = -900  # so the first batch has had 100 tokens
+    remote.generate([[1]], None, 1)
+    server.missing = 1
+    with pytest.raises(NotFinite, match="2 of 1100"):
+        remote.generate([[1]], None, 1)
+
+
 def test_long_prompts_are_capped_and_counted(caplog):
     server = Server()
     remote = rollouts(server)
@@ -123,7 +184,6 @@ OTHER = WeightVersion(run_id="r", step=2)
         (completion(), "0 tokens"),
         (completion(1, finish_reason="abort"), "abort"),
         (completion(1, 2, logprobs=[-0.1]), "1 logprobs for 2"),
-        (completion(1, logprobs=[float("-inf")]), "not finite"),
         (completion(1, version=OTHER), "r@0.2"),
         (completion(1, version=None), "the base"),
         (completion(1, spans=[VersionSpan(version=VERSION, start=0, end=1, kv="carried")]), "carried"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,116 @@ def test_mismatch_that_is_clipped(make_trainer, server, client):
     assert session.metrics.mismatch.kl > 0.1
     logged = trainer.state.log_history[0]["lockstep/drift_clipped"]
     assert logged == pytest.approx(session.metrics.mismatch.clipped, abs=1e-3)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "batches", [{}, {"gradient_accumulation_steps": 2}, {"steps_per_generation": 2}, {"num_iterations": 2}], ids=str
+)
+def test_mismatch_is_measured_where_nothing_is_corrected(make_trainer, server, client, packed, batches):
+    """Of the logprobs of the loss, at the weights that the completions were requested from."""
+    trainer = make_trainer(vllm_importance_sampling_correction=False, max_steps=2, learning_rate=1.0, **batches)
+    session = attach(trainer, client=client, run_id="r", packed_passes=packed)
+    trainer.train()
+    drifts = [report.drift for report in session.metrics.reports]
+    assert all(drift.delta < 1e-4 for drift in drifts)
+    assert all(drift.effective_sample_size == 1.0 for drift in drifts)
+    logged = [log for log in trainer.state.log_history if "lockstep/drift_delta" in log]
+    assert len(logged) == (2 if len(server.generated) > 2 else 1)
+
+
+def test_an_adapter_that_trl_put_into_bfloat16_trains_in_float32(make_trainer, server, client):
+    """As TRL does over a quantized base. Updates far below a unit in the last place of A reach what is pushed."""
+    trainer = make_trainer(learning_rate=1e-5, max_steps=2)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # zero at first, which would leave A where it is
+            parameter.data = torch.randn_like(parameter) * 0.1
+    a = [parameter for name, parameter in trainer.model.named_parameters() if "lora_A" in name]
+    before = torch.cat([weight.detach().float().flatten() for weight in a])
+    session = attach(trainer, client=client, run_id="r", proof_canary=False)
+    trainer.train()
+    session.close()
+    after = torch.cat([weight.detach().flatten() for weight in a])
+    assert after.dtype == torch.float32
+    assert ((after - before).abs() > 0).float().mean() > 0.9
+    assert session.summary()["max_update_lost"] is None
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_truncate"])
+def test_one_logprob_that_is_not_finite_has_ratio_1(make_trainer, server, client, mode):
+    """As in a training whose server knows it: the learner's own logprob is the served one."""
+
+    def train(broken: bool):
+        server.drawn.manual_seed(0)
+        server.restart()
+        torch.manual_seed(0)
+        trainer = make_trainer(max_steps=2, vllm_importance_sampling_mode=mode)
+        session = attach(trainer, client=client, run_id=f"r{broken}", proof_canary=False)
+        generate, left = type(server)._generate, [math.nan] if broken else []
+
+        def with_one(request):
+            answer = generate(server, request)
+            if left and request.policy != "base":
+                answer.groups[0].completions[0].logprobs[0] = left.pop()
+            return answer
+
+        server._generate = with_one
+        trainer.train()
+        session.close()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        return session.summary(), [(log["loss"], log["grad_norm"]) for log in logs], logs[-1]
+
+    summary, broken, logged = train(True)
+    assert summary["unscored_tokens"] == logged["lockstep/unscored_tokens"] == 1
+    _, whole, _ = train(False)
+    for mine, other in zip(broken, whole, strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+
+
+def test_a_small_effective_sample_is_warned_of_once(make_trainer, server, client, caplog):
+    trainer = make_trainer(max_steps=2)
+    session = attach(trainer, client=client, run_id="r")
+    generate = server._generate
+
+    def shifted(request):
+        answer = generate(request)
+        for completion in [each for group in answer.groups for each in group.completions][1:]:
+            completion.logprobs = [logprob - 2.0 for logprob in completion.logprobs]
+        return answer
+
+    server._generate = shifted
+    trainer.train()
+    assert caplog.text.count("vllm_importance_sampling_mode=token_truncate") == 1
+    assert session.summary()["min_effective_sample_size"] < 0.5
+    assert all("lockstep/drift_effective_sample_size" in log for log in trainer.state.log_history if "reward" in log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"lora": {"lora_dropout": 0.05}}, "set lora_dropout=0"),
+        ({"model_init_kwargs": {"attention_dropout": 0.1}}, "attention_dropout"),
+        ({"lora": {"lora_dropout": 0.05}, "disable_dropout": True}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_dropout_is_warned_of(make_trainer, client, settings, advice):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(make_trainer(**settings), client=client)
+    seen = [str(each.message) for each in caught if "random part of the network" in str(each.message)]
+    assert len(seen) == (advice is not None)
+    assert all(advice in message for message in seen)
+
+
+def test_stale_samples_without_correction_are_refused(make_trainer, client):
+    trainer = make_trainer(vllm_importance_sampling_correction=False)
+    with pytest.raises(LockstepError, match="vllm_importance_sampling_correction=false"):
+        attach(trainer, client=client, max_staleness=1)
 
 
 def test_generation_batches_reused_over_steps(make_trainer, server, client):

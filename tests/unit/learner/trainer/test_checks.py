@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from learner.trainer.checks import check_grpo
+from learner.config import LearnerConfig
+from learner.trainer.checks import check_corrected, check_grpo
 from shared.errors import LockstepError
 
 
@@ -60,3 +61,12 @@ def test_reweighted_sampling_is_a_warning(grpo, settings, named):
 def test_truncation_and_temperature_need_no_warning(grpo):
     args = grpo(top_p=0.9, top_k=50, min_p=0.05, temperature=0.7)
     assert check_grpo(args) == []
+
+
+def test_stale_samples_need_a_correction_or_a_mask(grpo):
+    off = {"vllm_importance_sampling_correction": False}
+    with pytest.raises(LockstepError, match="off_policy_mask_threshold, or max_staleness=0"):
+        check_corrected(grpo(**off), LearnerConfig(max_staleness=1))
+    check_corrected(grpo(**off), LearnerConfig())
+    check_corrected(grpo(), LearnerConfig(max_staleness=1))
+    check_corrected(grpo(off_policy_mask_threshold=0.1, **off), LearnerConfig(max_staleness=1))

@@ -33,6 +33,14 @@ CUT = {
     (learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None,
     (learner.trainer.attach, "use_one_product"): lambda model, adapter: 0,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
 PADDED = {
     **CUT,
     (learner.trainer.attach, "cut_passes"): lambda trainer: None,
@@ -130,6 +138,13 @@ def train(make_trainer, server, client, monkeypatch, one_thread) -> Callable[...
     return run
 
 
+def _with_rope(init, rope):
+    def init_with_rope(self, **settings):
+        init(self, **{**settings, "rope_parameters": dict(rope)})
+
+    return init_with_rope
+
+
 def assert_same(one: Seen, other: Seen) -> None:
     assert one.losses == pytest.approx(other.losses, rel=1e-5, abs=1e-5)
     assert any(abs(x) > 1e-3 for x in one.losses)
@@ -165,6 +180,69 @@ def test_passes_do_not_follow_micro_batches(train):
     seen = train({}, {"max_tokens_per_pass": 10_000}, max_steps=1)
     # A few rows to compare, all rows without gradient, all rows with it.
     assert len(seen.packed) == 3
+
+
+NO_HOOK = {(learner.trainer.attach, "keep_old_values"): lambda trainer: None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "equal"),
+    [
+        ({}, {}, True),
+        ({}, {"packed_passes": False}, True),
+        (NO_HOOK, {"packed_passes": False}, False),
+        ({(learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None}, {}, True),
+    ],
+    ids=["packed", "cut", "cut-without", "fallback"],
+)
+def test_ratios_are_1_at_the_weights_of_the_old_logprobs_in_bfloat16(
+    make_trainer, server, client, monkeypatch, one_thread, changes, options, equal
+):
+    """Rows of a bnpo loss stay as TRL shuffles them, so a row's two passes have other companions and other widths."""
+    for (module, name), value in changes.items():
+        monkeypatch.setattr(module, name, value)
+    trainer = make_trainer(
+        bf16=True,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        max_completion_length=24,
+        max_steps=2,
+        learning_rate=1e-3,
+        loss_type="bnpo",
+    )
+    rows = [{"prompt": " ".join(f"w{(7 * i + j) % 60}" for j in range(1 + 5 * (i % 4)))} for i in range(12)]
+    trainer.train_dataset = Dataset.from_list(rows)
+    attach(trainer, client=client, run_id="r", proof_canary=False, proof_tolerance=1.0, **options)
+    compute, score = trainer._compute_loss, trainer._get_per_token_logps_and_entropies
+    now, differences, gradients = {}, [], Seen()
+
+    def compute_seen(model, inputs):
+        now.update(inputs)
+        return compute(model, inputs)
+
+    def score_seen(*args, **kwargs):
+        scored = score(*args, **kwargs)
+        if torch.is_grad_enabled() and scored[0].requires_grad:
+            differences.append((scored[0] - now["old_per_token_logps"]).abs().max().item())
+        return scored
+
+    trainer._compute_loss, trainer._get_per_token_logps_and_entropies = compute_seen, score_seen
+    trainer.add_callback(gradients)
+    trainer.train()
+    assert len(differences) == 6
+    assert (max(differences) == 0.0) is equal
+    assert all(gradient.abs().max() > 0 for gradient in gradients.gradients)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, LONGROPE], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_nothing_is_cut_where_positions_depend_on_the_width(train, monkeypatch, rope, packed):
+    """All passes have the width of the batch, so that each row has the same angles in all of them."""
+    monkeypatch.setattr(Qwen3Config, "__init__", _with_rope(Qwen3Config.__init__, rope))
+    ours = train({}, {"packed_passes": packed, "proof_tolerance": 1e3}, max_steps=1)
+    plain = train(PADDED, {"packed_passes": packed, "proof_tolerance": 1e3}, max_steps=1)
+    assert ours.positions == plain.positions
+    assert not ours.packed
 
 
 @pytest.mark.parametrize(

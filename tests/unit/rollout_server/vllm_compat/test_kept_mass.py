@@ -13,11 +13,11 @@ from rollout_server.vllm_compat import kept_mass
 
 
 def test_masses_and_ranks_are_told_apart():
-    masses = torch.tensor([0.0, -1e-6, -0.5, -31.25, -torch.inf, 1e-7])
+    masses = torch.tensor([0.0, -1e-6, -0.5, -31.25, -torch.inf, 1e-7, torch.nan])
     numbers = kept_mass.encoded(masses)
     assert numbers.dtype == torch.int64
     assert numbers.abs().max() < 2**31
-    expected = [0.0, -1e-6, -0.5, -31.25, -100.0, 0.0]
+    expected = [0.0, -1e-6, -0.5, -31.25, -100.0, 0.0, 0.0]
     assert kept_mass.decoded(numbers.tolist()) == pytest.approx(expected, abs=1e-7)
     assert kept_mass.decoded([-5, 1]) is None
     assert kept_mass.decoded([None]) is None
