@@ -31,6 +31,9 @@ def main() -> None:
     # A CUDA context or OpenMP pool in this process must never be forked into the engine.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Shared memory of an engine that has died: Python would say so after the last line, which is the reason.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     import uvloop
 
     handler = logging.StreamHandler()

@@ -36,6 +36,7 @@ from learner.trainer.hooks import (
     watch_mismatch,
 )
 from learner.trainer.internals import TrlTrainer, check_trl
+from learner.trainer.leaving import leave_in_order
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, sort_rows
 from learner.trainer.resume import resume_exactly
@@ -160,8 +161,9 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | `_prepare_inputs` | `sort_rows` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `train` | `leave_in_order` | what resuming refuses leaves nothing to save |
 
-    Callbacks run in the order in which they are added: the push comes before the recorder.
+    Callbacks run in the order in which they are added: the push comes before the recorder, and before leaving.
     """
     generate_with(trainer, session.rollouts)
     cut_passes(trainer)
@@ -178,6 +180,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
         replace_zero_variance_groups(trainer, session.rollouts.dynamic_sampling, session.rollouts)
     resume_exactly(trainer, session)
     trainer.add_callback(_PushAfterStep(session))
+    leave_in_order(trainer, session)
     recorder = attach_recorder(trainer, session)
     if recorder and session.config.run_page:
         record_samples(trainer, session, recorder.samples.add)
