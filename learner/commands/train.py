@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from learner.adapters.lora_rules import check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
+from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules
 from learner.commands.export import export
 from learner.commands.options import OptionParser
@@ -38,7 +40,7 @@ from learner.trainer.leaving import SIGNALS
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
-from learner.utils.atomic import atomic_directory, check_writable
+from learner.utils.atomic import atomic_directory, atomic_file, check_writable
 from learner.utils.cleanup import finally_do
 from learner.utils.logs import show_messages
 from learner.utils.processes import Stopped, each_signal, raise_stopped
@@ -289,6 +291,10 @@ def _save_adapter(trainer: GRPOTrainer, session: Session, folder: Path) -> None:
         save_final_adapter(trainer, building)
         if writes:
             save_state(building, state)
+    if writes:  # where PEFT, lm_eval and others look for the adapter in an output_dir of TRL
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with atomic_file(folder.parent / name) as copy:
+                shutil.copyfile(folder / name, copy)
 
 
 def _asked(args: GRPOConfig) -> str | bool | None:

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -96,29 +96,42 @@ def check(argv: Sequence[str]) -> None:
     """Check what can be checked without TRL.
 
     Raises:
-        InvalidRequest: an option that does not exist, or would have no effect, with what to write instead; a file that
-            cannot be read; a model that is not there.
+        InvalidRequest: see `read_options`; or the model is not there.
     """
-    known, given = options(), dict[str, Any]()
-    for index, word in enumerate(argv):
-        if not re.match(r"--[A-Za-z]", word):
-            continue
-        name, equals, value = word.removeprefix("--").partition("=")
-        name, following = name.replace("-", "_"), argv[index + 1 : index + 2]
-        if not equals and following and not following[0].startswith("--"):
-            value = following[0]
-        if name == "config":
-            given = _read(value, known) | given
-        elif name not in known and name.removeprefix("no_") not in known:
-            raise InvalidRequest(unknown_option(name, value, known))
-        else:
-            _refuse(name, value, f"--{name} {value}")
-            given[name] = value
+    given = read_options(argv)
     if model := given.get("model_name_or_path"):
         try:
             check_model_exists(str(model), given.get("model_revision"))
         except InvalidRequest as error:
             raise InvalidRequest(f"model_name_or_path: {error.message}") from error
+
+
+def read_options(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the options on a command line, and in the files of its `--config`, by name and as they were written.
+
+    Raises:
+        InvalidRequest: an option that does not exist, or would have no effect, with what to write instead; or a file
+            that cannot be read.
+    """
+    known, files, given = options(), dict[str, Any](), dict[str, Any]()
+    for flag, words in _flags(argv):
+        name, value = flag.replace("-", "_"), " ".join(words)
+        if name == "config":
+            files |= _read(value, known)
+        elif name not in known and name.removeprefix("no_") not in known:
+            raise InvalidRequest(unknown_option(name, value, known))
+        else:
+            _refuse(name, value, f"--{name} {value}")
+            given[name] = [*given.get(name, ()), *words] if name == "rollout_url" else value or "true"
+    return files | given
+
+
+def _flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each flag without its dashes, and the words up to the next one."""
+    at = [index for index, word in enumerate(argv) if re.match(r"--[A-Za-z]", word)]
+    for index, end in zip(at, [*at[1:], len(argv)], strict=True):
+        flag, equals, value = argv[index].removeprefix("--").partition("=")
+        yield flag, [*([value] if equals else []), *argv[index + 1 : end]]
 
 
 def _read(path: str, known: Mapping[str, Option]) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     saved = LoraConfig.from_pretrained(adapter)
     assert saved.use_rslora
     assert saved.rank_pattern == {"q_proj": 8}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # output_dir itself is PEFT's, as TRL's is
+        assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
 
     at = flags.index("--lora_r")
     warm = run(flags[:at] + flags[at + 4 :], "--init_adapter", str(adapter), "--output_dir", str(tmp_path / "warm"))

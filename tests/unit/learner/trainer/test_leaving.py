@@ -66,6 +66,9 @@ def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(attached, t
     cut.train()
     assert cut.state.global_step == 2
     assert session.interrupted == number.name
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "fine-tuned version of `" in card
+    assert "[None]" not in card
     assert signal.getsignal(number) == before
     assert f"{number.name}: the training ends after step" in capfd.readouterr().err
     resumed, _ = attached("cut", **config)
