@@ -78,6 +78,7 @@ RENAMED = {
     "adapter": "init_adapter",
     "peft": "init_adapter",
     "api_key": "token_file",
+    "warmup_ratio": "warmup_steps",
     "wandb": "report_to",
     "resume": "resume_from_checkpoint",
     "vllm_url": "rollout_url",
@@ -118,15 +119,16 @@ _SAMPLING_OPTIONS = {"max_tokens": "max_completion_length", "n": "num_generation
 _SAMPLING_OPTIONS |= {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")}
 
 
-def unknown_option(name: str, value: object, known: Collection[str], *, flag: bool = True) -> str:
-    """Return what to say of an option that does not exist, with underscores and without dashes.
+def unknown_option(written: str, value: object, known: Collection[str], *, flag: bool = True) -> str:
+    """Return what to say of an option that does not exist.
 
     Args:
+        written: its name, as it was written, without the first dashes.
         value: what it was given, if anything.
         flag: it stands on the command line, not in a file.
     """
-    dashes = "--" if flag else ""
-    there_is_none = f"there is no {dashes}{name}" if flag else f"there is no option {name}"
+    name, dashes = written.replace("-", "_"), "--" if flag else ""
+    there_is_none = f"there is no {dashes}{written}" if flag else f"there is no option {written}"
     if name == SAMPLING:
         return f"{there_is_none}: {_sampling_options(value, flag=flag)}"
     if name in _OF_SERVER:
@@ -137,7 +139,8 @@ def unknown_option(name: str, value: object, known: Collection[str], *, flag: bo
         return f"{there_is_none}: it is {dashes}{RENAMED[name]} here"
     if why := _WHY.get(name) or (_UNSLOTH_WHY if name.startswith(_UNSLOTH) else None):
         return f"{there_is_none}: {why}"
-    return there_is_none + did_you_mean(dashes + name, [dashes + one for one in known])
+    spelled = [one.replace("_", "-") if "-" in written else one for one in known]
+    return there_is_none + did_you_mean(dashes + written, [dashes + one for one in spelled])
 
 
 def sampling_fields(text: str) -> dict[str, Any]:

@@ -98,9 +98,11 @@ class OptionParser(TrlParser):
         values, unknown = self.parse_known_args(flags)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-            name, _, value = flag.lstrip("-").partition("=")
+            if not flag.startswith("--"):
+                raise InvalidRequest(f"there is no {flag}")
+            name, _, value = flag.removeprefix("--").partition("=")
             value = value or next(iter(unknown[unknown.index(flag) + 1 :]), "")
-            raise InvalidRequest(unknown_option(name.replace("-", "_"), value, self._options))
+            raise InvalidRequest(unknown_option(name, value, self._options))
         try:
             config, args, model_args = (_made(options, vars(values)) for options in self.dataclass_types)
         except Exception as error:  # of TRL, transformers and accelerate, of any kind

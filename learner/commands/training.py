@@ -119,7 +119,7 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
         if name == "config":
             files |= _read(value, known)
         elif name not in known and name.removeprefix("no_") not in known:
-            raise InvalidRequest(unknown_option(name, value, known))
+            raise InvalidRequest(unknown_option(flag, value, known))
         else:
             _refuse(name, value, f"--{name} {value}")
             given[name] = [*given.get(name, ()), *words] if name == "rollout_url" else value or "true"
@@ -170,8 +170,8 @@ def help_text() -> str:
         if option.name not in FIRST:
             groups.setdefault(option.group, []).append(f"--{option.name}")
     for group, names in groups.items():
-        indent = {"initial_indent": "  ", "subsequent_indent": "  "}
-        lines += ["", f"{group}:", *textwrap.wrap(" ".join(names), _WIDTH, break_on_hyphens=False, **indent)]
+        wrapped = textwrap.wrap(" ".join(names), _WIDTH, break_on_hyphens=False)
+        lines += ["", f"{group}:", *(f"  {line}" for line in wrapped)]
     return "\n".join(
         [
             *lines,

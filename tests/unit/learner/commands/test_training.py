@@ -17,7 +17,7 @@ from shared.errors import InvalidRequest
 
 WORDS = [
     ("--fast_inference", "completions always come from vLLM"),
-    ("--fast-inference true", "there is no --fast_inference: completions always"),
+    ("--fast-inference true", "there is no --fast-inference: completions always"),
     ("--gpu_memory_utilization 0.6", "belongs to the server: rollout-server MODEL --gpu-memory-utilization 0.6"),
     ("--max_lora_rank=64", "rollout-server MODEL --max-lora-rank 64; the rank that is trained is --lora_r"),
     ("--max_seq_length 2048", "rollout-server MODEL --max-model-len 2048, for prompt and completion"),
@@ -35,7 +35,7 @@ WORDS = [
     ("--vllm_gpu_memory_utilization 0.3", "give --gpu-memory-utilization to rollout-server"),
     ("--vllm_server_port 8001", "has no effect here: use rollout_url"),
     ("--lerning_rate 1e-5", "there is no --lerning_rate: did you mean --learning_rate?"),
-    ("--max-stalenes 1", "did you mean --max_staleness?"),
+    ("--max-stalenes 1", "did you mean --max-staleness?"),
     ("--nothing_of_the_kind", "there is no --nothing_of_the_kind [invalid_request]"),
 ]
 LIGHT = """
