@@ -114,6 +114,8 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
             that cannot be read.
     """
     known, files, given = options(), dict[str, Any](), dict[str, Any]()
+    if argv and not argv[0].startswith("-"):
+        raise InvalidRequest(f"there is no {argv[0]}: options are written as --NAME VALUE")
     for flag, words in _flags(argv):
         name, value = flag.replace("-", "_"), " ".join(words)
         if name == "config":

@@ -116,6 +116,8 @@ class RewardPool:
         Raises:
             LockstepError: workers die as soon as they are started, or the arguments cannot be pickled.
         """
+        if outcome.done():
+            return outcome.result(0)
         deadline = time.monotonic() + limit_s
         limits = f"each row has {self.timeout_s:g} s: --reward_timeout_s"
         with waiting(f"rewards of {', '.join(self.names.values())}", detail=lambda: limits, mentions_s=LATER_S):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from datasets import Dataset
 
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.trainer.attach import attach
+from learner.trainer.leaving import _Leave
 from learner.utils.processes import Stopped, each_signal, raise_stopped
 from shared.errors import NotFinite, NotReady
 
@@ -187,3 +189,18 @@ def test_what_waiting_does_not_mend_is_not_saved(attached, tmp_path):
     with pytest.raises(NotFinite):
         trainer.train()
     assert last_checkpoint(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_a_signal_to_any_rank_ends_all_of_them(anywhere):
+    """Rank 1 of 2, to which none has come."""
+
+    def reduce(came, reduction):
+        assert came.item() == 0.0
+        return came + float(anywhere)
+
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce, is_main_process=False)
+    session = SimpleNamespace(interrupted=None)
+    leave = _Leave(SimpleNamespace(accelerator=accelerator), session)
+    assert leave._all_leave() is anywhere
+    assert bool(session.interrupted) is anywhere
