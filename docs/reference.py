@@ -12,8 +12,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from learner.commands import doctor, export, four_bit_base, status
 from learner.commands import eval as eval_command
-from learner.commands import export, four_bit_base, status
 from learner.config import LearnerConfig
 from rollout_server.api.app import build_app
 from rollout_server.api.security.roles import OPEN, VLLM_ROUTES, role_needed
@@ -39,11 +39,12 @@ def cli_page() -> str:
                 "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
                 _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
                 "## learner train",
-                "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too.",
+                "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too. `--help` shows what is set first, "
+                "and the names of all; `--help-all` explains each.",
                 _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
                 *(
                     part
-                    for module in (eval_command, export, status, four_bit_base)
+                    for module in (doctor, eval_command, export, status, four_bit_base)
                     for part in _command(module.make_parser())
                 ),
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ import shared
 sys.path.remove(_beside)
 if not hasattr(shared, "PROTOCOL_VERSION"):
     raise ImportError(f"{shared} was imported before Lockstep's module of that name: rename yours")
+
+# TRL says it five times, of a vLLM that is beside it and that it does not use here.
+warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
 
 if TYPE_CHECKING:
     from learner.trainer.attach import attach

@@ -1,4 +1,4 @@
-"""`learner train | status | eval | export | four-bit-base`.
+"""`learner train | doctor | status | eval | export | four-bit-base`.
 
 A command is imported only when it is called: `status`, `eval` and `export` need no torch.
 """
@@ -8,25 +8,27 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from learner.utils.processes import Stopped
 from shared.errors import ErrorCode, LockstepError
 from shared.messages import did_you_mean, one_line
 
 COMMANDS = {
-    "train": ("learner.commands.train", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
+    "train": ("learner.commands.training", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
+    "doctor": ("learner.commands.doctor", "say what will not work, before anything is loaded"),
     "status": ("learner.commands.status", "show what the rollout servers serve, and the progress of a run"),
     "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),
     "four-bit-base": ("learner.commands.four_bit_base", "make a base model that the learner can load in 4-bit (QLoRA)"),
     "export": ("learner.commands.export", "export a trained adapter, alone or merged into its base model"),
 }
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0 done, 1 failed, 2 wrong options, 130 interrupted.
+    """Run a command. Returns the exit code: 0 done, 1 failed, 2 wrong options, 130 interrupted, 143 stopped
+    by a signal: not finished, so that a supervisor starts it again.
 
     Errors that the user can fix are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the traceback instead.
     """
@@ -37,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"learner: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)} (learner --help)", file=sys.stderr)
         return EXIT_USAGE
-    # Of what is installed beside TRL and not used by it: an error would not be the only line on stderr.
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
+    # It is installed beside TRL and need not be used: an error would not be the only line on stderr.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return import_module(COMMANDS[argv[0]][0]).main(argv[1:])
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"learner {argv[0]}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Stopped as stopped:
+        print(f"learner {argv[0]}: stopped by {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def _usage() -> str:

@@ -28,6 +28,7 @@ from learner.step_metrics import StepMetrics, StepReport
 from learner.sync.gpu_sharing import GpuSharing
 from learner.sync.proof import SyncProof, canary_slope, probe_sequences
 from learner.sync.publisher import Publisher
+from learner.utils.waits import waiting
 from shared.errors import (
     ErrorDetail,
     InstallFailed,
@@ -57,6 +58,7 @@ class Session:
     Attributes:
         proof, rounded: made when a training begins, since the trainer places the model only then.
         canary_slope: see `learner.sync.proof`; None where there was no canary.
+        interrupted: the signal that has asked the training to end, see `learner.trainer.leaving`.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Session:
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None
         self.canary_slope: float | None = None
+        self.interrupted: str | None = None
         self._log: EventLog | None = None
 
     def _save_lease(self) -> None:
@@ -126,6 +129,14 @@ class Session:
         if again := self.publisher.last is not None:
             self.publisher.next_fence()
             self._save_lease()
+        with waiting("the proof that the servers hold the same base, and what is pushed to them"):
+            self._prove_and_push(again=again)
+        self.pool.supervise(self._catch_up if self.trainer.accelerator.is_main_process else self._check_up)
+        if self.config.max_staleness:
+            self.rollouts.read_ahead(self.config.max_staleness)
+        self.metrics.restart_clock()
+
+    def _prove_and_push(self, *, again: bool) -> None:
         self.yield_gpu()
         sequences = self._on_main(lambda: probe_sequences(self.pool, self._prompts))
         config, trainer, is_main = self.config, self.trainer, self.trainer.accelerator.is_main_process
@@ -147,21 +158,19 @@ class Session:
         self.rounded = RoundedUpdates(self.model, lambda local: trainer.accelerator.reduce(local, reduction="sum"))
         self.publisher.push(trainer.step)
         self.proof.check(self.publisher.version(trainer.step))
-        self.pool.supervise(self._catch_up if is_main else self._check_up)
-        if config.max_staleness:
-            self.rollouts.read_ahead(config.max_staleness)
-        self.metrics.restart_clock()
 
     def after_step(self) -> StepReport:
         """Push the step that was just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
-        self.yield_gpu()
-        receipt, every = self.publisher.push(step), self.config.proof_every
-        due = step <= 2 or step == steps or (every > 0 and step % every == 0)
+        with waiting(f"the push of step {step}, and the proof of it"):
+            self.yield_gpu()
+            receipt, every = self.publisher.push(step), self.config.proof_every
+            due = step <= 2 or step == steps or (every > 0 and step % every == 0)
+            gap = self.proof.check(receipt.version).max_mismatch if due and self.proof else None
         return self.metrics.end_step(
             push_seconds=self.publisher.seconds[-1],
             receipt=receipt,
-            logprob_gap=self.proof.check(receipt.version).max_mismatch if due and self.proof else None,
+            logprob_gap=gap,
             update_lost=self.rounded.last_lost() if self.rounded else None,
         )
 

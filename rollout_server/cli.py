@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from rollout_server import settings as server_settings
 from shared.errors import InvalidRequest, LockstepError
 from shared.messages import one_line, unknown_flag
+from shared.model_files import check_model_exists
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _UNKNOWN = "unrecognized arguments: "
@@ -29,6 +31,9 @@ def main() -> None:
     # A CUDA context or OpenMP pool in this process must never be forked into the engine.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Shared memory of an engine that has died: Python would say so after the last line, which is the reason.
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     import uvloop
 
     handler = logging.StreamHandler()
@@ -38,6 +43,7 @@ def main() -> None:
     root.setLevel(logging.INFO)
     root.propagate = False
     try:
+        check_first(sys.argv[1:])
         configured = resolve(sys.argv[1:])
     except Exception as error:  # of vLLM and transformers, of any kind
         _fail(error, EXIT_USAGE)
@@ -57,6 +63,37 @@ def _fail(error: Exception, status: int) -> NoReturn:
     kind = "" if isinstance(error, LockstepError | ValueError) else f"{type(error).__name__}: "
     print(f"rollout-server: {kind}{one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def check_first(argv: list[str]) -> None:
+    """Check port and model as far as they stand on the command line, before vLLM is imported, which takes a while.
+
+    Raises:
+        LockstepError: `invalid_request`: the port is taken, or there is no such model.
+    """
+    from rollout_server.api.connections import listen
+
+    if {"-h", "--help"}.intersection(word.partition("=")[0] for word in argv):
+        return
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("host", "model", "revision", "hf-config-path"):
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
+    parser.add_argument("--port", type=int)
+    model = [argv[0]] if argv and not argv[0].startswith("-") else []
+    try:
+        given, _ = parser.parse_known_args(argv[len(model) :])
+    except argparse.ArgumentError:
+        return  # the complete parser says what is wrong
+    if given.port is not None:
+        for one in listen(given.host or "127.0.0.1", given.port):
+            one.close()
+    if model or given.model:
+        _check_model(model[0] if model else given.model, given)
+
+
+def _check_model(model: str, args: Any) -> None:
+    if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() not in ("1", "true"):
+        check_model_exists(model, args.revision, config_elsewhere=bool(args.hf_config_path))
 
 
 def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
@@ -138,6 +175,7 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
     from rollout_server import lifecycle
 
     args, settings = parse(argv)
+    _check_model(args.model, args)
     vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     lifecycle.check_config(vllm_config, settings)
     return args, vllm_config, settings
@@ -146,7 +184,7 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
     """Run until SIGTERM, SIGINT or the engine's death; return the process's exit status."""
     from rollout_server import lifecycle
-    from rollout_server.api.connections import Connections, connections_that_fit
+    from rollout_server.api.connections import Connections, connections_that_fit, listen
     from rollout_server.api.middleware.auth import AuthMiddleware
     from rollout_server.api.middleware.readiness import ReadinessMiddleware
     from rollout_server.api.security import binding
@@ -178,7 +216,8 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
         timeout_graceful_shutdown=5,  # for responses that are still being sent when nothing runs any more
         **binding.tls_options(args),
     )
-    http = asyncio.ensure_future(server.serve())
+    # Before the engine takes memory that may be another server's.
+    http = asyncio.ensure_future(server.serve(listen(args.host, args.port)))
     starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity))
     status = 0
     try:

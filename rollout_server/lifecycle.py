@@ -40,24 +40,34 @@ logger = logging.getLogger("lockstep.lifecycle")
 async def start(
     args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
 ) -> Service:
-    """Load the model, register the slots, warm up, and let requests in."""
+    """Load the model, register the slots, warm up, and let requests in.
+
+    Raises:
+        EngineDead: the engine has not come up, with its first error.
+    """
+    with start_errors.reported_errors() as first_report:
+        try:
+            return await _start(args, vllm_config, settings, readiness, capacity)
+        except Exception as error:
+            raise EngineDead(f"vLLM could not start the engine: {first_report() or one_line(error)}") from error
+
+
+async def _start(
+    args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
+) -> Service:
     from vllm import envs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     started = time.monotonic()
-    with start_errors.reported_errors() as first_report:
-        try:
-            # On a thread: loading takes minutes, and /health must answer meanwhile.
-            engine = await asyncio.to_thread(
-                AsyncLLM.from_vllm_config,
-                vllm_config=vllm_config,
-                usage_context=UsageContext.OPENAI_API_SERVER,
-                enable_log_requests=args.enable_log_requests,
-                disable_log_stats=args.disable_log_stats,
-            )
-        except Exception as error:
-            raise EngineDead(f"vLLM could not start the engine: {first_report() or one_line(error)}") from error
+    # On a thread: loading takes minutes, and /health must answer meanwhile.
+    engine = await asyncio.to_thread(
+        AsyncLLM.from_vllm_config,
+        vllm_config=vllm_config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
@@ -173,5 +183,7 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
             "--apply merge writes plain weights, and this model computes with others made of them (quantized, or MLA): "
             "use --apply adapter"
         )
+    if not settings.merges and (missing := versions.without_lora(model)):
+        raise InvalidRequest(missing)
     if getattr(model, "is_multimodal_model", False):
         raise InvalidRequest("vision and audio models are not supported yet; serve a text model")

@@ -135,10 +135,10 @@ def find_adapter(path: str | Path) -> Path:
     That is the final adapter, unless a resumed training has left a later checkpoint.
     """
     folder = Path(path)
-    if (folder / CONFIG_FILE).is_file():
-        return folder
     final, last = folder / FINAL_ADAPTER, last_checkpoint(folder)
     has_final = (final / CONFIG_FILE).is_file()
+    if last is None and not has_final and (folder / CONFIG_FILE).is_file():
+        return folder
     if last is not None and has_final:
         state, steps = load_state(last), _json_file(folder / SUMMARY_FILE).get("steps")
         has_final = state is None or steps is None or state.step <= steps

@@ -19,6 +19,7 @@ from learner.evaluation.temporary_run import temporary_run
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.utils.atomic import check_writable
+from learner.utils.logs import show_messages
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import InvalidRequest
 from shared.messages import one_line
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
     token = read_token(options.token_file)
     if options.json:
         check_writable(options.json, "--json")
+    show_messages(is_main=True, stream=sys.stderr)
     try:
         with stop_on_signals(), RolloutClient(options.rollout_url, token, ca_file=options.ca_file) as client:
             client.wait_ready(options.ready_timeout_s)

@@ -17,8 +17,9 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name, number, without_usage
 from learner.config import LearnerConfig
+from learner.foreign_options import unknown_option
 from shared.errors import InvalidRequest
-from shared.messages import did_you_mean, one_line, unknown_flag
+from shared.messages import one_line
 
 #: Least values of TRL's options; where they are not kept, an error far inside says something else, or nothing does.
 _LEAST = {
@@ -98,7 +99,12 @@ class OptionParser(TrlParser):
             self._read(path)
         values, unknown = self.parse_known_args(flags)
         if unknown:
-            raise InvalidRequest(unknown_flag(unknown, self._option_string_actions))
+            flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+            if not flag.startswith("--"):
+                raise InvalidRequest(f"there is no {flag}")
+            name, _, value = flag.removeprefix("--").partition("=")
+            value = value or next(iter(unknown[unknown.index(flag) + 1 :]), "")
+            raise InvalidRequest(unknown_option(name, value, self._options))
         try:
             config, args, model_args = (_made(options, vars(values)) for options in self.dataclass_types)
         except Exception as error:  # of TRL, transformers and accelerate, of any kind
@@ -114,7 +120,7 @@ class OptionParser(TrlParser):
             raise InvalidRequest(f"--config {path}: env must hold one `VARIABLE: value` a line")
         for name, value in options.items():
             if name not in self._options:
-                raise InvalidRequest(f"--config {path}: there is no option {name}{did_you_mean(name, self._options)}")
+                raise InvalidRequest(f"--config {path}: {unknown_option(name, value, self._options, flag=False)}")
             try:
                 self.set_defaults(**{name: self._value(name, value)})
             except (argparse.ArgumentTypeError, ValueError, TypeError) as error:

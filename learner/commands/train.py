@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from learner.adapters.lora_rules import check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
+from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules
 from learner.commands.export import export
 from learner.commands.options import DEFAULTS, OptionParser
@@ -34,14 +36,17 @@ from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_corrected, check_grpo
+from learner.trainer.leaving import SIGNALS
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
-from learner.utils.atomic import atomic_directory, check_writable
+from learner.utils.atomic import atomic_directory, atomic_file, check_writable
 from learner.utils.cleanup import finally_do
 from learner.utils.logs import show_messages
+from learner.utils.processes import Stopped, each_signal, raise_stopped
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
+from shared.model_files import check_model_exists
 
 logger = logging.getLogger("lockstep.commands")
 
@@ -132,6 +137,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
+            _stop_if_interrupted(trainer, session, asked)
     train_seconds = time.perf_counter() - training
     saved = load_state(out / FINAL_ADAPTER) if finished else None
     if not (finished and saved and (saved.fence, saved.step) == (finished.fence, finished.step)):
@@ -150,9 +156,20 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     return summary
 
 
+def _stop_if_interrupted(trainer: GRPOTrainer, session: Session, asked: str | bool | None) -> None:
+    """Raise `Stopped` if a signal has ended the training early; says how to go on."""
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if not session.interrupted or step >= steps:
+        return
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    how = "the same command goes on" if asked in (None, True) else f"--resume_from_checkpoint {checkpoint} goes on"
+    raise Stopped(f"{session.interrupted}: step {step} of {steps} is saved in {checkpoint}; {how} from there")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code."""
-    summary = run(*parse(argv))
+    with each_signal(raise_stopped, *SIGNALS):
+        summary = run(*parse(argv))
     if _is_main():
         gap, push = summary["max_logprob_gap"], summary["push_seconds_median"]
         print(
@@ -188,6 +205,7 @@ def _check_scheduler(args: GRPOConfig) -> None:
 
 def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
     """Return the model's configuration; raises `invalid_request` where there is none, `unsupported_adapter`."""
+    check_model_exists(model, revision)
     try:
         found = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -274,6 +292,10 @@ def _save_adapter(trainer: GRPOTrainer, session: Session, folder: Path) -> None:
         save_final_adapter(trainer, building)
         if writes:
             save_state(building, state)
+    if writes:  # where PEFT, lm_eval and others look for the adapter in an output_dir of TRL
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with atomic_file(folder.parent / name) as copy:
+                shutil.copyfile(folder / name, copy)
 
 
 def _asked(args: GRPOConfig) -> str | bool | None:

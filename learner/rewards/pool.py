@@ -24,6 +24,7 @@ from pebble import ProcessExpired, ProcessPool
 from learner.rewards import worker
 from learner.rewards.calls import Parts, RewardCall
 from learner.utils.threads import start
+from learner.utils.waits import LATER_S, waiting
 from shared.errors import InvalidRequest
 
 T = TypeVar("T")
@@ -115,9 +116,13 @@ class RewardPool:
         Raises:
             LockstepError: workers die as soon as they are started, or the arguments cannot be pickled.
         """
+        if outcome.done():
+            return outcome.result(0)
         deadline = time.monotonic() + limit_s
-        while not wait_for([outcome], _LOOK_S).done and time.monotonic() < deadline:
-            self._replace_broken()
+        limits = f"each row has {self.timeout_s:g} s: --reward_timeout_s"
+        with waiting(f"rewards of {', '.join(self.names.values())}", detail=lambda: limits, mentions_s=LATER_S):
+            while not wait_for([outcome], _LOOK_S).done and time.monotonic() < deadline:
+                self._replace_broken()
         return outcome.result(0)
 
     def close(self) -> None:

@@ -134,6 +134,12 @@ class Dispatcher:
                     request.replica.failures = 0
         return [rows[i] for i in sorted(rows)]
 
+    def progress(self) -> str:
+        """Return how much of what was requested is outstanding, and how many servers work on it."""
+        replicas = list(self.pool.replicas.values())
+        tokens = sum(replica.load.outstanding for replica in replicas)
+        return f"about {tokens:.0f} tokens to come, {len(self.pool.up())} of {len(replicas)} servers up"
+
     def _requests(
         self, groups: list[GroupRequest], replicas: list[Replica], allowed: AllowedVersion
     ) -> list[_ServerRequest]:

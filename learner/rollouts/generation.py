@@ -19,6 +19,7 @@ from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.prefetch import Prefetcher
 from learner.servers.router import GroupRequest
+from learner.utils.waits import LATER_S, waiting
 from shared.errors import InvalidRequest, NotFinite
 from shared.rollouts import Completion
 
@@ -158,6 +159,10 @@ class RemoteRollouts:
 
     def complete(self, prompts: list[list[int]]) -> list[Completion]:
         """Return one completion for each row; of other prompts where groups were replaced."""
+        with waiting("completions", detail=self.dispatcher.progress, mentions_s=LATER_S):
+            return self._completions(prompts)
+
+    def _completions(self, prompts: list[list[int]]) -> list[Completion]:
         started, training = time.perf_counter(), self.trainer.is_training
         prefetcher = self.prefetcher if training else None
         completions = self._take_prefetched(prefetcher, prompts) if prefetcher else None

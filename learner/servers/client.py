@@ -14,6 +14,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from learner.servers.credentials import ssl_context, tls_error
+from learner.utils.waits import waiting
 from shared import PROTOCOL_VERSION, wire
 from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.collective import Announcement, GroupInvitation
@@ -131,25 +132,34 @@ class RolloutClient:
             NotReady: it was not ready within `timeout_s` seconds; the message holds the last response.
             Unauthenticated, Forbidden: at once, since waiting brings no token.
         """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                response = self._http.get(wire.READY)
-                if response.status_code == 200:
+        last = "it has not answered yet"
+        then = "it is given up: start it with `rollout-server MODEL`, or check its URL"
+        with waiting(f"the rollout server at {self.url}", limit_s=timeout_s, then=then, detail=lambda: last):
+            deadline = time.monotonic() + timeout_s
+            while True:
+                ready, last = self._look()
+                if ready:
                     return self.state()
-                if response.status_code in (401, 403):
-                    raise self._response_error(response)
-                last = f"answers {response.status_code} on /ready"
-            except httpx.HTTPError as error:
-                if refusal := tls_error(self.url, error):
-                    raise refusal from error
-                last = str(error) or type(error).__name__
-            if time.monotonic() >= deadline:
-                raise NotReady(
-                    f"the rollout server at {self.url} was not ready within {timeout_s:g} s ({last}); start "
-                    "it with `rollout-server MODEL`, check rollout_url, or raise ready_timeout_s"
-                )
-            time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
+                if time.monotonic() >= deadline:
+                    raise NotReady(
+                        f"the rollout server at {self.url} was not ready within {timeout_s:g} s ({last}); start "
+                        "it with `rollout-server MODEL`, check rollout_url, or raise ready_timeout_s"
+                    )
+                time.sleep(min(poll_s, max(deadline - time.monotonic(), 0.01)))
+
+    def _look(self) -> tuple[bool, str]:
+        """Ask whether the server is ready; return how it stands if not."""
+        try:
+            response = self._http.get(wire.READY)
+            if response.status_code in (401, 403):
+                raise self._response_error(response)
+            if response.status_code == 503:
+                return False, "it loads its model, or is about to leave: 503 on /ready"
+            return response.status_code == 200, f"it answers {response.status_code} on /ready"
+        except httpx.HTTPError as error:
+            if refusal := tls_error(self.url, error):
+                raise refusal from error
+            return False, f"it cannot be reached: {error or type(error).__name__}"
 
     def generate(self, request: GenerateRequest) -> GenerateResponse:
         """`POST /v1/generate`: wait for all completions.

@@ -7,6 +7,7 @@ server delays no other.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.replica import Replica
 from learner.utils.threads import all_of, first_of, start
+from learner.utils.waits import waiting
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
 from shared.weights import ServerState
 
@@ -41,6 +43,7 @@ RECOVERABLE = {
     ErrorCode.STEP_NOT_REACHED,
 }
 _NO_SERVER_UP = "no rollout server is up; start one, or check rollout_url"
+_THEN = "the training ends: the steps so far are saved, and the same command goes on from there"
 #: Another learner has the run: waiting does not help.
 _FINAL = {ErrorCode.LEASE_MISMATCH, ErrorCode.STALE_VERSION}
 
@@ -58,6 +61,7 @@ class ServerPool:
 
     Attributes:
         on_change, on_tokens: called with a server and its event, or the tokens of completions; on any thread.
+        leaving: why no server is waited for any more.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class ServerPool:
         self.replicas: dict[str, Replica] = {}
         self.on_change: Callable[[Replica, str], None] = lambda replica, event: None
         self.on_tokens: Callable[[Replica, int], None] = lambda replica, count: None
+        self.leaving: str | None = None
         self._changed = threading.Condition()
         #: Recovers one server. While it is set the pool is supervised; threads of an earlier one end.
         self._recover: Callable[[Replica], None] | None = None
@@ -85,13 +90,14 @@ class ServerPool:
             NotReady: no server was found, or ready, within `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._discover() and not self.replicas and time.monotonic() < deadline:
-            time.sleep(1.0)
+        with waiting("the address of a rollout server", limit_s=timeout_s, then="this ends"):
+            while not self._discover() and not self.replicas and time.monotonic() < deadline:
+                time.sleep(1.0)
         if not self.replicas:
             raise NotReady(_NO_SERVER_UP)
-        waiting = {start(partial(r.client.wait_ready, timeout_s), f"ready-{r.url}"): r for r in self.replicas.values()}
-        for outcome in first_of(waiting, grace_s=_GRACE_S):
-            replica = waiting[outcome]
+        asked = {start(partial(r.client.wait_ready, timeout_s), f"ready-{r.url}"): r for r in self.replicas.values()}
+        for outcome in first_of(asked, grace_s=_GRACE_S):
+            replica = asked[outcome]
             replica.state = outcome.result()
             self.mark_up(replica)
         return self.up()
@@ -127,16 +133,28 @@ class ServerPool:
             LockstepError: the last error of a server, after `patience_s`, or at once if none will be recovered.
         """
         deadline = time.monotonic() + self.patience_s
-        with self._changed:
+        said = False
+        with contextlib.ExitStack() as announced, self._changed:
             while True:
                 if replicas := [replica for replica in self.up() if suits(replica)]:
                     return replicas
+                if self.leaving:
+                    raise NotReady(f"{self.leaving} while no rollout server is up")
                 failed = [(replica, replica.error) for replica in list(self.replicas.values()) if replica.error]
                 final = [error for replica, error in failed if replica.incarnation and error.code in _FINAL]
                 left = deadline - time.monotonic()
                 if final or left <= 0 or not self._recover:
                     raise final[0] if final else failed[-1][1] if failed else NotReady(_NO_SERVER_UP)
+                if not said:
+                    said = True
+                    announced.enter_context(
+                        waiting("a rollout server", limit_s=self.patience_s, then=_THEN, detail=self._problems)
+                    )
                 self._changed.wait(min(left, 1.0))
+
+    def _problems(self) -> str:
+        """Return why servers are not up."""
+        return "; ".join(f"{replica.url}: {replica.error}" for replica in list(self.replicas.values()) if replica.error)
 
     def ask_all(self, call: Callable[[Replica], T], name: str) -> list[T]:
         """Call each server that is up, concurrently; return at least one result. Servers that fail are lost.

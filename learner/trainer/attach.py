@@ -37,6 +37,7 @@ from learner.trainer.hooks import (
     watch_mismatch,
 )
 from learner.trainer.internals import TrlTrainer, check_trl
+from learner.trainer.leaving import leave_in_order
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, keep_old_values, sort_rows
 from learner.trainer.resume import resume_exactly
@@ -166,8 +167,10 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | `_prepare_inputs` | `sort_rows` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `create_model_card` | `_name_base` | |
+    | `train` | `leave_in_order` | what resuming refuses leaves nothing to save |
 
-    Callbacks run in the order in which they are added: the push comes before the recorder.
+    Callbacks run in the order in which they are added: the push comes before the recorder, and before leaving.
     """
     generate_with(trainer, session.rollouts)
     cut_passes(trainer)
@@ -185,10 +188,26 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     if session.rollouts.dynamic_sampling:
         replace_zero_variance_groups(trainer, session.rollouts.dynamic_sampling, session.rollouts)
     resume_exactly(trainer, session)
+    _name_base(trainer)
     trainer.add_callback(_PushAfterStep(session))
+    leave_in_order(trainer, session)
     recorder = attach_recorder(trainer, session)
     if recorder and session.config.run_page:
         record_samples(trainer, session, recorder.samples.add)
+
+
+def _name_base(trainer: GRPOTrainer) -> None:
+    """Name the base in the README.md of output_dir: TRL writes None for one that is a directory."""
+    write, base = trainer.create_model_card, trainer.model.config._name_or_path
+
+    def write_with_base(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        card = Path(trainer.args.output_dir, "README.md")
+        if trainer.accelerator.is_main_process and card.is_file():
+            text = card.read_text(encoding="utf-8")
+            card.write_text(text.replace("[None](https://huggingface.co/None)", f"`{base}`"), encoding="utf-8")
+
+    trainer.create_model_card = write_with_base
 
 
 def meet(config: LearnerConfig) -> ServerPool:

@@ -145,6 +145,12 @@ def _check_batch(trainer: GRPOTrainer, checkpoint: Path) -> None:
         )
 
 
+def can_save(trainer: GRPOTrainer) -> bool:
+    """Return whether the training can be saved now: not if a generation batch is under way that holds no tensors."""
+    batches = (trainer._buffered_inputs or []) if _within_batch(trainer, trainer._step) else []
+    return all(value is None or isinstance(value, torch.Tensor) for batch in batches for value in batch.values())
+
+
 def _within_batch(trainer: GRPOTrainer, micro_step: int) -> bool:
     schedule = schedule_of(trainer)
     return schedule.next_batch(micro_step) != schedule.batch_at(micro_step)

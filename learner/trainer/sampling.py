@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from trl import GRPOConfig
 
+from learner.foreign_options import REFUSED
 from shared.errors import InvalidRequest
 from shared.sampling import SamplingParams
 
@@ -22,25 +23,6 @@ USED_BY_TRL = {
     "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min",
     "vllm_importance_sampling_cap",
-}
-
-#: Fields about a vLLM that the learner would start itself, and what to do instead.
-REFUSED = {
-    "vllm_mode": "leave it out, or set it to 'server': rollouts come from the server at rollout_url",
-    "vllm_model_impl": "give --model-impl to rollout-server",
-    "vllm_enable_sleep_mode": "give --enable-sleep-mode to rollout-server",
-    "vllm_server_base_url": "use rollout_url",
-    "vllm_server_host": "use rollout_url",
-    "vllm_server_port": "use rollout_url",
-    "vllm_server_timeout": "use ready_timeout_s and generate_timeout_s",
-    "vllm_group_port": "the adapter travels over HTTP; no port is needed",
-    "vllm_gpu_memory_utilization": "give --gpu-memory-utilization to rollout-server",
-    "vllm_max_model_length": "give --max-model-len to rollout-server",
-    "vllm_tensor_parallel_size": "give --tensor-parallel-size to rollout-server",
-    "use_transformers_continuous_batching": "completions come from the rollout server's vLLM",
-    "use_transformers_paged": "completions come from the rollout server's vLLM",
-    "transformers_continuous_batching_config": "completions come from the rollout server's vLLM",
-    "cache_implementation": "completions come from the rollout server's vLLM; see its --kv-cache-dtype",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from learner.foreign_options import sampling_fields
 from learner.trainer.sampling import generation_kwargs
 from shared.errors import InvalidRequest, LockstepError
 from shared.sampling import SamplingParams
@@ -33,7 +34,8 @@ def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
     """Return a copy of `args` with the fields set in `given` as `generation_kwargs`; `args` itself if there are none.
 
     Args:
-        given: a `vllm.SamplingParams`, of which fields at vLLM's default count as not set; or a dict; or None.
+        given: a `vllm.SamplingParams`, of which fields at vLLM's default count as not set; or a dict; or the text
+            `max_tokens=512, min_p=0.1`; or None.
 
     Raises:
         LockstepError: `invalid_request`, naming what cannot be honored and what to do instead.
@@ -74,7 +76,9 @@ def with_vllm_params(args: GRPOConfig, given: Any) -> GRPOConfig:
 
 def _set_fields(given: Any) -> dict[str, Any]:
     """Return the fields that were set; None means "not set" for every field of vLLM's."""
-    if isinstance(given, Mapping):
+    if isinstance(given, str):
+        fields = sampling_fields(given)
+    elif isinstance(given, Mapping):
         fields = dict(given)
     elif isinstance(written := getattr(given, "_set_kwargs", None), Mapping):  # of Unsloth's vLLMSamplingParams
         fields = dict(written)

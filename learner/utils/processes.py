@@ -7,14 +7,34 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 
 class Stopped(BaseException):
     """A signal to stop arrived. Not an Exception, so that no handler of failures catches it."""
+
+
+def raise_stopped(number: int, frame: FrameType | None) -> None:
+    """Raise `Stopped`, as the handler of a signal."""
+    raise Stopped(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def each_signal(handler: Callable[[int, FrameType | None], object], *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals with `handler` during the block; only on the main thread, since others cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextlib.contextmanager
@@ -27,12 +47,8 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with each_signal(stop, *numbers):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def module_command(module: str) -> list[str]:

@@ -427,5 +427,9 @@ def listen(host: str | None, port: int) -> list[socket.socket]:
     except (OSError, OverflowError) as error:
         for one in opened:
             one.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise InvalidRequest(
+                f"port {port} is in use (`ss -ltnp 'sport = :{port}'` shows by what): end that, or give another --port"
+            ) from error
         raise InvalidRequest(f"cannot listen on {host or '*'}:{port} ({error}); give another --port") from error
     return opened

@@ -46,9 +46,11 @@ class RunTable:
         """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
         if run_id is None and len(self.runs) == 1:
             return next(iter(self.runs.values()))
-        if run_id is None or run_id not in self.runs:
-            known = ", ".join(sorted(self.runs)) or "none yet: no adapter was pushed"
-            raise UnknownRun(f"run_id {run_id!r} names no run of this server ({known})")
+        if not self.runs:
+            raise UnknownRun('this server has no run yet: push an adapter first, or ask for the policy "base"')
+        if run_id not in self.runs:
+            which = f"there is no run {run_id!r}" if run_id is not None else "several runs are served"
+            raise UnknownRun(f"{which}: name one with run_id ({', '.join(sorted(self.runs))})")
         return self.runs[run_id]
 
     def steps(self) -> dict[str, int]:

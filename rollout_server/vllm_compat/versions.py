@@ -11,6 +11,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | lora_slots | the worker's LoRA manager and LoRA layers |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
+| versions, at start | the model registry and `supports_lora` |
 | topology | `ParallelConfig` |
 """
 
@@ -21,6 +22,8 @@ import importlib
 from collections import Counter
 from types import MethodType, SimpleNamespace
 from typing import Any
+
+from shared.messages import one_line
 
 
 def vllm_version() -> str:
@@ -79,6 +82,23 @@ async def init_openai_state(engine: Any, state: Any, args: Any, supported_tasks:
     """Put the serving objects of vLLM's OpenAI routes into `state`; all of them call `engine`."""
     module = _first_module("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server")
     await module.init_app_state(engine, state, args, supported_tasks)
+
+
+def without_lora(model_config: Any) -> str | None:
+    """Return why vLLM cannot serve a model with LoRA adapters (0.26 to 0.33); None if it can.
+
+    The engine would find out only after it has taken its memory.
+    """
+    from vllm.model_executor.models import supports_lora
+
+    try:
+        kind, name = model_config.registry.resolve_model_cls(model_config.architectures, model_config)
+    except ImportError as error:
+        package = f": pip install {error.name.partition('.')[0]}" if error.name else ""
+        return f"the model cannot be loaded ({one_line(error)}){package}"
+    if not supports_lora(kind):
+        return f"vLLM cannot serve a {name} with LoRA adapters; take a model of another architecture (Llama, Qwen, ...)"
+    return None
 
 
 def refusals() -> tuple[type[Exception], ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -56,19 +58,27 @@ def test_refused_at_start(model: Path, case: str) -> None:
         cli.resolve([str(model), *FLAGS, *flags])
 
 
-def test_the_reason_of_a_failed_start_is_the_last_line(model: Path, tmp_path: Path) -> None:
-    """GPT-2 is an architecture that vLLM cannot serve with LoRA, which it finds out in the engine's process."""
+def test_a_model_without_lora_is_refused_at_start(model: Path, tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=512, n_positions=256, n_embd=64, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
-    server = ServerProcess(tmp_path / "gpt2", tmp_path / "log", "--enforce-eager", "--max-model-len", "256")
+    with pytest.raises(LockstepError, match="cannot serve a GPT2LMHeadModel with LoRA"):
+        cli.resolve([str(tmp_path / "gpt2"), "--max-model-len", "256"])
+
+
+def test_the_reason_of_a_failed_start_is_the_last_line(model: Path, tmp_path: Path) -> None:
+    """Weights of other shapes than the configuration says are found in the engine's process."""
+    shutil.copytree(model, tmp_path / "other")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    server = ServerProcess(tmp_path / "other", tmp_path / "log", *FLAGS)
     try:
         assert server.process.wait(240) == 1
     finally:
         server.stop()
     last = server.tail().splitlines()[-1]
-    assert last.startswith("rollout-server: vLLM could not start the engine: ValueError: ")
-    assert "does not support LoRA" in last
+    assert last.startswith("rollout-server: vLLM could not start the engine: ")
+    assert "see root cause" not in last.lower()
 
 
 def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tmp_path: Path) -> None:

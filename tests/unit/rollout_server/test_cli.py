@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 import sys
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
-from rollout_server import cli
+from rollout_server import cli, lifecycle
+from rollout_server.settings import ServerSettings
+from rollout_server.vllm_compat import versions
 from rollout_server.vllm_compat.start_errors import report_errors, reported_errors
+from shared.errors import EngineDead, InvalidRequest
 from shared.weights import SERVED_RANKS
 
 
@@ -49,16 +55,96 @@ def run(monkeypatch):
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--lora-modules", "a=b"], "--lora-modules"),
         (["--no-enable-lora"], "--no-enable-lora"),
-        ([], "/no/such/model"),
+        ([], "model_type"),
     ],
 )
-def test_wrong_flags(run, capsys, argv, words):
-    assert run("/no/such/model", *argv) == 2
+def test_wrong_flags(run, capsys, tmp_path, argv, words):
+    (tmp_path / "config.json").write_text("{}")
+    assert run(str(tmp_path), *argv) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("rollout-server: ")
     assert words in error.splitlines()[-1]
     assert "Traceback" not in error
     assert "usage:" not in error
+
+
+@pytest.fixture
+def _nothing_slow(monkeypatch):
+    def resolve(argv):
+        raise AssertionError("vLLM was asked")
+
+    monkeypatch.setattr(cli, "resolve", resolve)
+
+
+@pytest.mark.usefixtures("_nothing_slow")
+@pytest.mark.parametrize("flags", [[], ["--host", "127.0.0.1", "--dtype", "auto"]])
+def test_a_port_in_use_is_one_line_before_vllm_is_imported(run, capsys, tmp_path, flags):
+    (tmp_path / "config.json").touch()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert run(str(tmp_path), *flags, f"--port={port}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rollout-server: port {port} is in use")
+    assert error.endswith("give another --port [invalid_request]\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("_nothing_slow")
+@pytest.mark.parametrize("argv", [["{}"], ["--model", "{}"], ["--dtype", "auto", "--model={}"]])
+def test_a_model_that_is_not_there_is_one_line_before_vllm_is_imported(run, capsys, tmp_path, argv):
+    assert run(*(word.format(tmp_path / "typo") for word in argv)) == 2
+    assert capsys.readouterr().err == (
+        f"rollout-server: there is no directory {tmp_path}/typo: {tmp_path} has no typo [invalid_request]\n"
+    )
+
+
+def test_a_port_taken_meanwhile_ends_the_server_before_its_engine_begins(monkeypatch):
+    async def start(*_):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(lifecycle, "start", start)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        args = SimpleNamespace(
+            host="127.0.0.1", port=other.getsockname()[1], allowed_origins=[], uvicorn_log_level="info"
+        )
+        with pytest.raises(InvalidRequest, match="is in use"):
+            asyncio.run(cli._serve(args, None, ServerSettings()))
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_an_engine_that_dies_while_it_warms_up_gives_its_own_reason(monkeypatch, reported):
+    async def start(*_):
+        report_errors()
+        if reported:
+            try:
+                raise MemoryError("the worker's reason")
+            except MemoryError:
+                logging.getLogger("vllm").exception("EngineCore encountered a fatal error.")
+        raise RuntimeError("see root cause above")
+
+    vllm = logging.getLogger("vllm")
+    monkeypatch.setattr(vllm, "handlers", list(vllm.handlers))
+    monkeypatch.setattr(lifecycle, "_start", start)
+    words = "MemoryError: the worker's reason" if reported else "see root cause above"
+    with pytest.raises(EngineDead, match=words):
+        asyncio.run(lifecycle.start(None, None, ServerSettings(), None, None))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (ModuleNotFoundError("No module named 'mamba_ssm.ops'", name="mamba_ssm.ops"), "pip install mamba_ssm"),
+        (type("GPT2LMHeadModel", (), {}), "cannot serve a GPT2LMHeadModel with LoRA"),
+    ],
+)
+def test_models_that_no_adapter_could_be_served_on(found, words):
+    def resolve_model_cls(architectures, model_config):
+        if isinstance(found, Exception):
+            raise found
+        return found, found.__name__
+
+    registry = SimpleNamespace(resolve_model_cls=resolve_model_cls)
+    assert words in versions.without_lora(SimpleNamespace(registry=registry, architectures=["A"]))
 
 
 def test_the_ranks_that_vllm_serves():

@@ -144,6 +144,7 @@ def test_the_adapter_of_a_run_is_the_one_trained_for_longest(tmp_path: Path) -> 
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "train.json").write_text('{"steps": 10}')
+    (tmp_path / "adapter_config.json").write_text("{}")  # a copy, for PEFT
     assert find_adapter(tmp_path).name == "adapter"
     _checkpoint(tmp_path / "checkpoint-12", 12)
     assert find_adapter(tmp_path).name == "checkpoint-12"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ import learner.commands.eval
 import learner.commands.train
 import learner.trainer.attach
 from learner.adapters.stored import find_adapter
+from learner.cli import main
 from learner.servers.client import RolloutClient
+from learner.session import Session
 from learner.tasks import Task
 from shared.errors import ErrorCode, LockstepError
 from tests.support.rewards import answers_seven, reward_odd
@@ -85,6 +89,8 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     saved = LoraConfig.from_pretrained(adapter)
     assert saved.use_rslora
     assert saved.rank_pattern == {"q_proj": 8}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # output_dir itself is PEFT's, as TRL's is
+        assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
 
     at = flags.index("--lora_r")
     warm = run(flags[:at] + flags[at + 4 :], "--init_adapter", str(adapter), "--output_dir", str(tmp_path / "warm"))
@@ -263,3 +269,23 @@ def test_eval_command(flags, server, tmp_path, capsys):
     assert request.sampling.max_tokens == 4
     assert request.prompts[0].text == "w8 w17"
     assert f"base  {result['reward']:.3f} [" in capsys.readouterr().out
+
+
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(flags, server, capsys, monkeypatch):
+    push, ends = Session.after_step, {2}
+
+    def push_and_end(session):
+        if session.trainer.step in ends:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return push(session)
+
+    monkeypatch.setattr(Session, "after_step", push_and_end)
+    command = ["train", *flags, "--save_strategy", "no", "--max_steps", "4"]
+    assert main(command) == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("learner train: stopped by SIGTERM: step 2 of 4 is saved in ")
+    assert last.endswith("checkpoint-2; the same command goes on from there")
+    ends.clear()
+    assert main(command) == 0
+    assert [version.step for version in server.pushed[-3:]] == [2, 3, 4]
+    assert "4 steps" in capsys.readouterr().out

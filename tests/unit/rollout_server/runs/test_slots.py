@@ -183,3 +183,21 @@ async def test_versions_are_ordered_by_fence_then_step() -> None:
     assert WeightVersion(run_id="r", fence=1, step=0) > WeightVersion(run_id="r", fence=0, step=9)
     with pytest.raises(ValueError, match="different runs"):
         _ = _version(1) < WeightVersion(run_id="s", step=2)
+
+
+@pytest.mark.parametrize(
+    ("runs", "asked", "words"),
+    [
+        ([], None, "has no run yet: push an adapter first"),
+        ([], "r", "has no run yet"),
+        (["a", "b"], None, r"several runs are served: name one with run_id \(a, b\)"),
+        (["a", "b"], "c", r"there is no run 'c': name one with run_id \(a, b\)"),
+    ],
+)
+async def test_a_run_that_is_not_there(runs, asked, words) -> None:
+    table = RunTable(slots_per_run=2, max_runs=2)
+    for name in runs:
+        open_run(table, name)
+    with pytest.raises(LockstepError, match=words) as refusal:
+        table.get(asked)
+    assert refusal.value.code is ErrorCode.UNKNOWN_RUN

