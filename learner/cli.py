@@ -1,6 +1,6 @@
-"""`learner train | status | eval | export | four-bit-base`.
+"""`learner train | status | runs | eval | export | four-bit-base`.
 
-A command is imported only when it is called: `status`, `eval` and `export` need no torch.
+A command is imported only when it is called: `status`, `runs`, `eval` and `export` need no torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from learner.utils.wording import speak_of_flags
 from shared.errors import ErrorCode, LockstepError
 from shared.messages import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("learner.commands.train", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
     "status": ("learner.commands.status", "show what the rollout servers serve, and the progress of a run"),
+    "runs": ("learner.commands.runs", "list the runs of rollout servers, and end them"),
     "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),
     "four-bit-base": ("learner.commands.four_bit_base", "make a base model that the learner can load in 4-bit (QLoRA)"),
     "export": ("learner.commands.export", "export a trained adapter, alone or merged into its base model"),
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Errors that the user can fix are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the traceback instead.
     """
+    speak_of_flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
