@@ -1,6 +1,6 @@
-"""`learner train | status | runs | eval | export | four-bit-base`.
+"""`learner train | up | status | runs | eval | export | four-bit-base`.
 
-A command is imported only when it is called: `status`, `runs`, `eval` and `export` need no torch.
+A command is imported only when it is called: `up`, `status`, `runs`, `eval` and `export` need no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from shared.messages import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("learner.commands.train", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
+    "up": ("learner.commands.up", "start a rollout server and a training with it, both on this machine"),
     "status": ("learner.commands.status", "show what the rollout servers serve, and the progress of a run"),
     "runs": ("learner.commands.runs", "list the runs of rollout servers, and end them"),
     "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),

@@ -371,8 +371,8 @@ class RolloutClient:
             if status in (401, 403):
                 refusal = Unauthenticated if status == 401 else Forbidden
                 return refusal(
-                    f"{self.url} refuses this learner (HTTP {status}); give the server's token with {option('token_file')} or "
-                    f"${TOKEN_VARIABLE}"
+                    f"{self.url} refuses this learner (HTTP {status}); give the server's token with "
+                    f"{option('token_file')} or ${TOKEN_VARIABLE}"
                 )
             text = f"HTTP {status}: {response.text[:200]!r}"
             if status in (502, 503, 504):  # the proxy reaches no server

@@ -24,7 +24,6 @@ from learner.utils.wording import option
 from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, UnknownRun
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
-
 logger = logging.getLogger("lockstep.sync")
 
 

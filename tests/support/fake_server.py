@@ -113,9 +113,8 @@ class FakeServer:
         if version != ended.version:
             raise VersionNotActive(f"serving {version}")
         self.finished[run_id] = ended
-        return RunState(
-            run_id=run_id, version=version, checksum=checksum, install_seq=1, slots=[], running_requests=0, finished=True
-        )
+        seen: dict[str, Any] = {"install_seq": 1, "slots": [], "running_requests": 0}
+        return RunState(run_id=run_id, version=version, checksum=checksum, finished=True, **seen)
 
     def _push(self, run_id: str, request: httpx.Request) -> PushReceipt:
         assert request.headers["Lockstep-Lease"]

@@ -87,7 +87,7 @@ def test_the_demo_finds_its_recipe(site: Path, tmp_path: Path) -> None:
     demo = ("-m", "learner.demo", "--gguf", "none.gguf", "--model-dir", str(tmp_path / "model"))
     for config in ((), ("--config", "demo-gpu.yaml"), ("--config", "recipes/demo-gpu.yaml")):
         ended = run(site, tmp_path, *demo, *config)
-        assert "1/5 the model" in ended.stdout, ended.stderr
+        assert "the model: SmolLM2" in ended.stdout, ended.stderr
         assert ended.stderr == "demo: no GGUF file at none.gguf [invalid_request]\n"
     ended = run(site, tmp_path, *demo, "--config", "other.yaml")
     assert ended.returncode == 2

@@ -47,7 +47,7 @@ def test_a_temporary_run_ends_whatever_happens(server, model_dir: Path, tmp_path
         assert list(server.served) == [version.run_id]
         raise KeyboardInterrupt
     assert not server.served
-    server.served = {name: (VERSION, "") for name in ("one", "two")}  # perhaps finished ones, which would give way
+    server.served = dict.fromkeys(("one", "two"), (VERSION, ""))  # perhaps finished ones, which would give way
     with pytest.raises(LockstepError, match="--max-runs 3"), temporary_run(client, adapter):
         pass
     assert not server.pushed[1:]

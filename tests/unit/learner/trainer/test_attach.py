@@ -359,9 +359,7 @@ def test_a_server_that_does_not_hear_of_the_end_is_named(make_trainer, server, c
     ],
 )
 @pytest.mark.parametrize("flags", [False, True])
-def test_remedies_are_in_the_words_of_who_reads_them(
-    make_trainer, server, client, monkeypatch, refusal, words, flags
-):
+def test_remedies_are_in_the_words_of_who_reads_them(make_trainer, server, client, monkeypatch, refusal, words, flags):
     def push(run_id, request):
         raise refusal
 

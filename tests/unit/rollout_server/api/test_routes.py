@@ -60,7 +60,8 @@ class _Service:
 
     def finish_run(self, run_id: str, lease: str, ended: TrainingEnd) -> RunState:
         self.calls.append((run_id, lease, ended))
-        return RunState(run_id=run_id, version=ended.version, checksum=None, install_seq=1, slots=[], running_requests=0)
+        seen: dict[str, Any] = {"install_seq": 1, "slots": [], "running_requests": 0}
+        return RunState(run_id=run_id, version=ended.version, checksum=None, **seen)
 
 
 @pytest.fixture
