@@ -1,6 +1,6 @@
-"""`learner train | up | status | runs | eval | export | four-bit-base`.
+"""`learner train | up | init | status | runs | eval | export | four-bit-base`.
 
-A command is imported only when it is called: `up`, `status`, `runs`, `eval` and `export` need no torch.
+A command is imported only when it is called: `up`, `init`, `status`, `runs`, `eval` and `export` need no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shared.messages import did_you_mean, one_line
 COMMANDS = {
     "train": ("learner.commands.train", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
     "up": ("learner.commands.up", "start a rollout server and a training with it, both on this machine"),
+    "init": ("learner.commands.init", "write a recipe, from flags or questions"),
     "status": ("learner.commands.status", "show what the rollout servers serve, and the progress of a run"),
     "runs": ("learner.commands.runs", "list the runs of rollout servers, and end them"),
     "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),
