@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from learner.utils.wording import speak_of_flags
 from shared.errors import ErrorCode, LockstepError
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else EXIT_USAGE
+    if argv[0] == "--version":
+        print(f"learner {version('lockstep-rl')}")
+        return 0
     if argv[0] not in COMMANDS:
         print(f"learner: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)} (learner --help)", file=sys.stderr)
         return EXIT_USAGE
