@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from learner.commands import eval as eval_command
-from learner.commands import export, four_bit_base, runs, status
+from learner.commands import export, four_bit_base, init, runs, status, up
 from learner.config import LearnerConfig
 from rollout_server.api.app import build_app
 from rollout_server.api.security.roles import OPEN, VLLM_ROUTES, role_needed
@@ -43,7 +43,7 @@ def cli_page() -> str:
                 _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
                 *(
                     part
-                    for module in (eval_command, export, status, runs, four_bit_base)
+                    for module in (up, init, eval_command, export, status, runs, four_bit_base)
                     for part in _command(module.make_parser())
                 ),
             ]

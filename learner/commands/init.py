@@ -180,7 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser of `learner init`."""
     parser = Parser(prog="learner init", description=__doc__)
     add = either_spelling(parser)
-    add("--out", default="recipe.yaml", help="the file to write (default: %(default)s)")
+    add("--out", default="recipe.yaml", help="the file to write (default %(default)s)")
     for question in QUESTIONS:
         add(f"--{question.flag}", type=question.check, help=question.text)
     add("--yes", action="store_true", help="ask nothing: take the defaults")

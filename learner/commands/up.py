@@ -1,10 +1,8 @@
 """`learner up`: a rollout server and a learner on this machine, from one recipe, until the training ends.
 
-    learner up --config recipe.yaml [flags of `learner train`]
-
-The server gets a GPU of its own, or takes turns with the learner on one (`share_gpu: true`), or runs on the CPU
-(`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus` there chooses its GPUs. The same command
-goes on where an interrupted training stopped.
+Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns with the learner on one
+(`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus` there
+chooses its GPUs. The same command goes on where an interrupted training stopped.
 """
 
 from __future__ import annotations
@@ -69,32 +67,27 @@ class Plan:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: the learner's, 1 if the server ended first, 130 if stopped."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        make_parser().print_help()
-        return 0
     return run(make_plan(argv))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of the flags that are not those of `learner train`."""
-    parser = Parser(prog="learner up", add_help=False)
+    parser = Parser(prog="learner up", description=__doc__)
     add = parser.add_argument
-    add("--config", action="append", default=[], metavar="FILE.yaml", help="a file, or the name of one of our recipes")
+    add("--config", action="append", metavar="FILE.yaml", help="a file, or the name of one of our recipes")
     add(
         "--server-flags",
         "--server_flags",
         type=words,
         action="extend",
-        default=[],
         metavar="FLAGS",
-        help=("more flags of rollout-server, in one string: '--max-num-seqs 64 --enforce-eager'"),
+        help="more flags of rollout-server, in one string: '--max-num-seqs 64 --enforce-eager'",
     )
     add(
         "--split-cores",
         "--split_cores",
         action="store_true",
-        help=("on the CPU: give server and learner half of the cores each, like two devices"),
+        help="on the CPU: give server and learner half of the cores each, like two devices",
     )
     return parser
 
@@ -124,7 +117,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
             checked by the learner, before it waits for the server.
     """
     options, flags = make_parser().parse_known_args(tied(argv))
-    files = [find_recipe(name) for name in options.config]
+    files = [find_recipe(name) for name in options.config or ()]
     given: dict[str, Any] = {}
     for path in files:
         given |= read_config_file(path)
@@ -143,7 +136,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
     port = str(server.pop("port", None) or _free_port())
     command = [*module_command("rollout_server.cli"), str(model), "--port", port]
-    command += [*_flags({**_common(given), **server}), *options.server_flags]
+    command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
     url = f"http://127.0.0.1:{port}"
     learner = [*module_command("learner.cli"), "train", *(word for path in files for word in ("--config", str(path)))]
     learner += [*flags, "--rollout_url", url, "--output_dir", str(output_dir)]
