@@ -1,8 +1,8 @@
 """`learner up`: a rollout server and a learner on this machine, from one recipe, until the training ends.
 
 Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns with the learner on one
-(`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus` there
-chooses its GPUs. The same command goes on where an interrupted training stopped.
+(`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus`
+there chooses its GPUs. The same command goes on where an interrupted training stopped.
 """
 
 from __future__ import annotations
