@@ -150,12 +150,11 @@ def ask_servers(
     newest = dict(sorted(known))  # of several steps of a run, the highest comes last and stays
 
     def row_of(run: RunState) -> RunRow:
-        end = {"finished": run.finished, "kept_seconds": run.kept_seconds}
-        end |= {"seconds_since_push": run.seconds_since_push}
+        end = (run.finished, run.kept_seconds, run.seconds_since_push)
         if not (version := run.version):
-            return RunRow(run.run_id, None, None, None, run.running_requests, **end)
+            return RunRow(run.run_id, None, None, None, run.running_requests, *end)
         lag = newest[run.run_id] - version.step
-        return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests, **end)
+        return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests, *end)
 
     return [replace(row, runs=tuple(map(row_of, runs))) for row, runs in replies]
 
