@@ -157,7 +157,7 @@ def the_line(capsys):
         ("task: tests.unit.learner.commands.test_train:tsak", "tsak"),
         ("rollout_url: 127.0.0.1:9", "rollout_url"),
         ("rollout_url: file:/nowhere", "rollout_url"),
-        ("rollout_url: []", "rollout-url"),
+        ("rollout_url: []", "--rollout_url"),
         ("model_name_or_path: /nowhere/at/all", "model_name_or_path"),
         ("model_name_or_path:", "model_name_or_path"),
         ("tools: no.such:tool", "no.such:tool"),
