@@ -82,7 +82,7 @@ class StalenessBench(Bench):
         if not (out / "summary.json").exists():
             recipe = yaml.safe_load(Path(options.config).read_text())
             recipe |= {"max_staleness": bound, "vllm_importance_sampling_correction": True}
-            recipe |= {"max_steps": options.steps, "eval_size": options.eval_size}
+            recipe |= {"max_steps": options.steps, "eval_size": options.eval_size, "eval_steps": options.steps}
             (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
             files = ["--config", str(out / "recipe.yaml"), "--output-dir", str(out)]
             command = [sys.executable, "-m", "learner.demo", "--split-cores", *files, "--seed", str(seed)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from learner.commands import doctor, export, four_bit_base, status
+from learner.commands import doctor, export, four_bit_base, init, runs, status, up
 from learner.commands import eval as eval_command
 from learner.config import LearnerConfig
 from rollout_server.api.app import build_app
@@ -44,7 +44,7 @@ def cli_page() -> str:
                 _table(("flag", "default", ""), (_row(field, "_") for field in dataclasses.fields(LearnerConfig))),
                 *(
                     part
-                    for module in (doctor, eval_command, export, status, four_bit_base)
+                    for module in (up, init, doctor, eval_command, export, status, runs, four_bit_base)
                     for part in _command(module.make_parser())
                 ),
             ]

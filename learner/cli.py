@@ -1,6 +1,6 @@
-"""`learner train | doctor | status | eval | export | four-bit-base`.
+"""`learner train | up | init | doctor | status | runs | eval | export | four-bit-base`.
 
-A command is imported only when it is called: `status`, `eval` and `export` need no torch.
+A command is imported only when it is called: `up`, `init`, `status`, `runs`, `eval` and `export` need no torch.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from learner.utils.processes import Stopped
+from learner.utils.wording import speak_of_flags
 from shared.errors import ErrorCode, LockstepError
 from shared.messages import did_you_mean, one_line
 
 COMMANDS = {
     "train": ("learner.commands.training", "train a LoRA adapter with GRPO, with rollouts from rollout servers"),
+    "up": ("learner.commands.up", "start a rollout server and a training with it, both on this machine"),
+    "init": ("learner.commands.init", "write a recipe, from flags or questions"),
     "doctor": ("learner.commands.doctor", "say what will not work, before anything is loaded"),
     "status": ("learner.commands.status", "show what the rollout servers serve, and the progress of a run"),
+    "runs": ("learner.commands.runs", "list the runs of rollout servers, and end them"),
     "eval": ("learner.commands.eval", "score and compare policies on a task, over HTTP"),
     "four-bit-base": ("learner.commands.four_bit_base", "make a base model that the learner can load in 4-bit (QLoRA)"),
     "export": ("learner.commands.export", "export a trained adapter, alone or merged into its base model"),
@@ -32,10 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Errors that the user can fix are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the traceback instead.
     """
+    speak_of_flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else EXIT_USAGE
+    if argv[0] == "--version":
+        print(f"learner {version('lockstep-rl')}")
+        return 0
     if argv[0] not in COMMANDS:
         print(f"learner: no command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)} (learner --help)", file=sys.stderr)
         return EXIT_USAGE

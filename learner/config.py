@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from learner.utils.wording import option
 from shared.errors import InvalidRequest
-from shared.weights import RUN_ID_PATTERN
+from shared.weights import MAX_KEEP_SECONDS, RUN_ID_PATTERN
 
 
 class _Repeatable(argparse.Action):
@@ -42,6 +43,7 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "max_tokens_per_pass": (1, "be at least 1"),
     "reward_workers": _NOT_NEGATIVE,
     "reward_timeout_s": _POSITIVE,
+    "keep_run": _NOT_NEGATIVE,
     "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
 }
 
@@ -188,6 +190,11 @@ class LearnerConfig:
         "Train even if the server uses speculative decoding or a quantized KV cache, so that its logprobs are not the "
         "policy's.",
     )
+    keep_run: float = _option(
+        0.0,
+        "Seconds after the training for which no other run gets this one's place on the server. 0: it is served until "
+        "another run needs the place. See learner runs.",
+    )
     takeover: bool = _option(False, "Take the run over from another learner; pushes of that learner are then refused.")
 
     def __post_init__(self) -> None:
@@ -200,6 +207,8 @@ class LearnerConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} {value} must {what}")
+        if self.keep_run > MAX_KEEP_SECONDS:
+            raise ValueError(f"keep_run {self.keep_run:g} must be at most {MAX_KEEP_SECONDS} seconds, ten years")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port {self.metrics_port}: a port is between 1 and 65535; 0 serves no metrics")
         if self.drop_degenerate_groups and not self.reward_workers:
@@ -216,20 +225,20 @@ class LearnerConfig:
     def require_urls(self) -> list[str]:
         """Return the URLs as given; raise `InvalidRequest` without any, or with several where one must do."""
         if not self.rollout_url:
-            raise InvalidRequest("give --rollout-url, e.g. http://127.0.0.1:8000")
+            raise InvalidRequest(f"give {option('rollout_url', 'http://127.0.0.1:8000')}, the rollout server's URL")
         several = len(self.rollout_url) > 1 or self.rollout_url[0].startswith(("dns+", "file:"))
-        for option, why in (
+        for name, why in (
             ("deterministic", "which server completes a prompt depends on their speed"),
             ("share_gpu", "the learner runs on the GPU of one server"),
         ):
-            if several and getattr(self, option):
-                raise InvalidRequest(f"{option}: {why}; give one --rollout-url")
+            if several and getattr(self, name):
+                raise InvalidRequest(f"{name}: {why}; give one {option('rollout_url')}")
         return self.rollout_url
 
     def require_task(self) -> str:
         """Return `task`; raise `InvalidRequest` if it is missing."""
         if not self.task:
-            raise InvalidRequest("give --task, e.g. reasoning_gym:chain_sum or FILE.jsonl")
+            raise InvalidRequest(f"give {option('task')}, e.g. reasoning_gym:chain_sum or FILE.jsonl")
         return self.task
 
 

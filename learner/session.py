@@ -189,8 +189,16 @@ class Session:
         if self.gpu_sharing:
             self.gpu_sharing.yield_gpu()
 
+    def finish(self) -> None:
+        """Tell the servers that this training has ended: the run stays served, but gives way to another that needs its
+        place, after `keep_run` seconds. Training on makes it a run in training again. Collective.
+        """
+        self._on_main(lambda: self.publisher.finish(self.config.keep_run))
+
     def close(self) -> None:
-        """Close the transports and end the reward workers; pushed adapters stay served."""
+        """Close the transports and end the reward workers; pushed adapters stay served, and a run that has not
+        finished keeps its place, so that the training can be resumed.
+        """
         self.pool.close()
         if self._log:
             self._log.flush()

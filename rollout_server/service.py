@@ -10,13 +10,12 @@ from typing import Any
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import POLICY_MODEL, EngineProxy
 from rollout_server.installs.installer import Installer
-from rollout_server.runs.slots import Run
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import InvalidRequest
-from shared.weights import InFlight, PushReceipt, ServerState
+from shared.weights import InFlight, PushReceipt, RunState, ServerState, TrainingEnd
 
 
 @dataclass(frozen=True)
@@ -67,29 +66,34 @@ class Service:
         Raises:
             LockstepError: also `unknown_run`, `lease_mismatch`.
         """
-        return self.installer.groups.join(self._held_run(run_id, lease), lease)
+        run = self.runs.get(run_id)
+        self.runs.check_lease(run, lease)
+        return self.installer.groups.join(run, lease)
 
-    async def end_run(self, run_id: str, lease: str) -> None:
+    def finish_run(self, run_id: str, lease: str, ended: TrainingEnd) -> RunState:
+        """Note that a run's training has ended; see `RunTable.finish`."""
+        self.runs.finish(run_id, lease, ended.version, ended.keep_seconds)
+        self._list_models()
+        return self.runs.get(run_id).state()
+
+    async def end_run(self, run_id: str, lease: str, takeover: bool = False) -> None:
         """Forget a run and free its slots; see `Installer.end`.
 
         Raises:
             LockstepError: also `unknown_run`, `lease_mismatch`, `invalid_request` while it receives a push.
         """
-        if self._held_run(run_id, lease).ring.push_lock.locked():
+        run = self.runs.get(run_id)
+        self.runs.check_end(run, lease, takeover)
+        if run.ring.push_lock.locked():
             raise InvalidRequest(f"run {run_id} is receiving a push; stop its learner first")
         try:
-            await self.installer.end(run_id, lease)
+            await self.installer.end(run_id, lease, takeover)
         finally:
             self._list_models()
-
-    def _held_run(self, run_id: str, lease: str) -> Run:
-        run = self.runs.get(run_id)
-        self.runs.check_lease(run, lease)
-        return run
 
     def _list_models(self) -> None:
         """Show the runs as models on vLLM's routes: `policy` where there is one, `policy:RUN_ID` always."""
         names = [f"{POLICY_MODEL}:{run_id}" for run_id, run in self.runs.runs.items() if run.active]
-        if len(names) == 1:
+        if (default := self.runs.default()) is not None and default.active:
             names.insert(0, POLICY_MODEL)
         versions.list_models(self.openai_state, names)

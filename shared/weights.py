@@ -17,6 +17,8 @@ RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: A mixture of experts with 128 experts in each of 94 layers has 36,000.
 MAX_MODULES = 2**17
+#: Ten years: as good as for ever.
+MAX_KEEP_SECONDS = 10 * 365 * 86400
 _ModuleName = Annotated[str, Field(min_length=1, max_length=1024)]
 
 #: What happens to a run's in-flight requests when a push lands. `drain`: they finish on their version. `keep`: they
@@ -129,6 +131,18 @@ class RunState(BaseModel):
     install_seq: int | None
     slots: list[dict[str, Any]]
     running_requests: int
+    finished: bool = Field(False, description="its training has ended; another run may get its place")
+    kept_seconds: float | None = Field(None, description="of a finished run: for so long nobody else gets its place")
+    seconds_since_push: float | None = None
+
+
+class TrainingEnd(BaseModel):
+    """A learner's word that its training has ended with `version`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: WeightVersion
+    keep_seconds: float = Field(0.0, ge=0, le=MAX_KEEP_SECONDS, description="nobody gets its place before that")
 
 
 class ServerState(BaseModel):

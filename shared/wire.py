@@ -11,7 +11,7 @@ DRAIN, SLEEP, WAKE = "/v1/drain", "/v1/sleep", "/v1/wake"
 GENERATE, SCORE = "/v1/generate", "/v1/score"
 #: To be formatted with `run_id`.
 RUN = "/v1/runs/{run_id}"
-ADAPTER, GROUP, BROADCAST = f"{RUN}/adapter", f"{RUN}/group", f"{RUN}/broadcast"
+ADAPTER, GROUP, BROADCAST, FINISH = f"{RUN}/adapter", f"{RUN}/group", f"{RUN}/broadcast", f"{RUN}/finish"
 
 #: The secret of the learner that holds a run.
 LEASE_HEADER = "Lockstep-Lease"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from learner.utils.wording import option
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest, UnsupportedAdapter
 
@@ -63,7 +64,7 @@ def quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
         return None
     check_bitsandbytes()
     if model_args.dtype not in DTYPES:
-        raise InvalidRequest(f"load_in_4bit needs --dtype, as the base was made for ({', '.join(DTYPES)})")
+        raise InvalidRequest(f"load_in_4bit needs {option('dtype')}, as the base was made for ({', '.join(DTYPES)})")
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     config.quantization_config = get_quantization_config(model_args)
     check_quantization(config)

@@ -115,6 +115,7 @@ class OptionParser(TrlParser):
     def _read(self, path: str) -> None:
         """Make the options of a file the defaults."""
         options = read_config_file(path)
+        options.pop("server", None)  # of the rollout server, for `learner up`
         environment = options.pop("env", None) or {}
         if not isinstance(environment, dict):
             raise InvalidRequest(f"--config {path}: env must hold one `VARIABLE: value` a line")

@@ -27,13 +27,21 @@ _CLEAR = "\x1b[H\x1b[2J"
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run on one server. `lag`: optimizer steps behind the newest known version of the run."""
+    """One run on one server.
+
+    Attributes:
+        lag: optimizer steps behind the newest known version of the run.
+        finished: its training has ended, and another run may get its place, if it is not kept for `kept_seconds` more.
+    """
 
     run_id: str
     step: int | None
     fence: int | None
     lag: int | None
     running_requests: int
+    finished: bool = False
+    kept_seconds: float | None = None
+    seconds_since_push: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,11 @@ def main(argv: Sequence[str]) -> int:
     connect = cache(partial(RolloutClient, token=read_token(options.token_file), ca_file=options.ca_file))
     while True:
         progress = read_progress(Path(options.run_dir)) if options.run_dir else None
-        servers = _ask(discovery.urls() if discovery else (), connect, progress)
+        servers = ask_servers(discovery.urls() if discovery else (), connect, progress)
         if options.json:
             shown = json.dumps({"servers": [asdict(s) for s in servers], "run": progress and asdict(progress)})
         else:
-            shown = "\n".join([*_progress_lines(progress, options.run_dir), *_server_lines(servers)])
+            shown = "\n".join([*_progress_lines(progress, options.run_dir), *server_lines(servers)])
         print((_CLEAR if options.watch and sys.stdout.isatty() and not options.json else "") + shown, flush=True)
         if not options.watch:
             known = (progress is not None or not options.run_dir) and (not servers or any(not s.error for s in servers))
@@ -122,7 +130,9 @@ def read_progress(run_dir: Path) -> RunProgress | None:
     )
 
 
-def _ask(urls: Sequence[str], connect: Callable[[str], RolloutClient], progress: RunProgress | None) -> list[ServerRow]:
+def ask_servers(
+    urls: Sequence[str], connect: Callable[[str], RolloutClient], progress: RunProgress | None = None
+) -> list[ServerRow]:
     """Query all servers at once; one that cannot be reached is a row with an error."""
 
     def ask(url: str) -> tuple[ServerRow, Sequence[RunState]]:
@@ -140,10 +150,11 @@ def _ask(urls: Sequence[str], connect: Callable[[str], RolloutClient], progress:
     newest = dict(sorted(known))  # of several steps of a run, the highest comes last and stays
 
     def row_of(run: RunState) -> RunRow:
+        end = (run.finished, run.kept_seconds, run.seconds_since_push)
         if not (version := run.version):
-            return RunRow(run.run_id, None, None, None, run.running_requests)
+            return RunRow(run.run_id, None, None, None, run.running_requests, *end)
         lag = newest[run.run_id] - version.step
-        return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests)
+        return RunRow(run.run_id, version.step, version.fence, lag, run.running_requests, *end)
 
     return [replace(row, runs=tuple(map(row_of, runs))) for row, runs in replies]
 
@@ -171,19 +182,24 @@ def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[s
     return [*lines, "        " + "  ".join(f"{n} {form.format(v)}" for n, v, form in facts if v is not None), ""]
 
 
-def _server_lines(servers: Sequence[ServerRow]) -> list[str]:
-    rows = [("server", "state", "run", "version", "lag", "running")]
+def server_lines(servers: Sequence[ServerRow]) -> list[str]:
+    """Return the servers and their runs as lines of a table."""
+    rows = [("server", "state", "run", "version", "lag", "running", "last push", "training")]
     for server in servers:
         if not server.runs:
-            rows.append((server.url, server.state, server.error or "-", "", "", ""))
+            rows.append((server.url, server.state, server.error or "-", "", "", "", "", ""))
         for run in server.runs:
             version = "-" if run.step is None else f"{run.fence}.{run.step}"
             lag = "-" if run.lag is None else str(run.lag)
-            rows.append((server.url, server.state, run.run_id, version, lag, str(run.running_requests)))
+            pushed = "-" if run.seconds_since_push is None else f"{_ago(run.seconds_since_push)} ago"
+            kept = f", kept {_ago(run.kept_seconds)} more" if run.kept_seconds else ""
+            training = f"finished{kept}" if run.finished else "not finished"
+            row = (run.run_id, version, lag, str(run.running_requests), pushed, training)
+            rows.append((server.url, server.state, *row))
     if len(rows) == 1:
         return []
     short = [row for row in rows if row[3]]  # errors may be of any length
-    widths = [max(len(row[i]) for row in (rows if i < 2 else short)) for i in range(6)]
+    widths = [max(len(row[i]) for row in (rows if i < 2 else short)) for i in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 

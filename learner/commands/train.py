@@ -135,6 +135,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             load_adapter(session.model, checkpoint)
             trainer.state.global_step = finished.step
             session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
+            session.finish()  # it may have been killed before it could
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
             _stop_if_interrupted(trainer, session, asked)

@@ -1,4 +1,4 @@
-"""The demo's picture: reward per step, and accuracy before and after training."""
+"""The demo's picture: reward per step, and the evaluations on held-out questions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ BLUE, ORANGE, GREY = "#1f5fa8", "#c8551b", "#5f6570"
 
 
 def write_curve(
-    path: Path, rows: Sequence[Mapping[str, Any]], before: tuple[float, int], after: tuple[float, int], title: str
+    path: Path, rows: Sequence[Mapping[str, Any]], evals: Sequence[tuple[int, float]], questions: int, title: str
 ) -> None:
-    """Plot the reward of every step, and the evaluations before and after training, to a PNG file.
+    """Plot the reward of every step, and the evaluations, to a PNG file.
 
     Args:
         rows: the steps (metrics.jsonl), of which `step` and `reward` are read; those without a reward are left out.
-        before, after: mean score and number of held-out questions, drawn with their 95% intervals.
+        evals: step and mean score of the held-out questions, drawn with their 95% intervals.
+        questions: number of held-out questions.
     """
     points = [(int(r["step"]), float(r["reward"])) for r in rows if r.get("reward") is not None]
     last = max((int(r["step"]) for r in rows), default=0)
@@ -37,11 +38,12 @@ def write_curve(
         axes.plot(steps, rewards, "o", color=BLUE, alpha=0.3, markersize=3.5, markeredgewidth=0, label=label)
         label = f"its mean over the last {window} steps"
         axes.plot(steps, trailing_mean(rewards, window), color=BLUE, linewidth=2, label=label)
-    _draw_evals(axes, [before, after], [0, last])
+    if evals:
+        _draw_evals(axes, evals, questions)
     margin = max(1.0, 0.03 * last)
     axes.set_xlim(-margin, last + margin)
     # Scores between 0 and 1 get the full scale, so that a small gain does not look large.
-    if all(0 <= value <= 1 for value in (before[0], after[0], *(reward for _, reward in points))):
+    if all(0 <= value <= 1 for value in (*(score for _, score in evals), *(reward for _, reward in points))):
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
@@ -60,10 +62,11 @@ def write_curve(
         FigureCanvasAgg(figure).print_png(str(temporary))
 
 
-def _draw_evals(axes: Any, evals: Sequence[tuple[float, int]], steps: Sequence[int]) -> None:
-    means, bounds = [mean for mean, _ in evals], [wilson_interval(*point) for point in evals]
+def _draw_evals(axes: Any, evals: Sequence[tuple[int, float]], questions: int) -> None:
+    steps, means = [step for step, _ in evals], [mean for _, mean in evals]
+    bounds = [wilson_interval(mean, questions) for mean in means]
     errors = [[abs(mean - bound[side]) for mean, bound in zip(means, bounds, strict=True)] for side in (0, 1)]
-    label = f"held-out questions (n = {evals[0][1]}), 95% interval"
+    label = f"held-out questions (n = {questions}), 95% interval"
     style = {"fmt": "D", "markersize": 7, "capsize": 5, "linewidth": 1.8, "zorder": 5, "clip_on": False}
     axes.errorbar(steps, means, yerr=errors, color=ORANGE, label=label, **style)
     box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}

@@ -20,19 +20,25 @@ from shared.weights import AdapterManifest, WeightVersion
 def temporary_run(client: RolloutClient, adapter: StoredAdapter) -> Iterator[WeightVersion]:
     """Push `adapter` into a new run of the server, which ends with the block. Yield its version.
 
-    Raises `no_free_run` if the server has no room for another run, and the server's other errors.
+    It takes no finished run's place: an evaluation must not end what others may want to ask.
+
+    Raises `no_free_run` if the server has no free place, and the server's other errors.
     """
     version = WeightVersion(run_id=f"eval-{secrets.token_hex(4)}", step=adapter.step or 0)
     lease = secrets.token_hex(16)
-    pieces = adapter_blob(adapter, version, client.state().lora_dtype)
+    state = client.state()
+    no_room = NoFreeRun(
+        f"the server at {client.url} has no room for {adapter.folder} beside the runs that it serves: start it with "
+        f"--max-runs {state.max_runs + 1}, or end one (`learner runs --rollout-url {client.url} --end RUN_ID`)"
+    )
+    if len(state.runs) >= state.max_runs:
+        raise no_room
+    pieces = adapter_blob(adapter, version, state.lora_dtype)
     try:
         try:
             client.push(version.run_id, pieces, lease)
         except NoFreeRun as error:
-            raise NoFreeRun(
-                f"the server at {client.url} has no room for {adapter.folder} beside the runs that it serves: start it "
-                "with --max-runs 2, or one more than it has now"
-            ) from error
+            raise no_room from error
         yield version
     finally:
         with contextlib.suppress(LockstepError):  # the error of the block says more

@@ -6,11 +6,13 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from learner.run_dir.files import PAGE_FILE
 from learner.session import Session
 from learner.step_metrics import StepReport
 
@@ -18,8 +20,8 @@ from learner.step_metrics import StepReport
 class Progress(TrainerCallback):
     """A progress bar on a terminal, one line per step elsewhere. Leaves TRL's `report_to` alone."""
 
-    def __init__(self, *, bar: bool) -> None:
-        self._wants_bar = bar
+    def __init__(self, *, bar: bool, page: Path | None = None) -> None:
+        self._wants_bar, self._page = bar, page
         self._bar: tqdm | None = None
         self._started, self._first_step = 0.0, 0
 
@@ -38,7 +40,11 @@ class Progress(TrainerCallback):
             self._bar.close()
 
     def show(self, report: StepReport) -> None:
-        """Show a completed optimizer step."""
+        """Show a completed optimizer step; before the first one of this process, where the page is."""
+        if self._page is not None:
+            write = tqdm.write if self._bar is not None else partial(print, flush=True)
+            write(f"open the page: {self._page.resolve().as_uri()}")
+            self._page = None
         reward = "-" if report.reward is None else f"{report.reward:.3f}"
         servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
         gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
@@ -62,7 +68,8 @@ def show_progress(trainer: Trainer, session: Session) -> None:
     """Replace transformers' progress callbacks by ours."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    progress = Progress(bar=sys.stderr.isatty() and not trainer.args.disable_tqdm)
+    page = session.trainer.output_dir / PAGE_FILE if session.config.run_page else None
+    progress = Progress(bar=sys.stderr.isatty() and not trainer.args.disable_tqdm, page=page)
     trainer.add_callback(progress)
     if trainer.accelerator.is_main_process:
         session.metrics.listeners.append(progress.show)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from learner.run_dir.files import LEASE_FILE
 from learner.utils.atomic import write_atomically
+from learner.utils.wording import option
 from shared.errors import InvalidRequest
 
 
@@ -33,7 +34,7 @@ def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
             kept = Lease(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise InvalidRequest(
-                f"{path} is damaged ({error}); remove it and use --takeover, or a new output_dir"
+                f"{path} is damaged ({error}); remove it and give {option('takeover', True)}, or a new output_dir"
             ) from error
         if run_id in (None, kept.run_id):
             return Lease(kept.run_id, kept.secret, kept.fence + 1)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from learner.servers.credentials import ssl_context, tls_error
 from learner.utils.waits import waiting
+from learner.utils.wording import option
 from shared import PROTOCOL_VERSION, wire
 from shared.bearer_tokens import TOKEN_VARIABLE, is_loopback
 from shared.collective import Announcement, GroupInvitation
@@ -36,7 +37,7 @@ from shared.rollouts import (
     ScoreRequest,
     ScoreResponse,
 )
-from shared.weights import InFlight, PushReceipt, RunState, ServerState
+from shared.weights import InFlight, PushReceipt, RunState, ServerState, TrainingEnd, WeightVersion
 
 CONNECT_TIMEOUT_S = 10.0
 STATE_TIMEOUT_S = 30.0
@@ -280,13 +281,26 @@ class RolloutClient:
         """
         return self._parse(RunState, self._json("GET", wire.RUN.format(run_id=run_id)))
 
-    def delete_run(self, run_id: str, lease: str) -> None:
-        """`DELETE /v1/runs/{run_id}`: end the run and free its slots.
+    def finish_run(self, version: WeightVersion, lease: str, *, keep_s: float = 0.0) -> RunState:
+        """`POST /v1/runs/{run_id}/finish`: say that the training has ended with `version`.
+
+        The run goes on being served; after `keep_s` seconds another run may have its place.
+
+        Raises:
+            UnknownRun, LeaseMismatch, VersionNotActive: the server does not serve it, or serves another version.
+        """
+        ended = TrainingEnd(version=version, keep_seconds=keep_s)
+        path = wire.FINISH.format(run_id=version.run_id)
+        return self._parse(RunState, self._json("POST", path, ended, headers={wire.LEASE_HEADER: lease}))
+
+    def delete_run(self, run_id: str, lease: str, *, takeover: bool = False) -> None:
+        """`DELETE /v1/runs/{run_id}`: end the run and free its slots; with `takeover` also another learner's.
 
         Raises:
             UnknownRun, LeaseMismatch: the server does not have it, or another learner holds it.
         """
-        self._json("DELETE", wire.RUN.format(run_id=run_id), headers={wire.LEASE_HEADER: lease})
+        headers = {wire.LEASE_HEADER: lease, **({wire.TAKEOVER_HEADER: "1"} if takeover else {})}
+        self._json("DELETE", wire.RUN.format(run_id=run_id), headers=headers)
 
     def _json(
         self, method: str, path: str, body: Body = None, *, timeout_s: float = STATE_TIMEOUT_S, headers: Headers = None
@@ -367,8 +381,8 @@ class RolloutClient:
             if status in (401, 403):
                 refusal = Unauthenticated if status == 401 else Forbidden
                 return refusal(
-                    f"{self.url} refuses this learner (HTTP {status}); give the server's token with --token_file or "
-                    f"${TOKEN_VARIABLE}"
+                    f"{self.url} refuses this learner (HTTP {status}); give the server's token with "
+                    f"{option('token_file')} or ${TOKEN_VARIABLE}"
                 )
             text = f"HTTP {status}: {response.text[:200]!r}"
             if status in (502, 503, 504):  # the proxy reaches no server

@@ -7,6 +7,7 @@ import os
 import ssl
 from pathlib import Path
 
+from learner.utils.wording import option
 from shared.bearer_tokens import TOKEN_VARIABLE, exposure, parse_tokens
 from shared.errors import InvalidRequest, LockstepError
 
@@ -45,14 +46,16 @@ def tls_error(url: str, error: BaseException) -> LockstepError | None:
     while cause is not None:
         if isinstance(cause, ssl.SSLError) and cause.reason in _PERMANENT:
             what = cause.verify_message if isinstance(cause, ssl.SSLCertVerificationError) else cause.reason
-            return InvalidRequest(f"no connection to {url} ({what}): {_PERMANENT[cause.reason]}")
+            remedy = _PERMANENT[cause.reason] or _UNTRUSTED + option("ca_file")
+            return InvalidRequest(f"no connection to {url} ({what}): {remedy}")
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 _NO_TLS = "no TLS is spoken there; use http://, or start the server with --ssl-certfile and --ssl-keyfile"
+_UNTRUSTED = "the server's certificate is not trusted; give its CA's certificate with "
 _PERMANENT = {
-    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted; give its CA's certificate with --ca_file",
+    "CERTIFICATE_VERIFY_FAILED": "",
     "WRONG_VERSION_NUMBER": _NO_TLS,
     "RECORD_LAYER_FAILURE": _NO_TLS,
 }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from learner.utils.wording import option
 from shared.errors import InvalidRequest, LockstepError
 
 DNS = "dns+"
@@ -29,7 +30,7 @@ class ServerDiscovery:
 
     def __init__(self, sources: Sequence[str]) -> None:
         if not sources:
-            raise InvalidRequest("give --rollout_url, e.g. http://127.0.0.1:8000")
+            raise InvalidRequest(f"give {option('rollout_url', 'http://127.0.0.1:8000')}, the rollout server's URL")
         for source in sources:
             if source.startswith(FILE):
                 try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,8 +20,11 @@ from learner.servers.replica import Replica
 from learner.sync.transport import Choice, Transport
 from learner.utils.distributed import OnMain, on_one_rank
 from learner.utils.threads import all_of
+from learner.utils.wording import option
 from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, UnknownRun
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
+
+logger = logging.getLogger("lockstep.sync")
 
 
 @dataclass(eq=False)
@@ -127,14 +132,35 @@ class Publisher:
                     self.pool.mark_up(replica)  # before the next push can choose its servers
                     return
                 pieces = export.pieces()
-            receipt = replica.client.push(
-                self.lease.run_id,
-                pieces,
-                self.lease.secret,
-                takeover=self._takes_over(replica),
-                in_flight=self.in_flight,
-            )
+            with _remedies(replica):
+                receipt = replica.client.push(
+                    self.lease.run_id,
+                    pieces,
+                    self.lease.secret,
+                    takeover=self._takes_over(replica),
+                    in_flight=self.in_flight,
+                )
             self._accept(replica, receipt, export.manifest)
+
+    def finish(self, keep_s: float) -> None:
+        """Tell every server that the training has ended with the last push, or, before the first one, with what they
+        serve of it; warn of those that do not hear it.
+        """
+        run_id = self.lease.run_id
+        for replica in list(self.pool.replicas.values()):
+            runs = replica.state.runs if replica.state else []
+            served = next((run.version for run in runs if run.run_id == run_id), None)
+            if (version := self.last.version if self.last else served) is None:
+                continue
+            try:
+                replica.client.finish_run(version, self.lease.secret, keep_s=keep_s)
+            except LockstepError as error:
+                if error.code is not ErrorCode.UNKNOWN_RUN:  # it has restarted, or the run has been ended
+                    logger.warning(
+                        "%s was not told that run %s has finished, and keeps its place (%s); free it with "
+                        "`learner runs --rollout-url %s --end %s --takeover`",
+                        *(replica.url, run_id, error, replica.url, run_id),
+                    )
 
     def delete_run(self) -> None:
         """End the run on all servers that are up and have it; its slots become free.
@@ -170,7 +196,8 @@ class Publisher:
                 if transport is None:
                     transport = Transport(replica, self.lease, export.flat.device, self.transport, self.in_flight)
                     self._transports[replica.url] = transport
-                receipt = transport.send(export, takeover=self._takes_over(replica))
+                with _remedies(replica):
+                    receipt = transport.send(export, takeover=self._takes_over(replica))
                 self._accept(replica, receipt, export.manifest)
             except LockstepError as error:
                 self.pool.lost_or_raise(replica, error, incarnation)
@@ -201,3 +228,22 @@ class Publisher:
             )
         self._taken_over.add(replica.url)
         replica.receipt = receipt
+
+
+@contextlib.contextmanager
+def _remedies(replica: Replica) -> Iterator[None]:
+    """Add to a server's refusal what the user of this learner can do about it."""
+    try:
+        yield
+    except LockstepError as error:
+        take_over = option("takeover", True)
+        if error.code is ErrorCode.LEASE_MISMATCH:
+            remedy = f"stop that learner, give another {option('run_id')}, or take the run over with {take_over}"
+        elif error.code is ErrorCode.NO_FREE_RUN:
+            most = replica.known.max_runs
+            remedy = f"end one (`learner runs --rollout-url {replica.url} --end RUN_ID`), "
+            remedy += f"take its place with {take_over}, " if most == 1 else ""
+            remedy += f"or start the server with --max-runs {most + 1}"
+        else:
+            raise
+        raise type(error)(f"{error.message}; {remedy}", **error.detail) from error

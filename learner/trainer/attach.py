@@ -242,6 +242,8 @@ class _PushAfterStep(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.session.pool.close()  # else it would go on pushing this run to servers that restart
+        if state.global_step >= state.max_steps:  # else it was stopped, and may be resumed
+            self.session.finish()
         self.session.yield_gpu()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,6 +13,10 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Stopped(BaseException):
@@ -38,16 +43,24 @@ def each_signal(handler: Callable[[int, FrameType | None], object], *numbers: si
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Raise `Stopped` at the first SIGINT, SIGTERM or SIGHUP; ignore later ones while children are being ended."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def stop_on_signals(times: int = 1) -> Iterator[None]:
+    """Raise `Stopped` at the first SIGINT, SIGTERM or SIGHUP; ignore later ones while children are being ended.
+
+    Args:
+        times: at how many of them; the second one finds whoever waits for children to end.
+    """
+    raised = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
+        nonlocal raised
+        raised += 1
+        if raised >= times:
+            for other in _SIGNALS:
+                signal.signal(other, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
-    with each_signal(stop, *numbers):
+    # One that is ignored stays so: nohup's SIGHUP.
+    with each_signal(stop, *(number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)):
         yield
 
 
@@ -68,27 +81,36 @@ class ProcessGroup:
     """A command in a session of its own: Ctrl-C in the terminal reaches only its parent, which ends the group.
 
     Args:
+        log: a file for its output; or a function, which gets each line on a thread (the command then gets SIGTERM if
+            this process is killed). By default its output is that of this process.
         cores: CPUs it may run on; by default those of this process.
+        patience_s: seconds that the command gets to end by itself when the block ends.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         env: Mapping[str, str],
-        log: Path | None = None,
+        log: Path | Callable[[str], None] | None = None,
         *,
         cores: Collection[int] | None = None,
+        patience_s: float = 15.0,
     ) -> None:
+        self.patience_s = patience_s
         # Blocked until the child is known: a signal in between would orphan it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set(_SIGNALS))
+        read_lines = None if log is None or isinstance(log, Path) else log
 
         def begin() -> None:
             if cores is not None:
                 os.sched_setaffinity(0, cores)
+            if read_lines and _LIBC:  # nobody would read its output any more
+                _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
         try:
-            with log.open("wb") if log else contextlib.nullcontext() as output:
+            with log.open("wb") if isinstance(log, Path) else contextlib.nullcontext() as file:
+                output = subprocess.PIPE if read_lines else file
                 self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -97,23 +119,41 @@ class ProcessGroup:
                     env={**os.environ, **env},
                     start_new_session=True,
                     preexec_fn=begin,
+                    text=True,
+                    errors="replace",
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._reader = threading.Thread(target=self._read, args=(read_lines,), daemon=True) if read_lines else None
+        if self._reader:
+            self._reader.start()
 
-    def end(self, patience_s: float = 15.0) -> int:
-        """Send SIGTERM, and SIGKILL to the rest of the group after `patience_s` seconds. Return the exit code."""
-        with contextlib.suppress(ProcessLookupError):
+    def _read(self, take: Callable[[str], None]) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:  # a carriage return ends a line, too
+            take(line.rstrip())
+
+    def end(self) -> int:
+        """Send SIGTERM, and SIGKILL to the rest of the group after `patience_s` seconds, or at once if a signal stops
+        this process meanwhile. Return the exit code."""
+        try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(patience_s)
+                    self.process.wait(self.patience_s)
             deadline = time.monotonic() + 5.0
             while time.monotonic() < deadline:  # children usually end by themselves
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.05)
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait()
+        except ProcessLookupError:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            if self._reader:
+                self._reader.join(5.0)  # of what it has said last
+        return self.process.returncode
 
     def __enter__(self) -> ProcessGroup:
         return self

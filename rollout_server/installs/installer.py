@@ -123,7 +123,7 @@ class Installer:
                 "version; use drain"
             )
 
-    async def end(self, run_id: str, lease: str) -> None:
+    async def end(self, run_id: str, lease: str, takeover: bool = False) -> None:
         """Remove a run, after a push of it that is under way. A base that it was merged into is restored bit by bit.
 
         Raises `no_free_slot` if running requests do not end in time; the run stays then.
@@ -134,7 +134,7 @@ class Installer:
         async with awake, run.ring.push_lock:
             if run.closed:
                 return
-            self.runs.check_lease(run, lease)  # a takeover may have come in between
+            self.runs.check_end(run, lease, takeover)  # a takeover may have come in between
             if self.settings.merges:
                 deadline = time.monotonic() + self.settings.push_timeout
                 weights = LiveWeights(self.context.proxy, self.context.workers)

@@ -81,12 +81,21 @@ class Holder(Protocol):
     def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: Any) -> None: ...
 
 
+@dataclass(frozen=True)
+class Finished:
+    """End of a run's training, and how long nobody else gets its place; monotonic seconds."""
+
+    at: float
+    kept_until: float
+
+
 @dataclass(eq=False)
 class Run:
     """One training run on this server, in the table from its first flip on.
 
     Attributes:
         lease: secret of the learner whose push flipped last.
+        finished: None while its learner trains, or may come back.
     """
 
     run_id: str
@@ -94,6 +103,8 @@ class Run:
     ring: Ring
     active: Slot | None = None
     header: AdapterHeader | None = None  # of its last install
+    finished: Finished | None = None
+    last_push: float | None = None  # in monotonic seconds
     not_moving: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False
 
@@ -101,6 +112,11 @@ class Run:
         self.not_moving.set()
         self.slots = self.ring.slots
         self._holders: dict[Slot, set[Holder]] = {slot: set() for slot in self.slots}
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether another run may have its place."""
+        return self.finished is not None and time.monotonic() >= self.finished.kept_until
 
     def acquire(self, slot: Slot, holder: Holder) -> None:
         """Keep `slot` from being refilled until `release`."""
@@ -139,7 +155,7 @@ class Run:
         """Give `slot` to new requests; running ones finish on theirs."""
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         previous, self.active = self.active, slot
-        slot.state = SlotState.ACTIVE
+        slot.state, self.last_push = SlotState.ACTIVE, time.monotonic()
         if previous is not None and previous is not slot:
             previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
         self.ring.notify()
@@ -151,6 +167,7 @@ class Run:
         slot = self.active
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
+        self.last_push = time.monotonic()
         for holder in self._holders[slot]:
             holder.move(tokens, version, kv)
         self.ring.notify()
@@ -174,7 +191,7 @@ class Run:
 
     def state(self) -> RunState:
         """Return the run's state for clients."""
-        active, serving = self.active, (SlotState.ACTIVE, SlotState.DRAINING)
+        active, serving, now = self.active, (SlotState.ACTIVE, SlotState.DRAINING), time.monotonic()
         return RunState(
             run_id=self.run_id,
             version=active.version if active else None,
@@ -190,6 +207,9 @@ class Run:
                 for slot in self.slots
             ],
             running_requests=sum(slot.requests for slot in self.slots),
+            finished=self.finished is not None,
+            kept_seconds=max(self.finished.kept_until - now, 0.0) if self.finished else None,
+            seconds_since_push=None if self.last_push is None else now - self.last_push,
         )
 
 

@@ -1,13 +1,16 @@
-"""Table of runs: which exist, and which learner may push to them."""
+"""Table of runs: which exist, which learner may push to them, and which of them give way to others."""
 
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from rollout_server.runs.slots import Ring, Run, Slot, SlotState
-from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun
+from rollout_server.runs.slots import Finished, Ring, Run, Slot, SlotState
+from shared import wire
+from shared.errors import BaseNotServed, LeaseMismatch, NoFreeRun, UnknownRun, VersionNotActive
+from shared.weights import WeightVersion
 
 
 class RunTable:
@@ -43,15 +46,21 @@ class RunTable:
             )
 
     def get(self, run_id: str | None) -> Run:
-        """Return the run of that name; without a name, the only one. Raises `unknown_run`."""
-        if run_id is None and len(self.runs) == 1:
-            return next(iter(self.runs.values()))
+        """Return the run of that name; without a name, the `default`. Raises `unknown_run`."""
+        run = self.default() if run_id is None else self.runs.get(run_id)
+        if run is not None:
+            return run
         if not self.runs:
             raise UnknownRun('this server has no run yet: push an adapter first, or ask for the policy "base"')
-        if run_id not in self.runs:
-            which = f"there is no run {run_id!r}" if run_id is not None else "several runs are served"
-            raise UnknownRun(f"{which}: name one with run_id ({', '.join(sorted(self.runs))})")
-        return self.runs[run_id]
+        which = f"there is no run {run_id!r}" if run_id is not None else "several runs are served"
+        raise UnknownRun(f"{which}: name one with run_id ({', '.join(sorted(self.runs))})")
+
+    def default(self) -> Run | None:
+        """Return the run that is meant without a name: the only one in training, else the one that finished last."""
+        training = [run for run in self.runs.values() if run.finished is None]
+        if training:
+            return training[0] if len(training) == 1 else None
+        return max(self.runs.values(), key=lambda run: run.finished.at if run.finished else 0.0, default=None)
 
     def steps(self) -> dict[str, int]:
         """Return run id -> served step."""
@@ -62,11 +71,18 @@ class RunTable:
         """Raise `lease_mismatch` unless the learner of that lease holds the run."""
         if not hmac.compare_digest(run.lease.encode(), lease.encode()):
             raise LeaseMismatch(
-                f"another learner holds run {run.run_id}; stop it, or take the run over with --takeover"
+                f"another learner holds run {run.run_id}: stop it, or take the run over ({wire.TAKEOVER_HEADER}: 1)"
             )
+
+    def check_end(self, run: Run, lease: str, takeover: bool) -> None:
+        """Raise `lease_mismatch` unless a holder of that lease may end the run; with `takeover`, anyone may."""
+        if not (takeover or run.gives_way):
+            self.check_lease(run, lease)
 
     def places(self, run_id: str, lease: str, takeover: bool) -> list[Ring]:
         """Return the slots that a push to `run_id` may go to; raises `lease_mismatch`, `no_free_run`. Changes nothing.
+
+        For a new run: free ones, then those of runs that give way, the longest finished first.
 
         `takeover`: the run may be another learner's, and the slots those of the only other run.
         """
@@ -79,14 +95,21 @@ class RunTable:
             return [self._opening[run_id].ring]
         taken = [run.ring for run in self.runs.values()]
         free = [ring for ring in self._rings if ring not in taken]
-        if free:
-            return free
+        giving_way = [run for run in self.runs.values() if run.gives_way]
+        giving_way.sort(key=lambda run: run.finished.at if run.finished else 0.0)
+        if free or giving_way:
+            return [*free, *(run.ring for run in giving_way)]
         if takeover and len(self._rings) == 1:
             return self._rings
         raise NoFreeRun(
-            f"this server has no room for run {run_id}: it serves {', '.join(sorted(self.runs))}; "
-            "end that run, take its place with --takeover, or start the server with --max-runs"
+            f"this server has no room for run {run_id}: it serves {', '.join(map(self._described, self.runs.values()))}"
+            f", and was started with --max-runs {len(self._rings)}",
+            max_runs=len(self._rings),
         )
+
+    def _described(self, run: Run) -> str:
+        left = run.finished.kept_until - time.monotonic() if run.finished else None
+        return run.run_id if left is None else f"{run.run_id} (finished; kept for {left:.0f} s more)"
 
     @asynccontextmanager
     async def opened(self, run_id: str, lease: str, takeover: bool) -> AsyncIterator[Run]:
@@ -112,7 +135,23 @@ class RunTable:
         for other in [other for other in self.runs.values() if other.ring is run.ring and other is not run]:
             self.close(other.run_id)
         self.runs[run.run_id] = run
-        run.lease = lease
+        run.lease, run.finished = lease, None
+
+    def finish(self, run_id: str, lease: str, version: WeightVersion, keep_s: float) -> None:
+        """Note that the run's training has ended with `version`. It goes on being served, by the same slots, until
+        another run needs its place after `keep_s` seconds; a later push makes it a run in training again.
+
+        Raises:
+            LockstepError: `unknown_run`, `lease_mismatch`; `version_not_active`, so that a late word of a learner that
+                ended does not end the training that has gone on since.
+        """
+        run = self.get(run_id)
+        self.check_lease(run, lease)
+        served = run.active.version if run.active else None
+        if served != version:
+            raise VersionNotActive(f"run {run_id} serves {served}, and did not end with {version}")
+        now = time.monotonic()
+        run.finished = Finished(now, now + keep_s)
 
     def close(self, run_id: str) -> None:
         """Remove a run. Its running requests finish; then its slots are free for other runs."""

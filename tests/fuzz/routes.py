@@ -231,6 +231,7 @@ def _raw_requests(draw: st.DrawFn) -> tuple[str, str, list[tuple[bytes, bytes]],
                 ("POST", "/v1/score"),
                 ("PUT", "/v1/runs/{}/adapter"),
                 ("POST", "/v1/runs/{}/group"),
+                ("POST", "/v1/runs/{}/finish"),
                 ("POST", "/v1/runs/{}/broadcast"),
                 ("DELETE", "/v1/runs/{}"),
                 ("GET", "/v1/runs/{}"),
@@ -245,8 +246,10 @@ def _raw_requests(draw: st.DrawFn) -> tuple[str, str, list[tuple[bytes, bytes]],
         )
     )
     run_id, headers = draw(_run_ids), _headers(draw)
-    if method == "DELETE" or path.endswith("/group"):  # with the right lease these would be valid
+    if method == "DELETE" or path.endswith(("/group", "/finish")):  # with the right lease these would be valid
         headers = [(name, b"a stranger's lease" if value == P.LEASE.encode() else value) for name, value in headers]
+    if method == "DELETE":
+        headers = [(name, value) for name, value in headers if name != b"lockstep-takeover"]
     return method, path.format(_quoted(run_id)), headers, draw(_raw_bodies), draw(st.booleans())
 
 

@@ -156,7 +156,7 @@ def test_a_strangers_push_is_refused(client: RolloutClient, policy) -> None:
     answer = _put(client, _next(policy, client), lease="a stranger's lease")
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "lease_mismatch"
-    assert "--takeover" in answer.json()["error"]["message"]
+    assert "Lockstep-Takeover" in answer.json()["error"]["message"]
     assert client.run(RUN).version == SERVED
 
 

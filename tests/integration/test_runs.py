@@ -79,8 +79,12 @@ def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProc
         with pytest.raises(LockstepError) as full:
             _publisher(client, P.make_policy(model), "three").push(0)
         assert full.value.code is ErrorCode.NO_FREE_RUN
-        client.delete_run("one", "secret-of-one")
+        ended = client.run("one").version
+        assert ended is not None
+        client.finish_run(ended, "secret-of-one")
+        assert client.run("one").version == ended, "it is served until its place is needed"
         assert _publisher(client, P.make_policy(model), "three").push(0).version.run_id == "three"
+        assert {run.run_id for run in client.state().runs} == {"two", "three"}
         client.delete_run("three", "secret-of-three")
         client.delete_run("two", "secret-of-two")
 

@@ -21,7 +21,7 @@ from shared.rollouts import (
     ScoreResponse,
     VersionSpan,
 )
-from shared.weights import PushReceipt, RunState, ServerState, WeightVersion
+from shared.weights import PushReceipt, RunState, ServerState, TrainingEnd, WeightVersion
 
 
 class FakeServer:
@@ -32,6 +32,7 @@ class FakeServer:
         ignore_pushes: acknowledge pushes without using them.
         log_kept_mass: reported for every token where sampling truncates.
         naps: how often it fell asleep.
+        finished: runs that were said to have ended, and not pushed to since.
     """
 
     def __init__(self, model: torch.nn.Module, state: ServerState) -> None:
@@ -41,6 +42,7 @@ class FakeServer:
         self.served: dict[str, tuple[WeightVersion, str]] = {}
         self.pushed: list[WeightVersion] = []
         self.generated: list[GenerateRequest] = []
+        self.finished: dict[str, TrainingEnd] = {}
         self.ignore_pushes = False
         self.scale = 1.0
         self.log_kept_mass = -0.3
@@ -77,6 +79,8 @@ class FakeServer:
         if method == "PUT":
             self._turn(asleep=False)
             return _json(self._push(path.split("/")[3], request))
+        if path.endswith("/finish"):
+            return _json(self._finish(path.split("/")[3], TrainingEnd.model_validate_json(request.content)))
         if method == "DELETE":
             if self.served.pop(path.split("/")[3], None) is None:
                 raise UnknownRun("no such run")
@@ -102,6 +106,16 @@ class FakeServer:
         self.state = self.state.model_copy(update={"asleep": asleep})
         return self.state
 
+    def _finish(self, run_id: str, ended: TrainingEnd) -> RunState:
+        if run_id not in self.served:
+            raise UnknownRun("no such run")
+        version, checksum = self.served[run_id]
+        if version != ended.version:
+            raise VersionNotActive(f"serving {version}")
+        self.finished[run_id] = ended
+        seen: dict[str, Any] = {"install_seq": 1, "slots": [], "running_requests": 0}
+        return RunState(run_id=run_id, version=version, checksum=checksum, finished=True, **seen)
+
     def _push(self, run_id: str, request: httpx.Request) -> PushReceipt:
         assert request.headers["Lockstep-Lease"]
         assert request.headers["content-length"]
@@ -119,6 +133,7 @@ class FakeServer:
         if not self.ignore_pushes or run_id not in self.served:
             self.deltas[run_id] = deltas
         self.served[run_id] = (manifest.version, manifest.checksum)
+        self.finished.pop(run_id, None)
         self.pushed.append(manifest.version)
         return PushReceipt(
             epoch=self.state.epoch,

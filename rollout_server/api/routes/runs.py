@@ -20,7 +20,7 @@ from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
 from shared import wire
 from shared.collective import Announcement
-from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState
+from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState, TrainingEnd
 
 router = APIRouter(route_class=BoundedRoute)
 RunId = Annotated[str, Path(pattern=RUN_ID_PATTERN)]
@@ -62,10 +62,19 @@ async def put_adapter(
 
 
 @router.delete(wire.RUN, status_code=204)
-async def delete_run(run_id: RunId, service: ServiceDep, lease: Lease) -> Response:
-    """End a run: its running requests finish, its slots become free (and a base it was merged into is restored)."""
-    await service.end_run(run_id, lease)
+async def delete_run(run_id: RunId, service: ServiceDep, lease: Lease, takeover: Takeover = False) -> Response:
+    """End a run: its running requests finish, its slots become free (and a base it was merged into is restored).
+
+    Its own learner's lease ends it, or `Lockstep-Takeover`; a finished run that is not kept, any lease.
+    """
+    await service.end_run(run_id, lease, takeover)
     return Response(status_code=204)
+
+
+@router.post(wire.FINISH)
+async def finish_run(run_id: RunId, ended: TrainingEnd, service: ServiceDep, lease: Lease) -> RunState:
+    """Say that a run's training has ended: it is served until another run needs its place, or pushed to again."""
+    return service.finish_run(run_id, lease, ended)
 
 
 @router.post(wire.GROUP, response_class=StreamingResponse)

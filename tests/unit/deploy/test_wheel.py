@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 from tests.unit.deploy.files import ROOT
 
@@ -34,7 +36,7 @@ WHERE = "import {0}, sys; print({0}.__file__, sys.modules['shared'].__file__)"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder into which the wheel of this repository has been unpacked."""
+    """The folder into which the wheel has been unpacked that is built of this repository's source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -42,8 +44,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in (*PACKAGES, "recipes"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, str(source)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, str(sdist)], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site-packages")
@@ -83,11 +88,23 @@ def test_it_holds_everything_but_tests(site: Path) -> None:
     assert there == files
 
 
+def test_what_an_index_reads_of_it(site: Path) -> None:
+    """As `twine check` wants it, but for the README's markup; the version stands in pyproject.toml and nowhere else."""
+    (folder,) = site.glob("*.dist-info")
+    metadata = Metadata.from_email((folder / "METADATA").read_bytes(), validate=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert str(metadata.version) == project["version"]
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description == (ROOT / "README.md").read_text()
+    ended = run(site, site.parent, "-m", "learner.cli", "--version")
+    assert ended.stdout == f"learner {project['version']}\n", ended.stderr
+
+
 def test_the_demo_finds_its_recipe(site: Path, tmp_path: Path) -> None:
     demo = ("-m", "learner.demo", "--gguf", "none.gguf", "--model-dir", str(tmp_path / "model"))
     for config in ((), ("--config", "demo-gpu.yaml"), ("--config", "recipes/demo-gpu.yaml")):
         ended = run(site, tmp_path, *demo, *config)
-        assert "1/5 the model" in ended.stdout, ended.stderr
+        assert "the model: SmolLM2" in ended.stdout, ended.stderr
         assert ended.stderr == "demo: no GGUF file at none.gguf [invalid_request]\n"
     ended = run(site, tmp_path, *demo, "--config", "other.yaml")
     assert ended.returncode == 2

@@ -112,8 +112,8 @@ def test_servers_of_a_file_and_the_run(served, run_dir, tmp_path, capsys):
     assert "gap" not in shown
     lines = shown.splitlines()
     assert [line.split()[2:] for line in lines if line.startswith(("http://a", "http://b"))] == [
-        ["r", "1.7", "0", "3"],
-        ["r", "1.5", "2", "3"],
+        ["r", "1.7", "0", "3", "-", "not", "finished"],
+        ["r", "1.5", "2", "3", "-", "not", "finished"],
     ]
 
 

@@ -157,7 +157,7 @@ def the_line(capsys):
         ("task: tests.unit.learner.commands.test_train:tsak", "tsak"),
         ("rollout_url: 127.0.0.1:9", "rollout_url"),
         ("rollout_url: file:/nowhere", "rollout_url"),
-        ("rollout_url: []", "rollout-url"),
+        ("rollout_url: []", "--rollout_url"),
         ("model_name_or_path: /nowhere/at/all", "model_name_or_path"),
         ("model_name_or_path:", "model_name_or_path"),
         ("tools: no.such:tool", "no.such:tool"),
@@ -278,16 +278,18 @@ def test_flags_of_the_demo(capsys, argv, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("dtype: float32\nmax_completion_length: 4", "task"),
-        ("task: x.jsonl\ndtype: float32\nmax_completion_length: four", "max_completion_length"),
-        ("task: nowhere.jsonl\ndtype: float32\nmax_completion_length: 4", "reward"),
-        ("task: reasoning_gym:chain_smu\ndtype: float32\nmax_completion_length: 4", "chain_smu"),
-        ("task: reasoning_gym:chain_sum\ndtype: float23\nmax_completion_length: 4", "float23"),
+        ("dtype: float23", "float23"),
+        ("dtype: float32\nserver: fast", "server: write one"),
+        ("dtype: float32\nrollout_url: http://a:1", "rollout_url"),
+        ("dtype: float32\nlora_r: many", "lora_r"),
     ],
 )
-def test_recipes_of_the_demo(capsys, tmp_path, text, words):
+def test_recipes_of_the_demo(capsys, tmp_path, text, words, monkeypatch):
+    """The learner checks its own options itself."""
     file = tmp_path / "recipe.yaml"
-    file.write_text(text)
+    file.write_text(f"{text}\nuse_cpu: true\n")
+    if "float23" not in text:
+        monkeypatch.setattr("learner.demo.__main__.ensure_demo_model", lambda *_, **__: tmp_path)
     assert demo(["--config", str(file), "--output-dir", str(tmp_path / "out")]) == 2
     assert words in the_line(capsys)
 

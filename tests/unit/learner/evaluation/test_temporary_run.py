@@ -47,8 +47,13 @@ def test_a_temporary_run_ends_whatever_happens(server, model_dir: Path, tmp_path
         assert list(server.served) == [version.run_id]
         raise KeyboardInterrupt
     assert not server.served
+    server.served = dict.fromkeys(("one", "two"), (VERSION, ""))  # perhaps finished ones, which would give way
+    with pytest.raises(LockstepError, match="--max-runs 3"), temporary_run(client, adapter):
+        pass
+    assert not server.pushed[1:]
+    server.served.clear()
     server._push = _full
-    with pytest.raises(LockstepError, match="--max-runs 2") as refusal, temporary_run(client, adapter):
+    with pytest.raises(LockstepError, match="--max-runs 3") as refusal, temporary_run(client, adapter):
         pass
     assert refusal.value.code is ErrorCode.NO_FREE_RUN
 

@@ -139,7 +139,7 @@ def test_urls_and_tokens(tmp_path, monkeypatch):
 def test_a_proxy_that_refuses(status, code):
     client = client_of(lambda r: httpx.Response(status, text="no entry"))
     assert code_of(client.state) is code
-    with pytest.raises(LockstepError, match="--token_file"):
+    with pytest.raises(LockstepError, match="token_file"):
         client.wait_ready(60)  # at once: waiting brings no token
 
 

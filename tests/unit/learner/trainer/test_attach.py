@@ -16,7 +16,7 @@ import learner
 from learner.monitors.progress import show_progress
 from learner.trainer.attach import attach, save_final_adapter
 from learner.utils.cleanup import finally_do
-from shared.errors import ErrorCode, LockstepError, UnknownRun
+from shared.errors import ErrorCode, LeaseMismatch, LockstepError, NoFreeRun, UnknownRun
 
 
 def test_attach_is_what_the_package_exports():
@@ -417,3 +417,70 @@ def test_errors_of_the_training_are_not_hidden_by_those_of_its_end(caplog):
     assert "closing failed as well: the disk is full" in caplog.text
     with pytest.raises(OSError, match="full"), finally_do(fails, "closing"):
         pass
+
+
+def test_a_run_ends_when_its_training_does(make_trainer, server, client):
+    trainer = make_trainer()
+    session = attach(trainer, client=client, run_id="r", keep_run=60)
+    trainer.train()
+    ended = server.finished["r"]
+    assert (ended.version, ended.keep_seconds) == (session.publisher.last.version, 60)
+    trainer.args.max_steps = 4
+    trainer.train()  # a run in training again, until its end
+    assert server.finished["r"].version == session.publisher.last.version
+    assert session.publisher.last.version.fence == ended.version.fence + 1
+    session.close()
+
+
+def test_a_training_that_stops_early_keeps_its_place(make_trainer, server, client):
+    """It may be resumed. Whoever knows better says so."""
+    trainer = make_trainer()
+    session = attach(trainer, client=client, run_id="r")
+
+    def stop(report):
+        trainer.control.should_training_stop = True
+
+    session.metrics.listeners.append(stop)
+    trainer.train()
+    session.close()
+    assert trainer.state.global_step == 1
+    assert not server.finished
+    session.finish()
+    assert server.finished["r"].version.step == 1
+
+
+def test_a_server_that_does_not_hear_of_the_end_is_named(make_trainer, server, client, caplog):
+    trainer = make_trainer()
+    session = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    server.served["r"] = (server.served["r"][0].model_copy(update={"fence": 9}), "")
+    session.finish()
+    assert "keeps its place" in caplog.messages[-1]
+    assert "learner runs --rollout-url http://fake --end r --takeover" in caplog.messages[-1]
+    server.restart()
+    caplog.clear()
+    session.finish()
+    assert not caplog.messages, "a server that has restarted keeps no place"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        (NoFreeRun("no room"), "no room; end one (`learner runs --rollout-url http://fake --end RUN_ID`)"),
+        (LeaseMismatch("another learner holds run r"), "give another run_id"),
+    ],
+)
+@pytest.mark.parametrize("flags", [False, True])
+def test_remedies_are_in_the_words_of_who_reads_them(make_trainer, server, client, monkeypatch, refusal, words, flags):
+    def push(run_id, request):
+        raise refusal
+
+    monkeypatch.setattr("learner.utils.wording._on_command_line", flags)
+    monkeypatch.setattr(server, "_push", push)
+    server.state = server.state.model_copy(update={"max_runs": 1})
+    trainer = make_trainer()
+    attach(trainer, client=client, proof_canary=False)
+    with pytest.raises(type(refusal)) as refused:
+        trainer.train()
+    assert (words.replace("run_id", "--run_id") if flags else words) in str(refused.value)
+    assert ("--takeover true" if flags else "takeover=True") in str(refused.value)

@@ -14,7 +14,7 @@ from rollout_server.api.app import build_app
 from rollout_server.generation import requests
 from shared.errors import ErrorBody, ErrorCode, LockstepError, NoGroup, NotFinite, UnknownRun
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
-from shared.weights import PushReceipt, WeightVersion
+from shared.weights import PushReceipt, RunState, TrainingEnd, WeightVersion
 
 LEASE = "a lease of tests"
 RECEIPT = PushReceipt(
@@ -55,8 +55,13 @@ class _Service:
             raise self.error
         yield RECEIPT
 
-    async def end_run(self, run_id: str, lease: str) -> None:
-        self.calls.append((run_id, lease))
+    async def end_run(self, run_id: str, lease: str, takeover: bool) -> None:
+        self.calls.append((run_id, lease, takeover))
+
+    def finish_run(self, run_id: str, lease: str, ended: TrainingEnd) -> RunState:
+        self.calls.append((run_id, lease, ended))
+        seen: dict[str, Any] = {"install_seq": 1, "slots": [], "running_requests": 0}
+        return RunState(run_id=run_id, version=ended.version, checksum=None, **seen)
 
 
 @pytest.fixture
@@ -203,6 +208,19 @@ async def test_pushes(client: httpx.AsyncClient, service: _Service) -> None:
     assert service.calls == [("r", LEASE, True, b"abc", "keep"), ("r", LEASE, False, b"", "drain")]
     assert (await client.put("/v1/runs/r/adapter", content=b"abc")).status_code == 400
     assert (await client.delete("/v1/runs/r", headers={"Lockstep-Lease": LEASE})).status_code == 204
+
+
+async def test_ends_of_runs(client: httpx.AsyncClient, service: _Service) -> None:
+    version = RECEIPT.version
+    headers = {"Lockstep-Lease": LEASE}
+    answer = await client.post("/v1/runs/r/finish", json={"version": version.model_dump()}, headers=headers)
+    assert RunState.model_validate(answer.json()).version == version
+    assert (await client.delete("/v1/runs/r", headers=headers)).status_code == 204
+    assert (await client.delete("/v1/runs/r", headers={**headers, "Lockstep-Takeover": "1"})).status_code == 204
+    assert service.calls == [("r", LEASE, TrainingEnd(version=version)), ("r", LEASE, False), ("r", LEASE, True)]
+    for wrong in ({}, {"version": version.model_dump(), "keep_seconds": -1}, {"version": "r@0.1"}):
+        assert (await client.post("/v1/runs/r/finish", json=wrong, headers=headers)).status_code == 400
+    assert (await client.post("/v1/runs/r/finish", json={"version": version.model_dump()})).status_code == 400
 
 
 async def test_broadcasts(client: httpx.AsyncClient, service: _Service) -> None:

@@ -377,3 +377,29 @@ async def test_an_engine_that_does_not_resume_ends_the_server(
             await server.push(1, in_flight="keep")
     assert server.proxy.errored
     running.release()
+
+
+async def test_a_new_run_takes_a_finished_ones_place(server: _Server) -> None:
+    """With its flip, and not before; the finished run's learner may come back where there is a place."""
+    first = await server.push(5)
+    server.runs.finish("r", OWNER, first.version, 0.0)
+    server.workers.refused["fill"] = ErrorCode.CHECKSUM_MISMATCH
+    assert await _refused(server.push(0, STRANGER, "next")) is ErrorCode.CHECKSUM_MISMATCH
+    assert server.owners() == {"r": (OWNER, first.version)}
+    second = await server.push(0, STRANGER, "next")
+    assert server.owners() == {"next": (STRANGER, second.version)}
+    assert await _refused(server.push(6)) is ErrorCode.NO_FREE_RUN
+    server.runs.finish("next", STRANGER, second.version, 0.0)
+    assert (await server.push(6)).version.step == 6
+    assert list(server.owners()) == ["r"]
+
+
+async def test_anyone_may_end_a_finished_run_and_only_its_learner_another(server: _Server) -> None:
+    receipt = await server.push(5)
+    assert await _refused(server.installer.end("r", STRANGER)) is ErrorCode.LEASE_MISMATCH
+    server.runs.finish("r", OWNER, receipt.version, 0.0)
+    await server.installer.end("r", STRANGER)
+    assert server.owners() == {}
+    await server.push(6)
+    await server.installer.end("r", STRANGER, takeover=True)
+    assert server.owners() == {}

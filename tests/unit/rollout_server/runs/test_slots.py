@@ -201,3 +201,109 @@ async def test_a_run_that_is_not_there(runs, asked, words) -> None:
     with pytest.raises(LockstepError, match=words) as refusal:
         table.get(asked)
     assert refusal.value.code is ErrorCode.UNKNOWN_RUN
+
+
+async def _trained(table: RunTable, run_id: str, *, keep_s: float | None = 0.0) -> Run:
+    """A run that serves its step 0, and has finished unless `keep_s` is None."""
+    async with table.opened(run_id, run_id, takeover=False) as run:
+        slot = await run.reserve(time.monotonic() + 1)
+        table.own(run, run_id)
+        version = WeightVersion(run_id=run_id, step=0)
+        run.flip(slot, version, table.next_install_seq(), "sum")
+    if keep_s is not None:
+        table.finish(run_id, run_id, version, keep_s)
+    return run
+
+
+async def test_a_finished_run_is_served_until_its_place_is_needed() -> None:
+    table = RunTable(2, 1)
+    old = await _trained(table, "old")
+    assert table.get("old").active is not None
+    assert table.get(None) is old
+    async with table.opened("new", "new", takeover=False) as new:
+        assert table.get(None) is old, "a push that is under way may fail yet"
+    assert list(table.runs) == ["old"]
+    new = await _trained(table, "new", keep_s=None)
+    assert table.runs == {"new": new}
+    assert old.closed
+    with pytest.raises(LockstepError, match="there is no run 'old'") as refusal:
+        table.get("old")
+    assert refusal.value.code is ErrorCode.UNKNOWN_RUN
+
+
+async def test_a_run_that_has_not_finished_keeps_its_place() -> None:
+    """Its learner may have been killed, and come back."""
+    table = RunTable(2, 1)
+    await _trained(table, "r", keep_s=None)
+    assert await _refused(table, "other", "x") is ErrorCode.NO_FREE_RUN
+
+
+async def test_a_finished_run_keeps_its_place_for_as_long_as_it_says() -> None:
+    table = RunTable(2, 1)
+    run = await _trained(table, "kept", keep_s=3600.0)
+    with pytest.raises(LockstepError, match=r"kept \(finished; kept for 3[56]\d\d s more\)"):
+        table.places("other", "x", takeover=False)
+    with pytest.raises(LockstepError):
+        table.check_end(run, "a stranger's", takeover=False)
+    table.check_end(run, "a stranger's", takeover=True)
+    table.finish("kept", "kept", _version_of(run), 0.0)
+    assert table.places("other", "x", takeover=False) == [run.ring]
+    table.check_end(run, "a stranger's", takeover=False)
+
+
+async def test_free_places_go_first_then_those_of_the_longest_finished() -> None:
+    table = RunTable(2, 3)
+    first, second = await _trained(table, "first", keep_s=None), await _trained(table, "second")
+    third = await _trained(table, "third", keep_s=None)
+    table.finish("first", "first", _version_of(first), 0.0)
+    assert table.places("new", "x", takeover=False) == [second.ring, first.ring]
+    table.close("third")
+    assert table.places("new", "x", takeover=False) == [third.ring, second.ring, first.ring]
+    await _trained(table, "new", keep_s=None)
+    await _trained(table, "newer", keep_s=None)
+    assert set(table.runs) == {"first", "new", "newer"}
+
+
+async def test_a_finished_run_that_is_pushed_to_again_trains_again() -> None:
+    table = RunTable(2, 1)
+    run = await _trained(table, "r")
+    async with table.opened("r", "r", takeover=False) as again:
+        assert again is run
+        waiting = asyncio.ensure_future(_refused(table, "other", "x"))
+        await asyncio.sleep(0)
+        table.own(again, "r")
+        await _install(table, again, 1)
+    assert await waiting is ErrorCode.NO_FREE_RUN, "it came second"
+    with pytest.raises(LockstepError) as late:
+        table.finish("r", "r", _version(0), 0.0)
+    assert late.value.code is ErrorCode.VERSION_NOT_ACTIVE, "a late word of its first training ends nothing"
+    assert run.finished is None
+    with pytest.raises(LockstepError) as stranger:
+        table.finish("r", "x", _version(1), 0.0)
+    assert stranger.value.code is ErrorCode.LEASE_MISMATCH
+
+
+async def test_without_a_name_the_run_in_training_is_meant() -> None:
+    table = RunTable(2, 3)
+    await _trained(table, "done")
+    training = await _trained(table, "training", keep_s=None)
+    assert table.get(None) is training
+    await _trained(table, "too", keep_s=None)
+    with pytest.raises(LockstepError, match=r"several runs are served: name one with run_id \(done, too, training\)"):
+        table.get(None)
+
+
+async def test_without_a_name_and_a_training_the_run_that_finished_last_is_meant() -> None:
+    table = RunTable(2, 2)
+    first, second = await _trained(table, "first", keep_s=None), await _trained(table, "second")
+    assert table.get(None) is first
+    table.finish("first", "first", _version_of(first), 0.0)
+    assert table.get(None) is first
+    table.finish("second", "second", _version_of(second), 0.0)
+    assert table.get(None) is second
+
+
+def _version_of(run: Run) -> WeightVersion:
+    assert run.active
+    assert run.active.version
+    return run.active.version

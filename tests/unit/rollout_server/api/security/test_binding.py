@@ -131,7 +131,7 @@ async def test_a_private_ca(pems, monkeypatch: pytest.MonkeyPatch) -> None:
         for options in ({}, {"ca_file": pems.other}):
             error = await _refused(f"https://{address}", **options)
             assert error.code is ErrorCode.INVALID_REQUEST
-            assert "--ca_file" in error.message
+            assert "ca_file" in error.message
         assert (await _refused(f"https://{address}", None, ca_file=pems.ca)).code is ErrorCode.UNAUTHENTICATED
         assert (await _refused(f"https://{address}", "wrong" * 4, ca_file=pems.ca)).code is ErrorCode.UNAUTHENTICATED
         assert (await _refused(f"http://{address}")).code is ErrorCode.NOT_READY

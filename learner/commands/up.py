@@ -1,0 +1,354 @@
+"""`learner up`: a rollout server and a learner on this machine, from one recipe, until the training ends.
+
+Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns with the learner on one
+(`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus`
+there chooses its GPUs. The same command goes on where an interrupted training stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from learner.commands.config_file import read_config_file
+from learner.commands.flags import Parser, dtype_name
+from learner.servers.client import RolloutClient
+from learner.servers.credentials import read_token
+from learner.utils.atomic import check_writable
+from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
+from shared.errors import InvalidRequest, LockstepError
+from shared.weights import served_rank
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SERVER_LOG, LEARNER_LOG = "server.log", "learner.log"
+#: Of both processes, unless the user has set them.
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
+#: Where both run on the CPU; no core is reserved: they take turns on the same ones, or have cores of their own.
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "DS_ACCELERATOR": "cpu"}
+#: Seconds for a learner to finish its step and save it.
+LEARNER_PATIENCE_S = 120.0
+_PROGRESS_S = 15.0
+_TRUE = ("true", "yes", "1", "")
+
+
+@dataclass
+class Plan:
+    """What is started, and where.
+
+    Attributes:
+        server, learner: commands.
+        environment, server_environment, learner_environment: for both; for one of them.
+        server_cores, learner_cores: None: all of them.
+        places: of the server and of the learner, in words.
+    """
+
+    url: str
+    output_dir: Path
+    server: list[str]
+    learner: list[str]
+    places: tuple[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
+    server_environment: dict[str, str] = field(default_factory=dict)
+    learner_environment: dict[str, str] = field(default_factory=dict)
+    server_cores: list[int] | None = None
+    learner_cores: list[int] | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command. Returns the exit code: the learner's, 1 if the server ended first, 130 if stopped."""
+    return run(make_plan(argv))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of the flags that are not those of `learner train`."""
+    parser = Parser(prog="learner up", description=__doc__)
+    add = parser.add_argument
+    add("--config", action="append", metavar="FILE.yaml", help="a file, or the name of one of our recipes")
+    add(
+        "--server-flags",
+        "--server_flags",
+        type=words,
+        action="extend",
+        metavar="FLAGS",
+        help="more flags of rollout-server, in one string: '--max-num-seqs 64 --enforce-eager'",
+    )
+    add(
+        "--split-cores",
+        "--split_cores",
+        action="store_true",
+        help="on the CPU: give server and learner half of the cores each, like two devices",
+    )
+    return parser
+
+
+def words(text: str) -> list[str]:
+    """Split as a shell would, as a `type` of argparse."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of flags: {error}") from error
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe, given as a path or by the name of one of ours; raises `invalid_request`."""
+    for path in (Path(name), RECIPES / Path(name).name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
+    raise InvalidRequest(f"--config {name}: no such file, and no recipe of that name; recipes are {known}")
+
+
+def make_plan(argv: Sequence[str]) -> Plan:
+    """Read flags and recipes, and decide where both processes run.
+
+    Raises:
+        InvalidRequest: what the two have to share is missing, or this machine has no place for them. Other options are
+            checked by the learner, before it waits for the server.
+    """
+    options, flags = make_parser().parse_known_args(tied(argv))
+    files = [find_recipe(name) for name in options.config or ()]
+    given: dict[str, Any] = {}
+    for path in files:
+        given |= read_config_file(path)
+    given |= _values(flags)
+    server = given.get("server") or {}
+    if not isinstance(server, dict):
+        raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
+    server = {name.replace("-", "_"): value for name, value in server.items()}
+    if given.get("rollout_url"):
+        raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
+    if not (model := given.get("model_name_or_path")):
+        raise InvalidRequest("give --model_name_or_path: the base model of both, in the recipe or as a flag")
+    output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
+    check_writable(output_dir, "output_dir", directory=True)
+    gpus = server.pop("gpus", None)
+    place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
+    port = str(server.pop("port", None) or _free_port())
+    command = [*module_command("rollout_server.cli"), str(model), "--port", port]
+    command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
+    url = f"http://127.0.0.1:{port}"
+    learner = [*module_command("learner.cli"), "train", *(word for path in files for word in ("--config", str(path)))]
+    learner += [*flags, "--rollout_url", url, "--output_dir", str(output_dir)]
+    return Plan(url, output_dir, command, learner, **place)
+
+
+def tied(argv: Sequence[str], names: Sequence[str] = ("--server-flags", "--server_flags")) -> list[str]:
+    """Tie the value of a flag in `names` to it, since argparse takes `--x` for a flag itself."""
+    found: list[str] = []
+    for word in argv:
+        if found and found[-1] in names:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _values(flags: Sequence[str]) -> dict[str, str]:
+    """Return the flags of `learner train` that the server has to know, by name; a flag without a value is true."""
+    values: dict[str, str] = {}
+    for word, following in zip_longest(flags, flags[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, tie, value = word[2:].partition("=")
+            values[name.replace("-", "_")] = value if tie else "" if following.startswith("--") else following
+    return values
+
+
+def _is_true(given: Mapping[str, Any], name: str) -> bool:
+    return name in given and str(given[name]).lower() in _TRUE
+
+
+def _common(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the server's flags that follow from the learner's options."""
+    common: dict[str, Any] = {"max_lora_rank": _rank(given)}
+    if given.get("dtype"):
+        common["dtype"] = dtype_name(str(given["dtype"]))
+    if given.get("model_revision"):
+        common["revision"] = given["model_revision"]
+    return common | {
+        name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if _is_true(given, name)
+    }
+
+
+def _rank(given: Mapping[str, Any]) -> int:
+    """Return the server's `--max-lora-rank` for the adapter."""
+    try:
+        if adapter := given.get("init_adapter"):
+            own = json.loads((Path(adapter) / "adapter_config.json").read_text())
+        else:
+            kwargs = given.get("lora_kwargs") or {}
+            own = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+            own = {"r": given.get("lora_r", 16), **own}
+        return served_rank(max([int(own["r"]), *map(int, (own.get("rank_pattern") or {}).values())]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InvalidRequest(
+            f"the adapter's rank (lora_r, lora_kwargs, init_adapter) cannot be told: {error}"
+        ) from error
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """Return options as command-line flags of vLLM's parser."""
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return flags
+
+
+def _place_on_cpu(*, split: bool) -> dict[str, Any]:
+    if not split:
+        return {"places": ("the CPU", "the CPU"), "environment": CPU_ENVIRONMENT}
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise InvalidRequest("--split-cores needs two cores")
+    halves = {"server_cores": cores[: len(cores) // 2], "learner_cores": cores[len(cores) // 2 :]}
+    return {"places": ("half of the cores",) * 2, "environment": CPU_ENVIRONMENT, **halves}
+
+
+def _place_on_gpus(given: Mapping[str, Any], asked: Any) -> dict[str, Any]:
+    gpus = visible_gpus()
+    if not gpus:
+        raise InvalidRequest("no GPU is visible here (nvidia-smi): to train on the CPU, set use_cpu: true, bf16: false")
+    if _is_true(given, "share_gpu"):
+        chosen = {"CUDA_VISIBLE_DEVICES": str(asked) if asked is not None else gpus[0]}
+        return {"places": (f"GPU {chosen['CUDA_VISIBLE_DEVICES']}, by turns",) * 2, "environment": chosen}
+    own = [gpu.strip() for gpu in str(asked).split(",")] if asked is not None else gpus[:1]
+    if unknown := [gpu for gpu in own if gpu not in gpus]:
+        raise InvalidRequest(f"server: gpus: {', '.join(unknown)} is not visible here; visible are {', '.join(gpus)}")
+    left = [gpu for gpu in gpus if gpu not in own]
+    if not left:
+        raise InvalidRequest(
+            f"the server takes GPU {', '.join(own)}, and no other is left for the learner: set share_gpu: true, "
+            "so that both take turns on it, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    return {
+        "places": (f"GPU {', '.join(own)}", f"GPU {left[0]}"),
+        "server_environment": {"CUDA_VISIBLE_DEVICES": ",".join(own)},
+        "learner_environment": {"CUDA_VISIBLE_DEVICES": left[0]},
+    }
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; without loading torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return listed.split()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Output:
+    """Output of one process: all of it in a log, and on the terminal behind the process's name."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        self._name, self._file, self.last = name, log.open("a", errors="replace"), ""
+
+    def __call__(self, line: str) -> None:
+        """Take a line. A full disk or a closed terminal stops neither process."""
+        if line.strip():
+            self.last = line
+            with contextlib.suppress(OSError, ValueError):
+                print(f"{self._name:<7} | {line}", flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            self._file.write(line + "\n")
+            self._file.flush()
+
+
+def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
+    """Start both, show what they say, and end both, the learner first. Returns the exit code; see `main`.
+
+    Args:
+        environment: for both, unless set by the user.
+    """
+    out = plan.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    base = {**ENVIRONMENT, **plan.environment, **(environment or {}), **os.environ, **module_environment()}
+    # A device is chosen among those that the user has made visible.
+    base |= {name: value for name, value in plan.environment.items() if name == "CUDA_VISIBLE_DEVICES"}
+    shown = Output("server", out / SERVER_LOG), Output("learner", out / LEARNER_LOG)
+    say(f"the rollout server, on {plan.places[0]}, at {plan.url}; log: {out / SERVER_LOG}")
+    say(f"the learner, on {plan.places[1]}; log: {out / LEARNER_LOG}")
+    try:
+        with (
+            stop_on_signals(times=2),
+            ProcessGroup(plan.server, {**base, **plan.server_environment}, shown[0], cores=plan.server_cores) as server,
+            ProcessGroup(
+                plan.learner,
+                {**base, **plan.learner_environment},
+                shown[1],
+                cores=plan.learner_cores,
+                patience_s=LEARNER_PATIENCE_S,
+            ) as learner,
+        ):
+            try:
+                return _watch(plan, server, learner, shown[0])
+            except Stopped as stopped:
+                say(f"{stopped}: ending the learner, then the server; a second signal ends them at once")
+                raise
+    except Stopped:
+        say("stopped; the same command goes on from the last checkpoint")
+        return 130
+
+
+def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, server_output: Output) -> int:
+    """Wait until one of the two ends, and say how; return the exit code."""
+    started, ready = time.monotonic(), False
+    next_look, next_word = started + 1.0, started + _PROGRESS_S
+    with RolloutClient(plan.url, read_token(None)) as client:
+        while True:
+            if (status := learner.process.poll()) is not None:
+                if status:
+                    say(f"the learner ended with status {status}; after a checkpoint the same command goes on from it")
+                return status if status >= 0 else 1
+            if (status := server.process.poll()) is not None:
+                server.end()  # and read what it has said
+                reason = server_output.last or "it said nothing"
+                say(f"the rollout server ended with status {status}: {reason}")
+                say("ending the learner; the same command goes on from the last checkpoint")
+                return 1
+            now = time.monotonic()
+            if not ready and now >= next_look:
+                ready, next_look = _is_ready(client), now + 1.0
+                if ready:
+                    say(f"the rollout server is ready after {now - started:.0f} s")
+                elif now >= next_word:
+                    say(f"the rollout server loads its model: {now - started:.0f} s")
+                    next_word = now + _PROGRESS_S
+            time.sleep(0.1)
+
+
+def _is_ready(client: RolloutClient) -> bool:
+    try:
+        client.wait_ready(0.0)
+    except LockstepError:
+        return False
+    return True
+
+
+def say(text: str) -> None:
+    """Print a line of this command's own."""
+    with contextlib.suppress(OSError):
+        print(f"{'up':<7} | {text}", flush=True)

@@ -1,0 +1,232 @@
+"""`learner up`: where both processes run, what each is told, and how they end; over processes that only pretend."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from learner.cli import main
+from learner.commands import up
+from shared.errors import InvalidRequest
+
+SERVER = """
+import http.server, os, signal, sys, threading
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("loading on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+if "--broken" in sys.argv:
+    sys.exit("rollout-server: the engine could not start")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/ready" else 503)
+        self.end_headers()
+        if self.path == "/die":
+            print("rollout-server: the engine died", flush=True)
+            os._exit(1)
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+def leave(*_):
+    print("server leaves", flush=True)
+    threading.Thread(target=server.shutdown).start()
+signal.signal(signal.SIGTERM, leave)
+server.serve_forever()
+"""
+LEARNER = """
+import os, signal, sys, time, urllib.request
+url = sys.argv[sys.argv.index("--rollout_url") + 1]
+print("options", *sys.argv[1:], flush=True)
+if "--wrong" in sys.argv:
+    sys.exit(2)
+def leave(*_):
+    print("learner saves", flush=True)
+    if "--stubborn" not in sys.argv:
+        sys.exit(143)
+signal.signal(signal.SIGTERM, leave)
+while True:
+    try:
+        urllib.request.urlopen(url + "/ready").close()
+        break
+    except OSError:
+        time.sleep(0.02)
+print("step 1", flush=True)
+if "--kills-server" in sys.argv:
+    try:
+        urllib.request.urlopen(url + "/die")
+    except OSError:
+        pass
+while "--long" in sys.argv or "--kills-server" in sys.argv:
+    time.sleep(0.02)
+"""
+
+
+@pytest.fixture(autouse=True)
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the two commands, in a folder of the test, on a machine without GPUs."""
+    scripts = {"rollout_server.cli": SERVER, "learner.cli": LEARNER}
+    for name, text in scripts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(up, "module_command", lambda name: [sys.executable, str(tmp_path / f"{name}.py")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: tiny\ndtype: float32\nuse_cpu: true\nserver:\n  max-num-seqs: 8\n")
+    return path
+
+
+def test_one_command_for_both(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--config", str(recipe), "--max_steps", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "learner | step 1\n" in shown
+    assert "server  | server leaves\n" in shown
+    assert shown.index("step 1") < shown.index("server leaves")
+    out = Path("runs/mine")
+    assert "server leaves\n" in (out / "server.log").read_text()
+    told = (out / "learner.log").read_text().splitlines()[0].split()
+    assert told[1:4] == ["train", "--config", str(recipe)]
+    assert told[-4:-2] == ["--rollout_url", told[-3]]
+    assert told[-2:] == ["--output_dir", "runs/mine"]
+    assert "--max_steps" in told
+
+
+def test_a_server_that_does_not_start_is_said_with_its_reason(recipe: Path, capsys) -> None:
+    assert main(["up", "--config", str(recipe), "--server-flags", "--broken"]) == 1
+    shown = capsys.readouterr().out
+    assert "the rollout server ended with status 1: rollout-server: the engine could not start\n" in shown
+    assert "the same command goes on" in shown
+
+
+def test_a_server_that_dies_ends_the_learner_in_order(recipe: Path, capsys) -> None:
+    assert main(["up", "--config", str(recipe), "--kills-server"]) == 1
+    shown = capsys.readouterr().out
+    assert "the rollout server ended with status 1: rollout-server: the engine died\n" in shown
+    assert "learner | learner saves\n" in shown
+
+
+def test_a_learner_that_refuses_its_options_ends_the_server(recipe: Path, capsys) -> None:
+    assert main(["up", "--config", str(recipe), "--wrong"]) == 2
+    assert "the learner ended with status 2" in capsys.readouterr().out
+
+
+def _up(recipe: Path, *flags: str) -> subprocess.Popen[str]:
+    """The command as a process of its own, whose learner has made a step."""
+    program = (
+        "import sys; from learner.commands import up; "
+        f"up.module_command = lambda name: [sys.executable, {str(recipe.parent)!r} + '/' + name + '.py']; "
+        "from learner.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    root = str(Path(__file__).parents[4])
+    command = [sys.executable, "-c", program, "up", "--config", str(recipe), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root})
+    assert process.stdout
+    assert any("step 1" in line for line in process.stdout)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_learner_then_the_server(recipe: Path, number: signal.Signals) -> None:
+    process = _up(recipe, "--long")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    words = ["ending the learner", "learner saves", "server leaves", "the same command goes on"]
+    places = [said.index(word) for word in words]
+    assert places == sorted(places)
+
+
+def test_a_second_signal_waits_for_nobody(recipe: Path) -> None:
+    process = _up(recipe, "--long", "--stubborn")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout
+    assert any("learner saves" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)  # less than the learner's patience
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+
+
+def test_children_do_not_outlive_a_command_that_is_killed(recipe: Path) -> None:
+    process = _up(recipe, "--long")
+    process.kill()
+    log = recipe.parent / "runs" / "mine" / "server.log"
+    process.wait()
+    url = next(word for word in (log.parent / "learner.log").read_text().split() if word.startswith("http://"))
+    deadline = time.monotonic() + 60
+    while _answers(url):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/ready", timeout=5.0).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _plan(recipe: Path, text: str, *flags: str) -> up.Plan:
+    recipe.write_text(f"model_name_or_path: tiny\n{text}\n")
+    return up.make_plan(["--config", str(recipe), *flags])
+
+
+def test_the_server_gets_what_the_learner_needs(recipe: Path) -> None:
+    text = (
+        "dtype: bf16\nmodel_revision: v2\nlora_r: 24\ndeterministic: true\nuse_cpu: true\n"
+        "server:\n  enforce_eager: true\n  max_model_len: 64\n  compilation_config: {level: 0}\n"
+    )
+    command = _plan(recipe, text, "--server-flags", "--seed 3").server
+    assert command[2] == "tiny"
+    assert command[5:] == [
+        *("--max-lora-rank", "32", "--dtype", "bfloat16", "--revision", "v2", "--deterministic", "--enforce-eager"),
+        *("--max-model-len", "64", "--compilation-config", '{"level": 0}', "--seed", "3"),
+    ]
+    command = _plan(recipe, "use_cpu: true", "--lora_r=8", "--lora_kwargs", '{"rank_pattern": {"q": 64}}').server
+    assert command[command.index("--max-lora-rank") + 1] == "64"
+
+
+def test_places(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def visible(plan: up.Plan) -> list[str | None]:
+        own = (plan.server_environment, plan.learner_environment)
+        return [{**plan.environment, **one}.get("CUDA_VISIBLE_DEVICES") for one in own]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert visible(_plan(recipe, "")) == ["4", "5"]
+    assert visible(_plan(recipe, "server:\n  gpus: 5,6")) == ["5,6", "4"]
+    shared = _plan(recipe, "share_gpu: true")
+    assert visible(shared) == ["4", "4"]
+    assert "--share-gpu" in shared.server
+    assert visible(_plan(recipe, "", "--share_gpu", "--seed", "1")) == ["4", "4"]
+    for text, words in (
+        ("server:\n  gpus: 4,5,6", "no other is left"),
+        ("server:\n  gpus: 7", "7 is not visible"),
+        ("rollout_url: http://a:1", "starts the server itself"),
+        ("server: 3", "server: write"),
+        ("init_adapter: nowhere", "init_adapter"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            _plan(recipe, text)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    with pytest.raises(InvalidRequest, match="share_gpu: true"):
+        _plan(recipe, "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(InvalidRequest, match="use_cpu: true"):
+        _plan(recipe, "")
+    recipe.write_text("use_cpu: true\n")
+    with pytest.raises(InvalidRequest, match="model_name_or_path"):
+        up.make_plan(["--config", str(recipe)])
+
+
+def test_cores_are_split(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2})
+    plan = _plan(recipe, "use_cpu: true", "--split-cores")
+    assert (plan.server_cores, plan.learner_cores) == ([1], [2, 3])
