@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -29,6 +30,12 @@ def _scrape(port: int) -> dict[str, float]:
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {s.name + "".join(f"{{{k}={v}}}" for k, v in s.labels.items()): s.value for s in samples}
+
+
+def _page(run: Path) -> dict[str, Any]:
+    """The data in a run's page."""
+    text = (run / "run.html").read_text()
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])["messages"][0]
 
 
 def test_metrics_of_a_training(make_trainer, client):
@@ -79,12 +86,14 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     trainer.train()
     first = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert [batch["step"] for batch in first] == [1, 2, 3]
-    sample = first[0]["samples"][0]
-    assert sample["why"].startswith("first")
+    assert first[0]["completions"] == 8
+    assert [len(group["samples"]) for group in first[0]["groups"]] == [4, 4], "all completions of every group"
+    group = first[0]["groups"][0]
+    sample = group["samples"][0]
     assert sample["spans"] == [[0, 0, sample["tokens"], "fresh"]]
     assert sample["lag"] == 0
-    assert re.fullmatch(r"w\d+ w\d+ w\d+", sample["prompt"])
-    assert "finished" in (run / "run.html").read_text()
+    assert re.fullmatch(r"w\d+ w\d+ w\d+", group["prompt"])
+    assert _page(run)["head"]["state"] == "finished"
 
     attach(trainer := make_trainer(**{**settings, "max_steps": 4}), client=client, run_id="r")
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
@@ -93,10 +102,12 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     assert [batch["step"] for batch in again] == [1, 2, 3, 4]
     logged = [json.loads(line) for line in (run / "logs.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if "reward" in row] == [1, 2, 3, 4]
-    page = (run / "run.html").read_text()
-    assert "4 / 4" in page
-    assert page.count('<details class="batch"') == 4
-    assert "learning_rate" in page
+    page = _page(run)
+    assert (page["head"]["last"]["step"], page["head"]["last"]["max_steps"]) == (4, 4)
+    assert [batch["step"] for batch in page["batches"]["new"]] == [1, 2, 3, 4]
+    assert page["table"]["columns"][0] == "reward"
+    assert [row[0] for row in page["table"]["rows"]] == [1, 2, 3, 4]
+    assert "learning_rate" in page["head"]["settings"]["TRL and transformers"]
 
 
 def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, caplog):
