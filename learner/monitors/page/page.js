@@ -258,18 +258,21 @@
         all = all.concat(values);
       });
       if (low > high) [low, high] = [0, 1];
-      const outside = all.filter((v) => v > high || v < low);
-      say(this.cut, outside.length
-        ? `${outside.length} ${outside.length > 1 ? "values are" : "value is"} outside, up to ${this.format(Math.max(...outside.map((v) => v)))}; Scale: full shows all`
-        : "");
-      if (this.log) {
-        low = Math.floor(low);
-        return [low, Math.max(Math.ceil(high), low + 1)];
-      }
+      [low, high] = this.around(low, high);
+      const outside = all.filter((v) => v > high || v < low), parts = [];
+      if (outside.some((v) => v > high)) parts.push(`up to ${this.format(Math.max(...outside))}`);
+      if (outside.some((v) => v < low)) parts.push(`down to ${this.format(Math.min(...outside))}`);
+      say(this.cut, parts.length
+        ? `${outside.length} ${outside.length > 1 ? "values are" : "value is"} outside, ${parts.join(" and ")}; Scale: full shows all` : "");
+      return [low, high];
+    }
+
+    /** Round numbers around the values, from 0 where none is negative. */
+    around(low, high) {
+      if (this.log) return [Math.floor(low), Math.max(Math.ceil(high), Math.floor(low) + 1)];
       if (this.spec.unit && low >= 0 && high <= 1) return [0, 1];
-      low = Math.min(low, 0);
-      const room = 0.05 * (high - low);
-      return [low < 0 ? low - room : low, high > low ? high + room : low + 1];
+      const from = Math.min(low, 0), room = 0.05 * (high - from);
+      return [from < 0 ? from - room : 0, high > from ? high + room : from + 1];
     }
 
     stepText(index) {

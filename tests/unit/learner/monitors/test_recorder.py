@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 from datasets import Dataset
 from prometheus_client.parser import text_string_to_metric_families
 
+from learner.config import LearnerConfig
 from learner.run_dir.files import JsonLines
 from learner.trainer.attach import attach
 from shared.errors import LockstepError
+from tests.unit.learner.monitors.test_page_server import stream
 
 
 def _free_port() -> int:
@@ -136,3 +139,63 @@ def test_a_full_disk_does_not_end_a_training(make_trainer, client, monkeypatch, 
     trainer.train()
     assert trainer.state.global_step == 2
     assert caplog.text.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"reward_workers": 0}, {"drop_degenerate_groups": True}])
+def test_completions_beside_their_answers_and_over_time(make_trainer, client, tmp_path, options):
+    rows = [{"prompt": f"w{i} w{i + 7}", "answer": f"of w{i} w{i + 7}"} for i in range(16)]
+    data = {"train_dataset": Dataset.from_list(rows[:12]), "eval_dataset": Dataset.from_list(rows[12:])}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    attach(trainer := make_trainer(**settings, trainer_kwargs=data), client=client, run_id="r", **options)
+    trainer.train()
+    batches = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    groups = [(batch["kind"], group) for batch in batches for group in batch["groups"]]
+    assert all(group["columns"]["answer"] == f"of {group['prompt']}" for _, group in groups)
+    assert {(kind, len(group["samples"])) for kind, group in groups} == {("training", 4), ("evaluation", 2)}
+    assert all(sample["tokens"] for _, group in groups for sample in group["samples"])
+    evaluations = [[group["key"] for group in batch["groups"]] for batch in batches if batch["kind"] == "evaluation"]
+    assert len(evaluations) == 3
+    assert evaluations[0] == evaluations[1] == evaluations[2], "one prompt can be followed over the evaluations"
+
+
+def test_an_evaluation_larger_than_a_training_batch(make_trainer, client, tmp_path):
+    """TRL's logs hold no more rows than a training batch has: the last ones."""
+    rows = [{"prompt": f"w{i} w{i + 7}", "answer": f"of w{i} w{i + 7}"} for i in range(20)]
+    data = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows)}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 4, "per_device_eval_batch_size": 20}
+    attach(trainer := make_trainer(max_steps=1, **settings, trainer_kwargs=data), client=client, run_id="r").close()
+    trainer.train()
+    batches = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    (evaluation,) = [batch for batch in batches if batch["kind"] == "evaluation"]
+    assert [len(group["samples"]) for group in evaluation["groups"]] == [4, 4]
+    assert all(group["columns"]["answer"] == f"of {group['prompt']}" for group in evaluation["groups"])
+
+
+def test_the_live_page_of_a_training(make_trainer, client):
+    port, came, finished = _free_port(), [], threading.Event()
+    attach(trainer := make_trainer(), client=client, run_id="r", page_port=port)
+
+    def watch() -> None:
+        with stream(port) as events:
+            while not finished.is_set():
+                message = events.next_run()
+                came.extend(row[0] for row in message.get("table", {}).get("rows", ()))
+                if message.get("head", {}).get("state") == "finished":
+                    finished.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    trainer.train()
+    assert finished.wait(60)
+    assert set(came) == {1, 2, 3}
+
+
+def test_a_page_port_that_is_taken(make_trainer, client, server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LockstepError, match=f"page_port {port}: cannot listen on 127.0.0.1:{port}"):
+            attach(make_trainer(), client=client, run_id="r", page_port=port)
+    with pytest.raises(ValueError, match="page_port: run_page false records nothing"):
+        LearnerConfig(page_port=8700, run_page=False)
+    assert server.pushed == []
