@@ -240,13 +240,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--page-port",
         type=number(int, 0, 65535),
         default=PAGE_PORT,
-        help="port of --serve; 0 takes a free one (default: %(default)s)",
+        help="port of --serve; 0 takes a free one (default %(default)s)",
     )
     add(
         "--page-host",
         default="127.0.0.1",
         help="address of --serve; anywhere but on the loopback the page needs the token in the URL that is printed "
-        "(default: %(default)s)",
+        "(default %(default)s)",
     )
     add("--json", action="store_true", help="print one JSON object; with --watch, one per line")
     add("--token-file", help="file with the servers' bearer token (default: $LOCKSTEP_TOKEN)")
