@@ -89,8 +89,8 @@ class Page:
             time.sleep(0.05)
         return value
 
-    def point_at(self, selector: str, across: float = 0.5, down: float = 0.5) -> None:
-        """Scroll to an element, and move the mouse to a place in it."""
+    def point_at(self, selector: str, across: float = 0.5, down: float = 0.5) -> list[float]:
+        """Scroll to an element, and move the mouse to a place in it; returns where that is."""
         x, y = self.evaluate(
             f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
             f" const b = e.getBoundingClientRect();"
@@ -98,6 +98,13 @@ class Page:
         )
         for dx in (-3, 0):
             self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x + dx, y=y)
+        return [x, y]
+
+    def drag(self, selector: str, start: float, end: float) -> None:
+        """Move the mouse across an element with its button down."""
+        for across, kind in ((start, "mousePressed"), (end, "mouseReleased")):
+            x, y = self.point_at(selector, across)
+            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 
     def press(self, key: str) -> None:
         """Press and release a key of the name that JavaScript gives it."""

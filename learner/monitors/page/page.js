@@ -189,10 +189,18 @@
       this.data = uPlot.join(tables, tables.map(() => [1, 1, 1, 1]));
       const after = JSON.stringify([this.lines.map((line) => [line.label, line.look, line.color]), this.log]);
       if (!this.uplot || before !== after || this.stale) this.build();
-      else this.uplot.setData(this.data);
+      else this.replaceData();
       this.describe();
       this.readOut();
       if (this.details.open) this.fillTable();
+    }
+
+    /** Draw the new data; a view that was zoomed in stays where it is. */
+    replaceData() {
+      const { min, max } = this.uplot.scales.x, [x] = this.uplot.data;
+      const zoomed = min > x[0] || max < x[x.length - 1];
+      this.uplot.setData(this.data, !zoomed);
+      if (zoomed) this.uplot.redraw();
     }
 
     drawn(values) { return this.log ? values.map((v) => (v > 0 ? Math.log10(v) : null)) : values; }
@@ -394,9 +402,12 @@
     tiles.replaceChildren(...values.map(([name, value]) => el("li", {}, el("span", {}, name), el("b", {}, value))));
   }
 
+  let drawnPicker = "";
   function showPicker() {
     picker.hidden = names.length < 2;
-    if (picker.hidden) return;
+    const now = JSON.stringify([names, shown, compared]);
+    if (picker.hidden || now === drawnPicker) return; // a list that is open must not be replaced
+    drawnPicker = now;
     const focused = document.activeElement?.dataset?.pick;
     const choose = el("select", { id: "run", "data-pick": "run", change: (event) => { shown = event.target.value; compared = compared.filter((name) => name !== shown); watch(); } },
       names.map((name) => el("option", { value: name }, name)));

@@ -265,6 +265,11 @@ def test_in_a_browser_while_the_run_goes_on(tmp_path: Path) -> None:
         page.until(
             "document.querySelector('[aria-label=\"Reward\"] .legend').textContent.includes('second: trailing mean')"
         )
+        page.evaluate("document.querySelector('#run').marked = true")
+        page.drag('[aria-label="Loss"] .u-over', 0.5, 0.9)
         writer.go_on()
         page.until("document.querySelector('.tiles').textContent.includes('11 / 60')")
+        assert page.evaluate("document.querySelector('#run').marked"), "a list that is open stays open"
+        page.point_at('[aria-label="Loss"] .u-over', across=0.02)
+        page.until("document.querySelector('[aria-label=\"Loss\"] .at').textContent.match(/^step [67]$/) !== null")
         assert page.console == []
