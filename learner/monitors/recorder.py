@@ -105,7 +105,7 @@ class Recorder(TrainerCallback):
         self._run.table.add_log(row)
         self.metrics.logged(row)
         if time.monotonic() >= self._next_page:
-            self._write("training")
+            self._write(self._run.state)  # an evaluation may come after the end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._write("finished" if state.global_step >= state.max_steps else "stopped")

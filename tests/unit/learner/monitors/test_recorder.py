@@ -16,6 +16,7 @@ from datasets import Dataset
 from prometheus_client.parser import text_string_to_metric_families
 
 from learner.config import LearnerConfig
+from learner.monitors import recorder
 from learner.run_dir.files import JsonLines
 from learner.trainer.attach import attach
 from shared.errors import LockstepError
@@ -156,6 +157,17 @@ def test_completions_beside_their_answers_and_over_time(make_trainer, client, tm
     evaluations = [[group["key"] for group in batch["groups"]] for batch in batches if batch["kind"] == "evaluation"]
     assert len(evaluations) == 3
     assert evaluations[0] == evaluations[1] == evaluations[2], "one prompt can be followed over the evaluations"
+
+
+def test_an_evaluation_after_the_end(make_trainer, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "_PAGE_SHARE", 1e9)  # write the page at every log
+    data = {"eval_dataset": Dataset.from_list([{"prompt": f"w{i}"} for i in range(4)])}
+    attach(trainer := make_trainer(max_steps=1, trainer_kwargs=data), client=client, run_id="r")
+    trainer.train()
+    trainer.evaluate()
+    page = _page(tmp_path / "run")
+    assert "eval_reward" in page["head"]["last"]
+    assert page["head"]["state"] == "finished"
 
 
 def test_an_evaluation_larger_than_a_training_batch(make_trainer, client, tmp_path):
