@@ -177,6 +177,14 @@ class LearnerConfig:
     run_page: bool = _option(
         True, "Write output_dir/run.html during training: charts, settings, and sample completions."
     )
+    page_port: int | None = _option(
+        None, "Port to serve the run's page on, which then shows every step as it ends. Default: no live page."
+    )
+    page_host: str = _option(
+        "127.0.0.1",
+        "Address that page_port binds to. Anywhere but on the loopback the page needs the token in the URL that the "
+        "log shows.",
+    )
     token_file: str | None = _option(None, "File with the servers' bearer token. Default: $LOCKSTEP_TOKEN.")
     ca_file: str | None = _option(
         None,
@@ -209,8 +217,11 @@ class LearnerConfig:
                 raise ValueError(f"{name} {value} must {what}")
         if self.keep_run > MAX_KEEP_SECONDS:
             raise ValueError(f"keep_run {self.keep_run:g} must be at most {MAX_KEEP_SECONDS} seconds, ten years")
-        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
-            raise ValueError(f"metrics_port {self.metrics_port}: a port is between 1 and 65535; 0 serves no metrics")
+        for name, what in (("metrics_port", "metrics"), ("page_port", "page")):
+            if (port := getattr(self, name)) is not None and not 0 <= port <= 65535:
+                raise ValueError(f"{name} {port}: a port is between 1 and 65535; 0 serves no {what}")
+        if self.page_port and not self.run_page:
+            raise ValueError("page_port: run_page false records nothing for a page; leave one of them out")
         if self.drop_degenerate_groups and not self.reward_workers:
             raise ValueError("drop_degenerate_groups: TRL computes rewards too late; set reward_workers to 1 or more")
         if self.share_gpu and self.max_staleness:

@@ -1,10 +1,14 @@
-"""`learner status`: what the rollout servers serve, and the progress of a run, during training and afterwards."""
+"""`learner status`: what the rollout servers serve, and the progress of a run, during training and afterwards.
+
+With `--serve` it serves the page of a run, or of all runs of a folder laid over one another.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +18,8 @@ from typing import Any
 
 from learner.commands.flags import Parser, either_spelling, number
 from learner.monitors.charts import sparkline
+from learner.monitors.page_server import serve_page
+from learner.monitors.run_reader import find_runs
 from learner.run_dir.files import HISTORY_FILE, LEASE_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -22,6 +28,8 @@ from learner.utils.threads import all_of
 from shared.errors import InvalidRequest, LockstepError
 from shared.weights import RunState
 
+#: Port of `--serve` where none is given.
+PAGE_PORT = 8700
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -81,8 +89,14 @@ class RunProgress:
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: 1 if neither a server nor the run directory gave any state."""
     options = make_parser().parse_args(argv)
+    if options.serve:
+        if options.rollout_url or options.run_dir or options.watch or options.json:
+            raise InvalidRequest(
+                "--serve shows runs in a browser: leave --rollout-url, --run-dir, --watch and --json out"
+            )
+        return _serve(Path(options.serve), options.page_host, options.page_port)
     if not options.rollout_url and not options.run_dir:
-        raise InvalidRequest("give --rollout-url, --run-dir, or both")
+        raise InvalidRequest("give --rollout-url, --run-dir, or both; or --serve")
     discovery = ServerDiscovery(options.rollout_url) if options.rollout_url else None
     connect = cache(partial(RolloutClient, token=read_token(options.token_file), ca_file=options.ca_file))
     while True:
@@ -97,6 +111,17 @@ def main(argv: Sequence[str]) -> int:
             known = (progress is not None or not options.run_dir) and (not servers or any(not s.error for s in servers))
             return 0 if known else 1
         time.sleep(options.watch)
+
+
+def _serve(folder: Path, host: str, port: int) -> int:
+    """Serve the page until the process is interrupted."""
+    if not folder.is_dir():
+        raise InvalidRequest(f"--serve {folder} is not a directory; give a run's output_dir, or a folder of such")
+    runs = find_runs(folder)
+    url = serve_page(folder, host, port, "--page-port")
+    print(f"{', '.join(runs) or 'no run yet'}: {url}  (Ctrl-C ends)", flush=True)
+    threading.Event().wait()
+    return 0
 
 
 def read_progress(run_dir: Path) -> RunProgress | None:
@@ -222,6 +247,24 @@ def make_parser() -> argparse.ArgumentParser:
         const=2.0,
         metavar="SECONDS",
         help="repeat every SECONDS (default: 2)",
+    )
+    add(
+        "--serve",
+        metavar="RUN_DIR",
+        help="serve the page of the run in RUN_DIR, or of the runs in its subfolders, until Ctrl-C; it shows new steps "
+        "as they are written",
+    )
+    add(
+        "--page-port",
+        type=number(int, 0, 65535),
+        default=PAGE_PORT,
+        help="port of --serve; 0 takes a free one (default %(default)s)",
+    )
+    add(
+        "--page-host",
+        default="127.0.0.1",
+        help="address of --serve; anywhere but on the loopback the page needs the token in the URL that is printed "
+        "(default %(default)s)",
     )
     add("--json", action="store_true", help="print one JSON object; with --watch, one per line")
     add("--token-file", help="file with the servers' bearer token (default: $LOCKSTEP_TOKEN)")

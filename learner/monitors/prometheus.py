@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections import Counter as Counts
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from learner.monitors.metrics_server import start_metrics_server
+from learner.monitors.http_server import local_only, start_http_server
 from learner.rollouts.generation import RolloutStats
 from learner.run_dir.files import finite
 from learner.servers.pool import ServerPool
 from learner.step_metrics import StepReport
-from shared.bearer_tokens import is_loopback
-from shared.errors import InvalidRequest
-from shared.local_access import LocalAccess
 
 logger = logging.getLogger("lockstep.monitors")
 
 NAMESPACE = "lockstep_learner"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STEP_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
-_OF_PAGES = ("HTTP_HOST", "HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE")
 _LAGS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
 #: Gauges set at every step: field of StepReport -> name and documentation.
@@ -149,12 +144,7 @@ class LearnerMetrics(Collector):
         """
         if not port:
             return
-        try:
-            start_metrics_server(for_programs(make_wsgi_app(self.registry), host), host, port)
-        except (OSError, OverflowError) as error:
-            raise InvalidRequest(
-                f"metrics_port {port}: cannot listen on {host}:{port} ({error}); give another one, or leave it out"
-            ) from error
+        start_http_server(local_only(make_wsgi_app(self.registry), host), host, port, "metrics_port")
         logger.info("metrics on http://%s:%d/metrics", host, port)
 
     def collect(self) -> Iterator[Metric]:
@@ -175,19 +165,3 @@ class LearnerMetrics(Collector):
         for key, (name, _) in table.items():
             if (value := finite(values.get(key))) is not None:
                 self._values[name] = value
-
-
-def for_programs(app: WSGIApplication, host: str) -> WSGIApplication:
-    """Return `app`, closed to pages in a browser where `host` is the loopback; elsewhere the network may read it."""
-    if not is_loopback(host):
-        return app
-    access = LocalAccess(host)
-
-    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        given = [[environ[name]] if name in environ else [] for name in _OF_PAGES]
-        if (refusal := access.refusal(*given)) is None:
-            return app(environ, start_response)
-        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
-        return [refusal.encode()]
-
-    return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -12,8 +13,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from learner.adapters.exporter import active_adapter
+from learner.monitors.page_server import serve_page
 from learner.monitors.prometheus import LearnerMetrics
-from learner.monitors.run_page import RunData, render
+from learner.monitors.run_page import RunView, render
+from learner.monitors.run_table import RunTable
 from learner.monitors.samples import Samples
 from learner.run_dir import files
 from learner.run_dir.files import JsonLines, finite, read_lines
@@ -36,11 +39,10 @@ def attach_recorder(trainer: Trainer, session: Session) -> Recorder | None:
     Returns the recorder on rank 0, None on other ranks. Sample completions go to its `samples`.
 
     Raises:
-        LockstepError: `invalid_request` if `metrics_port` cannot be listened on.
+        LockstepError: `invalid_request` if `metrics_port` or `page_port` cannot be listened on.
     """
     recorder = Recorder(trainer, session) if trainer.accelerator.is_main_process else None
-    host, port = session.config.metrics_host, session.config.metrics_port
-    session.publisher.on_main(lambda: recorder.metrics.serve(host, port) if recorder else None)
+    session.publisher.on_main(lambda: recorder.serve() if recorder else None)
     if recorder:
         session.metrics.listeners.append(recorder.stepped)
         trainer.add_callback(recorder)
@@ -62,14 +64,26 @@ class Recorder(TrainerCallback):
             "TRL and transformers": _changed(trainer.args, trainer.args.to_dict()),  # without tokens
             "LoRA": {name: _plain(value) for name, value in lora.items() if value not in (None, False, {}, [], "")},
         }
-        self._run = RunData(session.run_id, model, settings=settings)
+        self._run = RunView(session.run_id, model, settings=settings)
+        self._state = output_dir / files.STATE_FILE
         self._complained, self._next_page = False, 0.0
+
+    def serve(self) -> None:
+        """Serve metrics and the run's page, where their ports were given.
+
+        Raises:
+            LockstepError: `invalid_request` if they cannot be listened on.
+        """
+        self.metrics.serve(self._config.metrics_host, self._config.metrics_port)
+        if self._config.page_port:
+            url = serve_page(self._page.parent, self._config.page_host, self._config.page_port)
+            logger.info("the run's page, live: %s", url)
 
     def stepped(self, report: StepReport) -> None:
         """Record a completed optimizer step."""
         row = asdict(report)
         self._quietly(lambda: self._history.add(row))
-        self._run.steps.append(row)
+        self._run.table.add_step(row)
         self.metrics.stepped(report, self._session.rollouts.stats)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -77,17 +91,21 @@ class Recorder(TrainerCallback):
             lines.begin(state.global_step)
         self.metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
         if self._config.run_page:
-            self._run.steps, self._run.logs = read_lines(self._history.path), read_lines(self._logs.path)
+            self._run.table = RunTable()
+            for row in read_lines(self._history.path):
+                self._run.table.add_step(row)
+            for row in read_lines(self._logs.path):
+                self._run.table.add_log(row)
             self.samples.begin(state.global_step)
         self._write("training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = {"step": state.global_step, **{name: finite(value) for name, value in (logs or {}).items()}}
         self._quietly(lambda: self._logs.add(row))
-        self._run.logs.append(row)
+        self._run.table.add_log(row)
         self.metrics.logged(row)
         if time.monotonic() >= self._next_page:
-            self._write("training")
+            self._write(self._run.state)  # an evaluation may come after the end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._write("finished" if state.global_step >= state.max_steps else "stopped")
@@ -96,7 +114,7 @@ class Recorder(TrainerCallback):
         if not self._config.run_page:
             return
         began, run = time.monotonic(), self._run
-        run.state, run.batches = state, self.samples.batches
+        run.state, run.batches, run.updated = state, self.samples.batches, time.time()
         run.servers = [
             {
                 "url": _plain(replica.url),
@@ -108,7 +126,9 @@ class Recorder(TrainerCallback):
             for replica in list(self._session.pool.replicas.values())
         ]
         self._quietly(self.samples.write)
-        self._quietly(lambda: write_atomically(self._page, render(run)))
+        shown = {name: getattr(run, name) for name in ("run_id", "model", "state", "servers", "settings")}
+        self._quietly(lambda: write_atomically(self._state, json.dumps(shown) + "\n"))
+        self._quietly(lambda: write_atomically(self._page, render({self._page.parent.name: run})))
         ended = time.monotonic()
         self._next_page = ended + (ended - began) / _PAGE_SHARE
 

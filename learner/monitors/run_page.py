@@ -1,209 +1,228 @@
-"""`run.html`: a run's charts, settings and samples in one file, without scripts or network access.
+"""The page of runs: one HTML file with its script, its style and, when it is written to disk, its data.
 
-Prompts and completions come from a model and a data set; they are shown as text and nothing else.
+Prompts and completions come from a model and a data set; they reach the script as JSON, which shows them as text.
 """
 
 from __future__ import annotations
 
+import base64
+import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from html import escape
+from hashlib import sha256
 from importlib import resources
 from typing import Any
 
-from learner.monitors.charts import Point, Series, bucketed, chart, number, power, trailing_mean
-from learner.run_dir.files import finite
+from learner.monitors.run_table import RunTable
 
-_STYLE = resources.files("learner.monitors").joinpath("run_page.css").read_text("utf-8")
-#: Second line of defense behind escaping: the browser loads nothing and runs no script.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-#: Control characters, changes of the writing direction, lone surrogates.
-_UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_NONE = "\N{EN DASH}"
+_FILES = resources.files("learner.monitors").joinpath("page")
+_STYLE = "".join(_FILES.joinpath(name).read_text("utf-8") for name in ("uplot/uPlot.min.css", "page.css"))
+_SCRIPTS = [_FILES.joinpath(name).read_text("utf-8") for name in ("uplot/uPlot.iife.min.js", "page.js")]
+#: What would end the element that holds the data, what old parsers take for the end of a line, and lone surrogates.
+_NOT_IN_HTML = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+
+_STEP = "step"
+#: The charts, by columns of `learner.monitors.run_table`: (column, label, look). A look is line; dots, for noisy
+#: values; mean, the trailing mean of the column; or marks, a line that emphasizes each of a few points. `functions`
+#: stands for one line for each reward function, if there are several.
+CHARTS: list[dict[str, Any]] = [
+    {
+        "title": "Reward",
+        "note": "mean of each batch, its trailing mean, and evaluations",
+        "series": [
+            ("reward", "trailing mean", "mean"),
+            ("reward", "batch", "dots"),
+            ("eval_reward", "evaluation", "marks"),
+        ],
+        "unit": True,
+    },
+    {"title": "Reward functions", "note": "mean of each, before its weight", "series": "functions", "unit": True},
+    {
+        "title": "Reward variance",
+        "note": "standard deviation in a batch; share of groups without a learning signal",
+        "series": [
+            ("reward_std", "standard deviation", "line"),
+            ("frac_reward_zero_std", "zero-variance groups", "line"),
+        ],
+    },
+    {"title": "Loss", "note": "as logged by TRL", "series": [("loss", "loss", "line")]},
+    {"title": "Learning rate", "note": "of the optimizer", "series": [("learning_rate", "learning rate", "line")]},
+    {"title": "Gradient", "note": "norm before clipping", "series": [("grad_norm", "norm", "line")]},
+    {
+        "title": "Policy",
+        "note": "entropy, and KL to the reference (with beta > 0), in nats, as logged by TRL",
+        "series": [("entropy", "entropy", "line"), ("kl", "KL", "line")],
+    },
+    {
+        "title": "Training-inference mismatch",
+        "note": "server against learner, over sampled tokens, in nats; largest difference at each proof of sync",
+        "series": [
+            ("drift_delta", "mean |difference|", "line"),
+            ("drift_kl", "KL", "line"),
+            ("logprob_gap", "proof of sync", "marks"),
+        ],
+        "log": True,
+    },
+    {
+        "title": "Lag",
+        "note": "staleness of samples in generation batches, mean of a batch",
+        "series": [("lag", "lag", "line")],
+        "unit": True,
+    },
+    {
+        "title": "Completion length",
+        "note": "mean tokens",
+        "series": [("completion_length", "tokens", "line")],
+    },
+    {
+        "title": "Cut-off completions",
+        "note": "share that reached max_completion_length",
+        "series": [("completions/clipped_ratio", "share", "line")],
+        "unit": True,
+    },
+    {
+        "title": "Tokens per second",
+        "note": "servers: while a batch is generated; trained: of the whole step, and of it without waiting (rank 0)",
+        "series": [
+            ("rollout_tokens_per_second", "servers", "line"),
+            ("trained_tokens_per_second", "trained", "line"),
+            ("pass_tokens_per_second", "trained, without waiting", "line"),
+        ],
+    },
+    {
+        "title": "Who waits for whom",
+        "note": "share of a step: the learner waits for completions, rewards, a push; servers read nothing ahead",
+        "series": [
+            ("wait_share", "for completions", "line"),
+            ("reward_share", "for rewards", "line"),
+            ("push_share", "for the push", "line"),
+            ("idle_share", "servers idle", "line"),
+        ],
+        "unit": True,
+    },
+    {
+        "title": "Seconds per step",
+        "note": "total, and how long the trainer waited",
+        "series": [
+            ("seconds", _STEP, "line"),
+            ("wait_seconds", "for completions", "line"),
+            ("reward_wait_seconds", "for rewards", "line"),
+        ],
+    },
+    {
+        "title": "Push",
+        "note": "seconds from export to the last receipt, and without any decoding request",
+        "series": [("push_seconds", "push", "line"), ("pause_seconds", "pause", "line")],
+    },
+]
 
 
 @dataclass
-class RunData:
-    """Content of the page.
+class RunView:
+    """What the page shows of one run.
 
     Attributes:
-        state: training, finished or stopped.
-        steps: one row per step, see `learner.step_metrics.StepReport`.
-        logs: TRL's logs, by its names, with `step`.
+        state: training, finished, stopped, or "" if that is not known.
+        updated: when its newest data was written, in seconds since 1970.
         batches: sample completions, see `learner.monitors.samples`.
         servers: rows of url, up, step, tokens, error.
         settings: sections of names and values.
     """
 
     run_id: str
-    model: str
+    model: str = ""
     state: str = "training"
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    logs: list[dict[str, Any]] = field(default_factory=list)
+    table: RunTable = field(default_factory=RunTable)
     batches: Sequence[Mapping[str, Any]] = ()
     servers: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    updated: float = field(default_factory=time.time)
 
-    def last(self, name: str) -> Any:
-        """Return a value of the last step; None before the first."""
-        return self.steps[-1].get(name) if self.steps else None
+    def head(self) -> dict[str, Any]:
+        """Return everything but rows and completions."""
+        table = self.table
+        return {
+            "run_id": self.run_id,
+            "model": self.model,
+            "state": self.state,
+            "servers": list(self.servers),
+            "settings": self.settings,
+            "updated": round(self.updated, 1),
+            "steps": table.steps,
+            "last": dict(table.last),
+            "totals": dict(table.totals),
+        }
 
-    def total(self, name: str) -> float:
-        """Sum a value over all steps that have it."""
-        return sum(finite(row.get(name)) or 0.0 for row in self.steps)
 
-
-def render(run: RunData) -> str:
-    """Render the page as HTML."""
-    charts = "".join(_charts(run)) or '<p class="soft">The first step has not ended yet.</p>'
-    body = f'{_head(run)}<div class="charts">{charts}</div>{_completions(run)}{_servers(run)}{_settings(run)}'
+def render(runs: Mapping[str, RunView], *, live: bool = False) -> str:
+    """Render the page as HTML, with the data of `runs`; a `live` page asks its server for data."""
+    messages = [
+        {"run": name, "head": run.head(), "table": run.table.changes()[1], "batches": batch_changes(run.batches)[1]}
+        for name, run in runs.items()
+    ]
+    data = html_json({"live": live, "charts": CHARTS, "messages": messages})
+    title = next((run.run_id for run in runs.values()), "")
+    scripts = "".join(f"<script>{script}</script>" for script in _SCRIPTS)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(live=live)}">'
         '<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">'
-        f"<title>{_text(run.run_id)} · Lockstep</title><style>{_STYLE}</style></head>"
-        f"<body><main>{body}</main></body></html>\n"
+        f"<title>{_html(title)}{' · ' * bool(title)}Lockstep</title><style>{_STYLE}</style></head><body>"
+        '<main id="page"><noscript><p>This page draws its data with a script, which is switched off here.</p>'
+        f'</noscript></main><script type="application/json" id="data">{data}</script>{scripts}</body></html>\n'
     )
 
 
-def _head(run: RunData) -> str:
-    steps, spent, evals = run.last("max_steps"), run.total("seconds"), _column(run.logs, "eval_reward")
-    done, push = min(100.0, 100 * (run.last("step") or 0) / (steps or 1)), run.last("push_seconds")
-    state = "stopped early" if run.state == "stopped" else run.state
-    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    tiles = [
-        ("step", f"{run.last('step')} / {steps}" if steps else "0"),
-        ("reward", _three(run.last("reward"))),
-        ("evaluation", _three(evals[-1][1] if evals else None)),
-        ("lag, batches", _short(run.last("lag"))),
-        ("bubble", f"{100 * run.total('wait_seconds') / spent:.0f} %" if spent else _NONE),
-        ("push", _NONE if push is None else f"{push:.2g} s" if push < 10 else f"{push:.0f} s"),
-        ("tokens/s", _short(run.last("rollout_tokens_per_second"))),
-        ("servers up", f"{sum(bool(server['up']) for server in run.servers)} of {len(run.servers)}"),
-    ]
+def policy(*, live: bool) -> str:
+    """Return the content security policy: our own style and scripts, and for a live page data of its own server.
+
+    It is a second line of defense behind text that stays text: nothing else runs, loads or is sent.
+    """
+    scripts = " ".join(map(_pinned, _SCRIPTS))
+    connect = "connect-src 'self'; " if live else ""
     return (
-        f'<header><h1>{_text(run.run_id)} <span class="state {run.state}">{state}</span></h1>'
-        f'<p class="soft">{_text(run.model)} · {timedelta(seconds=int(spent))} in {len(run.steps)} steps · written '
-        f'{written}; reload to update</p><div class="bar"><span style="width:{done:.1f}%"></span></div></header>'
-        f'<ul class="tiles">{"".join(f"<li><span>{a}</span><b>{_text(b)}</b></li>" for a, b in tiles)}</ul>'
+        f"default-src 'none'; script-src {scripts}; style-src {_pinned(_STYLE)}; img-src data:; {connect}"
+        "base-uri 'none'; form-action 'none'"
     )
 
 
-def _charts(run: RunData) -> list[str]:
-    steps, logs = run.steps, run.logs
-    reward = bucketed(_column(steps, "reward"))
-    smooth = trailing_mean([y for _, y in reward], max(3, len(reward) // 10))
-    functions = sorted({name for row in logs for name in row if name.startswith("rewards/") and name.endswith("/mean")})
-    mismatch = [{"step": row["step"], **(row.get("drift") or {})} for row in steps]
-    rewards = [
-        Series("batch", reward, "dots"),
-        Series("trailing mean", [(x, y) for (x, _), y in zip(reward, smooth, strict=True)]),
-        Series("evaluation", _column(logs, "eval_reward"), "marks", 2),
-    ]
-    by_function = {name: name.split("/")[1] for name in functions[:4]} if len(functions) > 1 else {}
-    spread = _lines(steps, reward_std="standard deviation")
-    spread.append(Series("zero-variance groups", _column(logs, "frac_reward_zero_std"), color=2))
-    differences = _lines(mismatch, delta="mean |difference|", kl="KL")
-    differences.append(Series("proof of sync", _column(steps, "logprob_gap"), "marks", 3))
-    lag, tokens = _lines(steps, lag="lag"), _lines(steps, completion_length="tokens")
-    seconds = _lines(steps, seconds="step", wait_seconds="for completions", reward_wait_seconds="for rewards")
-    push = _lines(steps, push_seconds="push", pause_seconds="pause")
-    speed = _lines(steps, rollout_tokens_per_second="tokens/s")
-    policy, gradient = _lines(logs, entropy="entropy", kl="KL"), _lines(logs, grad_norm="norm")
-    against = "server against learner, over sampled tokens, in nats; largest difference at each proof of sync"
-    return [
-        chart("Reward", "mean of each batch, its trailing mean, and evaluations", rewards, unit_range=True),
-        chart("Reward functions", "mean of each, before its weight", _lines(logs, **by_function), unit_range=True),
-        chart("Reward variance", "standard deviation in a batch; share of groups without a learning signal", spread),
-        chart("Training-inference mismatch", against, differences, show=power, log=True),
-        chart("Lag", "staleness of samples in generation batches, mean of a batch", lag, unit_range=True),
-        chart("Seconds per step", "total, and how long the trainer waited", seconds),
-        chart("Push", "seconds from export to the last receipt, and without any decoding request", push),
-        chart("Tokens per second", "all servers, while a batch was generated", speed, show=_short),
-        chart("Completion length", "mean tokens", tokens, show=_short),
-        chart("Policy", "entropy, and KL to the reference (with beta > 0), in nats, as logged by TRL", policy),
-        chart("Gradient", "norm before clipping", gradient),
-    ]
+def batch_changes(
+    batches: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[Sequence[Mapping[str, Any]], dict[str, Any] | None]:
+    """Return the batches, and their difference to those `before`: which are `kept`, which are new; None if none."""
+    if batches is before:
+        return batches, None
+    known = {(batch["kind"], batch["step"]): batch for batch in before or ()}
+    new = [batch for batch in batches if known.get((batch["kind"], batch["step"])) != batch]
+    if before is not None and not new and len(known) == len(batches):
+        return batches, None
+    return batches, {"kept": [[batch["kind"], batch["step"]] for batch in batches], "new": new}
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], /, **labels: str) -> list[Series]:
-    """Plot columns of `rows`, each with its label, as lines of different colors."""
-    return [Series(label, _column(rows, name), color=i) for i, (name, label) in enumerate(labels.items(), 1)]
+def html_json(value: Any) -> str:
+    """Return JSON that can stand in an element of HTML, or in one line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # no browser reads NaN, which somebody else's files may hold
+        text = json.dumps(_without_nan(value), ensure_ascii=False, separators=(",", ":"))
+    return _NOT_IN_HTML.sub(lambda c: f"\\u{ord(c[0]):04x}", text)
 
 
-def _completions(run: RunData) -> str:
-    if not run.batches:
-        return ""
-    parts = [
-        '<h2 id="completions">Completions</h2><p class="soft">The first, the best and the worst completion of some '
-        "generation batches, newest first. TRL's <code>--log_completions</code> logs all of them.</p>"
-    ]
-    for batch in reversed(run.batches):
-        rewards = ", ".join(_three(sample["reward"]) for sample in batch["samples"])
-        parts.append(
-            f'<details class="batch"{" open" if len(parts) == 1 else ""}><summary>Step {int(batch["step"])}'
-            f'<span class="soft">reward {rewards}</span></summary>{"".join(map(_sample, batch["samples"]))}</details>'
-        )
-    return "".join(parts)
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sample(sample: Mapping[str, Any]) -> str:
-    facts = [("reward", _three(sample["reward"]))]
-    if len(sample["rewards"]) > 1:
-        facts += [(name, _three(value)) for name, value in sample["rewards"].items()]
-    facts.append(("advantage", _NONE if sample["advantage"] is None else f"{sample['advantage']:+.2f}"))
-    if spans := sample.get("spans"):  # as `step 4`, or `step 4 to token 31, step 5 (carried KV)`
-        parts = [f"step {step}{' (carried KV)' * (kv == 'carried')} to token {end}" for step, _, end, kv in spans]
-        facts += [("weights of", ", ".join(parts).rpartition(" to token ")[0]), ("lag", str(sample["lag"]))]
-    if sample.get("tokens"):
-        cut = {"length": ", cut off", "repetition": ", repeating"}.get(sample["finish_reason"], "")
-        facts.append(("tokens", f"{sample['tokens']}{cut}"))
-    line = "".join(f"<span>{_text(name)} <b>{_text(value)}</b></span>" for name, value in facts)
-    return (
-        f'<article class="sample"><h3>{_text(sample["why"])} {line}</h3>'
-        f'<pre class="prompt">{_text(sample["prompt"])}</pre>'
-        f'<pre class="completion">{_text(sample["completion"])}</pre></article>'
-    )
+def _pinned(text: str) -> str:
+    return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _servers(run: RunData) -> str:
-    rows = "".join(
-        f'<li><b>{_text(server["url"])}</b> <span class="{"up" if server["up"] else "down"}">'
-        f"{'serving' if server['up'] else 'away'}</span>"
-        f"<span>step {_NONE if server['step'] is None else _text(server['step'])}</span>"
-        f"<span>{server['tokens']:,} tokens</span>"
-        + (f"<p>{_text(server['error'])}</p>" if server["error"] else "")
-        + "</li>"
-        for server in run.servers
-    )
-    return f'<h2>Rollout servers</h2><ul class="servers">{rows}</ul>' if rows else ""
-
-
-def _settings(run: RunData) -> str:
-    parts = []
-    for title, values in run.settings.items():
-        rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in values.items())
-        parts.append(f'<details><summary>{_text(title)}</summary><dl class="settings">{rows}</dl></details>')
-    return f"<h2>Settings</h2>{''.join(parts)}" if parts else ""
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    pairs = ((row["step"], finite(row.get(name))) for row in rows)
-    return [(float(step), value) for step, value in pairs if value is not None]
-
-
-def _text(value: Any) -> str:
-    """Escape as HTML; write characters that control how others are shown, and lone surrogates, as their codes."""
-    return escape(_UNSEEN.sub(lambda c: f"\\u{ord(c[0]):04x}", str(value)))
-
-
-def _short(value: float | None) -> str:
-    return _NONE if value is None else f"{value / 1000:.3g}k" if abs(value) >= 1000 else number(value)
-
-
-def _three(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.3f}"
+def _html(text: str) -> str:
+    return re.sub("[^\\w .,:/-]", lambda c: f"&#{ord(c[0])};" if ord(c[0]) > 31 else " ", text, flags=re.ASCII)

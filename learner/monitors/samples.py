@@ -1,18 +1,26 @@
-"""Sample completions of some generation batches, with prompts and rewards, for people to read."""
+"""Completions of some generation batches and evaluations, in their groups, for people to read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from learner.run_dir.files import read_lines
 from learner.utils.atomic import write_atomically
 
-#: Limits: generation batches kept, characters of a prompt, characters of a completion.
-BATCHES, PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 40, 1500, 3000
+TRAINING, EVALUATION = "training", "evaluation"
+#: Batches kept of each kind.
+BATCHES = {TRAINING: 40, EVALUATION: 20}
+#: Limits: characters of a batch, of a prompt, of a completion, of another column; completions of a group.
+BATCH_CHARACTERS, PROMPT_CHARACTERS, COMPLETION_CHARACTERS, COLUMN_CHARACTERS = 40_000, 1500, 3000, 400
+GROUP_SIZE, _COLUMNS = 64, 8
+#: Characters that a completion's numbers take.
+_NUMBERS = 200
 #: Newest batches that thinning never removes.
 _NEWEST = 8
 
@@ -22,15 +30,12 @@ class Sample:
     """One completion.
 
     Attributes:
-        why: why it was chosen: first, best or worst of its batch.
         reward: weighted sum of `rewards`; None without any.
         spans: (step, start, end, kv) of every version it was sampled from; None if unknown: generated on another rank,
             or in several turns.
         lag: staleness of its oldest token, in generation batches.
     """
 
-    why: str
-    prompt: str
     completion: str
     reward: float | None
     rewards: dict[str, float | None]
@@ -41,17 +46,67 @@ class Sample:
     lag: int | None = None
 
 
-def choose(rewards: Sequence[float | None]) -> dict[int, str]:
-    """Choose rows to show: the first, the best and the worst. Returns the reason for each row, each row once."""
-    scored = [row for row, reward in enumerate(rewards) if reward is not None]
-    chosen: dict[int, list[str]] = {0: ["first"]} if rewards else {}
-    if scored:
-        best = max(scored, key=lambda row: rewards[row] or 0.0)
-        worst = min(scored, key=lambda row: rewards[row] or 0.0)
-        chosen.setdefault(best, []).append("best")
-        if rewards[worst] != rewards[best]:
-            chosen.setdefault(worst, []).append("worst")
-    return {row: ", ".join(why) for row, why in chosen.items()}
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt.
+
+    Attributes:
+        key: the same for the same prompt.
+        columns: the other columns of the prompt's row, such as its answer; empty if unknown: of another rank.
+        size: completions of the group; `samples` may hold fewer.
+    """
+
+    key: str
+    prompt: str
+    columns: dict[str, str]
+    size: int
+    samples: list[Sample]
+
+
+def make_group(prompt: Any, columns: Mapping[str, Any], completions: Sequence[Any], numbers: Sequence[Any]) -> Group:
+    """Build a group from TRL's prompt and completions and `numbers`, the other arguments of each `Sample`.
+
+    Of a large group it keeps the best and the worst completion, and the first ones; of long texts their two ends.
+    """
+    whole = text_of(prompt, 1 << 20)
+    shown = _kept_rows([sample["reward"] for sample in numbers])
+    limit = min(COMPLETION_CHARACTERS, max(BATCH_CHARACTERS // len(shown), 300))
+    others = [(name, value) for name, value in columns.items() if name != "prompt" and value is not None]
+    return Group(
+        key=sha256(whole.encode("utf-8", "replace")).hexdigest()[:12],
+        prompt=text_of(prompt, PROMPT_CHARACTERS),
+        columns={name: text_of(_plain(value), COLUMN_CHARACTERS) for name, value in others[:_COLUMNS]},
+        size=len(completions),
+        samples=[Sample(text_of(completions[row], limit), **numbers[row]) for row in shown],
+    )
+
+
+def choose(groups: Sequence[Group], known: Iterable[str] = ()) -> list[Group]:
+    """Choose groups of a batch, all if they are not too long: those that tell most come first.
+
+    Args:
+        known: keys of prompts whose completions can be compared with those of other batches.
+    """
+    if not groups:
+        return []
+    seen, means = set(known), [_mean(group) for group in groups]
+    rows = range(len(groups))
+    flat = [row for row in rows if len({sample.reward for sample in groups[row].samples}) == 1]
+    wanted = [
+        0,
+        *[row for row in rows if groups[row].key in seen][:1],
+        max(rows, key=lambda row: means[row]),
+        min(rows, key=lambda row: means[row]),
+        *flat[:1],
+        max(rows, key=lambda row: max((sample.tokens or 0 for sample in groups[row].samples), default=0)),
+        *rows,
+    ]
+    kept, room = set[int](), BATCH_CHARACTERS
+    for row in dict.fromkeys(wanted):
+        room -= _length(groups[row])
+        if room >= 0 or not kept:
+            kept.add(row)
+    return [groups[row] for row in sorted(kept)]
 
 
 def total(rewards: Sequence[float | None], weights: Sequence[float]) -> float | None:
@@ -73,7 +128,10 @@ def text_of(message: Any, limit: int) -> str:
 
 
 class Samples:
-    """`completions.jsonl`: one line `{"step", "samples"}` per generation batch; `step` is the first to train on it."""
+    """`completions.jsonl`: one line `{"step", "kind", "completions", "groups"}` for each batch that is kept.
+
+    `step` is the first to train on a batch, or the step that is evaluated; `completions` counts those of the batch.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -81,18 +139,60 @@ class Samples:
 
     def begin(self, step: int) -> None:
         """Load the batches of a resumed run up to `step`."""
-        self.batches = [batch for batch in read_lines(self._path) if batch["step"] <= step] if step else []
+        self.batches = [batch for batch in read_batches(self._path) if batch["step"] <= step] if step else []
 
-    def add(self, step: int, samples: Sequence[Sample]) -> None:
-        """Add the samples of a generation batch; keep the first, the newest, and others spread over the run."""
-        kept = self.batches = [*self.batches, {"step": step, "samples": [asdict(sample) for sample in samples]}]
-        while len(kept) > BATCHES:
-            inner = range(1, len(kept) - _NEWEST)
-            kept.pop(min(inner, key=lambda i: kept[i + 1]["step"] - kept[i - 1]["step"]))
+    def add(self, step: int, kind: str, groups: Sequence[Group]) -> None:
+        """Add a batch; keep the first, the newest, and others spread over the run."""
+        known = {group["key"] for batch in self.batches for group in batch["groups"]} if kind == TRAINING else ()
+        count = sum(group.size for group in groups)
+        batch = {"step": step, "kind": kind, "completions": count, "groups": list(map(asdict, choose(groups, known)))}
+        self.batches = [*self.batches, batch]
+        same = [batch for batch in self.batches if batch["kind"] == kind]
+        while len(same) > BATCHES[kind]:
+            inner = range(1, len(same) - _NEWEST)
+            out = same.pop(min(inner, key=lambda i: same[i + 1]["step"] - same[i - 1]["step"]))
+            self.batches = [batch for batch in self.batches if batch is not out]
 
     def write(self) -> None:
         """Rewrite the file, whose size stays bounded."""
         write_atomically(self._path, "".join(json.dumps(batch) + "\n" for batch in self.batches))
+
+
+def read_batches(path: Path) -> list[dict[str, Any]]:
+    """Return the batches of `completions.jsonl`; lines of another form, such as of an older version, are left out."""
+    return [row for row in read_lines(path) if row.get("kind") in (TRAINING, EVALUATION) and _has_groups(row)]
+
+
+def _has_groups(batch: Mapping[str, Any]) -> bool:
+    groups = batch.get("groups")
+    return isinstance(groups, list) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("samples"), list)
+        and all(isinstance(sample, dict) for sample in group["samples"])
+        for group in groups
+    )
+
+
+def _kept_rows(rewards: Sequence[float | None]) -> list[int]:
+    """Return the rows of a group to keep, in their order: at most `GROUP_SIZE`, the best and the worst among them."""
+    rows = range(len(rewards))
+    scored = [row for row in rows if rewards[row] is not None]
+    ends = [pick(scored, key=lambda row: rewards[row] or 0.0) for pick in (max, min)] if scored else []
+    return sorted(list(dict.fromkeys([*ends, *rows]))[:GROUP_SIZE])
+
+
+def _mean(group: Group) -> float:
+    rewards = [sample.reward for sample in group.samples if sample.reward is not None]
+    return fmean(rewards) if rewards else 0.0
+
+
+def _length(group: Group) -> int:
+    texts = [group.prompt, *group.columns.values(), *(sample.completion for sample in group.samples)]
+    return sum(map(len, texts)) + _NUMBERS * len(group.samples)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _turn(message: Any) -> str:

@@ -12,7 +12,7 @@ import trl.trainer.utils
 from trl import GRPOTrainer
 
 from learner.adapters.quantization import pin_compute_dtype
-from learner.monitors.samples import COMPLETION_CHARACTERS, PROMPT_CHARACTERS, Sample, choose, text_of, total
+from learner.monitors.samples import EVALUATION, TRAINING, Group, make_group, total
 from learner.rollouts.completions import oldest_step
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
@@ -162,40 +162,65 @@ def replace_zero_variance_groups(trainer: GRPOTrainer, dynamic: DynamicSampling,
     trainer._generate_and_score_completions = generate_replaced
 
 
-def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, list[Sample]], None]) -> None:
-    """Pass samples of every training batch to `add`, with the step that trains on it, once TRL has scored it."""
-    generate = trainer._generate_and_score_completions
+def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, str, list[Group]], None]) -> None:
+    """Pass every training batch, and the first batch of every evaluation, to `add` once TRL has scored it.
+
+    `add` is called with the step that trains on it, or is evaluated, with the kind, and with the groups.
+    """
+    generate, calculate = trainer._generate_and_score_completions, trainer._calculate_rewards
+    scored: list[dict[str, Any]] = []  # the rows of this rank, as they were scored: after replacement
+    evaluated: int | None = None
+
+    def calculate_noted(inputs: list[dict[str, Any]], *args: Any, **kwargs: Any) -> torch.Tensor:
+        scored[:] = inputs
+        return calculate(inputs, *args, **kwargs)
 
     def generate_and_record(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = generate(inputs)
+        nonlocal evaluated
+        batch, step = generate(inputs), trainer.state.global_step
         if trainer.model.training:
-            add(trainer.state.global_step + 1, _samples(trainer, session))
+            add(step + 1, TRAINING, _groups(trainer, session, scored, trainer.num_generations))
+        elif evaluated != step:
+            add(step, EVALUATION, _groups(trainer, session, scored, trainer.num_generations_eval))
+            evaluated = step
         return batch
 
+    trainer._calculate_rewards = calculate_noted
     trainer._generate_and_score_completions = generate_and_record
 
 
-def _samples(trainer: GRPOTrainer, session: Session) -> list[Sample]:
-    """Return samples of the batch that TRL has just scored; its logs hold the rows of all ranks, this one's first."""
+def _groups(trainer: GRPOTrainer, session: Session, rows: list[dict[str, Any]], size: int) -> list[Group]:
+    """Return the groups of `size` of the batch that TRL has just scored.
+
+    TRL's logs end with the rows of all ranks, this one's first, of which `rows` are known; they hold no more rows than
+    a training batch has.
+    """
     logs, weights = trainer._logs, trainer.reward_weights.tolist()
-    columns = {name: list(map(finite, logs["rewards"][name])) for name in trainer.reward_func_names}
-    rewards = [total(row, weights) for row in zip(*columns.values(), strict=True)]
-    # Of several turns only the first is known.
-    own = [] if trainer.tools else session.rollouts.last_completions
-    prompts, completions, advantages = (list(logs[name]) for name in ("prompt", "completion", "advantages"))
+    count = len(rows) * trainer.accelerator.num_processes
+    names = trainer.reward_func_names
+    prompts, completions, advantages, *columns = (
+        list(log)[-count:]
+        for log in (*(logs[n] for n in ("prompt", "completion", "advantages")), *map(logs["rewards"].get, names))
+    )
+    first = count - len(prompts)  # of a larger batch of an evaluation, the rows that the logs have forgotten
+    own = [] if trainer.tools else session.rollouts.last_completions  # of several turns only the first is known
     batch, schedule = session.trainer.generation_batch, session.trainer.schedule
-    samples = []
-    for row, why in choose(rewards).items():
-        known: dict[str, Any] = {}
-        if row < len(own):
-            known = {
-                "tokens": len(own[row].token_ids),
-                "finish_reason": own[row].finish_reason,
-                "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
-                "lag": schedule.staleness(batch, oldest_step(own[row])),
-            }
-        prompt = text_of(prompts[row], PROMPT_CHARACTERS)
-        completion = text_of(completions[row], COMPLETION_CHARACTERS)
-        scores = {name: column[row] for name, column in columns.items()}
-        samples.append(Sample(why, prompt, completion, rewards[row], scores, finite(advantages[row]), **known))
-    return samples
+    groups = []
+    for start in range(-(-first // size) * size, count, size):
+        numbers = []
+        for row in range(start, min(start + size, count)):
+            rewards = [finite(column[row - first]) for column in columns]
+            known: dict[str, Any] = {}
+            if row < len(own):
+                known = {
+                    "tokens": len(own[row].token_ids),
+                    "finish_reason": own[row].finish_reason,
+                    "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
+                    "lag": schedule.staleness(batch, oldest_step(own[row])) if trainer.model.training else None,
+                }
+            scores = {"reward": total(rewards, weights), "rewards": dict(zip(names, rewards, strict=True))}
+            numbers.append({**scores, "advantage": finite(advantages[row - first]), **known})
+        there = slice(start - first, start - first + len(numbers))
+        columns_of = rows[start] if start < len(rows) else {}
+        groups.append(make_group(prompts[there.start], columns_of, completions[there], numbers))
+    return groups

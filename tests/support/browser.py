@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,15 @@ class Page:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, path: Path, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """Show a file as a screen of that width would, and wait until it is there."""
+    def open(self, place: Path | str, width: int, height: int = 900, *, dark: bool = False) -> None:
+        """Show a file or a URL as a screen of that width would, and wait until it is there."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
         self._events.clear()
-        self.ask("Page.navigate", url=path.resolve().as_uri())
+        self.ask("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._read()
 
@@ -79,6 +80,39 @@ class Page:
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def until(self, script: str, seconds: float = 60.0) -> Any:
+        """Wait until an expression in the page is true, and return its value."""
+        give_up = time.monotonic() + seconds
+        while not (value := self.evaluate(script)):
+            assert time.monotonic() < give_up, f"not within {seconds:g} s: {script}; the page said {self.console}"
+            time.sleep(0.05)
+        return value
+
+    def point_at(self, selector: str, across: float = 0.5, down: float = 0.5) -> list[float]:
+        """Scroll to an element, and move the mouse to a place in it; returns where that is."""
+        x, y = self.evaluate(
+            f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            f" const b = e.getBoundingClientRect();"
+            f" return [b.left + {across} * b.width, b.top + {down} * b.height]; }})()"
+        )
+        for dx in (-3, 0):
+            self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x + dx, y=y)
+        return [x, y]
+
+    def drag(self, selector: str, start: float, end: float) -> None:
+        """Move the mouse across an element with its button down."""
+        for across, kind in ((start, "mousePressed"), (end, "mouseReleased")):
+            x, y = self.point_at(selector, across)
+            self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def press(self, key: str) -> None:
+        """Press and release a key of the name that JavaScript gives it."""
+        codes = {"Tab": 9, "Home": 36, "End": 35, "ArrowLeft": 37, "ArrowRight": 39, "Escape": 27, "Enter": 13, " ": 32}
+        text = {"Enter": "\r", " ": " "}.get(key, "")
+        known = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
+        self.ask("Input.dispatchKeyEvent", type="keyDown", text=text, **known)
+        self.ask("Input.dispatchKeyEvent", type="keyUp", **known)
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Write a PNG of the page, down to its end if `whole`."""

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ import learner.commands.status
 from learner.cli import main
 from learner.servers.client import RolloutClient
 from shared.weights import BaseFingerprint, RunState, ServerState, WeightVersion
+from tests.support.made_up_run import RunWriter
 
 STATE = ServerState(
     epoch="e1",
@@ -162,3 +164,35 @@ def test_watching_shows_it_again(served, monkeypatch, capsys):
     assert "1.1" in shown
     assert "1.2" in shown
     assert "\x1b" not in shown
+
+
+def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(Exception):
+        pass
+
+    def wait() -> None:
+        raise Ended
+
+    endless = SimpleNamespace(Event=lambda: SimpleNamespace(wait=wait))
+    monkeypatch.setattr(learner.commands.status, "threading", endless)
+    RunWriter(tmp_path / "a run").go_on(2)
+    with pytest.raises(Ended):
+        main(["status", "--serve", str(tmp_path), "--page-port", "0"])
+    runs, _, url = capsys.readouterr().out.split("  ")[0].partition(": ")
+    assert runs == "a run"
+    assert "Lockstep" in httpx.get(url).text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--serve", "NOWHERE"], "--serve NOWHERE is not a directory; give a run's output_dir, or a folder of such"),
+        (["--serve", ".", "--json"], "--serve shows runs in a browser: leave"),
+        (["--serve", ".", "--page-port", "70000"], "--page-port: 70000 is out of range"),
+        (["--serve", ".", "--page-host", "192.0.2.1"], "--page-port 8700: cannot listen on 192.0.2.1:8700"),
+    ],
+)
+def test_what_cannot_be_served(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

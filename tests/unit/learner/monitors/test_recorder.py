@@ -6,16 +6,21 @@ import errno
 import json
 import re
 import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from datasets import Dataset
 from prometheus_client.parser import text_string_to_metric_families
 
+from learner.config import LearnerConfig
+from learner.monitors import recorder
 from learner.run_dir.files import JsonLines
 from learner.trainer.attach import attach
 from shared.errors import LockstepError
+from tests.unit.learner.monitors.test_page_server import stream
 
 
 def _free_port() -> int:
@@ -29,6 +34,12 @@ def _scrape(port: int) -> dict[str, float]:
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {s.name + "".join(f"{{{k}={v}}}" for k, v in s.labels.items()): s.value for s in samples}
+
+
+def _page(run: Path) -> dict[str, Any]:
+    """The data in a run's page."""
+    text = (run / "run.html").read_text()
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])["messages"][0]
 
 
 def test_metrics_of_a_training(make_trainer, client):
@@ -86,12 +97,14 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     trainer.train()
     first = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert [batch["step"] for batch in first] == [1, 2, 3]
-    sample = first[0]["samples"][0]
-    assert sample["why"].startswith("first")
+    assert first[0]["completions"] == 8
+    assert [len(group["samples"]) for group in first[0]["groups"]] == [4, 4], "all completions of every group"
+    group = first[0]["groups"][0]
+    sample = group["samples"][0]
     assert sample["spans"] == [[0, 0, sample["tokens"], "fresh"]]
     assert sample["lag"] == 0
-    assert re.fullmatch(r"w\d+ w\d+ w\d+", sample["prompt"])
-    assert "finished" in (run / "run.html").read_text()
+    assert re.fullmatch(r"w\d+ w\d+ w\d+", group["prompt"])
+    assert _page(run)["head"]["state"] == "finished"
 
     attach(trainer := make_trainer(**{**settings, "max_steps": 4}), client=client, run_id="r")
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
@@ -100,10 +113,12 @@ def test_the_page_of_a_training_that_is_resumed(make_trainer, client, server, tm
     assert [batch["step"] for batch in again] == [1, 2, 3, 4]
     logged = [json.loads(line) for line in (run / "logs.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged if "reward" in row] == [1, 2, 3, 4]
-    page = (run / "run.html").read_text()
-    assert "4 / 4" in page
-    assert page.count('<details class="batch"') == 4
-    assert "learning_rate" in page
+    page = _page(run)
+    assert (page["head"]["last"]["step"], page["head"]["last"]["max_steps"]) == (4, 4)
+    assert [batch["step"] for batch in page["batches"]["new"]] == [1, 2, 3, 4]
+    assert page["table"]["columns"][0] == "reward"
+    assert [row[0] for row in page["table"]["rows"]] == [1, 2, 3, 4]
+    assert "learning_rate" in page["head"]["settings"]["TRL and transformers"]
 
 
 def test_a_page_that_is_not_wanted_or_cannot_be_written(make_trainer, client, tmp_path, caplog):
@@ -132,3 +147,74 @@ def test_a_full_disk_does_not_end_a_training(make_trainer, client, monkeypatch, 
     trainer.train()
     assert trainer.state.global_step == 2
     assert caplog.text.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"reward_workers": 0}, {"drop_degenerate_groups": True}])
+def test_completions_beside_their_answers_and_over_time(make_trainer, client, tmp_path, options):
+    rows = [{"prompt": f"w{i} w{i + 7}", "answer": f"of w{i} w{i + 7}"} for i in range(16)]
+    data = {"train_dataset": Dataset.from_list(rows[:12]), "eval_dataset": Dataset.from_list(rows[12:])}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    attach(trainer := make_trainer(**settings, trainer_kwargs=data), client=client, run_id="r", **options)
+    trainer.train()
+    batches = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    groups = [(batch["kind"], group) for batch in batches for group in batch["groups"]]
+    assert all(group["columns"]["answer"] == f"of {group['prompt']}" for _, group in groups)
+    assert {(kind, len(group["samples"])) for kind, group in groups} == {("training", 4), ("evaluation", 2)}
+    assert all(sample["tokens"] for _, group in groups for sample in group["samples"])
+    evaluations = [[group["key"] for group in batch["groups"]] for batch in batches if batch["kind"] == "evaluation"]
+    assert len(evaluations) == 3
+    assert evaluations[0] == evaluations[1] == evaluations[2], "one prompt can be followed over the evaluations"
+
+
+def test_an_evaluation_after_the_end(make_trainer, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "_PAGE_SHARE", 1e9)  # write the page at every log
+    data = {"eval_dataset": Dataset.from_list([{"prompt": f"w{i}"} for i in range(4)])}
+    attach(trainer := make_trainer(max_steps=1, trainer_kwargs=data), client=client, run_id="r")
+    trainer.train()
+    trainer.evaluate()
+    page = _page(tmp_path / "run")
+    assert "eval_reward" in page["head"]["last"]
+    assert page["head"]["state"] == "finished"
+
+
+def test_an_evaluation_larger_than_a_training_batch(make_trainer, client, tmp_path):
+    """TRL's logs hold no more rows than a training batch has: the last ones."""
+    rows = [{"prompt": f"w{i} w{i + 7}", "answer": f"of w{i} w{i + 7}"} for i in range(20)]
+    data = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows)}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 4, "per_device_eval_batch_size": 20}
+    attach(trainer := make_trainer(max_steps=1, **settings, trainer_kwargs=data), client=client, run_id="r").close()
+    trainer.train()
+    batches = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    (evaluation,) = [batch for batch in batches if batch["kind"] == "evaluation"]
+    assert [len(group["samples"]) for group in evaluation["groups"]] == [4, 4]
+    assert all(group["columns"]["answer"] == f"of {group['prompt']}" for group in evaluation["groups"])
+
+
+def test_the_live_page_of_a_training(make_trainer, client):
+    port, came, finished = _free_port(), [], threading.Event()
+    attach(trainer := make_trainer(), client=client, run_id="r", page_port=port)
+
+    def watch() -> None:
+        with stream(port) as events:
+            while not finished.is_set():
+                message = events.next_run()
+                came.extend(row[0] for row in message.get("table", {}).get("rows", ()))
+                if message.get("head", {}).get("state") == "finished":
+                    finished.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    trainer.train()
+    assert finished.wait(60)
+    assert set(came) == {1, 2, 3}
+
+
+def test_a_page_port_that_is_taken(make_trainer, client, server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LockstepError, match=f"page_port {port}: cannot listen on 127.0.0.1:{port}"):
+            attach(make_trainer(), client=client, run_id="r", page_port=port)
+    with pytest.raises(ValueError, match="page_port: run_page false records nothing"):
+        LearnerConfig(page_port=8700, run_page=False)
+    assert server.pushed == []
