@@ -149,7 +149,9 @@ class ServerState(BaseModel):
     slots_per_run: int
     slot_bytes: int = Field(0, description="memory of one adapter slot on each worker; 0 where there are none (merge)")
     max_runs: int
-    apply: Literal["adapter", "merge"] = Field("adapter", description="merge: no base is served while a run is")
+    apply: Literal["adapter", "columns", "merge"] = Field(
+        "adapter", description="merge: no base is served while a run is; columns: outputs are rounded once, with LoRA in"
+    )
     workers: int
     devices: list[str | None] = Field([], description="UUID of each worker's GPU; null for a CPU")
     logprobs_mode: str

@@ -10,11 +10,15 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | lora_slots | the worker's LoRA manager and LoRA layers |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
+| lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules`, LoRA layers' `apply`, |
+| | and of the Punica wrappers `_token_lora_indices` and, on GPUs, `token_mapping_meta.no_lora_flag_cpu` |
+| one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import Counter
 from types import MethodType, SimpleNamespace
@@ -118,6 +122,19 @@ def submitted_requests(engine: Any) -> set[str]:
     outputs = Counter(state.external_req_id for state in states)
     wanted = {state.external_req_id: 1 if state.parent_req is None else state.parent_req.n for state in states}
     return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
+
+
+@functools.cache
+def linear_function() -> Any:
+    """Return the function with which vLLM's unquantized linear layers compute: (x, weight, bias) -> y."""
+    import torch
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if envs.VLLM_BATCH_INVARIANT and current_platform.is_cuda():
+        new, old = "vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"
+        return _first_module(new, old).linear_batch_invariant
+    return torch.nn.functional.linear
 
 
 def keep_linear_weights_on_cpu() -> None:
