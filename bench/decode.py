@@ -206,7 +206,8 @@ def open_targets(name: str, server: Server, model: PeftModel, stack: contextlib.
         installs.append(path.push(step).parts["install"])
     figures = {"install_s": spread(installs[1:])}
     rows = SERVERS[name][0]
-    return [Target(row, server, http, "base" if row in (BASE, COLUMNS_BASE) else path.version, dict(figures)) for row in rows]
+    policies = {row: "base" if row in (BASE, COLUMNS_BASE) else path.version for row in rows}
+    return [Target(row, server, http, policy, dict(figures)) for row, policy in policies.items()]
 
 
 def fidelity(target: Target, model: PeftModel, vocab: int) -> dict[str, Any]:

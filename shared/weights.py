@@ -150,7 +150,7 @@ class ServerState(BaseModel):
     slot_bytes: int = Field(0, description="memory of one adapter slot on each worker; 0 where there are none (merge)")
     max_runs: int
     apply: Literal["adapter", "columns", "merge"] = Field(
-        "adapter", description="merge: no base is served while a run is; columns: outputs are rounded once, with LoRA in"
+        "adapter", description="merge: no base is served while a run is; columns: LoRA and base are rounded once"
     )
     workers: int
     devices: list[str | None] = Field([], description="UUID of each worker's GPU; null for a CPU")

@@ -233,7 +233,7 @@ def test_what_is_in_a_slot_can_be_read_back() -> None:
 @pytest.mark.parametrize("name", ["column", "row"])
 def test_tensor_parallel_shards_make_the_whole(name: str) -> None:
     """Each of two workers computes with its shard; a row-parallel layer's outputs are added up."""
-    make, kind, widths = LAYERS[name]
+    make, kind, _ = LAYERS[name]
     whole, adapter = _module(make(), kind), _adapter([OUT], scale=1.0)
     x, parts = torch.randn(32, IN).bfloat16(), []
     for rank in range(2):
