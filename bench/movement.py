@@ -78,7 +78,8 @@ class MovementBench(Bench):
         options = self.options
         self.dtype = "bfloat16"
         folder = options.model or ensure_demo_model(dtype="bfloat16")
-        sums = list(chats(AutoTokenizer.from_pretrained(folder), 8_000))
+        trained_on = BATCH * max(steps for _, steps in options.updates)
+        sums = list(chats(AutoTokenizer.from_pretrained(folder), options.sequences + trained_on))
         self.probe, self.texts = sums[: options.sequences], sums[options.sequences :]
         torch.manual_seed(0)
         model = adapted(folder, options.rank, self.device)
@@ -103,7 +104,7 @@ class MovementBench(Bench):
             wanted = sorted(steps for each, steps in self.options.updates if each == lr)
             optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0)
             for step in range(1, wanted[-1] + 1):
-                for ids in self.texts[step * BATCH : (step + 1) * BATCH]:
+                for ids in self.texts[(step - 1) * BATCH : step * BATCH]:
                     tokens = torch.tensor([ids], device=model.device)
                     (model(input_ids=tokens, labels=tokens).loss / BATCH).backward()
                 optimizer.step()

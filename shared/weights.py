@@ -117,6 +117,12 @@ class PushReceipt(BaseModel):
     flip_seconds: float
     wait_seconds: float = Field(description="waiting for a free slot, or (merge, drain) for running requests to finish")
     pause_seconds: float = Field(0.0, description="for which no request of this server was decoding")
+    update_share: float | None = Field(
+        None, description="merge: regression of the weights' change on B A, over some rows of each; 1: all arrived"
+    )
+    update_error: float | None = Field(
+        None, description="merge: norm of what rounding changed, relative to the update's; it has no direction"
+    )
     repeated: bool = Field(False, description="the same push was already installed; nothing was done again")
 
 

@@ -10,8 +10,8 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | lora_slots | the worker's LoRA manager and LoRA layers |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
-| lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules`, LoRA layers' `apply` |
-| lora_columns | Punica wrappers' `_token_lora_indices` and, on GPUs, `token_mapping_meta.no_lora_flag_cpu` |
+| lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules` |
+| lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |
 | one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
 """
