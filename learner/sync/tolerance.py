@@ -99,9 +99,9 @@ def merge_noise(dtype: str, *, layers: int, logit_std: float) -> float:
 
     Independent errors of u / sqrt(3) in the elements of a weight, or of u sqrt(2 / 3) where it is rounded
     stochastically (to bfloat16), change its output by the same relative rms, like one more rounding of that output;
-    from there as in `derived_tolerance`. For float16 the derivation does not cover an adapter so small that its updates lie
-    below half a unit in the last place of W0: rounding to nearest removes those together. Their joint effect shows in
-    the mismatch; where it is larger than the tolerance, merging in this dtype is not exact enough.
+    from there as in `derived_tolerance`. For float16 the derivation does not cover an adapter so small that its updates
+    lie below half a unit in the last place of W0: rounding to nearest removes those together. Their joint effect shows
+    in the mismatch; where it is larger than the tolerance, merging in this dtype is not exact enough.
     """
     unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
     stochastic = 2 if dtype == "bfloat16" else 1

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import torch
 
 from rollout_server import cli
+from rollout_server.lifecycle import check_config
+from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat.start_errors import report_errors, reported_errors
+from shared.errors import InvalidRequest
 from shared.weights import SERVED_RANKS
 
 
@@ -42,6 +47,7 @@ def run(monkeypatch):
         (["--push-timeout", "-1"], "--push-timeout"),
         (["--drain-seconds", "inf"], "--drain-seconds must be a finite number"),
         (["--apply", "twice"], "--apply"),
+        (["--apply", "columns", "--fully-sharded-loras"], "--fully-sharded-loras"),
         (["--max-lora-rank", "24"], "--max-lora-rank"),
         (["--dtype", "bf61"], "--dtype"),
         (["--port", "http"], "--port"),
@@ -59,6 +65,30 @@ def test_wrong_flags(run, capsys, argv, words):
     assert words in error.splitlines()[-1]
     assert "Traceback" not in error
     assert "usage:" not in error
+
+
+def test_graphs_compiled_for_other_layers_are_not_used_again():
+    configs = [cli.parse(["model", "--apply", apply])[0].additional_config for apply in ("adapter", "columns")]
+    assert configs[0] != configs[1]
+
+
+def test_columns_have_the_dtype_of_the_weights():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(logprobs_mode="processed_logprobs", is_moe=False, dtype=torch.bfloat16),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            nnodes=1,
+            distributed_executor_backend=None,
+            data_parallel_size=1,
+            data_parallel_size_local=1,
+        ),
+        speculative_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        lora_config=SimpleNamespace(lora_dtype=torch.float16),
+    )
+    check_config(config, ServerSettings())
+    with pytest.raises(InvalidRequest, match="--lora-dtype"):
+        check_config(config, ServerSettings(apply="columns"))
 
 
 def test_the_ranks_that_vllm_serves():
