@@ -263,6 +263,26 @@ def test_the_transformers_backend_has_one_more_dimension() -> None:
     assert torch.equal(_compute(module, x[None], [0] * 32), flat[None])
 
 
+def test_one_compiled_graph_serves_every_batch() -> None:
+    """No part of the mapping of tokens to slots, and not the number of tokens, is traced into a graph."""
+    module, widths = _in_columns_of("q, k, v")
+    for slot in range(2):
+        _install(module, slot, _adapter(widths, scale=1.0))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: module.apply(x, module.base_layer.bias), fullgraph=True, dynamic=True, backend=backend
+    )
+    for slots in (MIXED, [0] * 40, [-1] * 24, [1, -1, 0]):
+        x = torch.randn(len(slots), IN).bfloat16()
+        assert torch.equal(_compute(module, x, slots), compiled(x))
+    assert len(graphs) == 1
+
+
 def _quantized(module: BaseLinearLayerWithLoRA) -> None:
     module.base_layer.quant_method = object()
 
