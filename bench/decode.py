@@ -1,4 +1,4 @@
-"""Decoded tokens per second of a rollout server, its adapter applied in two ways, against a plain vLLM without LoRA.
+"""Decoded tokens per second of a rollout server, its adapter applied in three ways, against a plain vLLM without LoRA.
 
 python -m bench.decode --quick                                 # a tiny model on the CPU, minutes
 python -m bench.decode --parallel-start --json decode.json --plot decode.png    # learner GPU 0, servers GPU 1
@@ -31,11 +31,13 @@ from learner.servers.client import RolloutClient
 from shared.weights import WeightVersion
 
 PLAIN, ADAPTER, MERGE = "plain vLLM (no LoRA)", "lockstep --apply adapter", "lockstep --apply merge"
-BASE = "lockstep --apply adapter, base requests"
+COLUMNS = "lockstep --apply columns"
+BASE, COLUMNS_BASE = "lockstep --apply adapter, base requests", "lockstep --apply columns, base requests"
 #: Server -> its rows and its flags.
 SERVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     PLAIN: ((PLAIN,), ()),
     ADAPTER: ((ADAPTER, BASE), ()),  # the default: a rollout-server that does not know the flag serves these, too
+    COLUMNS: ((COLUMNS, COLUMNS_BASE), ("--apply", "columns")),
     MERGE: ((MERGE,), ("--apply", "merge")),
 }
 PROMPT_TOKENS, PUSHES, WAVE_LIMIT_S = 16, 5, 300.0
@@ -79,7 +81,7 @@ class DecodeBench(Bench):
     name = "decode"
     standard = "plot shapes rank learner-gpu server-gpu server-flags deadline-s"
     flags = {
-        "--batches": ("32,256", "requests of a wave"),
+        "--batches": ("1,32,256", "requests of a wave"),
         "--tokens": (256, "decoded by each request"),
         "--waves": (5, "waves that are counted, after one that is not"),
         "--parallel-start": (False, "all servers at once, on one GPU; their waves take turns"),
@@ -204,7 +206,8 @@ def open_targets(name: str, server: Server, model: PeftModel, stack: contextlib.
         installs.append(path.push(step).parts["install"])
     figures = {"install_s": spread(installs[1:])}
     rows = SERVERS[name][0]
-    return [Target(row, server, http, "base" if row == BASE else path.version, dict(figures)) for row in rows]
+    policies = {row: "base" if row in (BASE, COLUMNS_BASE) else path.version for row in rows}
+    return [Target(row, server, http, policy, dict(figures)) for row, policy in policies.items()]
 
 
 def fidelity(target: Target, model: PeftModel, vocab: int) -> dict[str, Any]:
@@ -213,7 +216,7 @@ def fidelity(target: Target, model: PeftModel, vocab: int) -> dict[str, Any]:
     found, _ = target.ask(prompts, FIDELITY_TOKENS)
     ids_BT = torch.tensor([prompt + ids for prompt, (ids, _) in zip(prompts, found, strict=True)])
     served_BT = torch.tensor([logprobs for _, logprobs in found], dtype=torch.float64)
-    adapter = target.row in (ADAPTER, MERGE)
+    adapter = target.row in (ADAPTER, COLUMNS, MERGE)
     own_BT = own_logprobs(model, ids_BT, adapter=adapter)
     figures = divergence(served_BT, own_BT)
     if adapter:  # about the gap of a server that forgot the adapter

@@ -160,6 +160,12 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         raise ValueError("--no-enable-lora: a rollout server exists to serve a LoRA adapter; leave it out")
     args.max_loras = args.max_cpu_loras = settings.adapter_slots
     args.worker_extension_cls = "rollout_server.worker.extension.AdapterWorker"
+    if settings.in_columns:
+        if args.fully_sharded_loras:
+            raise ValueError("--fully-sharded-loras: each worker would hold a part of A's rank; use --apply adapter")
+        args.worker_extension_cls = "rollout_server.worker.columns_extension.ColumnsWorker"
+        # Nothing else tells vLLM's cache of compiled graphs that layers compute in another way.
+        args.additional_config = {**(args.additional_config or {}), "lockstep_apply": settings.apply}
     return args, settings
 
 

@@ -91,6 +91,12 @@ async def _start(
     readiness.on_close(installer.staging.close)
     seconds = time.monotonic() - started
     logger.info("model loaded after %.0f s by %d workers, %s; warming up", seconds, len(workers), described[0])
+    if settings.in_columns and (others := described[0]["linear"] - described[0]["in_columns"]):
+        logger.warning(
+            "--apply columns: %d of %d linear layers are quantized or not plain; vLLM's own kernels add LoRA there",
+            others,
+            described[0]["linear"],
+        )
     await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
     tasks = await engine.get_supported_tasks()
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
@@ -185,5 +191,8 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
         )
     if not settings.merges and (missing := versions.without_lora(model)):
         raise InvalidRequest(missing)
+    lora = vllm_config.lora_config
+    if settings.in_columns and lora.lora_dtype != model.dtype:
+        raise InvalidRequest(f"--lora-dtype {lora.lora_dtype}: columns have the weights' dtype; leave it out")
     if getattr(model, "is_multimodal_model", False):
         raise InvalidRequest("vision and audio models are not supported yet; serve a text model")

@@ -24,9 +24,10 @@ class ServerSettings:
     max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
     apply: str = _flag(
         "adapter",
-        "how an adapter is served: `adapter` beside the base, or `merge`: added to the base's weights, which decodes "
-        "as fast as the base but serves one run only, and no base while it lives",
-        ("adapter", "merge"),
+        "how an adapter is served: `adapter` beside the base, by vLLM's LoRA kernels; `columns` beside it, in the same "
+        "matrix product, so that no small update is lost in rounding; or `merge`: added to the base's weights, which "
+        "decodes as fast as the base but serves one run only, and no base while it lives",
+        ("adapter", "columns", "merge"),
     )
     keep_base: str = _flag(
         "auto",
@@ -92,6 +93,11 @@ class ServerSettings:
     def merges(self) -> bool:
         """Whether adapters go into the live weights."""
         return self.apply == "merge"
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether adapter slots are columns of the weights."""
+        return self.apply == "columns"
 
     @property
     def adapter_slots(self) -> int:

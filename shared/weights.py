@@ -119,6 +119,12 @@ class PushReceipt(BaseModel):
     flip_seconds: float
     wait_seconds: float = Field(description="waiting for a free slot, or (merge, drain) for running requests to finish")
     pause_seconds: float = Field(0.0, description="for which no request of this server was decoding")
+    update_share: float | None = Field(
+        None, description="merge: regression of the weights' change on B A, over some rows of each; 1: all arrived"
+    )
+    update_error: float | None = Field(
+        None, description="merge: norm of what rounding changed, relative to the update's; it has no direction"
+    )
     repeated: bool = Field(False, description="the same push was already installed; nothing was done again")
 
 
@@ -163,7 +169,9 @@ class ServerState(BaseModel):
     slots_per_run: int
     slot_bytes: int = Field(0, description="memory of one adapter slot on each worker; 0 where there are none (merge)")
     max_runs: int
-    apply: Literal["adapter", "merge"] = Field("adapter", description="merge: no base is served while a run is")
+    apply: Literal["adapter", "columns", "merge"] = Field(
+        "adapter", description="merge: no base is served while a run is; columns: LoRA and base are rounded once"
+    )
     workers: int
     devices: list[str | None] = Field([], description="UUID of each worker's GPU; null for a CPU")
     logprobs_mode: str

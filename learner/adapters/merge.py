@@ -1,4 +1,7 @@
-"""Merge an adapter into its base checkpoint: W0 + s·B·A in float32, rounded once, one shard at a time."""
+"""Merge an adapter into its base checkpoint: W0 + s·B·A in float32, rounded once, one shard at a time.
+
+To bfloat16 it is rounded stochastically (`shared.rounding`): to nearest, most of a small update would be lost.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from safetensors.torch import save_file
 
 from learner.adapters.quantization import FOUR_BIT
 from learner.adapters.stored import FLOATS, StoredAdapter, copy_files, open_tensors
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
+from shared.rounding import CUT_BITS, Arrived, rounding_seed
 
 INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 _BLOCK_ELEMENTS = 2**24  # bounds the memory of float32 copies
 
 
-def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
+def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> Arrived:
     """Write the merged model's weights and configuration into `out`, in as many shards as the base has.
+
+    Return how much of the update is in its weights.
 
     Holds one merged shard in memory. Tensors without an adapter are rounded to `dtype` too; those of other types than
     float32, bfloat16 and float16 are copied. Raises `unsupported_adapter` for a quantized base, `shape_mismatch` if the
@@ -27,10 +35,11 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
     config, shards = _open_base(base)
     _check_fit(adapter, shards)
     weight_map: dict[str, str] = {}
-    total = 0
+    total, arrived = 0, Arrived()
     for number, shard in enumerate(shards, 1):
         name = ONE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += _write_shard(shard, adapter, out / name, dtype)
+        size, sums = _write_shard(shard, adapter, out / name, dtype)
+        total, arrived = total + size, arrived.plus(sums)
         weight_map |= dict.fromkeys(shard.keys(), name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -39,6 +48,7 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> None:
     config.pop(FOUR_BIT, None)  # merged weights do not fit into four bits
     (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     copy_files(base, out, ("generation_config.json",))
+    return arrived
 
 
 def _open_base(base: Path) -> tuple[dict[str, Any], list[Any]]:
@@ -81,22 +91,35 @@ def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> None:
             )
 
 
-def _write_shard(shard: Any, adapter: StoredAdapter, path: Path, dtype: str) -> int:
-    """Write one file of the merged model. Return the bytes of its tensors."""
-    tensors, torch_dtype = {}, getattr(torch, dtype)
+def _write_shard(shard: Any, adapter: StoredAdapter, path: Path, dtype: str) -> tuple[int, Arrived]:
+    """Write one file of the merged model. Return the bytes of its tensors, and how much of the updates is in them."""
+    tensors, torch_dtype, arrived = {}, getattr(torch, dtype), Arrived()
     for name in shard.keys():  # noqa: SIM118
         tensor, module = shard.get_tensor(name), name.removesuffix(".weight")
         if module in adapter.modules and name != module:
             a_RI, b_OR = adapter.pair(module)
             base_OI, tensor = tensor, torch.empty_like(tensor, dtype=torch_dtype)
             rows = max(_BLOCK_ELEMENTS // a_RI.shape[1], 1)
+            generator = np.random.default_rng(rounding_seed(xxhash.xxh3_64_hexdigest(b_OR.numpy()), name))
             for merged, weight, b in zip(tensor.split(rows), base_OI.split(rows), b_OR.split(rows), strict=True):
                 # NumPy multiplies in float32 always; torch in TF32 on some CPUs, if the training in this process
                 # allowed that.
                 delta = torch.from_numpy(b.numpy() @ a_RI.numpy()) * adapter.modules[module].scaling
-                merged.copy_(weight.float() + delta)
+                _round(weight.float() + delta, merged, generator)
+                made = merged.double() - weight.double()
+                sums = ((made * delta).sum(), delta.double().square().sum(), (made - delta).square().sum())
+                arrived = arrived.plus(Arrived(*(each.item() for each in sums)))
         elif shard.get_slice(name).get_dtype() in FLOATS:
             tensor = tensor.to(torch_dtype)
         tensors[name] = tensor
     save_file(tensors, path, metadata={"format": "pt"})
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values()), arrived
+
+
+def _round(exact: torch.Tensor, target: torch.Tensor, generator: np.random.Generator) -> None:
+    """Set `target` to `exact` (float32): to bfloat16 stochastically, to other types by their nearest values."""
+    if target.dtype != torch.bfloat16:
+        target.copy_(exact)
+        return
+    noise = generator.integers(2**CUT_BITS, size=exact.shape, dtype=np.int32)
+    target.view(torch.int16).copy_(torch.from_numpy((exact.numpy().view(np.int32) + noise) >> CUT_BITS))

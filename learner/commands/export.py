@@ -15,6 +15,7 @@ from learner.utils.atomic import atomic_directory, check_writable, is_missing_or
 from shared.adapter_file import DTYPES
 from shared.errors import BaseMismatch, InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
+from shared.rounding import Arrived
 
 CARD_FILE = "README.md"
 
@@ -28,8 +29,10 @@ def export(
     revision: str | None = None,
     dtype: str = "bfloat16",
     force: bool = False,
-) -> Path:
-    """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`. Return its directory.
+) -> tuple[Path, Arrived]:
+    """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`.
+
+    Return its directory, and how much of the update is in merged weights.
 
     Atomic; a merge holds one shard of the model in memory. Raises `invalid_request`, `unsupported_adapter`,
     `shape_mismatch`, `base_mismatch`, and the errors of `learner.adapters.stored.open_adapter`.
@@ -49,6 +52,7 @@ def export(
         raise InvalidRequest(f"{adapter.folder} does not name its base model: name it with --model_name_or_path")
     adapter = replace(adapter, config=adapter.config | {"base_model_name_or_path": model, "revision": revision})
     _check_target(target, force, sources=(adapter.folder, Path(model)))
+    arrived = Arrived()
     with atomic_directory(target) as building:
         if merged:
             from learner.adapters.merge import merge  # imports torch
@@ -60,7 +64,7 @@ def export(
                     f"{base} is not the base that {adapter.folder} was trained on ({str(given)[:12]} and "
                     f"{trained_on[:12]}): name that with --model_name_or_path, and --model_revision"
                 )
-            merge(base, adapter, building, dtype)
+            arrived = merge(base, adapter, building, dtype)
             # The tokenizer and chat template that the adapter was trained with come before the base's.
             own = (adapter.folder / "tokenizer_config.json").is_file()
             copy_files(adapter.folder if own else base, building, TOKENIZER_FILES)
@@ -68,13 +72,13 @@ def export(
             copy_files(adapter.folder, building, (WEIGHTS_FILE, *TOKENIZER_FILES))
             (building / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
         (building / CARD_FILE).write_text(model_card(adapter, dtype if merged else None))
-    return adapter.folder
+    return adapter.folder, arrived
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
-    source = export(
+    source, arrived = export(
         options.source,
         options.out,
         merged=options.merge,
@@ -86,7 +90,19 @@ def main(argv: Sequence[str]) -> int:
     what = f"merged in {options.dtype}" if options.merge else "as it is"
     size = sum(path.stat().st_size for path in Path(options.out).iterdir())
     print(f"{source}, {what}, is in {options.out} ({size / 2**20:,.1f} MiB)")
+    if options.merge:
+        print(how_much(arrived))
     return 0
+
+
+def how_much(arrived: Arrived) -> str:
+    """Say how much of the update is in merged weights."""
+    if arrived.share is None:
+        return "the adapter changes no weight"
+    return (
+        f"share of the update in the weights: {arrived.share:.3f}; rounding changed them by {arrived.error:.3g} of the "
+        "update, in no direction"
+    )
 
 
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:

@@ -23,7 +23,7 @@ from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules
-from learner.commands.export import export
+from learner.commands.export import export, how_much
 from learner.commands.options import DEFAULTS, OptionParser
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
@@ -152,8 +152,10 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     if trainer.accelerator.is_main_process:
         write_summary(out / SUMMARY_FILE, summary)
         if config.save_merged:
-            export(out / FINAL_ADAPTER, out / MERGED, merged=True, model=model, revision=revision, force=True)
-            logger.info("merged model written to %s", out / MERGED)
+            _, arrived = export(
+                out / FINAL_ADAPTER, out / MERGED, merged=True, model=model, revision=revision, force=True
+            )
+            logger.info("merged model written to %s; %s", out / MERGED, how_much(arrived))
     return summary
 
 

@@ -277,7 +277,7 @@ class ServerPool:
 
 def serve_base(states: Iterable[ServerState]) -> bool:
     """Return whether all servers serve their base now; a merging one does not while it has a run."""
-    return all(state.apply == "adapter" or not any(run.version for run in state.runs) for state in states)
+    return all(state.apply != "merge" or not any(run.version for run in state.runs) for state in states)
 
 
 def _start(name: str, call: Callable[..., None], *args: object) -> None:

@@ -97,10 +97,12 @@ def derived_tolerance(
 def merge_noise(dtype: str, *, layers: int, logit_std: float) -> float:
     """Derive the rms in nats that `--apply merge` adds by rounding W0 + BA to the weights' dtype.
 
-    Independent errors of u / sqrt(3) in the elements of a weight change its output by the same relative rms, like one
-    more rounding of that output; from there as in `derived_tolerance`. The derivation does not cover an adapter so
-    small that its updates lie below half a unit in the last place of W0: rounding removes those together. Their joint
-    effect is part of the mismatch, and mostly below the tolerance: no check here notices that it is missing.
+    Independent errors of u / sqrt(3) in the elements of a weight, or of u sqrt(2 / 3) where it is rounded
+    stochastically (to bfloat16), change its output by the same relative rms, like one more rounding of that output;
+    from there as in `derived_tolerance`. For float16 the derivation does not cover an adapter so small that its updates
+    lie below half a unit in the last place of W0: rounding to nearest removes those together. Their joint effect is
+    part of the mismatch, and mostly below the tolerance: no check here notices that it is missing.
     """
     unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
-    return math.sqrt(2 * MERGED_PER_LAYER * layers / 3) * unit * logit_std
+    stochastic = 2 if dtype == "bfloat16" else 1
+    return math.sqrt(stochastic * 2 * MERGED_PER_LAYER * layers / 3) * unit * logit_std

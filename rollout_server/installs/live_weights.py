@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from rollout_server.installs.slot_install import SlotInstall
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
+from shared.rounding import Arrived
 from shared.weights import PushReceipt
 
 _APPLY_SECONDS = 60.0  # all of W0 may come from host memory
@@ -23,11 +25,12 @@ _APPLY_SECONDS = 60.0  # all of W0 may come from host memory
 
 @dataclass
 class WeightUpdate:
-    """Cost of an update; `tokens`: how many each output of each running request had before."""
+    """Cost of an update, and how much of it arrived; `tokens`: how many each output of each running request had."""
 
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     wait_seconds: float = 0.0
     pause_seconds: float = 0.0
+    arrived: Arrived = field(default_factory=Arrived)
 
 
 @dataclass
@@ -89,14 +92,15 @@ class LiveWeights:
     async def _commit(
         self, checksum: str | None, before: str | None, update: WeightUpdate, commit: Callable[[WeightUpdate], None]
     ) -> None:
-        await self._apply(checksum, before)
+        update.arrived = await self._apply(checksum, before)
         commit(update)
 
-    async def _apply(self, checksum: str | None, before: str | None) -> None:
-        """Apply on all workers, or, where one fails, `before` on all of them again."""
+    async def _apply(self, checksum: str | None, before: str | None) -> Arrived:
+        """Apply on all workers, or, where one fails, `before` on all of them again. Return what arrived."""
         call = self.workers.begin("apply", checksum=checksum)
         try:
-            await call.results(_APPLY_SECONDS)
+            results = await call.results(_APPLY_SECONDS)
+            return functools.reduce(Arrived.plus, (Arrived(*result["arrived"]) for result in results))
         except BaseException:
             try:
                 async with asyncio.timeout(_APPLY_SECONDS):
@@ -128,4 +132,5 @@ class MergeInstall(SlotInstall):
         weights = LiveWeights(self.context.proxy, self.context.workers)
         update = await weights.update(self.run, self.header.manifest.checksum, self.deadline, commit, kv)
         self._wait_seconds += update.wait_seconds
+        receipt.update_share, receipt.update_error = update.arrived.share, update.arrived.error
         return update.pause_seconds

@@ -43,7 +43,7 @@ def describe(
         slots_per_run=1 if settings.merges else settings.slots_per_run,
         slot_bytes=max(worker.get("slot_bytes", 0) for worker in workers),
         max_runs=settings.max_runs,
-        apply="merge" if settings.merges else "adapter",
+        apply=settings.apply,
         workers=len(workers),
         devices=[worker["device"] for worker in workers],
         logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rollout_server.vllm_compat import lora_columns
 from rollout_server.vllm_compat.linears import ModuleShape, assign_parts, linear_parts
 from rollout_server.vllm_compat.versions import lora_request
 
@@ -78,6 +79,11 @@ class LoraLayer:
             name: ModuleShape(in_features, sum(part.total for part in parts), max_rank)
             for name, parts in self.modules.items()
         }
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether its slots are columns of the base's weight."""
+        return lora_columns.computes_in_columns(self._module)
 
     def clear(self, index: int) -> None:
         """Set the slot to the zero adapter."""

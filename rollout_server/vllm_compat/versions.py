@@ -12,12 +12,16 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
 | versions, at start | the model registry and `supports_lora` |
+| lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules` |
+| lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |
+| one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections import Counter
 from types import MethodType, SimpleNamespace
@@ -157,6 +161,19 @@ def submitted_requests(engine: Any) -> set[str]:
     outputs = Counter(state.external_req_id for state in states)
     wanted = {state.external_req_id: 1 if state.parent_req is None else state.parent_req.n for state in states}
     return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
+
+
+@functools.cache
+def linear_function() -> Any:
+    """Return the function with which vLLM's unquantized linear layers compute: (x, weight, bias) -> y."""
+    import torch
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if envs.VLLM_BATCH_INVARIANT and current_platform.is_cuda():
+        new, old = "vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"
+        return _first_module(new, old).linear_batch_invariant
+    return torch.nn.functional.linear
 
 
 def keep_linear_weights_on_cpu() -> None:

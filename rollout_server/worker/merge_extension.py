@@ -33,9 +33,10 @@ class MergeOperations(Operations):
         super().__init__(worker, writer)
         self.applying = threading.Lock()
 
-    def apply(self, _: Acknowledge, checksum: str | None) -> None:
-        """Set the weights to W0 plus a received adapter, or to W0; the engine is paused."""
+    def apply(self, _: Acknowledge, checksum: str | None) -> dict[str, Any]:
+        """Set the weights to W0 plus a received adapter, or to W0; the engine is paused. Return what arrived."""
         with self.applying, self._on_own_stream():
             if self.stream is not None:
                 torch.cuda.synchronize(self.device)  # no kernel of the engine may still read the weights
             self.writer.apply(checksum)
+            return {"arrived": list(self.writer.arrived)}

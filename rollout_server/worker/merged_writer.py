@@ -16,10 +16,13 @@ from rollout_server.worker.slot_layout import check_fits, lora_pairs
 from rollout_server.worker.slot_writer import finite_elements, verify_checksum, views_of
 from shared.adapter_file import Layout
 from shared.errors import InstallFailed, NotFinite
+from shared.rounding import CUT_BITS, Arrived, rounding_seed
 
 #: Left free on a GPU that W0 is kept on, and elements computed at a time (float32: 256 MiB).
 _MARGIN_BYTES = 2 * 2**30
 _CHUNK = 2**26
+#: Rows of a block by which it is judged how much of its update arrived.
+_JUDGED_ROWS = 64
 
 
 class ShardUpdate(NamedTuple):
@@ -50,6 +53,7 @@ class MergedWriter:
         self._touched: dict[tuple[str, int], linears.WeightShard] = {}  # shards that do not hold W0
         self._spare = self._empty()
         self._applied = self._empty()
+        self.arrived = Arrived()  # of the adapter applied last
 
     def describe(self) -> dict[str, Any]:
         """Count the modules and layers that can be adapted."""
@@ -113,9 +117,14 @@ class MergedWriter:
         bounds = []
         for update in updates:
             self._touched[update.shard.layer, update.shard.row] = update.shard
-            bounds += merge(update, self._kept(update.shard))
-        if bounds and not bool(torch.stack(bounds).isfinite().all()):
-            raise NotFinite(f"base plus adapter overflows {updates[0].shard.weight.dtype}; training diverged")
+            seed = rounding_seed(str(checksum), f"{update.shard.layer} {update.shard.row}")
+            bounds += merge(update, self._kept(update.shard), seed)
+        if bounds:
+            dtype = updates[0].shard.weight.dtype
+            if not bool((torch.stack(bounds).abs() <= torch.finfo(dtype).max).all()):  # nor is NaN
+                raise NotFinite(f"base plus adapter overflows {dtype}; training diverged")
+        sums = [judge(update, self._kept(update.shard)) for update in updates]
+        self.arrived = Arrived(*torch.stack(sums).sum(0).tolist()) if sums else Arrived()
         return len(updates)
 
     def _empty(self) -> _Received:
@@ -146,17 +155,37 @@ class MergedWriter:
             ) from error
 
 
-def merge(update: ShardUpdate, base: torch.Tensor) -> list[torch.Tensor]:
-    """Set live = base + b @ a, summed in float32 and rounded once; return the bounds of the written elements.
+def merge(update: ShardUpdate, base: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """Set live = base + b @ a, summed in float32 and rounded once; return the bounds of the exact elements.
 
-    `base`: W0 [rows, columns] of the shard, on the device or in host memory.
+    To bfloat16 it is rounded stochastically.
+
+    Args:
+        base: W0 [rows, columns] of the shard, on the device or in host memory.
+        seed: of the random bits.
     """
     live = update.shard.live
     a, step = update.a.float(), max(1, _CHUNK // live.shape[1])
+    generator = torch.Generator(live.device).manual_seed(seed)
     bounds = []
     for start in range(0, live.shape[0], step):
         rows = slice(start, start + step)
         kept = base[rows].to(live.device, non_blocking=True).float()
-        live[rows].copy_(torch.addmm(kept, update.b[rows].float(), a))
-        bounds += live[rows].aminmax()
+        exact = torch.addmm(kept, update.b[rows].float(), a)
+        bounds += exact.aminmax()
+        if live.dtype == torch.bfloat16:
+            bits = exact.view(torch.int32)
+            bits += torch.randint(2**CUT_BITS, bits.shape, dtype=torch.int32, device=live.device, generator=generator)
+            live[rows].view(torch.int16).copy_(bits >> CUT_BITS)
+        else:
+            live[rows].copy_(exact)
     return bounds
+
+
+def judge(update: ShardUpdate, base: torch.Tensor) -> torch.Tensor:
+    """Return the sums of `Arrived` [3], over some rows of a shard that was merged."""
+    live = update.shard.live
+    rows = slice(None, None, max(1, live.shape[0] // _JUDGED_ROWS))
+    meant = update.b[rows].float() @ update.a.float()
+    made = live[rows].float() - base[rows].to(live.device).float()
+    return torch.stack([(made * meant).sum(), meant.square().sum(), (made - meant).square().sum()])

@@ -36,8 +36,12 @@ class SlotWriter:
     def describe(self) -> dict[str, Any]:
         """Describe the layers that can be adapted, and the memory of a slot."""
         layers = lora_slots.lora_layers(self._worker)
-        modules = sum(len(layer.modules) for layer in layers)
-        return {"modules": modules, "linear": len(layers), "slot_bytes": lora_slots.slot_bytes(self._worker)}
+        return {
+            "modules": sum(len(layer.modules) for layer in layers),
+            "linear": len(layers),
+            "in_columns": sum(layer.in_columns for layer in layers),
+            "slot_bytes": lora_slots.slot_bytes(self._worker),
+        }
 
     def check(self, layout: Layout) -> None:
         """Raise `LockstepError` unless an adapter of this layout fits (`slot_layout.check_fits`)."""

@@ -22,7 +22,7 @@ from tests.integration.support.server import HTTP, ServerProcess, running_server
 OWNER, STRANGER = "the owner's lease", "a stranger's lease"
 
 
-@pytest.fixture(scope="module", params=["adapter", "merge"])
+@pytest.fixture(scope="module", params=["adapter", "columns", "merge"])
 def server(
     model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[ServerProcess]:

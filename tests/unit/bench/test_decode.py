@@ -17,7 +17,19 @@ from bench import decode
 from bench.common.load import random_prompts
 from bench.common.models import SHAPES, Policy, optimizer_step, write_weights
 from bench.common.servers import Setting
-from bench.decode import ADAPTER, ADAPTER_STD, BASE, MERGE, PLAIN, DecodeBench, Target, divergence, fidelity
+from bench.decode import (
+    ADAPTER,
+    ADAPTER_STD,
+    BASE,
+    COLUMNS,
+    COLUMNS_BASE,
+    MERGE,
+    PLAIN,
+    DecodeBench,
+    Target,
+    divergence,
+    fidelity,
+)
 from shared.rollouts import GenerateRequest
 from shared.weights import WeightVersion
 
@@ -220,18 +232,20 @@ def test_a_server_that_does_not_know_the_flag(
     def open_targets(name: str, server: Any, model: Any, stack: Any) -> list[Target]:
         if name == PLAIN:
             return [Fake().target(PLAIN)]
-        return [Fake(VERSION).target(ADAPTER, VERSION), Fake().target(BASE, "base")]
+        row, base = decode.SERVERS[name][0]
+        return [Fake(VERSION).target(row, VERSION), Fake().target(base, "base")]
 
     monkeypatch.setattr(decode, "start", lambda name, *_: Refuses() if name == MERGE else Server())
     monkeypatch.setattr(decode, "open_targets", open_targets)
     bench = make_bench(tmp_path, *more)
     bench.run()
     rows = {(row["row"], row["batch"]): row for row in bench.rows}
-    assert len(rows) == len(bench.rows) == 8
+    assert len(rows) == len(bench.rows) == 12
     for batch in (2, 4):
         assert "unrecognized" in rows[MERGE, batch]["error"]
-        assert all(rows[row, batch]["ratio_to_plain"] for row in (PLAIN, ADAPTER, BASE))
+        assert all(rows[row, batch]["ratio_to_plain"] for row in (PLAIN, ADAPTER, BASE, COLUMNS, COLUMNS_BASE))
         assert rows[ADAPTER, batch]["fidelity"]["adapter_effect"] > 0
+        assert rows[COLUMNS, batch]["fidelity"]["adapter_effect"] > 0
 
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,11 +254,12 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(tmp_path, "cpu", None, "float32", ("--dtype", "float32"))
     for name in decode.SERVERS:
         decode.start(name, setting, tmp_path / "tiny", 8)
-    plain, adapter, merge = started
+    plain, adapter, columns, merge = started
     assert not any("lora" in word for word in plain)
     assert plain[-2:] == ["--dtype", "float32"]
     assert "rollout_server.cli" in adapter
     assert "--apply" not in adapter
+    assert columns[-2:] == ["--apply", "columns"]
     assert merge[-2:] == ["--apply", "merge"]
 
 

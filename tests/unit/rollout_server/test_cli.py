@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import torch
 
 from rollout_server import cli, lifecycle
 from rollout_server.settings import ServerSettings
@@ -48,6 +49,7 @@ def run(monkeypatch):
         (["--push-timeout", "-1"], "--push-timeout"),
         (["--drain-seconds", "inf"], "--drain-seconds must be a finite number"),
         (["--apply", "twice"], "--apply"),
+        (["--apply", "columns", "--fully-sharded-loras"], "--fully-sharded-loras"),
         (["--max-lora-rank", "24"], "--max-lora-rank"),
         (["--dtype", "bf61"], "--dtype"),
         (["--port", "http"], "--port"),
@@ -145,6 +147,31 @@ def test_models_that_no_adapter_could_be_served_on(found, words):
 
     registry = SimpleNamespace(resolve_model_cls=resolve_model_cls)
     assert words in versions.without_lora(SimpleNamespace(registry=registry, architectures=["A"]))
+
+
+def test_graphs_compiled_for_other_layers_are_not_used_again():
+    configs = [cli.parse(["model", "--apply", apply])[0].additional_config for apply in ("adapter", "columns")]
+    assert configs[0] != configs[1]
+
+
+def test_columns_have_the_dtype_of_the_weights(monkeypatch):
+    monkeypatch.setattr(versions, "without_lora", lambda model: None)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(logprobs_mode="processed_logprobs", is_moe=False, dtype=torch.bfloat16),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            nnodes=1,
+            distributed_executor_backend=None,
+            data_parallel_size=1,
+            data_parallel_size_local=1,
+        ),
+        speculative_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        lora_config=SimpleNamespace(lora_dtype=torch.float16),
+    )
+    lifecycle.check_config(config, ServerSettings())
+    with pytest.raises(InvalidRequest, match="--lora-dtype"):
+        lifecycle.check_config(config, ServerSettings(apply="columns"))
 
 
 def test_the_ranks_that_vllm_serves():

@@ -29,6 +29,7 @@ LAYOUT = Layout(lay_out({"m.lora_A.weight": (2, 4), "m.lora_B.weight": (4, 2)}, 
 _RESULTS = {
     "fill": {"modules": 1, "receive_seconds": 0.0, "write_seconds": 0.0},
     "host_group": {"port": 1},
+    "apply": {"arrived": [0.5, 1.0, 0.25]},
 }
 
 
@@ -168,6 +169,12 @@ async def _until_held(server: _Server, op: str) -> None:
 async def _until_waiting(server: _Server, pushes: int) -> None:
     (lock,) = {run.ring.push_lock for run in server.runs._opening.values()}
     await _until(lambda: len(lock._waiters or ()) == pushes)
+
+
+async def test_the_receipt_of_a_merge_says_how_much_of_the_update_arrived() -> None:
+    receipt = await _Server(apply="merge").push(5)
+    assert (receipt.update_share, receipt.update_error) == (0.5, 0.5)
+    assert (await _Server(apply="columns").push(5)).update_share is None
 
 
 @pytest.mark.parametrize("run_id", ["r", "another"])

@@ -171,6 +171,32 @@ def test_every_part_and_shard(dtype: torch.dtype, rank: int, shards: int, monkey
     assert all(torch.equal(weight, before[name]) for name, weight in _live(worker).items())
 
 
+def test_a_small_update_arrives_with_the_same_bits_everywhere() -> None:
+    """An update of a thousandth of the weights, of which rounding to nearest loses most."""
+    full, tensors = _base(torch.bfloat16), _adapter(SHAPES, torch.bfloat16, seed=1, scale=0.02)
+    workers = [_worker(full), _worker(full)]
+    writers = [MergedWriter(worker) for worker in workers]
+    for writer in writers:
+        writer.apply(_send(writer, tensors))
+    first, second = map(_live, workers)
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert 0.8 < writers[0].arrived.share < 1.2
+    assert writers[0].arrived.error > 0.5
+    exact = _live(_worker(_merged({name: weight.float() for name, weight in full.items()}, tensors)))
+    before, nearest = _live(_worker(full)), _live(_worker(_merged(full, tensors)))
+    assert 0.8 < _share(first, before, exact) < 1.2
+    assert _share(nearest, before, exact) < 0.5
+    writers[0].apply(None)
+    assert writers[0].arrived.share is None
+
+
+def _share(live: dict[str, torch.Tensor], before: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The regression of what moved on what should have."""
+    meant = torch.cat([(exact[name] - weight.float()).flatten() for name, weight in before.items()])
+    made = torch.cat([(live[name].float() - weight.float()).flatten() for name, weight in before.items()])
+    return ((made * meant).sum() / meant.square().sum()).item()
+
+
 def test_no_drift_and_modules_left_out_are_w0_again() -> None:
     full = _base(torch.bfloat16)
     worker = _worker(full)

@@ -1,0 +1,200 @@
+"""How much of a small update arrives in logprobs of bfloat16: from a server, however it applies it, and in the learner.
+
+python -m bench.movement --json movement.json     # the demo's model; half an hour on two cores
+python -m bench.movement --quick                  # one update, of one step
+
+An adapter is trained in float32 on one-line sums, by cross-entropy. The share of an update is the regression of the
+movement of all logprobs of other sums on the true one, which is computed in float32 from the same bfloat16 base.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.common.harness import Bench
+from bench.common.models import served_rank, trained
+from bench.common.report import Row
+from bench.contenders.lockstep import HTTP, Lockstep
+from learner.demo.model import ensure_demo_model
+from learner.passes.lora_product import use_one_product
+from learner.servers.client import RolloutClient
+from shared.rollouts import ScoreRequest
+
+Logprobs = list[torch.Tensor]  # a tensor for each sequence
+#: Row -> the server's --apply.
+SERVED = {f"lockstep --apply {apply}": apply for apply in ("adapter", "columns", "merge")}
+PEFT, ONE_PRODUCT = "learner, PEFT under autocast", "learner, one product"
+LONGEST, BATCH = 64, 4
+
+
+@dataclass
+class Update:
+    """An adapter after so many steps, and the true movement of the probe's logprobs."""
+
+    lr: float
+    steps: int
+    adapter: dict[str, torch.Tensor]
+    moved: Logprobs
+
+
+class MovementBench(Bench):
+    """A row for every way to compute and every update."""
+
+    name = "movement"
+    standard = "rank only learner-gpu server-gpu server-flags deadline-s"
+    flags = {
+        "--rank": (16, "of the adapter"),
+        "--model": (Path, "its directory; without it the demo's model"),
+        "--updates": ("1e-6:50,1e-5:5,1e-5:20", "learning rate and steps of each"),
+        "--sequences": (64, "of the probe"),
+    }
+    quick = "--updates 1e-5:1 --sequences 4"
+    row_names = (*SERVED, PEFT, ONE_PRODUCT)
+    same = ("rank",)
+    figure = "share"
+    about = {"lr": "lr", "steps": "steps", "row": "row"}
+    columns = {"share": "{share:.3f}", "standard error": "{share_error:.3f}", "true rms, nats": "{true_rms:.3f}"}
+    what = "lr {lr}, {steps} steps, {row}"
+    told = "{share:.3f} ({share_error:.3f}) of {true_rms:.3f} nats"
+
+    def check(self) -> None:
+        super().check()
+        pairs = [pair.split(":") for pair in self.options.updates.split(",")]
+        self.options.updates = [(float(lr), int(steps)) for lr, steps in pairs]
+        self.at_least(1, "rank", "sequences")
+
+    def run(self) -> None:
+        options = self.options
+        self.dtype = "bfloat16"
+        folder = options.model or ensure_demo_model(dtype="bfloat16")
+        trained_on = BATCH * max(steps for _, steps in options.updates)
+        sums = list(chats(AutoTokenizer.from_pretrained(folder), options.sequences + trained_on))
+        self.probe, self.texts = sums[: options.sequences], sums[options.sequences :]
+        torch.manual_seed(0)
+        model = adapted(folder, options.rank, self.device)
+        wide = copy.deepcopy(model).float()
+        updates = list(self.train(wide))
+        for row, apply in SERVED.items():
+            if row in options.only:
+                self.served(folder, apply, row, wide, updates)
+        for row in (PEFT, ONE_PRODUCT):
+            if row == ONE_PRODUCT:
+                use_one_product(model, "default")
+            if row in options.only:
+                self.in_learner(row, model, updates)
+
+    def train(self, model: PeftModel) -> Iterator[Update]:
+        """Yield the updates, those of one learning rate from one training."""
+        with model.disable_adapter():
+            base = logprobs(model, self.probe)
+        start = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+        for lr in sorted({lr for lr, _ in self.options.updates}):
+            set_peft_model_state_dict(model, start)
+            wanted = sorted(steps for each, steps in self.options.updates if each == lr)
+            optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0)
+            for step in range(1, wanted[-1] + 1):
+                for ids in self.texts[(step - 1) * BATCH : step * BATCH]:
+                    tokens = torch.tensor([ids], device=model.device)
+                    (model(input_ids=tokens, labels=tokens).loss / BATCH).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if step in wanted:
+                    adapter = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+                    yield Update(lr, step, adapter, difference(logprobs(model, self.probe), base))
+
+    def served(self, folder: Path, apply: str, row: str, model: PeftModel, updates: Sequence[Update]) -> None:
+        """Measure a server, which scores the probe before its first push and after each."""
+        abouts = [self._about(row, update) for update in updates]
+        setting = self.setting(LONGEST, len(self.probe), 1 << 30, "--apply", apply)
+        starts = {row: functools.partial(Lockstep(setting).start, folder, served_rank(self.options.rank))}
+        with self.servers(starts, lambda _: abouts) as servers:
+            for server in servers.values():
+                with self.failure_kept(*abouts, server=server), RolloutClient(server.url) as client:
+                    base = scored(client, self.probe, "base")
+                    with Lockstep(setting).path(HTTP, server, model) as path:
+                        for step, update in enumerate(updates, start=1):
+                            set_peft_model_state_dict(model, update.adapter)
+                            path.push(step)
+                            self.compare(row, update, scored(client, self.probe, "latest"), base)
+
+    def in_learner(self, row: str, model: PeftModel, updates: Sequence[Update]) -> None:
+        """Measure the learner's passes, under autocast where that matters."""
+        with torch.autocast(model.device.type, torch.bfloat16):
+            with model.disable_adapter():
+                base = logprobs(model, self.probe)
+            for update in updates:
+                set_peft_model_state_dict(model, update.adapter)
+                self.compare(row, update, logprobs(model, self.probe), base)
+
+    def compare(self, row: str, update: Update, after: Logprobs, base: Logprobs) -> None:
+        """Add a row."""
+        self.add(self._about(row, update), share(difference(after, base), update.moved))
+
+    def _about(self, row: str, update: Update) -> Row:
+        return self.about_row(row, lr=update.lr, steps=update.steps)
+
+
+def chats(tokenizer: Any, count: int) -> Iterator[list[int]]:
+    """Yield the token ids of chats in which a sum is asked for and given, no two of them alike."""
+    pairs = [(i, j) for i in range(10, 100) for j in range(10, 100)]
+    random.Random(0).shuffle(pairs)
+    for i, j in pairs[:count]:
+        messages = [
+            {"role": "user", "content": f"What is {i} + {j}?"},
+            {"role": "assistant", "content": f"{i} + {j} = {i + j}"},
+        ]
+        yield tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def adapted(folder: Path, rank: int, device: str) -> PeftModel:
+    """Return the model in bfloat16 with a new adapter in float32 on all linear layers."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config).eval()
+
+
+@torch.no_grad()
+def logprobs(model: PeftModel, sequences: Sequence[list[int]]) -> Logprobs:
+    """Return the logprobs of all tokens but the first of each sequence."""
+    found = []
+    for ids in sequences:
+        ids_T = torch.tensor(ids, device=model.device)
+        logprobs_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        found.append(logprobs_TV.gather(-1, ids_T[1:, None])[:, 0].double().cpu())
+    return found
+
+
+def scored(client: RolloutClient, sequences: list[list[int]], policy: Literal["base", "latest"]) -> Logprobs:
+    """Return a server's logprobs of all tokens but the first of each sequence."""
+    rows = client.score(ScoreRequest(sequences=sequences, policy=policy)).logprobs
+    return [torch.tensor(row, dtype=torch.float64) for row in rows]
+
+
+def difference(after: Logprobs, before: Logprobs) -> Logprobs:
+    """Return what moved."""
+    return [one - other for one, other in zip(after, before, strict=True)]
+
+
+def share(moved: Logprobs, true: Logprobs) -> Row:
+    """Return the regression of `moved` on `true` over all tokens, with its standard error over sequences."""
+    products = torch.stack([(m * t).sum() for m, t in zip(moved, true, strict=True)])
+    squares = torch.stack([(t * t).sum() for t in true])
+    found = products.sum() / squares.sum()
+    error = (products - found * squares).square().sum().sqrt() / squares.sum()
+    rms = (squares.sum() / sum(len(t) for t in true)).sqrt()
+    return {"share": found.item(), "share_error": error.item(), "true_rms": rms.item()}
+
+
+if __name__ == "__main__":
+    sys.exit(MovementBench().main())
