@@ -41,7 +41,7 @@ class RoundedUpdates:
     def __init__(self, model: PeftModel, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._total = total
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32}
-        bare = [name for name, p in trained.items() if not (hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"))]
+        bare = [name for name, p in trained.items() if not (hasattr(p, "ds_id") or hasattr(p, "get_full_hp_param"))]
         if bare:
             raise UnsupportedAdapter(
                 f"{len(bare)} parameters train in {trained[bare[0]].dtype} without a float32 copy, {bare[0]} for one, "

@@ -27,7 +27,7 @@ from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.utils.atomic import check_writable
 from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
-from shared.errors import InvalidRequest, LockstepError
+from shared.errors import InvalidRequest, LockstepError, Unauthenticated
 from shared.weights import served_rank
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -135,12 +135,28 @@ def make_plan(argv: Sequence[str]) -> Plan:
     gpus = server.pop("gpus", None)
     place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
     port = str(server.pop("port", None) or _free_port())
+    _check_address(port, [*server, *(word.lstrip("-") for word in options.server_flags or () if word.startswith("--"))])
     command = [*module_command("rollout_server.cli"), str(model), "--port", port]
     command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
     url = f"http://127.0.0.1:{port}"
     learner = [*module_command("learner.cli"), "train", *(word for path in files for word in ("--config", str(path)))]
     learner += [*flags, "--rollout_url", url, "--output_dir", str(output_dir)]
     return Plan(url, output_dir, command, learner, **place)
+
+
+def _check_address(port: str, flags: Sequence[str]) -> None:
+    """Raise `invalid_request` where the server would not listen at the URL that the learner is given."""
+    for flag in flags:
+        name = flag.partition("=")[0].replace("-", "_")
+        if name in ("host", "port", "uds") or name.startswith("ssl_"):
+            raise InvalidRequest(
+                f"{name}: the server of `learner up` listens on 127.0.0.1 without TLS, at the recipe's `server: port`: "
+                "for another address use the two commands, `rollout-server` and `learner train`"
+            )
+    try:
+        socket.create_server(("127.0.0.1", int(port))).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"server: port {port} cannot be taken ({error}); give another, or leave it out") from error
 
 
 def tied(argv: Sequence[str], names: Sequence[str] = ("--server-flags", "--server_flags")) -> list[str]:
@@ -222,12 +238,13 @@ def _place_on_gpus(given: Mapping[str, Any], asked: Any) -> dict[str, Any]:
     gpus = visible_gpus()
     if not gpus:
         raise InvalidRequest("no GPU is visible here (nvidia-smi): to train on the CPU, set use_cpu: true, bf16: false")
-    if _is_true(given, "share_gpu"):
-        chosen = {"CUDA_VISIBLE_DEVICES": str(asked) if asked is not None else gpus[0]}
-        return {"places": (f"GPU {chosen['CUDA_VISIBLE_DEVICES']}, by turns",) * 2, "environment": chosen}
-    own = [gpu.strip() for gpu in str(asked).split(",")] if asked is not None else gpus[:1]
+    listed = asked if isinstance(asked, list) else gpus[:1] if asked is None else str(asked).split(",")
+    own = [str(gpu).strip() for gpu in listed]
     if unknown := [gpu for gpu in own if gpu not in gpus]:
         raise InvalidRequest(f"server: gpus: {', '.join(unknown)} is not visible here; visible are {', '.join(gpus)}")
+    if _is_true(given, "share_gpu"):
+        chosen = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+        return {"places": (f"GPU {', '.join(own)}, by turns",) * 2, "environment": chosen}
     left = [gpu for gpu in gpus if gpu not in own]
     if not left:
         raise InvalidRequest(
@@ -291,6 +308,7 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
     shown = Output("server", out / SERVER_LOG), Output("learner", out / LEARNER_LOG)
     say(f"the rollout server, on {plan.places[0]}, at {plan.url}; log: {out / SERVER_LOG}")
     say(f"the learner, on {plan.places[1]}; log: {out / LEARNER_LOG}")
+    status = None
     try:
         with (
             stop_on_signals(times=2),
@@ -304,13 +322,15 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
             ) as learner,
         ):
             try:
-                return _watch(plan, server, learner, shown[0])
+                status = _watch(plan, server, learner, shown[0])
             except Stopped as stopped:
                 say(f"{stopped}: ending the learner, then the server; a second signal ends them at once")
                 raise
     except Stopped:
-        say("stopped; the same command goes on from the last checkpoint")
-        return 130
+        if status is None:  # else the training had ended, and the server was ending
+            say("stopped; the same command goes on from the last checkpoint")
+            return 130
+    return status
 
 
 def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, server_output: Output) -> int:
@@ -343,6 +363,8 @@ def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, server_outpu
 def _is_ready(client: RolloutClient) -> bool:
     try:
         client.wait_ready(0.0)
+    except Unauthenticated:  # it answers: whose token is missing, the learner says
+        return True
     except LockstepError:
         return False
     return True

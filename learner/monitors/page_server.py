@@ -81,7 +81,7 @@ class PageApp:
             return answer("405 Method Not Allowed", b"this page can only be read\n", Allow="GET, HEAD")
         if self._secret is not None:
             if path == "/" and self._is_secret(query.get("token", [""])[0]):
-                cookie = f"{_COOKIE}={self._secret}; Path=/; HttpOnly; SameSite=Strict"
+                cookie = f"{_COOKIE}={self._secret}; Path=/; HttpOnly; SameSite=Lax"
                 return answer("303 See Other", b"", Location="/", Set_Cookie=cookie)
             if not self._is_secret(_cookie(environ)):
                 return answer("401 Unauthorized", b"open the URL that the log shows, which has a token\n")

@@ -16,7 +16,7 @@ from learner.adapters.exporter import active_adapter
 from learner.monitors.page_server import serve_page
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunView, render
-from learner.monitors.run_table import RunTable
+from learner.monitors.run_table import StepTable
 from learner.monitors.samples import Samples
 from learner.run_dir import files
 from learner.run_dir.files import JsonLines, finite, read_lines
@@ -91,7 +91,7 @@ class Recorder(TrainerCallback):
             lines.begin(state.global_step)
         self.metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
         if self._config.run_page:
-            self._run.table = RunTable()
+            self._run.table = StepTable()
             for row in read_lines(self._history.path):
                 self._run.table.add_step(row)
             for row in read_lines(self._logs.path):

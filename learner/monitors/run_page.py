@@ -16,7 +16,7 @@ from hashlib import sha256
 from importlib import resources
 from typing import Any
 
-from learner.monitors.run_table import RunTable
+from learner.monitors.run_table import StepTable
 
 _FILES = resources.files("learner.monitors").joinpath("page")
 _STYLE = "".join(_FILES.joinpath(name).read_text("utf-8") for name in ("uplot/uPlot.min.css", "page.css"))
@@ -135,7 +135,7 @@ class RunView:
     run_id: str
     model: str = ""
     state: str = "training"
-    table: RunTable = field(default_factory=RunTable)
+    table: StepTable = field(default_factory=StepTable)
     batches: Sequence[Mapping[str, Any]] = ()
     servers: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.monitors.run_page import RunView
-from learner.monitors.run_table import RunTable
+from learner.monitors.run_table import StepTable
 from learner.monitors.samples import read_batches
 from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SAMPLES_FILE, STATE_FILE, SUMMARY_FILE
 
@@ -26,11 +26,14 @@ def find_runs(folder: Path) -> dict[str, Path]:
     """
     if _is_run(folder):
         return {folder.resolve().name: folder}
+    found = []
     with suppress(OSError):
-        found = [(child.stat().st_mtime, child) for child in folder.iterdir() if _is_run(child)]
-        newest = sorted(found, reverse=True)[:RUNS]
-        return {child.name: child for child in sorted(child for _, child in newest)}
-    return {}
+        for child in folder.iterdir():
+            with suppress(OSError):  # that this user may not read, or that has just gone
+                if _is_run(child):
+                    found.append((child.stat().st_mtime, child))
+    newest = sorted(found, reverse=True)[:RUNS]
+    return {child.name: child for child in sorted(child for _, child in newest)}
 
 
 class RunReader:
@@ -52,7 +55,7 @@ class RunReader:
         if self._history.begins_anew() or self._logs.begins_anew():
             self._history.rewind()
             self._logs.rewind()
-            view.table, self.generation = RunTable(), next(_GENERATIONS)
+            view.table, self.generation = StepTable(), next(_GENERATIONS)
         for row in self._history.read():
             view.table.add_step(row)
         for row in self._logs.read():

@@ -43,7 +43,7 @@ class _Row:
     cells: dict[str, tuple[int, float, float, float]] = field(default_factory=dict)
 
 
-class RunTable:
+class StepTable:
     """Rows of equal ranges of steps, which become twice as wide whenever there are more than `ROWS`.
 
     Attributes:

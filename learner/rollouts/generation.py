@@ -44,7 +44,7 @@ class RolloutStats:
         last_tokens, last_seconds: of the last batch's completions, and how long they took to generate.
         last_prompt_tokens: of its prompts, each as often as it has completions.
         regenerated: completions that were discarded as too stale.
-        unscored_tokens: sampled tokens without a finite logprob of the server's.
+        sampled_tokens, unscored_tokens: of this process, and those of them without a finite logprob of the server's.
     """
 
     completions: int = 0
@@ -56,6 +56,7 @@ class RolloutStats:
     staleness: Counter[int] = field(default_factory=Counter)
     last_staleness: float = 0.0
     regenerated: int = 0
+    sampled_tokens: int = 0
     unscored_tokens: int = 0
 
 
@@ -266,8 +267,12 @@ class RemoteRollouts:
             self.stats.last_staleness = sum(staleness) / len(staleness)
 
     def _count_unscored(self, logprobs: list[list[float]]) -> None:
-        """Count tokens whose logprob is NaN; refuse to train on many."""
+        """Count tokens of the training whose logprob is NaN; refuse to train on many."""
+        if not self.trainer.is_training:
+            return
         unscored, stats = sum(math.isnan(logprob) for row in logprobs for logprob in row), self.stats
+        tokens = sum(map(len, logprobs))
+        stats.sampled_tokens += tokens
         if not unscored:
             return
         if not stats.unscored_tokens:
@@ -275,12 +280,12 @@ class RemoteRollouts:
                 f"{unscored} sampled tokens have no finite logprob: trained on with importance ratio 1 (said once, "
                 "counted in unscored_tokens)"
             )
-        known = (unscored, sum(map(len, logprobs))), (stats.unscored_tokens + unscored, stats.completion_tokens)
+        known = (unscored, tokens), (stats.unscored_tokens + unscored, stats.sampled_tokens)
         stats.unscored_tokens += unscored
-        for missing, tokens in known:
-            if missing > max(1, _UNSCORED * tokens):
+        for missing, of in known:
+            if missing > max(1, _UNSCORED * of):
                 raise NotFinite(
-                    f"{missing} of {tokens} sampled tokens have no finite logprob, more than one in a thousand: the "
+                    f"{missing} of {of} sampled tokens have no finite logprob, more than one in a thousand: the "
                     "served policy computes NaN or infinity. Start rollout-server with --dtype bfloat16 if it computes "
                     "in float16; check that the base alone is finite (/v1/score with policy=base); lower learning_rate "
                     "if it began during the training"

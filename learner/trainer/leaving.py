@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,9 @@ from shared.errors import LockstepError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+#: Launchers signal a process and its group, or every rank: signals so close to each other are one request.
+_ONE_REQUEST_S = 1.0
+
 logger = logging.getLogger("lockstep.trainer")
 
 
@@ -36,7 +40,7 @@ class _Leave(TrainerCallback):
 
     def __init__(self, trainer: GRPOTrainer, session: Session) -> None:
         self.trainer, self.session = trainer, session
-        self._in_steps = False
+        self._in_steps, self._heard = False, 0.0
         self._before: dict[signal.Signals, Any] = {}
         #: TRL's micro-steps at the end of the last optimizer step: what has been done since is not in a checkpoint.
         self._micro_step = -1
@@ -44,6 +48,7 @@ class _Leave(TrainerCallback):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals during the block, except those that the program handles itself."""
+        self.session.interrupted = self.session.pool.leaving = None  # of an earlier training
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._before = {n: handler for n, handler in handlers.items() if handler in (signal.SIG_DFL, raise_stopped)}
         with each_signal(self._handle, *self._before):
@@ -54,12 +59,14 @@ class _Leave(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.session.interrupted and time.monotonic() < self._heard + _ONE_REQUEST_S:
+            return
         if self.session.interrupted or not self._in_steps:  # there is nothing to finish, or no time
             at_once = signal.SIG_DFL if self.session.interrupted else self._before[signal.Signals(number)]
             signal.signal(number, at_once)
             signal.raise_signal(number)
             return
-        self.session.interrupted = name
+        self.session.interrupted, self._heard = name, time.monotonic()
         self.session.pool.leaving = f"{name} has come"
         if self.trainer.accelerator.is_main_process:
             step = self.trainer.state.global_step + 1
@@ -97,8 +104,17 @@ class _Leave(TrainerCallback):
         if accelerator.num_processes > 1:
             came = torch.tensor(float(bool(self.session.interrupted)), device=accelerator.device)
             if accelerator.reduce(came, reduction="sum").item() > 0 and not self.session.interrupted:
-                self.session.interrupted = "a signal to another rank"
+                self.session.interrupted, self._heard = "a signal to another rank", time.monotonic()
         return bool(self.session.interrupted)
+
+    def save_stopped(self) -> None:
+        """Save the last step if a signal has come and nothing has saved it: `save_strategy` best, say. Collective."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        if not 0 < step < trainer.state.max_steps or not self._all_leave() or not can_save(trainer):
+            return
+        checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+        if not self.session.publisher.on_main(checkpoint.is_dir):
+            trainer._save_checkpoint(trainer.model, None)
 
     def save_after(self, error: LockstepError) -> None:
         """Save the steps that were done before `error`, if waiting may help, and add to it where they are."""
@@ -125,7 +141,9 @@ def leave_in_order(trainer: GRPOTrainer, session: Session) -> None:
     def train_or_leave(*args: Any, **kwargs: Any) -> Any:
         with leave.listening():
             try:
-                return train(*args, **kwargs)
+                output = train(*args, **kwargs)
+                leave.save_stopped()
+                return output
             except LockstepError as error:
                 leave.save_after(error)
                 raise

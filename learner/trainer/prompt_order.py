@@ -72,6 +72,8 @@ class TrlPrompts:
         near = self._indices(first, min(end, first + 2 * self._reach))
         used = set(near[batch])
         others = [index for index in dict.fromkeys(i for each in near.values() for i in each) if index not in used]
+        if not others and indexable(trainer):  # an epoch of one batch: of those that it leaves out
+            others = [index for index in range(len(trainer.train_dataset)) if index not in used]
         drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(others, min(len(others), count * ranks))
         return [trainer.train_dataset[index] for index in drawn[trainer.accelerator.process_index :: ranks]]
 

@@ -47,7 +47,7 @@ def test_what_is_lost_of_a_step(masters: Masters) -> None:
 def test_copies_of_zero_1_and_2_are_looked_at(masters: Masters, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed.utils, "safe_get_full_fp32_param", lambda parameter: masters[parameter.number])
     model = torch.nn.Linear(2, 1, bias=False).to(torch.bfloat16)
-    model.weight.number, model.weight._hp_mapping = 0, object()
+    model.weight.number, model.weight.get_full_hp_param = 0, object()
     masters[0] = torch.tensor([[1.0, 2.0]])
     rounded = RoundedUpdates(model, lambda local: local)  # type: ignore[arg-type]
     masters[0] = masters[0] + torch.tensor([[2**-9, 2**-8]])

@@ -115,7 +115,8 @@ def test_a_merged_model_at_the_end(flags, model_dir, tmp_path):
     trained = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
     for name, tensor in merged.items():
         assert tensor.dtype is torch.bfloat16
-        torch.testing.assert_close(tensor.float(), trained[name], rtol=2**-8, atol=1e-6)
+        # Rounded stochastically: to either neighbor.
+        torch.testing.assert_close(tensor.float(), trained[name], rtol=2**-7, atol=1e-6)
     card = (out / "merged" / "README.md").read_text()
     assert "| optimizer steps | 2 |" in card
     assert "| task | toy |" in card

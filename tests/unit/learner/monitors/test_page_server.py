@@ -204,7 +204,7 @@ def test_beyond_the_loopback_the_url_has_a_token(tmp_path: Path) -> None:
     assert ask(port, "/", Cookie="lockstep_page=wrong")[0] == 401
     status, headers, _ = ask(port, f"/?token={SECRET}")
     assert (status, headers["Location"]) == (303, "/")
-    assert headers["Set-Cookie"].endswith("; HttpOnly; SameSite=Strict")
+    assert headers["Set-Cookie"].endswith("; HttpOnly; SameSite=Lax")
     cookie = headers["Set-Cookie"].split(";")[0]
     assert ask(port, "/", Cookie=cookie)[0] == 200
     assert ask(port, "/events", Cookie=cookie)[0] == 200

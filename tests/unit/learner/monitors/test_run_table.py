@@ -8,12 +8,12 @@ from statistics import fmean
 import pytest
 
 from learner.monitors.run_page import RunView, html_json, render
-from learner.monitors.run_table import ROWS, RunTable
+from learner.monitors.run_table import ROWS, StepTable
 from tests.support.made_up_run import batch_of, logs_of, made_up_run, row_of
 
 
-def _filled(steps: int) -> RunTable:
-    table = RunTable()
+def _filled(steps: int) -> StepTable:
+    table = StepTable()
     for step in range(1, steps + 1):
         table.add_step(row_of(step, steps))
         for logs in logs_of(row_of(step, steps)):
@@ -48,7 +48,7 @@ def test_rows_of_several_steps_have_mean_and_extremes() -> None:
 
 def test_changes_replace_rows() -> None:
     """Whoever applies the changes, at whatever times, has the table."""
-    table, here, columns, at = RunTable(), dict[int, list[object]](), list[str](), None
+    table, here, columns, at = StepTable(), dict[int, list[object]](), list[str](), None
     for step in range(1, 900):
         table.add_step(row_of(step, 900))
         table.add_log(logs_of(row_of(step, 900))[0])
@@ -66,7 +66,7 @@ def test_changes_replace_rows() -> None:
 
 
 def test_speed_of_training_counts_the_tokens_of_a_generation_batch_once() -> None:
-    table = RunTable()
+    table = StepTable()
     tokens = (1000, 1000, 3000, 3000, 5000)
     for step, (total, seconds) in enumerate(zip(tokens, (2.0, 3.0, 2.0, 3.0, 2.0), strict=True), 1):
         table.add_step({"step": step, "completion_tokens": total, "seconds": seconds, "wait_seconds": 1.0})
@@ -83,13 +83,13 @@ def test_speed_of_training_counts_the_tokens_of_a_generation_batch_once() -> Non
 
 
 def test_many_reward_functions_have_a_bound() -> None:
-    table = RunTable()
+    table = StepTable()
     table.add_log({"step": 1, **{f"rewards/f{i}/mean": 1.0 for i in range(100)}, "custom/metric": 3.0})
     assert len(table.changes()[1]["columns"]) == 12
 
 
 def test_a_step_that_is_far_away() -> None:
-    table = RunTable()
+    table = StepTable()
     table.add_step({"step": 3, "reward": 0.5})
     table.add_step({"step": 1 << 39, "reward": 1.0})
     assert len(table.changes()[1]["rows"]) == 2
