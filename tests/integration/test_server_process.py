@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rollout_server import cli
@@ -67,10 +67,11 @@ def test_a_model_without_lora_is_refused_at_start(model: Path, tmp_path: Path) -
 
 
 def test_the_reason_of_a_failed_start_is_the_last_line(model: Path, tmp_path: Path) -> None:
-    """Weights of other shapes than the configuration says are found in the engine's process."""
+    """A weight that is missing is found in the engine's process."""
     shutil.copytree(model, tmp_path / "other")
-    config = json.loads((model / "config.json").read_text())
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    weights = load_file(model / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "other" / "model.safetensors")
     server = ServerProcess(tmp_path / "other", tmp_path / "log", *FLAGS)
     try:
         assert server.process.wait(240) == 1

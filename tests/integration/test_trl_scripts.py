@@ -270,6 +270,7 @@ def test_recipes(server: ServerProcess, tool_model: Path, tmp_path: Path, name: 
     if name == "json_schema":
         # A random model begins with a brace only if the schema leaves it nothing else.
         (batch,) = read_lines(tmp_path / name / SAMPLES_FILE)
-        assert {sample["completion"].lstrip()[:1] for sample in batch["samples"]} == {"{"}
+        samples = [sample for group in batch["groups"] for sample in group["samples"]]
+        assert {sample["completion"].lstrip()[:1] for sample in samples} == {"{"}
     if name == "tools":
         assert history["reward"] >= 0.1, "every completion has guessed"

@@ -124,10 +124,11 @@ def test_more_than_one_in_a_thousand_is_refused(missing, batches, refused_at):
 
 def test_one_broken_token_in_each_small_batch_is_refused_in_the_end():
     server = Silent(1)
-    remote = rollouts(server, SamplingParams(max_tokens=500))
+    remote = rollouts(server, SamplingParams(max_tokens=1000))
+    remote.stats.sampled_tokens = -900  # so the first batch has had 100 tokens
     remote.generate([[1]], None, 1)
     server.missing = 1
-    with pytest.raises(NotFinite, match="2 of 1000"):
+    with pytest.raises(NotFinite, match="2 of 1100"):
         remote.generate([[1]], None, 1)
 
 
