@@ -77,7 +77,7 @@ RENAMED = {
     "batch_size": "per_device_train_batch_size",
     "adapter": "init_adapter",
     "peft": "init_adapter",
-    "api_key": "token_file",
+    "api_key": "token_file",  # pragma: allowlist secret
     "warmup_ratio": "warmup_steps",
     "wandb": "report_to",
     "resume": "resume_from_checkpoint",

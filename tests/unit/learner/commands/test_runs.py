@@ -17,7 +17,7 @@ from shared.errors import LeaseMismatch, LockstepError, UnknownRun
 from shared.weights import RunState, WeightVersion
 from tests.unit.learner.commands.test_status import STATE
 
-SECRET = "the secret of a learner"
+SECRET = "the secret of a learner"  # pragma: allowlist secret
 
 
 def _run(run_id: str, **fields: Any) -> RunState:

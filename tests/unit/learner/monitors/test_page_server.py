@@ -19,7 +19,7 @@ from learner.monitors.page_server import PageApp, page_url
 from tests.support.browser import browser_page, find_browser
 from tests.support.made_up_run import RunWriter
 
-SECRET = "a-secret-of-the-url-1234"
+SECRET = "a-secret-of-the-url-1234"  # pragma: allowlist secret
 
 
 @contextmanager
