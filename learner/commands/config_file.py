@@ -16,6 +16,9 @@ import yaml
 from shared.errors import InvalidRequest
 from shared.messages import one_line
 
+#: Parts of a recipe that are no options of the learner: its environment, and the rollout server's flags.
+SECTIONS = ("env", "server")
+
 _TAG = "tag:yaml.org,2002:"
 _WORD = "!word"
 #: Where the first characters of a scalar allow it, the first pattern that matches decides what it is; else it is text.

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from learner.commands.config_file import read_config_file
+from learner.commands.config_file import SECTIONS, read_config_file
 from learner.config import LearnerConfig
 from learner.foreign_options import REFUSED, unknown_option
 from learner.utils.logs import show_messages
@@ -137,9 +137,9 @@ def _flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _read(path: str, known: Mapping[str, Option]) -> dict[str, Any]:
-    values = read_config_file(path)
+    values = {name: value for name, value in read_config_file(path).items() if name not in SECTIONS}
     for name, value in values.items():
-        if name != "env" and name not in known:
+        if name not in known:
             raise InvalidRequest(f"--config {path}: {unknown_option(name, value, known, flag=False)}")
         _refuse(name, value, f"--config {path}: {name} {value}")
     return values

@@ -9,6 +9,7 @@ import cloudpickle
 import pytest
 
 import learner.commands.train
+from learner.commands.training import read_options
 from learner.tasks import load_task
 from learner.tasks.base import TaskError
 from learner.tasks.examples.extraction import fields_right
@@ -22,6 +23,9 @@ RECIPES = sorted((Path(__file__).parents[4] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_options_that_exist(path, tmp_path):
     flags = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    given = read_options(flags)
+    assert "task" in given
+    assert not {"env", "server"} & set(given)
     config, args, model_args = learner.commands.train.parse(flags)
     check_grpo(args)
     check_corrected(args, config)
