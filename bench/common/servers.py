@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import httpx
 import psutil
 import torch
 
+from learner.utils.ports import free_port
 from learner.utils.processes import ProcessGroup
 
 ENVIRONMENT = {
@@ -157,10 +157,3 @@ def visible_device(index: int) -> str:
     """Return GPU `index` of those this process sees as CUDA_VISIBLE_DEVICES of a child."""
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     return visible[index] if visible else str(index)
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -19,8 +19,9 @@ from peft import PeftModel
 
 from bench.common.harness import Skip
 from bench.common.report import timed
-from bench.common.servers import ENVIRONMENT, Server, Setting, environment, free_port
+from bench.common.servers import ENVIRONMENT, Server, Setting, environment
 from bench.contenders import Contender, Moved, SyncPath
+from learner.utils.ports import free_port
 
 MERGED = "merged weights (TRL)"
 

@@ -28,9 +28,10 @@ from bench.common.harness import Bench
 from bench.common.load import random_prompts
 from bench.common.models import Policy, optimizer_step
 from bench.common.report import Row, picture
-from bench.common.servers import Server, free_port, visible_device
+from bench.common.servers import Server, visible_device
 from bench.contenders.lockstep import LockstepPool
 from bench.fleet.quota import quotas
+from learner.utils.ports import free_port
 
 #: Seconds after an event that belong to it: what had begun on another set of servers comes to its end.
 SETTLE_S = 4.0

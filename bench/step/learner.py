@@ -25,10 +25,10 @@ from trl import GRPOTrainer
 from bench.common.load import random_prompts
 from bench.common.models import wait_for
 from bench.common.report import timed
-from bench.common.servers import free_port
 from bench.common.training import grpo_config, lora_config, odd_tokens
 from bench.contenders.lockstep import train_with_rollouts
 from bench.step.figures import Step
+from learner.utils.ports import free_port
 
 PROFILE_LINES = 40
 

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from learner.servers.compatibility import check_base, check_server
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
 from learner.utils.atomic import check_writable
+from learner.utils.ports import check_port
 from shared.errors import InvalidRequest, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.messages import one_line
@@ -131,7 +131,7 @@ def _machine(given: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _packages(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     """Compare the installed versions with those that Lockstep was built for; nothing is imported."""
-    extras = {"learner", *({"qlora"} if str(given.get("load_in_4bit", "")).lower() == "true" else ())}
+    extras = {"learner", *({"qlora"} if _is_true(given, "load_in_4bit") else ())}
     wrong = []
     requirements = _requirements()
     for requirement in requirements:
@@ -180,7 +180,7 @@ def _version(name: str) -> str | None:
 
 def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     cards = _cards()
-    on_cpu = str(given.get("use_cpu", "")).lower() == "true"
+    on_cpu = _is_true(given, "use_cpu")
     if not cards:
         if on_cpu or not given:
             yield Finding(OK if on_cpu else NOTE, "GPU", "none: training on the CPU")
@@ -194,9 +194,9 @@ def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     weights = _weight_bytes(given.get("model_name_or_path"))
     if weights is None or on_cpu:
         return
-    in_4bit = str(given.get("load_in_4bit", "")).lower() == "true"
+    in_4bit = _is_true(given, "load_in_4bit")
     learner = weights * (0.3 if in_4bit else 1.0) * _LEARNER_ROOM
-    shared = str(given.get("share_gpu", "")).lower() == "true"
+    shared = _is_true(given, "share_gpu")
     server = weights * _SERVER_ROOM if with_server and not shared else 0.0
     largest = max(total for _, total, _ in cards)
     needed = max(learner, server) if len(cards) > 1 or shared else learner + server
@@ -236,7 +236,7 @@ def _weight_bytes(model: object) -> float | None:
 
 def _check_port(name: str, port: int) -> str:
     try:
-        socket.create_server(("127.0.0.1", port)).close()
+        check_port(port)
     except OSError as error:
         raise InvalidRequest(
             f"{name} {port} cannot be used ({error.strerror}): `ss -ltnp 'sport = :{port}'` shows by what; take another"

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from learner.commands.flags import Parser, dtype_name
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.utils.atomic import check_writable
+from learner.utils.ports import check_port, free_port
 from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
 from shared.errors import InvalidRequest, LockstepError, Unauthenticated
 from shared.weights import served_rank
@@ -134,7 +134,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     check_writable(output_dir, "output_dir", directory=True)
     gpus = server.pop("gpus", None)
     place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
-    port = str(server.pop("port", None) or _free_port())
+    port = str(server.pop("port", None) or free_port())
     _check_address(port, [*server, *(word.lstrip("-") for word in options.server_flags or () if word.startswith("--"))])
     command = [*module_command("rollout_server.cli"), str(model), "--port", port]
     command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
@@ -154,7 +154,7 @@ def _check_address(port: str, flags: Sequence[str]) -> None:
                 "for another address use the two commands, `rollout-server` and `learner train`"
             )
     try:
-        socket.create_server(("127.0.0.1", int(port))).close()
+        check_port(int(port))
     except (OSError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"server: port {port} cannot be taken ({error}); give another, or leave it out") from error
 
@@ -269,12 +269,6 @@ def visible_gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return listed.split()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class Output:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from learner.utils.ports import free_port
 from tests.chaos.control import Control
 from tests.chaos.invariants import Checker
 from tests.chaos.processes import REPOSITORY, Supervised, belonging, kill
@@ -23,7 +24,7 @@ from tests.chaos.reference import Reference
 from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
 from tests.integration.support.learner_process import COMMON, write_questions
-from tests.integration.support.server import ENVIRONMENT, HTTP, free_port
+from tests.integration.support.server import ENVIRONMENT, HTTP
 from tests.support.arguments import arguments
 from tests.support.tiny_model import make_tiny_model
 

@@ -16,8 +16,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from learner.run_dir.checkpoint import TrainingState, save_state
+from learner.utils.ports import free_port
 from tests.integration.support.policy import FP32
-from tests.integration.support.server import ENVIRONMENT, ServerProcess, free_port
+from tests.integration.support.server import ENVIRONMENT, ServerProcess
 from tests.support.arguments import arguments
 
 TIMEOUT_S = 150

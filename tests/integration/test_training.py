@@ -18,6 +18,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from learner.servers.client import RolloutClient
+from learner.utils.ports import free_port
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
@@ -25,7 +26,7 @@ from tests.integration.support import policy as P
 from tests.integration.support.learner_process import LearnerProcess, write_questions
 from tests.integration.support.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
 from tests.integration.support.monitoring import monitor
-from tests.integration.support.server import ENVIRONMENT, HTTP, ServerProcess, free_port, running_server
+from tests.integration.support.server import ENVIRONMENT, HTTP, ServerProcess, running_server
 from tests.integration.support.waiting import until
 from tests.support.arguments import arguments
 from tests.support.dashboard import names_asked_for

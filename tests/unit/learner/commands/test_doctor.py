@@ -15,6 +15,7 @@ from learner.cli import main
 from learner.commands import doctor
 from learner.commands.doctor import NOTE, WRONG, diagnose
 from learner.servers.client import RolloutClient
+from learner.utils.ports import free_port
 from shared.errors import ErrorCode, Unauthenticated
 from shared.weights import RunState, WeightVersion
 
@@ -145,11 +146,6 @@ def output_is_a_file(setup, tmp_path, monkeypatch):
 
 def task_missing(setup, tmp_path, monkeypatch):
     setup.options["task"] = "questions.jsonl"
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 BROKEN = [

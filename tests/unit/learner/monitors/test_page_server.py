@@ -232,8 +232,7 @@ def test_one_who_has_left_takes_no_thread(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_in_a_browser_while_the_run_goes_on(tmp_path: Path) -> None:
     """Hover, slider and filter on a page whose run is being written; then a second run laid over the first."""
-    if (found := find_browser()) is None:
-        pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
+    found = find_browser()
     writer = RunWriter(tmp_path / "run", steps=60)
     with serving(tmp_path) as port, browser_page(found) as page:
         page.open(f"http://127.0.0.1:{port}/", 1280)

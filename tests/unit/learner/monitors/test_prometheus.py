@@ -9,7 +9,7 @@ import pytest
 from learner.monitors.prometheus import LearnerMetrics
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
-from tests.integration.support.server import free_port
+from learner.utils.ports import free_port
 
 
 def _serve(host: str) -> int:
