@@ -9,6 +9,9 @@ HEALTH, READY = "/health", "/ready"
 STATE = "/v1/state"
 DRAIN, SLEEP, WAKE = "/v1/drain", "/v1/sleep", "/v1/wake"
 GENERATE, SCORE = "/v1/generate", "/v1/score"
+#: To be formatted with `session_id`. Below `{SESSION}/v1` lie the session's OpenAI and Anthropic routes.
+SESSIONS, SESSION = "/v1/sessions", "/v1/sessions/{session_id}"
+SESSION_REWARD = f"{SESSION}/reward"
 #: To be formatted with `run_id`.
 RUN = "/v1/runs/{run_id}"
 ADAPTER, GROUP, BROADCAST, FINISH = f"{RUN}/adapter", f"{RUN}/group", f"{RUN}/broadcast", f"{RUN}/finish"
