@@ -32,11 +32,13 @@ from learner.adapters.exporter import active_adapter
 from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.passes.lora_product import use_one_product
 from learner.rollouts.generation import RemoteRollouts
+from learner.trainer.compiling import compile_layers
 from learner.trainer.hooks import generate_with
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, sort_rows
 
 PLAIN, CUT, PACKED, PRODUCT = "TRL", "padding cut", "packed", "packed, LoRA as one product"
+COMPILED = "packed, one product, compiled"
 
 
 class LearnerBench(Bench):
@@ -44,7 +46,7 @@ class LearnerBench(Bench):
 
     name = "learner"
     standard = "shape rank only deadline-s"
-    row_names = (PLAIN, CUT, PACKED, PRODUCT)
+    row_names = (PLAIN, CUT, PACKED, PRODUCT, COMPILED)
     flags = {
         "--batch": (128, "completions of a step"),
         "--group": (8, "completions of a prompt"),
@@ -106,13 +108,15 @@ class LearnerBench(Bench):
             train_dataset=Dataset.from_dict({"prompt": rollouts.prompts()}),
         )
         generate_with(trainer, cast(RemoteRollouts, rollouts))
-        if row == PRODUCT:
+        if row in (PRODUCT, COMPILED):
             use_one_product(trainer.model, active_adapter(trainer.model))
         if row == CUT:
             cut_passes(trainer)
             sort_rows(trainer)
         elif row != PLAIN and score_packed(trainer, options.pass_tokens or None) is None:
             raise RuntimeError("the passes of this model cannot be packed here")
+        if row == COMPILED:
+            compile_layers(trainer, "on", lambda: math.nan)
         watch = _Watch(trainer)
         trainer.add_callback(watch)
         trainer.train()

@@ -139,6 +139,11 @@ class LearnerConfig:
         "on a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192; on a CPU "
         "2048.",
     )
+    compile: Literal["auto", "on", "off"] = _option(
+        "auto",
+        "Compile decoder layers with torch.compile on a GPU, for packed passes: auto after a few steps, if the rest of "
+        "the training is long enough for it to pay; on from the first step.",
+    )
     share_gpu: bool = _option(
         False,
         "Train on the rollout server's GPU: the server sleeps while the learner computes. Requires rollout-server "

@@ -78,6 +78,11 @@ class StepReport:
     flops_utilisation: float | None = None
     update_lost: float | None = None
 
+    @property
+    def train_seconds(self) -> float:
+        """For which the trainer was neither waiting nor pushing."""
+        return self.seconds - self.wait_seconds - (self.reward_wait_seconds or 0.0) - self.push_seconds
+
 
 class StepMetrics:
     """Counts what happens under a trainer.

@@ -62,12 +62,14 @@ class StepBench(Bench):
         "--mean-tokens": (200, "mean length of completions that were not cut"),
         "--steps": (10, "steps that are counted"),
         "--warm-up": (3, "steps before these"),
+        "--compile": ("on", "layers of our learner, on GPUs: on, off, or auto, which needs a longer training"),
+        "--pass-tokens": (0, "tokens of our packed passes; 0: the learner's default"),
         "--share-gpu": (False, "also S = 0 with a server that sleeps while the learner trains"),
         "--rollout-server-flags": ("", "further flags for ours, in one string: --apply merge, say"),
         "--row-limit-s": (600.0, "end a training that takes longer"),
     }
     quick = "--shape tiny --rank 8 --batch 16 --group 4 --prompt-tokens 16 --tokens 64 --mean-tokens 24 --warm-up 2"
-    same = "rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up"
+    same = "rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "warm_up", "pass_tokens"
     figure = "step_s"
     about = {"row": "row"}
     columns = {
@@ -81,6 +83,7 @@ class StepBench(Bench):
         "learner tok/s": "{learner_tokens_per_s:,.0f}",
         "learner bubble": "{learner_bubble:.0%}",
         "server bubble": "{server_bubble:.0%}",
+        "learner GiB": "{learner_gib:.0f}",
     }
     what = "{row}"
     told = (
@@ -147,6 +150,7 @@ class StepBench(Bench):
             "url": server.url,
             "max_staleness": max_staleness,
             "share_gpu": row == TURNS,
+            "compile": "off" if self.device == "cpu" else options.compile,
             "stop_token_ids": stop_ids(self.shape.vocab, options.mean_tokens),
             "output": str(work / "trainer"),
             "profile": options.profile_dir and str((options.profile_dir / f"{work.name}.txt").resolve()),
@@ -185,6 +189,8 @@ class StepBench(Bench):
             text += " and training alone ({training_alone_s:.2f} s)"
         if "trl_of_s1" in shown:
             text += ", TRL's server mode {trl_of_s1:.2f} times S = 1"
+        if "trl_of_s2" in shown:
+            text += " and {trl_of_s2:.2f} times S = 2"
         return fill(text, shown)
 
     def document(self) -> dict[str, Any]:

@@ -70,13 +70,13 @@ def figures(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def together(rows: Sequence[Row]) -> dict[str, float]:
-    """Return what rows show together: generation and training alone, S = 1 beside their larger, TRL beside S = 1.
+    """Return what rows show together: generation and training alone, S = 1 beside their larger, TRL beside S = 1 and S = 2.
 
     At S = 0 server and learner take turns on the same requests, so that each of them is measured alone there.
     """
     by_name = {row["row"]: row for row in rows if "step_s" in row}
     shown: dict[str, float] = {}
-    ahead, alone, trl = by_name.get(ours(1)), by_name.get(ours(0)), by_name.get(TRL)
+    ahead, alone, trl, further = (by_name.get(name) for name in (ours(1), ours(0), TRL, ours(2)))
     if alone:
         shown["generation_alone_s"] = alone["wait_s"]["median"]
         shown["training_alone_s"] = alone["train_s"]["median"]
@@ -86,6 +86,8 @@ def together(rows: Sequence[Row]) -> dict[str, float]:
         shown["of_s0"] = ahead["step_s"]["median"] / alone["step_s"]["median"]
     if ahead and trl:
         shown["trl_of_s1"] = trl["step_s"]["median"] / ahead["step_s"]["median"]
+    if further and trl:
+        shown["trl_of_s2"] = trl["step_s"]["median"] / further["step_s"]["median"]
     return shown
 
 

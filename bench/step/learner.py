@@ -3,7 +3,7 @@
 python -m bench.step.learner TRAINING.json STEPS.json
 
 A training has the options of `bench.step` and, by `StepBench.train`: folder, vocab, dtype, url of the server,
-max_staleness (None: TRL's own server mode), share_gpu, stop_token_ids, output, and a file for a profile or None.
+max_staleness (None: TRL's own server mode), share_gpu, compile, stop_token_ids, output, and a file for a profile or None.
 """
 
 from __future__ import annotations
@@ -142,9 +142,11 @@ def train(training: Namespace) -> dict[str, Any]:
         steps, known = watch.steps, dict[str, Any]()
     else:
         options = {"max_staleness": training.max_staleness, "share_gpu": training.share_gpu}
+        options |= {"compile": training.compile, "max_tokens_per_pass": training.pass_tokens or None}
         found, known = train_with_rollouts(trainer, training.url, **options)
         steps = [Step(*one) for one in found]
-        known["learner_bytes"] = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        known["learner_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return {"steps": [asdict(step) for step in counted(training, steps)], **known}
 
 

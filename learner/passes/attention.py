@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -17,6 +18,8 @@ from learner.passes.packing import PackedPass, Segment
 
 #: The name in `config._attn_implementation`.
 PACKED = "lockstep_packed"
+#: torch 2.11 does not.
+_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def arguments(packed: PackedPass) -> dict[str, Any]:
@@ -74,10 +77,14 @@ def attend(
         own = query[:, :, s.start : s.stop]
         parts.append(
             scaled_dot_product_attention(
-                own, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=key.size(1) != query.size(1)
+                own, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=_grouped(query, key)
             )
         )
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _grouped(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return bool(key.size(1) != query.size(1))  # of numbers also where torch traces with symbols
 
 
 def _mask(segment: Segment, device: torch.device) -> torch.Tensor | None:
@@ -101,17 +108,13 @@ def _varlen(
     packed_keys: torch.Tensor | None,
     **_: Any,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    options: dict[str, Any] = {"scale": scaling}
+    if _KNOWS_GQA:
+        options["enable_gqa"] = _grouped(query, key)
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
     if packed_keys is not None:
         key, value = key.index_select(0, packed_keys), value.index_select(0, packed_keys)
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"scale": scaling}
-    # torch 2.11 has no `enable_gqa`.
-    if "enable_gqa" in known:
-        options["enable_gqa"] = key.size(1) != query.size(1)
-    else:
+    if not _KNOWS_GQA:
         key, value = (each.repeat_interleave(query.size(1) // key.size(1), 1) for each in (key, value))
     return varlen_attn(
         query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, window_size=(-1, 0), **options

@@ -7,7 +7,6 @@ float32 with everything else. Backward is one product, too: [gx, gh] = g [W, s B
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,9 +14,6 @@ from peft import PeftModel
 from peft.tuners.lora import Linear
 from torch import nn
 from torch.nn.functional import linear
-
-#: Attribute of a layer: its weight with spare columns.
-_WIDE = "lockstep_wide_weight"
 
 
 def use_one_product(model: PeftModel, adapter: str) -> int:
@@ -31,9 +27,16 @@ def use_one_product(model: PeftModel, adapter: str) -> int:
     """
     layers = [module for module in model.modules() if type(module) is Linear and _is_plain(module, adapter)]
     for layer in layers:
-        _widen(layer, adapter)
-        layer.forward = MethodType(_forward_of(adapter), layer)
+        layer.__class__ = OneProductLinear  # a method of the class, not of each object, is compiled once for all layers
+        layer.one_product, layer.wide = adapter, _widened(layer, adapter)
     return len(layers)
+
+
+def write_adapters(module: nn.Module) -> None:
+    """Write s B of all layers below `module` beside their W, where compiled code reads it."""
+    for layer in module.modules():
+        if isinstance(layer, OneProductLinear):
+            layer.write_adapter()
 
 
 def _is_plain(layer: Linear, adapter: str) -> bool:
@@ -47,25 +50,46 @@ def _is_plain(layer: Linear, adapter: str) -> bool:
     )
 
 
-def _forward_of(adapter: str) -> Any:
-    def forward(self: Linear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+class OneProductLinear(Linear):
+    """PEFT's LoRA layer, with another forward.
+
+    Attributes:
+        one_product: the adapter.
+        wide: `[W, s B, 0]`, of shape [out, in + columns], of which the base's weight is a view; None where a pass
+            makes it. In no state_dict.
+    """
+
+    one_product: str
+    wide: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return y [..., out] for x [..., in]."""
+        adapter = self.one_product
         if args or kwargs or self.disable_adapters or self.merged or self.active_adapters != [adapter]:
-            return Linear.forward(self, x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():  # pointers are not to be compared there
+            self.write_adapter()
         base, device = self.base_layer, x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        wide = self.wide if self.wide is not None and self.wide.dtype == dtype else None
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        wide = self.__dict__.get(_WIDE)
-        if wide is not None and not (
-            wide.data_ptr() == base.weight.data_ptr()
-            and wide.dtype == base.weight.dtype
-            and wide.shape[1] == base.weight.shape[1] + _columns(a)
-        ):
-            wide = self.__dict__[_WIDE] = None  # the weight was moved, or the adapter is another
-        if wide is not None and wide.dtype != dtype:
-            wide = None
         return OneProduct.apply(x, base.weight, base.bias, a, b, self.scaling[adapter], dtype, wide)
 
-    return forward
+    def write_adapter(self) -> None:
+        """Write s B into `wide`; forget one that the weight is no view of any more, or that is of another adapter."""
+        wide, weight = self.wide, self.base_layer.weight
+        if wide is None or self.one_product not in self.lora_A:
+            return
+        a, b = self.lora_A[self.one_product].weight, self.lora_B[self.one_product].weight
+        if (
+            wide.data_ptr() != weight.data_ptr()
+            or wide.dtype != weight.dtype
+            or wide.shape[1] != weight.shape[1] + _columns(a)
+        ):
+            self.wide = None
+            return
+        # Not seen by autograd: a pass that is on its way back finds what it went forward with.
+        wide.data[:, weight.shape[1] : weight.shape[1] + b.shape[1]] = b.detach() * self.scaling[self.one_product]
 
 
 def _columns(a: torch.Tensor) -> int:
@@ -73,15 +97,16 @@ def _columns(a: torch.Tensor) -> int:
     return -(-a.shape[0] // 8) * 8
 
 
-def _widen(layer: Linear, adapter: str) -> None:
-    """Move a 16-bit weight into [W, 0], of shape [out, in + columns], which the layer keeps; not other weights."""
+def _widened(layer: Linear, adapter: str) -> torch.Tensor | None:
+    """Move a 16-bit weight into [W, 0], of shape [out, in + columns], and return that; None for other weights."""
     weight = layer.base_layer.weight
     if weight.dtype.itemsize != 2 or type(weight.data) is not torch.Tensor or weight.requires_grad:
-        return
+        return None
     wide = weight.new_zeros(weight.shape[0], weight.shape[1] + _columns(layer.lora_A[adapter].weight))
     wide[:, : weight.shape[1]] = weight.data
     weight.data = wide[:, : weight.shape[1]]
-    layer.__dict__[_WIDE] = wide  # no buffer: it is in no state_dict
+    torch._dynamo.mark_static(wide)  # as a parameter's, its shape is a constant of compiled code
+    return wide
 
 
 class OneProduct(torch.autograd.Function):
@@ -105,18 +130,17 @@ class OneProduct(torch.autograd.Function):
             x: [..., in].
             weight, bias: [out, in] and [out], without gradient.
             a, b: [r, in] and [out, r].
-            wide: `[W, 0]`, of shape [out, in + columns], where s B is written; None: it is made.
+            wide: `[W, s B, 0]`, of shape [out, in + columns]; None: it is made.
         """
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            scaled_b = (b * scaling).to(dtype)
             shrunk = rows @ a.to(dtype).T
             own_bias = None if bias is None else bias.to(dtype)
             if dtype.itemsize == 2:
                 spare = rows.new_zeros(rows.shape[0], _columns(a) - a.shape[0])
-                y = linear(torch.cat([rows, shrunk, spare], 1), _wide(weight, scaled_b, dtype, wide), own_bias)
+                y = linear(torch.cat([rows, shrunk, spare], 1), _wide(weight, b, scaling, dtype, wide), own_bias)
             else:
-                y = linear(rows, weight.to(dtype), own_bias).addmm_(shrunk, scaled_b.T)
+                y = linear(rows, weight.to(dtype), own_bias).addmm_(shrunk, (b * scaling).to(dtype).T)
         ctx.save_for_backward(rows, shrunk, weight, a, b)
         ctx.scaling, ctx.dtype, ctx.wide, ctx.x = scaling, dtype, wide, (x.shape, x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -128,12 +152,11 @@ class OneProduct(torch.autograd.Function):
         dtype, columns = ctx.dtype, rows.shape[1]
         with torch.autocast(gradient.device.type, enabled=False):
             g = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
-            scaled_b = (b * ctx.scaling).to(dtype)
             if dtype.itemsize == 2 and ctx.needs_input_grad[0]:
-                both = g @ _wide(weight, scaled_b, dtype, ctx.wide)
+                both = g @ _wide(weight, b, ctx.scaling, dtype, ctx.wide)
                 g_x, g_shrunk = both[:, :columns], both[:, columns : columns + a.shape[0]]
             else:
-                g_shrunk = g @ scaled_b
+                g_shrunk = g @ (b * ctx.scaling).to(dtype)
                 g_x = g @ weight.to(dtype) if ctx.needs_input_grad[0] else None
             if g_x is not None:
                 g_x = g_x.addmm_(g_shrunk, a.to(dtype)).reshape(ctx.x[0]).to(ctx.x[1])
@@ -142,9 +165,11 @@ class OneProduct(torch.autograd.Function):
         return g_x, None, None, g_a, g_b, None, None, None
 
 
-def _wide(weight: torch.Tensor, scaled_b: torch.Tensor, dtype: torch.dtype, wide: torch.Tensor | None) -> torch.Tensor:
-    if wide is None:
-        wide = weight.new_zeros(weight.shape[0], weight.shape[1] + _columns(scaled_b.T), dtype=dtype)
-        wide[:, : weight.shape[1]] = weight
-    wide[:, weight.shape[1] : weight.shape[1] + scaled_b.shape[1]] = scaled_b
-    return wide
+def _wide(
+    weight: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype, wide: torch.Tensor | None
+) -> torch.Tensor:
+    """Return `[W, s B, 0]`."""
+    if wide is not None:
+        return wide
+    spare = weight.new_zeros(weight.shape[0], _columns(b.T) - b.shape[1], dtype=dtype)
+    return torch.cat([weight.to(dtype), (b * scaling).to(dtype), spare], 1)

@@ -27,6 +27,7 @@ from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
 from learner.trainer.checks import check_corrected, check_dropout, check_grpo, check_known_ahead, check_slots, dropouts
+from learner.trainer.compiling import compile_layers
 from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
 from learner.trainer.hooks import (
     begin_passes_with,
@@ -177,7 +178,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     packs = session.config.packed_passes
     if packs and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         use_one_product(session.model, active_adapter(session.model))
-    if not packs or score_packed(trainer, session.config.max_tokens_per_pass) is None:
+    packed = score_packed(trainer, session.config.max_tokens_per_pass) if packs else None
+    if packed is None:
         sort_rows(trainer)
     if not dropouts(session.model):
         keep_old_values(trainer)
@@ -190,6 +192,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     resume_exactly(trainer, session)
     _name_base(trainer)
     trainer.add_callback(_PushAfterStep(session))
+    if packed is not None and not packed.sharded:
+        compile_layers(trainer, session.config.compile, lambda: session.metrics.reports[-1].train_seconds)
     leave_in_order(trainer, session)
     recorder = attach_recorder(trainer, session)
     if recorder and session.config.run_page:

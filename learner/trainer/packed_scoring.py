@@ -103,7 +103,7 @@ class PackedScoring:
     def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None) -> None:
         self._trainer, self._max_tokens = trainer, max_tokens or _FIRST_TOKENS
         self._finds_out = max_tokens is None and trainer.accelerator.device.type == "cuda"
-        self._sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        self.sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in trainer.model.modules())
         self._model = model
         self._configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
@@ -163,7 +163,7 @@ class PackedScoring:
         known = self._known()
         # Several ranks (DDP) add up their gradients once a step, so all of them owe theirs.
         fits = self._trainer.accelerator.num_processes == 1 and self._tokens(rows) <= self._max_tokens
-        if known is None and (self._sharded or self._dropout or fits):
+        if known is None and (self.sharded or self._dropout or fits):
             (packed,) = plan_passes(rows, 2**62, input_ids.device)
             self._attend(packed=True)  # until the end of the step: checkpointed layers run again in the backward pass
             logps, entropies = _scatter([(packed, self._run(model, packed))], len(rows), logits_to_keep)
@@ -190,12 +190,12 @@ class PackedScoring:
         self, model: Any, rows: list[Row], width_T: int, batch_size: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = self._trainer.accelerator.device
-        if self._sharded:
+        if self.sharded:
             size = batch_size or len(rows)
             chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         else:
             chunks = [rows]
-        limit = 2**62 if self._sharded else self._max_tokens
+        limit = 2**62 if self.sharded else self._max_tokens
         parts = []
         self._attend(packed=True)
         try:
@@ -215,6 +215,7 @@ class PackedScoring:
                 position_ids=packed.position_ids,
                 shift_labels=packed.next_ids,
                 fused_lm_head=True,
+                use_cache=False,
                 **attention.arguments(packed),
             )
         return outputs.log_probs[0], outputs.entropy[0]
@@ -304,7 +305,7 @@ class PackedScoring:
 
     def _keeping_entropies(self, generate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def generate_and_keep(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            if not self._trainer.model.training or self._sharded or self._dropout:
+            if not self._trainer.model.training or self.sharded or self._dropout:
                 return generate(inputs)
             self._scored = []
             try:

@@ -57,7 +57,7 @@ def test_ratios() -> None:
         "of_s0": 8 / 12,
         "trl_of_s1": 2.0,
     }
-    assert together([row(TRL, MERGED), row(ours(2), AHEAD)]) == {}
+    assert together([row(TRL, MERGED), row(ours(2), AHEAD)]) == {"trl_of_s2": 2.0}
     assert "trl_of_s1" not in together([*ROWS[:2], row(TRL, [], skipped="needs two GPUs")])
 
 

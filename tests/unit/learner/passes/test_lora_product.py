@@ -146,7 +146,7 @@ def test_a_weight_that_was_moved_is_not_kept_twice():
     layer = model.base_model.model.first
     layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
     model(torch.randn(3, 48).bfloat16())
-    assert layer.__dict__["lockstep_wide_weight"] is None
+    assert layer.wide is None
 
 
 def test_another_active_adapter_is_left_to_peft():

@@ -1,0 +1,101 @@
+"""Compiled layers: the same values and gradients, one compilation for all layers, lengths and updates."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch._dynamo.utils import counters
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from learner.passes import attention
+from learner.passes.compiled import CompiledLayers
+from learner.passes.lora_product import use_one_product
+from learner.passes.packing import Row, plan_passes
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_implementation=attention.PACKED,
+    )
+    model = get_peft_model(Qwen3ForCausalLM(config).bfloat16(), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.1
+    use_one_product(model, "default")
+    return model
+
+
+def logits_and_gradients(model: PeftModel, length: int = 3, *, grad: bool = True) -> list[torch.Tensor]:
+    rows = [Row([5, 6, 7], [8] * length), Row([5, 6, 7], [9, 10]), Row([11], [12])]
+    [packed] = plan_passes(rows, 512, torch.device("cpu"))
+    model.zero_grad()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+        options = attention.arguments(packed)
+        logits = model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **options).logits
+    if grad:
+        logits.float().square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [logits.detach(), *(parameter.grad.clone() for parameter in trained if parameter.grad is not None)]
+
+
+def step(model: PeftModel) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+
+
+def test_values_and_gradients_are_the_same_before_and_after_an_update(model: PeftModel) -> None:
+    before = logits_and_gradients(model, grad=False), logits_and_gradients(model)
+    layers = CompiledLayers(model, backend="aot_eager")
+    compiled = logits_and_gradients(model, grad=False), logits_and_gradients(model)
+    step(model)
+    compiled_later = logits_and_gradients(model)
+    layers.undo()
+    later = logits_and_gradients(model)
+    for expected, found in zip((*before, later), (*compiled, compiled_later), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_compiled_again_for_other_layers_lengths_and_updates(model: PeftModel) -> None:
+    CompiledLayers(model, backend="eager")
+    for length in (3, 4):
+        logits_and_gradients(model, length, grad=False)
+        logits_and_gradients(model, length)
+    frames = counters["frames"]["total"]
+    step(model)
+    for length in (2, 17):
+        logits_and_gradients(model, length, grad=False)
+        logits_and_gradients(model, length)
+    assert counters["frames"]["total"] == frames
+    # Without gradient; with gradient, into the first layer and into others.
+    assert frames == 3
+    assert not counters["graph_break"]
+
+
+def test_what_cannot_be_compiled_is_computed_as_before(model: PeftModel, caplog: pytest.LogCaptureFixture) -> None:
+    expected = logits_and_gradients(model)
+
+    def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise ValueError("no compiler here")
+
+    layers = CompiledLayers(model, backend=broken)
+    with caplog.at_level(logging.WARNING):
+        found = logits_and_gradients(model)
+    torch.testing.assert_close(found, expected)
+    assert not layers.active
+    assert "no compiler here" in caplog.text
