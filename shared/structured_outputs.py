@@ -18,6 +18,9 @@ from shared.bounded_json import JsonLimits, load_json
 #: them are looked at, too.
 MAX_COST = 32768
 _REPEAT_COST, _REPEATS_THAT_COST = 20, 50
+#: A repeat in a schema's pattern is read in a time that grows with its square, while nothing else is answered: 90
+#: copies of copies of a character take as long as a character takes to compile.
+_SQUARES = 90
 #: Characters as they are sent; descriptions in a schema count here, but cost nothing.
 MAX_CHARACTERS = 2**18
 _LIMITS = JsonLimits(values=2**15, strings=2**15, containers=2**13)
@@ -55,11 +58,12 @@ def check_structured_outputs(
             _check_cost(name, expanded_length(text, grammar=name == "grammar"))
 
 
-def expanded_length(pattern: str, *, grammar: bool = False) -> int:
+def expanded_length(pattern: str, *, grammar: bool = False, in_schema: bool = False) -> int:
     """Count the characters of a regular expression with all its repeats written out.
 
     Args:
         grammar: it is EBNF or Lark: quotes hold literals, and any number outside of them may be a repeat.
+        in_schema: it is a pattern of a JSON schema, whose repeats cost more.
     """
     groups, atom, place = [0], 0, 0
 
@@ -88,6 +92,7 @@ def expanded_length(pattern: str, *, grammar: bool = False) -> int:
         elif repeat := _REPEAT.match(pattern, place) or (grammar and _LARK_REPEAT.match(pattern, place)):
             times = max(map(_number, repeat.groups()))
             add(atom * max(times - 1, 0) + _repeat_cost(times))
+            add(atom * times * times // _SQUARES if in_schema else 0)
             atom, place = min(atom * max(times, 1), _HUGE), repeat.end()
         elif grammar and (number := _NUMBER.match(pattern, place)):
             add(max(atom, 1) * _number(number[0]))
@@ -197,12 +202,12 @@ class _Schema:
                         yield _repeat_cost(times)
                     continue
                 elif key in _PATTERNS and isinstance(value, str):
-                    yield expanded_length(value, grammar=key == "grammar")
+                    yield expanded_length(value, grammar=key == "grammar", in_schema=key == "pattern")
                     continue
                 elif key in _BRANCHES and isinstance(value, list):
                     self._branches = max(self._branches, len(value))
                 if not names and key == "patternProperties" and isinstance(value, dict):
-                    yield sum(map(expanded_length, value))
+                    yield sum(expanded_length(pattern, in_schema=True) for pattern in value)
                 yield from self._costs(value, depth + 1, names=not names and key in _NAMED)
         elif isinstance(node, list):
             for value in node:

@@ -17,7 +17,7 @@ logger = logging.getLogger("lockstep.passes")
 Compile = Literal["auto", "on", "off"]
 #: What compiled layers save of a training's time, and what compiling takes; on the careful side of
 #: docs/measurements.md, "a learner's passes".
-_SAVED, _COST_S = 0.2, 120.0
+_SAVED, _COST_S = 0.25, 60.0
 #: The first steps find out how large a pass may be.
 _JUDGED_STEP = 3
 
@@ -57,7 +57,7 @@ class _CompileWhereItPays(TrainerCallback):
         seconds, left = self._train_seconds(), state.max_steps - state.global_step
         if pays(seconds, left):
             CompiledLayers(self._trainer.model)
-            logger.info("compiling layers, which takes a minute or two: %d steps of %.1f s are left", left, seconds)
+            logger.info("compiling layers, which takes about a minute: %d steps of %.1f s are left", left, seconds)
         else:
             logger.info("layers are not compiled: %d steps of %.1f s would not make up for it", left, seconds)
 
@@ -66,6 +66,6 @@ def pays(train_seconds: float, steps: int) -> bool:
     """Return whether compiling saves at least twice the time that it takes.
 
     Example:
-        assert pays(3.0, 1000) and not pays(3.0, 100)
+        assert pays(3.0, 200) and not pays(3.0, 100)
     """
     return train_seconds * steps * _SAVED >= 2 * _COST_S
