@@ -254,7 +254,7 @@ def test_a_second_signal_may_come_at_any_moment(recipe: Path, monkeypatch: pytes
     def say_and_signal(text: str) -> None:
         say(text)
         if "is ready" in text or "a second signal" in text:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(up, "say", say_and_signal)
     assert main(["up", "--config", str(recipe), "--long", "--stubborn"]) == 130
