@@ -24,22 +24,22 @@ class OutputLock:
     """
 
     def __init__(self, output_dir: str | Path, name: str = TRAINING_LOCK) -> None:
-        path = Path(output_dir) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        path, self._file = Path(output_dir) / name, -1
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, str(os.getpid()).encode(), 0)
         except OSError as error:
-            holder = os.pread(self._file, 20, 0).decode(errors="replace")
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            if self._file >= 0 and error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.pread(self._file, 20, 0).decode(errors="replace")
                 self.close()
                 raise InvalidRequest(
                     f"another training writes to {output_dir} just now (process {holder or 'unknown'}): stop it or "
                     f"wait for its end, or give another {option('output_dir')}"
                 ) from error
-            # Else the file system has no locks, or no room for the number of the process.
+            # Else the file system has no locks, or no room: what must be written there says so.
 
     def close(self) -> None:
         """Release it."""

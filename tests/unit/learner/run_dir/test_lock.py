@@ -71,3 +71,5 @@ def test_file_systems_without_locks_are_no_obstacle(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("fcntl.lockf", unsupported)
     OutputLock(tmp_path).close()
+    (tmp_path / "file").touch()
+    OutputLock(tmp_path / "file").close()
