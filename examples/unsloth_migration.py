@@ -3,7 +3,7 @@
 What changes: the model is loaded by its name and wrapped by TRL, vLLM runs in a process of its own, and one line joins
 the two. What stays: rewards, data, GRPOConfig, `vllm_sampling_params`. docs/from-unsloth.md has every setting.
 
-    rollout-server Qwen/Qwen3-0.6B --max-lora-rank 32 --max-model-len 2048 --gpu-memory-utilization 0.6
+    rollout-server Qwen/Qwen3-0.6B --max-lora-rank 16 --max-model-len 2048 --gpu-memory-utilization 0.6
     python examples/unsloth_migration.py
 
 MODEL (a name of the hub, or a directory), ROLLOUT_URL, STEPS and OUTPUT_DIR in the environment choose others.
@@ -30,7 +30,7 @@ STEPS = int(os.environ.get("STEPS", "100"))
 GPU = torch.cuda.is_available()
 
 # - max_seq_length = 2048                 is the server's: --max-model-len 2048
-lora_rank = 32  # at most the server's --max-lora-rank
+lora_rank = 16  # at most the server's --max-lora-rank
 
 # - model, tokenizer = FastLanguageModel.from_pretrained(
 # -     model_name="Qwen/Qwen3-0.6B",

@@ -275,7 +275,8 @@ class Output:
     def __call__(self, line: str) -> None:
         """Take a line. A full disk or a closed terminal stops neither process."""
         if line.strip():
-            self.last = line
+            if not line.startswith("INFO:"):  # uvicorn says last that it has shut down, and before that somebody why
+                self.last = line
             with contextlib.suppress(OSError, ValueError):
                 print(f"{self._name:<7} | {line}", flush=True)
         with contextlib.suppress(OSError, ValueError):

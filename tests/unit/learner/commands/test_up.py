@@ -28,6 +28,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.path == "/die":
             print("rollout-server: the engine died", flush=True)
+            print("INFO:     Finished server process [7]", flush=True)
             os._exit(1)
     def log_message(self, *_): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
