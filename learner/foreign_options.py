@@ -155,13 +155,18 @@ def sampling_fields(text: str) -> dict[str, Any]:
             fields = ast.literal_eval(re.sub(r"\b(true|false|null)\b", lambda m: _JSON[m[0]], text.strip()))
         else:
             call = ast.parse(f"f({inner[1] if inner else text})".replace("\n", " "), mode="eval").body
-            assert isinstance(call, ast.Call)
-            if call.args or any(keyword.arg is None for keyword in call.keywords):
+            # `n=1)+(2` closes the call itself; `**fields` has no name.
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+                raise ValueError("each field needs its name")
+            if any(keyword.arg is None for keyword in call.keywords):
                 raise ValueError("each field needs its name")
             fields = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (ValueError, SyntaxError) as error:
-        raise InvalidRequest(f"{SAMPLING} {text!r}: write its fields as max_tokens=512, min_p=0.1") from error
-    return dict(fields)
+        fields = dict(fields)  # braces may hold a set, too
+        if not all(isinstance(name, str) for name in fields):
+            raise ValueError("each field needs its name")
+        return fields
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise InvalidRequest(f"{SAMPLING} {text!r:.200}: write its fields as max_tokens=512, min_p=0.1") from error
 
 
 _JSON = {"true": "True", "false": "False", "null": "None"}

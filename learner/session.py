@@ -19,6 +19,7 @@ from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.run_dir.lease import load_lease, save_lease
+from learner.run_dir.lock import OutputLock
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import AUTOCAST
 from learner.servers.event_log import EventLog
@@ -82,6 +83,8 @@ class Session:
         self._check_state, self._prompts = check_state, prompts
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self._base_served = serve_base(states)
+        self._lock: OutputLock | None = None
+        self._on_main(self._lock_output)
         # All ranks hold the same lease, so that they request one version; rank 0 keeps it and pushes.
         lease = self._on_main(lambda: load_lease(trainer.output_dir, config.run_id))
         self.publisher = Publisher(
@@ -111,6 +114,9 @@ class Session:
         self.canary_slope: float | None = None
         self.interrupted: str | None = None
         self._log: EventLog | None = None
+
+    def _lock_output(self) -> None:
+        self._lock = OutputLock(self.trainer.output_dir)
 
     def _save_lease(self) -> None:
         if self.trainer.accelerator.is_main_process:
@@ -209,6 +215,8 @@ class Session:
             self.yield_gpu()
         except (LockstepError, RuntimeError) as error:  # after a failure the learner may not release its memory
             logger.warning(f"share_gpu: the server is left asleep: {error}")
+        if self._lock:
+            self._lock.close()
 
     # As `learner.rollouts.generation.Training`, whose docstrings apply.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 from shared.errors import InvalidRequest
@@ -53,6 +54,9 @@ def _check_name(model: str, revision: str | None) -> None:
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
     from huggingface_hub.utils import validate_repo_id
 
+    # vLLM takes `REPOSITORY:QUANTIZATION` for one of a repository's GGUF files.
+    if re.fullmatch(r"[^:/]+/[^:/]+:[\w-]+", model):
+        model = model.partition(":")[0]
     known = f"{model!r} is neither a directory here nor a model on the Hugging Face hub"
     try:
         validate_repo_id(model)

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from learner.servers.compatibility import check_base, check_server
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
 from learner.utils.atomic import check_writable
+from learner.utils.gpus import visible_gpus
 from learner.utils.ports import check_port
 from shared.errors import InvalidRequest, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
@@ -95,9 +95,9 @@ def diagnose(given: Mapping[str, Any], *, server_port: int | None = None) -> Ite
     yield from _machine(given)
     yield from _packages(given, with_server=server_port is not None)
     yield from _gpus(given, with_server=server_port is not None)
-    ports = {"server_port": server_port, "metrics_port": int(str(given.get("metrics_port") or 0)) or None}
+    ports = {"server_port": server_port, "metrics_port": given.get("metrics_port"), "page_port": given.get("page_port")}
     for name, port in ports.items():
-        if port:
+        if port not in (None, "", 0, "0"):
             yield _checked("port", lambda name=name, port=port: _check_port(name, port))  # type: ignore[misc]
     yield _checked("token", lambda: _check_credentials(given))
     if out := given.get("output_dir"):
@@ -179,7 +179,7 @@ def _version(name: str) -> str | None:
 
 
 def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
-    cards = _cards()
+    cards = visible_gpus()
     on_cpu = _is_true(given, "use_cpu")
     if not cards:
         if on_cpu or not given:
@@ -189,7 +189,7 @@ def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
             yield Finding(WRONG, "GPU", f"none is visible: {advice}")
         return
     yield Finding(
-        OK, "GPU", "; ".join(f"{name}, {total / _GIB:.0f} GiB, {used / _GIB:.1f} used" for name, total, used in cards)
+        OK, "GPU", "; ".join(f"{gpu.name}, {gpu.total / _GIB:.0f} GiB, {gpu.used / _GIB:.1f} used" for gpu in cards)
     )
     weights = _weight_bytes(given.get("model_name_or_path"))
     if weights is None or on_cpu:
@@ -198,9 +198,9 @@ def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     learner = weights * (0.3 if in_4bit else 1.0) * _LEARNER_ROOM
     shared = _is_true(given, "share_gpu")
     server = weights * _SERVER_ROOM if with_server and not shared else 0.0
-    largest = max(total for _, total, _ in cards)
+    largest = max(gpu.total for gpu in cards)
     needed = max(learner, server) if len(cards) > 1 or shared else learner + server
-    if needed > largest:
+    if needed > largest > 0:
         what = "learner and server together need" if server and len(cards) == 1 else "it needs"
         yield Finding(
             WRONG,
@@ -208,19 +208,8 @@ def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
             f"the model has {weights / _GIB:.1f} GiB of weights; {what} about {needed / _GIB:.0f} GiB, and the largest "
             f"GPU has {largest / _GIB:.0f}: take a smaller model, --load_in_4bit true, --share_gpu, or more GPUs",
         )
-    if busy := [name for name, total, used in cards if used > 0.5 * total]:
+    if busy := [gpu.name for gpu in cards if gpu.used > 0.5 * gpu.total]:
         yield Finding(NOTE, "GPU", f"{', '.join(busy)}: more than half of its memory is taken: see nvidia-smi")
-
-
-def _cards() -> list[tuple[str, float, float]]:
-    """Return name, memory and used memory in bytes of the visible GPUs, as the driver tells it."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(",", 2) for line in told.splitlines() if line.count(",") >= 2]
-    return [(name.strip(), float(total) * 2**20, float(used) * 2**20) for name, total, used in rows]
 
 
 def _weight_bytes(model: object) -> float | None:
@@ -234,9 +223,11 @@ def _weight_bytes(model: object) -> float | None:
     return float(sum(path.stat().st_size for path in folder.glob("*.safetensors"))) or None
 
 
-def _check_port(name: str, port: int) -> str:
+def _check_port(name: str, given: object) -> str:
     try:
-        check_port(port)
+        check_port(port := int(str(given)))
+    except (ValueError, OverflowError):
+        raise InvalidRequest(f"{name} {given} is no port: give a number from 1 to 65535") from None
     except OSError as error:
         raise InvalidRequest(
             f"{name} {port} cannot be used ({error.strerror}): `ss -ltnp 'sport = :{port}'` shows by what; take another"

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from learner.commands.flags import Parser, either_spelling, number
-from learner.commands.up import visible_gpus
 from learner.utils.atomic import write_atomically
+from learner.utils.gpus import visible_gpus
 from shared.errors import InvalidRequest
 from shared.weights import served_rank
 

@@ -29,6 +29,7 @@ from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
 from learner.run_dir.checkpoint import load_state, save_state
 from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
+from learner.run_dir.lock import check_unused
 from learner.servers.compatibility import check_base, check_server
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
@@ -195,6 +196,8 @@ def _check_paths(config: LearnerConfig, args: GRPOConfig) -> None:
         ssl_context(config.ca_file)
     ServerDiscovery(config.require_urls())
     check_writable(args.output_dir, "output_dir", directory=True)
+    if _is_main():
+        check_unused(args.output_dir)
 
 
 def _check_scheduler(args: GRPOConfig) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shlex
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,11 @@ from typing import Any
 
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name
+from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.utils.atomic import check_writable
+from learner.utils.gpus import visible_gpus
 from learner.utils.ports import check_port, free_port
 from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
 from shared.errors import InvalidRequest, LockstepError, Unauthenticated
@@ -49,6 +50,7 @@ class Plan:
     Attributes:
         server, learner: commands.
         environment, server_environment, learner_environment: for both; for one of them.
+        recipe_environment: for both, instead of the user's own, as `learner train` takes it.
         server_cores, learner_cores: None: all of them.
         places: of the server and of the learner, in words.
     """
@@ -61,6 +63,7 @@ class Plan:
     environment: dict[str, str] = field(default_factory=dict)
     server_environment: dict[str, str] = field(default_factory=dict)
     learner_environment: dict[str, str] = field(default_factory=dict)
+    recipe_environment: dict[str, str] = field(default_factory=dict)
     server_cores: list[int] | None = None
     learner_cores: list[int] | None = None
 
@@ -130,8 +133,12 @@ def make_plan(argv: Sequence[str]) -> Plan:
         raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
     if not (model := given.get("model_name_or_path")):
         raise InvalidRequest("give --model_name_or_path: the base model of both, in the recipe or as a flag")
+    environment = given.get("env") or {}
+    if not isinstance(environment, dict):
+        raise InvalidRequest("env: write one `NAME: value` of an environment variable a line below it")
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
+    check_unused(output_dir)
     gpus = server.pop("gpus", None)
     place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
     port = str(server.pop("port", None) or free_port())
@@ -141,7 +148,8 @@ def make_plan(argv: Sequence[str]) -> Plan:
     url = f"http://127.0.0.1:{port}"
     learner = [*module_command("learner.cli"), "train", *(word for path in files for word in ("--config", str(path)))]
     learner += [*flags, "--rollout_url", url, "--output_dir", str(output_dir)]
-    return Plan(url, output_dir, command, learner, **place)
+    recipe = {str(name): str(value) for name, value in environment.items()}
+    return Plan(url, output_dir, command, learner, **place, recipe_environment=recipe)
 
 
 def _check_address(port: str, flags: Sequence[str]) -> None:
@@ -235,7 +243,7 @@ def _place_on_cpu(*, split: bool) -> dict[str, Any]:
 
 
 def _place_on_gpus(given: Mapping[str, Any], asked: Any) -> dict[str, Any]:
-    gpus = visible_gpus()
+    gpus = [gpu.device for gpu in visible_gpus()]
     if not gpus:
         raise InvalidRequest("no GPU is visible here (nvidia-smi): to train on the CPU, set use_cpu: true, bf16: false")
     listed = asked if isinstance(asked, list) else gpus[:1] if asked is None else str(asked).split(",")
@@ -258,19 +266,6 @@ def _place_on_gpus(given: Mapping[str, Any], asked: Any) -> dict[str, Any]:
     }
 
 
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; without loading torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.split()
-
-
 class Output:
     """Output of one process: all of it in a log, and on the terminal behind the process's name."""
 
@@ -280,7 +275,8 @@ class Output:
     def __call__(self, line: str) -> None:
         """Take a line. A full disk or a closed terminal stops neither process."""
         if line.strip():
-            self.last = line
+            if not line.startswith("INFO:"):  # uvicorn says last that it has shut down, and before that somebody why
+                self.last = line
             with contextlib.suppress(OSError, ValueError):
                 print(f"{self._name:<7} | {line}", flush=True)
         with contextlib.suppress(OSError, ValueError):
@@ -296,7 +292,9 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
     """
     out = plan.output_dir
     out.mkdir(parents=True, exist_ok=True)
+    up_lock = OutputLock(out, UP_LOCK)
     base = {**ENVIRONMENT, **plan.environment, **(environment or {}), **os.environ, **module_environment()}
+    base |= plan.recipe_environment
     # A device is chosen among those that the user has made visible.
     base |= {name: value for name, value in plan.environment.items() if name == "CUDA_VISIBLE_DEVICES"}
     shown = Output("server", out / SERVER_LOG), Output("learner", out / LEARNER_LOG)
@@ -305,14 +303,18 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
     status = None
     try:
         with (
-            stop_on_signals(times=2),
-            ProcessGroup(plan.server, {**base, **plan.server_environment}, shown[0], cores=plan.server_cores) as server,
+            contextlib.closing(up_lock),
+            stop_on_signals() as hurry,
+            ProcessGroup(
+                plan.server, {**base, **plan.server_environment}, shown[0], cores=plan.server_cores, hurry=hurry
+            ) as server,
             ProcessGroup(
                 plan.learner,
                 {**base, **plan.learner_environment},
                 shown[1],
                 cores=plan.learner_cores,
                 patience_s=LEARNER_PATIENCE_S,
+                hurry=hurry,
             ) as learner,
         ):
             try:

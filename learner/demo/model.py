@@ -8,8 +8,11 @@ The wheel comes from a package index, so the demo needs no model hub. The result
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +86,18 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with _reading_once():
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
     # `save_pretrained` refuses a model marked as quantized, although its weights are plain tensors by now. They move
     # into a model made from the same configuration without that mark.
     marks = {"quantization_config", "_model_name_or_path"}
     config = {name: value for name, value in quantized.config.to_dict().items() if name not in marks}
-    model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(config), dtype=torch.float32)
-    model.load_state_dict(quantized.state_dict())
-    model = model.to(getattr(torch, dtype))
+    with torch.device("meta"):  # weights that nobody reads need no random numbers
+        model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(config), dtype=torch.float32)
+    model.load_state_dict(quantized.to(getattr(torch, dtype)).state_dict(), assign=True)
+    model.tie_weights()
     # Every chat turn ends with <|im_end|>: server and learner stop and pad by these ids.
     if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template:
         raise InvalidRequest(
@@ -105,6 +110,21 @@ def _convert(gguf: Path, out: Path, dtype: str) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+@contextlib.contextmanager
+def _reading_once() -> Iterator[None]:
+    """Keep what `gguf` makes of a file: transformers reads it three times, and makes its table of names per module."""
+    import gguf
+
+    made = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in made.items():
+        setattr(gguf, name, functools.cache(make))
+    try:
+        yield
+    finally:
+        for name, make in made.items():
+            setattr(gguf, name, make)
 
 
 def main(argv: list[str] | None = None) -> None:

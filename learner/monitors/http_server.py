@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from socketserver import ThreadingMixIn
 from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -17,6 +18,8 @@ from shared.bearer_tokens import is_loopback
 from shared.errors import InvalidRequest
 from shared.local_access import LocalAccess
 
+#: In the environ of a request: a function to call once its sender has shown that it may be here.
+KEEP = "lockstep.keep_connection"
 _CONNECTIONS = 16
 _SECONDS = 10.0
 _OF_PAGES = ("HTTP_HOST", "HTTP_ORIGIN", "HTTP_SEC_FETCH_SITE")
@@ -57,6 +60,12 @@ def local_only(app: WSGIApplication, host: str) -> WSGIApplication:
 class _Request(WSGIRequestHandler):
     timeout = _SECONDS  # of one read or write
 
+    server: Any  # a `_Server`
+
+    def get_environ(self) -> WSGIEnvironment:
+        """Add `KEEP` to what the application is told."""
+        return super().get_environ() | {KEEP: partial(self.server.keep, self.connection)}
+
     def log_message(self, *_: Any) -> None:
         """Log nothing."""
 
@@ -66,13 +75,16 @@ class _Request(WSGIRequestHandler):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each of the `_CONNECTIONS` newest connections; older ones are closed."""
+    """A thread for each of the `_CONNECTIONS` newest connections; older ones are closed.
+
+    Those that are kept are counted apart: strangers close none of them.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
-        self._open = OrderedDict[socket.socket, None]()
+        self._open, self._kept = OrderedDict[socket.socket, None](), OrderedDict[socket.socket, None]()
         self._lock = threading.Lock()
         found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family = found[0][0]
@@ -80,17 +92,29 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            if len(self._open) >= _CONNECTIONS:
-                oldest, _ = self._open.popitem(last=False)
-                with suppress(OSError):  # it has ended by itself
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
-            self._open[request] = None
+            _add(self._open, request)
         super().process_request(request, client_address)
+
+    def keep(self, request: socket.socket) -> None:
+        """Count a connection apart from those whose senders may be anybody."""
+        with self._lock:
+            if request in self._open:
+                del self._open[request]
+                _add(self._kept, request)
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
             self._open.pop(request, None)
+            self._kept.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log nothing: a client was too slow, or has left."""
+
+
+def _add(connections: OrderedDict[socket.socket, None], request: socket.socket) -> None:
+    if len(connections) >= _CONNECTIONS:
+        oldest, _ = connections.popitem(last=False)
+        with suppress(OSError):  # it has ended by itself
+            oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+    connections[request] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hmac
 import secrets
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from learner.monitors.http_server import local_only, start_http_server
+from learner.monitors.http_server import KEEP, local_only, start_http_server
 from learner.monitors.run_page import batch_changes, html_json, policy, render
 from learner.monitors.run_reader import RunReader, find_runs
 from shared.bearer_tokens import is_loopback
@@ -23,7 +24,6 @@ from shared.bearer_tokens import is_loopback
 _LOOK, _ALIVE = 0.5, 5.0
 #: Most runs in one view, and runs whose data is kept.
 _VIEWED, _KEPT = 8, 16
-_COOKIE = "lockstep_page"
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -47,7 +47,9 @@ def serve_page(folder: Path, host: str, port: int, option: str = "page_port") ->
         LockstepError: `invalid_request` if it cannot be listened on; `option` gave the port.
     """
     secret = None if is_loopback(host) else secrets.token_urlsafe(24)
-    server = start_http_server(local_only(PageApp(folder, secret), host), host, port, option)
+    app = PageApp(folder, secret)
+    server = start_http_server(local_only(app, host), host, port, option)
+    atexit.register(app.send_last)
     return page_url(host, server.server_port, secret)
 
 
@@ -68,6 +70,8 @@ class PageApp:
         self._folder, self._secret = folder, secret
         self._readers: dict[str, RunReader] = {}
         self._lock = threading.Lock()
+        self._leaving, self._watched = threading.Event(), threading.Condition()
+        self._watchers = 0
         self._page = render({}, live=True).encode()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -81,10 +85,11 @@ class PageApp:
             return answer("405 Method Not Allowed", b"this page can only be read\n", Allow="GET, HEAD")
         if self._secret is not None:
             if path == "/" and self._is_secret(query.get("token", [""])[0]):
-                cookie = f"{_COOKIE}={self._secret}; Path=/; HttpOnly; SameSite=Lax"
+                cookie = f"{_cookie_name(environ)}={self._secret}; Path=/; HttpOnly; SameSite=Lax"
                 return answer("303 See Other", b"", Location="/", Set_Cookie=cookie)
             if not self._is_secret(_cookie(environ)):
                 return answer("401 Unauthorized", b"open the URL that the log shows, which has a token\n")
+            environ.get(KEEP, bool)()
         if path == "/":
             return answer("200 OK", self._page, "text/html; charset=utf-8")
         if path != "/events":
@@ -95,12 +100,30 @@ class PageApp:
         start_response("200 OK", [("Content-Type", "text/event-stream; charset=utf-8"), *_HEADERS])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else self._events(names)
 
+    def send_last(self, within_s: float = 2.0) -> None:
+        """Let each stream look at the files once more, and end, before this process does."""
+        self._leaving.set()
+        with self._watched:
+            self._watched.wait_for(lambda: not self._watchers, within_s)
+
     def _events(self, names: list[str]) -> Iterator[bytes]:
+        with self._watched:
+            self._watchers += 1
+        try:
+            yield from self._looks(names)
+        finally:
+            with self._watched:
+                self._watchers -= 1
+                self._watched.notify_all()
+
+    def _looks(self, names: list[str]) -> Iterator[bytes]:
         yield b"retry: 2000\n\n"
         listed: dict[str, Path] | None = None
         sent: dict[str, dict[str, Any]] = {}
         spoke = time.monotonic()
-        while True:
+        is_last = False
+        while not is_last:
+            is_last = self._leaving.is_set()
             if (runs := find_runs(self._folder)) != listed:
                 listed = runs
                 yield _event("runs", list(runs))
@@ -114,7 +137,7 @@ class PageApp:
             if time.monotonic() - spoke >= _ALIVE:
                 yield b": nothing new\n\n"  # fails where nobody listens any more, which ends this thread
                 spoke = time.monotonic()
-            time.sleep(_LOOK)
+            self._leaving.wait(0.0 if is_last else _LOOK)
 
     def _message(self, name: str, folder: Path, sent: dict[str, Any]) -> dict[str, Any] | None:
         """Return what has changed of a run since the state that `sent` keeps; None if nothing."""
@@ -144,10 +167,15 @@ def _event(kind: str, data: Any) -> bytes:
 
 def _cookie(environ: WSGIEnvironment) -> str:
     try:
-        found = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_COOKIE)
+        found = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_cookie_name(environ))
     except CookieError:
         return ""
     return found.value if found else ""
+
+
+def _cookie_name(environ: WSGIEnvironment) -> str:
+    """Return a name of this page's own: browsers send a host's cookies to all of its ports."""
+    return f"lockstep_page_{environ['SERVER_PORT']}"
 
 
 def _changed_at(folder: Path) -> int:

@@ -32,6 +32,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero and logs and "eval_reward" in logs:
+            self._show_page()
             write = tqdm.write if self._bar is not None else partial(print, flush=True)
             write(f"step {state.global_step}: eval reward {logs['eval_reward']:.3f}")
 
@@ -40,11 +41,8 @@ class Progress(TrainerCallback):
             self._bar.close()
 
     def show(self, report: StepReport) -> None:
-        """Show a completed optimizer step; before the first one of this process, where the page is."""
-        if self._page is not None:
-            write = tqdm.write if self._bar is not None else partial(print, flush=True)
-            write(f"open the page: {self._page.resolve().as_uri()}")
-            self._page = None
+        """Show a completed optimizer step."""
+        self._show_page()
         reward = "-" if report.reward is None else f"{report.reward:.3f}"
         servers = f"  {report.servers_up} of {report.servers} servers" if report.servers > 1 else ""
         gap = "" if report.logprob_gap is None else f"  gap {report.logprob_gap:.1e}"
@@ -62,6 +60,14 @@ class Progress(TrainerCallback):
             seconds = (time.perf_counter() - self._started) / max(done, 1) * (report.max_steps - report.step)
             left = timedelta(seconds=int(seconds))
             print(f"step {report.step}/{report.max_steps}  {summary}  left {left}", flush=True)
+
+
+    def _show_page(self) -> None:
+        """Say where the page is, before the first reward of this process: of a step, or of an evaluation."""
+        if self._page is not None:
+            write = tqdm.write if self._bar is not None else partial(print, flush=True)
+            write(f"open the page: {self._page.resolve().as_uri()}")
+            self._page = None
 
 
 def show_progress(trainer: Trainer, session: Session) -> None:

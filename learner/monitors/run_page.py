@@ -85,11 +85,11 @@ CHARTS: list[dict[str, Any]] = [
     },
     {
         "title": "Tokens per second",
-        "note": "servers: while a batch is generated; trained: of the whole step, and of it without waiting (rank 0)",
+        "note": "completions, while servers generate and of whole steps; with prompts, while rank 0 trains only",
         "series": [
             ("rollout_tokens_per_second", "servers", "line"),
-            ("trained_tokens_per_second", "trained", "line"),
-            ("pass_tokens_per_second", "trained, without waiting", "line"),
+            ("trained_tokens_per_second", "whole steps", "line"),
+            ("train_tokens_per_second", "training, with prompts", "line"),
         ],
     },
     {

@@ -61,7 +61,7 @@ class StepTable:
         self._rows: dict[int, _Row] = {}
         self._revision = 0
         self._tokens: float | None = 0.0  # completion tokens when the last generation batch had come
-        self._since = [0.0, 0.0]  # seconds since then, and those without waiting
+        self._since = 0.0  # seconds since then
 
     def add_step(self, report: Mapping[str, Any]) -> None:
         """Add a row of `metrics.jsonl`, see `learner.step_metrics.StepReport`."""
@@ -99,23 +99,21 @@ class StepTable:
         return now, {"anew": anew, "width": self.width, "columns": self._columns, "rows": rows}
 
     def _derived(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Return the shares of a step, and the speed of training since the generation batch before."""
+        """Return the shares of a step, and the tokens per second since the generation batch before."""
         seconds, found = finite(values.get("seconds")), dict[str, float]()
         if not seconds:
             return found
         for name, share in _SHARES.items():
             if (part := finite(values.get(name))) is not None:
                 found[share] = min(part / seconds, 1.0)
-        waits = sum(finite(values.get(name)) or 0.0 for name in ("wait_seconds", "reward_wait_seconds", "push_seconds"))
-        self._since = [self._since[0] + seconds, self._since[1] + max(seconds - waits, 0.0)]
+        self._since += seconds
         if (tokens := finite(values.get("completion_tokens"))) is None or tokens == self._tokens:
             return found
         if (self._tokens is not None and values["step"] > 1) or values["step"] == 1:
             new = tokens - (self._tokens or 0.0)
-            for name, over in zip(("trained_tokens_per_second", "pass_tokens_per_second"), self._since, strict=True):
-                if new > 0 and over > 0:
-                    found[name] = new / over
-        self._tokens, self._since = tokens, [0.0, 0.0]
+            if new > 0:
+                found["trained_tokens_per_second"] = new / self._since
+        self._tokens, self._since = tokens, 0.0
         return found
 
     def _add(self, step: int, values: Mapping[str, Any]) -> None:

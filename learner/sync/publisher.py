@@ -60,6 +60,8 @@ class Publisher:
     _transports: dict[str, Transport] = field(default_factory=dict, init=False)
     #: Servers that come back are sent the last export from threads of their own.
     _exporting: threading.Lock = field(default_factory=threading.Lock, init=False)
+    #: Seconds for which the run is kept, once its training has ended.
+    _kept: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         states, run_id = [replica.known for replica in self.pool.up()], self.lease.run_id
@@ -95,6 +97,7 @@ class Publisher:
         with self._exporting:
             if self._exporter is None:  # only now the trainer has put the model where it stays
                 self._exporter = AdapterExporter(self.model, dtype=self.lora_dtype, base_weights=self.base_weights)
+            self._kept = None
             export = self._export = self._exporter.export(self.version(step))
             replicas = self.pool.up()
         receipt: PushReceipt = self.on_main(lambda: self._send(export, replicas))
@@ -103,8 +106,10 @@ class Publisher:
         return receipt
 
     def ensure(self, step: int) -> PushReceipt:
-        """Push `step` unless it was the last push. Collective."""
-        return last if (last := self.last) and last.version == self.version(step) else self.push(step)
+        """Push `step` unless it was the last push, and the training goes on: after its end the run may have given way,
+        and must not do so while it is needed. Collective."""
+        last = self.last
+        return last if last and self._kept is None and last.version == self.version(step) else self.push(step)
 
     def catch_up(self, replica: Replica, admit: Callable[[RolloutClient, ServerState], None]) -> None:
         """Push the last export over HTTP to a server that is new, or has failed, and mark it up. Not collective.
@@ -125,12 +130,14 @@ class Publisher:
             replica.state, replica.receipt = state, None
         elif not replica.serves_receipt(state):
             replica.receipt = None
+        pushed = False
         while True:
             with self._exporting:
                 export = self._export
                 if export is None or (replica.receipt and replica.receipt.version == export.manifest.version):
                     self.pool.mark_up(replica)  # before the next push can choose its servers
-                    return
+                    kept = self._kept
+                    break
                 pieces = export.pieces()
             with _remedies(replica):
                 receipt = replica.client.push(
@@ -141,26 +148,33 @@ class Publisher:
                     in_flight=self.in_flight,
                 )
             self._accept(replica, receipt, export.manifest)
+            pushed = True
+        if pushed and export is not None and kept is not None:  # the push has undone what `finish` said, or came first
+            self._finish_on(replica, export.manifest.version, kept)
 
     def finish(self, keep_s: float) -> None:
         """Tell every server that the training has ended with the last push, or, before the first one, with what they
         serve of it; warn of those that do not hear it.
         """
-        run_id = self.lease.run_id
+        with self._exporting:
+            self._kept = keep_s
         for replica in list(self.pool.replicas.values()):
             runs = replica.state.runs if replica.state else []
-            served = next((run.version for run in runs if run.run_id == run_id), None)
-            if (version := self.last.version if self.last else served) is None:
-                continue
-            try:
-                replica.client.finish_run(version, self.lease.secret, keep_s=keep_s)
-            except LockstepError as error:
-                if error.code is not ErrorCode.UNKNOWN_RUN:  # it has restarted, or the run has been ended
-                    logger.warning(
-                        "%s was not told that run %s has finished, and keeps its place (%s); free it with "
-                        "`learner runs --rollout-url %s --end %s --takeover`",
-                        *(replica.url, run_id, error, replica.url, run_id),
-                    )
+            served = next((run.version for run in runs if run.run_id == self.lease.run_id), None)
+            if version := self.last.version if self.last else served:
+                self._finish_on(replica, version, keep_s)
+
+    def _finish_on(self, replica: Replica, version: WeightVersion, keep_s: float) -> None:
+        try:
+            replica.client.finish_run(version, self.lease.secret, keep_s=keep_s)
+        except LockstepError as error:
+            if error.code is not ErrorCode.UNKNOWN_RUN:  # it has restarted, or the run has been ended
+                run_id = self.lease.run_id
+                logger.warning(
+                    "%s was not told that run %s has finished, and keeps its place (%s); free it with "
+                    "`learner runs --rollout-url %s --end %s --takeover`",
+                    *(replica.url, run_id, error, replica.url, run_id),
+                )
 
     def delete_run(self) -> None:
         """End the run on all servers that are up and have it; its slots become free.

@@ -236,9 +236,10 @@ class _PushAfterStep(TrainerCallback):
     """Passes the trainer's events to the session."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session, self._ended = session, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._ended = False
         self.session.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -247,10 +248,13 @@ class _PushAfterStep(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.session.pool.close()  # else it would go on pushing this run to servers that restart
         if state.global_step >= state.max_steps:  # else it was stopped, and may be resumed
+            self._ended = True
             self.session.finish()
         self.session.yield_gpu()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._ended:  # the evaluation has made it a run in training again
+            self.session.finish()
         self.session.yield_gpu()  # no training may follow
 
 

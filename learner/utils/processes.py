@@ -43,25 +43,24 @@ def each_signal(handler: Callable[[int, FrameType | None], object], *numbers: si
 
 
 @contextlib.contextmanager
-def stop_on_signals(times: int = 1) -> Iterator[None]:
-    """Raise `Stopped` at the first SIGINT, SIGTERM or SIGHUP; ignore later ones while children are being ended.
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Raise `Stopped` at the first SIGINT, SIGTERM or SIGHUP, and only there: children are being ended then.
 
-    Args:
-        times: at how many of them; the second one finds whoever waits for children to end.
+    Yields the event that later signals set, which may come at any moment of that: see `ProcessGroup`.
     """
-    raised = 0
+    stopped, hurry = False, threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal raised
-        raised += 1
-        if raised >= times:
-            for other in _SIGNALS:
-                signal.signal(other, signal.SIG_IGN)
+        nonlocal stopped
+        if stopped:
+            hurry.set()
+            return
+        stopped = True
         raise Stopped(signal.Signals(number).name)
 
     # One that is ignored stays so: nohup's SIGHUP.
     with each_signal(stop, *(number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)):
-        yield
+        yield hurry
 
 
 def module_command(module: str) -> list[str]:
@@ -85,6 +84,7 @@ class ProcessGroup:
             this process is killed). By default its output is that of this process.
         cores: CPUs it may run on; by default those of this process.
         patience_s: seconds that the command gets to end by itself when the block ends.
+        hurry: once it is set the command gets no more time to end by itself.
     """
 
     def __init__(
@@ -95,8 +95,9 @@ class ProcessGroup:
         *,
         cores: Collection[int] | None = None,
         patience_s: float = 15.0,
+        hurry: threading.Event | None = None,
     ) -> None:
-        self.patience_s = patience_s
+        self.patience_s, self._hurry = patience_s, hurry or threading.Event()
         # Blocked until the child is known: a signal in between would orphan it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set(_SIGNALS))
         read_lines = None if log is None or isinstance(log, Path) else log
@@ -134,19 +135,13 @@ class ProcessGroup:
             take(line.rstrip())
 
     def end(self) -> int:
-        """Send SIGTERM, and SIGKILL to the rest of the group after `patience_s` seconds, or at once if a signal stops
-        this process meanwhile. Return the exit code."""
+        """Send SIGTERM, and SIGKILL to the rest of the group after `patience_s` seconds, or at once if there is a hurry
+        or a signal stops this process meanwhile. Return the exit code."""
         try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(self.patience_s)
-            deadline = time.monotonic() + 5.0
-            while time.monotonic() < deadline:  # children usually end by themselves
-                os.killpg(self.process.pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            pass
+                self._wait(lambda: self.process.poll() is not None, self.patience_s)
+            self._wait(self._is_gone, 5.0)  # children usually end by themselves
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -154,6 +149,18 @@ class ProcessGroup:
             if self._reader:
                 self._reader.join(5.0)  # of what it has said last
         return self.process.returncode
+
+    def _wait(self, ended: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not (ended() or self._hurry.is_set()) and time.monotonic() < deadline:
+            time.sleep(0.05)  # waiting on the event holds a lock that its setting, by the handler, needs
+
+    def _is_gone(self) -> bool:
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
     def __enter__(self) -> ProcessGroup:
         return self

@@ -190,6 +190,7 @@ class Installer:
             return None
         if (manifest.version, manifest.checksum, lease) == (slot.version, slot.checksum, run.lease):
             assert slot.receipt is not None
+            run.finished = None  # as after any other push
             return slot.receipt.model_copy(update={"repeated": True})
         raise StaleVersion(
             f"{manifest.version} does not come after {slot.version}, which is being served",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from learner.run_dir.files import HISTORY_FILE, read_lines
 from learner.servers.client import RolloutClient
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
+from tests.integration.support.examples import EXAMPLES, run_example
 from tests.integration.support.learner_process import LearnerProcess, write_questions
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
@@ -88,3 +91,17 @@ def test_a_learner_that_was_killed_in_its_turn_goes_on(client: RolloutClient, mo
     assert summary["steps"] == 10
     assert 0 < summary["max_logprob_gap"] < FP32
     assert not client.state().asleep
+
+
+def test_the_quickstart_notebook(sharing: ServerProcess, model: Path, tmp_path: Path) -> None:
+    """All its cells, but that it finds the server instead of starting one."""
+    shown = run_example(
+        [sys.executable, "-m", "tests.integration.support.notebook", str(EXAMPLES / "quickstart.ipynb")],
+        tmp_path,
+        MODEL=model,
+        ROLLOUT_URL=sharing.url,
+        OUTPUT_DIR=tmp_path / "run",
+    )
+    assert "policy:" in shown
+    assert [row["step"] for row in read_lines(tmp_path / "run" / HISTORY_FILE)] == [1, 2]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

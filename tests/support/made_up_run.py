@@ -120,6 +120,7 @@ def row_of(step: int, steps: int) -> dict[str, Any]:
         "push_seconds": 0.2,
         "push_bytes": 132_000_000,
         "rollout_tokens_per_second": 16_000 + 2000 * math.sin(step),
+        "train_tokens_per_second": 900.0,
         "logprob_gap": 3e-3 if step % 10 == 0 else None,
         "seconds": 9.0 + math.cos(step),
         "drift": {"delta": 2e-3, "kl": 4e-5, "clipped": 0.0, "effective_sample_size": 0.98},

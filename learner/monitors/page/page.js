@@ -444,7 +444,7 @@
     el("h2", { id: "completions" }, "Completions"),
     el("div", { class: "tools" },
       el("label", { for: "step" }, "Step "), slider, where,
-      el("label", { for: "filter" }, "Show "), filter,
+      el("span", { class: "pair" }, el("label", { for: "filter" }, "Show "), filter),
       el("label", { for: "everywhere" }, everywhere, " of all steps kept")),
     count, cards, more);
   const batchKey = (batch) => `${batch.kind} ${batch.step}`;
@@ -560,7 +560,7 @@
   const grid = el("div", { class: "charts" });
   root.replaceChildren(
     el("header", {}, title, facts, link, bar), picker, tiles,
-    el("div", { class: "tools" }, el("h2", { id: "charts" }, "Charts"), el("label", { for: "scale" }, "Scale "), scales,
+    el("div", { class: "tools" }, el("h2", { id: "charts" }, "Charts"), el("span", { class: "pair" }, el("label", { for: "scale" }, "Scale "), scales),
       el("button", { type: "button", click: downloadAll }, "Download all as CSV")),
     grid, completions, about);
   for (const spec of given.charts) {

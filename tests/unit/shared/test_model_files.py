@@ -89,6 +89,17 @@ def test_a_model_that_the_hub_does_not_give(hub, error, words):
         check_model_exists("owner/name", "v1")
 
 
+def test_one_of_the_gguf_files_of_a_repository(hub, monkeypatch):
+    hub()
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, **_: asked.append(name))
+    check_model_exists("org/Model-GGUF:Q4_K_M")
+    assert asked == ["org/Model-GGUF"]
+    for name in ("org/Model-GGUF:", "Model:Q4", "org/Model:a:b"):
+        with pytest.raises(InvalidRequest, match="a name that a hub could have"):
+            check_model_exists(name)
+
+
 def test_what_no_hub_could_have():
     with pytest.raises(InvalidRequest, match="neither a directory here nor a name that a hub could have"):
         check_model_exists("my model")

@@ -15,6 +15,7 @@ from learner.cli import main
 from learner.commands import doctor
 from learner.commands.doctor import NOTE, WRONG, diagnose
 from learner.servers.client import RolloutClient
+from learner.utils.gpus import Gpu
 from learner.utils.ports import free_port
 from shared.errors import ErrorCode, Unauthenticated
 from shared.weights import RunState, WeightVersion
@@ -49,7 +50,7 @@ def setup(model_dir, server_state, tmp_path, monkeypatch):
     made = Setup()
     transport = httpx.MockTransport(lambda request: made.answer(request))
     monkeypatch.setattr(doctor, "RolloutClient", partial(RolloutClient, transport=transport))
-    monkeypatch.setattr(doctor, "_cards", list)
+    monkeypatch.setattr(doctor, "visible_gpus", list)
     monkeypatch.delenv("LOCKSTEP_TOKEN", raising=False)
     return made
 
@@ -87,7 +88,7 @@ def model_without_weights(setup, tmp_path, monkeypatch):
 
 
 def gpu_too_small(setup, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_cards", lambda: [("NVIDIA T4", 16.0 * GIB, 0.0)])
+    monkeypatch.setattr(doctor, "visible_gpus", lambda: [Gpu("0", "NVIDIA T4", 16.0 * GIB, 0.0)])
     monkeypatch.setattr(doctor, "_weight_bytes", lambda model: 15.0 * GIB)
     setup.options["use_cpu"] = "false"
 
@@ -207,12 +208,13 @@ def test_without_a_server_or_a_model_it_says_what_it_could_look_at(setup):
     assert [text for text in notes if "give --rollout_url" in text or "give --model_name_or_path" in text] == notes[-2:]
 
 
-def test_cards_as_the_driver_tells_them(monkeypatch, tmp_path):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 1024'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._cards() == [("NVIDIA H100 80GB HBM3", 81559 * 2.0**20, 2.0**30)]
+@pytest.mark.parametrize("option", ["metrics_port", "page_port"])
+@pytest.mark.parametrize("port", ["abc", "70000", "-1", "99999999999999999999", "1.5"])
+def test_what_is_no_port_is_named(setup, option, port):
+    setup.options[option] = port
+    ((about, text),) = setup.wrong()
+    assert about == "port"
+    assert f"{option} {port} is no port" in text
 
 
 def test_errors_keep_their_code_out_of_the_text(setup, tmp_path):

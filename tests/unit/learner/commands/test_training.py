@@ -146,7 +146,13 @@ def test_sampling_parameters_as_text(grpo, text):
     assert changed.generation_kwargs == {"min_p": 0.1}
 
 
-@pytest.mark.parametrize("text", ["max_tokens", "max_tokens=", "512, 0.1", "max_tokens=open('x')", "**fields"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("max_tokens", "max_tokens=", "512, 0.1", "max_tokens=open('x')", "**fields", "n=1)+(2", "n=1)(n=2", "n=1).x"),
+        *("{1}", "{[]: 1}", "{1: 2}", "n=" + "(" * 500, "n=" + "-" * 20_000 + "1"),
+    ],
+)
 def test_text_that_is_no_sampling_parameters(text):
     with pytest.raises(InvalidRequest, match=r"write its fields as max_tokens=512, min_p=0\.1"):
         sampling_fields(text)

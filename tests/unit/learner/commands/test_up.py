@@ -19,6 +19,7 @@ SERVER = """
 import http.server, os, signal, sys, threading
 port = int(sys.argv[sys.argv.index("--port") + 1])
 print("loading on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+print("loudness", os.environ.get("LOUDNESS"), flush=True)
 if "--broken" in sys.argv:
     sys.exit("rollout-server: the engine could not start")
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -27,6 +28,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.path == "/die":
             print("rollout-server: the engine died", flush=True)
+            print("INFO:     Finished server process [7]", flush=True)
             os._exit(1)
     def log_message(self, *_): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
@@ -40,6 +42,7 @@ LEARNER = """
 import os, signal, sys, time, urllib.request
 url = sys.argv[sys.argv.index("--rollout_url") + 1]
 print("options", *sys.argv[1:], flush=True)
+print("loudness", os.environ.get("LOUDNESS"), flush=True)
 if "--wrong" in sys.argv:
     sys.exit(2)
 def leave(*_):
@@ -230,3 +233,41 @@ def test_cores_are_split(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2})
     plan = _plan(recipe, "use_cpu: true", "--split-cores")
     assert (plan.server_cores, plan.learner_cores) == ([1], [2, 3])
+
+
+def test_a_second_one_in_the_same_folder_starts_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = _up(recipe, "--long")
+    log = recipe.parent / "runs" / "mine" / "server.log"
+    before = log.read_text()
+    assert main(["up", "--config", str(recipe)]) == 2
+    assert f"process {process.pid}" in capsys.readouterr().err
+    assert log.read_text() == before
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_a_second_signal_may_come_at_any_moment(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Here it comes before anything waits for the learner to end."""
+    monkeypatch.setattr(up, "LEARNER_PATIENCE_S", 100_000.0)
+    say = up.say
+
+    def say_and_signal(text: str) -> None:
+        say(text)
+        if "is ready" in text or "a second signal" in text:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(up, "say", say_and_signal)
+    assert main(["up", "--config", str(recipe), "--long", "--stubborn"]) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_the_recipes_environment_reaches_both(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOUDNESS", "0")
+    recipe.write_text(recipe.read_text() + "env:\n  LOUDNESS: 11\n")
+    assert main(["up", "--config", str(recipe)]) == 0
+    for log in ("server.log", "learner.log"):
+        assert "loudness 11" in (recipe.parent / "runs" / "mine" / log).read_text()
+    recipe.write_text("model_name_or_path: tiny\nuse_cpu: true\nenv: 3\n")
+    with pytest.raises(InvalidRequest, match="env: write"):
+        up.make_plan(["--config", str(recipe)])

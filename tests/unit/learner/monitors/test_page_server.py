@@ -5,9 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def ask(port: int, path: str = "/", method: str = "GET", **headers: str) -> tupl
 class Stream:
     """The events that a page gets."""
 
-    def __init__(self, port: int, query: str = "") -> None:
+    def __init__(self, port: int, query: str = "", headers: dict[str, str] | None = None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        self._connection.request("GET", f"/events{query}")
+        self._connection.request("GET", f"/events{query}", headers=headers or {})
         self._answer = self._connection.getresponse()
         assert self._answer.status == 200
 
@@ -68,6 +69,10 @@ class Stream:
             kind, data = self.next()
             if kind == "run":
                 return data
+
+    def ended(self) -> bool:
+        """Return whether the server has closed the stream after what was read."""
+        return not self._answer.read().strip()
 
     def close(self) -> None:
         self._answer.close()
@@ -201,17 +206,55 @@ def test_beyond_the_loopback_the_url_has_a_token(tmp_path: Path) -> None:
     port = server.server_port
     for path in ("/", "/events", "/?token=", "/?token=wrong", "/events?token=" + SECRET, "/anything"):
         assert ask(port, path)[0] == 401, path
-    assert ask(port, "/", Cookie="lockstep_page=wrong")[0] == 401
+    assert ask(port, "/", Cookie=f"lockstep_page_{port}=wrong")[0] == 401
     status, headers, _ = ask(port, f"/?token={SECRET}")
     assert (status, headers["Location"]) == (303, "/")
     assert headers["Set-Cookie"].endswith("; HttpOnly; SameSite=Lax")
     cookie = headers["Set-Cookie"].split(";")[0]
-    assert ask(port, "/", Cookie=cookie)[0] == 200
+    assert cookie.startswith(f"lockstep_page_{port}="), "a browser sends it to the host's other pages, too"
+    assert ask(port, "/", Cookie=f"lockstep_page_{port + 1}=other; {cookie}")[0] == 200
     assert ask(port, "/events", Cookie=cookie)[0] == 200
     server.shutdown()
     server.server_close()
     assert page_url("10.0.0.7", 8700, SECRET) == f"http://10.0.0.7:8700/?token={SECRET}"
     assert page_url("::1", 8700) == "http://[::1]:8700/"
+
+
+def test_strangers_close_no_page_that_is_watched(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    writer.go_on(1)
+    server = start_http_server(PageApp(tmp_path / "run", SECRET), "127.0.0.1", 0, "page_port")
+    port = server.server_port
+    cookie = ask(port, f"/?token={SECRET}")[1]["Set-Cookie"].split(";")[0]
+    events = Stream(port, headers={"Cookie": cookie})
+    assert rows(events.next_run()) == [1]
+    with ExitStack() as strangers:
+        for _ in range(40):
+            strangers.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+        assert ask(port)[0] == 401  # so all of them have been taken up
+        writer.go_on(1)
+        while "table" not in (more := events.next_run()):
+            pass
+    assert rows(more) == [2]
+    events.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_page_hears_of_the_end_before_its_server_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_server, "_LOOK", 100_000.0)
+    writer = RunWriter(tmp_path / "run")
+    writer.go_on(1)
+    app = PageApp(tmp_path / "run")
+    server = start_http_server(app, "127.0.0.1", 0, "page_port")
+    with stream(server.server_port) as events:
+        events.next_run()
+        writer.write_state("finished")
+        app.send_last(within_s=60.0)
+        assert events.next_run()["head"]["state"] == "finished"
+        assert events.ended()
+    server.shutdown()
+    server.server_close()
 
 
 def test_one_who_has_left_takes_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,3 +76,34 @@ def test_a_wrong_receipt_is_an_error(publisher, client, monkeypatch, change):
         publisher.push(1)
     assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH
     assert not publisher.receipts
+
+
+def test_an_evaluation_after_the_end_has_its_run_for_itself(publisher, server):
+    """Until then it may have given way to another; and while it is needed it must not."""
+    publisher.push(1)
+    publisher.finish(0.0)
+    server.served.pop("r")
+    publisher.ensure(1)
+    assert [v.step for v in server.pushed] == [1, 1]
+    assert not server.finished
+    publisher.ensure(1)
+    assert len(server.pushed) == 2
+
+
+def test_a_server_that_is_caught_up_late_hears_of_the_end(publisher, server, client, monkeypatch):
+    """It restarted; the training ended while its last push was under way to it again."""
+    publisher.push(1)
+    server.restart()
+    (replica,) = publisher.pool.replicas.values()
+    push = client.push
+
+    def push_when_finished(*args, **kwargs):
+        publisher.finish(30.0)
+        assert not server.finished
+        return push(*args, **kwargs)
+
+    monkeypatch.setattr(client, "push", push_when_finished)
+    publisher.catch_up(replica, lambda *_: None)
+    assert server.finished["r"].keep_seconds == 30.0
+    publisher.catch_up(replica, lambda *_: None)
+    assert len(server.pushed) == 2

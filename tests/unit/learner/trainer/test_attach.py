@@ -432,6 +432,19 @@ def test_a_run_ends_when_its_training_does(make_trainer, server, client):
     session.close()
 
 
+def test_an_evaluation_after_the_training(make_trainer, server, client):
+    """The run has given way meanwhile; it comes back for the evaluation, and is not left in training."""
+    trainer = make_trainer(eval_strategy="no")
+    session = attach(trainer, client=client, run_id="r")
+    trainer.train()
+    server.served.pop("r")
+    server.finished.clear()
+    trainer.evaluate(trainer.train_dataset)
+    assert server.served["r"][0] == session.publisher.last.version
+    assert server.finished["r"].version == session.publisher.last.version
+    session.close()
+
+
 def test_a_training_that_stops_early_keeps_its_place(make_trainer, server, client):
     """It may be resumed. Whoever knows better says so."""
     trainer = make_trainer()

@@ -269,6 +269,15 @@ async def test_the_checksum_of_what_is_served_makes_nobody_its_owner(server: _Se
     assert (await server.push(5)).repeated
 
 
+async def test_the_same_push_again_makes_it_a_run_in_training_again(server: _Server) -> None:
+    version = (await server.push(5)).version
+    run = server.runs.get("r")
+    server.runs.finish("r", run.lease, version, 0.0)
+    assert run.finished
+    assert (await server.push(5)).repeated
+    assert run.finished is None
+
+
 async def test_a_first_push_that_fails_makes_room_for_those_that_wait(server: _Server) -> None:
     server.workers.held["fill"] = asyncio.Event()
     server.workers.refused["fill"] = "not_finite"
