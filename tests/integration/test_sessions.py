@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from anthropic import Anthropic
 from openai import OpenAI
 from transformers import AutoTokenizer
 

@@ -52,6 +52,7 @@ class SamplingEngine:
         self.asked: list[Asked] = []
         self.aborted: list[str] = []
         self.gate: asyncio.Event | None = None
+        self.began, self.stopped = asyncio.Event(), asyncio.Event()
         self._random = random.Random(seed)
 
     def get_tokenizer(self) -> Any:
@@ -59,6 +60,7 @@ class SamplingEngine:
 
     async def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
+        self.stopped.set()
 
     async def generate(self, prompt: Any, params: Any, request_id: str, **_: Any) -> AsyncGenerator[Any, None]:
         asked = Asked(list(prompt["prompt_token_ids"]), params)
@@ -69,6 +71,7 @@ class SamplingEngine:
             asked.sampled[choice] = [*ids[:-1], EOS] if draw.random() < 0.5 else ids
         await asyncio.sleep(0)
         if self.gate is not None:
+            self.began.set()
             await self.gate.wait()
         if params.output_kind is not RequestOutputKind.DELTA:
             yield _output([_completion(params, number, i, ids, 0, len(ids)) for i, ids in asked.sampled.items()], True)
