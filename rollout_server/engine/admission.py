@@ -57,9 +57,6 @@ class Admission(AbstractContextManager["Admission"]):
         for request_id in self._submitted:
             self._moves[request_id].append((tokens, version, kv))
 
-    def recall(self) -> None:
-        """Do nothing: requests finish on their version."""
-
     def spans(self, request_id: str, index: int, tokens: int) -> list[VersionSpan]:
         """Return the spans of a finished output of `tokens` tokens; without a push in between, one."""
         version, start, kv = self._submitted[request_id], 0, "fresh"

@@ -82,9 +82,13 @@ class Ring:
 
 
 class Holder(Protocol):
-    """Request or session that holds a slot: an `engine.admission.Admission` or `SessionHold`."""
+    """Request that holds a slot: an `engine.admission.Admission`."""
 
     def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: Any) -> None: ...
+
+
+class SessionHolder(Holder, Protocol):
+    """Session that holds a slot: an `engine.admission.SessionHold`."""
 
     def recall(self) -> None: ...
 
@@ -120,6 +124,7 @@ class Run:
         self.not_moving.set()
         self.slots = self.ring.slots
         self._holders: dict[Slot, set[Holder]] = {slot: set() for slot in self.slots}
+        self._sessions: dict[Slot, set[SessionHolder]] = {slot: set() for slot in self.slots}
 
     @property
     def gives_way(self) -> bool:
@@ -134,20 +139,21 @@ class Run:
     def release(self, slot: Slot, holder: Holder) -> None:
         """End a request's hold on `slot`."""
         slot.requests -= 1
-        self._released(slot, holder)
+        self._holders[slot].discard(holder)
+        self._released(slot)
 
-    def acquire_for_session(self, slot: Slot, holder: Holder) -> None:
+    def acquire_for_session(self, slot: Slot, holder: SessionHolder) -> None:
         """Keep `slot` from being refilled until `release_by_session`, also while no request runs."""
         slot.sessions += 1
-        self._holders[slot].add(holder)
+        self._sessions[slot].add(holder)
 
-    def release_by_session(self, slot: Slot, holder: Holder) -> None:
+    def release_by_session(self, slot: Slot, holder: SessionHolder) -> None:
         """End a session's hold on `slot`."""
         slot.sessions -= 1
-        self._released(slot, holder)
+        self._sessions[slot].discard(holder)
+        self._released(slot)
 
-    def _released(self, slot: Slot, holder: Holder) -> None:
-        self._holders[slot].discard(holder)
+    def _released(self, slot: Slot) -> None:
         if slot.state is SlotState.DRAINING and not slot.held:
             slot.state = SlotState.FREE
         if slot.requests == 0:
@@ -155,7 +161,7 @@ class Run:
 
     def recall(self, fence: int | None = None) -> None:
         """End the sessions that hold a slot of this run; with `fence`, those of earlier learners only."""
-        for slot, holders in self._holders.items():
+        for slot, holders in self._sessions.items():
             if fence is None or (slot.version is not None and slot.version.fence < fence):
                 for holder in tuple(holders):
                     holder.recall()
@@ -200,7 +206,7 @@ class Run:
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         self.last_push = time.monotonic()
-        for holder in self._holders[slot]:
+        for holder in (*self._holders[slot], *self._sessions[slot]):
             holder.move(tokens, version, kv)
         self.ring.notify()
 

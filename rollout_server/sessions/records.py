@@ -72,7 +72,7 @@ class Counts:
     repaired: int = 0
 
 
-class Session:
+class AgentSession:
     """One session; made by `Sessions.open`.
 
     Args:
@@ -268,7 +268,7 @@ class Sessions:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._known: dict[str, Session] = {}
+        self._known: dict[str, AgentSession] = {}
         self._digests: dict[str, bytes] = {}
         self._ended = OrderedDict[str, asyncio.TimerHandle]()  # that are kept to be read
         self._deleted = OrderedDict[str, None]()
@@ -292,7 +292,7 @@ class Sessions:
         await proxy.runs.admitting()
         proxy.capacity.check(0)
         self._check_count()
-        session = Session(request, self, proxy)
+        session = AgentSession(request, self, proxy)
         token = f"{_TOKEN}-{session.session_id}-{secrets.token_hex(16)}"
         self._known[session.session_id] = session
         self._digests[session.session_id] = _digest(token.encode())
@@ -300,7 +300,7 @@ class Sessions:
         path = f"{wire.SESSION.format(session_id=session.session_id)}/v1"
         return SessionOpened(session_id=session.session_id, token=token, path=path, version=session.version)
 
-    def get(self, session_id: str) -> Session:
+    def get(self, session_id: str) -> AgentSession:
         """Return the session of that id; raises `unknown_session`."""
         session = self._known.get(session_id)
         if session is None:
@@ -310,7 +310,7 @@ class Sessions:
             )
         return session
 
-    def of_token(self, presented: bytes) -> Session | None:
+    def of_token(self, presented: bytes) -> AgentSession | None:
         """Return the session that a token opens; None if it is no session's. Raises `unknown_session`."""
         if not is_session_token(presented):
             return None
@@ -321,7 +321,7 @@ class Sessions:
             )
         return self._known[session_id]
 
-    def delete(self, session_id: str) -> Session:
+    def delete(self, session_id: str) -> AgentSession:
         """End a session; its record can be asked for again for a while."""
         session = self.get(session_id)
         session.delete()
@@ -332,7 +332,7 @@ class Sessions:
                 self.forget(next(iter(self._deleted)))
         return session
 
-    def see_end(self, session: Session) -> None:
+    def see_end(self, session: AgentSession) -> None:
         """Keep the record of a session that has ended, for a while."""
         self._keep(session.session_id, _RECORD_SECONDS)
 

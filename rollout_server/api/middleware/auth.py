@@ -23,7 +23,7 @@ from rollout_server.api.security.roles import (
     role_needed,
     session_call,
 )
-from rollout_server.sessions.records import Session, Sessions, is_session_token
+from rollout_server.sessions.records import AgentSession, Sessions, is_session_token
 from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import Forbidden, LockstepError, Unauthenticated, UnknownSession
@@ -120,7 +120,7 @@ class AuthMiddleware:
         return Forbidden(f"{refusal}; {_HOW_WITHOUT}") if refusal else None
 
 
-def _call(scope: Scope, path: str, session: Session) -> Scope:
+def _call(scope: Scope, path: str, session: AgentSession) -> Scope:
     """Return the scope of a session's call, as the layers below see it."""
     session.check_open()
     return {**scope, "path": path, "raw_path": path.encode(), SESSION_KEY: session}

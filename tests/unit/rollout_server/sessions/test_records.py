@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rollout_server.generation.vllm_params import overridden
 from rollout_server.sessions import records
-from rollout_server.sessions.records import Session
+from rollout_server.sessions.records import AgentSession
 from shared.errors import (
     InvalidRequest,
     NoFreeSlot,
@@ -35,11 +35,11 @@ async def served() -> Served:
     return made
 
 
-def _record(session: Session) -> SessionRecord:
+def _record(session: AgentSession) -> SessionRecord:
     return session.snapshot()()
 
 
-def _steps(session: Session) -> list[list[int]]:
+def _steps(session: AgentSession) -> list[list[int]]:
     return [[span.version.step for span in each.spans if span.version] for each in _record(session).trajectories]
 
 
@@ -203,7 +203,7 @@ async def test_limits_end_a_session(served: Served) -> None:
     assert not any(slot.sessions for slot in served.run.slots)
 
 
-async def _under_way(served: Served, session: Session) -> asyncio.Future[Any]:
+async def _under_way(served: Served, session: AgentSession) -> asyncio.Future[Any]:
     """Begin a call that the engine does not answer; return when it has it."""
     served.engine.gate = asyncio.Event()
     call = asyncio.ensure_future(served.call(session, [1]))
