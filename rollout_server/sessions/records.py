@@ -183,15 +183,15 @@ class AgentSession:
 
     async def _continued(self, asked: array[int]) -> array[int]:
         """Return the prompt on recorded ids, where it has the text of a trajectory and other ids."""
-        branches = self.trajectories.branches
-        if not branches or self.trajectories.match(asked) is not None:
+        if self.trajectories.match(asked) is not None or not (similar := self.trajectories.similar(asked)):
             return asked
+        recorded = [token_ids[:] for token_ids in similar]  # others may go on with them meanwhile
         tokenizer = self._proxy.turn_tokenizer or self._proxy.get_tokenizer()
 
         def decode(token_ids: list[int]) -> str:
             return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-        built = await in_turn(continued, asked, [branch.copy() for branch in branches], decode)
+        built = await in_turn(continued, asked, recorded, decode)
         if built is None or len(built) >= self._proxy.model_config.max_model_len:
             return asked
         return built

@@ -50,6 +50,13 @@ class Branch:
             return False
         return prompt[:length] == self.token_ids
 
+    def asked_alike(self, prompt: array[int]) -> bool:
+        """Return whether `prompt` begins as its first one; the last tokens may have been joined with sampled ones."""
+        length = max(self.sampled[0][0] - _CONTEXT, 1) if self.sampled else len(self.token_ids)
+        if length > len(prompt) or prompt[length - 1] != self.token_ids[length - 1]:
+            return False
+        return prompt[:length] == self.token_ids[:length]
+
     def go_on(self, call: int, prompt: array[int], choice: Choice) -> None:
         """Append a call whose prompt begins with all tokens so far."""
         self.token_ids.extend(prompt[len(self.token_ids) :])
@@ -115,6 +122,13 @@ class Trajectories:
                 found = branch
         return found
 
+    def similar(self, prompt: array[int]) -> list[array[int]]:
+        """Return the token ids of trajectories from which `prompt` differs where something was sampled, or behind it;
+        those that agree longest come first.
+        """
+        found = [branch.token_ids for branch in self.branches if branch.asked_alike(prompt)]
+        return sorted(found, key=lambda token_ids: -_shared(token_ids, prompt))[:_COMPARED]
+
     def needed(self, prompt: array[int], choices: int) -> int:
         """Return how many tokens of the prompt a call would add."""
         match = self.match(prompt)
@@ -137,28 +151,27 @@ class Trajectories:
         return forks
 
 
-def continued(prompt: array[int], branches: Sequence[Branch], decode: Callable[[list[int]], str]) -> array[int] | None:
-    """Return the prompt on the recorded ids of a trajectory with whose text it begins; None if there is none.
+def continued(
+    prompt: array[int], recorded: Iterable[array[int]], decode: Callable[[list[int]], str]
+) -> array[int] | None:
+    """Return the prompt on the first of the recorded ids with whose text it begins; None if there are none.
 
     The text is the same, and so are the tokens behind it, where one of the prompt's tokens begins there. Text that is
     made of incomplete characters is never the same.
 
     Args:
+        recorded: token ids of `Trajectories.similar`.
         decode: gives the text of token ids with that of special tokens, and changes nothing in it.
     """
-    shared = {id(branch): _shared(branch.token_ids, prompt) for branch in branches}
-    for branch in sorted(branches, key=lambda branch: -shared[id(branch)])[:_COMPARED]:
-        same = shared[id(branch)]
-        if not same:
-            break
-        start = max(same - _CONTEXT, 0)
-        recorded, asked = decode(branch.token_ids[start:].tolist()), decode(prompt[start:].tolist())
-        if _NO_TEXT in recorded or not asked.startswith(recorded):
+    for token_ids in recorded:
+        start = max(_shared(token_ids, prompt) - _CONTEXT, 0)
+        text, asked = decode(token_ids[start:].tolist()), decode(prompt[start:].tolist())
+        if _NO_TEXT in text or not asked.startswith(text):
             continue
-        end = _boundary(prompt, start, recorded, decode)
+        end = _boundary(prompt, start, text, decode)
         if end is None:
             continue
-        built = branch.token_ids + prompt[end:]
+        built = token_ids + prompt[end:]
         if decode(built[start:].tolist()) == asked:
             return built
     return None

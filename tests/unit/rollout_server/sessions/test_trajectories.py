@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.sampling_params import RequestOutputKind
 
-from rollout_server.sessions.trajectories import Branch, Choice, Trajectories, continued
+from rollout_server.sessions.trajectories import Choice, Trajectories, continued
 from shared.rollouts import VersionSpan
 from shared.sessions import SessionRecord
 from tests.unit.rollout_server.sessions.conversing import EOS, TOKENIZER, Asked, Served, logprob
@@ -78,10 +78,15 @@ def test_versions_are_counted_in_sampled_tokens() -> None:
     assert [(span.start, span.end, span.kv) for span in made.branches[0].spans] == [(0, 2, "fresh"), (2, 3, "carried")]
 
 
-def _recorded(prompt: list[int], sampled: list[int]) -> Branch:
-    branch = Branch()
-    branch.go_on(0, array("I", prompt), _choice(*sampled))
-    return branch
+def _recorded(prompt: list[int], sampled: list[int]) -> Trajectories:
+    made = Trajectories()
+    made.add(0, array("I", prompt), [_choice(*sampled)])
+    return made
+
+
+def _continued(asked: array[int], made: Trajectories) -> array[int] | None:
+    assert made.similar(asked)
+    return continued(asked, made.similar(asked), _decode)
 
 
 START = _encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
@@ -91,16 +96,16 @@ LETTERS = [_encode(letter)[0] for letter in "the fox"]
 def test_text_that_is_rendered_again_goes_on_with_what_was_sampled() -> None:
     rest = "<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n"
     asked = array("I", _encode(_decode([*START, *LETTERS]) + rest))
-    branch = _recorded(START, LETTERS)
-    assert not branch.begins(asked), "the tokenizer has longer tokens for it"
-    built = continued(asked, [branch], _decode)
+    made = _recorded(START, LETTERS)
+    assert made.match(asked) is None, "the tokenizer has longer tokens for it"
+    built = _continued(asked, made)
     assert built is not None
     assert built.tolist() == [*START, *LETTERS, *_encode(rest)]
 
 
 def test_an_end_that_was_sampled_is_not_rendered_twice() -> None:
     asked = array("I", _encode(_decode([*START, *LETTERS, EOS]) + "\n<|im_start|>user\n"))
-    built = continued(asked, [_recorded(START, [*LETTERS, EOS])], _decode)
+    built = _continued(asked, _recorded(START, [*LETTERS, EOS]))
     assert built is not None
     assert built.tolist() == [*START, *LETTERS, EOS, *_encode("\n<|im_start|>user\n")]
 
@@ -108,7 +113,14 @@ def test_an_end_that_was_sampled_is_not_rendered_twice() -> None:
 @pytest.mark.parametrize("change", ["The fox", "the fo", "the fox ", "", "the  fox"])
 def test_other_text_is_not_taken_for_it(change: str) -> None:
     asked = array("I", _encode(_decode(START) + change + "<|im_end|>\n"))
-    assert continued(asked, [_recorded(START, [*LETTERS, EOS])], _decode) is None
+    assert _continued(asked, _recorded(START, [*LETTERS, EOS])) is None
+
+
+def test_other_questions_are_not_compared_as_text() -> None:
+    made = _recorded(START, LETTERS)
+    other = array("I", _encode(_decode(START).replace("hello", "good day")))
+    assert not made.similar(other)
+    assert made.similar(array("I", START))
 
 
 def test_a_token_beyond_the_text_is_not_cut() -> None:
@@ -117,13 +129,13 @@ def test_a_token_beyond_the_text_is_not_cut() -> None:
     assert len(word) == 1
     sampled = [_encode(" ")[0], _encode("q")[0]]
     asked = array("I", [*START, *word])
-    assert continued(asked, [_recorded(START, sampled)], _decode) is None
+    assert _continued(asked, _recorded(START, sampled)) is None
 
 
 def test_bytes_that_are_no_text_are_never_the_same() -> None:
     half, other = _encode("é")[:1], _encode("ï")[1:]
     assert _decode(half) == _decode(other) == "\ufffd"
-    assert continued(array("I", [*START, *other, EOS]), [_recorded(START, half)], _decode) is None
+    assert _continued(array("I", [*START, *other, EOS]), _recorded(START, half)) is None
 
 
 class _Agent:
