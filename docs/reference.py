@@ -16,9 +16,10 @@ from learner.commands import doctor, export, four_bit_base, init, runs, status, 
 from learner.commands import eval as eval_command
 from learner.config import LearnerConfig
 from rollout_server.api.app import build_app
-from rollout_server.api.security.roles import OPEN, VLLM_ROUTES, role_needed
+from rollout_server.api.security.roles import OPEN, SESSION_CALLS, VLLM_ROUTES, role_needed
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, error_class
+from shared.wire import SESSION
 
 FOLDER = Path(__file__).parent
 _NOTE = "<!-- Written by `make reference` from the code; do not edit. -->\n\n"
@@ -82,6 +83,10 @@ def http_page() -> str:
     parts.append("## vLLM's routes")
     parts.append("As vLLM documents them. `model` is `policy` or `policy:RUN_ID` for an adapter, or the base's name.")
     parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
+    parts.append(
+        f"Below `{SESSION}`, or with the token of a session, these are calls of that session ([agents.md](agents.md)), "
+        "which take any `model`: `POST " + "`, `POST ".join(SESSION_CALLS) + "`."
+    )
     parts.append("## Errors")
     parts.append(
         'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do. A '

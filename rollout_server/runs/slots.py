@@ -39,6 +39,12 @@ class Slot:
     checksum: str = ""
     receipt: PushReceipt | None = None  # of the push that it serves; complete when that push is answered
     requests: int = 0
+    sessions: int = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether it must not be refilled."""
+        return self.requests > 0 or self.sessions > 0
 
     @property
     def salt(self) -> str:
@@ -81,6 +87,12 @@ class Holder(Protocol):
     def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: Any) -> None: ...
 
 
+class SessionHolder(Holder, Protocol):
+    """Session that holds a slot: an `engine.admission.SessionHold`."""
+
+    def recall(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Finished:
     """End of a run's training, and how long nobody else gets its place; monotonic seconds."""
@@ -112,6 +124,7 @@ class Run:
         self.not_moving.set()
         self.slots = self.ring.slots
         self._holders: dict[Slot, set[Holder]] = {slot: set() for slot in self.slots}
+        self._sessions: dict[Slot, set[SessionHolder]] = {slot: set() for slot in self.slots}
 
     @property
     def gives_way(self) -> bool:
@@ -127,10 +140,31 @@ class Run:
         """End a request's hold on `slot`."""
         slot.requests -= 1
         self._holders[slot].discard(holder)
+        self._released(slot)
+
+    def acquire_for_session(self, slot: Slot, holder: SessionHolder) -> None:
+        """Keep `slot` from being refilled until `release_by_session`, also while no request runs."""
+        slot.sessions += 1
+        self._sessions[slot].add(holder)
+
+    def release_by_session(self, slot: Slot, holder: SessionHolder) -> None:
+        """End a session's hold on `slot`."""
+        slot.sessions -= 1
+        self._sessions[slot].discard(holder)
+        self._released(slot)
+
+    def _released(self, slot: Slot) -> None:
+        if slot.state is SlotState.DRAINING and not slot.held:
+            slot.state = SlotState.FREE
         if slot.requests == 0:
-            if slot.state is SlotState.DRAINING:
-                slot.state = SlotState.FREE
             self.ring.notify()
+
+    def recall(self, fence: int | None = None) -> None:
+        """End the sessions that hold a slot of this run; with `fence`, those of earlier learners only."""
+        for slot, holders in self._sessions.items():
+            if fence is None or (slot.version is not None and slot.version.fence < fence):
+                for holder in tuple(holders):
+                    holder.recall()
 
     async def reserve(self, deadline: float) -> Slot:
         """Wait for a free slot and take it for filling; raises `no_free_slot` at `deadline` (monotonic seconds)."""
@@ -139,10 +173,14 @@ class Run:
             return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)
 
         if not await self.ring.wait_for(lambda: free() is not None or self.closed, deadline):
-            busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
+            busy = {
+                slot.slot_id: f"{slot.state.value}, {slot.requests} requests, {slot.sessions} sessions"
+                for slot in self.slots
+            }
             raise NoFreeSlot(
-                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
-                "older versions: wait for them, or start the server with more --slots-per-run"
+                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests or sessions still "
+                "hold older versions: wait for them, push with in_flight = keep, or start the server with more "
+                "--slots-per-run"
             )
         slot = free()
         if slot is None or self.closed:
@@ -157,7 +195,7 @@ class Run:
         previous, self.active = self.active, slot
         slot.state, self.last_push = SlotState.ACTIVE, time.monotonic()
         if previous is not None and previous is not slot:
-            previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
+            previous.state = SlotState.DRAINING if previous.held else SlotState.FREE
         self.ring.notify()
 
     def move(
@@ -168,7 +206,7 @@ class Run:
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         self.last_push = time.monotonic()
-        for holder in self._holders[slot]:
+        for holder in (*self._holders[slot], *self._sessions[slot]):
             holder.move(tokens, version, kv)
         self.ring.notify()
 
@@ -203,6 +241,7 @@ class Run:
                     "state": slot.state.value,
                     "version": slot.version.model_dump() if slot.version and slot.state in serving else None,
                     "requests": slot.requests,
+                    "sessions": slot.sessions,
                 }
                 for slot in self.slots
             ],

@@ -94,6 +94,21 @@ BODIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sequences": [[5, 6, 7], [8, 9]], "run_id": "fuzzed"},
         {"policy": {"run_id": "fuzzed", "fence": 0, "step": 0}, "min_step": 0, "wait_s": 0.01},
     ),
+    "/v1/sessions": (
+        {"run_id": "fuzzed", "sampling": {"max_tokens": 2}, "max_seconds": 1.0},
+        {
+            **{f"sampling.{name}": value for name, value in _SAMPLING.items()},
+            "policy": "base",
+            "min_step": 0,
+            "wait_s": 0.01,
+            "follow": True,
+            "on_conflict": "refuse",
+            "max_calls": 3,
+            "max_tokens": 50,
+            "accept_reward": True,
+            "metadata": {"a": "b"},
+        },
+    ),
     "/v1/completions": ({"model": "base", "prompt": [5, 6, 7], "max_tokens": 2}, _OPENAI | {"model": "policy"}),
     "/v1/chat/completions": ({"model": "base", "messages": _MESSAGES, "max_tokens": 2}, _CHAT | {"model": "policy"}),
     "/tokenize": ({"model": "base", "prompt": "the fox"}, {"messages": _MESSAGES, "return_token_strs": True}),
@@ -142,9 +157,16 @@ _DANGEROUS: list[dict[str, Any]] = [
     {"structured_outputs": {"grammar": 'root ::= "\\ud800"'}},
     {"structured_outputs": {"json": {"enum": []}}},
 ]
-_SMALL = {"n": 4, "max_tokens": 8, "max_completion_tokens": 8, "best_of": 4, "wait_s": 0.01}
+_SMALL = {"n": 4, "max_seconds": 0.5, "max_tokens": 8, "max_completion_tokens": 8, "best_of": 4, "wait_s": 0.01}
 #: Servers refuse values above these; for values in between they would rightly work for a long time.
-_REFUSED = {"n": 16_384, "max_tokens": 100_000, "max_completion_tokens": 100_000, "best_of": 10**9, "wait_s": 3600.0}
+_REFUSED = {
+    "n": 16_384,
+    "max_seconds": 86_400.0,
+    "max_tokens": 100_000,
+    "max_completion_tokens": 100_000,
+    "best_of": 10**9,
+    "wait_s": 3600.0,
+}
 
 
 def tamed(body: Any) -> Any:
@@ -170,6 +192,8 @@ def fuzz_bodies(target: Target, path: str, examples: int, number: int) -> None:
     def send(body: dict[str, Any]) -> None:
         if path.startswith("/v1/c"):  # else as many as the context allows
             body.setdefault("max_tokens", 2)
+        if path == "/v1/sessions":  # else pushes would wait for them
+            body.setdefault("max_seconds", 0.5)
         target.send(path, "POST", path, content=json_bytes(tamed(body)), headers=JSON)
 
     for parameters in _DANGEROUS if "max_tokens" in str(right) else ():
@@ -241,6 +265,10 @@ def _raw_requests(draw: st.DrawFn) -> tuple[str, str, list[tuple[bytes, bytes]],
                 ("OPTIONS", "/v1/runs/{}/adapter"),
                 ("GET", "/{}"),
                 ("POST", "/tokenize"),
+                ("GET", "/v1/sessions/{}"),
+                ("DELETE", "/v1/sessions/{}"),
+                ("POST", "/v1/sessions/{}/reward"),
+                ("POST", "/v1/sessions/{}/v1/chat/completions"),
                 ("HEAD", "/v1/models"),
             ]
         )

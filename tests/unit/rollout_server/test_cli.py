@@ -129,7 +129,7 @@ def test_an_engine_that_dies_while_it_warms_up_gives_its_own_reason(monkeypatch,
     monkeypatch.setattr(lifecycle, "_start", start)
     words = "MemoryError: the worker's reason" if reported else "see root cause above"
     with pytest.raises(EngineDead, match=words):
-        asyncio.run(lifecycle.start(None, None, ServerSettings(), None, None))
+        asyncio.run(lifecycle.start(None, None, ServerSettings(), None, None, None))
 
 
 @pytest.mark.parametrize(

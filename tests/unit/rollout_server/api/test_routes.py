@@ -14,7 +14,9 @@ from rollout_server.api.app import build_app
 from rollout_server.generation import requests
 from shared.errors import ErrorBody, ErrorCode, LockstepError, NoGroup, NotFinite, UnknownRun
 from shared.rollouts import GenerateRequest, Prompt, RolloutGroup
+from shared.sessions import SessionOpened, SessionRecord
 from shared.weights import PushReceipt, RunState, TrainingEnd, WeightVersion
+from tests.unit.rollout_server.sessions.conversing import Served
 
 LEASE = "a lease of tests"
 RECEIPT = PushReceipt(
@@ -267,3 +269,53 @@ def test_the_learner_spells_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refusal.value.code is ErrorCode.UNKNOWN_RUN
     assert len(sent) == 8
     assert set(sent) <= routes
+
+
+@pytest.fixture
+async def sessions() -> httpx.AsyncClient:
+    """The routes of sessions over a run at step 0, without vLLM's."""
+    served = Served()
+    await served.flip(0)
+    service: Any = SimpleNamespace(sessions=served.sessions, proxy=served.proxy)
+    transport = httpx.ASGITransport(build_app(service, FastAPI()), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://server")
+
+
+async def test_the_life_of_a_session(sessions: httpx.AsyncClient) -> None:
+    answer = await sessions.post("/v1/sessions", json={"metadata": {"row": "3"}})
+    opened = SessionOpened.model_validate(answer.json())
+    path = f"/v1/sessions/{opened.session_id}"
+    assert opened.path == f"{path}/v1"
+    assert opened.version == WeightVersion(run_id="r", step=0)
+    assert (await sessions.get(f"{path}/v1/models")).json()["data"][0]["id"] == "policy"
+    assert (await sessions.post(f"{path}/reward", json={"reward": 0.5})).status_code == 204
+    record = SessionRecord.model_validate((await sessions.get(path)).json())
+    assert (record.ended, record.reward, record.metadata) == (None, 0.5, {"row": "3"})
+    for _ in range(2):
+        record = SessionRecord.model_validate((await sessions.delete(path)).json())
+        assert record.ended == "deleted"
+    late = await sessions.post(f"{path}/reward", json={"reward": 1})
+    assert late.status_code == 410
+    assert late.json()["error"]["code"] == "session_ended"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"),
+    [
+        ("/v1/sessions", {"run_id": "nobody"}, 404, "unknown_run"),
+        ("/v1/sessions", {"policy": {"run_id": "r", "fence": 0, "step": 9}}, 409, "version_not_active"),
+        ("/v1/sessions", {"max_calls": 0}, 400, "invalid_request"),
+        ("/v1/sessions", {"sampling": {"temprature": 1}}, 400, "invalid_request"),
+        ("/v1/sessions", {"metadata": {"a": "x" * 2000}}, 400, "invalid_request"),
+        ("/v1/sessions/none/reward", {"reward": 1}, 404, "unknown_session"),
+        ("/v1/sessions/none/reward", {"reward": "NaN"}, 400, "invalid_request"),
+        ("/v1/sessions/none/reward", {}, 400, "invalid_request"),
+        ("/v1/sessions/none/v1/embeddings", {}, 404, "unknown_route"),
+    ],
+)
+async def test_bad_requests_to_sessions(
+    sessions: httpx.AsyncClient, path: str, body: dict[str, Any], status: int, code: str
+) -> None:
+    answer = await sessions.post(path, json=body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code

@@ -11,6 +11,7 @@ import pytest
 from rollout_server.installs.slot_install import InstallContext, SlotInstall
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
+from shared.weights import WeightVersion
 from tests.support.runs import open_run
 
 
@@ -38,7 +39,7 @@ class _Workers:
 
 def _install(context: InstallContext, run_id: str) -> SlotInstall:
     run = open_run(context.runs, run_id)
-    manifest = SimpleNamespace(checksum="sum")
+    manifest = SimpleNamespace(checksum="sum", version=WeightVersion(run_id=run_id, step=1))
     header = SimpleNamespace(layout=SimpleNamespace(key="key"), manifest=manifest)
     return SlotInstall(context, run, "lease", header, time.monotonic() + 5, "drain", "http")
 

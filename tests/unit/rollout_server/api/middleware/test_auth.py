@@ -7,11 +7,20 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
+from rollout_server.api.app import build_app
 from rollout_server.api.middleware.auth import AuthMiddleware
 from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.api.security.bearer_tokens import Tokens
-from rollout_server.api.security.roles import Role, role_needed
+from rollout_server.api.security.roles import SESSION_CALLS, VLLM_ROUTES, Role, role_needed
+from rollout_server.engine.proxy import EngineProxy
+from rollout_server.runs.table import RunTable
+from rollout_server.sessions.records import Sessions
+from rollout_server.settings import ServerSettings
+from shared import wire
+from shared.sessions import SessionOpened, SessionRequest
 
 HELD = {Role.WEIGHTS: "weights-0123456789", Role.GENERATE: "generate-0123456789", Role.METRICS: "metrics-0123456789"}
 PUSH = "/v1/runs/r/adapter"
@@ -205,3 +214,120 @@ async def test_a_revoked_token_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_route_that_nobody_listed_needs_the_strongest_role() -> None:
     assert role_needed("POST", "/v1/made-up") is role_needed("websocket", "/v1/generate") is Role.WEIGHTS
+
+
+class _Opened:
+    """Two sessions behind the middleware, which tells what it lets through."""
+
+    def __init__(self, *, tokens: bool = True) -> None:
+        self.sessions, self.scopes = Sessions(ServerSettings()), list[Any]()
+        auth = AuthMiddleware(self._see, Tokens({}, HELD) if tokens else None, sessions=self.sessions)
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(auth), base_url="http://localhost:8000")
+
+    async def _see(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        await _echo(scope, receive, send)
+
+    async def open(self, **fields: Any) -> SessionOpened:
+        table = RunTable(2, 1)
+        request = SessionRequest.model_validate({"policy": "base", **fields})
+        return await self.sessions.open(request, EngineProxy(None, table))
+
+    async def ask(self, method: str, path: str, token: str | None = None, **headers: str) -> int:
+        """Return the status."""
+        held = {"Authorization": f"Bearer {token}"} if token else {}
+        return (await self.client.request(method, path, headers={**held, **headers})).status_code
+
+
+def _all_routes(session_id: str) -> set[tuple[str, str]]:
+    ours = build_app(None, FastAPI()).router.routes  # type: ignore[arg-type]
+    routes = {(method, each.path) for each in ours if isinstance(each, APIRoute) for method in each.methods}
+    below = {("POST", wire.SESSION + path) for path in SESSION_CALLS}
+    return {
+        (method, path.format(session_id=session_id, run_id="r", response_id="x"))
+        for method, path in routes | below | set(VLLM_ROUTES) | {("GET", "/openapi.json"), ("GET", "/docs")}
+    }
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+async def test_a_sessions_token_opens_that_session_and_nothing_else(tokens: bool) -> None:
+    opened = _Opened(tokens=tokens)
+    own, other = await opened.open(), await opened.open()
+    plain = {("POST", path) for path in SESSION_CALLS} | {("GET", "/v1/models")}
+    mine = {(method, f"/v1/sessions/{own.session_id}{path}") for method, path in plain}
+    walked = _all_routes(own.session_id) | _all_routes(other.session_id)
+    assert len(walked) > 40
+    assert plain | mine <= walked
+    for method, path in walked:
+        status = await opened.ask(method, path, own.token)
+        assert status == (200 if (method, path) in plain | mine else 403), (method, path)
+    assert len(opened.scopes) == len(plain | mine)
+
+
+async def test_calls_go_on_with_the_path_of_vllm() -> None:
+    opened = _Opened()
+    session = await opened.open()
+    for path, held in (
+        (f"{session.path}/chat/completions", session.token),
+        (f"{session.path}/chat/completions", HELD[Role.GENERATE]),
+        ("/v1/chat/completions", session.token),
+    ):
+        assert await opened.ask("POST", path, held) == 200
+        scope = opened.scopes.pop()
+        assert scope["path"] == "/v1/chat/completions"
+        assert scope["raw_path"] == b"/v1/chat/completions"
+        assert scope["lockstep.session"].session_id == session.session_id
+    assert await opened.ask("POST", "/v1/chat/completions", HELD[Role.GENERATE]) == 200
+    assert "lockstep.session" not in opened.scopes.pop()
+    assert await opened.ask("POST", f"{session.path}/chat/completions", HELD[Role.METRICS]) == 403
+    assert await opened.ask("POST", f"{session.path}/chat/completions") == 401
+
+
+async def test_clients_of_anthropic_send_the_token_in_a_header_of_their_own() -> None:
+    opened = _Opened()
+    session = await opened.open()
+    assert await opened.ask("POST", "/v1/messages", **{"X-Api-Key": session.token}) == 200
+    assert opened.scopes.pop()["lockstep.session"].session_id == session.session_id
+    assert await opened.ask("POST", "/v1/messages", **{"X-Api-Key": HELD[Role.WEIGHTS]}) == 401
+    assert await opened.ask("POST", "/v1/messages", "wrong-0123456789", **{"X-Api-Key": session.token}) == 401
+
+
+async def test_where_there_are_no_tokens_the_path_is_enough() -> None:
+    opened = _Opened(tokens=False)
+    session = await opened.open()
+    assert await opened.ask("POST", f"{session.path}/responses") == 200
+    assert opened.scopes.pop()["lockstep.session"].session_id == session.session_id
+    assert await opened.ask("POST", f"{session.path}/responses", Origin="http://evil.example") == 403
+    assert await opened.ask("POST", f"{session.path}/responses", Host="evil.example") == 403
+    assert await opened.ask("POST", "/v1/responses", "EMPTY") == 200
+    assert "lockstep.session" not in opened.scopes.pop()
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+async def test_sessions_of_a_server_that_has_restarted_are_unknown(tokens: bool) -> None:
+    """A call that is not recorded would be lost for the training."""
+    opened, before = _Opened(tokens=tokens), await _Opened().open()
+    assert await opened.ask("POST", f"{before.path}/responses", HELD[Role.GENERATE]) == 404
+    for path in (f"{before.path}/responses", "/v1/responses"):
+        answer = await opened.client.post(path, headers={"Authorization": f"Bearer {before.token}"})
+        assert answer.status_code == (401 if tokens else 404)
+        assert "restarted" in answer.json()["error"]["message"]
+    assert not opened.scopes
+
+
+async def test_a_reward_by_the_sessions_token_only_where_it_is_accepted() -> None:
+    opened = _Opened()
+    for accepted, status in ((True, 200), (False, 403)):
+        session = await opened.open(accept_reward=accepted)
+        path = wire.SESSION_REWARD.format(session_id=session.session_id)
+        assert await opened.ask("POST", path, session.token) == status
+        assert await opened.ask("POST", path, HELD[Role.GENERATE]) == 200
+
+
+async def test_a_session_that_has_ended_says_so() -> None:
+    opened = _Opened()
+    session = await opened.open()
+    opened.sessions.delete(session.session_id)
+    answer = await opened.client.post(f"{session.path}/messages", headers={"X-Api-Key": session.token})
+    assert answer.status_code == 410
+    assert answer.json()["error"]["code"] == "session_ended"

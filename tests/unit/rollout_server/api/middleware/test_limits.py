@@ -145,3 +145,20 @@ async def test_draining_refuses_what_is_new(capacity: Capacity) -> None:
 async def test_the_drain_route_does_what_sigterm_does(capacity: Capacity) -> None:
     service = SimpleNamespace(proxy=SimpleNamespace(capacity=capacity), state=lambda: capacity.draining)
     assert await drain(service) is True
+
+
+async def test_sessions_end_under_any_load(capacity: Capacity) -> None:
+    """Their records are what a learner waits for, and their ends make room. Calls in them are work like any other."""
+    client = _client(capacity, _length)
+    full = capacity.take(2, 4)
+    for method, path, status in (
+        ("DELETE", "/v1/sessions/s", 200),
+        ("POST", "/v1/sessions/s/reward", 200),
+        ("POST", "/v1/sessions", 429),
+        ("POST", "/v1/chat/completions", 429),
+    ):
+        assert (await client.request(method, path)).status_code == status, path
+    full()
+    capacity.drain()
+    assert (await client.delete("/v1/sessions/s")).status_code == 200
+    assert (await client.post("/v1/sessions")).status_code == 503

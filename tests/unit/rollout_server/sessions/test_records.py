@@ -1,0 +1,327 @@
+"""Sessions: the version they hold, the sampling they insist on, their limits, and their ends."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from rollout_server.generation.vllm_params import overridden
+from rollout_server.sessions import records
+from rollout_server.sessions.records import AgentSession
+from shared.errors import (
+    InvalidRequest,
+    NoFreeSlot,
+    Overloaded,
+    SessionEnded,
+    UnknownSession,
+    VersionNotActive,
+)
+from shared.sampling import SamplingParams as TrainersSampling
+from shared.sessions import SessionRecord, SessionRequest
+from tests.unit.rollout_server.sessions.conversing import Served
+
+
+@pytest.fixture
+async def served() -> Served:
+    made = Served()
+    await made.flip(0)
+    return made
+
+
+def _record(session: AgentSession) -> SessionRecord:
+    return session.snapshot()()
+
+
+def _steps(session: AgentSession) -> list[list[int]]:
+    return [[span.version.step for span in each.spans if span.version] for each in _record(session).trajectories]
+
+
+async def test_a_session_keeps_its_version_until_it_ends(served: Served) -> None:
+    session = await served.open()
+    await served.flip(1)
+    await served.call(session, [1])
+    assert _steps(session) == [[0]]
+    with pytest.raises(NoFreeSlot, match="1 sessions"):
+        await served.flip(2, seconds=0.01)
+    push = asyncio.ensure_future(served.flip(2))
+    await asyncio.sleep(0)
+    served.sessions.delete(session.session_id)
+    await push
+    assert served.run.active is not None
+    assert not served.run.active.held
+
+
+async def test_a_session_that_follows_goes_on_with_the_newest(served: Served) -> None:
+    session = await served.open(follow=True)
+    prompt = [1]
+    for step in (1, 2, 3):
+        await served.flip(step)
+        await served.call(session, prompt)
+        prompt = _record(session).trajectories[0].token_ids
+    assert _steps(session) == [[1, 2, 3]]
+
+
+async def test_a_push_that_moves_requests_moves_sessions(served: Served) -> None:
+    session = await served.open()
+    version = session.version
+    assert version is not None
+    newer = version.model_copy(update={"step": 5})
+    served.run.move(newer, served.table.next_install_seq(), "sum", {}, "fresh")
+    await served.call(session, [1])
+    assert _steps(session) == [[5]]
+
+
+async def test_weights_that_change_in_place_refuse_what_began_before() -> None:
+    """--apply merge."""
+    served = Served(merged=True)
+    await served.flip(0)
+    session, following = await served.open(), await served.open(follow=True)
+    await served.flip(1)
+    with pytest.raises(VersionNotActive, match="--apply merge"):
+        await served.call(session, [1])
+    await served.call(following, [1])
+    assert _steps(following) == [[1]]
+
+
+async def test_the_base(served: Served) -> None:
+    session = await served.open(policy="base")
+    await served.flip(1)
+    await served.call(session, [1])
+    (trajectory,) = _record(session).trajectories
+    assert [span.version for span in trajectory.spans] == [None]
+    assert _record(session).run_id is None
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_a_run_that_ends_ends_its_sessions(served: Served, follow: bool) -> None:
+    finished, closed = await served.open(follow=follow), await served.open(follow=follow)
+    served.run.finished = None
+    version = finished.version
+    assert version is not None
+    served.table.finish("r", "lease", version, 60.0)
+    with pytest.raises(SessionEnded, match="run has ended"):
+        await served.call(finished, [1])
+    later = await served.open(follow=follow)  # a finished run is served on
+    await served.call(later, [1])
+    served.table.close("r")
+    for session in (later, closed):
+        assert _record(session).ended == "run_ended"
+    assert not any(slot.held for slot in served.run.slots)
+
+
+async def test_a_learner_that_starts_again_is_not_kept_waiting(served: Served) -> None:
+    """Nobody will end the sessions of the one before."""
+    session = await served.open()
+    for step in range(1, 4):
+        await served.flip(step, fence=1)
+    assert _record(session).ended == "run_ended"
+
+
+def test_the_trainer_samples() -> None:
+    trainer = TrainersSampling(
+        temperature=0.7, top_p=0.9, max_tokens=20, min_tokens=8, stop_token_ids=[7], logit_bias={3: -5.0}
+    )
+    client = SamplingParams(
+        temperature=0.0, top_k=5, max_tokens=6, n=1, stop=["x"], stop_token_ids=[9], seed=4, presence_penalty=1.0
+    )
+    params = overridden(client, trainer)
+    assert (params.temperature, params.top_p, params.top_k) == (0.7, 0.9, 0)
+    assert (params.max_tokens, params.min_tokens) == (6, 6)
+    assert params.stop_token_ids == [9, 7]
+    assert params.all_stop_token_ids == {9, 7}
+    assert (params.stop, params.seed, params.presence_penalty) == (["x"], 4, 0.0)
+    assert params.logit_bias == {3: -5.0}
+    assert params.logprobs == 0
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer).max_tokens == 20
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer).logprobs == 3
+    with pytest.raises(InvalidRequest, match="greedy"):
+        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0))
+
+
+@pytest.mark.parametrize("kind", list(RequestOutputKind))
+@pytest.mark.parametrize("asked", [None, 0])
+async def test_the_client_gets_the_logprobs_that_it_asked_for(served: Served, kind: Any, asked: int | None) -> None:
+    session = await served.open()
+    outputs = await served.call(session, [1], output_kind=kind, logprobs=asked, n=2)
+    given = [each.logprobs is not None for output in outputs for each in output.outputs]
+    assert all(given) == any(given) == (asked is not None)
+    assert len(_record(session).trajectories) == 2
+
+
+async def test_the_kept_mass_is_recorded_where_the_trainer_cuts(served: Served) -> None:
+    session = await served.open(sampling={"top_p": 0.9, "max_tokens": None})
+    await served.call(session, [1])
+    (trajectory,) = _record(session).trajectories
+    assert trajectory.log_kept_mass is not None
+    assert len(trajectory.log_kept_mass) == len(trajectory.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"previous_response_id": "resp_1"}, "complete input"),
+        ({"background": True}, "background"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ],
+)
+async def test_what_cannot_be_recorded_is_refused(served: Served, document: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        (await served.open()).check_call(document)
+
+
+async def test_other_sampling_is_refused_by_name_where_the_trainer_wants_that(served: Served) -> None:
+    sampling = {"temperature": 0.5, "logit_bias": {"3": 1.0}, "max_tokens": None}
+    session = await served.open(on_conflict="refuse", sampling=sampling)
+    same = {"temperature": 0.5, "top_k": -1, "logit_bias": {"3": 1}, "max_tokens": 9, "n": 4, "presence_penalty": 0}
+    session.check_call(json.loads(json.dumps(same)))
+    for document in ({"temperature": 0}, {"top_k": 3}, {"logit_bias": {"4": 1}}, {"ignore_eos": True}):
+        with pytest.raises(InvalidRequest, match=f"^{next(iter(document))}="):
+            session.check_call(document)
+        (await served.open()).check_call(document)
+
+
+async def test_limits_end_a_session(served: Served) -> None:
+    by_calls = await served.open(max_calls=2)
+    for _ in range(2):
+        await served.call(by_calls, [1])
+    with pytest.raises(SessionEnded, match="max_calls"):
+        await served.call(by_calls, [1])
+    assert (_record(by_calls).ended, _record(by_calls).calls) == ("max_calls", 2)
+    by_tokens = await served.open(max_tokens=20)
+    await served.call(by_tokens, [1] * 15)
+    with pytest.raises(SessionEnded, match="max_tokens"):
+        await served.call(by_tokens, [2] * 15)
+    assert _record(by_tokens).ended == "max_tokens"
+    assert not any(slot.sessions for slot in served.run.slots)
+
+
+async def _under_way(served: Served, session: AgentSession) -> asyncio.Future[Any]:
+    """Begin a call that the engine does not answer; return when it has it."""
+    served.engine.gate = asyncio.Event()
+    call = asyncio.ensure_future(served.call(session, [1]))
+    await served.engine.began.wait()
+    return call
+
+
+async def test_time_ends_a_session_and_its_calls(served: Served) -> None:
+    session = await served.open(max_seconds=0.01)
+    call = await _under_way(served, session)
+    (request_id,) = session.running
+    await served.engine.stopped.wait()
+    assert served.engine.aborted == [request_id]
+    assert served.engine.gate is not None
+    served.engine.gate.set()
+    with pytest.raises(SessionEnded, match="max_seconds"):
+        await call
+    assert (_record(session).ended, _record(session).calls, _record(session).running) == ("max_seconds", 0, 0)
+
+
+async def test_a_client_that_goes_away_is_cut(served: Served) -> None:
+    session = await served.open()
+    call = await _under_way(served, session)
+    assert _record(session).running == 1
+    call.cancel()
+    await asyncio.wait({call})
+    record = _record(session)
+    assert (record.calls, record.cut, record.running, record.trajectories) == (0, 1, 0, [])
+    served.engine.gate = None
+    await served.call(session, [1])
+    assert _record(session).trajectories[0].calls == [1]
+    assert served.run.active is not None
+    assert served.run.active.requests == 0
+
+
+async def test_a_record_is_there_before_the_client_has_its_answer(served: Served) -> None:
+    session = await served.open()
+    stream = served.stream(session, [1])
+    await anext(stream)
+    assert _record(session).calls == 1
+    await stream.aclose()
+    assert _record(session).cut == 0
+
+
+async def test_a_deleted_record_can_be_asked_for_again_and_does_not_change(served: Served) -> None:
+    session = await served.open(metadata={"row": "7"})
+    await served.call(session, [1])
+    call = await _under_way(served, session)
+    first = _record(served.sessions.delete(session.session_id))
+    assert served.engine.gate is not None
+    served.engine.gate.set()
+    with pytest.raises(SessionEnded):
+        await call
+    again = _record(served.sessions.delete(session.session_id))
+    assert again == first.model_copy(update={"running": 0})
+    assert (first.ended, first.metadata) == ("deleted", {"row": "7"})
+    with pytest.raises(SessionEnded):
+        session.set_reward(1.0)
+
+
+async def test_rewards(served: Served) -> None:
+    session = await served.open(max_calls=1)
+    session.set_reward(0.5)
+    session.end("max_calls")
+    session.set_reward(1.0)
+    assert _record(session).reward == 1.0
+
+
+async def test_all_sessions_together_are_bounded() -> None:
+    served = Served(max_sessions=2, max_session_tokens=100)
+    await served.flip(0)
+    one, two = await served.open(), await served.open()
+    with pytest.raises(Overloaded, match="--max-sessions"):
+        await served.open()
+    await served.call(one, [1] * 80)
+    with pytest.raises(Overloaded, match="--max-session-tokens"):
+        await served.call(two, [1] * 40)
+    served.sessions.delete(one.session_id)
+    await served.call(two, [1] * 40)
+    with pytest.raises(UnknownSession):  # its record made room
+        served.sessions.get(one.session_id)
+    await served.open()
+
+
+async def test_records_expire(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_RECORD_SECONDS", 0.0)
+    session = await served.open()
+    await served.call(session, [1])
+    session.end("max_calls")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    with pytest.raises(UnknownSession):
+        served.sessions.get(session.session_id)
+    assert served.sessions.tokens == served.sessions.open_sessions == 0
+
+
+async def test_a_token_opens_its_session_only(served: Served) -> None:
+    tokens = [(await served.sessions.open(SessionRequest(), served.proxy)).token.encode() for _ in range(2)]
+    ids = [session.session_id for session in map(served.sessions.of_token, tokens) if session]
+    assert len(set(ids)) == 2
+    assert served.sessions.of_token(b"sk-something-else") is None
+    one, two = tokens
+    swapped = one[: one.rindex(b"-")] + two[two.rindex(b"-") :]
+    for wrong in (one[:-1], one + b"x", swapped, b"lockstep-session-", b"lockstep-session-\xff-\xfe"):
+        with pytest.raises(UnknownSession):
+            served.sessions.of_token(wrong)
+
+
+async def test_memory_is_flat_after_2000_sessions(served: Served) -> None:
+    async def episodes(count: int) -> int:
+        for _ in range(count):
+            session = await served.open()
+            await served.call(session, [1] * 200)
+            served.sessions.delete(session.session_id)
+        served.engine.asked.clear()
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = await episodes(200)
+    assert await episodes(1800) - before < 1000
+    assert served.sessions.open_sessions == 0
