@@ -135,7 +135,7 @@ async def test_a_private_ca(pems, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await _refused(f"https://{address}", None, ca_file=pems.ca)).code is ErrorCode.UNAUTHENTICATED
         assert (await _refused(f"https://{address}", "wrong" * 4, ca_file=pems.ca)).code is ErrorCode.UNAUTHENTICATED
         assert (await _refused(f"http://{address}")).code is ErrorCode.NOT_READY
-        with RolloutClient(f"https://{address}", TOKEN) as client, pytest.raises(LockstepError, match="--ca_file"):
+        with RolloutClient(f"https://{address}", TOKEN) as client, pytest.raises(LockstepError, match="ca_file"):
             await asyncio.to_thread(client.wait_ready, 60.0)  # at once: waiting does not make it trusted
         monkeypatch.setenv("SSL_CERT_FILE", pems.ca)
         assert (await _ask(f"https://{address}")).run_id == "r"
