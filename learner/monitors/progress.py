@@ -61,7 +61,6 @@ class Progress(TrainerCallback):
             left = timedelta(seconds=int(seconds))
             print(f"step {report.step}/{report.max_steps}  {summary}  left {left}", flush=True)
 
-
     def _show_page(self) -> None:
         """Say where the page is, before the first reward of this process: of a step, or of an evaluation."""
         if self._page is not None:

@@ -250,14 +250,20 @@ def test_a_second_one_in_the_same_folder_starts_nothing(recipe: Path, capsys: py
 def test_a_second_signal_may_come_at_any_moment(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Here it comes before anything waits for the learner to end."""
     monkeypatch.setattr(up, "LEARNER_PATIENCE_S", 100_000.0)
-    say = up.say
+    say, take = up.say, up.Output.__call__
 
     def say_and_signal(text: str) -> None:
         say(text)
-        if "is ready" in text or "a second signal" in text:
-            signal.raise_signal(signal.SIGTERM)
+        if "a second signal" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def take_and_signal(self: up.Output, line: str) -> None:
+        take(self, line)
+        if line == "step 1":
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(up, "say", say_and_signal)
+    monkeypatch.setattr(up.Output, "__call__", take_and_signal)
     assert main(["up", "--config", str(recipe), "--long", "--stubborn"]) == 130
     assert "the same command goes on" in capsys.readouterr().out
 
