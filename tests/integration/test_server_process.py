@@ -74,7 +74,7 @@ def test_the_reason_of_a_failed_start_is_the_last_line(model: Path, tmp_path: Pa
     save_file(weights, tmp_path / "other" / "model.safetensors")
     server = ServerProcess(tmp_path / "other", tmp_path / "log", *FLAGS, forked=False)
     try:
-        assert server.process.wait(240) == 1
+        assert server.wait_started() == 1
     finally:
         server.stop()
     last = server.tail().splitlines()[-1]

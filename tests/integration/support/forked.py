@@ -8,6 +8,7 @@ the server, too, as is vLLM's way by default; on a CPU it spawns them.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -89,6 +90,7 @@ class ForkedProcess:
 
 def _run(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.setsid()
+    gc.freeze()  # or every full collection would walk over what the imports left behind, and copy it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())

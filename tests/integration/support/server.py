@@ -72,13 +72,18 @@ class ServerProcess:
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:
+        if (status := self.wait_started(timeout_s)) is not None:
+            raise RuntimeError(f"the server ended with {status}:\n{self.tail()}")
+
+    def wait_started(self, timeout_s: float = 240.0) -> int | None:
+        """Wait until the server is ready, or has ended; return its exit status if it has."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
+                return self.process.returncode
             try:
                 if HTTP.get(self.url + "/ready", timeout=5.0).status_code == 200:
-                    return
+                    return None
             except httpx.TransportError:
                 pass
             time.sleep(0.3)
