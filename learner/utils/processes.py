@@ -139,13 +139,12 @@ class ProcessGroup:
         try:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(self.patience_s)
+                self.process.wait(self.patience_s)
             deadline = time.monotonic() + 5.0
             while time.monotonic() < deadline:  # children usually end by themselves
                 os.killpg(self.process.pid, 0)
                 time.sleep(0.05)
-        except ProcessLookupError:
+        except (ProcessLookupError, subprocess.TimeoutExpired):
             pass
         finally:
             with contextlib.suppress(ProcessLookupError):
