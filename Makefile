@@ -1,7 +1,7 @@
 # `make demo` and `make test` install everything into .venv/ first. Requires Python 3.11 to 3.13 and a package index.
 PY := .venv/bin/python
 
-.PHONY: help setup demo test test-unit fuzz chaos chaos-quick lint format reference lock audit clean
+.PHONY: help setup demo test test-unit fuzz chaos chaos-quick lint lint-types lint-text format reference lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -12,8 +12,9 @@ setup: ## install the CPU environment into .venv/
 demo: setup ## train a small model on a real task, both processes on this machine
 	$(PY) -m learner.demo $(DEMO_FLAGS)
 
+# In order of their names: integration tests, the longest, first, so that both workers have work to the end.
 test: setup ## run all tests; the integration tests start a real vLLM
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-unit: setup ## run the unit tests, in seconds
 	$(PY) -m pytest -q tests/unit
@@ -29,10 +30,15 @@ fuzz: setup ## send 20,000 malformed requests to a rollout server (FUZZ_FLAGS="-
 	$(PY) -m tests.fuzz $(FUZZ_FLAGS)
 
 lint: setup ## run ruff, import-linter, mypy, hadolint, Kubernetes schemas, and a search for secrets
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint-types lint-text
+
+lint-types:
+	$(PY) -m mypy
+
+lint-text:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-cache
-	$(PY) -m mypy
 	deploy/lint.sh
 	files=$$(git ls-files) && $(PY) -m detect_secrets.pre_commit_hook --no-verify $$files
 

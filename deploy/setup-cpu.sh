@@ -3,7 +3,7 @@
 # date.
 #
 #   PYTHON=python3.11                 Python of the environment
-#   PIP_FIND_LINKS, PIP_INDEX_URL ... pip's own settings apply
+#   PIP_FIND_LINKS, PIP_INDEX_URL ... pip's own settings apply, to uv too
 #   LOCKSTEP_TORCH_INDEX=URL          index for torch's CPU build if the configured indexes lack it
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,47 +35,76 @@ if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
   rm -rf .venv
   "$python" -m venv .venv || fail "no environment could be made (on Debian and Ubuntu: apt install python3-venv)"
 fi
-pip() { PYTHONUNBUFFERED=1 .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 pinned() { grep -E "^$1==" "$list"; }
-# Condense pip's output: one updating line on a terminal, a line for every 50 packages elsewhere.
-progress() {
-  awk -v all="$packages" -v tty="$([ -t 1 ] && echo 1)" '
-    /^(Collecting|Processing|Requirement already satisfied)/ { n++; name = $1 == "Requirement" ? $4 : $2 }
-    /^Installing collected/ { name = "writing them to .venv" }
-    /^(Collecting|Processing|Installing collected)/ {
-      if (tty) printf "\rsetup: %d of %d  %-50.50s", n, all, name
-      else if (n % 50 == 0 || /^Installing/) printf "setup: %d of %d packages\n", n, all
-      fflush()
+# Print a setting of pip, from its environment variable or one of its files, as one line.
+setting() {
+  awk -v name="$1" -F "='" '
+    $1 ~ "^(:env:|install|global)[.]" name "$" {
+      value = $2; sub(/\x27$/, "", value); gsub(/\\n/, " ", value)
+      rank = $1 ~ /^:env:/ ? 3 : $1 ~ /^install/ ? 2 : 1
+      if (rank > best) { best = rank; found = value }
     }
-    END { if (tty && n) printf "\n" }'
+    END { print found }' .venv/pip-settings.txt
+}
+# Give uv the places, certificates and patience that pip is configured with, where it has none of its own. Like pip, it
+# takes a package from whichever index has the pinned version; hashes tell whether it is the right one.
+configure_uv() {
+  pip config list > .venv/pip-settings.txt
+  local name value
+  while read -r name value; do
+    if [ -z "${!name:-}" ] && [ -n "$value" ]; then export "$name=$value"; fi
+  done <<SETTINGS
+UV_DEFAULT_INDEX $(setting index-url)
+UV_INDEX $(setting extra-index-url)
+UV_FIND_LINKS $(setting find-links | tr ' ' ',')
+UV_INSECURE_HOST $(setting trusted-host)
+UV_HTTP_TIMEOUT $(setting '(default-)?timeout')
+SSL_CERT_FILE $(setting cert)
+UV_INDEX_STRATEGY unsafe-best-match
+SETTINGS
+  rm -f .venv/pip-settings.txt
+}
+quiet=$([ -t 2 ] || echo --quiet)
+install() {
+  if [ -x .venv/bin/uv ]; then
+    # Of the platform that the list has hashes for: of a newer one uv would take other files, and refuse them.
+    .venv/bin/uv pip install $quiet --python .venv/bin/python --python-platform x86_64-manylinux_2_31 --no-config \
+      --no-deps "$@"
+  else
+    pip install $quiet --no-deps --no-compile "$@"
+  fi
 }
 rm -f "$stamp"
 
 # Every step installs exactly the packages of the list (--no-deps), so nothing unpinned is pulled in. Installed packages
 # are kept.
-pinned torch > .venv/torch.txt
+for name in uv setuptools torch; do pinned "$name" > ".venv/$name.txt"; done
+grep -v -E '^(torch|uv)==' "$list" > .venv/others.txt
+if pip install --quiet --no-deps --require-hashes --requirement .venv/uv.txt 2> .venv/uv.log; then
+  configure_uv
+else
+  say "without uv, which pip could not install ($(tail -n 1 .venv/uv.log)): this takes longer"
+  rm -f .venv/bin/uv
+fi
 torch=$(cut -d ' ' -f 1 .venv/torch.txt)
 say "$torch"
-if ! pip install --quiet --no-deps --no-compile --retries 1 --requirement .venv/torch.txt 2> .venv/torch.log; then
+if ! install --requirement .venv/torch.txt 2> .venv/torch.log; then
   say "not on the configured indexes; trying $torch_index"
-  pip install --quiet --no-deps --no-compile --index-url "$torch_index" --requirement .venv/torch.txt || {
+  PIP_INDEX_URL=$torch_index UV_DEFAULT_INDEX=$torch_index install --requirement .venv/torch.txt || {
     cat .venv/torch.log >&2
     fail "no $torch: neither on the configured indexes (above) nor at $torch_index"
   }
 fi
-rm -f .venv/torch.log .venv/torch.txt
 
-packages=$(grep -c '==' "$list")
-say "$packages packages of $list (about 2 GB; some minutes the first time)"
+say "$(grep -c '==' "$list") packages of $list (about 2 GB; some minutes the first time)"
 # Build source packages with the pinned setuptools instead of a version that an isolated build would download.
-pinned setuptools > .venv/setuptools.txt
-pip install --quiet --no-deps --require-hashes --requirement .venv/setuptools.txt
-grep -v '^torch==' "$list" > .venv/others.txt
-pip install --no-deps --require-hashes --no-build-isolation --no-compile --requirement .venv/others.txt | progress
-rm -f .venv/setuptools.txt .venv/others.txt
-pip install --quiet --no-deps --no-build-isolation --editable .
+install --require-hashes --requirement .venv/setuptools.txt
+install --require-hashes --no-build-isolation --requirement .venv/others.txt
+install --no-build-isolation --editable .
+rm -f .venv/{uv,torch,setuptools,others}.txt .venv/{uv,torch}.log
 
-# On all cores; pip would use one. A server imports vLLM in three processes; without bytecode each compiles it.
+# On all cores. A server imports vLLM in three processes; without bytecode each compiles it.
 say "compiling to bytecode"
 .venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # some packages carry files for other Pythons
 

@@ -141,7 +141,8 @@ class ProcessGroup:
             if self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
                 self._wait(lambda: self.process.poll() is not None, self.patience_s)
-            self._wait(self._is_gone, 5.0)  # children usually end by themselves
+            if self.process.poll() is not None:
+                self._wait(self._is_gone, 5.0)  # children usually end by themselves
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from learner.run_dir.checkpoint import TrainingState, save_state
 from learner.utils.ports import free_port
+from tests.integration.support.forked import ForkedProcess
 from tests.integration.support.policy import FP32
 from tests.integration.support.server import ENVIRONMENT, ServerProcess
 from tests.support.arguments import arguments
@@ -25,42 +23,27 @@ TIMEOUT_S = 150
 
 
 def launch(model: Path, server: ServerProcess, folder: Path, ranks: int, *options: str) -> None:
-    """Run the script on this many ranks, with torchrun where needed."""
+    """Run the script on this many ranks, with what torchrun would tell each of them."""
     folder.mkdir(exist_ok=True)
-    launcher = (
-        []
-        if ranks == 1 and not options
-        else [
-            "torch.distributed.run",
-            *arguments({"--nproc_per_node": ranks, "--master_port": free_port()}),
-            "-m",
-        ]
-    )
-    command = [
-        sys.executable,
-        "-m",
-        *launcher,
-        "tests.integration.support.train_on_ranks",
-        model,
-        server.url,
-        folder,
-        *options,
-    ]
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        )
+    begin_ranks("tests.integration.support.train_on_ranks", [[model, server.url, folder, *options]] * ranks, folder)
+
+
+def begin_ranks(module: str, arguments: list[list[Any]], folder: Path, expected: int = 0) -> list[str]:
+    """Run a module on several ranks, each with its arguments, to their `expected` exit; return their logs."""
+    port, ranks = str(free_port()), len(arguments)
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
+    processes = []
     try:
-        code = process.wait(TIMEOUT_S)
+        for rank, own in enumerate(arguments):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            place |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(ForkedProcess(module, own, logs[rank], {**os.environ, **ENVIRONMENT, **place}))
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(TIMEOUT_S) == expected, log.read_text(errors="replace")[-6000:]
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert code == 0, log.read_text(errors="replace")[-6000:]
+        for process in processes:
+            process.kill()
+    return [log.read_text(errors="replace") for log in logs]
 
 
 def train(model: Path, server: ServerProcess, folder: Path, ranks: int, *options: str) -> dict[str, Any]:
@@ -126,34 +109,16 @@ def test_ranks_without_a_shared_output_dir_refuse_to_resume(model: Path, tmp_pat
     folders = [tmp_path / "node0", tmp_path / "node1"]
     (folders[0] / "checkpoint-2").mkdir(parents=True)
     save_state(folders[0] / "checkpoint-2", TrainingState(0, 2, 2, 2, 8, 9, settings={}))
-    port, processes, logs = str(free_port()), [], [folder.with_suffix(".log") for folder in folders]
-    for rank, folder in enumerate(folders):
-        flags = {
-            "--rollout_url": "http://127.0.0.1:9",
-            "--model_name_or_path": model,
-            "--task": f"{__name__}:no_task",
-            "--output_dir": folder,
-            "--use_cpu": "true",
-            "--bf16": "false",
-        }
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        with logs[rank].open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "learner.cli", "train", *arguments(flags)],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **ENVIRONMENT, **ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                )
-            )
-    try:
-        codes = [process.wait(TIMEOUT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [2, 2]
-    for log in logs:
-        assert f"rank 0 {folders[0] / 'checkpoint-2'}, rank 1 starts over; give all nodes one" in log.read_text()
+    flags = {
+        "--rollout_url": "http://127.0.0.1:9",
+        "--model_name_or_path": model,
+        "--task": f"{__name__}:no_task",
+        "--use_cpu": "true",
+        "--bf16": "false",
+    }
+    told = [["train", *arguments({**flags, "--output_dir": folder})] for folder in folders]
+    for log in begin_ranks("learner.cli", told, tmp_path, expected=2):
+        assert f"rank 0 {folders[0] / 'checkpoint-2'}, rank 1 starts over; give all nodes one" in log
 
 
 def test_zero3_in_bfloat16_says_what_rounding_takes(model: Path, server: ServerProcess, tmp_path: Path) -> None:

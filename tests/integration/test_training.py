@@ -63,7 +63,7 @@ def server(model: Path, token_file: str, tmp_path_factory: pytest.TempPathFactor
     flags = [*FLAGS, "--deterministic", "--max-runs", "8", "--token-file", token_file]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "VLLM_LOGGING_LEVEL", "INFO")
-        with running_server(model, tmp_path_factory.mktemp("server"), *flags) as process:
+        with running_server(model, tmp_path_factory.mktemp("server"), *flags, forked=False) as process:
             yield process
 
 

@@ -26,7 +26,8 @@ from learner import attach
 from learner.run_dir.files import SAMPLES_FILE, read_lines
 from learner.servers.client import RolloutClient
 from tests.integration.support import policy as P
-from tests.integration.support.learner_process import REPOSITORY, write_questions
+from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.learner_process import write_questions
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments
 from tests.support.rewards import reward_odd

@@ -7,14 +7,12 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.integration.support.forked import ForkedProcess
 from tests.integration.support.waiting import until
 from tests.support.arguments import arguments
 
-REPOSITORY = Path(__file__).parents[3]
 COMMON = arguments(
     {
         "--reward_funcs": "tests.support.rewards:reward_odd",
@@ -49,24 +47,9 @@ class LearnerProcess:
 
     def __init__(self, url: str, model: Path, task: Path, folder: Path, *flags: str) -> None:
         self.folder, self.log = folder, folder.with_suffix(".log")
-        command = [
-            sys.executable,
-            "-m",
-            "learner.cli",
-            "train",
-            *arguments({"--rollout_url": url, "--model_name_or_path": model, "--task": task, "--output_dir": folder}),
-            *COMMON,
-            *flags,
-        ]
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            )
+        own = {"--rollout_url": url, "--model_name_or_path": model, "--task": task, "--output_dir": folder}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = ForkedProcess("learner.cli", ["train", *arguments(own), *COMMON, *flags], self.log, environment)
 
     def steps(self) -> int:
         """Return the optimizer steps done, according to the history on disk."""

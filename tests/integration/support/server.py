@@ -15,6 +15,7 @@ import httpx
 import psutil
 
 from learner.utils.ports import free_port
+from tests.integration.support.forked import ForkedProcess
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -35,9 +36,9 @@ HTTP = httpx.Client(
 
 
 @contextlib.contextmanager
-def running_server(model: Path, folder: Path, *flags: str) -> Iterator[ServerProcess]:
+def running_server(model: Path, folder: Path, *flags: str, forked: bool = True) -> Iterator[ServerProcess]:
     """Run a server, ready and with its log in `folder`, until the end of the block."""
-    process = ServerProcess(model, folder / "server.log", *flags)
+    process = ServerProcess(model, folder / "server.log", *flags, forked=forked)
     try:
         process.wait_ready()
         yield process
@@ -46,30 +47,43 @@ def running_server(model: Path, folder: Path, *flags: str) -> Iterator[ServerPro
 
 
 class ServerProcess:
-    """`rollout-server` on a port of this machine."""
+    """`rollout-server` on a port of this machine.
 
-    def __init__(self, model: Path, log: Path, *flags: str, port: int | None = None) -> None:
+    Args:
+        forked: begin with the imports done; otherwise as a user starts it.
+    """
+
+    def __init__(self, model: Path, log: Path, *flags: str, port: int | None = None, forked: bool = True) -> None:
         self.port, self.log = port or free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "rollout_server.cli", str(model), "--port", str(self.port), *flags]
+        arguments, environment = [str(model), "--port", str(self.port), *flags], {**os.environ, **ENVIRONMENT}
+        self.process: ForkedProcess | subprocess.Popen
+        if forked:
+            self.process = ForkedProcess("rollout_server.cli", arguments, log, environment)
+            return
         with log.open("wb") as output:
             # In its own session, so that all its child processes can be stopped as one group.
             self.process = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "rollout_server.cli", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT},
+                env=environment,
                 start_new_session=True,
             )
 
     def wait_ready(self, timeout_s: float = 240.0) -> None:
+        if (status := self.wait_started(timeout_s)) is not None:
+            raise RuntimeError(f"the server ended with {status}:\n{self.tail()}")
+
+    def wait_started(self, timeout_s: float = 240.0) -> int | None:
+        """Wait until the server is ready, or has ended; return its exit status if it has."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.tail()}")
+                return self.process.returncode
             try:
                 if HTTP.get(self.url + "/ready", timeout=5.0).status_code == 200:
-                    return
+                    return None
             except httpx.TransportError:
                 pass
             time.sleep(0.3)
@@ -113,11 +127,7 @@ class ServerProcess:
                     os.kill(pid, signal.SIGCONT)
 
     def stop(self) -> None:
-        """Send SIGTERM, then SIGKILL to what is left of the group."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
+        """Kill the server and all its processes. How it leaves by itself is for `test_server_process` to see."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

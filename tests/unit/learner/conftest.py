@@ -90,8 +90,20 @@ def client(server: FakeServer) -> RolloutClient:
 
 
 @pytest.fixture
-def no_workers_left() -> Iterator[None]:
+def reward_workers() -> int | None:
+    """How many a trainer has, unless None: what it is told. Two would take twice as long to start."""
+    return 1
+
+
+@pytest.fixture
+def no_workers_left(reward_workers: int | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ends the reward workers of what a test attached."""
+    if reward_workers is not None:
+
+        def make_pool(*args: Any, workers: int, **options: Any) -> pool.RewardPool:
+            return pool.RewardPool(*args, workers=min(workers, reward_workers), **options)
+
+        monkeypatch.setattr("learner.trainer.reward_hooks.RewardPool", make_pool)
     yield
     pool.close_all()
 

@@ -31,6 +31,11 @@ ROWS = [
 CHATS = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
 
 
+@pytest.fixture
+def reward_workers() -> None:
+    """As many as by default."""
+
+
 def batch_of(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What TRL hands to `_calculate_rewards` for these rows."""
     rng = random.Random(0)
