@@ -102,6 +102,12 @@ class Publisher:
         self.seconds.append(time.perf_counter() - started)
         return receipt
 
+    def pieces(self) -> list[bytes | memoryview]:
+        """Return the body of the last push, in host memory of its own."""
+        with self._exporting:
+            assert self._export
+            return self._export.pieces()
+
     def ensure(self, step: int) -> PushReceipt:
         """Push `step` unless it was the last push. Collective."""
         return last if (last := self.last) and last.version == self.version(step) else self.push(step)

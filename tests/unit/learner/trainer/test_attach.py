@@ -74,12 +74,12 @@ def test_a_server_that_merges(make_trainer, server, client):
     trainer = make_trainer()
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert abs(session.canary_slope - 1) < 0.01
+    assert abs(session.canary.slope - 1) < 0.01
     assert list(server.served) == ["r"]
     trainer = make_trainer()
     again = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert again.canary_slope is None
+    assert again.canary is None
     assert again.proof.max_mismatch < 1e-4
 
 
