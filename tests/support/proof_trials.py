@@ -1,6 +1,7 @@
 """Trials of the proof of sync on a CPU in bfloat16: healthy trainings, servers behind or stuck, silent modules.
 
-python -m tests.support.proof_trials --seeds 5 --steps 20      # 20 healthy trainings: 4 kinds, 5 seeds
+python -m tests.support.proof_trials --healthy 5 --steps 20    # 20 trainings: 4 kinds, 5 seeds
+python -m tests.support.proof_trials --faulty 5                # 20 trainings: 2 kinds, 2 faults, 5 seeds
 python -m tests.support.proof_trials --modules 203             # one silent module, and one silent layer, of so many
 """
 
@@ -20,9 +21,7 @@ from tests.support.rounding_server import RATIOS, Pair
 def healthy(seed: int, kind: str, steps: int) -> str:
     """Train with a server that serves what is pushed, a proof after every step; return how it ended."""
     quantized = kind == "quantized"
-    pair = Pair(seed=seed)
-    if quantized:
-        pair.server.quantize(0.3)
+    pair = Pair(seed=seed, quantized=0.3 if quantized else 0.0)
     try:
         pair.begin(RATIOS[1e-5 if quantized else float(kind)])
         pair.train(1, steps)
@@ -68,16 +67,18 @@ def silent(modules: int) -> None:
 def main() -> None:
     """Run the trials that are asked for, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=0)
+    parser.add_argument("--healthy", type=int, default=0)
+    parser.add_argument("--faulty", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--modules", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.modules:
         silent(args.modules)
-    for seed in range(args.seeds):
+    for seed in range(args.healthy):
         for kind in ("1e-6", "1e-5", "1e-4", "quantized"):
             print(f"healthy, {kind}, seed {seed}: {healthy(seed, kind, args.steps)}", flush=True)
+    for seed in range(args.faulty):
         for rate, most in ((1e-5, 3), (1e-6, 20)):
             for fault in ({"behind": 1}, {"stuck_at": 0}):
                 print(f"{fault}, {rate:g}, seed {seed}: {faulty(seed, rate, fault, most)}", flush=True)

@@ -51,7 +51,6 @@ class RoundingServer(FakeServer):
         behind: serves the version that was pushed so many pushes ago.
         stuck_at: serves this push, and none after it; None: all.
         silent: modules that are left out of every adapter.
-        blur: relative rms by which the served base differs, as by quantization.
     """
 
     def __init__(self, base: torch.nn.Module, state: ServerState) -> None:
@@ -94,10 +93,11 @@ class Pair:
 
     Args:
         layers: of seven modules each.
+        quantized: the server's base differs by noise of so much (relative rms), and is said to be quantized.
         state: changes to the server's.
     """
 
-    def __init__(self, *, layers: int = 2, seed: int = 0, **state: Any) -> None:
+    def __init__(self, *, layers: int = 2, seed: int = 0, quantized: float = 0.0, **state: Any) -> None:
         torch.manual_seed(seed)
         config = Qwen3Config(
             vocab_size=VOCABULARY,
@@ -120,9 +120,13 @@ class Pair:
             **{"slots_per_run": 2, "max_runs": 2, "logprobs_mode": "processed_logprobs", "apply": "columns", **state},
         }
         self.server = RoundingServer(base, ServerState(**known))
+        if quantized:
+            self.server.quantize(quantized)
         self.client = RolloutClient("http://fake", transport=self.server.transport)
         self.generator = torch.Generator().manual_seed(seed)
         self.sequences = torch.randint(0, VOCABULARY, (SEQUENCES, TOKENS), generator=self.generator).tolist()
+        self.texts = torch.randint(0, VOCABULARY, (4, 4, 32), generator=self.generator)
+        self.steps = 0
         pool = ServerPool.of(self.client)
         self.proof = SyncProof(pool, self.model, self.sequences, one_product=True)
         self.publisher = Publisher(pool, self.model, Lease("r", "s", 0))
@@ -134,16 +138,19 @@ class Pair:
         self.proof.keep_step()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-        before, start = self.proof.probe.logprobs().values, self.proof.weights.copied()
+        start = self.proof.weights.copied()
         self.step()
-        # AdamW's first step is as long as the learning rate, and B = 0 makes what it moves linear in it.
-        moved = np.sqrt(np.mean((self.proof.probe.logprobs().values - before) ** 2))
+        moved = self.proof._last_step()  # enlarged, so that it is not the noise that is seen
         self.proof.weights.write(start)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-3 * ratio * noise / moved, weight_decay=0.0)
+        self.proof.keep_step()
+        # AdamW's first step is as long as the learning rate, and B = 0 makes what it moves linear in it.
+        rate = 1e-3 * ratio * noise / np.sqrt(np.mean(moved**2))
+        self.optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
 
     def step(self) -> None:
-        """Make an optimizer step on random text."""
-        ids = torch.randint(0, VOCABULARY, (2, 32), generator=self.generator)
+        """Make an optimizer step, on one of four texts in turn."""
+        ids = self.texts[self.steps % len(self.texts)]
+        self.steps += 1
         self.model(input_ids=ids, labels=ids).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
