@@ -66,7 +66,7 @@ class Session:
         proof, rounded: made when a training begins, since the trainer places the model only then.
         canary: see `learner.sync.canary`; None where there was none.
         one_product: whether every LoRA layer of the learner computes base and adapter with one rounding.
-        samples_policy: whether completions are drawn from the policy that is trained, so that their logprobs must agree.
+        samples_policy: whether completions are drawn from the policy being trained, so that their logprobs must agree.
         interrupted: the signal that has asked the training to end, see `learner.trainer.leaving`.
     """
 
@@ -232,8 +232,9 @@ class Session:
     def saw_mismatch(self, mismatch: Mismatch) -> None:
         """Record the mismatch of a generation batch; of an on-policy one it is a proof, too. Collective."""
         self.metrics.saw_mismatch(mismatch)
-        if self.proof and self.samples_policy and not self.config.max_staleness:
-            self.proof.check_sampled(mismatch.rms, mismatch.tokens, self._temperature)
+        proof = self.proof
+        if proof and self.samples_policy and not self.config.max_staleness:
+            self._on_main(lambda: proof.check_sampled(mismatch.rms, mismatch.tokens, self._temperature))
 
     def summary(self) -> dict[str, Any]:
         """Return the metrics of the training, over all ranks. Collective."""

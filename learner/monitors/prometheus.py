@@ -50,7 +50,10 @@ _STEPPED = {
 }
 #: Gauges set by every proof of sync: field of Proven -> name and documentation.
 _PROVEN = {
-    "logprob_gap_rms": ("logprob_gap_rms_nats", "Rms of the differences of served and local logprobs at the last proof"),
+    "logprob_gap_rms": (
+        "logprob_gap_rms_nats",
+        "Rms of the differences of served and local logprobs at the last proof",
+    ),
     "step_share": ("step_share_ratio", "Share of the last step in served logprobs, at the last proof that could tell"),
 }
 #: Gauges set at every step that measured them: field of Mismatch -> name and documentation.

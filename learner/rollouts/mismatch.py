@@ -17,11 +17,12 @@ _LARGEST_LOG_RATIO = 88.0
 class Mismatch:
     """One generation batch, over all ranks.
 
-    `tokens` is how many sampled tokens have both logprobs, and `rms` the root mean square of their differences. `delta` is the mean of |ln p_learner - ln p_server| over sampled tokens. `kl` estimates KL(server || learner) by
-    the k3 estimator, mean(r - 1 - ln r) with r = p_learner / p_server on the server's samples (Schulman 2020,
-    "Approximating KL divergence"): never negative, unbiased, small variance. `clipped` is the share of ratios that
-    the correction clipped or dropped: of tokens or of sequences, as its mode says. `effective_sample_size` is the share
-    of the samples that the weights w of the loss leave, (sum w)^2 / (n sum w^2) (Kish 1965): 1 where all have the same.
+    `tokens` is how many sampled tokens have both logprobs, and `rms` the root mean square of their differences. `delta`
+    is the mean of |ln p_learner - ln p_server| over sampled tokens. `kl` estimates KL(server || learner) by the k3
+    estimator, mean(r - 1 - ln r) with r = p_learner / p_server on the server's samples (Schulman 2020, "Approximating
+    KL divergence"): never negative, unbiased, small variance. `clipped` is the share of ratios that the correction
+    clipped or dropped: of tokens or of sequences, as its mode says. `effective_sample_size` is the share of the samples
+    that the weights w of the loss leave, (sum w)^2 / (n sum w^2) (Kish 1965): 1 where all have the same.
     """
 
     delta: float

@@ -1,8 +1,8 @@
 """The canary: an adapter with a large effect of every module, pushed as a run of its own, found in what is served.
 
 Early updates can be smaller than the resolution of the server's dtype; then no proof can tell whether adapters reach
-the logits. The canary proves the way from push to logits, module by module. B is random, and scaled so that every module
-moves the probe's logprobs by about the same. Let x_m be the movement that module m makes of all that are there: the
+the logits. The canary proves the way from push to logits, module by module. B is random, and scaled so that every
+module moves the probe's logprobs by about the same. Let x_m be the movement that module m makes of all that are there: the
 derivative of the logprobs in the scale of its B. A server on which m is silent misses -x_m. So of all modules those are
 suspected whose score r . x_m is lowest, r being served minus own logprobs (Rao 1948: the score test). One backward pass
 weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson 1990). Suspects are convicted
@@ -58,7 +58,7 @@ class CanaryResult:
     Attributes:
         slope: of served and own movement, near 1; that of the server farthest from it.
         modules: modules of the adapter.
-        proven: those whose movement is large enough to convict them if they were silent; 0 where the adapter is sharded.
+        proven: those whose movement is large enough to convict them if they were silent; 0 of a sharded adapter.
         version, own: of the canary, and the learner's logprobs under it.
     """
 
@@ -201,9 +201,7 @@ def _check_modules(
     return int((strengths_M > 2 * CERTAIN * noise).sum())
 
 
-def _share_of(
-    probe: Probe, weights: AdapterWeights, module: int, residual_N: np.ndarray
-) -> Share | None:
+def _share_of(probe: Probe, weights: AdapterWeights, module: int, residual_N: np.ndarray) -> Share | None:
     """Return the share of one module's movement in served logprobs: 1 where it is there, 0 where it is silent."""
     seen = []
     for change in (ENLARGED, -ENLARGED):  # without the pass that the residual is of: its rounding would be in both

@@ -107,7 +107,7 @@ class Probe:
         return self._on_main(lambda: LearnerLogprobs(np.concatenate(values), std, largest))
 
     def sensitivities(self, weights_N: np.ndarray, parameters: Sequence[torch.Tensor]) -> np.ndarray:
-        """Return d(sum of weights x logprobs) / d ln(scale of a parameter), for each pass and parameter, [passes, P]."""
+        """Return d(sum of weights x logprobs) / d(scale of a parameter at 1), [passes, P]."""
         found = []
         with self._evaluated(), torch.enable_grad():
             for rows in self._passes:
@@ -124,7 +124,9 @@ class Probe:
         Shorter ones are filled up at their end, which tokens before it do not see.
         """
         longest = max(len(self.sequences[row]) for row in rows)
-        ids = [[*self.sequences[row], *[self.sequences[row][-1]] * (longest - len(self.sequences[row]))] for row in rows]
+        ids = [
+            [*self.sequences[row], *[self.sequences[row][-1]] * (longest - len(self.sequences[row]))] for row in rows
+        ]
         ids_BT = torch.tensor(ids, device=self.model.get_input_embeddings().weight.device)
         firsts = [len(self.sequences[row]) - self._scored[row] for row in rows]
         first = min(firsts)

@@ -11,8 +11,8 @@ something else:
 - **Mismatch**: served - own at the proven version, held to a few times that noise (rms; the largest to what the dtypes
   explain). Detects a missing module, a wrong scaling, a stale cache.
 - **Movement**: the change of the served logprobs since an earlier proof against the change of the learner's own, as the
-  slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the adapter
-  twice. Judged where the learner's own change is far above the noise (MIN_SIGNAL). References are the first proof, so
+  slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the
+  adapter twice. Judged where the learner's own change is far above the noise (MIN_SIGNAL). References are the first proof, so
   that small steps add up, and the last one.
 - **Last step**: the share of the last optimizer step in served logprobs (`learner.sync.evidence`). The step's effect is
   mostly far below the noise; its direction is known exactly, from a pass with the step enlarged. Proof by proof the
@@ -43,6 +43,7 @@ from learner.sync.probe import LONG_TOKENS, AdapterWeights, LearnerLogprobs, Pro
 from learner.sync.tolerance import (
     FLOOR,
     MAX_SLACK,
+    MIN_SIGNAL,
     QUANTIZED_RMS,
     RMS_SLACK,
     SAFETY,
@@ -83,7 +84,8 @@ class SyncProof:
         last: of the last check, the measurement with the largest mismatch.
         max_mismatch: largest |served - own| of all checks, in nats.
         slope: of the last check; None where the policy has not moved enough to tell.
-        step_share: of the last check, the least share of the last step that a server serves; None: unknown.
+        step_share: of the last check, the least share of the last step that a server serves; None: unknown, as where
+            a missing step would show in the mismatch.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class SyncProof:
         self._references = defaultdict[str, list[Measurement]](list)
         self._suspicions = defaultdict[str, Suspicion](Suspicion)
         self._step_before: list[torch.Tensor] | None = None
-        self._enlarged = 1.0
+        self._enlarged, self._step_rms = 1.0, 0.0
         self._warned = False
         self._sampled_rms: float | None = None
         self.last: Measurement | None = None
@@ -133,11 +135,6 @@ class SyncProof:
         dtypes = [self.model.get_base_model().dtype, lora.lora_A[adapter].weight.dtype]
         dtypes += [TORCH_DTYPES[self._autocast]] if self._autocast else []
         return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
-
-    def carries_small_updates(self, state: ServerState) -> bool:
-        """Whether small updates reach the logprobs of both sides: in float32, or with one rounding."""
-        served = state.dtype == "float32" or (state.apply == "columns" and state.quantization is None)
-        return served and (self.compute_dtype == "float32" or self._one_product)
 
     def check_base(self) -> list[Measurement]:
         """Compare the bases, without any adapter; return one measurement per server.
@@ -188,13 +185,13 @@ class SyncProof:
             InstallFailed: a server does not sample from `version`; the message names it and what it may serve.
         """
         own = self.probe.logprobs()
-        step = self._last_step()
+        step = None if self.on_main(self._would_see_a_step) else self._last_step()
         measurements = self.measure(own, version)
         self.step_share, self.slope = None, None
         for now in measurements:
             self.check_mismatch(now)
             references = self._references[now.server]
-            slopes = [self.check_movement(reference, now) for reference in references]
+            slopes = [self._check_movement(reference, now) for reference in references]
             self.slope = next((s for s in slopes if s is not None), self.slope)
             if step is not None:
                 self._check_step(now, step)
@@ -212,8 +209,7 @@ class SyncProof:
         Raises:
             InstallFailed: it exceeds the tolerance.
         """
-        states = [replica.known for replica in self._pool.up()]
-        if not self.bases or not tokens or not all(map(self.carries_small_updates, states)):
+        if not self.bases or not tokens or not all(base.is_decisive for base in self.bases.values()):
             return
         noise = max(m.rms_mismatch for m in self.bases.values()) / min(temperature or 1.0, 1.0)
         known = max(noise, FLOOR, self._sampled_rms or 0.0)
@@ -270,7 +266,13 @@ class SyncProof:
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         limits = self._tolerances(own, state, version, server, rounding)
-        return Measurement(version, own.values, served, limits[0], rounding, server, state.dtype, limits[1])
+        decisive = self._carries_small_updates(state)
+        return Measurement(version, own.values, served, limits[0], rounding, server, state.dtype, limits[1], decisive)
+
+    def _carries_small_updates(self, state: ServerState) -> bool:
+        """Whether small updates reach the logprobs of both sides: in float32, or with one rounding."""
+        served = state.dtype == "float32" or (state.apply == "columns" and state.quantization is None)
+        return served and (self.compute_dtype == "float32" or self._one_product)
 
     def _layers(self) -> int:
         return int(self.model.get_base_model().config.get_text_config().num_hidden_layers)
@@ -294,9 +296,9 @@ class SyncProof:
             return (math.inf, QUANTIZED_RMS) if state.quantization else (derived, math.inf)
         if base is None:
             return derived, math.inf
-        largest = max(derived, MAX_SLACK * base.max_mismatch) if state.quantization else derived
-        calibrated = RMS_SLACK * max(base.rms_mismatch, rounding, FLOOR / SAFETY)
-        return largest, calibrated if self.carries_small_updates(state) else math.inf
+        calibrated, decisive = RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY), self._carries_small_updates(state)
+        largest = max(derived, MAX_SLACK * calibrated) if decisive or state.quantization else derived
+        return largest, calibrated if decisive else math.inf
 
     def check_mismatch(self, m: Measurement, probe: Probe | None = None) -> None:
         """Raise `InstallFailed` if served and own logprobs differ by more than the tolerances."""
@@ -348,17 +350,15 @@ class SyncProof:
             )
         return f"{same}, and {precision}"
 
-    def check_movement(self, reference: Measurement, now: Measurement, slack: float = SLOPE_SLACK) -> float | None:
+    def _check_movement(self, reference: Measurement, now: Measurement) -> float | None:
         """Return the slope of served and own change since `reference`, if the learner's own is far above the noise.
 
         Raises:
             InstallFailed: it is not near 1; where a side loses updates in rounding, not even above 0.
         """
         seen = slope(reference, now)
-        least = 1.0 - slack
-        if slack == SLOPE_SLACK and not self._is_decisive(now.server):
-            least = LEAST_SLOPE
-        if seen is not None and not least <= seen <= 1.0 + slack:
+        least = 1.0 - SLOPE_SLACK if now.is_decisive else LEAST_SLOPE
+        if seen is not None and not least <= seen <= 1.0 + SLOPE_SLACK:
             own, served = now.own - reference.own, now.served - reference.served
             most = int(np.abs(own).argmax())
             row, position = self.probe.places[most]
@@ -370,15 +370,17 @@ class SyncProof:
             )
         return seen
 
-    def _is_decisive(self, server: str) -> bool:
-        states = [replica.known for replica in self._pool.up() if server.startswith(f"{replica.url},")]
-        return all(map(self.carries_small_updates, states))
+    def _would_see_a_step(self) -> bool:
+        """Whether a step that is missing exceeds the tolerance of the mismatch, going by the last step measured."""
+        limits = [RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY) for base in self.bases.values()]
+        decisive = self.fixed_tolerance is None and all(base.is_decisive for base in self.bases.values())
+        return bool(limits) and decisive and self._step_rms > MIN_SIGNAL * max(limits)
 
     def _last_step(self) -> np.ndarray | None:
         """Return how the last optimizer step d has moved the learner's logprobs, [N]; None: not known. Collective.
 
-        A step that moves them by less than rounding does is enlarged k times: (o(w + k d) - o(w - k d)) / 2k, whose noise
-        is k times smaller. The pass at w has no part in it: its rounding is in served minus own logprobs, too.
+        A step that moves them by less than rounding does is enlarged k times: (o(w + k d) - o(w - k d)) / 2k, whose
+        noise is k times smaller. The pass at w has no part in it: its rounding is in served minus own logprobs, too.
         """
         before, self._step_before = self._step_before, None
         if before is None:
@@ -396,6 +398,7 @@ class SyncProof:
                 self._enlarged = min(max(factor * STEP_NATS / rms, 1 / 4), LARGEST)
                 if 0.3 < self._enlarged / factor < 3.0:
                     break
+        self._step_rms = rms / factor
         return moved_N / factor
 
     def _check_step(self, now: Measurement, step_N: np.ndarray) -> None:
@@ -408,8 +411,7 @@ class SyncProof:
             return
         if self.step_share is None or found.value < self.step_share.value:
             self.step_share = found
-        decisive = self._is_decisive(now.server)
-        if not decisive and not self._warned and found.value + 4 * found.error < _LITTLE:
+        if not now.is_decisive and not self._warned and found.value + 4 * found.error < _LITTLE:
             self._warned = True
             logger.warning(
                 "of the last step %.2f (standard error %.2f) reaches the logprobs of %s: it, or the learner, rounds to "
@@ -417,7 +419,7 @@ class SyncProof:
                 "Start it with --apply columns, and leave packed_passes on (said once, logged as lockstep/step_share)",
                 *(found.value, found.error, now.server),
             )
-        if decisive and self._suspicions[now.server].add(found):
+        if now.is_decisive and self._suspicions[now.server].add(found):
             raise InstallFailed(self._accusation(now, step_N, found))
 
     def _accusation(self, now: Measurement, step_N: np.ndarray, found: Share) -> str:
@@ -429,7 +431,7 @@ class SyncProof:
             versions["the base"] = self._base.values
         return (
             f"proof of sync failed: the server at {now.server} does not serve {now.version}: of the last step "
-            f"{found.value:.2f} (standard error {found.error:.2f}) has arrived, and the evidence of the proofs so far is "
-            f"e^{self._suspicions[now.server].total:.0f} for the version before. Its logprobs are closest to those of "
+            f"{found.value:.2f} (standard error {found.error:.2f}) has arrived, and the evidence of the proofs so far "
+            f"is e^{self._suspicions[now.server].total:.0f} for the version before. Its logprobs are closest to those of "
             f"{closest(now.served, versions)}. Restart the rollout server"
         )

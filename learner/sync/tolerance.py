@@ -21,8 +21,8 @@ MERGED_PER_LAYER = 7
 RMS_SLACK = 4.0
 #: Rms in nats by which quantizing a base may move logprobs: SmolLM2-135M's by 1.0 in nf4. Another base is further away.
 QUANTIZED_RMS = 1.5
-#: How often the largest mismatch of a version may be that of a quantized base.
-MAX_SLACK = 3.0
+#: How often the largest mismatch of a version may be the rms to accept: a few tokens move by far more than most.
+MAX_SLACK = 10.0
 #: The learner's own change must be this many times the noise before its direction is compared.
 MIN_SIGNAL = 4.0
 
@@ -37,6 +37,7 @@ class Measurement:
         merge_noise: rms of the server's rounding of merged weights, which differs from version to version.
         server: URL and boot id.
         dtype: in which that server computes.
+        is_decisive: small updates reach the logprobs of both sides: in float32, or with one rounding.
     """
 
     version: WeightVersion | None
@@ -47,6 +48,7 @@ class Measurement:
     server: str = ""
     dtype: str = ""
     rms_tolerance: float = math.inf
+    is_decisive: bool = True
 
     @property
     def mismatch(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A rollout server in this process that rounds as one with `--apply columns` does, in another order than the learner."""
+"""A rollout server in this process that rounds as `--apply columns` does, in another order than the learner."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.support.fake_server import FakeServer
 VOCABULARY, RANK = 256, 8
 #: As long as the probe of a training is.
 SEQUENCES, TOKENS = 8, 88
-#: Movement of one optimizer step over the noise of the pair, both rms: SmolLM2-135M moves by 0.05 and 0.005 nats a step,
-#: and vLLM's and transformers' logprobs of its base differ by 0.078.
+#: Learning rate -> movement of one optimizer step over the noise of the pair, both rms: SmolLM2-135M moves by 0.05
+#: nats a step at 1e-5, and vLLM's and transformers' logprobs of its base differ by 0.078.
 RATIOS = {1e-4: 6.4, 1e-5: 0.64, 1e-6: 0.064}
 
 
@@ -115,9 +115,22 @@ class Pair:
         self.model = adapted(copy.deepcopy(base))
         unknown = BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
         known = {
-            **{"epoch": "e1", "ready": True, "model": "m", "base": unknown, "vllm_version": "0.32.0", "device": "cpu"},
-            **{"dtype": "bfloat16", "lora_dtype": "bfloat16", "max_model_len": 256, "max_lora_rank": 16, "workers": 1},
-            **{"slots_per_run": 2, "max_runs": 2, "logprobs_mode": "processed_logprobs", "apply": "columns", **state},
+            "epoch": "e1",
+            "ready": True,
+            "model": "m",
+            "base": unknown,
+            "vllm_version": "0.32.0",
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "lora_dtype": "bfloat16",
+            "max_model_len": 256,
+            "max_lora_rank": 16,
+            "workers": 1,
+            "slots_per_run": 2,
+            "max_runs": 2,
+            "logprobs_mode": "processed_logprobs",
+            "apply": "columns",
+            **state,
         }
         self.server = RoundingServer(base, ServerState(**known))
         if quantized:
