@@ -2,11 +2,11 @@
 
 Early updates can be smaller than the resolution of the server's dtype; then no proof can tell whether adapters reach
 the logits. The canary proves the way from push to logits, module by module. B is random, and scaled so that every
-module moves the probe's logprobs by about the same. Let x_m be the movement that module m makes of all that are there: the
-derivative of the logprobs in the scale of its B. A server on which m is silent misses -x_m. So of all modules those are
-suspected whose score r . x_m is lowest, r being served minus own logprobs (Rao 1948: the score test). One backward pass
-weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson 1990). Suspects are convicted
-by a regression of r on the movement that passes with the module turned up and down show.
+module moves the probe's logprobs by about the same. Let x_m be the movement that module m makes of all that are there:
+the derivative of the logprobs in the scale of its B. A server on which m is silent misses -x_m. So of all modules
+those are suspected whose score r . x_m is lowest, r being served minus own logprobs (Rao 1948: the score test). One
+backward pass weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson 1990). Suspects
+are convicted by a regression of r on the movement that passes with the module turned up and down show.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from shared.weights import ServerState, WeightVersion
 
 logger = logging.getLogger("lockstep.sync")
 
-#: How far the slope may be from 1; the canary's signal is far above any noise.
-CANARY_SLACK = 0.2
+#: How far the slope may be from 1; the canary's signal is far above any noise. DEAF: before modules are looked at.
+CANARY_SLACK, DEAF = 0.2, 0.7
 #: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
 #: where the effect saturates, twice the adapter does not show as twice the change.
 CANARY_SIGNAL, CANARY_NATS, LOUDEST = 20.0, 0.05, 2.0
@@ -88,23 +88,24 @@ def prove_modules(
     with _loud(proof.probe, proof.weights, quiet_N, nats, turn) as strengths_M:
         version, own = push(), proof.probe.logprobs()
         louds = proof.measure(own, version)
-        slopes = [_check_slope(base[loud.server], loud) for loud in louds]
         proven = len(strengths_M)
         for loud in louds if len(strengths_M) else ():
+            _check_slope(base[loud.server], loud, DEAF)  # of a server that ignores all of it no module is to blame
             proven = min(proven, _check_modules(proof, base[loud.server], loud, strengths_M, turn))
+        slopes = [_check_slope(base[loud.server], loud) for loud in louds]
         for loud in louds:
             proof.check_mismatch(loud)
     farthest = max(slopes, key=lambda seen: abs(seen - 1.0))
     return CanaryResult(version, own, farthest, len(proof.weights.modules), proven)
 
 
-def _check_slope(base: Measurement, loud: Measurement) -> float:
+def _check_slope(base: Measurement, loud: Measurement, slack: float = CANARY_SLACK) -> float:
     seen = slope(base, loud)
     if seen is None:
         raise InstallFailed(
             "proof of sync failed: the canary adapter moves the learner's own logprobs too little to prove anything"
         )
-    if abs(seen - 1.0) > CANARY_SLACK:
+    if abs(seen - 1.0) > slack:
         raise InstallFailed(
             f"proof of sync failed: the canary adapter {loud.version} moves the learner's logprobs, and those of the "
             f"server at {loud.server} by a factor of {seen:.2f} of that instead of 1: adapters do not reach its logits "

@@ -53,7 +53,7 @@ class ProbeText:
 
     sequences: list[list[int]]
     long: list[int] | None = None
-    decoded: dict[int, list[float]] = field(default_factory=dict)
+    decoded: dict[int, list[float | None]] = field(default_factory=dict)
 
 
 class Probe:
@@ -210,7 +210,7 @@ def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> Prob
     distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:SEQUENCES]
     context = min(r.known.max_model_len for r in pool.up())
     room = context - max(map(len, distinct))
-    sequences, decoded = [list(prompt) for prompt in distinct], {}
+    sequences, decoded = [list(prompt) for prompt in distinct], dict[int, list[float | None]]()
     of_base = serve_base([replica.known])
     if room >= 1:
         request = GenerateRequest(

@@ -12,8 +12,8 @@ something else:
   explain). Detects a missing module, a wrong scaling, a stale cache.
 - **Movement**: the change of the served logprobs since an earlier proof against the change of the learner's own, as the
   slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the
-  adapter twice. Judged where the learner's own change is far above the noise (MIN_SIGNAL). References are the first proof, so
-  that small steps add up, and the last one.
+  adapter twice. Judged where the learner's own change is far above the noise (MIN_SIGNAL). References are the first
+  proof, so that small steps add up, and the last one.
 - **Last step**: the share of the last optimizer step in served logprobs (`learner.sync.evidence`). The step's effect is
   mostly far below the noise; its direction is known exactly, from a pass with the step enlarged. Proof by proof the
   evidence adds up, and names a server that serves the version before.
@@ -235,7 +235,7 @@ class SyncProof:
         answers = self.on_main(
             lambda: self._pool.ask_all(lambda r: (r.url, r.known, r.client.score(request, _SCORE_TIMEOUT_S)), "proof")
         )
-        return [self.compare(own, version, *answer, probe) for answer in answers]
+        return [self.compare(own, version, url, state, answer, probe) for url, state, answer in answers]
 
     def compare(
         self,
@@ -432,6 +432,6 @@ class SyncProof:
         return (
             f"proof of sync failed: the server at {now.server} does not serve {now.version}: of the last step "
             f"{found.value:.2f} (standard error {found.error:.2f}) has arrived, and the evidence of the proofs so far "
-            f"is e^{self._suspicions[now.server].total:.0f} for the version before. Its logprobs are closest to those of "
-            f"{closest(now.served, versions)}. Restart the rollout server"
+            f"is e^{self._suspicions[now.server].total:.0f} for the version before. Its logprobs are closest to those "
+            f"of {closest(now.served, versions)}. Restart the rollout server"
         )
