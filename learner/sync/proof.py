@@ -296,9 +296,15 @@ class SyncProof:
             return (math.inf, QUANTIZED_RMS) if state.quantization else (derived, math.inf)
         if base is None:
             return derived, math.inf
-        calibrated, decisive = RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY), self._carries_small_updates(state)
-        largest = max(derived, MAX_SLACK * calibrated) if decisive or state.quantization else derived
-        return largest, calibrated if decisive else math.inf
+        calibrated = RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY)
+        if not self._carries_small_updates(state):
+            return max(derived, MAX_SLACK * calibrated) if state.quantization else derived, math.inf
+        # A policy that has become surer of itself rounds more coarsely: what the last proof has shown counts, too.
+        references = self._references.get(server)
+        if references:
+            calibrated = max(calibrated, RMS_SLACK * min(references[-1].rms_mismatch, derived / SAFETY))
+        # The largest follows from the rms: one improbable token may be far off.
+        return calibrated * math.sqrt(own.values.size), calibrated
 
     def check_mismatch(self, m: Measurement, probe: Probe | None = None) -> None:
         """Raise `InstallFailed` if served and own logprobs differ by more than the tolerances."""
