@@ -278,7 +278,7 @@ def test_samples_that_do_not_fit_the_policy_stop_the_run(make_trainer, server, c
         return answer
 
     server._generate = shifted
-    with pytest.raises(LockstepError, match="sampled tokens differ from the learner's by 0.02"):
+    with pytest.raises(LockstepError, match=r"sampled tokens differ from the learner's by 0\.02"):
         trainer.train()
 
 
