@@ -106,7 +106,9 @@ class LearnerConfig:
         "learner/sync/tolerance.py.",
     )
     proof_canary: bool = _option(
-        True, "At startup, push a throw-away adapter with a large effect to prove that adapters reach the logits."
+        True,
+        "At startup, and halfway through the training where a server has room for another run, push a throw-away "
+        "adapter with a large effect of every module to prove that adapters reach the logits.",
     )
     ready_timeout_s: float = _option(
         600.0, "Timeout of waiting for a ready rollout server, at startup and whenever none is up, in seconds."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -18,6 +20,7 @@ from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
+from learner.rollouts.mismatch import Mismatch
 from learner.run_dir.lease import load_lease, save_lease
 from learner.run_dir.lock import OutputLock
 from learner.servers.client import RolloutClient
@@ -25,9 +28,11 @@ from learner.servers.compatibility import AUTOCAST
 from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
-from learner.step_metrics import StepMetrics, StepReport
+from learner.step_metrics import Proven, StepMetrics, StepReport
+from learner.sync.canary import CanaryResult, KeptCanary, show_canary
 from learner.sync.gpu_sharing import GpuSharing
-from learner.sync.proof import SyncProof, canary_slope, probe_sequences
+from learner.sync.probe import make_probe
+from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
 from learner.utils.waits import waiting
 from shared.errors import (
@@ -39,7 +44,7 @@ from shared.errors import (
     VersionNotActive,
 )
 from shared.sampling import SamplingParams
-from shared.weights import ServerState
+from shared.weights import ServerState, WeightVersion
 
 logger = logging.getLogger("lockstep.session")
 
@@ -52,13 +57,17 @@ class Session:
 
     Args:
         pool: the servers; at least one is up.
+        prompts: token ids [B][P], for the probe.
+        longest: tokens that prompt and completion may have together.
         make_rewards: called last, since it changes the trainer: what scores completions as they arrive. None: TRL does.
         check_state: raises if a server in this state is incompatible.
         settings: what the training's state depends on, see `learner.trainer.settings`.
 
     Attributes:
         proof, rounded: made when a training begins, since the trainer places the model only then.
-        canary_slope: see `learner.sync.proof`; None where there was no canary.
+        canary: see `learner.sync.canary`; None where there was none.
+        one_product: whether every LoRA layer of the learner computes base and adapter with one rounding.
+        samples_policy: whether completions are drawn from the policy being trained, so that their logprobs must agree.
         interrupted: the signal that has asked the training to end, see `learner.trainer.leaving`.
     """
 
@@ -71,6 +80,7 @@ class Session:
         *,
         sampling: SamplingParams,
         prompts: list[list[int]],
+        longest: int,
         base_weights: str | None,
         make_rewards: Callable[[], Rewards] | None,
         check_state: Callable[[ServerState], object],
@@ -80,7 +90,8 @@ class Session:
         # What follows from them must be the same on every rank.
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
-        self._check_state, self._prompts = check_state, prompts
+        self._check_state, self._prompts, self._temperature = check_state, prompts, sampling.temperature
+        self._longest = longest
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self._base_served = serve_base(states)
         self._lock: OutputLock | None = None
@@ -111,7 +122,10 @@ class Session:
         self.metrics = StepMetrics(self.rollouts)
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None
-        self.canary_slope: float | None = None
+        self.canary: CanaryResult | None = None
+        self._kept_canary: KeptCanary | None = None
+        self._shown_again = False
+        self.one_product = self.samples_policy = False
         self.interrupted: str | None = None
         self._log: EventLog | None = None
 
@@ -144,19 +158,23 @@ class Session:
 
     def _prove_and_push(self, *, again: bool) -> None:
         self.yield_gpu()
-        sequences = self._on_main(lambda: probe_sequences(self.pool, self._prompts))
         config, trainer, is_main = self.config, self.trainer, self.trainer.accelerator.is_main_process
+        text = self._on_main(lambda: make_probe(self.pool, self._prompts, self._longest))
         self.proof = SyncProof(
             self.pool,
             self.model,
-            sequences,
+            text,
             tolerance=config.proof_tolerance,
             autocast=AUTOCAST.get(trainer.accelerator.mixed_precision),
+            one_product=self.one_product,
             same_base=self.publisher.base_weights is not None,
             on_main=self._on_main,
         )
         if config.proof_canary and not self._continues and not again and self._base_served:
-            self.canary_slope = canary_slope(self.proof, self.publisher, takeover=config.takeover)
+            self.canary, self._kept_canary = show_canary(
+                self.proof, self.publisher, takeover=config.takeover, turn=self._own_turn
+            )
+            self._shown_again = False
         elif self._base_served:
             self.proof.check_base()
         if is_main and self._log is None:
@@ -164,21 +182,65 @@ class Session:
         self.rounded = RoundedUpdates(self.model, lambda local: trainer.accelerator.reduce(local, reduction="sum"))
         self.publisher.push(trainer.step)
         self.proof.check(self.publisher.version(trainer.step))
+        if self._proof_is_due(trainer.step + 1):
+            self.proof.keep_step()
+
+    def _proof_is_due(self, step: int) -> bool:
+        every = self.config.proof_every
+        return step <= 2 or step == self.trainer.max_steps or (every > 0 and step % every == 0)
 
     def after_step(self) -> StepReport:
         """Push the step that was just made until it is served; prove it where that is due. Collective."""
         step, steps = self.trainer.step, self.trainer.max_steps
         with waiting(f"the push of step {step}, and the proof of it"):
             self.yield_gpu()
-            receipt, every = self.publisher.push(step), self.config.proof_every
-            due = step <= 2 or step == steps or (every > 0 and step % every == 0)
-            gap = self.proof.check(receipt.version).max_mismatch if due and self.proof else None
+            receipt, proven = self.publisher.push(step), None
+            if self.proof and self._proof_is_due(step):
+                proven = self._proven(self.proof, receipt.version)
+            if self.proof and self._proof_is_due(step + 1):
+                self.proof.keep_step()
+            if step >= steps // 2:
+                self._show_canary_again()
         return self.metrics.end_step(
             push_seconds=self.publisher.seconds[-1],
             receipt=receipt,
-            logprob_gap=gap,
+            proven=proven,
             update_lost=self.rounded.last_lost() if self.rounded else None,
         )
+
+    def _proven(self, proof: SyncProof, version: WeightVersion) -> Proven:
+        started = time.perf_counter()
+        worst = proof.check(version)
+        return Proven(
+            logprob_gap=worst.max_mismatch,
+            logprob_gap_mean=worst.mean_mismatch,
+            logprob_gap_rms=worst.rms_mismatch,
+            logprob_gap_p99=worst.p99_mismatch,
+            step_share=proof.step_share.value if proof.step_share else None,
+            step_share_error=proof.step_share.error if proof.step_share else None,
+            proof_seconds=time.perf_counter() - started,
+        )
+
+    def _show_canary_again(self) -> None:
+        """Show the canary a second time, to servers that have room for it, halfway through the training. Collective."""
+        canary, proof = self._kept_canary, self.proof
+        if self._shown_again or canary is None or proof is None:
+            return
+        self._shown_again = True
+
+        def show(replica: Replica) -> float | None:
+            state = replica.client.state()
+            base = proof.bases.get(f"{replica.url}, epoch {state.epoch}")
+            return canary.show(proof, replica.client, state, base) if base and serve_base([state]) else None
+
+        self._on_main(lambda: [show(replica) for replica in self.pool.up()])
+
+    def saw_mismatch(self, mismatch: Mismatch) -> None:
+        """Record the mismatch of a generation batch; of an on-policy one it is a proof, too. Collective."""
+        self.metrics.saw_mismatch(mismatch)
+        proof = self.proof
+        if proof and self.samples_policy and not self.config.max_staleness:
+            self._on_main(lambda: proof.check_sampled(mismatch.rms, mismatch.tokens, self._temperature))
 
     def summary(self) -> dict[str, Any]:
         """Return the metrics of the training, over all ranks. Collective."""
@@ -186,7 +248,8 @@ class Session:
             "run_id": self.run_id,
             "max_logprob_gap": self.proof.max_mismatch if self.proof else None,
             "logprob_tolerance": self.proof.last.tolerance if self.proof and self.proof.last else None,
-            "canary_slope": self.canary_slope,
+            "canary_slope": self.canary.slope if self.canary else None,
+            "canary_modules": [self.canary.proven, self.canary.modules] if self.canary else None,
             **({"gpu_turn_seconds": sum(self.gpu_sharing.seconds)} if self.gpu_sharing else {}),
         }
 
@@ -194,6 +257,14 @@ class Session:
         """Give a shared GPU to the server."""
         if self.gpu_sharing:
             self.gpu_sharing.yield_gpu()
+
+    @contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Within it a shared GPU is the learner's."""
+        if self.gpu_sharing:
+            self.gpu_sharing.take_gpu()
+        yield
+        self.yield_gpu()
 
     def finish(self) -> None:
         """Tell the servers that this training has ended: the run stays served, but gives way to another that needs its
@@ -265,7 +336,9 @@ class Session:
                 "all of them with the same --max-model-len"
             )
         if self.proof and serve_base([state]):
-            self.proof.check_newcomer(client, state)
+            base = self.proof.check_newcomer(client, state)
+            if base and self._kept_canary:
+                self._kept_canary.show(self.proof, client, state, base)
 
     def _on_main(self, action: Callable[[], Any]) -> Any:
         """Run on rank 0, and return its result or raise its error on every rank, so that none waits in vain."""

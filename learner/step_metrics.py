@@ -38,6 +38,25 @@ _LOGGED = (
 
 
 @dataclass(frozen=True)
+class Proven:
+    """What a proof of sync has measured on the probe, in nats; of the server with the largest mismatch.
+
+    Attributes:
+        logprob_gap: largest |served - own|; with its mean (signed), rms and 99th percentile.
+        step_share: least share of the last step that a server serves, and its standard error; None: not known.
+        proof_seconds: that the proof took.
+    """
+
+    logprob_gap: float
+    logprob_gap_mean: float
+    logprob_gap_rms: float
+    logprob_gap_p99: float
+    step_share: float | None
+    step_share_error: float | None
+    proof_seconds: float
+
+
+@dataclass(frozen=True)
 class StepReport:
     """Metrics of one optimizer step, in wall-clock seconds.
 
@@ -48,7 +67,8 @@ class StepReport:
         rollout_tokens_per_second: of the last generation batch, while it was being generated.
         train_tokens_per_second: prompts and completions of this rank, while it was neither waiting nor pushing.
         flops_utilisation: share of this rank's peak bfloat16 FLOP/s in that time; None on CPUs and unknown devices.
-        logprob_gap: None where not proven.
+        logprob_gap: largest mismatch on the probe; None where not proven.
+        proven: all that the proof has measured.
         drift: mismatch of the generation batch that was trained on.
         servers_up, servers: rollout servers that serve the present version, and all that are known.
         pause_seconds: for which no request of the slowest server was decoding because of the push.
@@ -77,6 +97,7 @@ class StepReport:
     train_tokens_per_second: float = 0.0
     flops_utilisation: float | None = None
     update_lost: float | None = None
+    proven: Proven | None = None
 
     @property
     def train_seconds(self) -> float:
@@ -111,7 +132,7 @@ class StepMetrics:
         self._reward_waited = rewards.wait_seconds if rewards else 0.0
 
     def end_step(
-        self, *, push_seconds: float, receipt: PushReceipt, logprob_gap: float | None, update_lost: float | None
+        self, *, push_seconds: float, receipt: PushReceipt, proven: Proven | None, update_lost: float | None
     ) -> StepReport:
         """Report, log and count a step that has ended with a push."""
         self.pushes += 1
@@ -136,7 +157,8 @@ class StepMetrics:
             push_bytes=receipt.bytes,
             pause_seconds=receipt.pause_seconds,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
-            logprob_gap=logprob_gap,
+            logprob_gap=proven.logprob_gap if proven else None,
+            proven=proven,
             seconds=seconds,
             drift=self.mismatch,
             reward_wait_seconds=reward_waited,
@@ -155,6 +177,7 @@ class StepMetrics:
 
     def _log(self, report: StepReport) -> None:
         logged = {name: getattr(report, name) for name in _LOGGED}
+        logged |= asdict(report.proven) if report.proven else {}
         stats = self._rollouts.stats
         logged |= {"server_idle_seconds": report.idle_seconds, "regenerated": stats.regenerated}
         logged["unscored_tokens"] = stats.unscored_tokens
@@ -211,12 +234,15 @@ class StepMetrics:
         ranks = gather_object([(stats.staleness, local)])
         staleness = sum((counter for counter, _ in ranks), Counter[int]())
         mismatches = [r.drift for r in self.reports if r.drift]
+        proofs = [r.proven for r in self.reports if r.proven]
         return {
             "steps": self._trainer.step,
             **self.counts(),
             "lags": {str(batches): n for batches, n in sorted(staleness.items())},
             **{name: sum(counts[name] for _, counts in ranks) for name in local},
             "wait_seconds": stats.wait_seconds,
+            "max_logprob_gap_rms": max((p.logprob_gap_rms for p in proofs), default=None),
+            "proof_seconds": sum(p.proof_seconds for p in proofs),
             "max_drift_kl": max((m.kl for m in mismatches), default=None),
             "max_drift_clipped": max((m.clipped for m in mismatches), default=None),
             "min_effective_sample_size": min((m.effective_sample_size for m in mismatches), default=None),

@@ -182,5 +182,8 @@ class ServerState(BaseModel):
     deterministic: bool = Field(False, description="equal seeded requests, one at a time, have equal completions")
     shares_gpu: bool = Field(False, description="may be put to sleep by a learner that trains on the same GPU")
     asleep: bool = Field(False, description="requests wait until the learner, or a push, wakes it")
+    quantization: str | None = Field(
+        None, description="how the server quantizes the base: what it serves is then another policy than the learner's"
+    )
     mixture_of_experts: bool = False
     runs: list[RunState] = []

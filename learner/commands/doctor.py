@@ -300,7 +300,8 @@ def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:
 def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
     with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
         state = client.wait_ready(0.0)
-    check_server(state, allow_policy_altering=_is_true(given, "allow_policy_altering"))
+    corrected = _is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
+    check_server(state, allow_policy_altering=_is_true(given, "allow_policy_altering"), corrected=corrected)
     lora_r = int(str(given.get("lora_r") or training.options()["lora_r"].default))
     check_rank(SimpleNamespace(r=lora_r, rank_pattern=None), state)  # type: ignore[arg-type]
     length = int(str(given.get("max_completion_length") or training.options()["max_completion_length"].default))

@@ -114,7 +114,12 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
     for state in states:  # what is known before the model is loaded; `attach` checks all of it
-        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        check_server(
+            state,
+            allow_policy_altering=config.allow_policy_altering,
+            deterministic=config.deterministic,
+            corrected=args.vllm_importance_sampling_correction,
+        )
         check_rank(lora, state)
         check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
     trainer = _trainer(task, config, args, model_args, lora, quantized, tools, environment)

@@ -7,6 +7,7 @@ from collections import Counter as Counts
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
@@ -46,6 +47,14 @@ _STEPPED = {
         "Share of this rank's peak bfloat16 FLOP/s while it trained; not on CPUs and unknown devices",
     ),
     "logprob_gap": ("logprob_gap_nats", "Largest difference of served and local logprobs at the last proof of sync"),
+}
+#: Gauges set by every proof of sync: field of Proven -> name and documentation.
+_PROVEN = {
+    "logprob_gap_rms": (
+        "logprob_gap_rms_nats",
+        "Rms of the differences of served and local logprobs at the last proof",
+    ),
+    "step_share": ("step_share_ratio", "Share of the last step in served logprobs, at the last proof that could tell"),
 }
 #: Gauges set at every step that measured them: field of Mismatch -> name and documentation.
 _MISMATCH = {
@@ -114,6 +123,7 @@ class LearnerMetrics(Collector):
         """Record an optimizer step."""
         values = asdict(report)
         self._set(_STEPPED, values)
+        self._set(_PROVEN, values["proven"] or {})
         self._set(_MISMATCH, values["drift"] or {})
         for name, counter in self._counters.items():
             counter.inc(values[name] or 0.0)
@@ -149,7 +159,9 @@ class LearnerMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the gauges, without a sample until their value is known: a missing evaluation is not one of 0."""
-        for name, documentation in (*_STEPPED.values(), *_MISMATCH.values(), *_LOGGED.values()):
+        for name, documentation in chain.from_iterable(
+            table.values() for table in (_STEPPED, _PROVEN, _MISMATCH, _LOGGED)
+        ):
             yield GaugeMetricFamily(f"{NAMESPACE}_{name}", documentation, self._values.get(name))
         gauge = partial(GaugeMetricFamily, labels=["server"])
         up = gauge(f"{NAMESPACE}_server_up", "1 if the server serves the current version, else 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +17,20 @@ _LARGEST_LOG_RATIO = 88.0
 class Mismatch:
     """One generation batch, over all ranks.
 
-    `delta` is the mean of |ln p_learner - ln p_server| over sampled tokens. `kl` estimates KL(server || learner) by
-    the k3 estimator, mean(r - 1 - ln r) with r = p_learner / p_server on the server's samples (Schulman 2020,
-    "Approximating KL divergence"): never negative, unbiased, small variance. `clipped` is the share of ratios that
-    the correction clipped or dropped: of tokens or of sequences, as its mode says. `effective_sample_size` is the share
-    of the samples that the weights w of the loss leave, (sum w)^2 / (n sum w^2) (Kish 1965): 1 where all have the same.
+    `tokens` is how many sampled tokens have both logprobs, and `rms` the root mean square of their differences. `delta`
+    is the mean of |ln p_learner - ln p_server| over sampled tokens. `kl` estimates KL(server || learner) by the k3
+    estimator, mean(r - 1 - ln r) with r = p_learner / p_server on the server's samples (Schulman 2020, "Approximating
+    KL divergence"): never negative, unbiased, small variance. `clipped` is the share of ratios that the correction
+    clipped or dropped: of tokens or of sequences, as its mode says. `effective_sample_size` is the share of the samples
+    that the weights w of the loss leave, (sum w)^2 / (n sum w^2) (Kish 1965): 1 where all have the same.
     """
 
     delta: float
     kl: float
     clipped: float
     effective_sample_size: float
+    rms: float = 0.0
+    tokens: int = 0
 
 
 def measure(
@@ -77,7 +81,16 @@ def measure(
     weights = weights * counted
     k3_BT = ratio_BT - 1 - log_ratio_BT
     sums = [log_ratio_BT.abs().sum(), k3_BT.sum(), mask_BT.sum(), clipped.sum()]
-    sums += [counted.sum(), weights.sum(), weights.square().sum()]
-    delta, kl, tokens, clips, units, weight, squares = total(torch.stack([s.double() for s in sums])).tolist()
+    sums += [counted.sum(), weights.sum(), weights.square().sum(), log_ratio_BT.square().sum()]
+    summed = total(torch.stack([s.double() for s in sums])).tolist()
+    delta, kl, tokens, clips, units, weight, squares, gap_squares = summed
     effective = weight**2 / (units * squares) if squares else 0.0
-    return Mismatch(delta / max(tokens, 1), kl / max(tokens, 1), clips / max(units, 1), effective if units else 1.0)
+    n = max(tokens, 1)
+    return Mismatch(
+        delta=delta / n,
+        kl=kl / n,
+        clipped=clips / max(units, 1),
+        effective_sample_size=effective if units else 1.0,
+        rms=math.sqrt(gap_squares / n),
+        tokens=int(tokens),
+    )

@@ -9,8 +9,13 @@ from shared.weights import BaseFingerprint, ServerState
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def check_server(state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False) -> None:
+def check_server(
+    state: ServerState, *, allow_policy_altering: bool = False, deterministic: bool = False, corrected: bool = True
+) -> None:
     """Check that the server is ready and returns the logprobs of the policy.
+
+    Args:
+        corrected: importance ratios account for samples of another policy.
 
     Raises:
         NotReady, InvalidRequest: it does not.
@@ -26,6 +31,11 @@ def check_server(state: ServerState, *, allow_policy_altering: bool = False, det
         raise InvalidRequest(
             f"the server runs with {', '.join(state.policy_altering)}, so its logprobs are not exactly the "
             "policy's; start it without, or set allow_policy_altering to train all the same"
+        )
+    if state.quantization and not corrected:
+        raise InvalidRequest(
+            f"the server quantizes the base ({state.quantization}), so it samples from another policy than the one "
+            "that is trained: leave vllm_importance_sampling_correction on, or start it without --quantization"
         )
     if deterministic and not state.deterministic:
         raise InvalidRequest(
@@ -64,12 +74,19 @@ def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch:
 
 
 def check_precision(weights: str, autocast: str | None, state: ServerState) -> list[str]:
-    """Return a warning where autocast makes the learner compute in another dtype than its weights and the server.
+    """Return a warning where the server quantizes the base, or where autocast makes the learner compute in another
+    dtype than its weights and the server.
 
     Args:
         weights: dtype of the learner's base.
         autocast: dtype of the training's autocast, if it has one.
     """
+    if state.quantization:
+        return [
+            f"the server quantizes the base ({state.quantization}): it samples from another policy than the learner's. "
+            "Importance ratios account for it; how far they are apart is measured on the base at the start, and logged "
+            "for every batch (lockstep/drift_kl)"
+        ]
     if autocast is None or autocast in (weights, state.dtype):
         return []
     flag = next(name for name, dtype in AUTOCAST.items() if dtype == autocast)

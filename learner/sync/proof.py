@@ -5,111 +5,127 @@ something else:
 
 - **Receipt** (`learner.sync.publisher`): the checksum is read back from the slot on every worker. Detects bytes
   that did not arrive or went elsewhere; does not show whether the engine uses the slot.
-- **Mismatch**: max |served - own| over the probe, at the base and at the proven version. Detects another base,
-  tokenizer or dtype, a missing module, a wrong scaling, a stale cache, a push without effect, as soon as the difference
-  exceeds the tolerance of the dtype; that of autocast where the training has one, since the learner's side computes
-  under it, too.
-- **Movement**: the change of the served logprobs since an earlier version against the change of the learner's own, as
-  the slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the
-  adapter twice. Judged as soon as the learner's own change exceeds the rounding noise (MIN_SIGNAL), long before it
-  reaches the tolerance: constant differences cancel. References are step 0, so that small steps add up, and the last
-  proof, so that a server that got stuck later is detected.
-- **Canary**: early updates can be smaller than the resolution of the server's dtype (learning rate 1e-6 in bfloat16):
-  then neither check above can tell, nor whether updates are lost to rounding. So before step 0 a throw-away adapter
-  with a large effect is pushed as a run of its own, must move the served logprobs as it moves the learner's, and is
-  deleted. It proves the way from push to logits.
+- **Base**: served - own without an adapter, in prefill, on one sequence as long as prompt and completion may be, and of
+  tokens that were decoded. Held to what the dtypes explain. Detects another base, tokenizer, dtype or position
+  encoding. Its rms is the noise of this very pair, which calibrates what follows.
+- **Mismatch**: served - own at the proven version, held to a few times that noise (rms; the largest to what the dtypes
+  explain). Detects a missing module, a wrong scaling, a stale cache.
+- **Movement**: the change of the served logprobs since an earlier proof against the change of the learner's own, as the
+  slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the
+  adapter twice. Judged where the learner's own change is far above the noise (MIN_SIGNAL). References are the first
+  proof, so that small steps add up, and the last one.
+- **Last step**: the share of the last optimizer step in served logprobs (`learner.sync.evidence`). The step's effect is
+  mostly far below the noise; its direction is known exactly, from a pass with the step enlarged. Proof by proof the
+  evidence adds up, and names a server that serves the version before.
+- **Canary** (`learner.sync.canary`): before step 0, and later, an adapter with a large effect of every module.
+- **Samples**: the mismatch of every on-policy batch, which decoding has made, is held to that noise too.
+
+Where a side rounds to 16 bits before it adds the adapter (`--apply adapter` and `merge`, PEFT under autocast), most of
+a small update never reaches the logprobs. Then a server that serves the version before looks like one that serves the
+version pushed, and small movements prove nothing: shares are reported, and raise no alarm.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from peft import PeftModel
 
 from learner.adapters.exporter import TORCH_DTYPES, active_adapter, lora_layers
-from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
-from learner.servers.pool import ServerPool, serve_base
-from learner.sync.publisher import Publisher
-from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
-from learner.utils.cleanup import finally_do
-from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
-from shared.errors import BaseMismatch, InstallFailed, NoFreeRun
-from shared.rollouts import GenerateRequest, Prompt, ScoreRequest, ScoreResponse
-from shared.sampling import SamplingParams
+from learner.servers.pool import ServerPool
+from learner.sync.evidence import Share, Suspicion, closest, share, without
+from learner.sync.probe import LONG_TOKENS, AdapterWeights, LearnerLogprobs, Probe, ProbeText
+from learner.sync.tolerance import (
+    FLOOR,
+    MAX_SLACK,
+    MIN_SIGNAL,
+    QUANTIZED_RMS,
+    RMS_SLACK,
+    SAFETY,
+    Measurement,
+    derived_tolerance,
+    merge_noise,
+    slope,
+)
+from learner.utils.distributed import OnMain, on_one_rank
+from shared.errors import BaseMismatch, InstallFailed
+from shared.rollouts import ScoreRequest, ScoreResponse
 from shared.weights import ServerState, WeightVersion
 
-#: The probe.
-SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 4, 64, 24
-#: How far the slope may be from 1; the canary's signal is far above any noise.
-SLOPE_SLACK = 0.5
-CANARY_SLACK = 0.2
-#: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
-#: where the effect saturates, twice the adapter does not show as twice the change.
-CANARY_SIGNAL = 20.0
-CANARY_NATS = 0.05
+logger = logging.getLogger("lockstep.sync")
+
+#: How far the slope of a movement may be from 1; and its least value where rounding takes most of small updates.
+SLOPE_SLACK, LEAST_SLOPE = 0.5, 0.03
+#: The last step is enlarged until the probe moves by so much (rms, nats), at most LARGEST times: well above rounding,
+#: and so little that twice the step is twice the movement.
+STEP_NATS, LARGEST = 0.25, 256.0
+#: Warned of where less than this part of a step arrives, by four standard errors.
+_LITTLE = 0.5
 #: For a few hundred tokens, queued behind other requests; a connection that has died shows in no other way.
 _SCORE_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True)
-class LearnerLogprobs:
-    """The learner's side of a measurement.
-
-    Attributes:
-        values: logprobs of all probe tokens, float64 [N].
-        logit_std: rms over probe positions of the logits' standard deviation over the vocabulary.
-        logit_max: largest |logit|.
-    """
-
-    values: np.ndarray
-    logit_std: float
-    logit_max: float
 
 
 class SyncProof:
     """Scores a fixed probe on both sides and compares. Collective: all ranks run the forward, rank 0 asks the servers.
 
     Args:
-        sequences: token ids [N][T] of the probe; those of one token are left out.
-        tolerance: of the mismatch, in nats, instead of the derived one.
+        text: the probe; sequences of one token are left out.
+        tolerance: of the mismatch, in nats, instead of the derived ones.
         autocast: dtype of the training's autocast, if it has one.
+        one_product: whether every LoRA layer of the learner computes base and adapter with one rounding.
         same_base: whether fingerprints have shown that all servers hold the learner's base.
 
     Attributes:
         last: of the last check, the measurement with the largest mismatch.
         max_mismatch: largest |served - own| of all checks, in nats.
         slope: of the last check; None where the policy has not moved enough to tell.
+        step_share: of the last check, the least share of the last step that a server serves; None: unknown, as where
+            a missing step would show in the mismatch.
     """
 
     def __init__(
         self,
         pool: ServerPool,
         model: PeftModel,
-        sequences: list[list[int]],
+        text: ProbeText | list[list[int]],
         *,
         tolerance: float | None = None,
         autocast: str | None = None,
+        one_product: bool = False,
         same_base: bool = False,
         on_main: OnMain = on_one_rank,
     ) -> None:
-        self._pool, self.model, self._on_main = pool, model, on_main
-        self.sequences = [sequence for sequence in sequences if len(sequence) > 1]
-        #: Of every scored token: its sequence, and its position there.
-        self._places = [(row, t) for row, tokens in enumerate(self.sequences) for t in range(1, len(tokens))]
+        text = text if isinstance(text, ProbeText) else ProbeText([s for s in text if len(s) > 1])
+        self._pool, self.model, self.on_main, self._decoded = pool, model, on_main, text.decoded
+        self.probe = Probe(model, text.sequences, on_main=on_main)
+        self._long = Probe(model, [text.long], last=LONG_TOKENS, on_main=on_main) if text.long else None
+        self.weights = AdapterWeights(model)
         self.fixed_tolerance, self._autocast, self._same_base = tolerance, autocast, same_base
+        self._one_product = one_product
         self._base: LearnerLogprobs | None = None
+        #: Server -> its measurement without an adapter.
+        self.bases: dict[str, Measurement] = {}
         #: Server -> its measurements at this learner's first version, and at the last check.
         self._references = defaultdict[str, list[Measurement]](list)
+        self._suspicions = defaultdict[str, Suspicion](Suspicion)
+        self._step_before: list[torch.Tensor] | None = None
+        self._enlarged, self._step_rms = 1.0, 0.0
+        self._warned = False
+        self._sampled_rms: float | None = None
         self.last: Measurement | None = None
         self.max_mismatch = 0.0
         self.slope: float | None = None
+        self.step_share: Share | None = None
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Token ids of the probe, [N][T]."""
+        return self.probe.sequences
 
     @property
     def compute_dtype(self) -> str:
@@ -126,153 +142,204 @@ class SyncProof:
         Raises:
             InstallFailed: a mismatch exceeds the tolerance.
         """
-        self._base = self.own_logprobs(adapter=False)
-        return self._measure(self._base, None)
+        if self._long is not None:
+            for measurement in self.measure(self._long.logprobs(adapter=False), None, self._long):
+                self.check_mismatch(measurement, self._long)
+        self._base = self.probe.logprobs(adapter=False)
+        measurements = self.measure(self._base, None)
+        for measurement in measurements:
+            self.check_mismatch(measurement)
+            self.bases[measurement.server] = measurement
+        self._check_decoded(measurements[0])
+        return measurements
 
-    def check_newcomer(self, client: RolloutClient, state: ServerState) -> None:
-        """Compare the base of a server that joins, if the learner's was measured. Not collective.
+    def check_newcomer(self, client: RolloutClient, state: ServerState) -> Measurement | None:
+        """Compare the base of a server that joins, if the learner's was measured; return what was. Not collective.
 
         Raises:
             BaseMismatch: it is another.
         """
         if self._base is None:
-            return
+            return None
         answer = client.score(ScoreRequest(sequences=self.sequences, policy="base"), _SCORE_TIMEOUT_S)
-        measurement = self._compare(self._base, None, client.url, state, answer)
-        if measurement.max_mismatch > measurement.tolerance:
+        measurement = self.compare(self._base, None, client.url, state, answer)
+        if not measurement.is_acceptable:
             raise BaseMismatch(
                 f"its base's logprobs differ from the learner's by {measurement.max_mismatch:.3g} (tolerance "
                 f"{measurement.tolerance:.3g}): start that server on the same checkpoint and dtype"
             )
+        self.bases[measurement.server] = measurement
+        return measurement
+
+    def keep_step(self) -> None:
+        """Remember the adapter, for the next check: that of the step before. Collective."""
+        self._step_before = self.weights.copied()
 
     def check(self, version: WeightVersion) -> Measurement:
-        """Compare at `version`, which must be served and be what the model holds now.
+        """Compare at `version`, which must be served and be what the model holds now. Collective.
 
         Returns:
             The measurement with the largest mismatch.
 
         Raises:
-            InstallFailed: a server does not sample from `version`; the message names it and both values.
+            InstallFailed: a server does not sample from `version`; the message names it and what it may serve.
         """
-        measurements = self._measure(self.own_logprobs(), version)
-        slopes: list[float | None] = []
+        own = self.probe.logprobs()
+        step = None if self.on_main(self._would_see_a_step) else self._last_step()
+        measurements = self.measure(own, version)
+        self.step_share, self.slope = None, None
         for now in measurements:
+            self.check_mismatch(now)
             references = self._references[now.server]
-            slopes += [self._check_movement(reference, now) for reference in references]
+            slopes = [self._check_movement(reference, now) for reference in references]
+            self.slope = next((s for s in slopes if s is not None), self.slope)
+            if step is not None:
+                self._check_step(now, step)
             references[1:] = [now]
-        self.slope = next((s for s in slopes if s is not None), None)
         self.last = max(measurements, key=lambda m: m.max_mismatch)
         return self.last
 
-    def canary(self, push: Callable[[], WeightVersion]) -> float:
-        """Push an adapter with a large effect and find it in the served logprobs; the model stays as it is.
+    def check_sampled(self, rms: float, tokens: int, temperature: float = 1.0) -> None:
+        """Hold the mismatch of sampled tokens of the present version to that of the probe and of the first batch.
 
         Args:
-            push: sends the model's present adapter to a run of its own and returns its version.
-
-        Returns:
-            The slope, near 1: that of the server farthest from it.
+            rms: of served - own over `tokens` sampled tokens, in nats.
+            temperature: at which they were drawn; logprobs, and their noise, are those of logits divided by it.
 
         Raises:
-            InstallFailed: a server does not follow.
+            InstallFailed: it exceeds the tolerance.
         """
-        base = {measurement.server: measurement for measurement in self.check_base()}
-        own = next(iter(base.values())).own
-        noise = max(measurement.noise for measurement in base.values())
-        with _loud_adapter(self, own, max(CANARY_SIGNAL * noise, CANARY_NATS)):
-            version = push()
-            louds = self._measure(self.own_logprobs(), version)
-        slopes = [self._check_movement(base[loud.server], loud, CANARY_SLACK) for loud in louds]
-        known = [seen for seen in slopes if seen is not None]
-        if len(known) < len(slopes):
+        if not self.bases or not tokens or not all(base.is_decisive for base in self.bases.values()):
+            return
+        noise = max(m.rms_mismatch for m in self.bases.values()) / min(temperature or 1.0, 1.0)
+        known = max(noise, FLOOR, self._sampled_rms or 0.0)
+        limit = RMS_SLACK * (1 + 8 / math.sqrt(tokens)) * known  # few tokens may all be unlucky ones
+        if self.fixed_tolerance is not None:
+            limit = self.fixed_tolerance
+        if rms > limit:
             raise InstallFailed(
-                "proof of sync failed: the canary adapter moves the learner's own logprobs too little to prove anything"
+                f"proof of sync failed: the logprobs of {tokens} sampled tokens differ from the learner's by {rms:.3g} "
+                f"(rms, nats), tolerance {limit:.3g}: the servers do not decode with the weights that were pushed; "
+                "proof_tolerance overrides the tolerance"
             )
-        return max(known, key=lambda seen: abs(seen - 1.0))
+        if self._sampled_rms is None:
+            self._sampled_rms = rms
 
-    def own_logprobs(self, *, adapter: bool = True) -> LearnerLogprobs:
-        """Score the probe with the learner's model, teacher-forced, with or without its adapter. Collective.
-
-        In eval mode, so without dropout, but under the training's autocast if it has one; log-softmax in float32.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        device = self.model.get_input_embeddings().weight.device
-        logprobs, variances, largest = [], [], 0.0
-        try:
-            with torch.no_grad(), nullcontext() if adapter else self.model.disable_adapter():
-                for sequence in self.sequences:
-                    ids_1T = torch.tensor([sequence], device=device)
-                    logits_TV = self.model(input_ids=ids_1T, use_cache=False).logits[0, :-1].float()
-                    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
-                    logprobs.append(logprobs_TV.gather(-1, ids_1T[0, 1:, None])[:, 0].double().cpu().numpy())
-                    variances.append(logits_TV.var(dim=-1).mean().item())
-                    largest = max(largest, logits_TV.abs().max().item())
-                reshard(self.model)
-        finally:
-            self.model.train(was_training)
-        std = math.sqrt(sum(variances) / len(variances))
-        # Rank 0's figures for all, so that all draw the same conclusions.
-        return self._on_main(lambda: LearnerLogprobs(np.concatenate(logprobs), std, largest))
-
-    def _measure(self, own: LearnerLogprobs, version: WeightVersion | None) -> list[Measurement]:
-        """Score the probe on each server that is up, and check the mismatch; None: its base."""
+    def measure(
+        self, own: LearnerLogprobs, version: WeightVersion | None, probe: Probe | None = None
+    ) -> list[Measurement]:
+        """Score the probe on each server that is up; None: its base."""
+        probe = probe or self.probe
         run_id = version.run_id if version else None
-        request = ScoreRequest(sequences=self.sequences, policy=version or "base", run_id=run_id)
-        answers = self._on_main(
+        request = ScoreRequest(sequences=probe.sequences, policy=version or "base", run_id=run_id)
+        answers = self.on_main(
             lambda: self._pool.ask_all(lambda r: (r.url, r.known, r.client.score(request, _SCORE_TIMEOUT_S)), "proof")
         )
-        measurements = [self._compare(own, version, *answer) for answer in answers]
-        for measurement in measurements:
-            self._check_mismatch(measurement)
-        return measurements
+        return [self.compare(own, version, url, state, answer, probe) for url, state, answer in answers]
 
-    def _compare(
-        self, own: LearnerLogprobs, version: WeightVersion | None, url: str, state: ServerState, answer: ScoreResponse
+    def compare(
+        self,
+        own: LearnerLogprobs,
+        version: WeightVersion | None,
+        url: str,
+        state: ServerState,
+        answer: ScoreResponse,
+        probe: Probe | None = None,
     ) -> Measurement:
-        served = np.array([logprob for row in answer.logprobs for logprob in row], dtype=np.float64)
+        """Return the measurement of what a server has answered."""
+        probe = probe or self.probe
+        lengths = [len(row) for row in answer.logprobs]
+        if answer.version != version or lengths != [len(sequence) - 1 for sequence in probe.sequences]:
+            raise InstallFailed(
+                f"proof of sync failed: {url} scored {sum(lengths)} tokens by {answer.version}, not those of the "
+                f"probe by {version}"
+            )
+        served = probe.picked(answer.logprobs)
         if missing := int((~np.isfinite(served)).sum()):
             raise InstallFailed(
                 f"proof of sync failed: {url} has no finite logprob for {missing} of {served.size} probe tokens at "
                 f"{version or 'the base'}: it computes NaN or infinity; start it with --dtype bfloat16 if it computes "
                 "in float16"
             )
-        if answer.version != version or served.shape != own.values.shape:
-            raise InstallFailed(
-                f"proof of sync failed: {url} scored {served.size} tokens by {answer.version}, not the "
-                f"{own.values.size} by {version}"
-            )
-        config = self.model.get_base_model().config.get_text_config()
-        layers, rounding = config.num_hidden_layers, 0.0
+        server = f"{url}, epoch {answer.epoch}"
+        layers, rounding = self._layers(), 0.0
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
-        tolerance = self.fixed_tolerance
-        if tolerance is None:
-            tolerance = derived_tolerance(
-                [self.compute_dtype, state.dtype],
-                layers=layers,
-                width=config.hidden_size,
-                logit_std=own.logit_std,
-                logit_max=own.logit_max,
-                merge_noise=rounding,
-            )
-        server = f"{url}, epoch {answer.epoch}"
-        return Measurement(version, own.values, served, tolerance, rounding, server, state.dtype)
+        limits = self._tolerances(own, state, version, server, rounding)
+        decisive = self._carries_small_updates(state)
+        return Measurement(version, own.values, served, limits[0], rounding, server, state.dtype, limits[1], decisive)
 
-    def _check_mismatch(self, m: Measurement) -> None:
+    def _carries_small_updates(self, state: ServerState) -> bool:
+        """Whether small updates reach the logprobs of both sides: in float32, or with one rounding."""
+        served = state.dtype == "float32" or (state.apply == "columns" and state.quantization is None)
+        return served and (self.compute_dtype == "float32" or self._one_product)
+
+    def _layers(self) -> int:
+        return int(self.model.get_base_model().config.get_text_config().num_hidden_layers)
+
+    def _tolerances(
+        self, own: LearnerLogprobs, state: ServerState, version: WeightVersion | None, server: str, rounding: float
+    ) -> tuple[float, float]:
+        """Return the largest mismatch and the largest rms to accept."""
+        if self.fixed_tolerance is not None:
+            return self.fixed_tolerance, math.inf
+        derived = derived_tolerance(
+            [self.compute_dtype, state.dtype],
+            layers=self._layers(),
+            width=self.model.get_base_model().config.get_text_config().hidden_size,
+            logit_std=own.logit_std,
+            logit_max=own.logit_max,
+            merge_noise=rounding,
+        )
+        base = self.bases.get(server)
+        if version is None:
+            return (math.inf, QUANTIZED_RMS) if state.quantization else (derived, math.inf)
+        if base is None:
+            return derived, math.inf
+        calibrated = RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY)
+        if not self._carries_small_updates(state):
+            return max(derived, MAX_SLACK * calibrated) if state.quantization else derived, math.inf
+        # A policy that has become surer of itself rounds more coarsely: what the last proof has shown counts, too.
+        references = self._references.get(server)
+        if references:
+            calibrated = max(calibrated, RMS_SLACK * min(references[-1].rms_mismatch, derived / SAFETY))
+        # The largest follows from the rms: one improbable token may be far off.
+        return calibrated * math.sqrt(own.values.size), calibrated
+
+    def check_mismatch(self, m: Measurement, probe: Probe | None = None) -> None:
+        """Raise `InstallFailed` if served and own logprobs differ by more than the tolerances."""
         self.max_mismatch = max(self.max_mismatch, m.max_mismatch)
-        if m.max_mismatch <= m.tolerance:
+        if m.is_acceptable:
             return
-        worst = int(np.abs(m.served - m.own).argmax())
-        row, position = self._places[worst]
+        worst = int(np.abs(m.mismatch).argmax())
+        row, position = (probe or self.probe).places[worst]
         what = f"version {m.version}" if m.version else "the base (no adapter)"
+        rms = f"; rms {m.rms_mismatch:.3g}, tolerance {m.rms_tolerance:.3g}" if math.isfinite(m.rms_tolerance) else ""
         hint = "the server does not sample from the weights that were pushed" if m.version else self._base_hint(m)
         raise InstallFailed(
             f"proof of sync failed: at {what} the logprob of the server at {m.server} of token {position} of probe "
             f"sequence {row} is {m.served[worst]:.6f}, the learner's {m.own[worst]:.6f}: a mismatch of "
-            f"{m.max_mismatch:.3g}, tolerance {m.tolerance:.3g}. {hint}; proof_tolerance "
-            "overrides the derived tolerance"
+            f"{m.max_mismatch:.3g}, tolerance {m.tolerance:.3g}{rms}. {hint}; proof_tolerance overrides the derived "
+            "tolerance"
         )
+
+    def _check_decoded(self, base: Measurement) -> None:
+        """Compare logprobs that a server returned as it drew tokens from its base: those of decoding, not prefill."""
+        picked = [(base.own[self.probe.rows == row][-len(drawn) :], drawn) for row, drawn in self._decoded.items()]
+        if not picked:
+            return
+        own, served = np.concatenate([o for o, _ in picked]), np.concatenate([np.array(d, float) for _, d in picked])
+        finite = np.isfinite(served)
+        rms = float(np.sqrt(np.mean((served - own)[finite] ** 2))) if finite.any() else 0.0
+        limit = max(base.tolerance / SAFETY, RMS_SLACK * base.rms_mismatch, FLOOR)
+        if self.fixed_tolerance is not None:
+            limit = self.fixed_tolerance
+        if rms > limit:
+            raise InstallFailed(
+                f"proof of sync failed: logprobs that came with {finite.sum()} tokens drawn from the base differ from "
+                f"the learner's by {rms:.3g} (rms, nats), tolerance {limit:.3g}, although scoring them agrees: the "
+                f"server decodes another policy than it scores. {self._base_hint(base)}"
+            )
 
     def _base_hint(self, m: Measurement) -> str:
         """Return why the bases differ, and what to set."""
@@ -289,12 +356,18 @@ class SyncProof:
             )
         return f"{same}, and {precision}"
 
-    def _check_movement(self, reference: Measurement, now: Measurement, slack: float = SLOPE_SLACK) -> float | None:
+    def _check_movement(self, reference: Measurement, now: Measurement) -> float | None:
+        """Return the slope of served and own change since `reference`, if the learner's own is far above the noise.
+
+        Raises:
+            InstallFailed: it is not near 1; where a side loses updates in rounding, not even above 0.
+        """
         seen = slope(reference, now)
-        if seen is not None and abs(seen - 1.0) > slack:
+        least = 1.0 - SLOPE_SLACK if now.is_decisive else LEAST_SLOPE
+        if seen is not None and not least <= seen <= 1.0 + SLOPE_SLACK:
             own, served = now.own - reference.own, now.served - reference.served
             most = int(np.abs(own).argmax())
-            row, position = self._places[most]
+            row, position = self.probe.places[most]
             raise InstallFailed(
                 f"proof of sync failed: from {reference.version or 'the base'} to {now.version} the learner's logprobs "
                 f"moved, those of the server at {now.server} followed by a factor of {seen:.2f} instead of 1: token "
@@ -303,80 +376,68 @@ class SyncProof:
             )
         return seen
 
+    def _would_see_a_step(self) -> bool:
+        """Whether a step that is missing exceeds the tolerance of the mismatch, going by the last step measured."""
+        limits = [RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY) for base in self.bases.values()]
+        decisive = self.fixed_tolerance is None and all(base.is_decisive for base in self.bases.values())
+        return bool(limits) and decisive and self._step_rms > MIN_SIGNAL * max(limits)
 
-@contextmanager
-def _loud_adapter(proof: SyncProof, base_logprobs: np.ndarray, nats: float) -> Iterator[None]:
-    """Within it B is random, and so large that the probe's logprobs move by `nats` (rms); then it is restored."""
-    adapter = active_adapter(proof.model)
-    weights = [layer.lora_B[adapter].weight for layer in lora_layers(proof.model, adapter).values()]
-    with gathered(weights):
-        kept = [weight.detach().clone() for weight in weights]
-    # A generator of its own, so that the training's random numbers are not used up.
-    generator = torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            with gathered(weights, written=True):
-                for weight in weights:
-                    overwrite(weight, torch.randn(weight.shape, generator=generator) * 2.0**-10)
-            for _ in range(16):
-                moved = proof.own_logprobs().values - base_logprobs
-                if np.sqrt(np.mean(moved**2)) >= nats:
+    def _last_step(self) -> np.ndarray | None:
+        """Return how the last optimizer step d has moved the learner's logprobs, [N]; None: not known. Collective.
+
+        A step that moves them by less than rounding does is enlarged k times: (o(w + k d) - o(w - k d)) / 2k, whose
+        noise is k times smaller. The pass at w has no part in it: its rounding is in served minus own logprobs, too.
+        """
+        before, self._step_before = self._step_before, None
+        if before is None:
+            return None
+        with self.weights.kept() as present:
+            for _ in range(4):
+                factor, seen = self._enlarged, []
+                for k in (factor, -factor):
+                    self.weights.write([w + k * (w - b) for w, b in zip(present, before, strict=True)])
+                    seen.append(self.probe.logprobs().values)
+                moved_N = (seen[0] - seen[1]) / 2
+                rms = float(np.sqrt(np.mean(moved_N**2)))
+                if not rms:
+                    return None
+                self._enlarged = min(max(factor * STEP_NATS / rms, 1 / 4), LARGEST)
+                if 0.3 < self._enlarged / factor < 3.0:
                     break
-                with gathered(weights, written=True):
-                    for weight in weights:
-                        weight.mul_(2.0)
-        yield
-    finally:
-        with torch.no_grad(), gathered(weights, written=True):
-            for weight, old in zip(weights, kept, strict=True):
-                weight.copy_(old)
+        self._step_rms = rms / factor
+        return moved_N / factor
 
+    def _check_step(self, now: Measurement, step_N: np.ndarray) -> None:
+        """Add what this proof knows of the last step to the evidence against a server."""
+        assert now.version
+        base = self.bases.get(now.server)
+        residual_N = without(now.mismatch, base.mismatch) if base else now.mismatch
+        found = share(residual_N, step_N, self.probe.rows, FLOOR / SAFETY)
+        if found is None:
+            return
+        if self.step_share is None or found.value < self.step_share.value:
+            self.step_share = found
+        if not now.is_decisive and not self._warned and found.value + 4 * found.error < _LITTLE:
+            self._warned = True
+            logger.warning(
+                "of the last step %.2f (standard error %.2f) reaches the logprobs of %s: it, or the learner, rounds to "
+                "16 bits before the adapter is added, and a server that serves the version before would look the same. "
+                "Start it with --apply columns, and leave packed_passes on (said once, logged as lockstep/step_share)",
+                *(found.value, found.error, now.server),
+            )
+        if now.is_decisive and self._suspicions[now.server].add(found):
+            raise InstallFailed(self._accusation(now, step_N, found))
 
-def probe_sequences(pool: ServerPool, prompts: list[list[int]]) -> list[list[int]]:
-    """Return ends of the first distinct prompts, each with a greedy completion: text like the policy will see.
-
-    Args:
-        prompts: token ids [B][P].
-
-    Returns:
-        Token ids [N][T], N <= 4; prompts only where the servers' context has no room for a completion.
-    """
-    replica = pool.available()[0]
-    distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:SEQUENCES]
-    room = min(r.known.max_model_len for r in pool.up()) - max(map(len, distinct))
-    if room < 1:
-        return [list(prompt) for prompt in distinct]
-    request = GenerateRequest(
-        prompts=[Prompt(token_ids=list(prompt)) for prompt in distinct],
-        sampling=SamplingParams(temperature=0.0, max_tokens=min(COMPLETION_TOKENS, room)),
-        policy="base" if serve_base([replica.known]) else "latest",
-    )
-    groups = replica.client.generate(request).groups
-    return [[*group.prompt_token_ids, *group.completions[0].token_ids] for group in groups]
-
-
-def canary_slope(proof: SyncProof, real: Publisher, *, takeover: bool) -> float | None:
-    """Push a canary adapter as a run of its own, prove that it is served, and delete it. Collective, as a push is.
-
-    Returns:
-        The slope of `SyncProof.canary`; None where a server has no room: the real run's own push reports that.
-    """
-    lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
-    canary = Publisher(
-        real.pool,
-        real.model,
-        lease,
-        base_weights=real.base_weights,
-        takeover=takeover,
-        transport="http",
-        on_main=real.on_main,
-    )
-    try:
-        with finally_do(lambda: real.on_main(canary.delete_run), "deleting the canary's run"):
-            try:
-                return proof.canary(lambda: canary.push(0).version)
-            except NoFreeRun:
-                return None
-    finally:
-        for replica in real.pool.up():
-            replica.receipt = None  # from now on the real run is served
+    def _accusation(self, now: Measurement, step_N: np.ndarray, found: Share) -> str:
+        assert now.version
+        before = now.version.model_copy(update={"step": max(now.version.step - 1, 0)})
+        versions = {str(now.version): now.own, str(before): now.own - step_N}
+        versions |= {str(reference.version): reference.own for reference in self._references[now.server]}
+        if self._base is not None:
+            versions["the base"] = self._base.values
+        return (
+            f"proof of sync failed: the server at {now.server} does not serve {now.version}: of the last step "
+            f"{found.value:.2f} (standard error {found.error:.2f}) has arrived, and the evidence of the proofs so far "
+            f"is e^{self._suspicions[now.server].total:.0f} for the version before. Its logprobs are closest to those "
+            f"of {closest(now.served, versions)}. Restart the rollout server"
+        )

@@ -105,6 +105,12 @@ class Publisher:
         self.seconds.append(time.perf_counter() - started)
         return receipt
 
+    def pieces(self) -> list[bytes | memoryview]:
+        """Return the body of the last push, in host memory of its own."""
+        with self._exporting:
+            assert self._export
+            return self._export.pieces()
+
     def ensure(self, step: int) -> PushReceipt:
         """Push `step` unless it was the last push, and the training goes on: after its end the run may have given way,
         and must not do so while it is needed. Collective."""

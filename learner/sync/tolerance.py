@@ -17,6 +17,12 @@ ROUNDINGS_PER_LAYER = 6
 SAFETY = 4.0
 #: Weights of a layer that a merging server rounds once more: q, k, v, o, gate, up, down.
 MERGED_PER_LAYER = 7
+#: How often the rms mismatch of a version may be that of the base, which the same two sides have shown at the start.
+RMS_SLACK = 4.0
+#: Rms in nats by which quantizing a base may move logprobs: SmolLM2-135M's by 1.0 in nf4. Another base is further away.
+QUANTIZED_RMS = 1.5
+#: How often the largest mismatch of a version may be the rms to accept: a few tokens move by far more than most.
+MAX_SLACK = 10.0
 #: The learner's own change must be this many times the noise before its direction is compared.
 MIN_SIGNAL = 4.0
 
@@ -27,9 +33,11 @@ class Measurement:
 
     Attributes:
         tolerance: largest mismatch to accept, in nats; see `derived_tolerance`.
+        rms_tolerance: largest rms to accept; follows from what this pair has shown on the base.
         merge_noise: rms of the server's rounding of merged weights, which differs from version to version.
         server: URL and boot id.
         dtype: in which that server computes.
+        is_decisive: small updates reach the logprobs of both sides: in float32, or with one rounding.
     """
 
     version: WeightVersion | None
@@ -39,17 +47,43 @@ class Measurement:
     merge_noise: float = 0.0
     server: str = ""
     dtype: str = ""
+    rms_tolerance: float = math.inf
+    is_decisive: bool = True
+
+    @property
+    def mismatch(self) -> np.ndarray:
+        """Served - own in nats, float64 [N]."""
+        return self.served - self.own
 
     @property
     def max_mismatch(self) -> float:
         """Largest |served - own| in nats."""
-        return float(np.abs(self.served - self.own).max())
+        return float(np.abs(self.mismatch).max())
+
+    @property
+    def mean_mismatch(self) -> float:
+        """Mean of served - own in nats; its sign is kept."""
+        return float(self.mismatch.mean())
+
+    @property
+    def rms_mismatch(self) -> float:
+        """Root mean square of served - own in nats."""
+        return float(np.sqrt(np.mean(self.mismatch**2)))
+
+    @property
+    def p99_mismatch(self) -> float:
+        """99th percentile of |served - own| in nats."""
+        return float(np.quantile(np.abs(self.mismatch), 0.99))
+
+    @property
+    def is_acceptable(self) -> bool:
+        """Whether neither the largest mismatch nor the rms exceeds its tolerance."""
+        return self.max_mismatch <= self.tolerance and self.rms_mismatch <= self.rms_tolerance
 
     @property
     def noise(self) -> float:
         """Rms in nats that rounding may add to a change of logprobs since this measurement."""
-        rms_mismatch = float(np.sqrt(np.mean((self.served - self.own) ** 2)))
-        return max(math.sqrt(2) * rms_mismatch, self.merge_noise, FLOOR / SAFETY)
+        return max(math.sqrt(2) * self.rms_mismatch, self.merge_noise, FLOOR / SAFETY)
 
 
 def slope(reference: Measurement, now: Measurement) -> float | None:

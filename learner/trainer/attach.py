@@ -26,7 +26,15 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
-from learner.trainer.checks import check_corrected, check_dropout, check_grpo, check_known_ahead, check_slots, dropouts
+from learner.trainer.checks import (
+    check_corrected,
+    check_dropout,
+    check_grpo,
+    check_known_ahead,
+    check_slots,
+    draws_policy,
+    dropouts,
+)
 from learner.trainer.compiling import compile_layers
 from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
 from learner.trainer.hooks import (
@@ -117,7 +125,12 @@ def attach(
         pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
 
     def check_state(state: ServerState) -> list[str]:
-        check_server(state, allow_policy_altering=config.allow_policy_altering, deterministic=config.deterministic)
+        check_server(
+            state,
+            allow_policy_altering=config.allow_policy_altering,
+            deterministic=config.deterministic,
+            corrected=args.vllm_importance_sampling_correction,
+        )
         if config.share_gpu:
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
@@ -139,12 +152,14 @@ def attach(
         pool,
         config,
         sampling=sampling_params(args, trainer.eos_token_ids),
+        longest=prompts.longest + (trainer.args.max_completion_length or 1),
         prompts=prompts.first or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
         settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
     )
+    session.samples_policy = draws_policy(args) and not dropouts(model)
     check_rewards(trainer)
     _install_hooks(trainer, session)
     return session
@@ -177,7 +192,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     cut_passes(trainer)
     packs = session.config.packed_passes
     if packs and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        use_one_product(session.model, active_adapter(session.model))
+        adapter = active_adapter(session.model)
+        session.one_product = use_one_product(session.model, adapter) == len(lora_layers(session.model, adapter))
     packed = score_packed(trainer, session.config.max_tokens_per_pass) if packs else None
     if packed is None:
         sort_rows(trainer)
@@ -186,7 +202,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     if session.gpu_sharing:
         begin_passes_with(trainer, session.gpu_sharing.take_gpu)
     mark_tool_loop(trainer, session.rollouts)
-    watch_mismatch(trainer, session.metrics.saw_mismatch)
+    watch_mismatch(trainer, session.saw_mismatch)
     if session.rollouts.dynamic_sampling:
         replace_zero_variance_groups(trainer, session.rollouts.dynamic_sampling, session.rollouts)
     resume_exactly(trainer, session)

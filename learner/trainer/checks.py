@@ -80,6 +80,15 @@ def check_grpo(args: GRPOConfig) -> list[str]:
     return []
 
 
+def draws_policy(args: GRPOConfig) -> bool:
+    """Return whether the logprobs that come with completions are the policy's, up to truncation that is known."""
+    sampling = sampling_params(args)
+    chosen = sampling.model_dump(exclude_defaults=True)
+    return sampling.temperature == args.temperature >= LEAST_TEMPERATURE and not any(
+        name in chosen for name in (*HIDDEN_CUTS, *REWEIGHTING)
+    )
+
+
 def check_corrected(args: GRPOConfig, config: LearnerConfig) -> None:
     """Check that something of TRL's accounts for stale samples: the importance correction, or its off-policy mask.
 

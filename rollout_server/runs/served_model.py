@@ -51,6 +51,7 @@ def describe(
         allowed_altering=settings.allow_policy_altering,
         deterministic=settings.deterministic,
         shares_gpu=settings.share_gpu,
+        quantization=str(model.quantization) if model.quantization else None,
         mixture_of_experts=bool(getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)),
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
+from learner.sync.canary import prove_modules
 from learner.sync.proof import SyncProof
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
@@ -78,9 +79,10 @@ def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path
 def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -> None:
     policy = P.make_policy(model)
     proof = SyncProof(ServerPool.of(client), policy, [PROBE])
-    slope = proof.canary(lambda: P.push(client, policy, "proven.canary", 0).version)
+    result = prove_modules(proof, lambda: P.push(client, policy, "proven.canary", 0).version)
     client.delete_run("proven.canary", P.LEASE)
-    assert abs(slope - 1) < 0.01
+    assert abs(result.slope - 1) < 0.01
+    assert result.proven == result.modules
     proof.check_base()
     for step in range(2):
         assert proof.check(P.push(client, policy, "proven", step).version).max_mismatch < FP32

@@ -50,7 +50,7 @@ def test_tool_tokens_unknown_logprobs_and_empty_sequences_do_not_count():
 
 def test_ranks_are_weighted_by_their_tokens():
     alone = measure(BATCH, lambda x: x, mode="token_mask", clip_min=None, clip_max=3.0)
-    quiet = torch.tensor([0.0, 0.0, 15.0, 0.0, 15.0, 0.0, 0.0], dtype=torch.double)
+    quiet = torch.tensor([0.0, 0.0, 15.0, 0.0, 15.0, 0.0, 0.0, 0.0], dtype=torch.double)
     both = measure(BATCH, lambda x: x + quiet, mode="token_mask", clip_min=None, clip_max=3.0)
     assert both.delta == pytest.approx(alone.delta / 4)
     assert both.clipped == pytest.approx(alone.clipped / 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner.servers.compatibility import check_base, check_lengths, check_server
+from learner.servers.compatibility import check_base, check_lengths, check_precision, check_server
 from shared.errors import ErrorCode, LockstepError
 from shared.weights import BaseFingerprint
 
@@ -31,6 +31,16 @@ def test_policy_altering_can_be_allowed(server_state):
     altering = server_state.model_copy(update={"policy_altering": ["speculation"]})
     check_server(altering, allow_policy_altering=True)
     check_server(altering.model_copy(update={"allowed_altering": True}))
+
+
+def test_a_quantized_base_must_be_corrected_for(server_state):
+    quantized = server_state.model_copy(update={"quantization": "fp8"})
+    check_server(quantized)
+    with pytest.raises(LockstepError, match=r"\(fp8\).*vllm_importance_sampling_correction"):
+        check_server(quantized, corrected=False)
+    check_server(server_state, corrected=False)
+    assert "fp8" in check_precision("bfloat16", None, quantized)[0]
+    assert check_precision("bfloat16", None, server_state) == []
 
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer"])

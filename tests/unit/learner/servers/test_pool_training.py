@@ -78,7 +78,7 @@ def test_all_are_pushed_to_and_proven(make_trainer, servers, pool, listed):
     assert steps(servers["http://s1"]) == [0, 1, 1, 2, 3]
     assert steps(servers["http://s2"]) == [1, 2, 3]
     assert session.proof.max_mismatch < 1e-4
-    assert abs(session.canary_slope - 1) < 0.01
+    assert abs(session.canary.slope - 1) < 0.01
     assert all(server.generated for server in servers.values())
     log = [json.loads(line) for line in (session.trainer.output_dir / "servers.jsonl").read_text().splitlines()]
     events = [(line["server"], line["event"][:6]) for line in log if "event" in line]

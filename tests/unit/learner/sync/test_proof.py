@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from learner.run_dir.lease import Lease
 from learner.servers.pool import ServerPool
-from learner.sync.proof import SyncProof, canary_slope
+from learner.sync.canary import prove_modules, show_canary
+from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
 from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
 from shared.errors import LockstepError, NotReady
@@ -48,7 +49,7 @@ def measurement(own, served):
 
 
 def test_own_side_ignores_dropout_and_leaves_the_mode(proof, model):
-    first, again = proof.own_logprobs().values, proof.own_logprobs().values
+    first, again = proof.probe.logprobs().values, proof.probe.logprobs().values
     assert model.training
     assert np.array_equal(first, again)
     assert len(first) == 8
@@ -100,12 +101,12 @@ def test_stuck_server_is_found_against_the_last_proof(proof, publisher, model, s
 
 def test_canary_finds_a_server_that_ignores_adapters(proof, model, publisher, server):
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert abs(proof.canary(lambda: publisher.push(0).version) - 1) < 0.01
+    assert abs(prove_modules(proof, lambda: publisher.push(0).version).slope - 1) < 0.01
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "put back to the bit"
     server.scale = 0.0
     proof.fixed_tolerance = 10.0
     with pytest.raises(LockstepError, match="factor of 0"):
-        proof.canary(lambda: publisher.push(1).version)
+        prove_modules(proof, lambda: publisher.push(1).version)
 
 
 def test_slope_is_silent_below_the_noise():
@@ -188,7 +189,7 @@ def test_what_the_canary_has_found_is_said_even_if_its_run_cannot_be_deleted(pro
     server.scale = 0.0
     proof.fixed_tolerance = 10.0
     with pytest.raises(LockstepError, match="factor of 0"):
-        canary_slope(proof, publisher, takeover=False)
+        show_canary(proof, publisher, takeover=False)
     server.scale = 1.0
     with pytest.raises(NotReady):  # nothing else has failed
-        canary_slope(proof, publisher, takeover=False)
+        show_canary(proof, publisher, takeover=False)

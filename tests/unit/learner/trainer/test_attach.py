@@ -74,12 +74,12 @@ def test_a_server_that_merges(make_trainer, server, client):
     trainer = make_trainer()
     session = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert abs(session.canary_slope - 1) < 0.01
+    assert abs(session.canary.slope - 1) < 0.01
     assert list(server.served) == ["r"]
     trainer = make_trainer()
     again = attach(trainer, client=client, run_id="r")
     trainer.train()
-    assert again.canary_slope is None
+    assert again.canary is None
     assert again.proof.max_mismatch < 1e-4
 
 
@@ -93,7 +93,7 @@ def test_truncated_sampling_does_not_bias_the_ratios(make_trainer, server, clien
 
 def test_mismatch_that_is_clipped(make_trainer, server, client):
     trainer = make_trainer(top_p=0.9, max_steps=1, vllm_importance_sampling_mode="token_mask")
-    session = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r", proof_tolerance=100.0)
     generate = server._generate
 
     def shifted(request):
@@ -179,7 +179,7 @@ def test_one_logprob_that_is_not_finite_has_ratio_1(make_trainer, server, client
 
 def test_a_small_effective_sample_is_warned_of_once(make_trainer, server, client, caplog):
     trainer = make_trainer(max_steps=2)
-    session = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r", proof_tolerance=100.0)
     generate = server._generate
 
     def shifted(request):
@@ -262,6 +262,42 @@ def test_canary_finds_a_wrong_scaling_at_once(make_trainer, server, client):
     attach(trainer, client=client, run_id="r", proof_tolerance=100.0)
     server.scale = 2.0
     with pytest.raises(LockstepError, match=r"canary.*factor of"):
+        trainer.train()
+
+
+def test_samples_that_do_not_fit_the_policy_stop_the_run(make_trainer, server, client):
+    """Although everything that is scored fits: as from a decoding that uses other weights."""
+    trainer = make_trainer()
+    attach(trainer, client=client, run_id="r")
+    generate = server._generate
+
+    def shifted(request):
+        answer = generate(request)
+        for completion in [each for group in answer.groups for each in group.completions]:
+            completion.logprobs = [logprob - 0.02 * (request.policy != "base") for logprob in completion.logprobs]
+        return answer
+
+    server._generate = shifted
+    with pytest.raises(LockstepError, match=r"sampled tokens differ from the learner's by 0\.02"):
+        trainer.train()
+
+
+def test_a_server_that_comes_back_is_shown_the_canary(make_trainer, server, client):
+    trainer = make_trainer(max_steps=2)
+    session = attach(trainer, client=client, run_id="r")
+    generate, calls = server._generate, []
+
+    def forget_once(request):
+        calls.append(request.policy)
+        if len(calls) == 3:
+            server.restart()
+            server.scale = 0.5
+            raise UnknownRun("no run r")
+        return generate(request)
+
+    server._generate = forget_once
+    session.pool.patience_s = 0.0
+    with pytest.raises(LockstepError, match=r"canary adapter r\.canary@0\.0 .* by a factor of 0\.5"):
         trainer.train()
 
 
@@ -365,7 +401,7 @@ def test_a_second_training_goes_on_under_the_next_fence(make_trainer, server, cl
     trainer.train()
     pushed = [(v.fence, v.step) for v in server.pushed if v.run_id == "r"]
     assert pushed == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
-    assert sum(v.run_id == "r.canary" for v in server.pushed) == 1
+    assert sum(v.run_id == "r.canary" for v in server.pushed) == 2, "at the start, and halfway"
     assert any((weights[n] != p).any() for n, p in trainer.model.named_parameters() if n in weights)
     summary = session.summary()
     assert summary["pushes"] == 6

@@ -1,0 +1,289 @@
+"""The canary: an adapter with a large effect of every module, pushed as a run of its own, found in what is served.
+
+Early updates can be smaller than the resolution of the server's dtype; then no proof can tell whether adapters reach
+the logits. The canary proves the way from push to logits, module by module. B is random, and scaled so that every
+module moves the probe's logprobs by about the same. Let x_m be the movement that module m makes of all that are there:
+the derivative of the logprobs in the scale of its B. A server on which m is silent misses -x_m. So of all modules
+those are suspected whose score r . x_m is lowest, r being served minus own logprobs (Rao 1948: the score test). One
+backward pass weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson 1990). Suspects
+are convicted by a regression of r on the movement that passes with the module turned up and down show.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from learner.run_dir.lease import Lease
+from learner.servers.client import RolloutClient
+from learner.sync.evidence import Share, share, without
+from learner.sync.probe import AdapterWeights, LearnerLogprobs, Probe
+from learner.sync.proof import SyncProof
+from learner.sync.publisher import Publisher
+from learner.sync.tolerance import FLOOR, SAFETY, Measurement, slope
+from learner.utils.cleanup import finally_do
+from shared.errors import InstallFailed, NoFreeRun
+from shared.rollouts import ScoreRequest
+from shared.weights import ServerState, WeightVersion
+
+logger = logging.getLogger("lockstep.sync")
+
+#: How far the slope may be from 1; the canary's signal is far above any noise. DEAF: before modules are looked at.
+CANARY_SLACK, DEAF = 0.2, 0.7
+#: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
+#: where the effect saturates, twice the adapter does not show as twice the change.
+CANARY_SIGNAL, CANARY_NATS, LOUDEST = 20.0, 0.05, 2.0
+#: Backward passes with random signs: to make modules equally loud, and to measure how loud they are.
+BALANCING, MEASURING = 2, 4
+#: A module is made louder or quieter than random weights by this factor at most.
+MOST_SCALED = 64.0
+#: Modules that a regression tests, for every server.
+SUSPECTS = 4
+#: A suspect's movement is enlarged by this factor against rounding.
+ENLARGED = 4.0
+#: Standard errors that a silent module's share lies below 1.
+CERTAIN = 5.0
+_SCORE_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """What a canary has shown.
+
+    Attributes:
+        slope: of served and own movement, near 1; that of the server farthest from it.
+        modules: modules of the adapter.
+        proven: those whose movement is large enough to convict them if they were silent; 0 of a sharded adapter.
+        version, own: of the canary, and the learner's logprobs under it.
+    """
+
+    version: WeightVersion
+    own: LearnerLogprobs
+    slope: float
+    modules: int
+    proven: int
+
+
+def prove_modules(
+    proof: SyncProof, push: Callable[[], WeightVersion], turn: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> CanaryResult:
+    """Push an adapter with a large effect and find it in the served logprobs; the model stays as it is. Collective.
+
+    Args:
+        push: sends the model's present adapter to a run of its own and returns its version.
+        turn: entered for backward passes, which need memory on the GPU.
+
+    Raises:
+        InstallFailed: a server does not follow, or a module is silent there.
+    """
+    base = {measurement.server: measurement for measurement in proof.check_base()}
+    noise = max(measurement.noise for measurement in base.values())
+    quiet_N = next(iter(base.values())).own
+    nats = min(max(CANARY_SIGNAL * noise, CANARY_NATS), LOUDEST)
+    with _loud(proof.probe, proof.weights, quiet_N, nats, turn) as strengths_M:
+        version, own = push(), proof.probe.logprobs()
+        louds = proof.measure(own, version)
+        proven = len(strengths_M)
+        for loud in louds if len(strengths_M) else ():
+            _check_slope(base[loud.server], loud, DEAF)  # of a server that ignores all of it no module is to blame
+            proven = min(proven, _check_modules(proof, base[loud.server], loud, strengths_M, turn))
+        slopes = [_check_slope(base[loud.server], loud) for loud in louds]
+        for loud in louds:
+            proof.check_mismatch(loud)
+    farthest = max(slopes, key=lambda seen: abs(seen - 1.0))
+    return CanaryResult(version, own, farthest, len(proof.weights.modules), proven)
+
+
+def _check_slope(base: Measurement, loud: Measurement, slack: float = CANARY_SLACK) -> float:
+    seen = slope(base, loud)
+    if seen is None:
+        raise InstallFailed(
+            "proof of sync failed: the canary adapter moves the learner's own logprobs too little to prove anything"
+        )
+    if abs(seen - 1.0) > slack:
+        raise InstallFailed(
+            f"proof of sync failed: the canary adapter {loud.version} moves the learner's logprobs, and those of the "
+            f"server at {loud.server} by a factor of {seen:.2f} of that instead of 1: adapters do not reach its logits "
+            "as they should. Restart the rollout server"
+        )
+    return seen
+
+
+@contextmanager
+def _loud(
+    probe: Probe,
+    weights: AdapterWeights,
+    quiet_N: np.ndarray,
+    nats: float,
+    turn: Callable[[], AbstractContextManager[None]],
+) -> Iterator[np.ndarray]:
+    """Within it B is random, and so large that the probe's logprobs move by `nats` (rms); then it is restored.
+
+    Yields:
+        The norm over all tokens of the movement that each module makes, [M]; empty where the adapter is sharded.
+    """
+    # A generator of its own, so that the training's random numbers are not used up.
+    generator = torch.Generator().manual_seed(0)
+
+    def moved() -> float:
+        return float(np.sqrt(np.mean((probe.logprobs().values - quiet_N) ** 2)))
+
+    with weights.kept():
+        shapes = [getattr(b, "ds_shape", b.shape) for b in weights.b]
+        weights.write_b([torch.randn(tuple(shape), generator=generator) * 2.0**-10 for shape in shapes])
+        _grow(weights, moved, nats)
+        strengths_M = np.zeros(0)
+        if not weights.sharded:
+            with turn():
+                drawn = _strengths(probe, weights, BALANCING)
+                typical = float(np.median(drawn))
+                factors = np.clip(typical / np.maximum(drawn, 1e-30), 1 / MOST_SCALED, MOST_SCALED)
+                weights.scale_b(factors.tolist())
+                _grow(weights, moved, nats)
+                strengths_M = _strengths(probe, weights, MEASURING)
+        yield strengths_M
+
+
+def _grow(weights: AdapterWeights, moved: Callable[[], float], nats: float) -> None:
+    """Scale B until the probe has moved by `nats`, within a half."""
+    for _ in range(16):
+        factor = nats / max(moved(), 1e-30)
+        if 2 / 3 <= factor <= 3 / 2:
+            return
+        weights.scale_b([min(max(factor, 1 / 16), 16.0)] * len(weights.b))
+
+
+def _strengths(probe: Probe, weights: AdapterWeights, passes: int) -> np.ndarray:
+    """Estimate the norm over all tokens of the movement that each module makes, [M], by Hutchinson's random signs."""
+    signs = np.random.default_rng(0)
+    squares = [
+        np.square(probe.sensitivities(signs.choice([-1.0, 1.0], len(probe.places)), weights.b)).sum(0)
+        for _ in range(passes)
+    ]
+    return np.sqrt(np.mean(squares, axis=0))
+
+
+def _check_modules(
+    proof: SyncProof,
+    base: Measurement,
+    loud: Measurement,
+    strengths_M: np.ndarray,
+    turn: Callable[[], AbstractContextManager[None]],
+) -> int:
+    """Test the modules that a server is most likely to leave out; return how many could be convicted.
+
+    Raises:
+        InstallFailed: some are silent; the message names them.
+    """
+    probe, weights = proof.probe, proof.weights
+    residual_N = without(loud.mismatch, base.mismatch)
+    # Few draws have shown them: none is taken for much weaker than the others, which are as strong.
+    least_M = np.maximum(strengths_M, np.median(strengths_M) / 2)
+    with turn():
+        scores_M = probe.sensitivities(residual_N, weights.b).sum(0) / least_M
+    suspects = proof.on_main(lambda: np.argsort(scores_M)[:SUSPECTS].tolist())
+    silent = []
+    for m in suspects:
+        found = _share_of(probe, weights, m, residual_N)
+        if found is not None and found.value < 0.5 and found.value + CERTAIN * found.error < 1.0:
+            silent.append(f"{weights.modules[m]} ({found.value:.2f} of its effect, standard error {found.error:.2f})")
+    if silent:
+        raise InstallFailed(
+            f"proof of sync failed: of the canary adapter {loud.version} the server at {loud.server} leaves out "
+            f"{', '.join(silent)}: it does not compute LoRA there. Use another version of vLLM, or leave the module "
+            "out of target_modules"
+        )
+    noise = max(float(np.sqrt(np.mean(residual_N**2))), FLOOR / SAFETY)
+    return int((strengths_M > 2 * CERTAIN * noise).sum())
+
+
+def _share_of(probe: Probe, weights: AdapterWeights, module: int, residual_N: np.ndarray) -> Share | None:
+    """Return the share of one module's movement in served logprobs: 1 where it is there, 0 where it is silent."""
+    seen = []
+    for change in (ENLARGED, -ENLARGED):  # without the pass that the residual is of: its rounding would be in both
+        with weights.kept():
+            weights.scale_b([1.0 + change if m == module else 1.0 for m in range(len(weights.b))])
+            seen.append(probe.logprobs().values)
+    return share(residual_N, (seen[0] - seen[1]) / (2 * ENLARGED), probe.rows, FLOOR / SAFETY)
+
+
+@dataclass
+class KeptCanary:
+    """A canary that can be shown to a server again, without the model: what was pushed, and what must be scored."""
+
+    lease: Lease
+    pieces: list[bytes | memoryview]
+    result: CanaryResult
+    takeover: bool
+
+    def show(self, proof: SyncProof, client: RolloutClient, state: ServerState, base: Measurement) -> float | None:
+        """Push it as a run of its own, compare, and delete the run; not collective.
+
+        Returns:
+            The slope, near 1; None where the server has no room for another run.
+
+        Raises:
+            InstallFailed: the server does not follow.
+        """
+        run_id, secret, version = self.lease.run_id, self.lease.secret, self.result.version
+        if sum(run.version is not None for run in state.runs) >= state.max_runs:
+            return None
+        try:
+            client.push(run_id, self.pieces, secret, takeover=self.takeover)
+        except NoFreeRun:
+            return None
+        with finally_do(lambda: client.delete_run(run_id, secret), "deleting the canary's run"):
+            request = ScoreRequest(sequences=proof.sequences, policy=version, run_id=run_id)
+            answer = client.score(request, _SCORE_TIMEOUT_S)
+            loud = proof.compare(self.result.own, version, client.url, state, answer)
+            seen = _check_slope(base, loud)
+            proof.check_mismatch(loud)
+        return seen
+
+
+def show_canary(
+    proof: SyncProof,
+    real: Publisher,
+    *,
+    takeover: bool,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[CanaryResult, KeptCanary] | tuple[None, None]:
+    """Push a canary adapter as a run of its own, prove that it is served, and delete it. Collective, as a push is.
+
+    Returns:
+        What it has shown, and the canary; None where a server has no room: the real run's own push reports that.
+    """
+    lease = Lease(f"{real.lease.run_id[:57]}.canary", real.lease.secret, 0)
+    canary = Publisher(
+        real.pool,
+        real.model,
+        lease,
+        base_weights=real.base_weights,
+        takeover=takeover,
+        transport="http",
+        on_main=real.on_main,
+    )
+    pieces: list[bytes | memoryview] = []
+
+    def push() -> WeightVersion:
+        version = canary.push(0).version
+        pieces.extend(canary.pieces())
+        return version
+
+    try:
+        with finally_do(lambda: real.on_main(canary.delete_run), "deleting the canary's run"):
+            try:
+                result = prove_modules(proof, push, turn)
+            except NoFreeRun:
+                return None, None
+    finally:
+        for replica in real.pool.up():
+            replica.receipt = None  # from now on the real run is served
+    if result.proven < result.modules:
+        logger.info("the canary proves %d of %d modules one by one", result.proven, result.modules)
+    return result, KeptCanary(canary.lease, pieces, result, takeover)

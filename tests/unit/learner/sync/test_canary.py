@@ -1,0 +1,66 @@
+"""Which modules a server leaves out is found by one adapter, and shown again without the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from learner.sync.canary import KeptCanary, prove_modules, show_canary
+from shared.errors import LockstepError
+from tests.support.rounding_server import Pair
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair()
+
+
+def test_every_module_of_a_healthy_server_is_proven(pair):
+    before = [p.clone() for p in pair.model.parameters()]
+    result = prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
+    assert result.slope == pytest.approx(1.0, abs=0.1)
+    assert result.proven == result.modules == 14
+    assert all(torch.equal(p, old) for p, old in zip(pair.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("silent", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])
+def test_one_silent_module_is_named(pair, silent):
+    pair.server.silent = frozenset({f"model.{silent}"})
+    with pytest.raises(LockstepError, match=rf"leaves out [^:]*{silent}"):
+        prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
+
+
+def test_a_silent_layer_is_named():
+    pair = Pair(layers=4)
+    names = [name for name in pair.proof.weights.modules if ".layers.2." in name]
+    pair.server.silent = frozenset(names)
+    with pytest.raises(LockstepError, match=r"leaves out [^:]*layers\.2\.|by a factor of 0\."):
+        prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
+
+
+@pytest.fixture
+def kept(pair) -> KeptCanary:
+    result, kept = show_canary(pair.proof, pair.publisher, takeover=False)
+    assert result is not None
+    assert kept is not None
+    pair.server.history.clear()
+    return kept
+
+
+def test_it_is_shown_again_without_the_model(pair, kept, monkeypatch):
+    base = next(iter(pair.proof.bases.values()))
+    monkeypatch.setattr(pair.proof.probe, "logprobs", None)
+    state = pair.client.state()
+    assert kept.show(pair.proof, pair.client, state, base) == pytest.approx(1.0, abs=0.1)
+    assert not pair.server.served, "its run has been deleted"
+    pair.server.silent = frozenset(pair.proof.weights.modules)
+    with pytest.raises(LockstepError, match=r"canary .* by a factor of"):
+        kept.show(pair.proof, pair.client, state, base)
+    assert not pair.server.served
+
+
+def test_it_waits_for_no_room(pair, kept):
+    base = next(iter(pair.proof.bases.values()))
+    pair.publisher.push(0)
+    full = pair.client.state().model_copy(update={"max_runs": 1})
+    assert kept.show(pair.proof, pair.client, full, base) is None

@@ -1,0 +1,92 @@
+"""What can be known of the served version from blurred logprobs, against drawn numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learner.sync.evidence import Share, Suspicion, closest, share, without
+
+ROWS = np.repeat(np.arange(8), 88)
+NOISE = 0.08
+#: Rms in nats by which one step of AdamW moves SmolLM2's logprobs, at learning rates 1e-5 and 1e-6.
+STEPS = {1e-5: 0.05, 1e-6: 0.005}
+
+
+def movement(rng, size):
+    return rng.normal(size=len(ROWS)) * size
+
+
+def test_share_of_what_arrived():
+    rng = np.random.default_rng(0)
+    moved, noise = movement(rng, 0.05), movement(rng, NOISE)
+    for arrived in (1.0, 0.4, 0.0, -3.0):
+        found = share(noise + (arrived - 1) * moved, moved, ROWS)
+        assert abs(found.value - arrived) < 4 * found.error
+        assert 0.03 < found.error < 0.12
+    assert share(noise, 0 * moved, ROWS) is None
+
+
+def test_the_error_is_that_of_sequences_and_of_unequal_tokens():
+    rng = np.random.default_rng(0)
+    values, errors = [], []
+    for _ in range(300):
+        moved = movement(rng, 0.05) * np.exp(rng.normal(size=len(ROWS)))
+        noise = movement(rng, NOISE) * np.exp(rng.normal(size=len(ROWS)))
+        drifts = rng.normal(size=8)[ROWS] * 0.5 * moved  # tokens of one sequence err together
+        found = share(noise + drifts, moved, ROWS)
+        values.append(found.value)
+        errors.append(found.error)
+    assert np.mean(values) == pytest.approx(1.0, abs=0.05)
+    assert np.std(values) < 1.2 * np.mean(errors)
+
+
+def proofs_until_alarm(rng, size, proofs, arrived=0.0):
+    suspicion = Suspicion()
+    for proof in range(1, proofs + 1):
+        moved = movement(rng, size)
+        if suspicion.add(share(movement(rng, NOISE) + (arrived - 1) * moved, moved, ROWS, NOISE / 4)):
+            return proof
+    return None
+
+
+@pytest.mark.parametrize(("rate", "within"), [(1e-5, 3), (1e-6, 40)])
+def test_a_server_one_step_behind_is_accused(rate, within):
+    rng = np.random.default_rng(0)
+    delays = [proofs_until_alarm(rng, STEPS[rate], 80) for _ in range(50)]
+    assert all(delay is not None and delay <= within for delay in delays), delays
+
+
+def test_a_server_that_stopped_is_accused_within_20_steps_at_a_small_learning_rate():
+    """What is missing adds up, since AdamW's steps point the same way for a while: five times the last one here."""
+    rng = np.random.default_rng(0)
+    delays = [proofs_until_alarm(rng, STEPS[1e-6], 20, arrived=-4.0) for _ in range(50)]
+    assert all(delay is not None and delay <= 5 for delay in delays), delays
+
+
+@pytest.mark.parametrize("rate", STEPS)
+def test_a_healthy_server_is_never_accused(rate):
+    rng = np.random.default_rng(1)
+    assert not any(proofs_until_alarm(rng, STEPS[rate], 2000, arrived=1.0) for _ in range(2))
+
+
+def test_it_gets_stuck_late_and_is_accused_as_fast():
+    suspicion = Suspicion()
+    for _ in range(1000):
+        assert not suspicion.add(Share(1.0, 0.1))
+    assert not suspicion.add(Share(0.0, 0.1)), "one proof is not enough"
+    assert suspicion.add(Share(0.0, 0.1))
+
+
+def test_names_the_closest_version():
+    rng = np.random.default_rng(0)
+    base = movement(rng, 1.0)
+    versions = {"r@0.3": base, "r@0.2": base + movement(rng, 0.05), "the base": base + movement(rng, 0.5)}
+    assert closest(versions["r@0.2"] + movement(rng, NOISE), versions) == "r@0.2"
+
+
+def test_a_lasting_mismatch_is_taken_out():
+    rng = np.random.default_rng(0)
+    lasting, noise = movement(rng, 0.5), movement(rng, 0.05)
+    assert np.std(without(lasting + noise, lasting)) == pytest.approx(0.05, rel=0.1)
+    assert np.array_equal(without(noise, 0 * lasting), noise)
