@@ -37,6 +37,7 @@ from shared.rollouts import (
     ScoreRequest,
     ScoreResponse,
 )
+from shared.sessions import SessionOpened, SessionRecord, SessionRequest
 from shared.weights import InFlight, PushReceipt, RunState, ServerState, TrainingEnd, WeightVersion
 
 CONNECT_TIMEOUT_S = 10.0
@@ -202,6 +203,25 @@ class RolloutClient:
         """
         timeout_s = self.generate_timeout_s if timeout_s is None else min(timeout_s, self.generate_timeout_s)
         return self._parse(ScoreResponse, self._json("POST", wire.SCORE, request, timeout_s=timeout_s))
+
+    def open_session(self, request: SessionRequest) -> SessionOpened:
+        """`POST /v1/sessions`: open a session for an agent, whose calls it records.
+
+        Raises:
+            UnknownRun, VersionNotActive, StepNotReached: the requested policy is not served.
+            Overloaded: the server holds as many sessions as it may, still at the deadline.
+        """
+        document = self._json("POST", wire.SESSIONS, request, timeout_s=self.generate_timeout_s)
+        return self._parse(SessionOpened, document)
+
+    def session(self, session_id: str) -> SessionRecord:
+        """`GET /v1/sessions/{session_id}`: return what it has recorded so far."""
+        path = wire.SESSION.format(session_id=session_id)
+        return self._parse(SessionRecord, self._json("GET", path, timeout_s=self.generate_timeout_s))
+
+    def close_session(self, session_id: str) -> None:
+        """`DELETE /v1/sessions/{session_id}`: end it, and forget what it has recorded."""
+        self._json("DELETE", wire.SESSION.format(session_id=session_id))
 
     def push(
         self,

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from learner.adapters.quantization import pin_compute_dtype
 from learner.monitors.samples import EVALUATION, TRAINING, Group, make_group, total
-from learner.rollouts.completions import oldest_step
+from learner.rollouts.completions import oldest_step, sampled_length
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch, measure
@@ -213,7 +213,7 @@ def _groups(trainer: GRPOTrainer, session: Session, rows: list[dict[str, Any]], 
             known: dict[str, Any] = {}
             if row < len(own):
                 known = {
-                    "tokens": len(own[row].token_ids),
+                    "tokens": sampled_length(own[row]),
                     "finish_reason": own[row].finish_reason,
                     "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
                     "lag": schedule.staleness(batch, oldest_step(own[row])) if trainer.model.training else None,

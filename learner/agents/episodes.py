@@ -1,0 +1,241 @@
+"""Episodes: run the agent once for each row of a batch, side by side, over all rollout servers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from learner.agents.agent_session import AgentSession
+from learner.agents.calls import Agent, AgentFailed
+from learner.agents.trajectories import Episode, episode_of, left_out
+from learner.rollouts.completions import AllowedVersion, sampled_length
+from learner.rollouts.dispatch import STEP_WAIT_S
+from learner.servers.pool import RECOVERABLE, ServerPool
+from learner.servers.replica import Replica
+from learner.servers.router import GroupRequest, Router
+from learner.utils.threads import start
+from shared.errors import Draining, InvalidRequest, LockstepError, UnknownRun
+from shared.sampling import SamplingParams
+from shared.sessions import SessionOpened, SessionRequest
+
+logger = logging.getLogger("lockstep.agents")
+
+#: How often an episode is run, if its agent fails.
+ATTEMPTS = 3
+#: How much longer than its agent a session may live, in seconds.
+_SPARE_S = 60.0
+_MOST_SECONDS = 86400.0
+
+
+class AgentError(InvalidRequest):
+    """No episode of a batch was left: the agent fails every time; the message has its last failure."""
+
+
+@dataclass
+class EpisodeCounts:
+    """Counts over the training, on this rank.
+
+    Attributes:
+        run: episodes that were begun.
+        failed: runs that failed through their agent; most of them were run again.
+        left_out: episodes whose agent failed every time.
+        lost: runs that were lost with their server, and run again.
+    """
+
+    run: int = 0
+    failed: int = 0
+    left_out: int = 0
+    lost: int = 0
+
+
+@dataclass
+class Episodes:
+    """Runs episodes.
+
+    Args:
+        agent: what is run.
+        pool: the rollout servers.
+        sampling: the trainer's, of every call.
+        model: name that the agent's requests may give.
+        concurrency: episodes that run at a time, over all batches.
+        timeout_s: how long an agent may take.
+        before: called before the first episode of a batch.
+    """
+
+    agent: Agent
+    pool: ServerPool
+    sampling: SamplingParams
+    model: str
+    concurrency: int = 32
+    timeout_s: float = 600.0
+    ca_file: str | None = None
+    before: Callable[[], None] = lambda: None
+    counts: EpisodeCounts = field(default_factory=EpisodeCounts, init=False)
+
+    def __post_init__(self) -> None:
+        self.router = Router(self.sampling.max_tokens)
+        self._slots = threading.BoundedSemaphore(self.concurrency)
+        self._lock = threading.Lock()
+        self._kinds: Counter[str] = Counter()
+
+    def run(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        requests: Sequence[GroupRequest],
+        allowed: Callable[[], AllowedVersion],
+    ) -> list[Episode]:
+        """Return an episode for each row of `requests`, in row order.
+
+        Args:
+            rows: dataset rows of the batch; `requests` name those to run.
+            allowed: evaluated for every episode that begins.
+
+        Raises:
+            AgentError: the agent failed in every one of them.
+            LockstepError: a record does not fit together, or no server is up.
+        """
+        self.before()
+        waiting = deque((request.first_row + i, request.token_ids) for request in requests for i in range(request.n))
+        count, found, stopped = len(waiting), dict[int, Episode](), threading.Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    row, token_ids = waiting.popleft()
+                except IndexError:
+                    return
+                with self._slots:
+                    if not stopped.is_set():
+                        found[row] = self._episode(rows[row], token_ids, allowed)
+
+        workers = [start(work, f"episodes-{i}") for i in range(min(count, self.concurrency))]
+        done, _ = wait(workers, return_when=FIRST_EXCEPTION)
+        for outcome in done:
+            if outcome.exception() is not None:
+                stopped.set()
+                outcome.result()
+        episodes = [found[row] for row in sorted(found)]
+        if count == len(rows) and all(episode.failure for episode in episodes):
+            raise AgentError(
+                f"the agent failed in every one of {count} episodes, each run {ATTEMPTS} times: {episodes[-1].failure}"
+            )
+        return episodes
+
+    def _episode(self, row: Mapping[str, Any], token_ids: list[int], allowed: Callable[[], AllowedVersion]) -> Episode:
+        self._count("run")
+        failures, failing_since = 0, None
+        while True:
+            version = allowed()
+            replica, cost = self._begin(token_ids)
+            incarnation, tokens = replica.incarnation, 0
+            try:
+                episode = self._attempt(replica, row, version)
+                tokens = sampled_length(episode)
+                replica.failures = 0
+                return episode
+            except AgentFailed as failure:
+                failures, failing_since = failures + 1, None
+                self._say(failure, failures)
+                if failures == ATTEMPTS:
+                    self._count("left_out")
+                    filler = next(iter(self.sampling.stop_token_ids), token_ids[-1])
+                    return left_out(token_ids, filler, version, str(failure))
+            except LockstepError as error:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() > failing_since + self.pool.patience_s:
+                    raise
+                self.pool.lost_or_raise(replica, error, incarnation)
+                self._count("lost")
+            finally:
+                replica.load.end(cost, tokens)
+                if tokens:
+                    self.router.saw([tokens])
+                    self.pool.on_tokens(replica, tokens)
+
+    def _begin(self, token_ids: list[int]) -> tuple[Replica, float]:
+        """Choose the server that will finish first; return it and the cost that its load now holds."""
+        replicas = self.pool.available()
+        with self._lock:
+            request = GroupRequest(0, token_ids, 1)
+            ((replica, _),) = self.router.split([request], replicas)
+            cost = self.router.cost(request)
+            replica.load.begin(cost)
+        return replica, cost
+
+    def _attempt(self, replica: Replica, row: Mapping[str, Any], allowed: AllowedVersion) -> Episode:
+        """Run the agent once. Raises `AgentFailed` if it is the agent's failure, `LockstepError` if the server's."""
+        opened = replica.client.open_session(self._request(allowed))
+        try:
+            return self._recorded(replica, opened, row, allowed)
+        finally:
+            with suppress(LockstepError):  # it ends by itself
+                replica.client.close_session(opened.session_id)
+
+    def _recorded(
+        self, replica: Replica, opened: SessionOpened, row: Mapping[str, Any], allowed: AllowedVersion
+    ) -> Episode:
+        session = AgentSession.of(
+            opened,
+            replica.url,
+            model=self.model,
+            ca_file=self.ca_file,
+            timeout_s=self.timeout_s,
+            is_async=self.agent.is_async,
+        )
+        failure, reward = None, None
+        try:
+            reward = self.agent.run(session, row)
+        except AgentFailed as failed:
+            failure = failed
+        try:
+            record = replica.client.session(opened.session_id)
+        except LockstepError as error:
+            if error.code in RECOVERABLE or error.status not in (404, 410):
+                raise
+            raise UnknownRun(f"{replica.url} has lost a session: {error.message}") from error  # it has restarted
+        if record.ended == "run_ended":
+            raise UnknownRun(f"{replica.url} has ended a session, because its run has ended there")
+        if failure:
+            if replica.client.state().draining:  # whose calls are refused
+                raise Draining(f"{replica.url} is about to leave")
+            raise failure
+        if reward is None and self.agent.takes_reward:
+            reward = record.reward
+        episode = episode_of(record, allowed, reward)
+        if episode is None:
+            raise AgentFailed("it made no call that sampled a token: do its requests go to session.base_url?")
+        return episode
+
+    def _request(self, allowed: AllowedVersion) -> SessionRequest:
+        follows = {} if allowed.exact else {"min_step": allowed.version.step, "wait_s": STEP_WAIT_S}
+        return SessionRequest(
+            run_id=allowed.version.run_id,
+            policy=allowed.version if allowed.exact else "latest",
+            follow=not allowed.exact,
+            sampling=self.sampling,
+            max_seconds=min(self.timeout_s + _SPARE_S, _MOST_SECONDS),
+            accept_reward=self.agent.takes_reward,
+            **follows,
+        )
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            setattr(self.counts, name, getattr(self.counts, name) + 1)
+
+    def _say(self, failure: AgentFailed, failures: int) -> None:
+        with self._lock:
+            self.counts.failed += 1
+            self._kinds[failure.kind] += 1
+            said_before = self._kinds[failure.kind] > 1
+        if said_before:
+            return
+        then = "run again" if failures < ATTEMPTS else "left out of its group"
+        details = f"\n{failure.details.rstrip()}" if failure.details else ""
+        logger.warning("an episode failed, and is %s (said once for each kind): %s%s", then, failure, details)
