@@ -197,8 +197,9 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
     from rollout_server.api.security.bearer_tokens import configured_tokens
     from rollout_server.api.server import HttpServer
     from rollout_server.engine.capacity import Capacity
+    from rollout_server.sessions.records import Sessions
 
-    readiness, capacity = ReadinessMiddleware(), Capacity(settings)
+    readiness, capacity, sessions = ReadinessMiddleware(), Capacity(settings), Sessions(settings)
 
     wanted, fitting = 2 * settings.max_requests + _SPARE_CONNECTIONS, connections_that_fit()
     if fitting < wanted:
@@ -213,7 +214,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
             server.stop()
 
     server = HttpServer(
-        AuthMiddleware(readiness, configured_tokens(settings), access, args.allowed_origins),
+        AuthMiddleware(readiness, configured_tokens(settings), access, args.allowed_origins, sessions),
         leave,
         Connections(min(wanted, fitting)),
         host=args.host,
@@ -224,7 +225,7 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
     )
     # Before the engine takes memory that may be another server's.
     http = asyncio.ensure_future(server.serve(listen(args.host, args.port)))
-    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity))
+    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity, sessions))
     status = 0
     try:
         await asyncio.wait((http, starting), return_when=asyncio.FIRST_COMPLETED)

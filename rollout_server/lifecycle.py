@@ -18,7 +18,7 @@ from rollout_server.api.middleware.limits import LimitsMiddleware
 from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.exclusive import Exclusive
-from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.proxy import EngineProxy, in_session
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
 from rollout_server.generation.vllm_params import token_prompt
@@ -29,6 +29,7 @@ from rollout_server.ipc.client import Workers
 from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
+from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import start_errors, topology, versions
 from shared.errors import EngineDead, InvalidRequest
@@ -38,7 +39,12 @@ logger = logging.getLogger("lockstep.lifecycle")
 
 
 async def start(
-    args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
+    args: Any,
+    vllm_config: Any,
+    settings: ServerSettings,
+    readiness: ReadinessMiddleware,
+    capacity: Capacity,
+    sessions: Sessions,
 ) -> Service:
     """Load the model, register the slots, warm up, and let requests in.
 
@@ -47,13 +53,18 @@ async def start(
     """
     with start_errors.reported_errors() as first_report:
         try:
-            return await _start(args, vllm_config, settings, readiness, capacity)
+            return await _start(args, vllm_config, settings, readiness, capacity, sessions)
         except Exception as error:
             raise EngineDead(f"vLLM could not start the engine: {first_report() or one_line(error)}") from error
 
 
 async def _start(
-    args: Any, vllm_config: Any, settings: ServerSettings, readiness: ReadinessMiddleware, capacity: Capacity
+    args: Any,
+    vllm_config: Any,
+    settings: ServerSettings,
+    readiness: ReadinessMiddleware,
+    capacity: Capacity,
+    sessions: Sessions,
 ) -> Service:
     from vllm import envs
     from vllm.usage.usage_lib import UsageContext
@@ -102,10 +113,12 @@ async def _start(
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)
     exclusive = Exclusive(proxy, enabled=settings.deterministic)
-    service = Service(settings, served, runs, proxy, exclusive, installer, openai_app.state)
+    versions.accept_any_model(openai_app.state, in_session)
+    service = Service(settings, served, runs, proxy, exclusive, installer, sessions, openai_app.state)
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
+    metrics.SESSIONS.sessions = sessions
     app = LimitsMiddleware(
         build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len
     )

@@ -11,6 +11,7 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import POLICY_MODEL, EngineProxy
 from rollout_server.installs.installer import Installer
 from rollout_server.runs.table import RunTable
+from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
 from shared.collective import Announcement, GroupInvitation
@@ -28,6 +29,7 @@ class Service:
     proxy: EngineProxy
     exclusive: Exclusive
     installer: Installer
+    sessions: Sessions
     openai_state: Any  # of vLLM's own routes
 
     def state(self) -> ServerState:

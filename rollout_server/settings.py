@@ -65,6 +65,11 @@ class ServerSettings:
     max_request_tokens: int = _flag(
         2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
     )
+    max_sessions: int = _flag(4096, "sessions of agents open at once; beyond it 429")
+    max_session_tokens: int = _flag(
+        2**25,
+        "tokens that all sessions may hold together, prompted and sampled, of 4 to 20 bytes each; beyond it 429",
+    )
     engine_stall_seconds: float = _flag(
         300.0,
         "seconds after which an engine that has requests and gives no token for any of them counts as dead, and "

@@ -33,6 +33,8 @@ class ErrorCode(StrEnum):
     VERSION_NOT_ACTIVE = "version_not_active"
     BASE_NOT_SERVED = "base_not_served"
     STEP_NOT_REACHED = "step_not_reached"
+    UNKNOWN_SESSION = "unknown_session"
+    SESSION_ENDED = "session_ended"
     NO_FREE_SLOT = "no_free_slot"
     NO_GROUP = "no_group"
     UNKNOWN_LAYOUT = "unknown_layout"
@@ -168,6 +170,13 @@ class BaseNotServed(LockstepError, code=ErrorCode.BASE_NOT_SERVED, status=409): 
 
 
 class StepNotReached(LockstepError, code=ErrorCode.STEP_NOT_REACHED, status=409): ...
+
+
+class UnknownSession(LockstepError, code=ErrorCode.UNKNOWN_SESSION, status=404): ...
+
+
+# 410, because clients of OpenAI and Anthropic try 409 and 429 again.
+class SessionEnded(LockstepError, code=ErrorCode.SESSION_ENDED, status=410): ...
 
 
 class NoFreeSlot(LockstepError, code=ErrorCode.NO_FREE_SLOT, status=503): ...

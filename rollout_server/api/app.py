@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
 from rollout_server.api.responses import error_response, unforeseen
-from rollout_server.api.routes import generate, runs, state
+from rollout_server.api.routes import generate, runs, sessions, state
 from rollout_server.api.security.roles import VLLM_PATHS, is_vllm_path
 from rollout_server.service import Service
 from shared.errors import (
@@ -38,7 +38,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.lockstep = service
-    for module in (generate, runs, state):
+    for module in (generate, runs, sessions, state):
         app.include_router(module.router)
     app.add_exception_handler(LockstepError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

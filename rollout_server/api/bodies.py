@@ -13,8 +13,10 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.types import Scope
 
+from rollout_server.api.security.roles import SESSION_KEY
 from rollout_server.engine.turns import in_turn
 from rollout_server.generation.tokenization import check_text
+from rollout_server.sessions.records import Session
 from shared import wire
 from shared.bounded_json import SMALL, JsonLimits, load_json
 from shared.errors import InvalidRequest, TooLarge
@@ -30,7 +32,8 @@ _TOKENIZE_KIB = 256
 _THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
 _MAX_LIST = 4096
 _TOKEN_LISTS = ("prompt", "tokens")
-_OUR_PATHS = (wire.GENERATE, wire.SCORE)
+_OUR_PATHS = (wire.GENERATE, wire.SCORE, wire.SESSIONS)
+_BELOW_OURS = (wire.RUN.format(run_id=""), wire.SESSION.format(session_id=""))
 
 
 async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
@@ -42,13 +45,13 @@ async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
     Raises:
         LockstepError: `too_large`, `invalid_request`.
     """
-    ours = scope["path"] in _OUR_PATHS or scope["path"].startswith(wire.RUN.format(run_id=""))
+    ours = scope["path"] in _OUR_PATHS or scope["path"].startswith(_BELOW_OURS)
     if scope["path"] == "/tokenize" and len(body) > _TOKENIZE_KIB * 2**10:
         raise TooLarge(
             f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text, or send "
             f"it to {wire.GENERATE} with max_tokens 1, whose answer has prompt_token_ids"
         )
-    check = _check_ours if ours else partial(_check_theirs, context)
+    check = _check_ours if ours else partial(_check_theirs, context, scope.get(SESSION_KEY))
     return check(body) if len(body) <= SMALL else await in_turn(check, body)
 
 
@@ -56,7 +59,7 @@ def _check_ours(body: bytes) -> int:
     return _bounded(_OURS, body)
 
 
-def _check_theirs(context: int, body: bytes) -> int:
+def _check_theirs(context: int, session: Session | None, body: bytes) -> int:
     if len(body) > _THEIRS_MIB * 2**20:
         raise TooLarge(
             f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"
@@ -70,6 +73,8 @@ def _check_theirs(context: int, body: bytes) -> int:
         if isinstance(document, dict):
             _check_openai(document)
             _check_prompts(document, context)
+            if session is not None:
+                session.check_call(document)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
     return memory

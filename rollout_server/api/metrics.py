@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from rollout_server.sessions.records import Sessions
 from shared.errors import LockstepError
 from shared.weights import PushReceipt
 
@@ -50,6 +51,32 @@ class PolicySteps(Collector):
 
 POLICY_STEPS = PolicySteps()
 REGISTRY.register(POLICY_STEPS)
+
+
+class SessionCounts(Collector):
+    """Sessions of agents, and what became of their calls."""
+
+    def __init__(self) -> None:
+        self.sessions: Sessions | None = None
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        if (sessions := self.sessions) is None:
+            return
+        counts = sessions.counts
+        yield GaugeMetricFamily("lockstep_sessions", "Sessions of agents that take calls", value=sessions.open_sessions)
+        yield GaugeMetricFamily("lockstep_session_tokens", "Tokens that all sessions hold", value=sessions.tokens)
+        for name, text, value in (
+            ("sessions_opened", "Sessions opened", counts.opened),
+            ("session_calls", "Calls that sessions have recorded", counts.calls),
+            ("session_calls_cut", "Calls in sessions whose client went away", counts.cut),
+            ("session_forks", "Calls, or choices of one, that did not go on where a trajectory ended", counts.forks),
+            ("session_calls_repaired", "Calls whose prompt was built on the recorded token ids", counts.repaired),
+        ):
+            yield CounterMetricFamily(f"lockstep_{name}", text, value=value)
+
+
+SESSIONS = SessionCounts()
+REGISTRY.register(SESSIONS)
 
 
 @contextmanager

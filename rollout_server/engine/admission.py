@@ -57,6 +57,9 @@ class Admission(AbstractContextManager["Admission"]):
         for request_id in self._submitted:
             self._moves[request_id].append((tokens, version, kv))
 
+    def recall(self) -> None:
+        """Do nothing: requests finish on their version."""
+
     def spans(self, request_id: str, index: int, tokens: int) -> list[VersionSpan]:
         """Return the spans of a finished output of `tokens` tokens; without a push in between, one."""
         version, start, kv = self._submitted[request_id], 0, "fresh"
@@ -110,3 +113,34 @@ class Admission(AbstractContextManager["Admission"]):
                 raise EngineDead(
                     "the engine died while this request was running; ask a server that is ready"
                 ) from error
+
+
+class SessionHold:
+    """A version that all calls of a session sample from: its slot is not refilled until `release`.
+
+    A push that moves running requests to its own version moves the session, too. With `--apply merge` the weights of
+    the one slot change in place: `version` is then no longer that of the slot.
+
+    Args:
+        on_recall: called when the run ends, or its learner has started again.
+    """
+
+    def __init__(self, run: Run, slot: Slot, on_recall: Callable[[], None]) -> None:
+        self.run, self.slot, self._on_recall = run, slot, on_recall
+        self.version = slot.version
+        self._held = True
+        run.acquire_for_session(slot, self)
+
+    def move(self, tokens: OutputTokens, version: WeightVersion, kv: KV) -> None:
+        """Sample from `version` from now on."""
+        self.version = version
+
+    def recall(self) -> None:
+        """Tell the session to end."""
+        self._on_recall()
+
+    def release(self) -> None:
+        """Release the slot; calling it again does nothing."""
+        if self._held:
+            self._held = False
+            self.run.release_by_session(self.slot, self)

@@ -9,17 +9,18 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import HTTPException
 
-from rollout_server.engine.admission import Admission, OutputTokens
+from rollout_server.engine.admission import Admission, OutputTokens, SessionHold
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.uninterrupted import uninterrupted
+from rollout_server.runs.slots import Run, Slot
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
@@ -54,6 +55,16 @@ _CLOSED = {
 }
 
 
+class SessionCalls(Protocol):
+    """The session that a call belongs to: a `sessions.records.Session`."""
+
+    def admit(self) -> Admission: ...
+
+    def generate(
+        self, admission: Admission, prompt: Any, sampling_params: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]: ...
+
+
 @dataclass
 class CallContext:
     """One HTTP request to vLLM's routes, which may become several requests to the engine."""
@@ -62,10 +73,17 @@ class CallContext:
     versions: dict[str, None] = field(default_factory=dict)  # it was admitted to, in order; `base` for the base model
     refusal: LockstepError | None = None  # why `EngineProxy` did not admit it
     format: Any = None  # structured outputs that have been checked
+    session: SessionCalls | None = None  # says what is sampled from, and how, and records it
 
 
 #: Of the running task; None in our own routes.
 CALL_CONTEXT: ContextVar[CallContext | None] = ContextVar("lockstep_call", default=None)
+
+
+def in_session() -> bool:
+    """Return whether the running task is a call of a session."""
+    call = CALL_CONTEXT.get()
+    return call is not None and call.session is not None
 
 
 class EngineProxy:
@@ -138,6 +156,9 @@ class EngineProxy:
         return Admission(self._engine, base, base.slots[0] if base else None, self._count_output)
 
     def _admit_run(self, run_id: str | None, wanted: WeightVersion | None) -> Admission:
+        return Admission(self._engine, *self._serving(run_id, wanted), self._count_output)
+
+    def _serving(self, run_id: str | None, wanted: WeightVersion | None) -> tuple[Run, Slot]:
         run = self.runs.get(run_id)
         slot = run.active
         if slot is None or (wanted is not None and slot.version != wanted):
@@ -146,7 +167,29 @@ class EngineProxy:
                 f"run {run.run_id} serves {served}, not {wanted or 'any adapter'}",
                 served=slot.version.model_dump() if slot and slot.version else None,
             )
-        return Admission(self._engine, run, slot, self._count_output)
+        return run, slot
+
+    def hold(self, request: PolicyRequest, on_recall: Callable[[], None]) -> SessionHold | None:
+        """Keep the version that serves a request now for the calls of a session; None for the base.
+
+        Raises:
+            LockstepError: as `admit`.
+        """
+        if request.policy == "base":
+            self.runs.check_base_served()
+            return None
+        wanted = request.policy if isinstance(request.policy, WeightVersion) else None
+        run, slot = self._serving(wanted.run_id if wanted else request.run_id, wanted)
+        return SessionHold(run, slot, on_recall)
+
+    def admit_held(self, hold: SessionHold) -> Admission:
+        """Bind a request to the version that a session holds; raises `version_not_active` where it was overwritten."""
+        if hold.slot.version != hold.version:
+            raise VersionNotActive(
+                f"the session began with {hold.version}, which a push has replaced (--apply merge): open sessions with "
+                "follow, push with in_flight = keep, or run the episode again"
+            )
+        return Admission(self._engine, hold.run, hold.slot, self._count_output)
 
     def _count_output(self) -> None:
         self.outputs += 1
@@ -154,31 +197,39 @@ class EngineProxy:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        """Generate as vLLM's OpenAI routes ask for it: a LoRA name means a run, no LoRA the base."""
+        """Generate as vLLM's OpenAI routes ask for it: a LoRA name means a run, no LoRA the base.
+
+        A call of a session samples from what the session says, whatever the model's name.
+        """
         call = CALL_CONTEXT.get() or CallContext()
         with contextlib.ExitStack() as held:
             try:
                 _check_format(sampling_params, call)
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
                 await self.runs.admitting()
-                if lora_request is not None:
-                    run_id = lora_request.lora_name.removeprefix(POLICY_MODEL).removeprefix(":") or None
-                    admission = self._admit_run(run_id, call.wanted)
-                elif call.wanted is not None:
-                    raise VersionNotActive(
-                        f"the model asked for is the base, not {call.wanted}; ask for {POLICY_MODEL}"
-                    )
+                if call.session is not None:
+                    admission = held.enter_context(call.session.admit())
+                    _check_wanted(call.wanted, admission)
+                    stream = call.session.generate(admission, prompt, sampling_params, **kwargs)
                 else:
-                    admission = self._admit_base()
-                held.enter_context(admission)
+                    admission = held.enter_context(self._admit_model(lora_request, call.wanted))
+                    stream = admission.generate(prompt, sampling_params, request_id, **kwargs)
                 call.versions[str(admission.version or "base")] = None
-                async with aclosing(admission.generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
+                async with aclosing(stream) as outputs:
                     async for output in outputs:
                         yield output
             except LockstepError as error:
                 call.refusal = error
                 # vLLM's routes report this form in theirs, where it comes too late for an error response of ours.
                 raise HTTPException(error.status, str(error)) from error
+
+    def _admit_model(self, lora_request: Any, wanted: WeightVersion | None) -> Admission:
+        if lora_request is not None:
+            run_id = lora_request.lora_name.removeprefix(POLICY_MODEL).removeprefix(":") or None
+            return self._admit_run(run_id, wanted)
+        if wanted is not None:
+            raise VersionNotActive(f"the model asked for is the base, not {wanted}; ask for {POLICY_MODEL}")
+        return self._admit_base()
 
     def encode(self, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         """Refuse pooling requests to anything but the base model."""
@@ -272,6 +323,11 @@ class EngineProxy:
     def running(self) -> set[str]:
         """Return the ids of unfinished requests that the engine has received with all their outputs."""
         return versions.submitted_requests(self._engine)
+
+
+def _check_wanted(wanted: WeightVersion | None, admission: Admission) -> None:
+    if wanted not in (None, admission.version):
+        raise VersionNotActive(f"the session samples from {admission.version or 'the base'}, not {wanted}")
 
 
 def _check_format(sampling_params: Any, call: CallContext) -> None:

@@ -8,6 +8,21 @@ from rollout_server.vllm_compat import versions
 from shared.errors import InvalidRequest
 from shared.sampling import SamplingParams
 
+#: Sampling parameters of which a session's trainer decides alone: they change what is drawn.
+TRAINERS_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+    "bad_words",
+    "allowed_token_ids",
+    "logit_bias",
+)
+
 
 def token_prompt(token_ids: list[int]) -> dict[str, Any]:
     """Return vLLM's engine input for a prompt of token ids."""
@@ -38,6 +53,36 @@ def to_vllm(params: SamplingParams, *, skip_special_tokens: bool = True) -> Any:
         )
     except versions.refusals() as error:
         raise InvalidRequest(f"sampling: {error}") from error
+
+
+def overridden(client: Any, trainer: SamplingParams) -> Any:
+    """Return vLLM's SamplingParams of a client with what the trainer insists on, and logprobs of the sampled tokens.
+
+    n, seed, stop and structured outputs stay the client's, and so does the form of its outputs; `max_tokens` is the
+    smaller one, and token ids that stop are those of both.
+
+    Raises:
+        LockstepError: `invalid_request` with vLLM's own words when the two do not go together.
+    """
+    import msgspec  # vLLM's
+
+    fields = trainer.model_dump(include=set(TRAINERS_FIELDS))
+    limits = [most for most in (client.max_tokens, trainer.max_tokens) if most is not None]
+    max_tokens = min(limits, default=None)
+    stop_token_ids = list(dict.fromkeys([*(client.stop_token_ids or ()), *trainer.stop_token_ids]))
+    try:
+        return msgspec.structs.replace(
+            client,
+            **fields,
+            max_tokens=max_tokens,
+            min_tokens=trainer.min_tokens if max_tokens is None else min(trainer.min_tokens, max_tokens),
+            stop_token_ids=stop_token_ids,
+            logprobs=client.logprobs or 0,
+            # A list would lose the kept mass of tokens that are among the most likely ones, too.
+            flat_logprobs=client.prompt_logprobs is None,
+        )
+    except versions.refusals() as error:
+        raise InvalidRequest(f"sampling of the session: {error}") from error
 
 
 def sampled_logprobs(output: Any) -> list[float]:

@@ -62,6 +62,8 @@ class SlotInstall:
         Unless `finish` is reached, the slot is released and nothing has changed.
         """
         started, begun = time.monotonic(), False
+        # Whoever had opened them is gone, and would keep the slots for as long as a session may last.
+        self.run.recall(self.header.manifest.version.fence)
         slot = self._slot = await self.run.reserve(self.deadline)
         self._wait_seconds = time.monotonic() - started
         try:
@@ -125,7 +127,7 @@ class SlotInstall:
         """Let requests sample from the verified adapter; return the seconds for which none was decoding."""
         run, active, spare = self.run, self.run.active, self._slot
         assert spare
-        if self.in_flight == "drain" or active is None or active.requests == 0:
+        if self.in_flight == "drain" or active is None or not active.held:
             self._slot = None
             self._serve(receipt, spare)
             return 0.0

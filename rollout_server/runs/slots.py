@@ -39,6 +39,12 @@ class Slot:
     checksum: str = ""
     receipt: PushReceipt | None = None  # of the push that it serves; complete when that push is answered
     requests: int = 0
+    sessions: int = 0
+
+    @property
+    def held(self) -> bool:
+        """Whether it must not be refilled."""
+        return self.requests > 0 or self.sessions > 0
 
     @property
     def salt(self) -> str:
@@ -76,9 +82,11 @@ class Ring:
 
 
 class Holder(Protocol):
-    """Request that holds a slot: an `engine.admission.Admission`."""
+    """Request or session that holds a slot: an `engine.admission.Admission` or `SessionHold`."""
 
     def move(self, tokens: dict[tuple[str, int], int], version: WeightVersion, kv: Any) -> None: ...
+
+    def recall(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -126,11 +134,31 @@ class Run:
     def release(self, slot: Slot, holder: Holder) -> None:
         """End a request's hold on `slot`."""
         slot.requests -= 1
+        self._released(slot, holder)
+
+    def acquire_for_session(self, slot: Slot, holder: Holder) -> None:
+        """Keep `slot` from being refilled until `release_by_session`, also while no request runs."""
+        slot.sessions += 1
+        self._holders[slot].add(holder)
+
+    def release_by_session(self, slot: Slot, holder: Holder) -> None:
+        """End a session's hold on `slot`."""
+        slot.sessions -= 1
+        self._released(slot, holder)
+
+    def _released(self, slot: Slot, holder: Holder) -> None:
         self._holders[slot].discard(holder)
+        if slot.state is SlotState.DRAINING and not slot.held:
+            slot.state = SlotState.FREE
         if slot.requests == 0:
-            if slot.state is SlotState.DRAINING:
-                slot.state = SlotState.FREE
             self.ring.notify()
+
+    def recall(self, fence: int | None = None) -> None:
+        """End the sessions that hold a slot of this run; with `fence`, those of earlier learners only."""
+        for slot, holders in self._holders.items():
+            if fence is None or (slot.version is not None and slot.version.fence < fence):
+                for holder in tuple(holders):
+                    holder.recall()
 
     async def reserve(self, deadline: float) -> Slot:
         """Wait for a free slot and take it for filling; raises `no_free_slot` at `deadline` (monotonic seconds)."""
@@ -139,10 +167,14 @@ class Run:
             return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)
 
         if not await self.ring.wait_for(lambda: free() is not None or self.closed, deadline):
-            busy = {slot.slot_id: f"{slot.state.value}, {slot.requests} requests" for slot in self.slots}
+            busy = {
+                slot.slot_id: f"{slot.state.value}, {slot.requests} requests, {slot.sessions} sessions"
+                for slot in self.slots
+            }
             raise NoFreeSlot(
-                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
-                "older versions: wait for them, or start the server with more --slots-per-run"
+                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests or sessions still "
+                "hold older versions: wait for them, push with in_flight = keep, or start the server with more "
+                "--slots-per-run"
             )
         slot = free()
         if slot is None or self.closed:
@@ -157,7 +189,7 @@ class Run:
         previous, self.active = self.active, slot
         slot.state, self.last_push = SlotState.ACTIVE, time.monotonic()
         if previous is not None and previous is not slot:
-            previous.state = SlotState.DRAINING if previous.requests else SlotState.FREE
+            previous.state = SlotState.DRAINING if previous.held else SlotState.FREE
         self.ring.notify()
 
     def move(
@@ -203,6 +235,7 @@ class Run:
                     "state": slot.state.value,
                     "version": slot.version.model_dump() if slot.version and slot.state in serving else None,
                     "requests": slot.requests,
+                    "sessions": slot.sessions,
                 }
                 for slot in self.slots
             ],

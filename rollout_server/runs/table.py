@@ -152,15 +152,17 @@ class RunTable:
             raise VersionNotActive(f"run {run_id} serves {served}, and did not end with {version}")
         now = time.monotonic()
         run.finished = Finished(now, now + keep_s)
+        run.recall()
 
     def close(self, run_id: str) -> None:
         """Remove a run. Its running requests finish; then its slots are free for other runs."""
         run = self.runs.pop(run_id)
         run.closed = True
         run.active = None
+        run.recall()
         for slot in run.slots:
             if slot.state is SlotState.ACTIVE:
-                slot.state = SlotState.DRAINING if slot.requests else SlotState.FREE
+                slot.state = SlotState.DRAINING if slot.held else SlotState.FREE
             if self.base is not None:  # belongs to the base from now on, under a new salt
                 slot.version, slot.checksum, slot.install_seq = None, "", self.next_install_seq()
                 slot.receipt = None

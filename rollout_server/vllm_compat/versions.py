@@ -24,6 +24,7 @@ import copy
 import functools
 import importlib
 from collections import Counter
+from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -73,6 +74,24 @@ def list_models(state: Any, names: list[str]) -> None:
     listed = state.openai_serving_models.lora_requests
     listed.clear()
     listed.update({name: lora_request(name, 1) for name in names})
+
+
+class _AnyModel(dict[str, Any]):
+    """Adapters by name, in which every name is found while `accepts`."""
+
+    def __init__(self, accepts: Callable[[], bool]) -> None:
+        self._accepts = accepts
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or self._accepts()
+
+    def __missing__(self, name: str | None) -> Any:
+        return lora_request(name or "policy", 1)
+
+
+def accept_any_model(state: Any, accepts: Callable[[], bool]) -> None:
+    """Let requests to the routes of `init_openai_state` name any model while `accepts` (0.26 to 0.33)."""
+    state.openai_serving_models.lora_requests = _AnyModel(accepts)
 
 
 def lora_request(name: str, slot_id: int) -> Any:

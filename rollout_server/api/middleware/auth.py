@@ -13,9 +13,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rollout_server.api.connections import ADMIT
 from rollout_server.api.responses import error_response
 from rollout_server.api.security.bearer_tokens import Tokens
-from rollout_server.api.security.roles import OPEN, Role, is_vllm_path, role_needed
+from rollout_server.api.security.roles import (
+    OPEN,
+    SESSION_CALLS,
+    SESSION_KEY,
+    Role,
+    is_vllm_path,
+    opened_by_session,
+    role_needed,
+    session_call,
+)
+from rollout_server.sessions.records import Session, Sessions, is_session_token
+from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE
-from shared.errors import Forbidden, LockstepError, Unauthenticated
+from shared.errors import Forbidden, LockstepError, Unauthenticated, UnknownSession
 from shared.local_access import LocalAccess
 
 _BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
@@ -30,6 +41,7 @@ class AuthMiddleware:
         tokens: None lets everything through that is not a page's of another site.
         local: what this server answers to where it has no tokens.
         origins: sites whose pages may use vLLM's routes of the role generate without a token; "*" is every one.
+        sessions: whose tokens and paths are known. Their calls go on with vLLM's path, and the session in the scope.
     """
 
     def __init__(
@@ -38,14 +50,20 @@ class AuthMiddleware:
         tokens: Tokens | None,
         local: LocalAccess | None = None,
         origins: Collection[str] = (),
+        sessions: Sessions | None = None,
     ) -> None:
         self._app = app
         self._tokens = tokens
         self._local = local or LocalAccess()
         self._origins = origins
+        self._sessions = sessions or Sessions(ServerSettings())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope)
+        refusal: LockstepError | None = None
+        try:
+            scope = self._admitted(scope)
+        except LockstepError as error:
+            refusal = error
         if refusal is None:
             admit = scope.get("extensions", {}).get(ADMIT)
             if admit is not None and scope["path"] not in OPEN:
@@ -57,21 +75,40 @@ class AuthMiddleware:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
 
-    def _refusal(self, scope: Scope) -> LockstepError | None:
+    def _admitted(self, scope: Scope) -> Scope:
+        """Return the scope of a request that may pass; raises `unauthenticated`, `forbidden`, `unknown_session`."""
         if scope["type"] == "http" and scope["path"] in OPEN:
-            return None
+            return scope
+        method, path = scope.get("method", "websocket"), scope["path"]
+        call = session_call(path)
+        served = call[1] if call else path
+        if self._tokens is None and (refusal := self._page_refusal({**scope, "path": served})):
+            raise refusal
+        presented = _presented(scope)
+        try:
+            session = self._sessions.of_token(presented) if presented else None
+        except UnknownSession as error:
+            raise error if self._tokens is None else Unauthenticated(error.message) from None
+        if session is not None:
+            opened = opened_by_session(method, path, session.session_id)
+            if opened is None or (opened.endswith("/reward") and not session.request.accept_reward):
+                raise Forbidden(
+                    "this token opens the calls of its session and nothing else; its reward only where it was opened "
+                    "with accept_reward"
+                )
+            return scope if opened == path and opened not in SESSION_CALLS else _call(scope, opened, session)
+        self._check_role(presented, role_needed(method, served))
+        return _call(scope, served, self._sessions.get(call[0])) if call else scope
+
+    def _check_role(self, presented: bytes | None, needed: Role) -> None:
         if self._tokens is None:
-            return self._page_refusal(scope)
-        values = _values(scope, b"authorization")
-        presented = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
-        role = self._tokens.role_of(presented[1]) if presented else None
+            return
+        role = self._tokens.role_of(presented) if presented else None
         if role is None:
             what = "this token is not known here" if presented else "a bearer token is needed"
-            return Unauthenticated(f"{what}: {_HOW}")
-        needed = role_needed(scope.get("method", "websocket"), scope["path"])
+            raise Unauthenticated(f"{what}: {_HOW}")
         if role not in (needed, Role.WEIGHTS):
-            return Forbidden(f"this token has the role {role.value}, and this needs {needed.value}")
-        return None
+            raise Forbidden(f"this token has the role {role.value}, and this needs {needed.value}")
 
     def _page_refusal(self, scope: Scope) -> LockstepError | None:
         hosts, origins, sites = (
@@ -81,6 +118,22 @@ class AuthMiddleware:
         trusted = self._origins if is_vllm_path(scope["path"], Role.GENERATE) else ()
         refusal = self._local.refusal(hosts, origins, sites, trusted)
         return Forbidden(f"{refusal}; {_HOW_WITHOUT}") if refusal else None
+
+
+def _call(scope: Scope, path: str, session: Session) -> Scope:
+    """Return the scope of a session's call, as the layers below see it."""
+    session.check_open()
+    return {**scope, "path": path, "raw_path": path.encode(), SESSION_KEY: session}
+
+
+def _presented(scope: Scope) -> bytes | None:
+    """Return the bearer token of a request; of a session also as clients of Anthropic send it."""
+    values = _values(scope, b"authorization")
+    bearer = _BEARER.fullmatch(values[0].strip()) if len(values) == 1 else None
+    if bearer or values:
+        return bearer[1] if bearer else None
+    keys = _values(scope, b"x-api-key")
+    return keys[0].strip() if len(keys) == 1 and is_session_token(keys[0].strip()) else None
 
 
 def _values(scope: Scope, name: bytes) -> list[bytes]:

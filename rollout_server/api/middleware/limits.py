@@ -20,13 +20,15 @@ _BODY_SECONDS = 120.0
 #: Let through under any load, and while others wait for their turn: they have no body, and begin no work.
 _ORDERS = (wire.DRAIN, wire.SLEEP, wire.WAKE)
 _RUNS = wire.RUN.format(run_id="")
+#: Ends and rewards of sessions: they make room.
+_SESSIONS = wire.SESSION.format(session_id="")
 
 
 class LimitsMiddleware:
     """Lets requests through to `app`, each with its complete body.
 
-    Pushes are let through under any load: a learner must be able to go on. Adapters are streamed past it; they have
-    `--max-adapter-mib`, and a deadline of their own.
+    Pushes, and ends of sessions, are let through under any load: a learner must be able to go on. Adapters are streamed
+    past it; they have `--max-adapter-mib`, and a deadline of their own.
 
     Args:
         context: tokens of the model's context.
@@ -40,6 +42,7 @@ class LimitsMiddleware:
             await self._app(scope, receive, send)
             return
         is_push = scope["path"].startswith(_RUNS)
+        makes_room = scope["path"].startswith(_SESSIONS)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in (429, 503):
@@ -49,12 +52,12 @@ class LimitsMiddleware:
 
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(self._capacity.request(bounded=not is_push))
+                held.enter_context(self._capacity.request(bounded=not (is_push or makes_room)))
                 # Refuse what can be refused before it is read.
                 if is_push and scope["method"] != "DELETE":
                     self._capacity.check(0)
                 # The handlers of these two count their sequences, which are known once the body has been parsed.
-                elif not is_push and scope["path"] not in (wire.GENERATE, wire.SCORE):
+                elif not (is_push or makes_room) and scope["path"] not in (wire.GENERATE, wire.SCORE):
                     self._capacity.check()
                 if not (is_push and scope["method"] == "PUT"):
                     buffered = await self._buffer(scope, receive, held)

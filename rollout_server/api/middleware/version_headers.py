@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Scope, Send
 
 from rollout_server.api.responses import error_response
+from rollout_server.api.security.roles import SESSION_KEY
 from rollout_server.engine.proxy import CALL_CONTEXT, CallContext
 from shared.errors import InvalidRequest
 from shared.weights import WeightVersion
@@ -28,7 +29,7 @@ class VersionHeaderMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call, start, refused = CallContext(), None, False
+        call, start, refused = CallContext(session=scope.get(SESSION_KEY)), None, False
         wanted = Headers(scope=scope).get(POLICY_HEADER)
         try:
             call.wanted = None if wanted is None else WeightVersion.parse(wanted)

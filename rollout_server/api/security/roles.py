@@ -6,6 +6,7 @@ weight transfer and what a plugin or a later version adds are not in it.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 
 from starlette.routing import compile_path
@@ -27,7 +28,25 @@ class Role(StrEnum):
 #: Served without a token, with an empty body.
 OPEN = frozenset({wire.HEALTH, wire.READY})
 
+#: Of a scope: the session that a request to a route of vLLM is a call of.
+SESSION_KEY = "lockstep.session"
+#: Routes of vLLM below a session, which its token opens, too.
+SESSION_CALLS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+)
+_MODELS = "/v1/models"
+_SESSION_PATH = re.compile(r"/v1/sessions/([^/]+)(/.*)?")
+
 _OURS = {
+    ("POST", wire.SESSIONS): Role.GENERATE,
+    ("GET", wire.SESSION): Role.GENERATE,
+    ("DELETE", wire.SESSION): Role.GENERATE,
+    ("POST", wire.SESSION_REWARD): Role.GENERATE,
+    ("GET", wire.SESSION + _MODELS): Role.GENERATE,
     ("GET", wire.STATE): Role.GENERATE,
     ("GET", wire.RUN): Role.GENERATE,
     ("POST", wire.GENERATE): Role.GENERATE,
@@ -68,6 +87,28 @@ def role_needed(method: str, path: str) -> Role:
         if method == listed and pattern.fullmatch(path):
             return role
     return Role.WEIGHTS
+
+
+def session_call(path: str) -> tuple[str, str] | None:
+    """Return id and route of vLLM of a path below a session; None for all other paths."""
+    found = _SESSION_PATH.fullmatch(path)
+    return (found[1], found[2]) if found and found[2] in SESSION_CALLS else None
+
+
+def opened_by_session(method: str, path: str, session_id: str) -> str | None:
+    """Return the path, that of vLLM for its routes, on which a session's token answers a request; None if it does not.
+
+    A session's token opens the session's calls, by its own paths or the plain ones, its list of models, and its reward.
+    """
+    found = _SESSION_PATH.fullmatch(path)
+    if found and found[1] != session_id:
+        return None
+    inner = (found[2] or "") if found else path
+    if method == "POST" and (inner in SESSION_CALLS or (found and inner == "/reward")):
+        return inner if inner in SESSION_CALLS else path
+    if method == "GET" and inner == _MODELS:
+        return wire.SESSION.format(session_id=session_id) + _MODELS
+    return None
 
 
 def is_vllm_path(path: str, role: Role | None = None) -> bool:

@@ -1,0 +1,1 @@
+"""Conversations of agents as they were sampled; no HTTP."""
