@@ -36,7 +36,7 @@ class AgentSession:
     server_url: str
     base_url: str
     api_key: str = field(repr=False)
-    model: str
+    model: str = "policy"
     ca_file: str | None = None
     timeout_s: float = 600.0
     is_async: bool = True

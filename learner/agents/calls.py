@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.runners
-import concurrent.futures._base
 import inspect
 import json
 import math
@@ -16,6 +15,7 @@ import subprocess
 import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ _MOST_IN_VARIABLE = 64 * 1024
 _REWARD_LINE = re.compile(r"reward\s*[:=]?\s*(\S+)", re.IGNORECASE)
 _SHOWN = 2000
 #: Their frames are left out of an agent's traceback.
-_NOT_THE_AGENTS = {module.__file__ for module in (concurrent.futures._base, asyncio.runners, threads)} | {__file__}
+_NOT_THE_AGENTS = {__file__, threads.__file__, asyncio.runners.__file__, inspect.getfile(Future)}
 
 
 class AgentFailed(Exception):

@@ -8,7 +8,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,13 @@ from learner.agents.calls import Agent, AgentFailed
 from learner.agents.trajectories import Episode, episode_of, left_out
 from learner.rollouts.completions import AllowedVersion, sampled_length
 from learner.rollouts.dispatch import STEP_WAIT_S
-from learner.servers.pool import RECOVERABLE, ServerPool
+from learner.servers.pool import ServerPool
 from learner.servers.replica import Replica
 from learner.servers.router import GroupRequest, Router
 from learner.utils.threads import start
-from shared.errors import Draining, InvalidRequest, LockstepError, UnknownRun
+from shared.errors import Draining, InvalidRequest, LockstepError, UnknownRun, UnknownSession
 from shared.sampling import SamplingParams
-from shared.sessions import SessionOpened, SessionRequest
+from shared.sessions import SessionRequest
 
 logger = logging.getLogger("lockstep.agents")
 
@@ -63,7 +62,6 @@ class Episodes:
         agent: what is run.
         pool: the rollout servers.
         sampling: the trainer's, of every call.
-        model: name that the agent's requests may give.
         concurrency: episodes that run at a time, over all batches.
         timeout_s: how long an agent may take.
         before: called before the first episode of a batch.
@@ -72,7 +70,6 @@ class Episodes:
     agent: Agent
     pool: ServerPool
     sampling: SamplingParams
-    model: str
     concurrency: int = 32
     timeout_s: float = 600.0
     ca_file: str | None = None
@@ -172,22 +169,8 @@ class Episodes:
     def _attempt(self, replica: Replica, row: Mapping[str, Any], allowed: AllowedVersion) -> Episode:
         """Run the agent once. Raises `AgentFailed` if it is the agent's failure, `LockstepError` if the server's."""
         opened = replica.client.open_session(self._request(allowed))
-        try:
-            return self._recorded(replica, opened, row, allowed)
-        finally:
-            with suppress(LockstepError):  # it ends by itself
-                replica.client.close_session(opened.session_id)
-
-    def _recorded(
-        self, replica: Replica, opened: SessionOpened, row: Mapping[str, Any], allowed: AllowedVersion
-    ) -> Episode:
         session = AgentSession.of(
-            opened,
-            replica.url,
-            model=self.model,
-            ca_file=self.ca_file,
-            timeout_s=self.timeout_s,
-            is_async=self.agent.is_async,
+            opened, replica.url, ca_file=self.ca_file, timeout_s=self.timeout_s, is_async=self.agent.is_async
         )
         failure, reward = None, None
         try:
@@ -195,10 +178,8 @@ class Episodes:
         except AgentFailed as failed:
             failure = failed
         try:
-            record = replica.client.session(opened.session_id)
-        except LockstepError as error:
-            if error.code in RECOVERABLE or error.status not in (404, 410):
-                raise
+            record = replica.client.close_session(opened.session_id)
+        except UnknownSession as error:
             raise UnknownRun(f"{replica.url} has lost a session: {error.message}") from error  # it has restarted
         if record.ended == "run_ended":
             raise UnknownRun(f"{replica.url} has ended a session, because its run has ended there")

@@ -97,7 +97,7 @@ def episode_of(record: SessionRecord, allowed: AllowedVersion, reward: float | N
         return None
     first, *forks = trajectories
     begin = first.sampled[0][0]
-    row = _Row()
+    row = _Joined()
     row.add(first, begin)
     parts = [row.add(fork, 0) for fork in forks]
     ends = [*(start for start, _ in parts), len(row.token_ids)]
@@ -133,7 +133,7 @@ def left_out(prompt_ids: list[int], token: int, allowed: AllowedVersion, failure
     )
 
 
-class _Row:
+class _Joined:
     """Trajectories one after the other."""
 
     def __init__(self) -> None:

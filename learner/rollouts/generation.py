@@ -84,6 +84,9 @@ class Agents(Protocol):
     ) -> Sequence[Completion]:
         """Return an episode for each row of `requests`; `rows` are the dataset rows of the batch."""
 
+    def totals(self) -> dict[str, int]:
+        """Return what the training's summary says of the episodes of this rank."""
+
 
 @dataclass
 class RemoteRollouts:

@@ -214,14 +214,10 @@ class RolloutClient:
         document = self._json("POST", wire.SESSIONS, request, timeout_s=self.generate_timeout_s)
         return self._parse(SessionOpened, document)
 
-    def session(self, session_id: str) -> SessionRecord:
-        """`GET /v1/sessions/{session_id}`: return what it has recorded so far."""
+    def close_session(self, session_id: str) -> SessionRecord:
+        """`DELETE /v1/sessions/{session_id}`: end it, with its calls under way, and return what it has recorded."""
         path = wire.SESSION.format(session_id=session_id)
-        return self._parse(SessionRecord, self._json("GET", path, timeout_s=self.generate_timeout_s))
-
-    def close_session(self, session_id: str) -> None:
-        """`DELETE /v1/sessions/{session_id}`: end it, and forget what it has recorded."""
-        self._json("DELETE", wire.SESSION.format(session_id=session_id))
+        return self._parse(SessionRecord, self._json("DELETE", path, timeout_s=self.generate_timeout_s))
 
     def push(
         self,

@@ -198,7 +198,6 @@ def _episodes(agent: Agent, sampling: SamplingParams, session: Session) -> Episo
         agent,
         session.pool,
         sampling,
-        session.run_id,
         concurrency=config.agent_concurrency,
         timeout_s=config.agent_timeout_s,
         ca_file=config.ca_file,

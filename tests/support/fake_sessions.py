@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from shared.errors import InvalidRequest, UnknownRoute
+from shared.errors import InvalidRequest, UnknownSession
 from shared.rollouts import GenerateRequest, Prompt, VersionSpan
 from shared.sampling import SamplingParams
 from shared.sessions import SessionOpened, SessionRecord, SessionRequest, SessionReward, Trajectory
@@ -50,7 +50,7 @@ class FakeSessions(FakeServer):
             return self._json(self._opened(SessionRequest.model_validate_json(request.content)))
         session_id, _, below = path.removeprefix("/v1/sessions/").partition("/")
         if session_id not in self.open:
-            raise UnknownRoute("no such session")
+            raise UnknownSession("no such session")
         session = self.open[session_id]
         if below:
             assert request.headers["Authorization"] == f"Bearer token-{session_id}"
@@ -61,13 +61,10 @@ class FakeSessions(FakeServer):
                 raise InvalidRequest("no reward is taken")
             session.record.reward = SessionReward.model_validate_json(request.content).reward
             return httpx.Response(200, json={})
-        if method == "DELETE":
-            del self.open[session_id]
-            self.closed.append(session_id)
-            return httpx.Response(200, json={})
-        record = session.record
-        answer = record.model_copy(update={"trajectories": [self.spoil(t) for t in record.trajectories]})
-        return self._json(answer)
+        assert method == "DELETE"
+        record = self.open.pop(session_id).record
+        self.closed.append(session_id)
+        return self._json(record.model_copy(update={"trajectories": list(map(self.spoil, record.trajectories))}))
 
     def _opened(self, request: SessionRequest) -> SessionOpened:
         version = self._resolve(request.policy, request.run_id)

@@ -21,7 +21,7 @@ ROW = {"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": "2"}
 
 def make_session(timeout_s: float = 60.0, **known) -> AgentSession:
     opened = SessionOpened(session_id="s1", token="secret", path="/v1/sessions/s1/v1", version=None)
-    return AgentSession.of(opened, "http://127.0.0.1:1", model="run", timeout_s=timeout_s, **known)
+    return AgentSession.of(opened, "http://127.0.0.1:1", timeout_s=timeout_s, **known)
 
 
 def test_sdks_find_the_session_in_their_variables():
