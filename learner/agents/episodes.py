@@ -125,6 +125,16 @@ class Episodes:
             )
         return episodes
 
+    def totals(self) -> dict[str, int]:
+        """Return the counts, as the training's summary names them."""
+        counts = self.counts
+        return {
+            "agent_episodes": counts.run,
+            "agent_failed_runs": counts.failed,
+            "agent_left_out": counts.left_out,
+            "agent_lost_runs": counts.lost,
+        }
+
     def _episode(self, row: Mapping[str, Any], token_ids: list[int], allowed: Callable[[], AllowedVersion]) -> Episode:
         self._count("run")
         failures, failing_since = 0, None

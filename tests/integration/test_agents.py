@@ -1,4 +1,4 @@
-"""The examples of agents, trained for two steps against a real server."""
+"""The examples of agents, trained for two steps against a real server, as `learner train` does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from learner.commands import train
 from learner.servers.client import RolloutClient
-from tests.integration.support.learner_process import LearnerProcess
+from tests.integration.support.learner_process import COMMON, REPOSITORY
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments
 
@@ -30,14 +31,31 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_trains(server: ServerProcess, client: RolloutClient, model: Path, sums: Path, tmp_path: Path, example: str):
-    options: dict[str, Any] = {"--max_steps": 2, "--save_strategy": "no", "--agent_timeout_s": 240}
-    learner = LearnerProcess(server.url, model, sums, tmp_path / example, *arguments({**options, **EXAMPLES[example]}))
-    summary = learner.finish()
+def test_trains(
+    server: ServerProcess,
+    client: RolloutClient,
+    model: Path,
+    sums: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    example: str,
+) -> None:
+    monkeypatch.chdir(REPOSITORY)  # where the examples are found
+    out = tmp_path / example
+    options: dict[str, Any] = {
+        "--rollout_url": server.url,
+        "--model_name_or_path": model,
+        "--task": sums,
+        "--output_dir": out,
+        "--max_steps": 2,
+        "--save_strategy": "no",
+        "--proof_canary": "false",
+    }
+    summary = train.run(*train.parse([*COMMON, *arguments({**options, **EXAMPLES[example]})]))
     assert summary["steps"] == summary["pushes"] == 2
     assert summary["completions"] == 16
     assert summary["agent_episodes"] >= 16
-    assert summary["agent_left_out"] == 0, learner.tail()
+    assert summary["agent_left_out"] == 0
     assert summary["max_drift_kl"] < 1e-4, "what is trained on is what was sampled"
     assert summary["unscored_tokens"] == 0
-    client.delete_run(learner.run_id(), json.loads((tmp_path / example / "lease.json").read_text())["secret"])
+    client.delete_run(summary["run_id"], json.loads((out / "lease.json").read_text())["secret"])

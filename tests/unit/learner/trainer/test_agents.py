@@ -243,7 +243,7 @@ def test_an_episode_that_fails_every_time_is_left_out_of_its_group(make_trainer,
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     assert torch.allclose(batch["advantages"][1:4], expected, atol=1e-5), "of the rest of its group"
     assert batch["advantages"][0] == 0
-    assert session.rollouts.agents.counts.left_out == 1
+    assert session.summary()["agent_left_out"] == 1
     assert logged(trainer, "agents/left_out") == [1.0]
     assert math.isfinite(logged(trainer, "loss")[0])
 
