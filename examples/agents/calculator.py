@@ -1,9 +1,10 @@
-"""An agent with a tool: it answers a sum, and may let a calculator compute it first.
+"""An agent with a tool: it answers sums, and may let a calculator compute them.
 
     learner train --config recipes/agent.yaml --rollout_url http://127.0.0.1:8000 --output_dir runs/agent
 
-The loop is what one writes for any OpenAI endpoint; `agent` adds nothing but the reward. The tool is asked for in the
-text, since the demo's model is too small for the tool calls of its chat template.
+The loop is what one writes for any OpenAI endpoint; the last line is the reward. The tool is asked for in plain text,
+since the demo's model is too small for the tool calls of its chat template. Of its two examples one uses the calculator
+and one does not: the policy has to find out which pays.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import operator
 import re
 from typing import Any
 
-SYSTEM = "You have a calculator. To use it, write the expression in brackets. Then reply with the result only."
-EXAMPLE = [
-    {"role": "user", "content": "2 + 9 ="},
-    {"role": "assistant", "content": "[2 + 9]"},
-    {"role": "user", "content": "The calculator says 11"},
-    {"role": "assistant", "content": "11"},
+SYSTEM = "You may use a calculator: reply with an expression, and it is computed. Then reply with the result only."
+EXAMPLES = [
+    {"role": "user", "content": "What is 12 + 29?"},
+    {"role": "assistant", "content": "12 + 29"},
+    {"role": "user", "content": "The calculator says 41."},
+    {"role": "assistant", "content": "41"},
+    {"role": "user", "content": "What is 4 + 3?"},
+    {"role": "assistant", "content": "7"},
 ]
 TURNS = 3
-_CALL = re.compile(r"\[([^\]]+)\]")
+_CALL = re.compile(r"\s*([\d\s+*()-]*\d\s*[+*-][\d\s+*()-]*?)\s*=?\s*")
 _NUMBER = re.compile(r"-?\d+")
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -29,18 +32,17 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 async def agent(session: Any, row: dict[str, Any]) -> float:
     """Let the policy answer a question, with a calculator; return 1 for the right answer, else 0."""
     client = session.openai()
-    messages = [{"role": "system", "content": SYSTEM}, *EXAMPLE, {"role": "user", "content": question_of(row)}]
-    text = ""
+    messages = [{"role": "system", "content": SYSTEM}, *EXAMPLES, {"role": "user", "content": question_of(row)}]
     for _ in range(TURNS):
         response = await client.chat.completions.create(model=session.model, messages=messages)
         text = response.choices[0].message.content or ""
-        messages.append({"role": "assistant", "content": text})
-        call = _CALL.search(text)
+        call = _CALL.fullmatch(text)
         if call is None:
             break
-        messages.append({"role": "user", "content": f"The calculator says {calculate(call[1])}"})
+        messages.append({"role": "assistant", "content": text})
+        messages.append({"role": "user", "content": f"The calculator says {calculate(call[1])}."})
     numbers = _NUMBER.findall(text)
-    return float(bool(numbers) and _CALL.search(text) is None and numbers[-1] == str(row.get("answer")))
+    return float(call is None and numbers[-1:] == [str(row["answer"])])
 
 
 def question_of(row: dict[str, Any]) -> str:
