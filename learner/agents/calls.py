@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from learner.agents.agent_session import AgentSession
+from learner.tasks import import_object
 from learner.utils import threads
 from learner.utils.processes import die_with_parent
 from learner.utils.threads import start
 from shared.bearer_tokens import TOKEN_VARIABLE
+from shared.errors import InvalidRequest
 
 Row = Mapping[str, Any]
 #: Returns a reward, or None where reward functions score the conversation.
@@ -150,6 +152,24 @@ class ProgramAgent:
 
 
 Agent = FunctionAgent | ProgramAgent
+
+
+def agent_of(path: str | None, command: str | None, function: AgentFunction | None = None) -> Agent | None:
+    """Return the agent at an import path, of a command, or of a function; None without any.
+
+    Raises:
+        LockstepError: it cannot be imported or called, or there are two.
+    """
+    named = {"agent": path or function, "agent_command": command}
+    if sum(map(bool, (path, command, function))) > 1:
+        found = " and ".join(name for name, value in named.items() if value)
+        raise InvalidRequest(f"{found}: two agents are given; give one of them")
+    if command:
+        return ProgramAgent(command)
+    given = import_object(path) if path else function
+    if given is not None and not callable(given):
+        raise InvalidRequest(f"agent {path or given!r} is not a function, but a {type(given).__name__}")
+    return FunctionAgent(given) if given else None
 
 
 def checked_reward(value: Any) -> float | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from learner.agents.agent_session import AgentSession
@@ -16,13 +16,14 @@ from learner.agents.calls import Agent, AgentFailed
 from learner.agents.trajectories import Episode, episode_of, left_out
 from learner.rollouts.completions import AllowedVersion, sampled_length
 from learner.rollouts.dispatch import STEP_WAIT_S
+from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
 from learner.servers.replica import Replica
 from learner.servers.router import GroupRequest, Router
-from learner.utils.threads import start
+from learner.utils.threads import side_by_side
 from shared.errors import Draining, InvalidRequest, LockstepError, UnknownRun, UnknownSession
 from shared.sampling import SamplingParams
-from shared.sessions import SessionRequest
+from shared.sessions import SessionRecord, SessionRequest
 
 logger = logging.getLogger("lockstep.agents")
 
@@ -33,8 +34,52 @@ _SPARE_S = 60.0
 _MOST_SECONDS = 86400.0
 
 
+#: Said of an agent that leaves nothing to train on.
+NO_CALL = "it made no call that sampled a token: do its requests go to session.base_url?"
+
+
 class AgentError(InvalidRequest):
     """No episode of a batch was left: the agent fails every time; the message has its last failure."""
+
+
+def session_seconds(timeout_s: float) -> float:
+    """Return how long the session of an agent with this timeout may live."""
+    return min(timeout_s + _SPARE_S, _MOST_SECONDS)
+
+
+def run_once(
+    agent: Agent,
+    client: RolloutClient,
+    request: SessionRequest,
+    row: Mapping[str, Any],
+    *,
+    timeout_s: float,
+    ca_file: str | None = None,
+) -> tuple[SessionRecord, float | None]:
+    """Run an agent in a session of its own; return what it recorded, and the agent's reward.
+
+    Raises:
+        AgentFailed: through the agent.
+        LockstepError: through the server, which was lost, or leaves.
+    """
+    opened = client.open_session(request)
+    session = AgentSession.of(opened, client.url, ca_file=ca_file, timeout_s=timeout_s, is_async=agent.is_async)
+    failure, reward = None, None
+    try:
+        reward = agent.run(session, row)
+    except AgentFailed as failed:
+        failure = failed
+    try:
+        record = client.close_session(opened.session_id)
+    except UnknownSession as error:
+        raise UnknownRun(f"{client.url} has lost a session: {error.message}") from error  # it has restarted
+    if record.ended == "run_ended":
+        raise UnknownRun(f"{client.url} has ended a session, because its run has ended there")
+    if failure:
+        if client.state().draining:  # calls are refused
+            raise Draining(f"{client.url} is about to leave")
+        raise failure
+    return record, record.reward if reward is None and agent.takes_reward else reward
 
 
 @dataclass
@@ -99,31 +144,21 @@ class Episodes:
             LockstepError: a record does not fit together, or no server is up.
         """
         self.before()
-        waiting = deque((request.first_row + i, request.token_ids) for request in requests for i in range(request.n))
-        count, found, stopped = len(waiting), dict[int, Episode](), threading.Event()
-
-        def work() -> None:
-            while not stopped.is_set():
-                try:
-                    row, token_ids = waiting.popleft()
-                except IndexError:
-                    return
-                with self._slots:
-                    if not stopped.is_set():
-                        found[row] = self._episode(rows[row], token_ids, allowed)
-
-        workers = [start(work, f"episodes-{i}") for i in range(min(count, self.concurrency))]
-        done, _ = wait(workers, return_when=FIRST_EXCEPTION)
-        for outcome in done:
-            if outcome.exception() is not None:
-                stopped.set()
-                outcome.result()
-        episodes = [found[row] for row in sorted(found)]
+        calls = [
+            partial(self._in_turn, rows[request.first_row + i], request.token_ids, allowed)
+            for request in sorted(requests, key=lambda request: request.first_row)
+            for i in range(request.n)
+        ]
+        episodes, count = side_by_side(calls, self.concurrency, "episodes"), len(calls)
         if count == len(rows) and all(episode.failure for episode in episodes):
             raise AgentError(
                 f"the agent failed in every one of {count} episodes, each run {ATTEMPTS} times: {episodes[-1].failure}"
             )
         return episodes
+
+    def _in_turn(self, row: Mapping[str, Any], token_ids: list[int], allowed: Callable[[], AllowedVersion]) -> Episode:
+        with self._slots:
+            return self._episode(row, token_ids, allowed)
 
     def totals(self) -> dict[str, int]:
         """Return the counts, as the training's summary names them."""
@@ -177,31 +212,12 @@ class Episodes:
         return replica, cost
 
     def _attempt(self, replica: Replica, row: Mapping[str, Any], allowed: AllowedVersion) -> Episode:
-        """Run the agent once. Raises `AgentFailed` if it is the agent's failure, `LockstepError` if the server's."""
-        opened = replica.client.open_session(self._request(allowed))
-        session = AgentSession.of(
-            opened, replica.url, ca_file=self.ca_file, timeout_s=self.timeout_s, is_async=self.agent.is_async
-        )
-        failure, reward = None, None
-        try:
-            reward = self.agent.run(session, row)
-        except AgentFailed as failed:
-            failure = failed
-        try:
-            record = replica.client.close_session(opened.session_id)
-        except UnknownSession as error:
-            raise UnknownRun(f"{replica.url} has lost a session: {error.message}") from error  # it has restarted
-        if record.ended == "run_ended":
-            raise UnknownRun(f"{replica.url} has ended a session, because its run has ended there")
-        if failure:
-            if replica.client.state().draining:  # whose calls are refused
-                raise Draining(f"{replica.url} is about to leave")
-            raise failure
-        if reward is None and self.agent.takes_reward:
-            reward = record.reward
+        """Run the agent once. Raises as `run_once`."""
+        client, request = replica.client, self._request(allowed)
+        record, reward = run_once(self.agent, client, request, row, timeout_s=self.timeout_s, ca_file=self.ca_file)
         episode = episode_of(record, allowed, reward)
         if episode is None:
-            raise AgentFailed("it made no call that sampled a token: do its requests go to session.base_url?")
+            raise AgentFailed(NO_CALL)
         return episode
 
     def _request(self, allowed: AllowedVersion) -> SessionRequest:
@@ -211,7 +227,7 @@ class Episodes:
             policy=allowed.version if allowed.exact else "latest",
             follow=not allowed.exact,
             sampling=self.sampling,
-            max_seconds=min(self.timeout_s + _SPARE_S, _MOST_SECONDS),
+            max_seconds=session_seconds(self.timeout_s),
             accept_reward=self.agent.takes_reward,
             **follows,
         )

@@ -23,6 +23,7 @@ from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules
+from learner.agents.calls import agent_of
 from learner.agents.rewards import agent_reward
 from learner.commands.export import export, how_much
 from learner.commands.options import DEFAULTS, OptionParser
@@ -35,7 +36,7 @@ from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
-from learner.trainer.attach import agent_of, attach, meet, save_final_adapter
+from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_corrected, check_grpo
 from learner.trainer.leaving import SIGNALS
 from learner.trainer.resume import resume_point, training_state
@@ -97,7 +98,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
-    agent = agent_of(config)
+    agent = agent_of(config.agent, config.agent_command)
     own = fingerprint_checkpoint(model, revision)
     asked = _asked(args)
     checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))

@@ -51,6 +51,10 @@ Body = BaseModel | None
 Headers = dict[str, str] | None
 
 
+class _Tokens(BaseModel):
+    tokens: list[int]
+
+
 class RolloutClient:
     """Synchronous, thread-safe client of one rollout server.
 
@@ -218,6 +222,10 @@ class RolloutClient:
         """`DELETE /v1/sessions/{session_id}`: end it, with its calls under way, and return what it has recorded."""
         path = wire.SESSION.format(session_id=session_id)
         return self._parse(SessionRecord, self._json("DELETE", path, timeout_s=self.generate_timeout_s))
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """`POST /detokenize`: return the text of token ids, special tokens included."""
+        return str(self._json("POST", "/detokenize", _Tokens(tokens=token_ids))["prompt"])
 
     def push(
         self,

@@ -33,9 +33,7 @@ def load_dataset_task(
     default_reward: RewardFunc | None = None,
 ) -> Task:
     """Load a file or a hub dataset `name[:config][@split]`. See `learner.tasks.load_task`."""
-    functions, weights = load_rewards(
-        reward_specs, reward_weights, own=default_reward
-    )  # a typo costs no download
+    functions, weights = load_rewards(reward_specs, reward_weights, own=default_reward)  # a typo costs no download
     remaining = dict(task_args)
     style = PromptStyle.take_from(remaining)
     if remaining:

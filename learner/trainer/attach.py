@@ -16,7 +16,7 @@ from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from learner.adapters.peft_dir import save_adapter
 from learner.adapters.rounding import keep_master_weights
-from learner.agents.calls import Agent, AgentFunction, FunctionAgent, ProgramAgent
+from learner.agents.calls import Agent, AgentFunction, agent_of
 from learner.agents.episodes import Episodes
 from learner.agents.rewards import AgentReward
 from learner.config import LearnerConfig
@@ -29,7 +29,6 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
-from learner.tasks import import_object
 from learner.trainer.agent_hooks import add_agent_reward, run_agents
 from learner.trainer.checks import (
     check_agent,
@@ -122,7 +121,7 @@ def attach(
     for warning in [*check_grpo(args), *check_dropout(model)]:
         warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)
-    runs = agent_of(config, agent)
+    runs = agent_of(config.agent, config.agent_command, agent)
     if runs:
         check_agent(trainer, args, config)
     check_known_ahead(trainer, config)
@@ -173,23 +172,6 @@ def attach(
     check_rewards(trainer)
     _install_hooks(trainer, session, reward)
     return session
-
-
-def agent_of(config: LearnerConfig, agent: AgentFunction | None = None) -> Agent | None:
-    """Return the agent that is given, or that `config` names; None without any.
-
-    Raises:
-        LockstepError: it cannot be imported or called, or there are two.
-    """
-    named = [name for name in ("agent", "agent_command") if getattr(config, name)]
-    if len(named) + (agent is not None) > 1:
-        raise InvalidRequest(f"{' and '.join(named)}: there is another agent; give one of them")
-    if config.agent_command:
-        return ProgramAgent(config.agent_command)
-    function = import_object(config.agent) if config.agent else agent
-    if function is not None and not callable(function):
-        raise InvalidRequest(f"agent {config.agent or function!r} is not a function, but a {type(function).__name__}")
-    return FunctionAgent(function) if function else None
 
 
 def _episodes(agent: Agent, sampling: SamplingParams, session: Session) -> Episodes:

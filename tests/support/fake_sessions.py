@@ -44,6 +44,9 @@ class FakeSessions(FakeServer):
 
     def _route(self, request: httpx.Request) -> httpx.Response:
         path, method = request.url.path, request.method
+        if path == "/detokenize":
+            words = " ".join(f"w{token - 3}" for token in json.loads(request.content)["tokens"])
+            return httpx.Response(200, json={"prompt": words})
         if not path.startswith("/v1/sessions"):
             return super()._route(request)
         if path == "/v1/sessions":
@@ -74,7 +77,7 @@ class FakeSessions(FakeServer):
         record = SessionRecord(
             session_id=name, run_id=request.run_id, ended=None, reward=None, metadata={}, trajectories=[], **counts
         )
-        self.open[name] = FakeSession(request, "latest" if request.follow else version, record)
+        self.open[name] = FakeSession(request, "latest" if request.follow else version or "base", record)
         return SessionOpened(session_id=name, token=f"token-{name}", path=f"/v1/sessions/{name}/v1", version=version)
 
     def _call(self, session: FakeSession, body: dict[str, Any]) -> dict[str, Any]:
