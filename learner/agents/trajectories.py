@@ -97,7 +97,7 @@ def episode_of(record: SessionRecord, allowed: AllowedVersion, reward: float | N
         return None
     first, *forks = trajectories
     begin = first.sampled[0][0]
-    row = _Joined()
+    row = _MergedRow()
     row.add(first, begin)
     parts = [row.add(fork, 0) for fork in forks]
     ends = [*(start for start, _ in parts), len(row.token_ids)]
@@ -133,7 +133,7 @@ def left_out(prompt_ids: list[int], token: int, allowed: AllowedVersion, failure
     )
 
 
-class _Joined:
+class _MergedRow:
     """Trajectories one after the other."""
 
     def __init__(self) -> None:
@@ -153,10 +153,13 @@ class _Joined:
         self.mask += mask[begin:]
         self.logprobs += _spread(trajectory.logprobs, mask[begin:])
         self.kept += _spread(trajectory.log_kept_mass or [0.0] * sum(mask), mask[begin:])
-        self.spans += [
-            span.model_copy(update={"start": span.start + sampled, "end": span.end + sampled})
-            for span in trajectory.spans
-        ]
+        for span in trajectory.spans:
+            last = self.spans[-1] if self.spans else None
+            if last and (last.version, last.kv) == (span.version, span.kv):
+                self.spans[-1] = last.model_copy(update={"end": span.end + sampled})
+            else:
+                moved = {"start": span.start + sampled, "end": span.end + sampled}
+                self.spans.append(span.model_copy(update=moved))
         return at, trajectory.sampled[0][0]
 
     def _sampled(self) -> int:

@@ -69,7 +69,7 @@ def test_a_fork_follows_with_its_prompt_masked():
     assert made.mask == [1, 1, 0, 1, 0, 0, 0, 0, 0, 1, 1]
     assert made.parts == [(4, 5)]
     assert sum(made.mask) == sampled_length(made) == 5
-    assert [(span.start, span.end) for span in made.spans] == [(0, 2), (2, 3), (3, 5)]
+    assert [(span.start, span.end) for span in made.spans] == [(0, 5)], "neighbors of one version are one"
     assert list(made.turns()) == [(True, [8, 8])], "the last call's, after its prompt"
     assert made.trajectories == 2
 
@@ -95,6 +95,9 @@ def test_logprobs_before_truncation_are_those_of_sampled_tokens():
 
 def test_it_is_as_old_as_its_oldest_token():
     spans = [VersionSpan(version=V[3], start=0, end=2), VersionSpan(version=V[2], start=2, end=3)]
+    made = episode(trajectory(spans=spans), fork(), allowed=FOLLOWS)
+    assert oldest_step(made) == 1
+    assert [(span.version.step, span.start, span.end) for span in made.spans] == [(3, 0, 2), (2, 2, 3), (1, 3, 5)]
     assert oldest_step(episode(trajectory(spans=spans), allowed=FOLLOWS)) == 2
     assert oldest_step(left_out([1], 0, ALLOWED, "failed")) == 1
 
