@@ -44,6 +44,8 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "reward_workers": _NOT_NEGATIVE,
     "reward_timeout_s": _POSITIVE,
     "keep_run": _NOT_NEGATIVE,
+    "agent_concurrency": (1, "be at least 1"),
+    "agent_timeout_s": _POSITIVE,
     "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
 }
 
@@ -77,6 +79,22 @@ class LearnerConfig:
         None,
         "Environment class by import path, module:Class; one instance per completion (TRL's environment_factory). Its "
         "methods are tools; its get_reward, if defined, is a reward function.",
+    )
+    agent: str | None = _option(
+        None,
+        "Agent by import path, module:function: called as agent(session, row) for each completion, plain or async. It "
+        "sends its requests to session.base_url (OpenAI's and Anthropic's routes), and returns a reward, or None where "
+        "the reward functions score the conversation. See docs/agents.md.",
+    )
+    agent_command: str | None = _option(
+        None,
+        "Agent that is a program: a shell command, run for each completion with OPENAI_BASE_URL, ANTHROPIC_BASE_URL "
+        "and their keys set, and the row as JSON in $LOCKSTEP_ROW_FILE. It may write its reward to "
+        "$LOCKSTEP_REWARD_FILE.",
+    )
+    agent_concurrency: int = _option(32, "Episodes of the agent that run at a time, on each rank.")
+    agent_timeout_s: float = _option(
+        600.0, "Timeout of one episode, in seconds. One that fails is run again twice, then left out of its group."
     )
     eval_dataset: str | None = _option(None, "Separate task or file to evaluate on. Default: held-out rows of --task.")
     eval_size: int = _option(128, "Number of questions held out for evaluation; never trained on.")
@@ -222,6 +240,8 @@ class LearnerConfig:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} {value} must {what}")
+        if self.agent and self.agent_command:
+            raise ValueError("agent and agent_command: there is one agent; give one of them")
         if self.keep_run > MAX_KEEP_SECONDS:
             raise ValueError(f"keep_run {self.keep_run:g} must be at most {MAX_KEEP_SECONDS} seconds, ten years")
         for name, what in (("metrics_port", "metrics"), ("page_port", "page")):

@@ -19,7 +19,7 @@ from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher
 from learner.rollouts.dynamic_sampling import DynamicSampling
-from learner.rollouts.generation import RemoteRollouts
+from learner.rollouts.generation import Agents, RemoteRollouts
 from learner.rollouts.mismatch import Mismatch
 from learner.run_dir.lease import load_lease, save_lease
 from learner.run_dir.lock import OutputLock
@@ -62,6 +62,7 @@ class Session:
         make_rewards: called last, since it changes the trainer: what scores completions as they arrive. None: TRL does.
         check_state: raises if a server in this state is incompatible.
         settings: what the training's state depends on, see `learner.trainer.settings`.
+        make_agents: returns what runs agents in the place of completions.
 
     Attributes:
         proof, rounded: made when a training begins, since the trainer places the model only then.
@@ -85,6 +86,7 @@ class Session:
         make_rewards: Callable[[], Rewards] | None,
         check_state: Callable[[ServerState], object],
         settings: dict[str, Any],
+        make_agents: Callable[[Session], Agents] | None = None,
     ) -> None:
         self.trainer, self.model, self.pool, self.config, self.settings = trainer, model, pool, config, settings
         # What follows from them must be the same on every rank.
@@ -118,7 +120,8 @@ class Session:
         if config.drop_degenerate_groups and self.rewards:
             coming, size = trainer.coming_prompts(), trainer.num_generations
             dynamic_sampling = DynamicSampling(self.rewards, coming, self.seed_of, size, config.degenerate_rounds)
-        self.rollouts = RemoteRollouts(dispatcher, trainer, self, self.rewards, dynamic_sampling)
+        agents = make_agents(self) if make_agents else None
+        self.rollouts = RemoteRollouts(dispatcher, trainer, self, self.rewards, dynamic_sampling, agents)
         self.metrics = StepMetrics(self.rollouts)
         self.proof: SyncProof | None = None
         self.rounded: RoundedUpdates | None = None

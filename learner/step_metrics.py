@@ -230,6 +230,7 @@ class StepMetrics:
             "unscored_rewards": rewards.unscored.total() if rewards else 0,
             "degenerate_replaced": dynamic.replaced if dynamic else 0,
             "degenerate_kept": dynamic.kept if dynamic else 0,
+            **(self._rollouts.agents.totals() if self._rollouts.agents else {}),
         }
         ranks = gather_object([(stats.staleness, local)])
         staleness = sum((counter for counter, _ in ranks), Counter[int]())

@@ -70,7 +70,7 @@ def figures(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def together(rows: Sequence[Row]) -> dict[str, float]:
-    """Return what rows show together: generation and training alone, S = 1 beside their larger, TRL beside S = 1 and S = 2.
+    """Return what rows show together: generation and training alone, S = 1 beside their larger, TRL beside S = 1 and 2.
 
     At S = 0 server and learner take turns on the same requests, so that each of them is measured alone there.
     """

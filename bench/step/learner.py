@@ -3,7 +3,8 @@
 python -m bench.step.learner TRAINING.json STEPS.json
 
 A training has the options of `bench.step` and, by `StepBench.train`: folder, vocab, dtype, url of the server,
-max_staleness (None: TRL's own server mode), share_gpu, compile, stop_token_ids, output, and a file for a profile or None.
+max_staleness (None: TRL's own server mode), share_gpu, compile, stop_token_ids, output, and a file for a profile or
+None.
 """
 
 from __future__ import annotations

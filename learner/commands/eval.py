@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from learner.adapters.stored import StoredAdapter, open_adapter
+from learner.agents.calls import agent_of
+from learner.agents.rewards import agent_reward
 from learner.commands.flags import Parser, either_spelling, number
 from learner.config import json_object
+from learner.evaluation.agents import evaluate_agent
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult, comparison_document, comparison_table
 from learner.evaluation.temporary_run import temporary_run
@@ -38,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
         )
     except ValueError as error:
         raise InvalidRequest(one_line(error)) from error
+    agent = agent_of(options.agent, options.agent_command)
+    if agent and chat_kwargs:
+        raise InvalidRequest("--chat-template-kwargs with an agent: set it in the agent's requests")
     policies = {name: None if name in ("base", "latest") else open_adapter(name) for name in options.policy}
     from learner.tasks import load_task
 
@@ -51,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         reward_weights=options.reward_weights,
         prompt_column=options.prompt_column,
         eval_dataset=options.eval_dataset,
+        default_reward=agent_reward if agent else None,
     )
     if not task.reward_funcs:
         raise InvalidRequest(
@@ -65,16 +72,31 @@ def main(argv: Sequence[str]) -> int:
             if stored is not None:
                 version = stack.enter_context(temporary_run(client, stored))
                 policy, run_id = version, version.run_id
-            result = evaluate(
-                client,
-                task,
-                policy=policy,
-                run_id=run_id,
-                n_questions=options.limit,
-                sampling=sampling,
-                chat_template_kwargs=chat_kwargs,
-                progress=_show,
-            )
+            if agent:
+                result = evaluate_agent(
+                    client,
+                    task,
+                    agent,
+                    policy=policy,
+                    run_id=run_id,
+                    n_questions=options.limit,
+                    sampling=sampling,
+                    concurrency=options.agent_concurrency,
+                    timeout_s=options.agent_timeout_s,
+                    ca_file=options.ca_file,
+                    progress=_show,
+                )
+            else:
+                result = evaluate(
+                    client,
+                    task,
+                    policy=policy,
+                    run_id=run_id,
+                    n_questions=options.limit,
+                    sampling=sampling,
+                    chat_template_kwargs=chat_kwargs,
+                    progress=_show,
+                )
         return replace(result, policy=name)
 
     token = read_token(options.token_file)
@@ -125,6 +147,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--temperature", type=number(float, 0), default=0.0, help="default %(default)s: greedy")
     add("--top-p", type=number(float, above=0, most=1), default=1.0, help="default %(default)s")
     add("--max-tokens", type=number(int, 1), default=256, help="per completion (default %(default)s)")
+    add("--agent", help="agent by import path, module:function, which returns its reward; see docs/agents.md")
+    add("--agent-command", help="agent that is a program, a shell command that writes its reward")
+    add("--agent-concurrency", type=number(int, 1), default=32, help="episodes at a time (default %(default)s)")
+    add("--agent-timeout-s", type=number(float, above=0), default=600.0, help="of an episode (default %(default)s)")
     add("--chat-template-kwargs", help="for the server's chat template, as JSON")
     add("--json", help="write results, differences, and every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")

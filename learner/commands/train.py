@@ -23,6 +23,8 @@ from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules
+from learner.agents.calls import agent_of
+from learner.agents.rewards import agent_reward
 from learner.commands.export import export, how_much
 from learner.commands.options import DEFAULTS, OptionParser
 from learner.config import LearnerConfig
@@ -97,6 +99,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
+    agent = agent_of(config.agent, config.agent_command)
     own = fingerprint_checkpoint(model, revision)
     asked = _asked(args)
     checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))
@@ -110,6 +113,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         reward_weights=args.reward_weights,
         prompt_column=config.prompt_column,
         eval_dataset=config.eval_dataset,
+        default_reward=agent_reward if agent else None,
     )
     pool = meet(config)
     states = [replica.known for replica in pool.up()]

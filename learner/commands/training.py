@@ -45,6 +45,7 @@ _DATACLASSES = {  # where their source is
     "ModelConfig": ("trl", "trainer/model_config.py"),
 }
 _GROUPS = {
+    "Agents": r"agent",
     "Task and rewards": r"task|train_size|eval_|prompt_column|reward|tools|environment|(drop_)?degenerate",
     "Servers": r"rollout_url|token_file|ca_file|.*timeout_s|run_id|takeover|allow_|share_gpu",
     "Weights and their proof": r"init_adapter|lora_kwargs|save_merged|proof|transport|in_flight|max_staleness",

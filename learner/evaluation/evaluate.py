@@ -42,9 +42,7 @@ def evaluate(
         LockstepError: `invalid_request` if there are no questions or rewards, or a reward function fails; errors of the
             server.
     """
-    rows = [task.eval[i] for i in range(len(task.eval) if n_questions is None else min(n_questions, len(task.eval)))]
-    if not rows:
-        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
+    rows = questions_of(task, n_questions)
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
@@ -62,7 +60,15 @@ def evaluate(
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
         results += _score(task, start, chunk, groups)
         progress(start + len(chunk), len(rows))
-    return _result(task, policy, list(versions), results)
+    return result_of(task, policy, list(versions), results)
+
+
+def questions_of(task: Task, count: int | None) -> list[dict[str, Any]]:
+    """Return the first `count` evaluation questions, all by default; raises `invalid_request` if there are none."""
+    rows = [task.eval[i] for i in range(len(task.eval) if count is None else min(count, len(task.eval)))]
+    if not rows:
+        raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
+    return rows
 
 
 def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[RolloutGroup]) -> Iterator[EvalRow]:
@@ -93,7 +99,8 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
         yield EvalRow(start + i, row["prompt"], texts[position], completion.finish_reason, tokens, rewards, total)
 
 
-def _result(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:
+def result_of(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:
+    """Return the result of an evaluation; raises `RewardError` if no completion has a reward."""
     means = list(question_means(rows).values())
     if not means:
         raise RewardError(f"task {task.name}: no completion has a reward, every reward function returned None for all")

@@ -34,6 +34,8 @@ class Sample:
         spans: (step, start, end, kv) of every version it was sampled from; None if unknown: generated on another rank,
             or in several turns.
         lag: staleness of its oldest token, in generation batches.
+        turns: of an agent's conversation, the text of each turn, and whether it was sampled and is trained on.
+        calls, trajectories: of an agent's episode.
     """
 
     completion: str
@@ -44,6 +46,9 @@ class Sample:
     finish_reason: str | None = None
     spans: list[tuple[int, int, int, str]] | None = None
     lag: int | None = None
+    turns: list[tuple[bool, str]] | None = None
+    calls: int | None = None
+    trajectories: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,15 @@ def make_group(prompt: Any, columns: Mapping[str, Any], completions: Sequence[An
         prompt=text_of(prompt, PROMPT_CHARACTERS),
         columns={name: text_of(_plain(value), COLUMN_CHARACTERS) for name, value in others[:_COLUMNS]},
         size=len(completions),
-        samples=[Sample(text_of(completions[row], limit), **numbers[row]) for row in shown],
+        samples=[_sample(completions[row], numbers[row], limit) for row in shown],
     )
+
+
+def _sample(completion: Any, numbers: Mapping[str, Any], limit: int) -> Sample:
+    if turns := numbers.get("turns"):
+        each = max(limit // len(turns), 60)
+        numbers = {**numbers, "turns": [(sampled, text_of(text, each)) for sampled, text in turns[: limit // 60]]}
+    return Sample(text_of(completion, limit), **numbers)
 
 
 def choose(groups: Sequence[Group], known: Iterable[str] = ()) -> list[Group]:
@@ -188,6 +200,7 @@ def _mean(group: Group) -> float:
 
 def _length(group: Group) -> int:
     texts = [group.prompt, *group.columns.values(), *(sample.completion for sample in group.samples)]
+    texts += [text for sample in group.samples for _, text in sample.turns or ()]
     return sum(map(len, texts)) + _NUMBERS * len(group.samples)
 
 

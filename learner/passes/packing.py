@@ -14,12 +14,40 @@ from typing import NamedTuple
 
 import torch
 
+#: Where in a row's completion another sequence begins, and how many of its tokens from there are its prompt.
+Part = tuple[int, int]
+
 
 class Row(NamedTuple):
-    """Token ids of a prompt, with at least one token, and of its completion."""
+    """Token ids of a prompt, with at least one token, and of its completion.
+
+    From the first of `parts` on, the completion holds further sequences, each with a prompt of its own, which is not
+    scored: an agent's episode whose conversation has forked. They see nothing of each other.
+    """
 
     prompt: list[int]
     completion: list[int]
+    parts: Sequence[Part] = ()
+
+
+class _Sequence(NamedTuple):
+    """What one causal sequence of a row scores: `completion` lies at `column` of the row's completion."""
+
+    row: int
+    column: int
+    prompt: list[int]
+    completion: list[int]
+
+
+def _sequences(rows: Sequence[Row]) -> list[_Sequence]:
+    found = []
+    for number, row in enumerate(rows):
+        ends = [*(start for start, _ in row.parts), len(row.completion)]
+        found.append(_Sequence(number, 0, row.prompt, row.completion[: ends[0]]))
+        for (start, length), end in zip(row.parts, ends[1:], strict=True):
+            begin = start + length
+            found.append(_Sequence(number, begin, row.completion[start:begin], row.completion[begin:end]))
+    return found
 
 
 class Segment(NamedTuple):
@@ -49,12 +77,18 @@ class PackedPass:
     columns: torch.Tensor
 
 
-def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, width_T: int) -> list[Row] | None:
+def rows_of(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    width_T: int,
+    parts: Sequence[Sequence[Part]] | None = None,
+) -> list[Row] | None:
     """Return the rows of a padded batch; None if one cannot be packed.
 
     Args:
         input_ids, attention_mask: [B, P + T]; prompts padded on the left to P, completions on the right to T.
         width_T: T.
+        parts: of each row; those of a row without completion (TRL's `mask_truncated_completions`) do not count.
     """
     width_P = input_ids.size(1) - width_T
     # One copy from the device for each.
@@ -65,8 +99,10 @@ def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor, width_T: int)
     if not torch.equal(mask.bool(), expected) or not bool((prompts_B > 0).all()):
         return None
     return [
-        Row(row[width_P - p : width_P], row[width_P : width_P + t])
-        for row, p, t in zip(ids.tolist(), prompts_B.tolist(), completions_B.tolist(), strict=True)
+        Row(row[width_P - p : width_P], row[width_P : width_P + t], own if t else ())
+        for row, p, t, own in zip(
+            ids.tolist(), prompts_B.tolist(), completions_B.tolist(), parts or [()] * len(mask), strict=True
+        )
     ]
 
 
@@ -78,19 +114,20 @@ def plan_passes(rows: Sequence[Row], max_tokens: int, device: torch.device) -> l
         [each] = plan_passes(rows, max_tokens=64, device=torch.device("cpu"))
         assert each.input_ids.tolist() == [[5, 6, 7, 8, 7, 9, 10]]
     """
+    sequences = _sequences(rows)
     families: dict[tuple[int, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        families.setdefault(tuple(row.prompt[:-1]), []).append(number)
+    for number, sequence in enumerate(sequences):
+        families.setdefault(tuple(sequence.prompt[:-1]), []).append(number)
     order = sorted(families.items(), key=lambda family: len(family[0]), reverse=True)
-    total = sum(len(prefix) + sum(1 + len(rows[n].completion) for n in numbers) for prefix, numbers in order)
+    total = sum(len(prefix) + sum(1 + len(sequences[n].completion) for n in numbers) for prefix, numbers in order)
     # As many passes as are needed, of about the same size.
     limit = min(max_tokens, math.ceil(1.05 * total / math.ceil(total / max_tokens)))
     chosen: list[list[tuple[tuple[int, ...], list[int]]]] = []
     filled = limit
     for prefix, numbers in order:
         members: list[int] | None = None
-        for number in sorted(numbers, key=lambda n: len(rows[n].completion), reverse=True):
-            own = 1 + len(rows[number].completion)
+        for number in sorted(numbers, key=lambda n: len(sequences[n].completion), reverse=True):
+            own = 1 + len(sequences[number].completion)
             if members is None or filled + own > limit:
                 if filled + len(prefix) + own > limit:
                     chosen.append([])
@@ -100,10 +137,12 @@ def plan_passes(rows: Sequence[Row], max_tokens: int, device: torch.device) -> l
                 filled += len(prefix)
             members.append(number)
             filled += own
-    return [_pass(each, rows, device) for each in chosen]
+    return [_pass(each, sequences, device) for each in chosen]
 
 
-def _pass(families: list[tuple[tuple[int, ...], list[int]]], rows: Sequence[Row], device: torch.device) -> PackedPass:
+def _pass(
+    families: list[tuple[tuple[int, ...], list[int]]], sequences: Sequence[_Sequence], device: torch.device
+) -> PackedPass:
     ids: list[int] = []
     positions: list[int] = []
     next_ids: list[int] = []
@@ -122,14 +161,14 @@ def _pass(families: list[tuple[tuple[int, ...], list[int]]], rows: Sequence[Row]
         if shared:
             add(prefix, 0, (), start, 0)
         for number in members:
-            row = rows[number]
-            own = [row.prompt[-1], *row.completion]
-            targets = [*row.completion, -100]
+            sequence = sequences[number]
+            own = [sequence.prompt[-1], *sequence.completion]
+            targets = [*sequence.completion, -100]
             if shared:
                 add(own, len(prefix), targets, start, len(prefix))
             else:
                 add([*prefix, *own], 0, targets, len(ids), 0)
-            scored += [(number, column) for column in range(len(row.completion))]
+            scored += [(sequence.row, sequence.column + i) for i in range(len(sequence.completion))]
     tensor = torch.tensor([ids, positions, next_ids], device=device)
     targets_2S = torch.tensor(scored, dtype=torch.long, device=device).reshape(-1, 2)
     return PackedPass(tensor[:1], tensor[1:2], tensor[2:], segments, targets_2S[:, 0], targets_2S[:, 1])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shared.errors import InvalidRequest, LockstepError, ProtocolMismatch, VersionNotActive
-from shared.rollouts import Completion
+from shared.rollouts import Completion, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
@@ -46,8 +47,13 @@ def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
         raise broken_response(f"a completion of {length} tokens that ended with {completion.finish_reason!r}")
     if len(completion.logprobs) != length:
         raise broken_response(f"{len(completion.logprobs)} logprobs for {length} tokens")
+    check_spans(completion.spans, length, allowed)
+
+
+def check_spans(spans: Sequence[VersionSpan], length: int, allowed: AllowedVersion) -> None:
+    """Check that spans cover `length` sampled tokens, each of which comes from allowed weights. Raises as above."""
     position = 0
-    for span in completion.spans:
+    for span in spans:
         if span.start != position or span.end <= span.start:
             raise broken_response(f"spans leave a gap or overlap at token {position}")
         if not allowed.accepts(span.version, span.kv):
@@ -58,6 +64,11 @@ def check_completion(completion: Completion, allowed: AllowedVersion) -> None:
         position = span.end
     if position != length:
         raise broken_response(f"spans cover {position} of {length} tokens")
+
+
+def sampled_length(completion: Completion) -> int:
+    """Return how many tokens were sampled: all of a completion; of an agent's episode, those that its calls sampled."""
+    return sum(span.end - span.start for span in completion.spans)
 
 
 def oldest_step(completion: Completion) -> int:

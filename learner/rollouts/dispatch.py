@@ -22,7 +22,7 @@ from shared.sampling import SamplingParams
 #: Called with the first row and the completions of a group, on any thread.
 OnCompletions = Callable[[int, Sequence[Completion]], None]
 #: How long a server may take until it serves a step that was pushed before the request.
-_STEP_WAIT_S = 30.0
+STEP_WAIT_S = 30.0
 
 logger = logging.getLogger("lockstep.rollouts")
 
@@ -207,5 +207,5 @@ class Dispatcher:
             policy=allowed.version if allowed.exact else "latest",
             run_id=allowed.version.run_id,
             return_text=False,
-            **({} if allowed.exact else {"min_step": allowed.version.step, "wait_s": _STEP_WAIT_S}),
+            **({} if allowed.exact else {"min_step": allowed.version.step, "wait_s": STEP_WAIT_S}),
         )

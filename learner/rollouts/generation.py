@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
-from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs
+from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs, sampled_length
 from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.prefetch import Prefetcher
@@ -73,6 +73,21 @@ class Training(Protocol):
         """Return the seed of the prompt in a row of the present batch; None unless the run is deterministic."""
 
 
+class Agents(Protocol):
+    """Runs agents, whose episodes take the place of completions; `learner.agents.episodes.Episodes` implements it."""
+
+    def run(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        requests: Sequence[GroupRequest],
+        allowed: Callable[[], AllowedVersion],
+    ) -> Sequence[Completion]:
+        """Return an episode for each row of `requests`; `rows` are the dataset rows of the batch."""
+
+    def totals(self) -> dict[str, int]:
+        """Return what the training's summary says of the episodes of this rank."""
+
+
 @dataclass
 class RemoteRollouts:
     """TRL calls `sync_weights()` before a batch whose step it has not seen, then `generate()`; on every rank.
@@ -82,6 +97,7 @@ class RemoteRollouts:
     Args:
         rewards: scores a training batch's completions as they arrive.
         dynamic_sampling: replaces zero-variance groups of training batches.
+        agents: makes the completions; None: each is one answer to its prompt.
 
     Attributes:
         prefetcher: reads ahead, once `read_ahead` was called.
@@ -93,11 +109,14 @@ class RemoteRollouts:
     training: Training
     rewards: Rewards | None = None
     dynamic_sampling: DynamicSampling | None = None
+    agents: Agents | None = None
     prefetcher: Prefetcher | None = field(default=None, init=False)
     last_completions: list[Completion] = field(default_factory=list, init=False)
     stats: RolloutStats = field(default_factory=RolloutStats, init=False)
     _held: tuple[list[list[int]], list[Completion]] | None = field(default=None, init=False)
     _in_tool_loop: bool = field(default=False, init=False)
+    #: Dataset rows of batches that agents run for; None: of an evaluation.
+    _rows: dict[int | None, Sequence[Mapping[str, Any]]] = field(default_factory=dict, init=False)
 
     def sync_weights(self) -> None:
         """Make sure that the trainer's step is served. The push itself follows every step."""
@@ -136,14 +155,27 @@ class RemoteRollouts:
                 completions = self._next_turn(prompts)
             else:
                 completions = held[1] if held and held[0] == prompts else self.complete(prompts)
-        logprobs = [policy_logprobs(completion, self.dispatcher.sampling) for completion in completions]
-        self._count_unscored(logprobs)
+        logprobs = self.logprobs_of(completions)
         return (
             prompts,
             [c.token_ids for c in completions],
             [[[logprob] for logprob in row] for row in logprobs],
             [[[token] for token in c.token_ids] for c in completions],
         )
+
+    def run_agents(self, rows: Sequence[Mapping[str, Any]], prompts: list[list[int]]) -> list[Completion]:
+        """Return the agents' episode for each dataset row, whose prompt is `prompts` [B][P]. Raises as `generate`."""
+        batch = self.trainer.generation_batch if self.trainer.is_training else None
+        self._rows = {known: kept for known, kept in self._rows.items() if batch is None or (known or 0) > batch}
+        self._rows[batch] = rows
+        return self.complete(prompts)
+
+    def logprobs_of(self, completions: Sequence[Completion]) -> list[list[float]]:
+        """Return ln p [B][T] of sampled tokens under the policy, see `completions.policy_logprobs`; count those that
+        have none."""
+        logprobs = [policy_logprobs(completion, self.dispatcher.sampling) for completion in completions]
+        self._count_unscored(logprobs, sum(map(sampled_length, completions)))
+        return logprobs
 
     @contextmanager
     def tool_loop(self) -> Iterator[None]:
@@ -217,6 +249,8 @@ class RemoteRollouts:
         def prompts_of(batch: int) -> list[list[int]]:
             rows = coming.rows(batch)
             prompts = coming.token_ids(rows)
+            if self.agents:
+                self._rows[batch] = rows
             if self.dynamic_sampling:
                 self.dynamic_sampling.expect(batch, rows, prompts)
             elif self.rewards:
@@ -239,6 +273,9 @@ class RemoteRollouts:
 
     def _dispatch(self, batch: int | None, requests: Sequence[GroupRequest], *, ahead: bool) -> list[Completion]:
         """Dispatch, and pass the completions of a training batch on to the rewards as they arrive."""
+        if self.agents:
+            allowed = partial(self.training.allowed_version, ahead=ahead)
+            return list(self.agents.run(self._rows[batch], requests, allowed))
         score = partial(self.rewards.arrived, batch) if self.rewards and batch is not None else None
         return self.dispatcher.dispatch(requests, partial(self.training.allowed_version, ahead=ahead), score)
 
@@ -266,12 +303,11 @@ class RemoteRollouts:
             self.stats.staleness.update(staleness)
             self.stats.last_staleness = sum(staleness) / len(staleness)
 
-    def _count_unscored(self, logprobs: list[list[float]]) -> None:
-        """Count tokens of the training whose logprob is NaN; refuse to train on many."""
+    def _count_unscored(self, logprobs: list[list[float]], tokens: int) -> None:
+        """Count sampled tokens of the training whose logprob is NaN; refuse to train on many."""
         if not self.trainer.is_training:
             return
         unscored, stats = sum(math.isnan(logprob) for row in logprobs for logprob in row), self.stats
-        tokens = sum(map(len, logprobs))
         stats.sampled_tokens += tokens
         if not unscored:
             return
@@ -292,7 +328,7 @@ class RemoteRollouts:
                 )
 
     def _count_tokens(self, completions: list[Completion], waited: float) -> int:
-        tokens = sum(len(c.token_ids) for c in completions)
+        tokens = sum(map(sampled_length, completions))
         if self.trainer.is_training:
             self.stats.completion_tokens += tokens
             self.stats.wait_seconds += waited

@@ -37,6 +37,7 @@ from shared.rollouts import (
     ScoreRequest,
     ScoreResponse,
 )
+from shared.sessions import SessionOpened, SessionRecord, SessionRequest
 from shared.weights import InFlight, PushReceipt, RunState, ServerState, TrainingEnd, WeightVersion
 
 CONNECT_TIMEOUT_S = 10.0
@@ -48,6 +49,10 @@ SLICE_BYTES = 2**20
 M = TypeVar("M", bound=BaseModel)
 Body = BaseModel | None
 Headers = dict[str, str] | None
+
+
+class _Tokens(BaseModel):
+    tokens: list[int]
 
 
 class RolloutClient:
@@ -202,6 +207,25 @@ class RolloutClient:
         """
         timeout_s = self.generate_timeout_s if timeout_s is None else min(timeout_s, self.generate_timeout_s)
         return self._parse(ScoreResponse, self._json("POST", wire.SCORE, request, timeout_s=timeout_s))
+
+    def open_session(self, request: SessionRequest) -> SessionOpened:
+        """`POST /v1/sessions`: open a session for an agent, whose calls it records.
+
+        Raises:
+            UnknownRun, VersionNotActive, StepNotReached: the requested policy is not served.
+            Overloaded: the server holds as many sessions as it may, still at the deadline.
+        """
+        document = self._json("POST", wire.SESSIONS, request, timeout_s=self.generate_timeout_s)
+        return self._parse(SessionOpened, document)
+
+    def close_session(self, session_id: str) -> SessionRecord:
+        """`DELETE /v1/sessions/{session_id}`: end it, with its calls under way, and return what it has recorded."""
+        path = wire.SESSION.format(session_id=session_id)
+        return self._parse(SessionRecord, self._json("DELETE", path, timeout_s=self.generate_timeout_s))
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """`POST /detokenize`: return the text of token ids, special tokens included."""
+        return str(self._json("POST", "/detokenize", _Tokens(tokens=token_ids))["prompt"])
 
     def push(
         self,

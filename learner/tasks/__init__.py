@@ -23,6 +23,7 @@ def load_task(
     reward_weights: Sequence[float] | None = None,
     eval_dataset: str | None = None,
     prompt_column: str = "prompt",
+    default_reward: RewardFunc | None = None,
 ) -> Task:
     """Load a task, with `eval_size` held-out questions that do not occur in training.
 
@@ -43,6 +44,7 @@ def load_task(
         reward_specs: import paths `module:function`; `score` is a reasoning_gym task's own score, its default.
         eval_dataset: file or hub dataset to evaluate on, instead of held-out rows of `spec`.
         prompt_column: column of a file or dataset with the prompt, as text or chat messages.
+        default_reward: of a file or dataset, where `reward_specs` name none.
 
     Raises:
         TaskError: the task cannot be loaded; the message says how to fix it.
@@ -84,4 +86,4 @@ def load_task(
 
     from learner.tasks.dataset import load_dataset_task
 
-    return load_dataset_task(spec, task_args or {}, **common)
+    return load_dataset_task(spec, task_args or {}, default_reward=default_reward, **common)

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 
-from learner.tasks.base import Task, TaskError
+from learner.tasks.base import RewardFunc, Task, TaskError
 from learner.tasks.columns import exact_dataset, is_filled, usable, without_filled_keys
 from learner.tasks.files import FILE_KINDS, kind_of, read_file
 from learner.tasks.imports import load_rewards
@@ -30,9 +30,10 @@ def load_dataset_task(
     reward_weights: Sequence[float] | None,
     eval_dataset: str | None,
     prompt_column: str,
+    default_reward: RewardFunc | None = None,
 ) -> Task:
     """Load a file or a hub dataset `name[:config][@split]`. See `learner.tasks.load_task`."""
-    functions, weights = load_rewards(reward_specs, reward_weights)  # first: a typo should not cost a download
+    functions, weights = load_rewards(reward_specs, reward_weights, own=default_reward)  # a typo costs no download
     remaining = dict(task_args)
     style = PromptStyle.take_from(remaining)
     if remaining:

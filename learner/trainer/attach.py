@@ -16,6 +16,9 @@ from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from learner.adapters.peft_dir import save_adapter
 from learner.adapters.rounding import keep_master_weights
+from learner.agents.calls import Agent, AgentFunction, agent_of
+from learner.agents.episodes import Episodes
+from learner.agents.rewards import AgentReward
 from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
 from learner.passes.lora_product import use_one_product
@@ -26,7 +29,9 @@ from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
 from learner.session import Session
 from learner.sync.gpu_sharing import check_shared_gpu
+from learner.trainer.agent_hooks import add_agent_reward, run_agents
 from learner.trainer.checks import (
+    check_agent,
     check_corrected,
     check_dropout,
     check_grpo,
@@ -37,6 +42,7 @@ from learner.trainer.checks import (
 )
 from learner.trainer.compiling import compile_layers
 from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
+from learner.trainer.forks import Forks, score_forks
 from learner.trainer.hooks import (
     begin_passes_with,
     generate_with,
@@ -57,6 +63,7 @@ from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
+from shared.sampling import SamplingParams
 from shared.weights import ServerState
 
 NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
@@ -69,6 +76,7 @@ def attach(
     *,
     client: RolloutClient | None = None,
     pool: ServerPool | None = None,
+    agent: AgentFunction | None = None,
     revision: str | None = None,
     vllm_sampling_params: Any = None,
     **options: Any,
@@ -88,6 +96,10 @@ def attach(
         config, options: `LearnerConfig`, or its fields as keyword arguments.
         client: of one rollout server, instead of `url`.
         pool: servers that were met already; by default waits until one is ready.
+        agent: is called for each row as `agent(session, row)`, plain or async, and makes its requests to
+            `session.base_url`; what the policy answered is trained on. It returns a reward, or None where the
+            trainer's reward functions score the conversation. By default the one that `config.agent` or
+            `config.agent_command` names; without any, a completion is one answer to its prompt. See docs/agents.md.
         revision: of the base model, where it was loaded from the hub.
         vllm_sampling_params: as in Unsloth, see `learner.trainer.unsloth`; by default the attribute of that name of the
             trainer's arguments, if they have it.
@@ -111,6 +123,9 @@ def attach(
     for warning in [*check_grpo(args), *check_dropout(model)]:
         warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)
+    runs = agent_of(config.agent, config.agent_command, agent)
+    if runs:
+        check_agent(trainer, args, config)
     check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
@@ -143,29 +158,45 @@ def attach(
     states = [replica.known for replica in pool.up()]
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
         warnings.warn(warning, stacklevel=2)
+    reward = add_agent_reward(trainer) if runs else None
     name_rewards(trainer)
     if not trainer.is_deepspeed_enabled:
         keep_master_weights(model)
+    sampling = sampling_params(args, trainer.eos_token_ids)
     session = Session(
         TrlTrainer(trainer),
         model,
         pool,
         config,
-        sampling=sampling_params(args, trainer.eos_token_ids),
+        sampling=sampling,
         longest=prompts.longest + (trainer.args.max_completion_length or 1),
         prompts=prompts.first or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
         settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
+        make_agents=partial(_episodes, runs, sampling) if runs else None,
     )
     session.samples_policy = draws_policy(args) and not dropouts(model)
     check_rewards(trainer)
-    _install_hooks(trainer, session)
+    _install_hooks(trainer, session, reward)
     return session
 
 
-def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
+def _episodes(agent: Agent, sampling: SamplingParams, session: Session) -> Episodes:
+    config = session.config
+    return Episodes(
+        agent,
+        session.pool,
+        sampling,
+        concurrency=config.agent_concurrency,
+        timeout_s=config.agent_timeout_s,
+        ca_file=config.ca_file,
+        before=session.yield_gpu,
+    )
+
+
+def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward | None) -> None:
     """Put Lockstep around methods of TRL, in this order: of two hooks on one method, the later one is the outer one.
 
     | TRL's method | hooks, from the inside out | why in this order |
@@ -175,11 +206,14 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     | | `replace_zero_variance_groups` | changes the rows that TRL and the hooks above are given |
     | | `record_samples` | reads TRL's logs after everything else |
     | | `score_packed` (inside `watch_mismatch`) | keeps the entropies of what TRL scores |
+    | | `run_agents` (inside all of these) | TRL and all other hooks see its episodes as completions |
     | `_get_per_token_logps_and_entropies` | `cut_passes` | |
+    | | `score_forks` | cuts the sequences of a row, not the row |
     | | `score_packed` | passes that are not packed are cut |
     | | `keep_old_values` | holds for packed and cut passes |
     | | `begin_passes_with` | the GPU must be the learner's before the first pass |
-    | `_compute_loss`, `training_step` | `score_packed`, `keep_old_values` | |
+    | `_generate` | `run_agents` | |
+    | `_compute_loss`, `training_step` | `run_agents`, `score_packed`, `keep_old_values` | |
     | `_prepare_inputs` | `sort_rows` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
@@ -189,12 +223,17 @@ def _install_hooks(trainer: GRPOTrainer, session: Session) -> None:
     Callbacks run in the order in which they are added: the push comes before the recorder, and before leaving.
     """
     generate_with(trainer, session.rollouts)
+    forks = Forks()
+    if reward:
+        run_agents(trainer, session, reward, forks)
     cut_passes(trainer)
+    if reward:
+        score_forks(trainer, forks)
     packs = session.config.packed_passes
     if packs and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         adapter = active_adapter(session.model)
         session.one_product = use_one_product(session.model, adapter) == len(lora_layers(session.model, adapter))
-    packed = score_packed(trainer, session.config.max_tokens_per_pass) if packs else None
+    packed = score_packed(trainer, session.config.max_tokens_per_pass, forks) if packs else None
     if packed is None:
         sort_rows(trainer)
     if not dropouts(session.model):

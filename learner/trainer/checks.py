@@ -151,6 +151,31 @@ def check_known_ahead(trainer: GRPOTrainer, config: LearnerConfig) -> None:
         raise InvalidRequest(f"drop_degenerate_groups: {why}")
 
 
+#: Sampling parameters that an agent's own requests set.
+_OF_REQUESTS = ("stop", "seed", "structured_outputs")
+
+
+def check_agent(trainer: GRPOTrainer, args: GRPOConfig, config: LearnerConfig) -> None:
+    """Refuse options that mean nothing, or cannot be kept, where agents make the completions.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    why = {
+        "tools": trainer.tools and trainer.environment_factories is None and "the agent calls its own",
+        "environment": trainer.environment_factories is not None and "the agent has its own",
+        "rollout_func": trainer.rollout_func is not None and "the agent makes the rollouts",
+        "deterministic": config.deterministic and "what an agent asks and when is its own, and so are its seeds",
+        "drop_degenerate_groups": config.drop_degenerate_groups and "rewards are known with the last episode only",
+    }
+    for name, reason in why.items():
+        if reason:
+            raise InvalidRequest(f"{name} with an agent: {reason}; leave it out")
+    chosen = sampling_params(args).model_dump(exclude_defaults=True)
+    if found := [name for name in _OF_REQUESTS if name in chosen]:
+        raise InvalidRequest(f"{found[0]} with an agent: set it in the agent's requests, which decide on it")
+
+
 def check_slots(trainer: GRPOTrainer, state: ServerState, config: LearnerConfig) -> None:
     """Check that no push has to wait for a slot: a request ahead holds one during the pushes of S generation batches.
 

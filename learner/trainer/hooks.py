@@ -12,13 +12,15 @@ import trl.trainer.utils
 from trl import GRPOTrainer
 
 from learner.adapters.quantization import pin_compute_dtype
+from learner.agents.trajectories import Episode
 from learner.monitors.samples import EVALUATION, TRAINING, Group, make_group, total
-from learner.rollouts.completions import oldest_step
+from learner.rollouts.completions import oldest_step, sampled_length
 from learner.rollouts.dynamic_sampling import DynamicSampling
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch, measure
 from learner.run_dir.files import finite
 from learner.session import Session
+from shared.rollouts import Completion
 
 
 def generate_with(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
@@ -189,6 +191,16 @@ def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, s
     trainer._generate_and_score_completions = generate_and_record
 
 
+def _episode_facts(episode: Completion, conversation: Any) -> dict[str, Any]:
+    """Return what a sample says of an agent's episode: nothing of other completions."""
+    if not isinstance(episode, Episode):
+        return {}
+    facts: dict[str, Any] = {"calls": episode.calls, "trajectories": episode.trajectories}
+    if isinstance(conversation, list) and not episode.failure:
+        facts["turns"] = [(turn["role"] == "assistant", turn["content"]) for turn in conversation]
+    return facts
+
+
 def _groups(trainer: GRPOTrainer, session: Session, rows: list[dict[str, Any]], size: int) -> list[Group]:
     """Return the groups of `size` of the batch that TRL has just scored.
 
@@ -213,10 +225,11 @@ def _groups(trainer: GRPOTrainer, session: Session, rows: list[dict[str, Any]], 
             known: dict[str, Any] = {}
             if row < len(own):
                 known = {
-                    "tokens": len(own[row].token_ids),
+                    "tokens": sampled_length(own[row]),
                     "finish_reason": own[row].finish_reason,
                     "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
                     "lag": schedule.staleness(batch, oldest_step(own[row])) if trainer.model.training else None,
+                    **_episode_facts(own[row], completions[row - first]),
                 }
             scores = {"reward": total(rewards, weights), "rewards": dict(zip(names, rewards, strict=True))}
             numbers.append({**scores, "advantage": finite(advantages[row - first]), **known})

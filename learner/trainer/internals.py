@@ -17,6 +17,8 @@ from shared.errors import InvalidRequest, UnsupportedAdapter
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
 _USED = (
+    "_generate",
+    "_compute_loss",
     "_generate_single_turn",
     "_tool_call_loop",
     "_tokenize_prompts",
@@ -41,6 +43,7 @@ _USED = (
     "rollout_func",
     "num_generations_eval",
     "reward_func_names",
+    "reward_processing_classes",
     "tools",
     "_step",
     "_buffered_inputs",

@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 
 from learner.passes import attention
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
+from learner.trainer.forks import Forks
 from learner.trainer.padding import width_dependent_ropes
 
 logger = logging.getLogger("lockstep.passes")
@@ -66,8 +67,12 @@ def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
-def score_packed(trainer: GRPOTrainer, max_tokens: int | None) -> PackedScoring | None:
-    """Put packed scoring around `trainer`; return None, and say why, if its passes cannot be packed."""
+def score_packed(trainer: GRPOTrainer, max_tokens: int | None, forks: Forks | None = None) -> PackedScoring | None:
+    """Put packed scoring around `trainer`; return None, and say why, if its passes cannot be packed.
+
+    Args:
+        forks: knows which rows hold several sequences; None: none does.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
     device = trainer.accelerator.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision, model.dtype)
@@ -79,7 +84,7 @@ def score_packed(trainer: GRPOTrainer, max_tokens: int | None) -> PackedScoring 
     if reason:
         logger.info("forward passes are not packed: %s", reason)
         return None
-    return PackedScoring(trainer, model, max_tokens)
+    return PackedScoring(trainer, model, max_tokens, forks or Forks())
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class PackedScoring:
             micro-batch, because ranks gather weights together.
     """
 
-    def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None) -> None:
+    def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None, forks: Forks) -> None:
+        self._forks = forks
         self._trainer, self._max_tokens = trainer, max_tokens or _FIRST_TOKENS
         self._finds_out = max_tokens is None and trainer.accelerator.device.type == "cuda"
         self.sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
@@ -142,7 +148,7 @@ class PackedScoring:
         """
         rows = None
         if not self._refused and all(value is None or value is False for value in options.values()):
-            rows = rows_of(input_ids, attention_mask, logits_to_keep)
+            rows = rows_of(input_ids, attention_mask, logits_to_keep, self._forks.parts)
         if rows is not None and not self._checked:
             self._check_first(model, input_ids, attention_mask, logits_to_keep, rows)
         if rows is None or not self._checked or self._refused:
@@ -283,7 +289,8 @@ class PackedScoring:
         model.eval()  # dropout would make them differ, and take random numbers that a resumed training would miss
         try:
             with torch.no_grad():
-                plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
+                with self._forks.of_rows(few):
+                    plain = self._plain(model, input_ids[few], attention_mask[few], width_T)[0]
                 packed = self._score_all(model, chosen, width_T, None)[0]
             difference = float((packed - plain).abs().sum() / max(1, tokens))
             reason = f"their logprobs differ from plain ones by {difference:.2g} nats on average"

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import is_async_callable
 
+from learner.agents.rewards import AgentReward
 from learner.config import LearnerConfig
 from learner.rewards.calls import RewardCall, call_reward, checked_rewards, distinct, raising_by_name
 from learner.rewards.pool import RewardPool
@@ -150,7 +151,7 @@ def all_known_early(trainer: GRPOTrainer) -> bool:
 
 def _may_leave(trainer: GRPOTrainer, function: Callable[..., Any]) -> bool:
     """Return whether a function depends on its arguments only: reward models and readers of environments do not."""
-    if isinstance(function, nn.Module) or trainer.environment_factories is not None:
+    if isinstance(function, nn.Module | AgentReward) or trainer.environment_factories is not None:
         return False
     try:
         return "environments" not in inspect.signature(function).parameters
@@ -162,6 +163,8 @@ def _plain_completions(trainer: GRPOTrainer) -> bool:
     """Return whether a completion's text follows from its tokens alone, as they arrive."""
     tokenizer = trainer._tokenizer
     templates = (getattr(tokenizer, name, None) for name in ("response_template", "response_schema"))
+    if any(isinstance(function, AgentReward) for function in trainer.reward_funcs):
+        return False
     return not trainer.tools and trainer.rollout_func is None and all(template is None for template in templates)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, as_completed, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, as_completed, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -31,6 +32,28 @@ def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
     started = [start(call, f"{name}-{i}") for i, call in enumerate(calls)]
     wait(started)
     return [outcome.result() for outcome in started]
+
+
+def side_by_side(calls: Sequence[Callable[[], T]], limit: int, name: str) -> list[T]:
+    """Run calls on up to `limit` threads; return their results in order.
+
+    Raises the first error at once: no further call is begun, and those under way are not waited for.
+    """
+    waiting, results, stopped = deque(enumerate(calls)), dict[int, T](), threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                number, call = waiting.popleft()
+            except IndexError:
+                return
+            results[number] = call()
+
+    done, _ = wait([start(work, f"{name}-{i}") for i in range(min(len(calls), limit))], return_when=FIRST_EXCEPTION)
+    stopped.set()
+    for outcome in done:
+        outcome.result()
+    return [results[number] for number in range(len(calls))]
 
 
 def first_of(outcomes: Collection[Future[T]], grace_s: float) -> list[Future[T]]:

@@ -459,11 +459,16 @@
       made.push(["weights of", parts.join(", ")]);
     }
     if (isNumber(sample.lag)) made.push(["lag", sample.lag]);
+    if (sample.calls) made.push(["calls", `${sample.calls}${sample.trajectories > 1 ? `, in ${sample.trajectories} conversations` : ""}`]);
     const end = { length: ", cut off", repetition: ", repeating" }[sample.finish_reason] ?? "";
     if (sample.tokens) made.push(["tokens", `${sample.tokens}${end}`]);
     return el("p", { class: "facts" }, made.map(([name, value]) => [el("span", {}, `${name} `, el("b", {}, value)), " "]).flat());
   }
-  const completionOf = (sample) => el("li", { class: "sample" }, factsOf(sample), el("pre", { class: "completion", tabindex: 0, "aria-label": "completion" }, sample.completion));
+  // Of an agent's conversation: what was sampled, and is trained on, is shaded.
+  const textOf = (sample) => (Array.isArray(sample.turns)
+    ? sample.turns.map(([sampled, text]) => el(sampled ? "mark" : "span", { class: "turn", title: sampled ? "sampled, trained on" : "not trained on" }, text))
+    : sample.completion);
+  const completionOf = (sample) => el("li", { class: "sample" }, factsOf(sample), el("pre", { class: "completion", tabindex: 0, "aria-label": "completion" }, textOf(sample)));
 
   function groupCard(batch, group, samples, own) {
     const same = own ? [] : runs.get(shown).batches.filter((other) => other.groups.some((g) => g.key === group.key));

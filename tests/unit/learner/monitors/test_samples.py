@@ -10,6 +10,7 @@ from typing import Any
 from learner.monitors.samples import (
     BATCH_CHARACTERS,
     BATCHES,
+    COMPLETION_CHARACTERS,
     EVALUATION,
     GROUP_SIZE,
     TRAINING,
@@ -39,6 +40,18 @@ def test_prompts_are_the_same_if_their_whole_text_is() -> None:
     assert first.prompt == second.prompt
     assert first.key != second.key
     assert first.key == _group(middle[0], [0.0]).key
+
+
+def test_turns_of_an_agent_are_kept_with_what_was_sampled() -> None:
+    long = "x" * (2 * COMPLETION_CHARACTERS)
+    turns = [(True, "12 + 29"), (False, "The calculator says 41."), (True, long)]
+    messages = [{"role": "assistant" if sampled else "tool", "content": text} for sampled, text in turns]
+    numbers = {"reward": 1.0, "rewards": {}, "advantage": 0.0, "turns": turns, "calls": 2, "trajectories": 1}
+    (sample,) = make_group("12 + 29 =", {}, [messages], [numbers]).samples
+    assert sample.turns is not None
+    assert sample.turns[:2] == turns[:2]
+    assert len(sample.turns[2][1]) < COMPLETION_CHARACTERS
+    assert sample.calls == 2
 
 
 def test_a_huge_group_keeps_its_best_and_worst() -> None:

@@ -42,6 +42,27 @@ def test_every_completion_token_is_scored_once_from_the_token_before_it(max_toke
     assert len(found) == sum(len(row.completion) for row in rows)
 
 
+def test_sequences_of_a_row_see_nothing_of_each_other():
+    """[1 2 | 3 4] and then two more sequences, [1 2 9 | 5 6] and [8 | 7], in one row's completion."""
+    row = Row([1, 2], [3, 4, 1, 2, 9, 5, 6, 8, 7], [(2, 3), (7, 1)])
+    (each,) = plan_passes([Row([1, 2], [3]), row], 10_000, CPU)
+    found = {}
+    for position in (each.next_ids[0] != -100).nonzero()[:, 0].tolist():
+        segment = next(s for s in each.segments if s.start <= position < s.stop)
+        seen = each.input_ids[0, segment.prefix : segment.prefix + segment.prefix_length].tolist()
+        seen += each.input_ids[0, segment.start : position + 1].tolist()
+        number = len(found)
+        found[each.rows[number].item(), each.columns[number].item()] = seen, each.next_ids[0, position].item()
+    assert found == {
+        (0, 0): ([1, 2], 3),
+        (1, 0): ([1, 2], 3),
+        (1, 1): ([1, 2, 3], 4),
+        (1, 5): ([1, 2, 9], 5),
+        (1, 6): ([1, 2, 9, 5], 6),
+        (1, 8): ([8], 7),
+    }
+
+
 def test_a_prompt_of_a_group_is_computed_once():
     rows = [Row(list(range(100)), [7] * 10) for _ in range(8)]
     (each,) = plan_passes(rows, 10_000, CPU)

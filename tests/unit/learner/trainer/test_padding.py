@@ -30,7 +30,7 @@ CASES = {
     "reused-batches": {"steps_per_generation": 6, "num_iterations": 2},
 }
 CUT = {
-    (learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None,
+    (learner.trainer.attach, "score_packed"): lambda *_: None,
     (learner.trainer.attach, "use_one_product"): lambda model, adapter: 0,
 }
 LONGROPE = {
@@ -191,7 +191,7 @@ NO_HOOK = {(learner.trainer.attach, "keep_old_values"): lambda trainer: None}
         ({}, {}, True),
         ({}, {"packed_passes": False}, True),
         (NO_HOOK, {"packed_passes": False}, False),
-        ({(learner.trainer.attach, "score_packed"): lambda trainer, max_tokens: None}, {}, True),
+        ({(learner.trainer.attach, "score_packed"): lambda *_: None}, {}, True),
     ],
     ids=["packed", "cut", "cut-without", "fallback"],
 )

@@ -1,0 +1,92 @@
+"""What an agent is given: where its calls go, and the variables that SDKs read it from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from learner.servers.credentials import ssl_context
+from shared import wire
+from shared.errors import InvalidRequest
+from shared.sessions import SessionOpened
+
+
+@dataclass(frozen=True)
+class AgentSession:
+    """A session of a rollout server, as an agent sees it.
+
+    Example:
+        async def agent(session, row):
+            client = session.openai()
+            answer = await client.chat.completions.create(model=session.model, messages=row["prompt"])
+            return float(row["answer"] in answer.choices[0].message.content)
+
+    Attributes:
+        session_id: of the server.
+        server_url: of the server.
+        base_url: of the OpenAI routes, for any SDK: `{base_url}/chat/completions`.
+        api_key: opens this session and nothing else.
+        model: a name that requests may give; whatever they give, the session's policy answers.
+        ca_file: CA of the server's certificate; None: a public one.
+        timeout_s: how long the agent may take, in seconds.
+    """
+
+    session_id: str
+    server_url: str
+    base_url: str
+    api_key: str = field(repr=False)
+    model: str = "policy"
+    ca_file: str | None = None
+    timeout_s: float = 600.0
+    is_async: bool = True
+
+    @classmethod
+    def of(cls, opened: SessionOpened, url: str, **known: Any) -> AgentSession:
+        """Return the session that a server at `url` has opened."""
+        return cls(opened.session_id, url, f"{url}{opened.path}", opened.token, **known)
+
+    @property
+    def url(self) -> str:
+        """Address of the session itself: `{url}/reward` takes a reward, where the learner allows it."""
+        return self.server_url + wire.SESSION.format(session_id=self.session_id)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The variables that the SDKs of OpenAI and Anthropic read, and the CA that they trust."""
+        own_ca = {"SSL_CERT_FILE": self.ca_file, "NODE_EXTRA_CA_CERTS": self.ca_file} if self.ca_file else {}
+        return {
+            "OPENAI_BASE_URL": self.base_url,
+            "OPENAI_API_KEY": self.api_key,
+            "OPENAI_MODEL": self.model,
+            # Anthropic's SDK writes the /v1 itself.
+            "ANTHROPIC_BASE_URL": self.base_url.removesuffix("/v1"),
+            "ANTHROPIC_API_KEY": self.api_key,
+            "ANTHROPIC_AUTH_TOKEN": self.api_key,
+            "ANTHROPIC_MODEL": self.model,
+            **own_ca,
+        }
+
+    def openai(self, **options: Any) -> Any:
+        """Return a client of the openai SDK: `AsyncOpenAI` for an agent that is `async`, else `OpenAI`.
+
+        Args:
+            options: of the client.
+
+        Raises:
+            InvalidRequest: the SDK is not installed.
+        """
+        try:
+            import httpx
+            import openai
+        except ImportError as error:
+            raise InvalidRequest(
+                "session.openai() needs the openai package: install it (pip install openai), or send requests to "
+                "session.base_url with session.api_key"
+            ) from error
+        make, http = (openai.AsyncOpenAI, httpx.AsyncClient) if self.is_async else (openai.OpenAI, httpx.Client)
+        if self.ca_file:
+            options.setdefault("http_client", http(verify=ssl_context(self.ca_file)))
+        # A call that is sent again is sampled again, and would be a conversation of its own.
+        defaults = {"base_url": self.base_url, "api_key": self.api_key, "max_retries": 0, "timeout": self.timeout_s}
+        return make(**{**defaults, **options})

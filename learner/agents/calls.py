@@ -1,0 +1,231 @@
+"""Call an agent, which may be a function or a program: within its time, and every failure as one kind of error."""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.runners
+import inspect
+import json
+import math
+import numbers
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from learner.agents.agent_session import AgentSession
+from learner.tasks import import_object
+from learner.utils import threads
+from learner.utils.processes import die_with_parent
+from learner.utils.threads import start
+from shared.bearer_tokens import TOKEN_VARIABLE
+from shared.errors import InvalidRequest
+
+Row = Mapping[str, Any]
+#: Returns a reward, or None where reward functions score the conversation.
+AgentFunction = Callable[[AgentSession, Row], float | Awaitable[float | None] | None]
+
+#: How long an agent that was cancelled may take to end, and a program that got SIGTERM.
+_GRACE_S = 5.0
+#: Longest row that is put into a variable: a process may get 128 KiB in one.
+_MOST_IN_VARIABLE = 64 * 1024
+_REWARD_LINE = re.compile(r"reward\s*[:=]?\s*(\S+)", re.IGNORECASE)
+_SHOWN = 2000
+#: Their frames are left out of an agent's traceback.
+_NOT_THE_AGENTS = {__file__, threads.__file__, asyncio.runners.__file__, inspect.getfile(Future)}
+
+
+class AgentFailed(Exception):
+    """An episode that failed through its agent.
+
+    Attributes:
+        kind: the same for failures that are alike.
+        details: traceback, or the end of a program's output.
+    """
+
+    def __init__(self, what: str, *, kind: str | None = None, details: str = "") -> None:
+        super().__init__(what)
+        self.kind, self.details = kind or what, details
+
+
+class FunctionAgent:
+    """Calls `agent(session, row)`, on a thread of its own; coroutines get an event loop of their own there.
+
+    A plain function that exceeds its time cannot be ended: it is left alone, its session closed.
+    """
+
+    takes_reward = False
+
+    def __init__(self, function: AgentFunction) -> None:
+        self.function = function
+        call = getattr(function, "__call__", None)  # noqa: B004 -- of an object with an async __call__
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+    def run(self, session: AgentSession, row: Row) -> float | None:
+        """Return the agent's reward. Raises `AgentFailed`."""
+        running = start(partial(self._call, session, dict(row)), "agent")
+        try:
+            returned = running.result(session.timeout_s + (_GRACE_S if self.is_async else 0.0))
+        except BaseException as error:  # SystemExit too: it ends the agent, not the learner
+            if isinstance(error, _Late) or not running.done():
+                raise _too_late(session) from error
+            raise _failure(error) from error
+        return checked_reward(returned)
+
+    def _call(self, session: AgentSession, row: dict[str, Any]) -> Any:
+        returned = self.function(session, row)
+        if not inspect.isawaitable(returned):
+            return returned
+
+        async def within_time() -> Any:
+            task = asyncio.ensure_future(returned)
+            done, _ = await asyncio.wait({task}, timeout=session.timeout_s)
+            if not done:
+                task.cancel()
+                raise _Late
+            return task.result()
+
+        return asyncio.run(within_time())
+
+
+class _Late(TimeoutError):
+    """The time of an agent is over; not a timeout of its own."""
+
+
+class ProgramAgent:
+    """Runs a command of the shell for each episode, in a process group of its own."""
+
+    is_async = False
+    takes_reward = True
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def run(self, session: AgentSession, row: Row) -> float | None:
+        """Return the reward that the program wrote; None if it wrote none. Raises `AgentFailed`."""
+        with tempfile.TemporaryDirectory(prefix="lockstep-episode-", ignore_cleanup_errors=True) as folder:
+            stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+            reward_file = Path(folder, "reward")
+            environment = self._environment(session, row, Path(folder), reward_file)
+            with stdout.open("wb") as out, stderr.open("wb") as err:
+                process = subprocess.Popen(
+                    ["/bin/sh", "-c", self.command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+                try:
+                    code = process.wait(session.timeout_s)
+                except subprocess.TimeoutExpired as error:
+                    raise _too_late(session, _end_of(stderr)) from error
+                finally:
+                    _end_group(process)
+            if code != 0:
+                raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
+            return _written_reward(reward_file, stdout)
+
+    def _environment(self, session: AgentSession, row: Row, folder: Path, reward_file: Path) -> dict[str, str]:
+        text = json.dumps(dict(row), default=str)
+        row_file = folder / "row.json"
+        row_file.write_text(text, encoding="utf-8")
+        # The server's token opens all of it: an agent gets that of its session only.
+        inherited = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+        return {
+            **inherited,
+            **session.environment,
+            "LOCKSTEP_SESSION_URL": session.url,
+            "LOCKSTEP_ROW_FILE": str(row_file),
+            "LOCKSTEP_REWARD_FILE": str(reward_file),
+            **({"LOCKSTEP_ROW": text} if len(text.encode()) <= _MOST_IN_VARIABLE else {}),
+        }
+
+
+Agent = FunctionAgent | ProgramAgent
+
+
+def agent_of(path: str | None, command: str | None, function: AgentFunction | None = None) -> Agent | None:
+    """Return the agent at an import path, of a command, or of a function; None without any.
+
+    Raises:
+        LockstepError: it cannot be imported or called, or there are two.
+    """
+    named = {"agent": path or function, "agent_command": command}
+    if sum(map(bool, (path, command, function))) > 1:
+        found = " and ".join(name for name, value in named.items() if value)
+        raise InvalidRequest(f"{found}: two agents are given; give one of them")
+    if command:
+        return ProgramAgent(command)
+    given = import_object(path) if path else function
+    if given is not None and not callable(given):
+        raise InvalidRequest(f"agent {path or given!r} is not a function, but a {type(given).__name__}")
+    return FunctionAgent(given) if given else None
+
+
+def checked_reward(value: Any) -> float | None:
+    """Return a reward as a float; raises `AgentFailed` for what is no finite number."""
+    if value is None:
+        return None
+    if hasattr(value, "item") and not isinstance(value, numbers.Real):  # a tensor of one number
+        with suppress(Exception):
+            value = value.item()
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise AgentFailed(f"it returned {value!r:.80}, not a reward: a finite number, or None")
+    return float(value)
+
+
+def _written_reward(reward_file: Path, stdout: Path) -> float | None:
+    """Return the reward in the file; else that of the last line of the output, if it is `reward: NUMBER`."""
+    if reward_file.is_file():
+        return _number(reward_file.read_text(errors="replace").strip(), "LOCKSTEP_REWARD_FILE")
+    lines = _end_of(stdout).strip().splitlines()
+    line = _REWARD_LINE.fullmatch(lines[-1].strip()) if lines else None
+    return _number(line[1], "the last line of its output") if line else None
+
+
+def _number(text: str, where: str) -> float | None:
+    try:
+        return checked_reward(float(text))
+    except (ValueError, AgentFailed):
+        raise AgentFailed(f"{where} holds {text!r:.80}, not a finite number", kind=where) from None
+
+
+def _end_of(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _SHOWN))
+        return file.read().decode("utf-8", "replace")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of the program's group: SIGTERM where the program itself runs on, then SIGKILL to all."""
+    with suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _too_late(session: AgentSession, details: str = "") -> AgentFailed:
+    return AgentFailed(f"it did not end within {session.timeout_s:g} s (agent_timeout_s)", details=details)
+
+
+def _failure(error: BaseException) -> AgentFailed:
+    trace = error.__traceback__
+    while trace and trace.tb_next and trace.tb_frame.f_code.co_filename in _NOT_THE_AGENTS:
+        trace = trace.tb_next
+    frames = traceback.extract_tb(trace)
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    details = "".join(traceback.format_exception(type(error), error, trace))
+    return AgentFailed(f"{type(error).__name__}: {error}", kind=f"{type(error).__name__} at {where}", details=details)

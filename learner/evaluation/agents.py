@@ -1,0 +1,98 @@
+"""Evaluate a policy through an agent: run it on a task's evaluation questions, in sessions of a rollout server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from learner.agents.calls import Agent, AgentFailed
+from learner.agents.episodes import ATTEMPTS, NO_CALL, AgentError, run_once, session_seconds
+from learner.evaluation.evaluate import questions_of, result_of
+from learner.evaluation.results import EvalResult, EvalRow
+from learner.servers.client import RolloutClient
+from learner.utils.threads import side_by_side
+from shared.rollouts import PolicySelector
+from shared.sampling import SamplingParams
+from shared.sessions import SessionRecord, SessionRequest
+
+if TYPE_CHECKING:
+    from learner.tasks import Task
+
+#: Name of the agent's reward in results.
+AGENT = "agent"
+
+
+def evaluate_agent(
+    client: RolloutClient,
+    task: Task,
+    agent: Agent,
+    *,
+    policy: PolicySelector = "latest",
+    run_id: str | None = None,
+    n_questions: int | None = None,
+    sampling: SamplingParams,
+    concurrency: int = 32,
+    timeout_s: float = 600.0,
+    ca_file: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> EvalResult:
+    """Score `policy` by the rewards that `agent` returns for the first `n_questions` of `task.eval`, all by default.
+
+    An episode that fails is run again; one that fails every time has no reward, and is left out.
+
+    Args:
+        sampling: of every call; `n` episodes are run for each question.
+        progress: called with (questions begun, all questions).
+
+    Raises:
+        AgentError: an agent returns None: its text would have to be scored, and only the trainer does that.
+        LockstepError: errors of the server; `invalid_request` if there are no questions.
+    """
+    rows = questions_of(task, n_questions)
+    request = SessionRequest(
+        policy=policy,
+        run_id=None if policy == "base" else run_id,
+        sampling=sampling.model_copy(update={"n": 1}),
+        max_seconds=session_seconds(timeout_s),
+        accept_reward=agent.takes_reward,
+    )
+    versions: dict[str, None] = {}
+    done, lock = 0, threading.Lock()
+
+    def run(question: int) -> EvalRow:
+        nonlocal done
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                record, reward = run_once(agent, client, request, rows[question], timeout_s=timeout_s, ca_file=ca_file)
+                sampled = sum(len(t.logprobs) for t in record.trajectories)
+                if not sampled:
+                    raise AgentFailed(NO_CALL)
+                if reward is None:
+                    raise AgentError(
+                        "the agent returned no reward: learner eval needs one that returns it, reward functions score "
+                        "conversations in training only"
+                    )
+                text = _conversation(client, record)
+                break
+            except AgentFailed as failure:
+                if attempt == ATTEMPTS:
+                    record, reward, sampled, text = None, None, 0, f"(failed: {failure})"
+        with lock:
+            done += 1
+            for trajectory in record.trajectories if record else ():
+                versions.update({str(span.version or "base"): None for span in trajectory.spans})
+            progress(done // sampling.n, len(rows))
+        finish = record.trajectories[-1].finish_reasons[-1] if record else "abort"
+        return EvalRow(question, rows[question]["prompt"], text, finish, sampled, {AGENT: reward}, reward)
+
+    calls = [partial(run, question) for question in range(len(rows)) for _ in range(sampling.n)]
+    results = side_by_side(calls, concurrency, "episodes")
+    return result_of(task, policy, list(versions), results)
+
+
+def _conversation(client: RolloutClient, record: SessionRecord) -> str:
+    """Return the text of the trajectory that ends with the last call, special tokens included."""
+    last: Any = max(record.trajectories, key=lambda trajectory: max(trajectory.calls, default=-1))
+    return client.detokenize(last.token_ids)

@@ -1,0 +1,147 @@
+"""Agents that are functions or programs: their rewards, time limits and failures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from learner.agents import calls
+from learner.agents.agent_session import AgentSession
+from learner.agents.calls import AgentFailed, FunctionAgent, ProgramAgent
+from shared.sessions import SessionOpened
+
+ROW = {"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": "2"}
+
+
+def make_session(timeout_s: float = 60.0, **known) -> AgentSession:
+    opened = SessionOpened(session_id="s1", token="secret", path="/v1/sessions/s1/v1", version=None)
+    return AgentSession.of(opened, "http://127.0.0.1:1", timeout_s=timeout_s, **known)
+
+
+def test_sdks_find_the_session_in_their_variables():
+    found = make_session().environment
+    assert found["OPENAI_BASE_URL"] == "http://127.0.0.1:1/v1/sessions/s1/v1"
+    assert found["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:1/v1/sessions/s1"
+    assert found["OPENAI_API_KEY"] == found["ANTHROPIC_API_KEY"] == found["ANTHROPIC_AUTH_TOKEN"] == "secret"
+    assert "secret" not in repr(make_session()), "logs do not show it"
+
+
+def test_the_openai_client_suits_the_agent():
+    openai = pytest.importorskip("openai")
+    assert isinstance(make_session().openai(), openai.AsyncOpenAI)
+    client = make_session(is_async=False).openai()
+    assert isinstance(client, openai.OpenAI)
+    assert str(client.base_url).startswith("http://127.0.0.1:1/v1/sessions/s1/v1")
+    assert client.max_retries == 0, "a call that is sent again would be sampled again"
+
+
+def test_without_the_sdk_it_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(Exception, match=r"pip install openai.*session\.base_url"):
+        make_session().openai()
+
+
+@pytest.mark.parametrize(("value", "reward"), [(1, 1.0), (True, 1.0), (0.25, 0.25), (None, None)])
+def test_a_function_returns_a_reward(value, reward):
+    async def agent_later(session, row):
+        await asyncio.sleep(0)
+        return value
+
+    assert FunctionAgent(lambda session, row: value).run(make_session(), ROW) == reward
+    assert FunctionAgent(agent_later).run(make_session(), ROW) == reward
+
+
+@pytest.mark.parametrize("value", ["good", float("nan"), float("inf"), [1.0]])
+def test_what_is_no_reward_is_a_failure(value):
+    with pytest.raises(AgentFailed, match="not a reward"):
+        FunctionAgent(lambda session, row: value).run(make_session(), ROW)
+
+
+def test_a_failure_has_the_agents_own_traceback():
+    async def agent(session, row):
+        raise TimeoutError("the tool's own")
+
+    with pytest.raises(AgentFailed, match="the tool's own") as caught:
+        FunctionAgent(agent).run(make_session(), ROW)
+    assert "in agent" in caught.value.details
+    assert "threads.py" not in caught.value.details
+    with pytest.raises(AgentFailed, match="SystemExit"):
+        FunctionAgent(lambda session, row: sys.exit(3)).run(make_session(), ROW)
+
+
+def test_an_agent_that_stalls_is_given_up():
+    cancelled, release = threading.Event(), threading.Event()
+
+    async def waits(session, row):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    for agent in (waits, lambda session, row: release.wait()):
+        with pytest.raises(AgentFailed, match=r"within 0\.05 s"):
+            FunctionAgent(agent).run(make_session(0.05), ROW)
+    assert cancelled.wait(60)
+    release.set()
+
+
+def run(command: str, timeout_s: float = 60.0) -> float | None:
+    return ProgramAgent(command).run(make_session(timeout_s), ROW)
+
+
+def test_a_program_finds_its_row_and_session(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_TOKEN", "opens-everything")
+    out = tmp_path / "seen"
+    assert run(f'cat "$LOCKSTEP_ROW_FILE" > {out}; env > {out}.env') is None
+    assert json.loads(out.read_text()) == ROW
+    seen = dict(line.split("=", 1) for line in Path(f"{out}.env").read_text().splitlines() if "=" in line)
+    assert json.loads(seen["LOCKSTEP_ROW"]) == ROW
+    assert seen["OPENAI_API_KEY"] == "secret"
+    assert seen["LOCKSTEP_SESSION_URL"] == "http://127.0.0.1:1/v1/sessions/s1"
+    assert "LOCKSTEP_TOKEN" not in seen, "the server's token opens more than the session"
+    assert not Path(seen["LOCKSTEP_ROW_FILE"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "reward"),
+    [
+        ('echo 0.5 > "$LOCKSTEP_REWARD_FILE"', 0.5),
+        ('echo reward: 1; echo 0.5 > "$LOCKSTEP_REWARD_FILE"', 0.5),
+        ("echo thinking; echo reward: 0.75", 0.75),
+        ("echo reward: 0.75; echo done", None),
+        ("echo 42", None),
+    ],
+)
+def test_a_program_writes_its_reward(command, reward):
+    assert run(command) == reward
+
+
+@pytest.mark.parametrize(
+    ("command", "match"),
+    [
+        ("echo lost >&2; exit 3", "exit code 3"),
+        ('echo good > "$LOCKSTEP_REWARD_FILE"', "LOCKSTEP_REWARD_FILE holds 'good'"),
+        ("echo reward: nan", "last line of its output holds 'nan'"),
+    ],
+)
+def test_a_program_fails(command, match):
+    with pytest.raises(AgentFailed, match=match) as caught:
+        run(command)
+    assert caught.value.details == ("lost\n" if "lost" in command else "")
+
+
+def test_a_program_that_stalls_is_ended_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(calls, "_GRACE_S", 0.1)
+    fifo, children = tmp_path / "fifo", tmp_path / "children"
+    os.mkfifo(fifo)
+    with pytest.raises(AgentFailed, match="within 1 s"):
+        run(f"sleep 1000 & echo $! > {children}; trap '' TERM; cat {fifo}", timeout_s=1.0)
+    child = int(children.read_text())
+    stat = Path(f"/proc/{child}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
