@@ -30,29 +30,29 @@ class CompiledLayers:
         backend: of `torch.compile`.
 
     Attributes:
+        active: whether they are compiled, or will be.
         seconds: that first calls have taken, which is nearly all compilation.
     """
 
     def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
         self.seconds = 0.0
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._plain = [layer.forward for layer in self._layers]
         self._seen: set[tuple[bool, bool]] = set()
-        for layer in self._layers:
-            # What `Module.compile` sets, too. Checkpointing stays around it, and hooks within.
-            compiled = torch.compile(layer._call_impl, dynamic=True, backend=backend)
-            layer._compiled_call_impl = self._written_before(layer, compiled)
-
-    @property
-    def active(self) -> bool:
-        """Whether they are compiled."""
-        return any(layer._compiled_call_impl is not None for layer in self._layers)
+        self.active = True
+        for layer, plain in zip(self._layers, self._plain, strict=True):
+            # Checkpointing stays around it.
+            layer.forward = self._written_before(layer, torch.compile(plain, dynamic=True, backend=backend), plain)
 
     def undo(self) -> None:
         """Compute as before."""
-        for layer in self._layers:
-            layer._compiled_call_impl = None
+        self.active = False
+        for layer, plain in zip(self._layers, self._plain, strict=True):
+            layer.forward = plain
 
-    def _written_before(self, layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _written_before(
+        self, layer: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]
+    ) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             write_adapters(layer)
             kind = torch.is_grad_enabled(), layer.training
@@ -66,7 +66,7 @@ class CompiledLayers:
             except Exception as error:
                 self.undo()
                 logger.warning("layers are not compiled: %s", one_line(error))
-                return layer._call_impl(*args, **kwargs)
+                return plain(*args, **kwargs)
             self._seen.add(kind)
             with suppress(RuntimeError):
                 torch.accelerator.synchronize()
