@@ -333,7 +333,13 @@ class RolloutClient:
         deadline = time.monotonic() + timeout_s
         request = _request(body, timeout_s, headers)
         try:
-            response = self._http.request(method, path, **request)
+            try:
+                response = self._http.request(method, path, **request)
+            except (httpx.ReadError, httpx.RemoteProtocolError):
+                # Kept from before the server was killed and came back, perhaps: a new connection tells.
+                if method not in ("GET", "DELETE"):
+                    raise
+                response = self._http.request(method, path, **request)
             while _waited(response, deadline):
                 response = self._http.request(method, path, **request)
         except httpx.HTTPError as error:

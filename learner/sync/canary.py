@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ CANARY_SLACK, DEAF = 0.2, 0.7
 #: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
 #: where the effect saturates, twice the adapter does not show as twice the change.
 CANARY_SIGNAL, CANARY_NATS, LOUDEST = 20.0, 0.05, 2.0
+#: An adapter as large as the canary rounds more coarsely than what tolerances are derived for.
+LOUD_SLACK = 3.0
 #: Backward passes with random signs: to make modules equally loud, and to measure how loud they are.
 BALANCING, MEASURING = 2, 4
 #: A module is made louder or quieter than random weights by this factor at most.
@@ -94,9 +96,15 @@ def prove_modules(
             proven = min(proven, _check_modules(proof, base[loud.server], loud, strengths_M, turn))
         slopes = [_check_slope(base[loud.server], loud) for loud in louds]
         for loud in louds:
-            proof.check_mismatch(loud)
+            proof.check_mismatch(_coarse(loud))
     farthest = max(slopes, key=lambda seen: abs(seen - 1.0))
     return CanaryResult(version, own, farthest, len(proof.weights.modules), proven)
+
+
+def _coarse(loud: Measurement) -> Measurement:
+    """Return the measurement with tolerances for an adapter as large as the canary."""
+    tolerances = {"tolerance": LOUD_SLACK * loud.tolerance, "rms_tolerance": LOUD_SLACK * loud.rms_tolerance}
+    return replace(loud, **tolerances)
 
 
 def _check_slope(base: Measurement, loud: Measurement, slack: float = CANARY_SLACK) -> float:
@@ -242,7 +250,7 @@ class KeptCanary:
             answer = client.score(request, _SCORE_TIMEOUT_S)
             loud = proof.compare(self.result.own, version, client.url, state, answer)
             seen = _check_slope(base, loud)
-            proof.check_mismatch(loud)
+            proof.check_mismatch(_coarse(loud))
         return seen
 
 

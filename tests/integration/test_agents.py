@@ -10,7 +10,8 @@ import pytest
 
 from learner.commands import train
 from learner.servers.client import RolloutClient
-from tests.integration.support.learner_process import COMMON, REPOSITORY
+from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.learner_process import COMMON
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments
 

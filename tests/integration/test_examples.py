@@ -12,7 +12,7 @@ import learner.commands.train
 from learner.run_dir.files import HISTORY_FILE, read_lines
 from learner.servers.client import RolloutClient
 from tests.integration.support.examples import EXAMPLES, run_example
-from tests.integration.support.learner_process import REPOSITORY
+from tests.integration.support.forked import REPOSITORY
 from tests.integration.support.lm_tasks import CHOICE, write_tasks
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments

@@ -16,6 +16,7 @@ from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation.vllm_params import to_vllm, token_prompt
 from rollout_server.service import Service
+from rollout_server.sessions.records import Sessions
 from rollout_server.vllm_compat import versions
 from shared.rollouts import PolicyRequest
 from shared.sampling import SamplingParams
@@ -49,7 +50,7 @@ async def serving(model: Path, *flags: str) -> AsyncIterator[Service]:
     """A rollout server without HTTP."""
     readiness, (args, config, settings) = ReadinessMiddleware(), cli.resolve([str(model), *FLAGS, *flags])
     try:
-        yield await lifecycle.start(args, config, settings, readiness, Capacity(settings))
+        yield await lifecycle.start(args, config, settings, readiness, Capacity(settings), Sessions(settings))
     finally:
         readiness.close()
 

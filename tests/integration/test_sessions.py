@@ -36,6 +36,7 @@ def pushed(server: Any, model: Path) -> Iterator[WeightVersion]:
     P.randomize(policy, seed=3)
     with RolloutClient(server.url) as client:
         yield P.push(client, policy, RUN, step=0).version
+        client.delete_run(RUN, P.LEASE)
 
 
 @pytest.fixture

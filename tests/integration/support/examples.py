@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.integration.support.learner_process import REPOSITORY
+from tests.integration.support.forked import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
 

@@ -53,6 +53,25 @@ def test_unreachable_slow_and_foreign_servers():
     assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH
 
 
+def test_a_connection_from_before_a_restart_is_replaced_for_requests_that_may_be_repeated(server_state):
+    seen = []
+
+    def handler(request):
+        seen.append(request.method)
+        if len(seen) == 1:
+            raise httpx.ReadError("reset by peer", request=request)
+        return httpx.Response(200, json=server_state.model_dump() if request.method == "GET" else {})
+
+    client_of(handler).state()
+    assert seen == ["GET", "GET"]
+    seen.clear()
+    client_of(handler).delete_run("r", "a lease")
+    assert seen == ["DELETE", "DELETE"]
+    seen.clear()
+    assert code_of(client_of(handler).sleep) is ErrorCode.NOT_READY
+    assert seen == ["POST"]
+
+
 def test_waits_until_ready(server_state):
     answers = iter([httpx.Response(503), httpx.Response(503), httpx.Response(200)])
 
