@@ -145,6 +145,47 @@ def test_the_trainer_samples() -> None:
         overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("thinking_token_budget", 5),  # as made of Anthropic's `thinking`
+        ("thinking_token_budget", 0),
+        ("extra_args", {"a": 1}),
+        ("watermarking", False),
+        ("logprob_token_ids", [3]),
+        ("trace_decode_token_ids", [3]),
+    ],
+)
+def test_what_a_route_may_set_behind_the_trainers_back_is_left_out(name: str, value: Any) -> None:
+    params = overridden(SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None))
+    assert getattr(params, name) is None
+
+
+def test_a_clients_form_of_outputs_stays() -> None:
+    asked = {
+        "prompt_logprobs": 2,
+        "detokenize": False,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "output_kind": RequestOutputKind.DELTA,
+    }
+    params = overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None))
+    assert {name: getattr(params, name) for name in asked} == asked
+    assert params.skip_reading_prefix_cache
+    assert not params.flat_logprobs
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+async def test_logprobs_of_prompts_are_refused_where_they_would_cost_the_kept_mass(
+    served: Served, cut: dict[str, Any]
+) -> None:
+    session = await served.open(sampling={**cut, "max_tokens": None})
+    with pytest.raises(InvalidRequest, match="^prompt_logprobs"):
+        await served.call(session, [1], logprobs=5, prompt_logprobs=0)
+    assert not served.engine.asked
+
+
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
 @pytest.mark.parametrize("asked", [None, 0])
 async def test_the_client_gets_the_logprobs_that_it_asked_for(served: Served, kind: Any, asked: int | None) -> None:
