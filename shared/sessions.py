@@ -10,6 +10,7 @@ from shared.rollouts import Logprobs, PolicyRequest, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
+Ended = Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended", "superseded"]
 _Label = Annotated[str, Field(max_length=1024)]
 
 
@@ -85,7 +86,7 @@ class SessionRecord(BaseModel):
 
     session_id: str
     run_id: str | None
-    ended: Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended"] | None
+    ended: Ended | None
     calls: int
     running: int
     cut: int

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rollout_server.engine.admission import Admission, SessionHold
 from rollout_server.engine.proxy import EngineProxy
@@ -30,10 +30,8 @@ from rollout_server.settings import ServerSettings
 from shared import wire
 from shared.errors import InvalidRequest, Overloaded, SessionEnded, UnknownSession
 from shared.rollouts import PolicyRequest
-from shared.sessions import SessionOpened, SessionRecord, SessionRequest
+from shared.sessions import Ended, SessionOpened, SessionRecord, SessionRequest
 from shared.weights import WeightVersion
-
-Ended = Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended"]
 
 #: How long a record can still be read after the end of its session, and (deleted) repeated to whoever lost the answer.
 _RECORD_SECONDS, _DELETED_SECONDS = 900.0, 60.0
@@ -58,6 +56,7 @@ _WHY_ENDED = {
     "max_tokens": "its trajectories hold as many tokens as its max_tokens allows",
     "max_seconds": "it has lasted as long as its max_seconds allows",
     "run_ended": "its run has ended, or its learner has started again",
+    "superseded": "it kept an older version between two calls, and a push needed its slot",
 }
 
 
@@ -91,7 +90,7 @@ class AgentSession:
         self._stopped = False
         self._admitted = 0
         self._opened_at = time.monotonic()
-        self._hold: SessionHold | None = proxy.hold(request, lambda: self.end("run_ended"))
+        self._hold: SessionHold | None = proxy.hold(request, self.end)
         self.run = self._hold.run if self._hold else None
         self.version: WeightVersion | None = self._hold.version if self._hold else None
         if self._hold is not None and request.follow:

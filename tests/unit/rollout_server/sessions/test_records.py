@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rollout_server.generation.vllm_params import overridden
+from rollout_server.runs import slots
 from rollout_server.sessions import records
 from rollout_server.sessions.records import AgentSession
 from shared.errors import (
@@ -48,14 +49,39 @@ async def test_a_session_keeps_its_version_until_it_ends(served: Served) -> None
     await served.flip(1)
     await served.call(session, [1])
     assert _steps(session) == [[0]]
-    with pytest.raises(NoFreeSlot, match="1 sessions"):
-        await served.flip(2, seconds=0.01)
     push = asyncio.ensure_future(served.flip(2))
     await asyncio.sleep(0)
     served.sessions.delete(session.session_id)
     await push
     assert served.run.active is not None
     assert not served.run.active.held
+
+
+async def test_a_session_between_two_calls_gives_way_to_a_push_that_cannot_wait_longer(served: Served) -> None:
+    sessions = [await served.open() for _ in range(2)]
+    await served.flip(1)
+    newer = await served.open()
+    await served.flip(2, seconds=0.01)
+    assert [_record(session).ended for session in (*sessions, newer)] == ["superseded", "superseded", None]
+    with pytest.raises(SessionEnded, match="a push needed its slot"):
+        await served.call(sessions[0], [1])
+
+
+async def test_a_session_with_a_call_under_way_gives_way_when_that_has_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_PATIENCE", 0.0)
+    session = await served.open()
+    await served.flip(1)
+    call = await _under_way(served, session)
+    with pytest.raises(NoFreeSlot, match="1 requests, 1 sessions"):
+        await served.flip(2, seconds=0.01)
+    assert _record(session).ended is None
+    push = asyncio.ensure_future(served.flip(2))
+    assert served.engine.gate is not None
+    served.engine.gate.set()
+    await asyncio.gather(call, push)
+    assert (_record(session).ended, _record(session).calls) == ("superseded", 1)
 
 
 async def test_a_session_that_follows_goes_on_with_the_newest(served: Served) -> None:
