@@ -332,8 +332,10 @@ class Sessions:
         return session
 
     def see_end(self, session: AgentSession) -> None:
-        """Keep the record of a session that has ended, for a while."""
+        """Keep the record of a session that has ended, for a while, and of no more than may be open."""
         self._keep(session.session_id, _RECORD_SECONDS)
+        while len(self._ended) > self._settings.max_sessions:
+            self.forget(next(iter(self._ended)))
 
     def _keep(self, session_id: str, seconds: float) -> None:
         if (before := self._ended.pop(session_id, None)) is not None:
@@ -356,10 +358,12 @@ class Sessions:
         self.counts.forks += forks
 
     def check_tokens(self, tokens: int) -> None:
-        """Make room for so many tokens more, of records that were deleted; raises `overloaded`."""
+        """Make room for so many tokens more, of records that were deleted, then of others of sessions that have ended,
+        the oldest first; raises `overloaded`.
+        """
         limit = self._settings.max_session_tokens
-        while self.tokens + tokens > limit and self._deleted:
-            self.forget(next(iter(self._deleted)))
+        while self.tokens + tokens > limit and self._ended:
+            self.forget(next(iter(self._deleted or self._ended)))
         if self.tokens + tokens > limit:
             raise Overloaded(
                 f"the sessions of this server hold {self.tokens} tokens, {tokens} more would go beyond "

@@ -355,6 +355,40 @@ async def test_all_sessions_together_are_bounded() -> None:
     await served.open()
 
 
+async def test_records_of_sessions_that_have_ended_are_as_few_as_may_be_open() -> None:
+    served = Served(max_sessions=3)
+    await served.flip(0)
+    ids = []
+    for _ in range(10):
+        session = await served.open()
+        session.end("max_seconds")
+        ids.append(session.session_id)
+    for session_id in ids[:-3]:
+        with pytest.raises(UnknownSession):
+            served.sessions.get(session_id)
+    assert [_record(served.sessions.get(session_id)).ended for session_id in ids[-3:]] == ["max_seconds"] * 3
+    assert served.sessions.open_sessions == 0
+
+
+async def test_records_of_sessions_that_have_ended_make_room_after_those_that_were_deleted() -> None:
+    served = Served(max_session_tokens=200)
+    await served.flip(0)
+    ended, deleted, open_ = [await served.open() for _ in range(3)]
+    for session in (ended, deleted):
+        await served.call(session, [1] * 60)
+    ended.end("max_calls")
+    served.sessions.delete(deleted.session_id)
+    for length, kept in ((80, [ended]), (60, [])):
+        await served.call(open_, [length] * length)
+        assert [session for session in (ended, deleted) if session.recording] == kept
+
+
+def test_metadata_is_bounded_as_a_whole() -> None:
+    SessionRequest(metadata={"row": "x" * 1024})
+    with pytest.raises(ValueError, match="16 KiB"):
+        SessionRequest(metadata={str(number): "x" * 1024 for number in range(16)})
+
+
 async def test_records_expire(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_RECORD_SECONDS", 0.0)
     session = await served.open()
