@@ -48,6 +48,11 @@ class Admission(AbstractContextManager["Admission"]):
         if run and self._slot:
             run.release(self._slot, self)
 
+    async def settled(self) -> None:
+        """Wait until no push is moving running requests."""
+        if self._run is not None:
+            await self._run.not_moving.wait()
+
     def __exit__(self, *exc: object) -> None:
         self.release()
 
@@ -86,8 +91,8 @@ class Admission(AbstractContextManager["Admission"]):
             msgspec.msgpack.encode(sampling_params, enc_hook=repr)
         except OverflowError as error:
             raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
+        await self.settled()
         if self._run is not None and self._slot is not None:
-            await self._run.not_moving.wait()
             if not isinstance(prompt, dict):
                 raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
             salt, own = self._slot.salt, prompt.get("cache_salt")

@@ -156,13 +156,14 @@ class AgentSession:
             params = overridden(sampling_params, self.request.sampling)
             asked = _token_ids(prompt)
             token_ids = await self._continued(asked)
+            await admission.settled()
+            self._check_going_on()
             self._check_room(token_ids, params.n)
             recording = Recording(params.output_kind is RequestOutputKind.DELTA, self.request.sampling.truncates)
             own_prompt = {**prompt, "prompt_token_ids": token_ids.tolist()}
             async with aclosing(admission.generate(own_prompt, params, request_id, **kwargs)) as outputs:
                 async for output in outputs:
-                    if self._stopped:
-                        self.check_open()
+                    self._check_going_on()
                     recording.see(output.outputs)
                     if own_logprobs:
                         for each in output.outputs:
@@ -179,6 +180,11 @@ class AgentSession:
             raise
         finally:
             self.running.discard(request_id)
+
+    def _check_going_on(self) -> None:
+        """Raise `session_ended` if calls under way end, too."""
+        if self._stopped:
+            self.check_open()
 
     async def _continued(self, asked: array[int]) -> array[int]:
         """Return the prompt on recorded ids, where it has the text of a trajectory and other ids."""

@@ -331,6 +331,35 @@ async def test_a_deleted_record_can_be_asked_for_again_and_does_not_change(serve
         session.set_reward(1.0)
 
 
+async def test_a_call_whose_session_is_deleted_before_the_engine_has_it_is_not_begun(served: Served) -> None:
+    session = await served.open()
+    served.run.not_moving.clear()
+    call = asyncio.ensure_future(served.call(session, [1]))
+    while not session.running:
+        await asyncio.sleep(0)
+    served.sessions.delete(session.session_id)
+    served.run.not_moving.set()
+    with pytest.raises(SessionEnded):
+        await call
+    assert not served.engine.asked
+
+
+async def test_a_call_whose_session_is_deleted_while_its_text_is_compared_is_not_begun(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await served.open()
+    compare = session._continued
+
+    async def delete_meanwhile(asked: Any) -> Any:
+        served.sessions.delete(session.session_id)
+        return await compare(asked)
+
+    monkeypatch.setattr(session, "_continued", delete_meanwhile)
+    with pytest.raises(SessionEnded):
+        await served.call(session, [1])
+    assert not served.engine.asked
+
+
 async def test_rewards(served: Served) -> None:
     session = await served.open(max_calls=1)
     session.set_reward(0.5)
