@@ -81,8 +81,8 @@ def overridden(client: Any, trainer: SamplingParams) -> Any:
     """
     if trainer.truncates and client.prompt_logprobs is not None:
         raise InvalidRequest(
-            "prompt_logprobs cannot be used in a session whose trainer cuts the distribution (top_p, top_k, min_p): the "
-            "kept mass could not be recorded; leave it out"
+            "prompt_logprobs cannot be used in a session whose trainer cuts the distribution (top_p, top_k, min_p): "
+            "the kept mass could not be recorded; leave it out"
         )
     fields = {name: getattr(client, name) for name in _CLIENTS_FIELDS if hasattr(client, name)}
     limits = [most for most in (client.max_tokens, trainer.max_tokens) if most is not None]

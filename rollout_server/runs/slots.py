@@ -17,7 +17,6 @@ from shared.adapter_file import AdapterHeader
 from shared.errors import NoFreeSlot, StepNotReached, UnknownRun
 from shared.weights import PushReceipt, RunState, WeightVersion
 
-
 #: Of the time that a push may wait for a slot, the share after which sessions between two calls give way to it.
 _PATIENCE = 0.5
 
@@ -206,8 +205,8 @@ class Run:
                 for slot in self.slots
             }
             raise NoFreeSlot(
-                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on older "
-                "versions: wait for them, push with in_flight = keep, or start the server with more --slots-per-run"
+                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
+                "older versions: wait for them, push with in_flight = keep, or start the server with more --slots-per-run"
             )
         slot = free()
         if slot is None or self.closed:

@@ -207,7 +207,7 @@ async def test_logprobs_of_prompts_are_refused_where_they_would_cost_the_kept_ma
     served: Served, cut: dict[str, Any]
 ) -> None:
     session = await served.open(sampling={**cut, "max_tokens": None})
-    with pytest.raises(InvalidRequest, match="^prompt_logprobs"):
+    with pytest.raises(InvalidRequest, match="prompt_logprobs"):
         await served.call(session, [1], logprobs=5, prompt_logprobs=0)
     assert not served.engine.asked
 
@@ -278,6 +278,11 @@ async def _under_way(served: Served, session: AgentSession) -> asyncio.Future[An
     return call
 
 
+async def _until_running(session: AgentSession, calls: int) -> None:
+    while len(session.running) < calls:  # noqa: ASYNC110 - what is waited for is the session's
+        await asyncio.sleep(0)
+
+
 async def test_time_ends_a_session_and_its_calls(served: Served) -> None:
     session = await served.open(max_seconds=0.01)
     call = await _under_way(served, session)
@@ -335,8 +340,7 @@ async def test_a_call_whose_session_is_deleted_before_the_engine_has_it_is_not_b
     session = await served.open()
     served.run.not_moving.clear()
     call = asyncio.ensure_future(served.call(session, [1]))
-    while not session.running:
-        await asyncio.sleep(0)
+    await _until_running(session, 1)
     served.sessions.delete(session.session_id)
     served.run.not_moving.set()
     with pytest.raises(SessionEnded):
@@ -382,6 +386,47 @@ async def test_all_sessions_together_are_bounded() -> None:
     with pytest.raises(UnknownSession):  # its record made room
         served.sessions.get(one.session_id)
     await served.open()
+
+
+async def test_calls_side_by_side_do_not_go_beyond_the_tokens_of_their_session(served: Served) -> None:
+    session = await served.open(max_tokens=100)
+    calls = [served.call(session, [3 + number] * 15) for number in range(20)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert {type(answer) for answer in refused} == {SessionEnded}
+    assert len(refused) == 20 - _record(session).calls
+    assert 80 < session.trajectories.tokens <= 100 + 6
+    assert _record(session).ended == "max_tokens"
+    assert served.sessions.reserved == 0
+
+
+async def test_a_call_that_waits_for_room_ends_with_its_session(served: Served) -> None:
+    session = await served.open(max_tokens=20)
+    calls = [await _under_way(served, session)]
+    calls.append(asyncio.ensure_future(served.call(session, [5] * 15)))
+    await _until_running(session, 2)
+    served.sessions.delete(session.session_id)
+    with pytest.raises(SessionEnded):
+        await calls[1]
+    assert served.engine.gate is not None
+    served.engine.gate.set()
+    await asyncio.wait(calls)
+    assert served.sessions.reserved == 0
+
+
+async def test_calls_under_way_count_for_all_sessions_together() -> None:
+    served = Served(max_session_tokens=100)
+    await served.flip(0)
+    one, two = await served.open(), await served.open()
+    served.engine.gate = asyncio.Event()
+    call = asyncio.ensure_future(served.call(one, [1] * 60, max_tokens=30))
+    await served.engine.began.wait()
+    with pytest.raises(Overloaded, match="calls under way may add 90"):
+        await served.call(two, [1] * 8)
+    served.engine.gate.set()
+    await call
+    await served.call(two, [1] * 8, max_tokens=2)
+    assert served.sessions.reserved == 0
 
 
 async def test_records_of_sessions_that_have_ended_are_as_few_as_may_be_open() -> None:
