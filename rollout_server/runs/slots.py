@@ -206,7 +206,8 @@ class Run:
             }
             raise NoFreeSlot(
                 f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
-                "older versions: wait for them, push with in_flight = keep, or start the server with more --slots-per-run"
+                "older versions: wait for them, push with in_flight = keep, or start the server with more "
+                "--slots-per-run"
             )
         slot = free()
         if slot is None or self.closed:
