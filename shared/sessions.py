@@ -43,7 +43,7 @@ class SessionRequest(PolicyRequest):
     max_calls: int = Field(256, ge=1, le=4096)
     max_tokens: int = Field(2**17, ge=1, le=2**23, description="sampled and prompted tokens in all trajectories")
     max_seconds: float = Field(3600.0, gt=0.0, le=86400.0, description="from its opening to its end")
-    accept_reward: bool = Field(False, description="whether its own token may set its reward")
+    accept_reward: bool = Field(False, description="whether its own token may set its reward; without tokens, anyone")
     metadata: Annotated[dict[_Label, _Label], AfterValidator(_bounded)] = Field(
         {}, max_length=64, description="returned as it came; 16 KiB in all"
     )
