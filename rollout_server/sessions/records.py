@@ -155,7 +155,7 @@ class AgentSession:
         self.running.add(request_id)
         own_logprobs, recorded, reserved = sampling_params.logprobs is None, False, 0
         try:
-            params = overridden(sampling_params, self.request.sampling)
+            params = overridden(sampling_params, self.request.sampling, self.session_id)
             asked = _token_ids(prompt)
             token_ids = await self._continued(asked)
             reserved = await self._reserve(token_ids, params)

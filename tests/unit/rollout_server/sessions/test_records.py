@@ -157,18 +157,18 @@ def test_the_trainer_samples() -> None:
     client = SamplingParams(
         temperature=0.0, top_k=5, max_tokens=6, n=1, stop=["x"], stop_token_ids=[9], seed=4, presence_penalty=1.0
     )
-    params = overridden(client, trainer)
+    params = overridden(client, trainer, "id")
     assert (params.temperature, params.top_p, params.top_k) == (0.7, 0.9, 0)
     assert (params.max_tokens, params.min_tokens) == (6, 6)
     assert params.stop_token_ids == [9, 7]
     assert params.all_stop_token_ids == {9, 7}
-    assert (params.stop, params.seed, params.presence_penalty) == (["x"], 4, 0.0)
+    assert (params.stop, params.presence_penalty) == (["x"], 0.0)
     assert params.logit_bias == {3: -5.0}
     assert params.logprobs == 0
-    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer).max_tokens == 20
-    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer).logprobs == 3
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id").max_tokens == 20
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id").logprobs == 3
     with pytest.raises(InvalidRequest, match="greedy"):
-        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0))
+        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0), "id")
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,20 @@ def test_the_trainer_samples() -> None:
     ],
 )
 def test_what_a_route_may_set_behind_the_trainers_back_is_left_out(name: str, value: Any) -> None:
-    params = overridden(SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None))
+    params = overridden(SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None), "id")
     assert getattr(params, name) is None
+
+
+async def test_a_seed_holds_within_its_session(served: Served) -> None:
+    one, two = await served.open(), await served.open()
+    for session in (one, one, two):
+        for seed in (4, 5, 2**63 - 1, None):
+            await served.call(session, [1], seed=seed)
+    seeds = [asked.params.seed for asked in served.engine.asked]
+    assert seeds[:4] == seeds[4:8]
+    assert len(set(seeds)) == 7
+    assert seeds[3::4] == [None] * 3
+    assert max(seed or 0 for seed in seeds) < 2**62  # vLLM adds the choice's number
 
 
 def test_a_clients_form_of_outputs_stays() -> None:
@@ -196,7 +208,7 @@ def test_a_clients_form_of_outputs_stays() -> None:
         "include_stop_str_in_output": True,
         "output_kind": RequestOutputKind.DELTA,
     }
-    params = overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None))
+    params = overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id")
     assert {name: getattr(params, name) for name in asked} == asked
     assert params.skip_reading_prefix_cache
     assert not params.flat_logprobs
