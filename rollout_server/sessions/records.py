@@ -218,8 +218,8 @@ class AgentSession:
             self._given_back.clear()
             await self._given_back.wait()
             self._check_going_on()
-        most: int = params.max_tokens or max(self._proxy.model_config.max_model_len - len(prompt), 0)
-        reserved = needed + params.n * most
+        context: int = self._proxy.model_config.max_model_len
+        reserved = needed + params.n * max(min(params.max_tokens or context, context - len(prompt)), 0)
         self._sessions.reserve(reserved)
         self._reserved += reserved
         return reserved
