@@ -68,7 +68,8 @@ class ServerSettings:
     max_sessions: int = _flag(4096, "sessions of agents open at once; beyond it 429")
     max_session_tokens: int = _flag(
         2**25,
-        "tokens that all sessions may hold together, prompted and sampled, of 4 to 20 bytes each; beyond it 429",
+        "tokens that all sessions may hold together, prompted and sampled, of 4 to 20 bytes each, with what calls "
+        "under way may add (max_tokens); beyond it 429",
     )
     engine_stall_seconds: float = _flag(
         300.0,

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from shared.rollouts import Logprobs, PolicyRequest, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
+Ended = Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended", "superseded"]
+
 _Label = Annotated[str, Field(max_length=1024)]
+_METADATA_KIB = 16
+
+
+def _bounded(metadata: dict[str, str]) -> dict[str, str]:
+    size = sum(len(key.encode()) + len(value.encode()) for key, value in metadata.items())
+    if size > _METADATA_KIB * 2**10:
+        raise ValueError(f"metadata holds {size} bytes, more than {_METADATA_KIB} KiB: keep it on your side")
+    return metadata
 
 
 class SessionRequest(PolicyRequest):
@@ -33,8 +43,10 @@ class SessionRequest(PolicyRequest):
     max_calls: int = Field(256, ge=1, le=4096)
     max_tokens: int = Field(2**17, ge=1, le=2**23, description="sampled and prompted tokens in all trajectories")
     max_seconds: float = Field(3600.0, gt=0.0, le=86400.0, description="from its opening to its end")
-    accept_reward: bool = Field(False, description="whether its own token may set its reward")
-    metadata: dict[_Label, _Label] = Field({}, max_length=64, description="returned as it came")
+    accept_reward: bool = Field(False, description="whether its own token may set its reward; without tokens, anyone")
+    metadata: Annotated[dict[_Label, _Label], AfterValidator(_bounded)] = Field(
+        {}, max_length=64, description="returned as it came; 16 KiB in all"
+    )
 
 
 class SessionOpened(BaseModel):
@@ -85,7 +97,7 @@ class SessionRecord(BaseModel):
 
     session_id: str
     run_id: str | None
-    ended: Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended"] | None
+    ended: Ended | None
     calls: int
     running: int
     cut: int

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, Literal
 
-from rollout_server.runs.slots import Run, Slot
+from rollout_server.runs.slots import Recall, Run, Slot
 from rollout_server.vllm_compat import versions
 from shared.errors import EngineDead, InvalidRequest
 from shared.rollouts import VersionSpan
@@ -48,6 +48,11 @@ class Admission(AbstractContextManager["Admission"]):
         if run and self._slot:
             run.release(self._slot, self)
 
+    async def settled(self) -> None:
+        """Wait until no push is moving running requests."""
+        if self._run is not None:
+            await self._run.not_moving.wait()
+
     def __exit__(self, *exc: object) -> None:
         self.release()
 
@@ -86,8 +91,8 @@ class Admission(AbstractContextManager["Admission"]):
             msgspec.msgpack.encode(sampling_params, enc_hook=repr)
         except OverflowError as error:
             raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
+        await self.settled()
         if self._run is not None and self._slot is not None:
-            await self._run.not_moving.wait()
             if not isinstance(prompt, dict):
                 raise TypeError(f"the policy is reached with vLLM's prompt dicts, got {type(prompt).__name__}")
             salt, own = self._slot.salt, prompt.get("cache_salt")
@@ -119,10 +124,10 @@ class SessionHold:
     the one slot change in place: `version` is then no longer that of the slot.
 
     Args:
-        on_recall: called when the run ends, or its learner has started again.
+        on_recall: called when the run ends, its learner has started again, or a push needs the slot.
     """
 
-    def __init__(self, run: Run, slot: Slot, on_recall: Callable[[], None]) -> None:
+    def __init__(self, run: Run, slot: Slot, on_recall: Callable[[Recall], None]) -> None:
         self.run, self.slot, self._on_recall = run, slot, on_recall
         self.version = slot.version
         self._held = True
@@ -132,9 +137,9 @@ class SessionHold:
         """Sample from `version` from now on."""
         self.version = version
 
-    def recall(self) -> None:
+    def recall(self, reason: Recall) -> None:
         """Tell the session to end."""
-        self._on_recall()
+        self._on_recall(reason)
 
     def release(self) -> None:
         """Release the slot; calling it again does nothing."""

@@ -20,7 +20,7 @@ from fastapi import HTTPException
 from rollout_server.engine.admission import Admission, OutputTokens, SessionHold
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.uninterrupted import uninterrupted
-from rollout_server.runs.slots import Run, Slot
+from rollout_server.runs.slots import Recall, Run, Slot
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
@@ -169,7 +169,7 @@ class EngineProxy:
             )
         return run, slot
 
-    def hold(self, request: PolicyRequest, on_recall: Callable[[], None]) -> SessionHold | None:
+    def hold(self, request: PolicyRequest, on_recall: Callable[[Recall], None]) -> SessionHold | None:
         """Keep the version that serves a request now for the calls of a session; None for the base.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from rollout_server.vllm_compat import versions
@@ -21,6 +22,20 @@ TRAINERS_FIELDS = (
     "bad_words",
     "allowed_token_ids",
     "logit_bias",
+)
+#: What stays a client's in a session: where it stops, and the form of its outputs. All else is vLLM's default there.
+_CLIENTS_FIELDS = (
+    "n",
+    "stop",
+    "include_stop_str_in_output",
+    "repetition_detection",
+    "structured_outputs",
+    "prompt_logprobs",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "output_kind",
+    "stream_interval",
 )
 
 
@@ -55,34 +70,43 @@ def to_vllm(params: SamplingParams, *, skip_special_tokens: bool = True) -> Any:
         raise InvalidRequest(f"sampling: {error}") from error
 
 
-def overridden(client: Any, trainer: SamplingParams) -> Any:
+def overridden(client: Any, trainer: SamplingParams, session_id: str) -> Any:
     """Return vLLM's SamplingParams of a client with what the trainer insists on, and logprobs of the sampled tokens.
 
     n, seed, stop and structured outputs stay the client's, and so does the form of its outputs; `max_tokens` is the
-    smaller one, and token ids that stop are those of both.
+    smaller one, and token ids that stop are those of both. A seed holds within its session. Whatever else a route of
+    vLLM has set is left out.
 
     Raises:
         LockstepError: `invalid_request` with vLLM's own words when the two do not go together.
     """
-    import msgspec  # vLLM's
-
-    fields = trainer.model_dump(include=set(TRAINERS_FIELDS))
+    if trainer.truncates and client.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "prompt_logprobs cannot be used in a session whose trainer cuts the distribution (top_p, top_k, min_p): "
+            "the kept mass could not be recorded; leave it out"
+        )
+    fields = {name: getattr(client, name) for name in _CLIENTS_FIELDS if hasattr(client, name)}
     limits = [most for most in (client.max_tokens, trainer.max_tokens) if most is not None]
     max_tokens = min(limits, default=None)
-    stop_token_ids = list(dict.fromkeys([*(client.stop_token_ids or ()), *trainer.stop_token_ids]))
     try:
-        return msgspec.structs.replace(
-            client,
+        return type(client)(
             **fields,
+            **trainer.model_dump(include=set(TRAINERS_FIELDS)),
+            seed=None if client.seed is None else _mixed(client.seed, session_id),
             max_tokens=max_tokens,
             min_tokens=trainer.min_tokens if max_tokens is None else min(trainer.min_tokens, max_tokens),
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=[*(client.stop_token_ids or ()), *trainer.stop_token_ids],
             logprobs=client.logprobs or 0,
-            # A list would lose the kept mass of tokens that are among the most likely ones, too.
+            # vLLM's routes read logprobs of prompts as lists.
             flat_logprobs=client.prompt_logprobs is None,
         )
     except versions.refusals() as error:
         raise InvalidRequest(f"sampling of the session: {error}") from error
+
+
+def _mixed(seed: int, session_id: str) -> int:
+    """Return the seed of one session: agents that name a fixed one would else make all episodes of a group alike."""
+    return int.from_bytes(hashlib.sha256(f"{session_id}:{seed}".encode()).digest()[:7])
 
 
 def sampled_logprobs(output: Any) -> list[float]:

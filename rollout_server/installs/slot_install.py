@@ -62,9 +62,7 @@ class SlotInstall:
         Unless `finish` is reached, the slot is released and nothing has changed.
         """
         started, begun = time.monotonic(), False
-        # Whoever had opened them is gone, and would keep the slots for as long as a session may last.
-        self.run.recall(self.header.manifest.version.fence)
-        slot = self._slot = await self.run.reserve(self.deadline)
+        slot = self._slot = await self.run.reserve(self.deadline, self.header.manifest.version.fence)
         self._wait_seconds = time.monotonic() - started
         try:
             async with self.context.fill_lock:
@@ -117,6 +115,7 @@ class SlotInstall:
         """Give `slot` to new requests, and to running ones that have `tokens` so far; the run to its learner."""
         run, version = self.run, receipt.version
         self.context.runs.own(run, self.lease)
+        run.recall(version.fence)
         if tokens is None:
             run.flip(slot, version, receipt.install_seq, receipt.checksum)
         else:

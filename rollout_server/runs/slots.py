@@ -11,11 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from shared.adapter_file import AdapterHeader
 from shared.errors import NoFreeSlot, StepNotReached, UnknownRun
 from shared.weights import PushReceipt, RunState, WeightVersion
+
+#: Of the time that a push may wait for a slot, the share after which sessions between two calls give way to it.
+_PATIENCE = 0.5
+
+#: Why a session is told to end.
+Recall = Literal["run_ended", "superseded"]
 
 
 class SlotState(StrEnum):
@@ -39,12 +45,12 @@ class Slot:
     checksum: str = ""
     receipt: PushReceipt | None = None  # of the push that it serves; complete when that push is answered
     requests: int = 0
-    sessions: int = 0
+    sessions: set[SessionHolder] = field(default_factory=set)
 
     @property
     def held(self) -> bool:
         """Whether it must not be refilled."""
-        return self.requests > 0 or self.sessions > 0
+        return self.requests > 0 or bool(self.sessions)
 
     @property
     def salt(self) -> str:
@@ -90,7 +96,7 @@ class Holder(Protocol):
 class SessionHolder(Holder, Protocol):
     """Session that holds a slot: an `engine.admission.SessionHold`."""
 
-    def recall(self) -> None: ...
+    def recall(self, reason: Recall) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,6 @@ class Run:
         self.not_moving.set()
         self.slots = self.ring.slots
         self._holders: dict[Slot, set[Holder]] = {slot: set() for slot in self.slots}
-        self._sessions: dict[Slot, set[SessionHolder]] = {slot: set() for slot in self.slots}
 
     @property
     def gives_way(self) -> bool:
@@ -144,13 +149,11 @@ class Run:
 
     def acquire_for_session(self, slot: Slot, holder: SessionHolder) -> None:
         """Keep `slot` from being refilled until `release_by_session`, also while no request runs."""
-        slot.sessions += 1
-        self._sessions[slot].add(holder)
+        slot.sessions.add(holder)
 
     def release_by_session(self, slot: Slot, holder: SessionHolder) -> None:
         """End a session's hold on `slot`."""
-        slot.sessions -= 1
-        self._sessions[slot].discard(holder)
+        slot.sessions.discard(holder)
         self._released(slot)
 
     def _released(self, slot: Slot) -> None:
@@ -159,27 +162,51 @@ class Run:
         if slot.requests == 0:
             self.ring.notify()
 
-    def recall(self, fence: int | None = None) -> None:
-        """End the sessions that hold a slot of this run; with `fence`, those of earlier learners only."""
-        for slot, holders in self._sessions.items():
-            if fence is None or (slot.version is not None and slot.version.fence < fence):
-                for holder in tuple(holders):
-                    holder.recall()
+    def recall(self, before: int | None = None, *, draining: bool = False) -> None:
+        """End the sessions of this run.
 
-    async def reserve(self, deadline: float) -> Slot:
-        """Wait for a free slot and take it for filling; raises `no_free_slot` at `deadline` (monotonic seconds)."""
+        Args:
+            before: only those of learners with an earlier fence: whoever opened them is gone.
+            draining: only those that keep a slot from being refilled.
+        """
+        for slot in self.slots:
+            version = slot.version
+            if version is None or version.run_id != self.run_id or (draining and slot.state is not SlotState.DRAINING):
+                continue
+            if before is None or version.fence < before:
+                _end_sessions(slot, "run_ended")
+
+    async def reserve(self, deadline: float, fence: int | None = None) -> Slot:
+        """Wait for a free slot and take it for filling; raises `no_free_slot` at `deadline` (monotonic seconds).
+
+        Sessions of learners before `fence` give way at once, others after a part of that time, as soon as no request
+        runs on their slot.
+        """
 
         def free() -> Slot | None:
             return next((slot for slot in self.slots if slot.state is SlotState.FREE), None)
 
-        if not await self.ring.wait_for(lambda: free() is not None or self.closed, deadline):
+        def reached() -> bool:
+            return self.closed or free() is not None
+
+        def made_free() -> bool:
+            idle = [slot for slot in self.slots if slot.state is SlotState.DRAINING and not slot.requests]
+            if not reached() and idle:
+                _end_sessions(min(idle, key=lambda slot: slot.install_seq), "superseded")
+            return reached()
+
+        if fence is not None and not reached():
+            self.recall(fence, draining=True)
+        now = time.monotonic()
+        patient = await self.ring.wait_for(reached, now + _PATIENCE * (deadline - now))
+        if not patient and not await self.ring.wait_for(made_free, deadline):
             busy = {
-                slot.slot_id: f"{slot.state.value}, {slot.requests} requests, {slot.sessions} sessions"
+                slot.slot_id: f"{slot.state.value}, {slot.requests} requests, {len(slot.sessions)} sessions"
                 for slot in self.slots
             }
             raise NoFreeSlot(
-                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests or sessions still "
-                "hold older versions: wait for them, push with in_flight = keep, or start the server with more "
+                f"run {self.run_id}: no slot came free before the push's deadline ({busy}); requests still run on "
+                "older versions: wait for them, push with in_flight = keep, or start the server with more "
                 "--slots-per-run"
             )
         slot = free()
@@ -206,7 +233,7 @@ class Run:
         assert slot is not None
         slot.version, slot.install_seq, slot.checksum = version, install_seq, checksum
         self.last_push = time.monotonic()
-        for holder in (*self._holders[slot], *self._sessions[slot]):
+        for holder in (*self._holders[slot], *slot.sessions):
             holder.move(tokens, version, kv)
         self.ring.notify()
 
@@ -241,7 +268,7 @@ class Run:
                     "state": slot.state.value,
                     "version": slot.version.model_dump() if slot.version and slot.state in serving else None,
                     "requests": slot.requests,
-                    "sessions": slot.sessions,
+                    "sessions": len(slot.sessions),
                 }
                 for slot in self.slots
             ],
@@ -250,6 +277,11 @@ class Run:
             kept_seconds=max(self.finished.kept_until - now, 0.0) if self.finished else None,
             seconds_since_push=None if self.last_push is None else now - self.last_push,
         )
+
+
+def _end_sessions(slot: Slot, reason: Recall) -> None:
+    for holder in tuple(slot.sessions):
+        holder.recall(reason)
 
 
 def loop_time(deadline: float) -> float:

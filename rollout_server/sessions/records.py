@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rollout_server.engine.admission import Admission, SessionHold
 from rollout_server.engine.proxy import EngineProxy
@@ -30,10 +30,8 @@ from rollout_server.settings import ServerSettings
 from shared import wire
 from shared.errors import InvalidRequest, Overloaded, SessionEnded, UnknownSession
 from shared.rollouts import PolicyRequest
-from shared.sessions import SessionOpened, SessionRecord, SessionRequest
+from shared.sessions import Ended, SessionOpened, SessionRecord, SessionRequest
 from shared.weights import WeightVersion
-
-Ended = Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended"]
 
 #: How long a record can still be read after the end of its session, and (deleted) repeated to whoever lost the answer.
 _RECORD_SECONDS, _DELETED_SECONDS = 900.0, 60.0
@@ -58,6 +56,7 @@ _WHY_ENDED = {
     "max_tokens": "its trajectories hold as many tokens as its max_tokens allows",
     "max_seconds": "it has lasted as long as its max_seconds allows",
     "run_ended": "its run has ended, or its learner has started again",
+    "superseded": "it kept an older version between two calls, and a push needed its slot",
 }
 
 
@@ -90,8 +89,10 @@ class AgentSession:
         self.recording = True  # False when its record has been given away, or dropped
         self._stopped = False
         self._admitted = 0
+        self._reserved = 0  # tokens that calls under way may add
+        self._given_back = asyncio.Event()
         self._opened_at = time.monotonic()
-        self._hold: SessionHold | None = proxy.hold(request, lambda: self.end("run_ended"))
+        self._hold: SessionHold | None = proxy.hold(request, self.end)
         self.run = self._hold.run if self._hold else None
         self.version: WeightVersion | None = self._hold.version if self._hold else None
         if self._hold is not None and request.follow:
@@ -152,24 +153,26 @@ class AgentSession:
         call, request_id = self._admitted, f"session-{uuid.uuid4().hex}"
         self._admitted += 1
         self.running.add(request_id)
-        own_logprobs, recorded = sampling_params.logprobs is None, False
+        own_logprobs, recorded, reserved = sampling_params.logprobs is None, False, 0
         try:
-            params = overridden(sampling_params, self.request.sampling)
+            params = overridden(sampling_params, self.request.sampling, self.session_id)
             asked = _token_ids(prompt)
             token_ids = await self._continued(asked)
-            self._check_room(token_ids, params.n)
+            reserved = await self._reserve(token_ids, params)
+            await admission.settled()
+            self._check_going_on()
             recording = Recording(params.output_kind is RequestOutputKind.DELTA, self.request.sampling.truncates)
             own_prompt = {**prompt, "prompt_token_ids": token_ids.tolist()}
             async with aclosing(admission.generate(own_prompt, params, request_id, **kwargs)) as outputs:
                 async for output in outputs:
-                    if self._stopped:
-                        self.check_open()
+                    self._check_going_on()
                     recording.see(output.outputs)
                     if own_logprobs:
                         for each in output.outputs:
                             each.logprobs = None
                     if output.finished:  # before the client has it, and may ask for the record
                         recorded = self._record(call, token_ids, recording, admission, request_id)
+                        reserved = self._give_back(reserved)
                         self.repaired += recorded and token_ids != asked
                         self._sessions.counts.repaired += recorded and token_ids != asked
                     yield output
@@ -180,6 +183,12 @@ class AgentSession:
             raise
         finally:
             self.running.discard(request_id)
+            self._give_back(reserved)
+
+    def _check_going_on(self) -> None:
+        """Raise `session_ended` if calls under way end, too."""
+        if self._stopped:
+            self.check_open()
 
     async def _continued(self, asked: array[int]) -> array[int]:
         """Return the prompt on recorded ids, where it has the text of a trajectory and other ids."""
@@ -196,12 +205,31 @@ class AgentSession:
             return asked
         return built
 
-    def _check_room(self, prompt: array[int], n: int) -> None:
-        needed = self.trajectories.needed(prompt, n)
-        if self.trajectories.tokens + needed > self.request.max_tokens:
-            self.end("max_tokens")
-            self.check_open()
-        self._sessions.check_tokens(needed)
+    async def _reserve(self, prompt: array[int], params: Any) -> int:
+        """Return how many tokens a call may add, and keep room for them; wait for calls under way that may need it."""
+        while True:
+            needed = self.trajectories.needed(prompt, params.n)
+            held = self.trajectories.tokens + needed
+            if held > self.request.max_tokens:
+                self.end("max_tokens")
+                self.check_open()
+            if held + self._reserved <= self.request.max_tokens:
+                break
+            self._given_back.clear()
+            await self._given_back.wait()
+            self._check_going_on()
+        context: int = self._proxy.model_config.max_model_len
+        reserved = needed + params.n * max(min(params.max_tokens or context, context - len(prompt)), 0)
+        self._sessions.reserve(reserved)
+        self._reserved += reserved
+        return reserved
+
+    def _give_back(self, reserved: int) -> int:
+        """Let other calls have what one had reserved; return what it still has."""
+        self._reserved -= reserved
+        self._sessions.reserved -= reserved
+        self._given_back.set()
+        return 0
 
     def _record(
         self, call: int, prompt: array[int], recording: Recording, admission: Admission, request_id: str
@@ -237,6 +265,7 @@ class AgentSession:
         if self.running and not self._stopped:
             self._sessions.abort(self._proxy, sorted(self.running))
         self._stopped = True
+        self._given_back.set()
 
     def set_reward(self, reward: float) -> None:
         """Set its reward; raises `session_ended` when its record has been given away."""
@@ -274,6 +303,7 @@ class Sessions:
         self._deleted = OrderedDict[str, None]()
         self._aborts = set[asyncio.Future[None]]()
         self.tokens = 0  # that all of them hold
+        self.reserved = 0  # that calls under way may add
         self.counts = Counts()
 
     @property
@@ -333,8 +363,10 @@ class Sessions:
         return session
 
     def see_end(self, session: AgentSession) -> None:
-        """Keep the record of a session that has ended, for a while."""
+        """Keep the record of a session that has ended, for a while, and of no more than may be open."""
         self._keep(session.session_id, _RECORD_SECONDS)
+        while len(self._ended) > self._settings.max_sessions:
+            self.forget(next(iter(self._ended)))
 
     def _keep(self, session_id: str, seconds: float) -> None:
         if (before := self._ended.pop(session_id, None)) is not None:
@@ -356,16 +388,20 @@ class Sessions:
         self.counts.calls += 1
         self.counts.forks += forks
 
-    def check_tokens(self, tokens: int) -> None:
-        """Make room for so many tokens more, of records that were deleted; raises `overloaded`."""
-        limit = self._settings.max_session_tokens
-        while self.tokens + tokens > limit and self._deleted:
-            self.forget(next(iter(self._deleted)))
-        if self.tokens + tokens > limit:
+    def reserve(self, tokens: int) -> None:
+        """Keep room for so many tokens more, that of records that were deleted, then of others of sessions that have
+        ended, the oldest first; raises `overloaded`.
+        """
+        limit = self._settings.max_session_tokens - self.reserved - tokens
+        while self.tokens > limit and self._ended:
+            self.forget(next(iter(self._deleted or self._ended)))
+        if self.tokens > limit:
             raise Overloaded(
-                f"the sessions of this server hold {self.tokens} tokens, {tokens} more would go beyond "
-                f"--max-session-tokens {limit}; read and delete sessions whose episodes have ended"
+                f"the sessions of this server hold {self.tokens} tokens, and calls under way may add {self.reserved}; "
+                f"{tokens} more would go beyond --max-session-tokens {self._settings.max_session_tokens}: read and "
+                "delete sessions whose episodes have ended, and ask for fewer max_tokens"
             )
+        self.reserved += tokens
 
     def _check_count(self) -> None:
         limit = self._settings.max_sessions

@@ -16,6 +16,8 @@ from shared.sessions import Trajectory
 _NO_TEXT = "\ufffd"
 #: Tokens before the first difference that are decoded with it: a character may be made of four.
 _CONTEXT = 4
+#: Tokens behind the first difference that are decoded first, and by how many times more each time after that.
+_GLANCE, _WIDER = 32, 8
 #: Trajectories that are compared as text, those that agree longest first.
 _COMPARED = 4
 
@@ -165,6 +167,8 @@ def continued(
     """
     for token_ids in recorded:
         start = max(_shared(token_ids, prompt) - _CONTEXT, 0)
+        if _differ_soon(token_ids, prompt, start, decode):
+            continue
         text, asked = decode(token_ids[start:].tolist()), decode(prompt[start:].tolist())
         if _NO_TEXT in text or not asked.startswith(text):
             continue
@@ -175,6 +179,19 @@ def continued(
         if decode(built[start:].tolist()) == asked:
             return built
     return None
+
+
+def _differ_soon(one: array[int], other: array[int], start: int, decode: Callable[[list[int]], str]) -> bool:
+    """Return whether the texts from `start` on differ, before one of them ends, as far as it is cheap to see."""
+    end, longest = start + _CONTEXT + _GLANCE, max(len(one), len(other))
+    while end < longest:
+        # A character that is cut is no difference.
+        texts = [decode(token_ids[start:end].tolist()).rstrip(_NO_TEXT) for token_ids in (one, other)]
+        shorter, longer = sorted(texts, key=len)
+        if not longer.startswith(shorter):
+            return True
+        end = start + (end - start) * _WIDER
+    return False
 
 
 def _shared(one: array[int], other: array[int]) -> int:

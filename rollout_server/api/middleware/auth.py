@@ -20,6 +20,7 @@ from rollout_server.api.security.roles import (
     Role,
     is_vllm_path,
     opened_by_session,
+    rewarded_session,
     role_needed,
     session_call,
 )
@@ -89,14 +90,17 @@ class AuthMiddleware:
             session = self._sessions.of_token(presented) if presented else None
         except UnknownSession as error:
             raise error if self._tokens is None else Unauthenticated(error.message) from None
+        rewarded = rewarded_session(path)
         if session is not None:
             opened = opened_by_session(method, path, session.session_id)
-            if opened is None or (opened.endswith("/reward") and not session.request.accept_reward):
+            if opened is None or (rewarded and not session.request.accept_reward):
                 raise Forbidden(
                     "this token opens the calls of its session and nothing else; its reward only where it was opened "
                     "with accept_reward"
                 )
             return scope if opened == path and opened not in SESSION_CALLS else _call(scope, opened, session)
+        if self._tokens is None and rewarded and not self._sessions.get(rewarded).request.accept_reward:
+            raise Forbidden("without tokens anyone may be the agent: this session was opened without accept_reward")
         self._check_role(presented, role_needed(method, served))
         return _call(scope, served, self._sessions.get(call[0])) if call else scope
 

@@ -43,7 +43,7 @@ async def delete_session(session_id: SessionId, service: ServiceDep) -> Response
 
 @router.post(wire.SESSION_REWARD, status_code=204)
 async def set_session_reward(session_id: SessionId, body: SessionReward, service: ServiceDep) -> Response:
-    """Set the reward of a session; with its own token, where it was opened with `accept_reward`."""
+    """Set the reward of a session; without a token of a role, where it was opened with `accept_reward`."""
     service.sessions.get(session_id).set_reward(body.reward)
     return Response(status_code=204)
 

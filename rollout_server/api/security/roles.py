@@ -39,6 +39,7 @@ SESSION_CALLS = (
     "/v1/messages/count_tokens",
 )
 _MODELS = "/v1/models"
+_REWARD = "/reward"
 _SESSION_PATH = re.compile(r"/v1/sessions/([^/]+)(/.*)?")
 
 _OURS = {
@@ -95,6 +96,12 @@ def session_call(path: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found and found[2] in SESSION_CALLS else None
 
 
+def rewarded_session(path: str) -> str | None:
+    """Return the id of a session whose reward a path sets; None for all other paths."""
+    found = _SESSION_PATH.fullmatch(path)
+    return found[1] if found and found[2] == _REWARD else None
+
+
 def opened_by_session(method: str, path: str, session_id: str) -> str | None:
     """Return the path, that of vLLM for its routes, on which a session's token answers a request; None if it does not.
 
@@ -104,7 +111,7 @@ def opened_by_session(method: str, path: str, session_id: str) -> str | None:
     if found and found[1] != session_id:
         return None
     inner = (found[2] or "") if found else path
-    if method == "POST" and (inner in SESSION_CALLS or (found and inner == "/reward")):
+    if method == "POST" and (inner in SESSION_CALLS or (found and inner == _REWARD)):
         return inner if inner in SESSION_CALLS else path
     if method == "GET" and inner == _MODELS:
         return wire.SESSION.format(session_id=session_id) + _MODELS

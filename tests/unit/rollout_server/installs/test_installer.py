@@ -112,10 +112,17 @@ class _Server:
         )
 
     async def push(
-        self, step: int, lease: str = OWNER, run_id: str = "r", *, takeover: bool = False, in_flight: Any = "drain"
+        self,
+        step: int,
+        lease: str = OWNER,
+        run_id: str = "r",
+        *,
+        fence: int = 0,
+        takeover: bool = False,
+        in_flight: Any = "drain",
     ) -> PushReceipt:
         manifest = AdapterManifest(
-            version=WeightVersion(run_id=run_id, step=step),
+            version=WeightVersion(run_id=run_id, fence=fence, step=step),
             base_weights=None,
             dtype="float32",
             modules={"m": ModuleSpec(rank=2, scaling=1.0)},
@@ -195,6 +202,21 @@ async def test_a_takeover_owns_nothing_before_its_flip(server: _Server, run_id: 
         assert admission.version.step == 5
     assert await _refused(server.push(7, STRANGER)) is ErrorCode.LEASE_MISMATCH
     assert (await server.push(7)).version.step == 7
+
+
+@pytest.mark.parametrize("in_flight", ["drain", "keep"])
+async def test_sessions_of_the_learner_before_end_when_its_successor_is_served(server: _Server, in_flight: str) -> None:
+    await server.push(5)
+    recalled: list[str] = []
+    hold = server.proxy.hold(PolicyRequest(), recalled.append)
+    assert hold is not None
+    server.workers.refused["fill"] = "not_finite"
+    refused = server.push(6, STRANGER, fence=1, takeover=True, in_flight=in_flight)
+    assert await _refused(refused) is ErrorCode.NOT_FINITE
+    assert recalled == []
+    server.proxy.admit_held(hold).release()
+    await server.push(6, STRANGER, fence=1, takeover=True, in_flight=in_flight)
+    assert recalled == ["run_ended"]
 
 
 @pytest.mark.parametrize("op", ["apply", "swap"])

@@ -118,8 +118,8 @@ class Served:
     async def flip(self, step: int, fence: int = 0, seconds: float = 5.0) -> None:
         """Serve another version, as a push that drains does."""
         version = WeightVersion(run_id="r", fence=fence, step=step)
+        slot = self.run.slots[0] if self.table.base else await self.run.reserve(time.monotonic() + seconds, fence)
         self.run.recall(fence)
-        slot = self.run.slots[0] if self.table.base else await self.run.reserve(time.monotonic() + seconds)
         self.run.flip(slot, version, self.table.next_install_seq(), "sum")
 
     async def open(self, **fields: Any) -> AgentSession:

@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from rollout_server.generation.vllm_params import overridden
+from rollout_server.runs import slots
 from rollout_server.sessions import records
 from rollout_server.sessions.records import AgentSession
 from shared.errors import (
@@ -48,14 +49,39 @@ async def test_a_session_keeps_its_version_until_it_ends(served: Served) -> None
     await served.flip(1)
     await served.call(session, [1])
     assert _steps(session) == [[0]]
-    with pytest.raises(NoFreeSlot, match="1 sessions"):
-        await served.flip(2, seconds=0.01)
     push = asyncio.ensure_future(served.flip(2))
     await asyncio.sleep(0)
     served.sessions.delete(session.session_id)
     await push
     assert served.run.active is not None
     assert not served.run.active.held
+
+
+async def test_a_session_between_two_calls_gives_way_to_a_push_that_cannot_wait_longer(served: Served) -> None:
+    sessions = [await served.open() for _ in range(2)]
+    await served.flip(1)
+    newer = await served.open()
+    await served.flip(2, seconds=0.01)
+    assert [_record(session).ended for session in (*sessions, newer)] == ["superseded", "superseded", None]
+    with pytest.raises(SessionEnded, match="a push needed its slot"):
+        await served.call(sessions[0], [1])
+
+
+async def test_a_session_with_a_call_under_way_gives_way_when_that_has_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "_PATIENCE", 0.0)
+    session = await served.open()
+    await served.flip(1)
+    call = await _under_way(served, session)
+    with pytest.raises(NoFreeSlot, match="1 requests, 1 sessions"):
+        await served.flip(2, seconds=0.01)
+    assert _record(session).ended is None
+    push = asyncio.ensure_future(served.flip(2))
+    assert served.engine.gate is not None
+    served.engine.gate.set()
+    await asyncio.gather(call, push)
+    assert (_record(session).ended, _record(session).calls) == ("superseded", 1)
 
 
 async def test_a_session_that_follows_goes_on_with_the_newest(served: Served) -> None:
@@ -131,18 +157,71 @@ def test_the_trainer_samples() -> None:
     client = SamplingParams(
         temperature=0.0, top_k=5, max_tokens=6, n=1, stop=["x"], stop_token_ids=[9], seed=4, presence_penalty=1.0
     )
-    params = overridden(client, trainer)
+    params = overridden(client, trainer, "id")
     assert (params.temperature, params.top_p, params.top_k) == (0.7, 0.9, 0)
     assert (params.max_tokens, params.min_tokens) == (6, 6)
     assert params.stop_token_ids == [9, 7]
     assert params.all_stop_token_ids == {9, 7}
-    assert (params.stop, params.seed, params.presence_penalty) == (["x"], 4, 0.0)
+    assert (params.stop, params.presence_penalty) == (["x"], 0.0)
     assert params.logit_bias == {3: -5.0}
     assert params.logprobs == 0
-    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer).max_tokens == 20
-    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer).logprobs == 3
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id").max_tokens == 20
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id").logprobs == 3
     with pytest.raises(InvalidRequest, match="greedy"):
-        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0))
+        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0), "id")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("thinking_token_budget", 5),  # as made of Anthropic's `thinking`
+        ("thinking_token_budget", 0),
+        ("extra_args", {"a": 1}),
+        ("watermarking", False),
+        ("logprob_token_ids", [3]),
+        ("trace_decode_token_ids", [3]),
+    ],
+)
+def test_what_a_route_may_set_behind_the_trainers_back_is_left_out(name: str, value: Any) -> None:
+    params = overridden(SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None), "id")
+    assert getattr(params, name) is None
+
+
+async def test_a_seed_holds_within_its_session(served: Served) -> None:
+    one, two = await served.open(), await served.open()
+    for session in (one, one, two):
+        for seed in (4, 5, 2**63 - 1, None):
+            await served.call(session, [1], seed=seed)
+    seeds = [asked.params.seed for asked in served.engine.asked]
+    assert seeds[:4] == seeds[4:8]
+    assert len(set(seeds)) == 7
+    assert seeds[3::4] == [None] * 3
+    assert max(seed or 0 for seed in seeds) < 2**62  # vLLM adds the choice's number
+
+
+def test_a_clients_form_of_outputs_stays() -> None:
+    asked = {
+        "prompt_logprobs": 2,
+        "detokenize": False,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "output_kind": RequestOutputKind.DELTA,
+    }
+    params = overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id")
+    assert {name: getattr(params, name) for name in asked} == asked
+    assert params.skip_reading_prefix_cache
+    assert not params.flat_logprobs
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+async def test_logprobs_of_prompts_are_refused_where_they_would_cost_the_kept_mass(
+    served: Served, cut: dict[str, Any]
+) -> None:
+    session = await served.open(sampling={**cut, "max_tokens": None})
+    with pytest.raises(InvalidRequest, match="prompt_logprobs"):
+        await served.call(session, [1], logprobs=5, prompt_logprobs=0)
+    assert not served.engine.asked
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
@@ -211,6 +290,11 @@ async def _under_way(served: Served, session: AgentSession) -> asyncio.Future[An
     return call
 
 
+async def _until_running(session: AgentSession, calls: int) -> None:
+    while len(session.running) < calls:  # noqa: ASYNC110 - what is waited for is the session's
+        await asyncio.sleep(0)
+
+
 async def test_time_ends_a_session_and_its_calls(served: Served) -> None:
     session = await served.open(max_seconds=0.01)
     call = await _under_way(served, session)
@@ -264,6 +348,34 @@ async def test_a_deleted_record_can_be_asked_for_again_and_does_not_change(serve
         session.set_reward(1.0)
 
 
+async def test_a_call_whose_session_is_deleted_before_the_engine_has_it_is_not_begun(served: Served) -> None:
+    session = await served.open()
+    served.run.not_moving.clear()
+    call = asyncio.ensure_future(served.call(session, [1]))
+    await _until_running(session, 1)
+    served.sessions.delete(session.session_id)
+    served.run.not_moving.set()
+    with pytest.raises(SessionEnded):
+        await call
+    assert not served.engine.asked
+
+
+async def test_a_call_whose_session_is_deleted_while_its_text_is_compared_is_not_begun(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await served.open()
+    compare = session._continued
+
+    async def delete_meanwhile(asked: Any) -> Any:
+        served.sessions.delete(session.session_id)
+        return await compare(asked)
+
+    monkeypatch.setattr(session, "_continued", delete_meanwhile)
+    with pytest.raises(SessionEnded):
+        await served.call(session, [1])
+    assert not served.engine.asked
+
+
 async def test_rewards(served: Served) -> None:
     session = await served.open(max_calls=1)
     session.set_reward(0.5)
@@ -286,6 +398,81 @@ async def test_all_sessions_together_are_bounded() -> None:
     with pytest.raises(UnknownSession):  # its record made room
         served.sessions.get(one.session_id)
     await served.open()
+
+
+async def test_calls_side_by_side_do_not_go_beyond_the_tokens_of_their_session(served: Served) -> None:
+    session = await served.open(max_tokens=100)
+    calls = [served.call(session, [3 + number] * 15) for number in range(20)]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert {type(answer) for answer in refused} == {SessionEnded}
+    assert len(refused) == 20 - _record(session).calls
+    assert 80 < session.trajectories.tokens <= 100 + 6
+    assert _record(session).ended == "max_tokens"
+    assert served.sessions.reserved == 0
+
+
+async def test_a_call_that_waits_for_room_ends_with_its_session(served: Served) -> None:
+    session = await served.open(max_tokens=20)
+    calls = [await _under_way(served, session)]
+    calls.append(asyncio.ensure_future(served.call(session, [5] * 15)))
+    await _until_running(session, 2)
+    served.sessions.delete(session.session_id)
+    with pytest.raises(SessionEnded):
+        await calls[1]
+    assert served.engine.gate is not None
+    served.engine.gate.set()
+    await asyncio.wait(calls)
+    assert served.sessions.reserved == 0
+
+
+async def test_calls_under_way_count_for_all_sessions_together() -> None:
+    served = Served(max_session_tokens=100)
+    await served.flip(0)
+    one, two = await served.open(), await served.open()
+    served.engine.gate = asyncio.Event()
+    call = asyncio.ensure_future(served.call(one, [1] * 60, max_tokens=30))
+    await served.engine.began.wait()
+    with pytest.raises(Overloaded, match="calls under way may add 90"):
+        await served.call(two, [1] * 8)
+    served.engine.gate.set()
+    await call
+    await served.call(two, [1] * 8, max_tokens=2)
+    assert served.sessions.reserved == 0
+
+
+async def test_records_of_sessions_that_have_ended_are_as_few_as_may_be_open() -> None:
+    served = Served(max_sessions=3)
+    await served.flip(0)
+    ids = []
+    for _ in range(10):
+        session = await served.open()
+        session.end("max_seconds")
+        ids.append(session.session_id)
+    for session_id in ids[:-3]:
+        with pytest.raises(UnknownSession):
+            served.sessions.get(session_id)
+    assert [_record(served.sessions.get(session_id)).ended for session_id in ids[-3:]] == ["max_seconds"] * 3
+    assert served.sessions.open_sessions == 0
+
+
+async def test_records_of_sessions_that_have_ended_make_room_after_those_that_were_deleted() -> None:
+    served = Served(max_session_tokens=200)
+    await served.flip(0)
+    ended, deleted, open_ = [await served.open() for _ in range(3)]
+    for session in (ended, deleted):
+        await served.call(session, [1] * 60)
+    ended.end("max_calls")
+    served.sessions.delete(deleted.session_id)
+    for length, kept in ((80, [ended]), (60, [])):
+        await served.call(open_, [length] * length)
+        assert [session for session in (ended, deleted) if session.recording] == kept
+
+
+def test_metadata_is_bounded_as_a_whole() -> None:
+    SessionRequest(metadata={"row": "x" * 1024})
+    with pytest.raises(ValueError, match="16 KiB"):
+        SessionRequest(metadata={str(number): "x" * 1024 for number in range(16)})
 
 
 async def test_records_expire(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

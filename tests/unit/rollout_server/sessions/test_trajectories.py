@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.sampling_params import RequestOutputKind
 
+from rollout_server.sessions import trajectories
 from rollout_server.sessions.trajectories import Choice, Trajectories, continued
 from shared.rollouts import VersionSpan
 from shared.sessions import SessionRecord
@@ -121,6 +122,32 @@ def test_other_questions_are_not_compared_as_text() -> None:
     other = array("I", _encode(_decode(START).replace("hello", "good day")))
     assert not made.similar(other)
     assert made.similar(array("I", START))
+
+
+@pytest.mark.parametrize("same", [0, 40, 500])
+def test_text_that_differs_is_not_decoded_to_its_end(same: int) -> None:
+    letters = [_encode(letter)[0] for letter in "abcd" * 5000]
+    made = _recorded(START, [*LETTERS, *letters])
+    asked = array("I", _encode(_decode([*START, *LETTERS, *letters[:same]]) + "X" + _decode(letters[same:])))
+    decoded: list[int] = []
+
+    def decode(token_ids: list[int]) -> str:
+        decoded.append(len(token_ids))
+        return _decode(token_ids)
+
+    assert continued(asked, made.similar(asked), decode) is None
+    assert sum(decoded) < 200 + 20 * same
+
+
+@pytest.mark.parametrize("glance", range(1, 9))
+def test_characters_that_are_cut_are_no_difference(glance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectories, "_GLANCE", glance)
+    monkeypatch.setattr(trajectories, "_WIDER", 2)
+    sampled = [*LETTERS, *_encode("é😀ï日"), *LETTERS]
+    asked = array("I", _encode(_decode([*START, *sampled]) + "\n<|im_start|>user\n"))
+    built = _continued(asked, _recorded(START, sampled))
+    assert built is not None
+    assert built[: len(START) + len(sampled)].tolist() == [*START, *sampled]
 
 
 def test_a_token_beyond_the_text_is_not_cut() -> None:

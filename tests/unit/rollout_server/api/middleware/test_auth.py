@@ -324,6 +324,16 @@ async def test_a_reward_by_the_sessions_token_only_where_it_is_accepted() -> Non
         assert await opened.ask("POST", path, HELD[Role.GENERATE]) == 200
 
 
+async def test_a_reward_where_there_are_no_tokens_only_where_it_is_accepted() -> None:
+    opened = _Opened(tokens=False)
+    for accepted, status in ((True, 200), (False, 403)):
+        session = await opened.open(accept_reward=accepted)
+        path = wire.SESSION_REWARD.format(session_id=session.session_id)
+        for held in (session.token, HELD[Role.WEIGHTS], None):
+            assert await opened.ask("POST", path, held) == status
+    assert await opened.ask("POST", wire.SESSION_REWARD.format(session_id="none")) == 404
+
+
 async def test_a_session_that_has_ended_says_so() -> None:
     opened = _Opened()
     session = await opened.open()
