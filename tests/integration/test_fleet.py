@@ -87,7 +87,7 @@ def test_a_server_that_is_killed_and_comes_back(
             with RolloutClient(again.url) as client:
                 answer = P.generate(client, PROMPTS[:4], policy=publisher.version(1), max_tokens=8)
             assert P.largest_gap(policy, answer) < 1e-4, "it was sent the version that it missed"
+            publisher.delete_run()
         finally:
             again.stop()
-        publisher.delete_run()
     assert any("lost" in line and "1 of 2 serve" in line for line in caplog.messages)
