@@ -9,7 +9,6 @@ import json
 import math
 import numbers
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -37,7 +36,6 @@ AgentFunction = Callable[[AgentSession, Row], float | Awaitable[float | None] | 
 _GRACE_S = 5.0
 #: Longest row that is put into a variable: a process may get 128 KiB in one.
 _MOST_IN_VARIABLE = 64 * 1024
-_REWARD_LINE = re.compile(r"reward\s*[:=]?\s*(\S+)", re.IGNORECASE)
 _SHOWN = 2000
 #: Their frames are left out of an agent's traceback.
 _NOT_THE_AGENTS = {__file__, threads.__file__, asyncio.runners.__file__, inspect.getfile(Future)}
@@ -112,14 +110,13 @@ class ProgramAgent:
     def run(self, session: AgentSession, row: Row) -> float | None:
         """Return the reward that the program wrote; None if it wrote none. Raises `AgentFailed`."""
         with tempfile.TemporaryDirectory(prefix="lockstep-episode-", ignore_cleanup_errors=True) as folder:
-            stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-            reward_file = Path(folder, "reward")
+            stderr, reward_file = Path(folder, "stderr"), Path(folder, "reward")
             environment = self._environment(session, row, Path(folder), reward_file)
-            with stdout.open("wb") as out, stderr.open("wb") as err:
+            with stderr.open("wb") as err:
                 process = subprocess.Popen(
                     ["/bin/sh", "-c", self.command],
                     stdin=subprocess.DEVNULL,
-                    stdout=out,
+                    stdout=subprocess.DEVNULL,  # it may be the model's text: nothing is read from it
                     stderr=err,
                     env=environment,
                     start_new_session=True,
@@ -133,7 +130,7 @@ class ProgramAgent:
                     _end_group(process)
             if code != 0:
                 raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
-            return _written_reward(reward_file, stdout)
+            return _written_reward(reward_file)
 
     def _environment(self, session: AgentSession, row: Row, folder: Path, reward_file: Path) -> dict[str, str]:
         text = json.dumps(dict(row), default=str)
@@ -184,19 +181,14 @@ def checked_reward(value: Any) -> float | None:
     return float(value)
 
 
-def _written_reward(reward_file: Path, stdout: Path) -> float | None:
-    """Return the reward in the file; else that of the last line of the output, if it is `reward: NUMBER`."""
-    if reward_file.is_file():
-        return _number(reward_file.read_text(errors="replace").strip(), "LOCKSTEP_REWARD_FILE")
-    lines = _end_of(stdout).strip().splitlines()
-    line = _REWARD_LINE.fullmatch(lines[-1].strip()) if lines else None
-    return _number(line[1], "the last line of its output") if line else None
-
-
-def _number(text: str, where: str) -> float | None:
+def _written_reward(file: Path) -> float | None:
+    if not file.is_file():
+        return None
+    text = file.read_text(errors="replace").strip()
     try:
         return checked_reward(float(text))
     except (ValueError, AgentFailed):
+        where = "LOCKSTEP_REWARD_FILE"
         raise AgentFailed(f"{where} holds {text!r:.80}, not a finite number", kind=where) from None
 
 

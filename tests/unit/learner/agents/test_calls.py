@@ -113,9 +113,7 @@ def test_a_program_finds_its_row_and_session(tmp_path, monkeypatch):
     [
         ('echo 0.5 > "$LOCKSTEP_REWARD_FILE"', 0.5),
         ('echo reward: 1; echo 0.5 > "$LOCKSTEP_REWARD_FILE"', 0.5),
-        ("echo thinking; echo reward: 0.75", 0.75),
-        ("echo reward: 0.75; echo done", None),
-        ("echo 42", None),
+        ("echo reward: 0.75", None),  # what a program prints may be the model's text
     ],
 )
 def test_a_program_writes_its_reward(command, reward):
@@ -127,7 +125,7 @@ def test_a_program_writes_its_reward(command, reward):
     [
         ("echo lost >&2; exit 3", "exit code 3"),
         ('echo good > "$LOCKSTEP_REWARD_FILE"', "LOCKSTEP_REWARD_FILE holds 'good'"),
-        ("echo reward: nan", "last line of its output holds 'nan'"),
+        ('echo nan > "$LOCKSTEP_REWARD_FILE"', "LOCKSTEP_REWARD_FILE holds 'nan'"),
     ],
 )
 def test_a_program_fails(command, match):
