@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from learner.agents.agent_session import AgentSession
 from learner.tasks import import_object
@@ -75,7 +75,7 @@ class FunctionAgent:
         except BaseException as error:  # SystemExit too: it ends the agent, not the learner
             if isinstance(error, _Late) or not running.done():
                 raise _too_late(session) from error
-            raise _failure(error) from error
+            raise failure_of(error) from error
         return checked_reward(returned)
 
     def _call(self, session: AgentSession, row: dict[str, Any]) -> Any:
@@ -110,14 +110,14 @@ class ProgramAgent:
     def run(self, session: AgentSession, row: Row) -> float | None:
         """Return the reward that the program wrote; None if it wrote none. Raises `AgentFailed`."""
         with tempfile.TemporaryDirectory(prefix="lockstep-episode-", ignore_cleanup_errors=True) as folder:
-            stderr, reward_file = Path(folder, "stderr"), Path(folder, "reward")
+            reward_file = Path(folder, "reward")
             environment = self._environment(session, row, Path(folder), reward_file)
-            with stderr.open("wb") as err:
+            with tempfile.TemporaryFile() as stderr:  # not in the folder, which the program may remove
                 process = subprocess.Popen(
                     ["/bin/sh", "-c", self.command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # it may be the model's text: nothing is read from it
-                    stderr=err,
+                    stderr=stderr,
                     env=environment,
                     start_new_session=True,
                     preexec_fn=die_with_parent,
@@ -128,8 +128,8 @@ class ProgramAgent:
                     raise _too_late(session, _end_of(stderr)) from error
                 finally:
                     _end_group(process)
-            if code != 0:
-                raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
+                if code != 0:
+                    raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
             return _written_reward(reward_file)
 
     def _environment(self, session: AgentSession, row: Row, folder: Path, reward_file: Path) -> dict[str, str]:
@@ -176,9 +176,13 @@ def checked_reward(value: Any) -> float | None:
     if hasattr(value, "item") and not isinstance(value, numbers.Real):  # a tensor of one number
         with suppress(Exception):
             value = value.item()
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise AgentFailed(f"it returned {value!r:.80}, not a reward: a finite number, or None")
-    return float(value)
+    try:
+        reward = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise AgentFailed(f"it returned {_shown(value, repr):.80}, not a reward: a finite number, or None")
+    return reward
 
 
 def _written_reward(file: Path) -> float | None:
@@ -192,10 +196,9 @@ def _written_reward(file: Path) -> float | None:
         raise AgentFailed(f"{where} holds {text!r:.80}, not a finite number", kind=where) from None
 
 
-def _end_of(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _SHOWN))
-        return file.read().decode("utf-8", "replace")
+def _end_of(file: IO[bytes]) -> str:
+    size = os.stat(file.fileno()).st_size
+    return os.pread(file.fileno(), _SHOWN, max(0, size - _SHOWN)).decode("utf-8", "replace")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -213,11 +216,23 @@ def _too_late(session: AgentSession, details: str = "") -> AgentFailed:
     return AgentFailed(f"it did not end within {session.timeout_s:g} s (agent_timeout_s)", details=details)
 
 
-def _failure(error: BaseException) -> AgentFailed:
+def failure_of(error: BaseException) -> AgentFailed:
+    """Return the failure of an episode whose agent, or whose process, has raised `error`."""
+    if isinstance(error, AgentFailed):
+        return error
     trace = error.__traceback__
     while trace and trace.tb_next and trace.tb_frame.f_code.co_filename in _NOT_THE_AGENTS:
         trace = trace.tb_next
     frames = traceback.extract_tb(trace)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     details = "".join(traceback.format_exception(type(error), error, trace))
-    return AgentFailed(f"{type(error).__name__}: {error}", kind=f"{type(error).__name__} at {where}", details=details)
+    name = type(error).__name__
+    return AgentFailed(f"{name}: {_shown(error, str)}", kind=f"{name} at {where}", details=details)
+
+
+def _shown(value: object, show: Callable[[object], str]) -> str:
+    """Return the text of an object that is the user's, and may have none."""
+    try:
+        return show(value)
+    except Exception:
+        return f"<{type(value).__name__}>"

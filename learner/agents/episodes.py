@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from learner.agents.agent_session import AgentSession
-from learner.agents.calls import Agent, AgentFailed
+from learner.agents.calls import Agent, AgentFailed, failure_of
 from learner.agents.trajectories import Episode, episode_of, left_out
 from learner.rollouts.completions import AllowedVersion, sampled_length
 from learner.rollouts.dispatch import STEP_WAIT_S
@@ -67,8 +67,8 @@ def run_once(
     failure, reward = None, None
     try:
         reward = agent.run(session, row)
-    except AgentFailed as failed:
-        failure = failed
+    except Exception as error:
+        failure = failure_of(error)
     try:
         record = client.close_session(opened.session_id)
     except UnknownSession as error:
