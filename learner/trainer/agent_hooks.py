@@ -64,10 +64,14 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     def generate_conversations(prompts: list[Any]) -> tuple[Any, ...]:
         ids, completion_ids, mask, _, *others = generate(prompts)
         conversations = _conversations(trainer, episodes, chats=is_conversational({"prompt": prompts[0]}))
+        # TRL's looks at the last token of the row, which need not be the last call's.
+        cut = torch.tensor([float(each.finish_reason == "length") for each in episodes])
+        cut_off = trainer.accelerator.gather(cut.to(trainer.accelerator.device)).mean().item()
+        _metrics(trainer)["completions/clipped_ratio"][-1] = cut_off
         return ids, completion_ids, mask, conversations, *others
 
     def generate_and_score(inputs: list[Row]) -> dict[str, Any]:
-        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        metrics = _metrics(trainer)
         rows[:], before = inputs, asdict(agents.counts)
         try:
             batch = score(inputs)
@@ -98,6 +102,11 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     trainer._generate_and_score_completions = generate_and_score
     trainer._compute_loss = compute_with_forks
     _score_open_rows(trainer, reward)
+
+
+def _metrics(trainer: GRPOTrainer) -> dict[str, list[float]]:
+    """Return TRL's metrics of the training, or of the evaluation that runs."""
+    return trainer._metrics["train" if trainer.model.training else "eval"]
 
 
 def _log(metrics: Any, episodes: Sequence[Episode], counts: dict[str, int]) -> None:

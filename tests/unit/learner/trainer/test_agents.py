@@ -149,6 +149,18 @@ def _scored_alone(server: FakeSessions, batch: dict) -> torch.Tensor:
     return found
 
 
+def test_an_episode_was_cut_off_where_its_last_call_was(make_trainer, server, client):
+    """Not where the row's last token, which is that of the trajectory that began last, ends no sequence."""
+    server.spoil = lambda t: t.model_copy(
+        update={"finish_reasons": ["length" if 3 in t.calls else "stop"] * len(t.calls)}
+    )
+    for agent, cut in ((forks(server), 1.0), (talks(server), 0.0)):
+        trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
+        attach(trainer, client=client, agent=agent, run_id=f"r{cut:g}")
+        trainer.train()
+        assert logged(trainer, "completions/clipped_ratio") == [cut]
+
+
 def test_an_async_agent_runs_side_by_side(make_trainer, server, client):
     met = threading.Barrier(8)
 
@@ -337,6 +349,7 @@ def test_resumes_within_a_batch_of_forked_episodes(make_trainer, server, client)
         ({"drop_degenerate_groups": True}, {}, "drop_degenerate_groups with an agent"),
         ({"agent_command": "true"}, {}, r"agent and agent_command.*give one of them"),
         ({}, {"generation_kwargs": {"stop": ["x"]}}, "stop with an agent"),
+        ({}, {"mask_truncated_completions": True}, "mask_truncated_completions with an agent.*finish_reason"),
     ],
 )
 def test_what_means_nothing_with_an_agent_is_refused(make_trainer, client, options, settings, match):
