@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
                     sampling=sampling,
                     concurrency=options.agent_concurrency,
                     timeout_s=options.agent_timeout_s,
+                    patience_s=options.ready_timeout_s,
                     ca_file=options.ca_file,
                     progress=_show,
                 )
