@@ -42,6 +42,14 @@ class AgentError(InvalidRequest):
     """No episode of a batch was left: the agent fails every time; the message has its last failure."""
 
 
+def check_some_are_left(failures: Sequence[str | None]) -> None:
+    """Raise `AgentError` if every episode of a batch, over all ranks, has failed; None: it has not."""
+    if all(failures):
+        raise AgentError(
+            f"the agent failed in every one of {len(failures)} episodes, each run {ATTEMPTS} times: {failures[-1]}"
+        )
+
+
 def session_seconds(timeout_s: float) -> float:
     """Return how long the session of an agent with this timeout may live."""
     return min(timeout_s + _SPARE_S, _MOST_SECONDS)
@@ -140,7 +148,6 @@ class Episodes:
             allowed: evaluated for every episode that begins.
 
         Raises:
-            AgentError: the agent failed in every one of them.
             LockstepError: a record does not fit together, or no server is up.
         """
         self.before()
@@ -149,12 +156,7 @@ class Episodes:
             for request in sorted(requests, key=lambda request: request.first_row)
             for i in range(request.n)
         ]
-        episodes, count = side_by_side(calls, self.concurrency, "episodes"), len(calls)
-        if count == len(rows) and all(episode.failure for episode in episodes):
-            raise AgentError(
-                f"the agent failed in every one of {count} episodes, each run {ATTEMPTS} times: {episodes[-1].failure}"
-            )
-        return episodes
+        return side_by_side(calls, self.concurrency, "episodes")
 
     def _in_turn(self, row: Mapping[str, Any], token_ids: list[int], allowed: Callable[[], AllowedVersion]) -> Episode:
         with self._slots:

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import is_async_callable
 
-from learner.agents.episodes import Episodes
+from learner.agents.episodes import Episodes, check_some_are_left
 from learner.agents.rewards import AgentReward, agent_reward
 from learner.agents.trajectories import Episode
 from learner.session import Session
@@ -51,6 +52,7 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     def rollout(prompts: list[Any], _: Any) -> dict[str, Any]:
         token_ids = [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]]
         episodes[:] = cast(Sequence[Episode], session.rollouts.run_agents(rows, token_ids))
+        check_some_are_left(gather_object([episode.failure for episode in episodes]))
         reward.rewards = [episode.reward for episode in episodes]
         reward.open = [i for i, each in enumerate(episodes) if each.reward is None and not each.failure]
         forks.begin([episode.parts for episode in episodes])

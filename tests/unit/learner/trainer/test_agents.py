@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from learner.agents.episodes import AgentError
 from learner.agents.rewards import agent_reward
 from learner.servers.client import RolloutClient
+from learner.trainer import agent_hooks
 from learner.trainer.attach import attach
 from shared.errors import ErrorCode, LockstepError
 from tests.support.fake_sessions import FakeSessions, ask
@@ -268,6 +269,23 @@ def test_an_agent_that_always_fails_ends_the_training_with_its_own_error(make_tr
     attach(trainer, client=client, agent=agent)
     with pytest.raises(AgentError, match=r"every one of 8 episodes.*no such column"):
         trainer.train()
+
+
+def test_a_batch_goes_on_where_another_rank_has_episodes_left(make_trainer, server, client, monkeypatch):
+    others: list[list[str | None]] = [["broken", None], ["broken", "broken"]]
+    monkeypatch.setattr(agent_hooks, "gather_object", lambda own: [*own, *others.pop(0)])
+
+    def agent(session, row):
+        raise KeyError("no such column")
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=2)
+    session = attach(trainer, client=client, agent=agent)
+    batches = batches_of(trainer)
+    with pytest.raises(AgentError, match="every one of 10 episodes"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert session.rollouts.agents.counts.left_out == 16
+    assert (batches[0]["advantages"] == 0).all()
 
 
 def test_an_agent_that_makes_no_call_is_told_where_to_make_them(make_trainer, server, client):
