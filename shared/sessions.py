@@ -10,6 +10,8 @@ from shared.rollouts import Logprobs, PolicyRequest, VersionSpan
 from shared.sampling import SamplingParams
 from shared.weights import WeightVersion
 
+#: Limits of the limits of a session.
+MOST_CALLS, MOST_TOKENS = 4096, 2**23
 _Label = Annotated[str, Field(max_length=1024)]
 
 
@@ -30,8 +32,8 @@ class SessionRequest(PolicyRequest):
     on_conflict: Literal["override", "refuse"] = Field(
         "override", description="what happens to a call that asks for other sampling parameters"
     )
-    max_calls: int = Field(256, ge=1, le=4096)
-    max_tokens: int = Field(2**17, ge=1, le=2**23, description="sampled and prompted tokens in all trajectories")
+    max_calls: int = Field(256, ge=1, le=MOST_CALLS)
+    max_tokens: int = Field(2**17, ge=1, le=MOST_TOKENS, description="sampled and prompted tokens in all trajectories")
     max_seconds: float = Field(3600.0, gt=0.0, le=86400.0, description="from its opening to its end")
     accept_reward: bool = Field(False, description="whether its own token may set its reward")
     metadata: dict[_Label, _Label] = Field({}, max_length=64, description="returned as it came")

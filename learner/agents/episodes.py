@@ -86,6 +86,13 @@ def run_once(
     if failure:
         if client.state().draining:  # calls are refused
             raise Draining(f"{client.url} is about to leave")
+        if limit := {"max_calls": request.max_calls, "max_tokens": request.max_tokens}.get(record.ended or ""):
+            which = f"agent_{record.ended}"
+            raise AgentFailed(
+                f"it had used up {which} {limit}: raise it, or let the agent stop earlier ({failure})",
+                kind=which,
+                details=failure.details,
+            ) from failure
         raise failure
     return record, record.reward if reward is None and agent.takes_reward else reward
 
@@ -117,6 +124,7 @@ class Episodes:
         sampling: the trainer's, of every call.
         concurrency: episodes that run at a time, over all batches.
         timeout_s: how long an agent may take.
+        max_calls, max_tokens: of an episode, as in `SessionRequest`.
         before: called before the first episode of a batch.
     """
 
@@ -125,6 +133,8 @@ class Episodes:
     sampling: SamplingParams
     concurrency: int = 32
     timeout_s: float = 600.0
+    max_calls: int = 256
+    max_tokens: int = 2**17
     ca_file: str | None = None
     before: Callable[[], None] = lambda: None
     counts: EpisodeCounts = field(default_factory=EpisodeCounts, init=False)
@@ -229,6 +239,8 @@ class Episodes:
             policy=allowed.version if allowed.exact else "latest",
             follow=not allowed.exact,
             sampling=self.sampling,
+            max_calls=self.max_calls,
+            max_tokens=self.max_tokens,
             max_seconds=session_seconds(self.timeout_s),
             accept_reward=self.agent.takes_reward,
             **follows,

@@ -41,6 +41,8 @@ def evaluate_agent(
     sampling: SamplingParams,
     concurrency: int = 32,
     timeout_s: float = 600.0,
+    max_calls: int = 256,
+    max_tokens: int = 2**17,
     patience_s: float = 60.0,
     ca_file: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -52,6 +54,7 @@ def evaluate_agent(
 
     Args:
         sampling: of every call; `n` episodes are run for each question.
+        max_calls, max_tokens: of an episode, as in `SessionRequest`.
         patience_s: how long a server that was lost is waited for, in seconds.
         progress: called with (questions begun, all questions).
 
@@ -64,6 +67,8 @@ def evaluate_agent(
         policy=policy,
         run_id=None if policy == "base" else run_id,
         sampling=sampling.model_copy(update={"n": 1}),
+        max_calls=max_calls,
+        max_tokens=max_tokens,
         max_seconds=session_seconds(timeout_s),
         accept_reward=agent.takes_reward,
         follow=policy == "latest",  # so that no session holds a slot that pushes of a training wait for

@@ -35,6 +35,17 @@ class NoFork(ProgramAgent):
         raise BlockingIOError("fork: out of processes")
 
 
+@pytest.mark.parametrize("limit", ["max_calls", "max_tokens"])
+def test_an_agent_that_fails_at_a_limit_is_told_which(server, limit):
+    def agent(session, row):
+        server.open[session.session_id].record.ended = limit
+        raise RuntimeError("410 session_ended")
+
+    client, request = RolloutClient("http://fake", transport=server.transport), SessionRequest(policy="base")
+    with pytest.raises(AgentFailed, match=rf"agent_{limit} {getattr(request, limit)}: raise it.*410 session_ended"):
+        run_once(FunctionAgent(agent), client, request, {"prompt": "w1"}, timeout_s=60.0)
+
+
 def raises(session, row):
     raise BrokenError
 

@@ -170,9 +170,10 @@ def test_an_async_agent_runs_side_by_side(make_trainer, server, client):
         return float(len(ask(server, session, ids_of(row))))
 
     trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
-    attach(trainer, client=client, agent=agent)
+    attach(trainer, client=client, agent=agent, agent_max_calls=3, agent_max_tokens=77)
     trainer.train()
     assert len(server.opened) == 8
+    assert {(request.max_calls, request.max_tokens) for request in server.opened} == {(3, 77)}
 
 
 def test_reward_functions_score_the_conversations_that_agents_leave_open(make_trainer, server, client):
