@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
@@ -18,6 +19,7 @@ from learner.agents.rewards import agent_reward
 from learner.servers.client import RolloutClient
 from learner.trainer import agent_hooks
 from learner.trainer.attach import attach
+from learner.trainer.prompt_order import TrlPrompts
 from shared.errors import ErrorCode, LockstepError
 from tests.support.fake_sessions import FakeSessions, ask
 
@@ -335,6 +337,32 @@ def test_episodes_of_coming_batches_run_ahead(make_trainer, server, client):
     assert stats.completions == 48
     assert max(stats.staleness) <= 1
     assert session.rollouts.prefetcher.mismatches == 0
+
+
+def test_episodes_of_other_rows_are_not_taken_for_those_of_the_same_prompt(make_trainer, server, client):
+    ran = []
+
+    def agent(session, row):
+        ran.append(row["task"])
+        return float(len(ask(server, session, ids_of(row))))
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=2, save_strategy="no")
+    rows = [{"prompt": "w1 w2", "task": task} for task in range(64)]
+    trainer.train_dataset = Dataset.from_list(rows)
+    session = attach(trainer, client=client, agent=agent, max_staleness=1)
+    trained, generate = [], trainer._generate_and_score_completions
+    right = TrlPrompts.rows
+
+    def generate_noted(inputs):
+        trained.append({row["task"] for row in inputs})
+        return generate(inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrlPrompts, "rows", lambda self, batch: right(self, 1 - batch))  # another order than TRL's
+        trainer._generate_and_score_completions = generate_noted
+        trainer.train()
+    assert session.rollouts.prefetcher.mismatches == 2
+    assert set(ran) == trained[0] | trained[1]
 
 
 def test_evaluation_runs_the_agent(make_trainer, server, client):
