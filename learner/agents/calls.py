@@ -11,6 +11,7 @@ import numbers
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from learner.agents import supervisor
 from learner.agents.agent_session import AgentSession
 from learner.tasks import import_object
 from learner.utils import threads
-from learner.utils.processes import die_with_parent
 from learner.utils.threads import start
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import InvalidRequest
@@ -99,7 +100,7 @@ class _Late(TimeoutError):
 
 
 class ProgramAgent:
-    """Runs a command of the shell for each episode, in a process group of its own."""
+    """Runs a command of the shell for each episode, in a process group of its own, which ends with this process."""
 
     is_async = False
     takes_reward = True
@@ -114,13 +115,12 @@ class ProgramAgent:
             environment = self._environment(session, row, Path(folder), reward_file)
             with tempfile.TemporaryFile() as stderr:  # not in the folder, which the program may remove
                 process = subprocess.Popen(
-                    ["/bin/sh", "-c", self.command],
+                    [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), folder, self.command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # it may be the model's text: nothing is read from it
                     stderr=stderr,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
                 )
                 try:
                     code = process.wait(session.timeout_s)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from learner.agents import calls
 from learner.agents.agent_session import AgentSession
 from learner.agents.calls import AgentFailed, FunctionAgent, ProgramAgent
+from learner.utils.processes import module_environment
 from shared.sessions import SessionOpened
 
 ROW = {"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": "2"}
@@ -143,3 +146,40 @@ def test_a_program_that_stalls_is_ended_with_its_children(tmp_path, monkeypatch)
     child = int(children.read_text())
     stat = Path(f"/proc/{child}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+LEARNER = """
+import sys
+from learner.agents.agent_session import AgentSession
+from learner.agents.calls import ProgramAgent
+session = AgentSession("s1", "http://127.0.0.1:1", "http://127.0.0.1:1/v1", "secret")
+ProgramAgent(sys.argv[1]).run(session, {"prompt": "w1"})
+"""
+
+
+def test_a_program_ends_with_a_learner_that_is_killed(tmp_path):
+    fifo = tmp_path / "alive"
+    os.mkfifo(fifo)
+    command = f'exec 3>{fifo}; sh -c "sleep 1000; true" & echo "$LOCKSTEP_ROW_FILE" >&3; sleep 1000; true'
+    learner = subprocess.Popen([sys.executable, "-c", LEARNER, command], env={**os.environ, **module_environment()})
+    try:
+        with fifo.open() as alive:
+            row_file = Path(alive.readline().strip())
+            assert row_file.is_file()
+            learner.kill()
+            learner.wait()
+            assert alive.read() == "", "its end comes when no process of the program is left"
+    finally:
+        learner.kill()
+        learner.wait()
+    for _ in range(600):
+        if not row_file.parent.exists():
+            break
+        time.sleep(0.1)
+    assert not row_file.parent.exists()
+
+
+def test_a_program_sees_no_path_of_ours(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    run(f"env > {tmp_path}/env")
+    assert "PYTHONPATH" not in (tmp_path / "env").read_text()
