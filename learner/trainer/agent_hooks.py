@@ -133,6 +133,17 @@ def _conversations(trainer: GRPOTrainer, episodes: Sequence[Episode], *, chats: 
     return [[_message(sampled, decode(ids)) for sampled, ids in episode.turns()] for episode in episodes]
 
 
+def shown_turns(trainer: GRPOTrainer, episode: Episode) -> list[tuple[bool, str]]:
+    """Return the texts of all conversations, and whether they were sampled; with headings, if there are several."""
+    decode = functools.partial(trainer.processing_class.decode, skip_special_tokens=True)
+    found = []
+    for number, turns in enumerate(episode.conversations(), 1):
+        if episode.trajectories > 1:
+            found.append((False, f"[conversation {number} of {episode.trajectories}]"))
+        found += [(sampled, decode(ids) if sampled else decode(ids).strip()) for sampled, ids in turns]
+    return found
+
+
 def _message(sampled: bool, text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text} if sampled else {"role": "tool", "content": text.strip()}
 

@@ -19,6 +19,7 @@ from learner.agents.rewards import agent_reward
 from learner.servers.client import RolloutClient
 from learner.trainer import agent_hooks
 from learner.trainer.attach import attach
+from learner.trainer.hooks import record_samples
 from learner.trainer.prompt_order import TrlPrompts
 from shared.errors import ErrorCode, LockstepError
 from tests.support.fake_sessions import FakeSessions, ask
@@ -363,6 +364,21 @@ def test_episodes_of_other_rows_are_not_taken_for_those_of_the_same_prompt(make_
         trainer.train()
     assert session.rollouts.prefetcher.mismatches == 2
     assert set(ran) == trained[0] | trained[1]
+
+
+def test_the_page_shows_all_trajectories(make_trainer, server, client, monkeypatch):
+    shown: list = []
+    monkeypatch.setattr(
+        "learner.trainer.attach.record_samples",
+        lambda trainer, session, add: record_samples(trainer, session, lambda step, kind, groups: shown.extend(groups)),
+    )
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
+    attach(trainer, client=client, agent=forks(server))
+    trainer.train()
+    turns = shown[0].samples[0].turns
+    headings = [text for sampled, text in turns if not sampled and text.startswith("[")]
+    assert headings == [f"[conversation {i} of 3]" for i in (1, 2, 3)]
+    assert sum(sampled for sampled, _ in turns) == 4, "one for each call"
 
 
 def test_evaluation_runs_the_agent(make_trainer, server, client):
