@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from learner.utils.wording import option
 from shared.errors import InvalidRequest
+from shared.sessions import MOST_CALLS, MOST_TOKENS
 from shared.weights import MAX_KEEP_SECONDS, RUN_ID_PATTERN
 
 
@@ -46,6 +47,8 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "keep_run": _NOT_NEGATIVE,
     "agent_concurrency": (1, "be at least 1"),
     "agent_timeout_s": _POSITIVE,
+    "agent_max_calls": (1, "be at least 1"),
+    "agent_max_tokens": (1, "be at least 1"),
     "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
 }
 
@@ -95,6 +98,10 @@ class LearnerConfig:
     agent_concurrency: int = _option(32, "Episodes of the agent that run at a time, on each rank.")
     agent_timeout_s: float = _option(
         600.0, "Timeout of one episode, in seconds. One that fails is run again twice, then left out of its group."
+    )
+    agent_max_calls: int = _option(256, f"Calls that one episode may make, at most {MOST_CALLS}.")
+    agent_max_tokens: int = _option(
+        2**17, f"Tokens of one episode, sampled and prompted, in all its trajectories; at most {MOST_TOKENS}."
     )
     eval_dataset: str | None = _option(None, "Separate task or file to evaluate on. Default: held-out rows of --task.")
     eval_size: int = _option(128, "Number of questions held out for evaluation; never trained on.")
@@ -242,6 +249,9 @@ class LearnerConfig:
                 raise ValueError(f"{name} {value} must {what}")
         if self.agent and self.agent_command:
             raise ValueError("agent and agent_command: there is one agent; give one of them")
+        for name, most in (("agent_max_calls", MOST_CALLS), ("agent_max_tokens", MOST_TOKENS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} {getattr(self, name)} must be at most {most}")
         if self.keep_run > MAX_KEEP_SECONDS:
             raise ValueError(f"keep_run {self.keep_run:g} must be at most {MAX_KEEP_SECONDS} seconds, ten years")
         for name, what in (("metrics_port", "metrics"), ("page_port", "page")):

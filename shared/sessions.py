@@ -12,6 +12,8 @@ from shared.weights import WeightVersion
 
 Ended = Literal["deleted", "max_calls", "max_tokens", "max_seconds", "run_ended", "superseded"]
 
+#: Limits of the limits of a session.
+MOST_CALLS, MOST_TOKENS = 4096, 2**23
 _Label = Annotated[str, Field(max_length=1024)]
 _METADATA_KIB = 16
 
@@ -40,8 +42,8 @@ class SessionRequest(PolicyRequest):
     on_conflict: Literal["override", "refuse"] = Field(
         "override", description="what happens to a call that asks for other sampling parameters"
     )
-    max_calls: int = Field(256, ge=1, le=4096)
-    max_tokens: int = Field(2**17, ge=1, le=2**23, description="sampled and prompted tokens in all trajectories")
+    max_calls: int = Field(256, ge=1, le=MOST_CALLS)
+    max_tokens: int = Field(2**17, ge=1, le=MOST_TOKENS, description="sampled and prompted tokens in all trajectories")
     max_seconds: float = Field(3600.0, gt=0.0, le=86400.0, description="from its opening to its end")
     accept_reward: bool = Field(False, description="whether its own token may set its reward; without tokens, anyone")
     metadata: Annotated[dict[_Label, _Label], AfterValidator(_bounded)] = Field(

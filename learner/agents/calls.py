@@ -9,9 +9,9 @@ import json
 import math
 import numbers
 import os
-import re
 import signal
 import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,12 +19,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from learner.agents import supervisor
 from learner.agents.agent_session import AgentSession
 from learner.tasks import import_object
 from learner.utils import threads
-from learner.utils.processes import die_with_parent
 from learner.utils.threads import start
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import InvalidRequest
@@ -37,7 +37,6 @@ AgentFunction = Callable[[AgentSession, Row], float | Awaitable[float | None] | 
 _GRACE_S = 5.0
 #: Longest row that is put into a variable: a process may get 128 KiB in one.
 _MOST_IN_VARIABLE = 64 * 1024
-_REWARD_LINE = re.compile(r"reward\s*[:=]?\s*(\S+)", re.IGNORECASE)
 _SHOWN = 2000
 #: Their frames are left out of an agent's traceback.
 _NOT_THE_AGENTS = {__file__, threads.__file__, asyncio.runners.__file__, inspect.getfile(Future)}
@@ -77,7 +76,7 @@ class FunctionAgent:
         except BaseException as error:  # SystemExit too: it ends the agent, not the learner
             if isinstance(error, _Late) or not running.done():
                 raise _too_late(session) from error
-            raise _failure(error) from error
+            raise failure_of(error) from error
         return checked_reward(returned)
 
     def _call(self, session: AgentSession, row: dict[str, Any]) -> Any:
@@ -101,7 +100,7 @@ class _Late(TimeoutError):
 
 
 class ProgramAgent:
-    """Runs a command of the shell for each episode, in a process group of its own."""
+    """Runs a command of the shell for each episode, in a process group of its own, which ends with this process."""
 
     is_async = False
     takes_reward = True
@@ -112,18 +111,16 @@ class ProgramAgent:
     def run(self, session: AgentSession, row: Row) -> float | None:
         """Return the reward that the program wrote; None if it wrote none. Raises `AgentFailed`."""
         with tempfile.TemporaryDirectory(prefix="lockstep-episode-", ignore_cleanup_errors=True) as folder:
-            stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
             reward_file = Path(folder, "reward")
             environment = self._environment(session, row, Path(folder), reward_file)
-            with stdout.open("wb") as out, stderr.open("wb") as err:
+            with tempfile.TemporaryFile() as stderr:  # not in the folder, which the program may remove
                 process = subprocess.Popen(
-                    ["/bin/sh", "-c", self.command],
+                    [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), folder, self.command],
                     stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=err,
+                    stdout=subprocess.DEVNULL,  # it may be the model's text: nothing is read from it
+                    stderr=stderr,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
                 )
                 try:
                     code = process.wait(session.timeout_s)
@@ -131,9 +128,9 @@ class ProgramAgent:
                     raise _too_late(session, _end_of(stderr)) from error
                 finally:
                     _end_group(process)
-            if code != 0:
-                raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
-            return _written_reward(reward_file, stdout)
+                if code != 0:
+                    raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
+            return _written_reward(reward_file)
 
     def _environment(self, session: AgentSession, row: Row, folder: Path, reward_file: Path) -> dict[str, str]:
         text = json.dumps(dict(row), default=str)
@@ -179,31 +176,29 @@ def checked_reward(value: Any) -> float | None:
     if hasattr(value, "item") and not isinstance(value, numbers.Real):  # a tensor of one number
         with suppress(Exception):
             value = value.item()
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise AgentFailed(f"it returned {value!r:.80}, not a reward: a finite number, or None")
-    return float(value)
+    try:
+        reward = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise AgentFailed(f"it returned {_shown(value, repr):.80}, not a reward: a finite number, or None")
+    return reward
 
 
-def _written_reward(reward_file: Path, stdout: Path) -> float | None:
-    """Return the reward in the file; else that of the last line of the output, if it is `reward: NUMBER`."""
-    if reward_file.is_file():
-        return _number(reward_file.read_text(errors="replace").strip(), "LOCKSTEP_REWARD_FILE")
-    lines = _end_of(stdout).strip().splitlines()
-    line = _REWARD_LINE.fullmatch(lines[-1].strip()) if lines else None
-    return _number(line[1], "the last line of its output") if line else None
-
-
-def _number(text: str, where: str) -> float | None:
+def _written_reward(file: Path) -> float | None:
+    if not file.is_file():
+        return None
+    text = file.read_text(errors="replace").strip()
     try:
         return checked_reward(float(text))
     except (ValueError, AgentFailed):
+        where = "LOCKSTEP_REWARD_FILE"
         raise AgentFailed(f"{where} holds {text!r:.80}, not a finite number", kind=where) from None
 
 
-def _end_of(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _SHOWN))
-        return file.read().decode("utf-8", "replace")
+def _end_of(file: IO[bytes]) -> str:
+    size = os.stat(file.fileno()).st_size
+    return os.pread(file.fileno(), _SHOWN, max(0, size - _SHOWN)).decode("utf-8", "replace")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -221,11 +216,23 @@ def _too_late(session: AgentSession, details: str = "") -> AgentFailed:
     return AgentFailed(f"it did not end within {session.timeout_s:g} s (agent_timeout_s)", details=details)
 
 
-def _failure(error: BaseException) -> AgentFailed:
+def failure_of(error: BaseException) -> AgentFailed:
+    """Return the failure of an episode whose agent, or whose process, has raised `error`."""
+    if isinstance(error, AgentFailed):
+        return error
     trace = error.__traceback__
     while trace and trace.tb_next and trace.tb_frame.f_code.co_filename in _NOT_THE_AGENTS:
         trace = trace.tb_next
     frames = traceback.extract_tb(trace)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     details = "".join(traceback.format_exception(type(error), error, trace))
-    return AgentFailed(f"{type(error).__name__}: {error}", kind=f"{type(error).__name__} at {where}", details=details)
+    name = type(error).__name__
+    return AgentFailed(f"{name}: {_shown(error, str)}", kind=f"{name} at {where}", details=details)
+
+
+def _shown(value: object, show: Callable[[object], str]) -> str:
+    """Return the text of an object that is the user's, and may have none."""
+    try:
+        return show(value)
+    except Exception:
+        return f"<{type(value).__name__}>"

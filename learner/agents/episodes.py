@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from learner.agents.agent_session import AgentSession
-from learner.agents.calls import Agent, AgentFailed
+from learner.agents.calls import Agent, AgentFailed, failure_of
 from learner.agents.trajectories import Episode, episode_of, left_out
 from learner.rollouts.completions import AllowedVersion, sampled_length
 from learner.rollouts.dispatch import STEP_WAIT_S
@@ -42,6 +42,14 @@ class AgentError(InvalidRequest):
     """No episode of a batch was left: the agent fails every time; the message has its last failure."""
 
 
+def check_some_are_left(failures: Sequence[str | None]) -> None:
+    """Raise `AgentError` if every episode of a batch, over all ranks, has failed; None: it has not."""
+    if all(failures):
+        raise AgentError(
+            f"the agent failed in every one of {len(failures)} episodes, each run {ATTEMPTS} times: {failures[-1]}"
+        )
+
+
 def session_seconds(timeout_s: float) -> float:
     """Return how long the session of an agent with this timeout may live."""
     return min(timeout_s + _SPARE_S, _MOST_SECONDS)
@@ -67,17 +75,25 @@ def run_once(
     failure, reward = None, None
     try:
         reward = agent.run(session, row)
-    except AgentFailed as failed:
-        failure = failed
+    except Exception as error:
+        failure = failure_of(error)
     try:
         record = client.close_session(opened.session_id)
     except UnknownSession as error:
         raise UnknownRun(f"{client.url} has lost a session: {error.message}") from error  # it has restarted
-    if record.ended == "run_ended":
-        raise UnknownRun(f"{client.url} has ended a session, because its run has ended there")
+    if record.ended in ("run_ended", "superseded"):
+        why = "its run has ended there" if record.ended == "run_ended" else "a push needed its slot"
+        raise UnknownRun(f"{client.url} has ended a session, because {why}")
     if failure:
         if client.state().draining:  # calls are refused
             raise Draining(f"{client.url} is about to leave")
+        if limit := {"max_calls": request.max_calls, "max_tokens": request.max_tokens}.get(record.ended or ""):
+            which = f"agent_{record.ended}"
+            raise AgentFailed(
+                f"it had used up {which} {limit}: raise it, or let the agent stop earlier ({failure})",
+                kind=which,
+                details=failure.details,
+            ) from failure
         raise failure
     return record, record.reward if reward is None and agent.takes_reward else reward
 
@@ -109,6 +125,7 @@ class Episodes:
         sampling: the trainer's, of every call.
         concurrency: episodes that run at a time, over all batches.
         timeout_s: how long an agent may take.
+        max_calls, max_tokens: of an episode, as in `SessionRequest`.
         before: called before the first episode of a batch.
     """
 
@@ -117,6 +134,8 @@ class Episodes:
     sampling: SamplingParams
     concurrency: int = 32
     timeout_s: float = 600.0
+    max_calls: int = 256
+    max_tokens: int = 2**17
     ca_file: str | None = None
     before: Callable[[], None] = lambda: None
     counts: EpisodeCounts = field(default_factory=EpisodeCounts, init=False)
@@ -140,7 +159,6 @@ class Episodes:
             allowed: evaluated for every episode that begins.
 
         Raises:
-            AgentError: the agent failed in every one of them.
             LockstepError: a record does not fit together, or no server is up.
         """
         self.before()
@@ -149,12 +167,7 @@ class Episodes:
             for request in sorted(requests, key=lambda request: request.first_row)
             for i in range(request.n)
         ]
-        episodes, count = side_by_side(calls, self.concurrency, "episodes"), len(calls)
-        if count == len(rows) and all(episode.failure for episode in episodes):
-            raise AgentError(
-                f"the agent failed in every one of {count} episodes, each run {ATTEMPTS} times: {episodes[-1].failure}"
-            )
-        return episodes
+        return side_by_side(calls, self.concurrency, "episodes")
 
     def _in_turn(self, row: Mapping[str, Any], token_ids: list[int], allowed: Callable[[], AllowedVersion]) -> Episode:
         with self._slots:
@@ -227,6 +240,8 @@ class Episodes:
             policy=allowed.version if allowed.exact else "latest",
             follow=not allowed.exact,
             sampling=self.sampling,
+            max_calls=self.max_calls,
+            max_tokens=self.max_tokens,
             max_seconds=session_seconds(self.timeout_s),
             accept_reward=self.agent.takes_reward,
             **follows,

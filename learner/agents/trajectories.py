@@ -48,9 +48,17 @@ class Episode(Completion):
         return 0 if self.failure else 1 + len(self.parts)
 
     def turns(self) -> Iterator[tuple[bool, list[int]]]:
-        """Yield the trajectory of the last call after its prompt: runs of tokens, and whether they were sampled."""
-        start, end = self.last
-        start = next((start + length for begin, length in self.parts if begin == start), start)
+        """Return the trajectory of the last call after its prompt: runs of tokens, and whether they were sampled."""
+        begins = [0, *(start for start, _ in self.parts)]
+        return self.conversations()[begins.index(self.last[0])]
+
+    def conversations(self) -> list[Iterator[tuple[bool, list[int]]]]:
+        """Return all trajectories, each as `turns`."""
+        parts = [(0, 0), *self.parts]
+        ends = [*(start for start, _ in self.parts), len(self.token_ids)]
+        return [self._turns(start + prompt, end) for (start, prompt), end in zip(parts, ends, strict=True)]
+
+    def _turns(self, start: int, end: int) -> Iterator[tuple[bool, list[int]]]:
         while start < end:
             stop = next((i for i in range(start, end) if self.mask[i] != self.mask[start]), end)
             yield bool(self.mask[start]), self.token_ids[start:stop]

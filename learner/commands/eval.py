@@ -28,6 +28,7 @@ from shared.errors import InvalidRequest
 from shared.messages import one_line
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
+from shared.sessions import MOST_CALLS, MOST_TOKENS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,6 +84,9 @@ def main(argv: Sequence[str]) -> int:
                     sampling=sampling,
                     concurrency=options.agent_concurrency,
                     timeout_s=options.agent_timeout_s,
+                    max_calls=options.agent_max_calls,
+                    max_tokens=options.agent_max_tokens,
+                    patience_s=options.ready_timeout_s,
                     ca_file=options.ca_file,
                     progress=_show,
                 )
@@ -151,6 +155,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--agent-command", help="agent that is a program, a shell command that writes its reward")
     add("--agent-concurrency", type=number(int, 1), default=32, help="episodes at a time (default %(default)s)")
     add("--agent-timeout-s", type=number(float, above=0), default=600.0, help="of an episode (default %(default)s)")
+    for name, default, most in (("calls", 256, MOST_CALLS), ("tokens", 2**17, MOST_TOKENS)):
+        of_episode = "of an episode (default %(default)s)"
+        add(f"--agent-max-{name}", type=number(int, 1, most), default=default, help=of_episode)
     add("--chat-template-kwargs", help="for the server's chat template, as JSON")
     add("--json", help="write results, differences, and every question and answer to this file")
     add("--token-file", help="bearer token for the server (default: $LOCKSTEP_TOKEN)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from learner.agents.episodes import ATTEMPTS, NO_CALL, AgentError, run_once, ses
 from learner.evaluation.evaluate import questions_of, result_of
 from learner.evaluation.results import EvalResult, EvalRow
 from learner.servers.client import RolloutClient
+from learner.servers.pool import RECOVERABLE
 from learner.utils.threads import side_by_side
+from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
 from shared.sessions import SessionRecord, SessionRequest
@@ -20,6 +23,9 @@ from shared.sessions import SessionRecord, SessionRequest
 if TYPE_CHECKING:
     from learner.tasks import Task
 
+#: Errors of a session that another one need not have.
+_LOST = RECOVERABLE | {ErrorCode.UNKNOWN_SESSION, ErrorCode.SESSION_ENDED}
+_PAUSE_S = 1.0
 #: Name of the agent's reward in results.
 AGENT = "agent"
 
@@ -35,15 +41,21 @@ def evaluate_agent(
     sampling: SamplingParams,
     concurrency: int = 32,
     timeout_s: float = 600.0,
+    max_calls: int = 256,
+    max_tokens: int = 2**17,
+    patience_s: float = 60.0,
     ca_file: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvalResult:
     """Score `policy` by the rewards that `agent` returns for the first `n_questions` of `task.eval`, all by default.
 
-    An episode that fails is run again; one that fails every time has no reward, and is left out.
+    An episode that fails is run again; one that fails every time has no reward, and is left out. One that is lost with
+    its server is run again, too, and has not failed.
 
     Args:
         sampling: of every call; `n` episodes are run for each question.
+        max_calls, max_tokens: of an episode, as in `SessionRequest`.
+        patience_s: how long a server that was lost is waited for, in seconds.
         progress: called with (questions begun, all questions).
 
     Raises:
@@ -55,17 +67,35 @@ def evaluate_agent(
         policy=policy,
         run_id=None if policy == "base" else run_id,
         sampling=sampling.model_copy(update={"n": 1}),
+        max_calls=max_calls,
+        max_tokens=max_tokens,
         max_seconds=session_seconds(timeout_s),
         accept_reward=agent.takes_reward,
+        follow=policy == "latest",  # so that no session holds a slot that pushes of a training wait for
     )
+    client.close_session(client.open_session(request).session_id)  # what is not served is not waited for
     versions: dict[str, None] = {}
-    done, lock = 0, threading.Lock()
+    done, lock, returning = 0, threading.Lock(), threading.Lock()
+
+    def run_in_time(row: dict[str, Any]) -> tuple[SessionRecord, float | None]:
+        left_s = patience_s
+        while True:
+            try:
+                return run_once(agent, client, request, row, timeout_s=timeout_s, ca_file=ca_file)
+            except LockstepError as error:
+                if error.code not in _LOST or left_s <= 0:
+                    raise
+            since = time.monotonic()
+            with returning:  # one waits for all
+                time.sleep(min(_PAUSE_S, left_s))
+                client.wait_ready(left_s)
+            left_s -= time.monotonic() - since
 
     def run(question: int) -> EvalRow:
         nonlocal done
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                record, reward = run_once(agent, client, request, rows[question], timeout_s=timeout_s, ca_file=ca_file)
+                record, reward = run_in_time(rows[question])
                 sampled = sum(len(t.logprobs) for t in record.trajectories)
                 if not sampled:
                     raise AgentFailed(NO_CALL)

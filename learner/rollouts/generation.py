@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs, sampled_length
 from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
-from learner.rollouts.prefetch import Prefetcher
+from learner.rollouts.prefetch import Asked, Prefetcher
 from learner.servers.router import GroupRequest
 from learner.utils.waits import LATER_S, waiting
 from shared.errors import InvalidRequest, NotFinite
@@ -246,21 +248,21 @@ class RemoteRollouts:
         coming, schedule = self.trainer.coming_prompts(), self.trainer.schedule
         first = schedule.next_batch(self.trainer.micro_step)
 
-        def prompts_of(batch: int) -> list[list[int]]:
+        def asked_of(batch: int) -> Asked:
             rows = coming.rows(batch)
             prompts = coming.token_ids(rows)
             if self.agents:
-                self._rows[batch] = rows
+                self._rows.setdefault(batch, rows)  # the trainer's own, where they are known
             if self.dynamic_sampling:
                 self.dynamic_sampling.expect(batch, rows, prompts)
             elif self.rewards:
                 self.rewards.expect(batch, rows)
-            return prompts
+            return prompts, _content(rows) if self.agents else ""
 
-        def complete(batch: int, prompts: list[list[int]]) -> list[Completion]:
-            return self._complete(batch, group_requests(prompts), ahead=True)
+        def complete(batch: int, asked: Asked) -> list[Completion]:
+            return self._complete(batch, group_requests(asked[0]), ahead=True)
 
-        self.prefetcher = Prefetcher(prompts_of, complete, schedule=schedule, max_staleness=max_staleness)
+        self.prefetcher = Prefetcher(asked_of, complete, schedule=schedule, max_staleness=max_staleness)
         self.prefetcher.request(first, first + max_staleness - 1)
 
     def _complete(self, batch: int | None, requests: list[GroupRequest], *, ahead: bool) -> list[Completion]:
@@ -283,7 +285,7 @@ class RemoteRollouts:
         """Return what was read ahead, with stale samples replaced; None if it was not for these prompts."""
         batch, bound = self.trainer.generation_batch, prefetcher.max_staleness
         prefetcher.request(batch, batch)
-        completions = prefetcher.take(batch, prompts)
+        completions = prefetcher.take(batch, (prompts, _content(self._rows[batch]) if self.agents else ""))
         if completions is None:
             return None
         prompts = (self.dynamic_sampling.prompts(batch) if self.dynamic_sampling else None) or prompts
@@ -333,3 +335,12 @@ class RemoteRollouts:
             self.stats.completion_tokens += tokens
             self.stats.wait_seconds += waited
         return tokens
+
+
+def _content(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return all columns as text: agents see them, so rows of the same prompt need not be the same."""
+
+    def plain(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else re.sub(r" at 0x\w+", "", str(value))
+
+    return json.dumps([dict(row) for row in rows], default=plain)

@@ -14,17 +14,18 @@ from learner.rollouts.schedule import Schedule
 from learner.utils.threads import start
 from shared.rollouts import Completion
 
-Prompts = list[list[int]]
+#: What a batch is requested for: token ids of its prompts [B][P], and what else tells its rows apart ("": nothing).
+Asked = tuple[list[list[int]], str]
 logger = logging.getLogger("lockstep.rollouts")
 
 
 @dataclass
 class Prefetcher:
-    """A cache of coming batches. Completions are used only for exactly the prompts that were requested.
+    """A cache of coming batches. Completions are used only for exactly what was requested.
 
     Args:
-        prompts_of: maps a generation batch to the token ids of this rank's rows [B][P]; called on the trainer's thread.
-        complete: maps a batch and its prompts to completions in row order; called on a thread of its own.
+        asked_of: maps a generation batch to what this rank asks for; called on the trainer's thread.
+        complete: maps a batch and what is asked to completions in row order; called on a thread of its own.
         max_staleness: how many generation batches old a sample's oldest weights may be.
 
     Attributes:
@@ -32,15 +33,15 @@ class Prefetcher:
         mismatches: batches whose prompts differed from those that the trainer then requested.
     """
 
-    prompts_of: Callable[[int], Prompts]
-    complete: Callable[[int, Prompts], list[Completion]]
+    asked_of: Callable[[int], Asked]
+    complete: Callable[[int, Asked], list[Completion]]
     schedule: Schedule
     max_staleness: int
     last_seconds: float = field(default=0.0, init=False)
     mismatches: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._pending: dict[int, tuple[Prompts, Future[tuple[list[Completion], float]]]] = {}
+        self._pending: dict[int, tuple[Asked, Future[tuple[list[Completion], float]]]] = {}
         self._requested = -1
         self._lock = threading.Lock()
         self._running, self._busy_since, self._busy_seconds = 0, 0.0, 0.0
@@ -54,13 +55,13 @@ class Prefetcher:
     def request(self, first: int, last: int) -> None:
         """Request the batches from `first` to `last` that have not been requested and will be trained on."""
         for batch in range(max(first, self._requested + 1), min(last, self.schedule.last_batch) + 1):
-            prompts = self.prompts_of(batch)
+            asked = self.asked_of(batch)
             # Not joined at exit: an interrupted training must not wait for completions that are no longer needed.
-            self._pending[batch] = prompts, start(partial(self._timed, batch, prompts), f"rollouts-{batch}")
+            self._pending[batch] = asked, start(partial(self._timed, batch, asked), f"rollouts-{batch}")
             self._requested = batch
 
-    def take(self, batch: int, prompts: Prompts) -> list[Completion] | None:
-        """Wait for the completions of a batch; return None if it was not requested with these prompts.
+    def take(self, batch: int, asked: Asked) -> list[Completion] | None:
+        """Wait for the completions of a batch; return None if something else was requested.
 
         Raises:
             LockstepError: the error of the request.
@@ -68,7 +69,7 @@ class Prefetcher:
         if batch not in self._pending:
             return None
         requested, outcome = self._pending[batch]
-        if requested != prompts:
+        if requested != asked:
             del self._pending[batch]
             self.mismatches += 1
             if self.mismatches == 1:
@@ -82,14 +83,14 @@ class Prefetcher:
             del self._pending[old]
         return completions
 
-    def _timed(self, batch: int, prompts: Prompts) -> tuple[list[Completion], float]:
+    def _timed(self, batch: int, asked: Asked) -> tuple[list[Completion], float]:
         started = time.monotonic()
         with self._lock:
             if not self._running:
                 self._busy_since = started
             self._running += 1
         try:
-            return self.complete(batch, prompts), time.monotonic() - started
+            return self.complete(batch, asked), time.monotonic() - started
         finally:
             with self._lock:
                 self._running -= 1

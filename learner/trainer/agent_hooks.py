@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import is_async_callable
 
-from learner.agents.episodes import Episodes
+from learner.agents.episodes import Episodes, check_some_are_left
 from learner.agents.rewards import AgentReward, agent_reward
 from learner.agents.trajectories import Episode
 from learner.session import Session
@@ -51,6 +52,7 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     def rollout(prompts: list[Any], _: Any) -> dict[str, Any]:
         token_ids = [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]]
         episodes[:] = cast(Sequence[Episode], session.rollouts.run_agents(rows, token_ids))
+        check_some_are_left(gather_object([episode.failure for episode in episodes]))
         reward.rewards = [episode.reward for episode in episodes]
         reward.open = [i for i, each in enumerate(episodes) if each.reward is None and not each.failure]
         forks.begin([episode.parts for episode in episodes])
@@ -64,10 +66,14 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     def generate_conversations(prompts: list[Any]) -> tuple[Any, ...]:
         ids, completion_ids, mask, _, *others = generate(prompts)
         conversations = _conversations(trainer, episodes, chats=is_conversational({"prompt": prompts[0]}))
+        # TRL's looks at the last token of the row, which need not be the last call's.
+        cut = torch.tensor([float(each.finish_reason == "length") for each in episodes])
+        cut_off = trainer.accelerator.gather(cut.to(trainer.accelerator.device)).mean().item()
+        _metrics(trainer)["completions/clipped_ratio"][-1] = cut_off
         return ids, completion_ids, mask, conversations, *others
 
     def generate_and_score(inputs: list[Row]) -> dict[str, Any]:
-        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+        metrics = _metrics(trainer)
         rows[:], before = inputs, asdict(agents.counts)
         try:
             batch = score(inputs)
@@ -100,6 +106,11 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     _score_open_rows(trainer, reward)
 
 
+def _metrics(trainer: GRPOTrainer) -> dict[str, list[float]]:
+    """Return TRL's metrics of the training, or of the evaluation that runs."""
+    return trainer._metrics["train" if trainer.model.training else "eval"]
+
+
 def _log(metrics: Any, episodes: Sequence[Episode], counts: dict[str, int]) -> None:
     """Add to TRL's metrics what a batch's agents did; `counts` since the batch before."""
     kept = [episode for episode in episodes if not episode.failure]
@@ -120,6 +131,17 @@ def _conversations(trainer: GRPOTrainer, episodes: Sequence[Episode], *, chats: 
     if not chats:
         return [decode([token for _, ids in episode.turns() for token in ids]) for episode in episodes]
     return [[_message(sampled, decode(ids)) for sampled, ids in episode.turns()] for episode in episodes]
+
+
+def shown_turns(trainer: GRPOTrainer, episode: Episode) -> list[tuple[bool, str]]:
+    """Return the texts of all conversations, and whether they were sampled; with headings, if there are several."""
+    decode = functools.partial(trainer.processing_class.decode, skip_special_tokens=True)
+    found = []
+    for number, turns in enumerate(episode.conversations(), 1):
+        if episode.trajectories > 1:
+            found.append((False, f"[conversation {number} of {episode.trajectories}]"))
+        found += [(sampled, decode(ids) if sampled else decode(ids).strip()) for sampled, ids in turns]
+    return found
 
 
 def _message(sampled: bool, text: str) -> dict[str, str]:

@@ -191,6 +191,8 @@ def _episodes(agent: Agent, sampling: SamplingParams, session: Session) -> Episo
         sampling,
         concurrency=config.agent_concurrency,
         timeout_s=config.agent_timeout_s,
+        max_calls=config.agent_max_calls,
+        max_tokens=config.agent_max_tokens,
         ca_file=config.ca_file,
         before=session.yield_gpu,
     )

@@ -167,6 +167,9 @@ def check_agent(trainer: GRPOTrainer, args: GRPOConfig, config: LearnerConfig) -
         "rollout_func": trainer.rollout_func is not None and "the agent makes the rollouts",
         "deterministic": config.deterministic and "what an agent asks and when is its own, and so are its seeds",
         "drop_degenerate_groups": config.drop_degenerate_groups and "rewards are known with the last episode only",
+        "mask_truncated_completions": args.mask_truncated_completions
+        and "TRL looks at a row's last token, which need not be the last call's; the agent sees which calls were cut "
+        "off (finish_reason), and may reward them so",
     }
     for name, reason in why.items():
         if reason:

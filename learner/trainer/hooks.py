@@ -20,6 +20,7 @@ from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch, measure
 from learner.run_dir.files import finite
 from learner.session import Session
+from learner.trainer.agent_hooks import shown_turns
 from shared.rollouts import Completion
 
 
@@ -191,13 +192,13 @@ def record_samples(trainer: GRPOTrainer, session: Session, add: Callable[[int, s
     trainer._generate_and_score_completions = generate_and_record
 
 
-def _episode_facts(episode: Completion, conversation: Any) -> dict[str, Any]:
+def _episode_facts(trainer: GRPOTrainer, episode: Completion, conversation: Any) -> dict[str, Any]:
     """Return what a sample says of an agent's episode: nothing of other completions."""
     if not isinstance(episode, Episode):
         return {}
     facts: dict[str, Any] = {"calls": episode.calls, "trajectories": episode.trajectories}
-    if isinstance(conversation, list) and not episode.failure:
-        facts["turns"] = [(turn["role"] == "assistant", turn["content"]) for turn in conversation]
+    if not episode.failure and (isinstance(conversation, list) or episode.trajectories > 1):
+        facts["turns"] = shown_turns(trainer, episode)
     return facts
 
 
@@ -229,7 +230,7 @@ def _groups(trainer: GRPOTrainer, session: Session, rows: list[dict[str, Any]], 
                     "finish_reason": own[row].finish_reason,
                     "spans": [(s.version.step, s.start, s.end, s.kv) for s in own[row].spans if s.version],
                     "lag": schedule.staleness(batch, oldest_step(own[row])) if trainer.model.training else None,
-                    **_episode_facts(own[row], completions[row - first]),
+                    **_episode_facts(trainer, own[row], completions[row - first]),
                 }
             scores = {"reward": total(rewards, weights), "rewards": dict(zip(names, rewards, strict=True))}
             numbers.append({**scores, "advantage": finite(advantages[row - first]), **known})

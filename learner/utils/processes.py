@@ -63,12 +63,6 @@ def stop_on_signals() -> Iterator[threading.Event]:
         yield hurry
 
 
-def die_with_parent() -> None:
-    """Get SIGKILL when the thread that starts this process ends; to be called in the child."""
-    if _LIBC:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def module_command(module: str) -> list[str]:
     """Return the command that runs one of our modules, also where the working directory has folders of its name."""
     return [sys.executable, "-P", "-m", module]

@@ -16,7 +16,7 @@ from starlette.types import Scope
 from rollout_server.api.security.roles import SESSION_KEY
 from rollout_server.engine.turns import in_turn
 from rollout_server.generation.tokenization import check_text
-from rollout_server.sessions.records import AgentSession
+from rollout_server.sessions.records import RecordedSession
 from shared import wire
 from shared.bounded_json import SMALL, JsonLimits, load_json
 from shared.errors import InvalidRequest, TooLarge
@@ -59,7 +59,7 @@ def _check_ours(body: bytes) -> int:
     return _bounded(_OURS, body)
 
 
-def _check_theirs(context: int, session: AgentSession | None, body: bytes) -> int:
+def _check_theirs(context: int, session: RecordedSession | None, body: bytes) -> int:
     if len(body) > _THEIRS_MIB * 2**20:
         raise TooLarge(
             f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"

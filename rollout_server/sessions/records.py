@@ -71,7 +71,7 @@ class Counts:
     repaired: int = 0
 
 
-class AgentSession:
+class RecordedSession:
     """One session; made by `Sessions.open`.
 
     Args:
@@ -297,7 +297,7 @@ class Sessions:
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self._known: dict[str, AgentSession] = {}
+        self._known: dict[str, RecordedSession] = {}
         self._digests: dict[str, bytes] = {}
         self._ended = OrderedDict[str, asyncio.TimerHandle]()  # that are kept to be read
         self._deleted = OrderedDict[str, None]()
@@ -322,7 +322,7 @@ class Sessions:
         await proxy.runs.admitting()
         proxy.capacity.check(0)
         self._check_count()
-        session = AgentSession(request, self, proxy)
+        session = RecordedSession(request, self, proxy)
         token = f"{_TOKEN}-{session.session_id}-{secrets.token_hex(16)}"
         self._known[session.session_id] = session
         self._digests[session.session_id] = _digest(token.encode())
@@ -330,7 +330,7 @@ class Sessions:
         path = f"{wire.SESSION.format(session_id=session.session_id)}/v1"
         return SessionOpened(session_id=session.session_id, token=token, path=path, version=session.version)
 
-    def get(self, session_id: str) -> AgentSession:
+    def get(self, session_id: str) -> RecordedSession:
         """Return the session of that id; raises `unknown_session`."""
         session = self._known.get(session_id)
         if session is None:
@@ -340,7 +340,7 @@ class Sessions:
             )
         return session
 
-    def of_token(self, presented: bytes) -> AgentSession | None:
+    def of_token(self, presented: bytes) -> RecordedSession | None:
         """Return the session that a token opens; None if it is no session's. Raises `unknown_session`."""
         if not is_session_token(presented):
             return None
@@ -351,7 +351,7 @@ class Sessions:
             )
         return self._known[session_id]
 
-    def delete(self, session_id: str) -> AgentSession:
+    def delete(self, session_id: str) -> RecordedSession:
         """End a session; its record can be asked for again for a while."""
         session = self.get(session_id)
         session.delete()
@@ -362,7 +362,7 @@ class Sessions:
                 self.forget(next(iter(self._deleted)))
         return session
 
-    def see_end(self, session: AgentSession) -> None:
+    def see_end(self, session: RecordedSession) -> None:
         """Keep the record of a session that has ended, for a while, and of no more than may be open."""
         self._keep(session.session_id, _RECORD_SECONDS)
         while len(self._ended) > self._settings.max_sessions:

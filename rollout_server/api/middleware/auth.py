@@ -24,7 +24,7 @@ from rollout_server.api.security.roles import (
     role_needed,
     session_call,
 )
-from rollout_server.sessions.records import AgentSession, Sessions, is_session_token
+from rollout_server.sessions.records import RecordedSession, Sessions, is_session_token
 from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import Forbidden, LockstepError, Unauthenticated, UnknownSession
@@ -124,7 +124,7 @@ class AuthMiddleware:
         return Forbidden(f"{refusal}; {_HOW_WITHOUT}") if refusal else None
 
 
-def _call(scope: Scope, path: str, session: AgentSession) -> Scope:
+def _call(scope: Scope, path: str, session: RecordedSession) -> Scope:
     """Return the scope of a session's call, as the layers below see it."""
     session.check_open()
     return {**scope, "path": path, "raw_path": path.encode(), SESSION_KEY: session}

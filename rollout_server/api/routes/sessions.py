@@ -10,7 +10,7 @@ from rollout_server.api.bodies import BoundedRoute
 from rollout_server.api.routes import ServiceDep
 from rollout_server.engine.proxy import POLICY_MODEL
 from rollout_server.engine.turns import in_turn
-from rollout_server.sessions.records import AgentSession
+from rollout_server.sessions.records import RecordedSession
 from shared import wire
 from shared.errors import Timeout
 from shared.sessions import SessionOpened, SessionRecord, SessionRequest, SessionReward
@@ -64,7 +64,7 @@ async def list_session_models(session_id: SessionId, service: ServiceDep) -> dic
     return {"object": "list", "data": [model], "has_more": False, "first_id": POLICY_MODEL, "last_id": POLICY_MODEL}
 
 
-async def _record(session: AgentSession) -> Response:
+async def _record(session: RecordedSession) -> Response:
     """Return a session's record, which may be large, made beside the event loop."""
     made = session.snapshot()
     content = await in_turn(lambda: made().model_dump_json().encode())

@@ -72,6 +72,8 @@ def test_a_fork_follows_with_its_prompt_masked():
     assert [(span.start, span.end) for span in made.spans] == [(0, 5)], "neighbors of one version are one"
     assert list(made.turns()) == [(True, [8, 8])], "the last call's, after its prompt"
     assert made.trajectories == 2
+    both = [[(True, [3, 4]), (False, [5]), (True, [6])], [(True, [8, 8])]]
+    assert [list(turns) for turns in made.conversations()] == both
 
 
 def test_the_conversation_is_that_of_the_last_call():

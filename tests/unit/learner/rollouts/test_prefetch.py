@@ -195,7 +195,7 @@ def test_errors_reach_the_trainer() -> None:
     def fail(batch, prompts):
         raise InvalidRequest("too long")
 
-    prefetcher = Prefetcher(lambda batch: [[1]], fail, schedule=Schedule(1, 1, 4, 4), max_staleness=1)
+    prefetcher = Prefetcher(lambda batch: ([[1]], ""), fail, schedule=Schedule(1, 1, 4, 4), max_staleness=1)
     prefetcher.request(0, 3)
     with pytest.raises(LockstepError, match="too long"):
-        prefetcher.take(0, [[1]])
+        prefetcher.take(0, ([[1]], ""))

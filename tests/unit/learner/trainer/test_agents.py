@@ -10,13 +10,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from learner.agents.episodes import AgentError
 from learner.agents.rewards import agent_reward
 from learner.servers.client import RolloutClient
+from learner.trainer import agent_hooks
 from learner.trainer.attach import attach
+from learner.trainer.hooks import record_samples
+from learner.trainer.prompt_order import TrlPrompts
 from shared.errors import ErrorCode, LockstepError
 from tests.support.fake_sessions import FakeSessions, ask
 
@@ -149,6 +153,18 @@ def _scored_alone(server: FakeSessions, batch: dict) -> torch.Tensor:
     return found
 
 
+def test_an_episode_was_cut_off_where_its_last_call_was(make_trainer, server, client):
+    """Not where the row's last token, which is that of the trajectory that began last, ends no sequence."""
+    server.spoil = lambda t: t.model_copy(
+        update={"finish_reasons": ["length" if 3 in t.calls else "stop"] * len(t.calls)}
+    )
+    for agent, cut in ((forks(server), 1.0), (talks(server), 0.0)):
+        trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
+        attach(trainer, client=client, agent=agent, run_id=f"r{cut:g}")
+        trainer.train()
+        assert logged(trainer, "completions/clipped_ratio") == [cut]
+
+
 def test_an_async_agent_runs_side_by_side(make_trainer, server, client):
     met = threading.Barrier(8)
 
@@ -157,9 +173,10 @@ def test_an_async_agent_runs_side_by_side(make_trainer, server, client):
         return float(len(ask(server, session, ids_of(row))))
 
     trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
-    attach(trainer, client=client, agent=agent)
+    attach(trainer, client=client, agent=agent, agent_max_calls=3, agent_max_tokens=77)
     trainer.train()
     assert len(server.opened) == 8
+    assert {(request.max_calls, request.max_tokens) for request in server.opened} == {(3, 77)}
 
 
 def test_reward_functions_score_the_conversations_that_agents_leave_open(make_trainer, server, client):
@@ -258,6 +275,23 @@ def test_an_agent_that_always_fails_ends_the_training_with_its_own_error(make_tr
         trainer.train()
 
 
+def test_a_batch_goes_on_where_another_rank_has_episodes_left(make_trainer, server, client, monkeypatch):
+    others: list[list[str | None]] = [["broken", None], ["broken", "broken"]]
+    monkeypatch.setattr(agent_hooks, "gather_object", lambda own: [*own, *others.pop(0)])
+
+    def agent(session, row):
+        raise KeyError("no such column")
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=2)
+    session = attach(trainer, client=client, agent=agent)
+    batches = batches_of(trainer)
+    with pytest.raises(AgentError, match="every one of 10 episodes"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert session.rollouts.agents.counts.left_out == 16
+    assert (batches[0]["advantages"] == 0).all()
+
+
 def test_an_agent_that_makes_no_call_is_told_where_to_make_them(make_trainer, server, client):
     trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward})
     attach(trainer, client=client, agent=lambda session, row: 1.0)
@@ -306,6 +340,47 @@ def test_episodes_of_coming_batches_run_ahead(make_trainer, server, client):
     assert session.rollouts.prefetcher.mismatches == 0
 
 
+def test_episodes_of_other_rows_are_not_taken_for_those_of_the_same_prompt(make_trainer, server, client):
+    ran = []
+
+    def agent(session, row):
+        ran.append(row["task"])
+        return float(len(ask(server, session, ids_of(row))))
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=2, save_strategy="no")
+    rows = [{"prompt": "w1 w2", "task": task} for task in range(64)]
+    trainer.train_dataset = Dataset.from_list(rows)
+    session = attach(trainer, client=client, agent=agent, max_staleness=1)
+    trained, generate = [], trainer._generate_and_score_completions
+    right = TrlPrompts.rows
+
+    def generate_noted(inputs):
+        trained.append({row["task"] for row in inputs})
+        return generate(inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrlPrompts, "rows", lambda self, batch: right(self, 1 - batch))  # another order than TRL's
+        trainer._generate_and_score_completions = generate_noted
+        trainer.train()
+    assert session.rollouts.prefetcher.mismatches == 2
+    assert set(ran) == trained[0] | trained[1]
+
+
+def test_the_page_shows_all_trajectories(make_trainer, server, client, monkeypatch):
+    shown: list = []
+    monkeypatch.setattr(
+        "learner.trainer.attach.record_samples",
+        lambda trainer, session, add: record_samples(trainer, session, lambda step, kind, groups: shown.extend(groups)),
+    )
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
+    attach(trainer, client=client, agent=forks(server))
+    trainer.train()
+    turns = shown[0].samples[0].turns
+    headings = [text for sampled, text in turns if not sampled and text.startswith("[")]
+    assert headings == [f"[conversation {i} of 3]" for i in (1, 2, 3)]
+    assert sum(sampled for sampled, _ in turns) == 4, "one for each call"
+
+
 def test_evaluation_runs_the_agent(make_trainer, server, client):
     trainer = make_trainer(
         trainer_kwargs={"reward_funcs": agent_reward, "eval_dataset": None}, max_steps=1, per_device_eval_batch_size=4
@@ -337,6 +412,7 @@ def test_resumes_within_a_batch_of_forked_episodes(make_trainer, server, client)
         ({"drop_degenerate_groups": True}, {}, "drop_degenerate_groups with an agent"),
         ({"agent_command": "true"}, {}, r"agent and agent_command.*give one of them"),
         ({}, {"generation_kwargs": {"stop": ["x"]}}, "stop with an agent"),
+        ({}, {"mask_truncated_completions": True}, "mask_truncated_completions with an agent.*finish_reason"),
     ],
 )
 def test_what_means_nothing_with_an_agent_is_refused(make_trainer, client, options, settings, match):

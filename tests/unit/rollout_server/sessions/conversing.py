@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from rollout_server.engine.proxy import CALL_CONTEXT, CallContext, EngineProxy
 from rollout_server.runs.table import RunTable
-from rollout_server.sessions.records import AgentSession, Sessions
+from rollout_server.sessions.records import RecordedSession, Sessions
 from rollout_server.settings import ServerSettings
 from shared.sessions import SessionRequest
 from shared.weights import WeightVersion
@@ -122,16 +122,16 @@ class Served:
         self.run.recall(fence)
         self.run.flip(slot, version, self.table.next_install_seq(), "sum")
 
-    async def open(self, **fields: Any) -> AgentSession:
+    async def open(self, **fields: Any) -> RecordedSession:
         """Open a session."""
         opened = await self.sessions.open(SessionRequest.model_validate(fields), self.proxy)
         return self.sessions.get(opened.session_id)
 
-    async def call(self, session: AgentSession, prompt: list[int], **params: Any) -> list[Any]:
+    async def call(self, session: RecordedSession, prompt: list[int], **params: Any) -> list[Any]:
         """Call as a route of vLLM does; return all outputs."""
         return [output async for output in self.stream(session, prompt, **params)]
 
-    async def stream(self, session: AgentSession, prompt: list[int], **params: Any) -> AsyncGenerator[Any, None]:
+    async def stream(self, session: RecordedSession, prompt: list[int], **params: Any) -> AsyncGenerator[Any, None]:
         """Call as a route of vLLM does."""
         call = CallContext(session=session)
         token = CALL_CONTEXT.set(call)

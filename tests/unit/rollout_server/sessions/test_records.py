@@ -15,7 +15,7 @@ from vllm.sampling_params import RequestOutputKind
 from rollout_server.generation.vllm_params import overridden
 from rollout_server.runs import slots
 from rollout_server.sessions import records
-from rollout_server.sessions.records import AgentSession
+from rollout_server.sessions.records import RecordedSession
 from shared.errors import (
     InvalidRequest,
     NoFreeSlot,
@@ -36,11 +36,11 @@ async def served() -> Served:
     return made
 
 
-def _record(session: AgentSession) -> SessionRecord:
+def _record(session: RecordedSession) -> SessionRecord:
     return session.snapshot()()
 
 
-def _steps(session: AgentSession) -> list[list[int]]:
+def _steps(session: RecordedSession) -> list[list[int]]:
     return [[span.version.step for span in each.spans if span.version] for each in _record(session).trajectories]
 
 
@@ -282,7 +282,7 @@ async def test_limits_end_a_session(served: Served) -> None:
     assert not any(slot.sessions for slot in served.run.slots)
 
 
-async def _under_way(served: Served, session: AgentSession) -> asyncio.Future[Any]:
+async def _under_way(served: Served, session: RecordedSession) -> asyncio.Future[Any]:
     """Begin a call that the engine does not answer; return when it has it."""
     served.engine.gate = asyncio.Event()
     call = asyncio.ensure_future(served.call(session, [1]))
@@ -290,7 +290,7 @@ async def _under_way(served: Served, session: AgentSession) -> asyncio.Future[An
     return call
 
 
-async def _until_running(session: AgentSession, calls: int) -> None:
+async def _until_running(session: RecordedSession, calls: int) -> None:
     while len(session.running) < calls:  # noqa: ASYNC110 - what is waited for is the session's
         await asyncio.sleep(0)
 

@@ -1,0 +1,56 @@
+"""Runs the program of one episode, and ends it when the learner is gone: `python supervisor.py PARENT FOLDER COMMAND`.
+
+A process of its own, since only a parent that lives on can end what a killed learner leaves behind. It leads the
+program's process group. Only the standard library is imported, so that it starts at once, in the environment that the
+program is to see.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from types import FrameType
+
+#: How long a program may take to end by itself.
+_GRACE_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class _Stopped(BaseException):
+    """SIGTERM: from the learner, or from the kernel because the learner has ended."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def main(parent: str, folder: str, command: str) -> int:
+    """Return the exit code of the shell that runs `command`."""
+    program = None
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(parent):  # it has ended before
+            raise _Stopped
+        program = subprocess.Popen(["/bin/sh", "-c", command])
+        code = program.wait()
+        return code if code >= 0 else 128 - code  # as a shell says of a signal
+    except _Stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+        if program:
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(_GRACE_S)
+        if os.getppid() != int(parent):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)  # this process, too
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
