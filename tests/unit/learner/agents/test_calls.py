@@ -105,7 +105,7 @@ def test_a_program_finds_its_row_and_session(tmp_path, monkeypatch):
     assert json.loads(out.read_text()) == ROW
     seen = dict(line.split("=", 1) for line in Path(f"{out}.env").read_text().splitlines() if "=" in line)
     assert json.loads(seen["LOCKSTEP_ROW"]) == ROW
-    assert seen["OPENAI_API_KEY"] == "secret"
+    assert seen["OPENAI_API_KEY"] == "secret"  # pragma: allowlist secret
     assert seen["LOCKSTEP_SESSION_URL"] == "http://127.0.0.1:1/v1/sessions/s1"
     assert "LOCKSTEP_TOKEN" not in seen, "the server's token opens more than the session"
     assert not Path(seen["LOCKSTEP_ROW_FILE"]).exists()
