@@ -103,8 +103,7 @@ def prove_modules(
 
 def _coarse(loud: Measurement) -> Measurement:
     """Return the measurement with tolerances for an adapter as large as the canary."""
-    tolerances = {"tolerance": LOUD_SLACK * loud.tolerance, "rms_tolerance": LOUD_SLACK * loud.rms_tolerance}
-    return replace(loud, **tolerances)
+    return replace(loud, tolerance=LOUD_SLACK * loud.tolerance, rms_tolerance=LOUD_SLACK * loud.rms_tolerance)
 
 
 def _check_slope(base: Measurement, loud: Measurement, slack: float = CANARY_SLACK) -> float:
