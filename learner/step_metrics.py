@@ -102,7 +102,11 @@ class StepReport:
     @property
     def train_seconds(self) -> float:
         """For which the trainer was neither waiting nor pushing."""
-        return self.seconds - self.wait_seconds - (self.reward_wait_seconds or 0.0) - self.push_seconds
+        return _train_seconds(self.seconds, self.wait_seconds, self.reward_wait_seconds, self.push_seconds)
+
+
+def _train_seconds(seconds: float, waited: float, reward_waited: float | None, pushing: float) -> float:
+    return seconds - waited - (reward_waited or 0.0) - pushing
 
 
 class StepMetrics:
@@ -142,7 +146,7 @@ class StepMetrics:
         waited = stats.wait_seconds - self._waited
         reward_waited = rewards.wait_seconds - self._reward_waited if rewards else None
         tokens = (stats.last_tokens + stats.last_prompt_tokens) * trainer.schedule.batches_per_step
-        speed = tokens / max(seconds - waited - (reward_waited or 0.0) - push_seconds, 1e-9)
+        speed = tokens / max(_train_seconds(seconds, waited, reward_waited, push_seconds), 1e-9)
         report = StepReport(
             step=trainer.step,
             max_steps=trainer.max_steps,

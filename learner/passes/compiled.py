@@ -6,9 +6,7 @@ All layers of a model share the code that is compiled once without and once with
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,11 +29,9 @@ class CompiledLayers:
 
     Attributes:
         active: whether they are compiled, or will be.
-        seconds: that first calls have taken, which is nearly all compilation.
     """
 
     def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
-        self.seconds = 0.0
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._plain = [layer.forward for layer in self._layers]
         self._seen: set[tuple[bool, bool]] = set()
@@ -58,7 +54,6 @@ class CompiledLayers:
             kind = torch.is_grad_enabled(), layer.training
             if kind in self._seen:
                 return compiled(*args, **kwargs)
-            began = time.perf_counter()
             try:
                 result = compiled(*args, **kwargs)
             except torch.OutOfMemoryError:
@@ -68,9 +63,6 @@ class CompiledLayers:
                 logger.warning("layers are not compiled: %s", one_line(error))
                 return plain(*args, **kwargs)
             self._seen.add(kind)
-            with suppress(RuntimeError):
-                torch.accelerator.synchronize()
-            self.seconds += time.perf_counter() - began
             return result
 
         return call

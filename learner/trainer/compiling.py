@@ -45,18 +45,19 @@ def compile_layers(trainer: GRPOTrainer, choice: Compile, train_seconds: Callabl
 class _CompileWhereItPays(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer, train_seconds: Callable[[], float]) -> None:
         self._trainer, self._train_seconds = trainer, train_seconds
-        self._steps = 0
+        self._steps, self._compiled = 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._steps = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._steps += 1
-        if self._steps != _JUDGED_STEP:
+        if self._steps != _JUDGED_STEP or self._compiled:  # by an earlier training
             return
         seconds, left = self._train_seconds(), state.max_steps - state.global_step
         if pays(seconds, left):
             CompiledLayers(self._trainer.model)
+            self._compiled = True
             logger.info("compiling layers, which takes about a minute: %d steps of %.1f s are left", left, seconds)
         else:
             logger.info("layers are not compiled: %d steps of %.1f s would not make up for it", left, seconds)

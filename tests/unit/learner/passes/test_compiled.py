@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.utils import counters
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from learner.passes import attention
 from learner.passes.compiled import CompiledLayers
@@ -17,21 +18,12 @@ from learner.passes.packing import Row, plan_passes
 
 
 @pytest.fixture
-def model() -> PeftModel:
+def model(model_dir: Path) -> PeftModel:
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        attn_implementation=attention.PACKED,
-    )
-    model = get_peft_model(Qwen3ForCausalLM(config).bfloat16(), LoraConfig(r=4, target_modules="all-linear"))
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation=attention.PACKED)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.1
