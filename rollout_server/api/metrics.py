@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from rollout_server.sessions.records import Sessions
+from rollout_server.sessions.records import Counts, Sessions
 from shared.errors import LockstepError
 from shared.weights import PushReceipt
 
@@ -60,11 +60,12 @@ class SessionCounts(Collector):
         self.sessions: Sessions | None = None
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        if (sessions := self.sessions) is None:
-            return
-        counts = sessions.counts
-        yield GaugeMetricFamily("lockstep_sessions", "Sessions of agents that take calls", value=sessions.open_sessions)
-        yield GaugeMetricFamily("lockstep_session_tokens", "Tokens that all sessions hold", value=sessions.tokens)
+        sessions = self.sessions
+        counts, taking_calls, tokens = (
+            (sessions.counts, sessions.open_sessions, sessions.tokens) if sessions else (Counts(), 0, 0)
+        )
+        yield GaugeMetricFamily("lockstep_sessions", "Sessions of agents that take calls", value=taking_calls)
+        yield GaugeMetricFamily("lockstep_session_tokens", "Tokens that all sessions hold", value=tokens)
         for name, text, value in (
             ("sessions_opened", "Sessions opened", counts.opened),
             ("session_calls", "Calls that sessions have recorded", counts.calls),

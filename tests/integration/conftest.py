@@ -46,10 +46,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One server for all tests that leave it as they found it; prefix cache on, as by default."""
+def one_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with running_server(model, tmp_path_factory.mktemp("server"), *FLAGS) as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def server(one_server: ServerProcess) -> Iterator[ServerProcess]:
+    """One server for all modules, each of which finds it without runs; prefix cache on, as by default."""
+    yield one_server
+    with RolloutClient(one_server.url) as client:
+        for run in client.state().runs:
+            client.delete_run(run.run_id, "of-nobody", takeover=True)
 
 
 @pytest.fixture
