@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from learner.adapters.lora_rules import check_rank
 from learner.commands import training
-from learner.commands.flags import Parser, either_spelling, number
+from learner.commands.flags import Parser, either_spelling, is_true, number
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.files import LEASE_FILE
 from learner.servers.client import RolloutClient
@@ -131,7 +131,7 @@ def _machine(given: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _packages(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     """Compare the installed versions with those that Lockstep was built for; nothing is imported."""
-    extras = {"learner", *({"qlora"} if _is_true(given, "load_in_4bit") else ())}
+    extras = {"learner", *({"qlora"} if is_true(given, "load_in_4bit") else ())}
     wrong = []
     requirements = _requirements()
     for requirement in requirements:
@@ -180,7 +180,7 @@ def _version(name: str) -> str | None:
 
 def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     cards = visible_gpus()
-    on_cpu = _is_true(given, "use_cpu")
+    on_cpu = is_true(given, "use_cpu")
     if not cards:
         if on_cpu or not given:
             yield Finding(OK if on_cpu else NOTE, "GPU", "none: training on the CPU")
@@ -194,9 +194,9 @@ def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     weights = _weight_bytes(given.get("model_name_or_path"))
     if weights is None or on_cpu:
         return
-    in_4bit = _is_true(given, "load_in_4bit")
+    in_4bit = is_true(given, "load_in_4bit")
     learner = weights * (0.3 if in_4bit else 1.0) * _LEARNER_ROOM
-    shared = _is_true(given, "share_gpu")
+    shared = is_true(given, "share_gpu")
     server = weights * _SERVER_ROOM if with_server and not shared else 0.0
     largest = max(gpu.total for gpu in cards)
     needed = max(learner, server) if len(cards) > 1 or shared else learner + server
@@ -300,8 +300,8 @@ def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:
 def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
     with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
         state = client.wait_ready(0.0)
-    corrected = _is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
-    check_server(state, allow_policy_altering=_is_true(given, "allow_policy_altering"), corrected=corrected)
+    corrected = is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
+    check_server(state, allow_policy_altering=is_true(given, "allow_policy_altering"), corrected=corrected)
     lora_r = int(str(given.get("lora_r") or training.options()["lora_r"].default))
     check_rank(SimpleNamespace(r=lora_r, rank_pattern=None), state)  # type: ignore[arg-type]
     length = int(str(given.get("max_completion_length") or training.options()["max_completion_length"].default))
@@ -313,7 +313,7 @@ def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
     _check_room(url, state, given)
     model = given.get("model_name_or_path")
     if model and Path(str(model)).is_dir():
-        allow = _is_true(given, "allow_base_mismatch")
+        allow = is_true(given, "allow_base_mismatch")
         check_base(fingerprint_checkpoint(str(model)), state.base, allow_mismatch=allow)
     return (
         f"{url}: {state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
@@ -329,7 +329,3 @@ def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> None:
             f"{url} serves {names} and has no room for another run: end that, start the server with --max-runs "
             f"{state.max_runs + 1}, or go on with it in its output_dir"
         )
-
-
-def _is_true(given: Mapping[str, Any], name: str) -> bool:
-    return str(given.get(name, "")).lower() == "true"

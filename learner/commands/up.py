@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import Parser, dtype_name
+from learner.commands.flags import Parser, dtype_name, is_true
 from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -40,7 +40,6 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU"
 #: Seconds for a learner to finish its step and save it.
 LEARNER_PATIENCE_S = 120.0
 _PROGRESS_S = 15.0
-_TRUE = ("true", "yes", "1", "")
 
 
 @dataclass
@@ -140,7 +139,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
     gpus = server.pop("gpus", None)
-    place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
+    place = _place_on_cpu(split=options.split_cores) if is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
     port = str(server.pop("port", None) or free_port())
     _check_address(port, [*server, *(word.lstrip("-") for word in options.server_flags or () if word.startswith("--"))])
     command = [*module_command("rollout_server.cli"), str(model), "--port", port]
@@ -188,10 +187,6 @@ def _values(flags: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _is_true(given: Mapping[str, Any], name: str) -> bool:
-    return name in given and str(given[name]).lower() in _TRUE
-
-
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the server's flags that follow from the learner's options."""
     common: dict[str, Any] = {"max_lora_rank": _rank(given)}
@@ -199,9 +194,7 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
         common["dtype"] = dtype_name(str(given["dtype"]))
     if given.get("model_revision"):
         common["revision"] = given["model_revision"]
-    return common | {
-        name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if _is_true(given, name)
-    }
+    return common | {name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if is_true(given, name)}
 
 
 def _rank(given: Mapping[str, Any]) -> int:
@@ -250,7 +243,7 @@ def _place_on_gpus(given: Mapping[str, Any], asked: Any) -> dict[str, Any]:
     own = [str(gpu).strip() for gpu in listed]
     if unknown := [gpu for gpu in own if gpu not in gpus]:
         raise InvalidRequest(f"server: gpus: {', '.join(unknown)} is not visible here; visible are {', '.join(gpus)}")
-    if _is_true(given, "share_gpu"):
+    if is_true(given, "share_gpu"):
         chosen = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
         return {"places": (f"GPU {', '.join(own)}, by turns",) * 2, "environment": chosen}
     left = [gpu for gpu in gpus if gpu not in own]

@@ -69,7 +69,9 @@ class _CompileWhereItPays(TrainerCallback):
             compiling, compiled = seconds
             self._seconds = None
             if self._layers and self._layers.active:
-                logger.info("compiling layers took %.0f s: a step trains for %.1f s now", compiling - compiled, compiled)
+                logger.info(
+                    "compiling layers took %.0f s: a step trains for %.1f s now", compiling - compiled, compiled
+                )
 
 
 def pays(train_seconds: float, steps: int) -> bool:
