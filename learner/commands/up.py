@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name, is_true
+from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -263,7 +265,7 @@ class Output:
     """Output of one process: all of it in a log, and on the terminal behind the process's name."""
 
     def __init__(self, name: str, log: Path) -> None:
-        self._name, self._file, self.last = name, log.open("a", errors="replace"), ""
+        self.name, self._file, self.last = name, log.open("a", errors="replace"), ""
 
     def __call__(self, line: str) -> None:
         """Take a line. A full disk or a closed terminal stops neither process."""
@@ -271,7 +273,7 @@ class Output:
             if not line.startswith("INFO:"):  # uvicorn says last that it has shut down, and before that somebody why
                 self.last = line
             with contextlib.suppress(OSError, ValueError):
-                print(f"{self._name:<7} | {line}", flush=True)
+                print(f"{self.name:<7} | {line}", flush=True)
         with contextlib.suppress(OSError, ValueError):
             self._file.write(line + "\n")
             self._file.flush()
@@ -293,7 +295,7 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
     shown = Output("server", out / SERVER_LOG), Output("learner", out / LEARNER_LOG)
     say(f"the rollout server, on {plan.places[0]}, at {plan.url}; log: {out / SERVER_LOG}")
     say(f"the learner, on {plan.places[1]}; log: {out / LEARNER_LOG}")
-    status = None
+    status, reason = None, ""
     try:
         with (
             contextlib.closing(up_lock),
@@ -311,33 +313,37 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
             ) as learner,
         ):
             try:
-                status = _watch(plan, server, learner, shown[0])
+                status, reason = _watch(plan, server, learner, shown)
             except Stopped as stopped:
                 say(f"{stopped}: ending the learner, then the server; a second signal ends them at once")
                 raise
     except Stopped:
         if status is None:  # else the training had ended, and the server was ending
-            say("stopped; the same command goes on from the last checkpoint")
+            say(f"stopped; {_resumption(out)}")
             return 130
+    if reason:  # said last: both have said more while they ended
+        say(f"ended; {_resumption(out)}")
+        say(reason)
     return status
 
 
-def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, server_output: Output) -> int:
-    """Wait until one of the two ends, and say how; return the exit code."""
+def _watch(
+    plan: Plan, server: ProcessGroup, learner: ProcessGroup, shown: tuple[Output, Output]
+) -> tuple[int, str]:
+    """Wait until one of the two ends; return the exit code and, unless all went well, the reason."""
     started, ready = time.monotonic(), False
     next_look, next_word = started + 1.0, started + _PROGRESS_S
     with RolloutClient(plan.url, read_token(None)) as client:
         while True:
-            if (status := learner.process.poll()) is not None:
-                if status:
-                    say(f"the learner ended with status {status}; after a checkpoint the same command goes on from it")
-                return status if status >= 0 else 1
-            if (status := server.process.poll()) is not None:
-                server.end()  # and read what it has said
-                reason = server_output.last or "it said nothing"
-                say(f"the rollout server ended with status {status}: {reason}")
-                say("ending the learner; the same command goes on from the last checkpoint")
-                return 1
+            if (status := learner.process.poll()) == 0:
+                return 0, ""
+            ended = [
+                (process, output)
+                for process, output in zip((server, learner), shown, strict=True)
+                if process.process.poll() is not None
+            ]
+            if ended:
+                return max(status or 1, 1), "; ".join(_reason(process, output) for process, output in ended)
             now = time.monotonic()
             if not ready and now >= next_look:
                 ready, next_look = _is_ready(client), now + 1.0
@@ -347,6 +353,21 @@ def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, server_outpu
                     say(f"the rollout server loads its model: {now - started:.0f} s")
                     next_word = now + _PROGRESS_S
             time.sleep(0.1)
+
+
+def _reason(process: ProcessGroup, output: Output) -> str:
+    """Return how a process ended, and what it said last, which is why."""
+    status = process.end()  # all that it has said is read then
+    how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+    if status == -signal.SIGKILL:
+        how += " (which the system sends when memory runs out: see dmesg)"
+    return f"the {output.name} ended with {how}: {output.last or 'it said nothing'}"
+
+
+def _resumption(out: Path) -> str:
+    """Return what the same command does then."""
+    last = last_checkpoint(out)
+    return f"the same command goes on from {last.name}" if last else "nothing was saved yet: the same command begins anew"
 
 
 def _is_ready(client: RolloutClient) -> bool:

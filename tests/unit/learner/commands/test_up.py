@@ -44,6 +44,7 @@ url = sys.argv[sys.argv.index("--rollout_url") + 1]
 print("options", *sys.argv[1:], flush=True)
 print("loudness", os.environ.get("LOUDNESS"), flush=True)
 if "--wrong" in sys.argv:
+    print("learner train: there is no --wrong", file=sys.stderr, flush=True)
     sys.exit(2)
 def leave(*_):
     print("learner saves", flush=True)
@@ -57,6 +58,8 @@ while True:
     except OSError:
         time.sleep(0.02)
 print("step 1", flush=True)
+if "--killed" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
 if "--kills-server" in sys.argv:
     try:
         urllib.request.urlopen(url + "/die")
@@ -103,20 +106,35 @@ def test_one_command_for_both(recipe: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_server_that_does_not_start_is_said_with_its_reason(recipe: Path, capsys) -> None:
     assert main(["up", "--config", str(recipe), "--server-flags", "--broken"]) == 1
     shown = capsys.readouterr().out
-    assert "the rollout server ended with status 1: rollout-server: the engine could not start\n" in shown
-    assert "the same command goes on" in shown
+    reason = "the server ended with status 1: rollout-server: the engine could not start"
+    assert shown.splitlines()[-1] == f"up      | {reason}"
+    assert "the same command begins anew" in shown
 
 
 def test_a_server_that_dies_ends_the_learner_in_order(recipe: Path, capsys) -> None:
     assert main(["up", "--config", str(recipe), "--kills-server"]) == 1
     shown = capsys.readouterr().out
-    assert "the rollout server ended with status 1: rollout-server: the engine died\n" in shown
     assert "learner | learner saves\n" in shown
+    assert shown.splitlines()[-1] == "up      | the server ended with status 1: rollout-server: the engine died"
 
 
 def test_a_learner_that_refuses_its_options_ends_the_server(recipe: Path, capsys) -> None:
     assert main(["up", "--config", str(recipe), "--wrong"]) == 2
-    assert "the learner ended with status 2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "up      | the learner ended with status 2: learner train: there is no --wrong"
+
+
+def test_a_process_that_is_killed_is_said_with_the_signal(recipe: Path, capsys) -> None:
+    assert main(["up", "--config", str(recipe), "--killed"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("up      | the learner ended with SIGKILL (which the system sends when memory runs out")
+    assert last.endswith(": step 1")
+
+
+def test_how_it_goes_on_is_said(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(up, "last_checkpoint", lambda out: out / "checkpoint-4")
+    assert main(["up", "--config", str(recipe), "--killed"]) == 1
+    assert "the same command goes on from checkpoint-4\n" in capsys.readouterr().out
 
 
 def _up(recipe: Path, *flags: str) -> subprocess.Popen[str]:
@@ -140,7 +158,7 @@ def test_a_signal_ends_the_learner_then_the_server(recipe: Path, number: signal.
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    words = ["ending the learner", "learner saves", "server leaves", "the same command goes on"]
+    words = ["ending the learner", "learner saves", "server leaves", "the same command begins anew"]
     places = [said.index(word) for word in words]
     assert places == sorted(places)
 
@@ -153,7 +171,7 @@ def test_a_second_signal_waits_for_nobody(recipe: Path) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)  # less than the learner's patience
     assert process.returncode == 130
-    assert "the same command goes on" in said
+    assert "the same command begins anew" in said
 
 
 def test_children_do_not_outlive_a_command_that_is_killed(recipe: Path) -> None:
@@ -265,7 +283,7 @@ def test_a_second_signal_may_come_at_any_moment(recipe: Path, monkeypatch: pytes
     monkeypatch.setattr(up, "say", say_and_signal)
     monkeypatch.setattr(up.Output, "__call__", take_and_signal)
     assert main(["up", "--config", str(recipe), "--long", "--stubborn"]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command begins anew" in capsys.readouterr().out
 
 
 def test_the_recipes_environment_reaches_both(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
