@@ -110,10 +110,11 @@ _WHY = {
     "warmup_ratio": "give --warmup_steps: below 1 it is a share of all steps",
     "token": "set $HF_TOKEN, for models and data of the hub; --token_file is for rollout servers",
     "hf_token": "set $HF_TOKEN, for models and data of the hub",
-    "device_map": "the learner takes the first visible GPU (CUDA_VISIBLE_DEVICES), or with --use_cpu none: leave it out",
+    "device_map": "the learner takes the first GPU of CUDA_VISIBLE_DEVICES, or none with --use_cpu: leave it out",
     "dataset_streaming": "data is read as a whole, or give an iterable dataset with --task module:object",
     "bias": "biases cannot be served: leave it out",
     "lora_bias": "biases cannot be served: leave it out",
+    "modules_to_save": "only the adapter travels to the server: leave it out",
     "loftq_config": "it would change the base, which the server does not know: leave it out",
     "tokenizer": "it comes with the model: leave it out",
     "processing_class": "the tokenizer comes with the model: leave it out",
@@ -142,10 +143,8 @@ def unknown_option(written: str, value: object, known: Collection[str], *, flag:
     there_is_none = f"there is no {dashes}{written}" if flag else f"there is no option {written}"
     if name == SAMPLING:
         return f"{there_is_none}: {_sampling_options(value, flag=flag)}"
-    if name in _OF_SERVER:
-        shown = "" if value in (None, "", "true", "True", True) else f" {value}"
-        server = f"rollout-server MODEL --{_OF_SERVER[name]}{shown}"
-        return f"{there_is_none}: it belongs to the server: {server}{_MORE.get(name, '')}"
+    if server := server_flag(name, value):
+        return f"{there_is_none}: it belongs to the server: rollout-server MODEL {server}{_MORE.get(name, '')}"
     if name in RENAMED:
         return f"{there_is_none}: it is {dashes}{RENAMED[name]} here"
     beginnings = (why for beginning, why in _WHY_BEGINNING.items() if name.startswith(beginning))
@@ -153,6 +152,13 @@ def unknown_option(written: str, value: object, known: Collection[str], *, flag:
         return f"{there_is_none}: {why}"
     spelled = [one.replace("_", "-") if "-" in written else one for one in known]
     return there_is_none + did_you_mean(dashes + written, [dashes + one for one in spelled])
+
+
+def server_flag(name: str, value: object) -> str | None:
+    """Return the flag of rollout-server that an option of other tools stands for, with its value, if it is one."""
+    if name not in _OF_SERVER:
+        return None
+    return f"--{_OF_SERVER[name]}" + ("" if value in (None, "", "true", "True", True) else f" {value}")
 
 
 def sampling_fields(text: str) -> dict[str, Any]:

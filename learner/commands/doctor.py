@@ -25,7 +25,7 @@ from learner.adapters.lora_rules import check_rank
 from learner.commands import training
 from learner.commands.flags import Parser, either_spelling, is_true, number
 from learner.run_dir.checkpoint import last_checkpoint
-from learner.run_dir.files import LEASE_FILE
+from learner.run_dir.lease import load_lease
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_server
 from learner.servers.credentials import read_token, ssl_context
@@ -102,8 +102,8 @@ def diagnose(given: Mapping[str, Any], *, server_port: int | None = None) -> Ite
     yield _checked("token", lambda: _check_credentials(given))
     if out := given.get("output_dir"):
         yield _checked("output", lambda: _check_output(str(out)))
-    if task := given.get("task"):
-        yield _checked("task", lambda: _check_task(str(task)))
+    if given.get("task"):
+        yield _checked("task", lambda: _check_task(given))
     if model := given.get("model_name_or_path"):
         yield _checked("model", lambda: _check_model(str(model), given.get("model_revision")))
     else:
@@ -253,11 +253,10 @@ def _check_output(out: str) -> str:
     return f"{out}, {free / _GIB:.0f} GiB free" + (f"; it goes on from {last.name}" if last else "")
 
 
-def _check_task(task: str) -> str:
-    path, kind = Path(task), task.partition(":")[0]
-    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet") and not path.is_file():
-        raise InvalidRequest(f"there is no file {task}: --task takes a file, reasoning_gym:NAME, or module:object")
-    if kind == "reasoning_gym" and importlib.util.find_spec("reasoning_gym") is None:
+def _check_task(given: Mapping[str, Any]) -> str:
+    training.check_files(given)
+    task = str(given["task"])
+    if task.startswith("reasoning_gym:") and importlib.util.find_spec("reasoning_gym") is None:
         raise InvalidRequest("reasoning_gym is missing: pip install reasoning-gym")
     return task
 
@@ -321,11 +320,14 @@ def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
 
 
 def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> None:
+    """Raise `invalid_request` unless a place is free, or is this run's, or its run has finished and is not kept."""
     run_id = given.get("run_id")
-    lease = Path(str(given.get("output_dir") or "."), LEASE_FILE)
-    if len(state.runs) >= state.max_runs and run_id not in {run.run_id for run in state.runs} and not lease.is_file():
-        names = ", ".join(run.run_id for run in state.runs)
+    own = load_lease(str(given.get("output_dir") or "."), str(run_id) if run_id else None).run_id
+    staying = [run for run in state.runs if not run.finished or (run.kept_seconds or 0.0) > 0.0]
+    alone = state.max_runs == 1 and is_true(given, "takeover")
+    if len(staying) >= state.max_runs and own not in {run.run_id for run in state.runs} and not alone:
+        names = ", ".join(run.run_id + (" (finished, but kept)" if run.finished else "") for run in staying)
         raise InvalidRequest(
-            f"{url} serves {names} and has no room for another run: end that, start the server with --max-runs "
-            f"{state.max_runs + 1}, or go on with it in its output_dir"
+            f"{url} serves {names} and has no room for another run: wait until it has finished, end it (learner runs "
+            f"--rollout-url {url} --end), or start the server with --max-runs {state.max_runs + 1}"
         )

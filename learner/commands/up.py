@@ -2,7 +2,8 @@
 
 Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns with the learner on one
 (`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus`
-there chooses its GPUs. The same command goes on where an interrupted training stopped.
+there chooses its GPUs. The run's page is served on 127.0.0.1, at port 8700 or a free one, or at `--page_port`. The same
+command goes on where an interrupted training stopped.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from learner.commands import training
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name, is_true
+from learner.foreign_options import server_flag
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
 from learner.servers.client import RolloutClient
@@ -34,6 +37,8 @@ from shared.errors import InvalidRequest, LockstepError, Unauthenticated
 from shared.weights import served_rank
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+#: Where the run's page is served, unless the recipe says where or the port is taken.
+PAGE_PORT = 8700
 SERVER_LOG, LEARNER_LOG = "server.log", "learner.log"
 #: Of both processes, unless the user has set them.
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
@@ -42,6 +47,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU"
 #: Seconds for a learner to finish its step and save it.
 LEARNER_PATIENCE_S = 120.0
 _PROGRESS_S = 15.0
+_ADDRESS = ("host", "port", "uds")
 
 
 @dataclass
@@ -117,15 +123,19 @@ def make_plan(argv: Sequence[str]) -> Plan:
     """Read flags and recipes, and decide where both processes run.
 
     Raises:
-        InvalidRequest: what the two have to share is missing, or this machine has no place for them. Other options are
-            checked by the learner, before it waits for the server.
+        InvalidRequest: what `learner train` refuses before it imports TRL, what the two have to share is missing, or
+            this machine has no place for them.
     """
     options, flags = make_parser().parse_known_args(tied(argv))
     files = [find_recipe(name) for name in options.config or ()]
+    written = [*(word for path in files for word in ("--config", str(path))), *flags]
     given: dict[str, Any] = {}
     for path in files:
         given |= read_config_file(path)
-    given |= _values(flags)
+    for name, value in _values(flags).items():
+        if name not in training.options() and name not in _ADDRESS and (flag := server_flag(name, value)):
+            raise InvalidRequest(f"--{name} belongs to the server: give --server-flags {shlex.quote(flag)}")
+        given[name] = value
     server = given.get("server") or {}
     if not isinstance(server, dict):
         raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
@@ -137,6 +147,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     environment = given.get("env") or {}
     if not isinstance(environment, dict):
         raise InvalidRequest("env: write one `NAME: value` of an environment variable a line below it")
+    training.check(written)
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
@@ -147,8 +158,10 @@ def make_plan(argv: Sequence[str]) -> Plan:
     command = [*module_command("rollout_server.cli"), str(model), "--port", port]
     command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
     url = f"http://127.0.0.1:{port}"
-    learner = [*module_command("learner.cli"), "train", *(word for path in files for word in ("--config", str(path)))]
-    learner += [*flags, "--rollout_url", url, "--output_dir", str(output_dir)]
+    learner = [*module_command("learner.cli"), "train", *written, "--rollout_url", url, "--output_dir", str(output_dir)]
+    wants_page = is_true({"run_page": True, **given}, "run_page") and not is_true(given, "no_run_page")
+    if wants_page and "page_port" not in given:
+        learner += ["--page_port", str(free_port(PAGE_PORT))]
     recipe = {str(name): str(value) for name, value in environment.items()}
     return Plan(url, output_dir, command, learner, **place, recipe_environment=recipe)
 
@@ -157,7 +170,7 @@ def _check_address(port: str, flags: Sequence[str]) -> None:
     """Raise `invalid_request` where the server would not listen at the URL that the learner is given."""
     for flag in flags:
         name = flag.partition("=")[0].replace("-", "_")
-        if name in ("host", "port", "uds") or name.startswith("ssl_"):
+        if name in _ADDRESS or name.startswith("ssl_"):
             raise InvalidRequest(
                 f"{name}: the server of `learner up` listens on 127.0.0.1 without TLS, at the recipe's `server: port`: "
                 "for another address use the two commands, `rollout-server` and `learner train`"
@@ -327,9 +340,7 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
     return status
 
 
-def _watch(
-    plan: Plan, server: ProcessGroup, learner: ProcessGroup, shown: tuple[Output, Output]
-) -> tuple[int, str]:
+def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, shown: tuple[Output, Output]) -> tuple[int, str]:
     """Wait until one of the two ends; return the exit code and, unless all went well, the reason."""
     started, ready = time.monotonic(), False
     next_look, next_word = started + 1.0, started + _PROGRESS_S
@@ -350,7 +361,7 @@ def _watch(
                 if ready:
                     say(f"the rollout server is ready after {now - started:.0f} s")
                 elif now >= next_word:
-                    say(f"the rollout server loads its model: {now - started:.0f} s")
+                    say(f"waiting for the rollout server to be ready: {now - started:.0f} s")
                     next_word = now + _PROGRESS_S
             time.sleep(0.1)
 
@@ -367,7 +378,8 @@ def _reason(process: ProcessGroup, output: Output) -> str:
 def _resumption(out: Path) -> str:
     """Return what the same command does then."""
     last = last_checkpoint(out)
-    return f"the same command goes on from {last.name}" if last else "nothing was saved yet: the same command begins anew"
+    goes_on = f"goes on from {last.name}" if last else "begins anew, since nothing was saved yet"
+    return f"the same command {goes_on}"
 
 
 def _is_ready(client: RolloutClient) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 
@@ -10,8 +11,12 @@ def check_port(port: int) -> None:
     socket.create_server(("127.0.0.1", port)).close()
 
 
-def free_port() -> int:
-    """Return a port that nothing listens on now."""
+def free_port(preferred: int = 0) -> int:
+    """Return a port that nothing listens on now, `preferred` if it is one."""
+    if preferred:
+        with contextlib.suppress(OSError):
+            check_port(preferred)
+            return preferred
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     return port

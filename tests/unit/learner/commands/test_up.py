@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in scripts.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(up, "module_command", lambda name: [sys.executable, str(tmp_path / f"{name}.py")])
+    monkeypatch.setattr(up.training, "check", lambda argv: None)  # of flags and models that only pretend, too
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
 
@@ -98,8 +100,8 @@ def test_one_command_for_both(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     assert "server leaves\n" in (out / "server.log").read_text()
     told = (out / "learner.log").read_text().splitlines()[0].split()
     assert told[1:4] == ["train", "--config", str(recipe)]
-    assert told[-4:-2] == ["--rollout_url", told[-3]]
-    assert told[-2:] == ["--output_dir", "runs/mine"]
+    at = told.index("--rollout_url")
+    assert told[at + 2 : at + 4] == ["--output_dir", "runs/mine"]
     assert "--max_steps" in told
 
 
@@ -108,7 +110,7 @@ def test_a_server_that_does_not_start_is_said_with_its_reason(recipe: Path, caps
     shown = capsys.readouterr().out
     reason = "the server ended with status 1: rollout-server: the engine could not start"
     assert shown.splitlines()[-1] == f"up      | {reason}"
-    assert "the same command begins anew" in shown
+    assert "the same command begins anew, since nothing was saved yet\n" in shown
 
 
 def test_a_server_that_dies_ends_the_learner_in_order(recipe: Path, capsys) -> None:
@@ -141,6 +143,7 @@ def _up(recipe: Path, *flags: str) -> subprocess.Popen[str]:
     """The command as a process of its own, whose learner has made a step."""
     program = (
         "import sys; from learner.commands import up; "
+        "up.training.check = lambda argv: None; "
         f"up.module_command = lambda name: [sys.executable, {str(recipe.parent)!r} + '/' + name + '.py']; "
         "from learner.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -245,6 +248,49 @@ def test_places(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text("use_cpu: true\n")
     with pytest.raises(InvalidRequest, match="model_name_or_path"):
         up.make_plan(["--config", str(recipe)])
+
+
+CHECK = up.training.check
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--gpu_memory_utilization 0.6", "give --server-flags '--gpu-memory-utilization 0.6'"),
+        ("--max-lora-rank=64", "give --server-flags '--max-lora-rank 64'"),
+        ("--fast_inference true", "completions always come from vLLM"),
+        ("--lerning_rate 1", "did you mean --learning_rate?"),
+        ("--model_name_or_path ./typo", "model_name_or_path: there is no directory"),
+        ("--task questions.jsonl", "task: there is no file questions.jsonl"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_is_started(recipe: Path, monkeypatch, capsys, flags, error) -> None:
+    monkeypatch.setattr(up.training, "check", CHECK)
+    (recipe.parent / "tiny").mkdir()
+    (recipe.parent / "tiny" / "config.json").write_text("{}")
+    assert main(["up", "--config", str(recipe), *flags.split()]) == 2
+    shown = capsys.readouterr()
+    assert error in shown.err
+    assert shown.out == ""
+    assert not Path("runs").exists()
+
+
+def test_the_page_is_served_unless_the_recipe_says_otherwise(recipe: Path) -> None:
+    def port(text: str, *flags: str) -> str | None:
+        words = _plan(recipe, f"use_cpu: true\n{text}", *flags).learner
+        return words[words.index("--page_port") + 1] if "--page_port" in words else None
+
+    with socket.socket() as taken:
+        try:  # a free port then; so it is where somebody else has it
+            taken.bind(("127.0.0.1", up.PAGE_PORT))
+            taken.listen()
+        except OSError:
+            pass
+        assert port("") not in (None, str(up.PAGE_PORT))
+    assert port("", "--page_port", "9000") == "9000"
+    for text in ("page_port: 9000", "page_port:", "run_page: false"):
+        assert port(text) is None
+    assert port("", "--no_run_page") is None
 
 
 def test_cores_are_split(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
