@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,33 +294,54 @@ def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:
     if not urls:
         yield Finding(WRONG, "server", f"{sources} names no address now: check the name, or fill the file")
     for url in urls:
-        yield _checked("server", lambda url=url: _check_server(url, token, given))  # type: ignore[misc]
+        yield from _server(url, token, given)
 
 
-def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
-    with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
-        state = client.wait_ready(0.0)
+def _server(url: str, token: str | None, given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield all that is wrong with a server, or that nothing is."""
+    try:
+        with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
+            state = client.wait_ready(0.0)
+    except (LockstepError, OSError) as error:
+        yield Finding(WRONG, "server", error.message if isinstance(error, LockstepError) else one_line(error))
+        return
+    checks = (_check_settings, _check_rank, _check_length, _check_room, _check_same_base)
+    findings = [_checked("server", partial(check, url, state, given)) for check in checks]
+    about = f"{state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
+    yield from [one for one in findings if one.level == WRONG] or [Finding(OK, "server", f"{url}: {about}")]
+
+
+def _check_settings(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     corrected = is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
     check_server(state, allow_policy_altering=is_true(given, "allow_policy_altering"), corrected=corrected)
+    return url
+
+
+def _check_rank(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     lora_r = int(str(given.get("lora_r") or training.options()["lora_r"].default))
     check_rank(SimpleNamespace(r=lora_r, rank_pattern=None), state)  # type: ignore[arg-type]
+    return url
+
+
+def _check_length(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     length = int(str(given.get("max_completion_length") or training.options()["max_completion_length"].default))
     if length >= state.max_model_len:
         raise InvalidRequest(
             f"max_completion_length {length} leaves no room for a prompt in the {state.max_model_len} tokens of {url}: "
             "lower it, or start the server with a larger --max-model-len"
         )
-    _check_room(url, state, given)
+    return url
+
+
+def _check_same_base(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     model = given.get("model_name_or_path")
     if model and Path(str(model)).is_dir():
         allow = is_true(given, "allow_base_mismatch")
         check_base(fingerprint_checkpoint(str(model)), state.base, allow_mismatch=allow)
-    return (
-        f"{url}: {state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
-    )
+    return url
 
 
-def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> None:
+def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     """Raise `invalid_request` unless a place is free, or is this run's, or its run has finished and is not kept."""
     run_id = given.get("run_id")
     own = load_lease(str(given.get("output_dir") or "."), str(run_id) if run_id else None).run_id
@@ -331,3 +353,4 @@ def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> None:
             f"{url} serves {names} and has no room for another run: wait until it has finished, end it (learner runs "
             f"--rollout-url {url} --end), or start the server with --max-runs {state.max_runs + 1}"
         )
+    return url

@@ -178,7 +178,8 @@ def _check_address(port: str, flags: Sequence[str]) -> None:
     try:
         check_port(int(port))
     except (OSError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"server: port {port} cannot be taken ({error}); give another, or leave it out") from error
+        why = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"server: port {port} cannot be taken ({why}); give another, or leave it out") from error
 
 
 def tied(argv: Sequence[str], names: Sequence[str] = ("--server-flags", "--server_flags")) -> list[str]:

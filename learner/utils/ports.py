@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 
 
 def check_port(port: int) -> None:
     """Raise `OSError`, or `OverflowError` for a number that is no port, unless it can be listened on now."""
-    socket.create_server(("127.0.0.1", port)).close()
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:  # whose text says at length what the caller knows
+        raise OSError(error.errno, os.strerror(error.errno or 0)) from error
 
 
 def free_port(preferred: int = 0) -> int:

@@ -165,7 +165,7 @@ def reward_missing(setup, tmp_path, monkeypatch):
 
 
 BROKEN = [
-    (port_taken, "port", "in use.*take another"),
+    (port_taken, "port", r"\(Address already in use\): .*take another"),
     (server_port_taken, "port", "server_port .*take another"),
     (wrong_token, "server", "check token_file"),
     (token_missing, "token", "token_file cannot be read"),
@@ -214,6 +214,14 @@ def test_a_place_that_can_be_had(setup, tmp_path, why):
         save_lease(tmp_path / "out", load_lease(tmp_path / "out", "theirs"))
     setup.options["takeover"] = str(why == "takeover").lower()
     assert setup.wrong() == []
+
+
+def test_all_that_is_wrong_with_a_server_is_said_at_once(setup, tmp_path):
+    rank_too_high(setup, tmp_path, None)
+    context_too_short(setup, tmp_path, None)
+    server_full(setup, tmp_path, None)
+    other_base(setup, tmp_path, None)
+    assert [about for about, _ in setup.wrong()] == ["server"] * 4
 
 
 def test_the_command_says_how_many_and_ends_with_1(setup, tmp_path, capsys):

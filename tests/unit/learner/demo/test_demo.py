@@ -47,9 +47,7 @@ def test_the_recipe_is_trained_and_summed_up(plans: list[up.Plan], tmp_path: Pat
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["eval_before"], summary["eval_after"], summary["eval_questions"]) == (0.25, 0.75, 40)
     assert summary["train_seconds"] == 9.0
-    assert 0.0 < summary["seconds"] < 50.0 <= summary["seconds_to_first_reward"], (
-        "the time of the last score is made up"
-    )
+    assert 0.0 < summary["seconds"] < 50.0 <= summary["seconds_to_first_reward"], "its time is made up"
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
 
 
