@@ -214,6 +214,13 @@ def test_a_clients_form_of_outputs_stays() -> None:
     assert not params.flat_logprobs
 
 
+@pytest.mark.parametrize("asked", [{"logprobs": 0}, {"logprobs": 3}, {"prompt_logprobs": 0}], ids=str)
+def test_only_logprobs_that_a_client_reads_have_text(asked: dict[str, int]) -> None:
+    trainer = TrainersSampling(max_tokens=None)
+    assert not overridden(SamplingParams(**asked), trainer, "id").flat_logprobs
+    assert overridden(SamplingParams(), trainer, "id").flat_logprobs
+
+
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
 async def test_logprobs_of_prompts_are_refused_where_they_would_cost_the_kept_mass(
     served: Served, cut: dict[str, Any]
