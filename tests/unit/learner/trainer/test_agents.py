@@ -163,6 +163,9 @@ def test_an_episode_was_cut_off_where_its_last_call_was(make_trainer, server, cl
         attach(trainer, client=client, agent=agent, run_id=f"r{cut:g}")
         trainer.train()
         assert logged(trainer, "completions/clipped_ratio") == [cut]
+        for name in ("mean", "min", "max"):
+            whole = logged(trainer, f"completions/{name}_length")
+            assert logged(trainer, f"completions/{name}_terminated_length") == ([0.0] if cut else whole)
 
 
 def test_an_async_agent_runs_side_by_side(make_trainer, server, client):

@@ -407,6 +407,22 @@ async def test_all_sessions_together_are_bounded() -> None:
     await served.open()
 
 
+async def test_the_ids_that_a_sampling_lists_count_as_tokens() -> None:
+    served = Served(max_session_tokens=100)
+    await served.flip(0)
+    one = await served.open(sampling={"allowed_token_ids": list(range(60)), "max_tokens": 6})
+    listed = {"allowed_token_ids": [4], "logit_bias": dict.fromkeys(range(60), 1.0), "max_tokens": 6}
+    with pytest.raises(Overloaded, match="hold 60 tokens"):
+        await served.open(sampling=listed)
+    served.sessions.delete(one.session_id)
+    two = await served.open(sampling=listed)
+    await served.call(two, [5] * 8)
+    assert served.sessions.tokens == 61 + two.trajectories.tokens
+    served.sessions.delete(two.session_id)
+    served.sessions.forget(two.session_id)
+    assert (served.sessions.tokens, served.sessions.reserved) == (0, 0)
+
+
 async def test_calls_side_by_side_do_not_go_beyond_the_tokens_of_their_session(served: Served) -> None:
     session = await served.open(max_tokens=100)
     calls = [served.call(session, [3 + number] * 15) for number in range(20)]
