@@ -138,12 +138,18 @@ def _conversations(trainer: GRPOTrainer, episodes: Sequence[Episode], *, chats: 
 
 
 def shown_turns(trainer: GRPOTrainer, episode: Episode) -> list[tuple[bool, str]]:
-    """Return the texts of all conversations, and whether they were sampled; with headings, if there are several."""
+    """Return the texts of all conversations, and whether they were sampled; with headings, if there are several.
+
+    The prompt of the first one is the row's.
+    """
     decode = functools.partial(trainer.processing_class.decode, skip_special_tokens=True)
+    prompts = [episode.token_ids[start : start + length] for start, length in episode.parts]
     found = []
     for number, turns in enumerate(episode.conversations(), 1):
         if episode.trajectories > 1:
             found.append((False, f"[conversation {number} of {episode.trajectories}]"))
+        if number > 1:
+            found.append((False, decode(prompts[number - 2]).strip()))
         found += [(sampled, decode(ids) if sampled else decode(ids).strip()) for sampled, ids in turns]
     return found
 

@@ -382,6 +382,10 @@ def test_the_page_shows_all_trajectories(make_trainer, server, client, monkeypat
     headings = [text for sampled, text in turns if not sampled and text.startswith("[")]
     assert headings == [f"[conversation {i} of 3]" for i in (1, 2, 3)]
     assert sum(sampled for sampled, _ in turns) == 4, "one for each call"
+    fork = turns.index((False, "[conversation 2 of 3]"))
+    rewritten = trainer.processing_class.decode([7, 8], skip_special_tokens=True).strip()
+    prompts = [text for _, text in (turns[fork + 1], turns[turns.index((False, "[conversation 3 of 3]")) + 1])]
+    assert rewritten in prompts
 
 
 def test_evaluation_runs_the_agent(make_trainer, server, client):
