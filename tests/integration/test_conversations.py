@@ -30,16 +30,21 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 CALLED = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
 
 
+Answer = tuple[list[int], list[int]]
+
+
 class Agent:
     """Holds a conversation, and remembers what it was told that the engine was asked and answered.
 
     Attributes:
         answers: token ids of prompt and answer, one for each choice of each call.
+        shaped: those with structured outputs, which draw from a cut distribution.
     """
 
     def __init__(self, http: httpx.AsyncClient, opened: SessionOpened, seed: int) -> None:
         self.opened, self._http, self._random = opened, http, random.Random(seed)
-        self.answers: list[tuple[list[int], list[int]]] = []
+        self.answers: list[Answer] = []
+        self.shaped: list[Answer] = []
         self.tool_calls = 0
         self._histories: list[list[dict[str, Any]]] = [[]]
 
@@ -76,6 +81,8 @@ class Agent:
         assert answer.status_code == 200, answer.text
         for prompt, token_ids, message in _streamed(answer.text) if body["stream"] else _whole(answer.json()):
             self.answers.append((prompt, token_ids))
+            if "structured_outputs" in body:
+                self.shaped.append((prompt, token_ids))
             self.tool_calls += bool(message.get("tool_calls"))
             self._histories.append([*history, {"role": "assistant", **message}])
 
@@ -140,31 +147,37 @@ def test_random_conversations_are_what_the_policy_says(client: RolloutClient, mo
     """Tools, forks, calls side by side, streams, histories that are rendered again or cut."""
     policy = P.make_policy(model)
 
-    async def converse() -> tuple[list[SessionRecord], int]:
+    async def converse() -> list[tuple[SessionRecord, Agent]]:
         limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(base_url=client.url, timeout=300.0, limits=limits, trust_env=False) as http:
             turns = asyncio.Semaphore(AT_ONCE)
 
-            async def one(seed: int) -> tuple[SessionRecord, int]:
+            async def one(seed: int) -> tuple[SessionRecord, Agent]:
                 async with turns:
                     agent = await Agent.begin(http, seed)
                     await agent.converse(1 + seed % CALLS)
-                    return await agent.end(), agent.tool_calls
+                    return await agent.end(), agent
 
-            ended = await asyncio.gather(*map(one, range(CONVERSATIONS)))
-        return [record for record, _ in ended], sum(called for _, called in ended)
+            return await asyncio.gather(*map(one, range(CONVERSATIONS)))
 
     with _pushed(client, policy) as version:
-        records, tool_calls = asyncio.run(converse())
-    assert tool_calls > 0
-    assert sum(record.repaired for record in records) > 0
-    trajectories = [each for record in records for each in record.trajectories]
-    assert len(trajectories) > len(records)
-    own = _own_logprobs(policy, [each.token_ids for each in trajectories])
-    for trajectory, logprobs_T in zip(trajectories, own, strict=True):
-        before = [at - 1 for start, end in trajectory.sampled for at in range(start, end)]
-        assert (logprobs_T[before] - torch.tensor(trajectory.logprobs)).abs().max() < P.FP32
-    for record in records:
+        ended = asyncio.run(converse())
+    assert sum(agent.tool_calls for _, agent in ended) > 0
+    assert sum(record.repaired for record, _ in ended) > 0
+    trajectories = [(each, agent) for record, agent in ended for each in record.trajectories]
+    assert len(trajectories) > len(ended)
+    own = _own_logprobs(policy, [each.token_ids for each, _ in trajectories])
+    gaps = []
+    for (trajectory, agent), logprobs_T in zip(trajectories, own, strict=True):
+        ids, at = trajectory.token_ids, 0
+        for start, end in trajectory.sampled:
+            served_T = torch.tensor(trajectory.logprobs[at : at + end - start])
+            at += end - start
+            if (ids[:start], ids[start:end]) not in agent.shaped:
+                gaps.append((logprobs_T[start - 1 : end - 1] - served_T).abs().max().item())
+    assert len(gaps) > CONVERSATIONS
+    assert max(gaps) < P.FP32
+    for record, _ in ended:
         episode = episode_of(record, AllowedVersion(version), None)
         assert episode is not None
         sampled = sum(end - start for each in record.trajectories for start, end in each.sampled)
