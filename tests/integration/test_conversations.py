@@ -75,7 +75,12 @@ class Agent:
         )
         body = {"model": "any", "messages": history, "max_tokens": draw.randint(1, 8), "n": draw.choice((1, 1, 2))}
         body |= {"return_token_ids": True, "stream": draw.random() < 0.4}
-        if draw.random() < 0.2:
+        kind = draw.random()
+        if (
+            kind < 0.2
+        ):  # made of other tokens than a tokenizer makes of it: the next prompt is built on the recorded ones
+            body |= {"structured_outputs": {"regex": "([a-z]){8}"}, "max_tokens": 20}
+        elif kind < 0.4:
             body |= {"tools": [TOOL], "structured_outputs": {"choice": [CALLED]}, "max_tokens": 100, "stream": False}
         answer = await self._http.post(f"{self.opened.path}/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
