@@ -71,6 +71,7 @@ async def _start(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     started = time.monotonic()
+    versions.leave_flat_logprobs_without_text()
     # On a thread: loading takes minutes, and /health must answer meanwhile.
     engine = await asyncio.to_thread(
         AsyncLLM.from_vllm_config,

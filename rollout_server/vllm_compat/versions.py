@@ -5,7 +5,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | module | relies on |
 | --- | --- |
 | versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
-| versions | the pool of tokenizers, where there is one |
+| versions | the pool of tokenizers, where there is one; `LogprobsProcessor.from_new_request` |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
 | lora_slots | the worker's LoRA manager and LoRA layers |
@@ -150,6 +150,22 @@ def copy_tokenizer(engine: Any) -> Any:
     if isinstance(tokenizer, getattr(hf, "ThreadSafeHFTokenizerMixin", ())):
         tokenizer = tokenizer.__reduce__()[1][0]  # the one that the others are copies of
     return copy.deepcopy(tokenizer)
+
+
+def leave_flat_logprobs_without_text() -> None:
+    """Let AsyncLLM of this process make no text of flat logprobs, which no route of vLLM asks for (0.26 to 0.33).
+
+    It would decode every sampled token a second time, on the event loop: several times the work of all else that a
+    logprob needs.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    from_new_request = LogprobsProcessor.from_new_request
+
+    def without_text(tokenizer: Any, request: Any) -> Any:
+        return from_new_request(None if request.sampling_params.flat_logprobs else tokenizer, request)
+
+    LogprobsProcessor.from_new_request = without_text
 
 
 def output_tokens(engine: Any) -> dict[tuple[str, int], int]:
