@@ -29,6 +29,7 @@ from shared.errors import InstallFailed
 
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
+lora_slots.install()
 start_errors.report_errors()
 
 
