@@ -89,5 +89,16 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
 
 
 def check_model(model_config: Any) -> None:
-    """Refuse inexact quantization: `unsupported_adapter`."""
+    """Refuse inexact quantization, and a loaded model whose attention leaves something out: `unsupported_adapter`."""
+    text = model_config.get_text_config()
+    if caps_logits(model_config) and getattr(text, "_attn_implementation_internal", None) == "sdpa":
+        raise UnsupportedAdapter(
+            f"{model_config.model_type} caps its attention logits, which attn_implementation='sdpa' leaves out and the "
+            "server does not: load the model with attn_implementation='eager'"
+        )
     check_quantization(model_config)
+
+
+def caps_logits(model_config: Any) -> bool:
+    """Return whether a model's attention logits are capped (Gemma 2), which transformers' sdpa ignores."""
+    return bool(getattr(model_config.get_text_config(), "attn_logit_softcapping", None))

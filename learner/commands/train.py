@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
-from learner.adapters.lora_rules import check_lora, check_model, check_rank
+from learner.adapters.lora_rules import caps_logits, check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
@@ -271,7 +271,7 @@ def _trainer(
     model_init = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
+        "attn_implementation": model_args.attn_implementation or ("eager" if caps_logits(model_config) else None),
         "dtype": model_args.dtype,
         **({"quantization_config": quantized} if quantized else {}),
         **(args.model_init_kwargs or {}),

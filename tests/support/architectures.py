@@ -23,6 +23,7 @@ _TEXT: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
+_GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GATED_DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -77,8 +78,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Config"),
     "Qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config"),
     "Qwen3, tied": Architecture("Qwen3ForCausalLM", "Qwen3Config", text={"tie_word_embeddings": True}),
-    "Gemma 2": Architecture("Gemma2ForCausalLM", "Gemma2Config", text={"query_pre_attn_scalar": 32}),
-    "Gemma 3, text": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", text={"query_pre_attn_scalar": 32}),
+    "Gemma 2": Architecture("Gemma2ForCausalLM", "Gemma2Config", text=_GEMMA),
+    "Gemma 3, text": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", text=_GEMMA),
     "Mistral": Architecture("MistralForCausalLM", "MistralConfig"),
     "Phi-3": Architecture("Phi3ForCausalLM", "Phi3Config"),
     "OLMo 2": Architecture("Olmo2ForCausalLM", "Olmo2Config"),
@@ -125,7 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         "multimodal",
-        text={"query_pre_attn_scalar": 32},
+        text=_GEMMA,
         parts={
             "vision_config": _SIGLIP,
             "mm_tokens_per_image": 4,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from peft import LoraConfig, PromptTuningConfig
-from transformers import LlavaConfig, Qwen3Config
+from transformers import Gemma2Config, LlavaConfig, Qwen3Config
 
 from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
 from shared.errors import ErrorCode, LockstepError
@@ -87,15 +89,42 @@ def test_targets():
         check_targets(["model.layers.0.mlp.experts.3.up_proj"], mixture_of_experts=True)
     with pytest.raises(LockstepError, match="mixture of experts"):
         check_targets(["model.layers.0.mlp.gate"], mixture_of_experts=True)
-    with pytest.raises(LockstepError, match="vision"):
-        check_targets(["model.visual.blocks.0.attn.qkv"], mixture_of_experts=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.visual.blocks.0.attn.qkv",
+        "model.visual.merger.mlp.0",
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+        "model.multi_modal_projector.linear_1",
+        "model.audio_tower.layers.0.self_attn.q_proj",
+        "model.connector.modality_projection.proj",
+    ],
+)
+def test_a_target_outside_the_language_model_is_refused_with_a_pattern_that_works(name):
+    with pytest.raises(LockstepError, match=r"target_modules '") as caught:
+        check_targets([name], mixture_of_experts=False)
+    pattern = re.search(r"target_modules '(.*?)' ", caught.value.message)
+    assert pattern
+    assert not re.fullmatch(pattern[1], name)
+    assert re.fullmatch(pattern[1], "model.language_model.layers.0.self_attn.q_proj")
 
 
 def test_models():
     check_model(Qwen3Config())
-    with pytest.raises(LockstepError, match="vision_config"):
-        check_model(LlavaConfig())
+    check_model(LlavaConfig())
     config = Qwen3Config()
     config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(LockstepError, match="quantized"):
+        check_model(config)
+
+
+def test_an_attention_that_leaves_out_the_cap_of_logits_is_refused():
+    config = Gemma2Config()
+    check_model(config)  # not loaded yet
+    config._attn_implementation = "eager"
+    check_model(config)
+    config._attn_implementation = "sdpa"
+    with pytest.raises(LockstepError, match="eager"):
         check_model(config)
