@@ -8,9 +8,10 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | versions | the pool of tokenizers, where there is one |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
-| lora_slots | the worker's LoRA manager and LoRA layers |
+| lora_slots | the worker's LoRA manager and LoRA layers, `MergedQKVParallelLinearWithLoRA.output_slices` |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
+| experts | `from_layer` of the LoRA manager's module, `FusedMoEConfig.is_lora_enabled` |
 | versions, at start | the model registry and `supports_lora` |
 | lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules` |
 | lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |

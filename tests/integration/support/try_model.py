@@ -123,11 +123,13 @@ def _policy(row: str, model: Path, config: Any) -> Any:
 
 def _engine(row: str, apply: str, model: Path) -> tuple[Any, Any]:
     """Start an engine in this process with the server's own flags; return it and its worker."""
+    import torch
     from vllm.model_executor.models import registry
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from rollout_server.cli import resolve
 
+    torch._dynamo.config.disable = True  # of vLLM's sampler, for which it runs a C++ compiler
     registry._run_in_subprocess = lambda look: look()  # which would import vLLM anew
     flags = ["--max-model-len", "64", "--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--max-lora-rank", "8"]
     flags += ["--slots-per-run", "2", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
