@@ -89,13 +89,7 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
 
 
 def check_model(model_config: Any) -> None:
-    """Refuse inexact quantization, and a loaded model whose attention leaves something out: `unsupported_adapter`."""
-    text = model_config.get_text_config()
-    if caps_logits(model_config) and getattr(text, "_attn_implementation_internal", None) == "sdpa":
-        raise UnsupportedAdapter(
-            f"{model_config.model_type} caps its attention logits, which attn_implementation='sdpa' leaves out and the "
-            "server does not: load the model with attn_implementation='eager'"
-        )
+    """Refuse inexact quantization: `unsupported_adapter`."""
     check_quantization(model_config)
 
 

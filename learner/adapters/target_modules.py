@@ -85,7 +85,7 @@ def _without_weights(model_config: Any, trust_remote_code: bool) -> nn.Module:
     if kind is AutoModelForCausalLM:
         made = kind.from_config(model_config, trust_remote_code=trust_remote_code, attn_implementation="eager")
     else:
-        made = kind._from_config(model_config, attn_implementation="eager")
+        made = kind(model_config)
     return cast(nn.Module, made)
 
 
