@@ -186,8 +186,8 @@ def check_attention(model: PeftModel) -> None:
     config = model.get_base_model().config.get_text_config()
     if caps_logits(config) and config._attn_implementation == "sdpa":
         raise UnsupportedAdapter(
-            f"{config.model_type} caps its attention logits, which attn_implementation='sdpa' leaves out and the server "
-            "does not: load the model with attn_implementation='eager' (learner train does by itself)"
+            f"{config.model_type} caps its attention logits, which attn_implementation='sdpa' leaves out and the "
+            "server does not: load the model with attn_implementation='eager' (learner train does by itself)"
         )
 
 
