@@ -89,8 +89,7 @@ def page(document: dict) -> str:
             "Multimodal checkpoints are trained on text: the server is started with `--language-model-only`, and LoRA "
             "targets (`all-linear` too) mean the language model. The exported adapter names modules as transformers' "
             "class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on that "
-            "(`AutoModelForImageTextToText`). Without torchvision, vLLM cannot import Gemma 3 and Pixtral (Mistral 3); "
-            "a stand-in took its place here.",
+            "(`AutoModelForImageTextToText`).",
             "",
             "Mixtures of experts: adapters on attention and on layers that every token passes. Experts and routers "
             "are refused by name, and have no slots.",

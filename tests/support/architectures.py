@@ -155,6 +155,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "Qwen3-MoE": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", "mixture", text=_EXPERTS),
+    "Qwen2-MoE": Architecture(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        "mixture",
+        text={**_EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
     "Mixtral": Architecture(
         "MixtralForCausalLM", "MixtralConfig", "mixture", text={"num_local_experts": 4, "num_experts_per_tok": 2}
     ),

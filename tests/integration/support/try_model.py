@@ -9,9 +9,7 @@ import json
 import os
 import sys
 import time
-import types
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from tests.support.architectures import ARCHITECTURES, make_model
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 PROMPTS = [[5, 17, 99, 200, 31, 7], [300, 301, 4, 8, 15, 16, 23, 42]]
-#: Files of a model's processor of images that need torchvision, which text does not; vLLM imports them.
-_STAND_INS = {"gemma3": "Gemma3ImageProcessor", "pixtral": "PixtralImageProcessor"}
 
 
 @dataclass
@@ -135,20 +131,9 @@ def _engine(row: str, apply: str, model: Path) -> tuple[Any, Any]:
     flags += ["--slots-per-run", "2", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
     if ARCHITECTURES[row].parts is not None:
         flags.append("--language-model-only")
-        _without_torchvision()
     _, config, _ = resolve([str(model), "--apply", apply, *flags])
     engine = LLMEngine.from_vllm_config(config)
     return engine, engine.model_executor.driver_worker.worker
-
-
-def _without_torchvision() -> None:
-    if find_spec("torchvision") is not None:
-        return
-    for kind, name in _STAND_INS.items():
-        stand_in = types.ModuleType(f"transformers.models.{kind}.image_processing_{kind}")
-        stand_in.__getattr__ = lambda _: object  # type: ignore[method-assign]
-        setattr(stand_in, name, object)
-        sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
 def _sample(engine: Any, lora: Any) -> list[tuple[list[int], list[int], list[float]]]:

@@ -85,9 +85,9 @@ def test_the_advice_is_a_rank_that_vllm_serves(server_state, rank, word):
 
 def test_targets():
     check_targets(["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"], mixture_of_experts=True)
-    with pytest.raises(LockstepError, match="mixture of experts"):
+    with pytest.raises(LockstepError, match="experts of a mixture"):
         check_targets(["model.layers.0.mlp.experts.3.up_proj"], mixture_of_experts=True)
-    with pytest.raises(LockstepError, match="mixture of experts"):
+    with pytest.raises(LockstepError, match="experts of a mixture"):
         check_targets(["model.layers.0.mlp.gate"], mixture_of_experts=True)
 
 
