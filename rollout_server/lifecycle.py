@@ -204,6 +204,8 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
         )
     if not settings.merges and (missing := versions.without_lora(model)):
         raise InvalidRequest(missing)
+    if missing := versions.without_kernel(model):
+        raise InvalidRequest(missing)
     lora = vllm_config.lora_config
     if settings.in_columns and lora.lora_dtype != model.dtype:
         raise InvalidRequest(f"--lora-dtype {lora.lora_dtype}: columns have the weights' dtype; leave it out")

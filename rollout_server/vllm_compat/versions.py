@@ -126,6 +126,19 @@ def without_lora(model_config: Any) -> str | None:
     return None
 
 
+def without_kernel(model_config: Any) -> str | None:
+    """Return why a model's layers cannot be computed on this machine, where its engine would die of it; else None."""
+    import torch
+    from vllm.platforms import current_platform
+
+    hybrid = "linear_attention" in (getattr(model_config.hf_text_config, "layer_types", None) or ())
+    if hybrid and current_platform.is_cpu() and model_config.dtype != torch.bfloat16:
+        return (
+            f"--dtype {str(model_config.dtype).removeprefix('torch.')}: gated delta nets need --dtype bfloat16 on CPUs"
+        )
+    return None
+
+
 def takes_images(model_config: Any) -> bool:
     """Return whether a multimodal model is served with its encoders (0.26 to 0.33): not with --language-model-only."""
     options = getattr(model_config, "multimodal_config", None)

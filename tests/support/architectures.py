@@ -13,7 +13,7 @@ Kind = Literal["dense", "hybrid", "multimodal", "mixture"]
 VOCAB = 512
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
+    "hidden_size": 128,  # some have no other size of heads than this by their number
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -41,7 +41,7 @@ _QWEN3_VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_heads": 2,
-    "out_hidden_size": 64,
+    "out_hidden_size": 128,
     "num_position_embeddings": 16,
 }
 _SIGLIP: dict[str, Any] = {
@@ -70,6 +70,11 @@ class Architecture:
     kind: Kind = "dense"
     text: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of what is served: vLLM's CPU backend computes gated delta nets in bfloat16 only."""
+        return "bfloat16" if "linear_num_key_heads" in self.text else "float32"
 
 
 #: Row of the table of models -> its architecture.
@@ -102,7 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "hidden_size": 32,
                 "intermediate_size": 64,
                 "num_heads": 2,
-                "out_hidden_size": 64,
+                "out_hidden_size": 128,
                 "fullatt_block_indexes": [1],
             },
             **_QWEN_TOKENS,

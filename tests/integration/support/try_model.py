@@ -38,6 +38,11 @@ class Found:
     refused: str = ""
     seconds: float = 0.0
 
+    def agrees(self, row: str) -> bool:
+        """Return whether both sides compute the same: to 1e-4 in float32; by far less than the adapter moves else."""
+        tolerance = 1e-4 if ARCHITECTURES[row].dtype == "float32" else 0.15 * self.moved
+        return max(self.gap, self.base_gap) < tolerance and self.moved > 0.5
+
 
 def main(row: str, apply: str, folder: Path) -> None:
     """Write what is found to FOLDER/found.json."""
@@ -65,7 +70,7 @@ def _try(row: str, apply: str, model: Path, found: Found) -> None:
     from learner.adapters.exporter import AdapterExporter
     from shared.weights import WeightVersion
 
-    export = AdapterExporter(policy, dtype="float32").export(WeightVersion(run_id="tried", step=1))
+    export = AdapterExporter(policy, dtype=ARCHITECTURES[row].dtype).export(WeightVersion(run_id="tried", step=1))
     found.targets = sorted({name.rpartition(".")[2] for name in export.manifest.modules})
     engine, worker = _engine(row, apply, model)
     from rollout_server.vllm_compat import lora_slots, versions
@@ -106,12 +111,18 @@ def _policy(row: str, model: Path, config: Any) -> Any:
     from learner.adapters.target_modules import check_target_modules, model_class
 
     attention = "eager" if caps_logits(config) else None
-    base = model_class(config).from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
+    served = getattr(
+        torch, ARCHITECTURES[row].dtype
+    )  # values that both sides can hold; all is computed in float32 here
+    base = model_class(config).from_pretrained(model, dtype=served, attn_implementation=attention).float()
     check_model(base.config)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         policy = get_peft_model(base, check_target_modules(lora, config)).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(parameter.to(served))
     modules = lora_layers(policy, active_adapter(policy))
     check_targets(modules, mixture_of_experts=ARCHITECTURES[row].kind == "mixture")
     return policy
@@ -128,7 +139,15 @@ def _engine(row: str, apply: str, model: Path) -> tuple[Any, Any]:
     torch._dynamo.config.disable = True  # of vLLM's sampler, for which it runs a C++ compiler
     registry._run_in_subprocess = lambda look: look()  # which would import vLLM anew
     flags = ["--max-model-len", "64", "--max-num-seqs", "2", "--max-num-batched-tokens", "64", "--max-lora-rank", "8"]
-    flags += ["--slots-per-run", "2", "--dtype", "float32", "--enforce-eager", "--distributed-executor-backend", "uni"]
+    flags += [
+        "--slots-per-run",
+        "2",
+        "--dtype",
+        ARCHITECTURES[row].dtype,
+        "--enforce-eager",
+        "--distributed-executor-backend",
+        "uni",
+    ]
     if ARCHITECTURES[row].parts is not None:
         flags.append("--language-model-only")
     _, config, _ = resolve([str(model), "--apply", apply, *flags])
