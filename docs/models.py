@@ -75,10 +75,10 @@ def page(document: dict) -> str:
             "",
             "Each architecture was tried with a tiny random model in float32, on vLLM's CPU backend: an adapter on all "
             "linear layers that can be served is pushed, tokens are sampled with it and without, and their served "
-            "logprobs are compared with a Hugging Face forward of base and adapter. In brackets: the largest difference, in "
-            "nats; *yes*: below 1e-4, or, where vLLM's CPU backend computes in bfloat16 only (gated delta nets), below a "
-            "seventh of what the adapter moves. It says nothing about GPUs, tensor parallelism or "
-            "quantization (`not tried` here). Versions: " + versions + ".",
+            "logprobs are compared with a Hugging Face forward of base and adapter. In brackets: the largest "
+            "difference, in nats; *yes*: below 1e-4. Where vLLM's CPU backend computes in bfloat16 only (gated delta "
+            "nets), below a seventh of what the adapter moves. It says nothing about GPUs, tensor parallelism or "
+            "quantization (not tried here). Versions: " + versions + ".",
             "",
             "| " + " | ".join(columns) + " |",
             "|" + " --- |" * len(columns),

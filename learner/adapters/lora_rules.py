@@ -83,7 +83,7 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
         if is_of_encoder(name):
             raise UnsupportedAdapter(
                 f"{name} belongs to an encoder of images or sound, which the server does not adapt: target_modules "
-                f"{ONLY_LANGUAGE!r} takes attention and MLP of the language model"
+                f"'{ONLY_LANGUAGE}' takes attention and MLP of the language model"
             )
         if mixture_of_experts and is_of_experts(name):
             raise UnsupportedAdapter(
