@@ -27,10 +27,10 @@ _GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GATED_DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
     "partial_rotary_factor": 0.5,
 }
@@ -93,7 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
         "hybrid",
-        text={**_GATED_DELTA, **_EXPERTS, "mlp_only_layers": [0, 1], "shared_expert_intermediate_size": 32},
+        text={**_GATED_DELTA, **_EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
     ),
     "Qwen3.5, text": Architecture("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", "hybrid", text=_GATED_DELTA),
     "Qwen2.5-VL": Architecture(

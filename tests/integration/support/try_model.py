@@ -124,7 +124,7 @@ def _policy(row: str, model: Path, config: Any) -> Any:
         for parameter in policy.parameters():
             parameter.copy_(parameter.to(served))
     modules = lora_layers(policy, active_adapter(policy))
-    check_targets(modules, mixture_of_experts=ARCHITECTURES[row].kind == "mixture")
+    check_targets(modules, mixture_of_experts=True)
     return policy
 
 
