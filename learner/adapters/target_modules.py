@@ -66,7 +66,9 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
     if encoders(model_config) and (wanted := _wanted(lora.target_modules, list(linears))):
         lora = dataclasses.replace(lora, target_modules=language_pattern(wanted))
     elif lora.target_modules == "all-linear" and any(is_of_experts(name) for name, _ in model.named_modules()):
-        lora = dataclasses.replace(lora, target_modules=list(linears))
+        # As a pattern: PEFT takes names that experts have in their files for the experts' own.
+        ends = "|".join(map(re.escape, linears))
+        lora = dataclasses.replace(lora, target_modules=rf"(?!.*\.experts\.).*\.(?:{ends})")
     trial = copy.deepcopy(lora)
     trial.init_lora_weights = False
     try:
