@@ -88,7 +88,7 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
         if mixture_of_experts and is_of_experts(name):
             raise UnsupportedAdapter(
                 f"{name} belongs to the experts of a mixture, or routes to them: name attention layers in "
-                "target_modules (q_proj, k_proj, v_proj, o_proj); those of a shared expert (gate_proj, ...) work too"
+                "target_modules (q_proj, k_proj, v_proj, o_proj), or all-linear, which means all that can be served"
             )
 
 

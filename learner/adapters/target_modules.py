@@ -24,6 +24,8 @@ from shared.module_names import LANGUAGE_MODELS, encoders, is_of_encoder
 
 logger = logging.getLogger("lockstep.adapters")
 
+_OF_MLPS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+
 
 def model_class(model_config: Any) -> Any:
     """Return transformers' class for a model, as TRL chooses it: the one that the checkpoint names."""
@@ -40,7 +42,7 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
     Returns:
         The settings. Where the model has encoders of images or sound, `target_modules` is a pattern for the linear
         layers of its language model alone: all-linear, and names that these share with an encoder, mean those. In a
-        mixture of experts all-linear means all layers but experts and routers.
+        mixture of experts all-linear means all layers outside MLPs.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -66,9 +68,8 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
     if encoders(model_config) and (wanted := _wanted(lora.target_modules, list(linears))):
         lora = dataclasses.replace(lora, target_modules=language_pattern(wanted))
     elif lora.target_modules == "all-linear" and any(is_of_experts(name) for name, _ in model.named_modules()):
-        # As a pattern: PEFT takes names that experts have in their files for the experts' own.
-        ends = "|".join(map(re.escape, linears))
-        lora = dataclasses.replace(lora, target_modules=rf"(?!.*\.experts\.).*\.(?:{ends})")
+        # PEFT takes the names of their layers for experts, whose files have these names, also where others have them.
+        lora = dataclasses.replace(lora, target_modules=[name for name in linears if name not in _OF_MLPS])
     trial = copy.deepcopy(lora)
     trial.init_lora_weights = False
     try:
