@@ -54,7 +54,7 @@ def page(document: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     rows = [
         f"| {row} | `{ARCHITECTURES[row].name}` | {_KINDS[ARCHITECTURES[row].kind]} | {_targets(found)} | "
-        + " | ".join(_word(row, found[way]) for way in WAYS)
+        + " | ".join(_word(row, found[way]) if way in found else "not tried" for way in WAYS)
         + " | not tried | not tried |"
         for row, found in document["found"].items()
         if row in ARCHITECTURES
@@ -65,7 +65,7 @@ def page(document: dict) -> str:
         f"- {row}, `--apply {way}`: {found[way]['refused']}"
         for row, found in document["found"].items()
         for way in WAYS
-        if found[way]["refused"]
+        if way in found and found[way]["refused"]
     ]
     return "\n".join(
         [
@@ -90,15 +90,16 @@ def page(document: dict) -> str:
             "class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on that "
             "(`AutoModelForImageTextToText`).",
             "",
-            "Mixtures of experts: adapters on attention and on layers that every token passes. Experts and routers "
-            "are refused by name, and have no slots.",
+            "Mixtures of experts: adapters on attention, which is what `all-linear` means there, and on shared experts "
+            "where PEFT takes their names for no others (Qwen2-MoE). Experts and routers are refused by name, and have "
+            "no slots.",
             "",
         ]
     )
 
 
 def _targets(found: dict) -> str:
-    targets = next((found[way]["targets"] for way in WAYS if found[way]["targets"]), [])
+    targets = next((found[way]["targets"] for way in WAYS if way in found and found[way]["targets"]), [])
     return ", ".join(f"`{name}`" for name in targets) or "-"
 
 
