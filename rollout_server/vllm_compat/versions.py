@@ -131,7 +131,8 @@ def without_kernel(model_config: Any) -> str | None:
     import torch
     from vllm.platforms import current_platform
 
-    hybrid = "linear_attention" in (getattr(model_config.hf_text_config, "layer_types", None) or ())
+    text = getattr(model_config, "hf_text_config", None)
+    hybrid = "linear_attention" in (getattr(text, "layer_types", None) or ())
     if hybrid and current_platform.is_cpu() and model_config.dtype != torch.bfloat16:
         return (
             f"--dtype {str(model_config.dtype).removeprefix('torch.')}: gated delta nets need --dtype bfloat16 on CPUs"
