@@ -143,7 +143,7 @@ def without_kernel(model_config: Any) -> str | None:
 def takes_images(model_config: Any) -> bool:
     """Return whether a multimodal model is served with its encoders (0.26 to 0.33): not with --language-model-only."""
     options = getattr(model_config, "multimodal_config", None)
-    return bool(model_config.is_multimodal_model) and not getattr(options, "language_model_only", False)
+    return bool(getattr(model_config, "is_multimodal_model", False)) and not getattr(options, "language_model_only", False)
 
 
 def refusals() -> tuple[type[Exception], ...]:
