@@ -123,7 +123,7 @@ _WHY = {
 #: The same of all that begin so.
 _WHY_BEGINNING = {
     "unsloth_": "it bounds the memory of Unsloth's own passes: leave it out; here --max_tokens_per_pass does",
-    "finetune_": "text models only: leave it out, and name the layers in --lora_target_modules",
+    "finetune_": "only the language model is adapted: leave it out; --lora_target_modules names layers",
 }
 
 SAMPLING = "vllm_sampling_params"

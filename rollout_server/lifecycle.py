@@ -205,8 +205,12 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
         )
     if not settings.merges and (missing := versions.without_lora(model)):
         raise InvalidRequest(missing)
+    if missing := versions.without_kernel(model):
+        raise InvalidRequest(missing)
     lora = vllm_config.lora_config
     if settings.in_columns and lora.lora_dtype != model.dtype:
         raise InvalidRequest(f"--lora-dtype {lora.lora_dtype}: columns have the weights' dtype; leave it out")
-    if getattr(model, "is_multimodal_model", False):
-        raise InvalidRequest("vision and audio models are not supported yet; serve a text model")
+    if versions.takes_images(model):
+        raise InvalidRequest(
+            "images and sound are not supported yet: serve the model's text alone, with --language-model-only"
+        )

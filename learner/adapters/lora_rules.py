@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.adapters.quantization import check_quantization
 from shared.errors import RankTooHigh, UnsupportedAdapter
+from shared.module_names import is_of_encoder
 from shared.weights import SERVED_RANKS, ServerState, served_rank
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ REFUSED_LORA_FIELDS = {
     "megatron_config": "leave megatron_config out",
     "ensure_weight_tying": "adapters on tied embeddings cannot be served; leave ensure_weight_tying out",
 }
-_EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert|block_sparse_moe|gate)(\.|$)")
-_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|image_encoder)(\.|$)")
+#: As target_modules: a pattern for multimodal models.
+ONLY_LANGUAGE = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+#: All tokens pass a shared expert, but its gate is a part of the routing.
+_EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert_gate|block_sparse_moe|gate)(\.|$)")
 
 
 def check_lora(config: LoraConfig | None) -> None:
@@ -77,15 +80,28 @@ def check_rank(config: LoraConfig, state: ServerState) -> None:
 def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
     """Refuse adapters on vision parts, and on experts or routers: `unsupported_adapter`."""
     for name in module_names:
-        if _VISION.search(name):
-            raise UnsupportedAdapter(f"{name} belongs to a vision encoder; take it out of target_modules")
-        if mixture_of_experts and _EXPERTS.search(name):
-            raise UnsupportedAdapter(f"{name} belongs to a mixture of experts; target the attention layers only")
+        if is_of_encoder(name):
+            raise UnsupportedAdapter(
+                f"{name} belongs to an encoder of images or sound, which the server does not adapt: target_modules "
+                f"'{ONLY_LANGUAGE}' takes attention and MLP of the language model"
+            )
+        if mixture_of_experts and is_of_experts(name):
+            raise UnsupportedAdapter(
+                f"{name} belongs to the experts of a mixture, or routes to them: name attention layers in "
+                "target_modules (q_proj, k_proj, v_proj, o_proj), or all-linear, which means all that can be served"
+            )
+
+
+def is_of_experts(name: str) -> bool:
+    """Return whether a module belongs to the experts of a mixture, or routes to them."""
+    return _EXPERTS.search(name) is not None
 
 
 def check_model(model_config: Any) -> None:
-    """Refuse models with a vision or audio part, and inexact quantization: `unsupported_adapter`."""
-    for part in ("vision_config", "audio_config"):
-        if getattr(model_config, part, None) is not None:
-            raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
+    """Refuse inexact quantization: `unsupported_adapter`."""
     check_quantization(model_config)
+
+
+def caps_logits(model_config: Any) -> bool:
+    """Return whether a model's attention logits are capped (Gemma 2), which transformers' sdpa ignores."""
+    return bool(getattr(model_config.get_text_config(), "attn_logit_softcapping", None))

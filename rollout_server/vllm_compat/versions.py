@@ -8,14 +8,16 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | versions | the pool of tokenizers, where there is one; `LogprobsProcessor.from_new_request` |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
-| lora_slots | the worker's LoRA manager and LoRA layers |
+| lora_slots | the worker's LoRA manager and LoRA layers, `MergedQKVParallelLinearWithLoRA.output_slices` |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
+| experts | `from_layer` of the LoRA manager's module, `FusedMoEConfig.is_lora_enabled` |
 | versions, at start | the model registry and `supports_lora` |
 | lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules` |
 | lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |
 | one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
+| pil_processors | the model registry's `_run_in_subprocess` |
 """
 
 from __future__ import annotations
@@ -122,6 +124,28 @@ def without_lora(model_config: Any) -> str | None:
     if not supports_lora(kind):
         return f"vLLM cannot serve a {name} with LoRA adapters; take a model of another architecture (Llama, Qwen, ...)"
     return None
+
+
+def without_kernel(model_config: Any) -> str | None:
+    """Return why a model's layers cannot be computed on this machine, where its engine would die of it; else None."""
+    import torch
+    from vllm.platforms import current_platform
+
+    text = getattr(model_config, "hf_text_config", None)
+    hybrid = "linear_attention" in (getattr(text, "layer_types", None) or ())
+    if hybrid and current_platform.is_cpu() and model_config.dtype != torch.bfloat16:
+        return (
+            f"--dtype {str(model_config.dtype).removeprefix('torch.')}: gated delta nets need --dtype bfloat16 on CPUs"
+        )
+    return None
+
+
+def takes_images(model_config: Any) -> bool:
+    """Return whether a multimodal model is served with its encoders (0.26 to 0.33): not with --language-model-only."""
+    options = getattr(model_config, "multimodal_config", None)
+    return bool(getattr(model_config, "is_multimodal_model", False)) and not getattr(
+        options, "language_model_only", False
+    )
 
 
 def refusals() -> tuple[type[Exception], ...]:
