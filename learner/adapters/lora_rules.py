@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.adapters.quantization import check_quantization
 from shared.errors import RankTooHigh, UnsupportedAdapter
-from shared.module_names import is_of_encoder
+from shared.module_names import LANGUAGE_MODELS, is_of_encoder
 from shared.weights import SERVED_RANKS, ServerState, served_rank
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ REFUSED_LORA_FIELDS = {
     "megatron_config": "leave megatron_config out",
     "ensure_weight_tying": "adapters on tied embeddings cannot be served; leave ensure_weight_tying out",
 }
-#: As target_modules: a pattern for multimodal models.
-ONLY_LANGUAGE = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 #: All tokens pass a shared expert, but its gate is a part of the routing.
 _EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert_gate|block_sparse_moe|gate)(\.|$)")
 
@@ -77,13 +75,25 @@ def check_rank(config: LoraConfig, state: ServerState) -> None:
         )
 
 
+def language_pattern(names: Iterable[str]) -> str:
+    """Return `target_modules` that takes modules whose names end so, in the language model of a multimodal model.
+
+    Example:
+        assert re.fullmatch(language_pattern(["q_proj"]), "model.language_model.layers.0.self_attn.q_proj")
+    """
+    parents, ends = "|".join(LANGUAGE_MODELS), "|".join(map(re.escape, sorted(names)))
+    return rf"(?=(?:.*\.)?(?:{parents})\.)(?:.*\.)?(?:{ends})"
+
+
 def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
     """Refuse adapters on vision parts, and on experts or routers: `unsupported_adapter`."""
-    for name in module_names:
+    names = list(module_names)
+    for name in names:
         if is_of_encoder(name):
+            ends = {other.rpartition(".")[2] for other in names if not is_of_encoder(other)}
             raise UnsupportedAdapter(
                 f"{name} belongs to an encoder of images or sound, which the server does not adapt: target_modules "
-                f"'{ONLY_LANGUAGE}' takes attention and MLP of the language model"
+                f"'{language_pattern(ends or ('q_proj', 'v_proj'))}' takes layers of the language model only"
             )
         if mixture_of_experts and is_of_experts(name):
             raise UnsupportedAdapter(

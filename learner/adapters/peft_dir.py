@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.adapters.stored import PEFT_PREFIX, WEIGHTS_FILE
 from learner.utils.distributed import full_tensor, gathered, overwrite
 from shared.adapter_file import LORA_A, LORA_B
 from shared.errors import InvalidRequest
+from shared.messages import one_line
 
 
 def save_adapter(model: PeftModel, folder: Path, *, writes: bool) -> None:
@@ -39,6 +42,23 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     with gathered(list(weights.values()), written=True):
         for name, weight in weights.items():
             overwrite(weight, tensors[name].to(weight.device, weight.dtype))
+
+
+def trainable_adapter(base: PreTrainedModel, source: str) -> PeftModel:
+    """Return the model with an adapter of a directory or the hub, to be trained on.
+
+    Raises `invalid_request` if it does not fill the layers that it names, where PEFT only warns and begins anew.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, source, is_trainable=True)
+        except UserWarning as warning:
+            raise InvalidRequest(
+                f"init_adapter {source} was made for another model class, or is damaged: nothing of it is for "
+                f"{one_line(warning).partition('[')[2].partition(',')[0].strip(chr(39))} and others: save it from a model of "
+                f"class {type(base).__name__}"
+            ) from warning
 
 
 def _peft_weights(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import re
 import warnings
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -17,10 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from learner.adapters.lora_rules import is_of_experts
+from learner.adapters.lora_rules import is_of_experts, language_pattern
 from shared.errors import InvalidRequest
 from shared.messages import one_line
-from shared.module_names import LANGUAGE_MODELS, encoders, is_of_encoder
+from shared.module_names import encoders, is_of_encoder
 
 logger = logging.getLogger("lockstep.adapters")
 
@@ -51,6 +50,7 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
         logger.debug("target modules are checked once the model is loaded: %s", error)
         return lora
     outputs = model.get_output_embeddings()
+    adaptable = [name for name, _ in model.named_modules() if not is_of_encoder(name)]
     linears = dict.fromkeys(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -59,35 +59,26 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
         and not is_of_encoder(name)
         and not is_of_experts(name)
     )
-    missing = _missing(lora.target_modules, model)
+    names = [name for name, _ in model.named_modules()] if isinstance(lora.target_modules, str) else adaptable
+    missing = _missing(lora.target_modules, names)
     if missing:
         raise InvalidRequest(
             f"lora_target_modules: the model has no {', '.join(missing)}; its linear layers are "
             f"{', '.join(linears)}, and all-linear stands for all of them"
         )
-    if encoders(model_config) and (wanted := _wanted(lora.target_modules, list(linears))):
-        lora = dataclasses.replace(lora, target_modules=language_pattern(wanted))
-    elif lora.target_modules == "all-linear" and any(is_of_experts(name) for name, _ in model.named_modules()):
-        # PEFT takes the names of their layers for experts, whose files have these names, also where others have them.
-        lora = dataclasses.replace(lora, target_modules=[name for name in linears if name not in _OF_MLPS])
-    trial = copy.deepcopy(lora)
-    trial.init_lora_weights = False
     try:
+        if encoders(model_config) and (wanted := _wanted(lora.target_modules, list(linears))):
+            lora = dataclasses.replace(lora, target_modules=language_pattern(wanted))
+        elif lora.target_modules == "all-linear" and any(map(is_of_experts, adaptable)):
+            # PEFT takes the names of their layers for experts, whose files have these names, also where others do.
+            lora = dataclasses.replace(lora, target_modules=[name for name in linears if name not in _OF_MLPS])
+        trial = copy.deepcopy(lora)
+        trial.init_lora_weights = False
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             inject_adapter_in_model(trial, model)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
         raise InvalidRequest(f"the LoRA settings do not fit the model: {one_line(error)}") from error
     return lora
-
-
-def language_pattern(names: Iterable[str]) -> str:
-    """Return `target_modules` that takes modules of these names in the language model of a multimodal model.
-
-    Example:
-        assert re.fullmatch(language_pattern(["q_proj"]), "model.language_model.layers.0.self_attn.q_proj")
-    """
-    parents, ends = "|".join(LANGUAGE_MODELS), "|".join(map(re.escape, sorted(names)))
-    return rf"(?:.*\.)?(?:{parents})\.(?:.*\.)?(?:{ends})"
 
 
 def _without_weights(model_config: Any, trust_remote_code: bool) -> nn.Module:
@@ -106,11 +97,10 @@ def _wanted(targets: str | set[str] | list[str] | None, linears: list[str]) -> l
     return [] if targets is None or isinstance(targets, str) else list(targets)
 
 
-def _missing(targets: str | set[str] | list[str] | None, model: nn.Module) -> list[str]:
-    """Return which of `targets` no module is called, as PEFT compares: ends of names, or one regular expression."""
+def _missing(targets: str | set[str] | list[str] | None, names: list[str]) -> list[str]:
+    """Return which of `targets` is none of `names`, as PEFT compares: ends of names, or one regular expression."""
     if targets is None or targets == "all-linear":
         return []
-    names = [name for name, _ in model.named_modules()]
     if isinstance(targets, str):
         try:
             return [] if any(re.fullmatch(targets, name) for name in names) else [targets]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_sche
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from learner.adapters.lora_rules import caps_logits, check_lora, check_model, check_rank
-from learner.adapters.peft_dir import load_adapter
+from learner.adapters.peft_dir import load_adapter, trainable_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules, model_class
@@ -290,7 +290,7 @@ def _trainer(
             )
         if config.init_adapter is not None:
             base = model_class(model_config).from_pretrained(model, **model_init)
-            model, lora = PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
+            model, lora = trainable_adapter(base, config.init_adapter), None
         args.model_init_kwargs = model_init if config.init_adapter is None else None
         return GRPOTrainer(
             model=model,
