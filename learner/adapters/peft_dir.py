@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -54,10 +55,10 @@ def trainable_adapter(base: PreTrainedModel, source: str) -> PeftModel:
         try:
             return PeftModel.from_pretrained(base, source, is_trainable=True)
         except UserWarning as warning:
+            missing = re.search(r"'(.+?)'", str(warning).partition("[")[2])
             raise InvalidRequest(
-                f"init_adapter {source} was made for another model class, or is damaged: nothing of it is for "
-                f"{one_line(warning).partition('[')[2].partition(',')[0].strip(chr(39))} and others: save it from a model of "
-                f"class {type(base).__name__}"
+                f"init_adapter {source} was made for another model class, or is damaged: it has no "
+                f"{missing[1] if missing else one_line(warning)}; make one for a {type(base).__name__}"
             ) from warning
 
 

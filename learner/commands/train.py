@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 

@@ -121,9 +121,12 @@ def check_files(given: Mapping[str, Any]) -> None:
             raise InvalidRequest(f"{name}: there is no file {path} in {Path.cwd()}")
     for name in _IMPORTED:
         value = given.get(name) or ()
-        for word in value.split() if isinstance(value, str) else value:
-            module = str(word).partition(":")[0]
-            if re.fullmatch(r"\w+:\w+", str(word)) and not is_importable(module):  # a package would be imported
+        words = value.split() if isinstance(value, str) else value
+        if not all(isinstance(word, str) for word in words):
+            continue  # the parser says what is wrong with it
+        for word in words:
+            module = word.partition(":")[0]
+            if re.fullmatch(r"\w+:\w+", word) and not is_importable(module):  # a package would be imported
                 raise InvalidRequest(f"{name}: there is no module {module} for {word} in {Path.cwd()}, nor installed")
 
 

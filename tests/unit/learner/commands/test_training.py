@@ -32,7 +32,7 @@ WORDS = [
     ("--dataset_train_split train", "it is part of --task: NAME:CONFIG@SPLIT"),
     ("--warmup_ratio 0.1", "give --warmup_steps: below 1 it is a share of all steps"),
     ("--vllm_enable_sleep_mode true", "use share_gpu here, and rollout-server --share-gpu"),
-    ("--finetune_mlp_modules true", "text models only"),
+    ("--finetune_mlp_modules true", "only the language model"),
     ("--token hf_x", "set $HF_TOKEN"),
     ("--r 16", "it is --lora_r here"),
     ("--random_state 3407", "it is --seed here"),

@@ -151,7 +151,7 @@ def the_line(capsys):
         ("run_id: a/b", "run_id"),
         # what is on this machine, before servers are awaited
         ("task: nowhere.jsonl\nreward_funcs: tests.support.rewards:reward_odd", "no file nowhere.jsonl"),
-        ("task: nowhere.jsonl\nreward_funcs: tests.support.rewards:odd", "tests.support.rewards"),
+        ("task: reasoning_gym:chain_sum\nreward_funcs: tests.support.rewards:odd", "tests.support.rewards"),
         ("num_generations: none", "num_generations"),
         ("task: reasoning_gym:chain_smu", "chain_smu"),
         ("task: tests.unit.learner.commands.test_train:tsak", "tsak"),
@@ -288,6 +288,7 @@ def test_recipes_of_the_demo(capsys, tmp_path, text, words, monkeypatch):
     """The learner checks its own options itself."""
     file = tmp_path / "recipe.yaml"
     file.write_text(f"{text}\nuse_cpu: true\n")
+    (tmp_path / "config.json").write_text("{}")
     if "float23" not in text:
         monkeypatch.setattr("learner.demo.__main__.ensure_demo_model", lambda *_, **__: tmp_path)
     assert demo(["--config", str(file), "--output-dir", str(tmp_path / "out")]) == 2
