@@ -24,8 +24,12 @@ def check_fits(model: Any, served: dict[str, linears.ModuleShape], layout: Layou
     Raises `unsupported_adapter` for a module that is not served, `shape_mismatch`, `rank_too_high`.
     """
     shapes = lora_pairs({entry.name: entry.shape for entry in layout.entries})
+    named: dict[str, str] = {}
     for peft_name, ((rank, in_features), (out_features, _)) in shapes.items():
-        expected = served.get(linears.vllm_module_name(model, peft_name))
+        served_name = linears.vllm_module_name(model, peft_name)
+        if (other := named.setdefault(served_name, peft_name)) != peft_name:
+            raise UnsupportedAdapter(f"{other} and {peft_name} are one layer of the served model: send one of them")
+        expected = served.get(served_name)
         if expected is None:
             raise UnsupportedAdapter(
                 f"the served model has no LoRA-capable linear layer {peft_name!r}; "

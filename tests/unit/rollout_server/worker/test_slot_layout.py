@@ -11,7 +11,7 @@ from vllm.lora.layers import column_parallel_linear as columns
 from vllm.lora.layers import row_parallel_linear as rows
 from vllm.model_executor.layers import linear
 
-from rollout_server.vllm_compat import lora_slots
+from rollout_server.vllm_compat import linears, lora_slots
 from rollout_server.worker import slot_layout
 from rollout_server.worker.slot_writer import SlotWriter, views_of
 from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
@@ -253,3 +253,13 @@ def test_value_heads_may_have_a_size_of_their_own() -> None:
     layer.create_lora_weights(1, config)
     assert [stack.shape[2] for stack in layer.lora_b_stacked] == [Q, KV, 2 * KV]
     assert list(lora_slots.LoraLayer(layer, ["q_proj", "k_proj", "v_proj"]).shapes()) == ["q_proj", "k_proj", "v_proj"]
+
+
+def test_two_names_for_one_layer_are_refused_by_both() -> None:
+    names = ["model.layers.0.q_proj", "language_model.model.layers.0.q_proj"]
+    shapes = {name + end: shape for name in names for end, shape in ((LORA_A, (2, 4)), (LORA_B, (4, 2)))}
+    served = {names[1]: linears.ModuleShape(4, 4)}
+    model = SimpleNamespace(language_model=None)
+    slot_layout.check_fits(model, served, Layout(lay_out(dict(list(shapes.items())[:2]), "float32")))
+    with pytest.raises(UnsupportedAdapter, match=f"^{names[0]} and {names[1]} are one layer"):
+        slot_layout.check_fits(model, served, Layout(lay_out(shapes, "float32")))
