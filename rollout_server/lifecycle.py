@@ -14,6 +14,7 @@ from typing import Any
 
 from rollout_server.api import metrics
 from rollout_server.api.app import build_app
+from rollout_server.api.media import MediaRules
 from rollout_server.api.middleware.limits import LimitsMiddleware
 from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.engine.capacity import Capacity
@@ -21,6 +22,7 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy, in_session
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
+from rollout_server.generation.images import ImageLimits
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import BroadcastGroups
 from rollout_server.installs.installer import Installer
@@ -31,7 +33,7 @@ from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
 from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import start_errors, topology, versions
+from rollout_server.vllm_compat import start_errors, topology, versions, vision
 from shared.errors import EngineDead, InvalidRequest
 from shared.messages import one_line
 
@@ -82,7 +84,9 @@ async def _start(
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
-    await engine.reset_mm_cache()
+    if vision.sees_images(vllm_config.model_config):
+        vision.accept_expanded_prompts(engine)
+        proxy.image_limits = ImageLimits.of(settings)
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
@@ -119,8 +123,9 @@ async def _start(
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
     metrics.SESSIONS.sessions = sessions
+    media = MediaRules(proxy.image_limits, fetched_from(args))
     app = LimitsMiddleware(
-        build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len
+        build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len, media=media
     )
     # All has been loaded: make later requests cheaper.
     gc.collect()
@@ -129,6 +134,12 @@ async def _start(
     readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, boot id %s", time.monotonic() - started, served.model, boot_id)
     return service
+
+
+def fetched_from(args: Any) -> tuple[str, ...]:
+    """Return the beginnings of the addresses from which vLLM may fetch media; it checks the rest of them."""
+    named = args.allowed_media_domains != [vision.NO_MEDIA_DOMAIN]
+    return (*(["http://", "https://"] if named else []), *(["file:"] if args.allowed_local_media_path else []))
 
 
 async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
@@ -207,5 +218,5 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
     lora = vllm_config.lora_config
     if settings.in_columns and lora.lora_dtype != model.dtype:
         raise InvalidRequest(f"--lora-dtype {lora.lora_dtype}: columns have the weights' dtype; leave it out")
-    if getattr(model, "is_multimodal_model", False):
-        raise InvalidRequest("vision and audio models are not supported yet; serve a text model")
+    if unseen := vision.refusal(model):
+        raise InvalidRequest(unseen)

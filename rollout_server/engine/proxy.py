@@ -100,6 +100,7 @@ class EngineProxy:
         self.held = 0  # pauses under way that the engine has agreed to
         self.asleep = False
         self.turn_tokenizer: Any = None  # the one of the thread of `turns`
+        self.image_limits: Any = None  # `generation.images.ImageLimits` of a model that sees images
         self._probe: asyncio.Future[None] | None = None
         self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
