@@ -84,7 +84,7 @@ async def _start(
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
-    if vision.sees_images(vllm_config.model_config):
+    if versions.takes_images(vllm_config.model_config):
         vision.accept_expanded_prompts(engine)
         proxy.image_limits = ImageLimits.of(settings)
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)

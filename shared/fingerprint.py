@@ -63,7 +63,9 @@ def _weights(folder: Path) -> str | None:
         return None
     digests = {name: digest for path in files for name, digest in _tensor_digests(path).items()}
     config = json.loads(config_file.read_text())
-    architecture = {key: config[key] for key in _ARCHITECTURE_KEYS if config.get(key) is not None}
+    text = config.get("text_config")  # of a multimodal model
+    described = config | text | {"architectures": config.get("architectures")} if isinstance(text, dict) else config
+    architecture = {key: described[key] for key in _ARCHITECTURE_KEYS if described.get(key) is not None}
     document = json.dumps([architecture, sorted(digests.items())], sort_keys=True)
     return xxhash.xxh3_128_hexdigest(document.encode())
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.adapters.quantization import check_quantization
 from shared.errors import RankTooHigh, UnsupportedAdapter
+from shared.module_names import is_of_encoder
 from shared.weights import SERVED_RANKS, ServerState, served_rank
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ REFUSED_LORA_FIELDS = {
     "megatron_config": "leave megatron_config out",
     "ensure_weight_tying": "adapters on tied embeddings cannot be served; leave ensure_weight_tying out",
 }
+#: As target_modules: a pattern for multimodal models.
+ONLY_LANGUAGE = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 _EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert|block_sparse_moe|gate)(\.|$)")
-_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|image_encoder)(\.|$)")
 
 
 def check_lora(config: LoraConfig | None) -> None:
@@ -77,15 +79,15 @@ def check_rank(config: LoraConfig, state: ServerState) -> None:
 def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
     """Refuse adapters on vision parts, and on experts or routers: `unsupported_adapter`."""
     for name in module_names:
-        if _VISION.search(name):
-            raise UnsupportedAdapter(f"{name} belongs to a vision encoder; take it out of target_modules")
+        if is_of_encoder(name):
+            raise UnsupportedAdapter(
+                f"{name} belongs to an encoder of images or sound, which the server does not adapt: target_modules "
+                f"{ONLY_LANGUAGE!r} takes attention and MLP of the language model"
+            )
         if mixture_of_experts and _EXPERTS.search(name):
             raise UnsupportedAdapter(f"{name} belongs to a mixture of experts; target the attention layers only")
 
 
 def check_model(model_config: Any) -> None:
-    """Refuse models with a vision or audio part, and inexact quantization: `unsupported_adapter`."""
-    for part in ("vision_config", "audio_config"):
-        if getattr(model_config, part, None) is not None:
-            raise UnsupportedAdapter(f"{model_config.model_type} has a {part}: only text models are supported")
+    """Refuse inexact quantization: `unsupported_adapter`."""
     check_quantization(model_config)

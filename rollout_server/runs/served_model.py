@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import versions, vision
+from rollout_server.vllm_compat import versions
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import BaseFingerprint, ServerState
 
@@ -53,7 +53,7 @@ def describe(
         shares_gpu=settings.share_gpu,
         quantization=str(model.quantization) if model.quantization else None,
         mixture_of_experts=bool(getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)),
-        max_images=settings.max_images if vision.sees_images(model) else 0,
+        max_images=settings.max_images if versions.takes_images(model) else 0,
     )
 
 

@@ -117,4 +117,6 @@ def vllm_module_name(model: Any, peft_name: str) -> str:
     if mapper is not None:
         rename = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
         mapper = rename() if rename is not None else mapper
-    return parse_fine_tuned_lora_name(f"base_model.model.{peft_name}.lora_A.weight", mapper)[0]
+    name: str = parse_fine_tuned_lora_name(f"base_model.model.{peft_name}.lora_A.weight", mapper)[0]
+    # An adapter trained on the language model alone (`shared.module_names`), which some mappers do not know.
+    return f"language_model.{name}" if name.startswith("model.layers.") and hasattr(model, "language_model") else name

@@ -124,6 +124,12 @@ def without_lora(model_config: Any) -> str | None:
     return None
 
 
+def takes_images(model_config: Any) -> bool:
+    """Return whether a multimodal model is served with its encoders (0.26 to 0.33): not with --language-model-only."""
+    options = getattr(model_config, "multimodal_config", None)
+    return bool(model_config.is_multimodal_model) and not getattr(options, "language_model_only", False)
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """Return the exceptions with which vLLM refuses a request: Python's in 0.26, classes of its own in 0.32.
 

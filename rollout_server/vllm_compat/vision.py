@@ -33,18 +33,10 @@ def image_limits(count: int) -> dict[str, int]:
     return {"image": count, "video": 0, "audio": 0}
 
 
-def sees_images(model_config: Any) -> bool:
-    """Return whether the server takes images: it serves a model that has eyes, with them open."""
-    if not getattr(model_config, "is_multimodal_model", False):
-        return False
-    own = model_config.multimodal_config
-    return not (own is not None and getattr(own, "language_model_only", False))
-
-
 def refusal(model_config: Any) -> str | None:
     """Return why a model that sees or hears cannot be served; None if it can."""
     kind = model_config.hf_config.model_type
-    if not sees_images(model_config) or kind in FAMILIES:
+    if not versions.takes_images(model_config) or kind in FAMILIES:
         return None
     return (
         f"a {kind} sees or hears in a way that has not been compared with transformers'; served are "
