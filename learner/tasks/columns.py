@@ -92,8 +92,11 @@ def without_filled_keys(prompt: Any) -> Any:
     ]
 
 
-def usable(rows: T, what: str) -> T:
+def usable(rows: T, what: str, *, images: bool = False) -> T:
     """Return the rows, checked; without image columns, which TRL would read, where these hold no image.
+
+    Args:
+        images: the model sees images.
 
     Raises:
         TaskError: a column would take the place of an argument of reward functions, or a row has an image.
@@ -104,11 +107,14 @@ def usable(rows: T, what: str) -> T:
             f"{what} has a column {taken[0]!r}, the name of an argument that every reward function gets: rename it"
         )
     for name in set(IMAGE_COLUMNS) & set(names) if isinstance(rows, Dataset) else ():
-        for i, value in enumerate(rows[name]):
-            if value is not None and value != []:
-                raise TaskError(
-                    f"{what}, row {i + 1}, column {name!r}: images in prompts: only text models are supported"
-                )
+        seen = next((i for i, value in enumerate(rows[name]) if value is not None and value != []), None)
+        if seen is not None and images:
+            continue
+        if seen is not None:
+            raise TaskError(
+                f"{what}, row {seen + 1}, column {name!r}: an image, and the model sees none: train one that does "
+                "(docs/images.md), or remove the column"
+            )
         rows = rows.remove_columns(name)
     return rows
 
