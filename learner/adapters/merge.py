@@ -15,8 +15,9 @@ import xxhash
 from safetensors.torch import save_file
 
 from learner.adapters.quantization import FOUR_BIT
-from learner.adapters.stored import FLOATS, StoredAdapter, copy_files, open_tensors
+from learner.adapters.stored import FLOATS, PROCESSOR_FILES, StoredAdapter, copy_files, open_tensors
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
+from shared.module_names import relative_name
 from shared.rounding import CUT_BITS, Arrived, rounding_seed
 
 INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -33,12 +34,12 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> Arrived:
     adapter does not fit it, `malformed_adapter` if a file of the base is not safetensors.
     """
     config, shards = _open_base(base)
-    _check_fit(adapter, shards)
+    modules = _check_fit(adapter, shards)
     weight_map: dict[str, str] = {}
     total, arrived = 0, Arrived()
     for number, shard in enumerate(shards, 1):
         name = ONE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        size, sums = _write_shard(shard, adapter, out / name, dtype)
+        size, sums = _write_shard(shard, adapter, modules, out / name, dtype)
         total, arrived = total + size, arrived.plus(sums)
         weight_map |= dict.fromkeys(shard.keys(), name)
     if len(shards) > 1:
@@ -46,8 +47,11 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> Arrived:
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     config.pop("torch_dtype", None)  # an older name of `dtype`
     config.pop(FOUR_BIT, None)  # merged weights do not fit into four bits
-    (out / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
-    copy_files(base, out, ("generation_config.json",))
+    config["dtype"] = dtype
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"]["dtype"] = dtype
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_files(base, out, ("generation_config.json", *PROCESSOR_FILES))
     return arrived
 
 
@@ -72,11 +76,18 @@ def _open_base(base: Path) -> tuple[dict[str, Any], list[Any]]:
     return config, [open_tensors(base / name) for name in names]
 
 
-def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> None:
-    """Check that every adapted module has a weight of its own in the base, of the adapter's shape."""
+def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> dict[str, str]:
+    """Check that every adapted module has a weight of its own in the base, of the adapter's shape.
+
+    Return the name of each such weight -> its module, whose names differ in multimodal checkpoints.
+    """
     weights = {name: shard.get_slice(name) for shard in shards for name in shard.keys()}  # noqa: SIM118
+    stored = {relative_name(name): name for name in weights}
+    found = {}
     for module in adapter.modules:
         name = module + ".weight"
+        name = name if name in weights else stored.get(relative_name(name), name)
+        found[name] = module
         if name not in weights:
             raise UnsupportedAdapter(
                 f"the base has no weight {name} of its own (tied to another, or stored under another name), so the "
@@ -89,14 +100,17 @@ def _check_fit(adapter: StoredAdapter, shards: list[Any]) -> None:
                 f"{name} of the base is {code}{shape}, its adapter in {adapter.folder} for "
                 f"floats of [{len(b_OR)}, {a_RI.shape[1]}]; name its own base with --model_name_or_path"
             )
+    return found
 
 
-def _write_shard(shard: Any, adapter: StoredAdapter, path: Path, dtype: str) -> tuple[int, Arrived]:
+def _write_shard(
+    shard: Any, adapter: StoredAdapter, modules: dict[str, str], path: Path, dtype: str
+) -> tuple[int, Arrived]:
     """Write one file of the merged model. Return the bytes of its tensors, and how much of the updates is in them."""
     tensors, torch_dtype, arrived = {}, getattr(torch, dtype), Arrived()
     for name in shard.keys():  # noqa: SIM118
-        tensor, module = shard.get_tensor(name), name.removesuffix(".weight")
-        if module in adapter.modules and name != module:
+        tensor = shard.get_tensor(name)
+        if module := modules.get(name):
             a_RI, b_OR = adapter.pair(module)
             base_OI, tensor = tensor, torch.empty_like(tensor, dtype=torch_dtype)
             rows = max(_BLOCK_ELEMENTS // a_RI.shape[1], 1)

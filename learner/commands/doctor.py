@@ -37,6 +37,7 @@ from shared.errors import InvalidRequest, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.messages import one_line
 from shared.model_files import check_model_exists
+from shared.module_names import encoders
 from shared.weights import ServerState
 
 OK, NOTE, WRONG = "ok", "note", "WRONG"
@@ -271,13 +272,12 @@ def _check_model(model: str, revision: str | None) -> str:
         found = json.loads(config.read_text())
     except ValueError as error:
         raise InvalidRequest(f"{config} is not JSON ({error}): copy the model again") from error
-    if part := next((part for part in ("vision_config", "audio_config") if found.get(part)), None):
-        raise InvalidRequest(f"{model} has a {part}: only text models are supported")
     if not any(Path(model).glob("*.safetensors")):
         raise InvalidRequest(f"{model} has no *.safetensors: convert it (save_pretrained does), or take another copy")
     if not (Path(model) / "tokenizer_config.json").is_file():
         raise InvalidRequest(f"{model} has no tokenizer: copy its tokenizer files there, too")
-    return f"{model}: {', '.join(found.get('architectures') or ['an unknown architecture'])}"
+    only_text = ", of which the text is trained (its server: --language-model-only)" if encoders(found) else ""
+    return f"{model}: {', '.join(found.get('architectures') or ['an unknown architecture'])}{only_text}"
 
 
 def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:

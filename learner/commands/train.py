@@ -15,14 +15,14 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from learner.adapters.lora_rules import check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
-from learner.adapters.target_modules import check_target_modules
+from learner.adapters.target_modules import check_target_modules, model_class
 from learner.agents.calls import agent_of
 from learner.agents.rewards import agent_reward
 from learner.commands.export import export, how_much
@@ -50,6 +50,7 @@ from learner.utils.processes import Stopped, each_signal, raise_stopped
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.model_files import check_model_exists
+from shared.module_names import encoders
 
 logger = logging.getLogger("lockstep.commands")
 
@@ -95,7 +96,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     assert lora is not None
     _check_paths(config, args)
     _check_scheduler(args)
-    check_target_modules(lora, _model_config(model, revision, args), trust_remote_code=args.trust_remote_code)
+    model_config = _model_config(model, revision, args)
+    lora = check_target_modules(lora, model_config, trust_remote_code=args.trust_remote_code)
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
@@ -126,7 +128,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         )
         check_rank(lora, state)
         check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
-    trainer = _trainer(task, config, args, model_args, lora, quantized, tools, environment)
+    trainer = _trainer(task, config, args, model_args, model_config, lora, quantized, tools, environment)
     session = attach(trainer, config=config, pool=pool, revision=revision)
     show_progress(trainer, session)
     run_id, size = session.run_id, len(task.train)
@@ -260,6 +262,7 @@ def _trainer(
     config: LearnerConfig,
     args: GRPOConfig,
     model_args: ModelConfig,
+    model_config: Any,
     lora: LoraConfig | None,
     quantized: BitsAndBytesConfig | None,
     tools: list[Any],
@@ -275,15 +278,25 @@ def _trainer(
     }
     model: Any = model_args.model_name_or_path
     args.reward_weights = task.reward_weights
+    tokenizer = None  # TRL takes the checkpoint's own
     try:
+        if encoders(model_config):  # of its processor, too, whose chats are made of parts, and which needs torchvision
+            tokenizer = AutoTokenizer.from_pretrained(
+                model,
+                revision=model_args.model_revision,
+                trust_remote_code=args.trust_remote_code,
+                padding_side="left",
+                truncation_side="left",
+            )
         if config.init_adapter is not None:
-            base = AutoModelForCausalLM.from_pretrained(model, **model_init)
+            base = model_class(model_config).from_pretrained(model, **model_init)
             model, lora = PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True), None
         args.model_init_kwargs = model_init if config.init_adapter is None else None
         return GRPOTrainer(
             model=model,
             args=args,
             reward_funcs=list(task.reward_funcs),
+            processing_class=tokenizer,
             train_dataset=task.train,
             eval_dataset=task.eval if args.eval_strategy != "no" else None,
             peft_config=lora,
