@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from shared.images import Image
+from shared.errors import InvalidRequest
+from shared.images import Image, pixel_digest
+
+#: Encoded images that are kept: TRL repeats each for all completions of its prompt, and requests a batch twice.
+_KEPT = 1024
+_encoded: OrderedDict[str, Image] = OrderedDict()
+_encoding = threading.Lock()
 
 
 class ImagePrompt(list[int]):
@@ -37,3 +47,28 @@ def images_of(token_ids: Sequence[int]) -> list[Image]:
 def digests_of(token_ids: Sequence[int]) -> list[str]:
     """Return the digests of a prompt's images; of plain token ids, none."""
     return token_ids.digests if isinstance(token_ids, ImagePrompt) else []
+
+
+def encoded_image(picture: Any) -> tuple[Image, str]:
+    """Return an image as it is sent, without loss, and the digest of its pixels.
+
+    Raises:
+        LockstepError: `invalid_request` if it is none of PIL's.
+    """
+    from PIL import Image as Pillow
+
+    if not isinstance(picture, Pillow.Image):
+        raise InvalidRequest(
+            f"an image of a prompt is a {type(picture).__name__}, not a PIL image: cast the column with "
+            "datasets.Image(), or load it in the task"
+        )
+    rgb = picture.convert("RGB")
+    digest = pixel_digest(*rgb.size, rgb.tobytes())
+    with _encoding:
+        if digest not in _encoded:
+            stream = io.BytesIO()
+            rgb.save(stream, "PNG", compress_level=1)
+            _encoded[digest] = Image(data=base64.b64encode(stream.getvalue()).decode(), media_type="image/png")
+            while len(_encoded) > _KEPT:
+                _encoded.popitem(last=False)
+        return _encoded[digest], digest
