@@ -97,7 +97,9 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
         rewards = {name: values[position] for name, values in scores.items()}
         scored = [weight * r for weight, r in zip(weights, rewards.values(), strict=True) if r is not None]
         total, tokens = sum(scored) if scored else None, len(completion.token_ids)
-        yield EvalRow(start + i, shown(row["prompt"]), texts[position], completion.finish_reason, tokens, rewards, total)
+        yield EvalRow(
+            start + i, shown(row["prompt"]), texts[position], completion.finish_reason, tokens, rewards, total
+        )
 
 
 def result_of(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:

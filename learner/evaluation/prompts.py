@@ -30,7 +30,9 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
             content = parts if blank else [*({"type": "image"} for _ in images), *parts]
             found, images = found + images, []
         if isinstance(content, list):
-            found += [part["image"] for part in content if part.get("type") == "image" and part.get("image") is not None]
+            found += [
+                part["image"] for part in content if part.get("type") == "image" and part.get("image") is not None
+            ]
             content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
         messages.append({**message, "content": content})
     return Prompt(messages=messages, images=[encoded_image(image)[0] for image in found])

@@ -182,7 +182,11 @@ class Dispatcher:
                 for response in request.replica.client.iter_groups(self._body(request)):
                     index, completions = response.prompt_index, response.completions
                     group = request.groups[index] if 0 <= index < len(request.groups) else None
-                    if group is None or len(completions) != group.n or response.prompt_token_ids != list(group.token_ids):
+                    if (
+                        group is None
+                        or len(completions) != group.n
+                        or response.prompt_token_ids != list(group.token_ids)
+                    ):
                         raise broken_response(f"group {index} is not the completions of a prompt that was sent")
                     if response.image_digests != digests_of(group.token_ids):
                         raise broken_response(f"group {index} is of other images than those that were sent")

@@ -103,7 +103,9 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
         if len(rows) > _MANY_ROWS and rank == 0:
             logger.info("measuring the %d prompts of %s", len(rows), name)
         wanted = ["prompt", *(IMAGE_COLUMNS if sees_images(trainer) else ())]
-        only_prompts = rows.select_columns([name for name in wanted if name in rows.column_names])  # others may be large
+        only_prompts = rows.select_columns(
+            [name for name in wanted if name in rows.column_names]
+        )  # others may be large
         kind, end = type(only_prompts[0]["prompt"]), len(rows) * (rank + 1) // ranks
         at_once = _IMAGES_AT_ONCE if len(wanted) > 1 else _ROWS_AT_ONCE
         for start in range(len(rows) * rank // ranks, end, at_once):
@@ -129,9 +131,7 @@ def _datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
             yield name, rows
 
 
-def _token_ids(
-    trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, name: str, start: int
-) -> list[list[int]]:
+def _token_ids(trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, name: str, start: int) -> list[list[int]]:
     """Return token ids [N][P]; where that fails, name the first row for which it does."""
     prompts = [row["prompt"] for row in rows]
     for row, prompt in enumerate(prompts, start + 1):

@@ -73,7 +73,9 @@ class ImageLimits:
         except LockstepError:
             raise
         except Exception as error:  # PIL's decoders raise whatever a broken file makes them
-            raise InvalidRequest(f"{what} cannot be decoded as {media_type}: {type(error).__name__}: {error}") from error
+            raise InvalidRequest(
+                f"{what} cannot be decoded as {media_type}: {type(error).__name__}: {error}"
+            ) from error
         # Made of the pixels alone: what else a file says (an id in its EXIF data) must not reach vLLM's caches.
         return Decoded(Pillow.frombytes("RGB", (width, height), rgb), pixel_digest(width, height, rgb))
 

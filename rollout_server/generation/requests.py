@@ -198,7 +198,10 @@ async def _jobs(
     prompts = await seen_prompts(proxy, "prompt", tokenized, images, max_tokens or 1, held)
     limit = proxy.model_config.max_model_len
     proxy.capacity.check_tokens(
-        sum(len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens) for _, ids, _ in prompts)
+        sum(
+            len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens)
+            for _, ids, _ in prompts
+        )
     )
     params = dict(await in_turns(_params(body)))
     held.callback(await exclusive.take())

@@ -11,8 +11,8 @@ from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turns
-from rollout_server.generation.tokenization import checked
 from rollout_server.generation.prompts import SeenPrompt, seen_prompts
+from rollout_server.generation.tokenization import checked
 from shared.errors import InvalidRequest, VersionNotActive
 from shared.rollouts import ScoreRequest
 from shared.weights import WeightVersion
