@@ -107,7 +107,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     from rollout_server.vllm_compat import versions, vision
 
     versions.vllm_version()
-    vision.do_without_videos()
+    vision.do_without_torchvision()
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

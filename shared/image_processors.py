@@ -36,7 +36,8 @@ def do_without_videos(transformers: ModuleType) -> None:
         def to_dict(self) -> dict[str, Any]:
             return {}
 
-    # Processors look their parts up in a second instance of the package.
-    for module in (transformers, transformers.processing_utils.transformers_module):
-        for name in ("VideoProcessorMixin", "BaseVideoProcessor", "AutoVideoProcessor"):
+    utils = transformers.processing_utils
+    utils.MODALITY_TO_AUTOPROCESSOR_MAPPING["video_processor"].from_pretrained = BaseVideoProcessor.from_pretrained
+    for module in (transformers, utils.transformers_module):  # processors look their parts up in a second instance
+        for name in ("VideoProcessorMixin", "BaseVideoProcessor"):
             setattr(module, name, BaseVideoProcessor)

@@ -6,6 +6,9 @@ for each image. vLLM's processor takes the second form only, and would expand wh
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 import time
 from types import MethodType
 from typing import Any
@@ -21,11 +24,23 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 NO_MEDIA_DOMAIN = "none.invalid"
 
 
-def do_without_videos() -> None:
-    """Let processors of images load without torchvision; called in every process before they do."""
+def do_without_torchvision() -> None:
+    """Let models of images load where torchvision is missing (CPUs); called in every process before one is loaded.
+
+    vLLM's Qwen2-VL imports the processor that needs it, of which transformers has a version without. Which classes a
+    model has vLLM finds out in a process of its own, which would not know this.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return
     import transformers
+    from vllm.model_executor.models import registry
 
     image_processors.do_without_videos(transformers)
+    name = "transformers.models.qwen2_vl.image_processing{}_qwen2_vl"
+    without: Any = importlib.import_module(name.format("_pil"))
+    without.Qwen2VLImageProcessor = without.Qwen2VLImageProcessorPil
+    sys.modules.setdefault(name.format(""), without)
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def image_limits(count: int) -> dict[str, int]:

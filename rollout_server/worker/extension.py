@@ -29,7 +29,7 @@ from shared.errors import InstallFailed
 
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
-vision.do_without_videos()
+vision.do_without_torchvision()
 start_errors.report_errors()
 
 

@@ -20,12 +20,16 @@ from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.adapters.lora_rules import ONLY_LANGUAGE
+from learner.commands.export import export
+from learner.evaluation.evaluate import evaluate
 from learner.servers.client import RolloutClient
+from learner.tasks import load_task
 from shared.image_processors import do_without_videos
 from shared.images import Image, pixel_digest
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
 from tests.integration.support import policy as P
+from tests.integration.support.learner_process import LearnerProcess
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.support.arguments import arguments
 from tests.support.tiny_vision_model import make_tiny_vision_model
@@ -45,6 +49,7 @@ FLAGS = arguments(
     }
 )
 RUN = "sees"
+_REWARD = "tests.support.rewards:reward_odd"
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +276,37 @@ def test_vllms_routes_take_data_and_fetch_nothing(
     served = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
     own = expected(policy, processed(processor, [image]), choice["token_ids"])
     assert (served - own).abs().max() < 1e-2  # the two tokens that may not be drawn have a share of the others'
+
+
+def test_a_training_with_images(
+    client: RolloutClient, vision_server: ServerProcess, vision_model: Path, processor: Any, tmp_path: Path
+) -> None:
+    client.delete_run(RUN, P.LEASE, takeover=True)
+    task, folder = "learner.tasks.examples.counting:circles", tmp_path / "run"
+    flags = {
+        "--train_size": 16,
+        "--max_staleness": 1,
+        "--save_steps": 1,
+        "--reward_funcs": _REWARD,
+        "--reward_workers": 0,
+    }
+
+    def train(steps: int) -> dict[str, Any]:
+        own = arguments({**flags, "--max_steps": steps})
+        return LearnerProcess(vision_server.url, vision_model, Path(task), folder, *own).finish()
+
+    assert train(2)["steps"] == 2
+    summary = train(3)
+    assert summary["steps"] == 3
+    assert summary["max_logprob_gap"] < 1e-3
+    mixed = load_task(task, eval_size=2, train_size=4)
+    assert evaluate(client, mixed, run_id=summary["run_id"]).questions == 2
+    made = processed(processor, [picture(8)])
+    ids, completion = made["input_ids"][0].tolist(), [65, 70, 75]
+    scored = client.score(ScoreRequest(sequences=[ids + completion], images=[[sent(picture(8))]]))
+    base = AutoModelForImageTextToText.from_pretrained(vision_model, dtype=torch.float32)
+    own = expected(PeftModel.from_pretrained(base, folder / "adapter"), made, completion)
+    assert (torch.tensor(scored.logprobs[0][-3:]) - own).abs().max() < P.FP32
+    export(folder / "adapter", tmp_path / "merged", merged=True, model=str(vision_model), dtype="float32")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (expected(merged, made, completion) - own).abs().max() < P.FP32

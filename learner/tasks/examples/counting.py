@@ -73,5 +73,3 @@ def _picture(draw: random.Random, count: int, pixels: int) -> Pillow.Image:
         shape = pen.ellipse if number < count else pen.rectangle
         shape(box, fill=draw.choice(_COLORS))
     return picture
-
-
