@@ -28,6 +28,8 @@ from shared.image_processors import do_without_videos
 from shared.images import Image, pixel_digest
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
 from shared.sampling import SamplingParams
+from tests.fuzz.campaign import Tally, Target, pushed
+from tests.fuzz.images import fuzz_images
 from tests.integration.support import policy as P
 from tests.integration.support.learner_process import LearnerProcess
 from tests.integration.support.server import HTTP, ServerProcess, running_server
@@ -185,7 +187,7 @@ def _png(width: int, height: int) -> bytes:
     """Return a PNG that says it has so many pixels, and holds none."""
     chunk = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2, 0, 0, 0)
     head = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return b"\x89PNG\r\n\x1a\n" + head
+    return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 100) + b"IDAT"
 
 
 def _encoded(data: bytes, media_type: Any = "image/png") -> dict[str, str]:
@@ -276,6 +278,21 @@ def test_vllms_routes_take_data_and_fetch_nothing(
     served = torch.tensor([token["logprob"] for token in choice["logprobs"]["content"]])
     own = expected(policy, processed(processor, [image]), choice["token_ids"])
     assert (served - own).abs().max() < 1e-2  # the two tokens that may not be drawn have a share of the others'
+
+
+def test_no_image_breaks_the_server(
+    client: RolloutClient, vision_server: ServerProcess, policy: PeftModel
+) -> None:
+    client.delete_run(RUN, P.LEASE, takeover=True)
+    tally, pids = Tally(), vision_server.engine_processes()
+    target = Target(vision_server.url, tally, alive=lambda: vision_server.engine_processes() == pids)
+    try:
+        pushed(target, policy, RUN)
+        fuzz_images(target, 80, 7)
+    finally:
+        target.close()
+    assert not tally.failures, "\n".join(failure[:1000] for failure in tally.failures[:20])
+    assert tally.statuses["images"][200] > 3
 
 
 def test_a_training_with_images(
