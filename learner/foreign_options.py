@@ -100,7 +100,7 @@ _WHY = {
     "max_grad_steps": "use --max_steps",
     "offload_embedding": "there is none: leave it out; --max_tokens_per_pass bounds the memory of training",
     "finetune_vision_layers": "the part that sees is not trained: leave it out",
-    "finetune_language_layers": "text models only: leave it out, and name layers in --lora_target_modules",
+    "finetune_language_layers": "leave it out, and name layers in --lora_target_modules",
     "unsloth_vllm_standby": "use --share_gpu here and with rollout-server: learner and server take turns on one GPU",
     "dataset_train_split": 'the split is part of the task\'s arguments: --task_args \'{"split": "train"}\'',
     "dataset_test_split": "use --eval_dataset, or --eval_size for held-out rows of --task",

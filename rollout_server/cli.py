@@ -141,7 +141,9 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         "--enable-ssl-refresh": args.enable_ssl_refresh,
         "--enable-prompt-embeds": args.enable_prompt_embeds,  # embeddings of a request are a pickle
         "--enable-mm-embeds": getattr(args, "enable_mm_embeds", False),
-        "--enable-tower-connector-lora": getattr(args, "enable_tower_connector_lora", False),  # no learner trains the part that sees
+        "--enable-tower-connector-lora": getattr(
+            args, "enable_tower_connector_lora", False
+        ),  # no learner trains the part that sees
     }
     for flag, given in unusable.items():
         if given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 
 def do_without_videos(transformers: ModuleType) -> None:
@@ -21,6 +21,8 @@ def do_without_videos(transformers: ModuleType) -> None:
         model_input_names: tuple[str, ...] = ()
         merge_size = temporal_patch_size = 1
         _auto_class = None
+        valid_kwargs = transformers.processing_utils.VideosKwargs
+        size: ClassVar[dict[str, int]] = {"shortest_edge": 1, "longest_edge": 1}
 
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> BaseVideoProcessor:

@@ -108,15 +108,19 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
             f"{what} has a column {taken[0]!r}, the name of an argument that every reward function gets: rename it"
         )
     for name in set(IMAGE_COLUMNS) & set(names) if isinstance(rows, Dataset) else ():
-        seen = next((i for i, value in enumerate(rows[name]) if _is_seen(value)), None)
-        if seen is not None and images:
+        seen = next(((i, value) for i, value in enumerate(rows[name], 1) if _is_seen(value)), None)
+        if seen is None:
+            rows = rows.remove_columns(name)
             continue
-        if seen is not None:
+        where, first = f"{what}, row {seen[0]}, column {name!r}", seen[1][0] if isinstance(seen[1], list) else seen[1]
+        if not images:
             raise TaskError(
-                f"{what}, row {seen + 1}, column {name!r}: an image, and the model sees none: train one that does "
-                "(docs/images.md), or remove the column"
+                f"{where}: an image, and the model sees none: train one that does (docs/images.md), or remove the column"
             )
-        rows = rows.remove_columns(name)
+        if isinstance(first, str | Mapping):
+            raise TaskError(
+                f"{where}: {first!r:.60} is not an image: load the files, or cast the column, as datasets.Image()"
+            )
     return rows
 
 
