@@ -115,12 +115,10 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
         where, first = f"{what}, row {seen[0]}, column {name!r}", seen[1][0] if isinstance(seen[1], list) else seen[1]
         if not images:
             raise TaskError(
-                f"{where}: an image, and the model sees none: train one that does (docs/images.md), or remove the column"
+                f"{where}: an image, and the model sees none: train another, or remove the column (docs/images.md)"
             )
         if isinstance(first, str | Mapping):
-            raise TaskError(
-                f"{where}: {first!r:.60} is not an image: load the files, or cast the column, as datasets.Image()"
-            )
+            raise TaskError(f"{where}: {first!r:.60} is not an image: load it, or cast the column (datasets.Image)")
     return rows
 
 

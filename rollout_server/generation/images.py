@@ -73,9 +73,7 @@ class ImageLimits:
         except LockstepError:
             raise
         except Pillow.DecompressionBombError as error:
-            raise TooLarge(
-                f"{what}: more pixels than --max-image-pixels {self.pixels}: {error}; scale it down"
-            ) from error
+            raise TooLarge(f"{what}: more pixels than --max-image-pixels {self.pixels}: {error}") from error
         except Exception as error:  # PIL's decoders raise whatever a broken file makes them
             raise InvalidRequest(
                 f"{what} cannot be decoded as {media_type}: {type(error).__name__}: {error}"

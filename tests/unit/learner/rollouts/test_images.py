@@ -27,7 +27,7 @@ def test_prompts_are_compared_with_their_images() -> None:
     assert red == with_images([[1, 2]], [[RED]])[0]
     assert red != blue
     assert red != [1, 2]
-    assert [1, 2] != red
+    assert [1, 2] != red  # noqa: SIM300 - the order is what is checked
     assert [red] != [[1, 2]]
 
 
