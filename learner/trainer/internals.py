@@ -71,6 +71,11 @@ def check_trl(trainer: GRPOTrainer) -> None:
         raise InvalidRequest(
             "the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False"
         )
+    if trainer._is_vlm:
+        raise InvalidRequest(
+            "training on images is not supported yet: to train on text, give the trainer a tokenizer, "
+            "processing_class=AutoTokenizer.from_pretrained(MODEL)"
+        )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise InvalidRequest("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")
     if trainer.is_fsdp_enabled and trainer.args.load_best_model_at_end:

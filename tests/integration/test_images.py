@@ -20,10 +20,7 @@ from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.adapters.lora_rules import ONLY_LANGUAGE
-from learner.commands.export import export
-from learner.evaluation.evaluate import evaluate
 from learner.servers.client import RolloutClient
-from learner.tasks import load_task
 from shared.image_processors import do_without_videos
 from shared.images import Image, pixel_digest
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
@@ -31,7 +28,6 @@ from shared.sampling import SamplingParams
 from tests.fuzz.campaign import Tally, Target, pushed
 from tests.fuzz.images import fuzz_images
 from tests.integration.support import policy as P
-from tests.integration.support.learner_process import LearnerProcess
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.support.arguments import arguments
 from tests.support.tiny_vision_model import make_tiny_vision_model
@@ -289,31 +285,3 @@ def test_no_image_breaks_the_server(client: RolloutClient, vision_server: Server
         target.close()
     assert not tally.failures, "\n".join(failure[:1000] for failure in tally.failures[:20])
     assert tally.statuses["images"][200] > 3
-
-
-def test_a_training_with_images(
-    client: RolloutClient, vision_server: ServerProcess, vision_model: Path, processor: Any, tmp_path: Path
-) -> None:
-    client.delete_run(RUN, P.LEASE, takeover=True)
-    task, folder = "learner.tasks.examples.counting:circles", tmp_path / "run"
-    flags = {"--train_size": 16, "--max_staleness": 1, "--save_steps": 1}
-
-    def train(steps: int) -> dict[str, Any]:
-        own = arguments({**flags, "--max_steps": steps})
-        return LearnerProcess(vision_server.url, vision_model, Path(task), folder, *own).finish()
-
-    assert train(2)["steps"] == 2
-    summary = train(3)
-    assert summary["steps"] == 3
-    assert summary["max_logprob_gap"] < 1e-3
-    mixed = load_task(task, eval_size=2, train_size=4)
-    assert evaluate(client, mixed, run_id=summary["run_id"]).questions == 2
-    made = processed(processor, [picture(8)])
-    ids, completion = made["input_ids"][0].tolist(), [65, 70, 75]
-    scored = client.score(ScoreRequest(sequences=[ids + completion], images=[[sent(picture(8))]]))
-    base = AutoModelForImageTextToText.from_pretrained(vision_model, dtype=torch.float32)
-    own = expected(PeftModel.from_pretrained(base, folder / "adapter"), made, completion)
-    assert (torch.tensor(scored.logprobs[0][-3:]) - own).abs().max() < P.FP32
-    export(folder / "adapter", tmp_path / "merged", merged=True, model=str(vision_model), dtype="float32")
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert (expected(merged, made, completion) - own).abs().max() < P.FP32
