@@ -131,6 +131,9 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     args.allowed_media_domains = args.allowed_media_domains or [vision.NO_MEDIA_DOMAIN]
     if not args.limit_mm_per_prompt:
         args.limit_mm_per_prompt = vision.image_limits(settings.max_images)
+    if not vision.has_torchvision():
+        own = {"lockstep_images": vision.InEveryProcess("without torchvision")}
+        args.additional_config = {**(args.additional_config or {}), **own}
     args.model = args.model_tag or args.model
     unusable = {
         "--lora-modules": args.lora_modules,

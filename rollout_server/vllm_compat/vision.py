@@ -24,13 +24,18 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 NO_MEDIA_DOMAIN = "none.invalid"
 
 
+def has_torchvision() -> bool:
+    """Return whether torchvision is installed."""
+    return importlib.util.find_spec("torchvision") is not None
+
+
 def do_without_torchvision() -> None:
     """Let models of images load where torchvision is missing (CPUs); called in every process before one is loaded.
 
     vLLM's Qwen2-VL imports the processor that needs it, of which transformers has a version without. Which classes a
     model has vLLM finds out in a process of its own, which would not know this.
     """
-    if importlib.util.find_spec("torchvision") is not None:
+    if has_torchvision():
         return
     import transformers
     from vllm.model_executor.models import registry
@@ -41,6 +46,23 @@ def do_without_torchvision() -> None:
     without.Qwen2VLImageProcessor = without.Qwen2VLImageProcessorPil
     sys.modules.setdefault(name.format(""), without)
     registry._run_in_subprocess = lambda inspect: inspect()
+
+
+class InEveryProcess(str):
+    """Text in vLLM's configuration that does without torchvision in each process that gets the configuration.
+
+    vLLM's engine process makes a processor before anything of ours is imported there.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (str(self),)
+
+
+def _arrived(text: str) -> InEveryProcess:
+    do_without_torchvision()
+    return InEveryProcess(text)
 
 
 def image_limits(count: int) -> dict[str, int]:
