@@ -118,7 +118,8 @@ async def engine_prompt(engine: Any, what: str, token_ids: list[int], pictures: 
         made = await engine.renderer.process_for_engine_async(prompt, time.time())
     except (*versions.refusals(), RuntimeError) as error:
         raise InvalidRequest(f"{what}: the model's processor refuses its images: {one_line(error)}") from error
-    if made["prompt_token_ids"] != token_ids and given != len(pictures):
+    filled = sum(place.get_num_embeds() for place in made["mm_placeholders"]["image"])
+    if made["prompt_token_ids"].count(token) != filled:
         raise InvalidRequest(
             f"{what} holds {given} tokens of images, and this server's processor makes others of the images: learner "
             "and server process them differently; give both the same files (preprocessor_config.json)"
