@@ -53,7 +53,7 @@ _BOUNDS: dict[str, tuple[float, str]] = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LearnerConfig:
     """Options of `learner train` and `attach`: rollout servers, task, weight sync, rewards, monitoring.
 

@@ -18,7 +18,7 @@ from shared.messages import did_you_mean
 REFUSED = {
     "vllm_mode": "leave it out, or set it to 'server': rollouts come from the server at rollout_url",
     "vllm_model_impl": "give --model-impl to rollout-server",
-    "vllm_enable_sleep_mode": "give --enable-sleep-mode to rollout-server",
+    "vllm_enable_sleep_mode": "use share_gpu here, and rollout-server --share-gpu",
     "vllm_server_base_url": "use rollout_url",
     "vllm_server_host": "use rollout_url",
     "vllm_server_port": "use rollout_url",
@@ -71,14 +71,17 @@ RENAMED = {
     "dataset_name": "task",
     "dataset": "task",
     "train_dataset": "task",
-    "dataset_config": "task_args",
-    "reward_model_name_or_path": "reward_funcs",
+    "dataset_path": "task",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "group_size": "num_generations",
+    "kl_coef": "beta",
+    "model_id": "model_name_or_path",
     "learning_rate_scheduler": "lr_scheduler_type",
     "batch_size": "per_device_train_batch_size",
     "adapter": "init_adapter",
     "peft": "init_adapter",
     "api_key": "token_file",  # pragma: allowlist secret
-    "warmup_ratio": "warmup_steps",
     "wandb": "report_to",
     "resume": "resume_from_checkpoint",
     "vllm_url": "rollout_url",
@@ -99,20 +102,29 @@ _WHY = {
     "fix_tokenizer": "the tokenizer is used as it is: leave it out",
     "max_grad_steps": "use --max_steps",
     "offload_embedding": "there is none: leave it out; --max_tokens_per_pass bounds the memory of training",
-    "finetune_vision_layers": "the part that sees is not trained: leave it out",
-    "finetune_language_layers": "leave it out, and name layers in --lora_target_modules",
     "unsloth_vllm_standby": "use --share_gpu here and with rollout-server: learner and server take turns on one GPU",
-    "dataset_train_split": 'the split is part of the task\'s arguments: --task_args \'{"split": "train"}\'',
-    "dataset_test_split": "use --eval_dataset, or --eval_size for held-out rows of --task",
+    "dataset_config": "it is part of --task: NAME:CONFIG",
+    "dataset_train_split": "it is part of --task: NAME:CONFIG@SPLIT",
+    "dataset_test_split": "use --eval_dataset NAME:CONFIG@SPLIT, or --eval_size for held-out rows of --task",
+    "reward_model_name_or_path": "name a function that asks it in --reward_funcs; in a script, GRPOTrainer takes one",
+    "warmup_ratio": "give --warmup_steps: below 1 it is a share of all steps",
+    "token": "set $HF_TOKEN, for models and data of the hub; --token_file is for rollout servers",
+    "hf_token": "set $HF_TOKEN, for models and data of the hub",
+    "device_map": "the learner takes the first GPU of CUDA_VISIBLE_DEVICES, or none with --use_cpu: leave it out",
     "dataset_streaming": "data is read as a whole, or give an iterable dataset with --task module:object",
     "bias": "biases cannot be served: leave it out",
+    "lora_bias": "biases cannot be served: leave it out",
+    "modules_to_save": "only the adapter travels to the server: leave it out",
     "loftq_config": "it would change the base, which the server does not know: leave it out",
     "tokenizer": "it comes with the model: leave it out",
     "processing_class": "the tokenizer comes with the model: leave it out",
     "report_to_wandb": "use --report_to wandb",
 }
-_UNSLOTH = "unsloth_"  # of its memory: chunks, tiles, mini-batches
-_UNSLOTH_WHY = "it bounds the memory of Unsloth's own passes: leave it out; here --max_tokens_per_pass does"
+#: The same of all that begin so.
+_WHY_BEGINNING = {
+    "unsloth_": "it bounds the memory of Unsloth's own passes: leave it out; here --max_tokens_per_pass does",
+    "finetune_": "only the language model is adapted: leave it out; --lora_target_modules names layers",
+}
 
 SAMPLING = "vllm_sampling_params"
 _SAMPLING_OPTIONS = {"max_tokens": "max_completion_length", "n": "num_generations"}
@@ -131,16 +143,22 @@ def unknown_option(written: str, value: object, known: Collection[str], *, flag:
     there_is_none = f"there is no {dashes}{written}" if flag else f"there is no option {written}"
     if name == SAMPLING:
         return f"{there_is_none}: {_sampling_options(value, flag=flag)}"
-    if name in _OF_SERVER:
-        shown = "" if value in (None, "", "true", "True", True) else f" {value}"
-        server = f"rollout-server MODEL --{_OF_SERVER[name]}{shown}"
-        return f"{there_is_none}: it belongs to the server: {server}{_MORE.get(name, '')}"
+    if server := server_flag(name, value):
+        return f"{there_is_none}: it belongs to the server: rollout-server MODEL {server}{_MORE.get(name, '')}"
     if name in RENAMED:
         return f"{there_is_none}: it is {dashes}{RENAMED[name]} here"
-    if why := _WHY.get(name) or (_UNSLOTH_WHY if name.startswith(_UNSLOTH) else None):
+    beginnings = (why for beginning, why in _WHY_BEGINNING.items() if name.startswith(beginning))
+    if why := _WHY.get(name) or next(beginnings, None):
         return f"{there_is_none}: {why}"
     spelled = [one.replace("_", "-") if "-" in written else one for one in known]
     return there_is_none + did_you_mean(dashes + written, [dashes + one for one in spelled])
+
+
+def server_flag(name: str, value: object) -> str | None:
+    """Return the flag of rollout-server that an option of other tools stands for, with its value, if it is one."""
+    if name not in _OF_SERVER:
+        return None
+    return f"--{_OF_SERVER[name]}" + ("" if value in (None, "", "true", "True", True) else f" {value}")
 
 
 def sampling_fields(text: str) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Session:
         canary: see `learner.sync.canary`; None where there was none.
         one_product: whether every LoRA layer of the learner computes base and adapter with one rounding.
         samples_policy: whether completions are drawn from the policy being trained, so that their logprobs must agree.
+        page: where the run's page is; None: there is none, or it is rank 0's.
         interrupted: the signal that has asked the training to end, see `learner.trainer.leaving`.
     """
 
@@ -94,6 +95,7 @@ class Session:
         self.max_model_len = min(state.max_model_len for state in states)
         self._check_state, self._prompts, self._temperature = check_state, prompts, sampling.temperature
         self._longest = longest
+        self.page: str | None = None
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self._base_served = serve_base(states)
         self._lock: OutputLock | None = None

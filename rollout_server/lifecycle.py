@@ -14,7 +14,6 @@ from typing import Any
 
 from rollout_server.api import metrics
 from rollout_server.api.app import build_app
-from rollout_server.api.media import MediaRules
 from rollout_server.api.middleware.limits import LimitsMiddleware
 from rollout_server.api.middleware.readiness import ReadinessMiddleware
 from rollout_server.engine.capacity import Capacity
@@ -73,6 +72,10 @@ async def _start(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     started = time.monotonic()
+    versions.leave_flat_logprobs_without_text()
+    sees = versions.takes_images(vllm_config.model_config)
+    if sees:
+        vision.prepare(vllm_config)
     # On a thread: loading takes minutes, and /health must answer meanwhile.
     engine = await asyncio.to_thread(
         AsyncLLM.from_vllm_config,
@@ -84,8 +87,8 @@ async def _start(
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
-    if versions.takes_images(vllm_config.model_config):
-        vision.accept_expanded_prompts(engine)
+    if sees:
+        vision.take_our_images(engine)
         proxy.image_limits = ImageLimits.of(settings)
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
@@ -123,9 +126,8 @@ async def _start(
     metrics.REQUESTS.set_function(lambda: capacity.requests)
     metrics.POLICY_STEPS.served = runs.steps
     metrics.SESSIONS.sessions = sessions
-    media = MediaRules(proxy.image_limits, fetched_from(args))
     app = LimitsMiddleware(
-        build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len, media=media
+        build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len
     )
     # All has been loaded: make later requests cheaper.
     gc.collect()
@@ -134,12 +136,6 @@ async def _start(
     readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, boot id %s", time.monotonic() - started, served.model, boot_id)
     return service
-
-
-def fetched_from(args: Any) -> tuple[str, ...]:
-    """Return the beginnings of the addresses from which vLLM may fetch media; it checks the rest of them."""
-    named = args.allowed_media_domains != [vision.NO_MEDIA_DOMAIN]
-    return (*(["http://", "https://"] if named else []), *(["file:"] if args.allowed_local_media_path else []))
 
 
 async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
@@ -214,6 +210,8 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
             "use --apply adapter"
         )
     if not settings.merges and (missing := versions.without_lora(model)):
+        raise InvalidRequest(missing)
+    if missing := versions.without_kernel(model):
         raise InvalidRequest(missing)
     lora = vllm_config.lora_config
     if settings.in_columns and lora.lora_dtype != model.dtype:

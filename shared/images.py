@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import xxhash
 from pydantic import ConfigDict, Field
 
 from shared.bounds import FewFields
-
-MediaType = Literal["image/png", "image/jpeg", "image/webp"]
 
 
 class Image(FewFields):
@@ -17,8 +13,7 @@ class Image(FewFields):
 
     model_config = ConfigDict(extra="forbid")
 
-    data: str = Field(min_length=1, description="the file's bytes in base64")
-    media_type: MediaType = "image/png"
+    data: str = Field(min_length=1, description="a PNG file in base64, RGB with 8 bits")
 
 
 def pixel_digest(width: int, height: int, rgb: bytes) -> str:

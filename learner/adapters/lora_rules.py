@@ -32,7 +32,8 @@ REFUSED_LORA_FIELDS = {
 }
 #: As target_modules: a pattern for multimodal models.
 ONLY_LANGUAGE = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-_EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert|block_sparse_moe|gate)(\.|$)")
+#: All tokens pass a shared expert, but its gate is a part of the routing.
+_EXPERTS = re.compile(r"(^|\.)(experts|router|shared_expert_gate|block_sparse_moe|gate)(\.|$)")
 
 
 def check_lora(config: LoraConfig | None) -> None:
@@ -82,12 +83,25 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
         if is_of_encoder(name):
             raise UnsupportedAdapter(
                 f"{name} belongs to an encoder of images or sound, which the server does not adapt: target_modules "
-                f"{ONLY_LANGUAGE!r} takes attention and MLP of the language model"
+                f"'{ONLY_LANGUAGE}' takes attention and MLP of the language model"
             )
-        if mixture_of_experts and _EXPERTS.search(name):
-            raise UnsupportedAdapter(f"{name} belongs to a mixture of experts; target the attention layers only")
+        if mixture_of_experts and is_of_experts(name):
+            raise UnsupportedAdapter(
+                f"{name} belongs to the experts of a mixture, or routes to them: name attention layers in "
+                "target_modules (q_proj, k_proj, v_proj, o_proj), or all-linear, which means all that can be served"
+            )
+
+
+def is_of_experts(name: str) -> bool:
+    """Return whether a module belongs to the experts of a mixture, or routes to them."""
+    return _EXPERTS.search(name) is not None
 
 
 def check_model(model_config: Any) -> None:
     """Refuse inexact quantization: `unsupported_adapter`."""
     check_quantization(model_config)
+
+
+def caps_logits(model_config: Any) -> bool:
+    """Return whether a model's attention logits are capped (Gemma 2), which transformers' sdpa ignores."""
+    return bool(getattr(model_config.get_text_config(), "attn_logit_softcapping", None))

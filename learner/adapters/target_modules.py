@@ -17,11 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from learner.adapters.lora_rules import is_of_experts
 from shared.errors import InvalidRequest
 from shared.messages import one_line
 from shared.module_names import LANGUAGE_MODELS, encoders, is_of_encoder
 
 logger = logging.getLogger("lockstep.adapters")
+
+_OF_MLPS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 
 
 def model_class(model_config: Any) -> Any:
@@ -38,7 +41,8 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
 
     Returns:
         The settings. Where the model has encoders of images or sound, `target_modules` is a pattern for the linear
-        layers of its language model alone: all-linear, and names that these share with an encoder, mean those.
+        layers of its language model alone: all-linear, and names that these share with an encoder, mean those. In a
+        mixture of experts all-linear means all layers outside MLPs.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -50,7 +54,10 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
     linears = dict.fromkeys(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not outputs and not is_of_encoder(name)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not outputs
+        and not is_of_encoder(name)
+        and not is_of_experts(name)
     )
     missing = _missing(lora.target_modules, model)
     if missing:
@@ -60,6 +67,9 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
         )
     if encoders(model_config) and (wanted := _wanted(lora.target_modules, list(linears))):
         lora = dataclasses.replace(lora, target_modules=language_pattern(wanted))
+    elif lora.target_modules == "all-linear" and any(is_of_experts(name) for name, _ in model.named_modules()):
+        # PEFT takes the names of their layers for experts, whose files have these names, also where others have them.
+        lora = dataclasses.replace(lora, target_modules=[name for name in linears if name not in _OF_MLPS])
     trial = copy.deepcopy(lora)
     trial.init_lora_weights = False
     try:
@@ -85,7 +95,7 @@ def _without_weights(model_config: Any, trust_remote_code: bool) -> nn.Module:
     if kind is AutoModelForCausalLM:
         made = kind.from_config(model_config, trust_remote_code=trust_remote_code, attn_implementation="eager")
     else:
-        made = kind._from_config(model_config, attn_implementation="eager")
+        made = kind(model_config)
     return cast(nn.Module, made)
 
 

@@ -202,12 +202,14 @@ def _end_of(file: IO[bytes]) -> str:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the program's group: SIGTERM where the program itself runs on, then SIGKILL to all."""
+    """End what is left: SIGTERM where the program itself runs on, after which its supervisor ends all that it has
+    started; then SIGKILL to its group.
+    """
     with suppress(ProcessLookupError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE_S)
+                process.wait(2 * _GRACE_S)  # the program, and then the supervisor
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -1,8 +1,8 @@
 """Runs the program of one episode, and ends it when the learner is gone: `python supervisor.py PARENT FOLDER COMMAND`.
 
 A process of its own, since only a parent that lives on can end what a killed learner leaves behind. It leads the
-program's process group. Only the standard library is imported, so that it starts at once, in the environment that the
-program is to see.
+program's process group, and is given what the program has started and left, in whichever group or session. Only the
+standard library is imported, so that it starts at once, in the environment that the program is to see.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 #: How long a program may take to end by itself.
 _GRACE_S = 5.0
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class _Stopped(BaseException):
@@ -34,11 +36,14 @@ def main(parent: str, folder: str, command: str) -> int:
     program = None
     try:
         signal.signal(signal.SIGTERM, _stop)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
         if os.getppid() != int(parent):  # it has ended before
             raise _Stopped
         program = subprocess.Popen(["/bin/sh", "-c", command])
         code = program.wait()
+        _end_children()
         return code if code >= 0 else 128 - code  # as a shell says of a signal
     except _Stopped:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -46,10 +51,34 @@ def main(parent: str, folder: str, command: str) -> int:
         if program:
             with suppress(subprocess.TimeoutExpired):
                 program.wait(_GRACE_S)
+        _end_children()
         if os.getppid() != int(parent):
             shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)  # this process, too
         raise
+
+
+def _end_children() -> None:
+    """Kill all children, and theirs, which are then children of this process, until none is left."""
+    while True:
+        for pid in _children():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+        except ChildProcessError:
+            return
+
+
+def _children() -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            _, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if int(parent) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
 
 
 if __name__ == "__main__":

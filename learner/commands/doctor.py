@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,9 @@ from packaging.requirements import Requirement
 
 from learner.adapters.lora_rules import check_rank
 from learner.commands import training
-from learner.commands.flags import Parser, either_spelling, number
+from learner.commands.flags import Parser, either_spelling, is_true, number
 from learner.run_dir.checkpoint import last_checkpoint
-from learner.run_dir.files import LEASE_FILE
+from learner.run_dir.lease import load_lease
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import check_base, check_server
 from learner.servers.credentials import read_token, ssl_context
@@ -103,8 +104,8 @@ def diagnose(given: Mapping[str, Any], *, server_port: int | None = None) -> Ite
     yield _checked("token", lambda: _check_credentials(given))
     if out := given.get("output_dir"):
         yield _checked("output", lambda: _check_output(str(out)))
-    if task := given.get("task"):
-        yield _checked("task", lambda: _check_task(str(task)))
+    if given.get("task"):
+        yield _checked("task", lambda: _check_task(given))
     if model := given.get("model_name_or_path"):
         yield _checked("model", lambda: _check_model(str(model), given.get("model_revision")))
     else:
@@ -132,7 +133,7 @@ def _machine(given: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _packages(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     """Compare the installed versions with those that Lockstep was built for; nothing is imported."""
-    extras = {"learner", *({"qlora"} if _is_true(given, "load_in_4bit") else ())}
+    extras = {"learner", *({"qlora"} if is_true(given, "load_in_4bit") else ())}
     wrong = []
     requirements = _requirements()
     for requirement in requirements:
@@ -181,7 +182,7 @@ def _version(name: str) -> str | None:
 
 def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     cards = visible_gpus()
-    on_cpu = _is_true(given, "use_cpu")
+    on_cpu = is_true(given, "use_cpu")
     if not cards:
         if on_cpu or not given:
             yield Finding(OK if on_cpu else NOTE, "GPU", "none: training on the CPU")
@@ -195,9 +196,9 @@ def _gpus(given: Mapping[str, Any], *, with_server: bool) -> Iterator[Finding]:
     weights = _weight_bytes(given.get("model_name_or_path"))
     if weights is None or on_cpu:
         return
-    in_4bit = _is_true(given, "load_in_4bit")
+    in_4bit = is_true(given, "load_in_4bit")
     learner = weights * (0.3 if in_4bit else 1.0) * _LEARNER_ROOM
-    shared = _is_true(given, "share_gpu")
+    shared = is_true(given, "share_gpu")
     server = weights * _SERVER_ROOM if with_server and not shared else 0.0
     largest = max(gpu.total for gpu in cards)
     needed = max(learner, server) if len(cards) > 1 or shared else learner + server
@@ -254,11 +255,10 @@ def _check_output(out: str) -> str:
     return f"{out}, {free / _GIB:.0f} GiB free" + (f"; it goes on from {last.name}" if last else "")
 
 
-def _check_task(task: str) -> str:
-    path, kind = Path(task), task.partition(":")[0]
-    if path.suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet") and not path.is_file():
-        raise InvalidRequest(f"there is no file {task}: --task takes a file, reasoning_gym:NAME, or module:object")
-    if kind == "reasoning_gym" and importlib.util.find_spec("reasoning_gym") is None:
+def _check_task(given: Mapping[str, Any]) -> str:
+    training.check_files(given)
+    task = str(given["task"])
+    if task.startswith("reasoning_gym:") and importlib.util.find_spec("reasoning_gym") is None:
         raise InvalidRequest("reasoning_gym is missing: pip install reasoning-gym")
     return task
 
@@ -294,42 +294,63 @@ def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:
     if not urls:
         yield Finding(WRONG, "server", f"{sources} names no address now: check the name, or fill the file")
     for url in urls:
-        yield _checked("server", lambda url=url: _check_server(url, token, given))  # type: ignore[misc]
+        yield from _server(url, token, given)
 
 
-def _check_server(url: str, token: str | None, given: Mapping[str, Any]) -> str:
-    with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
-        state = client.wait_ready(0.0)
-    corrected = _is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
-    check_server(state, allow_policy_altering=_is_true(given, "allow_policy_altering"), corrected=corrected)
+def _server(url: str, token: str | None, given: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield all that is wrong with a server, or that nothing is."""
+    try:
+        with RolloutClient(url, token, ca_file=given.get("ca_file")) as client:
+            state = client.wait_ready(0.0)
+    except (LockstepError, OSError) as error:
+        yield Finding(WRONG, "server", error.message if isinstance(error, LockstepError) else one_line(error))
+        return
+    checks = (_check_settings, _check_rank, _check_length, _check_room, _check_same_base)
+    findings = [_checked("server", partial(check, url, state, given)) for check in checks]
+    about = f"{state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
+    yield from [one for one in findings if one.level == WRONG] or [Finding(OK, "server", f"{url}: {about}")]
+
+
+def _check_settings(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
+    corrected = is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
+    check_server(state, allow_policy_altering=is_true(given, "allow_policy_altering"), corrected=corrected)
+    return url
+
+
+def _check_rank(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     lora_r = int(str(given.get("lora_r") or training.options()["lora_r"].default))
     check_rank(SimpleNamespace(r=lora_r, rank_pattern=None), state)  # type: ignore[arg-type]
+    return url
+
+
+def _check_length(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     length = int(str(given.get("max_completion_length") or training.options()["max_completion_length"].default))
     if length >= state.max_model_len:
         raise InvalidRequest(
             f"max_completion_length {length} leaves no room for a prompt in the {state.max_model_len} tokens of {url}: "
             "lower it, or start the server with a larger --max-model-len"
         )
-    _check_room(url, state, given)
+    return url
+
+
+def _check_same_base(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     model = given.get("model_name_or_path")
     if model and Path(str(model)).is_dir():
-        allow = _is_true(given, "allow_base_mismatch")
+        allow = is_true(given, "allow_base_mismatch")
         check_base(fingerprint_checkpoint(str(model)), state.base, allow_mismatch=allow)
-    return (
-        f"{url}: {state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
-    )
+    return url
 
 
-def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> None:
+def _check_room(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
+    """Raise `invalid_request` unless a place is free, or is this run's, or its run has finished and is not kept."""
     run_id = given.get("run_id")
-    lease = Path(str(given.get("output_dir") or "."), LEASE_FILE)
-    if len(state.runs) >= state.max_runs and run_id not in {run.run_id for run in state.runs} and not lease.is_file():
-        names = ", ".join(run.run_id for run in state.runs)
+    own = load_lease(str(given.get("output_dir") or "."), str(run_id) if run_id else None).run_id
+    staying = [run for run in state.runs if not run.finished or (run.kept_seconds or 0.0) > 0.0]
+    alone = state.max_runs == 1 and is_true(given, "takeover")
+    if len(staying) >= state.max_runs and own not in {run.run_id for run in state.runs} and not alone:
+        names = ", ".join(run.run_id + (" (finished, but kept)" if run.finished else "") for run in staying)
         raise InvalidRequest(
-            f"{url} serves {names} and has no room for another run: end that, start the server with --max-runs "
-            f"{state.max_runs + 1}, or go on with it in its output_dir"
+            f"{url} serves {names} and has no room for another run: wait until it has finished, end it (learner runs "
+            f"--rollout-url {url} --end), or start the server with --max-runs {state.max_runs + 1}"
         )
-
-
-def _is_true(given: Mapping[str, Any], name: str) -> bool:
-    return str(given.get(name, "")).lower() == "true"
+    return url

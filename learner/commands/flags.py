@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from shared.adapter_file import DTYPES
 from shared.errors import InvalidRequest
 from shared.messages import unknown_flag
 
+#: As transformers' parser of options takes them.
+_TRUE = ("true", "t", "yes", "y", "1", "")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _DTYPES |= {name: name for name in DTYPES}
 _UNKNOWN = "unrecognized arguments: "
@@ -58,6 +60,15 @@ def number(
         return value
 
     return parse
+
+
+def is_true(given: Mapping[str, Any], name: str) -> bool:
+    """Return whether an option, as it was written, switches something on; a flag without a value does.
+
+    Example:
+        assert is_true({"use_cpu": "yes"}, "use_cpu") and not is_true({}, "use_cpu")
+    """
+    return name in given and str(given[name]).lower() in _TRUE
 
 
 def dtype_name(text: str) -> str:

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
-from learner.adapters.lora_rules import check_lora, check_model, check_rank
+from learner.adapters.lora_rules import caps_logits, check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter
 from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
@@ -279,7 +279,7 @@ def _trainer(
     model_init = {
         "revision": model_args.model_revision,
         "trust_remote_code": args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
+        "attn_implementation": model_args.attn_implementation or ("eager" if caps_logits(model_config) else None),
         "dtype": model_args.dtype,
         **({"quantization_config": quantized} if quantized else {}),
         **(args.model_init_kwargs or {}),
@@ -290,7 +290,9 @@ def _trainer(
     try:
         if encoders(model_config) and has_images(task.train):
             do_without_videos(transformers)
-        elif encoders(model_config):  # of its processor, too, whose chats are made of parts
+        elif encoders(
+            model_config
+        ):  # of its processor, too, whose chats are made of parts, and which needs torchvision
             tokenizer = AutoTokenizer.from_pretrained(
                 model,
                 revision=model_args.model_revision,

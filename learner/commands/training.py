@@ -20,6 +20,7 @@ from typing import Any
 from learner.commands.config_file import SECTIONS, read_config_file
 from learner.config import LearnerConfig
 from learner.foreign_options import REFUSED, unknown_option
+from learner.tasks.imports import is_importable
 from learner.utils.logs import show_messages
 from learner.utils.waits import waiting
 from shared.errors import InvalidRequest
@@ -50,6 +51,9 @@ _GROUPS = {
     "Servers": r"rollout_url|token_file|ca_file|.*timeout_s|run_id|takeover|allow_|share_gpu",
     "Weights and their proof": r"init_adapter|lora_kwargs|save_merged|proof|transport|in_flight|max_staleness",
 }
+#: Options that name objects of the user's as module:object.
+_IMPORTED = ("reward_funcs", "tools", "environment", "agent")
+_TASK_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _WIDTH = 110
 _UNKNOWN = object()
 
@@ -97,14 +101,30 @@ def check(argv: Sequence[str]) -> None:
     """Check what can be checked without TRL.
 
     Raises:
-        InvalidRequest: see `read_options`; or the model is not there.
+        InvalidRequest: see `read_options`; or the model, the task's file, or a module of the user's is not there.
     """
     given = read_options(argv)
+    check_files(given)
     if model := given.get("model_name_or_path"):
         try:
             check_model_exists(str(model), given.get("model_revision"))
         except InvalidRequest as error:
             raise InvalidRequest(f"model_name_or_path: {error.message}") from error
+
+
+def check_files(given: Mapping[str, Any]) -> None:
+    """Raise `invalid_request` where the file of a task, or the module of a function, is not there; imports neither."""
+    for name in ("task", "eval_dataset"):
+        path = Path(str(given.get(name) or "")).expanduser()
+        kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+        if kind in _TASK_FILES and not path.is_file():
+            raise InvalidRequest(f"{name}: there is no file {path} in {Path.cwd()}")
+    for name in _IMPORTED:
+        value = given.get(name) or ()
+        for word in value.split() if isinstance(value, str) else value:
+            module = str(word).partition(":")[0]
+            if re.fullmatch(r"\w+:\w+", str(word)) and not is_importable(module):  # a package would be imported
+                raise InvalidRequest(f"{name}: there is no module {module} for {word} in {Path.cwd()}, nor installed")
 
 
 def read_options(argv: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns with the learner on one
 (`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus`
-there chooses its GPUs. The same command goes on where an interrupted training stopped.
+there chooses its GPUs. The run's page is served on 127.0.0.1, at port 8700 or a free one, or at `--page_port`. The same
+command goes on where an interrupted training stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +21,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from learner.commands import training
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import Parser, dtype_name
+from learner.commands.flags import Parser, dtype_name, is_true
+from learner.foreign_options import server_flag
+from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
@@ -32,6 +37,8 @@ from shared.errors import InvalidRequest, LockstepError, Unauthenticated
 from shared.weights import served_rank
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+#: Where the run's page is served, unless the recipe says where or the port is taken.
+PAGE_PORT = 8700
 SERVER_LOG, LEARNER_LOG = "server.log", "learner.log"
 #: Of both processes, unless the user has set them.
 ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
@@ -40,7 +47,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU"
 #: Seconds for a learner to finish its step and save it.
 LEARNER_PATIENCE_S = 120.0
 _PROGRESS_S = 15.0
-_TRUE = ("true", "yes", "1", "")
+_ADDRESS = ("host", "port", "uds")
 
 
 @dataclass
@@ -116,15 +123,19 @@ def make_plan(argv: Sequence[str]) -> Plan:
     """Read flags and recipes, and decide where both processes run.
 
     Raises:
-        InvalidRequest: what the two have to share is missing, or this machine has no place for them. Other options are
-            checked by the learner, before it waits for the server.
+        InvalidRequest: what `learner train` refuses before it imports TRL, what the two have to share is missing, or
+            this machine has no place for them.
     """
     options, flags = make_parser().parse_known_args(tied(argv))
     files = [find_recipe(name) for name in options.config or ()]
+    written = [*(word for path in files for word in ("--config", str(path))), *flags]
     given: dict[str, Any] = {}
     for path in files:
         given |= read_config_file(path)
-    given |= _values(flags)
+    for name, value in _values(flags).items():
+        if name not in training.options() and name not in _ADDRESS and (flag := server_flag(name, value)):
+            raise InvalidRequest(f"--{name} belongs to the server: give --server-flags {shlex.quote(flag)}")
+        given[name] = value
     server = given.get("server") or {}
     if not isinstance(server, dict):
         raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
@@ -136,18 +147,21 @@ def make_plan(argv: Sequence[str]) -> Plan:
     environment = given.get("env") or {}
     if not isinstance(environment, dict):
         raise InvalidRequest("env: write one `NAME: value` of an environment variable a line below it")
+    training.check(written)
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
     gpus = server.pop("gpus", None)
-    place = _place_on_cpu(split=options.split_cores) if _is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
+    place = _place_on_cpu(split=options.split_cores) if is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
     port = str(server.pop("port", None) or free_port())
     _check_address(port, [*server, *(word.lstrip("-") for word in options.server_flags or () if word.startswith("--"))])
     command = [*module_command("rollout_server.cli"), str(model), "--port", port]
     command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
     url = f"http://127.0.0.1:{port}"
-    learner = [*module_command("learner.cli"), "train", *(word for path in files for word in ("--config", str(path)))]
-    learner += [*flags, "--rollout_url", url, "--output_dir", str(output_dir)]
+    learner = [*module_command("learner.cli"), "train", *written, "--rollout_url", url, "--output_dir", str(output_dir)]
+    wants_page = is_true({"run_page": True, **given}, "run_page") and not is_true(given, "no_run_page")
+    if wants_page and "page_port" not in given:
+        learner += ["--page_port", str(free_port(PAGE_PORT))]
     recipe = {str(name): str(value) for name, value in environment.items()}
     return Plan(url, output_dir, command, learner, **place, recipe_environment=recipe)
 
@@ -156,7 +170,7 @@ def _check_address(port: str, flags: Sequence[str]) -> None:
     """Raise `invalid_request` where the server would not listen at the URL that the learner is given."""
     for flag in flags:
         name = flag.partition("=")[0].replace("-", "_")
-        if name in ("host", "port", "uds") or name.startswith("ssl_"):
+        if name in _ADDRESS or name.startswith("ssl_"):
             raise InvalidRequest(
                 f"{name}: the server of `learner up` listens on 127.0.0.1 without TLS, at the recipe's `server: port`: "
                 "for another address use the two commands, `rollout-server` and `learner train`"
@@ -164,7 +178,8 @@ def _check_address(port: str, flags: Sequence[str]) -> None:
     try:
         check_port(int(port))
     except (OSError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"server: port {port} cannot be taken ({error}); give another, or leave it out") from error
+        why = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"server: port {port} cannot be taken ({why}); give another, or leave it out") from error
 
 
 def tied(argv: Sequence[str], names: Sequence[str] = ("--server-flags", "--server_flags")) -> list[str]:
@@ -188,10 +203,6 @@ def _values(flags: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _is_true(given: Mapping[str, Any], name: str) -> bool:
-    return name in given and str(given[name]).lower() in _TRUE
-
-
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the server's flags that follow from the learner's options."""
     common: dict[str, Any] = {"max_lora_rank": _rank(given)}
@@ -199,9 +210,7 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
         common["dtype"] = dtype_name(str(given["dtype"]))
     if given.get("model_revision"):
         common["revision"] = given["model_revision"]
-    return common | {
-        name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if _is_true(given, name)
-    }
+    return common | {name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if is_true(given, name)}
 
 
 def _rank(given: Mapping[str, Any]) -> int:
@@ -250,7 +259,7 @@ def _place_on_gpus(given: Mapping[str, Any], asked: Any) -> dict[str, Any]:
     own = [str(gpu).strip() for gpu in listed]
     if unknown := [gpu for gpu in own if gpu not in gpus]:
         raise InvalidRequest(f"server: gpus: {', '.join(unknown)} is not visible here; visible are {', '.join(gpus)}")
-    if _is_true(given, "share_gpu"):
+    if is_true(given, "share_gpu"):
         chosen = {"CUDA_VISIBLE_DEVICES": ",".join(own)}
         return {"places": (f"GPU {', '.join(own)}, by turns",) * 2, "environment": chosen}
     left = [gpu for gpu in gpus if gpu not in own]
@@ -270,7 +279,7 @@ class Output:
     """Output of one process: all of it in a log, and on the terminal behind the process's name."""
 
     def __init__(self, name: str, log: Path) -> None:
-        self._name, self._file, self.last = name, log.open("a", errors="replace"), ""
+        self.name, self._file, self.last = name, log.open("a", errors="replace"), ""
 
     def __call__(self, line: str) -> None:
         """Take a line. A full disk or a closed terminal stops neither process."""
@@ -278,7 +287,7 @@ class Output:
             if not line.startswith("INFO:"):  # uvicorn says last that it has shut down, and before that somebody why
                 self.last = line
             with contextlib.suppress(OSError, ValueError):
-                print(f"{self._name:<7} | {line}", flush=True)
+                print(f"{self.name:<7} | {line}", flush=True)
         with contextlib.suppress(OSError, ValueError):
             self._file.write(line + "\n")
             self._file.flush()
@@ -300,7 +309,7 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
     shown = Output("server", out / SERVER_LOG), Output("learner", out / LEARNER_LOG)
     say(f"the rollout server, on {plan.places[0]}, at {plan.url}; log: {out / SERVER_LOG}")
     say(f"the learner, on {plan.places[1]}; log: {out / LEARNER_LOG}")
-    status = None
+    status, reason = None, ""
     try:
         with (
             contextlib.closing(up_lock),
@@ -318,42 +327,60 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
             ) as learner,
         ):
             try:
-                status = _watch(plan, server, learner, shown[0])
+                status, reason = _watch(plan, server, learner, shown)
             except Stopped as stopped:
                 say(f"{stopped}: ending the learner, then the server; a second signal ends them at once")
                 raise
     except Stopped:
         if status is None:  # else the training had ended, and the server was ending
-            say("stopped; the same command goes on from the last checkpoint")
+            say(f"stopped; {_resumption(out)}")
             return 130
+    if reason:  # said last: both have said more while they ended
+        say(f"ended; {_resumption(out)}")
+        say(reason)
     return status
 
 
-def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, server_output: Output) -> int:
-    """Wait until one of the two ends, and say how; return the exit code."""
+def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, shown: tuple[Output, Output]) -> tuple[int, str]:
+    """Wait until one of the two ends; return the exit code and, unless all went well, the reason."""
     started, ready = time.monotonic(), False
     next_look, next_word = started + 1.0, started + _PROGRESS_S
     with RolloutClient(plan.url, read_token(None)) as client:
         while True:
-            if (status := learner.process.poll()) is not None:
-                if status:
-                    say(f"the learner ended with status {status}; after a checkpoint the same command goes on from it")
-                return status if status >= 0 else 1
-            if (status := server.process.poll()) is not None:
-                server.end()  # and read what it has said
-                reason = server_output.last or "it said nothing"
-                say(f"the rollout server ended with status {status}: {reason}")
-                say("ending the learner; the same command goes on from the last checkpoint")
-                return 1
+            if (status := learner.process.poll()) == 0:
+                return 0, ""
+            ended = [
+                (process, output)
+                for process, output in zip((server, learner), shown, strict=True)
+                if process.process.poll() is not None
+            ]
+            if ended:
+                return max(status or 1, 1), "; ".join(_reason(process, output) for process, output in ended)
             now = time.monotonic()
             if not ready and now >= next_look:
                 ready, next_look = _is_ready(client), now + 1.0
                 if ready:
                     say(f"the rollout server is ready after {now - started:.0f} s")
                 elif now >= next_word:
-                    say(f"the rollout server loads its model: {now - started:.0f} s")
+                    say(f"waiting for the rollout server to be ready: {now - started:.0f} s")
                     next_word = now + _PROGRESS_S
             time.sleep(0.1)
+
+
+def _reason(process: ProcessGroup, output: Output) -> str:
+    """Return how a process ended, and what it said last, which is why."""
+    status = process.end()  # all that it has said is read then
+    how = f"status {status}" if status >= 0 else signal.Signals(-status).name
+    if status == -signal.SIGKILL:
+        how += " (which the system sends when memory runs out: see dmesg)"
+    return f"the {output.name} ended with {how}: {output.last or 'it said nothing'}"
+
+
+def _resumption(out: Path) -> str:
+    """Return what the same command does then."""
+    last = last_checkpoint(out)
+    goes_on = f"goes on from {last.name}" if last else "begins anew, since nothing was saved yet"
+    return f"the same command {goes_on}"
 
 
 def _is_ready(client: RolloutClient) -> bool:

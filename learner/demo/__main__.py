@@ -11,8 +11,9 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from learner.commands import up
 from learner.commands.config_file import read_config_file
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Build the model, train with it as the recipe says, and write summary and picture. Returns the exit code."""
-    started, out = time.monotonic(), Path(options.output_dir)
+    started, began, out = time.monotonic(), time.time(), Path(options.output_dir)
     check_writable(out, "--output-dir", directory=True)
     config = up.find_recipe(options.config)
     recipe = read_config_file(config)
@@ -94,11 +95,8 @@ def run(options: argparse.Namespace) -> int:
     plan.server += options.server_flags
     if status := up.run(plan, ENVIRONMENT):
         return status
-    evals = [
-        (int(row["step"]), score)
-        for row in read_lines(out / LOGS_FILE)
-        if (score := finite(row.get("eval_reward"))) is not None
-    ]
+    logs = read_lines(out / LOGS_FILE)
+    evals = [(int(row["step"]), score) for row in logs if (score := finite(row.get("eval_reward"))) is not None]
     questions, picture = int(recipe.get("eval_size") or 128), out / "curve.png"
     title = f"{recipe.get('task')}, SmolLM2-135M-Instruct"
     write_curve(picture, read_lines(out / HISTORY_FILE), evals, questions, title)
@@ -107,10 +105,21 @@ def run(options: argparse.Namespace) -> int:
         (_, before), (_, after) = evals[0], evals[-1]
         summary |= {"eval_before": before, "eval_after": after, "eval_questions": questions}
         logger.info("held-out questions answered correctly: before %.3f, after %.3f of %d", before, after, questions)
+    seconds = round(time.monotonic() - started, 1)
+    summary |= {"seconds_to_first_reward": _seconds_to_first_reward(logs, began), "seconds": seconds}
     write_summary(out / EVALS_FILE, summary)
     logger.info("see %s, %s and %s", out / PAGE_FILE, picture, out / EVALS_FILE)
-    logger.info("done in %.0f s", time.monotonic() - started)
+    if (first := summary["seconds_to_first_reward"]) is not None:
+        logger.info("first reward on the page after %.0f s", first)
+    logger.info("done in %.0f s", seconds)
     return 0
+
+
+def _seconds_to_first_reward(logs: Sequence[Mapping[str, Any]], began: float) -> float | None:
+    """Return when the first reward of this call, of a step or an evaluation, was logged; None: there was none."""
+    rewarded = (row for row in logs if any(finite(row.get(name)) is not None for name in ("reward", "eval_reward")))
+    times = (row["time"] - began for row in rewarded if row.get("time", 0.0) >= began)
+    return round(first, 1) if (first := min(times, default=None)) is not None else None
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from learner.run_dir.files import PAGE_FILE
 from learner.session import Session
 from learner.step_metrics import StepReport
 
@@ -20,7 +18,7 @@ from learner.step_metrics import StepReport
 class Progress(TrainerCallback):
     """A progress bar on a terminal, one line per step elsewhere. Leaves TRL's `report_to` alone."""
 
-    def __init__(self, *, bar: bool, page: Path | None = None) -> None:
+    def __init__(self, *, bar: bool, page: str | None = None) -> None:
         self._wants_bar, self._page = bar, page
         self._bar: tqdm | None = None
         self._started, self._first_step = 0.0, 0
@@ -65,7 +63,7 @@ class Progress(TrainerCallback):
         """Say where the page is, before the first reward of this process: of a step, or of an evaluation."""
         if self._page is not None:
             write = tqdm.write if self._bar is not None else partial(print, flush=True)
-            write(f"open the page: {self._page.resolve().as_uri()}")
+            write(f"open the page: {self._page}")
             self._page = None
 
 
@@ -73,8 +71,7 @@ def show_progress(trainer: Trainer, session: Session) -> None:
     """Replace transformers' progress callbacks by ours."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    page = session.trainer.output_dir / PAGE_FILE if session.config.run_page else None
-    progress = Progress(bar=sys.stderr.isatty() and not trainer.args.disable_tqdm, page=page)
+    progress = Progress(bar=sys.stderr.isatty() and not trainer.args.disable_tqdm, page=session.page)
     trainer.add_callback(progress)
     if trainer.accelerator.is_main_process:
         session.metrics.listeners.append(progress.show)

@@ -75,9 +75,12 @@ class Recorder(TrainerCallback):
             LockstepError: `invalid_request` if they cannot be listened on.
         """
         self.metrics.serve(self._config.metrics_host, self._config.metrics_port)
+        if self._config.run_page:
+            self._session.page = self._page.resolve().as_uri()
         if self._config.page_port:
             url = serve_page(self._page.parent, self._config.page_host, self._config.page_port)
             logger.info("the run's page, live: %s", url)
+            self._session.page = url
 
     def stepped(self, report: StepReport) -> None:
         """Record a completed optimizer step."""
@@ -100,7 +103,8 @@ class Recorder(TrainerCallback):
         self._write("training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        row = {"step": state.global_step, **{name: finite(value) for name, value in (logs or {}).items()}}
+        logged = {name: finite(value) for name, value in (logs or {}).items()}
+        row = {"step": state.global_step, "time": round(time.time(), 3), **logged}
         self._quietly(lambda: self._logs.add(row))
         self._run.table.add_log(row)
         self.metrics.logged(row)

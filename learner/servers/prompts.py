@@ -62,13 +62,13 @@ def encoded_image(picture: Any) -> tuple[Image, str]:
             f"an image of a prompt is a {type(picture).__name__}, not a PIL image: cast the column with "
             "datasets.Image(), or load it in the task"
         )
-    rgb = picture.convert("RGB")
-    digest = pixel_digest(*rgb.size, rgb.tobytes())
+    pixels = picture.convert("RGB").tobytes()
+    digest = pixel_digest(*picture.size, pixels)
     with _encoding:
         if digest not in _encoded:
             stream = io.BytesIO()
-            rgb.save(stream, "PNG", compress_level=1)
-            _encoded[digest] = Image(data=base64.b64encode(stream.getvalue()).decode(), media_type="image/png")
+            Pillow.frombytes("RGB", picture.size, pixels).save(stream, "PNG", compress_level=1)
+            _encoded[digest] = Image(data=base64.b64encode(stream.getvalue()).decode())
             while len(_encoded) > _KEPT:
                 _encoded.popitem(last=False)
         return _encoded[digest], digest

@@ -66,10 +66,14 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     def generate_conversations(prompts: list[Any]) -> tuple[Any, ...]:
         ids, completion_ids, mask, _, *others = generate(prompts)
         conversations = _conversations(trainer, episodes, chats=is_conversational({"prompt": prompts[0]}))
-        # TRL's looks at the last token of the row, which need not be the last call's.
-        cut = torch.tensor([float(each.finish_reason == "length") for each in episodes])
-        cut_off = trainer.accelerator.gather(cut.to(trainer.accelerator.device)).mean().item()
-        _metrics(trainer)["completions/clipped_ratio"][-1] = cut_off
+        # TRL's look at the last token of the row, which need not be the last call's.
+        sizes = [(float(each.finish_reason == "length"), float(sum(each.mask))) for each in episodes]
+        cut_B, length_B = trainer.accelerator.gather(torch.tensor(sizes, device=trainer.accelerator.device)).unbind(1)
+        metrics, ended = _metrics(trainer), length_B[cut_B == 0]
+        ended = ended if len(ended) else torch.zeros(1)
+        metrics["completions/clipped_ratio"][-1] = cut_B.mean().item()
+        for name, value in (("mean", ended.mean()), ("min", ended.min()), ("max", ended.max())):
+            metrics[f"completions/{name}_terminated_length"][-1] = value.item()
         return ids, completion_ids, mask, conversations, *others
 
     def generate_and_score(inputs: list[Row]) -> dict[str, Any]:
@@ -134,12 +138,18 @@ def _conversations(trainer: GRPOTrainer, episodes: Sequence[Episode], *, chats: 
 
 
 def shown_turns(trainer: GRPOTrainer, episode: Episode) -> list[tuple[bool, str]]:
-    """Return the texts of all conversations, and whether they were sampled; with headings, if there are several."""
+    """Return the texts of all conversations, and whether they were sampled; with headings, if there are several.
+
+    The prompt of the first one is the row's.
+    """
     decode = functools.partial(trainer.processing_class.decode, skip_special_tokens=True)
+    prompts = [episode.token_ids[start : start + length] for start, length in episode.parts]
     found = []
     for number, turns in enumerate(episode.conversations(), 1):
         if episode.trajectories > 1:
             found.append((False, f"[conversation {number} of {episode.trajectories}]"))
+        if number > 1:
+            found.append((False, decode(prompts[number - 2]).strip()))
         found += [(sampled, decode(ids) if sampled else decode(ids).strip()) for sampled, ids in turns]
     return found
 

@@ -33,6 +33,7 @@ from learner.sync.gpu_sharing import check_shared_gpu
 from learner.trainer.agent_hooks import add_agent_reward, run_agents
 from learner.trainer.checks import (
     check_agent,
+    check_attention,
     check_corrected,
     check_dropout,
     check_grpo,
@@ -121,6 +122,7 @@ def attach(
         )
     check_trl(trainer)
     model = _peft_model(trainer)
+    check_attention(model)
     if vllm_sampling_params is None:
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
     args = with_vllm_params(trainer.args, vllm_sampling_params)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from peft import PeftModel
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
+from learner.adapters.lora_rules import caps_logits
 from learner.config import LearnerConfig
 from learner.trainer.prompt_order import indexable, rows_of_rank
 from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, UnsupportedAdapter
 from shared.weights import ServerState
 
 #: vLLM rules tokens out by these before any probability is computed, and says nothing of the mass they had.
@@ -177,6 +179,16 @@ def check_agent(trainer: GRPOTrainer, args: GRPOConfig, config: LearnerConfig) -
     chosen = sampling_params(args).model_dump(exclude_defaults=True)
     if found := [name for name in _OF_REQUESTS if name in chosen]:
         raise InvalidRequest(f"{found[0]} with an agent: set it in the agent's requests, which decide on it")
+
+
+def check_attention(model: PeftModel) -> None:
+    """Refuse a loaded model whose attention leaves out what the server computes: `unsupported_adapter`."""
+    config = model.get_base_model().config.get_text_config()
+    if caps_logits(config) and config._attn_implementation == "sdpa":
+        raise UnsupportedAdapter(
+            f"{config.model_type} caps its attention logits, which attn_implementation='sdpa' leaves out and the "
+            "server does not: load the model with attn_implementation='eager' (learner train does by itself)"
+        )
 
 
 def check_slots(trainer: GRPOTrainer, state: ServerState, config: LearnerConfig) -> None:

@@ -33,34 +33,45 @@ def compile_layers(trainer: GRPOTrainer, choice: Compile, train_seconds: Callabl
         LockstepError: `invalid_request` if layers are to be compiled for a CPU.
     """
     gpu = trainer.accelerator.device.type == "cuda"
-    if choice == "on":
-        if not gpu:
-            raise InvalidRequest("compile: layers are compiled for GPUs only; leave it at auto, or set it to off")
-        CompiledLayers(trainer.model)
+    if choice == "on" and not gpu:
+        raise InvalidRequest("compile: layers are compiled for GPUs only; leave it at auto, or set it to off")
     # Resumed trainings would have to compile at the same step to make the same updates.
-    elif choice == "auto" and gpu and not trainer.args.full_determinism:
-        trainer.add_callback(_CompileWhereItPays(trainer, train_seconds))
+    if choice == "on" or (choice == "auto" and gpu and not trainer.args.full_determinism):
+        trainer.add_callback(_CompileWhereItPays(trainer, train_seconds, at_once=choice == "on"))
 
 
 class _CompileWhereItPays(TrainerCallback):
-    def __init__(self, trainer: GRPOTrainer, train_seconds: Callable[[], float]) -> None:
+    def __init__(self, trainer: GRPOTrainer, train_seconds: Callable[[], float], *, at_once: bool) -> None:
         self._trainer, self._train_seconds = trainer, train_seconds
-        self._steps, self._compiled = 0, False
+        self._steps = 0
+        self._layers = CompiledLayers(trainer.model) if at_once else None
+        self._seconds: list[float] | None = [] if at_once else None  # of the first steps with compiled layers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._steps = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._steps += 1
-        if self._steps != _JUDGED_STEP or self._compiled:  # by an earlier training
-            return
-        seconds, left = self._train_seconds(), state.max_steps - state.global_step
-        if pays(seconds, left):
-            CompiledLayers(self._trainer.model)
-            self._compiled = True
-            logger.info("compiling layers, which takes about a minute: %d steps of %.1f s are left", left, seconds)
-        else:
-            logger.info("layers are not compiled: %d steps of %.1f s would not make up for it", left, seconds)
+        if self._seconds is not None:
+            self._tell_cost(self._seconds)
+        elif self._layers is None and self._steps == _JUDGED_STEP:
+            seconds, left = self._train_seconds(), state.max_steps - state.global_step
+            if pays(seconds, left):
+                self._layers, self._seconds = CompiledLayers(self._trainer.model), []
+                logger.info("compiling layers, which takes about a minute: %d steps of %.1f s are left", left, seconds)
+            else:
+                logger.info("layers are not compiled: %d steps of %.1f s would not make up for it", left, seconds)
+
+    def _tell_cost(self, seconds: list[float]) -> None:
+        """Say what compiling took once a step has passed in which nothing was compiled."""
+        seconds.append(self._train_seconds())
+        if len(seconds) == 2:
+            compiling, compiled = seconds
+            self._seconds = None
+            if self._layers and self._layers.active:
+                logger.info(
+                    "compiling layers took %.0f s: a step trains for %.1f s now", compiling - compiled, compiled
+                )
 
 
 def pays(train_seconds: float, steps: int) -> bool:

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.rollouts.schedule import Schedule
 from learner.trainer.prompt_order import TrlPrompts, generation_batch, rows_of_rank, schedule_of
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, UnsupportedAdapter
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
 _USED = (
@@ -72,7 +72,7 @@ def check_trl(trainer: GRPOTrainer) -> None:
             "the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False"
         )
     if trainer._is_vlm:
-        raise InvalidRequest(
+        raise UnsupportedAdapter(
             "training on images is not supported yet: to train on text, give the trainer a tokenizer, "
             "processing_class=AutoTokenizer.from_pretrained(MODEL)"
         )

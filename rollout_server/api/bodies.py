@@ -13,9 +13,9 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.types import Scope
 
-from rollout_server.api.media import MediaRules, without_data
 from rollout_server.api.security.roles import SESSION_KEY
 from rollout_server.engine.turns import in_turn
+from rollout_server.generation.media import check_text_only
 from rollout_server.generation.tokenization import check_text
 from rollout_server.sessions.records import RecordedSession
 from shared import wire
@@ -32,18 +32,16 @@ _THEIRS_MIB = 12
 _TOKENIZE_KIB = 256
 _THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
 _MAX_LIST = 4096
-TEXT_ONLY = MediaRules()
 _TOKEN_LISTS = ("prompt", "tokens")
 _OUR_PATHS = (wire.GENERATE, wire.SCORE, wire.SESSIONS)
 _BELOW_OURS = (wire.RUN.format(run_id=""), wire.SESSION.format(session_id=""))
 
 
-async def check_body(scope: Scope, body: bytes, context: int = 0, media: MediaRules = TEXT_ONLY) -> int:
+async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
     """Check a complete body without parsing it as a whole; return the memory that it takes when it is parsed.
 
     Args:
         context: tokens of the model's context.
-        media: that vLLM's routes take.
 
     Raises:
         LockstepError: `too_large`, `invalid_request`.
@@ -54,16 +52,15 @@ async def check_body(scope: Scope, body: bytes, context: int = 0, media: MediaRu
             f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text, or send "
             f"it to {wire.GENERATE} with max_tokens 1, whose answer has prompt_token_ids"
         )
-    check = _check_ours if ours else partial(_check_theirs, context, media, scope.get(SESSION_KEY))
-    # A small file can hold a large image.
-    return check(body) if len(body) <= SMALL and (ours or b"base64" not in body) else await in_turn(check, body)
+    check = _check_ours if ours else partial(_check_theirs, context, scope.get(SESSION_KEY))
+    return check(body) if len(body) <= SMALL else await in_turn(check, body)
 
 
 def _check_ours(body: bytes) -> int:
     return _bounded(_OURS, body)
 
 
-def _check_theirs(context: int, media: MediaRules, session: RecordedSession | None, body: bytes) -> int:
+def _check_theirs(context: int, session: RecordedSession | None, body: bytes) -> int:
     if len(body) > _THEIRS_MIB * 2**20:
         raise TooLarge(
             f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"
@@ -76,7 +73,7 @@ def _check_theirs(context: int, media: MediaRules, session: RecordedSession | No
     try:
         if isinstance(document, dict):
             _check_openai(document)
-            media.check(document)
+            check_text_only(document)
             _check_prompts(document, context)
             if session is not None:
                 session.check_call(document)
@@ -110,8 +107,7 @@ def _check_prompts(document: dict[str, Any], context: int) -> None:
     prompts = document.get("prompt")
     for prompt in prompts if isinstance(prompts, list) else [prompts]:
         check_text(prompt, context)
-    rest = {name: value for name, value in document.items() if name != "prompt"}
-    check_text(without_data(rest), context)
+    check_text({name: value for name, value in document.items() if name != "prompt"}, context)
 
 
 def _check_lists(name: str, value: Any) -> None:

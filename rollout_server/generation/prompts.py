@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rollout_server.engine.proxy import EngineProxy
-from rollout_server.engine.turns import in_turn
-from rollout_server.generation.images import memory
+from rollout_server.engine.turns import in_turn, in_turns
+from rollout_server.generation.images import decode
 from rollout_server.generation.tokenization import checked
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.vllm_compat import vision
@@ -32,7 +32,8 @@ async def seen_prompts(
     room: int,
     held: contextlib.ExitStack,
 ) -> list[SeenPrompt]:
-    """Return prompts with their images decoded and processed; their pixels count as memory until `held` closes.
+    """Return prompts with their images decoded and processed; what they take counts as memory, before any is
+    decoded, until `held` closes.
 
     Args:
         what: names a prompt in errors, with its index.
@@ -44,20 +45,27 @@ async def seen_prompts(
         LockstepError: `invalid_request`, `too_large`, `overloaded`.
     """
     limits = proxy.image_limits
-    for index, own in enumerate(images):
-        if own and limits is None:
-            raise InvalidRequest(f"{what} {index} has images, and this server takes text only; leave images out")
-        if own:
-            limits.check_count(f"{what} {index}", len(own))
-    seen = []
     for index, (token_ids, own) in enumerate(zip(prompts, images, strict=True)):
+        if limits is None and own:
+            raise InvalidRequest(f"{what} {index} has images, and this server takes text only; leave images out")
+        if limits is not None:
+            limits.check_count(f"{what} {index}", len(own))
+            vision.check_placeholders(proxy.model_config, f"{what} {index}", token_ids, len(own))
+    names = [[f"{what} {index}, image {i}" for i in range(len(own))] for index, own in enumerate(images)]
+    flat = [pair for pairs in zip(names, images, strict=True) for pair in zip(*pairs, strict=True)]
+    if not flat:
+        return [SeenPrompt(token_prompt(token_ids), token_ids, []) for token_ids in prompts]
+    measured = await in_turns(limits.measure(*pair) for pair in flat)
+    size = limits.memory(measured)
+    proxy.capacity.hold(size)
+    held.callback(proxy.capacity.hold, -size)
+    left = iter(measured)
+    seen = []
+    for index, (token_ids, own) in enumerate(zip(prompts, names, strict=True)):
         if not own:
             seen.append(SeenPrompt(token_prompt(token_ids), token_ids, []))
             continue
-        decoded = [await in_turn(limits.decode, f"{what} {index}, image {i}", image) for i, image in enumerate(own)]
-        size = memory(decoded)
-        proxy.capacity.hold(size)
-        held.callback(proxy.capacity.hold, -size)
+        decoded = [await in_turn(decode, name, next(left)) for name in own]
         pictures = [image.picture for image in decoded]
         made = await vision.engine_prompt(proxy, f"{what} {index}", token_ids, pictures)
         ids = checked(index, list(made["prompt_token_ids"]), room, proxy.model_config)

@@ -97,8 +97,8 @@ def overridden(client: Any, trainer: SamplingParams, session_id: str) -> Any:
             min_tokens=trainer.min_tokens if max_tokens is None else min(trainer.min_tokens, max_tokens),
             stop_token_ids=[*(client.stop_token_ids or ()), *trainer.stop_token_ids],
             logprobs=client.logprobs or 0,
-            # vLLM's routes read logprobs of prompts as lists.
-            flat_logprobs=client.prompt_logprobs is None,
+            # Flat ones are read here only, and have no text.
+            flat_logprobs=client.logprobs is None and client.prompt_logprobs is None,
         )
     except versions.refusals() as error:
         raise InvalidRequest(f"sampling of the session: {error}") from error

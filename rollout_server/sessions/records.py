@@ -100,6 +100,11 @@ class RecordedSession:
             self._hold = None
         self._limit = asyncio.get_running_loop().call_later(request.max_seconds, self.end, "max_seconds")
 
+    @property
+    def tokens(self) -> int:
+        """How many token ids it keeps: of its trajectories, and of the sampling that was asked for."""
+        return _listed(self.request) + self.trajectories.tokens
+
     def check_open(self) -> None:
         """Raise `session_ended` if no call is taken any more."""
         if self.ended is None and self.run is not None:
@@ -171,7 +176,7 @@ class RecordedSession:
                         for each in output.outputs:
                             each.logprobs = None
                     if output.finished:  # before the client has it, and may ask for the record
-                        recorded = self._record(call, token_ids, recording, admission, request_id)
+                        recorded = self._record(call, asked, token_ids, recording, admission, request_id)
                         reserved = self._give_back(reserved)
                         self.repaired += recorded and token_ids != asked
                         self._sessions.counts.repaired += recorded and token_ids != asked
@@ -192,18 +197,20 @@ class RecordedSession:
 
     async def _continued(self, asked: array[int]) -> array[int]:
         """Return the prompt on recorded ids, where it has the text of a trajectory and other ids."""
-        if self.trajectories.match(asked) is not None or not (similar := self.trajectories.similar(asked)):
-            return asked
+        context: int = self._proxy.model_config.max_model_len
+        as_before = self.trajectories.as_before(asked)
+        if len(as_before) >= context:
+            as_before = asked
+        if self.trajectories.match(as_before) is not None or not (similar := self.trajectories.similar(as_before)):
+            return as_before
         recorded = [token_ids[:] for token_ids in similar]  # others may go on with them meanwhile
         tokenizer = self._proxy.turn_tokenizer or self._proxy.get_tokenizer()
 
         def decode(token_ids: list[int]) -> str:
             return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-        built = await in_turn(continued, asked, recorded, decode)
-        if built is None or len(built) >= self._proxy.model_config.max_model_len:
-            return asked
-        return built
+        built = await in_turn(continued, as_before, recorded, decode)
+        return as_before if built is None or len(built) >= context else built
 
     async def _reserve(self, prompt: array[int], params: Any) -> int:
         """Return how many tokens a call may add, and keep room for them; wait for calls under way that may need it."""
@@ -232,13 +239,19 @@ class RecordedSession:
         return 0
 
     def _record(
-        self, call: int, prompt: array[int], recording: Recording, admission: Admission, request_id: str
+        self,
+        call: int,
+        asked: array[int],
+        prompt: array[int],
+        recording: Recording,
+        admission: Admission,
+        request_id: str,
     ) -> bool:
         choices = recording.choices(admission, request_id)
         if choices is None or not self.recording:
             return False
         before = self.trajectories.tokens
-        forks = self.trajectories.add(call, prompt, choices)
+        forks = self.trajectories.add(call, prompt, choices, asked)
         self.calls += 1
         self._sessions.count_call(self.trajectories.tokens - before, forks)
         return True
@@ -322,7 +335,13 @@ class Sessions:
         await proxy.runs.admitting()
         proxy.capacity.check(0)
         self._check_count()
-        session = RecordedSession(request, self, proxy)
+        listed = _listed(request)
+        self.reserve(listed)
+        try:
+            session = RecordedSession(request, self, proxy)
+        finally:
+            self.reserved -= listed
+        self.tokens += listed
         token = f"{_TOKEN}-{session.session_id}-{secrets.token_hex(16)}"
         self._known[session.session_id] = session
         self._digests[session.session_id] = _digest(token.encode())
@@ -380,7 +399,7 @@ class Sessions:
         self._digests.pop(session_id, None)
         session = self._known.pop(session_id)
         session.recording = False
-        self.tokens -= session.trajectories.tokens
+        self.tokens -= session.tokens
 
     def count_call(self, tokens: int, forks: int) -> None:
         """Count a call that was recorded."""
@@ -425,6 +444,12 @@ def is_session_token(presented: bytes) -> bool:
 
 def _made(fields: dict[str, Any], branches: list[Branch], *, truncated: bool) -> SessionRecord:
     return SessionRecord(**fields, trajectories=[branch.trajectory(truncated=truncated) for branch in branches])
+
+
+def _listed(request: SessionRequest) -> int:
+    """Return how many token ids the sampling of a session lists."""
+    sampling = request.sampling
+    return sum(len(ids or ()) for ids in (sampling.stop_token_ids, sampling.allowed_token_ids, sampling.logit_bias))
 
 
 def _token_ids(prompt: Any) -> array[int]:

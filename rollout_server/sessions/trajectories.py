@@ -5,6 +5,7 @@ Pure bookkeeping of token ids: those that the engine was asked and answered; not
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +34,32 @@ class Choice:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    """A prompt that was built on recorded ids, as the template rendered it: its length, a digest, and its last token.
+
+    `recorded` is how many tokens it was built to.
+    """
+
+    length: int
+    digest: bytes
+    last: int
+    recorded: int
+
+    @classmethod
+    def of(cls, asked: array[int], prompt: array[int]) -> _Rendered | None:
+        return None if asked == prompt else cls(len(asked), _digest(asked), asked[-1], len(prompt))
+
+    def begins(self, asked: array[int]) -> bool:
+        """Return whether `asked` begins with all tokens of it."""
+        if self.length > len(asked) or asked[self.length - 1] != self.last:
+            return False
+        return _digest(asked[: self.length]) == self.digest
+
+
 @dataclass
 class Branch:
-    """A trajectory that may go on; fields as in `Trajectory`."""
+    """A trajectory that may go on; fields as in `Trajectory`. `rendered`: of its last call."""
 
     token_ids: array[int] = field(default_factory=lambda: array("I"))
     sampled: list[tuple[int, int]] = field(default_factory=list)
@@ -44,6 +68,7 @@ class Branch:
     spans: list[VersionSpan] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
+    rendered: _Rendered | None = None
 
     def begins(self, prompt: array[int]) -> bool:
         """Return whether `prompt` begins with all tokens of this trajectory."""
@@ -131,14 +156,29 @@ class Trajectories:
         found = [branch.token_ids for branch in self.branches if branch.asked_alike(prompt)]
         return sorted(found, key=lambda token_ids: -_shared(token_ids, prompt))[:_COMPARED]
 
+    def as_before(self, asked: array[int]) -> array[int]:
+        """Return a prompt that begins with one that was built on recorded ids before, on these: its text is known."""
+        found: Branch | None = None
+        for branch in self.branches:
+            rendered = branch.rendered
+            longer = rendered and (found is None or found.rendered is None or rendered.length > found.rendered.length)
+            if rendered and longer and rendered.begins(asked):
+                found = branch
+        if found is None or found.rendered is None:
+            return asked
+        return found.token_ids[: found.rendered.recorded] + asked[found.rendered.length :]
+
     def needed(self, prompt: array[int], choices: int) -> int:
         """Return how many tokens of the prompt a call would add."""
         match = self.match(prompt)
         return choices * len(prompt) - (len(match.token_ids) if match else 0)
 
-    def add(self, call: int, prompt: array[int], choices: Iterable[Choice]) -> int:
+    def add(self, call: int, prompt: array[int], choices: Iterable[Choice], asked: array[int] | None = None) -> int:
         """Add a call that has ended: its first choice goes on where the prompt begins with all tokens of a trajectory;
         all others begin one of their own, which repeats the prompt. Return how many forks that made.
+
+        Args:
+            asked: what the prompt was built from, if it was.
         """
         forks, branch = 0, self.match(prompt)
         for choice in choices:
@@ -148,6 +188,7 @@ class Trajectories:
                 self.branches.append(branch)
             held = len(branch.token_ids)
             branch.go_on(call, prompt, choice)
+            branch.rendered = None if asked is None else _Rendered.of(asked, prompt)
             self.tokens += len(branch.token_ids) - held
             branch = None
         return forks
@@ -179,6 +220,10 @@ def continued(
         if decode(built[start:].tolist()) == asked:
             return built
     return None
+
+
+def _digest(token_ids: array[int]) -> bytes:
+    return hashlib.blake2b(token_ids.tobytes(), digest_size=16).digest()
 
 
 def _differ_soon(one: array[int], other: array[int], start: int, decode: Callable[[list[int]], str]) -> bool:

@@ -6,6 +6,7 @@ modules; with tensor parallelism each worker holds some rows of each part, or so
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ class Part(NamedTuple):
     rows: int
     first: int
     total: int
+
+
+#: Modules that are several parts of a fused layer among others: query, key and value of a gated delta net (Qwen3.5),
+#: whose layer has its gate, too.
+_PARTS = {"in_proj_qkv": 3}
 
 
 class ModuleShape(NamedTuple):
@@ -81,10 +87,15 @@ def merge_targets(worker: Any) -> dict[str, MergeTarget]:
 
 
 def assign_parts(names: list[str], parts: list[Part]) -> dict[str, list[Part]]:
-    """Map modules to their parts of a layer: one each, or all parts to a single one; empty if they do not match."""
-    if len(names) == len(parts):
-        return {name: [part] for name, part in zip(names, parts, strict=True)}
-    return {names[0]: parts} if len(names) == 1 else {}
+    """Map modules to their parts of a layer, in order: one each, all to a single one, or as `_PARTS` says.
+
+    Empty if they do not match: then the layer cannot be adapted.
+    """
+    counts = [len(parts)] if len(names) == 1 else [_PARTS.get(name.rpartition(".")[2], 1) for name in names]
+    if sum(counts) != len(parts):
+        return {}
+    ends = itertools.accumulate(counts)
+    return {name: parts[end - count : end] for name, count, end in zip(names, counts, ends, strict=True)}
 
 
 def linear_parts(layer: Any) -> tuple[list[Part], tuple[int, int]]:

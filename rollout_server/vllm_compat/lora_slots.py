@@ -6,6 +6,7 @@ vLLM keeps A as [slots, 1, rank, in] and B as [slots, 1, out, rank], one pair pe
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -61,13 +62,40 @@ def lora_layers(worker: Any) -> list[LoraLayer]:
     return [LoraLayer(module, manager.packed_modules.get(name, [name])) for name, module in linears]
 
 
+def install() -> None:
+    """Let vLLM's LoRA of a fused q, k, v layer know value heads of their own size. Call it before the model is made.
+
+    It takes the keys' size for them, and its warm-up fails.
+    """
+    from vllm.lora.layers import MergedQKVParallelLinearWithLoRA as Layer
+
+    make = Layer.__init__
+
+    def make_with_value_heads(self: Any, base_layer: Any) -> None:
+        make(self, base_layer)
+        q, k, _ = self.output_slices
+        self.output_slices = (q, k, linear_parts(base_layer)[0][2].rows)
+
+    if not hasattr(make, "__wrapped__"):
+        Layer.__init__ = functools.wraps(make)(make_with_value_heads)
+
+
 class LoraLayer:
     """A linear layer with adapter slots."""
 
     def __init__(self, module: Any, names: list[str]) -> None:
         self._module = module
         self._parts = linear_parts(module.base_layer)[0]
-        self.modules = assign_parts(names, self._parts)  # PEFT's, under the served model's names -> their parts
+        #: PEFT's, under the served model's names -> their parts; none where the slots are not cut as the parts are.
+        self.modules = assign_parts(names, self._parts) if self._has_place(names) else {}
+
+    def _has_place(self, names: list[str]) -> bool:
+        """Return whether slots have a slice for each part, or one for all parts of a single module."""
+        rows = [stack.shape[2] for stack in self._module.lora_b_stacked]
+        own = [part.rows for part in self._parts]
+        if len(own) == 1 and len(rows) == 1:
+            return True  # of a row-parallel layer with fully sharded LoRA it is a share
+        return rows == own or (len(names) == 1 and rows == [sum(own)])
 
     def shapes(self) -> dict[str, ModuleShape]:
         """Return the shape of each module."""
@@ -93,12 +121,14 @@ class LoraLayer:
     def slot_pairs(self, index: int, tensors: list[Pair | None]) -> list[Pair]:
         """Pair this worker's shard of an adapter with its place in the slot.
 
+        A module that is several slices of the layer has one B, cut into them, and its A in each.
+
         `tensors`: for each of `modules` full A [rank, in] and B [out, rank]; None if the adapter leaves it out.
         """
-        stacks = (self._module.lora_a_stacked, self._module.lora_b_stacked)
         pairs = []
-        for shards, stack in zip(self._shards(tensors), stacks, strict=True):
-            for views, slice_stack in zip(shards, stack, strict=True):
+        stacks = (self._module.lora_a_stacked, self._module.lora_b_stacked)
+        for slices, stack in zip(self._shards(tensors), stacks, strict=True):
+            for views, slice_stack in zip(slices, stack, strict=True):
                 row = 0
                 for view in views:
                     pairs.append((view, slice_stack[index, 0, row : row + view.shape[0], : view.shape[1]]))
@@ -107,22 +137,23 @@ class LoraLayer:
 
     def _shards(self, tensors: list[Pair | None]) -> tuple[list[list[Any]], list[list[Any]]]:
         """Return this worker's A and B of every slice: views that lie one below the other in the slot."""
-        module = self._module
-        if len(tensors) > 1:
-            all_a: Any = [pair and pair[0] for pair in tensors]
-            all_b: Any = [pair and pair[1] for pair in tensors]
-            if module.tp_size > 1:
-                all_a, all_b = module.slice_lora_a(all_a), module.slice_lora_b(all_b)
-            return [[] if a is None else [a] for a in all_a], [[] if b is None else [b] for b in all_b]
-        assert tensors[0]
-        a, b = tensors[0]
-        if module.tp_size == 1:
-            return [[a]], [[b]]
-        if len(self._parts) == 1:
-            return [[module.slice_lora_a(a)]], [[module.slice_lora_b(b)]]
-        # One LoRA over a fused layer (Phi-3's `qkv_proj`): vLLM would join this worker's rows of all parts in a copy.
-        views, start = [], 0
-        for part in self._parts:
-            views.append(b[start + part.first : start + part.first + part.rows])
-            start += part.total
-        return [[module.slice_lora_a(a)]], [views]
+        module, fused = self._module, len(self._module.lora_b_stacked) == 1
+        if len(self._parts) == 1 and fused:
+            assert tensors[0]
+            a, b = tensors[0]
+            return ([[a]], [[b]]) if module.tp_size == 1 else ([[module.slice_lora_a(a)]], [[module.slice_lora_b(b)]])
+        # Not by vLLM, which knows neither modules of several slices nor, for Phi-3's `qkv_proj`, views: it copies.
+        all_a: list[Any] = []
+        all_b: list[Any] = []
+        for pair, parts in zip(tensors, self.modules.values(), strict=True):
+            start = 0
+            for part in parts:
+                all_a.append(pair and pair[0])
+                all_b.append(pair and pair[1][start + part.first : start + part.first + part.rows])
+                start += part.total
+        if fused:
+            a = all_a[0] if module.tp_size == 1 else module.slice_lora_a(all_a[0])
+            return [[a]], [all_b]
+        if module.tp_size > 1:
+            all_a = module.slice_lora_a(all_a)  # of fully sharded LoRA it keeps a share of the rank
+        return [[] if a is None else [a] for a in all_a], [[] if b is None else [b] for b in all_b]

@@ -5,18 +5,20 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | module | relies on |
 | --- | --- |
 | versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
-| versions | the pool of tokenizers, where there is one |
+| versions | the pool of tokenizers, where there is one; `LogprobsProcessor.from_new_request` |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
-| lora_slots | the worker's LoRA manager and LoRA layers |
+| lora_slots | the worker's LoRA manager and LoRA layers, `MergedQKVParallelLinearWithLoRA.output_slices` |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
 | cpu_lora | `PunicaWrapperCPU` |
+| experts | `from_layer` of the LoRA manager's module, `FusedMoEConfig.is_lora_enabled` |
 | versions, at start | the model registry and `supports_lora` |
 | lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules` |
 | lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |
 | one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
-| vision | the renderer and its processors (`_maybe_apply_prompt_updates`), without torchvision the registry |
+| vision | the renderer and its processors (`_maybe_apply_prompt_updates`) |
+| pil_processors | the model registry's `_run_in_subprocess` |
 """
 
 from __future__ import annotations
@@ -125,10 +127,26 @@ def without_lora(model_config: Any) -> str | None:
     return None
 
 
+def without_kernel(model_config: Any) -> str | None:
+    """Return why a model's layers cannot be computed on this machine, where its engine would die of it; else None."""
+    import torch
+    from vllm.platforms import current_platform
+
+    text = getattr(model_config, "hf_text_config", None)
+    hybrid = "linear_attention" in (getattr(text, "layer_types", None) or ())
+    if hybrid and current_platform.is_cpu() and model_config.dtype != torch.bfloat16:
+        return (
+            f"--dtype {str(model_config.dtype).removeprefix('torch.')}: gated delta nets need --dtype bfloat16 on CPUs"
+        )
+    return None
+
+
 def takes_images(model_config: Any) -> bool:
     """Return whether a multimodal model is served with its encoders (0.26 to 0.33): not with --language-model-only."""
     options = getattr(model_config, "multimodal_config", None)
-    return bool(model_config.is_multimodal_model) and not getattr(options, "language_model_only", False)
+    return bool(getattr(model_config, "is_multimodal_model", False)) and not getattr(
+        options, "language_model_only", False
+    )
 
 
 def refusals() -> tuple[type[Exception], ...]:
@@ -157,6 +175,22 @@ def copy_tokenizer(engine: Any) -> Any:
     if isinstance(tokenizer, getattr(hf, "ThreadSafeHFTokenizerMixin", ())):
         tokenizer = tokenizer.__reduce__()[1][0]  # the one that the others are copies of
     return copy.deepcopy(tokenizer)
+
+
+def leave_flat_logprobs_without_text() -> None:
+    """Let AsyncLLM of this process make no text of flat logprobs, which no route of vLLM asks for (0.26 to 0.33).
+
+    It would decode every sampled token a second time, on the event loop: several times the work of all else that a
+    logprob needs.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    from_new_request = LogprobsProcessor.from_new_request
+
+    def without_text(tokenizer: Any, request: Any) -> Any:
+        return from_new_request(None if request.sampling_params.flat_logprobs else tokenizer, request)
+
+    LogprobsProcessor.from_new_request = without_text
 
 
 def output_tokens(engine: Any) -> dict[tuple[str, int], int]:

@@ -6,46 +6,29 @@ for each image. vLLM's processor takes the second form only, and would expand wh
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
 import time
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
-from rollout_server.vllm_compat import versions
+from rollout_server.vllm_compat import pil_processors, versions
 from shared import image_processors
 from shared.errors import InvalidRequest
 from shared.messages import one_line
 
 #: Kinds of models whose images have been compared with transformers', as `model_type`.
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2_5_vl",)
 #: Of media that may be fetched from nowhere: a name that no host can have.
 NO_MEDIA_DOMAIN = "none.invalid"
 
 
-def has_torchvision() -> bool:
-    """Return whether torchvision is installed."""
-    return importlib.util.find_spec("torchvision") is not None
-
-
 def do_without_torchvision() -> None:
-    """Let models of images load where torchvision is missing (CPUs); called in every process before one is loaded.
-
-    vLLM's Qwen2-VL imports the processor that needs it, of which transformers has a version without. Which classes a
-    model has vLLM finds out in a process of its own, which would not know this.
-    """
-    if has_torchvision():
-        return
+    """Let models of images, and their processors, load where torchvision is missing (CPUs); no effect elsewhere."""
     import transformers
-    from vllm.model_executor.models import registry
 
+    pil_processors.do_without_torchvision()
     image_processors.do_without_videos(transformers)
-    name = "transformers.models.qwen2_vl.image_processing{}_qwen2_vl"
-    without: Any = importlib.import_module(name.format("_pil"))
-    without.Qwen2VLImageProcessor = without.Qwen2VLImageProcessorPil
-    sys.modules.setdefault(name.format(""), without)
-    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 class InEveryProcess(str):
@@ -81,10 +64,21 @@ def refusal(model_config: Any) -> str | None:
     )
 
 
-def accept_expanded_prompts(engine: Any) -> None:
-    """Let the engine's processor take ids that hold the tokens of their images already."""
+def prepare(vllm_config: Any) -> None:
+    """Let the engine's process do without torchvision where this one has to."""
+    if importlib.util.find_spec("torchvision") is None:
+        own = {"lockstep_images": InEveryProcess("without torchvision")}
+        vllm_config.additional_config = {**(vllm_config.additional_config or {}), **own}
+
+
+class Pictures(list[Any]):
+    """PIL's images that our own routes have decoded: the only media that the engine's processor takes."""
+
+
+def take_our_images(engine: Any) -> None:
+    """Let the engine's processor take our own images only, and ids that hold the tokens of their images already."""
     processor = engine.renderer.get_mm_processor()
-    expand = processor._maybe_apply_prompt_updates
+    expand, parse = processor._maybe_apply_prompt_updates, processor.info.parse_mm_data
 
     def find_or_expand(self: Any, mm_items: Any, mm_res: Any) -> Any:
         found = self._find_mm_placeholders(mm_res.prompt_ids, mm_res.prompt_updates)
@@ -93,7 +87,34 @@ def accept_expanded_prompts(engine: Any) -> None:
             return mm_res.prompt_ids, found
         return expand(mm_items, mm_res)
 
+    def parse_ours(self: Any, mm_data: Any, **more: Any) -> Any:
+        if any(modality != "image" or not isinstance(items, Pictures) for modality, items in mm_data.items()):
+            raise ValueError("images are taken by /v1/generate and /v1/score only")
+        return parse(mm_data, **more)
+
     processor._maybe_apply_prompt_updates = MethodType(find_or_expand, processor)
+    processor.info.parse_mm_data = MethodType(parse_ours, processor.info)
+
+
+def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:
+    """Refuse ids that hold tokens of media which nothing fills, or none for an image: `invalid_request`."""
+    token, video = (getattr(model_config.hf_config, name) for name in ("image_token_id", "video_token_id"))
+    given = token_ids.count(token)
+    if video in token_ids:
+        raise InvalidRequest(f"{what} holds tokens of videos (id {video}), which are not served: leave them out")
+    if given < images or (given and not images):
+        raise InvalidRequest(
+            f"{what} has {images} images and {given} tokens for them (id {token}): its ids must hold one token "
+            "for each image, or all that the model's processor makes of it"
+        )
+
+
+def check_text(model_config: Any, prompt: Any) -> None:
+    """Refuse a prompt of vLLM's routes that holds images, or tokens for them: `invalid_request`."""
+    given = prompt if isinstance(prompt, dict) else {}
+    if given.get("type") == "multimodal" or "multi_modal_data" in given:
+        raise InvalidRequest("images are taken by /v1/generate and /v1/score only")
+    check_placeholders(model_config, "the prompt", given.get("prompt_token_ids") or (), 0)
 
 
 async def engine_prompt(engine: Any, what: str, token_ids: list[int], pictures: list[Any]) -> dict[str, Any]:
@@ -101,32 +122,22 @@ async def engine_prompt(engine: Any, what: str, token_ids: list[int], pictures: 
 
     Args:
         what: names the prompt in errors.
+        token_ids: checked (`check_placeholders`).
         pictures: PIL's, in the order of the prompt.
 
     Raises:
         LockstepError: `invalid_request` where ids and images do not belong together.
     """
-    token = image_token(engine.model_config)
-    given = token_ids.count(token)
-    if given < len(pictures):
-        raise InvalidRequest(
-            f"{what} has {len(pictures)} images and {given} tokens for them (id {token}): its ids must hold one token "
-            "for each image, or all that the model's processor makes of it"
-        )
-    prompt = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": pictures}}
+    prompt = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": Pictures(pictures)}}
     try:
         made = await engine.renderer.process_for_engine_async(prompt, time.time())
     except (*versions.refusals(), RuntimeError) as error:
         raise InvalidRequest(f"{what}: the model's processor refuses its images: {one_line(error)}") from error
+    token = engine.model_config.hf_config.image_token_id
     filled = sum(place.get_num_embeds() for place in made["mm_placeholders"]["image"])
     if made["prompt_token_ids"].count(token) != filled:
         raise InvalidRequest(
-            f"{what} holds {given} tokens of images, and this server's processor makes others of the images: learner "
-            "and server process them differently; give both the same files (preprocessor_config.json)"
+            f"{what} holds {token_ids.count(token)} tokens of images, and this server's processor makes others of the "
+            "images: learner and server process them differently; give both the same files (preprocessor_config.json)"
         )
     return dict(made)
-
-
-def image_token(model_config: Any) -> int:
-    """Return the id of the token that stands for a part of an image."""
-    return int(model_config.hf_config.image_token_id)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rollout_server.ipc.server import Acknowledge, serve
-from rollout_server.vllm_compat import cpu_lora, kept_mass, lora_slots, start_errors, versions, vision
+from rollout_server.vllm_compat import cpu_lora, experts, kept_mass, lora_slots, pil_processors, start_errors, versions
 from rollout_server.worker.receiving_group import ReceivingGroup
 from rollout_server.worker.slot_writer import SlotWriter
 from shared.adapter_file import Layout, TensorEntry
@@ -29,7 +29,9 @@ from shared.errors import InstallFailed
 
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
-vision.do_without_torchvision()
+lora_slots.install()
+experts.leave_experts_alone()
+pil_processors.do_without_torchvision()
 start_errors.report_errors()
 
 

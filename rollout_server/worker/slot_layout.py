@@ -47,7 +47,14 @@ class CopyGroup(NamedTuple):
     slot: list[torch.Tensor]
 
 
-def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> list[CopyGroup]:
+class CopyPlan(NamedTuple):
+    """Where the tensors of a buffer go: each to one place, of which it is read back, and some to more."""
+
+    groups: list[CopyGroup]
+    repeated: list[lora_slots.Pair]
+
+
+def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> CopyPlan:
     """Find the place of every tensor in a slot; with tensor parallelism, of this worker's shard.
 
     Args:
@@ -71,7 +78,9 @@ def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> li
     buffers = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     if not {view.untyped_storage().data_ptr() for view, _ in pairs} <= buffers:
         raise ValueError("vLLM cut a shard as a copy: it would stay as it is at the next push")
-    return group_copies(pairs)
+    first: dict[tuple[int, torch.Size], lora_slots.Pair] = {}
+    repeated = [pair for pair in pairs if first.setdefault((pair[0].data_ptr(), pair[0].shape), pair) is not pair]
+    return CopyPlan(group_copies(list(first.values())), repeated)
 
 
 def group_copies(pairs: list[lora_slots.Pair]) -> list[CopyGroup]:

@@ -30,7 +30,7 @@ class SlotWriter:
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._written: dict[int, str] = {}  # slot index -> key of the layout that was last written there
-        self._plans: dict[tuple[int, str], list[slot_layout.CopyGroup]] = {}
+        self._plans: dict[tuple[int, str], slot_layout.CopyPlan] = {}
         self.forget_buffer()
 
     def describe(self) -> dict[str, Any]:
@@ -79,11 +79,16 @@ class SlotWriter:
         if plan is None:
             tensors = views_of(flat, layout)
             plan = self._plans[index, layout.key] = slot_layout.plan_copies(self._worker, index, tensors)
-        for copies in plan:
+        for received, slot in plan.repeated:
+            slot.copy_(received)
+        for copies in plan.groups:
             torch._foreach_copy_(copies.slot, copies.received)
             torch._foreach_zero_(copies.received)
             torch._foreach_copy_(copies.received, copies.slot)
         verify_checksum(flat, layout, announced)
+        differ = [(slot != received).any() for received, slot in plan.repeated]
+        if differ and bool(torch.stack(differ).any()):
+            raise ChecksumMismatch("a tensor that lies in several slices of a layer is not the same in all; push again")
         return len(layout.entries) // 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from tests.chaos import pushes, recipes, strangers
+from tests.chaos import agents, pushes, recipes, strangers
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ FAULTS = [
     Fault("strangers: structured outputs", strangers.structured_outputs, 4, quick=1),
     Fault("strangers: waiting requests", strangers.waiting_crowd, 3, quick=1),
     Fault("strangers: a page of another site", strangers.requests_of_a_page, 3, quick=1),
+    Fault("session: hung up in a call, and left open", agents.hang_up_and_stay_open, 4, quick=1),
+    Fault("session: its token used elsewhere", agents.use_token_elsewhere, 3),
+    Fault("session: its server kill -9", agents.kill_server, 2, limit_s=120),
+    Fault("session: its learner kill -9", agents.kill_learner, 3),
     Fault("disk full", recipes.full_disk, 3, needs="disk"),
     Fault("clock of the learner jumps", recipes.learner_clock_jumps, 6, quick=1, needs="clock"),
     Fault("clock of the servers jumps", recipes.server_clock_jumps, 6, quick=1, needs="clock"),

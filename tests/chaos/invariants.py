@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,8 @@ class Checker:
                     self._not_older(document["epoch"], version, floors, "generate")
                     start, end = span["start"], span["end"]
                     sequence, first = group["prompt_token_ids"] + tokens[:end], len(group["prompt_token_ids"]) - 1
-                    self._equal(version, sequence, completion["logprobs"][start:end], first + start)
+                    positions = range(first + start, first + end)
+                    self.equal(version, sequence, completion["logprobs"][start:end], positions)
 
     def _score(self, http: httpx.Client, floors: dict[str, Version]) -> None:
         answer = http.post("/v1/score", json={"run_id": self.run_id, "sequences": [PROBE]})
@@ -186,19 +187,20 @@ class Checker:
         document = answer.json()
         version, scores = (document["version"]["fence"], document["version"]["step"]), document["logprobs"][0]
         self._not_older(document["epoch"], version, floors, "score")
-        self._equal(version, PROBE, scores, 0)
+        self.equal(version, PROBE, scores, range(len(scores)))
         checksum = self._checksums.get(version)
         if checksum is not None:
             before = self._scores.setdefault(checksum, scores)
             gap = max(abs(a - b) for a, b in zip(before, scores, strict=True))
             self.require("I3", gap <= TOLERANCE, f"scores of {version} changed by {gap:.2e} while its bytes did not")
 
-    def _equal(self, version: Version, sequence: list[int], served: list[float], first: int) -> None:
+    def equal(self, version: Version, sequence: list[int], served: Sequence[float], positions: Sequence[int]) -> None:
+        """Check logprobs of the tokens behind these positions of a sequence against a recomputation."""
         with self._lock:  # one model for all threads
             own = self.reference.logprobs(version, sequence)
         if own is None:
             return
-        gap = (own[first : first + len(served)] - torch.tensor(served)).abs().max().item()
+        gap = (own[list(positions)] - torch.tensor(served)).abs().max().item()
         self.largest_gap = max(self.largest_gap, gap)
         self.require("I4", gap <= TOLERANCE, f"logprobs of {version} differ by {gap:.2e} from a recomputation")
 

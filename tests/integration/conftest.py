@@ -23,7 +23,6 @@ FLAGS = arguments(
     }
 )
 
-
 _LEVEL = logging.root.level
 
 
@@ -45,9 +44,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"), seed=0)
 
 
+#: Of agents that have tools.
+TOOLS = arguments({"--enable-auto-tool-choice": None, "--tool-call-parser": "hermes"})
+
+
 @pytest.fixture(scope="session")
 def one_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with running_server(model, tmp_path_factory.mktemp("server"), *FLAGS) as process:
+    with running_server(model, tmp_path_factory.mktemp("server"), *FLAGS, *TOOLS) as process:
         yield process
 
 

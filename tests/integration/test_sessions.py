@@ -193,6 +193,23 @@ def test_tools_and_formats_are_the_clients(client: RolloutClient, session: Sessi
     assert _record(client, session).calls == 2
 
 
+def test_a_tool_is_called(client: RolloutClient, session: SessionOpened, model: Path) -> None:
+    """What was sampled is text; the client has a call of it, and answers in its own words: the history is a fork."""
+    said = '<tool_call>\n{"name": "add", "arguments": {"a": true}}\n</tool_call>'
+    agent, form = _openai(client, session).chat.completions, {"structured_outputs": {"choice": [said]}}
+    first = agent.create(model="any", messages=[ASK], tools=[TOOL], extra_body=form).choices[0]
+    assert first.finish_reason == "tool_calls"
+    (call,) = first.message.tool_calls or ()
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": True})
+    answered: list[Any] = [ASK, first.message, {"role": "tool", "tool_call_id": call.id, "content": "7"}]
+    agent.create(model="any", messages=answered, tools=[TOOL], max_tokens=3)
+    called, after = _record(client, session).trajectories
+    ((tokens,), tokenizer) = _sampled(called), AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == said
+    assert (called.calls, after.calls) == ([0], [1])
+
+
 def test_anthropic(client: RolloutClient, session: SessionOpened, model: Path) -> None:
     tokenizer, options = AutoTokenizer.from_pretrained(model), {"api_key": session.token, "max_retries": 0}
     below = Anthropic(base_url=client.url + session.path.removesuffix("/v1"), **options)

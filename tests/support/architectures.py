@@ -13,7 +13,7 @@ Kind = Literal["dense", "hybrid", "multimodal", "mixture"]
 VOCAB = 512
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
+    "hidden_size": 128,  # some have no other size of heads than this by their number
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -23,13 +23,14 @@ _TEXT: dict[str, Any] = {
     "initializer_range": 0.1,
     "tie_word_embeddings": False,
 }
+_GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _GATED_DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
     "partial_rotary_factor": 0.5,
 }
@@ -40,7 +41,7 @@ _QWEN3_VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_heads": 2,
-    "out_hidden_size": 64,
+    "out_hidden_size": 128,
     "num_position_embeddings": 16,
 }
 _SIGLIP: dict[str, Any] = {
@@ -70,6 +71,11 @@ class Architecture:
     text: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] | None = None
 
+    @property
+    def dtype(self) -> str:
+        """Of what is served: vLLM's CPU backend computes gated delta nets in bfloat16 only."""
+        return "bfloat16" if "linear_num_key_heads" in self.text else "float32"
+
 
 #: Row of the table of models -> its architecture.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -77,8 +83,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Config"),
     "Qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config"),
     "Qwen3, tied": Architecture("Qwen3ForCausalLM", "Qwen3Config", text={"tie_word_embeddings": True}),
-    "Gemma 2": Architecture("Gemma2ForCausalLM", "Gemma2Config", text={"query_pre_attn_scalar": 32}),
-    "Gemma 3, text": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", text={"query_pre_attn_scalar": 32}),
+    "Gemma 2": Architecture("Gemma2ForCausalLM", "Gemma2Config", text=_GEMMA),
+    "Gemma 3, text": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", text=_GEMMA),
     "Mistral": Architecture("MistralForCausalLM", "MistralConfig"),
     "Phi-3": Architecture("Phi3ForCausalLM", "Phi3Config"),
     "OLMo 2": Architecture("Olmo2ForCausalLM", "Olmo2Config"),
@@ -87,7 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
         "hybrid",
-        text={**_GATED_DELTA, **_EXPERTS, "mlp_only_layers": [0, 1], "shared_expert_intermediate_size": 32},
+        text={**_GATED_DELTA, **_EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
     ),
     "Qwen3.5, text": Architecture("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", "hybrid", text=_GATED_DELTA),
     "Qwen2.5-VL": Architecture(
@@ -101,7 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "hidden_size": 32,
                 "intermediate_size": 64,
                 "num_heads": 2,
-                "out_hidden_size": 64,
+                "out_hidden_size": 128,
                 "fullatt_block_indexes": [1],
             },
             **_QWEN_TOKENS,
@@ -125,7 +131,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
         "multimodal",
-        text={"query_pre_attn_scalar": 32},
+        text=_GEMMA,
         parts={
             "vision_config": _SIGLIP,
             "mm_tokens_per_image": 4,
@@ -154,6 +160,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "Qwen3-MoE": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", "mixture", text=_EXPERTS),
+    "Qwen2-MoE": Architecture(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        "mixture",
+        text={**_EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
     "Mixtral": Architecture(
         "MixtralForCausalLM", "MixtralConfig", "mixture", text={"num_local_experts": 4, "num_experts_per_tok": 2}
     ),

@@ -9,8 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.api import metrics
-from rollout_server.api.bodies import TEXT_ONLY, check_body
-from rollout_server.api.media import MediaRules
+from rollout_server.api.bodies import check_body
 from rollout_server.api.responses import error_response
 from rollout_server.engine.capacity import BODY_BYTES, Capacity, too_large
 from rollout_server.settings import ServerSettings
@@ -33,19 +32,10 @@ class LimitsMiddleware:
 
     Args:
         context: tokens of the model's context.
-        media: that vLLM's routes take.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        settings: ServerSettings,
-        capacity: Capacity,
-        context: int = 0,
-        media: MediaRules = TEXT_ONLY,
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, capacity: Capacity, context: int = 0) -> None:
         self._app, self._settings, self._capacity, self._context = app, settings, capacity, context
-        self._media = media
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] in _ORDERS:
@@ -108,7 +98,7 @@ class LimitsMiddleware:
         finally:
             held.callback(self._capacity.hold, -len(body))
         left = [bytes(body)]
-        memory = await check_body(scope, left[0], self._context, self._media) - len(body)
+        memory = await check_body(scope, left[0], self._context) - len(body)
         self._capacity.hold(memory)
         held.callback(self._capacity.hold, -memory)
         BODY_BYTES.set(memory + len(left[0]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from learner.commands.training import options
-from learner.foreign_options import REFUSED
+from learner.foreign_options import REFUSED, unknown_option
 from rollout_server.settings import ServerSettings
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -44,3 +44,16 @@ def test_options_of_trl_that_are_named_exist():
 def test_every_refused_option_of_trl_is_on_its_page():
     text = (DOCS / "from-trl.md").read_text()
     assert [name for name in REFUSED if name not in text and name != "transformers_continuous_batching_config"] == []
+
+
+@pytest.mark.parametrize(
+    ("page", "sections"), [("from-unsloth.md", ("FastLanguageModel", "GRPOConfig")), ("from-trl.md", ("The script's",))]
+)
+def test_every_word_of_theirs_is_answered_with_a_remedy(page, sections):
+    """Also those that are not exactly options; a guess at a misspelling is no answer."""
+    parts = [part for part in (DOCS / page).read_text().split("\n## ") if part.startswith(sections)]
+    first = [line.split("|")[1] for part in parts for line in part.splitlines() if line.startswith("| `")]
+    words = {word for cell in first for word in re.findall(r"`(?:--)?([a-z][a-z0-9_]+)", cell)} - options().keys()
+    assert len(words) > 5
+    answers = {word: unknown_option(word, None, options()) for word in words}
+    assert [word for word, answer in answers.items() if ": " not in answer or "did you mean" in answer] == []

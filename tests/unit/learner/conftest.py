@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from learner.config import LearnerConfig
 from learner.rewards import pool
 from learner.servers.client import RolloutClient
 from shared.fingerprint import fingerprint_checkpoint
 from shared.weights import ServerState
 from tests.support.fake_server import FakeServer
+from tests.support.reward_workers import FORKED, prepare
 from tests.support.rewards import reward_odd
 
 torch.set_num_threads(1)  # of tensors this small, a second thread only waits for its turn on a busy machine
@@ -90,6 +92,17 @@ def client(server: FakeServer) -> RolloutClient:
 
 
 @pytest.fixture
+def canary() -> bool:
+    """Whether trainings push one by default, which takes as long as the rest of a short training."""
+    return False
+
+
+@pytest.fixture(autouse=True)
+def canary_by_default(canary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LearnerConfig.__init__.__kwdefaults__, "proof_canary", canary)
+
+
+@pytest.fixture
 def reward_workers() -> int | None:
     """How many a trainer has, unless None: what it is told. Two would take twice as long to start."""
     return 1
@@ -99,6 +112,8 @@ def reward_workers() -> int | None:
 def no_workers_left(reward_workers: int | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ends the reward workers of what a test attached."""
     if reward_workers is not None:
+        monkeypatch.setattr(pool, "get_context", lambda _: FORKED)
+        monkeypatch.setattr(pool.worker, "prepare", prepare)
 
         def make_pool(*args: Any, workers: int, **options: Any) -> pool.RewardPool:
             return pool.RewardPool(*args, workers=min(workers, reward_workers), **options)

@@ -45,7 +45,9 @@ def test_other_weights_shape_name_or_architecture_differ(tmp_path: Path, weights
         of("name", {**{k: weights[k] for k in "ab"}, "d": weights["c"]}),
         of("config", weights, hidden_size=16),
     }
+    text = [of(f"text{size}", weights, text_config={"hidden_size": size}) for size in (8, 16)]  # of a multimodal model
     assert len(digests) == 5
+    assert text[0] != text[1]
     assert None not in digests
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from peft import LoraConfig, PromptTuningConfig
 from transformers import LlavaConfig, Qwen3Config
@@ -83,18 +85,35 @@ def test_the_advice_is_a_rank_that_vllm_serves(server_state, rank, word):
 
 def test_targets():
     check_targets(["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"], mixture_of_experts=True)
-    with pytest.raises(LockstepError, match="mixture of experts"):
+    with pytest.raises(LockstepError, match="experts of a mixture"):
         check_targets(["model.layers.0.mlp.experts.3.up_proj"], mixture_of_experts=True)
-    with pytest.raises(LockstepError, match="mixture of experts"):
+    with pytest.raises(LockstepError, match="experts of a mixture"):
         check_targets(["model.layers.0.mlp.gate"], mixture_of_experts=True)
-    with pytest.raises(LockstepError, match="vision"):
-        check_targets(["model.visual.blocks.0.attn.qkv"], mixture_of_experts=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.visual.blocks.0.attn.qkv",
+        "model.visual.merger.mlp.0",
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj",
+        "model.multi_modal_projector.linear_1",
+        "model.audio_tower.layers.0.self_attn.q_proj",
+        "model.connector.modality_projection.proj",
+    ],
+)
+def test_a_target_outside_the_language_model_is_refused_with_a_pattern_that_works(name):
+    with pytest.raises(LockstepError, match=r"target_modules '") as caught:
+        check_targets([name], mixture_of_experts=False)
+    pattern = re.search(r"target_modules '(.*?)' ", caught.value.message)
+    assert pattern
+    assert not re.fullmatch(pattern[1], name)
+    assert re.fullmatch(pattern[1], "model.language_model.layers.0.self_attn.q_proj")
 
 
 def test_models():
     check_model(Qwen3Config())
-    with pytest.raises(LockstepError, match="vision_config"):
-        check_model(LlavaConfig())
+    check_model(LlavaConfig())
     config = Qwen3Config()
     config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(LockstepError, match="quantized"):

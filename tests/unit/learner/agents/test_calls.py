@@ -143,9 +143,25 @@ def test_a_program_that_stalls_is_ended_with_its_children(tmp_path, monkeypatch)
     os.mkfifo(fifo)
     with pytest.raises(AgentFailed, match="within 1 s"):
         run(f"sleep 1000 & echo $! > {children}; trap '' TERM; cat {fifo}", timeout_s=1.0)
-    child = int(children.read_text())
-    stat = Path(f"/proc/{child}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert has_ended(int(children.read_text()))
+
+
+def has_ended(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("end", ["true", "exit 3"])
+def test_what_a_program_started_in_a_session_of_its_own_ends_with_it(tmp_path, end):
+    children = tmp_path / "children"
+    command = f"setsid sh -c 'echo $$ > {children}.new; mv {children}.new {children}; sleep 1000; true' & "
+    command += f"while [ ! -e {children} ]; do sleep 0.05; done; {end}"
+    if end == "true":
+        run(command)
+    else:
+        with pytest.raises(AgentFailed):
+            run(command)
+    assert has_ended(int(children.read_text()))
 
 
 LEARNER = """
@@ -160,7 +176,8 @@ ProgramAgent(sys.argv[1]).run(session, {"prompt": "w1"})
 def test_a_program_ends_with_a_learner_that_is_killed(tmp_path):
     fifo = tmp_path / "alive"
     os.mkfifo(fifo)
-    command = f'exec 3>{fifo}; sh -c "sleep 1000; true" & echo "$LOCKSTEP_ROW_FILE" >&3; sleep 1000; true'
+    command = f'exec 3>{fifo}; sh -c "sleep 1000; true" & setsid sh -c "sleep 1000; true" & '
+    command += 'echo "$LOCKSTEP_ROW_FILE" >&3; sleep 1000; true'
     learner = subprocess.Popen([sys.executable, "-c", LEARNER, command], env={**os.environ, **module_environment()})
     try:
         with fifo.open() as alive:

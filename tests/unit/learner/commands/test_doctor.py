@@ -14,6 +14,7 @@ import pytest
 from learner.cli import main
 from learner.commands import doctor
 from learner.commands.doctor import NOTE, WRONG, diagnose
+from learner.run_dir.lease import load_lease, save_lease
 from learner.servers.client import RolloutClient
 from learner.utils.gpus import Gpu
 from learner.utils.ports import free_port
@@ -125,11 +126,21 @@ def server_loading(setup, tmp_path, monkeypatch):
     setup.answer = lambda request: httpx.Response(503)
 
 
-def server_full(setup, tmp_path, monkeypatch):
-    run = {"checksum": "0", "install_seq": 1, "slots": [], "running_requests": 0}
+def server_full(setup, tmp_path, monkeypatch, **how):
+    run = {"checksum": "0", "install_seq": 1, "slots": [], "running_requests": 0, **how}
     version = WeightVersion(run_id="theirs", fence=1, step=3)
     full = {"max_runs": 1, "runs": (RunState(run_id="theirs", version=version, **run),)}
     setup.state = setup.state.model_copy(update=full)
+
+
+def server_keeps_a_run(setup, tmp_path, monkeypatch):
+    server_full(setup, tmp_path, monkeypatch, finished=True, kept_seconds=60.0)
+
+
+def server_lost_this_run(setup, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    save_lease(tmp_path / "out", load_lease(tmp_path / "out", "mine"))
+    server_full(setup, tmp_path, monkeypatch)
 
 
 def other_base(setup, tmp_path, monkeypatch):
@@ -149,8 +160,12 @@ def task_missing(setup, tmp_path, monkeypatch):
     setup.options["task"] = "questions.jsonl"
 
 
+def reward_missing(setup, tmp_path, monkeypatch):
+    setup.options["reward_funcs"] = ["learner.tasks.rewards:math_answer", "my_rewardz:short"]
+
+
 BROKEN = [
-    (port_taken, "port", "in use.*take another"),
+    (port_taken, "port", r"\(Address already in use\): .*take another"),
     (server_port_taken, "port", "server_port .*take another"),
     (wrong_token, "server", "check token_file"),
     (token_missing, "token", "token_file cannot be read"),
@@ -164,11 +179,14 @@ BROKEN = [
     (other_vllm, "packages", "vllm 0.9.1: a rollout server here needs vllm"),
     (server_down, "server", "cannot be reached: Connection refused.*start it with `rollout-server MODEL`"),
     (server_loading, "server", "it loads its model"),
-    (server_full, "server", "serves theirs and has no room for another run: .*--max-runs 2"),
+    (server_full, "server", "serves theirs and has no room for another run: .*--end.*--max-runs 2"),
+    (server_keeps_a_run, "server", r"serves theirs \(finished, but kept\) and has no room"),
+    (server_lost_this_run, "server", "serves theirs and has no room"),
     (other_base, "server", "the server's base weights differ .*give both the same model"),
     (context_too_short, "server", "leaves no room for a prompt .*--max-model-len"),
     (output_is_a_file, "output", "is no directory: choose another path"),
     (task_missing, "task", "there is no file questions.jsonl"),
+    (reward_missing, "task", "reward_funcs: there is no module my_rewardz for my_rewardz:short in /"),
 ]
 
 
@@ -185,6 +203,25 @@ def test_a_broken_setup_is_named_with_what_to_do(setup, tmp_path, monkeypatch, b
 
 def test_nothing_is_wrong_with_what_works(setup):
     assert setup.wrong() == []
+
+
+@pytest.mark.parametrize("why", ["finished", "ours", "takeover"])
+def test_a_place_that_can_be_had(setup, tmp_path, why):
+    """A run whose training has ended gives way, and so does one that is this training's own."""
+    server_full(setup, tmp_path, None, finished=why == "finished", kept_seconds=0.0 if why == "finished" else None)
+    if why == "ours":
+        (tmp_path / "out").mkdir()
+        save_lease(tmp_path / "out", load_lease(tmp_path / "out", "theirs"))
+    setup.options["takeover"] = str(why == "takeover").lower()
+    assert setup.wrong() == []
+
+
+def test_all_that_is_wrong_with_a_server_is_said_at_once(setup, tmp_path):
+    rank_too_high(setup, tmp_path, None)
+    context_too_short(setup, tmp_path, None)
+    server_full(setup, tmp_path, None)
+    other_base(setup, tmp_path, None)
+    assert [about for about, _ in setup.wrong()] == ["server"] * 4
 
 
 def test_the_command_says_how_many_and_ends_with_1(setup, tmp_path, capsys):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from learner.adapters.stored import find_adapter, open_adapter
+from learner.adapters.target_modules import check_target_modules
 from learner.cli import main
 from learner.commands.export import export
 from shared.errors import ErrorCode, LockstepError
+from shared.module_names import is_of_encoder
+from tests.support.architectures import make_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {
@@ -304,3 +308,27 @@ def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
         "| adapted | 14 linear layers: down_proj, gate_proj,",
     ):
         assert line in card, card
+
+
+@pytest.mark.parametrize("row", ["Qwen2.5-VL", "Gemma 3", "Qwen3.5"])
+def test_an_adapter_of_a_multimodal_checkpoint_loads_on_it_and_merges_into_it(row: str, tmp_path: Path) -> None:
+    """Whatever the checkpoint calls its tensors; PEFT finds no adapter missing, and none in an encoder."""
+    model = make_model(row, tmp_path / "model")
+    config = AutoConfig.from_pretrained(model)
+    lora = check_target_modules(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), config)
+    policy = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), lora).eval()
+    policy.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(3, 24)[None]
+    with torch.no_grad():
+        expected = policy(input_ids=ids).logits
+    export(tmp_path / "adapter", tmp_path / "alone")
+    export(tmp_path / "adapter", tmp_path / "merged", merged=True, dtype="float32")
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    with warnings.catch_warnings(action="error"):
+        alone = PeftModel.from_pretrained(base, tmp_path / "alone")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert not [name for name, _ in alone.named_parameters() if "lora_" in name and is_of_encoder(name)]
+    for loaded in (alone, merged):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()

@@ -28,6 +28,12 @@ WORDS = [
     ("--enforce-eager", "rollout-server MODEL --enforce-eager"),
     ("--unsloth_num_chunks -1", "--max_tokens_per_pass does"),
     ("--dataset_name trl-lib/DeepMath-103K", "there is no --dataset_name: it is --task here"),
+    ("--dataset_config main", "it is part of --task: NAME:CONFIG"),
+    ("--dataset_train_split train", "it is part of --task: NAME:CONFIG@SPLIT"),
+    ("--warmup_ratio 0.1", "give --warmup_steps: below 1 it is a share of all steps"),
+    ("--vllm_enable_sleep_mode true", "use share_gpu here, and rollout-server --share-gpu"),
+    ("--finetune_mlp_modules true", "text models only"),
+    ("--token hf_x", "set $HF_TOKEN"),
     ("--r 16", "it is --lora_r here"),
     ("--random_state 3407", "it is --seed here"),
     ("--vllm_mode colocate", "--vllm_mode colocate has no effect here: leave it out"),
@@ -95,6 +101,32 @@ def test_a_model_that_is_not_there_is_found_at_once(capsys, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "learner.commands.train", None)  # which cannot be imported then
     assert main(["train", "--model_name_or_path", str(tmp_path / "typo")]) == 2
     assert "model_name_or_path: there is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--task questions.jsonl.gz", "task: there is no file questions.jsonl.gz in "),
+        ("--eval_dataset held/out.csv", "eval_dataset: there is no file held/out.csv in "),
+        ("--reward_funcs mine:length typo:length", "reward_funcs: there is no module typo for typo:length in "),
+        ("--agent typo:act", "agent: there is no module typo"),
+    ],
+)
+def test_files_of_the_users_that_are_not_there_are_found_at_once(capsys, tmp_path, monkeypatch, flags, error):
+    monkeypatch.setitem(sys.modules, "learner.commands.train", None)  # which cannot be imported then
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("raise SystemExit('imported')")
+    assert main(["train", *flags.split()]) == 2
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--task org/name:config@test", "--task reasoning_gym:chain_sum", "--reward_funcs score", "--task mine:make"],
+)
+def test_what_may_be_there_is_not_refused(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    training.check(flags.split())
 
 
 def test_the_names_are_those_of_the_parser():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ url = sys.argv[sys.argv.index("--rollout_url") + 1]
 print("options", *sys.argv[1:], flush=True)
 print("loudness", os.environ.get("LOUDNESS"), flush=True)
 if "--wrong" in sys.argv:
+    print("learner train: there is no --wrong", file=sys.stderr, flush=True)
     sys.exit(2)
 def leave(*_):
     print("learner saves", flush=True)
@@ -57,6 +59,8 @@ while True:
     except OSError:
         time.sleep(0.02)
 print("step 1", flush=True)
+if "--killed" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL)
 if "--kills-server" in sys.argv:
     try:
         urllib.request.urlopen(url + "/die")
@@ -74,6 +78,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in scripts.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(up, "module_command", lambda name: [sys.executable, str(tmp_path / f"{name}.py")])
+    monkeypatch.setattr(up.training, "check", lambda argv: None)  # of flags and models that only pretend, too
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
 
@@ -95,34 +100,50 @@ def test_one_command_for_both(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     assert "server leaves\n" in (out / "server.log").read_text()
     told = (out / "learner.log").read_text().splitlines()[0].split()
     assert told[1:4] == ["train", "--config", str(recipe)]
-    assert told[-4:-2] == ["--rollout_url", told[-3]]
-    assert told[-2:] == ["--output_dir", "runs/mine"]
+    at = told.index("--rollout_url")
+    assert told[at + 2 : at + 4] == ["--output_dir", "runs/mine"]
     assert "--max_steps" in told
 
 
 def test_a_server_that_does_not_start_is_said_with_its_reason(recipe: Path, capsys) -> None:
     assert main(["up", "--config", str(recipe), "--server-flags", "--broken"]) == 1
     shown = capsys.readouterr().out
-    assert "the rollout server ended with status 1: rollout-server: the engine could not start\n" in shown
-    assert "the same command goes on" in shown
+    reason = "the server ended with status 1: rollout-server: the engine could not start"
+    assert shown.splitlines()[-1] == f"up      | {reason}"
+    assert "the same command begins anew, since nothing was saved yet\n" in shown
 
 
 def test_a_server_that_dies_ends_the_learner_in_order(recipe: Path, capsys) -> None:
     assert main(["up", "--config", str(recipe), "--kills-server"]) == 1
     shown = capsys.readouterr().out
-    assert "the rollout server ended with status 1: rollout-server: the engine died\n" in shown
     assert "learner | learner saves\n" in shown
+    assert shown.splitlines()[-1] == "up      | the server ended with status 1: rollout-server: the engine died"
 
 
 def test_a_learner_that_refuses_its_options_ends_the_server(recipe: Path, capsys) -> None:
     assert main(["up", "--config", str(recipe), "--wrong"]) == 2
-    assert "the learner ended with status 2" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "up      | the learner ended with status 2: learner train: there is no --wrong"
+
+
+def test_a_process_that_is_killed_is_said_with_the_signal(recipe: Path, capsys) -> None:
+    assert main(["up", "--config", str(recipe), "--killed"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("up      | the learner ended with SIGKILL (which the system sends when memory runs out")
+    assert last.endswith(": step 1")
+
+
+def test_how_it_goes_on_is_said(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(up, "last_checkpoint", lambda out: out / "checkpoint-4")
+    assert main(["up", "--config", str(recipe), "--killed"]) == 1
+    assert "the same command goes on from checkpoint-4\n" in capsys.readouterr().out
 
 
 def _up(recipe: Path, *flags: str) -> subprocess.Popen[str]:
     """The command as a process of its own, whose learner has made a step."""
     program = (
         "import sys; from learner.commands import up; "
+        "up.training.check = lambda argv: None; "
         f"up.module_command = lambda name: [sys.executable, {str(recipe.parent)!r} + '/' + name + '.py']; "
         "from learner.cli import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -140,7 +161,7 @@ def test_a_signal_ends_the_learner_then_the_server(recipe: Path, number: signal.
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    words = ["ending the learner", "learner saves", "server leaves", "the same command goes on"]
+    words = ["ending the learner", "learner saves", "server leaves", "the same command begins anew"]
     places = [said.index(word) for word in words]
     assert places == sorted(places)
 
@@ -153,7 +174,7 @@ def test_a_second_signal_waits_for_nobody(recipe: Path) -> None:
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)  # less than the learner's patience
     assert process.returncode == 130
-    assert "the same command goes on" in said
+    assert "the same command begins anew" in said
 
 
 def test_children_do_not_outlive_a_command_that_is_killed(recipe: Path) -> None:
@@ -229,6 +250,49 @@ def test_places(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         up.make_plan(["--config", str(recipe)])
 
 
+CHECK = up.training.check
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--gpu_memory_utilization 0.6", "give --server-flags '--gpu-memory-utilization 0.6'"),
+        ("--max-lora-rank=64", "give --server-flags '--max-lora-rank 64'"),
+        ("--fast_inference true", "completions always come from vLLM"),
+        ("--lerning_rate 1", "did you mean --learning_rate?"),
+        ("--model_name_or_path ./typo", "model_name_or_path: there is no directory"),
+        ("--task questions.jsonl", "task: there is no file questions.jsonl"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_is_started(recipe: Path, monkeypatch, capsys, flags, error) -> None:
+    monkeypatch.setattr(up.training, "check", CHECK)
+    (recipe.parent / "tiny").mkdir()
+    (recipe.parent / "tiny" / "config.json").write_text("{}")
+    assert main(["up", "--config", str(recipe), *flags.split()]) == 2
+    shown = capsys.readouterr()
+    assert error in shown.err
+    assert shown.out == ""
+    assert not Path("runs").exists()
+
+
+def test_the_page_is_served_unless_the_recipe_says_otherwise(recipe: Path) -> None:
+    def port(text: str, *flags: str) -> str | None:
+        words = _plan(recipe, f"use_cpu: true\n{text}", *flags).learner
+        return words[words.index("--page_port") + 1] if "--page_port" in words else None
+
+    with socket.socket() as taken:
+        try:  # a free port then; so it is where somebody else has it
+            taken.bind(("127.0.0.1", up.PAGE_PORT))
+            taken.listen()
+        except OSError:
+            pass
+        assert port("") not in (None, str(up.PAGE_PORT))
+    assert port("", "--page_port", "9000") == "9000"
+    for text in ("page_port: 9000", "page_port:", "run_page: false"):
+        assert port(text) is None
+    assert port("", "--no_run_page") is None
+
+
 def test_cores_are_split(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2})
     plan = _plan(recipe, "use_cpu: true", "--split-cores")
@@ -265,7 +329,7 @@ def test_a_second_signal_may_come_at_any_moment(recipe: Path, monkeypatch: pytes
     monkeypatch.setattr(up, "say", say_and_signal)
     monkeypatch.setattr(up.Output, "__call__", take_and_signal)
     assert main(["up", "--config", str(recipe), "--long", "--stubborn"]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command begins anew" in capsys.readouterr().out
 
 
 def test_the_recipes_environment_reaches_both(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

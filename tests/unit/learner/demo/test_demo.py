@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,16 @@ def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[up.Plan]:
     def run(plan: up.Plan, environment: dict[str, str]) -> int:
         started.append(plan)
         plan.output_dir.mkdir(parents=True, exist_ok=True)
-        evals = [{"step": 0, "eval_reward": 0.25}, {"step": 1, "reward": 0.5}, {"step": 32, "eval_reward": 0.75}]
+        scores = [{"step": 0, "eval_reward": 0.25}, {"step": 1, "reward": 0.5}, {"step": 32, "eval_reward": 0.75}]
+        # The first two were before this call.
+        evals = [{**row, "time": time.time() + 100.0 * (step - 1.5)} for step, row in enumerate(scores)]
         (plan.output_dir / "logs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
         (plan.output_dir / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
         (plan.output_dir / "train.json").write_text('{"steps": 32, "train_seconds": 9.0}')
         return 3 if "--fails" in plan.learner else 0
 
     monkeypatch.setattr(up, "run", run)
+    monkeypatch.setattr(up.training, "check", lambda argv: None)  # of a model that only pretends, too
     monkeypatch.setattr(demo, "ensure_demo_model", lambda *_, dtype, **__: tmp_path / f"model-{dtype}")
     return started
 
@@ -43,6 +47,7 @@ def test_the_recipe_is_trained_and_summed_up(plans: list[up.Plan], tmp_path: Pat
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["eval_before"], summary["eval_after"], summary["eval_questions"]) == (0.25, 0.75, 40)
     assert summary["train_seconds"] == 9.0
+    assert 0.0 < summary["seconds"] < 50.0 <= summary["seconds_to_first_reward"], "its time is made up"
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
 
 

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from learner.config import LearnerConfig
 from learner.monitors import recorder
+from learner.monitors.progress import show_progress
 from learner.run_dir.files import JsonLines
 from learner.trainer.attach import attach
 from learner.utils.ports import free_port
@@ -184,6 +185,17 @@ def test_an_evaluation_larger_than_a_training_batch(make_trainer, client, tmp_pa
     (evaluation,) = [batch for batch in batches if batch["kind"] == "evaluation"]
     assert [len(group["samples"]) for group in evaluation["groups"]] == [4, 4]
     assert all(group["columns"]["answer"] == f"of {group['prompt']}" for group in evaluation["groups"])
+
+
+@pytest.mark.parametrize("kind", ["served", "file", "none"])
+def test_where_the_page_is_is_said_once(make_trainer, client, tmp_path, capsys, kind):
+    port = free_port() if kind == "served" else None
+    session = attach(trainer := make_trainer(), client=client, run_id="r", page_port=port, run_page=kind != "none")
+    show_progress(trainer, session)
+    trainer.train()
+    places = {"served": f"http://127.0.0.1:{port}/", "file": (tmp_path / "run" / "run.html").as_uri()}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("open the page")]
+    assert said == [f"open the page: {place}" for name, place in places.items() if name == kind]
 
 
 def test_the_live_page_of_a_training(make_trainer, client):

@@ -63,7 +63,7 @@ def steps(server):
 def test_all_are_pushed_to_and_proven(make_trainer, servers, pool, listed):
     """s1 restarts after the first step; s2 joins then."""
     trainer = make_trainer(max_steps=3)
-    session = attach(trainer, pool=pool, run_id="r")
+    session = attach(trainer, pool=pool, run_id="r", proof_canary=True)
 
     def after(report):
         if report.step == 1:

@@ -39,7 +39,7 @@ def test_training_in_turns(make_trainer: MakeTrainer, server: FakeServer, client
         per_device_eval_batch_size=8,
         trainer_kwargs={"eval_dataset": [{"prompt": f"w{i} w3"} for i in range(4)]},
     )
-    session = attach(trainer, client=client, run_id="r", share_gpu=True)
+    session = attach(trainer, client=client, run_id="r", share_gpu=True, proof_canary=True)
     asleep: list[bool] = []
     trainings = 0
 

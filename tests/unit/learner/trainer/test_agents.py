@@ -163,6 +163,9 @@ def test_an_episode_was_cut_off_where_its_last_call_was(make_trainer, server, cl
         attach(trainer, client=client, agent=agent, run_id=f"r{cut:g}")
         trainer.train()
         assert logged(trainer, "completions/clipped_ratio") == [cut]
+        for name in ("mean", "min", "max"):
+            whole = logged(trainer, f"completions/{name}_length")
+            assert logged(trainer, f"completions/{name}_terminated_length") == ([0.0] if cut else whole)
 
 
 def test_an_async_agent_runs_side_by_side(make_trainer, server, client):
@@ -379,6 +382,10 @@ def test_the_page_shows_all_trajectories(make_trainer, server, client, monkeypat
     headings = [text for sampled, text in turns if not sampled and text.startswith("[")]
     assert headings == [f"[conversation {i} of 3]" for i in (1, 2, 3)]
     assert sum(sampled for sampled, _ in turns) == 4, "one for each call"
+    fork = turns.index((False, "[conversation 2 of 3]"))
+    rewritten = trainer.processing_class.decode([7, 8], skip_special_tokens=True).strip()
+    prompts = [text for _, text in (turns[fork + 1], turns[turns.index((False, "[conversation 3 of 3]")) + 1])]
+    assert rewritten in prompts
 
 
 def test_evaluation_runs_the_agent(make_trainer, server, client):

@@ -25,7 +25,7 @@ def test_attach_is_what_the_package_exports():
 
 def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     trainer = make_trainer(lora={"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 3}})
-    session = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r", proof_canary=True)
     show_progress(trainer, session)
     trainer.train()
 
@@ -72,12 +72,12 @@ def test_a_server_that_merges(make_trainer, server, client):
     """The canary is gone before the run's first push; a run that continues finds no base, and is proven without it."""
     server.state = server.state.model_copy(update={"apply": "merge", "max_runs": 1})
     trainer = make_trainer()
-    session = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r", proof_canary=True)
     trainer.train()
     assert abs(session.canary.slope - 1) < 0.01
     assert list(server.served) == ["r"]
     trainer = make_trainer()
-    again = attach(trainer, client=client, run_id="r")
+    again = attach(trainer, client=client, run_id="r", proof_canary=True)
     trainer.train()
     assert again.canary is None
     assert again.proof.max_mismatch < 1e-4
@@ -259,7 +259,7 @@ def test_a_push_that_changes_nothing_stops_the_run(make_trainer, server, client)
 
 def test_canary_finds_a_wrong_scaling_at_once(make_trainer, server, client):
     trainer = make_trainer()
-    attach(trainer, client=client, run_id="r", proof_tolerance=100.0)
+    attach(trainer, client=client, run_id="r", proof_tolerance=100.0, proof_canary=True)
     server.scale = 2.0
     with pytest.raises(LockstepError, match=r"canary.*factor of"):
         trainer.train()
@@ -284,7 +284,7 @@ def test_samples_that_do_not_fit_the_policy_stop_the_run(make_trainer, server, c
 
 def test_a_server_that_comes_back_is_shown_the_canary(make_trainer, server, client):
     trainer = make_trainer(max_steps=1)
-    session = attach(trainer, client=client, run_id="r")
+    session = attach(trainer, client=client, run_id="r", proof_canary=True)
     trainer.train()
     server.restart()
     server.scale = 0.5
@@ -387,7 +387,7 @@ def test_rollouts_run_ahead_under_a_real_trainer(make_trainer, server, client):
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_a_second_training_goes_on_under_the_next_fence(make_trainer, server, client, max_staleness):
     trainer = make_trainer()
-    session = attach(trainer, client=client, run_id="r", max_staleness=max_staleness)
+    session = attach(trainer, client=client, run_id="r", max_staleness=max_staleness, proof_canary=True)
     trainer.train()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from learner.config import LearnerConfig
-from learner.trainer.checks import check_corrected, check_grpo
+from learner.trainer.checks import check_attention, check_corrected, check_grpo
 from shared.errors import LockstepError
 
 
@@ -70,3 +74,21 @@ def test_stale_samples_need_a_correction_or_a_mask(grpo):
     check_corrected(grpo(**off), LearnerConfig())
     check_corrected(grpo(), LearnerConfig(max_staleness=1))
     check_corrected(grpo(off_policy_mask_threshold=0.1, **off), LearnerConfig(max_staleness=1))
+
+
+@pytest.mark.parametrize(("attention", "refused"), [("sdpa", True), ("eager", False)])
+def test_an_attention_that_leaves_out_the_cap_of_logits_is_refused(attention, refused):
+    config = Gemma2Config(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config, attn_implementation=attention), LoraConfig(target_modules=["q_proj"])
+    )
+    with pytest.raises(LockstepError, match="eager") if refused else nullcontext():
+        check_attention(model)

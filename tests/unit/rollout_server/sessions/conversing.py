@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.logprobs import FlatLogprobs
+from vllm.logprobs import FlatLogprobs, Logprob
 from vllm.sampling_params import RequestOutputKind
 
 from rollout_server.engine.proxy import CALL_CONTEXT, CallContext, EngineProxy
@@ -91,10 +91,10 @@ def _output(completions: list[Any], finished: bool) -> Any:
 
 
 def _completion(params: Any, request: int, choice: int, ids: list[int], start: int, end: int) -> Any:
-    logprobs = FlatLogprobs()
+    logprobs: Any = FlatLogprobs() if params.flat_logprobs else []
     for position in range(start, end):
         value = logprob(request, choice, position)
-        logprobs.append_fast([ids[position]], [value], iter([-position]), [None])
+        logprobs.append({ids[position]: Logprob(value, -position, None)})
     ended = ("stop" if ids[-1] == EOS else "length") if end == len(ids) else None
     return SimpleNamespace(
         index=choice,

@@ -214,6 +214,13 @@ def test_a_clients_form_of_outputs_stays() -> None:
     assert not params.flat_logprobs
 
 
+@pytest.mark.parametrize("asked", [{"logprobs": 0}, {"logprobs": 3}, {"prompt_logprobs": 0}], ids=str)
+def test_only_logprobs_that_a_client_reads_have_text(asked: dict[str, int]) -> None:
+    trainer = TrainersSampling(max_tokens=None)
+    assert not overridden(SamplingParams(**asked), trainer, "id").flat_logprobs
+    assert overridden(SamplingParams(), trainer, "id").flat_logprobs
+
+
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
 async def test_logprobs_of_prompts_are_refused_where_they_would_cost_the_kept_mass(
     served: Served, cut: dict[str, Any]
@@ -398,6 +405,22 @@ async def test_all_sessions_together_are_bounded() -> None:
     with pytest.raises(UnknownSession):  # its record made room
         served.sessions.get(one.session_id)
     await served.open()
+
+
+async def test_the_ids_that_a_sampling_lists_count_as_tokens() -> None:
+    served = Served(max_session_tokens=100)
+    await served.flip(0)
+    one = await served.open(sampling={"allowed_token_ids": list(range(60)), "max_tokens": 6})
+    listed = {"allowed_token_ids": [4], "logit_bias": dict.fromkeys(range(60), 1.0), "max_tokens": 6}
+    with pytest.raises(Overloaded, match="hold 60 tokens"):
+        await served.open(sampling=listed)
+    served.sessions.delete(one.session_id)
+    two = await served.open(sampling=listed)
+    await served.call(two, [5] * 8)
+    assert served.sessions.tokens == 61 + two.trajectories.tokens
+    served.sessions.delete(two.session_id)
+    served.sessions.forget(two.session_id)
+    assert (served.sessions.tokens, served.sessions.reserved) == (0, 0)
 
 
 async def test_calls_side_by_side_do_not_go_beyond_the_tokens_of_their_session(served: Served) -> None:

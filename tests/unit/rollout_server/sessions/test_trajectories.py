@@ -111,6 +111,31 @@ def test_an_end_that_was_sampled_is_not_rendered_twice() -> None:
     assert built.tolist() == [*START, *LETTERS, EOS, *_encode("\n<|im_start|>user\n")]
 
 
+def test_what_was_rendered_again_before_is_not_compared_again() -> None:
+    """Only what came after it: the history of a long conversation is not decoded for every call."""
+    asked, made = (
+        array("I", _encode(_decode([*START, *LETTERS, EOS]) + "\n<|im_start|>user\n")),
+        _recorded(START, [*LETTERS, EOS]),
+    )
+    built = _continued(asked, made)
+    assert built is not None
+    made.add(1, built, [_choice(*LETTERS, EOS)], asked)
+    longer = asked + array("I", _encode(_decode([*LETTERS, EOS]) + "\n"))
+    as_before = made.as_before(longer)
+    assert as_before == built + longer[len(asked) :]
+    assert made.as_before(asked[:-1]) == asked[:-1]
+    decoded: list[int] = []
+
+    def decode(token_ids: list[int]) -> str:
+        decoded.append(len(token_ids))
+        return _decode(token_ids)
+
+    again = continued(as_before, made.similar(as_before), decode)
+    assert again is not None
+    assert again[: len(built) + len(LETTERS) + 1].tolist() == [*built, *LETTERS, EOS]
+    assert max(decoded) < len(LETTERS) + 10
+
+
 @pytest.mark.parametrize("change", ["The fox", "the fo", "the fox ", "", "the  fox"])
 def test_other_text_is_not_taken_for_it(change: str) -> None:
     asked = array("I", _encode(_decode(START) + change + "<|im_end|>\n"))

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 from vllm.tokenizers import hf
+from vllm.v1.engine.logprobs import LogprobsProcessor
 
-from rollout_server.vllm_compat.versions import copy_tokenizer
+from rollout_server.vllm_compat.versions import copy_tokenizer, leave_flat_logprobs_without_text
 from tests.support.tiny_model import make_tiny_tokenizer
 
 
@@ -31,3 +33,17 @@ def test_a_server_without_tokenizer() -> None:
         raise ValueError("Tokenizer not available when `skip_tokenizer_init=True`")
 
     assert copy_tokenizer(SimpleNamespace(get_tokenizer=none)) is None
+
+
+def test_flat_logprobs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LogprobsProcessor, "from_new_request", LogprobsProcessor.from_new_request)
+    leave_flat_logprobs_without_text()
+    tokenizer = make_tiny_tokenizer()
+
+    def made(**params: Any) -> Any:
+        request = SimpleNamespace(sampling_params=SamplingParams(**params))
+        return LogprobsProcessor.from_new_request(tokenizer=tokenizer, request=request)
+
+    assert made(logprobs=0, flat_logprobs=True).tokenizer is None
+    assert made(logprobs=0).tokenizer is tokenizer
+    assert made().tokenizer is tokenizer

@@ -11,8 +11,12 @@ from vllm.lora.layers import column_parallel_linear as columns
 from vllm.lora.layers import row_parallel_linear as rows
 from vllm.model_executor.layers import linear
 
+from rollout_server.vllm_compat import lora_slots
 from rollout_server.worker import slot_layout
-from shared.adapter_file import LORA_A, LORA_B
+from rollout_server.worker.slot_writer import SlotWriter, views_of
+from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
+from shared.checksum import block_sums, block_weights, checksum
+from shared.errors import UnsupportedAdapter
 
 HIDDEN, HEADS, KV_HEADS, SIZE, INNER, RANK = 16, 4, 2, 8, 24, 3
 Q, KV = HEADS * SIZE, KV_HEADS * SIZE
@@ -103,7 +107,7 @@ def test_one_adapter_over_a_fused_layer_is_cut_without_a_copy(shards: int) -> No
         plan = slot_layout.plan_copies(worker, 0, tensors)
         for name, tensor in _adapter().items():
             tensors[name].copy_(tensor)
-        for copies in plan:
+        for copies in plan.groups:
             torch._foreach_copy_(copies.slot, copies.received)
         own = {name: module.lora_b_stacked[0][0, 0] for name, module in worker.modules.items()}
         q, k, v = tensors["qkv_proj" + LORA_B].split([Q, KV, KV])
@@ -150,3 +154,102 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
 def test_there_is_no_empty_group() -> None:
     (only,) = slot_layout.group_copies([(torch.ones(2, 2), torch.zeros(2, 2))])
     assert len(only.slot) == 1
+
+
+KEY, VALUE = 8, 24
+
+
+def _gated_delta(rank: int, shards: int, slices: list[int]) -> SimpleNamespace:
+    """A worker with a gated delta net's fused layer, whose slots have `slices`."""
+    tp = {"tp_rank": rank, "tp_size": shards}
+    base = _bare(linear.MergedColumnParallelLinear, output_sizes=[KEY, KEY, VALUE, VALUE], input_size=HIDDEN, **tp)
+    layer = _bare(
+        columns.MergedColumnParallelLinearWithLoRA,
+        base_layer=base,
+        lora_config=SimpleNamespace(fully_sharded_loras=False),
+        n_slices=4,
+        **tp,
+        **_stacks(slices, HIDDEN),
+    )
+    modules = {"linear_attn.in_proj_qkvz": layer}
+    packed = {"linear_attn.in_proj_qkvz": ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"]}
+    manager = SimpleNamespace(modules=modules, packed_modules=packed, model=nn.Module())
+    runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    return SimpleNamespace(model_runner=runner, get_model=lambda: manager.model, layer=layer)
+
+
+def _flat(names: list[str]) -> tuple[torch.Tensor, Layout]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        out_features = VALUE if name.endswith("_z") else 2 * KEY + VALUE
+        shapes |= {name + LORA_A: (RANK, HIDDEN), name + LORA_B: (out_features, RANK)}
+    layout = Layout(lay_out(shapes, "float32"))
+    return torch.randn(layout.nbytes // 4), layout
+
+
+@pytest.mark.parametrize("names", [["in_proj_qkv", "in_proj_z"], ["in_proj_z"], ["in_proj_qkv"]])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_module_that_is_several_slices_of_a_layer_has_its_a_in_each(names: list[str], shards: int) -> None:
+    names = [f"linear_attn.{name}" for name in names]
+    flat, layout = _flat(names)
+    for rank in range(shards):
+        worker = _gated_delta(rank, shards, [n // shards for n in (KEY, KEY, VALUE, VALUE)])
+        worker.device = torch.device("cpu")
+        worker.model_runner.lora_manager._adapter_manager.lora_index_to_id = [1]
+        writer = SlotWriter(worker)
+        writer.check(layout)
+        writer.buffer(layout).copy_(flat.view(torch.uint8))
+        sums = torch.cat(list(block_sums(flat.view(torch.int32), torch.from_numpy(block_weights()))))
+        announced = checksum(layout.index, sums.numpy().tobytes())
+        writer.write(1, layout, announced)
+        tensors = views_of(flat, layout)
+        expected: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * 4
+        for name, (a, b) in slot_layout.lora_pairs(tensors).items():
+            first, sizes = (3, [VALUE]) if name.endswith("_z") else (0, [KEY, KEY, VALUE])
+            for index, rows_of in enumerate(b.split(sizes), first):
+                expected[index] = (a, rows_of.chunk(shards)[rank])
+        for index, pair in enumerate(expected):
+            own_a, own_b = worker.layer.lora_a_stacked[index][0, 0], worker.layer.lora_b_stacked[index][0, 0]
+            a, b = pair or (torch.zeros_like(own_a), torch.zeros_like(own_b))
+            assert torch.equal(own_a, a)
+            assert torch.equal(own_b, b)
+
+
+def test_a_part_that_differs_between_slices_is_noticed() -> None:
+    flat, layout = _flat(["linear_attn.in_proj_qkv"])
+    worker = _gated_delta(0, 1, [KEY, KEY, VALUE, VALUE])
+    plan = slot_layout.plan_copies(worker, 0, views_of(flat, layout))
+    assert len(plan.repeated) == 2
+
+
+@pytest.mark.parametrize("slices", [[KEY, VALUE, VALUE, VALUE], [2 * KEY + 2 * VALUE, 0], [KEY]])
+def test_slots_that_are_cut_in_another_way_are_refused_before_anything_is_written(slices: list[int]) -> None:
+    worker = _gated_delta(0, 1, slices)
+    worker.device = torch.device("cpu")
+    with pytest.raises(UnsupportedAdapter, match=r"linear_attn\.in_proj_qkv"):
+        SlotWriter(worker).check(_flat(["linear_attn.in_proj_qkv"])[1])
+
+
+def test_value_heads_may_have_a_size_of_their_own() -> None:
+    lora_slots.install()
+    base = _bare(
+        linear.QKVParallelLinear,
+        head_size=SIZE,
+        v_head_size=2 * SIZE,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        total_num_heads=HEADS,
+        total_num_kv_heads=KV_HEADS,
+        num_kv_head_replicas=1,
+        output_sizes=[Q, KV, 2 * KV],
+        output_size_per_partition=Q + 3 * KV,
+        input_size=HIDDEN,
+        tp_rank=0,
+        tp_size=1,
+        weight=nn.Parameter(torch.zeros(Q + 3 * KV, HIDDEN)),
+    )
+    layer = columns.MergedQKVParallelLinearWithLoRA(base)
+    config = SimpleNamespace(max_lora_rank=RANK, fully_sharded_loras=False, lora_dtype=torch.float32)
+    layer.create_lora_weights(1, config)
+    assert [stack.shape[2] for stack in layer.lora_b_stacked] == [Q, KV, 2 * KV]
+    assert list(lora_slots.LoraLayer(layer, ["q_proj", "k_proj", "v_proj"]).shapes()) == ["q_proj", "k_proj", "v_proj"]
