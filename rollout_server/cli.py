@@ -104,10 +104,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     """
     from rollout_server.api.security import binding
     from rollout_server.api.security.bearer_tokens import configured_tokens
-    from rollout_server.vllm_compat import pil_processors, versions, vision
+    from rollout_server.vllm_compat import versions, vision
 
     versions.vllm_version()
-    pil_processors.do_without_torchvision()
+    vision.do_without_torchvision()
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -290,9 +290,7 @@ def _trainer(
     try:
         if encoders(model_config) and has_images(task.train):
             do_without_videos(transformers)
-        elif encoders(
-            model_config
-        ):  # of its processor, too, whose chats are made of parts, and which needs torchvision
+        elif encoders(model_config):  # of its processor, too, whose chats are made of parts; it needs torchvision
             tokenizer = AutoTokenizer.from_pretrained(
                 model,
                 revision=model_args.model_revision,

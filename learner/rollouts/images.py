@@ -15,7 +15,7 @@ def with_images(prompts: Sequence[list[int]], images: Sequence[Any] | None) -> l
         images: of each row a list of PIL images, or None.
 
     Raises:
-        LockstepError: `invalid_request` for an image that is none of PIL's.
+        LockstepError: `invalid_request` for an image that is none of PIL's, or not plain RGB.
     """
     if images is None:
         return list(prompts)

@@ -12,6 +12,7 @@ from typing import Any
 from shared.errors import InvalidRequest
 from shared.images import Image, pixel_digest
 
+_ORIENTATION = 0x0112
 #: Encoded images that are kept: TRL repeats each for all completions of its prompt, and requests a batch twice.
 _KEPT = 1024
 _encoded: OrderedDict[str, Image] = OrderedDict()
@@ -53,7 +54,7 @@ def encoded_image(picture: Any) -> tuple[Image, str]:
     """Return an image as it is sent, without loss, and the digest of its pixels.
 
     Raises:
-        LockstepError: `invalid_request` if it is none of PIL's.
+        LockstepError: `invalid_request` if it is none of PIL's, or not plain RGB.
     """
     from PIL import Image as Pillow
 
@@ -62,7 +63,12 @@ def encoded_image(picture: Any) -> tuple[Image, str]:
             f"an image of a prompt is a {type(picture).__name__}, not a PIL image: cast the column with "
             "datasets.Image(), or load it in the task"
         )
-    pixels = picture.convert("RGB").tobytes()
+    if picture.mode != "RGB" or picture.getexif().get(_ORIENTATION, 1) != 1:
+        raise InvalidRequest(
+            f"an image of a prompt is {picture.mode}, or to be turned (EXIF), and the model's processor would see "
+            "another one than the server: send ImageOps.exif_transpose(image).convert('RGB') of PIL"
+        )
+    pixels = picture.tobytes()
     digest = pixel_digest(*picture.size, pixels)
     with _encoding:
         if digest not in _encoded:

@@ -151,9 +151,9 @@ def _token_ids(trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, nam
         raise InvalidRequest(
             f"{name}, row {start + 1}, {_beginning(prompts[0])}: the tokenizer or its chat template refuses it ({why})"
         ) from error
-    row = next((row for row, ids in enumerate(found, start + 1) if images_of(ids)), None)
-    if row is not None and not sees_images(trainer):
-        raise InvalidRequest(f"{name}, row {row}: an image in the prompt, and the model sees none (docs/images.md)")
+    seen = next((row for row, ids in enumerate(found, start + 1) if images_of(ids)), None)
+    if seen is not None and not sees_images(trainer):
+        raise InvalidRequest(f"{name}, row {seen}: an image in the prompt, and the model sees none (docs/images.md)")
     return found
 
 

@@ -61,11 +61,11 @@ async def seen_prompts(
     held.callback(proxy.capacity.hold, -size)
     left = iter(measured)
     seen = []
-    for index, (token_ids, own) in enumerate(zip(prompts, names, strict=True)):
-        if not own:
+    for index, (token_ids, its_names) in enumerate(zip(prompts, names, strict=True)):
+        if not its_names:
             seen.append(SeenPrompt(token_prompt(token_ids), token_ids, []))
             continue
-        decoded = [await in_turn(decode, name, next(left)) for name in own]
+        decoded = [await in_turn(decode, name, next(left)) for name in its_names]
         pictures = [image.picture for image in decoded]
         made = await vision.engine_prompt(proxy, f"{what} {index}", token_ids, pictures)
         ids = checked(index, list(made["prompt_token_ids"]), room, proxy.model_config)

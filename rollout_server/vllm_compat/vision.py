@@ -129,9 +129,10 @@ async def engine_prompt(engine: Any, what: str, token_ids: list[int], pictures: 
         LockstepError: `invalid_request` where ids and images do not belong together.
     """
     prompt = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": Pictures(pictures)}}
+    refused: tuple[type[Exception], ...] = (*versions.refusals(), RuntimeError)
     try:
         made = await engine.renderer.process_for_engine_async(prompt, time.time())
-    except (*versions.refusals(), RuntimeError) as error:
+    except refused as error:
         raise InvalidRequest(f"{what}: the model's processor refuses its images: {one_line(error)}") from error
     token = engine.model_config.hf_config.image_token_id
     filled = sum(place.get_num_embeds() for place in made["mm_placeholders"]["image"])

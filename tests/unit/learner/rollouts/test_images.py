@@ -37,6 +37,26 @@ def test_pixels_arrive_as_they_are() -> None:
     assert Pillow.open(io.BytesIO(base64.b64decode(image.data))).tobytes() == picture.tobytes()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA", "CMYK", "1"])
+def test_other_modes_are_refused_by_name(mode: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"is {mode}, .*convert\('RGB'\)"):
+        with_images([[1]], [[Pillow.new(mode, (4, 3))]])
+
+
+def test_a_picture_that_is_to_be_turned_is_refused() -> None:
+    turned = RED.copy()
+    turned.getexif()[0x0112] = 6
+    with pytest.raises(InvalidRequest, match="exif_transpose"):
+        with_images([[1]], [[turned]])
+
+
+def test_nothing_but_pixels_is_sent() -> None:
+    picture = Pillow.new("RGB", (5, 5), "green")
+    picture.info["icc_profile"] = b"a profile"
+    (image,) = images_of(with_images([[1]], [[picture]])[0])
+    assert b"iCCP" not in base64.b64decode(image.data)
+
+
 def test_what_is_no_picture_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="not a PIL image"):
         with_images([[1]], [["http://a.example/b.png"]])
