@@ -299,8 +299,6 @@ def _attacks(place: Any) -> list[tuple[str, dict[str, Any]]]:
         ),
         *(("/v1/responses", {"input": [{"role": "user", "content": [part]}]}) for part in (*inputs, *parts)),
         ("/v1/messages/count_tokens", {"messages": chats[-1]}),
-        ("/v1/chat/completions/render", {"messages": chats[0]}),
-        ("/inference/v1/generate", {"token_ids": [5], "content_parts": [parts[0]], "sampling_params": {}}),
         ("/v1/completions", {"prompt": "a", "multi_modal_data": {"image": place}}),
     ]
 
