@@ -104,10 +104,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     """
     from rollout_server.api.security import binding
     from rollout_server.api.security.bearer_tokens import configured_tokens
-    from rollout_server.vllm_compat import pil_processors, versions
+    from rollout_server.vllm_compat import versions, vision
 
     versions.vllm_version()
-    pil_processors.do_without_torchvision()
+    vision.do_without_torchvision()
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -122,10 +122,18 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     parser = versions.make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)
     parser.set_defaults(allowed_origins=[])  # every one in some versions of vLLM
+    # Without a list vLLM fetches images from everywhere. Its routes take none here; this is a second barrier.
+    parser.set_defaults(allowed_media_domains=[vision.NO_MEDIA_DOMAIN])
+    # An image that vLLM counts as known to its engine, and whose request is refused then, is missing there.
+    parser.set_defaults(mm_processor_cache_gb=0)
     args = parser.parse_args(argv)
     settings = server_settings.from_args(args)
+    if not args.limit_mm_per_prompt and not args.language_model_only:
+        args.limit_mm_per_prompt = vision.image_limits(settings.max_images)
     args.model = args.model_tag or args.model
     unusable = {
+        "--allowed-media-domains": args.allowed_media_domains != [vision.NO_MEDIA_DOMAIN],
+        "--allowed-local-media-path": args.allowed_local_media_path,
         "--lora-modules": args.lora_modules,
         "--worker-extension-cls": args.worker_extension_cls,
         "--api-server-count": (args.api_server_count or 1) > 1,
@@ -133,6 +141,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         "--uds": args.uds,
         "--enable-ssl-refresh": args.enable_ssl_refresh,
         "--enable-prompt-embeds": args.enable_prompt_embeds,  # embeddings of a request are a pickle
+        "--enable-mm-embeds": getattr(args, "enable_mm_embeds", False),
+        "--enable-tower-connector-lora": getattr(
+            args, "enable_tower_connector_lora", False
+        ),  # no learner trains the part that sees
     }
     for flag, given in unusable.items():
         if given:

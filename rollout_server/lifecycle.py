@@ -21,6 +21,7 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy, in_session
 from rollout_server.engine.sleep import Sleep
 from rollout_server.engine.watchdog import StallWatchdog
+from rollout_server.generation.images import ImageLimits
 from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import BroadcastGroups
 from rollout_server.installs.installer import Installer
@@ -31,7 +32,7 @@ from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
 from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import start_errors, topology, versions
+from rollout_server.vllm_compat import start_errors, topology, versions, vision
 from shared.errors import EngineDead, InvalidRequest
 from shared.messages import one_line
 
@@ -72,6 +73,9 @@ async def _start(
 
     started = time.monotonic()
     versions.leave_flat_logprobs_without_text()
+    sees = versions.takes_images(vllm_config.model_config)
+    if sees:
+        vision.prepare(vllm_config)
     # On a thread: loading takes minutes, and /health must answer meanwhile.
     engine = await asyncio.to_thread(
         AsyncLLM.from_vllm_config,
@@ -83,7 +87,9 @@ async def _start(
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
-    await engine.reset_mm_cache()
+    if sees:
+        vision.take_our_images(engine)
+        proxy.image_limits = ImageLimits.of(settings)
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
@@ -210,7 +216,5 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
     lora = vllm_config.lora_config
     if settings.in_columns and lora.lora_dtype != model.dtype:
         raise InvalidRequest(f"--lora-dtype {lora.lora_dtype}: columns have the weights' dtype; leave it out")
-    if versions.takes_images(model):
-        raise InvalidRequest(
-            "images and sound are not supported yet: serve the model's text alone, with --language-model-only"
-        )
+    if unseen := vision.refusal(model):
+        raise InvalidRequest(unseen)

@@ -65,6 +65,9 @@ class ServerSettings:
     max_request_tokens: int = _flag(
         2**27, "tokens in one request: its prompts, and max_tokens of each completion; beyond it 413"
     )
+    max_images: int = _flag(8, "images of one prompt; beyond it 413")
+    max_image_mib: int = _flag(8, "largest file of an image, in MiB; beyond it 413")
+    max_image_pixels: int = _flag(2**24, "pixels of one image, checked before it is decoded; beyond it 413")
     max_sessions: int = _flag(4096, "sessions of agents open at once; beyond it 429")
     max_session_tokens: int = _flag(
         2**25,

@@ -8,11 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from shared.bounds import Count, FewFields, TokenIds
+from shared.images import Image
 from shared.sampling import SamplingParams
 from shared.weights import RUN_ID_PATTERN, WeightVersion
 
 #: A stream of groups is never silent for longer: where no group has finished, it holds a blank line.
 HEARTBEAT_SECONDS = 5.0
+
+#: Of one prompt; how many a server takes is its own to say.
+Images = Annotated[list[Image], Field(fail_fast=True, max_length=4096)]
 
 PolicySelector = Literal["latest", "base"] | WeightVersion
 
@@ -34,6 +38,11 @@ class Prompt(FewFields):
     text: str | None = Field(None, min_length=1)
     messages: Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=2**16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="of this prompt, instead of sampling.seed")
+    images: Images = Field(
+        [],
+        description="in the order of the prompt. Token ids hold one token for each image, or all those that the "
+        "model's processor makes of it; messages hold parts of type `image` without contents",
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> Prompt:
@@ -105,7 +114,8 @@ class RolloutGroup(BaseModel):
     """The completions of one prompt."""
 
     prompt_index: int
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int] = Field(description="as the model saw them, with all tokens of images")
+    image_digests: list[str] = Field([], description="of the pixels of the prompt's images, as RGB")
     completions: list[Completion]
 
 
@@ -122,11 +132,16 @@ class ScoreRequest(PolicyRequest):
     sequences: Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         min_length=1, max_length=2**20, description="each of at least two token ids"
     )
+    images: Annotated[list[Images], Field(fail_fast=True, max_length=2**20)] = Field(
+        [], description="of each sequence, which holds all tokens of its images; left out where none has any"
+    )
 
     @model_validator(mode="after")
     def _scorable(self) -> ScoreRequest:
         if any(len(sequence) < 2 for sequence in self.sequences):
             raise ValueError("sequences: each needs at least two token ids; the first has no logprob")
+        if self.images and len(self.images) != len(self.sequences):
+            raise ValueError(f"images: {len(self.images)} lists for {len(self.sequences)} sequences; send one for each")
         return self
 
 
@@ -136,3 +151,4 @@ class ScoreResponse(BaseModel):
     epoch: str
     version: WeightVersion | None
     logprobs: list[Logprobs]
+    image_digests: list[list[str]] = Field([], description="of the pixels of each sequence's images, as RGB")

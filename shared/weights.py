@@ -186,4 +186,5 @@ class ServerState(BaseModel):
         None, description="how the server quantizes the base: what it serves is then another policy than the learner's"
     )
     mixture_of_experts: bool = False
+    max_images: int = Field(0, description="images that a prompt may have; 0: the server takes text only")
     runs: list[RunState] = []

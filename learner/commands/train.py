@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
@@ -37,6 +38,7 @@ from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
+from learner.tasks.columns import has_images
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_corrected, check_grpo
 from learner.trainer.leaving import SIGNALS
@@ -49,6 +51,7 @@ from learner.utils.logs import show_messages
 from learner.utils.processes import Stopped, each_signal, raise_stopped
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
+from shared.image_processors import do_without_videos
 from shared.model_files import check_model_exists
 from shared.module_names import encoders
 
@@ -117,6 +120,11 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         eval_dataset=config.eval_dataset,
         default_reward=agent_reward if agent else None,
     )
+    if has_images(task.train):
+        raise InvalidRequest(
+            f"task {task.name} has images, and training on images is not supported yet: remove them, and the text is "
+            "trained"
+        )
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
     for state in states:  # what is known before the model is loaded; `attach` checks all of it
@@ -280,7 +288,9 @@ def _trainer(
     args.reward_weights = task.reward_weights
     tokenizer = None  # TRL takes the checkpoint's own
     try:
-        if encoders(model_config):  # of its processor, too, whose chats are made of parts, and which needs torchvision
+        if encoders(model_config) and has_images(task.train):
+            do_without_videos(transformers)
+        elif encoders(model_config):  # of its processor, too, whose chats are made of parts; it needs torchvision
             tokenizer = AutoTokenizer.from_pretrained(
                 model,
                 revision=model_args.model_revision,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from learner.evaluation.prompts import prompt_of, shown
 from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
 from shared.errors import InvalidRequest
-from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
+from shared.rollouts import GenerateRequest, PolicySelector, RolloutGroup
 from shared.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def evaluate(
     for start in range(0, len(rows), _QUESTIONS_PER_REQUEST):
         chunk = rows[start : start + _QUESTIONS_PER_REQUEST]
         request = GenerateRequest(
-            prompts=[Prompt(text=p) if isinstance(p := row["prompt"], str) else Prompt(messages=p) for row in chunk],
+            prompts=[prompt_of(row) for row in chunk],
             sampling=sampling,
             policy=policy,
             run_id=None if policy == "base" else run_id,
@@ -96,7 +97,9 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
         rewards = {name: values[position] for name, values in scores.items()}
         scored = [weight * r for weight, r in zip(weights, rewards.values(), strict=True) if r is not None]
         total, tokens = sum(scored) if scored else None, len(completion.token_ids)
-        yield EvalRow(start + i, row["prompt"], texts[position], completion.finish_reason, tokens, rewards, total)
+        yield EvalRow(
+            start + i, shown(row["prompt"]), texts[position], completion.finish_reason, tokens, rewards, total
+        )
 
 
 def result_of(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:

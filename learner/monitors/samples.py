@@ -208,12 +208,19 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
+def _part(part: dict[str, Any]) -> str:
+    if part.get("type") != "image":
+        return str(part.get("text", part))
+    width, height = getattr(part.get("image"), "size", ("?", "?"))
+    return f"[image, {width} x {height} pixels]"
+
+
 def _turn(message: Any) -> str:
     if not isinstance(message, dict):
         return str(message)
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = "\n".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
+        content = "\n".join(_part(part) if isinstance(part, dict) else str(part) for part in content)
     calls = message.get("tool_calls")
     called = f"\n{json.dumps(calls, default=str, ensure_ascii=False)}" if calls else ""
     return f"{message.get('role', 'message')}: {content}{called}"

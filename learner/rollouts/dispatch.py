@@ -12,6 +12,7 @@ from itertools import groupby
 
 from learner.rollouts.completions import AllowedVersion, broken_response, check_completion
 from learner.servers.pool import ServerPool
+from learner.servers.prompts import digests_of, images_of
 from learner.servers.replica import Replica
 from learner.servers.router import GroupRequest, Router
 from learner.utils.threads import start
@@ -39,7 +40,7 @@ def group_requests(
     requests, row = [], 0
     for token_ids, rows in groupby(prompts):
         n = sum(1 for _ in rows)
-        requests.append(GroupRequest(row, list(token_ids), n, seed_of(row, token_ids) if seed_of else None))
+        requests.append(GroupRequest(row, token_ids, n, seed_of(row, token_ids) if seed_of else None))
         row += n
     return requests
 
@@ -181,8 +182,14 @@ class Dispatcher:
                 for response in request.replica.client.iter_groups(self._body(request)):
                     index, completions = response.prompt_index, response.completions
                     group = request.groups[index] if 0 <= index < len(request.groups) else None
-                    if group is None or len(completions) != group.n or response.prompt_token_ids != group.token_ids:
+                    if (
+                        group is None
+                        or len(completions) != group.n
+                        or response.prompt_token_ids != list(group.token_ids)
+                    ):
                         raise broken_response(f"group {index} is not the completions of a prompt that was sent")
+                    if response.image_digests != digests_of(group.token_ids):
+                        raise broken_response(f"group {index} is of other images than those that were sent")
                     for completion in completions:
                         check_completion(completion, request.allowed)
                     lengths = [len(completion.token_ids) for completion in completions]
@@ -201,7 +208,10 @@ class Dispatcher:
         allowed, n = request.allowed, request.groups[0].n
         update = {"n": n, "max_tokens": request.max_tokens, "seed": self.fixed_seed}
         return GenerateRequest(
-            prompts=[Prompt(token_ids=group.token_ids, seed=group.seed) for group in request.groups],
+            prompts=[
+                Prompt(token_ids=list(group.token_ids), seed=group.seed, images=images_of(group.token_ids))
+                for group in request.groups
+            ],
             # Validated again, so that n > 1 with temperature 0 is refused here and by name.
             sampling=SamplingParams.model_validate({**self.sampling.model_dump(), **update}),
             policy=allowed.version if allowed.exact else "latest",

@@ -19,10 +19,11 @@ from learner.rewards.scorer import Rewards
 from learner.rollouts.completions import AllowedVersion, oldest_step, policy_logprobs, sampled_length
 from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.rollouts.dynamic_sampling import DynamicSampling
+from learner.rollouts.images import with_images
 from learner.rollouts.prefetch import Asked, Prefetcher
 from learner.servers.router import GroupRequest
 from learner.utils.waits import LATER_S, waiting
-from shared.errors import InvalidRequest, NotFinite
+from shared.errors import NotFinite
 from shared.rollouts import Completion
 
 logger = logging.getLogger("lockstep.rollouts")
@@ -136,7 +137,7 @@ class RemoteRollouts:
         Args:
             prompts: token ids [B][P]. Equal neighbors share one request entry, whatever their number: TRL repeats a
                 prompt in a row, except in tool loops, where every row has its own history.
-            images: must be None.
+            images: of each row a list of PIL images, or None.
             num_generations: TRL's G; not needed, since rows are counted.
             profiler: TRL's timer.
 
@@ -149,8 +150,7 @@ class RemoteRollouts:
             LockstepError: also when a completion is empty, aborted, or not of a version that may be trained on, and
                 when more than one in a thousand tokens is without a finite logprob.
         """
-        if images is not None and any(image is not None for image in images):
-            raise InvalidRequest("images in prompts: only text models are supported")
+        prompts = with_images(prompts, images)
         held, self._held = self._held, None
         with profiler or nullcontext():
             if self._in_tool_loop:

@@ -23,6 +23,7 @@ class GroupRequest:
 
     Attributes:
         first_row: row of the batch that the first completion is for; the others follow it.
+        token_ids: of the prompt; an `ImagePrompt` where it has images.
         seed: overrides the seed of the sampling parameters.
     """
 

@@ -81,8 +81,8 @@ def load_task(
             raise TaskError(f"{spec} is neither a learner.tasks.Task nor a function that returns one, but {made!r:.80}")
         from learner.tasks.columns import usable
 
-        evaluation = made.eval if made.eval is None else usable(made.eval, f"{spec}, evaluation")
-        return replace(made, train=usable(made.train, f"{spec}, training"), eval=evaluation)
+        evaluation = made.eval if made.eval is None else usable(made.eval, f"{spec}, evaluation", images=True)
+        return replace(made, train=usable(made.train, f"{spec}, training", images=True), eval=evaluation)
 
     from learner.tasks.dataset import load_dataset_task
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
@@ -92,8 +93,11 @@ def without_filled_keys(prompt: Any) -> Any:
     ]
 
 
-def usable(rows: T, what: str) -> T:
+def usable(rows: T, what: str, *, images: bool = False) -> T:
     """Return the rows, checked; without image columns, which TRL would read, where these hold no image.
+
+    Args:
+        images: the model sees images.
 
     Raises:
         TaskError: a column would take the place of an argument of reward functions, or a row has an image.
@@ -104,13 +108,42 @@ def usable(rows: T, what: str) -> T:
             f"{what} has a column {taken[0]!r}, the name of an argument that every reward function gets: rename it"
         )
     for name in set(IMAGE_COLUMNS) & set(names) if isinstance(rows, Dataset) else ():
-        for i, value in enumerate(rows[name]):
-            if value is not None and value != []:
-                raise TaskError(
-                    f"{what}, row {i + 1}, column {name!r}: images in prompts: only text models are supported"
-                )
-        rows = rows.remove_columns(name)
+        seen = next(((i, value) for i, value in enumerate(rows[name], 1) if _is_seen(value)), None)
+        if seen is None:
+            rows = rows.remove_columns(name)
+            continue
+        where, first = f"{what}, row {seen[0]}, column {name!r}", seen[1][0] if isinstance(seen[1], list) else seen[1]
+        if not images:
+            raise TaskError(
+                f"{where}: an image, and the model sees none: train another, or remove the column (docs/images.md)"
+            )
+        if isinstance(first, str | Mapping):
+            raise TaskError(f"{where}: {first!r:.60} is not an image: load it, or cast the column (datasets.Image)")
     return rows
+
+
+def has_images(rows: Any) -> bool:
+    """Return whether a prompt of a dataset has images: in a column of TRL's, or as a part of a message."""
+    if not isinstance(rows, Dataset):
+        return False
+    names = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    return any(_is_seen(value) for name in names for value in rows[name]) or any(map(_has_part, rows["prompt"]))
+
+
+def _is_seen(value: Any) -> bool:
+    return value is not None and value != []
+
+
+def _has_part(prompt: Any) -> bool:
+    contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def image_key(value: Any) -> str:
+    """Return what tells the images of one row from those of others."""
+    images = value if isinstance(value, list) else [value]
+    return "+".join(sha256(image.tobytes()).hexdigest() if hasattr(image, "tobytes") else "" for image in images)
 
 
 def _feature(values: Sequence[Any]) -> Value | ExactJson:

@@ -11,7 +11,14 @@ from typing import Any
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 
 from learner.tasks.base import RewardFunc, Task, TaskError
-from learner.tasks.columns import exact_dataset, is_filled, usable, without_filled_keys
+from learner.tasks.columns import (
+    IMAGE_COLUMNS,
+    exact_dataset,
+    image_key,
+    is_filled,
+    usable,
+    without_filled_keys,
+)
 from learner.tasks.files import FILE_KINDS, kind_of, read_file
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, question_key
@@ -106,7 +113,7 @@ def _has_dates(feature: Any) -> bool:
 
 def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptStyle) -> Dataset:
     """Put the model's prompt into the column `prompt`; the rewards read the other columns."""
-    rows = usable(rows, spec)
+    rows = usable(rows, spec, images=True)
     if style.prompt_template is None and prompt_column not in rows.column_names:
         raise TaskError(
             f"{spec} has no column {prompt_column!r}; it has {', '.join(rows.column_names)}. Name the question's "
@@ -131,8 +138,10 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
 def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Dataset]:
     """Split by question: all rows of a question are on the same side."""
     by_key: dict[str, list[int]] = {}
-    for i, prompt in enumerate(rows["prompt"]):
-        by_key.setdefault(question_key(prompt), []).append(i)
+    seen = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    for i, row in enumerate(rows.select_columns(["prompt", *seen])):
+        key = "\0".join([question_key(row["prompt"]), *(image_key(row[name]) for name in seen)])
+        by_key.setdefault(key, []).append(i)
     if eval_size >= len(by_key):
         raise TaskError(
             f"{spec} has {len(by_key)} different questions: too few to hold out {eval_size} and train on others. "

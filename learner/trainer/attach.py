@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -52,13 +53,14 @@ from learner.trainer.hooks import (
     replace_zero_variance_groups,
     watch_mismatch,
 )
+from learner.trainer.images import check_images, check_sight, image_token_ids, sees_images
 from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.leaving import leave_in_order
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, keep_old_values, sort_rows
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
-from learner.trainer.sampling import sampling_params
+from learner.trainer.sampling import sampling_params, without_tokens
 from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
@@ -66,6 +68,8 @@ from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.sampling import SamplingParams
 from shared.weights import ServerState
+
+logger = logging.getLogger("lockstep.trainer")
 
 NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
 
@@ -128,6 +132,7 @@ def attach(
     runs = agent_of(config.agent, config.agent_command, agent)
     if runs:
         check_agent(trainer, args, config)
+    check_sight(trainer, agents=runs is not None)
     check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
         raise InvalidRequest("deterministic: set full_determinism=True in GRPOConfig, for deterministic kernels")
@@ -151,6 +156,7 @@ def attach(
         if config.share_gpu:
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
+        check_images(prompts.images, state)
         check_rank(adapter_config, state)
         check_targets(layers, mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, prompts.longest, state, prompts.where)
@@ -164,7 +170,7 @@ def attach(
     name_rewards(trainer)
     if not trainer.is_deepspeed_enabled:
         keep_master_weights(model)
-    sampling = sampling_params(args, trainer.eos_token_ids)
+    sampling = without_tokens(sampling_params(args, trainer.eos_token_ids), image_token_ids(trainer))
     session = Session(
         TrlTrainer(trainer),
         model,
@@ -233,12 +239,14 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     cut_passes(trainer)
     if reward:
         score_forks(trainer, forks)
-    packs = session.config.packed_passes
+    packs = session.config.packed_passes and not sees_images(trainer)
+    if session.config.packed_passes and not packs:
+        logger.info("passes are not packed: those with images are TRL's own")
     if packs and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         adapter = active_adapter(session.model)
         session.one_product = use_one_product(session.model, adapter) == len(lora_layers(session.model, adapter))
     packed = score_packed(trainer, session.config.max_tokens_per_pass, forks) if packs else None
-    if packed is None:
+    if packed is None and not sees_images(trainer):  # whose patches are no rows
         sort_rows(trainer)
     if not dropouts(session.model):
         keep_old_values(trainer)

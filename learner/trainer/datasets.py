@@ -11,7 +11,10 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
-from learner.tasks.columns import is_filled, usable, without_filled_keys
+from learner.servers.prompts import images_of
+from learner.tasks import columns
+from learner.tasks.columns import IMAGE_COLUMNS, is_filled, without_filled_keys
+from learner.trainer.images import sees_images, token_ids
 from learner.utils.distributed import on_every_rank
 from shared.errors import InvalidRequest
 
@@ -19,7 +22,7 @@ logger = logging.getLogger("lockstep.trainer")
 
 #: Prompts whose token ids are kept.
 KEPT = 512
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE, _IMAGES_AT_ONCE = 512, 16
 _MANY_ROWS = 50_000
 
 
@@ -28,7 +31,8 @@ class Prompts:
     """Prompts of all datasets, as TRL templates them.
 
     Attributes:
-        first: token ids [N][P] of the first training prompts.
+        first: token ids [N][P] of the first training prompts without images.
+        images: the most that one prompt has.
         longest: tokens of the longest prompt.
         where: names the longest prompt.
     """
@@ -36,6 +40,7 @@ class Prompts:
     first: list[list[int]] = field(default_factory=list)
     longest: int = 0
     where: str = ""
+    images: int = 0
 
 
 def check_datasets(trainer: GRPOTrainer) -> None:
@@ -44,6 +49,7 @@ def check_datasets(trainer: GRPOTrainer) -> None:
     Raises:
         LockstepError: `invalid_request`, with the column and its row.
     """
+    usable = partial(columns.usable, images=sees_images(trainer))
     if isinstance(trainer.train_dataset, Dataset | IterableDataset):
         trainer.train_dataset = usable(trainer.train_dataset, "the training data")
     evaluation = trainer.eval_dataset
@@ -78,6 +84,7 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     measure = partial(_measure_part, trainer, accelerator.process_index, accelerator.num_processes)
     for part in on_every_rank(measure):
         found.first += part.first[: KEPT - len(found.first)]
+        found.images = max(found.images, part.images)
         if part.longest > found.longest:
             found.longest, found.where = part.longest, part.where
     return found
@@ -95,18 +102,24 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
             continue
         if len(rows) > _MANY_ROWS and rank == 0:
             logger.info("measuring the %d prompts of %s", len(rows), name)
-        only_prompts = rows.select_columns("prompt")  # other columns may be large
+        wanted = ["prompt", *(IMAGE_COLUMNS if sees_images(trainer) else ())]
+        only_prompts = rows.select_columns(
+            [name for name in wanted if name in rows.column_names]
+        )  # others may be large
         kind, end = type(only_prompts[0]["prompt"]), len(rows) * (rank + 1) // ranks
-        for start in range(len(rows) * rank // ranks, end, _ROWS_AT_ONCE):
-            prompts = only_prompts[start : min(start + _ROWS_AT_ONCE, end)]["prompt"]
-            for i, token_ids in enumerate(_token_ids(trainer, prompts, kind, name, start)):
-                if not token_ids:
+        at_once = _IMAGES_AT_ONCE if len(wanted) > 1 else _ROWS_AT_ONCE
+        for start in range(len(rows) * rank // ranks, end, at_once):
+            columns_of = only_prompts[start : min(start + at_once, end)]
+            part = [dict(zip(columns_of, row, strict=True)) for row in zip(*columns_of.values(), strict=True)]
+            for i, ids in enumerate(_token_ids(trainer, part, kind, name, start)):
+                if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
-                if len(token_ids) > found.longest:
-                    found.longest = len(token_ids)
-                    found.where = f"{name}, row {start + i + 1}, {_beginning(prompts[i])}"
-                if rows is trainer.train_dataset and len(found.first) < KEPT:
-                    found.first.append(token_ids)
+                found.images = max(found.images, len(images_of(ids)))
+                if len(ids) > found.longest:
+                    found.longest = len(ids)
+                    found.where = f"{name}, row {start + i + 1}, {_beginning(part[i]['prompt'])}"
+                if rows is trainer.train_dataset and len(found.first) < KEPT and not images_of(ids):
+                    found.first.append(ids)
     return found
 
 
@@ -118,8 +131,9 @@ def _datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
             yield name, rows
 
 
-def _token_ids(trainer: GRPOTrainer, prompts: list[Any], kind: type, name: str, start: int) -> list[list[int]]:
+def _token_ids(trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, name: str, start: int) -> list[list[int]]:
     """Return token ids [N][P]; where that fails, name the first row for which it does."""
+    prompts = [row["prompt"] for row in rows]
     for row, prompt in enumerate(prompts, start + 1):
         if not isinstance(prompt, str | list) or not prompt or type(prompt) is not kind:
             raise InvalidRequest(
@@ -127,20 +141,20 @@ def _token_ids(trainer: GRPOTrainer, prompts: list[Any], kind: type, name: str, 
                 f"empty, but it is {prompt!r:.80}"
             )
     try:
-        found, images = trainer._tokenize_prompts(prompts)[:2]
+        found = token_ids(trainer, rows)
     except Exception as error:  # whatever a chat template raises
         half = len(prompts) // 2
         if half:
-            first = _token_ids(trainer, prompts[:half], kind, name, start)
-            return first + _token_ids(trainer, prompts[half:], kind, name, start + half)
+            first = _token_ids(trainer, rows[:half], kind, name, start)
+            return first + _token_ids(trainer, rows[half:], kind, name, start + half)
         why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         raise InvalidRequest(
             f"{name}, row {start + 1}, {_beginning(prompts[0])}: the tokenizer or its chat template refuses it ({why})"
         ) from error
-    if images is not None:
-        row = next(row for row, image in enumerate(images, start + 1) if image)
-        raise InvalidRequest(f"{name}, row {row}: images in prompts: only text models are supported")
-    return [list(token_ids) for token_ids in found]
+    seen = next((row for row, ids in enumerate(found, start + 1) if images_of(ids)), None)
+    if seen is not None and not sees_images(trainer):
+        raise InvalidRequest(f"{name}, row {seen}: an image in the prompt, and the model sees none (docs/images.md)")
+    return found
 
 
 def _beginning(prompt: Any) -> str:

@@ -73,7 +73,7 @@ def check_trl(trainer: GRPOTrainer) -> None:
         )
     if trainer._is_vlm:
         raise UnsupportedAdapter(
-            "images are not supported yet: to train on text, give the trainer a tokenizer, "
+            "training on images is not supported yet: to train on text, give the trainer a tokenizer, "
             "processing_class=AutoTokenizer.from_pretrained(MODEL)"
         )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:

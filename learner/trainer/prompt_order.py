@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from trl import GRPOTrainer
 
 from learner.rollouts.schedule import Schedule
+from learner.trainer.images import token_ids
 
 
 def indexable(trainer: GRPOTrainer) -> bool:
@@ -78,7 +79,7 @@ class TrlPrompts:
         return [trainer.train_dataset[index] for index in drawn[trainer.accelerator.process_index :: ranks]]
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        return [list(ids) for ids in self._trainer._tokenize_prompts([row["prompt"] for row in rows])[0]]
+        return token_ids(self._trainer, rows)
 
     def _indices(self, first: int, last: int) -> dict[int, list[int]]:
         """Return the dataset indices of the generation batches from `first` to `last`."""

@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from rollout_server.api.security.roles import SESSION_KEY
 from rollout_server.engine.turns import in_turn
+from rollout_server.generation.media import check_text_only
 from rollout_server.generation.tokenization import check_text
 from rollout_server.sessions.records import RecordedSession
 from shared import wire
@@ -72,6 +73,7 @@ def _check_theirs(context: int, session: RecordedSession | None, body: bytes) ->
     try:
         if isinstance(document, dict):
             _check_openai(document)
+            check_text_only(document)
             _check_prompts(document, context)
             if session is not None:
                 session.check_call(document)

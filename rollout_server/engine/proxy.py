@@ -23,7 +23,7 @@ from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.runs.slots import Recall, Run, Slot
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import versions
+from rollout_server.vllm_compat import versions, vision
 from shared.errors import EngineDead, InvalidRequest, LockstepError, VersionNotActive
 from shared.messages import one_line
 from shared.rollouts import PolicyRequest
@@ -100,6 +100,7 @@ class EngineProxy:
         self.held = 0  # pauses under way that the engine has agreed to
         self.asleep = False
         self.turn_tokenizer: Any = None  # the one of the thread of `turns`
+        self.image_limits: Any = None  # `generation.images.ImageLimits` of a model that sees images
         self._probe: asyncio.Future[None] | None = None
         self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
@@ -205,6 +206,8 @@ class EngineProxy:
         with contextlib.ExitStack() as held:
             try:
                 _check_format(sampling_params, call)
+                if self.image_limits is not None:
+                    vision.check_text(self._engine.model_config, prompt)
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
                 await self.runs.admitting()
                 if call.session is not None:

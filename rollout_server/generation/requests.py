@@ -14,8 +14,9 @@ from rollout_server.engine.admission import Admission
 from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turns
+from rollout_server.generation.prompts import SeenPrompt, seen_prompts
 from rollout_server.generation.tokenization import checked, tokenize
-from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm, token_prompt
+from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm
 from rollout_server.vllm_compat import kept_mass, versions
 from shared.errors import EngineDead, InvalidRequest, LockstepError
 from shared.rollouts import HEARTBEAT_SECONDS, Completion, GenerateRequest, RolloutGroup
@@ -29,7 +30,7 @@ class Job:
 
     admission: Admission
     prompt_index: int
-    token_ids: list[int]
+    prompt: SeenPrompt
     params: Any  # vLLM's
     tokenizer: Any  # None where no text is wanted
     truncated: bool  # the request cuts the distribution, so the kept mass is wanted
@@ -39,7 +40,7 @@ class Job:
         """Generate; the group is complete or an error is raised."""
         final = None
         try:
-            async for output in self.admission.generate(token_prompt(self.token_ids), self.params, self.request_id):
+            async for output in self.admission.generate(self.prompt.engine_input, self.params, self.request_id):
                 final = output
         except versions.refusals() as error:  # vLLM's own validation of the parameters
             raise InvalidRequest(str(error)) from error
@@ -47,7 +48,8 @@ class Job:
             raise EngineDead(f"the engine returned no complete group for {self.request_id}")
         return RolloutGroup(
             prompt_index=self.prompt_index,
-            prompt_token_ids=self.token_ids,
+            prompt_token_ids=self.prompt.token_ids,
+            image_digests=self.prompt.image_digests,
             completions=[self._completion(output) for output in sorted(final.outputs, key=lambda output: output.index)],
         )
 
@@ -191,10 +193,15 @@ async def _jobs(
     tokenizer = _tokenizer(proxy) if given_as_text or wants_text else None
     encoder = tokenizer if proxy.turn_tokenizer is None else proxy.turn_tokenizer
     max_tokens = body.sampling.max_tokens
-    prompts = await in_turns(_tokenized(body, encoder, proxy.model_config))
+    tokenized = await in_turns(_tokenized(body, encoder, proxy.model_config))
+    images = [prompt.images for prompt in body.prompts]
+    prompts = await seen_prompts(proxy, "prompt", tokenized, images, max_tokens or 1, held)
     limit = proxy.model_config.max_model_len
     proxy.capacity.check_tokens(
-        sum(len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens) for ids in prompts)
+        sum(
+            len(ids) + body.sampling.n * (limit - len(ids) if max_tokens is None else max_tokens)
+            for _, ids, _ in prompts
+        )
     )
     params = dict(await in_turns(_params(body)))
     held.callback(await exclusive.take())
@@ -202,6 +209,6 @@ async def _jobs(
     admission = held.enter_context(proxy.admit(body))
     decoder, truncated = tokenizer if wants_text else None, body.sampling.truncates
     return [
-        Job(admission, index, token_ids, params[prompt.seed], decoder, truncated)
-        for index, (prompt, token_ids) in enumerate(zip(body.prompts, prompts, strict=True))
+        Job(admission, index, seen, params[prompt.seed], decoder, truncated)
+        for index, (prompt, seen) in enumerate(zip(body.prompts, prompts, strict=True))
     ]

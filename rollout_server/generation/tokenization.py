@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rollout_server.generation.media import check_text_only
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
@@ -56,6 +57,7 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
             f"a prompt has {characters} characters, and the model's {context} tokens hold at most {longest}; cut it"
         )
     check_text([text, chat_template_kwargs], context)
+    check_text_only(prompt.messages, images=True)
     try:
         if prompt.text is not None:
             return list(tokenizer(prompt.text)["input_ids"])

@@ -53,6 +53,7 @@ def describe(
         shares_gpu=settings.share_gpu,
         quantization=str(model.quantization) if model.quantization else None,
         mixture_of_experts=bool(getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)),
+        max_images=settings.max_images if versions.takes_images(model) else 0,
     )
 
 

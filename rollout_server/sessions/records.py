@@ -454,7 +454,7 @@ def _listed(request: SessionRequest) -> int:
 
 def _token_ids(prompt: Any) -> array[int]:
     token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-    if token_ids is None:
+    if token_ids is None or prompt.get("type") == "multimodal":  # a record holds no images
         raise InvalidRequest("a session takes prompts of text or token ids only")
     return array("I", token_ids)
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shared.module_names import is_of_encoder
+
 
 class Part(NamedTuple):
     """One fused part of a layer: this worker holds `rows` of its `total` output features, starting with `first`."""
@@ -65,6 +67,8 @@ def merge_targets(worker: Any) -> dict[str, MergeTarget]:
     packed = get_packed_modules_mapping(model)  # last part of a fused layer's name -> those of its modules
     found = {}
     for name, layer in model.named_modules():
+        if is_of_encoder(name):  # whose outputs vLLM keeps across pushes
+            continue
         if not isinstance(layer, LinearBase) or type(layer.quant_method) is not UnquantizedLinearMethod:
             continue
         weight = layer.weight.data

@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.fuzz.campaign import Tally, Target, pushed
 from tests.fuzz.connections import HeldConnections, fuzz_connections
 from tests.fuzz.foreign import fuzz_foreign
+from tests.fuzz.images import fuzz_images
 from tests.fuzz.large import fuzz_large
 from tests.fuzz.pushes import fuzz_joins, fuzz_pushes
 from tests.fuzz.routes import BODIES, fuzz_adapters, fuzz_announcements, fuzz_bodies, fuzz_raw
@@ -54,6 +55,7 @@ SHARES = {
     "connections": 0.02,
     "large": 0.03,
     "structured": 0.02,
+    "images": 0.02,
     "waiting": 0.0002,
     "foreign": 0.02,
     "broadcast": 0.04,
@@ -124,6 +126,7 @@ def make_campaigns(
         "connections": lambda count, seed: fuzz_connections(target, count, seed),
         "large": lambda count, seed: fuzz_large(target, count, seed),
         "structured": lambda count, seed: fuzz_structured(target, count, seed),
+        "images": lambda count, seed: fuzz_images(target, count, seed),
         "waiting": lambda count, seed: fuzz_waiting(target, count, seed),
         "foreign": lambda count, seed: fuzz_foreign(target, good, count, seed),
         "broadcast": lambda count, seed: fuzz_announcements(target, count, seed),

@@ -57,8 +57,8 @@ async def _lines(groups: Groups, epoch: str) -> AsyncGenerator[bytes, None]:
 async def score(body: ScoreRequest, request: Request, service: ServiceDep) -> ScoreResponse:
     """Raw logprobs at temperature 1 under one version for all sequences."""
     scored = scoring.score(body, service.proxy, service.exclusive)
-    version, logprobs = await _until_disconnect(request, scored)
-    return ScoreResponse(epoch=service.served.epoch, version=version, logprobs=logprobs)
+    version, logprobs, digests = await _until_disconnect(request, scored)
+    return ScoreResponse(epoch=service.served.epoch, version=version, logprobs=logprobs, image_digests=digests)
 
 
 async def _until_disconnect(request: Request, work: Awaitable[T]) -> T:

@@ -273,7 +273,7 @@ def test_image_columns_are_for_images(tmp_path: Path, name: str) -> None:
     assert load_task(str(path), eval_size=1, reward_specs=REWARD).train.column_names == ["prompt"]
     rows[2][name] = "cat.png"
     path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(TaskError, match=f"row 3, column '{name}': images in prompts"):
+    with pytest.raises(TaskError, match=f"row 3, column '{name}': 'cat.png' is not an image"):
         load_task(str(path), eval_size=1, reward_specs=REWARD)
 
 

@@ -148,5 +148,7 @@ def test_images_are_refused_by_row(make_trainer, client) -> None:
     trainer = make_trainer(
         trainer_kwargs=with_rows([{**row, "image": "cat.png" if i == 4 else None} for i, row in enumerate(ROWS[:8])])
     )
-    with pytest.raises(InvalidRequest, match="the training data, row 5, column 'image': images in prompts"):
+    with pytest.raises(
+        InvalidRequest, match="the training data, row 5, column 'image': an image, and the model sees none"
+    ):
         attach(trainer, client=client)

@@ -35,8 +35,8 @@ async def test_a_large_training_is_taken() -> None:
 
 
 async def test_what_clients_send_to_vllm_is_taken() -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "QUJD" * 2**16}}
-    messages = [{"role": "user", "content": [{"type": "text", "text": "what, and why? {[" * 5000}, image]}] * 4
+    packed = {"type": "text", "text": "QUJD" * 2**16}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "what, and why? {[" * 5000}, packed]}] * 4
     parameters = {"type": "object", "properties": {f"p{i}": {"description": "it is " * 50} for i in range(20)}}
     tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": parameters}} for i in range(100)]
     await check_body(CHAT, _json(messages=messages, tools=tools))
@@ -54,6 +54,7 @@ async def test_what_clients_send_to_vllm_is_taken() -> None:
         (CHAT, _json(messages=[{}] * 40000), TooLarge),
         (CHAT, _json(**{f"field{i}": 0 for i in range(70000)}), TooLarge),
         (CHAT, _json(messages=[1] * 5000), InvalidRequest),
+        (CHAT, _json(messages=[{"content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]), InvalidRequest),
         (CHAT, _json(vllm_xargs={"x": {"y": [[1] * 5000]}}), InvalidRequest),
         (COMPLETIONS, _json(prompt=[1.5] * 5000), InvalidRequest),
         (COMPLETIONS, _json(prompt=["a"] * 5000), InvalidRequest),

@@ -44,7 +44,9 @@ async def _score(engine: _Engine, rows: int = 1) -> tuple[WeightVersion | None, 
     run.flip(slot, WeightVersion(run_id="r", step=0), engine.table.next_install_seq(), "sum")
     proxy = EngineProxy(engine, engine.table)
     try:
-        return await scoring.score(ScoreRequest(sequences=[[1, 2, 3]] * rows), proxy, Exclusive(proxy, enabled=False))
+        scored = await scoring.score(ScoreRequest(sequences=[[1, 2, 3]] * rows), proxy, Exclusive(proxy, enabled=False))
+        assert scored[2] == [[]] * rows
+        return scored[:2]
     finally:
         assert proxy.capacity.sequences == 0
         assert all(slot.requests == 0 for slot in run.slots)

@@ -1,0 +1,80 @@
+"""Prompts with images, as requests carry them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from shared.errors import InvalidRequest
+from shared.images import Image, pixel_digest
+
+_ORIENTATION = 0x0112
+#: Encoded images that are kept: TRL repeats each for all completions of its prompt, and requests a batch twice.
+_KEPT = 1024
+_encoded: OrderedDict[str, Image] = OrderedDict()
+_encoding = threading.Lock()
+
+
+class ImagePrompt(list[int]):
+    """Token ids of a prompt and its images: equal to another one only where ids and pixels are.
+
+    Attributes:
+        images: as they are sent.
+        digests: of their pixels.
+    """
+
+    def __init__(self, token_ids: Sequence[int], images: Sequence[Image], digests: Sequence[str]) -> None:
+        super().__init__(token_ids)
+        self.images, self.digests = list(images), list(digests)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, ImagePrompt) and self.digests == other.digests and list(self) == list(other)
+
+    def __ne__(self, other: Any) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]  # as of lists
+
+
+def images_of(token_ids: Sequence[int]) -> list[Image]:
+    """Return the images of a prompt; of plain token ids, none."""
+    return token_ids.images if isinstance(token_ids, ImagePrompt) else []
+
+
+def digests_of(token_ids: Sequence[int]) -> list[str]:
+    """Return the digests of a prompt's images; of plain token ids, none."""
+    return token_ids.digests if isinstance(token_ids, ImagePrompt) else []
+
+
+def encoded_image(picture: Any) -> tuple[Image, str]:
+    """Return an image as it is sent, without loss, and the digest of its pixels.
+
+    Raises:
+        LockstepError: `invalid_request` if it is none of PIL's, or not plain RGB.
+    """
+    from PIL import Image as Pillow
+
+    if not isinstance(picture, Pillow.Image):
+        raise InvalidRequest(
+            f"an image of a prompt is a {type(picture).__name__}, not a PIL image: cast the column with "
+            "datasets.Image(), or load it in the task"
+        )
+    if picture.mode != "RGB" or picture.getexif().get(_ORIENTATION, 1) != 1:
+        raise InvalidRequest(
+            f"an image of a prompt is {picture.mode}, or to be turned (EXIF), and the model's processor would see "
+            "another one than the server: send ImageOps.exif_transpose(image).convert('RGB') of PIL"
+        )
+    pixels = picture.tobytes()
+    digest = pixel_digest(*picture.size, pixels)
+    with _encoding:
+        if digest not in _encoded:
+            stream = io.BytesIO()
+            Pillow.frombytes("RGB", picture.size, pixels).save(stream, "PNG", compress_level=1)
+            _encoded[digest] = Image(data=base64.b64encode(stream.getvalue()).decode())
+            while len(_encoded) > _KEPT:
+                _encoded.popitem(last=False)
+        return _encoded[digest], digest

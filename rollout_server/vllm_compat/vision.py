@@ -1,0 +1,144 @@
+"""Prompts with images as vLLM's engine takes them (0.32).
+
+A prompt's ids come as a learner's processor has made them, with a token for each patch of an image, or with one token
+for each image. vLLM's processor takes the second form only, and would expand what has been expanded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+from rollout_server.vllm_compat import pil_processors, versions
+from shared import image_processors
+from shared.errors import InvalidRequest
+from shared.messages import one_line
+
+#: Kinds of models whose images have been compared with transformers', as `model_type`.
+FAMILIES = ("qwen2_5_vl",)
+#: Of media that may be fetched from nowhere: a name that no host can have.
+NO_MEDIA_DOMAIN = "none.invalid"
+
+
+def do_without_torchvision() -> None:
+    """Let models of images, and their processors, load where torchvision is missing (CPUs); no effect elsewhere."""
+    import transformers
+
+    pil_processors.do_without_torchvision()
+    image_processors.do_without_videos(transformers)
+
+
+class InEveryProcess(str):
+    """Text in vLLM's configuration that does without torchvision in each process that gets the configuration.
+
+    vLLM's engine process makes a processor before anything of ours is imported there.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (str(self),)
+
+
+def _arrived(text: str) -> InEveryProcess:
+    do_without_torchvision()
+    return InEveryProcess(text)
+
+
+def image_limits(count: int) -> dict[str, int]:
+    """Return vLLM's `limit_mm_per_prompt`: images, and nothing else."""
+    return {"image": count, "video": 0, "audio": 0}
+
+
+def refusal(model_config: Any) -> str | None:
+    """Return why a model that sees or hears cannot be served; None if it can."""
+    kind = model_config.hf_config.model_type
+    if not versions.takes_images(model_config) or kind in FAMILIES:
+        return None
+    return (
+        f"a {kind} sees or hears in a way that has not been compared with transformers'; served are "
+        f"{', '.join(FAMILIES)}, and of others the language model alone (--language-model-only)"
+    )
+
+
+def prepare(vllm_config: Any) -> None:
+    """Let the engine's process do without torchvision where this one has to."""
+    if importlib.util.find_spec("torchvision") is None:
+        own = {"lockstep_images": InEveryProcess("without torchvision")}
+        vllm_config.additional_config = {**(vllm_config.additional_config or {}), **own}
+
+
+class Pictures(list[Any]):
+    """PIL's images that our own routes have decoded: the only media that the engine's processor takes."""
+
+
+def take_our_images(engine: Any) -> None:
+    """Let the engine's processor take our own images only, and ids that hold the tokens of their images already."""
+    processor = engine.renderer.get_mm_processor()
+    expand, parse = processor._maybe_apply_prompt_updates, processor.info.parse_mm_data
+
+    def find_or_expand(self: Any, mm_items: Any, mm_res: Any) -> Any:
+        found = self._find_mm_placeholders(mm_res.prompt_ids, mm_res.prompt_updates)
+        counts = mm_items.get_all_counts()
+        if all(len(found.get(modality, ())) == count for modality, count in counts.items()):
+            return mm_res.prompt_ids, found
+        return expand(mm_items, mm_res)
+
+    def parse_ours(self: Any, mm_data: Any, **more: Any) -> Any:
+        if any(modality != "image" or not isinstance(items, Pictures) for modality, items in mm_data.items()):
+            raise ValueError("images are taken by /v1/generate and /v1/score only")
+        return parse(mm_data, **more)
+
+    processor._maybe_apply_prompt_updates = MethodType(find_or_expand, processor)
+    processor.info.parse_mm_data = MethodType(parse_ours, processor.info)
+
+
+def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:
+    """Refuse ids that hold tokens of media which nothing fills, or none for an image: `invalid_request`."""
+    token, video = (getattr(model_config.hf_config, name) for name in ("image_token_id", "video_token_id"))
+    given = token_ids.count(token)
+    if video in token_ids:
+        raise InvalidRequest(f"{what} holds tokens of videos (id {video}), which are not served: leave them out")
+    if given < images or (given and not images):
+        raise InvalidRequest(
+            f"{what} has {images} images and {given} tokens for them (id {token}): its ids must hold one token "
+            "for each image, or all that the model's processor makes of it"
+        )
+
+
+def check_text(model_config: Any, prompt: Any) -> None:
+    """Refuse a prompt of vLLM's routes that holds images, or tokens for them: `invalid_request`."""
+    given = prompt if isinstance(prompt, dict) else {}
+    if given.get("type") == "multimodal" or "multi_modal_data" in given:
+        raise InvalidRequest("images are taken by /v1/generate and /v1/score only")
+    check_placeholders(model_config, "the prompt", given.get("prompt_token_ids") or (), 0)
+
+
+async def engine_prompt(engine: Any, what: str, token_ids: list[int], pictures: list[Any]) -> dict[str, Any]:
+    """Return vLLM's engine input for ids and the images that they hold tokens for; its ids are what the model sees.
+
+    Args:
+        what: names the prompt in errors.
+        token_ids: checked (`check_placeholders`).
+        pictures: PIL's, in the order of the prompt.
+
+    Raises:
+        LockstepError: `invalid_request` where ids and images do not belong together.
+    """
+    prompt = {"prompt_token_ids": token_ids, "multi_modal_data": {"image": Pictures(pictures)}}
+    refused: tuple[type[Exception], ...] = (*versions.refusals(), RuntimeError)
+    try:
+        made = await engine.renderer.process_for_engine_async(prompt, time.time())
+    except refused as error:
+        raise InvalidRequest(f"{what}: the model's processor refuses its images: {one_line(error)}") from error
+    token = engine.model_config.hf_config.image_token_id
+    filled = sum(place.get_num_embeds() for place in made["mm_placeholders"]["image"])
+    if made["prompt_token_ids"].count(token) != filled:
+        raise InvalidRequest(
+            f"{what} holds {token_ids.count(token)} tokens of images, and this server's processor makes others of the "
+            "images: learner and server process them differently; give both the same files (preprocessor_config.json)"
+        )
+    return dict(made)

@@ -1,0 +1,21 @@
+"""Images of prompts as bytes, and the digest by which two sides see that they hold the same pixels."""
+
+from __future__ import annotations
+
+import xxhash
+from pydantic import ConfigDict, Field
+
+from shared.bounds import FewFields
+
+
+class Image(FewFields):
+    """An image of a prompt. Never an address: a server fetches nothing for a client."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(min_length=1, description="a PNG file in base64, RGB with 8 bits")
+
+
+def pixel_digest(width: int, height: int, rgb: bytes) -> str:
+    """Return the digest of an image as models see it: its size, and its RGB bytes row by row."""
+    return xxhash.xxh3_128_hexdigest(b"%d %d " % (width, height) + rgb)

@@ -1,0 +1,43 @@
+"""Evaluation questions with images, as servers take them."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from learner.evaluation.prompts import prompt_of, shown
+from learner.servers.prompts import encoded_image
+from shared.errors import InvalidRequest
+
+RED, BLUE = (Image.new("RGB", (4, 3), color) for color in ("red", "blue"))
+TEXT = {"type": "text", "text": "How many?"}
+
+
+def _user(content: object) -> list[dict[str, object]]:
+    return [{"role": "system", "content": "Count."}, {"role": "user", "content": content}]
+
+
+def test_images_of_a_column_come_first() -> None:
+    made = prompt_of({"prompt": _user("How many?"), "images": [RED, BLUE]})
+    assert made.messages == _user([{"type": "image"}, {"type": "image"}, TEXT])
+    assert made.images == [encoded_image(RED)[0], encoded_image(BLUE)[0]]
+    assert prompt_of({"prompt": _user("How many?"), "image": RED}).images == [encoded_image(RED)[0]]
+
+
+def test_images_of_parts_stay_where_they_are() -> None:
+    made = prompt_of({"prompt": _user([TEXT, {"type": "image", "image": BLUE}])})
+    assert made.messages == _user([TEXT, {"type": "image"}])
+    assert made.images == [encoded_image(BLUE)[0]]
+    assert shown(_user([TEXT, {"type": "image", "image": BLUE}])) == made.messages
+
+
+def test_places_for_the_images_of_a_column_are_kept() -> None:
+    made = prompt_of({"prompt": _user([TEXT, {"type": "image"}]), "image": RED})
+    assert made.messages == _user([TEXT, {"type": "image"}])
+    assert len(made.images) == 1
+
+
+def test_text_has_no_place_for_images() -> None:
+    assert prompt_of({"prompt": "How many?", "image": None}).text == "How many?"
+    with pytest.raises(InvalidRequest, match="chat messages"):
+        prompt_of({"prompt": "How many?", "image": RED})
