@@ -97,8 +97,9 @@ def overridden(client: Any, trainer: SamplingParams, session_id: str) -> Any:
             min_tokens=trainer.min_tokens if max_tokens is None else min(trainer.min_tokens, max_tokens),
             stop_token_ids=[*(client.stop_token_ids or ()), *trainer.stop_token_ids],
             logprobs=client.logprobs or 0,
-            # Flat ones are read here only, and have no text.
-            flat_logprobs=client.logprobs is None and client.prompt_logprobs is None,
+            # Flat ones of sampled tokens alone have no text, so they are for who reads none; where others stand beside
+            # them, only flat ones keep the rank of a sampled token, which carries the kept mass.
+            flat_logprobs=client.logprobs != 0 and client.prompt_logprobs is None,
         )
     except versions.refusals() as error:
         raise InvalidRequest(f"sampling of the session: {error}") from error

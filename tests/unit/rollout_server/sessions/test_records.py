@@ -214,11 +214,14 @@ def test_a_clients_form_of_outputs_stays() -> None:
     assert not params.flat_logprobs
 
 
-@pytest.mark.parametrize("asked", [{"logprobs": 0}, {"logprobs": 3}, {"prompt_logprobs": 0}], ids=str)
-def test_only_logprobs_that_a_client_reads_have_text(asked: dict[str, int]) -> None:
-    trainer = TrainersSampling(max_tokens=None)
-    assert not overridden(SamplingParams(**asked), trainer, "id").flat_logprobs
-    assert overridden(SamplingParams(), trainer, "id").flat_logprobs
+@pytest.mark.parametrize(
+    ("asked", "flat"), [({}, True), ({"logprobs": 3}, True), ({"logprobs": 0}, False), ({"prompt_logprobs": 0}, False)]
+)
+def test_logprobs_have_text_for_who_reads_it_and_the_ranks_of_what_was_sampled(
+    asked: dict[str, int], flat: bool
+) -> None:
+    """Flat ones of sampled tokens alone have no text; beside others only flat ones keep a sampled token's rank."""
+    assert overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id").flat_logprobs is flat
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])

@@ -45,5 +45,6 @@ def test_flat_logprobs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
         return LogprobsProcessor.from_new_request(tokenizer=tokenizer, request=request)
 
     assert made(logprobs=0, flat_logprobs=True).tokenizer is None
+    assert made(logprobs=3, flat_logprobs=True).tokenizer is tokenizer
     assert made(logprobs=0).tokenizer is tokenizer
     assert made().tokenizer is tokenizer
