@@ -170,8 +170,8 @@ def test_greedy_groups_are_refused():
         remote.generate([[1], [1]], None, 2)
 
 
-def test_images_are_refused():
-    with pytest.raises(LockstepError, match="images"):
+def test_what_is_no_image_is_refused():
+    with pytest.raises(LockstepError, match="is a str, not a PIL image"):
         rollouts(Server()).generate([[1]], [["image"]], 1)
 
 
