@@ -157,7 +157,12 @@ def test_graphs_compiled_for_other_layers_are_not_used_again():
 def test_columns_have_the_dtype_of_the_weights(monkeypatch):
     monkeypatch.setattr(versions, "without_lora", lambda model: None)
     config = SimpleNamespace(
-        model_config=SimpleNamespace(logprobs_mode="processed_logprobs", is_moe=False, dtype=torch.bfloat16),
+        model_config=SimpleNamespace(
+            logprobs_mode="processed_logprobs",
+            is_moe=False,
+            dtype=torch.bfloat16,
+            hf_config=SimpleNamespace(model_type="qwen3"),
+        ),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
             nnodes=1,
