@@ -142,8 +142,7 @@ def test_how_it_goes_on_is_said(recipe: Path, monkeypatch: pytest.MonkeyPatch, c
 def _up(recipe: Path, *flags: str) -> subprocess.Popen[str]:
     """The command as a process of its own, whose learner has made a step."""
     program = (
-        "import signal, sys; from learner.commands import up; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # where the tests ignore it, so would the command
+        "import sys; from learner.commands import up; "
         "up.training.check = lambda argv: None; "
         f"up.module_command = lambda name: [sys.executable, {str(recipe.parent)!r} + '/' + name + '.py']; "
         "from learner.cli import main; sys.exit(main(sys.argv[1:]))"
