@@ -20,6 +20,7 @@ from typing import Any
 from learner.commands.config_file import SECTIONS, read_config_file
 from learner.config import LearnerConfig
 from learner.foreign_options import REFUSED, unknown_option
+from learner.tasks.file_kinds import FILE_KINDS, kind_of
 from learner.tasks.imports import is_importable
 from learner.utils.logs import show_messages
 from learner.utils.waits import waiting
@@ -53,7 +54,6 @@ _GROUPS = {
 }
 #: Options that name objects of the user's as module:object.
 _IMPORTED = ("reward_funcs", "tools", "environment", "agent")
-_TASK_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _WIDTH = 110
 _UNKNOWN = object()
 
@@ -116,8 +116,7 @@ def check_files(given: Mapping[str, Any]) -> None:
     """Raise `invalid_request` where the file of a task, or the module of a function, is not there; imports neither."""
     for name in ("task", "eval_dataset"):
         path = Path(str(given.get(name) or "")).expanduser()
-        kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-        if kind in _TASK_FILES and not path.is_file():
+        if kind_of(path) in FILE_KINDS and not path.is_file():
             raise InvalidRequest(f"{name}: there is no file {path} in {Path.cwd()}")
     for name in _IMPORTED:
         value = given.get(name) or ()

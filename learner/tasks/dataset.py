@@ -19,7 +19,8 @@ from learner.tasks.columns import (
     usable,
     without_filled_keys,
 )
-from learner.tasks.files import FILE_KINDS, kind_of, read_file
+from learner.tasks.file_kinds import FILE_KINDS, kind_of
+from learner.tasks.files import read_file
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, question_key
 

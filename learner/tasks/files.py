@@ -24,18 +24,12 @@ from datasets import Dataset, load_dataset
 
 from learner.tasks.base import TaskError
 from learner.tasks.columns import exact_dataset
+from learner.tasks.file_kinds import FILE_KINDS, kind_of
 
-#: Endings of task files; all but .parquet may be compressed (.gz).
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _SPACE = re.compile(r"\s*")
 #: Longer integers take Python quadratic time to read.
 _MAX_DIGITS = 4000
 _GZIP = b"\x1f\x8b"
-
-
-def kind_of(path: Path) -> str:
-    """Return the ending of a task file, without a final .gz; it may be none of `FILE_KINDS`."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
 def read_file(path: Path) -> Dataset:

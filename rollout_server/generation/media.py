@@ -49,8 +49,9 @@ def check_text_only(document: Any, *, images: bool = False) -> None:
 def _check(name: str, value: Any, images: bool) -> None:
     if isinstance(value, list):
         for item in value:
-            _check_item(name, item, images)
-            _check(name, item, images)
+            if isinstance(item, dict | list):  # others, such as token ids by the thousand, hold nothing
+                _check_item(name, item, images)
+                _check(name, item, images)
     elif isinstance(value, dict):
         is_part = name in _CONTENTS
         for key, inner in value.items():

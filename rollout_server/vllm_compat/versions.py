@@ -180,10 +180,8 @@ def copy_tokenizer(engine: Any) -> Any:
 def leave_flat_logprobs_without_text() -> None:
     """Let AsyncLLM of this process make no text of flat logprobs of sampled tokens alone (0.26 to 0.33).
 
-    No route of vLLM asks for these.
-
-    It would decode every sampled token a second time, on the event loop: several times the work of all else that a
-    logprob needs.
+    No route of vLLM asks for these, and vLLM would decode every sampled token a second time for them, on the event
+    loop: several times the work of all else that a logprob needs.
     """
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
