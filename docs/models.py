@@ -99,7 +99,7 @@ def page(document: dict) -> str:
 
 
 def _targets(found: dict) -> str:
-    targets = next((found[way]["targets"] for way in WAYS if way in found and found[way]["targets"]), [])
+    targets: list[str] = next((found[way]["targets"] for way in WAYS if way in found and found[way]["targets"]), [])
     return ", ".join(f"`{name}`" for name in targets) or "-"
 
 

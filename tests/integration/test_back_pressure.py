@@ -6,8 +6,9 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -132,7 +133,7 @@ def test_too_much_at_once(server: ServerProcess) -> None:
             until(lambda: server.metric("lockstep_sequences") == 40)
             streamed = _post(server, {**CHAT, "stream": True}, "/v1/chat/completions")
             assert streamed.status_code == 429, "before its first byte"
-            waiting = [
+            waiting: list[Future[Any]] = [
                 pool.submit(client.generate, request),
                 pool.submit(lambda: list(client.iter_groups(request))),
                 pool.submit(client.score, ScoreRequest(sequences=[PROMPT], policy="base")),

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from learner.adapters.lora_rules import ONLY_LANGUAGE
+from learner.adapters.lora_rules import language_pattern
 from learner.servers.client import RolloutClient
 from shared.image_processors import do_without_videos
 from shared.images import Image, pixel_digest
@@ -46,6 +46,7 @@ FLAGS = arguments(
     }
 )
 RUN = "sees"
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def processor(vision_model: Path) -> Any:
 @pytest.fixture(scope="module")
 def policy(vision_model: Path) -> PeftModel:
     model = AutoModelForImageTextToText.from_pretrained(vision_model, dtype=torch.float32)
-    policy = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=ONLY_LANGUAGE))
+    policy = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=language_pattern(LAYERS)))
     P.randomize(policy, 1)
     return policy
 

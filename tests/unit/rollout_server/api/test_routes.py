@@ -243,7 +243,7 @@ async def test_broadcasts(client: httpx.AsyncClient, service: _Service) -> None:
 def test_the_learner_spells_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths and headers of its client reach a route that exists."""
     routes = {
-        (method, route.path)
+        (method, route.path)  # type: ignore[attr-defined]
         for route in build_app(SimpleNamespace(), FastAPI()).routes  # type: ignore[arg-type]
         for method in getattr(route, "methods", ())
     }

@@ -63,7 +63,7 @@ async def test_a_push_cancelled_while_another_run_fills_gives_its_slot_back(cont
     waiting.cancel()
     await asyncio.wait({waiting})
     assert second.run.slots[0].state is SlotState.FREE
-    assert len(context.workers.calls) == 1
+    assert len(context.workers.calls) == 1  # type: ignore[attr-defined]
     assert not context.recoveries
     assert first.run.slots[0].state is SlotState.FILLING
     filling.cancel()
@@ -78,7 +78,7 @@ async def test_a_slot_that_a_worker_may_be_writing_is_free_when_the_worker_has_e
     await asyncio.wait({filling})
     (slot,) = install.run.slots
     assert slot.state is SlotState.LOST
-    context.workers.calls[0].end.set()
+    context.workers.calls[0].end.set()  # type: ignore[attr-defined]
     assert await install.run.reserve(time.monotonic() + 5) is slot
     assert not context.recoveries
 
@@ -87,7 +87,7 @@ async def test_a_refused_push_has_given_its_slot_back_when_its_error_is_raised(c
     install = _install(context, "a")
     filling = asyncio.ensure_future(_fill(install, asyncio.Event()))
     await asyncio.sleep(0.01)
-    context.workers.calls[0].end.set()
+    context.workers.calls[0].end.set()  # type: ignore[attr-defined]
     filling.cancel()
     await asyncio.wait({filling})
     assert install.run.slots[0].state is SlotState.FREE
