@@ -90,6 +90,7 @@ SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
         Shape("tiny", 64, 2, 4, 2, 64, 128, vocab=512),
+        Shape("smollm2-135m", 576, 30, 9, 3, 64, 1536, vocab=49152),
         Shape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072),
         Shape("qwen3-1.7b", 2048, 28, 16, 8, 128, 6144),
         Shape("qwen3-4b", 2560, 36, 32, 8, 128, 9728),
