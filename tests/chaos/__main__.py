@@ -21,7 +21,7 @@ import httpx
 
 from learner.utils.processes import stop_on_signals
 from tests.chaos import agreement, ending
-from tests.chaos.faults import Fault, plan
+from tests.chaos.faults import FAULTS, Fault, plan
 from tests.chaos.report import Record, say, table
 from tests.chaos.world import NotInjectedError, Options, World
 
@@ -43,10 +43,12 @@ def main() -> int:
         action="store_true",
         help="synchronous, one server; compare the final adapter with that of an undisturbed training",
     )
-    add("--only", help="only faults whose name contains this")
+    add("--only", default="", help="only faults whose name contains this")
     add("--json", type=Path, help="write the results to this file")
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
+    if not any(options.only in fault.name for fault in FAULTS):
+        parser.error(f"--only {options.only}: no such fault; there are {', '.join(fault.name for fault in FAULTS)}")
     say(f"seed {options.seed}: repeat with --seed {options.seed}")
     folder = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
     try:
@@ -66,9 +68,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     missing = {*world.unavailable, *(["other"] if options.quick else [])}
     for name, why in world.unavailable.items():
         say(f"no faults that need {name}: {why}")
-    faults = plan(random, count, quick=options.quick, missing=missing)
-    if options.only:
-        faults = [fault for fault in faults if options.only in fault.name]
+    faults = plan(random, count, quick=options.quick, missing=missing, only=options.only)
     # With several servers the training goes on during most faults.
     pace = 21 if options.servers == 1 else 28
     world.options.steps = options.steps or pace * len(faults) + 10

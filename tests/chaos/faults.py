@@ -87,15 +87,15 @@ FAULTS = [
 ]
 
 
-def plan(random: Random, count: int, *, quick: bool, missing: set[str]) -> list[Fault]:
-    """Draw faults and their order. With `quick`, their numbers are those of the table."""
-    known = [fault for fault in FAULTS if fault.needs not in missing]
+def plan(random: Random, count: int, *, quick: bool, missing: set[str], only: str = "") -> list[Fault]:
+    """Draw faults whose names contain `only`, and their order. With `quick`, their numbers are those of the table."""
+    known = [fault for fault in FAULTS if fault.needs not in missing and only in fault.name]
     if quick:
         chosen = [fault for fault in known for _ in range(fault.quick)]
     else:
         total = sum(fault.share for fault in known)
         numbers = {fault: max(round(count * fault.share / total), 1) for fault in known}
-        cheap = [fault for fault in known if fault.share >= 9]
+        cheap = [fault for fault in known if fault.share >= 9] or known
         while sum(numbers.values()) < count:
             numbers[random.choice(cheap)] += 1
         while sum(numbers.values()) > max(count, len(known)):

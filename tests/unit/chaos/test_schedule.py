@@ -116,6 +116,12 @@ def test_every_fault_is_in_a_schedule_and_in_the_short_one() -> None:
     assert {"push: refused takeover", "push: long names", "strangers: idle connections"} <= quick
 
 
+def test_a_schedule_of_some_faults_has_as_many_as_are_asked_for() -> None:
+    chosen = plan(Random(2), 8, quick=False, missing=set(), only="session: its")
+    assert len(chosen) == 8
+    assert {fault.name for fault in chosen} == {fault.name for fault in FAULTS if "session: its" in fault.name}
+
+
 def test_long_names_are_in_the_blob(tmp_path: Path) -> None:
     from tests.chaos.forgery import other_run, renamed
     from tests.fuzz.blobs import take_apart
