@@ -69,10 +69,10 @@ quiet=$([ -t 2 ] || echo --quiet)
 install() {
   if [ -x .venv/bin/uv ]; then
     # Of the platform that the list has hashes for: of a newer one uv would take other files, and refuse them.
-    .venv/bin/uv pip install $quiet --python .venv/bin/python --python-platform x86_64-manylinux_2_31 --no-config \
+    .venv/bin/uv pip install ${quiet:+"$quiet"} --python .venv/bin/python --python-platform x86_64-manylinux_2_31 --no-config \
       --no-deps "$@"
   else
-    pip install $quiet --no-deps --no-compile "$@"
+    pip install ${quiet:+"$quiet"} --no-deps --no-compile "$@"
   fi
 }
 rm -f "$stamp"
