@@ -18,8 +18,10 @@ from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, 
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams
 
-#: Sequences of the probe: the end of a prompt, and a completion.
-SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 64, 24
+#: Sequences of the probe, each the end of a prompt and a completion; in 16 bits more of them, because there a step at a
+#: small learning rate shows in their number only.
+SEQUENCES, SEQUENCES_IN_16_BITS = 8, 32
+PROMPT_TOKENS, COMPLETION_TOKENS = 64, 24
 #: Logits of one pass: half a gigabyte with what is computed of them.
 LOGITS = 2**25
 #: Tokens at the end of the long sequence that are compared.
@@ -204,10 +206,12 @@ def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> Prob
         longest: tokens that prompt and completion may have together.
 
     Returns:
-        At most SEQUENCES of them; prompts only where the servers' context has no room for a completion.
+        At most SEQUENCES of them, or SEQUENCES_IN_16_BITS; prompts only where the servers' context has no room for a
+        completion.
     """
     replica = pool.available()[0]
-    distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:SEQUENCES]
+    most = SEQUENCES if all(r.known.dtype == "float32" for r in pool.up()) else SEQUENCES_IN_16_BITS
+    distinct = list(dict.fromkeys(tuple(prompt[-PROMPT_TOKENS:]) for prompt in prompts))[:most]
     context = min(r.known.max_model_len for r in pool.up())
     room = context - max(map(len, distinct))
     sequences, decoded = [list(prompt) for prompt in distinct], dict[int, list[float | None]]()

@@ -18,6 +18,7 @@ from learner.passes.lora_product import use_one_product
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
+from learner.sync.probe import COMPLETION_TOKENS, PROMPT_TOKENS, SEQUENCES_IN_16_BITS
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
 from shared.adapter_file import LORA_A, LORA_B
@@ -25,8 +26,8 @@ from shared.weights import BaseFingerprint, PushReceipt, ServerState, WeightVers
 from tests.support.fake_server import FakeServer
 
 VOCABULARY, RANK = 256, 8
-#: As long as the probe of a training is.
-SEQUENCES, TOKENS = 8, 88
+#: Of the probe of a training.
+SEQUENCES, TOKENS = SEQUENCES_IN_16_BITS, PROMPT_TOKENS + COMPLETION_TOKENS
 #: Learning rate -> movement of one optimizer step over the noise of the pair, both rms: SmolLM2-135M moves by 0.05
 #: nats a step at 1e-5, and vLLM's and transformers' logprobs of its base differ by 0.078.
 RATIOS = {1e-4: 6.4, 1e-5: 0.64, 1e-6: 0.064}

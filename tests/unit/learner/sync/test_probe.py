@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from learner.servers.pool import ServerPool
-from learner.sync.probe import Probe, make_probe
+from learner.sync.probe import SEQUENCES as SEQUENCES_ALWAYS
+from learner.sync.probe import SEQUENCES_IN_16_BITS, Probe, make_probe
 from learner.sync.proof import SyncProof
 from shared.errors import LockstepError
 
@@ -51,6 +52,13 @@ def test_sensitivities_are_derivatives_in_the_scale_of_b(model):
                 values.append(weights @ probe.logprobs().values)
                 parameter.copy_(kept)
         assert derivative == pytest.approx((values[0] - values[1]) / 0.02, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", SEQUENCES_ALWAYS), ("bfloat16", SEQUENCES_IN_16_BITS)])
+def test_a_server_in_16_bits_gets_a_longer_probe(server, client, dtype, count):
+    server.state = server.state.model_copy(update={"dtype": dtype})
+    text = make_probe(ServerPool.of(client), [[3, 4, 5 + row] for row in range(40)], longest=100)
+    assert len(text.sequences) == count
 
 
 def test_a_base_that_differs_far_into_a_sequence_only(model, server, client):

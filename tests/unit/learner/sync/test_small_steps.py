@@ -30,10 +30,11 @@ def test_named_within_three_steps_wherever_it_gets_stuck():
         pair.train(5, 7)
 
 
-def test_named_within_twenty_steps_at_1e_6():
+@pytest.mark.parametrize("fault", [{"behind": 1}, {"stuck_at": 0}], ids=str)
+def test_named_within_twenty_steps_at_1e_6(fault):
     pair = Pair()
     pair.begin(RATIOS[1e-6])
-    pair.server.stuck_at = 0
+    vars(pair.server).update(fault)
     with pytest.raises(LockstepError, match=r"does not serve r@0\.\d+: .* closest to those of r@0\.\d"):
         pair.train(1, 20)
 
