@@ -213,7 +213,7 @@ def _put(word: str, places: Mapping[str, str]) -> str:
 
 
 def _is_ready(url: str) -> bool:
-    """Return whether a server answers there. That it is the right one, by its certificate, is for its clients to see."""
+    """Return whether a server answers there. Whether it is the right one, its certificate tells its clients."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))

@@ -135,8 +135,8 @@ def _check(recipe: Recipe) -> None:
         raise InvalidRequest("--split-cores is for one machine; on a cluster give --cpus-per-server and --learner-cpus")
     if recipe.options.cluster.startswith(_FROM_ELSEWHERE) and not recipe.output_dir.is_absolute():
         raise InvalidRequest(
-            f"output_dir {recipe.output_dir}: from a machine that is no node ({_FROM_ELSEWHERE}) give an absolute path, "
-            "on a file system that the nodes see"
+            f"output_dir {recipe.output_dir}: from a machine that is no node ({_FROM_ELSEWHERE}) give an absolute "
+            "path, on a file system that the nodes see"
         )
 
 
