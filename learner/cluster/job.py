@@ -27,7 +27,7 @@ LEARNER = "learner"
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterJob:
     """What runs: `servers` of them at least and at most, and one learner.
 
     Attributes:
@@ -78,7 +78,9 @@ class RunningJob:
         say: takes a line of the job's own.
     """
 
-    def __init__(self, ray: Any, job: Job, show: Callable[[str, str], object], say: Callable[[str], object]) -> None:
+    def __init__(
+        self, ray: Any, job: ClusterJob, show: Callable[[str, str], object], say: Callable[[str], object]
+    ) -> None:
         self._ray, self._job, self._show, self._say = ray, job, show, say
         self._members: list[Member] = []
         self._groups: list[Any] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from learner.cluster.connection import connect
 from learner.cluster.hosted import Command, place
-from learner.cluster.job import LEARNER, Job, RunningJob
+from learner.cluster.job import LEARNER, ClusterJob, RunningJob
 from learner.cluster.resources import Node, check_room, describe, home_of, nodes
 from learner.commands.flags import is_true
 from learner.commands.up import (
@@ -57,7 +57,7 @@ def run(recipe: Recipe) -> int:
         check_room(found, needs, servers[0], learner_needs)
         from_elsewhere = recipe.options.cluster.startswith(_FROM_ELSEWHERE)
         home = None if from_elsewhere else home_of(ray, found, learner_needs)
-        job = Job(
+        job = ClusterJob(
             name=name,
             server=server,
             servers=servers,
@@ -72,7 +72,7 @@ def run(recipe: Recipe) -> int:
         ray.shutdown()
 
 
-def _follow(ray: Any, job: Job, out: Path) -> int:
+def _follow(ray: Any, job: ClusterJob, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     up_lock = OutputLock(out, UP_LOCK)
     shown: dict[str, Output] = {}
