@@ -199,9 +199,11 @@ class RunningJob:
         for line in report.lines:
             self._show(member.name, line)
         before, member.report = member.report, report
-        if member.lost or (before.life and before.life != report.life):
+        if before.life and before.life != report.life:
             self._say(f"{member.name} begins anew on {report.node}")
             before = Report("", "")
+        elif member.lost:
+            self._say(f"{member.name} is heard of again on {report.node}")
         member.lost = False
         if report.ready and not before.ready:
             member.was_ready = True
@@ -228,7 +230,8 @@ class RunningJob:
             return None
         if not member.done.is_set():  # Ray starts it again
             member.lost = True
-            self._say(f"{member.name}: its node is gone ({member.report.node}); it begins anew where there is room")
+            node = member.report.node
+            self._say(f"{member.name}: its node is gone ({node}), or out of reach; it begins anew where there is room")
             return None
         why = _last_line(error)
         if member.name == LEARNER and member.report.life and self._job.can_resume():

@@ -29,6 +29,7 @@ class FakeRay:
         hosted: actors of commands, by name, in the order of their starts; a test puts what they report.
         has: resources of each node, by address; the first is that of this process.
         ended: names of those that were told to end.
+        script: what actors report from their start on, by name.
     """
 
     def __init__(self, **has: dict[str, float]) -> None:
@@ -37,6 +38,7 @@ class FakeRay:
         self.named: dict[str, Any] = {}
         self.killed: list[Any] = []
         self.ended: list[str] = []
+        self.script: dict[str, list[Report | Exception]] = {}
         self.groups: list[list[dict[str, float]]] = []
         self.exceptions = SimpleNamespace(
             RayError=RayError,
@@ -75,6 +77,8 @@ class FakeRay:
             raise ValueError(name)
         return self.named[name]
 
+    def shutdown(self) -> None: ...
+
     def kill(self, actor: Any) -> None:
         self.killed.append(actor)
 
@@ -89,6 +93,8 @@ class FakeRay:
             command, name, _ = args
             hosted = self.hosted.setdefault(name, [])
             hosted.append(Scripted(name, command, options, self.ended))
+            for report in self.script.get(name, ()):
+                hosted[-1].reports.put(report)
             return Actor(hosted[-1])
 
         return make

@@ -137,7 +137,16 @@ def test_a_server_whose_node_is_gone_begins_anew_elsewhere(driver: Driver) -> No
         server.reports.put(report)
     driver.until_it_says("begins anew on 10.0.0.2")
     driver.until_it_says("server-1 is ready on 10.0.0.2")
-    assert sum("its node is gone (10.0.0.1)" in line for line in driver.said) == 1
+    assert sum("its node is gone (10.0.0.1), or" in line for line in driver.said) == 1
+    driver.member(LEARNER).reports.put(DONE)
+    driver.outcome.result()
+
+
+def test_a_server_that_was_out_of_reach_is_heard_of_again(driver: Driver) -> None:
+    for report in (READY, ActorUnavailableError(), READY):
+        driver.member("server-1").reports.put(report)
+    driver.until_it_says("server-1 is heard of again on 10.0.0.1")
+    assert sum("server-1 is ready" in line for line in driver.said) == 1
     driver.member(LEARNER).reports.put(DONE)
     driver.outcome.result()
 
