@@ -110,6 +110,7 @@ def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Pa
         up.until_it_says("its node is gone (127.0.1.3)")
         up.until_steps(servers_up=2, more=2)
         nodes.append(RayNode(nodes[0].folder.parent, 4, 1, nodes[0].address))
+        nodes[3].wait_ready()
         up.until_it_says("begins anew on 127.0.1.4", "is ready on 127.0.1.4")
         up.until_steps(servers_up=3, more=2)
         started += nodes[3].commands()

@@ -17,6 +17,7 @@ from tests.support.arguments import arguments
 
 _READY = "Ray runtime started"
 _STORE = 80 * 2**20
+_STARTS, _START_S = 5, 300.0
 
 
 class RayNode:
@@ -37,6 +38,10 @@ class RayNode:
         else:
             flags |= {"--head": None, "--port": self.address.split(":")[1], "--include-dashboard": "false"}
             flags["--ray-client-server-port"] = free_port()
+        self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments(flags)]
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
@@ -44,18 +49,19 @@ class RayNode:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         with (self.folder / "start.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments(flags)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
+            return subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
 
-    def wait_ready(self, timeout_s: float = 300.0) -> None:
+    def wait_ready(self) -> None:
+        """Wait until it has joined. Ray gives up after 30 s, which a busy machine may need: then it is tried again."""
         log = self.folder / "start.log"
-        until(lambda: _READY in log.read_text() or self.process.poll() is not None, timeout_s)
-        assert self.process.poll() is None, log.read_text()
+        for _ in range(_STARTS):
+            until(lambda: _READY in log.read_text() or self.process.poll() is not None, _START_S)
+            if self.process.poll() is None:
+                return
+            self.process = self._start()
+        raise AssertionError(log.read_text())
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes of the node: Ray's, and what runs below its workers."""
