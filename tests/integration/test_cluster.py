@@ -25,10 +25,11 @@ from tests.support.arguments import arguments
 
 TOKEN = "only-the-nodes-of-this-test-know-it"
 BATCH = 8
+OURS = ("rollout_server.cli", "learner.cli")
 _LONG_S = 900.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RayNode]]:
     folder = Path(tmp_path_factory.mktemp("r"))  # Ray's sockets lie below it, whose paths must be short
     found = [RayNode(folder, 1, 2)]
@@ -82,6 +83,28 @@ class Up:
         self.process.wait()
 
 
+@pytest.mark.timeout(1200)
+def test_nothing_outlives_a_command_that_is_killed(nodes: list[RayNode], tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as output:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.support.stand_in", nodes[0].address],
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    said = (tmp_path / "log").read_text
+    try:
+        names = ("server-1", "server-2", "learner")
+        until(lambda: all(f"{name} is ready" in said() for name in names) or driver.poll() is not None, _LONG_S)
+        assert driver.poll() is None, said()
+        started = [process for node in nodes for process in node.running("tests.integration.support.stand_in")]
+    finally:
+        driver.kill()
+        driver.wait()
+    assert len(started) == 3
+    assert psutil.wait_procs(started, timeout=300.0)[1] == []
+
+
 @pytest.mark.timeout(3600)
 def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Path, tmp_path: Path) -> None:
     out, recipe, token = tmp_path / "run", tmp_path / "tiny.yaml", tmp_path / "token"
@@ -103,7 +126,7 @@ def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Pa
     with closing(Up(nodes[0].address, recipe, out, tmp_path / "up.log")) as up:
         up.until_it_says("server-1 is ready", "server-2 is ready", "server-3 is ready")
         up.until_steps(servers_up=3, more=1)
-        started = [process for node in nodes for process in node.commands()]
+        started = [process for node in nodes for process in node.running(*OURS)]
         _check_that_the_token_is_nowhere(started, nodes)
 
         nodes[2].kill()
@@ -113,7 +136,7 @@ def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Pa
         nodes[3].wait_ready()
         up.until_it_says("begins anew on 127.0.1.4", "is ready on 127.0.1.4")
         up.until_steps(servers_up=3, more=2)
-        started += nodes[3].commands()
+        started += nodes[3].running(*OURS)
 
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(_LONG_S) == 130, up.said()[-6000:]

@@ -69,12 +69,12 @@ class RayNode:
             return psutil.Process(self.process.pid).children(recursive=True)
         return []
 
-    def commands(self) -> list[psutil.Process]:
-        """Return the processes of ours: servers, learners and what they have started."""
+    def running(self, *modules: str) -> list[psutil.Process]:
+        """Return the processes on the node that run one of these modules, and what those have started."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if any(word.startswith(("rollout_server", "learner.")) for word in process.cmdline()):
+                if set(modules) & set(process.cmdline()):
                     found += [process, *process.children(recursive=True)]
         return found
 
