@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -69,7 +70,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 def hosted(command: Command) -> Iterator[Callable[..., Asker]]:
     begun: list[Hosted] = []
 
-    def begin(**changes: object) -> Asker:
+    def begin(**changes: Any) -> Asker:
         listed = changes.pop("listed", [])
         begun.append(Hosted(Command(**{**vars(command), **changes}), "127.0.0.1", {}, listed.append))
         return Asker(begun[-1])
