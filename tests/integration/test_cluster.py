@@ -32,7 +32,7 @@ _LONG_S = 900.0
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RayNode]]:
     folder = Path(tmp_path_factory.mktemp("r"))  # Ray's sockets lie below it, whose paths must be short
-    found = [RayNode(folder, 1, 2)]
+    found = [RayNode(folder, 1, 2, gpus=2)]
     try:
         found[0].wait_ready()
         for number in (2, 3):
@@ -97,6 +97,8 @@ def test_nothing_outlives_a_command_that_is_killed(nodes: list[RayNode], tmp_pat
         names = ("server-1", "server-2", "learner")
         until(lambda: all(f"{name} is ready" in said() for name in names) or driver.poll() is not None, _LONG_S)
         assert driver.poll() is None, said()
+        until(lambda: "learner has GPUs" in said())
+        assert "learner has GPUs 0,1" in said()
         started = [process for node in nodes for process in node.running("tests.integration.support.stand_in")]
     finally:
         driver.kill()

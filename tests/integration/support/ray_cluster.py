@@ -21,18 +21,18 @@ _STARTS, _START_S = 5, 300.0
 
 
 class RayNode:
-    """One node; `cpus` is a label, as Ray's always are.
+    """One node; `cpus` and `gpus` are labels, as Ray's always are.
 
     Args:
         head: address of the cluster's head; None: it is the head.
     """
 
-    def __init__(self, folder: Path, number: int, cpus: int, head: str | None = None) -> None:
+    def __init__(self, folder: Path, number: int, cpus: int, head: str | None = None, gpus: int = 0) -> None:
         self.host, self.folder = f"127.0.1.{number}", folder / f"node-{number}"
         self.folder.mkdir(parents=True)
         self.address = head or f"{self.host}:{free_port()}"
         flags: dict[str, object] = {"--node-ip-address": self.host, "--num-cpus": cpus, "--object-store-memory": _STORE}
-        flags |= {"--include-log-monitor": "false", "--temp-dir": self.folder, "--block": None}
+        flags |= {"--num-gpus": gpus, "--include-log-monitor": "false", "--temp-dir": self.folder, "--block": None}
         if head:
             flags["--address"] = head
         else:

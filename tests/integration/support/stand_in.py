@@ -7,6 +7,7 @@ python -m tests.integration.support.stand_in ADDRESS       # the job
 from __future__ import annotations
 
 import http.server
+import os
 import sys
 
 from learner.cluster.connection import connect
@@ -21,6 +22,7 @@ class _Ready(http.server.BaseHTTPRequestHandler):
 
 
 def serve(host: str, port: str) -> None:
+    print("has GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
     http.server.HTTPServer((host, int(port)), _Ready).serve_forever()
 
 
@@ -31,8 +33,12 @@ def drive(address: str) -> None:
         url=f"http://{place('host')}:{place('port')}",
         again=True,
     )
-    job = ClusterJob("stand-in", command, (2, 2), {"CPU": 1.0}, command, {"CPU": 1.0})
-    RunningJob(connect(address), job, print, lambda text: print(text, flush=True)).run()
+    job = ClusterJob("stand-in", command, (2, 2), {"CPU": 1.0}, command, {"CPU": 1.0, "GPU": 2.0})
+
+    def say(*words: str) -> None:
+        print(*words, flush=True)
+
+    RunningJob(connect(address), job, say, say).run()
 
 
 if __name__ == "__main__":
