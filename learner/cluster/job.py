@@ -233,7 +233,7 @@ class RunningJob:
             node = member.report.node
             self._say(f"{member.name}: its node is gone ({node}), or out of reach; it begins anew where there is room")
             return None
-        why = _last_line(error)
+        why = f"{'is gone' if member.report.life else 'cannot be started on the cluster'}: {_last_line(error)}"
         if member.name == LEARNER and member.report.life and self._job.can_resume():
             self._members.remove(member)
             self._say(f"the node of the learner is gone ({member.report.node}); it goes on where there is room")
@@ -241,8 +241,8 @@ class RunningJob:
             return None
         others = [one for one in self._members if one.name != LEARNER and not one.done.is_set()]
         if member.name == LEARNER or not others:
-            return 1, f"{member.name} is gone: {why}"
-        self._say(f"{member.name} is gone: {why}")
+            return 1, f"{member.name} {why}"
+        self._say(f"{member.name} {why}")
         return None
 
     def _end(self, members: list[Member], hurry: threading.Event) -> None:

@@ -161,6 +161,15 @@ def test_a_learner_whose_node_is_gone_goes_on_where_something_was_saved(ray: Fak
     assert driver.outcome.result() == ((0, "") if saved else (1, "learner is gone: node died"))
 
 
+def test_actors_that_cannot_be_started_end_the_job_with_the_reason(driver: Driver) -> None:
+    died = ActorDiedError("ray::HostedActor.__init__()\n  File x\nModuleNotFoundError: No module named 'learner'\n")
+    for name in ("server-1", "server-2"):
+        driver.member(name).reports.put(died)
+    status, reason = driver.outcome.result()
+    assert status == 1
+    assert reason.endswith("cannot be started on the cluster: ModuleNotFoundError: No module named 'learner'")
+
+
 def test_more_servers_begin_as_soon_as_there_is_room(ray: FakeRay) -> None:
     driver = Driver(ray, servers=(2, 3))
     driver.member("server-3").reports.put(READY)
