@@ -36,7 +36,7 @@ server = http.server.HTTPServer((sys.argv[2], int(sys.argv[3])), Handler)
 signal.signal(signal.SIGTERM, lambda *_: (print("leaves", flush=True), os._exit(0)))
 server.serve_forever()
 """
-SECRET = "a-secret-of-sixteen"
+HIDDEN = "nobody-else-reads-it"
 
 
 class Asker:
@@ -60,7 +60,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     return Command(
         module="hosted_module",
         arguments=(place("token"), place("host"), place("port"), '{"port": 1}'),
-        secrets={"token": SECRET.encode()},
+        secrets={"token": HIDDEN.encode()},
         url=f"http://{place('host')}:{place('port')}",
         again=True,
     )
@@ -90,7 +90,7 @@ def test_a_command_is_told_its_place_and_listed_when_it_is_ready(hosted: Callabl
     _, host, port, other = asker.lines[0].removeprefix("told ").split(" ", 3)
     assert f"http://{host}:{port}" == report.url
     assert other == '{"port": 1}'
-    assert asker.lines[1] == f"reads {SECRET}"
+    assert asker.lines[1] == f"reads {HIDDEN}"
     asker.hosted.end()
     assert asker.until(lambda report: report.over).status == 0
     assert asker.lines[-1] == "leaves"
@@ -137,13 +137,13 @@ def test_a_secret_is_in_no_command_line_and_no_environment(hosted: Callable[...,
     started = psutil.Process().children(recursive=True)
     assert started
     for process in started:
-        assert SECRET not in " ".join(process.cmdline())
-        assert SECRET not in str(process.environ())
+        assert HIDDEN not in " ".join(process.cmdline())
+        assert HIDDEN not in str(process.environ())
 
 
 def test_a_secret_file_is_this_users_alone_and_gone_with_its_process() -> None:
-    with closing(SecretFile(SECRET.encode(), "token")) as file:
-        assert Path(file.path).read_text() == SECRET
+    with closing(SecretFile(HIDDEN.encode(), "token")) as file:
+        assert Path(file.path).read_text() == HIDDEN
         assert stat.S_IMODE(os.stat(file.path).st_mode) == 0o600
         assert stat.S_ISREG(os.stat(file.path).st_mode)
     assert not os.path.exists(file.path)
