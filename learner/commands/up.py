@@ -1,9 +1,12 @@
-"""`learner up`: a rollout server and a learner on this machine, from one recipe, until the training ends.
+"""`learner up`: a rollout server and a learner on this machine, or several on a cluster, until the training ends.
 
-Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns with the learner on one
-(`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:` in the recipe; `gpus`
-there chooses its GPUs. The run's page is served on 127.0.0.1, at port 8700 or a free one, or at `--page_port`. The same
-command goes on where an interrupted training stopped.
+Both come from one recipe. Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns
+with the learner on one (`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:`
+in the recipe; `gpus` there chooses its GPUs. The run's page is served on 127.0.0.1, at port 8700 or a free one, or at
+`--page_port`. The same command goes on where an interrupted training stopped.
+
+With `--cluster` Ray places servers and learner on the machines of a cluster, and starts servers again where they fail
+(docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
-import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import Any
 
 from learner.commands import training
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import Parser, dtype_name, is_true
+from learner.commands.flags import Parser, dtype_name, either_spelling, is_true, number
 from learner.foreign_options import server_flag
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
@@ -32,7 +35,14 @@ from learner.servers.credentials import read_token
 from learner.utils.atomic import check_writable
 from learner.utils.gpus import visible_gpus
 from learner.utils.ports import check_port, free_port
-from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
+from learner.utils.processes import (
+    ProcessGroup,
+    Stopped,
+    ending,
+    module_command,
+    module_environment,
+    stop_on_signals,
+)
 from shared.errors import InvalidRequest, LockstepError, Unauthenticated
 from shared.weights import served_rank
 
@@ -48,6 +58,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU"
 LEARNER_PATIENCE_S = 120.0
 _PROGRESS_S = 15.0
 _ADDRESS = ("host", "port", "uds")
+CLUSTER_FLAGS = ("servers", "gpus_per_server", "cpus_per_server", "learner_gpus", "learner_cpus")
 
 
 @dataclass
@@ -77,13 +88,20 @@ class Plan:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: the learner's, 1 if the server ended first, 130 if stopped."""
-    return run(make_plan(argv))
+    recipe = read_recipe(argv)
+    if recipe.options.cluster:
+        from learner.commands import up_on_cluster  # which shares the flags of this module
+
+        return up_on_cluster.run(recipe)
+    if given := [name for name in CLUSTER_FLAGS if getattr(recipe.options, name) is not None]:
+        raise InvalidRequest(f"--{given[0]} is for a Ray cluster: give --cluster auto as well")
+    return run(plan_here(recipe))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of the flags that are not those of `learner train`."""
     parser = Parser(prog="learner up", description=__doc__)
-    add = parser.add_argument
+    add: Callable[..., Any] = parser.add_argument
     add("--config", action="append", metavar="FILE.yaml", help="a file, or the name of one of our recipes")
     add(
         "--server-flags",
@@ -99,7 +117,40 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="on the CPU: give server and learner half of the cores each, like two devices",
     )
+    add = either_spelling(parser)
+    whole = number(int, 1)
+    add("--cluster", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:6379, or ray://HOST:10001")
+    add(
+        "--servers",
+        type=_servers,
+        metavar="N|N..M",
+        help="rollout servers on the cluster (default: 1); N to M as it has room",
+    )
+    add("--gpus-per-server", type=whole, metavar="N", help="GPUs of each of them (default: 1; none with use_cpu)")
+    add("--cpus-per-server", type=whole, metavar="N", help="cores that Ray reserves for each of them (default: 1)")
+    add(
+        "--learner-gpus",
+        type=whole,
+        metavar="N",
+        help="GPUs of the learner, a rank on each (default: 1; none with use_cpu)",
+    )
+    add(
+        "--learner-cpus",
+        type=whole,
+        metavar="N",
+        help="cores that Ray reserves for the learner (default: 1 for each rank)",
+    )
     return parser
+
+
+def _servers(text: str) -> tuple[int, int]:
+    """Read a number of servers, or the least and the most, as a `type` of argparse."""
+    if not (match := re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor LEAST..MOST, as in 2..8")
+    least, most = int(match[1]), int(match[2] or match[1])
+    if not 1 <= least <= most:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1, and no more at least than at most")
+    return least, most
 
 
 def words(text: str) -> list[str]:
@@ -119,12 +170,53 @@ def find_recipe(name: str) -> Path:
     raise InvalidRequest(f"--config {name}: no such file, and no recipe of that name; recipes are {known}")
 
 
-def make_plan(argv: Sequence[str]) -> Plan:
-    """Read flags and recipes, and decide where both processes run.
+@dataclass
+class Recipe:
+    """What was asked for, in files and flags.
+
+    Attributes:
+        options: flags of `learner up` alone.
+        given: options of the learner; `server`: those of the server, by name with underscores.
+        learner: flags of `learner train`.
+        environment: of both.
+    """
+
+    options: argparse.Namespace
+    given: dict[str, Any]
+    server: dict[str, Any]
+    learner: list[str]
+    output_dir: Path
+    environment: dict[str, str]
+
+    @property
+    def model(self) -> str:
+        """The base model of both."""
+        return str(self.given["model_name_or_path"])
+
+    @property
+    def wants_page(self) -> bool:
+        """Whether the run's page is to be served, where nobody has said at which port."""
+        wanted = is_true({"run_page": True, **self.given}, "run_page") and not is_true(self.given, "no_run_page")
+        return wanted and "page_port" not in self.given
+
+    def server_flags(self, **common: Any) -> list[str]:
+        """Return the server's flags: those that follow from the learner's options, and its own.
+
+        Args:
+            common: more of the first kind.
+        """
+        return [*_flags({**_common(self.given), **common, **self.server}), *(self.options.server_flags or ())]
+
+    def server_flag_names(self) -> list[str]:
+        """Return the names of the server's own flags, as they were written."""
+        return [*self.server, *(word.lstrip("-") for word in self.options.server_flags or () if word.startswith("--"))]
+
+
+def read_recipe(argv: Sequence[str]) -> Recipe:
+    """Read flags and recipes.
 
     Raises:
-        InvalidRequest: what `learner train` refuses before it imports TRL, what the two have to share is missing, or
-            this machine has no place for them.
+        InvalidRequest: what `learner train` refuses before it imports TRL, or what the two have to share is missing.
     """
     options, flags = make_parser().parse_known_args(tied(argv))
     files = [find_recipe(name) for name in options.config or ()]
@@ -142,7 +234,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     server = {name.replace("-", "_"): value for name, value in server.items()}
     if given.get("rollout_url"):
         raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
-    if not (model := given.get("model_name_or_path")):
+    if not given.get("model_name_or_path"):
         raise InvalidRequest("give --model_name_or_path: the base model of both, in the recipe or as a flag")
     environment = given.get("env") or {}
     if not isinstance(environment, dict):
@@ -151,19 +243,34 @@ def make_plan(argv: Sequence[str]) -> Plan:
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
-    gpus = server.pop("gpus", None)
-    place = _place_on_cpu(split=options.split_cores) if is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
-    port = str(server.pop("port", None) or free_port())
-    _check_address(port, [*server, *(word.lstrip("-") for word in options.server_flags or () if word.startswith("--"))])
-    command = [*module_command("rollout_server.cli"), str(model), "--port", port]
-    command += [*_flags({**_common(given), **server}), *(options.server_flags or ())]
-    url = f"http://127.0.0.1:{port}"
-    learner = [*module_command("learner.cli"), "train", *written, "--rollout_url", url, "--output_dir", str(output_dir)]
-    wants_page = is_true({"run_page": True, **given}, "run_page") and not is_true(given, "no_run_page")
-    if wants_page and "page_port" not in given:
-        learner += ["--page_port", str(free_port(PAGE_PORT))]
     recipe = {str(name): str(value) for name, value in environment.items()}
-    return Plan(url, output_dir, command, learner, **place, recipe_environment=recipe)
+    return Recipe(options, given, server, written, output_dir, recipe)
+
+
+def make_plan(argv: Sequence[str]) -> Plan:
+    """Read flags and recipes, and decide where both processes run on this machine.
+
+    Raises:
+        InvalidRequest: see `read_recipe`; or this machine has no place for them.
+    """
+    return plan_here(read_recipe(argv))
+
+
+def plan_here(recipe: Recipe) -> Plan:
+    """Decide where both processes run on this machine; raises `invalid_request` if it has no place for them."""
+    given, server, output_dir = recipe.given, recipe.server, recipe.output_dir
+    gpus = server.pop("gpus", None)
+    split = recipe.options.split_cores
+    placed = _place_on_cpu(split=split) if is_true(given, "use_cpu") else _place_on_gpus(given, gpus)
+    port = str(server.pop("port", None) or free_port())
+    _check_address(port, recipe.server_flag_names())
+    command = [*module_command("rollout_server.cli"), recipe.model, "--port", port, *recipe.server_flags()]
+    url = f"http://127.0.0.1:{port}"
+    learner = [*module_command("learner.cli"), "train", *recipe.learner, "--rollout_url", url]
+    learner += ["--output_dir", str(output_dir)]
+    if recipe.wants_page:
+        learner += ["--page_port", str(free_port(PAGE_PORT))]
+    return Plan(url, output_dir, command, learner, **placed, recipe_environment=recipe.environment)
 
 
 def _check_address(port: str, flags: Sequence[str]) -> None:
@@ -333,10 +440,10 @@ def run(plan: Plan, environment: Mapping[str, str] | None = None) -> int:
                 raise
     except Stopped:
         if status is None:  # else the training had ended, and the server was ending
-            say(f"stopped; {_resumption(out)}")
+            say(f"stopped; {resumption(out)}")
             return 130
     if reason:  # said last: both have said more while they ended
-        say(f"ended; {_resumption(out)}")
+        say(f"ended; {resumption(out)}")
         say(reason)
     return status
 
@@ -370,13 +477,10 @@ def _watch(plan: Plan, server: ProcessGroup, learner: ProcessGroup, shown: tuple
 def _reason(process: ProcessGroup, output: Output) -> str:
     """Return how a process ended, and what it said last, which is why."""
     status = process.end()  # all that it has said is read then
-    how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-    if status == -signal.SIGKILL:
-        how += " (which the system sends when memory runs out: see dmesg)"
-    return f"the {output.name} ended with {how}: {output.last or 'it said nothing'}"
+    return f"the {output.name} ended with {ending(status)}: {output.last or 'it said nothing'}"
 
 
-def _resumption(out: Path) -> str:
+def resumption(out: Path) -> str:
     """Return what the same command does then."""
     last = last_checkpoint(out)
     goes_on = f"goes on from {last.name}" if last else "begins anew, since nothing was saved yet"

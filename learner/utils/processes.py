@@ -76,6 +76,13 @@ def module_environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
+def ending(status: int) -> str:
+    """Return how a process has ended, in words."""
+    if status == -signal.SIGKILL:
+        return "SIGKILL (which the system sends when memory runs out: see dmesg)"
+    return f"status {status}" if status >= 0 else signal.Signals(-status).name
+
+
 class ProcessGroup:
     """A command in a session of its own: Ctrl-C in the terminal reaches only its parent, which ends the group.
 

@@ -1,0 +1,285 @@
+"""A job on a Ray cluster: rollout servers and a learner, placed, followed, and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from learner.cluster.actors import host
+from learner.cluster.directory import make_directory
+from learner.cluster.hosted import Command, Report
+from learner.cluster.resources import Node, Resources, check_room, describe, nodes, on_node
+from learner.utils.processes import ending
+from learner.utils.threads import start
+from shared.messages import one_line
+
+#: Times that servers may end without ever having been ready, before all is given up; after wrong options: once.
+_ATTEMPTS = 3
+_WRONG_OPTIONS = 2
+_REPORT_S, _ANSWER_S, _RETRY_S, _SAY_S, _GRACE_S = 5.0, 60.0, 1.0, 15.0, 15.0
+LEARNER = "learner"
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """What runs: `servers` of them at least and at most, and one learner.
+
+    Attributes:
+        name: of the directory that lists the servers.
+        server_needs, learner_needs: resources, in Ray's names.
+        home: the node of the learner; None: any.
+        can_resume: whether a learner whose node is gone may be started on another.
+    """
+
+    name: str
+    server: Command
+    servers: tuple[int, int]
+    server_needs: Resources
+    learner: Command
+    learner_needs: Resources
+    home: Node | None = None
+    can_resume: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class Member:
+    """A hosted command of the job.
+
+    Attributes:
+        report: the last one.
+        lost: nothing is heard of it.
+        done: nothing more will be.
+    """
+
+    name: str
+    command: Command
+    group: Any
+    bundle: int
+    restarts: int
+    actor: Any = None
+    report: Report = field(default_factory=lambda: Report("", ""))
+    lost: bool = False
+    was_ready: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class RunningJob:
+    """A job from its start to its end.
+
+    Args:
+        ray: connected.
+        show: takes a member's name and a line of its.
+        say: takes a line of the job's own.
+    """
+
+    def __init__(
+        self, ray: Any, job: ClusterJob, show: Callable[[str, str], object], say: Callable[[str], object]
+    ) -> None:
+        self._ray, self._job, self._show, self._say = ray, job, show, say
+        self._members: list[Member] = []
+        self._groups: list[Any] = []
+        self._events: queue.SimpleQueue[tuple[Member, Report | Exception]] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._directory: Any = None
+
+    def run(self) -> tuple[int, str]:
+        """Place and start all, and follow it until the learner ends; return its exit status, and what went wrong.
+
+        Raises:
+            InvalidRequest: the cluster is too small. Nothing has been started then.
+        """
+        job, found, (least, most) = self._job, nodes(self._ray), self._job.servers
+        check_room(found, job.server_needs, least, job.learner_needs)
+        learner_needs = on_node(job.learner_needs, job.home) if job.home else job.learner_needs
+        group = self._reserve([learner_needs, *[job.server_needs] * least], "SPREAD")
+        self._wait_for_room(group, least)
+        # It is lost with its node, so that must not be one of a server alone.
+        self._directory = make_directory(self._ray, job.name, job.home.node_id if job.home else _head(found))
+        for number in range(least):
+            self._begin(Member(f"server-{number + 1}", job.server, group, number + 1, -1))
+        self._begin(Member(LEARNER, job.learner, group, 0, 0))
+        for number in range(least, most):
+            extra = self._reserve([job.server_needs], "PACK")
+            start(partial(self._begin_with_room, f"server-{number + 1}", extra), f"room-{number}")
+        while True:
+            if (outcome := self._next(0.5)) is not None:
+                return outcome
+
+    def end(self, hurry: threading.Event) -> None:
+        """End the learner, then the servers, and give back what was reserved.
+
+        Args:
+            hurry: once it is set they get no more time to end by themselves.
+        """
+        self._ending.set()
+        learners = [member for member in self._members if member.name == LEARNER]
+        self._end(learners, hurry)
+        self._end([member for member in self._members if member not in learners], hurry)
+        with contextlib.suppress(Exception):  # the cluster itself may be gone
+            for group in self._groups:
+                self._ray.util.remove_placement_group(group)
+            if self._directory is not None:
+                self._ray.kill(self._directory)
+
+    def _reserve(self, bundles: list[Resources], strategy: str) -> Any:
+        group = self._ray.util.placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
+        self._groups.append(group)
+        return group
+
+    def _wait_for_room(self, group: Any, servers: int) -> None:
+        room, due = start(partial(_wait, group), "room"), time.monotonic() + _SAY_S
+        while not room.done():
+            time.sleep(0.1)
+            if time.monotonic() > due:
+                needs, learner = describe(self._job.server_needs), describe(self._job.learner_needs)
+                free = describe(self._ray.available_resources())
+                self._say(f"waiting for room for {servers} x {needs}, and {learner} for the learner; free are {free}")
+                due += _SAY_S
+        room.result()
+
+    def _begin_with_room(self, name: str, group: Any) -> None:
+        """Start a server as soon as the cluster has room for it."""
+        _wait(group)
+        if not self._ending.is_set():
+            self._begin(Member(name, self._job.server, group, 0, -1))
+
+    def _begin(self, member: Member) -> None:
+        member.actor = host(
+            self._ray,
+            member.command,
+            member.name,
+            self._job.name,
+            group=member.group,
+            bundle=member.bundle,
+            restarts=member.restarts,
+        )
+        self._members.append(member)
+        threading.Thread(target=self._follow, args=(member,), name=f"follow-{member.name}", daemon=True).start()
+
+    def _follow(self, member: Member) -> None:
+        """Ask a member how it stands, again and again, until it is over."""
+        errors, last, is_lost = self._ray.exceptions, Report("", ""), False
+        while True:
+            try:
+                asked = member.actor.report.remote(last.life, last.changes, last.seen, _REPORT_S)
+                last = self._ray.get(asked, timeout=_ANSWER_S)
+            except errors.GetTimeoutError:
+                continue
+            except Exception as error:
+                if isinstance(error, errors.ActorDiedError) or self._ending.is_set():
+                    self._events.put((member, error))
+                    member.done.set()
+                    return
+                if not is_lost:
+                    self._events.put((member, error))
+                is_lost = True
+                time.sleep(_RETRY_S)
+                continue
+            is_lost = False
+            self._events.put((member, last))
+            if last.over:
+                member.done.set()
+                return
+
+    def _next(self, wait_s: float) -> tuple[int, str] | None:
+        """Take the next event, if there is one; return the job's exit status and what went wrong once it has ended."""
+        try:
+            member, event = self._events.get(timeout=wait_s)
+        except queue.Empty:
+            return None
+        return self._failed(member, event) if isinstance(event, Exception) else self._reported(member, event)
+
+    def _reported(self, member: Member, report: Report) -> tuple[int, str] | None:
+        for line in report.lines:
+            self._show(member.name, line)
+        before, member.report = member.report, report
+        if before.life and before.life != report.life:
+            self._say(f"{member.name} begins anew on {report.node}")
+            before = Report("", "")
+        elif member.lost:
+            self._say(f"{member.name} is heard of again on {report.node}")
+        member.lost = False
+        if report.ready and not before.ready:
+            member.was_ready = True
+            self._say(f"{member.name} is ready on {report.node}: {report.url}")
+        if self._ending.is_set() or report.ended == before.ended:
+            return None
+        how = _how(member.name, report)
+        if member.name == LEARNER:
+            return (0, "") if report.status == 0 else (max(report.status or 1, 1), how)
+        if self._is_hopeless():
+            return 1, how
+        self._say(f"{how}; it is started again in {report.pause_s:.0f} s")
+        return None
+
+    def _is_hopeless(self) -> bool:
+        """Return whether no server has ever been ready, and each has been tried often enough."""
+        servers = [member for member in self._members if member.name != LEARNER]
+        return not any(member.was_ready for member in servers) and all(
+            member.report.ended >= (1 if member.report.status == _WRONG_OPTIONS else _ATTEMPTS) for member in servers
+        )
+
+    def _failed(self, member: Member, error: Exception) -> tuple[int, str] | None:
+        if self._ending.is_set():
+            return None
+        if not member.done.is_set():  # Ray starts it again
+            member.lost = True
+            node = member.report.node
+            self._say(f"{member.name}: its node is gone ({node}), or out of reach; it begins anew where there is room")
+            return None
+        why = f"{'is gone' if member.report.life else 'cannot be started on the cluster'}: {_last_line(error)}"
+        if member.name == LEARNER and member.report.life and self._job.can_resume():
+            self._members.remove(member)
+            self._say(f"the node of the learner is gone ({member.report.node}); it goes on where there is room")
+            self._begin(Member(LEARNER, member.command, member.group, member.bundle, member.restarts))
+            return None
+        others = [one for one in self._members if one.name != LEARNER and not one.done.is_set()]
+        if member.name == LEARNER or not others:
+            return 1, f"{member.name} {why}"
+        self._say(f"{member.name} {why}")
+        return None
+
+    def _end(self, members: list[Member], hurry: threading.Event) -> None:
+        patience = max((member.command.patience_s for member in members), default=0.0)
+        deadline, hurried = time.monotonic() + patience + _GRACE_S, False
+        for member in members:
+            with contextlib.suppress(Exception):
+                member.actor.end.remote()
+        while not all(member.done.is_set() for member in members) and time.monotonic() < deadline:
+            if hurry.is_set() and not hurried:
+                hurried, deadline = True, min(deadline, time.monotonic() + _GRACE_S)
+                for member in members:
+                    with contextlib.suppress(Exception):
+                        member.actor.end.remote(0.0)
+            self._next(0.1)
+        while not self._events.empty():
+            self._next(0.0)
+        for member in members:
+            with contextlib.suppress(Exception):
+                self._ray.kill(member.actor)
+
+
+def _wait(group: Any) -> None:
+    while not group.wait(_ANSWER_S):
+        pass
+
+
+def _head(found: list[Node]) -> str | None:
+    return next((node.node_id for node in found if "node:__internal_head__" in node.has), None)
+
+
+def _how(name: str, report: Report) -> str:
+    """Return how a process ended, and what it said last, which is why."""
+    return f"{name} on {report.node} ended with {ending(report.status or 0)}: {report.reason or 'it said nothing'}"
+
+
+def _last_line(error: Exception) -> str:
+    """Return why an actor is no more: what it raised stands last in Ray's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else one_line(error)

@@ -1,0 +1,71 @@
+"""What a job asks of a cluster, and whether its nodes have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import InvalidRequest
+
+Resources = Mapping[str, float]
+#: Of the resource by which Ray knows a node, so that several may ask for it.
+_ON_NODE = 0.001
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a cluster: what it has, in use or not."""
+
+    node_id: str
+    address: str
+    has: Resources
+
+
+def nodes(ray: Any) -> list[Node]:
+    """Return the nodes that are alive."""
+    return [Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+
+
+def home_of(ray: Any, found: Sequence[Node], asked: Resources) -> Node | None:
+    """Return the node of this process, if it has what is asked; None for another, or no node at all."""
+    own = ray.get_runtime_context().get_node_id()
+    return next((node for node in found if node.node_id == own and _times(asked, node.has)), None)
+
+
+def on_node(asked: Resources, node: Node) -> Resources:
+    """Return what asks for `asked` on this node."""
+    return {**asked, f"node:{node.address}": _ON_NODE}
+
+
+def check_room(found: Sequence[Node], server: Resources, servers: int, learner: Resources) -> None:
+    """Raise `invalid_request` where the cluster is too small, even with nothing else on it."""
+    for what, asked in (("a server", server), ("the learner", learner)):
+        if not any(_times(asked, node.has) for node in found):
+            raise InvalidRequest(
+                f"{what} needs {describe(asked)}, and no node of this Ray cluster has that; it has {_list(found)}"
+            )
+    room = sum(_times(server, node.has) for node in found)
+    total = {name: sum(node.has.get(name, 0.0) for node in found) for name in (*server, *learner)}
+    asked = {name: servers * server.get(name, 0.0) + learner.get(name, 0.0) for name in total}
+    if room < servers or any(asked[name] > total[name] for name in total):
+        raise InvalidRequest(
+            f"{servers} server{'s' * (servers > 1)} of {describe(server)} and a learner of {describe(learner)} do not "
+            f"fit on this Ray cluster; it has {_list(found)}"
+        )
+
+
+def describe(asked: Resources) -> str:
+    """Return resources in words: 2 GPUs and 1 CPU."""
+    named = {name: asked[name] for name in ("GPU", "CPU") if asked.get(name)}
+    words = [f"{value:g} {name}{'s' * (value > 1)}" for name, value in named.items()]
+    return " and ".join(words) or "no GPU and no CPU"
+
+
+def _list(found: Iterable[Node]) -> str:
+    return ", ".join(f"{node.address} with {describe(node.has)}" for node in found) or "no nodes"
+
+
+def _times(asked: Resources, has: Resources) -> int:
+    """Return how often a node has what is asked."""
+    return min((int(has.get(name, 0.0) // value) for name, value in asked.items() if value), default=2**31)

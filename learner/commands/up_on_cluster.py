@@ -1,0 +1,217 @@
+"""`learner up --cluster`: servers and learner of one recipe on a Ray cluster, until the training ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from learner.cluster.connection import connect
+from learner.cluster.hosted import Command, place
+from learner.cluster.job import LEARNER, ClusterJob, RunningJob
+from learner.cluster.resources import Node, check_room, describe, home_of, nodes
+from learner.commands.flags import is_true
+from learner.commands.up import (
+    CPU_ENVIRONMENT,
+    ENVIRONMENT,
+    LEARNER_LOG,
+    LEARNER_PATIENCE_S,
+    PAGE_PORT,
+    Output,
+    Recipe,
+    resumption,
+    say,
+)
+from learner.run_dir.checkpoint import last_checkpoint
+from learner.run_dir.lock import UP_LOCK, OutputLock
+from learner.utils.ports import free_port
+from learner.utils.processes import Stopped, stop_on_signals
+from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
+from shared.errors import InvalidRequest
+
+#: What the nodes decide, or what a file is sent for.
+_ADDRESS = ("host", "port", "uds", "gpus")
+_FILES = ("generate_token_file", "metrics_token_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
+_PARALLEL = ("tensor_parallel_size", "data_parallel_size", "tp", "dp")
+#: Of machines that are no nodes of the cluster.
+_FROM_ELSEWHERE = "ray://"
+
+
+def run(recipe: Recipe) -> int:
+    """Run a recipe on a cluster. Returns the exit code: the learner's, 1 if no server can run, 130 if stopped.
+
+    Raises:
+        InvalidRequest: no Ray, no cluster, or too small a one; an option that cannot work there.
+    """
+    _check(recipe)
+    out, tokens, (needs, learner_needs) = recipe.output_dir, _tokens(recipe), _needs(recipe)
+    server, name = _server(recipe, tokens), _name(out)
+    ray = connect(recipe.options.cluster)
+    try:
+        found, servers = nodes(ray), recipe.options.servers or (1, 1)
+        check_room(found, needs, servers[0], learner_needs)
+        from_elsewhere = recipe.options.cluster.startswith(_FROM_ELSEWHERE)
+        home = None if from_elsewhere else home_of(ray, found, learner_needs)
+        job = ClusterJob(
+            name=name,
+            server=server,
+            servers=servers,
+            server_needs=needs,
+            learner=_learner(recipe, tokens, name, home),
+            learner_needs=learner_needs,
+            home=home,
+            can_resume=lambda: last_checkpoint(out) is not None,
+        )
+        return _follow(ray, job, out)
+    finally:
+        ray.shutdown()
+
+
+def _follow(ray: Any, job: ClusterJob, out: Path) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    up_lock = OutputLock(out, UP_LOCK)
+    shown: dict[str, Output] = {}
+
+    def show(name: str, line: str) -> None:
+        if name not in shown:
+            shown[name] = Output(name, out / (LEARNER_LOG if name == LEARNER else f"{name}.log"))
+        shown[name](line)
+
+    least, most = job.servers
+    count = f"{least}" if least == most else f"{least} to {most}"
+    say(f"{count} x rollout server on {describe(job.server_needs)}, listed as ray:{job.name}; logs: {out}/server-N.log")
+    where = f"on {job.home.address}" if job.home else f"on any node: each must see {out}"
+    say(f"the learner on {describe(job.learner_needs)}, {where}; log: {out / LEARNER_LOG}")
+    status, reason = None, ""
+    running = RunningJob(ray, job, show, say)
+    try:
+        with contextlib.closing(up_lock), stop_on_signals() as hurry, _ended(running, hurry):
+            try:
+                status, reason = running.run()
+            except Stopped as stopped:
+                say(f"{stopped}: ending the learner, then the servers; a second signal ends them at once")
+                raise
+    except Stopped:
+        if status is None:
+            say(f"stopped; {resumption(out)}")
+            return 130
+    if reason:
+        say(f"ended; {resumption(out)}")
+        say(reason)
+    return status or 0
+
+
+@contextlib.contextmanager
+def _ended(running: RunningJob, hurry: threading.Event) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        running.end(hurry)
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse what cannot work on a cluster: `invalid_request`."""
+    own = [name.partition("=")[0].replace("-", "_") for name in recipe.server_flag_names()]
+    for name in _ADDRESS:
+        if name in own:
+            raise InvalidRequest(f"server: {name}: on a cluster each server has its node's; leave it out")
+    for name in (*_FILES, "token_file"):
+        if name in own and name not in recipe.server:
+            raise InvalidRequest(
+                f"--server-flags: write {name} below `server:` in the recipe, so that its file is sent"
+            )
+    for name, why in (
+        ("share_gpu", "the learner has its own GPUs there"),
+        ("deterministic", "which server completes a prompt depends on their speed"),
+    ):
+        if is_true(recipe.given, name):
+            raise InvalidRequest(f"{name}: {why}; leave it out, or --cluster")
+    if recipe.options.split_cores:
+        raise InvalidRequest("--split-cores is for one machine; on a cluster give --cpus-per-server and --learner-cpus")
+    if recipe.options.cluster.startswith(_FROM_ELSEWHERE) and not recipe.output_dir.is_absolute():
+        raise InvalidRequest(
+            f"output_dir {recipe.output_dir}: from a machine that is no node ({_FROM_ELSEWHERE}) give an absolute "
+            "path, on a file system that the nodes see"
+        )
+
+
+def _needs(recipe: Recipe) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the resources of a server and of the learner."""
+    options, gpus = recipe.options, 0 if is_true(recipe.given, "use_cpu") else 1
+    server = {"CPU": options.cpus_per_server or 1, "GPU": options.gpus_per_server or gpus}
+    ranks = options.learner_gpus or gpus
+    learner = {"CPU": options.learner_cpus or max(ranks, 1), "GPU": ranks}
+    return tuple({name: value for name, value in each.items() if value} for each in (server, learner))  # type: ignore[return-value]
+
+
+def _server(recipe: Recipe, tokens: bytes) -> Command:
+    flags = ["--host", place("host"), "--port", place("port"), "--token-file", place("token")]
+    sent = {"token": tokens}
+    recipe.server.pop("token_file", None)
+    for name in _FILES:
+        if path := recipe.server.pop(name, None):
+            sent[name] = _read(str(path), f"server: {name}")
+            flags += [f"--{name.replace('_', '-')}", place(name)]
+    gpus, own = recipe.options.gpus_per_server or 1, [name.replace("-", "_") for name in recipe.server_flag_names()]
+    parallel = {} if gpus == 1 or any(name in own for name in _PARALLEL) else {"tensor_parallel_size": gpus}
+    scheme = "https" if "ssl_certfile" in sent else "http"
+    return Command(
+        module="rollout_server.cli",
+        arguments=(recipe.model, *flags, *recipe.server_flags(**parallel)),
+        secrets=sent,
+        url=f"{scheme}://{place('host')}:{place('port')}",
+        again=True,
+        **_common(recipe),
+    )
+
+
+def _learner(recipe: Recipe, tokens: bytes, name: str, home: Node | None) -> Command:
+    sent = {"token": tokens}
+    train = ["learner.cli", "train", *recipe.learner, "--token_file", place("token")]
+    if path := recipe.given.get("ca_file"):
+        sent["ca"] = _read(str(path), "ca_file")
+        train += ["--ca_file", place("ca")]
+    train += ["--rollout_url", f"ray:{name}", "--output_dir", os.path.abspath(recipe.output_dir)]
+    if home and recipe.wants_page:
+        train += ["--page_port", str(free_port(PAGE_PORT))]
+    if (ranks := recipe.options.learner_gpus or 1) > 1:
+        train = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *train]
+    module, *arguments = train
+    return Command(module, tuple(arguments), sent, patience_s=LEARNER_PATIENCE_S, **_common(recipe))
+
+
+def _common(recipe: Recipe) -> dict[str, Any]:
+    on_cpu = CPU_ENVIRONMENT if is_true(recipe.given, "use_cpu") else {}
+    return {
+        "defaults": {**ENVIRONMENT, **on_cpu},
+        "environment": recipe.environment,
+        "directory": os.getcwd(),
+    }
+
+
+def _tokens(recipe: Recipe) -> bytes:
+    """Return the servers' tokens, of which the learner sends the first: the user's, or one for this job alone."""
+    if path := recipe.server.get("token_file") or recipe.given.get("token_file"):
+        tokens, source = _read(str(path), "token_file"), f"token_file {path}"
+    else:
+        tokens, source = os.environ.get(TOKEN_VARIABLE, "").encode() or secrets.token_hex(32).encode(), TOKEN_VARIABLE
+    parse_tokens(tokens.decode(errors="replace"), source)
+    return tokens
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{name} {path} cannot be read: {error.strerror}") from error
+
+
+def _name(out: Path) -> str:
+    """Return a name for the servers of this job, which no other has."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", out.resolve().name).strip("-._")[:48]
+    return f"{stem or 'run'}-{secrets.token_hex(3)}"

@@ -1,0 +1,163 @@
+"""`learner up --cluster` on three nodes of a Ray cluster, one of which dies and is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from learner.run_dir.checkpoint import last_checkpoint, load_state
+from learner.run_dir.files import HISTORY_FILE, read_lines
+from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.learner_process import COMMON, write_questions
+from tests.integration.support.ray_cluster import RayNode
+from tests.integration.support.server import ENVIRONMENT
+from tests.integration.support.waiting import until
+from tests.support.arguments import arguments
+
+TOKEN = "only-the-nodes-of-this-test-know-it"
+BATCH = 8
+OURS = ("rollout_server.cli", "learner.cli")
+_LONG_S = 900.0
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RayNode]]:
+    folder = Path(tmp_path_factory.mktemp("r"))  # Ray's sockets lie below it, whose paths must be short
+    found = [RayNode(folder, 1, 2, gpus=2)]
+    try:
+        found[0].wait_ready()
+        for number in (2, 3):
+            found.append(RayNode(folder, number, 1, found[0].address))
+            found[-1].wait_ready()
+        yield found
+    finally:
+        for node in reversed(found):
+            node.kill()
+
+
+class Up:
+    """`learner up --cluster` as a process."""
+
+    def __init__(self, address: str, recipe: Path, out: Path, log: Path) -> None:
+        self.out, self._log = out, log
+        flags = {"--config": recipe, "--output_dir": out, "--cluster": address, "--servers": 3}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "learner.cli", "up", *arguments(flags)],
+                cwd=REPOSITORY,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def until_it_says(self, *words: str) -> None:
+        until(lambda: all(word in self.said() for word in words) or self.process.poll() is not None, _LONG_S)
+        assert self.process.poll() is None, self.said()[-6000:]
+
+    def until_steps(self, servers_up: int, more: int) -> None:
+        """Wait for `more` proven steps with this number of servers."""
+
+        def count() -> int:
+            rows = read_lines(self.out / HISTORY_FILE)
+            return sum(row["servers_up"] == servers_up and row["logprob_gap"] is not None for row in rows)
+
+        begun = count()
+        until(lambda: count() >= begun + more or self.process.poll() is not None, _LONG_S)
+        assert self.process.poll() is None, self.said()[-6000:]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.mark.timeout(1200)
+def test_nothing_outlives_a_command_that_is_killed(nodes: list[RayNode], tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as output:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.support.stand_in", nodes[0].address],
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    said = (tmp_path / "log").read_text
+    try:
+        names = ("server-1", "server-2", "learner")
+        until(lambda: all(f"{name} is ready" in said() for name in names) or driver.poll() is not None, _LONG_S)
+        assert driver.poll() is None, said()
+        until(lambda: "learner has GPUs" in said())
+        assert "learner has GPUs 0,1" in said()
+        started = [process for node in nodes for process in node.running("tests.integration.support.stand_in")]
+    finally:
+        driver.kill()
+        driver.wait()
+    assert len(started) == 3
+    assert psutil.wait_procs(started, timeout=300.0)[1] == []
+
+
+@pytest.mark.timeout(3600)
+def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Path, tmp_path: Path) -> None:
+    out, recipe, token = tmp_path / "run", tmp_path / "tiny.yaml", tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(TOKEN)
+    options = {name.removeprefix("--"): value for name, value in zip(COMMON[::2], COMMON[1::2], strict=True)}
+    own = {
+        "model_name_or_path": str(model),
+        "task": str(write_questions(tmp_path / "questions.jsonl", 64)),
+        "token_file": str(token),
+        "max_steps": 100_000,
+        "save_steps": 100_000,
+        "proof_every": 1,
+        "run_page": False,
+        "env": ENVIRONMENT,
+        "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True},
+    }
+    recipe.write_text(yaml.safe_dump({**options, **own}))
+    with closing(Up(nodes[0].address, recipe, out, tmp_path / "up.log")) as up:
+        up.until_it_says("server-1 is ready", "server-2 is ready", "server-3 is ready")
+        up.until_steps(servers_up=3, more=1)
+        started = [process for node in nodes for process in node.running(*OURS)]
+        _check_that_the_token_is_nowhere(started, nodes)
+
+        nodes[2].kill()
+        up.until_it_says("its node is gone (127.0.1.3)")
+        up.until_steps(servers_up=2, more=2)
+        nodes.append(RayNode(nodes[0].folder.parent, 4, 1, nodes[0].address))
+        nodes[3].wait_ready()
+        up.until_it_says("begins anew on 127.0.1.4", "is ready on 127.0.1.4")
+        up.until_steps(servers_up=3, more=2)
+        started += nodes[3].running(*OURS)
+
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(_LONG_S) == 130, up.said()[-6000:]
+    checkpoint = last_checkpoint(out)
+    assert checkpoint, up.said()[-6000:]
+    state = load_state(checkpoint)
+    assert state.completions == BATCH * state.step, "every step had its whole batch"
+    assert [row["step"] for row in read_lines(out / HISTORY_FILE)] == list(range(1, state.step + 1))
+    assert psutil.wait_procs(started, timeout=120.0)[1] == []
+
+
+def _check_that_the_token_is_nowhere(started: list[psutil.Process], nodes: list[RayNode]) -> None:
+    """Check command lines, environments, and all that Ray has written."""
+    assert len(started) >= 4, "three servers and the learner"
+    for process in [*started, *(process for node in nodes for process in node.processes())]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert TOKEN not in " ".join(process.cmdline())
+            assert TOKEN not in str(process.environ())
+    for node in nodes:
+        for path in node.folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                assert TOKEN.encode() not in path.read_bytes(), path

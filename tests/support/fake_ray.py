@@ -1,0 +1,140 @@
+"""Ray as our own logic sees it: nodes, placement groups and named actors, all within this process."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from learner.cluster.hosted import Command, Report
+
+
+class RayError(Exception): ...
+
+
+class GetTimeoutError(RayError): ...
+
+
+class ActorUnavailableError(RayError): ...
+
+
+class ActorDiedError(RayError): ...
+
+
+class FakeRay:
+    """The parts of the module `ray` that the room of clusters calls; a reference is a function.
+
+    Attributes:
+        hosted: actors of commands, by name, in the order of their starts; a test puts what they report.
+        has: resources of each node, by address; the first is that of this process.
+        ended: names of those that were told to end.
+        script: what actors report from their start on, by name.
+    """
+
+    def __init__(self, **has: dict[str, float]) -> None:
+        self.has = {name.replace("_", "."): resources for name, resources in has.items()}
+        self.hosted: dict[str, list[Any]] = {}
+        self.named: dict[str, Any] = {}
+        self.killed: list[Any] = []
+        self.ended: list[str] = []
+        self.script: dict[str, list[Report | Exception]] = {}
+        self.groups: list[list[dict[str, float]]] = []
+        self.exceptions = SimpleNamespace(
+            RayError=RayError,
+            GetTimeoutError=GetTimeoutError,
+            ActorUnavailableError=ActorUnavailableError,
+            ActorDiedError=ActorDiedError,
+        )
+        strategies = SimpleNamespace(
+            NodeAffinitySchedulingStrategy=lambda *args, **kwargs: None,
+            PlacementGroupSchedulingStrategy=lambda **kwargs: None,
+        )
+        self.util = SimpleNamespace(
+            scheduling_strategies=strategies,
+            placement_group=self._placement_group,
+            remove_placement_group=lambda group: self.groups.remove(group.bundle_specs),
+            list_named_actors=lambda all_namespaces: [{"name": name, "namespace": "lockstep"} for name in self.named],
+        )
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": f"node-{address}", "NodeManagerAddress": address, "Resources": resources, "Alive": True}
+            for address, resources in self.has.items()
+        ]
+
+    def available_resources(self) -> dict[str, float]:
+        return {}
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: f"node-{next(iter(self.has))}")
+
+    def get(self, reference: Any, timeout: float | None = None) -> Any:
+        return reference()
+
+    def get_actor(self, name: str, namespace: str) -> Any:
+        if name not in self.named:
+            raise ValueError(name)
+        return self.named[name]
+
+    def shutdown(self) -> None: ...
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+    def remote(self, kind: type) -> Any:
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=self._maker(kind, options)))
+
+    def _maker(self, kind: type, options: dict[str, Any]) -> Any:
+        def make(*args: Any) -> Any:
+            if "name" in options:
+                self.named[options["name"]] = actor = Actor(kind(*args))
+                return actor
+            command, name, _ = args
+            hosted = self.hosted.setdefault(name, [])
+            hosted.append(Scripted(name, command, options, self.ended))
+            for report in self.script.get(name, ()):
+                hosted[-1].reports.put(report)
+            return Actor(hosted[-1])
+
+        return make
+
+    def _placement_group(self, bundles: list[dict[str, float]], strategy: str) -> Any:
+        self.groups.append(bundles)
+        return SimpleNamespace(bundle_specs=bundles, wait=lambda timeout: True)
+
+
+class Actor:
+    """An actor: its methods have `remote`, which returns a reference."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._of, name)
+        if name == "report":
+            return SimpleNamespace(remote=lambda *args: lambda: method(*args))
+
+        def call(*args: Any) -> Callable[[], Any]:
+            answer = method(*args)
+            return lambda: answer
+
+        return SimpleNamespace(remote=call)
+
+
+class Scripted:
+    """A hosted command that reports what a test puts into `reports`: a report, or an error to raise."""
+
+    def __init__(self, name: str, command: Command, options: dict[str, Any], ended: list[str]) -> None:
+        self.name, self.command, self.options, self._ended = name, command, options, ended
+        self.reports: queue.SimpleQueue[Report | Exception] = queue.SimpleQueue()
+
+    def end(self, patience_s: float | None = None) -> None:
+        self._ended.append(self.name)
+        self.reports.put(Report("life", "", status=0, ended=1, over=True))
+
+    def report(self, life: str, changes: int, seen: int, wait_s: float) -> Report:
+        report = self.reports.get()
+        if isinstance(report, Exception):
+            raise report
+        return report
