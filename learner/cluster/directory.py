@@ -43,11 +43,11 @@ def make_directory(ray: Any, name: str, node_id: str | None) -> Any:
     """Start a directory, which ends with this process's job, and return its actor.
 
     Args:
-        node_id: of the node to live on; None: any.
+        node_id: of the node to live on, and no other: it is lost with its node; None: any.
     """
     options: dict[str, Any] = {"name": _PREFIX + name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 16}
     if node_id:
-        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=True)
+        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
         options["scheduling_strategy"] = strategy
     return ray.remote(Directory).options(**options).remote()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from learner.cluster.secret_files import SecretFile
 from learner.utils.processes import ProcessGroup, module_command, module_environment
-from shared.errors import NotReady
+from shared.errors import LockstepError, NotReady
 from shared.messages import one_line
 
 #: Lines that are kept until somebody has asked for them.
@@ -188,14 +188,21 @@ class Hosted:
             self._change(starts=self._report.starts + 1, url=url)
             try:
                 while group.process.poll() is None and not self._stop.wait(_POLL_S):
-                    if url and not ready and _is_ready(url):
-                        self._on_ready(url)
+                    if url and not ready and _is_ready(url) and self._is_listed(url):
                         ready = True
                         self._change(ready=True)
             finally:
                 group.patience_s = self._patience_s
                 status = group.end()
         return ready, status
+
+    def _is_listed(self, url: str) -> bool:
+        try:
+            self._on_ready(url)
+        except LockstepError as error:  # tried again: the command is well
+            self._take(f"not listed yet: {one_line(error)}")
+            return False
+        return True
 
     def _free_port(self) -> int:
         """Return the port of before if it is free, so that a learner finds the server where it was."""

@@ -28,6 +28,7 @@ class FakeRay:
     Attributes:
         hosted: actors of commands, by name, in the order of their starts; a test puts what they report.
         has: resources of each node, by address; the first is that of this process.
+        placed: the scheduling strategies of named actors.
         ended: names of those that were told to end.
         script: what actors report from their start on, by name.
     """
@@ -36,6 +37,7 @@ class FakeRay:
         self.has = {name.replace("_", "."): resources for name, resources in has.items()}
         self.hosted: dict[str, list[Any]] = {}
         self.named: dict[str, Any] = {}
+        self.placed: dict[str, Any] = {}
         self.killed: list[Any] = []
         self.ended: list[str] = []
         self.script: dict[str, list[Report | Exception]] = {}
@@ -47,7 +49,7 @@ class FakeRay:
             ActorDiedError=ActorDiedError,
         )
         strategies = SimpleNamespace(
-            NodeAffinitySchedulingStrategy=lambda *args, **kwargs: None,
+            NodeAffinitySchedulingStrategy=lambda node_id, soft: ("soft" if soft else "hard", node_id),
             PlacementGroupSchedulingStrategy=lambda **kwargs: None,
         )
         self.util = SimpleNamespace(
@@ -89,6 +91,7 @@ class FakeRay:
         def make(*args: Any) -> Any:
             if "name" in options:
                 self.named[options["name"]] = actor = Actor(kind(*args))
+                self.placed[options["name"]] = options.get("scheduling_strategy")
                 return actor
             command, name, _ = args
             hosted = self.hosted.setdefault(name, [])

@@ -16,6 +16,7 @@ import pytest
 
 from learner.cluster.hosted import Command, Hosted, Report, place
 from learner.cluster.secret_files import SecretFile
+from shared.errors import NotReady
 
 #: As a module on PYTHONPATH: says what it was given, serves /ready, and ends as it is told.
 MODULE = """
@@ -71,8 +72,8 @@ def hosted(command: Command) -> Iterator[Callable[..., Asker]]:
     begun: list[Hosted] = []
 
     def begin(**changes: Any) -> Asker:
-        listed = changes.pop("listed", [])
-        begun.append(Hosted(Command(**{**vars(command), **changes}), "127.0.0.1", {}, listed.append))
+        listed = changes.pop("listed", [].append)
+        begun.append(Hosted(Command(**{**vars(command), **changes}), "127.0.0.1", {}, listed))
         return Asker(begun[-1])
 
     yield begin
@@ -83,7 +84,7 @@ def hosted(command: Command) -> Iterator[Callable[..., Asker]]:
 
 def test_a_command_is_told_its_place_and_listed_when_it_is_ready(hosted: Callable[..., Asker]) -> None:
     listed: list[str] = []
-    asker = hosted(listed=listed)
+    asker = hosted(listed=listed.append)
     report = asker.until(lambda report: report.ready)
     assert listed == [report.url]
     asker.until(lambda _: len(asker.lines) >= 3)
@@ -100,13 +101,28 @@ def test_a_command_that_dies_is_started_again_at_its_address(hosted: Callable[..
     import urllib.request
 
     listed: list[str] = []
-    asker = hosted(listed=listed)
+    asker = hosted(listed=listed.append)
     url = asker.until(lambda report: report.ready).url
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{url}/die", timeout=30.0)
     assert asker.until(lambda report: report.ended == 1).status == 7
     asker.until(lambda report: report.ready and report.starts == 2)
     assert listed == [url, url]
+
+
+def test_a_directory_that_does_not_answer_costs_no_server(hosted: Callable[..., Asker]) -> None:
+    tried: list[str] = []
+
+    def listed(url: str) -> None:
+        tried.append(url)
+        if len(tried) == 1:
+            raise NotReady("the directory does not answer")
+
+    asker = hosted(listed=listed)
+    report = asker.until(lambda report: report.ready)
+    assert (report.starts, report.ended) == (1, 0)
+    assert tried == [report.url] * 2
+    assert any("not listed yet: the directory does not answer" in line for line in asker.lines)
 
 
 def test_the_reason_of_an_end_is_what_was_said_last_and_pauses_grow(hosted: Callable[..., Asker]) -> None:

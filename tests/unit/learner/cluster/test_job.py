@@ -92,6 +92,13 @@ def test_the_learner_stays_on_its_node(ray: FakeRay) -> None:
     assert ray.groups[0][0] == {"CPU": 1.0, "node:10.0.0.1": 0.001}
 
 
+def test_the_directory_is_on_the_learners_node_and_no_servers(ray: FakeRay) -> None:
+    driver = Driver(ray, home=nodes(ray)[0])
+    driver.member(LEARNER).reports.put(DONE)
+    driver.outcome.result()
+    assert ray.placed["directory:name"] == ("hard", "node-10.0.0.1")
+
+
 def test_a_learner_that_fails_ends_the_job_with_its_reason(driver: Driver) -> None:
     driver.member(LEARNER).reports.put(replace(DONE, status=2, reason="there is no --wrong"))
     assert driver.outcome.result() == (2, "learner on 10.0.0.1 ended with status 2: there is no --wrong")
