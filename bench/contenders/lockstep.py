@@ -129,6 +129,12 @@ class LockstepPool:
         """Push the adapter to all servers that are up."""
         self._publisher.push(step)
 
+    def export(self) -> None:
+        """Do what a push does before anything is sent."""
+        exporter = self._publisher._exporter
+        assert exporter
+        exporter.export(self._publisher.version(0))
+
     def up(self) -> int:
         """Return how many servers are up."""
         return len(self.pool.up())
@@ -141,10 +147,10 @@ class LockstepPool:
         """Return the lines of the log, whose last second may be missing."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
-    def fetcher(self, tokens: int) -> Callable[[list[list[int]]], Any]:
+    def fetcher(self, tokens: int, prompt_tokens: int = 64) -> Callable[[list[list[int]]], Any]:
         """Return a function that waits for a completion of `tokens` tokens for each prompt, by the latest version."""
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        dispatcher = Dispatcher(self.pool, sampling, max_model_len=tokens + 64)
+        dispatcher = Dispatcher(self.pool, sampling, max_model_len=tokens + prompt_tokens)
 
         def allowed() -> AllowedVersion:
             assert self._publisher.last
