@@ -67,7 +67,8 @@ class LearnerConfig:
     rollout_url: list[str] | None = _option(
         None,
         "URLs of the rollout servers, e.g. http://127.0.0.1:8000 (required). dns+http://NAME:PORT stands for every "
-        "address of NAME, file:PATH for a file with one URL per line; these servers may come and go during training.",
+        "address of NAME, file:PATH for a file with one URL per line, ray:NAME for those of `learner up --cluster`; "
+        "these may come and go during training.",
         action=_Repeatable,
     )
     task: str | None = _option(
@@ -274,7 +275,7 @@ class LearnerConfig:
         """Return the URLs as given; raise `InvalidRequest` without any, or with several where one must do."""
         if not self.rollout_url:
             raise InvalidRequest(f"give {option('rollout_url', 'http://127.0.0.1:8000')}, the rollout server's URL")
-        several = len(self.rollout_url) > 1 or self.rollout_url[0].startswith(("dns+", "file:"))
+        several = len(self.rollout_url) > 1 or self.rollout_url[0].startswith(("dns+", "file:", "ray:"))
         for name, why in (
             ("deterministic", "which server completes a prompt depends on their speed"),
             ("share_gpu", "the learner runs on the GPU of one server"),

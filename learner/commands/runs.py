@@ -77,7 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser of `learner runs`."""
     parser = Parser(prog="learner runs", description=__doc__)
     add = either_spelling(parser)
-    add("--rollout-url", nargs="+", required=True, help="as for `learner train`: URLs, dns+http://NAME:PORT, file:PATH")
+    add(
+        "--rollout-url",
+        nargs="+",
+        required=True,
+        help="as for `learner train`: URLs, dns+http://NAME:PORT, file:PATH, ray:NAME",
+    )
     add(
         "--end",
         nargs="*",

@@ -238,7 +238,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Build the parser of `learner status`."""
     parser = Parser(prog="learner status", description=__doc__)
     add = either_spelling(parser)
-    add("--rollout-url", nargs="+", help="as for `learner train`: URLs, dns+http://NAME:PORT, file:PATH")
+    add("--rollout-url", nargs="+", help="as for `learner train`: URLs, dns+http://NAME:PORT, file:PATH, ray:NAME")
     add("--run-dir", help="a run's output_dir, to show its progress")
     add(
         "--watch",

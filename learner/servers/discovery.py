@@ -1,4 +1,4 @@
-"""Discovery of rollout servers: fixed URLs, a DNS name with several addresses, or a file; the last two may change."""
+"""Discovery of rollout servers: fixed URLs, or what may change: addresses of a DNS name, a file, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from learner.cluster.directory import members
 from learner.utils.wording import option
 from shared.errors import InvalidRequest, LockstepError
 
 DNS = "dns+"
 FILE = "file:"
+RAY = "ray:"
 
 logger = logging.getLogger("lockstep.servers")
 
@@ -22,7 +24,8 @@ class ServerDiscovery:
 
     Args:
         sources: `http(s)://HOST:PORT`; `dns+http://NAME:PORT` for every address of the name (a headless service);
-            `file:PATH` for a file with one URL a line, `#` for comments.
+            `file:PATH` for a file with one URL a line, `#` for comments; `ray:NAME` for the servers that
+            `learner up --cluster` has started on a Ray cluster under that name.
 
     Raises:
         InvalidRequest: another form, or no source.
@@ -32,7 +35,9 @@ class ServerDiscovery:
         if not sources:
             raise InvalidRequest(f"give {option('rollout_url', 'http://127.0.0.1:8000')}, the rollout server's URL")
         for source in sources:
-            if source.startswith(FILE):
+            if source.startswith(RAY):
+                members(source.removeprefix(RAY))
+            elif source.startswith(FILE):
                 try:
                     _listed(source)
                 except OSError as error:
@@ -40,7 +45,7 @@ class ServerDiscovery:
             elif not _is_url(source.removeprefix(DNS)):
                 raise InvalidRequest(
                     f"rollout_url {source!r} must start with http:// or https://, be dns+http://NAME:PORT for all "
-                    "addresses of a name, or file:PATH for a file with one URL a line"
+                    "addresses of a name, file:PATH for a file with one URL a line, or ray:NAME on a Ray cluster"
                 )
             elif source.startswith(DNS + "https:"):
                 raise InvalidRequest(
@@ -49,7 +54,7 @@ class ServerDiscovery:
                 )
         self._sources = list(sources)
         #: Whether `urls` may return something else later.
-        self.may_change = any(source.startswith((DNS, FILE)) for source in sources)
+        self.may_change = any(source.startswith((DNS, FILE, RAY)) for source in sources)
         self._last: dict[str, list[str]] = {}
         self._problems: dict[str, str] = {}
 
@@ -67,6 +72,8 @@ class ServerDiscovery:
                 found = [f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in hosts]
             elif source.startswith(FILE):
                 found = _listed(source)
+            elif source.startswith(RAY):
+                found = sorted(members(source.removeprefix(RAY)))
             else:
                 return [source]
             self._last[source] = found or self._last.get(source, [])  # it may be about to be written
