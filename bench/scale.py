@@ -29,7 +29,9 @@ from bench.common.load import random_prompts
 from bench.common.models import Policy, optimizer_step
 from bench.common.report import Row
 from bench.contenders.lockstep import LockstepPool
+from bench.fleet.cluster import NAME, cluster_of
 from bench.fleet.sockets import bytes_sent
+from learner.cluster.relay import Relays
 from learner.rollouts.dispatch import group_requests
 from learner.servers.router import Router
 from learner.utils.processes import module_command, module_environment
@@ -41,18 +43,19 @@ class ScaleBench(Bench):
     name = "scale"
     flags = {
         "--servers": ("10,100,1000", "numbers of servers, comma-separated"),
-        "--shape": ("qwen3-0.6b", ""),
-        "--rank": (8, "of the adapter"),
+        "--shape": ("smollm2-135m", ""),
+        "--rank": (16, "of the adapter: with that shape 10 MB, as Qwen3-0.6B at rank 8"),
         "--prompts": (256, "of a batch"),
         "--prompt-tokens": (300, ""),
         "--n": (8, "completions of a prompt"),
         "--tokens": (128, "of each completion"),
         "--step-s": (10.0, "seconds of a step"),
-        "--steps": (3, "of which the whole is measured"),
+        "--steps": (2, "of which the whole is measured"),
         "--decode-s": (4.0, "for which a server decodes its share of a batch"),
+        "--relays": (0, "nodes of a Ray cluster, through which pushes go; 0: directly"),
     }
     quick = "--servers 10,100 --shape tiny --steps 1"
-    same = "rank", "prompts", "n", "tokens"
+    same = "rank", "prompts", "n", "tokens", "relays"
     figure = "share"
     about = {"servers": "servers"}
     columns = {
@@ -79,18 +82,23 @@ class ScaleBench(Bench):
         with Policy(folder, self.device, self.dtype).adapter(self.options.rank, "float32") as self.model:
             for count in self.options.servers:
                 about = self.about_row("servers", servers=count)
-                with self.failure_kept(about), simulated(count, self.options.tokens, self.options.decode_s) as urls:
+                with self.failure_kept(about), contextlib.ExitStack() as stack:
+                    urls = stack.enter_context(simulated(count, self.options.tokens, self.options.decode_s))
+                    if self.options.relays:
+                        stack.enter_context(cluster_of(self.options.relays, urls))
                     listed = self.work / f"servers-{count}.txt"
                     listed.write_text("".join(f"{url}\n" for url in urls))
                     self.add(about, self.measured_with(f"file:{listed}"))
 
     def measured_with(self, place: str) -> dict[str, Any]:
         """Return the figures of the servers at a place."""
-        options = self.options
+        options, relays = self.options, Relays(NAME) if self.options.relays else None
         before = time.process_time()
-        with contextlib.closing(LockstepPool(place, self.model, self.work / "servers.jsonl")) as pool:
+        with contextlib.closing(LockstepPool(place, self.model, self.work / "servers.jsonl", relays=relays)) as pool:
             start_s = time.process_time() - before
             figures = {"start_s": start_s, "servers_up": pool.up(), "threads": threading.active_count()}
+            for replica in pool.pool.up():
+                replica.heard_at = 0.0  # all of them silent: the most that checking their health takes
             idle_s = min(options.step_s, 10.0)
             health = used(lambda: time.sleep(idle_s)) / idle_s
             fetch, prompts = pool.fetcher(options.tokens, options.prompt_tokens), self.prompts()
@@ -101,18 +109,18 @@ class ScaleBench(Bench):
                 return max(0.0, used(call) - health * (time.monotonic() - started))
 
             sent, pushes, walls = bytes_sent(), [], []
-            for step in range(1, 4):
+            for step in (1, 2):
                 optimizer_step(self.model)
                 exported = used(pool.export)
                 started = time.monotonic()
                 pushes.append(without_health(lambda step=step: pool.push(step)) - exported)
                 walls.append(time.monotonic() - started)
-            push_bytes = (bytes_sent() - sent) / 3
+            push_bytes = (bytes_sent() - sent) / 2
             replicas = pool.pool.up()
             router = Router(options.tokens)
             routing = [used(lambda: router.split(asks, replicas), time.thread_time) for _ in range(3)]
             completions = [without_health(lambda: fetch(prompts)) for _ in range(2)]
-            steps = [self.step(pool, step, lambda: fetch(prompts)) for step in range(4, 4 + options.steps)]
+            steps = [self.step(pool, step, lambda: fetch(prompts)) for step in range(3, 3 + options.steps)]
             figures |= {
                 "health_s": health * options.step_s,
                 "push_s": statistics.median(pushes),

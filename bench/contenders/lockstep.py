@@ -18,6 +18,7 @@ from peft import PeftModel
 from bench.common.harness import Skip
 from bench.common.servers import Server
 from bench.contenders import Contender, Moved, SyncPath
+from learner.cluster.relay import Relays
 from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.run_dir.lease import Lease
@@ -113,15 +114,19 @@ class LockstepPool:
     Args:
         place: `file:` and a file that lists servers, which may change; or the URL of one.
         log: of events and tokens; the records of `bench.fleet`.
+        relays: through which all pushes go, however few the servers; None: directly.
     """
 
-    def __init__(self, place: str, model: PeftModel, log: Path, patience_s: float = 600.0) -> None:
+    def __init__(
+        self, place: str, model: PeftModel, log: Path, patience_s: float = 600.0, relays: Relays | None = None
+    ) -> None:
         self.pool = ServerPool(RolloutClient, ServerDiscovery([place]))
         self.pool.wait_ready(patience_s)
         self.log = log
         log.unlink(missing_ok=True)
         self._events = EventLog(log, self.pool)
-        self._publisher = Publisher(self.pool, model, new_lease("pool"), takeover=True, transport="http")
+        options: dict[str, Any] = {"transport": "http", "relays": relays, "relay_from": 1}
+        self._publisher = Publisher(self.pool, model, new_lease("pool"), takeover=True, **options)
         self._publisher.push(0)
         self.pool.supervise(lambda replica: self._publisher.catch_up(replica, lambda client, state: None))
 
@@ -134,6 +139,10 @@ class LockstepPool:
         exporter = self._publisher._exporter
         assert exporter
         exporter.export(self._publisher.version(0))
+
+    def pushed_bytes(self) -> int:
+        """Return the bytes of the last push's body."""
+        return sum(len(piece) for piece in self._publisher.pieces())
 
     def up(self) -> int:
         """Return how many servers are up."""

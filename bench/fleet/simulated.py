@@ -3,20 +3,23 @@
 python -m bench.fleet.simulated --servers 100 --tokens 128 --decode-s 2        # prints a URL a line, then serves
 
 Each has a port and an epoch of its own, verifies the checksum of what it is sent, and answers prompts with made-up
-tokens of the version that it serves, after about the seconds that decoding takes. It ends with its standard input.
+tokens of the version that it serves, after about the seconds that decoding takes. Where $LOCKSTEP_TOKEN is set, requests must bear it. It ends with its standard input.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import json
+import os
 import random
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ import xxhash
 
 from shared import wire
 from shared.adapter_file import header_length, parse_header
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import ChecksumMismatch, LeaseMismatch, LockstepError, StaleVersion, Unauthenticated, UnknownRun
 from shared.rollouts import HEARTBEAT_SECONDS, VersionSpan
@@ -219,6 +223,22 @@ def app(servers: Mapping[int, SimulatedServer]) -> Callable[..., Awaitable[None]
     return serve
 
 
+@contextlib.contextmanager
+def serving(servers: Sequence[SimulatedServer]) -> Iterator[list[str]]:
+    """Serve all of them on a thread, each on a port of its own; yield their URLs."""
+    sockets = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in servers]
+    ports = [each.getsockname()[1] for each in sockets]
+    options: dict[str, Any] = {"lifespan": "off", "log_level": "error", "access_log": False, "timeout_keep_alive": 600}
+    server = uvicorn.Server(uvicorn.Config(app(dict(zip(ports, servers, strict=True))), **options))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": sockets}, daemon=True)
+    thread.start()
+    try:
+        yield [f"http://127.0.0.1:{port}" for port in ports]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(20.0)
+
+
 def main() -> int:
     """Serve until standard input ends."""
     parser = argparse.ArgumentParser(prog="python -m bench.fleet.simulated", description=(__doc__ or "").split("\n")[0])
@@ -226,22 +246,10 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128, help="of each completion")
     parser.add_argument("--decode-s", type=float, default=0.0, help="until a request's last group has finished")
     options = parser.parse_args()
-    sockets = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in range(options.servers)]
-    servers = {each.getsockname()[1]: SimulatedServer(options.tokens, options.decode_s) for each in sockets}
-    print(*(f"http://127.0.0.1:{port}" for port in servers), sep="\n", flush=True)
-
-    async def serve() -> None:
-        config = uvicorn.Config(app(servers), lifespan="off", log_level="error", access_log=False, timeout_keep_alive=600)
-        server = uvicorn.Server(config)
-        loop = asyncio.get_running_loop()
-
-        def ended() -> None:
-            server.should_exit = server.force_exit = True
-
-        loop.run_in_executor(None, sys.stdin.read).add_done_callback(lambda _: ended())
-        await server.serve(sockets=sockets)
-
-    asyncio.run(serve())
+    token = os.environ.get(TOKEN_VARIABLE)
+    with serving([SimulatedServer(options.tokens, options.decode_s, token) for _ in range(options.servers)]) as urls:
+        print(*urls, sep="\n", flush=True)
+        sys.stdin.read()
     return 0
 
 

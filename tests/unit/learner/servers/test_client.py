@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 
+import certifi
 import httpx
 import pytest
 
 from learner.servers.client import RolloutClient
-from learner.servers.credentials import read_token
+from learner.servers.credentials import read_token, ssl_context
 from shared.errors import EngineDead, ErrorCode, LockstepError, Overloaded, StaleVersion
 from shared.rollouts import GenerateRequest, Prompt
 
@@ -215,3 +216,11 @@ def test_a_stream_that_never_ends_has_a_deadline():
 def test_responses_of_a_proxy(answer, code):
     client = client_of(lambda request: answer)
     assert code_of(lambda: list(client.iter_groups(REQUEST))) is code
+
+def test_connections_to_many_servers_share_what_is_trusted(tmp_path, monkeypatch):
+    assert ssl_context(None) is ssl_context(None)
+    with RolloutClient("http://a:1") as one, RolloutClient("http://b:1") as other:
+        assert one._http._transport._pool._ssl_context is other._http._transport._pool._ssl_context
+    before = ssl_context(None)
+    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+    assert ssl_context(None) is not before
