@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from bench.fleet.sockets import bytes_sent
 from learner.cluster.relay import Relays
 from learner.rollouts.dispatch import group_requests
 from learner.servers.router import Router
-from learner.utils.processes import module_command, module_environment
+from learner.utils.processes import allow_descriptors, module_command, module_environment
 
 
 class ScaleBench(Bench):
@@ -177,8 +176,7 @@ def used(call: Callable[[], Any], clock: Callable[[], float] = time.process_time
 @contextlib.contextmanager
 def simulated(count: int, tokens: int = 1, decode_s: float = 0.0) -> Iterator[list[str]]:
     """Run `count` simulated servers in a process of their own; yield their URLs."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_descriptors()
     flags = ["--servers", str(count), "--tokens", str(tokens), "--decode-s", str(decode_s)]
     process = subprocess.Popen(
         [*module_command("bench.fleet.simulated"), *flags],

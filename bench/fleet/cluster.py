@@ -5,39 +5,63 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from learner.cluster.connection import ADDRESS_VARIABLE, answer, connect, import_ray
 from learner.cluster.directory import make_directory
 
 NAME = "simulated"
 STORE_BYTES = 200 * 2**20
+_ATTEMPTS = 5
+
+
+def _patiently(start: Callable[[], object]) -> None:
+    """Start a node; again, where it was not there within the 30 s that Ray gives it: this machine may be busy."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            start()
+            return
+        except Exception:
+            if attempt == _ATTEMPTS - 1:
+                raise
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextlib.contextmanager
 def cluster_of(nodes: int, urls: Sequence[str]) -> Iterator[None]:
     """Run a cluster whose directory `NAME` lists `urls`, spread over its nodes; this process is connected to it."""
-    os.environ.update({"RAY_DISABLE_MEMORY_MONITOR": "1", "RAY_USAGE_STATS_ENABLED": "0"})
-    import_ray()
-    from ray.cluster_utils import Cluster
+    with contextlib.ExitStack() as stack:
+        # Of its own, or `ray.init` of others on this machine would find this cluster.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        stack.enter_context(
+            _environment(RAY_DISABLE_MEMORY_MONITOR="1", RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=folder)
+        )
+        import_ray()
+        from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    before = os.environ.get(ADDRESS_VARIABLE)
-    try:
-        for _ in range(nodes - 1):
-            cluster.add_node(**{**node, "include_dashboard": None})
-        os.environ[ADDRESS_VARIABLE] = cluster.address
+        node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES}
+        cluster = Cluster()
+        stack.callback(cluster.shutdown)
+        for i in range(nodes):
+            _patiently(partial(cluster.add_node, **node, **({} if i else {"include_dashboard": False})))
+        stack.enter_context(_environment(**{ADDRESS_VARIABLE: cluster.address}))
         ray = connect()
+        stack.callback(ray.shutdown)
         ids = sorted(each["NodeID"] for each in ray.nodes() if each["Alive"])
         directory = make_directory(ray, NAME, None)
         for i, (url, node_id) in enumerate(zip(urls, itertools.cycle(ids), strict=False)):
             answer(ray, directory.announce.remote(str(i), url, node_id), "the directory", 120.0)
         yield
-    finally:
-        os.environ.pop(ADDRESS_VARIABLE, None)
-        if before is not None:
-            os.environ[ADDRESS_VARIABLE] = before
-        with contextlib.suppress(Exception):
-            import_ray().shutdown()
-        cluster.shutdown()

@@ -147,7 +147,9 @@ class SimulatedServer:
         version, prompts, n = self.run().version, asked["prompts"], asked.get("sampling", {}).get("n", 1)
         assert version is not None
         completions = _completions(version, n, self.tokens, random.randrange(8))
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]})
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson")]}
+        )
         pause_s = self.decode_s * random.uniform(0.5, 1.0) / len(prompts)
         for i, prompt in enumerate(prompts):
             left_s = pause_s
@@ -183,7 +185,9 @@ def _verified(body: bytes) -> AdapterManifest:
     digest = xxhash.xxh3_128_digest(body)
     if digest not in _manifests:
         header = parse_header(body[8 : 8 + header_length(body[:8])])
-        elements = np.frombuffer(body, np.int32 if header.manifest.dtype == "float32" else np.int16, offset=header.data_offset)
+        elements = np.frombuffer(
+            body, np.int32 if header.manifest.dtype == "float32" else np.int16, offset=header.data_offset
+        )
         sums = b"".join(part.tobytes() for part in block_sums(elements, block_weights()))
         if checksum(header.layout.index, sums) != header.manifest.checksum:
             raise ChecksumMismatch("the tensors are not those that were announced")
@@ -213,7 +217,8 @@ def app(servers: Mapping[int, SimulatedServer]) -> Callable[..., Awaitable[None]
                 break
         if scope["path"] == COUNTS:
             counts = {name: sum(getattr(each, name) for each in servers.values()) for name in ("pushes", "bytes")}
-            return await _respond(send, 200, json.dumps(counts).encode())
+            await _respond(send, 200, json.dumps(counts).encode())
+            return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         try:
             await servers[scope["server"][1]].answer(scope["method"], scope["path"], headers, b"".join(parts), send)

@@ -28,6 +28,8 @@ logger = logging.getLogger("lockstep.cluster")
 #: Requests that a relay makes at the same time.
 _AT_ONCE = 16
 _SLICE_BYTES = 2**20
+#: A connection outlasts a step of some seconds; servers end idle ones after 75 s.
+_LIMITS = httpx.Limits(keepalive_expiry=45.0)
 #: The start of a relay's process, and the way of the object to its node, beyond the deadline of a request.
 _START_S = 60.0
 
@@ -55,7 +57,7 @@ class Relay:
 
     def __init__(self, ca: str | None) -> None:
         verify = ssl.create_default_context(cadata=ca) if ca else httpx.create_ssl_context()
-        self._http = httpx.Client(transport=httpx.HTTPTransport(retries=2, verify=verify))
+        self._http = httpx.Client(transport=httpx.HTTPTransport(retries=2, verify=verify, limits=_LIMITS))
         self._threads = ThreadPoolExecutor(_AT_ONCE)
 
     def put(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -46,6 +48,8 @@ STATE_TIMEOUT_S = 30.0
 #: Longest silence of a stream of groups: after that its server hangs, or the connection is cut off.
 SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
 SLICE_BYTES = 2**20
+#: A connection outlasts a step of some seconds, and ends before the server (75 s) or a usual proxy (60 s) would end it.
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=45.0)
 
 M = TypeVar("M", bound=BaseModel)
 Body = BaseModel | None
@@ -102,7 +106,7 @@ class RolloutClient:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             # A refused connection is retried before anything was sent, so this is safe for every request.
-            transport=transport or httpx.HTTPTransport(retries=2, verify=ssl_context(ca_file)),
+            transport=transport or httpx.HTTPTransport(retries=2, verify=ssl_context(ca_file), limits=_LIMITS),
             timeout=_timeout(STATE_TIMEOUT_S),
         )
         self.push_timeout_s, self.generate_timeout_s = push_timeout_s, generate_timeout_s
@@ -191,8 +195,11 @@ class RolloutClient:
         """
         body = request.model_copy(update={"stream": True})
         silence_s = min(SILENCE_TIMEOUT_S, self.generate_timeout_s)
-        for line in self._stream(wire.GENERATE, body, timeout_s=self.generate_timeout_s, silence_s=silence_s):
+        lines = self._stream(wire.GENERATE, body, timeout_s=self.generate_timeout_s, silence_s=silence_s)
+        for line in lines:
             if line.get(wire.DONE):
+                with contextlib.suppress(LockstepError):
+                    deque(lines, 0)  # only a response that was read to its end leaves its connection to the next one
                 return
             yield self._parse(RolloutGroup, line)
         raise NotReady(f"{self.url} cut off a stream of completions before its end")

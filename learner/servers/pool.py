@@ -19,6 +19,7 @@ from typing import TypeVar
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.replica import Replica
+from learner.utils.processes import allow_descriptors
 from learner.utils.threads import all_of, first_of, start
 from learner.utils.waits import waiting
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
@@ -92,6 +93,7 @@ class ServerPool:
         Raises:
             NotReady: no server was found, or ready, within `timeout_s` seconds.
         """
+        allow_descriptors()  # some for each server
         deadline = time.monotonic() + timeout_s
         with waiting("the address of a rollout server", limit_s=timeout_s, then="this ends"):
             while not self._discover() and not self.replicas and time.monotonic() < deadline:
@@ -232,12 +234,12 @@ class ServerPool:
     def _due(self) -> tuple[list[Replica], list[Replica]]:
         """Return the lost servers that are to be tried again, and those that are to be checked, the most silent first.
 
-        Those that a thread attends to are left to it.
+        Those that a thread attends to, or pushes to, are left to it.
         """
         now = time.monotonic()
         idle = [replica for replica in list(self.replicas.values()) if not replica.attended]
         lost = [replica for replica in idle if not replica.up and now >= replica.retry_at]
-        silent = [replica for replica in idle if replica.up and now >= replica.heard_at + _WATCH_S]
+        silent = [r for r in idle if r.up and not r.pushing and now >= r.heard_at + _WATCH_S]
         return lost, sorted(silent, key=lambda replica: replica.heard_at)
 
     def _attend(self, replica: Replica, action: Callable[[], None]) -> None:

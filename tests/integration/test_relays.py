@@ -41,7 +41,8 @@ def test_relays_send_what_the_learner_has_stored_once(urls: list[str], model: Pa
     import ray
 
     adapter = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     pool = ServerPool(lambda url: RolloutClient(url, TOKEN), ServerDiscovery([f"ray:{NAME}"]))
     assert sorted(replica.url for replica in pool.wait_ready(120.0)) == sorted(urls)

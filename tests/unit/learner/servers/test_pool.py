@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections import Counter
@@ -348,3 +349,22 @@ def test_a_lost_server_is_tried_again_while_another_one_hangs(pool_of):
     assert [replica.url for replica in pool.available()] == ["http://t"]
     hanging.set()
     assert back[0] == "http://t"
+
+
+def test_a_server_that_is_being_pushed_to_is_not_asked(pool_of, monkeypatch):
+    pool, asked, enough = _supervised(pool_of, monkeypatch, 3, 2)
+    pool.replicas["http://s2"].pushing = True
+    pool.supervise(lambda replica: None)
+    assert enough.wait(60)
+    assert sorted(asked) == ["http://s0", "http://s1"]
+
+
+def test_the_usual_limit_on_descriptors_does_not_bound_the_servers(pool_of):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    usual = min(1024, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (usual, hard))
+    try:
+        pool_of(Server("http://s"), supervised=False)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (min(2**16, hard) if hard > 0 else 2**16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
