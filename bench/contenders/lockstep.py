@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from peft import PeftModel
 from bench.common.harness import Skip
 from bench.common.servers import Server
 from bench.contenders import Contender, Moved, SyncPath
+from learner.adapters.exporter import AdapterExport
 from learner.cluster.relay import Relays
 from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher, group_requests
@@ -128,17 +130,28 @@ class LockstepPool:
         options: dict[str, Any] = {"transport": "http", "relays": relays, "relay_from": 1}
         self._publisher = Publisher(self.pool, model, new_lease("pool"), takeover=True, **options)
         self._publisher.push(0)
+        #: Processor time of exports so far, a part of that of pushes.
+        self.export_s = 0.0
+        self._count_exports()
         self.pool.supervise(lambda replica: self._publisher.catch_up(replica, lambda client, state: None))
 
     def push(self, step: int) -> None:
         """Push the adapter to all servers that are up."""
         self._publisher.push(step)
 
-    def export(self) -> None:
-        """Do what a push does before anything is sent."""
+    def _count_exports(self) -> None:
         exporter = self._publisher._exporter
         assert exporter
-        exporter.export(self._publisher.version(0))
+        export = exporter.export
+
+        def counted(version: WeightVersion) -> AdapterExport:
+            before = time.process_time()
+            try:
+                return export(version)
+            finally:
+                self.export_s += time.process_time() - before
+
+        exporter.export = counted  # type: ignore[method-assign]
 
     def pushed_bytes(self) -> int:
         """Return the bytes of the last push's body."""

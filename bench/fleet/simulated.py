@@ -3,7 +3,8 @@
 python -m bench.fleet.simulated --servers 100 --tokens 128 --decode-s 2        # prints a URL a line, then serves
 
 Each has a port and an epoch of its own, verifies the checksum of what it is sent, and answers prompts with made-up
-tokens of the version that it serves, after about the seconds that decoding takes. Where $LOCKSTEP_TOKEN is set, requests must bear it. It ends with its standard input.
+tokens of the version that it serves, after about the seconds that decoding takes. Where $LOCKSTEP_TOKEN is set,
+requests must bear it. The process ends with its standard input.
 """
 
 from __future__ import annotations
@@ -36,8 +37,6 @@ from shared.weights import AdapterManifest, BaseFingerprint, PushReceipt, RunSta
 
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-#: Says how many bytes of adapters have come to all simulated servers of the process, and over how many requests.
-COUNTS = "/simulated/counts"
 
 _manifests: dict[bytes, AdapterManifest] = {}
 
@@ -215,10 +214,6 @@ def app(servers: Mapping[int, SimulatedServer]) -> Callable[..., Awaitable[None]
             parts.append(message.get("body", b""))
             if not message.get("more_body"):
                 break
-        if scope["path"] == COUNTS:
-            counts = {name: sum(getattr(each, name) for each in servers.values()) for name in ("pushes", "bytes")}
-            await _respond(send, 200, json.dumps(counts).encode())
-            return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         try:
             await servers[scope["server"][1]].answer(scope["method"], scope["path"], headers, b"".join(parts), send)
