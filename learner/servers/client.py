@@ -286,7 +286,12 @@ class RolloutClient:
 
     def relayed_receipt(self, response: Response) -> PushReceipt:
         """Return the receipt that the server has answered to a relay. Raises as `push`."""
-        return self._parse(PushReceipt, self._decoded(httpx.Response(response.status, content=response.content)))
+        if not httpx.codes.is_success(response.status):
+            raise self._response_error(httpx.Response(response.status, content=response.content))
+        try:
+            return self._parse(PushReceipt, from_json(response.content))
+        except ValueError as error:
+            raise self._protocol_mismatch(f"answered {response.status} without JSON") from error
 
     def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
         """`POST /v1/runs/{run_id}/group`: yield the invitation, then None when all workers have joined."""

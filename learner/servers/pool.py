@@ -51,8 +51,8 @@ _FINAL = {ErrorCode.LEASE_MISMATCH, ErrorCode.STALE_VERSION}
 
 _GRACE_S = 10.0
 _WATCH_S, _WATCH_TIMEOUT_S, _MISSES = 2.0, 5.0, 3
-#: How often the supervisor looks, and how many silent servers it checks then: 20 a second, whatever their number.
-_LOOK_S, _CHECKS = 0.25, 5
+#: How often the supervisor looks, and how many silent servers it checks then: 6 a second, whatever their number.
+_LOOK_S, _CHECKS = 0.5, 3
 _DISCOVER_S = 5.0
 
 

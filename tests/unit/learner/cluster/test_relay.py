@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from bench.fleet.simulated import SimulatedServer, serving
 from learner.cluster.relay import Relay, Relays
+from learner.config import LearnerConfig
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.pool import ServerPool
+from learner.session import _relays
 from learner.sync.publisher import Publisher
 from shared.errors import ErrorCode, LockstepError
 
@@ -190,3 +192,8 @@ def test_a_wrong_receipt_through_a_relay_is_an_error(publisher, servers, monkeyp
     with pytest.raises(LockstepError, match="receipt") as caught:
         publisher.push(0)
     assert caught.value.code is ErrorCode.PROTOCOL_MISMATCH
+
+
+def test_servers_on_a_cluster_have_relays():
+    assert _relays(LearnerConfig(rollout_url=["ray:fleet"])) is not None
+    assert _relays(LearnerConfig(rollout_url=["http://127.0.0.1:8000"])) is None
