@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -86,7 +87,7 @@ class RelaysBench(Bench):
                 optimizer_step(self.model)
                 exported, before = pool.export_s, bytes_sent()
                 everyone_before, started = processor_s(), time.monotonic()
-                taken = used(lambda step=step: pool.push(step))
+                taken = used(partial(pool.push, step))
                 walls.append(time.monotonic() - started)
                 exported = pool.export_s - exported
                 learner.append(taken - exported)

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -111,7 +112,7 @@ class ScaleBench(Bench):
             for step in (1, 2):
                 optimizer_step(self.model)
                 exported, started = pool.export_s, time.monotonic()
-                taken = used(lambda step=step: pool.push(step))
+                taken = used(partial(pool.push, step))
                 pushes.append(taken - (pool.export_s - exported))
                 walls.append(time.monotonic() - started)
             push_bytes = (bytes_sent() - sent) / 2

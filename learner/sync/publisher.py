@@ -240,8 +240,8 @@ class Publisher:
         calls = [partial(one, r, partial(direct, r)) for r in replicas if r.url not in relayed]
         if relayed:
             answered = [r for r in replicas if r.url in relayed]
-            receipts = [partial(one, r, partial(r.client.relayed_receipt, relayed[r.url])) for r in answered]
-            calls.insert(0, partial(one_after_the_other, receipts))
+            checks = [partial(one, r, partial(r.client.relayed_receipt, relayed[r.url])) for r in answered]
+            calls.insert(0, partial(one_after_the_other, checks))
         all_of(calls, "push")
         # If all of them failed, one that has come back since has been caught up.
         serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -74,7 +75,8 @@ def test_relays_send_what_the_learner_has_stored_once(urls: list[str], model: Pa
     publisher.push(4)  # through a relay that was started again
     assert {replica.receipt.version.step for replica in pool.up() if replica.receipt} == {4}
 
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    node_process: Any = ray._private.worker._global_node
+    session = Path(node_process.get_session_dir_path())
     logs = [path for path in session.rglob("*") if path.is_file()]
     assert logs
     assert [path for path in logs if TOKEN.encode() in path.read_bytes()] == []

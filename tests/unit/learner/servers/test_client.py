@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import certifi
 import httpx
@@ -223,10 +224,16 @@ def test_responses_of_a_proxy(answer, code):
     assert code_of(lambda: list(client.iter_groups(REQUEST))) is code
 
 
+def _pool(client: RolloutClient) -> Any:
+    """Return the connections of a client."""
+    transport: Any = client._http._transport
+    return transport._pool
+
+
 def test_connections_to_many_servers_share_what_is_trusted(tmp_path, monkeypatch):
     assert ssl_context(None) is ssl_context(None)
     with RolloutClient("http://a:1") as one, RolloutClient("http://b:1") as other:
-        assert one._http._transport._pool._ssl_context is other._http._transport._pool._ssl_context
+        assert _pool(one)._ssl_context is _pool(other)._ssl_context
     before = ssl_context(None)
     monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
     assert ssl_context(None) is not before
@@ -247,8 +254,8 @@ def test_a_connection_is_used_again_after_a_stream():
         client.push("r", [layout.header(manifest), bytes(16)], "lease")
         request = GenerateRequest(prompts=[Prompt(token_ids=[1])], run_id="r")
         assert len(list(client.iter_groups(request))) == 1
-        [first] = client._http._transport._pool.connections
+        [first] = _pool(client).connections
         assert first.is_available()
         list(client.iter_groups(request))
-        assert client._http._transport._pool.connections == [first]
+        assert _pool(client).connections == [first]
         assert first._connection._keepalive_expiry > 10.0, "the next step's push"
