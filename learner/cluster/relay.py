@@ -29,7 +29,7 @@ logger = logging.getLogger("lockstep.cluster")
 _AT_ONCE = 16
 _SLICE_BYTES = 2**20
 #: A connection outlasts a step of some seconds; servers end idle ones after 75 s.
-_LIMITS = httpx.Limits(keepalive_expiry=45.0)
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=45.0)
 #: The start of a relay's process, and the way of the object to its node, beyond the deadline of a request.
 _START_S = 60.0
 
