@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
 from learner.adapters.rounding import RoundedUpdates
+from learner.cluster.relay import Relays
 from learner.config import LearnerConfig
 from learner.protocols import Trainer
 from learner.rewards.scorer import Rewards
@@ -25,6 +26,7 @@ from learner.run_dir.lease import load_lease, save_lease
 from learner.run_dir.lock import OutputLock
 from learner.servers.client import RolloutClient
 from learner.servers.compatibility import AUTOCAST
+from learner.servers.discovery import RAY
 from learner.servers.event_log import EventLog
 from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
@@ -111,6 +113,7 @@ class Session:
             transport=config.transport,
             in_flight=config.in_flight,
             on_main=self._on_main,
+            relays=_relays(config),
         )
         self._save_lease()
         self._continues = any(run.run_id == self.run_id for state in states for run in state.runs)
@@ -361,6 +364,12 @@ class Session:
         if isinstance(outcome[0], ErrorDetail):
             raise LockstepError.from_detail(outcome[0])
         return outcome[0]
+
+
+def _relays(config: LearnerConfig) -> Relays | None:
+    """Return the relays of servers on a Ray cluster; None without one."""
+    names = [url.removeprefix(RAY) for url in config.rollout_url or () if url.startswith(RAY)]
+    return Relays(names[0], config.ca_file) if names else None
 
 
 def prompt_seed(base: int, *place: int | str) -> int:

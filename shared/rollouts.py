@@ -22,6 +22,8 @@ PolicySelector = Literal["latest", "base"] | WeightVersion
 
 
 def _finite(values: list[float | None]) -> list[float | None]:
+    if None not in values and math.isfinite(sum(values)):  # type: ignore[arg-type]  # at once: there are many
+        return values
     return [value if value is not None and math.isfinite(value) else None for value in values]
 
 

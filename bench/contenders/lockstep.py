@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from peft import PeftModel
 from bench.common.harness import Skip
 from bench.common.servers import Server
 from bench.contenders import Contender, Moved, SyncPath
+from learner.adapters.exporter import AdapterExport
+from learner.cluster.relay import Relays
 from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher, group_requests
 from learner.run_dir.lease import Lease
@@ -113,21 +116,46 @@ class LockstepPool:
     Args:
         place: `file:` and a file that lists servers, which may change; or the URL of one.
         log: of events and tokens; the records of `bench.fleet`.
+        relays: through which all pushes go, however few the servers; None: directly.
     """
 
-    def __init__(self, place: str, model: PeftModel, log: Path, patience_s: float = 600.0) -> None:
+    def __init__(
+        self, place: str, model: PeftModel, log: Path, patience_s: float = 600.0, relays: Relays | None = None
+    ) -> None:
         self.pool = ServerPool(RolloutClient, ServerDiscovery([place]))
         self.pool.wait_ready(patience_s)
         self.log = log
         log.unlink(missing_ok=True)
         self._events = EventLog(log, self.pool)
-        self._publisher = Publisher(self.pool, model, new_lease("pool"), takeover=True, transport="http")
+        options: dict[str, Any] = {"transport": "http", "relays": relays, "relay_from": 1}
+        self._publisher = Publisher(self.pool, model, new_lease("pool"), takeover=True, **options)
         self._publisher.push(0)
+        #: Processor time of exports so far, a part of that of pushes.
+        self.export_s = 0.0
+        self._count_exports()
         self.pool.supervise(lambda replica: self._publisher.catch_up(replica, lambda client, state: None))
 
     def push(self, step: int) -> None:
         """Push the adapter to all servers that are up."""
         self._publisher.push(step)
+
+    def _count_exports(self) -> None:
+        exporter = self._publisher._exporter
+        assert exporter
+        export = exporter.export
+
+        def counted(version: WeightVersion) -> AdapterExport:
+            before = time.process_time()
+            try:
+                return export(version)
+            finally:
+                self.export_s += time.process_time() - before
+
+        exporter.export = counted  # type: ignore[method-assign]
+
+    def pushed_bytes(self) -> int:
+        """Return the bytes of the last push's body."""
+        return sum(len(piece) for piece in self._publisher.pieces())
 
     def up(self) -> int:
         """Return how many servers are up."""
@@ -141,10 +169,10 @@ class LockstepPool:
         """Return the lines of the log, whose last second may be missing."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
-    def fetcher(self, tokens: int) -> Callable[[list[list[int]]], Any]:
+    def fetcher(self, tokens: int, prompt_tokens: int = 64) -> Callable[[list[list[int]]], Any]:
         """Return a function that waits for a completion of `tokens` tokens for each prompt, by the latest version."""
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        dispatcher = Dispatcher(self.pool, sampling, max_model_len=tokens + 64)
+        dispatcher = Dispatcher(self.pool, sampling, max_model_len=tokens + prompt_tokens)
 
         def allowed() -> AllowedVersion:
             assert self._publisher.last

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
@@ -36,15 +37,20 @@ class AdapterExport:
     manifest: AdapterManifest
     layout: Layout
     flat: torch.Tensor
+    _pieces: list[bytes | memoryview] = field(default_factory=list, init=False, repr=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def announcement(self) -> Announcement:
         """Return the announcement that precedes a broadcast of the tensors."""
         return Announcement(version=self.manifest.version, checksum=self.manifest.checksum, layout=self.layout.key)
 
     def pieces(self) -> list[bytes | memoryview]:
-        """Return the safetensors blob in host memory: header and tensors, not joined."""
-        host = torch.empty_like(self.flat, device="cpu", pin_memory=self.flat.is_cuda).copy_(self.flat)
-        return [self.layout.header(self.manifest), memoryview(host.view(torch.uint8).numpy())]
+        """Return the safetensors blob in host memory: header and tensors, not joined; the same for all servers."""
+        with self._making:
+            if not self._pieces:
+                host = torch.empty_like(self.flat, device="cpu", pin_memory=self.flat.is_cuda).copy_(self.flat)
+                self._pieces.extend([self.layout.header(self.manifest), memoryview(host.view(torch.uint8).numpy())])
+            return list(self._pieces)
 
 
 def active_adapter(model: PeftModel) -> str:

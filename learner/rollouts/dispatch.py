@@ -196,6 +196,7 @@ class Dispatcher:
                     self.router.saw(lengths)
                     load.end(costs.pop(group.first_row, 0.0), sum(lengths))
                     self.pool.on_tokens(request.replica, sum(lengths))
+                    request.replica.heard()
                     request.rows.update({group.first_row + i: c for i, c in enumerate(completions)})
                     if on_completions:
                         on_completions(group.first_row, completions)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
 import time
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
+from learner.cluster.relay import Request, Response
 from learner.servers.credentials import ssl_context, tls_error
 from learner.utils.waits import waiting
 from learner.utils.wording import option
@@ -45,6 +48,8 @@ STATE_TIMEOUT_S = 30.0
 #: Longest silence of a stream of groups: after that its server hangs, or the connection is cut off.
 SILENCE_TIMEOUT_S = 6 * HEARTBEAT_SECONDS
 SLICE_BYTES = 2**20
+#: A connection outlasts a step of some seconds, and ends before the server (75 s) or a usual proxy (60 s) would end it.
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=45.0)
 
 M = TypeVar("M", bound=BaseModel)
 Body = BaseModel | None
@@ -101,7 +106,7 @@ class RolloutClient:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             # A refused connection is retried before anything was sent, so this is safe for every request.
-            transport=transport or httpx.HTTPTransport(retries=2, verify=ca_file is None or ssl_context(ca_file)),
+            transport=transport or httpx.HTTPTransport(retries=2, verify=ssl_context(ca_file), limits=_LIMITS),
             timeout=_timeout(STATE_TIMEOUT_S),
         )
         self.push_timeout_s, self.generate_timeout_s = push_timeout_s, generate_timeout_s
@@ -190,8 +195,11 @@ class RolloutClient:
         """
         body = request.model_copy(update={"stream": True})
         silence_s = min(SILENCE_TIMEOUT_S, self.generate_timeout_s)
-        for line in self._stream(wire.GENERATE, body, timeout_s=self.generate_timeout_s, silence_s=silence_s):
+        lines = self._stream(wire.GENERATE, body, timeout_s=self.generate_timeout_s, silence_s=silence_s)
+        for line in lines:
             if line.get(wire.DONE):
+                with contextlib.suppress(LockstepError):
+                    deque(lines, 0)  # only a response that was read to its end leaves its connection to the next one
                 return
             yield self._parse(RolloutGroup, line)
         raise NotReady(f"{self.url} cut off a stream of completions before its end")
@@ -251,12 +259,8 @@ class RolloutClient:
             NoFreeRun, NoFreeSlot: the server has no room.
             LockstepError: the adapter does not fit the server (base, rank, shapes), or did not arrive intact.
         """
-        headers = _push_headers(lease, in_flight) | {
-            "content-type": "application/octet-stream",
-            "content-length": str(sum(len(piece) for piece in pieces)),
-        }
-        if takeover:
-            headers[wire.TAKEOVER_HEADER] = "1"
+        size = sum(len(piece) for piece in pieces)
+        headers = _push_headers(lease, in_flight, size=size, takeover=takeover)
         path, timeout = wire.ADAPTER.format(run_id=run_id), _timeout(self.push_timeout_s)
         for attempt in (1, 2):
             try:
@@ -270,6 +274,24 @@ class RolloutClient:
                 if attempt == 2 or isinstance(error, httpx.TimeoutException):
                     raise self._connection_error(error, path) from error
         return self._parse(PushReceipt, self._decoded(response))
+
+    def relayed_push(
+        self, run_id: str, size: int, lease: str, *, takeover: bool = False, in_flight: InFlight = "drain"
+    ) -> Request:
+        """Return the request of `push` without its body of `size` bytes, for a relay that makes it."""
+        headers = _push_headers(lease, in_flight, size=size, takeover=takeover)
+        if authorization := self._http.headers.get("Authorization"):
+            headers["Authorization"] = authorization
+        return Request(self.url + wire.ADAPTER.format(run_id=run_id), headers)
+
+    def relayed_receipt(self, response: Response) -> PushReceipt:
+        """Return the receipt that the server has answered to a relay. Raises as `push`."""
+        if not httpx.codes.is_success(response.status):
+            raise self._response_error(httpx.Response(response.status, content=response.content))
+        try:
+            return self._parse(PushReceipt, from_json(response.content))
+        except ValueError as error:
+            raise self._protocol_mismatch(f"answered {response.status} without JSON") from error
 
     def join_group(self, run_id: str, lease: str) -> Generator[GroupInvitation | None]:
         """`POST /v1/runs/{run_id}/group`: yield the invitation, then None when all workers have joined."""
@@ -376,7 +398,7 @@ class RolloutClient:
 
     def _parsed_line(self, line: str) -> dict[str, Any]:
         try:
-            document = json.loads(line)
+            document = from_json(line)
         except ValueError as error:  # a proxy has ended the response
             raise NotReady(f"{self.url} cut off an answer: {line[:80]!r}") from error
         if not isinstance(document, dict):
@@ -435,8 +457,14 @@ class RolloutClient:
         )
 
 
-def _push_headers(lease: str, in_flight: InFlight = "drain") -> dict[str, str]:
-    return {wire.LEASE_HEADER: lease} | ({} if in_flight == "drain" else {wire.IN_FLIGHT_HEADER: in_flight})
+def _push_headers(
+    lease: str, in_flight: InFlight = "drain", *, size: int | None = None, takeover: bool = False
+) -> dict[str, str]:
+    """Return the headers of a push; `size`: of its body in bytes, if it has one."""
+    headers = {wire.LEASE_HEADER: lease} | ({} if in_flight == "drain" else {wire.IN_FLIGHT_HEADER: in_flight})
+    if size is not None:
+        headers |= {"content-type": "application/octet-stream", "content-length": str(size)}
+    return headers | ({wire.TAKEOVER_HEADER: "1"} if takeover else {})
 
 
 def _timeout(seconds: float) -> httpx.Timeout:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import ssl
 from pathlib import Path
+
+import httpx
 
 from learner.utils.wording import option
 from shared.bearer_tokens import TOKEN_VARIABLE, exposure, parse_tokens
@@ -32,10 +35,15 @@ def read_token(token_file: str | None) -> str | None:
     return parse_tokens(text, f"token_file {token_file}")[0]
 
 
-def ssl_context(ca_file: str) -> ssl.SSLContext:
-    """Return a context that trusts only the CA in `ca_file`; raises `InvalidRequest` if that holds no certificate."""
+def ssl_context(ca_file: str | None) -> ssl.SSLContext:
+    """Return the context of all connections that trust only the CA in `ca_file`, or, without one, the well-known CAs.
+
+    Raises:
+        InvalidRequest: the file holds no certificate.
+    """
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        known = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+        return _context(ca_file, Path(ca_file).stat().st_mtime_ns if ca_file else known)
     except OSError as error:  # ssl.SSLError is one
         raise InvalidRequest(f"ca_file {ca_file} cannot be used: {error}") from error
 
@@ -50,6 +58,12 @@ def tls_error(url: str, error: BaseException) -> LockstepError | None:
             return InvalidRequest(f"no connection to {url} ({what}): {remedy}")
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+@functools.lru_cache(maxsize=8)
+def _context(ca_file: str | None, source: object) -> ssl.SSLContext:
+    """Make a context once: reading the CAs takes longer than a connection, and there may be many servers."""
+    return ssl.create_default_context(cafile=ca_file) if ca_file else httpx.create_ssl_context()
 
 
 _NO_TLS = "no TLS is spoken there; use http://, or start the server with --ssl-certfile and --ssl-keyfile"

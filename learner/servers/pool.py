@@ -1,8 +1,9 @@
 """Pool of rollout servers: discovery, health checks, recovery.
 
 A server is *up* while it is known to serve the last push; only then is it given requests. A caller that finds otherwise
-marks it as lost. Each server has a supervising thread, which tries to recover it with growing pauses, so that a sick
-server delays no other.
+marks it as lost. One thread supervises all servers: it checks those that have been silent for a while, the longest
+silent first and no more than a few at a time, and tries to recover lost ones with growing pauses, each on a thread of
+its own, so that a sick server delays no other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TypeVar
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.replica import Replica
+from learner.utils.processes import allow_descriptors
 from learner.utils.threads import all_of, first_of, start
 from learner.utils.waits import waiting
 from shared.errors import Draining, ErrorCode, InvalidRequest, LockstepError, NotReady, UnknownRun
@@ -49,6 +51,8 @@ _FINAL = {ErrorCode.LEASE_MISMATCH, ErrorCode.STALE_VERSION}
 
 _GRACE_S = 10.0
 _WATCH_S, _WATCH_TIMEOUT_S, _MISSES = 2.0, 5.0, 3
+#: How often the supervisor looks, and how many silent servers it checks then: 6 a second, whatever their number.
+_LOOK_S, _CHECKS = 0.5, 3
 _DISCOVER_S = 5.0
 
 
@@ -89,6 +93,7 @@ class ServerPool:
         Raises:
             NotReady: no server was found, or ready, within `timeout_s` seconds.
         """
+        allow_descriptors()  # some for each server
         deadline = time.monotonic() + timeout_s
         with waiting("the address of a rollout server", limit_s=timeout_s, then="this ends"):
             while not self._discover() and not self.replicas and time.monotonic() < deadline:
@@ -111,8 +116,7 @@ class ServerPool:
         if recover == self._recover:
             return
         self._recover = recover
-        for replica in list(self.replicas.values()):
-            _start(f"supervise-{replica.url}", self._supervise, replica, recover)
+        _start("supervise", self._supervise, recover)
         if self._discovery.may_change:
             _start("discovery", self._follow_discovery, recover)
 
@@ -201,7 +205,8 @@ class ServerPool:
         with self._changed:
             if replica.up or self.replicas.get(replica.url) is not replica:
                 return
-            replica.up, replica.error, replica.misses = True, None, 0
+            replica.up, replica.error = True, None
+            replica.heard()
             replica.incarnation += 1
             self._changed.notify_all()
         self._report(replica, "serves")
@@ -212,18 +217,43 @@ class ServerPool:
             others = f" ({len(self.up())} of {len(self.replicas)} serve)" if len(self.replicas) > 1 else ""
             logger.info("%s %s%s", replica.url, event, others)
 
-    def _supervise(self, replica: Replica, recover: Callable[[Replica], None]) -> None:
-        while self._recover is recover and self.replicas.get(replica.url) is replica:
-            if replica.up:
-                self._check_health(replica)
-            elif time.monotonic() >= replica.retry_at:
-                self._try_to_recover(replica, recover)
+    def _supervise(self, recover: Callable[[Replica], None]) -> None:
+        checks_at = 0.0
+        while self._recover is recover:
+            lost, silent = self._due()
+            for replica in lost:
+                self._attend(replica, partial(self._try_to_recover, replica, recover))
+            if time.monotonic() >= checks_at:
+                checks_at = time.monotonic() + _LOOK_S
+                for replica in silent[:_CHECKS]:
+                    self._attend(replica, partial(self._check_health, replica))
             with self._changed:
-                if replica.up:
-                    self._changed.wait_for(lambda: self._recover is not recover or not replica.up, _WATCH_S)
-                else:
-                    pause_s = max(0.05, min(replica.retry_at - time.monotonic(), 1.0))
-                    self._changed.wait_for(lambda: self._recover is not recover, pause_s)
+                if self._recover is recover:
+                    self._changed.wait(_LOOK_S)
+
+    def _due(self) -> tuple[list[Replica], list[Replica]]:
+        """Return the lost servers that are to be tried again, and those that are to be checked, the most silent first.
+
+        Those that a thread attends to, or pushes to, are left to it.
+        """
+        now = time.monotonic()
+        idle = [replica for replica in list(self.replicas.values()) if not replica.attended]
+        lost = [replica for replica in idle if not replica.up and now >= replica.retry_at]
+        silent = [r for r in idle if r.up and not r.pushing and now >= r.heard_at + _WATCH_S]
+        return lost, sorted(silent, key=lambda replica: replica.heard_at)
+
+    def _attend(self, replica: Replica, action: Callable[[], None]) -> None:
+        def attend() -> None:
+            try:
+                action()
+            finally:
+                replica.attended = False
+            if not replica.up:
+                with self._changed:
+                    self._changed.notify_all()
+
+        replica.attended = True
+        _start(f"attend-{replica.url}", attend)
 
     def _check_health(self, replica: Replica) -> None:
         """Poll the state: the server may have restarted, or hang, without any request to find out."""
@@ -233,10 +263,11 @@ class ServerPool:
         except Exception as caught:
             error = _as_lockstep_error(caught)
             replica.misses += 1
+            replica.heard_at = time.monotonic()
             if error.code is not ErrorCode.TIMEOUT or replica.misses >= _MISSES:
                 self.lost(replica, error, incarnation)
             return
-        replica.misses = 0
+        replica.heard()
         if state.draining:
             self.lost(replica, Draining("it is about to leave"), incarnation)
         if not replica.pushing and replica.receipt is receipt and not replica.serves_receipt(state):
@@ -253,14 +284,11 @@ class ServerPool:
             replica.back_off(refused=refused)
             if refused and new:
                 self._report(replica, f"is refused: {error}")
-            with self._changed:
-                self._changed.notify_all()
 
     def _follow_discovery(self, recover: Callable[[Replica], None]) -> None:
         while self._recover is recover:
             for replica in self._discover():
                 self._report(replica, "is new")
-                _start(f"supervise-{replica.url}", self._supervise, replica, recover)
             with self._changed:
                 self._changed.wait_for(lambda: self._recover is not recover, _DISCOVER_S)
 

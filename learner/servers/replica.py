@@ -64,6 +64,8 @@ class Replica:
         incarnation: number of times it came up.
         error: why it is not up.
         pushing: a push is under way, so it may serve a newer version than that of `receipt`.
+        heard_at: when it last answered, or was asked in vain, by the monotonic clock.
+        attended: a thread checks it, or tries to recover it.
         request_slots: bounds the learner's concurrent requests.
     """
 
@@ -75,7 +77,8 @@ class Replica:
         self.receipt: PushReceipt | None = None
         self.up = state is not None
         self.incarnation = int(self.up)
-        self.pushing = False
+        self.pushing = self.attended = False
+        self.heard_at = 0.0
         self.error: LockstepError | None = None
         self.failures = self.misses = 0
         self.retry_at = 0.0
@@ -85,6 +88,10 @@ class Replica:
         """Last reported state of a server that has been reached."""
         assert self.state is not None
         return self.state
+
+    def heard(self) -> None:
+        """Note that it has just answered as it should: its health need not be asked for."""
+        self.heard_at, self.misses = time.monotonic(), 0
 
     def serves_receipt(self, state: ServerState) -> bool:
         """Return whether `state` is of the process and version of `receipt`."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from learner.servers.replica import NEWEST, Replica
 
 #: Prompts are compared in blocks of so many tokens. Servers cache in smaller ones; shorter prompts cost little anyway.
@@ -60,25 +62,28 @@ class Router:
         """Assign each request to one server; omit servers without any. Their loads are not changed."""
         measured = [replica.load.speed for replica in replicas if replica.load.speed]
         usual = sum(measured) / len(measured) if measured else 1.0
-        speed = {replica.url: replica.load.speed or usual for replica in replicas}
-        tokens = {replica.url: replica.load.outstanding for replica in replicas}
-        shares: dict[str, list[GroupRequest]] = {replica.url: [] for replica in replicas}
+        # Arrays: every request looks at every server.
+        speed = np.array([replica.load.speed or usual for replica in replicas])
+        tokens = np.array([replica.load.outstanding for replica in replicas])
+        index = {replica.url: i for i, replica in enumerate(replicas)}
+        shares: list[list[GroupRequest]] = [[] for _ in replicas]
         with self._lock:
             for request in requests:
                 cost = self.cost(request)
-                finish = {url: (tokens[url] + cost) / speed[url] for url in tokens}
-                first = min(finish, key=lambda url: finish[url])
+                finish = (tokens + cost) / speed
+                chosen = int(finish.argmin())
                 blocks = _block_hashes(request.token_ids)
                 cached = next((self._cached_at[b] for b in reversed(blocks) if b in self._cached_at), None)
-                chosen = cached if cached in finish and finish[cached] <= _AFFINITY_SLACK * finish[first] else first
+                if cached in index and finish[index[cached]] <= _AFFINITY_SLACK * finish[chosen]:
+                    chosen = index[cached]
                 for block in blocks:
-                    self._cached_at[block] = chosen
+                    self._cached_at[block] = replicas[chosen].url
                     self._cached_at.move_to_end(block)
                 tokens[chosen] += cost
                 shares[chosen].append(request)
             while len(self._cached_at) > _MAX_BLOCKS:
                 self._cached_at.popitem(last=False)
-        return [(replica, shares[replica.url]) for replica in replicas if shares[replica.url]]
+        return [(replica, share) for replica, share in zip(replicas, shares, strict=True) if share]
 
 
 def _block_hashes(token_ids: list[int]) -> list[int]:

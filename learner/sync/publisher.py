@@ -6,25 +6,29 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from peft import PeftModel
 
 from learner.adapters.exporter import AdapterExport, AdapterExporter
+from learner.cluster.relay import Relays, Response
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
 from learner.servers.replica import Replica
 from learner.sync.transport import Choice, Transport
 from learner.utils.distributed import OnMain, on_one_rank
-from learner.utils.threads import all_of
+from learner.utils.threads import all_of, one_after_the_other
 from learner.utils.wording import option
 from shared.errors import Draining, ErrorCode, LockstepError, ProtocolMismatch, UnknownRun
 from shared.weights import AdapterManifest, InFlight, PushReceipt, ServerState, WeightVersion
 
 logger = logging.getLogger("lockstep.sync")
+
+#: Pushes to so many servers, or more, go through relays where there are any: docs/scaling.md has the figures.
+RELAY_FROM = 8
 
 
 @dataclass(eq=False)
@@ -38,6 +42,8 @@ class Publisher:
         base_weights: fingerprint of the model's base.
         takeover: take the run from the learner that holds its lease.
         transport, in_flight: as for `learner.sync.transport.Transport`.
+        relays: send on what is pushed to `relay_from` servers or more, except with `transport="collective"`; None:
+            there are none.
 
     Attributes:
         receipts: one per push, including the initial adapter (step 0): that of the slowest server.
@@ -52,6 +58,8 @@ class Publisher:
     transport: Choice = "auto"
     in_flight: InFlight = "drain"
     on_main: OnMain = on_one_rank
+    relays: Relays | None = None
+    relay_from: int = RELAY_FROM
     receipts: list[PushReceipt] = field(default_factory=list, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
     _taken_over: set[str] = field(default_factory=set, init=False)
@@ -207,28 +215,52 @@ class Publisher:
 
     def _send(self, export: AdapterExport, replicas: list[Replica]) -> PushReceipt:
         """Push to all `replicas` at once; return the receipt of the slowest."""
-        version = export.manifest.version
+        version, incarnations = export.manifest.version, {replica.url: replica.incarnation for replica in replicas}
+        for replica in replicas:
+            replica.pushing = True
 
-        def one(replica: Replica) -> None:
-            incarnation, replica.pushing = replica.incarnation, True
+        def one(replica: Replica, receive: Callable[[], PushReceipt]) -> None:
             try:
-                transport = self._transports.get(replica.url)
-                if transport is None:
-                    transport = Transport(replica, self.lease, export.flat.device, self.transport, self.in_flight)
-                    self._transports[replica.url] = transport
                 with _remedies(replica):
-                    receipt = transport.send(export, takeover=self._takes_over(replica))
+                    receipt = receive()
                 self._accept(replica, receipt, export.manifest)
             except LockstepError as error:
-                self.pool.lost_or_raise(replica, error, incarnation)
+                self.pool.lost_or_raise(replica, error, incarnations[replica.url])
             finally:
                 replica.pushing = False
 
-        all_of([partial(one, replica) for replica in replicas], "push")
+        def direct(replica: Replica) -> PushReceipt:
+            transport = self._transports.get(replica.url)
+            if transport is None:
+                transport = Transport(replica, self.lease, export.flat.device, self.transport, self.in_flight)
+                self._transports[replica.url] = transport
+            return transport.send(export, takeover=self._takes_over(replica))
+
+        relayed = self._relay(export, replicas)
+        calls = [partial(one, r, partial(direct, r)) for r in replicas if r.url not in relayed]
+        if relayed:
+            answered = [r for r in replicas if r.url in relayed]
+            checks = [partial(one, r, partial(r.client.relayed_receipt, relayed[r.url])) for r in answered]
+            calls.insert(0, partial(one_after_the_other, checks))
+        all_of(calls, "push")
         # If all of them failed, one that has come back since has been caught up.
         serving = self.pool.available(lambda r: r.receipt is not None and r.receipt.version == version)
         receipts = [replica.receipt for replica in serving if replica.receipt]
         return max(receipts, key=lambda receipt: receipt.transfer_seconds + receipt.install_seconds)
+
+    def _relay(self, export: AdapterExport, replicas: list[Replica]) -> Mapping[str, Response]:
+        """Return what servers have answered to relays, by their URLs; those without an answer are left."""
+        if self.relays is None or self.transport == "collective" or len(replicas) < self.relay_from:
+            return {}
+        pieces = export.pieces()
+        size, lease = sum(len(piece) for piece in pieces), self.lease
+        requests = {
+            replica.url: replica.client.relayed_push(
+                lease.run_id, size, lease.secret, takeover=self._takes_over(replica), in_flight=self.in_flight
+            )
+            for replica in replicas
+        }
+        return self.relays.put(pieces, requests, max(replica.client.push_timeout_s for replica in replicas))
 
     def _takes_over(self, replica: Replica) -> bool:
         """Take over once on each server: a learner that is taken over itself must not take the run back."""
@@ -248,6 +280,7 @@ class Publisher:
             )
         self._taken_over.add(replica.url)
         replica.receipt = receipt
+        replica.heard()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +62,14 @@ def stop_on_signals() -> Iterator[threading.Event]:
     # One that is ignored stays so: nohup's SIGHUP.
     with each_signal(stop, *(number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)):
         yield hurry
+
+
+def allow_descriptors(wanted: int = 2**16) -> None:
+    """Raise this process's soft limit on descriptors to `wanted`, or as far as it may: usual are 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def module_command(module: str) -> list[str]:

@@ -34,6 +34,18 @@ def all_of(calls: Sequence[Callable[[], T]], name: str) -> list[T]:
     return [outcome.result() for outcome in started]
 
 
+def one_after_the_other(calls: Sequence[Callable[[], object]]) -> None:
+    """Make all calls; raise the first error once all have been made."""
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 def side_by_side(calls: Sequence[Callable[[], T]], limit: int, name: str) -> list[T]:
     """Run calls on up to `limit` threads; return their results in order.
 

@@ -18,7 +18,7 @@ from rollout_server.api.connections import Connection, Connections, Listener, li
 logger = logging.getLogger("lockstep.api")
 
 #: An idle connection must be closed by the client, or a request may be on its way into one that the server just closed.
-#: uvicorn's default is 5 s, and so is the time for which httpx keeps one.
+#: uvicorn's default is 5 s; httpx keeps one for 5 s, too, the learner for 45 s.
 _KEEP_ALIVE_SECONDS = 75
 _CONNECTIONS = 4096
 _TICKS_IN_A_SECOND = 10

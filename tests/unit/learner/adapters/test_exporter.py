@@ -89,6 +89,15 @@ def test_nothing_trainable_is_left_out(model_dir):
         export_adapter(model, VERSION, "float32")
 
 
+def test_all_servers_are_sent_the_same_copy(model_dir):
+    export = export_adapter(peft_model(model_dir), VERSION, "float32")
+    one, other = export.pieces(), export.pieces()
+    assert [id(piece) for piece in one] == [id(piece) for piece in other]
+    kept = bytes(one[1])
+    export.flat.zero_()  # as the next export may
+    assert bytes(export.pieces()[1]) == kept
+
+
 def test_second_adapter_stays_at_home(model_dir):
     model = peft_model(model_dir)
     model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"]))

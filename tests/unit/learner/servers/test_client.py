@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
+import certifi
 import httpx
+import numpy as np
 import pytest
 
+from bench.fleet.simulated import SimulatedServer, serving
 from learner.servers.client import RolloutClient
-from learner.servers.credentials import read_token
+from learner.servers.credentials import read_token, ssl_context
+from shared.adapter_file import LORA_A, LORA_B, Layout, lay_out
+from shared.checksum import block_sums, block_weights, checksum
 from shared.errors import EngineDead, ErrorCode, LockstepError, Overloaded, StaleVersion
 from shared.rollouts import GenerateRequest, Prompt
+from shared.weights import AdapterManifest, ModuleSpec, WeightVersion
 
 REQUEST = GenerateRequest(prompts=[Prompt(token_ids=[1])])
 
@@ -215,3 +222,40 @@ def test_a_stream_that_never_ends_has_a_deadline():
 def test_responses_of_a_proxy(answer, code):
     client = client_of(lambda request: answer)
     assert code_of(lambda: list(client.iter_groups(REQUEST))) is code
+
+
+def _pool(client: RolloutClient) -> Any:
+    """Return the connections of a client."""
+    transport: Any = client._http._transport
+    return transport._pool
+
+
+def test_connections_to_many_servers_share_what_is_trusted(tmp_path, monkeypatch):
+    assert ssl_context(None) is ssl_context(None)
+    with RolloutClient("http://a:1") as one, RolloutClient("http://b:1") as other:
+        assert _pool(one)._ssl_context is _pool(other)._ssl_context
+    before = ssl_context(None)
+    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+    assert ssl_context(None) is not before
+
+
+def test_a_connection_is_used_again_after_a_stream():
+    with serving([SimulatedServer(tokens=2, decode_s=0.0)]) as [url], RolloutClient(url) as client:
+        layout = Layout(lay_out({"m" + LORA_A: (1, 2), "m" + LORA_B: (2, 1)}, "float32"))
+        sums = b"".join(part.tobytes() for part in block_sums(np.zeros(4, np.int32), block_weights()))
+        manifest = AdapterManifest(
+            version=WeightVersion(run_id="r", step=0),
+            base_weights=None,
+            dtype="float32",
+            checksum=checksum(layout.index, sums),
+            peft_config={},
+            modules={"m": ModuleSpec(rank=1, scaling=1.0)},
+        )
+        client.push("r", [layout.header(manifest), bytes(16)], "lease")
+        request = GenerateRequest(prompts=[Prompt(token_ids=[1])], run_id="r")
+        assert len(list(client.iter_groups(request))) == 1
+        [first] = _pool(client).connections
+        assert first.is_available()
+        list(client.iter_groups(request))
+        assert _pool(client).connections == [first]
+        assert first._connection._keepalive_expiry > 10.0, "the next step's push"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections import Counter
@@ -285,3 +286,85 @@ def test_speed_is_measured_while_busy():
     load.end(100.0, 500)
     assert load.outstanding == 0
     assert 500 < load.speed < 5100
+
+
+def _supervised(pool_of, monkeypatch, count, checks):
+    """Return a supervised pool of servers that have been silent, the last ones longest, and whom it asks at first."""
+    monkeypatch.setattr("learner.servers.pool._CHECKS", checks)
+    monkeypatch.setattr("learner.servers.pool._LOOK_S", 3600.0)  # it looks once
+    servers = [Server(f"http://s{i}") for i in range(count)]
+    pool, asked, enough = pool_of(*servers, supervised=False), [], threading.Event()
+    for i, server in enumerate(servers):
+        pool.replicas[server.url].heard_at = -1e6 - i
+
+        def state(timeout_s=1.0, server=server):
+            asked.append(server.url)
+            if len(asked) >= checks:
+                enough.set()
+            return SimpleNamespace(epoch="e", runs=[], draining=False)
+
+        server.state = state
+    return pool, asked, enough
+
+
+def test_of_many_servers_a_few_are_asked_at_a_time_the_longest_silent_first(pool_of, monkeypatch):
+    pool, asked, enough = _supervised(pool_of, monkeypatch, 100, 5)
+    pool.supervise(lambda replica: None)
+    assert enough.wait(60)
+    deadline = time.monotonic() + 60
+    while any(replica.attended for replica in pool.replicas.values()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(asked) == [f"http://s{i}" for i in range(95, 100)]
+    assert sum(thread.name == "lockstep-supervise" for thread in threading.enumerate()) == 1
+    assert not [thread.name for thread in threading.enumerate() if "supervise-" in thread.name]
+
+
+def test_a_server_that_has_just_answered_is_not_asked(pool_of, monkeypatch):
+    pool, asked, enough = _supervised(pool_of, monkeypatch, 3, 2)
+    pool.replicas["http://s1"].heard()
+    pool.supervise(lambda replica: None)
+    assert enough.wait(60)
+    assert sorted(asked) == ["http://s0", "http://s2"]
+
+
+def test_completions_are_a_sign_of_life(pool_of):
+    pool = pool_of(Server("http://s"), supervised=False)
+    pool.replicas["http://s"].heard_at = -1e6
+    fetch(pool, PROMPTS)
+    assert pool.replicas["http://s"].heard_at > 0
+
+
+def test_a_lost_server_is_tried_again_while_another_one_hangs(pool_of):
+    pool, hanging, back = pool_of(Server("http://s"), Server("http://t"), supervised=False), threading.Event(), []
+
+    def recover(replica):
+        if replica.url == "http://s":
+            hanging.wait(60)
+        back.append(replica.url)
+        pool.mark_up(replica)
+
+    pool.supervise(recover)
+    for replica in pool.up():
+        pool.lost(replica, NotReady("gone"))
+    assert [replica.url for replica in pool.available()] == ["http://t"]
+    hanging.set()
+    assert back[0] == "http://t"
+
+
+def test_a_server_that_is_being_pushed_to_is_not_asked(pool_of, monkeypatch):
+    pool, asked, enough = _supervised(pool_of, monkeypatch, 3, 2)
+    pool.replicas["http://s2"].pushing = True
+    pool.supervise(lambda replica: None)
+    assert enough.wait(60)
+    assert sorted(asked) == ["http://s0", "http://s1"]
+
+
+def test_the_usual_limit_on_descriptors_does_not_bound_the_servers(pool_of):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    usual = min(1024, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (usual, hard))
+    try:
+        pool_of(Server("http://s"), supervised=False)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == (min(2**16, hard) if hard > 0 else 2**16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
