@@ -220,7 +220,8 @@ def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> Prob
         )
         groups = replica.client.generate(request).groups
         sequences = [[*group.prompt_token_ids, *group.completions[0].token_ids] for group in groups]
-        decoded = {row: list(group.completions[0].logprobs) for row, group in enumerate(groups)} if of_base else {}
+        if of_base:
+            decoded = {row: group.completions[0].uncut_logprobs for row, group in enumerate(groups)}
     text = [token for sequence in sequences for token in sequence]
     length = min(longest, context - 1)  # scoring draws one token more
     repeated = (text * (-(-length // len(text))))[:length]

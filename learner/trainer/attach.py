@@ -53,14 +53,14 @@ from learner.trainer.hooks import (
     replace_zero_variance_groups,
     watch_mismatch,
 )
-from learner.trainer.images import check_images, check_sight, image_token_ids, sees_images
+from learner.trainer.images import check_images, check_sight, sees_images
 from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.leaving import leave_in_order
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, keep_old_values, sort_rows
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
-from learner.trainer.sampling import sampling_params, without_tokens
+from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
@@ -170,7 +170,7 @@ def attach(
     name_rewards(trainer)
     if not trainer.is_deepspeed_enabled:
         keep_master_weights(model)
-    sampling = without_tokens(sampling_params(args, trainer.eos_token_ids), image_token_ids(trainer))
+    sampling = sampling_params(args, trainer.eos_token_ids)
     session = Session(
         TrlTrainer(trainer),
         model,

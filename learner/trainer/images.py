@@ -64,13 +64,3 @@ def _prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
     if not is_conversational({"prompt": prompt}):
         raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
     return prepare_multimodal_messages(prompt, images=images if name == "images" else [images])
-
-
-def image_token_ids(trainer: GRPOTrainer) -> list[int]:
-    """Return the ids of tokens that stand for images and videos, which no completion may hold: nothing fills them."""
-    if not sees_images(trainer):
-        return []
-    config = trainer.accelerator.unwrap_model(trainer.model).config
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = [getattr(config, name, None) for name in names]
-    return sorted({int(one) for one in found if one is not None})

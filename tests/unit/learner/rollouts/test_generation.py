@@ -92,7 +92,7 @@ class Silent(Server):
 
 @pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}])
 def test_a_token_without_a_finite_logprob_is_carried_and_counted(sampling, caplog):
-    remote = rollouts(Silent(1), SamplingParams(max_tokens=1000, **sampling))
+    remote = rollouts(Silent(1, mass=-0.25 if sampling else 0.0), SamplingParams(max_tokens=1000, **sampling))
     _, _, logprobs, _ = remote.generate([[1], [2]], None, 1)
     values = [logprob for row in logprobs for (logprob,) in row]
     assert sum(map(math.isnan, values)) == remote.stats.unscored_tokens == 1
