@@ -101,9 +101,9 @@ class Completion(BaseModel):
     )
     log_kept_mass: Logprobs | None = Field(
         None,
-        description="with top_k, top_p or min_p, and of models that see images, whose tokens are never drawn: ln of the "
-        "mass that was kept of the distribution each token was drawn from, so that logprobs + log_kept_mass are the "
-        "logprobs before truncation; None: unknown, or nothing cut",
+        description="with top_k, top_p or min_p, and of models that see images, whose tokens are never drawn: ln of "
+        "the mass that was kept of the distribution each token was drawn from, so that logprobs + log_kept_mass are "
+        "the logprobs before truncation; None: unknown, or nothing cut",
     )
     finish_reason: Literal["stop", "length", "abort", "repetition"]
     stop_reason: int | str | None = None

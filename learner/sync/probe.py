@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from shared.sampling import SamplingParams
 SEQUENCES, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 64, 24
 #: Logits of one pass: half a gigabyte with what is computed of them.
 LOGITS = 2**25
+#: Tokens at the end of the one with images that are compared: all of them text.
+SEEN_TOKENS = 8
 #: Tokens at the end of the long sequence that are compared.
 LONG_TOKENS = 128
 
@@ -42,6 +45,19 @@ class LearnerLogprobs:
 
 
 @dataclass(frozen=True)
+class SeenText:
+    """A prompt with images, and what a forward pass takes beside its ids.
+
+    Attributes:
+        token_ids: an `ImagePrompt` [P], which ends with text.
+        inputs: pixels and their places; of each token, [1, P].
+    """
+
+    token_ids: list[int]
+    inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class ProbeText:
     """What is scored.
 
@@ -49,11 +65,13 @@ class ProbeText:
         sequences: token ids [N][T]; each of two tokens or more.
         long: one sequence as long as prompt and completion may be; None: no longer than the others.
         decoded: sequence -> logprobs of its last tokens, as a server returned them when it drew these from its base.
+        seen: with images; None: the model sees none, or the servers' context has no room for it.
     """
 
     sequences: list[list[int]]
     long: list[int] | None = None
     decoded: dict[int, list[float | None]] = field(default_factory=dict)
+    seen: SeenText | None = None
 
 
 class Probe:
@@ -62,6 +80,7 @@ class Probe:
     Args:
         sequences: token ids [N][T].
         last: score this many tokens at the end of each; None: all but the first.
+        inputs: more arguments of a forward pass of one sequence.
     """
 
     def __init__(
@@ -70,9 +89,11 @@ class Probe:
         sequences: Sequence[list[int]],
         *,
         last: int | None = None,
+        inputs: Mapping[str, torch.Tensor] | None = None,
         on_main: OnMain = on_one_rank,
     ) -> None:
         self.model, self.sequences, self._on_main = model, list(sequences), on_main
+        self._inputs = inputs or {}
         self._scored = [min(last or len(tokens), len(tokens) - 1) for tokens in self.sequences]
         at_once = max(1, LOGITS // (max(self._scored) * model.config.get_text_config().vocab_size))
         rows = range(len(self.sequences))
@@ -130,7 +151,8 @@ class Probe:
         ids_BT = torch.tensor(ids, device=self.model.get_input_embeddings().weight.device)
         firsts = [len(self.sequences[row]) - self._scored[row] for row in rows]
         first = min(firsts)
-        kept = {} if first == 1 else {"logits_to_keep": longest - first + 1}
+        kept: dict[str, Any] = {} if first == 1 else {"logits_to_keep": longest - first + 1}
+        kept |= {name: value.to(ids_BT.device) for name, value in self._inputs.items()}
         logits_BTV = self.model(input_ids=ids_BT, use_cache=False, **kept).logits[:, -(longest - first) - 1 : -1]
         positions = [(b, t) for b, row in enumerate(rows) for r, t in self.places if r == row]
         b_N, t_N = torch.tensor(positions, device=ids_BT.device).T
@@ -196,7 +218,7 @@ class AdapterWeights:
                 weight.mul_(factor)
 
 
-def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> ProbeText:
+def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int, seen: SeenText | None = None) -> ProbeText:
     """Take ends of the first distinct prompts, each with a sampled completion: text like the policy will see.
 
     Args:
@@ -226,4 +248,7 @@ def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> Prob
     length = min(longest, context - 1)  # scoring draws one token more
     repeated = (text * (-(-length // len(text))))[:length]
     long = repeated if length > max(map(len, sequences)) else None
-    return ProbeText([s for s in sequences if len(s) > 1], long, decoded if all(len(s) > 1 for s in sequences) else {})
+    if seen and len(seen.token_ids) >= context:
+        seen = None
+    decoded = decoded if all(len(s) > 1 for s in sequences) else {}
+    return ProbeText([s for s in sequences if len(s) > 1], long, decoded, seen)

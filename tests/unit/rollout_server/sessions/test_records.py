@@ -184,7 +184,9 @@ def test_the_trainer_samples() -> None:
     ],
 )
 def test_what_a_route_may_set_behind_the_trainers_back_is_left_out(name: str, value: Any) -> None:
-    params = overridden(SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None), "id", truncated=False)
+    params = overridden(
+        SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None), "id", truncated=False
+    )
     assert getattr(params, name) is None
 
 
@@ -222,7 +224,10 @@ def test_logprobs_have_text_for_who_reads_it_and_the_ranks_of_what_was_sampled(
     asked: dict[str, int], flat: bool
 ) -> None:
     """Flat ones of sampled tokens alone have no text; beside others only flat ones keep a sampled token's rank."""
-    assert overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id", truncated=False).flat_logprobs is flat
+    assert (
+        overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id", truncated=False).flat_logprobs
+        is flat
+    )
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])

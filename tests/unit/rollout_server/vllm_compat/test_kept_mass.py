@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-
 from vllm.v1.sample.sampler import Sampler as V1Sampler
 
 from rollout_server.vllm_compat import kept_mass
