@@ -91,7 +91,7 @@ def encoded_image(picture: Any) -> tuple[Image, str]:
 
     check_picture(picture)
     pixels = picture.tobytes()
-    digest = pixel_digest(*picture.size, pixels)
+    digest = pixel_digest(picture.width, picture.height, pixels)
     with _encoding:
         if digest not in _encoded:
             stream = io.BytesIO()
