@@ -66,7 +66,7 @@ def fitting(groups: Sequence[GroupRequest], state: ServerState) -> list[list[Gro
                 f"{needs[0]} bytes, and {needs[1]} once they are decoded, more than the server's {flag}: scale its "
                 f"images down, or start the server with a larger {flag}"
             )
-        together = tuple(sum(pair) for pair in zip(used, needs, strict=True))
+        together = (used[0] + needs[0], used[1] + needs[1])
         if not parts or any(0 < limit < size for limit, size in zip(limits, together, strict=True)):
             parts.append([])
             together = needs
