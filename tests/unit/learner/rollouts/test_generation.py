@@ -14,7 +14,7 @@ from learner.servers.pool import ServerPool
 from shared.errors import LockstepError, NotFinite
 from shared.rollouts import Completion, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
-from shared.weights import WeightVersion
+from shared.weights import ServerState, WeightVersion
 
 VERSION = WeightVersion(run_id="r", step=3)
 
@@ -49,7 +49,7 @@ def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa
         allowed_version=lambda ahead: AllowedVersion(VERSION),
         seed_of=lambda row, token_ids: None,
     )
-    dispatcher = Dispatcher(ServerPool.of(server, object()), sampling, max_model_len=50, **changes)
+    dispatcher = Dispatcher(ServerPool.of(server, ServerState.model_construct()), sampling, max_model_len=50, **changes)
     return RemoteRollouts(dispatcher, trainer, training)
 
 
