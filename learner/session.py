@@ -33,7 +33,7 @@ from learner.servers.replica import Replica
 from learner.step_metrics import Proven, StepMetrics, StepReport
 from learner.sync.canary import CanaryResult, KeptCanary, show_canary
 from learner.sync.gpu_sharing import GpuSharing
-from learner.sync.probe import make_probe
+from learner.sync.probe import SeenText, make_probe
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
 from learner.utils.waits import waiting
@@ -84,6 +84,7 @@ class Session:
         *,
         sampling: SamplingParams,
         prompts: list[list[int]],
+        seen: SeenText | None,
         longest: int,
         base_weights: str | None,
         make_rewards: Callable[[], Rewards] | None,
@@ -96,7 +97,7 @@ class Session:
         states: list[ServerState] = self._on_main(lambda: [replica.known for replica in pool.up()])
         self.max_model_len = min(state.max_model_len for state in states)
         self._check_state, self._prompts, self._temperature = check_state, prompts, sampling.temperature
-        self._longest = longest
+        self._longest, self._seen = longest, seen
         self.page: str | None = None
         # A server that merges has no base to show while any run lives; the proof at the first push covers it then.
         self._base_served = serve_base(states)
@@ -167,7 +168,7 @@ class Session:
     def _prove_and_push(self, *, again: bool) -> None:
         self.yield_gpu()
         config, trainer, is_main = self.config, self.trainer, self.trainer.accelerator.is_main_process
-        text = self._on_main(lambda: make_probe(self.pool, self._prompts, self._longest))
+        text = self._on_main(lambda: make_probe(self.pool, self._prompts, self._longest, self._seen))
         self.proof = SyncProof(
             self.pool,
             self.model,

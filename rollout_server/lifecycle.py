@@ -103,6 +103,8 @@ async def _start(
     boot_id = secrets.token_hex(8)
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)
     backend = "nccl" if described[0]["device"] else "gloo"
+    if sees:
+        served = served.model_copy(update={"sight": vision.sight(engine)})
     groups = BroadcastGroups(workers, settings, backend, bind=args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
     installer = Installer(InstallContext(proxy, workers, runs, boot_id), groups, served, settings, sleep)

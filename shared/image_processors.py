@@ -3,8 +3,47 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, ClassVar
+
+#: Settings that say how a model is computed, loaded or named, not what it sees; so do names that end in `_type`.
+_OTHERS = frozenset(
+    {
+        *("architectures", "auto_map", "data_format", "device", "disable_grouping", "dtype", "initializer_range"),
+        *("input_data_format", "processor_class", "return_tensors", "torch_dtype", "transformers_version"),
+        *("id2label", "label2id"),
+    }
+)
+
+
+def sight(processor: Any, config: Any) -> dict[str, str]:
+    """Return what decides what a model sees of an image: settings by their names, as JSON.
+
+    Args:
+        processor: transformers' processor of images; config: the model's configuration.
+    """
+    parts = {"image_processor": processor, "vision_config": getattr(config, "vision_config", None)}
+    return {
+        name: json.dumps(value, default=str)
+        for part, settings in parts.items()
+        for name, value in _flat(part, settings.to_dict() if settings is not None else {})
+    }
+
+
+def other_sight(own: Mapping[str, str], served: Mapping[str, str]) -> list[str]:
+    """Return which settings two sides have otherwise; some versions of transformers know more than others."""
+    return [f"{name} is {own[name]}, not {served[name]}" for name in own if served.get(name, own[name]) != own[name]]
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, inner in value.items():
+        if inner is not None and key not in _OTHERS and not key.startswith("_") and not key.endswith("_type"):
+            yield from _flat(f"{name}.{key}", inner)
 
 
 def do_without_videos(transformers: ModuleType) -> None:

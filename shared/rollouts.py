@@ -103,13 +103,22 @@ class Completion(BaseModel):
     )
     log_kept_mass: Logprobs | None = Field(
         None,
-        description="with top_k, top_p or min_p: ln of the mass they kept of the distribution each token was drawn "
-        "from, so that logprobs + log_kept_mass are the logprobs before truncation; None: unknown, or nothing cut",
+        description="with top_k, top_p or min_p, and of models that see images, whose tokens are never drawn: ln of "
+        "the mass that was kept of the distribution each token was drawn from, so that logprobs + log_kept_mass are "
+        "the logprobs before truncation; None: unknown, or nothing cut",
     )
     finish_reason: Literal["stop", "length", "abort", "repetition"]
     stop_reason: int | str | None = None
     spans: list[VersionSpan]
     text: str | None = None
+
+    @property
+    def uncut_logprobs(self) -> list[float | None]:
+        """ln p [T] before truncation, as far as the kept mass is known; None where it is not finite."""
+        if self.log_kept_mass is None:
+            return list(self.logprobs)
+        pairs = zip(self.logprobs, self.log_kept_mass, strict=True)
+        return [None if logprob is None or mass is None else logprob + mass for logprob, mass in pairs]
 
 
 class RolloutGroup(BaseModel):

@@ -120,11 +120,6 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         eval_dataset=config.eval_dataset,
         default_reward=agent_reward if agent else None,
     )
-    if has_images(task.train):
-        raise InvalidRequest(
-            f"task {task.name} has images, and training on images is not supported yet: remove them, and the text is "
-            "trained"
-        )
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
     for state in states:  # what is known before the model is loaded; `attach` checks all of it

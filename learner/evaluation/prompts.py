@@ -11,36 +11,55 @@ from shared.rollouts import Prompt
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """Return the prompt of a dataset row; images of a column come first in the first message of the user, as in TRL.
+    """Return the prompt of a dataset row, with the images of a column where TRL puts them: into empty image parts, and
+    before the first message of the user that is plain text.
 
     Raises:
-        LockstepError: `invalid_request` for images beside a prompt of text.
+        LockstepError: `invalid_request` for images beside a prompt of text, or for more or less of them than places.
     """
     prompt, images = row["prompt"], _column(row)
     if isinstance(prompt, str):
         if images:
             raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
         return Prompt(text=prompt)
-    messages, found = [], list[Any]()
-    for message in prompt:
-        content = message.get("content")
-        if images and message.get("role") == "user":
-            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-            blank = [part for part in parts if part.get("type") == "image" and part.get("image") is None]
-            content = parts if blank else [*({"type": "image"} for _ in images), *parts]
-            found, images = found + images, []
-        if isinstance(content, list):
-            found += [
-                part["image"] for part in content if part.get("type") == "image" and part.get("image") is not None
-            ]
-            content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
-        messages.append({**message, "content": content})
-    return Prompt(messages=messages, images=[encoded_image(image)[0] for image in found])
+    messages = list(prompt)
+    first = next((i for i, message in enumerate(messages) if _is_plain_question(message)), None)
+    if images and first is not None:
+        text = {"type": "text", "text": messages[first]["content"]}
+        messages[first] = {**messages[first], "content": [*({"type": "image"} for _ in images), text]}
+    places = [part.get("image") for message in messages for part in _image_parts(message)]
+    if places.count(None) != len(images):
+        raise InvalidRequest(
+            f"a prompt has {len(images)} images beside its messages, and places for {places.count(None)}: give each an "
+            'empty part {"type": "image"}, or none, and they come before the first text of the user'
+        )
+    left = iter(images)
+    found = [next(left) if image is None else image for image in places]
+    return Prompt(messages=shown(messages), images=[encoded_image(image)[0] for image in found])
 
 
 def shown(prompt: Any) -> Any:
     """Return a prompt as results keep it: without its images."""
-    return prompt if isinstance(prompt, str) else prompt_of({"prompt": prompt}).messages
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {
+            **message,
+            "content": [{"type": "image"} if part.get("type") == "image" else part for part in message["content"]],
+        }
+        if isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
+def _is_plain_question(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "user" and isinstance(message.get("content"), str)
+
+
+def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if part.get("type") == "image"] if isinstance(content, list) else []
 
 
 def _column(row: Mapping[str, Any]) -> list[Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +21,8 @@ BATCHES = {TRAINING: 40, EVALUATION: 20}
 #: Limits: characters of a batch, of a prompt, of a completion, of another column; completions of a group.
 BATCH_CHARACTERS, PROMPT_CHARACTERS, COMPLETION_CHARACTERS, COLUMN_CHARACTERS = 40_000, 1500, 3000, 400
 GROUP_SIZE, _COLUMNS = 64, 8
+#: Limits of thumbnails: of a group, pixels on a side, and characters of one.
+IMAGES, IMAGE_PIXELS, IMAGE_CHARACTERS = 4, 96, 10_000
 #: Characters that a completion's numbers take.
 _NUMBERS = 200
 #: Newest batches that thinning never removes.
@@ -58,6 +62,7 @@ class Group:
     Attributes:
         key: the same for the same prompt.
         columns: the other columns of the prompt's row, such as its answer; empty if unknown: of another rank.
+        images: of the prompt, small, as `data:` URLs; the first `IMAGES` of them.
         size: completions of the group; `samples` may hold fewer.
     """
 
@@ -66,6 +71,7 @@ class Group:
     columns: dict[str, str]
     size: int
     samples: list[Sample]
+    images: list[str] = field(default_factory=list)
 
 
 def make_group(prompt: Any, columns: Mapping[str, Any], completions: Sequence[Any], numbers: Sequence[Any]) -> Group:
@@ -73,17 +79,37 @@ def make_group(prompt: Any, columns: Mapping[str, Any], completions: Sequence[An
 
     Of a large group it keeps the best and the worst completion, and the first ones; of long texts their two ends.
     """
-    whole = text_of(prompt, 1 << 20)
+    whole, pictures = text_of(prompt, 1 << 20), _pictures(prompt)
+    seen = b"".join(sha256(picture.tobytes()).digest() for picture in pictures)
     shown = _kept_rows([sample["reward"] for sample in numbers])
     limit = min(COMPLETION_CHARACTERS, max(BATCH_CHARACTERS // len(shown), 300))
-    others = [(name, value) for name, value in columns.items() if name != "prompt" and value is not None]
+    shown_above = ("prompt", "image", "images") if pictures else ("prompt",)
+    others = [(name, value) for name, value in columns.items() if name not in shown_above and value is not None]
     return Group(
-        key=sha256(whole.encode("utf-8", "replace")).hexdigest()[:12],
+        key=sha256(whole.encode("utf-8", "replace") + seen).hexdigest()[:12],
         prompt=text_of(prompt, PROMPT_CHARACTERS),
         columns={name: text_of(_plain(value), COLUMN_CHARACTERS) for name, value in others[:_COLUMNS]},
         size=len(completions),
         samples=[_sample(completions[row], numbers[row], limit) for row in shown],
+        images=[thumbnail for picture in pictures[:IMAGES] if (thumbnail := _thumbnail(picture))],
     )
+
+
+def _pictures(prompt: Any) -> list[Any]:
+    """Return PIL's images in the messages of a prompt."""
+    contents = [message.get("content") for message in prompt if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    pictures = [part.get("image") for part in parts if part.get("type") == "image"]
+    return [picture for picture in pictures if hasattr(picture, "thumbnail")]
+
+
+def _thumbnail(picture: Any) -> str | None:
+    """Return a picture, small, as a `data:` URL; None where it is large all the same."""
+    small, stream = picture.convert("RGB"), BytesIO()
+    small.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
+    small.save(stream, "JPEG", quality=70)
+    url = f"data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}"
+    return url if len(url) <= IMAGE_CHARACTERS else None
 
 
 def _sample(completion: Any, numbers: Mapping[str, Any], limit: int) -> Sample:
@@ -199,7 +225,7 @@ def _mean(group: Group) -> float:
 
 
 def _length(group: Group) -> int:
-    texts = [group.prompt, *group.columns.values(), *(sample.completion for sample in group.samples)]
+    texts = [group.prompt, *group.images, *group.columns.values(), *(sample.completion for sample in group.samples)]
     texts += [text for sample in group.samples for _, text in sample.turns or ()]
     return sum(map(len, texts)) + _NUMBERS * len(group.samples)
 

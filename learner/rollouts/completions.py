@@ -89,16 +89,10 @@ def policy_logprobs(completion: Completion, sampling: SamplingParams) -> list[fl
     Raises:
         LockstepError: `invalid_request` if the server does not report how much mass the truncation kept.
     """
-    logprobs = [_number(logprob) for logprob in completion.logprobs]
-    if not sampling.truncates:
-        return logprobs
-    if completion.log_kept_mass is None or len(completion.log_kept_mass) != len(completion.logprobs):
+    kept = completion.log_kept_mass
+    if (kept is None and sampling.truncates) or (kept is not None and len(kept) != len(completion.logprobs)):
         raise InvalidRequest(
             "the rollout server does not say how much probability top_k, top_p or min_p kept (older than the learner, "
             "or speculating), so its logprobs cannot be compared with the trainer's: set top_k=0, top_p=1, min_p=0"
         )
-    return [logprob + _number(mass) for logprob, mass in zip(logprobs, completion.log_kept_mass, strict=True)]
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+    return [math.nan if logprob is None else logprob for logprob in completion.uncut_logprobs]

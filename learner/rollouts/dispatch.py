@@ -12,18 +12,21 @@ from itertools import groupby
 
 from learner.rollouts.completions import AllowedVersion, broken_response, check_completion
 from learner.servers.pool import ServerPool
-from learner.servers.prompts import digests_of, images_of
+from learner.servers.prompts import body_bytes, digests_of, images_of, memory_of
 from learner.servers.replica import Replica
 from learner.servers.router import GroupRequest, Router
 from learner.utils.threads import start
-from shared.errors import InvalidRequest, LockstepError
+from shared.errors import InvalidRequest, LockstepError, TooLarge
 from shared.rollouts import Completion, GenerateRequest, Prompt
 from shared.sampling import SamplingParams
+from shared.weights import ServerState
 
 #: Called with the first row and the completions of a group, on any thread.
 OnCompletions = Callable[[int, Sequence[Completion]], None]
 #: How long a server may take until it serves a step that was pushed before the request.
 STEP_WAIT_S = 30.0
+#: Of a request's body, for all that is not its prompts; sampling may list a million token ids.
+_BODY_BYTES = 2**18
 
 logger = logging.getLogger("lockstep.rollouts")
 
@@ -43,6 +46,33 @@ def group_requests(
         requests.append(GroupRequest(row, token_ids, n, seed_of(row, token_ids) if seed_of else None))
         row += n
     return requests
+
+
+def fitting(groups: Sequence[GroupRequest], state: ServerState) -> list[list[GroupRequest]]:
+    """Cut groups into requests whose bodies, and images once decoded, a server takes.
+
+    Raises:
+        LockstepError: `too_large` if one prompt alone is more than that.
+    """
+    limits = (state.max_body_bytes - _BODY_BYTES, state.max_image_memory)
+    parts, used = list[list[GroupRequest]](), (0, 0)
+    for group in groups:
+        needs = (body_bytes(group.token_ids), memory_of(group.token_ids))
+        over = [0 < limit < need for limit, need in zip(limits, needs, strict=True)]
+        if any(over):
+            flag = "--max-body-mib" if over[0] else "--max-bodies-mib"
+            raise TooLarge(
+                f"a prompt of {len(group.token_ids)} tokens and {len(images_of(group.token_ids))} images takes "
+                f"{needs[0]} bytes, and {needs[1]} once they are decoded, more than the server's {flag}: scale its "
+                f"images down, or start the server with a larger {flag}"
+            )
+        together = (used[0] + needs[0], used[1] + needs[1])
+        if not parts or any(0 < limit < size for limit, size in zip(limits, together, strict=True)):
+            parts.append([])
+            together = needs
+        parts[-1].append(group)
+        used = together
+    return parts
 
 
 @dataclass
@@ -149,7 +179,12 @@ class Dispatcher:
             buckets: dict[tuple[int, int | None], list[GroupRequest]] = {}
             for group in share:
                 buckets.setdefault((group.n, self._max_tokens(len(group.token_ids))), []).append(group)
-            for (_, max_tokens), bucket in buckets.items():
+            parts = [
+                (max_tokens, part)
+                for (_, max_tokens), bucket in buckets.items()
+                for part in fitting(bucket, replica.known)
+            ]
+            for max_tokens, bucket in parts:
                 costs = {group.first_row: self.router.cost(group) for group in bucket}
                 requests.append(_ServerRequest(replica, bucket, max_tokens, allowed, replica.incarnation, costs))
                 replica.load.begin(sum(costs.values()))

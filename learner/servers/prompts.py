@@ -13,8 +13,10 @@ from shared.errors import InvalidRequest
 from shared.images import Image, pixel_digest
 
 _ORIENTATION = 0x0112
-#: Encoded images that are kept: TRL repeats each for all completions of its prompt, and requests a batch twice.
-_KEPT = 1024
+#: Of a token id in JSON, with its comma; and of an image beside its data.
+_TOKEN_BYTES, _EXTRA_BYTES = 10, 64
+#: Bytes of encoded images that are kept: TRL repeats each for all completions of a prompt, and requests a batch twice.
+_KEPT = 2**28
 _encoded: OrderedDict[str, Image] = OrderedDict()
 _encoding = threading.Lock()
 
@@ -25,11 +27,14 @@ class ImagePrompt(list[int]):
     Attributes:
         images: as they are sent.
         digests: of their pixels.
+        memory: bytes that a server counts for them once they are decoded.
     """
 
-    def __init__(self, token_ids: Sequence[int], images: Sequence[Image], digests: Sequence[str]) -> None:
+    def __init__(
+        self, token_ids: Sequence[int], images: Sequence[Image], digests: Sequence[str], memory: int = 0
+    ) -> None:
         super().__init__(token_ids)
-        self.images, self.digests = list(images), list(digests)
+        self.images, self.digests, self.memory = list(images), list(digests), memory
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, ImagePrompt) and self.digests == other.digests and list(self) == list(other)
@@ -50,12 +55,18 @@ def digests_of(token_ids: Sequence[int]) -> list[str]:
     return token_ids.digests if isinstance(token_ids, ImagePrompt) else []
 
 
-def encoded_image(picture: Any) -> tuple[Image, str]:
-    """Return an image as it is sent, without loss, and the digest of its pixels.
+def memory_of(token_ids: Sequence[int]) -> int:
+    """Return the bytes that a server counts for a prompt's images once they are decoded."""
+    return token_ids.memory if isinstance(token_ids, ImagePrompt) else 0
 
-    Raises:
-        LockstepError: `invalid_request` if it is none of PIL's, or not plain RGB.
-    """
+
+def body_bytes(token_ids: Sequence[int]) -> int:
+    """Return what a prompt adds to the body of a request, rounded up."""
+    return _TOKEN_BYTES * len(token_ids) + sum(len(image.data) + _EXTRA_BYTES for image in images_of(token_ids))
+
+
+def check_picture(picture: Any) -> None:
+    """Refuse what cannot be sent as an image without loss: `invalid_request`."""
     from PIL import Image as Pillow
 
     if not isinstance(picture, Pillow.Image):
@@ -68,13 +79,26 @@ def encoded_image(picture: Any) -> tuple[Image, str]:
             f"an image of a prompt is {picture.mode}, or to be turned (EXIF), and the model's processor would see "
             "another one than the server: send ImageOps.exif_transpose(image).convert('RGB') of PIL"
         )
+
+
+def encoded_image(picture: Any) -> tuple[Image, str]:
+    """Return an image as it is sent, without loss, and the digest of its pixels.
+
+    Raises:
+        LockstepError: `invalid_request` if it is none of PIL's, or not plain RGB.
+    """
+    from PIL import Image as Pillow
+
+    check_picture(picture)
     pixels = picture.tobytes()
-    digest = pixel_digest(*picture.size, pixels)
+    digest = pixel_digest(picture.width, picture.height, pixels)
     with _encoding:
         if digest not in _encoded:
             stream = io.BytesIO()
             Pillow.frombytes("RGB", picture.size, pixels).save(stream, "PNG", compress_level=1)
             _encoded[digest] = Image(data=base64.b64encode(stream.getvalue()).decode())
-            while len(_encoded) > _KEPT:
-                _encoded.popitem(last=False)
+        _encoded.move_to_end(digest)
+        kept = sum(len(image.data) for image in _encoded.values())
+        while kept > _KEPT and len(_encoded) > 1:
+            kept -= len(_encoded.popitem(last=False)[1].data)
         return _encoded[digest], digest

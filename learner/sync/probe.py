@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ SEQUENCES, SEQUENCES_IN_16_BITS = 8, 32
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 24
 #: Logits of one pass: half a gigabyte with what is computed of them.
 LOGITS = 2**25
+#: Tokens at the end of the one with images that are compared: all of them text.
+SEEN_TOKENS = 8
 #: Tokens at the end of the long sequence that are compared.
 LONG_TOKENS = 128
 
@@ -44,6 +47,19 @@ class LearnerLogprobs:
 
 
 @dataclass(frozen=True)
+class SeenText:
+    """A prompt with images, and what a forward pass takes beside its ids.
+
+    Attributes:
+        token_ids: an `ImagePrompt` [P], which ends with text.
+        inputs: pixels and their places; of each token, [1, P].
+    """
+
+    token_ids: list[int]
+    inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class ProbeText:
     """What is scored.
 
@@ -51,11 +67,13 @@ class ProbeText:
         sequences: token ids [N][T]; each of two tokens or more.
         long: one sequence as long as prompt and completion may be; None: no longer than the others.
         decoded: sequence -> logprobs of its last tokens, as a server returned them when it drew these from its base.
+        seen: with images; None: the model sees none, or the servers' context has no room for it.
     """
 
     sequences: list[list[int]]
     long: list[int] | None = None
     decoded: dict[int, list[float | None]] = field(default_factory=dict)
+    seen: SeenText | None = None
 
 
 class Probe:
@@ -64,6 +82,7 @@ class Probe:
     Args:
         sequences: token ids [N][T].
         last: score this many tokens at the end of each; None: all but the first.
+        inputs: more arguments of a forward pass of one sequence.
     """
 
     def __init__(
@@ -72,9 +91,11 @@ class Probe:
         sequences: Sequence[list[int]],
         *,
         last: int | None = None,
+        inputs: Mapping[str, torch.Tensor] | None = None,
         on_main: OnMain = on_one_rank,
     ) -> None:
         self.model, self.sequences, self._on_main = model, list(sequences), on_main
+        self._inputs = inputs or {}
         self._scored = [min(last or len(tokens), len(tokens) - 1) for tokens in self.sequences]
         at_once = max(1, LOGITS // (max(self._scored) * model.config.get_text_config().vocab_size))
         rows = range(len(self.sequences))
@@ -132,7 +153,8 @@ class Probe:
         ids_BT = torch.tensor(ids, device=self.model.get_input_embeddings().weight.device)
         firsts = [len(self.sequences[row]) - self._scored[row] for row in rows]
         first = min(firsts)
-        kept = {} if first == 1 else {"logits_to_keep": longest - first + 1}
+        kept: dict[str, Any] = {} if first == 1 else {"logits_to_keep": longest - first + 1}
+        kept |= {name: value.to(ids_BT.device) for name, value in self._inputs.items()}
         logits_BTV = self.model(input_ids=ids_BT, use_cache=False, **kept).logits[:, -(longest - first) - 1 : -1]
         positions = [(b, t) for b, row in enumerate(rows) for r, t in self.places if r == row]
         b_N, t_N = torch.tensor(positions, device=ids_BT.device).T
@@ -198,7 +220,7 @@ class AdapterWeights:
                 weight.mul_(factor)
 
 
-def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> ProbeText:
+def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int, seen: SeenText | None = None) -> ProbeText:
     """Take ends of the first distinct prompts, each with a sampled completion: text like the policy will see.
 
     Args:
@@ -224,9 +246,13 @@ def make_probe(pool: ServerPool, prompts: list[list[int]], longest: int) -> Prob
         )
         groups = replica.client.generate(request).groups
         sequences = [[*group.prompt_token_ids, *group.completions[0].token_ids] for group in groups]
-        decoded = {row: list(group.completions[0].logprobs) for row, group in enumerate(groups)} if of_base else {}
+        if of_base:
+            decoded = {row: group.completions[0].uncut_logprobs for row, group in enumerate(groups)}
     text = [token for sequence in sequences for token in sequence]
     length = min(longest, context - 1)  # scoring draws one token more
     repeated = (text * (-(-length // len(text))))[:length]
     long = repeated if length > max(map(len, sequences)) else None
-    return ProbeText([s for s in sequences if len(s) > 1], long, decoded if all(len(s) > 1 for s in sequences) else {})
+    if seen and len(seen.token_ids) >= context:
+        seen = None
+    decoded = decoded if all(len(s) > 1 for s in sequences) else {}
+    return ProbeText([s for s in sequences if len(s) > 1], long, decoded, seen)

@@ -38,8 +38,9 @@ from peft import PeftModel
 from learner.adapters.exporter import TORCH_DTYPES, active_adapter, lora_layers
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
+from learner.servers.prompts import images_of
 from learner.sync.evidence import Share, Suspicion, closest, share, without
-from learner.sync.probe import LONG_TOKENS, AdapterWeights, LearnerLogprobs, Probe, ProbeText
+from learner.sync.probe import LONG_TOKENS, SEEN_TOKENS, AdapterWeights, LearnerLogprobs, Probe, ProbeText
 from learner.sync.tolerance import (
     FLOOR,
     MAX_SLACK,
@@ -104,6 +105,9 @@ class SyncProof:
         self._pool, self.model, self.on_main, self._decoded = pool, model, on_main, text.decoded
         self.probe = Probe(model, text.sequences, on_main=on_main)
         self._long = Probe(model, [text.long], last=LONG_TOKENS, on_main=on_main) if text.long else None
+        self._seen = None
+        if text.seen:
+            self._seen = Probe(model, [text.seen.token_ids], last=SEEN_TOKENS, inputs=text.seen.inputs, on_main=on_main)
         self.weights = AdapterWeights(model)
         self.fixed_tolerance, self._autocast, self._same_base = tolerance, autocast, same_base
         self._one_product = one_product
@@ -142,9 +146,9 @@ class SyncProof:
         Raises:
             InstallFailed: a mismatch exceeds the tolerance.
         """
-        if self._long is not None:
-            for measurement in self.measure(self._long.logprobs(adapter=False), None, self._long):
-                self.check_mismatch(measurement, self._long)
+        for probe in filter(None, (self._long, self._seen)):
+            for measurement in self.measure(probe.logprobs(adapter=False), None, probe):
+                self.check_mismatch(measurement, probe)
         self._base = self.probe.logprobs(adapter=False)
         measurements = self.measure(self._base, None)
         for measurement in measurements:
@@ -187,6 +191,9 @@ class SyncProof:
         own = self.probe.logprobs()
         step = None if self.on_main(self._would_see_a_step) else self._last_step()
         measurements = self.measure(own, version)
+        if self._seen:
+            for measurement in self.measure(self._seen.logprobs(), version, self._seen):
+                self.check_mismatch(measurement, self._seen)
         self.step_share, self.slope = None, None
         for now in measurements:
             self.check_mismatch(now)
@@ -231,7 +238,13 @@ class SyncProof:
         """Score the probe on each server that is up; None: its base."""
         probe = probe or self.probe
         run_id = version.run_id if version else None
-        request = ScoreRequest(sequences=probe.sequences, policy=version or "base", run_id=run_id)
+        images = [images_of(sequence) for sequence in probe.sequences]
+        request = ScoreRequest(
+            sequences=[list(sequence) for sequence in probe.sequences],
+            images=images if any(images) else [],
+            policy=version or "base",
+            run_id=run_id,
+        )
         answers = self.on_main(
             lambda: self._pool.ask_all(lambda r: (r.url, r.known, r.client.score(request, _SCORE_TIMEOUT_S)), "proof")
         )

@@ -53,14 +53,22 @@ from learner.trainer.hooks import (
     replace_zero_variance_groups,
     watch_mismatch,
 )
-from learner.trainer.images import check_images, check_sight, image_token_ids, sees_images
+from learner.trainer.images import (
+    PROBE_TEXT,
+    check_images,
+    check_sight,
+    image_probe,
+    read_images,
+    sees_images,
+    sight_of,
+)
 from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.leaving import leave_in_order
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, keep_old_values, sort_rows
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
-from learner.trainer.sampling import sampling_params, without_tokens
+from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
 from learner.utils.logs import show_messages
@@ -70,8 +78,6 @@ from shared.sampling import SamplingParams
 from shared.weights import ServerState
 
 logger = logging.getLogger("lockstep.trainer")
-
-NEUTRAL_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
 
 
 def attach(
@@ -142,6 +148,7 @@ def attach(
     check_datasets(trainer)
     drop_filled_keys(trainer)
     prompts = measure_prompts(trainer)
+    sight = sight_of(trainer)
     weights = str(model.get_base_model().dtype).removeprefix("torch.")
     if pool is None:  # last, since it may wait for minutes
         pool = ServerPool.of(client, patience_s=config.ready_timeout_s) if client else meet(config)
@@ -156,7 +163,7 @@ def attach(
         if config.share_gpu:
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
-        check_images(prompts.images, state)
+        check_images(prompts.images, prompts.largest, sight, state)
         check_rank(adapter_config, state)
         check_targets(layers, mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, prompts.longest, state, prompts.where)
@@ -170,7 +177,7 @@ def attach(
     name_rewards(trainer)
     if not trainer.is_deepspeed_enabled:
         keep_master_weights(model)
-    sampling = without_tokens(sampling_params(args, trainer.eos_token_ids), image_token_ids(trainer))
+    sampling = sampling_params(args, trainer.eos_token_ids)
     session = Session(
         TrlTrainer(trainer),
         model,
@@ -178,7 +185,8 @@ def attach(
         config,
         sampling=sampling,
         longest=prompts.longest + (trainer.args.max_completion_length or 1),
-        prompts=prompts.first or [trainer._tokenizer(NEUTRAL_TEXT)["input_ids"]],
+        prompts=prompts.first or [trainer._tokenizer(PROBE_TEXT)["input_ids"]],
+        seen=image_probe(trainer),
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
         settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
@@ -214,6 +222,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     | `_generate_and_score_completions` | `score_in_workers` (called by the session) | sees the rows trained on |
     | | `watch_mismatch` | measures the batch that is trained on |
     | | `replace_zero_variance_groups` | changes the rows that TRL and the hooks above are given |
+    | | `read_images` | all hooks above see rows whose images are lists |
     | | `record_samples` | reads TRL's logs after everything else |
     | | `score_packed` (inside `watch_mismatch`) | keeps the entropies of what TRL scores |
     | | `run_agents` (inside all of these) | TRL and all other hooks see its episodes as completions |
@@ -225,6 +234,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     | `_generate` | `run_agents` | |
     | `_compute_loss`, `training_step` | `run_agents`, `score_packed`, `keep_old_values` | |
     | `_prepare_inputs` | `sort_rows` | |
+    | `_tokenize_prompts` | `drop_filled_keys`, `read_images` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
     | `create_model_card` | `_name_base` | |
@@ -256,6 +266,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     watch_mismatch(trainer, session.saw_mismatch)
     if session.rollouts.dynamic_sampling:
         replace_zero_variance_groups(trainer, session.rollouts.dynamic_sampling, session.rollouts)
+    read_images(trainer)
     resume_exactly(trainer, session)
     _name_base(trainer)
     trainer.add_callback(_PushAfterStep(session))

@@ -11,10 +11,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
-from learner.servers.prompts import images_of
 from learner.tasks import columns
 from learner.tasks.columns import IMAGE_COLUMNS, is_filled, without_filled_keys
-from learner.trainer.images import sees_images, token_ids
+from learner.trainer.images import Largest, sees_images, tokenized
 from learner.utils.distributed import on_every_rank
 from shared.errors import InvalidRequest
 
@@ -35,12 +34,14 @@ class Prompts:
         images: the most that one prompt has.
         longest: tokens of the longest prompt.
         where: names the longest prompt.
+        largest: the largest images.
     """
 
     first: list[list[int]] = field(default_factory=list)
     longest: int = 0
     where: str = ""
     images: int = 0
+    largest: Largest = field(default_factory=Largest)
 
 
 def check_datasets(trainer: GRPOTrainer) -> None:
@@ -85,6 +86,7 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     for part in on_every_rank(measure):
         found.first += part.first[: KEPT - len(found.first)]
         found.images = max(found.images, part.images)
+        found.largest.join(part.largest)
         if part.longest > found.longest:
             found.longest, found.where = part.longest, part.where
     return found
@@ -111,14 +113,16 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
         for start in range(len(rows) * rank // ranks, end, at_once):
             columns_of = only_prompts[start : min(start + at_once, end)]
             part = [dict(zip(columns_of, row, strict=True)) for row in zip(*columns_of.values(), strict=True)]
-            for i, ids in enumerate(_token_ids(trainer, part, kind, name, start)):
+            for i, (ids, images) in enumerate(_tokenized(trainer, part, kind, name, start)):
                 if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
-                found.images = max(found.images, len(images_of(ids)))
+                found.images = max(found.images, len(images))
+                for picture in images:
+                    found.largest.see(picture, f"{name}, row {start + i + 1},")
                 if len(ids) > found.longest:
                     found.longest = len(ids)
                     found.where = f"{name}, row {start + i + 1}, {_beginning(part[i]['prompt'])}"
-                if rows is trainer.train_dataset and len(found.first) < KEPT and not images_of(ids):
+                if rows is trainer.train_dataset and len(found.first) < KEPT and not images:
                     found.first.append(ids)
     return found
 
@@ -131,8 +135,10 @@ def _datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
             yield name, rows
 
 
-def _token_ids(trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, name: str, start: int) -> list[list[int]]:
-    """Return token ids [N][P]; where that fails, name the first row for which it does."""
+def _tokenized(
+    trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, name: str, start: int
+) -> list[tuple[list[int], list[Any]]]:
+    """Return token ids [P] and images of each row; where that fails, name the first row for which it does."""
     prompts = [row["prompt"] for row in rows]
     for row, prompt in enumerate(prompts, start + 1):
         if not isinstance(prompt, str | list) or not prompt or type(prompt) is not kind:
@@ -141,17 +147,17 @@ def _token_ids(trainer: GRPOTrainer, rows: list[dict[str, Any]], kind: type, nam
                 f"empty, but it is {prompt!r:.80}"
             )
     try:
-        found = token_ids(trainer, rows)
+        found = list(zip(*tokenized(trainer, rows), strict=True))
     except Exception as error:  # whatever a chat template raises
         half = len(prompts) // 2
         if half:
-            first = _token_ids(trainer, rows[:half], kind, name, start)
-            return first + _token_ids(trainer, rows[half:], kind, name, start + half)
+            first = _tokenized(trainer, rows[:half], kind, name, start)
+            return first + _tokenized(trainer, rows[half:], kind, name, start + half)
         why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         raise InvalidRequest(
             f"{name}, row {start + 1}, {_beginning(prompts[0])}: the tokenizer or its chat template refuses it ({why})"
         ) from error
-    seen = next((row for row, ids in enumerate(found, start + 1) if images_of(ids)), None)
+    seen = next((row for row, (_, images) in enumerate(found, start + 1) if images), None)
     if seen is not None and not sees_images(trainer):
         raise InvalidRequest(f"{name}, row {seen}: an image in the prompt, and the model sees none (docs/images.md)")
     return found

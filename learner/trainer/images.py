@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from learner.rollouts.images import with_images
-from learner.tasks.columns import IMAGE_COLUMNS
-from shared.errors import InvalidRequest, UnsupportedAdapter
+from learner.servers.prompts import check_picture, encoded_image
+from learner.sync.probe import SeenText
+from learner.tasks.columns import without_filled_keys
+from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
+from shared.image_processors import other_sight, sight
 from shared.weights import ServerState
+
+#: Beside the image of the proof's probe.
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
+#: Pixels without compression of a file that is as large as servers take by default.
+_LARGE_FILE = 8 * 2**20
+#: Arguments of a forward pass that hold an entry for each image.
+_PIXELS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids")
+
+
+@dataclass
+class Largest:
+    """The largest images of all datasets.
+
+    Attributes:
+        pixels, where: of the one with the most pixels.
+        file_bytes, where_heaviest: of the heaviest file, among those that may be larger than servers take by default.
+    """
+
+    pixels: int = 0
+    where: str = ""
+    file_bytes: int = 0
+    where_heaviest: str = ""
+
+    def see(self, picture: Any, where: str) -> None:
+        """Count a picture of PIL's in; encode only one that may have a large file."""
+        pixels = picture.width * picture.height
+        if pixels > self.pixels:
+            self.pixels, self.where = pixels, where
+        if 3 * pixels > _LARGE_FILE:
+            self._see_file(len(b64decode(encoded_image(picture)[0].data)), where)
+
+    def join(self, other: Largest) -> None:
+        """Count what another rank has seen in."""
+        if other.pixels > self.pixels:
+            self.pixels, self.where = other.pixels, other.where
+        self._see_file(other.file_bytes, other.where_heaviest)
+
+    def _see_file(self, size: int, where: str) -> None:
+        if size > self.file_bytes:
+            self.file_bytes, self.where_heaviest = size, where
 
 
 def sees_images(trainer: GRPOTrainer) -> bool:
@@ -35,13 +82,72 @@ def check_sight(trainer: GRPOTrainer, *, agents: bool) -> None:
             )
 
 
-def check_images(most: int, state: ServerState) -> None:
-    """Refuse a server that does not take as many images in a prompt as the data have: `invalid_request`."""
+def sight_of(trainer: GRPOTrainer) -> dict[str, str]:
+    """Return what decides what the trainer's model sees of an image."""
+    if not sees_images(trainer):
+        return {}
+    return sight(trainer.processing_class.image_processor, trainer.accelerator.unwrap_model(trainer.model).config)
+
+
+def check_images(most: int, largest: Largest, own: Mapping[str, str], state: ServerState) -> None:
+    """Refuse a server that does not take so many images in a prompt, or so large ones, or sees others than `own`.
+
+    Raises:
+        LockstepError: `invalid_request`, `base_mismatch`.
+    """
     if most > state.max_images:
         raise InvalidRequest(
             f"a prompt has {most} images, and the server takes {state.max_images}: "
             + ("start it with a larger --max-images" if state.max_images else "start it without --language-model-only")
         )
+    if different := other_sight(own, state.sight) if most else []:
+        raise BaseMismatch(
+            f"learner and server process images differently: {'; '.join(different[:5])} on the server: give both the "
+            "same config.json and preprocessor_config.json, or build the trainer with the checkpoint's own processor"
+        )
+    if 0 < state.max_image_pixels < largest.pixels:
+        raise InvalidRequest(
+            f"{largest.where} has an image of {largest.pixels} pixels, and the server takes {state.max_image_pixels}: "
+            "scale it down, or start the server with a larger --max-image-pixels"
+        )
+    if 0 < state.max_image_bytes < largest.file_bytes:
+        raise InvalidRequest(
+            f"{largest.where_heaviest} has an image whose PNG file has {largest.file_bytes} bytes, and the server "
+            f"takes {state.max_image_bytes}: scale it down, or start the server with a larger --max-image-mib"
+        )
+
+
+def read_images(trainer: GRPOTrainer) -> None:
+    """Let TRL take rows with and without images side by side; it passes a list for each row, or None, to processors."""
+    if not sees_images(trainer):
+        return
+    tokenize, generate = trainer._tokenize_prompts, trainer._generate_and_score_completions
+
+    def tokenize_listed(prompts: list[Any]) -> Any:
+        token_ids, images, fields = tokenize(prompts)
+        return token_ids, images and [own or [] for own in images], fields
+
+    def generate_listed(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = image_rows(trainer, inputs)
+        if not any(row["images"] for row in rows):  # TRL would leave these prompts as they are
+            rows = [{**row, "prompt": seen_prompt(trainer, row)} for row in rows]
+        return generate(rows)
+
+    def without_nothing(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("pixel_values") is not None and not len(kwargs["pixel_values"]):  # of a pass that has no image
+            return args, {name: value for name, value in kwargs.items() if name not in _PIXELS}
+        return None
+
+    trainer._tokenize_prompts = tokenize_listed
+    trainer._generate_and_score_completions = generate_listed
+    trainer.model.register_forward_pre_hook(without_nothing, with_kwargs=True)
+
+
+def image_rows(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows, with `images` of each as a list where the model sees any: TRL reads that column first."""
+    if not sees_images(trainer):
+        return list(rows)
+    return [{**row, "prompt": without_filled_keys(row["prompt"]), "images": _images(row)} for row in rows]
 
 
 def token_ids(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -50,27 +156,56 @@ def token_ids(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[l
     Raises:
         LockstepError: `invalid_request` for an image that cannot be sent, or images beside a prompt of text.
     """
-    found, images = trainer._tokenize_prompts([_prompt(trainer, row) for row in rows])[:2]
-    return with_images([list(ids) for ids in found], images)
+    return with_images(*tokenized(trainer, rows))
 
 
-def _prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
-    """Return a row's prompt with its image columns in it, as `_generate_and_score_completions` puts them there."""
-    prompt = row["prompt"]
-    name = next((name for name in reversed(IMAGE_COLUMNS) if name in row), None)
-    images = None if name is None else row[name]
-    if images is None or not sees_images(trainer):
+def image_probe(trainer: GRPOTrainer) -> SeenText | None:
+    """Return a prompt with a small drawn image, for the proof of sync; None where the model sees none."""
+    if not sees_images(trainer):
+        return None
+    parts = [{"type": "image", "image": drawn()}, {"type": "text", "text": PROBE_TEXT}]
+    found, images, fields = trainer._tokenize_prompts([[{"role": "user", "content": parts}]])
+    (prompt,) = with_images([list(found[0])], images)
+    inputs = {name: torch.as_tensor(np.asarray(value)) for name, value in fields.items()}
+    return SeenText(prompt, inputs)
+
+
+def drawn(side: int = 112) -> Any:
+    """Return a small picture: shapes on a gradient."""
+    from PIL import Image, ImageDraw
+
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
+    red, green = np.meshgrid(ramp, ramp)
+    picture = Image.fromarray(np.stack([red, green, 255 - red], -1), "RGB")
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((side // 8, side // 8, side // 2, side // 2), fill="white")
+    pen.rectangle((side // 2, side // 3, side - 9, side - 9), fill="navy")
+    return picture
+
+
+def tokenized(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[list[Any]]]:
+    """Return the token ids of the rows' prompts [B][P], and PIL's images of each. Raises as `token_ids`."""
+    found, images = trainer._tokenize_prompts([seen_prompt(trainer, row) for row in rows])[:2]
+    listed = [own or [] for own in images] if images else [[] for _ in found]
+    for picture in (picture for own in listed for picture in own):
+        check_picture(picture)
+    return [list(ids) for ids in found], listed
+
+
+def seen_prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
+    """Return a row's prompt with its image columns in it, as TRL generates from it and shows it to reward functions."""
+    prompt, images = row["prompt"], _images(row)
+    if not sees_images(trainer):
         return prompt
     if not is_conversational({"prompt": prompt}):
+        if not images:
+            return prompt
         raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
-    return prepare_multimodal_messages(prompt, images=images if name == "images" else [images])
+    return prepare_multimodal_messages(without_filled_keys(prompt), images=images)
 
 
-def image_token_ids(trainer: GRPOTrainer) -> list[int]:
-    """Return the ids of tokens that stand for images and videos, which no completion may hold: nothing fills them."""
-    if not sees_images(trainer):
-        return []
-    config = trainer.accelerator.unwrap_model(trainer.model).config
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = [getattr(config, name, None) for name in names]
-    return sorted({int(one) for one in found if one is not None})
+def _images(row: Mapping[str, Any]) -> list[Any]:
+    """Return the images in a row's columns, of which TRL reads `images` first."""
+    if "images" in row:
+        return list(row["images"] or ())
+    return [] if row.get("image") is None else [row["image"]]

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.rollouts.schedule import Schedule
 from learner.trainer.prompt_order import TrlPrompts, generation_batch, rows_of_rank, schedule_of
-from shared.errors import InvalidRequest, UnsupportedAdapter
+from shared.errors import InvalidRequest
 
 TRL_RANGE = SpecifierSet(">=1.16,<1.17")
 _USED = (
@@ -70,11 +70,6 @@ def check_trl(trainer: GRPOTrainer) -> None:
     if trainer.use_vllm:
         raise InvalidRequest(
             "the trainer was built with use_vllm=True and has its own vLLM; build it with use_vllm=False"
-        )
-    if trainer._is_vlm:
-        raise UnsupportedAdapter(
-            "training on images is not supported yet: to train on text, give the trainer a tokenizer, "
-            "processing_class=AutoTokenizer.from_pretrained(MODEL)"
         )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise InvalidRequest("FSDP version 1 is not supported: set fsdp_version (fsdp_config.version) to 2")

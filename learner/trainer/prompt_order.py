@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from trl import GRPOTrainer
 
 from learner.rollouts.schedule import Schedule
-from learner.trainer.images import token_ids
+from learner.trainer.images import image_rows, token_ids
 
 
 def indexable(trainer: GRPOTrainer) -> bool:
@@ -57,7 +57,8 @@ class TrlPrompts:
 
     def rows(self, batch: int) -> list[dict[str, Any]]:
         dataset, rows = self._trainer.train_dataset, rows_of_rank(self._trainer)
-        return [dataset[index] for index in self._indices(batch, batch)[batch][rows.start : rows.stop]]
+        indices = self._indices(batch, batch)[batch][rows.start : rows.stop]
+        return image_rows(self._trainer, [dataset[index] for index in indices])
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
         trainer, per_epoch = self._trainer, schedule_of(self._trainer).per_epoch
@@ -76,7 +77,8 @@ class TrlPrompts:
         if not others and indexable(trainer):  # an epoch of one batch: of those that it leaves out
             others = [index for index in range(len(trainer.train_dataset)) if index not in used]
         drawn = random.Random(f"{trainer.args.seed}/{batch}").sample(others, min(len(others), count * ranks))
-        return [trainer.train_dataset[index] for index in drawn[trainer.accelerator.process_index :: ranks]]
+        own = drawn[trainer.accelerator.process_index :: ranks]
+        return image_rows(trainer, [trainer.train_dataset[index] for index in own])
 
     def token_ids(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         return token_ids(self._trainer, rows)

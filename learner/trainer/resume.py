@@ -43,6 +43,9 @@ from shared.errors import InvalidRequest
 
 logger = logging.getLogger("lockstep.trainer")
 
+#: Before the names of what is a list of integers in a generation batch.
+_LIST = "list."
+
 
 def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
     """Wrap the trainer's methods that write and read checkpoints."""
@@ -146,9 +149,9 @@ def _check_batch(trainer: GRPOTrainer, checkpoint: Path) -> None:
 
 
 def can_save(trainer: GRPOTrainer) -> bool:
-    """Return whether the training can be saved now: not if a generation batch is under way that holds no tensors."""
+    """Return whether the training can be saved now: not if a generation batch is under way that cannot be written."""
     batches = (trainer._buffered_inputs or []) if _within_batch(trainer, trainer._step) else []
-    return all(value is None or isinstance(value, torch.Tensor) for batch in batches for value in batch.values())
+    return all(value is None or _writable(value) for batch in batches for value in batch.values())
 
 
 def _within_batch(trainer: GRPOTrainer, micro_step: int) -> bool:
@@ -216,10 +219,12 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
     batch_file = folder / _batch_file(trainer)
     trainer._buffered_inputs = None
     if batch_file.is_file():
-        batches: dict[int, dict[str, torch.Tensor]] = {}
+        batches: dict[int, dict[str, torch.Tensor | list[int]]] = {}
         for key, tensor in load_file(batch_file).items():
             index, name = key.split(".", 1)
-            batches.setdefault(int(index), {})[name] = tensor.to(trainer.accelerator.device)
+            listed = name.startswith(_LIST)
+            value = tensor.tolist() if listed else tensor.to(trainer.accelerator.device)
+            batches.setdefault(int(index), {})[name.removeprefix(_LIST)] = value
         trainer._buffered_inputs = [batches[index] for index in sorted(batches)]
     if indexable(trainer):  # transformers itself reads a stream up to its place
         skip_epochs(samplers[-1], schedule_of(trainer).epoch_at(state.step))
@@ -244,16 +249,25 @@ def _batch_file(trainer: GRPOTrainer) -> str:
 
 
 def _save_batches(path: Path, batches: list[dict[str, Any]]) -> None:
-    """Write the micro-batches of a generation batch: one dict of tensors (or None) each."""
+    """Write the micro-batches of a generation batch: one dict of tensors, lists of integers, or None each."""
     tensors = {}
     for index, batch in enumerate(batches):
         for name, value in batch.items():
             if value is None:
                 continue
-            if not isinstance(value, torch.Tensor):
+            if not _writable(value):
                 raise InvalidRequest(
                     f"{name} of a generation batch is no tensor and cannot be checkpointed: set save_steps to a "
                     "multiple of the optimizer steps per generation batch"
                 )
-            tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
+            if isinstance(value, list):
+                tensors[f"{index}.{_LIST}{name}"] = torch.tensor(value, dtype=torch.int64)
+            else:
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, path)
+
+
+def _writable(value: Any) -> bool:
+    """Return whether a value is a tensor, or a list of integers (such as how many images each row has)."""
+    is_list = isinstance(value, list) and all(type(item) is int for item in value)
+    return is_list or isinstance(value, torch.Tensor)

@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from learner.rewards.calls import RewardCall, call_reward, checked_rewards, distinct, raising_by_name
 from learner.rewards.pool import RewardPool
 from learner.rewards.scorer import EVALUATION, Rewards, Row
+from learner.trainer.images import seen_prompt
 from learner.trainer.prompt_order import generation_batch
 from shared.errors import InvalidRequest
 
@@ -135,7 +136,7 @@ def _stand_in(trainer: GRPOTrainer, rewards: Rewards, index: int) -> Callable[..
 
 def _early_call(trainer: GRPOTrainer, tokenizer: Any, rows: list[Row], completion_ids: list[list[int]]) -> RewardCall:
     """Return the call that TRL will make for these rows and completions."""
-    prompts = [row["prompt"] for row in rows]
+    prompts = [seen_prompt(trainer, row) for row in rows]
     completions: list[Any] = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational({"prompt": prompts[0]}):
         completions = [[{"role": "assistant", "content": content}] for content in completions]

@@ -92,11 +92,3 @@ def generation_kwargs(args: GRPOConfig) -> dict[str, Any]:
     if "n" in extra:
         raise InvalidRequest("generation_kwargs.n: set num_generations (and num_generations_eval) instead")
     return extra
-
-
-def without_tokens(sampling: SamplingParams, token_ids: Sequence[int]) -> SamplingParams:
-    """Return sampling parameters that never draw these tokens, beside whatever else they are biased by."""
-    if not token_ids:
-        return sampling
-    bias = (sampling.logit_bias or {}) | dict.fromkeys(token_ids, -100.0)
-    return sampling.model_copy(update={"logit_bias": bias})

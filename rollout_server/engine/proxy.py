@@ -27,6 +27,7 @@ from rollout_server.vllm_compat import versions, vision
 from shared.errors import EngineDead, InvalidRequest, LockstepError, VersionNotActive
 from shared.messages import one_line
 from shared.rollouts import PolicyRequest
+from shared.sampling import SamplingParams
 from shared.structured_outputs import check_structured_outputs
 from shared.weights import WeightVersion
 
@@ -104,6 +105,10 @@ class EngineProxy:
         self._probe: asyncio.Future[None] | None = None
         self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
+
+    def cuts(self, sampling: SamplingParams) -> bool:
+        """Return whether tokens are kept from being drawn: by the sampling, or since they stand for images."""
+        return sampling.truncates or self.image_limits is not None
 
     @property
     def errored(self) -> bool:

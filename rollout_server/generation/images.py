@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.errors import InvalidRequest, TooLarge
-from shared.images import Image, pixel_digest
+from shared.images import Image, memory_of, pixel_digest
 
 if TYPE_CHECKING:
     from rollout_server.settings import ServerSettings
@@ -24,10 +24,6 @@ _COLOURS = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
 #: Chunks that change what an image looks like to some readers, and not to others.
 _AMBIGUOUS = {b"acTL": "an animation", b"eXIf": "EXIF data", b"tRNS": "a transparent colour"}
 _CHUNKS = 2**15
-#: RGB, the model's pixel values (two frames of three float32 in Qwen-VL's), and RGB again while it is scaled. Small
-#: images are scaled up.
-_BYTES_PER_PIXEL = 3 + 24 + 3
-_LEAST_PIXELS = 2**12
 
 
 class Measured(NamedTuple):
@@ -65,7 +61,7 @@ class ImageLimits:
 
     def memory(self, measured: Iterable[Measured]) -> int:
         """Return the bytes that images take once they are decoded and processed; raises `too_large`."""
-        size = _BYTES_PER_PIXEL * sum(max(_LEAST_PIXELS, image.width * image.height) for image in measured)
+        size = sum(memory_of(image.width, image.height) for image in measured)
         if size > self.bodies_mib * 2**20:
             raise TooLarge(
                 f"the request's images take {size} bytes, more than the server's --max-bodies-mib {self.bodies_mib}; "

@@ -33,7 +33,7 @@ class Job:
     prompt: SeenPrompt
     params: Any  # vLLM's
     tokenizer: Any  # None where no text is wanted
-    truncated: bool  # the request cuts the distribution, so the kept mass is wanted
+    truncated: bool  # the distribution is cut, so the kept mass is wanted
     request_id: str = field(default_factory=lambda: f"generate-{uuid.uuid4().hex}")
 
     async def run(self) -> RolloutGroup:
@@ -207,7 +207,7 @@ async def _jobs(
     held.callback(await exclusive.take())
     await proxy.runs.admitting()
     admission = held.enter_context(proxy.admit(body))
-    decoder, truncated = tokenizer if wants_text else None, body.sampling.truncates
+    decoder, truncated = tokenizer if wants_text else None, proxy.cuts(body.sampling)
     return [
         Job(admission, index, seen, params[prompt.seed], decoder, truncated)
         for index, (prompt, seen) in enumerate(zip(body.prompts, prompts, strict=True))

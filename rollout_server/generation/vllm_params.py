@@ -70,19 +70,22 @@ def to_vllm(params: SamplingParams, *, skip_special_tokens: bool = True) -> Any:
         raise InvalidRequest(f"sampling: {error}") from error
 
 
-def overridden(client: Any, trainer: SamplingParams, session_id: str) -> Any:
+def overridden(client: Any, trainer: SamplingParams, session_id: str, *, truncated: bool) -> Any:
     """Return vLLM's SamplingParams of a client with what the trainer insists on, and logprobs of the sampled tokens.
 
     n, seed, stop and structured outputs stay the client's, and so does the form of its outputs; `max_tokens` is the
     smaller one, and token ids that stop are those of both. A seed holds within its session. Whatever else a route of
     vLLM has set is left out.
 
+    Args:
+        truncated: the distribution is cut (`EngineProxy.cuts`).
+
     Raises:
         LockstepError: `invalid_request` with vLLM's own words when the two do not go together.
     """
-    if trainer.truncates and client.prompt_logprobs is not None:
+    if truncated and client.prompt_logprobs is not None:
         raise InvalidRequest(
-            "prompt_logprobs cannot be used in a session whose trainer cuts the distribution (top_p, top_k, min_p): "
+            "prompt_logprobs cannot be used in a session whose distribution is cut (top_p, top_k, min_p, images): "
             "the kept mass could not be recorded; leave it out"
         )
     fields = {name: getattr(client, name) for name in _CLIENTS_FIELDS if hasattr(client, name)}

@@ -54,6 +54,10 @@ def describe(
         quantization=str(model.quantization) if model.quantization else None,
         mixture_of_experts=bool(getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)),
         max_images=settings.max_images if versions.takes_images(model) else 0,
+        max_image_bytes=settings.max_image_mib * 2**20,
+        max_image_pixels=settings.max_image_pixels,
+        max_image_memory=settings.max_bodies_mib * 2**20,
+        max_body_bytes=settings.max_body_mib * 2**20,
     )
 
 

@@ -80,6 +80,7 @@ class RecordedSession:
 
     def __init__(self, request: SessionRequest, sessions: Sessions, proxy: EngineProxy) -> None:
         self.request, self._sessions, self._proxy = request, sessions, proxy
+        self._truncated = proxy.cuts(request.sampling)
         self.session_id = secrets.token_hex(16)
         self.ended: Ended | None = None
         self.reward: float | None = None
@@ -160,13 +161,13 @@ class RecordedSession:
         self.running.add(request_id)
         own_logprobs, recorded, reserved = sampling_params.logprobs is None, False, 0
         try:
-            params = overridden(sampling_params, self.request.sampling, self.session_id)
+            params = overridden(sampling_params, self.request.sampling, self.session_id, truncated=self._truncated)
             asked = _token_ids(prompt)
             token_ids = await self._continued(asked)
             reserved = await self._reserve(token_ids, params)
             await admission.settled()
             self._check_going_on()
-            recording = Recording(params.output_kind is RequestOutputKind.DELTA, self.request.sampling.truncates)
+            recording = Recording(params.output_kind is RequestOutputKind.DELTA, self._truncated)
             own_prompt = {**prompt, "prompt_token_ids": token_ids.tolist()}
             async with aclosing(admission.generate(own_prompt, params, request_id, **kwargs)) as outputs:
                 async for output in outputs:
@@ -302,7 +303,7 @@ class RecordedSession:
             "reward": self.reward,
             "metadata": self.request.metadata,
         }
-        return lambda: _made(fields, branches, truncated=self.request.sampling.truncates)
+        return lambda: _made(fields, branches, truncated=self._truncated)
 
 
 class Sessions:

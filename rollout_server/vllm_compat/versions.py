@@ -149,6 +149,15 @@ def takes_images(model_config: Any) -> bool:
     )
 
 
+def media_tokens(model_config: Any) -> list[int]:
+    """Return the ids of tokens that stand for images, videos and sounds, if a model sees or hears them."""
+    if not takes_images(model_config):
+        return []
+    kinds = [f"{medium}_token_{end}" for medium in ("image", "video", "audio") for end in ("id", "index")]
+    found = {getattr(model_config.hf_config, kind, None) for kind in kinds}
+    return sorted(token for token in found if isinstance(token, int) and token >= 0)
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """Return the exceptions with which vLLM refuses a request: Python's in 0.26, classes of its own in 0.32.
 

@@ -96,6 +96,12 @@ def take_our_images(engine: Any) -> None:
     processor.info.parse_mm_data = MethodType(parse_ours, processor.info)
 
 
+def sight(engine: Any) -> dict[str, str]:
+    """Return what decides what the model sees of an image, see `shared.image_processors.sight`."""
+    processor = engine.renderer.get_mm_processor().info.get_hf_processor()
+    return image_processors.sight(processor.image_processor, engine.model_config.hf_config)
+
+
 def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:
     """Refuse ids that hold tokens of media which nothing fills, or none for an image: `invalid_request`."""
     token, video = (getattr(model_config.hf_config, name) for name in ("image_token_id", "video_token_id"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,7 +19,10 @@ from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from learner.adapters.lora_rules import language_pattern
+from learner.commands.export import export
+from learner.evaluation.evaluate import evaluate
 from learner.servers.client import RolloutClient
+from learner.tasks import load_task
 from shared.image_processors import do_without_videos
 from shared.images import Image, pixel_digest
 from shared.rollouts import GenerateRequest, Prompt, ScoreRequest
@@ -26,6 +30,7 @@ from shared.sampling import SamplingParams
 from tests.fuzz.campaign import Tally, Target, pushed
 from tests.fuzz.images import fuzz_images
 from tests.integration.support import policy as P
+from tests.integration.support.learner_process import LearnerProcess
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.support.arguments import arguments
 from tests.support.png import png, says, with_chunk
@@ -99,9 +104,7 @@ def processed(processor: Any, images: list[Pillow.Image], text: str = "What is i
 
 
 @torch.no_grad()
-def distribution(
-    policy: torch.nn.Module, seen: dict[str, torch.Tensor], completion: list[int], bias: dict[int, float] | None = None
-) -> torch.Tensor:
+def distribution(policy: torch.nn.Module, seen: dict[str, torch.Tensor], completion: list[int]) -> torch.Tensor:
     """Return transformers' ln p [T, V] at each token of `completion` after a prompt with images.
 
     In float64: in float32 transformers is off by more than 1e-4 here, and vLLM by less than 1e-5.
@@ -111,27 +114,16 @@ def distribution(
     types = torch.nn.functional.pad(seen["mm_token_type_ids"], (0, len(completion)))
     others = {"pixel_values": seen["pixel_values"].double(), "image_grid_thw": seen["image_grid_thw"]}
     logits_TV = exact(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **others).logits[0]
-    logits_TV = logits_TV[-len(completion) - 1 : -1]
-    for token, value in (bias or {}).items():
-        logits_TV[:, token] += value
-    return logits_TV.log_softmax(-1)
+    return logits_TV[-len(completion) - 1 : -1].log_softmax(-1)
 
 
-def expected(
-    policy: torch.nn.Module, seen: dict[str, torch.Tensor], completion: list[int], **more: Any
-) -> torch.Tensor:
+def expected(policy: torch.nn.Module, seen: dict[str, torch.Tensor], completion: list[int]) -> torch.Tensor:
     """Return transformers' ln p of `completion` [T] after a prompt with images."""
-    return distribution(policy, seen, completion, **more).gather(1, torch.tensor(completion)[:, None])[:, 0].float()
+    return distribution(policy, seen, completion).gather(1, torch.tensor(completion)[:, None])[:, 0].float()
 
 
-def no_image_tokens(processor: Any) -> dict[int, float]:
-    """Return the bias without which random weights draw tokens that no image fills."""
-    return {processor.image_token_id: -100.0, processor.video_token_id: -100.0}
-
-
-def generated(client: RolloutClient, processor: Any, prompts: list[Prompt], **sampling: Any) -> Any:
-    drawn = SamplingParams(max_tokens=8, logit_bias=no_image_tokens(processor), **sampling)
-    return client.generate(GenerateRequest(prompts=prompts, sampling=drawn))
+def generated(client: RolloutClient, prompts: list[Prompt], **sampling: Any) -> Any:
+    return client.generate(GenerateRequest(prompts=prompts, sampling=SamplingParams(max_tokens=8, **sampling)))
 
 
 def test_served_logprobs_with_images_equal_transformers(
@@ -145,7 +137,7 @@ def test_served_logprobs_with_images_equal_transformers(
         Prompt(token_ids=made["input_ids"][0].tolist(), images=[sent(image) for image in images])
         for made, images in zip(inputs, (one, two), strict=True)
     ]
-    answer = generated(client, processor, [*prompts, Prompt(messages=messages, images=[sent(one[0])])], temperature=0.0)
+    answer = generated(client, [*prompts, Prompt(messages=messages, images=[sent(one[0])])], temperature=0.0)
     assert answer.groups[2].prompt_token_ids == prompts[0].token_ids
     assert answer.groups[2].completions[0].token_ids == answer.groups[0].completions[0].token_ids
     assert answer.groups[0].image_digests == [pixel_digest(84, 56, one[0].tobytes())]
@@ -175,18 +167,20 @@ def test_no_answer_is_of_an_older_adapter_or_another_image(
         P.randomize(policy, step)
         P.push(client, policy, RUN, step)
         scored = client.score(ScoreRequest(sequences=[ids + completion] * 2, images=[[sent(i)] for i in images]))
-        again = generated(client, processor, [Prompt(token_ids=ids, images=[sent(image)]) for image in images])
+        again = generated(client, [Prompt(token_ids=ids, images=[sent(image)]) for image in images], seed=step)
         wanted = [expected(policy, made, completion) for made in inputs]
         assert (wanted[0] - wanted[1]).abs().max() > 0.01
         for served, own in zip(scored.logprobs, wanted, strict=True):
             assert (torch.tensor(served[-3:]) - own).abs().max() < P.FP32, step
         for group, made in zip(again.groups, inputs, strict=True):
             (done,) = group.completions
-            own = expected(policy, made, done.token_ids, bias=no_image_tokens(processor))
-            assert (torch.tensor(done.logprobs) - own).abs().max() < P.FP32, step
-        best = generated(client, processor, [Prompt(token_ids=ids, images=[sent(images[step % 2])])], temperature=0.0)
+            assert not {processor.image_token_id, processor.video_token_id} & set(done.token_ids)
+            own = expected(policy, made, done.token_ids)
+            assert (torch.tensor(done.uncut_logprobs) - own).abs().max() < P.FP32, step
+        best = generated(client, [Prompt(token_ids=ids, images=[sent(images[step % 2])])], temperature=0.0)
         (done,) = best.groups[0].completions
-        own_TV = distribution(policy, inputs[step % 2], done.token_ids, bias=no_image_tokens(processor))
+        own_TV = distribution(policy, inputs[step % 2], done.token_ids)
+        own_TV[:, [processor.image_token_id, processor.video_token_id]] = -torch.inf
         chosen = own_TV.gather(1, torch.tensor(done.token_ids)[:, None])[:, 0]
         assert (own_TV.max(-1).values - chosen).max() < P.FP32, step
 
@@ -352,3 +346,35 @@ def test_no_image_breaks_the_server(client: RolloutClient, vision_server: Server
         target.close()
     assert not tally.failures, "\n".join(failure[:1000] for failure in tally.failures[:20])
     assert tally.statuses["images"][200] > 3
+
+
+def test_a_training_with_images(
+    client: RolloutClient, vision_server: ServerProcess, vision_model: Path, processor: Any, tmp_path: Path
+) -> None:
+    client.delete_run(RUN, P.LEASE, takeover=True)
+    task, folder = "learner.tasks.examples.counting:circles", tmp_path / "run"
+    flags = {"--train_size": 16, "--max_staleness": 1, "--save_steps": 1}
+
+    def train(steps: int) -> dict[str, Any]:
+        own = arguments({**flags, "--max_steps": steps})
+        return LearnerProcess(vision_server.url, vision_model, Path(task), folder, *own).finish()
+
+    assert train(2)["steps"] == 2
+    summary = train(3)
+    assert summary["steps"] == 3
+    assert summary["max_logprob_gap"] < P.FP32
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(history) == 3
+    on_policy = history[0], history[2]  # the other batch was read ahead, with the weights of the step before
+    assert max(step["drift"]["kl"] for step in on_policy) < 1e-8
+    mixed = load_task(task, eval_size=2, train_size=4)
+    assert evaluate(client, mixed, run_id=summary["run_id"]).questions == 2
+    made = processed(processor, [picture(8)])
+    ids, completion = made["input_ids"][0].tolist(), [65, 70, 75]
+    scored = client.score(ScoreRequest(sequences=[ids + completion], images=[[sent(picture(8))]]))
+    base = AutoModelForImageTextToText.from_pretrained(vision_model, dtype=torch.float32)
+    own = expected(PeftModel.from_pretrained(base, folder / "adapter"), made, completion)
+    assert (torch.tensor(scored.logprobs[0][-3:]) - own).abs().max() < P.FP32
+    export(folder / "adapter", tmp_path / "merged", merged=True, model=str(vision_model), dtype="float32")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (expected(merged, made, completion) - own).abs().max() < P.FP32

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from typing import Any
 
 import httpx
 import torch
+from PIL import Image as Pillow
 from safetensors.torch import load
 
 from shared.adapter_file import LORA_A, LORA_B, header_length, parse_header
 from shared.errors import BaseNotServed, LockstepError, StaleVersion, UnknownRun, VersionNotActive
+from shared.images import Image, pixel_digest
 from shared.rollouts import (
     Completion,
     GenerateRequest,
@@ -23,20 +27,24 @@ from shared.rollouts import (
 )
 from shared.weights import PushReceipt, RunState, ServerState, TrainingEnd, WeightVersion
 
+#: At the end of a tiny vision model's vocabulary.
+_SPECIAL_TOKENS = 4
+
 
 class FakeServer:
     """A server behind an httpx transport. While asleep it takes only `/v1/wake` and pushes, which wake it.
 
     Attributes:
         transport: for a RolloutClient.
+        processor: of a model that sees images.
         ignore_pushes: acknowledge pushes without using them.
         log_kept_mass: reported for every token where sampling truncates.
         naps: how often it fell asleep.
         finished: runs that were said to have ended, and not pushed to since.
     """
 
-    def __init__(self, model: torch.nn.Module, state: ServerState) -> None:
-        self.model, self.state = model.eval(), state
+    def __init__(self, model: torch.nn.Module, state: ServerState, processor: Any = None) -> None:
+        self.model, self.state, self.processor = model.eval(), state, processor
         self.base = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.deltas: dict[str, dict[str, torch.Tensor]] = {}
         self.served: dict[str, tuple[WeightVersion, str]] = {}
@@ -90,8 +98,12 @@ class FakeServer:
         if path == "/v1/score":
             asked = ScoreRequest.model_validate(body)
             version = self._resolve(asked.policy, asked.run_id)
-            logprobs = [self._logprobs(sequence, version) for sequence in asked.sequences]
-            return _json(ScoreResponse(epoch=self.state.epoch, version=version, logprobs=logprobs))
+            images = asked.images or [[]] * len(asked.sequences)
+            logprobs = [self._logprobs(*pair, version) for pair in zip(asked.sequences, images, strict=True)]
+            digests = [[_digest(image) for image in own] for own in asked.images]
+            return _json(
+                ScoreResponse(epoch=self.state.epoch, version=version, logprobs=logprobs, image_digests=digests)
+            )
         generate = GenerateRequest.model_validate(body)
         self.generated.append(generate)
         answer = self._generate(generate)
@@ -163,18 +175,23 @@ class FakeServer:
         return policy
 
     @torch.no_grad()
-    def _logprobs(self, sequence: list[int], version: WeightVersion | None) -> list[float]:
+    def _logprobs(self, sequence: list[int], images: list[Image], version: WeightVersion | None) -> list[float]:
         deltas = self.deltas[version.run_id] if version else {}
         for name, parameter in self.model.named_parameters():
             delta = deltas.get(name.removesuffix(".weight"))
             parameter.copy_(self.base[name] if delta is None else self.base[name] + delta)
-        logits = self.model(input_ids=torch.tensor([sequence])).logits[0, :-1].float()
+        ids, seen = torch.tensor([sequence]), {}
+        if images:
+            seen = dict(self.processor.image_processor([_picture(image) for image in images], return_tensors="pt"))
+            seen["mm_token_type_ids"] = (ids == self.processor.image_token_id).long()
+        logits = self.model(input_ids=ids, **seen).logits[0, :-1].float()
         picked = torch.log_softmax(logits, -1).gather(-1, torch.tensor(sequence[1:])[:, None])
         return picked[:, 0].tolist()
 
     def _generate(self, request: GenerateRequest) -> GenerateResponse:
         version = self._resolve(request.policy, request.run_id)
-        vocabulary, groups = self.model.config.vocab_size, []
+        vocabulary, groups = self.model.config.get_text_config().vocab_size, []
+        vocabulary -= 0 if self.processor is None else _SPECIAL_TOKENS
         for index, prompt in enumerate(request.prompts):
             ids = prompt.token_ids or [1, 2, 3]
             completions = []
@@ -182,7 +199,7 @@ class FakeServer:
             for _ in range(request.sampling.n):
                 length = int(torch.randint(1, (request.sampling.max_tokens or 4) + 1, (), generator=drawn))
                 tokens = torch.randint(3, vocabulary, (length,), generator=drawn).tolist()
-                logprobs = self._logprobs([*ids, *tokens], version)[-length:]
+                logprobs = self._logprobs([*ids, *tokens], prompt.images, version)[-length:]
                 spans = [VersionSpan(version=version, start=0, end=length)]
                 kept = [self.log_kept_mass] * length if request.sampling.truncates else None
                 if kept is not None:
@@ -197,8 +214,20 @@ class FakeServer:
                         text="7",
                     )
                 )
-            groups.append(RolloutGroup(prompt_index=index, prompt_token_ids=ids, completions=completions))
+            digests = [_digest(image) for image in prompt.images]
+            groups.append(
+                RolloutGroup(prompt_index=index, prompt_token_ids=ids, image_digests=digests, completions=completions)
+            )
         return GenerateResponse(epoch=self.state.epoch, groups=groups)
+
+
+def _picture(image: Image) -> Pillow.Image:
+    return Pillow.open(io.BytesIO(base64.b64decode(image.data)))
+
+
+def _digest(image: Image) -> str:
+    picture = _picture(image)
+    return pixel_digest(*picture.size, picture.tobytes())
 
 
 def _json(model: Any) -> httpx.Response:

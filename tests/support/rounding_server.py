@@ -22,6 +22,7 @@ from learner.sync.probe import COMPLETION_TOKENS, PROMPT_TOKENS, SEQUENCES_IN_16
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
 from shared.adapter_file import LORA_A, LORA_B
+from shared.images import Image
 from shared.weights import BaseFingerprint, PushReceipt, ServerState, WeightVersion
 from tests.support.fake_server import FakeServer
 
@@ -74,7 +75,7 @@ class RoundingServer(FakeServer):
         return super()._push(run_id, request)
 
     @torch.no_grad()
-    def _logprobs(self, sequence: list[int], version: WeightVersion | None) -> list[float]:
+    def _logprobs(self, sequence: list[int], images: list[Image], version: WeightVersion | None) -> list[float]:
         pushes, tensors = (self.history[version.run_id] if version else []), dict[str, Any]()
         if pushes:
             served = max(len(pushes) - 1 - self.behind, 0)

@@ -470,6 +470,8 @@
     : sample.completion);
   const completionOf = (sample) => el("li", { class: "sample" }, factsOf(sample), el("pre", { class: "completion", tabindex: 0, "aria-label": "completion" }, textOf(sample)));
 
+  const thumbnails = (group) => { const images = (group.images ?? []).filter((url) => url.startsWith("data:image/")); return images.length ? el("p", { class: "images" }, images.map((url, i) => el("img", { src: url, alt: `image ${i + 1} of the prompt` }))) : ""; };
+
   function groupCard(batch, group, samples, own) {
     const same = own ? [] : runs.get(shown).batches.filter((other) => other.groups.some((g) => g.key === group.key));
     const columns = Object.entries(group.columns ?? {}), rewards = group.samples.map((sample) => sample.reward).filter(isNumber);
@@ -479,6 +481,7 @@
       el("h3", {}, nameOf(batch), el("span", {}, "group reward ", el("b", {}, three(mean))), el("span", {}, `${group.size} completions`),
         isFlat(group) ? el("span", { class: "flag" }, "zero variance") : ""),
       own ? "" : el("pre", { class: "prompt", tabindex: 0, "aria-label": "prompt" }, group.prompt),
+      own ? "" : thumbnails(group),
       own || !columns.length ? "" : el("dl", { class: "row" }, columns.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
       same.length > 1 ? el("button", { type: "button", class: "same", click: () => { seen.prompt = group.key; showCompletions(); completions.querySelector(".back").focus(); } }, `This prompt over time (${same.length} times)`) : "",
       el("ol", { class: "samples" }, samples.map(completionOf)),
@@ -495,6 +498,7 @@
     cards.replaceChildren(
       el("button", { type: "button", class: "back", click: () => { seen.prompt = null; showCompletions(); filter.focus(); } }, "Back to all prompts"),
       el("pre", { class: "prompt", tabindex: 0, "aria-label": "prompt" }, newest.prompt),
+      thumbnails(newest),
       el("dl", { class: "row" }, Object.entries(newest.columns ?? {}).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
       el("div", { class: "side", role: "region", tabindex: 0, "aria-label": "completions of one prompt, by step" }, found.map(([batch, group]) => groupCard(batch, group, group.samples, true))));
     more.hidden = true;

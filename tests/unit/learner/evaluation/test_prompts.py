@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from PIL import Image
+from trl.data_utils import prepare_multimodal_messages
 
 from learner.evaluation.prompts import prompt_of, shown
 from learner.servers.prompts import encoded_image
@@ -35,6 +36,29 @@ def test_places_for_the_images_of_a_column_are_kept() -> None:
     made = prompt_of({"prompt": _user([TEXT, {"type": "image"}]), "image": RED})
     assert made.messages == _user([TEXT, {"type": "image"}])
     assert len(made.images) == 1
+
+
+def test_images_go_where_trl_puts_them() -> None:
+    parts, plain = [TEXT, {"type": "image"}], {"role": "user", "content": "And here?"}
+    first = {"role": "user", "content": [TEXT]}
+    for messages, images in (
+        ([first, plain], [RED, BLUE]),
+        ([plain, first], [RED]),
+        ([{"role": "user", "content": [*parts, {"type": "image", "image": BLUE}]}], [RED]),
+    ):
+        laid_out = prepare_multimodal_messages(messages, images=images)
+        made = prompt_of({"prompt": messages, "images": images})
+        contents = [message["content"] for message in made.messages or ()]
+        seen = [[{"type": "text", "text": each}] if isinstance(each, str) else each for each in contents]
+        assert seen == [message["content"] for message in shown(laid_out)]
+        pictures = [part["image"] for m in laid_out for part in m["content"] if part["type"] == "image"]
+        assert made.images == [encoded_image(picture)[0] for picture in pictures]
+
+
+@pytest.mark.parametrize("content", [[TEXT], [TEXT, {"type": "image"}, {"type": "image"}]])
+def test_images_without_a_place_and_places_without_an_image_are_refused(content: list[dict[str, str]]) -> None:
+    with pytest.raises(InvalidRequest, match=f"1 images .* places for {len(content) - 1}"):
+        prompt_of({"prompt": _user(content), "image": RED})
 
 
 def test_text_has_no_place_for_images() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from learner.monitors.samples import (
     BATCH_CHARACTERS,
@@ -13,6 +17,8 @@ from learner.monitors.samples import (
     COMPLETION_CHARACTERS,
     EVALUATION,
     GROUP_SIZE,
+    IMAGE_CHARACTERS,
+    IMAGES,
     TRAINING,
     Group,
     Samples,
@@ -40,6 +46,30 @@ def test_prompts_are_the_same_if_their_whole_text_is() -> None:
     assert first.prompt == second.prompt
     assert first.key != second.key
     assert first.key == _group(middle[0], [0.0]).key
+
+
+def _seen(*pictures: Image.Image, **columns: Any) -> Group:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    prompt = [{"role": "user", "content": [*parts, {"type": "text", "text": "How many?"}]}]
+    numbers = [{"reward": 1.0, "rewards": {}, "advantage": 0.0}]
+    return make_group(prompt, columns, ["x"], numbers)
+
+
+def test_images_of_a_prompt_are_shown_small() -> None:
+    red, large = Image.new("RGB", (30, 20), "red"), Image.effect_noise((2000, 1000), 90).convert("RGB")
+    group = _seen(red, large, image=red, answer="3")
+    assert list(group.columns) == ["answer"]
+    files = [Image.open(BytesIO(b64decode(url.removeprefix("data:image/jpeg;base64,")))) for url in group.images]
+    assert [file.size for file in files] == [(30, 20), (96, 48)]
+    assert max(map(len, group.images)) <= IMAGE_CHARACTERS
+    assert len(_seen(*[large] * 20).images) == IMAGES
+    assert red.size == (30, 20)
+
+
+def test_prompts_with_other_images_are_others() -> None:
+    red, blue = (Image.new("RGB", (30, 20), color) for color in ("red", "blue"))
+    assert _seen(red).key == _seen(red.copy()).key
+    assert _seen(red).key != _seen(blue).key
 
 
 def test_turns_of_an_agent_are_kept_with_what_was_sampled() -> None:

@@ -14,7 +14,7 @@ from learner.servers.pool import ServerPool
 from shared.errors import LockstepError, NotFinite
 from shared.rollouts import Completion, RolloutGroup, VersionSpan
 from shared.sampling import SamplingParams
-from shared.weights import WeightVersion
+from shared.weights import ServerState, WeightVersion
 
 VERSION = WeightVersion(run_id="r", step=3)
 
@@ -49,7 +49,7 @@ def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa
         allowed_version=lambda ahead: AllowedVersion(VERSION),
         seed_of=lambda row, token_ids: None,
     )
-    dispatcher = Dispatcher(ServerPool.of(server, object()), sampling, max_model_len=50, **changes)
+    dispatcher = Dispatcher(ServerPool.of(server, ServerState.model_construct()), sampling, max_model_len=50, **changes)
     return RemoteRollouts(dispatcher, trainer, training)
 
 
@@ -92,7 +92,7 @@ class Silent(Server):
 
 @pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}])
 def test_a_token_without_a_finite_logprob_is_carried_and_counted(sampling, caplog):
-    remote = rollouts(Silent(1), SamplingParams(max_tokens=1000, **sampling))
+    remote = rollouts(Silent(1, mass=-0.25 if sampling else 0.0), SamplingParams(max_tokens=1000, **sampling))
     _, _, logprobs, _ = remote.generate([[1], [2]], None, 1)
     values = [logprob for row in logprobs for (logprob,) in row]
     assert sum(map(math.isnan, values)) == remote.stats.unscored_tokens == 1

@@ -64,7 +64,7 @@ def test_a_server_in_16_bits_gets_a_longer_probe(server, client, dtype, count):
 def test_a_base_that_differs_far_into_a_sequence_only(model, server, client):
     """As with another rotary scaling, or a sliding window: the short sequences agree."""
     score = server._logprobs
-    server._logprobs = lambda sequence, version: [x - (t > 60) for t, x in enumerate(score(sequence, version))]
+    server._logprobs = lambda sequence, *more: [x - (t > 60) for t, x in enumerate(score(sequence, *more))]
     pool = ServerPool.of(client)
     text = make_probe(pool, [[3, 4, 5], [6, 7, 8]], longest=100)
     assert len(text.long) == 100

@@ -82,6 +82,29 @@ def test_the_same_bytes_as_without_a_kill(train, tmp_path, config, kill_at) -> N
     assert session.publisher.lease.fence == 1
 
 
+def test_a_batch_keeps_how_many_images_its_rows_have(train, tmp_path, monkeypatch) -> None:
+    generate, count = GRPOTrainer._generate_and_score_completions, GRPOTrainer._compute_loss
+    counted: list[list[int]] = []
+
+    def generate_with_counts(self, inputs):
+        return {**generate(self, inputs), "num_images": list(range(len(inputs)))}
+
+    def compute_counted(self, model, inputs):
+        counted.append(inputs["num_images"])
+        return count(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", generate_with_counts)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_counted)
+    config = {"max_steps": 6, "save_steps": 2, "steps_per_generation": 3}
+    uncut, _ = train("uncut", **config)
+    whole = counted[:]
+    train("cut", kill_at=3, **config)
+    counted.clear()
+    resumed, _ = train("cut", resume=str(tmp_path / "cut" / "checkpoint-2"), **config)
+    assert counted == whole[2:]
+    assert all(torch.equal(uncut[name], resumed[name]) for name in uncut)
+
+
 def test_checkpoints_are_atomic(train, tmp_path) -> None:
     train("run", max_steps=4, save_steps=1, save_total_limit=2)
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]

@@ -115,3 +115,4 @@ def test_logprobs_before_truncation():
             policy_logprobs(completion, SamplingParams(**cut))
         known = completion.model_copy(update={"log_kept_mass": [-0.25, -1.0]})
         assert policy_logprobs(known, SamplingParams(**cut)) == [-0.75, -1.0]
+    assert policy_logprobs(known, SamplingParams()) == [-0.75, -1.0], "of a model that never draws some tokens"

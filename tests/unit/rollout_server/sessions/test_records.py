@@ -16,6 +16,7 @@ from rollout_server.generation.vllm_params import overridden
 from rollout_server.runs import slots
 from rollout_server.sessions import records
 from rollout_server.sessions.records import RecordedSession
+from rollout_server.vllm_compat import vision
 from shared.errors import (
     InvalidRequest,
     NoFreeSlot,
@@ -157,7 +158,7 @@ def test_the_trainer_samples() -> None:
     client = SamplingParams(
         temperature=0.0, top_k=5, max_tokens=6, n=1, stop=["x"], stop_token_ids=[9], seed=4, presence_penalty=1.0
     )
-    params = overridden(client, trainer, "id")
+    params = overridden(client, trainer, "id", truncated=False)
     assert (params.temperature, params.top_p, params.top_k) == (0.7, 0.9, 0)
     assert (params.max_tokens, params.min_tokens) == (6, 6)
     assert params.stop_token_ids == [9, 7]
@@ -165,10 +166,10 @@ def test_the_trainer_samples() -> None:
     assert (params.stop, params.presence_penalty) == (["x"], 0.0)
     assert params.logit_bias == {3: -5.0}
     assert params.logprobs == 0
-    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id").max_tokens == 20
-    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id").logprobs == 3
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id", truncated=False).max_tokens == 20
+    assert overridden(SamplingParams(max_tokens=50, logprobs=3), trainer, "id", truncated=False).logprobs == 3
     with pytest.raises(InvalidRequest, match="greedy"):
-        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0), "id")
+        overridden(SamplingParams(n=2), TrainersSampling(temperature=0.0), "id", truncated=False)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,9 @@ def test_the_trainer_samples() -> None:
     ],
 )
 def test_what_a_route_may_set_behind_the_trainers_back_is_left_out(name: str, value: Any) -> None:
-    params = overridden(SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None), "id")
+    params = overridden(
+        SamplingParams(**{name: value, "logprobs": 0}), TrainersSampling(max_tokens=None), "id", truncated=False
+    )
     assert getattr(params, name) is None
 
 
@@ -208,7 +211,7 @@ def test_a_clients_form_of_outputs_stays() -> None:
         "include_stop_str_in_output": True,
         "output_kind": RequestOutputKind.DELTA,
     }
-    params = overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id")
+    params = overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id", truncated=False)
     assert {name: getattr(params, name) for name in asked} == asked
     assert params.skip_reading_prefix_cache
     assert not params.flat_logprobs
@@ -221,7 +224,10 @@ def test_logprobs_have_text_for_who_reads_it_and_the_ranks_of_what_was_sampled(
     asked: dict[str, int], flat: bool
 ) -> None:
     """Flat ones of sampled tokens alone have no text; beside others only flat ones keep a sampled token's rank."""
-    assert overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id").flat_logprobs is flat
+    assert (
+        overridden(SamplingParams(**asked), TrainersSampling(max_tokens=None), "id", truncated=False).flat_logprobs
+        is flat
+    )
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
@@ -244,8 +250,13 @@ async def test_the_client_gets_the_logprobs_that_it_asked_for(served: Served, ki
     assert len(_record(session).trajectories) == 2
 
 
-async def test_the_kept_mass_is_recorded_where_the_trainer_cuts(served: Served) -> None:
-    session = await served.open(sampling={"top_p": 0.9, "max_tokens": None})
+@pytest.mark.parametrize(("sampling", "sees"), [({"top_p": 0.9}, False), ({}, True)])
+async def test_the_kept_mass_is_recorded_where_the_distribution_is_cut(
+    served: Served, sampling: dict[str, Any], sees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "check_text", lambda *_: None)  # of the fake engine's model
+    served.proxy.image_limits = object() if sees else None
+    session = await served.open(sampling={**sampling, "max_tokens": None})
     await served.call(session, [1])
     (trajectory,) = _record(session).trajectories
     assert trajectory.log_kept_mass is not None

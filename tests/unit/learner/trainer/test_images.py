@@ -1,0 +1,182 @@
+"""Trainings on images: real TRL, a tiny model that sees, and a fake server with the same processor."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset, Features, Image, List, Value
+from peft import LoraConfig
+from PIL import Image as Pillow
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import GRPOConfig, GRPOTrainer
+
+from learner.adapters.lora_rules import language_pattern
+from learner.servers import prompts
+from learner.servers.client import RolloutClient
+from learner.session import Session
+from learner.trainer import images
+from learner.trainer.attach import attach
+from shared.errors import LockstepError
+from shared.fingerprint import fingerprint_checkpoint
+from shared.image_processors import do_without_videos, sight
+from tests.support.fake_server import FakeServer
+from tests.support.rewards import reward_odd
+from tests.support.tiny_vision_model import make_tiny_vision_model
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_vision_model(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture
+def seeing(vision_model: Path, server_state) -> FakeServer:
+    do_without_videos(transformers)
+    update = {"model": str(vision_model), "base": fingerprint_checkpoint(str(vision_model)), "max_images": 4}
+    model = AutoModelForImageTextToText.from_pretrained(vision_model, dtype=torch.float32)
+    return FakeServer(model, server_state.model_copy(update=update), AutoProcessor.from_pretrained(vision_model))
+
+
+def picture(seed: int, side: int = 56) -> Pillow.Image:
+    pixels = torch.randint(0, 256, (side * side * 3,), generator=torch.Generator().manual_seed(seed))
+    return Pillow.frombytes("RGB", (side, side), bytes(pixels.tolist()))
+
+
+def rows_with(column: str, counts: list[int]) -> Dataset:
+    """Return a row for each number of images; `image` holds one or None, `images` a list or None."""
+    kind: Any = Image() if column == "image" else List(Image())
+    features = Features(prompt=List({"role": Value("string"), "content": Value("string")}))
+    features[column] = kind
+    seen = iter(range(sum(counts)))
+    pictures = [[picture(next(seen), 56 + 28 * (row % 2)) for _ in range(count)] for row, count in enumerate(counts)]
+    prompts = [[{"role": "user", "content": f"row {row}"}] for row in range(len(counts))]
+    own = [(each[0] if each else None) if column == "image" else each or None for each in pictures]
+    return Dataset.from_dict({"prompt": prompts, column: own}, features)
+
+
+@pytest.fixture
+def make_seeing(vision_model: Path, tmp_path: Path, no_workers_left: None) -> Any:
+    def make(rows: Dataset, reward: Any = reward_odd, **config: Any) -> GRPOTrainer:
+        do_without_videos(transformers)
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "bf16": False,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "max_completion_length": 5,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "shuffle_dataset": False,
+            **config,
+        }
+        return GRPOTrainer(
+            model=str(vision_model),
+            args=GRPOConfig(**settings),
+            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=language_pattern(("q_proj", "v_proj"))),
+            train_dataset=rows,
+            reward_funcs=[reward],
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, column: str) -> None:
+    """Batches and passes of both, of one alone, and of none at all; in each the mismatch is rounding."""
+    rows = rows_with(column, [1, 0, 0, 0, 2 if column == "images" else 1, 1])  # pairs: mixed, none, images
+    trainer = make_seeing(rows, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    session = attached(trainer, seeing)
+    scored = counted(session.rewards.pool)
+    trainer.train()
+    kinds = [any(prompt.images for prompt in request.prompts) for request in seeing.generated[1:]]
+    assert set(kinds) == {True, False}
+    assert len(session.metrics.reports) == 3
+    assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
+    assert sum(scored) == 12, "each reward is computed once, as its completion arrives"
+
+
+def test_a_batch_with_images_is_gone_on_with(seeing, make_seeing, tmp_path: Path) -> None:
+    rows = rows_with("images", [1, 0, 2, 1])
+    config = {"steps_per_generation": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "seed": 3}
+    whole = make_seeing(rows, output_dir=str(tmp_path / "whole"), **config)
+    attached(whole, seeing).close()
+    whole.train()
+    cut = make_seeing(rows, output_dir=str(tmp_path / "cut"), **config)
+    attached(cut, seeing).close()
+    cut.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    ends = [tmp_path / name / "checkpoint-2" / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_two_sides_that_process_images_differently_are_refused_by_name(seeing, make_seeing) -> None:
+    trainer = make_seeing(rows_with("image", [1, 1]))
+    config, processor = trainer.model.config, trainer.processing_class.image_processor
+    for part, change, said in (
+        ("processor", {"image_mean": [0.5, 0.5, 0.5]}, r"image_mean is \[0\.48.* not \[0\.5, 0\.5, 0\.5\]"),
+        ("processor", {"size": {"shortest_edge": 56, "longest_edge": 112}}, "size.longest_edge is 50176, not 112"),
+        ("config", {"window_size": 56}, "vision_config.window_size is 112, not 56"),
+    ):
+        other, its_config = copy.deepcopy(processor), copy.deepcopy(config)
+        for name, value in change.items():
+            setattr(other if part == "processor" else its_config.vision_config, name, value)
+        seeing.state = seeing.state.model_copy(update={"sight": sight(other, its_config)})
+        with pytest.raises(LockstepError, match=f"process images differently: .*{said}"):
+            attached(trainer, seeing)
+    seeing.state = seeing.state.model_copy(update={"sight": sight(processor, config)})
+    attached(trainer, seeing).close()
+
+
+def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
+    seeing, make_seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_seeing(rows_with("image", [1, 1, 0]))
+    seeing.state = seeing.state.model_copy(update={"max_image_pixels": 56 * 84})
+    with pytest.raises(LockstepError, match=r"data, row 2, has an image of 7056 pixels, .*--max-image-pixels"):
+        attached(trainer, seeing)
+    seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_bytes": 20_000})
+    monkeypatch.setattr(images, "_LARGE_FILE", 10_000)
+    with pytest.raises(LockstepError, match=r"data, row 2, has an image whose PNG .* takes 20000: .*--max-image-mib"):
+        attached(trainer, seeing)
+
+
+def test_images_are_not_encoded_to_be_counted(seeing, make_seeing) -> None:
+    prompts._encoded.clear()
+    trainer = make_seeing(rows_with("image", [1] * 6))
+    attached(trainer, seeing).close()
+    assert len(prompts._encoded) == 1, "that of the probe"
+
+
+def test_the_proof_of_sync_sees_an_image(seeing, make_seeing) -> None:
+    """The server's model sees otherwise: text alone would not show it."""
+    trainer = make_seeing(rows_with("image", [1, 1]))
+    with torch.no_grad():
+        seeing.base["model.visual.patch_embed.proj.weight"].mul_(1.5)
+    attached(trainer, seeing)
+    with pytest.raises(LockstepError, match="at the base"):
+        trainer.train()
+
+
+def attached(trainer: GRPOTrainer, server: FakeServer) -> Session:
+    return attach(trainer, client=RolloutClient("http://fake", transport=server.transport))
+
+
+def counted(pool: Any) -> list[int]:
+    """Return a list that gets the number of rows of each call of a reward function."""
+    submit, rows = pool.submit, list[int]()
+
+    def submit_counted(index: int, call: Any) -> Any:
+        rows.append(len(call))
+        return submit(index, call)
+
+    pool.submit = submit_counted
+    return rows
