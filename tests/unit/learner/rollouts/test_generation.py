@@ -49,7 +49,7 @@ def rollouts(server, sampling=SamplingParams(max_tokens=10), **changes):  # noqa
         allowed_version=lambda ahead: AllowedVersion(VERSION),
         seed_of=lambda row, token_ids: None,
     )
-    dispatcher = Dispatcher(ServerPool.of(server, ServerState.model_construct()), sampling, max_model_len=50, **changes)
+    dispatcher = Dispatcher(ServerPool.of(server, ServerState.model_construct()), sampling, max_model_len=50, **changes)  # type: ignore[call-arg]
     return RemoteRollouts(dispatcher, trainer, training)
 
 

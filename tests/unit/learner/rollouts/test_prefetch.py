@@ -96,7 +96,7 @@ class Training:
     def __init__(self, server: Server, schedule: Schedule, staleness: int) -> None:
         self.server, self.schedule, self.step, self.micro_step = server, schedule, 0, 0
         self.served, self.step_seconds = 0, 0.0
-        pool = ServerPool.of(server, ServerState.model_construct(), patience_s=60.0)
+        pool = ServerPool.of(server, ServerState.model_construct(), patience_s=60.0)  # type: ignore[call-arg]
         pool.supervise(self.bring_back)
         self.pool = pool
         self.staleness = staleness
