@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -30,18 +31,19 @@ _LONG_S = 900.0
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RayNode]]:
-    folder = Path(tmp_path_factory.mktemp("r"))  # Ray's sockets lie below it, whose paths must be short
-    found = [RayNode(folder, 1, 2, gpus=2)]
-    try:
-        found[0].wait_ready()
-        for number in (2, 3):
-            found.append(RayNode(folder, number, 1, found[0].address))
-            found[-1].wait_ready()
-        yield found
-    finally:
-        for node in reversed(found):
-            node.kill()
+def nodes() -> Iterator[list[RayNode]]:
+    # Not below pytest's folder, which is deeper with several workers: Ray's sockets must have short paths.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        found = [RayNode(Path(folder), 1, 2, gpus=2)]
+        try:
+            found[0].wait_ready()
+            for number in (2, 3):
+                found.append(RayNode(Path(folder), number, 1, found[0].address))
+                found[-1].wait_ready()
+            yield found
+        finally:
+            for node in reversed(found):
+                node.kill()
 
 
 class Up:
