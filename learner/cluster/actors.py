@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from learner.cluster.connection import ADDRESS_VARIABLE, answer, import_ray
@@ -20,6 +22,9 @@ class HostedActor(Hosted):
             listed = find_directory(ray, job).announce.remote(name, url, context.get_node_id())
             answer(ray, listed, "the directory of the job")
 
+        # Ray sets this to the cores that it reserves, which are labels: the command takes those that it finds.
+        if b"OMP_NUM_THREADS=" not in Path("/proc/self/environ").read_bytes():
+            os.environ.pop("OMP_NUM_THREADS", None)
         environment = {ADDRESS_VARIABLE: context.gcs_address}
         super().__init__(command, ray.util.get_node_ip_address(), environment, announce)
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.cluster.connection import NAMESPACE, answer, connect
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, NotReady
+from shared.messages import one_line
 
 #: Of an actor's name, so that a user's own actors are none of ours.
 _PREFIX = "directory:"
@@ -28,11 +29,6 @@ class Directory:
         with self._lock:
             self._places[server] = (url, node_id)
 
-    def withdraw(self, server: str) -> None:
-        """Forget a server."""
-        with self._lock:
-            self._places.pop(server, None)
-
     def members(self) -> dict[str, str]:
         """Return the node id of each URL."""
         with self._lock:
@@ -46,6 +42,7 @@ def make_directory(ray: Any, name: str, node_id: str | None) -> Any:
         node_id: of the node to live on, and no other: it is lost with its node; None: any.
     """
     options: dict[str, Any] = {"name": _PREFIX + name, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 16}
+    options["max_restarts"] = -1  # it begins empty then, and servers announce themselves again
     if node_id:
         strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
         options["scheduling_strategy"] = strategy
@@ -53,15 +50,24 @@ def make_directory(ray: Any, name: str, node_id: str | None) -> Any:
 
 
 def find_directory(ray: Any, name: str) -> Any:
-    """Return the actor of a directory; raises `invalid_request` if there is none of that name."""
+    """Return the actor of a directory.
+
+    Raises:
+        InvalidRequest: there is none of that name.
+        NotReady: Ray's control store does not answer.
+    """
     try:
-        return ray.get_actor(_PREFIX + name, namespace=NAMESPACE)
-    except ValueError as error:
+        try:
+            return ray.get_actor(_PREFIX + name, namespace=NAMESPACE)
+        except ValueError as error:
+            missing = error
         actors = ray.util.list_named_actors(all_namespaces=True)
-        names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-        known = sorted(name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX))
-        there = f"there are {', '.join(known)}" if known else "none is there"
-        raise InvalidRequest(f"no servers called {name} on this Ray cluster: {there}") from error
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise NotReady(f"the Ray cluster does not say where {name} is: {one_line(error)}") from error
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    known = sorted(name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX))
+    there = f"there are {', '.join(known)}" if known else "none is there"
+    raise InvalidRequest(f"no servers called {name} on this Ray cluster: {there}") from missing
 
 
 def members(name: str) -> Mapping[str, str]:

@@ -9,6 +9,7 @@ import secrets
 import socket
 import ssl
 import threading
+import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,12 +18,12 @@ from typing import Any
 
 from learner.cluster.secret_files import SecretFile
 from learner.utils.processes import ProcessGroup, module_command, module_environment
-from shared.errors import LockstepError, NotReady
+from shared.errors import NotReady
 from shared.messages import one_line
 
 #: Lines that are kept until somebody has asked for them.
 _MOST_LINES = 20_000
-_POLL_S, _READY_TIMEOUT_S = 0.5, 5.0
+_POLL_S, _READY_TIMEOUT_S, _LIST_S = 0.5, 5.0, 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -110,7 +111,7 @@ class Hosted:
         self._changed = threading.Condition(threading.RLock())
         self._lines = deque[str](maxlen=_MOST_LINES)
         self._report = Report(secrets.token_hex(4), host)
-        self._last, self._port = "", 0
+        self._last, self._port, self._unlisted = "", 0, ""
         self._stop, self._hurry = threading.Event(), threading.Event()
         self._patience_s = command.patience_s
         # The kernel ends the command with the thread that has started it: this one lives as long as the actor.
@@ -187,9 +188,13 @@ class Hosted:
             )
             self._change(starts=self._report.starts + 1, url=url)
             try:
+                listed_at = 0.0
                 while group.process.poll() is None and not self._stop.wait(_POLL_S):
+                    if ready and time.monotonic() > listed_at + _LIST_S:  # who lists it may have begun anew
+                        listed_at = time.monotonic()
+                        self._is_listed(url)
                     if url and not ready and _is_ready(url) and self._is_listed(url):
-                        ready = True
+                        ready, listed_at = True, time.monotonic()
                         self._change(ready=True)
             finally:
                 group.patience_s = self._patience_s
@@ -199,9 +204,12 @@ class Hosted:
     def _is_listed(self, url: str) -> bool:
         try:
             self._on_ready(url)
-        except LockstepError as error:  # tried again: the command is well
-            self._take(f"not listed yet: {one_line(error)}")
+        except Exception as error:  # of ours or of Ray, tried again: the command is well
+            if (problem := one_line(error)) != self._unlisted:
+                self._unlisted = problem
+                self._take(f"not listed: {problem}")
             return False
+        self._unlisted = ""
         return True
 
     def _free_port(self) -> int:

@@ -145,9 +145,12 @@ class RunningJob:
 
     def _begin_with_room(self, name: str, group: Any) -> None:
         """Start a server as soon as the cluster has room for it."""
-        _wait(group)
-        if not self._ending.is_set():
-            self._begin(Member(name, self._job.server, group, 0, -1))
+        try:
+            _wait(group)
+            if not self._ending.is_set():
+                self._begin(Member(name, self._job.server, group, 0, -1))
+        except Exception as error:  # of Ray, of any kind: the others go on
+            self._say(f"{name} is not started: {one_line(error)}")
 
     def _begin(self, member: Member) -> None:
         member.actor = host(
@@ -231,12 +234,13 @@ class RunningJob:
         if not member.done.is_set():  # Ray starts it again
             member.lost = True
             node = member.report.node
-            self._say(f"{member.name}: its node is gone ({node}), or out of reach; it begins anew where there is room")
+            anew = "; it begins anew where there is room" if member.restarts else ""
+            self._say(f"{member.name}: its node is gone ({node}), or out of reach{anew}")
             return None
         why = f"{'is gone' if member.report.life else 'cannot be started on the cluster'}: {_last_line(error)}"
         if member.name == LEARNER and member.report.life and self._job.can_resume():
             self._members.remove(member)
-            self._say(f"the node of the learner is gone ({member.report.node}); it goes on where there is room")
+            self._say(f"{member.name} on {member.report.node} {why}; it goes on where there is room")
             self._begin(Member(LEARNER, member.command, member.group, member.bundle, member.restarts))
             return None
         others = [one for one in self._members if one.name != LEARNER and not one.done.is_set()]

@@ -6,6 +6,7 @@ requests, bearer tokens included, which come with every call and are kept nowher
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 import threading
@@ -20,7 +21,7 @@ import numpy as np
 
 from learner.cluster.connection import answer, connect
 from learner.cluster.directory import find_directory
-from shared.errors import LockstepError, NotReady
+from shared.errors import LockstepError, NotReady, Timeout
 from shared.messages import one_line
 
 logger = logging.getLogger("lockstep.cluster")
@@ -32,6 +33,8 @@ _SLICE_BYTES = 2**20
 _LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=45.0)
 #: The start of a relay's process, and the way of the object to its node, beyond the deadline of a request.
 _START_S = 60.0
+_GATEWAY_TIMEOUT = 504
+_REST_S, _LONGEST_REST_S = 15.0, 900.0
 
 
 class Request(NamedTuple):
@@ -71,6 +74,9 @@ class Relay:
             slices: Any = (part[i : i + _SLICE_BYTES] for part in parts for i in range(0, len(part), _SLICE_BYTES))
             try:
                 response = self._http.put(url, content=slices, headers=headers, timeout=timeout_s)
+            except httpx.TimeoutException as error:  # it hangs: a direct request would, too
+                late = Timeout(f"{url} has not answered a relay within {timeout_s:g} s ({one_line(error)})")
+                return _GATEWAY_TIMEOUT, late.body().model_dump_json().encode()
             except httpx.HTTPError as error:
                 return one_line(error)
             return response.status_code, response.content
@@ -90,6 +96,8 @@ class Relays:
         self._name, self._ca_file = name, ca_file
         self._nodes: dict[str, str] = {}
         self._actors: dict[str, Any] = {}
+        #: Of nodes whose relay has not answered: when it is tried again, and how long it is left alone then.
+        self._resting: dict[str, tuple[float, float]] = {}
         self._problem = ""
         self._lock = threading.Lock()
 
@@ -118,7 +126,7 @@ class Relays:
             self._nodes = {url.rstrip("/"): node for url, node in listed.items()}
         by_node: dict[str, list[str]] = {}
         for url in requests:
-            if node := self._nodes.get(url):
+            if (node := self._nodes.get(url)) and time.monotonic() >= self._resting.get(node, (0.0, 0.0))[0]:
                 by_node.setdefault(node, []).append(url)
         body = ray.put([np.frombuffer(piece, np.uint8) for piece in pieces])
         asked = {}
@@ -132,16 +140,26 @@ class Relays:
                 what = f"the relay on node {node[:12]}"
                 outcomes = answer(ray, reference, what, max(0.0, deadline - time.monotonic()))
             except NotReady as error:
-                self._actors.pop(node)
-                self._nodes = {}  # it may have moved
+                self._give_up(ray, node, late=time.monotonic() >= deadline)
                 self._say(error.message)
                 continue
+            self._resting.pop(node, None)
             for url, outcome in zip(by_node[node], outcomes, strict=True):
                 if isinstance(outcome, str):
                     self._say(f"the relay on node {node[:12]} does not reach {url}: {outcome}")
                 else:
                     responses[url] = Response(*outcome)
         return responses
+
+    def _give_up(self, ray: Any, node: str, *, late: bool) -> None:
+        """End a relay that is gone or late; after a late one leave its node alone: every push would wait for it."""
+        with contextlib.suppress(Exception):  # it may be gone
+            ray.kill(self._actors[node])
+        del self._actors[node]
+        if late:
+            pause = min(2 * self._resting.get(node, (0.0, _REST_S / 2))[1], _LONGEST_REST_S)
+            self._resting[node] = (time.monotonic() + pause, pause)
+        self._nodes = {}  # its servers may have moved
 
     def _start(self, ray: Any, node: str) -> Any:
         ca = Path(self._ca_file).read_text() if self._ca_file else None

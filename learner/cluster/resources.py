@@ -38,6 +38,23 @@ def on_node(asked: Resources, node: Node) -> Resources:
     return {**asked, f"node:{node.address}": _ON_NODE}
 
 
+def has_room(
+    found: Sequence[Node], server: Resources, servers: int, learner: Resources, home: Node | None = None
+) -> bool:
+    """Return whether servers and learner fit on the nodes with nothing else there.
+
+    Args:
+        home: the node of the learner; None: any.
+    """
+    for place in [home] if home else found:
+        if _times(learner, place.has):
+            left = {name: place.has.get(name, 0.0) - learner.get(name, 0.0) for name in place.has}
+            others = sum(_times(server, node.has) for node in found if node is not place)
+            if others + _times(server, left) >= servers:
+                return True
+    return False
+
+
 def check_room(found: Sequence[Node], server: Resources, servers: int, learner: Resources) -> None:
     """Raise `invalid_request` where the cluster is too small, even with nothing else on it."""
     for what, asked in (("a server", server), ("the learner", learner)):
@@ -45,10 +62,7 @@ def check_room(found: Sequence[Node], server: Resources, servers: int, learner: 
             raise InvalidRequest(
                 f"{what} needs {describe(asked)}, and no node of this Ray cluster has that; it has {_list(found)}"
             )
-    room = sum(_times(server, node.has) for node in found)
-    total = {name: sum(node.has.get(name, 0.0) for node in found) for name in (*server, *learner)}
-    asked = {name: servers * server.get(name, 0.0) + learner.get(name, 0.0) for name in total}
-    if room < servers or any(asked[name] > total[name] for name in total):
+    if not has_room(found, server, servers, learner):
         raise InvalidRequest(
             f"{servers} server{'s' * (servers > 1)} of {describe(server)} and a learner of {describe(learner)} do not "
             f"fit on this Ray cluster; it has {_list(found)}"

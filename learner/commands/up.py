@@ -209,7 +209,8 @@ class Recipe:
 
     def server_flag_names(self) -> list[str]:
         """Return the names of the server's own flags, as they were written."""
-        return [*self.server, *(word.lstrip("-") for word in self.options.server_flags or () if word.startswith("--"))]
+        given = (word for word in self.options.server_flags or () if re.match(r"--?[a-zA-Z]", word))
+        return [*self.server, *(word.lstrip("-").partition("=")[0] for word in given)]
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:

@@ -7,14 +7,14 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from learner.cluster.connection import connect
 from learner.cluster.hosted import Command, place
 from learner.cluster.job import LEARNER, ClusterJob, RunningJob
-from learner.cluster.resources import Node, check_room, describe, home_of, nodes
+from learner.cluster.resources import Node, check_room, describe, has_room, home_of, nodes
 from learner.commands.flags import is_true
 from learner.commands.up import (
     CPU_ENVIRONMENT,
@@ -57,6 +57,8 @@ def run(recipe: Recipe) -> int:
         check_room(found, needs, servers[0], learner_needs)
         from_elsewhere = recipe.options.cluster.startswith(_FROM_ELSEWHERE)
         home = None if from_elsewhere else home_of(ray, found, learner_needs)
+        if home and not has_room(found, needs, servers[0], learner_needs, home):
+            home = None  # the servers need it
         job = ClusterJob(
             name=name,
             server=server,
@@ -65,11 +67,23 @@ def run(recipe: Recipe) -> int:
             learner=_learner(recipe, tokens, name, home),
             learner_needs=learner_needs,
             home=home,
-            can_resume=lambda: last_checkpoint(out) is not None,
+            can_resume=_has_come_further(out),
         )
         return _follow(ray, job, out)
     finally:
         ray.shutdown()
+
+
+def _has_come_further(out: Path) -> Callable[[], bool]:
+    """Return what says whether there is a newer checkpoint than when it was last asked, or than now."""
+    seen = last_checkpoint(out)
+
+    def further() -> bool:
+        nonlocal seen
+        before, seen = seen, last_checkpoint(out)
+        return seen is not None and seen != before
+
+    return further
 
 
 def _follow(ray: Any, job: ClusterJob, out: Path) -> int:

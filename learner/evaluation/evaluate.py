@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation.prompts import prompt_of, shown
@@ -11,13 +11,14 @@ from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
 from shared.errors import InvalidRequest
-from shared.rollouts import GenerateRequest, PolicySelector, RolloutGroup
+from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from learner.tasks import Task
 
-_QUESTIONS_PER_REQUEST = 64
+#: Of a request: questions, and bytes of their images, in base64, unless one has more.
+_QUESTIONS_PER_REQUEST, _IMAGE_BYTES = 64, 8 * 2**20
 
 
 def evaluate(
@@ -47,10 +48,12 @@ def evaluate(
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
-    for start in range(0, len(rows), _QUESTIONS_PER_REQUEST):
-        chunk = rows[start : start + _QUESTIONS_PER_REQUEST]
+    start = 0
+    while start < len(rows):
+        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST])
+        chunk = rows[start : start + len(prompts)]
         request = GenerateRequest(
-            prompts=[prompt_of(row) for row in chunk],
+            prompts=prompts,
             sampling=sampling,
             policy=policy,
             run_id=None if policy == "base" else run_id,
@@ -60,8 +63,21 @@ def evaluate(
         groups = client.generate(request).groups
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
         results += _score(task, start, chunk, groups)
-        progress(start + len(chunk), len(rows))
+        start += len(chunk)
+        progress(start, len(rows))
     return result_of(task, policy, list(versions), results)
+
+
+def _of_one_request(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
+    """Return the prompts of the first rows, as many as have few bytes of images; of one at least."""
+    prompts, size = list[Prompt](), 0
+    for row in rows:
+        prompt = prompt_of(row)
+        size += sum(len(image.data) for image in prompt.images or ())
+        if prompts and size > _IMAGE_BYTES:
+            break
+        prompts.append(prompt)
+    return prompts
 
 
 def questions_of(task: Task, count: int | None) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.servers.prompts import encoded_image
+from learner.tasks.columns import without_filled_keys
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
@@ -17,7 +18,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     Raises:
         LockstepError: `invalid_request` for images beside a prompt of text, or for more or less of them than places.
     """
-    prompt, images = row["prompt"], _column(row)
+    prompt, images = without_filled_keys(row["prompt"]), _column(row)
     if isinstance(prompt, str):
         if images:
             raise InvalidRequest("a prompt with images must be a list of chat messages, not text")

@@ -45,7 +45,8 @@ def ssl_context(ca_file: str | None) -> ssl.SSLContext:
         known = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
         return _context(ca_file, Path(ca_file).stat().st_mtime_ns if ca_file else known)
     except OSError as error:  # ssl.SSLError is one
-        raise InvalidRequest(f"ca_file {ca_file} cannot be used: {error}") from error
+        source = f"ca_file {ca_file}" if ca_file else "$SSL_CERT_FILE or $SSL_CERT_DIR"
+        raise InvalidRequest(f"{source} cannot be used: {error}") from error
 
 
 def tls_error(url: str, error: BaseException) -> LockstepError | None:

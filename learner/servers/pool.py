@@ -253,7 +253,11 @@ class ServerPool:
                     self._changed.notify_all()
 
         replica.attended = True
-        _start(f"attend-{replica.url}", attend)
+        try:
+            _start(f"attend-{replica.url}", attend)
+        except RuntimeError as error:  # no more threads; the next look tries again
+            replica.attended = False
+            logger.warning("%s is not looked after: %s", replica.url, error)
 
     def _check_health(self, replica: Replica) -> None:
         """Poll the state: the server may have restarted, or hang, without any request to find out."""

@@ -18,6 +18,7 @@ _TOKEN_BYTES, _EXTRA_BYTES = 10, 64
 #: Bytes of encoded images that are kept: TRL repeats each for all completions of a prompt, and requests a batch twice.
 _KEPT = 2**28
 _encoded: OrderedDict[str, Image] = OrderedDict()
+_encoded_bytes = 0
 _encoding = threading.Lock()
 
 
@@ -93,12 +94,13 @@ def encoded_image(picture: Any) -> tuple[Image, str]:
     pixels = picture.tobytes()
     digest = pixel_digest(picture.width, picture.height, pixels)
     with _encoding:
+        global _encoded_bytes
         if digest not in _encoded:
             stream = io.BytesIO()
             Pillow.frombytes("RGB", picture.size, pixels).save(stream, "PNG", compress_level=1)
             _encoded[digest] = Image(data=base64.b64encode(stream.getvalue()).decode())
+            _encoded_bytes += len(_encoded[digest].data)
         _encoded.move_to_end(digest)
-        kept = sum(len(image.data) for image in _encoded.values())
-        while kept > _KEPT and len(_encoded) > 1:
-            kept -= len(_encoded.popitem(last=False)[1].data)
+        while _encoded_bytes > _KEPT and len(_encoded) > 1:
+            _encoded_bytes -= len(_encoded.popitem(last=False)[1].data)
         return _encoded[digest], digest

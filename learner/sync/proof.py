@@ -114,6 +114,8 @@ class SyncProof:
         self._base: LearnerLogprobs | None = None
         #: Server -> its measurement without an adapter.
         self.bases: dict[str, Measurement] = {}
+        #: The same of the image.
+        self._seen_bases: dict[str, Measurement] = {}
         #: Server -> its measurements at this learner's first version, and at the last check.
         self._references = defaultdict[str, list[Measurement]](list)
         self._suspicions = defaultdict[str, Suspicion](Suspicion)
@@ -149,6 +151,8 @@ class SyncProof:
         for probe in filter(None, (self._long, self._seen)):
             for measurement in self.measure(probe.logprobs(adapter=False), None, probe):
                 self.check_mismatch(measurement, probe)
+                if probe is self._seen:
+                    self._seen_bases[measurement.server] = measurement
         self._base = self.probe.logprobs(adapter=False)
         measurements = self.measure(self._base, None)
         for measurement in measurements:
@@ -278,7 +282,7 @@ class SyncProof:
         layers, rounding = self._layers(), 0.0
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
-        limits = self._tolerances(own, state, version, server, rounding)
+        limits = self._tolerances(own, state, version, server, rounding, seen=probe is self._seen)
         decisive = self._carries_small_updates(state)
         return Measurement(version, own.values, served, limits[0], rounding, server, state.dtype, limits[1], decisive)
 
@@ -291,7 +295,14 @@ class SyncProof:
         return int(self.model.get_base_model().config.get_text_config().num_hidden_layers)
 
     def _tolerances(
-        self, own: LearnerLogprobs, state: ServerState, version: WeightVersion | None, server: str, rounding: float
+        self,
+        own: LearnerLogprobs,
+        state: ServerState,
+        version: WeightVersion | None,
+        server: str,
+        rounding: float,
+        *,
+        seen: bool,
     ) -> tuple[float, float]:
         """Return the largest mismatch and the largest rms to accept."""
         if self.fixed_tolerance is not None:
@@ -304,7 +315,7 @@ class SyncProof:
             logit_max=own.logit_max,
             merge_noise=rounding,
         )
-        base = self.bases.get(server)
+        base = (self._seen_bases if seen else self.bases).get(server)
         if version is None:
             return (math.inf, QUANTIZED_RMS) if state.quantization else (derived, math.inf)
         if base is None:
@@ -314,7 +325,7 @@ class SyncProof:
             return max(derived, MAX_SLACK * calibrated) if state.quantization else derived, math.inf
         # A policy that has become surer of itself rounds more coarsely: what the last proof has shown counts, too.
         references = self._references.get(server)
-        if references:
+        if references and not seen:
             calibrated = max(calibrated, RMS_SLACK * min(references[-1].rms_mismatch, derived / SAFETY))
         # The largest follows from the rms: one improbable token may be far off.
         return calibrated * math.sqrt(own.values.size), calibrated

@@ -135,9 +135,18 @@ def _is_seen(value: Any) -> bool:
 
 
 def _has_part(prompt: Any) -> bool:
+    return any(part.get("type") == "image" for part in _parts(prompt))
+
+
+def _parts(prompt: Any) -> list[Mapping[str, Any]]:
     contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+    return [part for part in parts if isinstance(part, Mapping)]
+
+
+def holds_images(prompt: Any) -> bool:
+    """Return whether a part of a prompt's messages holds an image, and not only its place."""
+    return any(part.get("image") is not None for part in _parts(prompt))
 
 
 def image_key(value: Any) -> str:

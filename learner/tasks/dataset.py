@@ -14,6 +14,7 @@ from learner.tasks.base import RewardFunc, Task, TaskError
 from learner.tasks.columns import (
     IMAGE_COLUMNS,
     exact_dataset,
+    holds_images,
     image_key,
     is_filled,
     usable,
@@ -128,6 +129,11 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
             prompts.append(style.prompt(without_filled_keys(value) if filled else value, row))
             if type(prompts[i]) is not type(prompts[0]):
                 raise TaskError("some prompts are text and others are chat messages: make all the same")
+            if holds_images(prompts[i]):
+                raise TaskError(
+                    "a message holds an image itself: put images into a column `images`, and in the messages leave "
+                    'empty parts {"type": "image"} in their places, or none'
+                )
         except TaskError as error:
             raise TaskError(f"{spec}, row {i + 1}: {error.message}") from error
     prompted = exact_dataset({"prompt": prompts}, spec)

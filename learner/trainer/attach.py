@@ -186,7 +186,7 @@ def attach(
         sampling=sampling,
         longest=prompts.longest + (trainer.args.max_completion_length or 1),
         prompts=prompts.first or [trainer._tokenizer(PROBE_TEXT)["input_ids"]],
-        seen=image_probe(trainer),
+        seen=image_probe(trainer, states) if prompts.images else None,
         base_weights=own.weights if all(own.weights == state.base.weights for state in states) else None,
         settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,

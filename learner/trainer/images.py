@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shared.image_processors import other_sight, sight
 from shared.weights import ServerState
 
 #: Beside the image of the proof's probe.
+PROBE_SIDE = 112
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog because 12 + 30 = 42."
 #: Pixels without compression of a file that is as large as servers take by default.
 _LARGE_FILE = 8 * 2**20
@@ -72,6 +74,8 @@ def check_sight(trainer: GRPOTrainer, *, agents: bool) -> None:
         "an agent": agents and "sessions record token ids only",
         "tools": trainer.tools and "later turns are sent without their images",
         "an environment": trainer.environment_factories is not None and "its prompts are made of text",
+        "FSDP or DeepSpeed": (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        and "a rank whose rows have no image would not gather the blocks that see, for which the others wait",
         "rollout_func": trainer.rollout_func is not None and "it makes its own rollouts",
     }
     for name, reason in why.items():
@@ -86,6 +90,11 @@ def sight_of(trainer: GRPOTrainer) -> dict[str, str]:
     """Return what decides what the trainer's model sees of an image."""
     if not sees_images(trainer):
         return {}
+    if not hasattr(trainer.processing_class, "image_processor"):
+        raise UnsupportedAdapter(
+            f"{type(trainer.processing_class).__name__} has no image_processor, and images alone are served: "
+            "build the trainer with its tokenizer as processing_class"
+        )
     return sight(trainer.processing_class.image_processor, trainer.accelerator.unwrap_model(trainer.model).config)
 
 
@@ -122,6 +131,9 @@ def read_images(trainer: GRPOTrainer) -> None:
     if not sees_images(trainer):
         return
     tokenize, generate = trainer._tokenize_prompts, trainer._generate_and_score_completions
+    # TRL pads token ids on the left whatever this says, and has the processor pad their types beside them.
+    trainer._tokenizer.padding_side = "left"
+    trainer.log_multimodal = False  # ranks would gather pictures, and wait for one whose rows have none
 
     def tokenize_listed(prompts: list[Any]) -> Any:
         token_ids, images, fields = tokenize(prompts)
@@ -159,18 +171,19 @@ def token_ids(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[l
     return with_images(*tokenized(trainer, rows))
 
 
-def image_probe(trainer: GRPOTrainer) -> SeenText | None:
-    """Return a prompt with a small drawn image, for the proof of sync; None where the model sees none."""
-    if not sees_images(trainer):
+def image_probe(trainer: GRPOTrainer, states: Sequence[ServerState]) -> SeenText | None:
+    """Return a prompt with a small drawn image, for the proof of sync; None where the model or a server sees none."""
+    if not sees_images(trainer) or not all(state.max_images for state in states):
         return None
-    parts = [{"type": "image", "image": drawn()}, {"type": "text", "text": PROBE_TEXT}]
+    most = min((state.max_image_pixels for state in states if state.max_image_pixels), default=PROBE_SIDE**2)
+    parts = [{"type": "image", "image": drawn(min(PROBE_SIDE, math.isqrt(most)))}, {"type": "text", "text": PROBE_TEXT}]
     found, images, fields = trainer._tokenize_prompts([[{"role": "user", "content": parts}]])
     (prompt,) = with_images([list(found[0])], images)
     inputs = {name: torch.as_tensor(np.asarray(value)) for name, value in fields.items()}
     return SeenText(prompt, inputs)
 
 
-def drawn(side: int = 112) -> Any:
+def drawn(side: int = PROBE_SIDE) -> Any:
     """Return a small picture: shapes on a gradient."""
     from PIL import Image, ImageDraw
 

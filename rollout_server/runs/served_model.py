@@ -56,7 +56,7 @@ def describe(
         max_images=settings.max_images if versions.takes_images(model) else 0,
         max_image_bytes=settings.max_image_mib * 2**20,
         max_image_pixels=settings.max_image_pixels,
-        max_image_memory=settings.max_bodies_mib * 2**20,
+        max_image_memory=settings.max_bodies_mib * 2**20 // 4,  # beside its body, and beside other requests
         max_body_bytes=settings.max_body_mib * 2**20,
     )
 

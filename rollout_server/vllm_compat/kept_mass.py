@@ -125,14 +125,16 @@ def _reporting_v2(base: Any, undrawn: list[int]) -> Any:
             self.log_mass_N, self.sampling_states.log_total_N = None, None
             drawn = _without(logits, undrawn) if undrawn else logits
             sampled, processed_NV = super().sample(drawn, rows, *args, **kwargs)
-            kept_N, total_N = processed_NV.float().logsumexp(-1), self.sampling_states.log_total_N
+            total_N = self.sampling_states.log_total_N
+            if total_N is None and not undrawn:
+                return sampled, processed_NV
+            kept_N = processed_NV.float().logsumexp(-1)
             if undrawn:
                 temperature_N = self.sampling_states.temperature.gpu[rows]
                 temperature_N = torch.where(temperature_N < _GREEDY_BELOW, 1.0, temperature_N)
                 left_N = (logits[:, undrawn].float() / temperature_N[:, None]).logsumexp(-1)
                 total_N = torch.logaddexp(kept_N if total_N is None else total_N, left_N)
-            if total_N is not None:
-                self.log_mass_N = kept_N - total_N
+            self.log_mass_N = kept_N - total_N
             return sampled, processed_NV
 
     return ReportingSampler

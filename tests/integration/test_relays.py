@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ def urls() -> Iterator[list[str]]:
         patch.setenv(TOKEN_VARIABLE, TOKEN)
         started = simulated(3)
         servers = started.__enter__()
+    handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
         with cluster_of(2, servers):
             yield servers
     finally:
+        signal.signal(signal.SIGTERM, handler)
         started.__exit__(None, None, None)
 
 

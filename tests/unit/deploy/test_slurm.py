@@ -19,6 +19,7 @@ SCRIPT = ROOT / "deploy" / "slurm" / "ray.sbatch"
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node-a\\nnode-b\\n"; fi',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "squeue": "echo RUNNING",
     "hostname": "echo 10.0.0.1 10.1.0.1",
     "ray": 'cp "$RAY_AUTH_TOKEN_PATH" "$CALLS.token"; stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$CALLS.mode"; exec sleep 600',
     "learner": 'trap "exit 130" TERM; if [ "$2" = fail ]; then exit 2; fi; if [ "$2" = done ]; then exit 0; fi; '
@@ -98,6 +99,19 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(
     assert process.returncode == 0, output
     assert "scontrol requeue 4242\n" in (tmp_path / "calls").read_text()
     assert "goes on from its last checkpoint" in output
+
+
+def test_a_job_that_is_canceled_is_not_queued_again(
+    sbatch: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho COMPLETING\n")
+    process = sbatch("long")
+    while not (tmp_path / "calls.runs").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 130
+    assert "scontrol requeue" not in (tmp_path / "calls").read_text()
 
 
 def test_it_is_a_script_that_can_be_run() -> None:

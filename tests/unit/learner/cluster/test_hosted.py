@@ -122,7 +122,7 @@ def test_a_directory_that_does_not_answer_costs_no_server(hosted: Callable[..., 
     report = asker.until(lambda report: report.ready)
     assert (report.starts, report.ended) == (1, 0)
     assert tried == [report.url] * 2
-    assert any("not listed yet: the directory does not answer" in line for line in asker.lines)
+    assert any("not listed: the directory does not answer" in line for line in asker.lines)
 
 
 def test_the_reason_of_an_end_is_what_was_said_last_and_pauses_grow(hosted: Callable[..., Asker]) -> None:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bench.fleet.simulated import SimulatedServer, serving
-from learner.cluster.relay import Relay, Relays
+from learner.cluster.relay import Relay, Relays, Request
 from learner.config import LearnerConfig
 from learner.run_dir.lease import Lease
 from learner.servers.client import RolloutClient
@@ -197,3 +197,19 @@ def test_a_wrong_receipt_through_a_relay_is_an_error(publisher, servers, monkeyp
 def test_servers_on_a_cluster_have_relays():
     assert _relays(LearnerConfig(rollout_url=["ray:fleet"])) is not None
     assert _relays(LearnerConfig(rollout_url=["http://127.0.0.1:8000"])) is None
+
+
+def test_a_late_relay_is_left_alone_for_a_while(ray, monkeypatch) -> None:
+    ray.places["http://a:1"] = "node-1"
+    ray.get, ray.killed = lambda reference, timeout: _late() if timeout == 0.0 else reference, []
+    ray.kill = ray.killed.append
+    monkeypatch.setattr("learner.cluster.relay._START_S", -1.0)  # it is late at once
+    relays = Relays("mine")
+    for _ in range(3):
+        assert relays.put([b"x"], {"http://a:1": Request("http://a:1", {})}, 0.5) == {}
+    assert ray.started == ["node-1"]
+    assert len(ray.killed) == 1
+
+
+def _late() -> None:
+    raise TimeoutError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
+from collections import OrderedDict
 
 import pytest
 from PIL import Image as Pillow
@@ -102,7 +103,8 @@ def test_a_prompt_that_no_request_holds_is_refused_with_the_flag(
 def test_encoded_images_are_kept_as_long_as_they_are_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(encoded_image(noise(0))[0].data)
     monkeypatch.setattr(prompts, "_KEPT", 3 * size)
-    prompts._encoded.clear()
+    monkeypatch.setattr(prompts, "_encoded", OrderedDict())
+    monkeypatch.setattr(prompts, "_encoded_bytes", 0)
     for seed in (1, 2, 3, 1, 4):
         encoded_image(noise(seed))
     digests = [encoded_image(noise(seed))[1] for seed in (3, 1, 4)]

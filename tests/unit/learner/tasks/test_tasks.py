@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from PIL import Image
 
 from learner.tasks import Task, TaskError, load_task
 from learner.tasks.answer_parsing import last_number, tagged, whole
-from learner.tasks.prompts import question_key
+from learner.tasks.dataset import _with_prompts
+from learner.tasks.prompts import PromptStyle, question_key
 from learner.tasks.rewards import exact_match, math_answer
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 different questions
@@ -301,3 +304,11 @@ def test_exact_match() -> None:
     assert exact_match([], ["7"], answer=[7]) == [1.0]
     with pytest.raises(TaskError, match="needs a column 'answer'"):
         exact_match([], ["7"])
+
+
+def test_images_in_messages_themselves_are_refused_by_row() -> None:
+    text = {"type": "text", "text": "How many?"}
+    parts = [[{"type": "image"}, text], [{"type": "image", "image": Image.new("RGB", (28, 28))}, text]]
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": each}] for each in parts]})
+    with pytest.raises(TaskError, match=r"rows, row 2: a message holds an image itself: put images into a column"):
+        _with_prompts(rows, "rows", "prompt", PromptStyle())

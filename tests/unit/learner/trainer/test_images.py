@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def rows_with(column: str, counts: list[int]) -> Dataset:
 
 @pytest.fixture
 def make_seeing(vision_model: Path, tmp_path: Path, no_workers_left: None) -> Any:
-    def make(rows: Dataset, reward: Any = reward_odd, **config: Any) -> GRPOTrainer:
+    def make(rows: Dataset, reward: Any = reward_odd, processing_class: Any = None, **config: Any) -> GRPOTrainer:
         do_without_videos(transformers)
         settings = {
             "output_dir": str(tmp_path / "run"),
@@ -85,6 +86,7 @@ def make_seeing(vision_model: Path, tmp_path: Path, no_workers_left: None) -> An
             peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=language_pattern(("q_proj", "v_proj"))),
             train_dataset=rows,
             reward_funcs=[reward],
+            processing_class=processing_class,
         )
 
     return make
@@ -103,6 +105,28 @@ def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, co
     assert len(session.metrics.reports) == 3
     assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
     assert sum(scored) == 12, "each reward is computed once, as its completion arrives"
+
+
+def test_a_processor_that_pads_on_the_right(seeing, make_seeing, vision_model: Path) -> None:
+    """As Qwen's do: positions of images are those of the ids in short rows, too."""
+    texts = ["How many?", "How many circles and how many squares are there in this picture, and which are more?"]
+    parts = [[{"role": "user", "content": [{"type": "text", "text": t}, {"type": "image"}]}] for t in texts]
+    rows = rows_with("images", [1, 1]).remove_columns("prompt").add_column("prompt", parts)
+    do_without_videos(transformers)
+    processor = transformers.AutoProcessor.from_pretrained(vision_model, padding_side="right")
+    trainer = make_seeing(rows, processing_class=processor)
+    session = attached(trainer, seeing)
+    trainer.train()
+    assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
+
+
+def test_ranks_are_not_to_wait_for_pictures_of_others(seeing, make_seeing) -> None:
+    trainer = make_seeing(rows_with("image", [1, 0]))
+    attached(trainer, seeing).close()
+    assert not trainer.log_multimodal
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(LockstepError, match="FSDP or DeepSpeed with a model that sees images"):
+        images.check_sight(trainer, agents=False)
 
 
 def test_a_batch_with_images_is_gone_on_with(seeing, make_seeing, tmp_path: Path) -> None:
@@ -149,8 +173,8 @@ def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
         attached(trainer, seeing)
 
 
-def test_images_are_not_encoded_to_be_counted(seeing, make_seeing) -> None:
-    prompts._encoded.clear()
+def test_images_are_not_encoded_to_be_counted(seeing, make_seeing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_encoded", OrderedDict())
     trainer = make_seeing(rows_with("image", [1] * 6))
     attached(trainer, seeing).close()
     assert len(prompts._encoded) == 1, "that of the probe"
