@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.servers.prompts import encoded_image
-from learner.tasks.columns import without_filled_keys
+from learner.tasks.columns import message_parts, without_filled_keys
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
@@ -28,7 +28,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     if images and first is not None:
         text = {"type": "text", "text": messages[first]["content"]}
         messages[first] = {**messages[first], "content": [*({"type": "image"} for _ in images), text]}
-    places = [part.get("image") for message in messages for part in _image_parts(message)]
+    places = [part.get("image") for part in message_parts(messages) if part.get("type") == "image"]
     if places.count(None) != len(images):
         raise InvalidRequest(
             f"a prompt has {len(images)} images beside its messages, and places for {places.count(None)}: give each an "
@@ -56,11 +56,6 @@ def shown(prompt: Any) -> Any:
 
 def _is_plain_question(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "user" and isinstance(message.get("content"), str)
-
-
-def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    content = message.get("content")
-    return [part for part in content if part.get("type") == "image"] if isinstance(content, list) else []
 
 
 def _column(row: Mapping[str, Any]) -> list[Any]:

@@ -135,10 +135,11 @@ def _is_seen(value: Any) -> bool:
 
 
 def _has_part(prompt: Any) -> bool:
-    return any(part.get("type") == "image" for part in _parts(prompt))
+    return any(part.get("type") == "image" for part in message_parts(prompt))
 
 
-def _parts(prompt: Any) -> list[Mapping[str, Any]]:
+def message_parts(prompt: Any) -> list[Mapping[str, Any]]:
+    """Return the parts of all messages of a prompt, in order; a message whose content is text has none."""
     contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part for part in parts if isinstance(part, Mapping)]
@@ -146,7 +147,7 @@ def _parts(prompt: Any) -> list[Mapping[str, Any]]:
 
 def holds_images(prompt: Any) -> bool:
     """Return whether a part of a prompt's messages holds an image, and not only its place."""
-    return any(part.get("image") is not None for part in _parts(prompt))
+    return any(part.get("image") is not None for part in message_parts(prompt))
 
 
 def image_key(value: Any) -> str:
