@@ -1,5 +1,7 @@
 """Decoded tokens per second of a rollout server, its adapter applied in three ways, against a plain vLLM without LoRA.
 
+With `--prompt-tokens 2000 --tokens 1`, say, it is reading prompts that is measured.
+
 python -m bench.decode --quick                                 # a tiny model on the CPU, minutes
 python -m bench.decode --parallel-start --json decode.json --plot decode.png    # learner GPU 0, servers GPU 1
 """
@@ -40,8 +42,8 @@ SERVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     COLUMNS: ((COLUMNS, COLUMNS_BASE), ("--apply", "columns")),
     MERGE: ((MERGE,), ("--apply", "merge")),
 }
-PROMPT_TOKENS, PUSHES, WAVE_LIMIT_S = 16, 5, 300.0
-FIDELITY_SEQUENCES, FIDELITY_TOKENS = 8, 64
+PUSHES, WAVE_LIMIT_S = 5, 300.0
+PROMPT_TOKENS, FIDELITY_SEQUENCES, FIDELITY_TOKENS = 16, 8, 64
 #: Of both LoRA matrices. At rank 32 it changes the base's weights by a twentieth of their size (0.0011 of 0.02).
 ADAPTER_STD = 0.01
 
@@ -79,16 +81,18 @@ class DecodeBench(Bench):
     """Waves of requests, the servers taking turns."""
 
     name = "decode"
-    standard = "plot shapes rank learner-gpu server-gpu server-flags deadline-s"
+    standard = "plot shapes rank only learner-gpu server-gpu server-flags deadline-s"
     flags = {
         "--batches": ("1,32,256", "requests of a wave"),
         "--tokens": (256, "decoded by each request"),
+        "--prompt-tokens": (16, "of each request"),
         "--waves": (5, "waves that are counted, after one that is not"),
         "--parallel-start": (False, "all servers at once, on one GPU; their waves take turns"),
     }
     quick = "--shapes tiny --rank 8 --batches 4 --tokens 16 --waves 2"
     notes = {PLAIN: "its /v1/completions also makes the texts; ours was asked for token ids and logprobs only"}
-    same = "rank", "tokens"
+    row_names = tuple(SERVERS)
+    same = "rank", "tokens", "prompt_tokens"
     figure = "tokens_per_s"
     about = {"shape": "shape", "requests": "batch", "row": "row"}
     columns = {
@@ -106,11 +110,11 @@ class DecodeBench(Bench):
     def check(self) -> None:
         super().check()
         self.numbers("batches")
-        self.at_least(1, "batches", "tokens", "waves", "rank")
+        self.at_least(1, "batches", "tokens", "prompt_tokens", "waves", "rank")
 
     def run(self) -> None:
         for shape in self.shapes:
-            abouts = [about for name in SERVERS for about in self._abouts(shape, name)]
+            abouts = [about for name in self.options.only for about in self._abouts(shape, name)]
             # The weights are gigabytes: they go with the shape.
             with tempfile.TemporaryDirectory(dir=self.scratch) as folder, self.failure_kept(*abouts):
                 self.one_shape(shape, Path(folder) / shape.name)
@@ -121,7 +125,8 @@ class DecodeBench(Bench):
         write_weights(policy, shape, folder, self.dtype)
         setting, rank = self.sized(shape), served_rank(self.options.rank)
         with policy.adapter(self.options.rank, "float32") as model:
-            for names in [list(SERVERS)] if self.options.parallel_start else [[name] for name in SERVERS]:
+            chosen = self.options.only
+            for names in [list(chosen)] if self.options.parallel_start else [[name] for name in chosen]:
                 starts = {name: functools.partial(start, name, setting, folder, rank) for name in names}
                 targets: list[Target] = []
                 with (
@@ -141,7 +146,7 @@ class DecodeBench(Bench):
         """Measure the rows of a batch, the servers taking turns."""
 
         def wave(target: Target, number: int) -> float:
-            prompts = random_prompts(batch, shape.vocab, PROMPT_TOKENS, seed=number)
+            prompts = random_prompts(batch, shape.vocab, self.options.prompt_tokens, seed=number)
             return target.ask(prompts, self.options.tokens)[1]
 
         about = functools.partial(self._about, shape, batch=batch)
@@ -165,7 +170,7 @@ class DecodeBench(Bench):
     def sized(self, shape: Shape) -> Setting:
         """Return where servers run that have room for the largest wave."""
         batch = max(*self.options.batches, FIDELITY_SEQUENCES)
-        length = PROMPT_TOKENS + max(self.options.tokens, FIDELITY_TOKENS) + 16
+        length = max(PROMPT_TOKENS + FIDELITY_TOKENS, self.options.prompt_tokens + self.options.tokens) + 16
         return self.setting(length, batch, 1.1 * shape.kv_bytes * batch * length)
 
     def _abouts(self, shape: Shape, name: str) -> list[Row]:

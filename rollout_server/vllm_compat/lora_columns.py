@@ -4,10 +4,10 @@ vLLM adds B h to an output that the base has rounded already: in bfloat16 an add
 of the output vanishes, and that is most of what a young adapter adds. Here one product accumulates both in float32 and
 rounds once, as the learner's does (`learner.passes.lora_product`).
 
-A weight is made with spare columns behind it, [out, in + columns], and `weight.data` is a view of the first `in`, so
-that W stays as it is for all who read it. The spare columns hold B of every slot; a fused layer has columns for each of
-its slices, zero in the rows of the others. vLLM's `lora_a_stacked` and `lora_b_stacked` become views of the columns and
-of one stack of all A, so whatever writes and reads slots goes on as before, and no address changes. h is zero in the
+A weight is made with spare columns and rows, [out + columns, in + columns], and `weight.data` is a view of its first
+corner, so that W stays as it is for all who read it. The spare columns hold B of every slot, the spare rows A; a fused
+layer has columns for each of its slices, zero in the rows of the others. vLLM's `lora_a_stacked` and `lora_b_stacked`
+become views of them, so whatever writes and reads slots goes on as before, and no address changes. h is zero in the
 columns of slots that a token does not use: contents that are just being written are finite, and count zero times.
 """
 
@@ -21,7 +21,7 @@ import torch
 
 from rollout_server.vllm_compat import one_product
 
-#: Attribute of a base layer: its weight with spare columns.
+#: Attribute of a base layer: its weight with spare columns and rows.
 _WIDE = "lockstep_wide_weight"
 #: Columns come in multiples of it: GPUs read rows in whole pieces of 16 bytes.
 _ALIGNMENT = 8
@@ -54,15 +54,16 @@ def install() -> None:
 
 
 def widen(layer: Any, slices: int) -> None:
-    """Move a new layer's weight into [W, 0] with columns for every slot of every slice, if the engine serves LoRA."""
+    """Move a new layer's weight into [[W, 0], [0, 0]] with room for all slots and slices, if the engine serves LoRA."""
     from vllm.config import get_current_vllm_config
 
     lora, weight = get_current_vllm_config().lora_config, layer.weight
     if lora is None or weight.is_meta or weight.dim() != 2:
         return
     rows, width = weight.shape
-    wide = weight.data.new_zeros(rows, width + _aligned(slices * lora.max_loras * lora.max_lora_rank))
-    weight.data = wide[:, :width]
+    spare = _aligned(slices * lora.max_loras * lora.max_lora_rank)
+    wide = weight.data.new_zeros(rows + spare, width + spare)
+    weight.data = wide[:rows, :width]
     setattr(layer, _WIDE, wide)
 
 
@@ -89,26 +90,26 @@ def has_columns(module: Any) -> bool:
         and wide.data_ptr() == base.weight.data_ptr()
         and wide.dtype == module.lora_a_stacked[0].dtype
         and module.lora_a_stacked[0].shape[-1] == base.weight.shape[1]
-        and sum(b.shape[2] for b in module.lora_b_stacked) == wide.shape[0]
+        and sum(b.shape[2] for b in module.lora_b_stacked) == base.weight.shape[0]
     )
 
 
 def use_columns(module: Any) -> None:
     """Move the slots of a LoRA layer into the columns of its base's weight, and compute with them from now on."""
-    wide, old_b = getattr(module.base_layer, _WIDE), module.lora_b_stacked
+    base, old_b = module.base_layer, module.lora_b_stacked
     slots, _, rank, width = module.lora_a_stacked[0].shape
-    each, count = slots * rank, _aligned(len(old_b) * slots * rank)
-    a = wide.new_zeros(count, width)
+    each, count, out = slots * rank, _aligned(len(old_b) * slots * rank), base.weight.shape[0]
+    wide = getattr(base, _WIDE)[: out + count, : width + count]
     lora_a, lora_b, row = [], [], 0
     for index, old in enumerate(old_b):
-        columns = slice(index * each, (index + 1) * each)
-        lora_a.append(a[columns].view(slots, 1, rank, width))
-        rows = wide[row : row + old.shape[2], width:][:, columns]
+        own = slice(index * each, (index + 1) * each)
+        lora_a.append(wide[out:, :width][own].unflatten(0, (slots, rank))[:, None])
+        rows = wide[row : row + old.shape[2], width:][:, own]
         lora_b.append(rows.unflatten(1, (slots, rank)).transpose(0, 1)[:, None])
         row += old.shape[2]
     module.lora_a_stacked, module.lora_b_stacked = tuple(lora_a), tuple(lora_b)
-    module.lockstep_a, module.lockstep_weight = a, wide[:, : width + count]
-    module.lockstep_column_slots = _column_slots(len(old_b), slots, rank, a.device)
+    module.lockstep_weight, module.lockstep_layout = wide, ([old.shape[2] for old in old_b], slots, rank)
+    module.lockstep_column_slots = _column_slots(len(old_b), slots, rank, wide.device)
     module.apply = MethodType(_apply, module)
 
 
@@ -123,12 +124,12 @@ def _apply(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torc
     meta = getattr(punica, "token_mapping_meta", None)
     y = torch.ops.vllm.lockstep_one_product(
         x.flatten(0, -2),
-        self.lockstep_a,
         self.lockstep_weight,
         bias,
         punica._token_lora_indices,  # not the property without underscore: its length would be traced into the graph
         self.lockstep_column_slots,
         None if meta is None else meta.no_lora_flag_cpu,
+        *self.lockstep_layout,
     )
     return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
 
