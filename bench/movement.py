@@ -35,7 +35,8 @@ Logprobs = list[torch.Tensor]  # a tensor for each sequence
 #: Row -> the server's --apply.
 SERVED = {f"lockstep --apply {apply}": apply for apply in ("adapter", "columns", "merge")}
 PEFT, ONE_PRODUCT = "learner, PEFT under autocast", "learner, one product"
-LONGEST, BATCH = 64, 4
+#: Longest sequence; sequences of a training step; of a forward pass.
+LONGEST, BATCH, TOGETHER = 64, 4, 16
 
 
 @dataclass
@@ -85,9 +86,11 @@ class MovementBench(Bench):
         model = adapted(folder, options.rank, self.device)
         wide = copy.deepcopy(model).float()
         updates = list(self.train(wide))
-        for row, apply in SERVED.items():
-            if row in options.only:
-                self.served(folder, apply, row, wide, updates)
+        served = [row for row in SERVED if row in options.only]
+        # On a GPU side by side, each with a part of its memory.
+        for rows in [served] if self.device != "cpu" else [[row] for row in served]:
+            if rows:
+                self.served(folder, rows, wide, updates)
         for row in (PEFT, ONE_PRODUCT):
             if row == ONE_PRODUCT:
                 use_one_product(model, "default")
@@ -104,25 +107,30 @@ class MovementBench(Bench):
             wanted = sorted(steps for each, steps in self.options.updates if each == lr)
             optimizer = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0)
             for step in range(1, wanted[-1] + 1):
-                for ids in self.texts[(step - 1) * BATCH : step * BATCH]:
-                    tokens = torch.tensor([ids], device=model.device)
-                    (model(input_ids=tokens, labels=tokens).loss / BATCH).backward()
+                # A mean over all tokens of the batch, whose sequences are of one length or nearly so.
+                inputs = padded(self.texts[(step - 1) * BATCH : step * BATCH], model.device)
+                labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+                model(**inputs, labels=labels, use_cache=False).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 if step in wanted:
                     adapter = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
                     yield Update(lr, step, adapter, difference(logprobs(model, self.probe), base))
 
-    def served(self, folder: Path, apply: str, row: str, model: PeftModel, updates: Sequence[Update]) -> None:
-        """Measure a server, which scores the probe before its first push and after each."""
-        abouts = [self._about(row, update) for update in updates]
-        setting = self.setting(LONGEST, len(self.probe), 1 << 30, "--apply", apply)
-        starts = {row: functools.partial(Lockstep(setting).start, folder, served_rank(self.options.rank))}
-        with self.servers(starts, lambda _: abouts) as servers:
-            for server in servers.values():
-                with self.failure_kept(*abouts, server=server), RolloutClient(server.url) as client:
+    def served(self, folder: Path, rows: Sequence[str], model: PeftModel, updates: Sequence[Update]) -> None:
+        """Measure servers, which score the probe before their first push and after each."""
+        settings = {row: self.setting(LONGEST, len(self.probe), 1 << 30, "--apply", SERVED[row]) for row in rows}
+        rank = served_rank(self.options.rank)
+        starts = {row: functools.partial(Lockstep(settings[row]).start, folder, rank) for row in rows}
+
+        def abouts(row: str) -> list[Row]:
+            return [self._about(row, update) for update in updates]
+
+        with self.servers(starts, abouts) as servers:
+            for row, server in servers.items():
+                with self.failure_kept(*abouts(row), server=server), RolloutClient(server.url) as client:
                     base = scored(client, self.probe, "base")
-                    with Lockstep(setting).path(HTTP, server, model) as path:
+                    with Lockstep(settings[row]).path(HTTP, server, model) as path:
                         for step, update in enumerate(updates, start=1):
                             set_peft_model_state_dict(model, update.adapter)
                             path.push(step)
@@ -164,14 +172,24 @@ def adapted(folder: Path, rank: int, device: str) -> PeftModel:
     return get_peft_model(base, config).eval()
 
 
+def padded(sequences: Sequence[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return token ids and attention mask [sequences, longest], padded on the right."""
+    ids = [torch.tensor(sequence, device=device) for sequence in sequences]
+    mask = [torch.ones_like(each) for each in ids]
+    names = {"input_ids": ids, "attention_mask": mask}
+    return {name: torch.nn.utils.rnn.pad_sequence(each, batch_first=True) for name, each in names.items()}
+
+
 @torch.no_grad()
 def logprobs(model: PeftModel, sequences: Sequence[list[int]]) -> Logprobs:
     """Return the logprobs of all tokens but the first of each sequence."""
-    found = []
-    for ids in sequences:
-        ids_T = torch.tensor(ids, device=model.device)
-        logprobs_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        found.append(logprobs_TV.gather(-1, ids_T[1:, None])[:, 0].double().cpu())
+    found: Logprobs = []
+    for start in range(0, len(sequences), TOGETHER):
+        some = sequences[start : start + TOGETHER]
+        inputs = padded(some, model.device)
+        logprobs_BTV = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        logprobs_BT = logprobs_BTV.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0].double().cpu()
+        found += [row[: len(ids) - 1] for row, ids in zip(logprobs_BT, some, strict=True)]
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rollout_server.vllm_compat import linears, lora_slots
+from rollout_server.worker import strided_copies
 from shared.adapter_file import LORA_A, LORA_B, Layout
 from shared.errors import RankTooHigh, ShapeMismatch, UnsupportedAdapter
 
@@ -44,11 +45,28 @@ def check_fits(model: Any, served: dict[str, linears.ModuleShape], layout: Layou
             raise RankTooHigh(f"{peft_name}: rank {rank} does not fit into the slot")
 
 
-class CopyGroup(NamedTuple):
+class CopyGroup:
     """Views of the buffer and of a slot that are copied into each other, in pairs; never empty."""
 
-    received: list[torch.Tensor]
-    slot: list[torch.Tensor]
+    def __init__(self, pairs: list[lora_slots.Pair]) -> None:
+        self.received, self.slot = [received for received, _ in pairs], [slot for _, slot in pairs]
+        apart = not all(view.is_contiguous() for pair in pairs for view in pair)
+        self._strided = strided_copies.StridedCopies(pairs) if apart and strided_copies.takes(pairs) else None
+
+    def write(self) -> None:
+        """Copy from the buffer into the slot."""
+        if self._strided:
+            self._strided.copy()
+        else:
+            torch._foreach_copy_(self.slot, self.received)
+
+    def read_back(self) -> None:
+        """Copy from the slot into the buffer, which is cleared before."""
+        torch._foreach_zero_(self.received)
+        if self._strided:
+            self._strided.copy(back=True)
+        else:
+            torch._foreach_copy_(self.received, self.slot)
 
 
 class CopyPlan(NamedTuple):
@@ -88,11 +106,8 @@ def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Co
 
 
 def group_copies(pairs: list[lora_slots.Pair]) -> list[CopyGroup]:
-    """Group the copies: torch copies a list of tensors in a few kernels only if all of them are contiguous.
-
-    B of a lower rank than the slot's is not, nor is a shard of columns: these take a kernel each.
-    """
+    """Group the copies: those of contiguous tensors, which torch copies in a few kernels, apart from the others."""
     groups: dict[bool, list[lora_slots.Pair]] = {}
     for pair in pairs:
         groups.setdefault(all(view.is_contiguous() for view in pair), []).append(pair)
-    return [CopyGroup([received for received, _ in group], [slot for _, slot in group]) for group in groups.values()]
+    return [CopyGroup(group) for group in groups.values()]

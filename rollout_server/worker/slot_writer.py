@@ -82,9 +82,8 @@ class SlotWriter:
         for received, slot in plan.repeated:
             slot.copy_(received)
         for copies in plan.groups:
-            torch._foreach_copy_(copies.slot, copies.received)
-            torch._foreach_zero_(copies.received)
-            torch._foreach_copy_(copies.received, copies.slot)
+            copies.write()
+            copies.read_back()
         verify_checksum(flat, layout, announced)
         differ = [(slot != received).any() for received, slot in plan.repeated]
         if differ and bool(torch.stack(differ).any()):

@@ -108,7 +108,7 @@ def test_one_adapter_over_a_fused_layer_is_cut_without_a_copy(shards: int) -> No
         for name, tensor in _adapter().items():
             tensors[name].copy_(tensor)
         for copies in plan.groups:
-            torch._foreach_copy_(copies.slot, copies.received)
+            copies.write()
         own = {name: module.lora_b_stacked[0][0, 0] for name, module in worker.modules.items()}
         q, k, v = tensors["qkv_proj" + LORA_B].split([Q, KV, KV])
         gate, up = tensors["gate_up_proj" + LORA_B].chunk(2)
@@ -144,7 +144,7 @@ def test_one_narrow_tensor_does_not_hold_up_the_others() -> None:
     assert [t.shape for t in fast.received] == [a_RI.shape, full_b_OR.shape]
     assert [t.shape for t in slow.received] == [b_OR.shape, (rank, 16)]
     for copies in (fast, slow):
-        torch._foreach_copy_(copies.slot, copies.received)
+        copies.write()
     assert torch.equal(stack_a[1, 0, :rank], a_RI)
     assert torch.equal(stack_b[1, 0, :, :rank], b_OR)
     assert torch.equal(stack_b[0, 0], full_b_OR)
