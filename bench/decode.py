@@ -38,7 +38,7 @@ BASE, COLUMNS_BASE = "lockstep --apply adapter, base requests", "lockstep --appl
 #: Server -> its rows and its flags.
 SERVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     PLAIN: ((PLAIN,), ()),
-    ADAPTER: ((ADAPTER, BASE), ()),  # the default: a rollout-server that does not know the flag serves these, too
+    ADAPTER: ((ADAPTER, BASE), ("--apply", "adapter")),
     COLUMNS: ((COLUMNS, COLUMNS_BASE), ("--apply", "columns")),
     MERGE: ((MERGE,), ("--apply", "merge")),
 }

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
@@ -176,10 +177,14 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     if settings.in_columns:
         if args.fully_sharded_loras:
             raise ValueError("--fully-sharded-loras: each worker would hold a part of A's rank; use --apply adapter")
-        args.worker_extension_cls = "rollout_server.worker.columns_extension.ColumnsWorker"
-        # Nothing else tells vLLM's cache of compiled graphs that layers compute in another way.
-        args.additional_config = {**(args.additional_config or {}), "lockstep_apply": settings.apply}
+        _use_columns(args)
     return args, settings
+
+
+def _use_columns(args: Any) -> None:
+    args.worker_extension_cls = "rollout_server.worker.columns_extension.ColumnsWorker"
+    # Nothing else tells vLLM's cache of compiled graphs that layers compute in another way.
+    args.additional_config = {**(args.additional_config or {}), "lockstep_apply": "columns"}
 
 
 def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
@@ -195,7 +200,18 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
 
     args, settings = parse(argv)
     _check_model(args.model, args)
-    vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+    def configured() -> Any:
+        return AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+    vllm_config = configured()
+    if settings.apply == "auto":
+        reason = lifecycle.reason_against_columns(vllm_config, settings)
+        settings = replace(settings, apply="adapter" if reason else "columns")
+        if settings.in_columns:
+            _use_columns(args)
+            vllm_config = configured()
+        logger.info("--apply %s%s", settings.apply, f": {reason}" if reason else "")
     lifecycle.check_config(vllm_config, settings)
     return args, vllm_config, settings
 

@@ -38,6 +38,9 @@ from shared.messages import one_line
 
 logger = logging.getLogger("lockstep.lifecycle")
 
+#: Slices of a fused layer: q, k, v.
+_MOST_SLICES = 3
+
 
 async def start(
     args: Any,
@@ -180,6 +183,22 @@ async def drained(service: Service) -> None:
             capacity.requests,
             seconds,
         )
+
+
+def reason_against_columns(vllm_config: Any, settings: ServerSettings) -> str | None:
+    """Return why `--apply auto` is not `columns` with vLLM's resolved configuration; None if it is."""
+    model, lora = vllm_config.model_config, vllm_config.lora_config
+    columns, width = _MOST_SLICES * settings.adapter_slots * lora.max_lora_rank, model.get_hidden_size()
+    reasons = {
+        f"in {model.dtype} small updates are not lost": model.dtype.itemsize > 2,
+        "the base is quantized": model.quantization,
+        "LoRA has a dtype of its own": lora.lora_dtype != model.dtype,
+        "MLA's layers compute with other weights": model.use_mla,
+        "LoRA is fully sharded": lora.fully_sharded_loras,
+        "columns were not tried with images": versions.takes_images(model),
+        f"weights of width {width} would get {columns} columns for --max-lora-rank": 2 * columns > width,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def check_config(vllm_config: Any, settings: ServerSettings) -> None:

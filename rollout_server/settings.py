@@ -23,11 +23,12 @@ class ServerSettings:
     )
     max_runs: int = _flag(1, "training runs served at the same time, each with slots of its own")
     apply: str = _flag(
-        "adapter",
+        "auto",
         "how an adapter is served: `adapter` beside the base, by vLLM's LoRA kernels; `columns` beside it, in the same "
-        "matrix product, so that no small update is lost in rounding; or `merge`: added to the base's weights, which "
-        "decodes as fast as the base but serves one run only, and no base while it lives",
-        ("adapter", "columns", "merge"),
+        "matrix product, so that no small update is lost in rounding; `merge`: added to the base's weights, which "
+        "decodes as fast as the base but serves one run only, and no base while it lives; or `auto`: `columns` for an "
+        "unquantized base in 16 bits, where rounding loses small updates, else `adapter`",
+        ("auto", "adapter", "columns", "merge"),
     )
     keep_base: str = _flag(
         "auto",

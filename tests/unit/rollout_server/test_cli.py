@@ -149,6 +149,31 @@ def test_models_that_no_adapter_could_be_served_on(found, words):
     assert words in versions.without_lora(SimpleNamespace(registry=registry, architectures=["A"]))
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float16}, None),
+        ({"dtype": torch.float32}, "not lost"),
+        ({"quantization": "fp8"}, "quantized"),
+        ({"use_mla": True}, "MLA"),
+        ({"max_lora_rank": 256}, "of width 2560 would get 1536 columns"),
+        ({"lora_dtype": torch.float32}, "dtype of its own"),
+        ({"fully_sharded_loras": True}, "fully sharded"),
+    ],
+)
+def test_which_servers_apply_adapters_in_columns_of_their_own_accord(monkeypatch, changed, reason):
+    monkeypatch.setattr(versions, "takes_images", lambda model: False)
+    model = {"dtype": torch.bfloat16, "quantization": None, "use_mla": False, "get_hidden_size": lambda: 2560}
+    lora = {"max_lora_rank": 32, "lora_dtype": changed.get("dtype", torch.bfloat16), "fully_sharded_loras": False}
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(**model | {name: value for name, value in changed.items() if name in model}),
+        lora_config=SimpleNamespace(**lora | {name: value for name, value in changed.items() if name in lora}),
+    )
+    found = lifecycle.reason_against_columns(config, ServerSettings())
+    assert found is None if reason is None else reason in found
+
+
 def test_graphs_compiled_for_other_layers_are_not_used_again():
     configs = [cli.parse(["model", "--apply", apply])[0].additional_config for apply in ("adapter", "columns")]
     assert configs[0] != configs[1]

@@ -29,4 +29,4 @@ def test_a_quantized_base_is_said(quantization):
         speculative_config=None,
         cache_config=SimpleNamespace(cache_dtype="auto"),
     )
-    assert describe(config, [{"device": None}], 8, ServerSettings(), "e").quantization == quantization
+    assert describe(config, [{"device": None}], 8, ServerSettings(apply="adapter"), "e").quantization == quantization
