@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from peft import LoraConfig
 from trl import GRPOConfig
 
 #: Small, so that the lengths of completions stay what they are. Every weight of the adapter still changes.
 LEARNING_RATE = 1e-6
-
-
-Config = TypeVar("Config")
 
 
 def grpo_config(
@@ -24,9 +22,9 @@ def grpo_config(
     max_steps: int,
     micro_batch: int | None = None,
     checkpointing: bool = False,
-    kind: type[Config] = GRPOConfig,  # type: ignore[assignment]
+    kind: Callable[..., Any] = GRPOConfig,
     **others: Any,
-) -> Config:
+) -> Any:
     """Return TRL's options for steps of `options.batch` completions, `options.group` for each prompt.
 
     Args:

@@ -74,7 +74,8 @@ class FilePath(SyncPath):
 def serve_adapters(setting: Setting, folder: Path, log: str, *flags: str, **env: str) -> Server:
     """Start `vllm serve` that loads adapters from files when it is told to."""
     env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    return setting.start("vllm serve", vllm_serve(folder), log, "--enable-lora", *flags, **env)
+    words = vllm_serve(folder)
+    return setting.start("vllm serve", words, log, "--enable-lora", *flags, ready="/health", port=0, **env)
 
 
 class VllmAdapterFiles(Contender):

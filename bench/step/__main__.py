@@ -166,16 +166,17 @@ class StepBench(Bench):
             for name, start in servers.items()
             if name in options.only and bounds[name]
         }
-        for some in [starts] if self.fit(len(starts)) else [{name: start} for name, start in starts.items()]:
-            self.measure(some, bounds)
+        names, size = list(starts), self.side_by_side()
+        for first in range(0, len(names), size):
+            self.measure({name: starts[name] for name in names[first : first + size]}, bounds)
 
-    def fit(self, servers: int) -> bool:
-        """Return whether so many servers have room beside each other on their GPU."""
+    def side_by_side(self) -> int:
+        """Return how many servers have room beside each other on their GPU, at least one."""
         if self.device == "cpu":
-            return True
+            return 3
         place = min(self.options.server_gpu, torch.cuda.device_count() - 1)
         each = self.kv_cache_bytes() + 2 * self.shape.parameters + SERVER_BYTES
-        return servers * each < 0.95 * torch.cuda.get_device_properties(place).total_memory
+        return max(1, int(0.95 * torch.cuda.get_device_properties(place).total_memory / each))
 
     def measure(
         self, starts: Mapping[str, Callable[[], Server]], bounds: Mapping[str, Mapping[str, int | None]]

@@ -193,9 +193,8 @@ def test_servers_that_do_not_fit_beside_each_other_take_turns(monkeypatch: pytes
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     short, long = StepBench(["--batch", "128"]), StepBench(["--load", "long"])
     short.device = long.device = "cuda:0"
-    assert short.fit(2)
-    assert long.fit(1)
-    assert not long.fit(2)
+    assert short.side_by_side() == 2
+    assert long.side_by_side() == 1
 
 
 def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
