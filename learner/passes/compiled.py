@@ -38,7 +38,7 @@ class CompiledLayers:
         self._seen: set[tuple[bool, bool]] = set()
         self.active = True
         # What is cheap to have again (normed inputs, gate times up, repeated keys and values) is not kept for the
-        # backward pass, also where a matrix product or attention reads it there: that is a third of a layer's activations.
+        # backward pass, also where a matrix product or attention reads it there: a third of a layer's activations.
         partitioning.ban_recompute_materialized_backward = False
         for layer, plain in zip(self._layers, self._plain, strict=True):
             # Checkpointing stays around it.
