@@ -24,9 +24,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 from trl import GRPOTrainer
 
 from learner.passes import attention
-from learner.passes.memory import let_segments_grow
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
 from learner.trainer.forks import Forks
+from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
 
 logger = logging.getLogger("lockstep.passes")

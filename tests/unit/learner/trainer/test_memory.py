@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from learner.passes.memory import VARIABLES, let_segments_grow
+from learner.trainer.memory import VARIABLES, let_segments_grow
 
 GPU = torch.device("cuda")
 
