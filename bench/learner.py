@@ -5,6 +5,9 @@ python -m bench.learner --shape qwen3-4b --json learner.json            # one GP
 
 Every row is a training of TRL's GRPOTrainer with the same random weights, prompts and completions, which come from
 memory. A step scores all completions once without gradient and once with it, as TRL does for rollouts from vLLM.
+
+`--load long` has prompts of 512 tokens and completions of up to 4,096: plain TRL in micro-batches of one, with
+activation checkpointing, because it does not fit otherwise, beside packed passes of the learner's own size.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from trl import GRPOTrainer
 
 from bench.common.harness import Bench
 from bench.common.load import random_prompts
-from bench.common.models import Policy, wait_for
+from bench.common.models import Policy, peak_gib, wait_for
 from bench.common.report import Row, spread
 from bench.common.training import grpo_config, lora_config, odd_tokens
 from learner.adapters.exporter import active_adapter
@@ -45,8 +48,12 @@ class LearnerBench(Bench):
     """Steps of a learner, a row for every way of making their passes."""
 
     name = "learner"
-    standard = "shape rank only deadline-s"
+    standard = "load shape rank only deadline-s"
     row_names = (PLAIN, CUT, PACKED, PRODUCT, COMPILED)
+    loads = {
+        "long": "--prompt-tokens 512 --tokens 4096 --mean-tokens 1500 --batch 64 --micro-batch 1 --checkpointing "
+        f"--steps 1 --warm-up 1 --only {PLAIN},{PACKED}"
+    }
     flags = {
         "--batch": (128, "completions of a step"),
         "--group": (8, "completions of a prompt"),
@@ -54,12 +61,16 @@ class LearnerBench(Bench):
         "--prompt-tokens": (64, ""),
         "--tokens": (512, "the most that a completion has"),
         "--mean-tokens": (200, "mean length of completions that were not cut"),
+        "--checkpointing": (False, "of activations, in the rows that are not packed"),
         "--pass-tokens": (0, "tokens of a packed pass; 0: the learner's default"),
         "--steps": (3, "steps that are counted"),
         "--warm-up": (2, "steps before these"),
     }
     quick = "--shape tiny --rank 8 --batch 16 --group 4 --micro-batch 4 --prompt-tokens 16 --tokens 64 --mean-tokens 24"
-    same = "rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "pass_tokens"
+    same = (
+        *("rank", "batch", "group", "micro_batch", "prompt_tokens", "tokens", "mean_tokens", "pass_tokens"),
+        "checkpointing",
+    )
     figure = "step_s"
     about = {"row": "row"}
     columns = {
@@ -70,10 +81,11 @@ class LearnerBench(Bench):
         "of TRL": "{of_trl:.2f}",
         "tokens/s": "{tokens_per_s:,.0f}",
         "of peak": "{of_peak:.1%}",
-        "GiB": "{gib:.1f}",
+        "GiB": "{allocated_gib:.1f}",
+        "reserved": "{reserved_gib:.1f}",
     }
     what = "{row}"
-    told = "{step_s[median]:.2f} s a step, {tokens_per_s:,.0f} tokens/s, {gib:.1f} GiB"
+    told = "{step_s[median]:.2f} s a step, {tokens_per_s:,.0f} tokens/s, {allocated_gib:.1f} GiB of {reserved_gib:.1f}"
 
     def run(self) -> None:
         folder = self.shape.write(self.scratch / self.shape.name, self.dtype)
@@ -89,7 +101,7 @@ class LearnerBench(Bench):
     def train(self, row: str, policy: Policy, folder: str) -> dict[str, Any]:
         """Train; return the figures of the row."""
         options = self.options
-        rollouts = _Rollouts(self)
+        rollouts, checkpointing = _Rollouts(self), options.checkpointing and row in (PLAIN, CUT)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         forward = policy.base.forward
@@ -102,6 +114,7 @@ class LearnerBench(Bench):
                 cpu=self.device == "cpu",
                 dtype=self.dtype,
                 max_steps=options.warm_up + options.steps,
+                checkpointing=checkpointing,
             ),
             reward_funcs=odd_tokens,
             peft_config=lora_config(options.rank),
@@ -122,6 +135,9 @@ class LearnerBench(Bench):
         trainer.train()
         trainer.model.unload()
         policy.base.forward = forward
+        if checkpointing:
+            policy.base.gradient_checkpointing_disable()
+            policy.base.disable_input_require_grads()
         counted = watch.steps[options.warm_up :]
         tokens = statistics.mean(rollouts.tokens[options.warm_up : options.warm_up + options.steps])
         step_s = spread([seconds for seconds, _ in counted])
@@ -135,7 +151,8 @@ class LearnerBench(Bench):
             "of_trl": plain and step_s["median"] / plain["step_s"]["median"],
             "tokens_per_s": tokens / step_s["median"],
             "of_peak": peak and weights and training_flops(weights, tokens) / step_s["median"] / peak,
-            "gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan,
+            "checkpointed": checkpointing,
+            **peak_gib(),
         }
 
     def headline(self, done: Sequence[Row]) -> str:

@@ -33,6 +33,7 @@ STANDARD: Flags = {
     "--shape": ("qwen3-4b", ""),
     "--shapes": ("qwen3-4b", "comma-separated"),
     "--rank": (32, "of the adapter"),
+    "--load": ("", "sizes that go together, which further flags change: "),
     "--only": (str, "rows to measure, by the beginnings of their names, comma-separated: "),
     "--learner-gpu": (0, ""),
     "--server-gpu": (1, ""),
@@ -54,6 +55,7 @@ class Bench:
         flags: further flags; they win over the standard ones.
         quick: further flags with `--quick`.
         row_names: of all rows, for `--only`.
+        loads: name -> flags, for `--load`.
         same: options that all rows share.
         notes: row name -> a note that its rows carry.
         figure: key that measured rows have, and no others.
@@ -70,6 +72,7 @@ class Bench:
     flags: ClassVar[Flags] = {}
     quick: ClassVar[str] = ""
     row_names: ClassVar[Sequence[str]] = ()
+    loads: ClassVar[Mapping[str, str]] = {}
     same: ClassVar[Sequence[str]] = ()
     notes: ClassVar[Mapping[str, str]] = {}
     figure: ClassVar[str]
@@ -82,9 +85,10 @@ class Bench:
         argv = sys.argv[1:] if argv is None else argv
         parser = self._parser()
         self.options = parser.parse_args(argv)
-        if self.options.quick:
-            self.options = parser.parse_args([*argv, *self.quick.split()])
         try:
+            chosen = pick_load(getattr(self.options, "load", ""), self.loads)
+            quick = self.quick.split() if self.options.quick else []
+            self.options = parser.parse_args([*chosen, *argv, *quick])
             self.check()
         except ValueError as error:
             parser.error(str(error))
@@ -103,7 +107,7 @@ class Bench:
         parser.add_argument("--quick", action="store_true", help=f"small: {self.quick}")
         names = ["--json", *(f"--{name}" for name in self.standard.split()), "--work-dir"]
         for flag, (default, text) in {**{name: STANDARD[name] for name in names}, **self.flags}.items():
-            text += "; ".join(self.row_names) if flag == "--only" else ""
+            text += "; ".join({"--only": self.row_names, "--load": self.loads}.get(flag, ()))
             if default is False:
                 parser.add_argument(flag, action="store_true", help=text)
             elif isinstance(default, type):
@@ -354,6 +358,17 @@ class Bench:
     def plot(self, path: Path, done: Sequence[Row]) -> None:
         """Draw the measured rows."""
         raise NotImplementedError
+
+
+def pick_load(name: str, loads: Mapping[str, str]) -> list[str]:
+    """Return the flags of a load; none without a name.
+
+    Raises:
+        ValueError: there is no such load.
+    """
+    if name and name not in loads:
+        raise ValueError(f"unknown load {name!r}; there are {', '.join(loads)}")
+    return shlex.split(loads[name]) if name else []
 
 
 def pick_rows(names: str | None, there: Sequence[str]) -> list[str]:

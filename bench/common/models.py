@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.weights import served_rank as served_rank
 
-MAX_POSITION = 4096
+MAX_POSITION = 8192
 #: vLLM's dummy weights are below 0.001, those of its norms too: smaller adapters would not show in its answers.
 SCALE = 0.3
 
@@ -155,6 +155,14 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_gib() -> dict[str, float]:
+    """Return the most GiB of tensors so far, and that PyTorch's allocator held for them; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    most = {"allocated_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+    return {name: nbytes / 2**30 for name, nbytes in most.items()}
 
 
 def write_weights(policy: Policy, shape: Shape, folder: Path, dtype: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig
@@ -12,20 +13,36 @@ from trl import GRPOConfig
 LEARNING_RATE = 1e-6
 
 
-def grpo_config(options: Namespace, *, output: str, cpu: bool, dtype: str, max_steps: int, **others: Any) -> GRPOConfig:
+def grpo_config(
+    options: Namespace,
+    *,
+    output: str,
+    cpu: bool,
+    dtype: str,
+    max_steps: int,
+    micro_batch: int | None = None,
+    checkpointing: bool = False,
+    kind: Callable[..., Any] = GRPOConfig,
+    **others: Any,
+) -> Any:
     """Return TRL's options for steps of `options.batch` completions, `options.group` for each prompt.
 
     Args:
         options: with `batch`, `group`, `micro_batch`, and `tokens`, the most that a completion has.
-        others: further fields of GRPOConfig.
+        micro_batch: in place of that of `options`.
+        checkpointing: of activations.
+        kind: the trainer's class of options.
+        others: further fields of it.
     """
-    return GRPOConfig(
+    micro_batch = micro_batch or options.micro_batch
+    return kind(
         output_dir=output,
         use_cpu=cpu,
         bf16=dtype == "bfloat16",
-        gradient_checkpointing=False,
-        per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=options.batch // options.micro_batch,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=options.batch // micro_batch,
         num_generations=options.group,
         max_completion_length=options.tokens,
         learning_rate=LEARNING_RATE,

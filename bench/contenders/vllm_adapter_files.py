@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from peft import PeftModel
 
 from bench.common.load import COMPLETIONS, completions_body
 from bench.common.report import timed
-from bench.common.servers import Server, vllm_serve
+from bench.common.servers import Server, Setting, vllm_serve
 from bench.contenders import Contender, Moved, SyncPath
 
 IN_PLACE, NEW_NAME = "adapter file, in place", "adapter file, new name"
@@ -72,6 +71,13 @@ class FilePath(SyncPath):
         return answer
 
 
+def serve_adapters(setting: Setting, folder: Path, log: str, *flags: str, **env: str) -> Server:
+    """Start `vllm serve` that loads adapters from files when it is told to."""
+    env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    words = vllm_serve(folder)
+    return setting.start("vllm serve", words, log, "--enable-lora", *flags, ready="/health", port=0, **env)
+
+
 class VllmAdapterFiles(Contender):
     """The contender `vllm serve` with runtime LoRA loading."""
 
@@ -83,9 +89,8 @@ class VllmAdapterFiles(Contender):
     }
 
     def start(self, folder: Path, max_rank: int) -> Server:
-        flags = f"--served-model-name base --enable-lora --max-loras 1 --max-cpu-loras 2 --max-lora-rank {max_rank}"
-        start = functools.partial(self.setting.start, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
-        return start("vllm serve", vllm_serve(folder), f"{folder.name}-file-{max_rank}.log", *flags.split())
+        flags = f"--served-model-name base --max-loras 1 --max-cpu-loras 2 --max-lora-rank {max_rank}"
+        return serve_adapters(self.setting, folder, f"{folder.name}-file-{max_rank}.log", *flags.split())
 
     @contextlib.contextmanager
     def path(self, row: str, server: Server, model: PeftModel) -> Iterator[FilePath]:

@@ -3,8 +3,8 @@
 python -m bench.step.learner TRAINING.json STEPS.json
 
 A training has the options of `bench.step` and, by `StepBench.train`: folder, vocab, dtype, url of the server,
-max_staleness (None: TRL's own server mode), share_gpu, compile, stop_token_ids, output, and a file for a profile or
-None.
+max_staleness (None: TRL's own server mode), asynchronous (TRL's asynchronous trainer in place of ours), share_gpu,
+compile, stop_token_ids, output, and a file for a profile or None.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOTrainer
 
 from bench.common.load import random_prompts
-from bench.common.models import wait_for
+from bench.common.models import peak_gib, wait_for
 from bench.common.report import timed
 from bench.common.training import grpo_config, lora_config, odd_tokens
+from bench.contenders import trl_asynchronous
 from bench.contenders.lockstep import train_with_rollouts
 from bench.step.figures import Step
 from learner.utils.ports import free_port
@@ -36,10 +37,11 @@ PROFILE_LINES = 40
 
 def max_steps(training: Namespace) -> int:
     """Return the number of steps, with those at the end for which nothing is generated ahead any more."""
-    return training.warm_up + training.steps + (1 if training.profile else 0) + (training.max_staleness or 0)
+    at_the_end = 0 if training.asynchronous else training.max_staleness or 0
+    return training.warm_up + training.steps + (1 if training.profile else 0) + at_the_end
 
 
-def counted(training: Namespace, steps: Sequence[Step]) -> Sequence[Step]:
+def counted(training: Namespace, steps: Sequence[Any]) -> Sequence[Any]:
     """Return the steps that count."""
     return steps[training.warm_up : training.warm_up + training.steps]
 
@@ -57,6 +59,7 @@ def make_trainer(training: Namespace, callback: TrainerCallback) -> GRPOTrainer:
     if training.max_staleness is None:
         own_vllm = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": training.url}
         own_vllm["vllm_group_port"] = free_port()
+        own_vllm["checkpointing"] = training.checkpointing
     args = grpo_config(
         training,
         output=training.output,
@@ -129,26 +132,67 @@ class TrlWatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.perf_counter()
-        self.steps.append(Step(now - self._started, self._wait_s, self._sync_s, None, self._tokens))
+        seconds = now - self._started
+        # It generates only while the trainer waits.
+        self.steps.append(Step(seconds, self._wait_s, self._sync_s, seconds - self._wait_s, self._tokens))
         self._started, self._wait_s, self._sync_s, self._tokens = now, 0.0, 0.0, 0
+
+
+class AsynchronousWatch(TrainerCallback):
+    """Times TRL's asynchronous trainer, from the end of a step to the end of the next, by what it logs of each step.
+
+    Attributes:
+        completions: that were trained on, in all steps.
+        dropped: completions that had become too old.
+        lag: the most pushes that one was behind when it was taken.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.completions = self.dropped = self.lag = 0
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now = time.perf_counter()
+        self._seconds, self._started = now - self._started, now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "perf/rollout_wait_s" not in logs:  # the training's own summary
+            return
+        self.dropped += int(logs.get("sample/dropped_stale_total") or 0)
+        self.lag = max(self.lag, int(logs["sample/staleness_max"]))
+        self.completions += round(logs["batch/samples_per_step"])
+        wait, sync = logs["perf/rollout_wait_s"], logs["perf/weight_sync_s"]
+        tokens = round(logs["batch/trained_tokens_per_step"])
+        self.steps.append(Step(self._seconds, wait, sync, None, tokens))
 
 
 def train(training: Namespace) -> dict[str, Any]:
     """Train; return the counted steps, and what else is known of them."""
-    trainer = make_trainer(training, StepWatch(training))
-    if training.max_staleness is None:
+    first, known = StepWatch(training), dict[str, Any]()
+    if training.asynchronous:
+        peer = trl_asynchronous.make_trainer(training, make_prompts(training), max_steps(training), first)
+        logged = AsynchronousWatch()
+        peer.add_callback(logged)
+        peer.train()
+        steps = logged.steps
+        known = {"dropped": logged.dropped, "lag": logged.lag, "completions": logged.completions}
+    elif training.max_staleness is None:
+        trainer = make_trainer(training, first)
         watch = TrlWatch(trainer.vllm_generation)
         trainer.add_callback(watch)
         trainer.train()
-        steps, known = watch.steps, dict[str, Any]()
+        steps = watch.steps
     else:
+        trainer = make_trainer(training, first)
         options = {"max_staleness": training.max_staleness, "share_gpu": training.share_gpu}
         options |= {"compile": training.compile, "max_tokens_per_pass": training.pass_tokens or None}
         found, known = train_with_rollouts(trainer, training.url, **options)
         steps = [Step(*one) for one in found]
-    if torch.cuda.is_available():
-        known["learner_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    return {"steps": [asdict(step) for step in counted(training, steps)], **known}
+    return {"steps": [asdict(step) for step in counted(training, steps)], **known, **peak_gib()}
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[s
     facts = [
         ("lag", last.get("lag"), "{:g}"),
         ("tok/s", last.get("rollout_tokens_per_second"), "{:,.0f}"),
-        ("trained tok/s", last.get("train_tokens_per_second"), "{:,.0f}"),
+        ("training tok/s", last.get("train_tokens_per_second"), "{:,.0f}"),
         ("of peak", last.get("flops_utilisation"), "{:.0%}"),
         ("push s", last.get("push_seconds"), "{:.2f}"),
         ("step s", last.get("seconds"), "{:.1f}"),

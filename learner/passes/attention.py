@@ -108,13 +108,33 @@ def _varlen(
     packed_keys: torch.Tensor | None,
     **_: Any,
 ) -> torch.Tensor:
-    options: dict[str, Any] = {"scale": scaling}
-    if _KNOWS_GQA:
-        options["enable_gqa"] = _grouped(query, key)
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
     if packed_keys is not None:
         key, value = key.index_select(0, packed_keys), value.index_select(0, packed_keys)
-    if not _KNOWS_GQA:
+    return causal_varlen(query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling)
+
+
+def causal_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: torch.Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Compute causal attention of sequences that lie one after the other, on a GPU: torch's kernel.
+
+    Args:
+        query: [N, heads, head size]; the last query of a sequence sees all of its keys.
+        key, value: [K, key heads, head size].
+        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1], where they begin and end.
+    """
+    options: dict[str, Any] = {"scale": scale}
+    if _KNOWS_GQA:
+        options["enable_gqa"] = _grouped(query, key)
+    else:
         key, value = (each.repeat_interleave(query.size(1) // key.size(1), 1) for each in (key, value))
     return varlen_attn(
         query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, window_size=(-1, 0), **options

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as partitioning
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -36,6 +37,9 @@ class CompiledLayers:
         self._plain = [layer.forward for layer in self._layers]
         self._seen: set[tuple[bool, bool]] = set()
         self.active = True
+        # What is cheap to have again (normed inputs, gate times up, repeated keys and values) is not kept for the
+        # backward pass, also where a matrix product or attention reads it there: a third of a layer's activations.
+        partitioning.ban_recompute_materialized_backward = False
         for layer, plain in zip(self._layers, self._plain, strict=True):
             # Checkpointing stays around it.
             layer.forward = self._written_before(layer, torch.compile(plain, dynamic=True, backend=backend), plain)

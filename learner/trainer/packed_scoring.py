@@ -26,6 +26,7 @@ from trl import GRPOTrainer
 from learner.passes import attention
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
 from learner.trainer.forks import Forks
+from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
 
 logger = logging.getLogger("lockstep.passes")
@@ -84,6 +85,7 @@ def score_packed(trainer: GRPOTrainer, max_tokens: int | None, forks: Forks | No
     if reason:
         logger.info("forward passes are not packed: %s", reason)
         return None
+    let_segments_grow(device)
     return PackedScoring(trainer, model, max_tokens, forks or Forks())
 
 

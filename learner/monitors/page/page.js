@@ -396,7 +396,7 @@
       ["bubble", totals.seconds ? `${((100 * (totals.wait_seconds ?? 0)) / totals.seconds).toFixed(0)} %` : NONE],
       ["push", isNumber(push) ? `${number(push)} s` : NONE],
       ["tokens/s, servers", short(last.rollout_tokens_per_second)],
-      ["tokens/s, trained", short(last.trained_tokens_per_second)],
+      ["tokens/s, whole steps", short(last.trained_tokens_per_second)],
       ["servers up", up],
     ];
     tiles.replaceChildren(...values.map(([name, value]) => el("li", {}, el("span", {}, name), el("b", {}, value))));

@@ -14,13 +14,24 @@ import pytest
 
 from bench.common.models import SHAPES
 from bench.step.__main__ import StepBench
-from bench.step.figures import TRL, Step, figures, ours, reached, stop_ids, together
-from bench.step.learner import TrlWatch, counted, max_steps
+from bench.step.figures import (
+    ASYNCHRONOUS,
+    TRL,
+    Step,
+    asynchronous,
+    figures,
+    ours,
+    reached,
+    stop_ids,
+    together,
+)
+from bench.step.learner import AsynchronousWatch, TrlWatch, counted, max_steps
 
 ABOUT = {"shape": "tiny", "rank": 8, "batch": 16, "tokens": 64, "ok": True}
-ALTERNATING = [Step(10.0, 4.0, 1.0, None, 100), Step(14.0, 6.0, 1.0, None, 300), Step(12.0, 5.0, 1.0, None, 200)]
+ALTERNATING = [Step(10.0, 4.0, 1.0, 6.0, 100), Step(14.0, 6.0, 1.0, 8.0, 300), Step(12.0, 5.0, 1.0, 7.0, 200)]
 AHEAD = [Step(8.0, 1.0, 0.5, 2.0, 200)] * 3
-MERGED = [Step(16.0, 5.0, 3.0, None, 200)] * 3
+MERGED = [Step(16.0, 5.0, 3.0, 11.0, 200)] * 3
+UNKNOWN = [Step(12.0, 1.0, 0.5, None, 200)] * 3
 
 
 def row(name: str, steps: list[Step], **more: Any) -> dict[str, Any]:
@@ -46,6 +57,9 @@ def test_a_step_is_waiting_bringing_weights_and_training() -> None:
     ahead = figures(AHEAD)
     assert ahead["server_bubble"] == 2 / 8
     assert ahead["server_tokens_per_s"] == 200 / 6
+    # A server that nothing is known of has no figures, rather than wrong ones.
+    assert not {"idle_s", "server_bubble", "server_tokens_per_s"} & set(figures(UNKNOWN))
+    assert figures(UNKNOWN)["learner_bubble"] == 1 / 12
 
 
 def test_ratios() -> None:
@@ -58,6 +72,9 @@ def test_ratios() -> None:
         "trl_of_s1": 2.0,
     }
     assert together([row(TRL, MERGED), row(ours(2), AHEAD)]) == {"trl_of_s2": 2.0}
+    beside = [row(ours(1), AHEAD), row(ours(2), AHEAD), row(asynchronous(2), UNKNOWN)]
+    assert together(beside)["asynchronous_of_s2"] == 12 / 8
+    assert "asynchronous_of_s2" not in together([row(ours(2), AHEAD), row(asynchronous(1), UNKNOWN)])  # another bound
     assert "trl_of_s1" not in together([*ROWS[:2], row(TRL, [], skipped="needs two GPUs")])
 
 
@@ -81,7 +98,7 @@ def test_rows_become_a_file_a_table_and_a_picture(tmp_path: Path) -> None:
     lines = bench.table().splitlines()
     assert len(lines) == 2 + 3
     assert "needs two GPUs" in lines[4]
-    assert lines[2].split()[-2:] == ["58%", "-"]
+    assert lines[2].split()[-3:] == ["58%", "-", "-"]
     bench.add(row(ours(2), [], ok=False, error="RuntimeError: no\nmore"), {})
     assert bench.document()["ok"] is False
     assert "more" not in bench.table()
@@ -107,10 +124,12 @@ def test_lengths_spread() -> None:
 
 
 def test_steps_that_generate_nothing_ahead_are_not_counted() -> None:
-    training = Namespace(max_staleness=2, steps=5, warm_up=3, profile=None)
+    training = Namespace(max_staleness=2, asynchronous=False, steps=5, warm_up=3, profile=None)
     steps = [Step(float(i), 0.0, 0.0, 0.0, 0) for i in range(max_steps(training))]
     assert [one.seconds for one in counted(training, steps)] == [3.0, 4.0, 5.0, 6.0, 7.0]
     assert max_steps(training) == 10
+    training.asynchronous = True  # TRL's asynchronous trainer generates to the end
+    assert max_steps(training) == 8
 
 
 def test_trl_is_timed_by_what_its_trainer_calls() -> None:
@@ -133,8 +152,7 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
     assert len(watch.steps) == 6
     for one in watch.steps:
         assert one.tokens == 3
-        assert one.idle is None
-        assert one.server_idle == one.seconds - one.wait
+        assert one.idle == one.seconds - one.wait
         assert one.wait >= 0.05
         assert one.sync >= 0.02
         assert one.train >= 0.03
@@ -142,6 +160,41 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
     assert min(one.wait for one in watch.steps) < 0.1
     assert min(one.sync for one in watch.steps) < 0.05
     assert min(one.train for one in watch.steps) < 0.1
+
+
+def test_the_asynchronous_trainer_is_timed_by_what_it_logs() -> None:
+    logged = {"perf/rollout_wait_s": 0.25, "perf/weight_sync_s": 0.125, "batch/trained_tokens_per_step": 300.0}
+    logged |= {"batch/samples_per_step": 15.999999, "sample/staleness_max": 1.0, "sample/dropped_stale_total": 2.0}
+    watch = AsynchronousWatch()
+    watch.on_train_begin(None, None, None)
+    for lag in (1.0, 2.0):
+        watch.on_step_end(None, None, None)
+        watch.on_log(None, None, None, logs=logged | {"sample/staleness_max": lag})
+    watch.on_log(None, None, None, logs={"train_runtime": 3.0})  # at the end of the training
+    assert [(one.wait, one.sync, one.idle, one.tokens) for one in watch.steps] == [(0.25, 0.125, None, 300)] * 2
+    assert all(one.seconds >= 0.0 for one in watch.steps)
+    assert watch.completions == 32
+    assert watch.dropped == 4
+    assert watch.lag == 2
+
+
+def test_a_load_is_what_further_flags_change() -> None:
+    bench = StepBench(["--load", "long", "--batch", "32"])
+    options = bench.options
+    assert (options.prompt_tokens, options.tokens, options.batch) == (512, 4096, 32)
+    assert options.staleness == [2]
+    assert options.only == ["lockstep", ASYNCHRONOUS]
+    assert bench.sized().engine_flags[1] == str(512 + 4096 + 16)
+
+
+def test_servers_that_do_not_fit_beside_each_other_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Namespace(total_memory=80 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    short, long = StepBench(["--batch", "128"]), StepBench(["--load", "long"])
+    short.device = long.device = "cuda:0"
+    assert short.side_by_side() == 2
+    assert long.side_by_side() == 1
 
 
 def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
@@ -162,6 +215,9 @@ def test_the_server_has_room_for_the_batch_that_is_generated_ahead() -> None:
         (["--batch", "20", "--micro-batch", "8"], "whole micro-batches"),
         (["--group", "1"], "at least 2"),
         (["--steps", "0"], "1 or more"),
+        (["--batch", "96", "--packed-micro-batch", "64"], "whole micro-batches"),
+        (["--load", "longest"], "there are long"),
+        (["--only", "Lockstep"], "there are lockstep; TRL server mode"),
     ],
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

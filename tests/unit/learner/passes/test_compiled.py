@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.passes import attention
 from learner.passes.compiled import CompiledLayers
@@ -61,6 +63,40 @@ def test_values_and_gradients_are_the_same_before_and_after_an_update(model: Pef
     later = logits_and_gradients(model)
     for expected, found in zip((*before, later), (*compiled, compiled_later), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Gated(GradientCheckpointingLayer):
+    """The half of a decoder layer that holds most activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 48), nn.Linear(8, 48), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_what_is_cheap_to_have_again_is_not_kept() -> None:
+    """The product of gate and up is not, though a matrix product reads it in the backward pass."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x, kept = nn.Sequential(Gated()), torch.randn(5, 8), list[torch.Size]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    def gradients() -> list[torch.Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(x).square().sum()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    expected = gradients()
+    kept.clear()
+    CompiledLayers(model, backend="aot_eager_decomp_partition")
+    for found, each in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, each)
+    assert kept.count(torch.Size([5, 48])) == 2
 
 
 def test_nothing_is_compiled_again_for_other_layers_lengths_and_updates(model: PeftModel) -> None:
