@@ -83,7 +83,7 @@ class Bench:
         parser = self._parser()
         self.options = parser.parse_args(argv)
         if self.options.quick:
-            self.options = parser.parse_args([*argv, *self.quick.split()])
+            self.options = parser.parse_args([*argv, *shlex.split(self.quick)])
         try:
             self.check()
         except ValueError as error:
