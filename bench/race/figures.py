@@ -36,8 +36,9 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Band]:
     for step in steps:
         points = [curve[step] for curve in by_step]
         samples, seconds, accuracy = ([point[key] for point in points] for key in ("samples", "seconds", "accuracy"))
-        means = [statistics.fmean(values) for values in (samples, seconds, accuracy)]
-        bands.append(Band(step, *means, statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0))
+        deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
+        mean = statistics.fmean
+        bands.append(Band(step, mean(samples), mean(seconds), mean(accuracy), deviation))
     return bands
 
 

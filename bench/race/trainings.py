@@ -166,18 +166,18 @@ class TrainingsBench(Bench):
         sequences = min(2 * self.learners * self.batch, 64 if self.device == "cpu" else 1024)
         rank = served_rank(int(self.recipe.get("lora_r") or 16))
         setting = self.setting(LENGTH, sequences, sequences * 256 * KV_BYTES)
+        work = self.work / f"server-{training.server}"
+        work.mkdir(parents=True, exist_ok=True)
         everyone = os.sched_getaffinity(0)
         os.sched_setaffinity(0, everyone - set(self.cores) or everyone)  # its processes have the same
         try:
             if training.apply is None:
-                return TrlMergedWeights(replace(setting, work=self.work / training.name)).start(self.model, rank)
+                return TrlMergedWeights(replace(setting, work=work)).start(self.model, rank)
             slots = 1 + max(int(dict(each.about).get("max_staleness") or 0) for each in waiting)
             more = ["--apply", training.apply, "--slots-per-run", str(max(2, slots))]
             more += ["--max-runs", str(self.learners)] if training.apply != "merge" else []
-            work = self.work / f"server-{training.apply}"
-            work.mkdir(parents=True, exist_ok=True)
-            flags = (*setting.engine_flags, *more)
-            return Lockstep(replace(setting, work=work, engine_flags=flags)).start(self.model, rank)
+            own = replace(setting, work=work, engine_flags=(*setting.engine_flags, *more))
+            return Lockstep(own).start(self.model, rank)
         finally:
             os.sched_setaffinity(0, everyone)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 import bench.race.trainings
 from bench.race.__main__ import ROWS, RaceBench
 from bench.race.figures import Band, against, mean_curve, reached, summary, target_accuracy
-from bench.race.learner import Clock, CompletionsClient
+from bench.race.learner import Clock, CompletionsClient, Copies, PeerWatch, Race
 from bench.race.rates import RatesBench, ends
 from bench.race.trainings import TRL
 from bench.step.figures import Step, figures
@@ -244,6 +246,87 @@ def test_the_clock_runs_from_the_first_step_and_stands_still_when_stopped(monkey
     now[0] += 1.0
     clock.on_step_begin(None, None, None)
     assert clock.now() == 3.0
+
+
+class RacedSteps(Race):
+    """A race of 3 steps of 32 samples without a model, evaluated after every second one."""
+
+    def __init__(self, generation: Any = None) -> None:
+        args = Namespace(max_steps=3, per_device_train_batch_size=16, gradient_accumulation_steps=2)
+        self.training, self.clock, self.points = Namespace(eval_every=2, eval_size=8), Clock(), []
+        state = Namespace(global_step=0)
+        self.trainer: Any = Namespace(args=args, state=state, vllm_generation=generation, _last_loaded_step=-1)
+        self.asked: list[tuple[str, int]] = []
+
+    def ask(self, model: str, step: int, seconds: float) -> None:
+        self.asked.append((model, step))
+        self.points.append({"step": step, "samples": step * self.samples_per_step, "seconds": seconds, "accuracy": 0.5})
+
+
+def test_a_policy_is_evaluated_at_the_beginning_at_the_end_and_in_between() -> None:
+    race = RacedSteps()
+    assert [step for step in range(4) if race.is_due(step)] == [0, 2, 3]
+    assert race.samples_per_step == 32
+
+
+def test_the_peer_is_evaluated_after_its_syncs_and_brings_no_weights_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    for module in ("bench.race.learner", "bench.step.learner", "bench.common.report"):
+        monkeypatch.setattr(f"{module}.time.perf_counter", lambda: now[0])
+    syncs = []
+
+    class Generation:
+        def generate(self) -> tuple[None, list[list[int]]]:
+            now[0] += 2.0
+            return None, [[1, 2, 3]]
+
+        def sync_weights(self) -> None:
+            now[0] += 1.0
+            syncs.append(trainer.state.global_step)
+
+    race = RacedSteps(Generation())
+    trainer, ask = race.trainer, race.ask
+
+    def ask_slowly(*asked: Any) -> None:
+        now[0] += 50.0
+        ask(*asked)
+
+    monkeypatch.setattr(race, "ask", ask_slowly)
+    watch = PeerWatch(race)
+    watch.on_train_begin(None, trainer.state, None)
+    for _ in range(3):
+        race.clock.on_step_begin(None, trainer.state, None)
+        watch.on_step_begin(None, trainer.state, None)
+        if trainer._last_loaded_step != trainer.state.global_step:  # as TRL does
+            trainer.vllm_generation.sync_weights()
+        trainer.vllm_generation.generate()
+        now[0] += 3.0
+        trainer.state.global_step += 1
+        watch.on_step_end(None, trainer.state, None)
+    watch.on_train_end(None, trainer.state, None)
+    assert syncs == [0, 1, 2, 3]
+    assert race.asked == [("base", 0), ("base", 2), ("base", 3)]
+    # Three steps of 5 s, and three syncs; the first one came before.
+    assert [(point["step"], point["seconds"]) for point in race.points] == [(0, 0.0), (2, 12.0), (3, 18.0)]
+    assert [step.seconds for step in watch.steps] == [5.0, 6.0, 6.0]
+    assert [step.sync for step in watch.steps] == [0.0, 1.0, 1.0]
+    assert [step.wait for step in watch.steps] == [2.0, 2.0, 2.0]
+
+
+def test_adapters_are_kept_as_they_were_and_put_back() -> None:
+    race, weight = RacedSteps(), torch.nn.Parameter(torch.zeros(2))
+    copies = Copies(race, [weight])
+    for step in range(1, 4):
+        race.trainer.state.global_step = step - 1
+        copies.on_step_begin(None, race.trainer.state, None)
+        with torch.no_grad():
+            weight += 1.0
+        race.trainer.state.global_step = step
+        copies.on_step_end(None, race.trainer.state, None)
+    assert [step for step, *_ in copies.kept] == [0, 2, 3]
+    copies.restore(copies.kept[1][2])
+    assert weight.tolist() == [2.0, 2.0]
+    assert weight.requires_grad
 
 
 def test_a_held_out_question_is_asked_as_a_trainer_asks_it() -> None:
