@@ -38,7 +38,8 @@ class RaceBench(TrainingsBench):
     """A row for every contender and seed."""
 
     name = "race"
-    flags = TrainingsBench.flags | {
+    flags = {
+        **TrainingsBench.flags,
         "--steps": (0, "of every training; 0: the recipe's"),
         "--target": (0.0, "accuracy to reach; 0: the mean final one of TRL, or, without it, the lowest of all rows"),
     }
@@ -68,9 +69,9 @@ class RaceBench(TrainingsBench):
         for seed in options.seeds:
             for row in options.only:
                 apply, bound = ROWS[row]
-                words = ("--seed", str(seed), "--max_steps", steps, "--max_staleness", str(bound))
+                words = ["--seed", str(seed), "--max_steps", steps, "--max_staleness", str(bound)]
                 # Stale samples need it; so that all rows have the same loss, all have it.
-                words += ("--vllm_importance_sampling_correction", "true")
+                words += ["--vllm_importance_sampling_correction", "true"]
                 about = self.about_row(row, seed=seed, max_staleness=bound, steps=int(steps))
                 found.append(self.training(about, apply, *words))
         return found

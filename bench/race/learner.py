@@ -37,7 +37,7 @@ from learner.evaluation.evaluate import evaluate
 from learner.servers.client import RolloutClient
 from learner.tasks import load_task
 from learner.utils.atomic import write_atomically
-from shared.rollouts import Completion, GenerateRequest, GenerateResponse, RolloutGroup
+from shared.rollouts import Completion, GenerateRequest, GenerateResponse, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
 
 
@@ -49,9 +49,8 @@ class CompletionsClient:
         self.http = httpx.Client(base_url=url, timeout=300.0)
 
     def generate(self, request: GenerateRequest) -> GenerateResponse:
-        """Return a greedy completion for each chat."""
-        chats = [prompt.messages for prompt in request.prompts]
-        ids = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
+        """Return a completion for each prompt, a chat or a text, of the ids that TRL makes of it."""
+        ids = [self._ids(prompt) for prompt in request.prompts]
         sampling = {"temperature": request.sampling.temperature, "max_tokens": request.sampling.max_tokens}
         body = {"model": self.model, "prompt": ids, "return_token_ids": True, **sampling}
         answer = self.http.post("/v1/completions", json=body)
@@ -65,6 +64,12 @@ class CompletionsClient:
             for i, (prompt, choice) in enumerate(zip(ids, choices, strict=True))
         ]
         return GenerateResponse(epoch="", groups=groups)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if prompt.text is not None:
+            return list(self.tokenizer(text=prompt.text)["input_ids"])
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return list(self.tokenizer.apply_chat_template(prompt.messages, **options))
 
 
 def _completion(choice: dict[str, Any]) -> Completion:

@@ -34,7 +34,8 @@ class RatesBench(TrainingsBench):
     """A row for every arithmetic, learning rate and seed."""
 
     name = "race.rates"
-    flags = TrainingsBench.flags | {
+    flags = {
+        **TrainingsBench.flags,
         "--rates": ("1e-5:60,1e-4:60,1e-6:60", "learning rates and the steps of each, the most important first"),
         "--parallel": (4, "trainings at once"),
         "--eval-every": (20, "steps between two evaluations"),

@@ -240,14 +240,24 @@ class TrainingsBench(Bench):
         """Return the figures of a training that was run with the same options; None: there are none."""
         path = self.work / training.name / "row.json"
         kept = json.loads(path.read_text()) if path.exists() else {}
-        same = kept.get("words") == self.words(training) and kept.get("device") == self.machine["devices"]
-        return dict(kept["row"]) if same else None
+        return dict(kept["row"]) if kept.get("settings") == self.settings(training) else None
+
+    def settings(self, training: Training) -> dict[str, Any]:
+        """Return what figures of a training depend on, as JSON holds it."""
+        sizes = [self.options.eval_every, self.options.eval_size]
+        found = {
+            "recipe": self.recipe,
+            "words": self.words(training),
+            "eval": sizes,
+            "devices": self.machine["devices"],
+        }
+        return dict(json.loads(json.dumps(found)))
 
     def kept(self, training: Training, answer: dict[str, Any]) -> dict[str, Any]:
         """Return an answer as a row's figures, after keeping them."""
         first, last = answer["points"][0], answer["points"][-1]
         row = answer | {"before": first["accuracy"], "after": last["accuracy"], "seconds": last["seconds"]}
-        kept = {"words": self.words(training), "device": self.machine["devices"], "row": row}
+        kept = {"settings": self.settings(training), "row": row}
         (self.work / training.name / "row.json").write_text(json.dumps(kept))
         return row
 

@@ -135,7 +135,9 @@ def test_trainings_come_seed_by_seed_and_peers_have_servers_of_their_own() -> No
     assert len({server for *_, server in found}) == 3
 
 
-def test_a_training_that_is_done_is_run_again_only_with_other_options(tmp_path: Path) -> None:
+def test_a_training_that_is_done_is_run_again_only_with_other_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def bench_of(*flags: str) -> RaceBench:
         made = RaceBench(["--work-dir", str(tmp_path), *flags])
         made.work = tmp_path
@@ -148,6 +150,12 @@ def test_a_training_that_is_done_is_run_again_only_with_other_options(tmp_path: 
     assert (kept["before"], kept["after"], kept["seconds"]) == (0.2, 0.5, 5.0)
     assert bench_of().done(training) == kept
     assert bench_of("--batch", "16").done(training) is None
+    assert bench_of("--eval-size", "16").done(training) is None
+    changed = tmp_path / "recipe.yaml"
+    changed.write_text(Path(first.options.config).read_text().replace("lora_r: 16", "lora_r: 8"))
+    other = bench_of("--config", str(changed))
+    monkeypatch.setattr(other, "words", first.words)  # of the same file, before it was changed
+    assert other.done(training) is None
     other = bench_of("--steps", "3")
     assert other.done(other.trainings()[0]) is None
 
@@ -333,9 +341,12 @@ def test_a_held_out_question_is_asked_as_a_trainer_asks_it() -> None:
     asked = []
 
     class Tokenizer:
-        def apply_chat_template(self, chats: list[Any], **options: Any) -> list[list[int]]:
+        def apply_chat_template(self, chat: list[Any], **options: Any) -> list[int]:
             assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-            return [[len(chat[0]["content"])] for chat in chats]
+            return [len(chat[0]["content"])]
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [-len(text)]}
 
     def complete(request: httpx.Request) -> httpx.Response:
         asked.append(json.loads(request.content))
@@ -344,11 +355,11 @@ def test_a_held_out_question_is_asked_as_a_trainer_asks_it() -> None:
 
     client = CompletionsClient("http://server", "policy:run", Tokenizer())
     client.http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(complete))
-    prompts = [Prompt(messages=[{"role": "user", "content": "x" * length}]) for length in (3, 4)]
+    prompts = [Prompt(messages=[{"role": "user", "content": "xxx"}]), Prompt(text="xxxx")]
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
     groups = client.generate(GenerateRequest(prompts=prompts, sampling=greedy)).groups
     assert [group.completions[0].text for group in groups] == ["0", "1"]
-    expected = {"model": "policy:run", "prompt": [[3], [4]], "temperature": 0.0, "max_tokens": 12}
+    expected = {"model": "policy:run", "prompt": [[3], [-4]], "temperature": 0.0, "max_tokens": 12}
     assert asked == [{**expected, "return_token_ids": True}]
 
 
