@@ -23,7 +23,7 @@ from learner.adapters.exporter import AdapterExport
 from learner.cluster.relay import Relays
 from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher, group_requests
-from learner.run_dir.lease import Lease
+from learner.run_dir.lease import Lease, load_lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.event_log import EventLog
@@ -204,6 +204,13 @@ def rollouts(trainer: Any, url: str | None = None, **options: Any) -> Iterator[A
         session.close()
         with contextlib.suppress(LockstepError):
             session.publisher.delete_run()
+
+
+def end_run(url: str, output_dir: Path) -> None:
+    """End the run of a learner that was killed, which would keep its place on the server."""
+    lease = load_lease(output_dir, None)
+    with contextlib.suppress(LockstepError), RolloutClient(url) as client:
+        client.delete_run(lease.run_id, lease.secret)
 
 
 def steps_of(session: Any) -> list[tuple[Any, ...]]:

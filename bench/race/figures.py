@@ -79,21 +79,26 @@ def shared_seeds(rows: Sequence[Row], row: str, other: str) -> list[list[Row]]:
 
 
 def target_accuracy(rows: Sequence[Row], peer: str) -> float:
-    """Return the mean final accuracy of the peer; without it, the lowest of all names."""
-    finals = {name: final(mine) for (name,), mine in by_name(rows, "row").items()}
-    return finals[peer] if peer in finals else min(finals.values())
+    """Return the final accuracy of the peer, less its spread; without it, the lowest of all names.
+
+    Equally good trainings end above and below each other by chance: the spread is the standard deviation over seeds.
+    """
+    by_row = {name: mine for (name,), mine in by_name(rows, "row").items()}
+    bounds = {name: mean - deviation for name, mine in by_row.items() for mean, deviation in [final(mine)]}
+    return bounds[peer] if peer in bounds else min(bounds.values())
 
 
-def final(rows: Sequence[Row]) -> float:
-    """Return the mean of the last accuracies."""
-    return statistics.fmean(row["points"][-1]["accuracy"] for row in rows)
+def final(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return mean and standard deviation of the last accuracies; 0 for a single one."""
+    last = [row["points"][-1]["accuracy"] for row in rows]
+    return statistics.fmean(last), statistics.stdev(last) if len(last) > 1 else 0.0
 
 
 def summary(rows: Sequence[Row], target: float, *keys: str) -> list[dict[str, Any]]:
     """Return a row for all seeds of the same `keys`: final accuracy, what the target took, rates and bubbles."""
     summed = []
     for values, mine in by_name(rows, *keys).items():
-        finals = [row["points"][-1]["accuracy"] for row in mine]
+        mean, deviation = final(mine)
         curve = [asdict(band) for band in mean_curve([row["points"] for row in mine])]
         means = {
             name: statistics.fmean(row[name] for row in mine)
@@ -104,8 +109,8 @@ def summary(rows: Sequence[Row], target: float, *keys: str) -> list[dict[str, An
             | {
                 "seeds": len(mine),
                 "before": statistics.fmean(row["points"][0]["accuracy"] for row in mine),
-                "final": statistics.fmean(finals),
-                "deviation": statistics.stdev(finals) if len(finals) > 1 else None,
+                "final": mean,
+                "deviation": deviation if len(mine) > 1 else None,
                 "target": target,
                 "seconds_to_target": reached(curve, "seconds", target),
                 "samples_to_target": reached(curve, "samples", target),
@@ -120,12 +125,12 @@ def summary(rows: Sequence[Row], target: float, *keys: str) -> list[dict[str, An
 def against(rows: Sequence[Row], row: str, peer: str) -> dict[str, float]:
     """Return what a row took to the peer's final accuracy, as shares of what that took itself; by their mean curves.
 
-    Only seeds that both have count. The peer took what it did until it first had that accuracy.
+    Only seeds that both have count. Both are looked at where they first had the accuracy of `target_accuracy`.
     """
     own, other = shared_seeds(rows, row, peer)
     if not own:
         return {}
-    target, shares = final(other), dict[str, float]()
+    target, shares = target_accuracy(other, peer), dict[str, float]()
     curves = [[asdict(band) for band in mean_curve([one["points"] for one in mine])] for mine in (own, other)]
     for key in ("seconds", "samples"):
         mine, theirs = (reached(curve, key, target) for curve in curves)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from bench.common.harness import Bench, Flags
 from bench.common.report import Row
 from bench.common.servers import Server, environment, visible_device
-from bench.contenders.lockstep import Lockstep
+from bench.contenders.lockstep import Lockstep, end_run
 from bench.contenders.trl_merged_weights import TrlMergedWeights
 from bench.race.figures import mean_curve
 from learner.commands.config_file import read_config_file
@@ -173,7 +173,7 @@ class TrainingsBench(Bench):
         try:
             if training.apply is None:
                 return TrlMergedWeights(replace(setting, work=work)).start(self.model, rank)
-            slots = 1 + max(int(dict(each.about).get("max_staleness") or 0) for each in waiting)
+            slots = 1 + max(int(each.about.get("max_staleness") or 0) for each in waiting)
             more = ["--apply", training.apply, "--slots-per-run", str(max(2, slots))]
             more += ["--max-runs", str(self.learners)] if training.apply != "merge" else []
             own = replace(setting, work=work, engine_flags=(*setting.engine_flags, *more))
@@ -203,8 +203,14 @@ class TrainingsBench(Bench):
                     one.go()
                 for one in [one for one in started if one.began and one.is_over(self.options.row_limit_s)]:
                     started.remove(one)
-                    with self.failure_kept(one.training.about, server=servers[one.training.server]):
-                        self.add(one.training.about, self.kept(one.training, one.answer()))
+                    server = servers[one.training.server]
+                    with self.failure_kept(one.training.about, server=server):
+                        try:
+                            self.add(one.training.about, self.kept(one.training, one.answer()))
+                        except RuntimeError:
+                            if one.training.apply:
+                                end_run(server.url, self.output(one.training))
+                            raise
                 time.sleep(0.05)
         finally:
             for one in started:
@@ -213,7 +219,7 @@ class TrainingsBench(Bench):
     def begin(self, training: Training, server: Server) -> Started:
         """Start the process of a training."""
         words = [*self.words(training), "--model_name_or_path", str(self.model)]
-        words += ["--output_dir", str(self.work / training.name / "trainer")]
+        words += ["--output_dir", str(self.output(training))]
         if training.apply is None:
             words += ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", server.url]
             words += ["--vllm_group_port", str(free_port())]
@@ -224,6 +230,10 @@ class TrainingsBench(Bench):
         threads = len(self.cores) or max(1, (os.cpu_count() or 1) // (2 * (self.learners + 1)))
         env = environment(device, {"OMP_NUM_THREADS": str(threads)})
         return Started(training, self.work / training.name, asked, env, self.cores)
+
+    def output(self, training: Training) -> Path:
+        """Return the folder of a training's lease and logs."""
+        return self.work / training.name / "trainer"
 
     def words(self, training: Training) -> list[str]:
         """Return the options of a training that do not differ between machines and runs."""

@@ -68,9 +68,11 @@ def test_a_band_is_the_mean_and_the_deviation_of_seeds_where_all_were_evaluated(
     assert mean_curve([]) == []
 
 
-def test_the_target_is_the_peers_final_accuracy_or_the_lowest() -> None:
+def test_the_target_is_the_peers_final_accuracy_less_its_spread_or_the_lowest() -> None:
     ours = [row(S1, 1, 0.2, 0.9), row(S0, 1, 0.2, 0.6)]
-    assert target_accuracy([*ours, row(TRL, 1, 0.2, 0.7), row(TRL, 2, 0.2, 0.8)], TRL) == 0.75
+    peers = [row(TRL, 1, 0.2, 0.7), row(TRL, 2, 0.2, 0.8)]
+    assert target_accuracy([*ours, *peers], TRL) == pytest.approx(0.75 - 0.005**0.5)
+    assert target_accuracy([*ours, peers[0]], TRL) == 0.7
     assert target_accuracy(ours, TRL) == 0.6
 
 
@@ -107,12 +109,12 @@ def test_rows_become_a_file_tables_and_a_picture(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "race.json").read_text())
     assert document["reached"] is True
     assert document["of_trl"][S1] == pytest.approx({"seconds": 0.25, "samples": 1.0})
-    assert f"{S1} reaches TRL's final accuracy in 0.25 of its seconds" in document["headline"]
+    assert f"{S1} reaches TRL's final accuracy, less its spread, in 0.25 of its seconds" in document["headline"]
     assert len(document["rows"]) == 3 * len(ROWS)
     assert len(document["summary"]) == len(ROWS)
     lines = made.table().splitlines()
     assert lines[2].split()[:3] == ["lockstep", "S=1", "42"]
-    assert "s to 0.543" in lines[-2 - len(ROWS)]
+    assert "s to 0.542" in lines[-2 - len(ROWS)]
     made.plot(tmp_path / "race.png", made.measured())
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
 
@@ -193,11 +195,16 @@ def test_a_learner_that_fails_loses_no_other_row(tmp_path: Path, learners: dict[
     assert "no memory" in rows[TRL]["error"]
 
 
-def test_a_learner_that_takes_too_long_is_ended(tmp_path: Path, learners: dict[str, str]) -> None:
+def test_a_learner_that_takes_too_long_is_ended_and_leaves_its_place(
+    tmp_path: Path, learners: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+    monkeypatch.setattr(bench.race.trainings, "end_run", lambda url, output: ended.append((url, output.parent.name)))
     learners[RaceBench(["--seeds", "42"]).trainings()[0].name] = "time.sleep(600)"
     # All others are done as soon as they may begin; this one never is.
     rows = {one["row"]: one for one in raced(tmp_path, "--row-limit-s", "3").rows}
     assert "was not done in time" in rows[S1]["error"]
+    assert ("http://127.0.0.1:1", RaceBench([]).trainings()[0].name) in ended
 
 
 def test_after_the_deadline_nothing_begins(tmp_path: Path, learners: dict[str, str]) -> None:
