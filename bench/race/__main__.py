@@ -121,15 +121,13 @@ class RaceBench(TrainingsBench):
 
     def document(self) -> dict[str, Any]:
         shares = self.shares()
-        reached = min(each["seconds"] for each in shares.values()) <= MOST_OF_TRL if shares else None
+        # At no more samples: all trainings have the same number of them.
+        reached = {row: each["seconds"] <= MOST_OF_TRL for row, each in shares.items()}
         return super().document() | {"summary": self.summary(), "of_trl": shares, "reached": reached}
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:
         """Draw accuracy over seconds and over samples: means, and a standard deviation above and below."""
-        first = dict(done[0]) if done else {}
-        title = fill(
-            "SmolLM2-135M-Instruct, {eval_size} held-out questions, mean and standard deviation of seeds", first
-        )
+        title = f"{self.model_name}, {self.options.eval_size} held-out questions, mean and standard deviation of seeds"
         with picture(path, 11, 4.8, title, panels=2, loc="outside lower center", ncols=3, fontsize=8) as panels:
             for axes, key, label in zip(panels, ("seconds", "samples"), ("seconds", "samples trained on"), strict=True):
                 for (row,), mine in by_name(done, "row").items():

@@ -98,7 +98,7 @@ class RatesBench(TrainingsBench):
     def plot(self, path: Path, done: Sequence[Row]) -> None:
         """Draw accuracy and sampled reward over samples, a panel for every learning rate."""
         rates = sorted({row["lr"] for row in done})
-        title = "SmolLM2-135M-Instruct in bfloat16, held-out questions and sampled reward"
+        title = f"{self.model_name} in bfloat16, held-out questions and sampled reward"
         size = 3.2 + 3.2 * len(rates), 4.6
         with picture(path, *size, title, panels=len(rates), loc="outside lower center", ncols=2, fontsize=8) as panels:
             for axes, rate in zip(panels, rates, strict=True):

@@ -107,7 +107,8 @@ class TrainingsBench(Bench):
 
     standard = "plot only learner-gpu server-gpu server-flags deadline-s"
     flags: ClassVar[Flags] = {
-        "--config": (str(RECIPES / "demo-gpu.yaml"), "a recipe for the demo's model"),
+        "--config": (str(RECIPES / "demo-gpu.yaml"), "a recipe; its server's flags do not count"),
+        "--model": ("", "its directory; without it the demo's model"),
         "--train-flags": ("", "further options of learner train for all rows, in one string"),
         "--task": ("recipe", f"one of {', '.join(TASKS)}: the recipe's task, or a variant of it"),
         "--batch": (0, "completions of a step; 0: the recipe's"),
@@ -117,7 +118,7 @@ class TrainingsBench(Bench):
         "--row-limit-s": (300.0, "end a training that takes longer"),
         "--work-dir": (Path, "keeps everything; trainings that are done there are not repeated"),
     }
-    same = ("config", "train_flags", "task", "batch", "eval_every", "eval_size")
+    same = ("model", "config", "train_flags", "task", "batch", "eval_every", "eval_size")
     figure = "points"
     told = "{before:.3f} -> {after:.3f} right, {seconds:.0f} s"
 
@@ -129,6 +130,11 @@ class TrainingsBench(Bench):
             raise ValueError(f"unknown task {self.options.task!r}; there are {', '.join(TASKS)}")
         self.recipe = read_config_file(self.options.config)
         self.batch = self.options.batch or int(self.recipe["per_device_train_batch_size"])
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model."""
+        return Path(self.options.model).name if self.options.model else "SmolLM2-135M-Instruct"
 
     @property
     def learners(self) -> int:
@@ -146,7 +152,7 @@ class TrainingsBench(Bench):
     def run(self) -> None:
         """Run the trainings that are not done yet, in their order."""
         self.dtype = str(self.recipe.get("dtype") or "float32")
-        self.model = ensure_demo_model(dtype=self.dtype)
+        self.model = Path(self.options.model).absolute() if self.options.model else ensure_demo_model(dtype=self.dtype)
         cores = sorted(os.sched_getaffinity(0)) if self.device == "cpu" else []
         self.cores = cores[len(cores) // 2 :]  # of the learner: on shared cores both would take time from each other
         waiting = []

@@ -15,13 +15,16 @@ import pytest
 import torch
 
 import bench.race.trainings
+from bench.contenders.lockstep import end_run
 from bench.race.__main__ import ROWS, RaceBench
 from bench.race.figures import Band, against, mean_curve, reached, summary, target_accuracy
 from bench.race.learner import Clock, CompletionsClient, Copies, PeerWatch, Race
 from bench.race.rates import RatesBench, ends
 from bench.race.trainings import TRL
 from bench.step.figures import Step, figures
+from learner.run_dir.lease import Lease, save_lease
 from learner.utils.processes import ProcessGroup
+from shared.errors import UnknownRun
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams
 
@@ -107,7 +110,7 @@ def test_rows_become_a_file_tables_and_a_picture(tmp_path: Path) -> None:
         seconds = 4.0 if training.apply is None else 1.0
         made.add(training.about, made.kept(training, answer(0.2, 0.5 + training.about["seed"] / 1000, seconds=seconds)))
     document = json.loads((tmp_path / "race.json").read_text())
-    assert document["reached"] is True
+    assert document["reached"] == {name: True for name in ROWS if name != TRL}
     assert document["of_trl"][S1] == pytest.approx({"seconds": 0.25, "samples": 1.0})
     assert f"{S1} reaches TRL's final accuracy, less its spread, in 0.25 of its seconds" in document["headline"]
     assert len(document["rows"]) == 3 * len(ROWS)
@@ -205,6 +208,29 @@ def test_a_learner_that_takes_too_long_is_ended_and_leaves_its_place(
     rows = {one["row"]: one for one in raced(tmp_path, "--row-limit-s", "3").rows}
     assert "was not done in time" in rows[S1]["error"]
     assert ("http://127.0.0.1:1", RaceBench([]).trainings()[0].name) in ended
+
+
+def test_the_run_of_a_killed_learner_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted = []
+
+    class Client:
+        def __init__(self, url: str) -> None:
+            self.url = url
+
+        def __enter__(self) -> Client:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def delete_run(self, run_id: str, lease: str) -> None:
+            deleted.append((self.url, run_id, lease))
+            raise UnknownRun("it has none")
+
+    monkeypatch.setattr("bench.contenders.lockstep.RolloutClient", Client)
+    save_lease(tmp_path, Lease("run-1", "secret", 3))
+    end_run("http://server", tmp_path)
+    assert deleted == [("http://server", "run-1", "secret")]
 
 
 def test_after_the_deadline_nothing_begins(tmp_path: Path, learners: dict[str, str]) -> None:
