@@ -41,7 +41,7 @@ class RatesBench(TrainingsBench):
         "--eval-every": (20, "steps between two evaluations"),
         "--row-limit-s": (500.0, "end a training that takes longer"),
     }
-    quick = "--seeds 42 --rates 1e-5:2 --batch 16 --eval-every 1 --eval-size 8 --parallel 1"
+    quick = "--seeds 42 --rates 1e-5:2 --batch 16 --eval-every 1 --eval-size 8 --parallel 1 --row-limit-s 1800"
     row_names = tuple(ROWS)
     about = {"learning rate": "lr", "row": "row", "seed": "seed"}
     columns = {
