@@ -46,7 +46,8 @@ class RaceBench(TrainingsBench):
             "accuracy to reach; 0: the final one of TRL less its spread over seeds, without it the lowest of all rows",
         ),
     }
-    quick = "--config recipes/demo.yaml --seeds 42 --steps 2 --eval-every 1 --eval-size 8 --only 'lockstep S' --row-limit-s 1800"
+    quick = "--config recipes/demo.yaml --seeds 42 --steps 2 --eval-every 1 --eval-size 8 --only 'lockstep S' "
+    quick += "--row-limit-s 1800"
     row_names = tuple(ROWS)
     about = {"row": "row", "seed": "seed"}
     columns = {
