@@ -100,10 +100,9 @@ def summary(rows: Sequence[Row], target: float, *keys: str) -> list[dict[str, An
     for values, mine in by_name(rows, *keys).items():
         mean, deviation = final(mine)
         curve = [asdict(band) for band in mean_curve([row["points"] for row in mine])]
-        means = {
-            name: statistics.fmean(row[name] for row in mine)
-            for name in ("tokens_per_s", "learner_bubble", "server_bubble")
-        }
+        rates = ("tokens_per_s", "learner_bubble", "server_bubble")
+        known = {name: [row[name] for row in mine if name in row] for name in rates}
+        means = {name: statistics.fmean(values) for name, values in known.items() if values}
         summed.append(
             dict(zip(keys, values, strict=True))
             | {

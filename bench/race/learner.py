@@ -20,6 +20,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -217,6 +218,8 @@ def train_ours(race: Race) -> dict[str, Any]:
         trainer.add_callback(copies)
         trainer.train()
         steps, known = [Step(*one) for one in steps_of(session)], known_of(session)
+        # Without reading ahead the server generates only while the trainer waits.
+        steps = [replace(step, idle=step.seconds - step.wait) if step.idle is None else step for step in steps]
         session.publisher.next_fence()  # what is pushed now comes after the training
         for step, seconds, adapter in copies.kept:
             copies.restore(adapter)
