@@ -207,9 +207,12 @@ class TrainingsBench(Bench):
                     waiting = []
                 for one in started[: self.learners]:
                     one.go()
-                for one in [one for one in started if one.began and one.is_over(self.options.row_limit_s)]:
-                    started.remove(one)
+                for one in [one for one in started if one.began]:
                     server = servers[one.training.server]
+                    # A learner would wait for a server that has ended to come back.
+                    if not (one.is_over(self.options.row_limit_s) or server.has_ended()):
+                        continue
+                    started.remove(one)
                     with self.failure_kept(one.training.about, server=server):
                         try:
                             self.add(one.training.about, self.kept(one.training, one.answer()))

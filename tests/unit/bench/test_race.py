@@ -179,13 +179,19 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return scripts
 
 
-def raced(work: Path, *flags: str, device: str = "cpu") -> RaceBench:
+def raced(work: Path, *flags: str, device: str = "cpu", dead: str = "") -> RaceBench:
     """Run the race of a bench whose servers are none."""
     made = RaceBench(["--seeds", "42", "--only", f"{S1},TRL,{S0}", *flags])
     made.work, made.model, made.cores, made.device = work, work, [], device
-    server = SimpleNamespace(url="http://127.0.0.1:1", tail=lambda: "log of the server")
     waiting = made.trainings()
-    made.race(list(waiting), {training.server: server for training in waiting})  # type: ignore[misc]
+    names = [training.server for training in waiting]
+    servers = {
+        name: SimpleNamespace(
+            url="http://127.0.0.1:1", tail=lambda: "log of the server", has_ended=lambda name=name: name == dead
+        )
+        for name in names
+    }
+    made.race(list(waiting), servers)  # type: ignore[misc]
     return made
 
 
@@ -207,6 +213,14 @@ def test_a_learner_that_takes_too_long_is_ended_and_leaves_its_place(
     rows = {one["row"]: one for one in raced(tmp_path, "--row-limit-s", "0").rows}
     assert "was not done in time" in rows[S1]["error"]
     assert ("http://127.0.0.1:1", RaceBench([]).trainings()[0].name) in ended
+
+
+def test_a_learner_whose_server_has_ended_waits_for_nothing(tmp_path: Path, learners: dict[str, str]) -> None:
+    training = RaceBench(["--seeds", "42"]).trainings()[1]
+    learners[training.name] = "time.sleep(600)"
+    rows = {one["row"]: one for one in raced(tmp_path, dead=training.server).rows}
+    assert "log of the server" in rows[TRL]["error"]
+    assert rows[S0]["after"] == 0.5
 
 
 def test_the_run_of_a_killed_learner_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
