@@ -87,7 +87,7 @@ class Bench:
         self.options = parser.parse_args(argv)
         try:
             chosen = pick_load(getattr(self.options, "load", ""), self.loads)
-            quick = self.quick.split() if self.options.quick else []
+            quick = shlex.split(self.quick) if self.options.quick else []
             self.options = parser.parse_args([*chosen, *argv, *quick])
             self.check()
         except ValueError as error:

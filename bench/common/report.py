@@ -91,18 +91,24 @@ def why(row: Row) -> str:
 
 
 @contextlib.contextmanager
-def picture(path: Path, width: float, height: float, title: str, **legend: Any) -> Iterator[Any]:
-    """Yield axes of matplotlib; afterwards write them as a PNG, with a legend outside where something has a label."""
+def picture(path: Path, width: float, height: float, title: str, *, panels: int = 0, **legend: Any) -> Iterator[Any]:
+    """Yield axes of matplotlib; afterwards write them as a PNG, with a legend outside where something has a label.
+
+    Args:
+        panels: side by side, whose axes are yielded as a list, with one legend; 0: a single one, yielded alone.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10)
-    axes.set_axisbelow(True)
-    yield axes
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(frameon=False, **legend)
+    every = figure.subplots(1, max(panels, 1), sharey=True, squeeze=False)[0]
+    figure.suptitle(title, fontsize=10)
+    for axes in every:
+        axes.set_axisbelow(True)
+    yield list(every) if panels else every[0]
+    labeled = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if labeled:
+        figure.legend(labeled.values(), labeled.keys(), frameon=False, **legend)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -65,6 +65,10 @@ class Server:
             time.sleep(0.25)
         self.start_s = time.monotonic() - self.started
 
+    def has_ended(self) -> bool:
+        """Whether its process has ended."""
+        return self._group.process.poll() is not None
+
     def gpu_memory(self) -> int | None:
         """Return MiB that its processes hold by nvidia-smi; None where it does not list them."""
         query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]

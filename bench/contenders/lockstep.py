@@ -23,7 +23,7 @@ from learner.adapters.exporter import AdapterExport
 from learner.cluster.relay import Relays
 from learner.rollouts.completions import AllowedVersion
 from learner.rollouts.dispatch import Dispatcher, group_requests
-from learner.run_dir.lease import Lease
+from learner.run_dir.lease import Lease, load_lease
 from learner.servers.client import RolloutClient
 from learner.servers.discovery import ServerDiscovery
 from learner.servers.event_log import EventLog
@@ -188,30 +188,53 @@ class LockstepPool:
             self._publisher.delete_run()
 
 
-def train_with_rollouts(trainer: Any, url: str, **options: Any) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
-    """Train with rollouts of a server; return what the steps took, and what else is known.
-
-    Steps are tuples: seconds, seconds of waiting for completions, of the push, of an idle server; tokens.
+@contextlib.contextmanager
+def rollouts(trainer: Any, url: str | None = None, **options: Any) -> Iterator[Any]:
+    """Attach a GRPOTrainer to a server; yield the session, whose run on the server ends with the block.
 
     Args:
-        trainer: a GRPOTrainer.
         options: of `attach`.
     """
     from learner.trainer.attach import attach
 
-    session = attach(trainer, url, proof_canary=False, **options)
-    trainer.train()
-    session.close()
-    session.publisher.delete_run()
+    session = attach(trainer, url, **options)
+    try:
+        yield session
+    finally:
+        session.close()
+        with contextlib.suppress(LockstepError):
+            session.publisher.delete_run()
+
+
+def end_run(url: str, output_dir: Path) -> None:
+    """End the run of a learner that was killed, which would keep its place on the server."""
+    lease = load_lease(output_dir, None)
+    with contextlib.suppress(LockstepError), RolloutClient(url) as client:
+        client.delete_run(lease.run_id, lease.secret)
+
+
+def steps_of(session: Any) -> list[tuple[Any, ...]]:
+    """Return the steps of a training: seconds, seconds of waiting, of the push, of an idle server; tokens."""
     reports = session.metrics.reports
     before = [0, *(report.completion_tokens for report in reports)]  # counted since the start
-    steps = [
+    return [
         (r.seconds, r.wait_seconds, r.push_seconds, r.idle_seconds, r.completion_tokens - earlier)
         for r, earlier in zip(reports, before, strict=False)
     ]
+
+
+def known_of(session: Any) -> dict[str, Any]:
+    """Return what else is known of a training."""
     summary = session.summary()
-    return steps, {
+    return {
         "transport": session.publisher.receipts[-1].transport,
         "turn_s": session.gpu_sharing.seconds if session.gpu_sharing else [],
         **{name: summary[name] for name in ("lags", "regenerated", "max_logprob_gap", "max_drift_kl")},
     }
+
+
+def train_with_rollouts(trainer: Any, url: str, **options: Any) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+    """Train with rollouts of a server; return what the steps took, see `steps_of`, and what else is known."""
+    with rollouts(trainer, url, proof_canary=False, **options) as session:
+        trainer.train()
+        return steps_of(session), known_of(session)
