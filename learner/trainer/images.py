@@ -131,6 +131,7 @@ def read_images(trainer: GRPOTrainer) -> None:
     if not sees_images(trainer):
         return
     tokenize, generate = trainer._tokenize_prompts, trainer._generate_and_score_completions
+    score = trainer._get_per_token_logps_and_entropies
     # TRL pads token ids on the left whatever this says, and has the processor pad their types beside them.
     trainer._tokenizer.padding_side = "left"
     trainer.log_multimodal = False  # ranks would gather pictures, and wait for one whose rows have none
@@ -143,7 +144,10 @@ def read_images(trainer: GRPOTrainer) -> None:
         rows = image_rows(trainer, inputs)
         if not any(row["images"] for row in rows):  # TRL would leave these prompts as they are
             rows = [{**row, "prompt": seen_prompt(trainer, row)} for row in rows]
-        return generate(rows)
+        return _counted_in_rows(generate(rows))
+
+    def score_counted(*args: Any, **kwargs: Any) -> Any:
+        return score(*args, **_counted_in_rows(kwargs))
 
     def without_nothing(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("pixel_values") is not None and not len(kwargs["pixel_values"]):  # of a pass that has no image
@@ -152,7 +156,18 @@ def read_images(trainer: GRPOTrainer) -> None:
 
     trainer._tokenize_prompts = tokenize_listed
     trainer._generate_and_score_completions = generate_listed
+    trainer._get_per_token_logps_and_entropies = score_counted
     trainer.model.register_forward_pre_hook(without_nothing, with_kwargs=True)
+
+
+def _counted_in_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch of TRL's, or arguments, in which images are counted as its pixels are laid out.
+
+    Idefics and SmolVLM have them padded to a row for each sample [B, images, C, H, W]. TRL takes these for flat ones,
+    [images, C, H, W], where the samples have as many images together as there are samples.
+    """
+    pixels, counts = batch.get("pixel_values"), batch.get("num_images")
+    return batch if pixels is None or pixels.ndim != 5 or counts is None else {**batch, "num_images": [1] * len(counts)}
 
 
 def image_rows(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

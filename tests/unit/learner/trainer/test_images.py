@@ -30,9 +30,9 @@ from tests.support.rewards import reward_odd
 from tests.support.tiny_vision_model import make_tiny_vision_model
 
 
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_vision_model(tmp_path_factory.mktemp("vision"))
+@pytest.fixture(scope="module", params=["qwen2_5_vl"])
+def vision_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_vision_model(tmp_path_factory.mktemp("vision"), request.param)
 
 
 @pytest.fixture
@@ -92,7 +92,17 @@ def make_seeing(vision_model: Path, tmp_path: Path, no_workers_left: None) -> An
     return make
 
 
-@pytest.mark.parametrize("column", ["image", "images"])
+@pytest.mark.parametrize(
+    ("vision_model", "column"),
+    [
+        ("qwen2_5_vl", "image"),
+        ("qwen2_5_vl", "images"),
+        ("qwen3_vl", "images"),
+        ("smolvlm", "images"),
+        ("llava", "images"),
+    ],
+    indirect=["vision_model"],
+)
 def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, column: str) -> None:
     """Batches and passes of both, of one alone, and of none at all; in each the mismatch is rounding."""
     rows = rows_with(column, [1, 0, 0, 0, 2 if column == "images" else 1, 1])  # pairs: mixed, none, images
@@ -105,6 +115,15 @@ def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, co
     assert len(session.metrics.reports) == 3
     assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
     assert sum(scored) == 12, "each reward is computed once, as its completion arrives"
+
+
+@pytest.mark.parametrize("vision_model", ["qwen2_5_vl", "smolvlm", "llava"], indirect=True)
+def test_as_many_images_as_rows_but_not_one_in_each(seeing, make_seeing) -> None:
+    """TRL tells by their number whether pixels are those of images or of rows."""
+    trainer = make_seeing(rows_with("images", [2, 0]), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    session = attached(trainer, seeing)
+    trainer.train()
+    assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
 
 
 def test_a_processor_that_pads_on_the_right(seeing, make_seeing, vision_model: Path) -> None:
