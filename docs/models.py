@@ -79,19 +79,19 @@ def page(document: dict) -> str:
             "linear layers that can be served is pushed, tokens are sampled with it and without, and their served "
             "logprobs are compared with a Hugging Face forward of base and adapter. In brackets: the largest "
             "difference, in nats; *yes*: below 1e-4. Where vLLM's CPU backend computes in bfloat16 only (gated delta "
-            "nets), below a seventh of what the adapter moves. *Images*: the same with `--apply adapter` and a picture in "
-            "each prompt, where another picture gives other logprobs; transformers computes in float64 there. It says nothing about GPUs, tensor parallelism or "
-            "quantization (not tried here). Versions: " + versions + ".",
+            "nets), below a seventh of what the adapter moves. *Images*: the same with `--apply adapter` and a picture "
+            "in each prompt, where another picture gives other logprobs; transformers computes in float64 there. It "
+            "says nothing about GPUs, tensor parallelism or quantization (not tried here). Versions: " + versions + ".",
             "",
             "| " + " | ".join(columns) + " |",
             "|" + " --- |" * len(columns),
             *rows,
             "",
             *(["Where it does not work:", "", *refused, ""] if refused else []),
-            "Text of multimodal checkpoints: the server is started with `--language-model-only`. With or without images, "
-            "LoRA targets (`all-linear` too) mean the language model. The exported adapter names modules as transformers' "
-            "class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on that "
-            "(`AutoModelForImageTextToText`).",
+            "Text of multimodal checkpoints: the server is started with `--language-model-only`. With images and "
+            "without, LoRA targets (`all-linear` too) mean the language model. The exported adapter names modules as "
+            "transformers' class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on "
+            "that (`AutoModelForImageTextToText`).",
             "",
             "Mixtures of experts: adapters on attention, which is what `all-linear` means there, and on shared experts "
             "where PEFT takes their names for no others (Qwen2-MoE). Experts and routers are refused by name, and have "

@@ -117,8 +117,7 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
                 if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
                 found.images = max(found.images, len(images))
-                for picture in images:
-                    found.largest.see(picture, f"{name}, row {start + i + 1},")
+                found.largest.see_all(images, f"{name}, row {start + i + 1},")
                 if len(ids) > found.longest:
                     found.longest = len(ids)
                     found.where = f"{name}, row {start + i + 1}, {_beginning(part[i]['prompt'])}"

@@ -115,6 +115,15 @@ def sight(engine: Any) -> dict[str, str]:
     return image_processors.sight(processor.image_processor, engine.model_config.hf_config)
 
 
+def least_memory(engine: Any) -> int:
+    """Return the bytes of what the model's processor makes of a small image."""
+    from PIL import Image
+
+    process = engine.renderer.get_mm_processor().info.get_hf_processor().image_processor
+    made = process([Image.new("RGB", (32, 32))], return_tensors="pt")
+    return sum(tensor.nbytes for tensor in made.values())
+
+
 def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:
     """Refuse ids that hold tokens of media which nothing fills, or none for an image: `invalid_request`."""
     token = versions.image_token(model_config)

@@ -187,6 +187,14 @@ def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
     with pytest.raises(LockstepError, match=r"data, row 2, has an image of 7056 pixels, .*--max-image-pixels"):
         attached(trainer, seeing)
     seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_bytes": 20_000})
+    seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_memory": 30 * 84 * 84 - 1})
+    with pytest.raises(LockstepError, match=r"data, row 2, and others have images .*--max-bodies-mib"):
+        attached(trainer, seeing)
+    update = {"max_image_memory": 2**20, "least_image_memory": 2**20 + 1}
+    seeing.state = seeing.state.model_copy(update=update)
+    with pytest.raises(LockstepError, match=rf"take up to {2**20 + 1} bytes"):
+        attached(trainer, seeing)
+    seeing.state = seeing.state.model_copy(update={"max_image_memory": 0, "least_image_memory": 0})
     monkeypatch.setattr(images, "_LARGE_FILE", 10_000)
     with pytest.raises(LockstepError, match=r"data, row 2, has an image whose PNG .* takes 20000: .*--max-image-mib"):
         attached(trainer, seeing)
