@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from peft import LoraConfig
 from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -177,6 +177,33 @@ def test_two_sides_that_process_images_differently_are_refused_by_name(seeing, m
             attached(trainer, seeing)
     seeing.state = seeing.state.model_copy(update={"sight": sight(processor, config)})
     attached(trainer, seeing).close()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_stream_is_compared_before_the_training_without_being_read(seeing, make_seeing, known: bool) -> None:
+    rows = rows_with("images", [1, 2])
+    read: list[int] = []
+
+    def drawn() -> Any:
+        read.append(1)
+        yield from rows
+
+    trainer = make_seeing(IterableDataset.from_generator(drawn, features=rows.features if known else None))
+    processor = copy.deepcopy(trainer.processing_class.image_processor)
+    processor.image_mean = [0.5, 0.5, 0.5]
+    seeing.state = seeing.state.model_copy(update={"sight": sight(processor, trainer.model.config)})
+    with pytest.raises(LockstepError, match="process images differently: .*image_mean"):
+        attached(trainer, seeing)
+    seeing.state = seeing.state.model_copy(update={"sight": {}, "max_images": 0})
+    with pytest.raises(LockstepError, match="without --language-model-only"):
+        attached(trainer, seeing)
+    assert read == []
+
+
+def test_a_stream_of_text_asks_for_no_images(seeing, make_seeing) -> None:
+    text = rows_with("images", [0, 0]).remove_columns("images")
+    seeing.state = seeing.state.model_copy(update={"max_images": 0})
+    attached(make_seeing(text.to_iterable_dataset()), seeing).close()
 
 
 def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
