@@ -53,7 +53,7 @@ def do_without_videos(transformers: ModuleType) -> None:
     Without torchvision, transformers refuses to make the part for videos that processors of many models of images
     take. SmolVLM's asks for num2words, which writes a video's number of frames.
     """
-    smolvlm = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+    smolvlm: Any = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
     smolvlm.num2words = smolvlm.num2words or str
     if importlib.util.find_spec("torchvision") is not None:
         return

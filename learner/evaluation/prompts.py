@@ -27,8 +27,8 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
 
 def image_memory(row: Mapping[str, Any], least: int) -> int:
     """Return the bytes that a server counts for a row's images, at `least` for each. Raises as `seen_prompt`."""
-    parts = message_parts(seen_prompt(row))
-    return sum(memory_of(*part["image"].size, least) for part in parts if part.get("type") == "image")
+    pictures = [part["image"] for part in message_parts(seen_prompt(row)) if part.get("type") == "image"]
+    return sum(memory_of(picture.width, picture.height, least) for picture in pictures)
 
 
 def rewarded_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def test_a_stream_is_compared_before_the_training_without_being_read(seeing, mak
     processor = copy.deepcopy(trainer.processing_class.image_processor)
     processor.image_mean = [0.5, 0.5, 0.5]
     seeing.state = seeing.state.model_copy(update={"sight": sight(processor, trainer.model.config)})
-    with pytest.raises(LockstepError, match="process images differently: .*image_mean"):
+    with pytest.raises(LockstepError, match=r"process images differently: .*image_mean"):
         attached(trainer, seeing)
     seeing.state = seeing.state.model_copy(update={"sight": {}, "max_images": 0})
     with pytest.raises(LockstepError, match="without --language-model-only"):
