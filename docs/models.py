@@ -1,6 +1,6 @@
 """Writes docs/models.md: tries every architecture with a tiny random model on vLLM's CPU backend. Takes minutes.
 
-python -m docs.models [ROW ...]    # those rows anew, the others as they were found before; without names, all
+python -m docs.models [ROW[:WAY] ...]    # those anew, the others as they were found before; without names, all
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.integration.support import server
 from tests.integration.support.forked import ForkedProcess
-from tests.integration.support.try_model import ENVIRONMENT, Found, read
+from tests.integration.support.try_model import ENVIRONMENT, IMAGES, Found, read
 from tests.support.architectures import ARCHITECTURES
 
 FOLDER = Path(__file__).parent
@@ -29,9 +29,11 @@ _LIMIT_S = 600.0
 def main(rows: list[str]) -> None:
     """Try rows and write both files."""
     results = json.loads(RESULTS.read_text())["found"] if RESULTS.is_file() else {}
-    for row in rows or ARCHITECTURES:
-        results[row] = {way: asdict(try_row(row, way)) for way in WAYS}
-        print(row, {way: found["refused"] or f"{found['gap']:.1e}" for way, found in results[row].items()}, flush=True)
+    for row, _, way in (name.partition(":") for name in rows or ARCHITECTURES):
+        for each in [way] if way else [*WAYS, *([IMAGES] if ARCHITECTURES[row].sees else [])]:
+            found = try_row(row, each)
+            results.setdefault(row, {})[each] = asdict(found)
+            print(row, each, found.refused or f"{found.gap:.1e}", flush=True)
     document = {"versions": {name: version(name) for name in ("transformers", "peft", "torch")}, "found": results}
     document["versions"]["vllm"] = _vllm_version()
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
@@ -55,16 +57,16 @@ def page(document: dict) -> str:
     rows = [
         f"| {row} | `{ARCHITECTURES[row].name}` | {_KINDS[ARCHITECTURES[row].kind]} | {_targets(found)} | "
         + " | ".join(_word(row, found[way]) if way in found else "not tried" for way in WAYS)
-        + " | not tried | not tried |"
+        + f" | {_seen(row, found)} | not tried | not tried |"
         for row, found in document["found"].items()
         if row in ARCHITECTURES
     ]
     columns = ["model", "architecture", "what is trained", "LoRA on", *(f"`--apply {way}`" for way in WAYS)]
-    columns += ["tensor parallelism", "QLoRA"]
+    columns += ["images", "tensor parallelism", "QLoRA"]
     refused = [
-        f"- {row}, `--apply {way}`: {found[way]['refused']}"
+        f"- {row}, {'images' if way == IMAGES else f'`--apply {way}`'}: {found[way]['refused']}"
         for row, found in document["found"].items()
-        for way in WAYS
+        for way in (*WAYS, IMAGES)
         if way in found and found[way]["refused"]
     ]
     return "\n".join(
@@ -77,18 +79,19 @@ def page(document: dict) -> str:
             "linear layers that can be served is pushed, tokens are sampled with it and without, and their served "
             "logprobs are compared with a Hugging Face forward of base and adapter. In brackets: the largest "
             "difference, in nats; *yes*: below 1e-4. Where vLLM's CPU backend computes in bfloat16 only (gated delta "
-            "nets), below a seventh of what the adapter moves. It says nothing about GPUs, tensor parallelism or "
-            "quantization (not tried here). Versions: " + versions + ".",
+            "nets), below a seventh of what the adapter moves. *Images*: the same with `--apply adapter` and a picture "
+            "in each prompt, where another picture gives other logprobs; transformers computes in float64 there. It "
+            "says nothing about GPUs, tensor parallelism or quantization (not tried here). Versions: " + versions + ".",
             "",
             "| " + " | ".join(columns) + " |",
             "|" + " --- |" * len(columns),
             *rows,
             "",
             *(["Where it does not work:", "", *refused, ""] if refused else []),
-            "Multimodal checkpoints are trained on text: the server is started with `--language-model-only`, and LoRA "
-            "targets (`all-linear` too) mean the language model. The exported adapter names modules as transformers' "
-            "class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on that "
-            "(`AutoModelForImageTextToText`).",
+            "Text of multimodal checkpoints: the server is started with `--language-model-only`. With images and "
+            "without, LoRA targets (`all-linear` too) mean the language model. The exported adapter names modules as "
+            "transformers' class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on "
+            "that (`AutoModelForImageTextToText`).",
             "",
             "Mixtures of experts: adapters on attention, which is what `all-linear` means there, and on shared experts "
             "where PEFT takes their names for no others (Qwen2-MoE). Experts and routers are refused by name, and have "
@@ -101,6 +104,12 @@ def page(document: dict) -> str:
 def _targets(found: dict) -> str:
     targets: list[str] = next((found[way]["targets"] for way in WAYS if way in found and found[way]["targets"]), [])
     return ", ".join(f"`{name}`" for name in targets) or "-"
+
+
+def _seen(row: str, found: dict) -> str:
+    if not ARCHITECTURES[row].sees:
+        return "-"
+    return _word(row, found[IMAGES]) if IMAGES in found else "not tried"
 
 
 def _word(row: str, found: dict) -> str:

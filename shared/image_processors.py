@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -47,10 +48,13 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def do_without_videos(transformers: ModuleType) -> None:
-    """Let processors load where torchvision is missing; no effect elsewhere (transformers 5.17 to 5.19).
+    """Let processors load where what they need for videos alone is missing (transformers 5.17 to 5.19).
 
-    Processors of many models of images take a part for videos, which transformers refuses to make then.
+    Without torchvision, transformers refuses to make the part for videos that processors of many models of images
+    take. SmolVLM's asks for num2words, which writes a video's number of frames.
     """
+    smolvlm: Any = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+    smolvlm.num2words = smolvlm.num2words or str
     if importlib.util.find_spec("torchvision") is not None:
         return
 
@@ -58,10 +62,10 @@ def do_without_videos(transformers: ModuleType) -> None:
         """Stands for the part that processes videos."""
 
         model_input_names: tuple[str, ...] = ()
-        merge_size = temporal_patch_size = 1
+        merge_size = temporal_patch_size = num_frames = fps = 1
         _auto_class = None
         valid_kwargs = transformers.processing_utils.VideosKwargs
-        size: ClassVar[dict[str, int]] = {"shortest_edge": 1, "longest_edge": 1}
+        size: ClassVar[dict[str, int]] = {"shortest_edge": 2**10, "longest_edge": 2**14}  # with room for a patch
 
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> BaseVideoProcessor:

@@ -21,9 +21,13 @@ class Image(FewFields):
 _BYTES_PER_PIXEL, _LEAST_PIXELS = 3 + 24 + 3, 2**12
 
 
-def memory_of(width: int, height: int) -> int:
-    """Return the bytes that a server counts for an image of this size once it is decoded and processed."""
-    return _BYTES_PER_PIXEL * max(_LEAST_PIXELS, width * height)
+def memory_of(width: int, height: int, least: int = 0) -> int:
+    """Return the bytes that a server counts for an image of this size once it is decoded and processed.
+
+    Args:
+        least: that the model's processor makes of every image; SmolVLM's scales small ones up to 17 tiles.
+    """
+    return max(least, _BYTES_PER_PIXEL * max(_LEAST_PIXELS, width * height))
 
 
 def pixel_digest(width: int, height: int, rgb: bytes) -> str:

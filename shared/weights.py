@@ -190,6 +190,7 @@ class ServerState(BaseModel):
     max_image_bytes: int = Field(0, description="largest file of an image; 0: unknown, as of what follows")
     max_image_pixels: int = Field(0, description="pixels of one image")
     max_image_memory: int = Field(0, description="bytes of all images of a request once decoded, 30 for each pixel")
+    least_image_memory: int = Field(0, description="of these, what is counted for the smallest image")
     sight: dict[str, str] = Field({}, description="settings of how images are processed, by name, as JSON")
     max_body_bytes: int = Field(0, description="largest body of a request; a learner cuts its requests by that")
     runs: list[RunState] = []

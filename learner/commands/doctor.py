@@ -276,7 +276,11 @@ def _check_model(model: str, revision: str | None) -> str:
         raise InvalidRequest(f"{model} has no *.safetensors: convert it (save_pretrained does), or take another copy")
     if not (Path(model) / "tokenizer_config.json").is_file():
         raise InvalidRequest(f"{model} has no tokenizer: copy its tokenizer files there, too")
-    only_text = ", of which the text is trained (its server: --language-model-only)" if encoders(found) else ""
+    only_text = (
+        ", whose text is trained with a server of --language-model-only (images: docs/images.md)"
+        if encoders(found)
+        else ""
+    )
     return f"{model}: {', '.join(found.get('architectures') or ['an unknown architecture'])}{only_text}"
 
 

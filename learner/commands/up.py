@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -22,11 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from learner.commands import training
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name, either_spelling, is_true, number
+from learner.config import json_object
 from learner.foreign_options import server_flag
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock, check_unused
@@ -44,7 +46,13 @@ from learner.utils.processes import (
     stop_on_signals,
 )
 from shared.errors import InvalidRequest, LockstepError, Unauthenticated
+from shared.module_names import encoders
 from shared.weights import served_rank
+
+if TYPE_CHECKING:
+    from learner.tasks import Task
+
+logger = logging.getLogger("lockstep.commands")
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 #: Where the run's page is served, unless the recipe says where or the port is taken.
@@ -205,7 +213,24 @@ class Recipe:
         Args:
             common: more of the first kind.
         """
-        return [*_flags({**_common(self.given), **common, **self.server}), *(self.options.server_flags or ())]
+        common = _common(self.given) | common
+        if self._trains_text_of_more():
+            say("the training data has no images: the server gets --language-model-only")
+            common["language_model_only"] = True
+        return [*_flags({**common, **self.server}), *(self.options.server_flags or ())]
+
+    def _trains_text_of_more(self) -> bool:
+        """Return whether the model sees or hears, and the data has nothing of that, as `learner train` will find it."""
+        said = [name.replace("-", "_").removeprefix("no_") for name in self.server_flag_names()]
+        if "language_model_only" in said or not _encoders(self.model, self.given.get("model_revision")):
+            return False
+        try:
+            from learner.tasks.columns import has_images
+
+            return not has_images(_task(self.given).train)
+        except Exception as error:  # of the user's own code, too: the learner will say what is wrong
+            logger.debug("the task cannot be loaded: %s", error)
+            return False
 
     def server_flag_names(self) -> list[str]:
         """Return the names of the server's own flags, as they were written."""
@@ -319,6 +344,34 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("model_revision"):
         common["revision"] = given["model_revision"]
     return common | {name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if is_true(given, name)}
+
+
+def _encoders(model: str, revision: Any) -> list[str]:
+    """Return which parts a model has beside its language model; none where its configuration cannot be read."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        here = Path(model).expanduser()
+        config = here / "config.json" if here.is_dir() else hf_hub_download(model, "config.json", revision=revision)
+        return encoders(json.loads(Path(config).read_text()))
+    except Exception as error:  # of the network, of any kind
+        logger.debug("the model's configuration cannot be read: %s", error)
+        return []
+
+
+def _task(given: Mapping[str, Any]) -> Task:
+    from learner.tasks import load_task
+
+    task_args = given.get("task_args") or {}
+    return load_task(
+        str(given["task"]),
+        task_args=json_object(task_args, "task_args") if isinstance(task_args, str) else task_args,
+        eval_size=int(given.get("eval_size") or 0),
+        train_size=int(given["train_size"]) if given.get("train_size") else None,
+        seed=int(given.get("seed") or 42),
+        prompt_column=str(given.get("prompt_column") or "prompt"),
+        default_reward=lambda completions, **_: [0.0] * len(completions),  # nothing is scored here
+    )
 
 
 def _rank(given: Mapping[str, Any]) -> int:

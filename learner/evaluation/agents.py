@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from learner.agents.calls import Agent, AgentFailed
 from learner.agents.episodes import ATTEMPTS, NO_CALL, AgentError, run_once, session_seconds
 from learner.evaluation.evaluate import questions_of, result_of
+from learner.evaluation.prompts import shown
 from learner.evaluation.results import EvalResult, EvalRow
 from learner.servers.client import RolloutClient
 from learner.servers.pool import RECOVERABLE
@@ -115,7 +116,7 @@ def evaluate_agent(
                 versions.update({str(span.version or "base"): None for span in trajectory.spans})
             progress(done // sampling.n, len(rows))
         finish = record.trajectories[-1].finish_reasons[-1] if record else "abort"
-        return EvalRow(question, rows[question]["prompt"], text, finish, sampled, {AGENT: reward}, reward)
+        return EvalRow(question, shown(rows[question]["prompt"]), text, finish, sampled, {AGENT: reward}, reward)
 
     calls = [partial(run, question) for question in range(len(rows)) for _ in range(sampling.n)]
     results = side_by_side(calls, concurrency, "episodes")

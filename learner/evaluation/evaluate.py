@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from learner.evaluation.prompts import prompt_of, shown
+from learner.evaluation.prompts import image_memory, prompt_of, rewarded_row, shown
 from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
+from learner.tasks.columns import has_images
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
+from shared.weights import ServerState
 
 if TYPE_CHECKING:
     from learner.tasks import Task
@@ -45,12 +47,14 @@ def evaluate(
             server.
     """
     rows = questions_of(task, n_questions)
+    sees = has_images(task.train) or has_images(task.eval)
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
+    state = client.state() if sees else None
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
     start = 0
     while start < len(rows):
-        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST])
+        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST], state)
         chunk = rows[start : start + len(prompts)]
         request = GenerateRequest(
             prompts=prompts,
@@ -62,20 +66,26 @@ def evaluate(
         )
         groups = client.generate(request).groups
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
-        results += _score(task, start, chunk, groups)
+        results += _score(task, start, [rewarded_row(row) if sees else row for row in chunk], groups)
         start += len(chunk)
         progress(start, len(rows))
     return result_of(task, policy, list(versions), results)
 
 
-def _of_one_request(rows: Sequence[dict[str, Any]]) -> list[Prompt]:
-    """Return the prompts of the first rows, as many as have few bytes of images; of one at least."""
-    prompts, size = list[Prompt](), 0
+def _of_one_request(rows: Sequence[dict[str, Any]], state: ServerState | None) -> list[Prompt]:
+    """Return the prompts of the first rows, as many as have few bytes of images; of one at least.
+
+    Args:
+        state: the server's, whose memory for images counts, too; None: there are no images.
+    """
+    prompts, size, memory = list[Prompt](), 0, 0
     for row in rows:
         prompt = prompt_of(row)
-        size += sum(len(image.data) for image in prompt.images or ())
-        if prompts and size > _IMAGE_BYTES:
-            break
+        if state:
+            size += sum(len(image.data) for image in prompt.images or ())
+            memory += image_memory(row, state.least_image_memory)
+            if prompts and (size > _IMAGE_BYTES or 0 < state.max_image_memory < memory):
+                break
         prompts.append(prompt)
     return prompts
 

@@ -8,10 +8,45 @@ from typing import Any
 from learner.servers.prompts import encoded_image
 from learner.tasks.columns import message_parts, without_filled_keys
 from shared.errors import InvalidRequest
+from shared.images import memory_of
 from shared.rollouts import Prompt
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """Return the prompt of a dataset row, with its images.
+
+    Raises:
+        LockstepError: `invalid_request`, as `seen_prompt`.
+    """
+    prompt = seen_prompt(row)
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    images = [part["image"] for part in message_parts(prompt) if part.get("type") == "image"]
+    return Prompt(messages=shown(prompt), images=[encoded_image(image)[0] for image in images])
+
+
+def image_memory(row: Mapping[str, Any], least: int) -> int:
+    """Return the bytes that a server counts for a row's images, at `least` for each. Raises as `seen_prompt`."""
+    pictures = [part["image"] for part in message_parts(seen_prompt(row)) if part.get("type") == "image"]
+    return sum(memory_of(picture.width, picture.height, least) for picture in pictures)
+
+
+def rewarded_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a task with images as a training gives it to reward functions: its prompt with its images and all
+    text in parts, and `images` of every row as a list. Raises as `seen_prompt`.
+    """
+    prompt = seen_prompt(row)
+    if isinstance(prompt, list):
+        prompt = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in prompt
+        ]
+    return {**row, "prompt": prompt, "images": _column(row)}
+
+
+def seen_prompt(row: Mapping[str, Any]) -> Any:
     """Return the prompt of a dataset row, with the images of a column where TRL puts them: into empty image parts, and
     before the first message of the user that is plain text.
 
@@ -22,7 +57,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     if isinstance(prompt, str):
         if images:
             raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
-        return Prompt(text=prompt)
+        return prompt
     messages = list(prompt)
     first = next((i for i, message in enumerate(messages) if _is_plain_question(message)), None)
     if images and first is not None:
@@ -35,8 +70,16 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
             'empty part {"type": "image"}, or none, and they come before the first text of the user'
         )
     left = iter(images)
-    found = [next(left) if image is None else image for image in places]
-    return Prompt(messages=shown(messages), images=[encoded_image(image)[0] for image in found])
+
+    def filled(part: Any) -> Any:
+        return {**part, "image": next(left)} if part.get("type") == "image" and part.get("image") is None else part
+
+    return [
+        {**message, "content": list(map(filled, message["content"]))}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
 
 
 def shown(prompt: Any) -> Any:

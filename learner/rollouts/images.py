@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from learner.servers.prompts import ImagePrompt, encoded_image
-from shared.images import memory_of
 
 
 def with_images(prompts: Sequence[list[int]], images: Sequence[Any] | None) -> list[list[int]]:
@@ -25,4 +24,4 @@ def with_images(prompts: Sequence[list[int]], images: Sequence[Any] | None) -> l
 
 def _with(token_ids: list[int], images: Sequence[Any]) -> ImagePrompt:
     encoded, digests = zip(*map(encoded_image, images), strict=True)
-    return ImagePrompt(token_ids, encoded, digests, sum(memory_of(image.width, image.height) for image in images))
+    return ImagePrompt(token_ids, encoded, digests, [image.size for image in images])

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from shared import images
 from shared.errors import InvalidRequest
 from shared.images import Image, pixel_digest
 
@@ -28,14 +29,18 @@ class ImagePrompt(list[int]):
     Attributes:
         images: as they are sent.
         digests: of their pixels.
-        memory: bytes that a server counts for them once they are decoded.
+        sizes: of their pixels, width and height.
     """
 
     def __init__(
-        self, token_ids: Sequence[int], images: Sequence[Image], digests: Sequence[str], memory: int = 0
+        self,
+        token_ids: Sequence[int],
+        images: Sequence[Image],
+        digests: Sequence[str],
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__(token_ids)
-        self.images, self.digests, self.memory = list(images), list(digests), memory
+        self.images, self.digests, self.sizes = list(images), list(digests), list(sizes)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, ImagePrompt) and self.digests == other.digests and list(self) == list(other)
@@ -56,9 +61,10 @@ def digests_of(token_ids: Sequence[int]) -> list[str]:
     return token_ids.digests if isinstance(token_ids, ImagePrompt) else []
 
 
-def memory_of(token_ids: Sequence[int]) -> int:
-    """Return the bytes that a server counts for a prompt's images once they are decoded."""
-    return token_ids.memory if isinstance(token_ids, ImagePrompt) else 0
+def memory_of(token_ids: Sequence[int], least: int) -> int:
+    """Return the bytes that a server counts for a prompt's images once they are decoded, at `least` for each."""
+    sizes = token_ids.sizes if isinstance(token_ids, ImagePrompt) else []
+    return sum(images.memory_of(*size, least) for size in sizes)
 
 
 def body_bytes(token_ids: Sequence[int]) -> int:

@@ -130,6 +130,12 @@ def has_images(rows: Any) -> bool:
     return any(_is_seen(value) for name in names for value in rows[name]) or any(map(_has_part, rows["prompt"]))
 
 
+def may_have_images(rows: IterableDataset) -> bool:
+    """Return whether a stream can have images, by its columns alone; True where it does not tell them."""
+    features = rows.features
+    return features is None or any(name in features for name in IMAGE_COLUMNS) or "Image(" in repr(features)
+
+
 def _is_seen(value: Any) -> bool:
     return value is not None and value != []
 

@@ -77,6 +77,8 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     """Tokenize every prompt of the training data, and of the evaluation data if the training evaluates; none of streams
     and environments, which make theirs. Each rank takes its part of the rows. Collective.
 
+    A stream is not read before the training: where its rows may have images, a prompt counts as having one.
+
     Raises:
         LockstepError: `invalid_request` on every rank, with the row of a prompt that is missing or empty, has images,
             is of another kind than the others, or is refused by the chat template.
@@ -98,6 +100,8 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
         return found
     evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
     for name, rows in _datasets(trainer):
+        if isinstance(rows, IterableDataset) and sees_images(trainer) and columns.may_have_images(rows):
+            found.images = max(found.images, 1)
         if not isinstance(rows, Dataset) or "prompt" not in rows.column_names or not len(rows):
             continue
         if not (evaluates or rows is trainer.train_dataset):
@@ -117,8 +121,7 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
                 if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
                 found.images = max(found.images, len(images))
-                for picture in images:
-                    found.largest.see(picture, f"{name}, row {start + i + 1},")
+                found.largest.see_all(images, f"{name}, row {start + i + 1},")
                 if len(ids) > found.longest:
                     found.longest = len(ids)
                     found.where = f"{name}, row {start + i + 1}, {_beginning(part[i]['prompt'])}"

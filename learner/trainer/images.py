@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from learner.sync.probe import SeenText
 from learner.tasks.columns import without_filled_keys
 from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
 from shared.image_processors import other_sight, sight
+from shared.images import memory_of
 from shared.weights import ServerState
 
 #: Beside the image of the proof's probe.
@@ -37,15 +38,23 @@ class Largest:
     Attributes:
         pixels, where: of the one with the most pixels.
         file_bytes, where_heaviest: of the heaviest file, among those that may be larger than servers take by default.
+        together, where_together: sizes of the images of the prompt whose images have the most pixels together.
     """
 
     pixels: int = 0
     where: str = ""
     file_bytes: int = 0
     where_heaviest: str = ""
+    together: list[tuple[int, int]] = field(default_factory=list)
+    where_together: str = ""
 
-    def see(self, picture: Any, where: str) -> None:
-        """Count a picture of PIL's in; encode only one that may have a large file."""
+    def see_all(self, pictures: Sequence[Any], where: str) -> None:
+        """Count a prompt's pictures of PIL's in; encode only those that may have a large file."""
+        for picture in pictures:
+            self._see(picture, where)
+        self._see_together([picture.size for picture in pictures], where)
+
+    def _see(self, picture: Any, where: str) -> None:
         pixels = picture.width * picture.height
         if pixels > self.pixels:
             self.pixels, self.where = pixels, where
@@ -57,6 +66,11 @@ class Largest:
         if other.pixels > self.pixels:
             self.pixels, self.where = other.pixels, other.where
         self._see_file(other.file_bytes, other.where_heaviest)
+        self._see_together(other.together, other.where_together)
+
+    def _see_together(self, sizes: list[tuple[int, int]], where: str) -> None:
+        if sum(map(math.prod, sizes)) > sum(map(math.prod, self.together)):
+            self.together, self.where_together = sizes, where
 
     def _see_file(self, size: int, where: str) -> None:
         if size > self.file_bytes:
@@ -124,6 +138,13 @@ def check_images(most: int, largest: Largest, own: Mapping[str, str], state: Ser
             f"{largest.where_heaviest} has an image whose PNG file has {largest.file_bytes} bytes, and the server "
             f"takes {state.max_image_bytes}: scale it down, or start the server with a larger --max-image-mib"
         )
+    needed = sum(memory_of(*size, state.least_image_memory) for size in largest.together)
+    if 0 < state.max_image_memory < max(needed, most * state.least_image_memory):
+        raise InvalidRequest(
+            f"{largest.where_together} and others have images that take up to "
+            f"{max(needed, most * state.least_image_memory)} bytes together once they are decoded, and the server "
+            f"takes {state.max_image_memory}: scale them down, or start the server with a larger --max-bodies-mib"
+        )
 
 
 def read_images(trainer: GRPOTrainer) -> None:
@@ -131,6 +152,7 @@ def read_images(trainer: GRPOTrainer) -> None:
     if not sees_images(trainer):
         return
     tokenize, generate = trainer._tokenize_prompts, trainer._generate_and_score_completions
+    score = trainer._get_per_token_logps_and_entropies
     # TRL pads token ids on the left whatever this says, and has the processor pad their types beside them.
     trainer._tokenizer.padding_side = "left"
     trainer.log_multimodal = False  # ranks would gather pictures, and wait for one whose rows have none
@@ -143,7 +165,10 @@ def read_images(trainer: GRPOTrainer) -> None:
         rows = image_rows(trainer, inputs)
         if not any(row["images"] for row in rows):  # TRL would leave these prompts as they are
             rows = [{**row, "prompt": seen_prompt(trainer, row)} for row in rows]
-        return generate(rows)
+        return _counted_in_rows(generate(rows))
+
+    def score_counted(*args: Any, **kwargs: Any) -> Any:
+        return score(*args, **_counted_in_rows(kwargs))
 
     def without_nothing(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("pixel_values") is not None and not len(kwargs["pixel_values"]):  # of a pass that has no image
@@ -152,7 +177,18 @@ def read_images(trainer: GRPOTrainer) -> None:
 
     trainer._tokenize_prompts = tokenize_listed
     trainer._generate_and_score_completions = generate_listed
+    trainer._get_per_token_logps_and_entropies = score_counted
     trainer.model.register_forward_pre_hook(without_nothing, with_kwargs=True)
+
+
+def _counted_in_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch of TRL's, or arguments, in which images are counted as its pixels are laid out.
+
+    Idefics and SmolVLM have them padded to a row for each sample [B, images, C, H, W]. TRL takes these for flat ones,
+    [images, C, H, W], where the samples have as many images together as there are samples.
+    """
+    pixels, counts = batch.get("pixel_values"), batch.get("num_images")
+    return batch if pixels is None or pixels.ndim != 5 or counts is None else {**batch, "num_images": [1] * len(counts)}
 
 
 def image_rows(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -49,10 +49,13 @@ class ImageLimits:
     mib: int
     pixels: int
     bodies_mib: int
+    least_memory: int = 0
 
     @classmethod
-    def of(cls, settings: ServerSettings) -> ImageLimits:
-        return cls(settings.max_images, settings.max_image_mib, settings.max_image_pixels, settings.max_bodies_mib)
+    def of(cls, settings: ServerSettings, least_memory: int) -> ImageLimits:
+        """Return the server's limits; `least_memory`: bytes that the model's processor makes of every image."""
+        own = settings.max_images, settings.max_image_mib, settings.max_image_pixels, settings.max_bodies_mib
+        return cls(*own, least_memory)
 
     def check_count(self, what: str, count: int) -> None:
         """Raise `too_large` if a prompt has more images than it may."""
@@ -61,7 +64,7 @@ class ImageLimits:
 
     def memory(self, measured: Iterable[Measured]) -> int:
         """Return the bytes that images take once they are decoded and processed; raises `too_large`."""
-        size = sum(memory_of(image.width, image.height) for image in measured)
+        size = sum(memory_of(image.width, image.height, self.least_memory) for image in measured)
         if size > self.bodies_mib * 2**20:
             raise TooLarge(
                 f"the request's images take {size} bytes, more than the server's --max-bodies-mib {self.bodies_mib}; "

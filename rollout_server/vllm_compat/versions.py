@@ -158,6 +158,12 @@ def media_tokens(model_config: Any) -> list[int]:
     return sorted(token for token in found if isinstance(token, int) and token >= 0)
 
 
+def image_token(model_config: Any) -> int:
+    """Return the id of the token that stands for a part of an image; configurations have it under two names."""
+    config = model_config.hf_config
+    return int(getattr(config, "image_token_id", None) or config.image_token_index)
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """Return the exceptions with which vLLM refuses a request: Python's in 0.26, classes of its own in 0.32.
 

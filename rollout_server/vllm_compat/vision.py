@@ -1,4 +1,4 @@
-"""Prompts with images as vLLM's engine takes them (0.32).
+"""Prompts with images as vLLM's engine takes them (0.26 to 0.33).
 
 A prompt's ids come as a learner's processor has made them, with a token for each patch of an image, or with one token
 for each image. vLLM's processor takes the second form only, and would expand what has been expanded.
@@ -18,7 +18,12 @@ from shared.errors import InvalidRequest
 from shared.messages import one_line
 
 #: Kinds of models whose images have been compared with transformers', as `model_type`.
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "llava")
+#: Why others are not among them, where that is known.
+_OTHERWISE = {
+    "gemma3": "tokens of an image attend to each other both ways in transformers, and in vLLM with a few attention "
+    "backends only: a tiny one was off by 0.08 nats on a CPU",
+}
 #: Of media that may be fetched from nowhere: a name that no host can have.
 NO_MEDIA_DOMAIN = "none.invalid"
 
@@ -58,9 +63,10 @@ def refusal(model_config: Any) -> str | None:
     kind = model_config.hf_config.model_type
     if not versions.takes_images(model_config) or kind in FAMILIES:
         return None
+    why = _OTHERWISE.get(kind, "it sees or hears in a way that has not been compared with transformers'")
     return (
-        f"a {kind} sees or hears in a way that has not been compared with transformers'; served are "
-        f"{', '.join(FAMILIES)}, and of others the language model alone (--language-model-only)"
+        f"images of a {kind}: {why}; served are {', '.join(FAMILIES)}, and of others the language model alone "
+        "(--language-model-only)"
     )
 
 
@@ -80,15 +86,22 @@ def take_our_images(engine: Any) -> None:
     processor = engine.renderer.get_mm_processor()
     expand, parse = processor._maybe_apply_prompt_updates, processor.info.parse_mm_data
 
-    def find_or_expand(self: Any, mm_items: Any, mm_res: Any) -> Any:
-        found = self._find_mm_placeholders(mm_res.prompt_ids, mm_res.prompt_updates)
-        counts = mm_items.get_all_counts()
+    def find_or_expand(self: Any, **given: Any) -> Any:
+        if result := given.get("mm_res"):
+            token_ids, updates = result.prompt_ids, result.prompt_updates
+        else:  # 0.26
+            token_ids, updates = given["prompt_ids"], given["mm_prompt_updates"]
+        found = self._find_mm_placeholders(token_ids, updates)
+        counts = given["mm_items"].get_all_counts()
         if all(len(found.get(modality, ())) == count for modality, count in counts.items()):
-            return mm_res.prompt_ids, found
-        return expand(mm_items, mm_res)
+            return token_ids, found
+        return expand(**given)
 
     def parse_ours(self: Any, mm_data: Any, **more: Any) -> Any:
-        if any(modality != "image" or not isinstance(items, Pictures) for modality, items in mm_data.items()):
+        again = more.get("validate") is False  # by a processor, of what it was given
+        if not again and any(
+            modality != "image" or not isinstance(items, Pictures) for modality, items in mm_data.items()
+        ):
             raise ValueError("images are taken by /v1/generate and /v1/score only")
         return parse(mm_data, **more)
 
@@ -102,9 +115,19 @@ def sight(engine: Any) -> dict[str, str]:
     return image_processors.sight(processor.image_processor, engine.model_config.hf_config)
 
 
+def least_memory(engine: Any) -> int:
+    """Return the bytes of what the model's processor makes of a small image."""
+    from PIL import Image
+
+    process = engine.renderer.get_mm_processor().info.get_hf_processor().image_processor
+    made = process([Image.new("RGB", (32, 32))], return_tensors="pt")
+    return sum(tensor.nbytes for tensor in made.values())
+
+
 def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:
     """Refuse ids that hold tokens of media which nothing fills, or none for an image: `invalid_request`."""
-    token, video = (getattr(model_config.hf_config, name) for name in ("image_token_id", "video_token_id"))
+    token = versions.image_token(model_config)
+    video = getattr(model_config.hf_config, "video_token_id", None)
     given = token_ids.count(token)
     if video in token_ids:
         raise InvalidRequest(f"{what} holds tokens of videos (id {video}), which are not served: leave them out")
@@ -140,7 +163,7 @@ async def engine_prompt(engine: Any, what: str, token_ids: list[int], pictures: 
         made = await engine.renderer.process_for_engine_async(prompt, time.time())
     except refused as error:
         raise InvalidRequest(f"{what}: the model's processor refuses its images: {one_line(error)}") from error
-    token = engine.model_config.hf_config.image_token_id
+    token = versions.image_token(engine.model_config)
     filled = sum(place.get_num_embeds() for place in made["mm_placeholders"]["image"])
     if made["prompt_token_ids"].count(token) != filled:
         raise InvalidRequest(

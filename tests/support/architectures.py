@@ -63,6 +63,7 @@ class Architecture:
         config: name of its configuration's class.
         text: settings of the language model, beside or instead of the common ones.
         parts: settings of the whole model, for those that have more parts than a language model.
+        sees: `model_type` of the tiny model that is tried with images (`tests.support.tiny_vision_model`); "": none.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Architecture:
     kind: Kind = "dense"
     text: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] | None = None
+    sees: str = ""
 
     @property
     def dtype(self) -> str:
@@ -112,6 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
             **_QWEN_TOKENS,
         },
+        sees="qwen2_5_vl",
     ),
     "Qwen3-VL": Architecture(
         "Qwen3VLForConditionalGeneration",
@@ -119,6 +122,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "multimodal",
         text={"rope_parameters": {**_MROPE, "mrope_interleaved": True}},
         parts={"vision_config": {**_QWEN3_VISION, "deepstack_visual_indexes": [0]}, **_QWEN_TOKENS},
+        sees="qwen3_vl",
     ),
     "Qwen3.5": Architecture(
         "Qwen3_5ForConditionalGeneration",
@@ -139,6 +143,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "eoi_token_index": 503,
             "image_token_index": 500,
         },
+        sees="gemma3",
+    ),
+    "SmolVLM": Architecture(
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMConfig",
+        "multimodal",
+        text={"model_type": "llama"},
+        parts={"vision_config": _SIGLIP, "scale_factor": 2, "image_token_id": 500},
+        sees="smolvlm",
+    ),
+    "LLaVA": Architecture(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        "multimodal",
+        text={"model_type": "llama"},
+        parts={"vision_config": {"model_type": "clip_vision_model", **_SIGLIP}, "image_token_id": 500},
+        sees="llava",
     ),
     "Mistral 3": Architecture(
         "Mistral3ForConditionalGeneration",

@@ -27,9 +27,6 @@ from shared.rollouts import (
 )
 from shared.weights import PushReceipt, RunState, ServerState, TrainingEnd, WeightVersion
 
-#: At the end of a tiny vision model's vocabulary.
-_SPECIAL_TOKENS = 4
-
 
 class FakeServer:
     """A server behind an httpx transport. While asleep it takes only `/v1/wake` and pushes, which wake it.
@@ -182,8 +179,9 @@ class FakeServer:
             parameter.copy_(self.base[name] if delta is None else self.base[name] + delta)
         ids, seen = torch.tensor([sequence]), {}
         if images:
-            seen = dict(self.processor.image_processor([_picture(image) for image in images], return_tensors="pt"))
-            seen["mm_token_type_ids"] = (ids == self.processor.image_token_id).long()
+            seen = dict(self.processor.image_processor([[_picture(image) for image in images]], return_tensors="pt"))
+            if "image_grid_thw" in seen:
+                seen["mm_token_type_ids"] = (ids == self.processor.image_token_id).long()
         logits = self.model(input_ids=ids, **seen).logits[0, :-1].float()
         picked = torch.log_softmax(logits, -1).gather(-1, torch.tensor(sequence[1:])[:, None])
         return picked[:, 0].tolist()
@@ -191,7 +189,8 @@ class FakeServer:
     def _generate(self, request: GenerateRequest) -> GenerateResponse:
         version = self._resolve(request.policy, request.run_id)
         vocabulary, groups = self.model.config.get_text_config().vocab_size, []
-        vocabulary -= 0 if self.processor is None else _SPECIAL_TOKENS
+        if self.processor:  # its specials come last
+            vocabulary = self.processor.tokenizer.vocab_size
         for index, prompt in enumerate(request.prompts):
             ids = prompt.token_ids or [1, 2, 3]
             completions = []

@@ -1,8 +1,9 @@
-"""PNG files: whole, and such as no encoder makes."""
+"""Pictures, and PNG files: whole, and such as no encoder makes."""
 
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def noise(seed: int, width: int = 84, height: int = 56) -> Image.Image:
+    """Return a picture of random pixels, the same for the same seed."""
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
 
 
 def chunk(kind: bytes, content: bytes = b"") -> bytes:

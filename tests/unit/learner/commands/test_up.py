@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -103,6 +104,28 @@ def test_one_command_for_both(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     at = told.index("--rollout_url")
     assert told[at + 2 : at + 4] == ["--output_dir", "runs/mine"]
     assert "--max_steps" in told
+
+
+def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(tmp_path: Path, capsys) -> None:
+    model, task = tmp_path / "sees", tmp_path / "text.jsonl"
+    model.mkdir()
+    task.write_text('{"prompt": "How many?"}\n' * 4)
+    circles = "learner.tasks.examples.counting:circles"
+
+    def server_of(task: object, *flags: str, sees: bool = True) -> list[str]:
+        (model / "config.json").write_text(json.dumps({"vision_config": {}} if sees else {}))
+        words = ["--model_name_or_path", str(model), "--use_cpu", "true", "--task", str(task), "--train_size", "2"]
+        return up.make_plan([*words, *flags]).server
+
+    assert "--language-model-only" in server_of(task)
+    assert "the training data has no images: the server gets --language-model-only" in capsys.readouterr().out
+    assert "--language-model-only" not in server_of(circles, "--task_args", '{"pixels": 32}')
+    assert "--language-model-only" not in server_of(task, sees=False)
+    assert "--language-model-only" not in server_of(tmp_path / "missing.jsonl")
+    own = server_of(task, "--server-flags", "--no-language-model-only")
+    assert own.count("--no-language-model-only") == 1
+    assert "--language-model-only" not in own
+    assert capsys.readouterr().out == ""
 
 
 def test_a_server_that_does_not_start_is_said_with_its_reason(recipe: Path, capsys) -> None:

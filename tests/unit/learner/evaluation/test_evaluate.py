@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from learner.evaluation.evaluate import evaluate
 from learner.evaluation.results import EvalResult
@@ -57,6 +59,29 @@ def test_every_completion_needs_a_reward(server) -> None:
     client = RolloutClient("http://fake", transport=server.transport)
     with pytest.raises(InvalidRequest, match="'short' returned 1 rewards for 8 completions"):
         evaluate(client, _task(short), policy="base", sampling=SamplingParams(max_tokens=4))
+
+
+def test_reward_functions_get_prompts_with_their_images(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without one, too, get `images`, as in training."""
+    picture = Image.new("RGB", (8, 8), "red")
+    ask = [{"role": "user", "content": "How many?"}]
+    features = Features(prompt=List({"role": Value("string"), "content": Value("string")}), image=ImageFeature())
+    rows = Dataset.from_dict({"prompt": [ask, ask], "image": [picture, None]}, features)
+    seen: dict[str, Any] = {}
+
+    def reward(**arguments: Any) -> list[float]:
+        seen.update(arguments)
+        return [1.0] * len(arguments["prompts"])
+
+    monkeypatch.setattr(server, "_logprobs", lambda sequence, *_: [0.0] * len(sequence))
+    client = RolloutClient("http://fake", transport=server.transport)
+    task = Task(name="toy", train=rows, eval=rows, reward_funcs=[reward])
+    result = evaluate(client, task, policy="base", sampling=SamplingParams(max_tokens=4))
+    text = {"type": "text", "text": "How many?"}
+    assert [prompt[0]["content"][-1] for prompt in seen["prompts"]] == [text, text]
+    assert seen["prompts"][0][0]["content"][0]["image"].tobytes() == picture.tobytes()
+    assert [len(images) for images in seen["images"]] == [1, 0]
+    assert result.rows[0].prompt == [{"role": "user", "content": [{"type": "image"}, text]}]
 
 
 def evaluated(server, *functions: Any, n_questions: int | None = None) -> EvalResult:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from trl.data_utils import prepare_multimodal_messages
 
-from learner.evaluation.prompts import prompt_of, shown
+from learner.evaluation.prompts import prompt_of, rewarded_row, shown
 from learner.servers.prompts import encoded_image
 from shared.errors import InvalidRequest
 
@@ -53,6 +53,18 @@ def test_images_go_where_trl_puts_them() -> None:
         assert seen == [message["content"] for message in shown(laid_out)]
         pictures = [part["image"] for m in laid_out for part in m["content"] if part["type"] == "image"]
         assert made.images == [encoded_image(picture)[0] for picture in pictures]
+
+
+def test_reward_functions_get_rows_as_trl_gives_them() -> None:
+    rows = [
+        {"prompt": _user("How many?"), "image": RED},
+        {"prompt": _user([TEXT, {"type": "image"}, {"type": "image", "image": BLUE}]), "images": [RED]},
+        {"prompt": _user("And without?"), "image": None},
+    ]
+    for row, images in zip(rows, ([RED], [RED], []), strict=True):
+        made = rewarded_row(row)
+        assert made["prompt"] == prepare_multimodal_messages(row["prompt"], images=images)
+        assert made["images"] == images
 
 
 @pytest.mark.parametrize("content", [[TEXT], [TEXT, {"type": "image"}, {"type": "image"}]])

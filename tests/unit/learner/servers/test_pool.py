@@ -35,7 +35,9 @@ class Server(Answers):
     def state(self, timeout_s=1.0):
         if self.broken is not None:
             raise NotReady(f"{self.url} is away")
-        return SimpleNamespace(epoch="e", runs=[], draining=self.draining, max_body_bytes=2**20, max_image_memory=0)
+        return SimpleNamespace(
+            epoch="e", runs=[], draining=self.draining, max_body_bytes=2**20, max_image_memory=0, least_image_memory=0
+        )
 
     def iter_groups(self, request):
         for group in super().iter_groups(request):
@@ -301,7 +303,9 @@ def _supervised(pool_of, monkeypatch, count, checks):
             asked.append(server.url)
             if len(asked) >= checks:
                 enough.set()
-            return SimpleNamespace(epoch="e", runs=[], draining=False, max_body_bytes=2**20, max_image_memory=0)
+            return SimpleNamespace(
+                epoch="e", runs=[], draining=False, max_body_bytes=2**20, max_image_memory=0, least_image_memory=0
+            )
 
         server.state = state
     return pool, asked, enough

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from peft import LoraConfig
 from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -30,9 +30,9 @@ from tests.support.rewards import reward_odd
 from tests.support.tiny_vision_model import make_tiny_vision_model
 
 
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_vision_model(tmp_path_factory.mktemp("vision"))
+@pytest.fixture(scope="module", params=["qwen2_5_vl"])
+def vision_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_vision_model(tmp_path_factory.mktemp("vision"), request.param)
 
 
 @pytest.fixture
@@ -92,7 +92,17 @@ def make_seeing(vision_model: Path, tmp_path: Path, no_workers_left: None) -> An
     return make
 
 
-@pytest.mark.parametrize("column", ["image", "images"])
+@pytest.mark.parametrize(
+    ("vision_model", "column"),
+    [
+        ("qwen2_5_vl", "image"),
+        ("qwen2_5_vl", "images"),
+        ("qwen3_vl", "images"),
+        ("smolvlm", "images"),
+        ("llava", "images"),
+    ],
+    indirect=["vision_model"],
+)
 def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, column: str) -> None:
     """Batches and passes of both, of one alone, and of none at all; in each the mismatch is rounding."""
     rows = rows_with(column, [1, 0, 0, 0, 2 if column == "images" else 1, 1])  # pairs: mixed, none, images
@@ -105,6 +115,15 @@ def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, co
     assert len(session.metrics.reports) == 3
     assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
     assert sum(scored) == 12, "each reward is computed once, as its completion arrives"
+
+
+@pytest.mark.parametrize("vision_model", ["qwen2_5_vl", "smolvlm", "llava"], indirect=True)
+def test_as_many_images_as_rows_but_not_one_in_each(seeing, make_seeing) -> None:
+    """TRL tells by their number whether pixels are those of images or of rows."""
+    trainer = make_seeing(rows_with("images", [2, 0]), per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    session = attached(trainer, seeing)
+    trainer.train()
+    assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
 
 
 def test_a_processor_that_pads_on_the_right(seeing, make_seeing, vision_model: Path) -> None:
@@ -160,6 +179,33 @@ def test_two_sides_that_process_images_differently_are_refused_by_name(seeing, m
     attached(trainer, seeing).close()
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_stream_is_compared_before_the_training_without_being_read(seeing, make_seeing, known: bool) -> None:
+    rows = rows_with("images", [1, 2])
+    read: list[int] = []
+
+    def drawn() -> Any:
+        read.append(1)
+        yield from rows
+
+    trainer = make_seeing(IterableDataset.from_generator(drawn, features=rows.features if known else None))
+    processor = copy.deepcopy(trainer.processing_class.image_processor)
+    processor.image_mean = [0.5, 0.5, 0.5]
+    seeing.state = seeing.state.model_copy(update={"sight": sight(processor, trainer.model.config)})
+    with pytest.raises(LockstepError, match=r"process images differently: .*image_mean"):
+        attached(trainer, seeing)
+    seeing.state = seeing.state.model_copy(update={"sight": {}, "max_images": 0})
+    with pytest.raises(LockstepError, match="without --language-model-only"):
+        attached(trainer, seeing)
+    assert read == []
+
+
+def test_a_stream_of_text_asks_for_no_images(seeing, make_seeing) -> None:
+    text = rows_with("images", [0, 0]).remove_columns("images")
+    seeing.state = seeing.state.model_copy(update={"max_images": 0})
+    attached(make_seeing(text.to_iterable_dataset()), seeing).close()
+
+
 def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
     seeing, make_seeing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +214,14 @@ def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
     with pytest.raises(LockstepError, match=r"data, row 2, has an image of 7056 pixels, .*--max-image-pixels"):
         attached(trainer, seeing)
     seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_bytes": 20_000})
+    seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_memory": 30 * 84 * 84 - 1})
+    with pytest.raises(LockstepError, match=r"data, row 2, and others have images .*--max-bodies-mib"):
+        attached(trainer, seeing)
+    update = {"max_image_memory": 2**20, "least_image_memory": 2**20 + 1}
+    seeing.state = seeing.state.model_copy(update=update)
+    with pytest.raises(LockstepError, match=rf"take up to {2**20 + 1} bytes"):
+        attached(trainer, seeing)
+    seeing.state = seeing.state.model_copy(update={"max_image_memory": 0, "least_image_memory": 0})
     monkeypatch.setattr(images, "_LARGE_FILE", 10_000)
     with pytest.raises(LockstepError, match=r"data, row 2, has an image whose PNG .* takes 20000: .*--max-image-mib"):
         attached(trainer, seeing)

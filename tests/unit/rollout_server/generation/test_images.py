@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zlib
+from dataclasses import replace
 
 import pytest
 from PIL import Image as Pillow
@@ -96,3 +97,5 @@ def test_what_all_images_of_a_request_take_is_known_before_any_is_decoded() -> N
     assert LIMITS.memory([measured] * 3) == 3 * 10_000 * 30
     with pytest.raises(TooLarge, match="--max-bodies-mib 1"):
         LIMITS.memory([measured] * 4)
+    with pytest.raises(TooLarge, match="--max-bodies-mib"):
+        replace(LIMITS, least_memory=2**19 + 1).memory([measured] * 2)
