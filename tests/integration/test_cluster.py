@@ -17,7 +17,7 @@ import yaml
 
 from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import HISTORY_FILE, read_lines
-from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.forked import FORKING, REPOSITORY
 from tests.integration.support.learner_process import COMMON, write_questions
 from tests.integration.support.ray_cluster import RayNode
 from tests.integration.support.server import ENVIRONMENT
@@ -37,9 +37,9 @@ def nodes() -> Iterator[list[RayNode]]:
         found = [RayNode(Path(folder), 1, 2, gpus=2)]
         try:
             found[0].wait_ready()
-            for number in (2, 3):
-                found.append(RayNode(Path(folder), number, 1, found[0].address))
-                found[-1].wait_ready()
+            found += [RayNode(Path(folder), number, 1, found[0].address) for number in (2, 3)]
+            for node in found[1:]:
+                node.wait_ready()
             yield found
         finally:
             for node in reversed(found):
@@ -122,8 +122,11 @@ def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Pa
         "max_steps": 100_000,
         "save_steps": 100_000,
         "proof_every": 1,
+        # The training leaves the cores to a server that starts.
+        "reward_funcs": "tests.support.rewards:odd_at_leisure",
+        "reward_workers": 0,
         "run_page": False,
-        "env": ENVIRONMENT,
+        "env": {**ENVIRONMENT, "PYTHONPATH": FORKING},
         "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True},
     }
     recipe.write_text(yaml.safe_dump({**options, **own}))

@@ -72,7 +72,7 @@ def test_the_reason_of_a_failed_start_is_the_last_line(model: Path, tmp_path: Pa
     weights = load_file(model / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "other" / "model.safetensors")
-    server = ServerProcess(tmp_path / "other", tmp_path / "log", *FLAGS, forked=False)
+    server = ServerProcess(tmp_path / "other", tmp_path / "log", *FLAGS)
     try:
         assert server.wait_started() == 1
     finally:

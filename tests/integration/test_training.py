@@ -23,6 +23,7 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
+from tests.integration.support.forked import FORKING
 from tests.integration.support.learner_process import LearnerProcess, write_questions
 from tests.integration.support.lm_tasks import ANSWER, CHOICE, QUESTIONS, write_tasks
 from tests.integration.support.monitoring import monitor
@@ -63,6 +64,7 @@ def server(model: Path, token_file: str, tmp_path_factory: pytest.TempPathFactor
     flags = [*FLAGS, "--deterministic", "--max-runs", "8", "--token-file", token_file]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "VLLM_LOGGING_LEVEL", "INFO")
+        patch.setitem(ENVIRONMENT, "PYTHONPATH", FORKING)
         with running_server(model, tmp_path_factory.mktemp("server"), *flags, forked=False) as process:
             yield process
 

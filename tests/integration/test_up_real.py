@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.integration.support.forked import REPOSITORY, ForkedProcess
+from tests.integration.support.forked import FORKING, REPOSITORY, ForkedProcess
 from tests.integration.support.learner_process import COMMON, write_questions
 from tests.integration.support.server import ENVIRONMENT, ServerProcess
 from tests.integration.support.waiting import until
@@ -29,6 +29,7 @@ def test_one_command_trains_and_the_run_can_be_gone_on_with(server: ServerProces
         "output_dir": str(out),
         "max_steps": 2,
         "save_steps": 2,
+        "env": {"PYTHONPATH": FORKING},
         "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True},
     }
     recipe.write_text(yaml.safe_dump({**options, **own}))

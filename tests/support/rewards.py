@@ -13,6 +13,12 @@ def reward_odd(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def odd_at_leisure(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Give the same, after a second that costs no processor time."""
+    time.sleep(1.0)
+    return reward_odd(completion_ids)
+
+
 def answers_seven(completions, **_):
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [1.0 if text.strip() == "7" else 0.0 for text in texts]

@@ -24,6 +24,8 @@ import pytest
 import setproctitle
 
 REPOSITORY = Path(__file__).parents[3]
+#: For $PYTHONPATH: where a server that another command starts finds that it should fork its engine, too.
+FORKING = f"{Path(__file__).parent / 'forking'}:{REPOSITORY}"
 #: In which the imports are done; one thread, since threads are not forked.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -100,14 +102,15 @@ def _run(module: str, arguments: list[str], log: str, environment: dict[str, str
     os.environ.update(environment)
     assert set(MODULES) <= set(sys.modules), "a name in MODULES has changed"
     sys.argv[1:] = arguments
-    _fork_instead_of_spawn()
+    fork_instead_of_spawn()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
-def _fork_instead_of_spawn() -> None:
+def fork_instead_of_spawn() -> None:
+    """Let this process fork what it would spawn: what is spawned imports everything again."""
     context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: context("fork" if method == "spawn" else method)
     # A signal that a child gets must not be taken for one of this process by its event loop.

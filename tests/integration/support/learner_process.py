@@ -16,6 +16,7 @@ from tests.support.arguments import arguments
 COMMON = arguments(
     {
         "--reward_funcs": "tests.support.rewards:reward_odd",
+        "--reward_workers": 1,
         "--eval_size": 2,
         "--use_cpu": "true",
         "--bf16": "false",

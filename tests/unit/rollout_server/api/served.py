@@ -1,20 +1,25 @@
 """A rollout server without an engine, in a process of its own: every layer of HTTP is the real one.
 
-`python -m tests.unit.rollout_server.api.served '{"most": 64}'` prints its port.
+`python -m tests.unit.rollout_server.api.served` forks one for each line that it reads, such as `[{"most": 64}, LOG]`,
+and prints its process id and port: its imports take seconds, and are done once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import resource
+import select
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +75,7 @@ async def serve(given: dict[str, Any]) -> None:
     most = given.get("most") or connections_that_fit()
     connections = Connections(most, replace(ConnectionLimits(), **given.get("limits", {})))
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening:
-        print(listening.getsockname()[1], flush=True)
+        print(os.getpid(), listening.getsockname()[1], flush=True)
         tls = given.get("tls", {})
         server = HttpServer(
             AuthMiddleware(readiness, tokens), connections=connections, timeout_graceful_shutdown=1, **tls
@@ -81,10 +86,10 @@ async def serve(given: dict[str, Any]) -> None:
 class Served:
     """The process, as seen by a test."""
 
-    def __init__(self, port: int, process: subprocess.Popen[str], log: Path, ca: str | None) -> None:
+    def __init__(self, pid: int, port: int, log: Path, ca: str | None) -> None:
         self.port, self.log = port, log
         self.url = f"http://127.0.0.1:{port}"
-        self._pid = process.pid
+        self._pid = pid
         # Made once: it takes long enough to be noticed in `health_seconds`.
         self._http = httpx.Client(
             base_url=f"http{'s' if ca else ''}://127.0.0.1:{port}",
@@ -114,22 +119,46 @@ class Served:
         return time.monotonic() - began
 
 
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    """Start what forks the servers; it ends with this process."""
+    command = [sys.executable, "-m", __name__]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 @contextlib.contextmanager
 def served(log: Path, given: dict[str, Any], ca: str | None = None) -> Iterator[Served]:
     """Start a server; `given` is read by `serve`."""
-    command = [sys.executable, "-m", __name__, json.dumps(given)]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            yield Served(int(process.stdout.readline()), process, log, ca)
-        finally:
-            process.terminate()
-            process.wait(timeout=20)
+    forks = _forks()
+    assert forks.stdin is not None
+    assert forks.stdout is not None
+    print(json.dumps([given, str(log)]), file=forks.stdin, flush=True)
+    pid, port = map(int, forks.stdout.readline().split())
+    process = os.pidfd_open(pid)
+    try:
+        yield Served(pid, port, log, ca)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        assert select.select([process], [], [], 20)[0], "it has not ended"
+        os.close(process)
+
+
+def _run(given: dict[str, Any], log: str) -> None:
+    """Be a server, in a process that was forked for it."""
+    sys.stdin.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    try:
+        (uvloop if given.get("loop") != "asyncio" else asyncio).run(serve(given))
+    except BaseException:
+        traceback.print_exc()
+        print(flush=True)  # for who waits for its port
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    (uvloop if given.get("loop") != "asyncio" else asyncio).run(serve(given))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none is left as a zombie
+    for line in sys.stdin:
+        if os.fork() == 0:
+            _run(*json.loads(line))
