@@ -31,7 +31,7 @@ from bench.common.servers import Server, Setting, environment, visible_device
 from bench.families.checkpoints import CHECKPOINTS, Checkpoint
 from learner.utils.processes import ProcessGroup
 
-IMAGES, HYBRID, TEXT = "Qwen2.5-VL, images", "Qwen3.5, text", "Qwen2.5-VL, text"
+IMAGES, HYBRID, TEXT = "Qwen2.5-VL images", "Qwen3.5 text", "Qwen2.5-VL text"
 #: Row -> its checkpoint, and that of `--quick`.
 ROWS = {
     IMAGES: ("qwen2.5-vl-3b", "tiny qwen2.5-vl"),
