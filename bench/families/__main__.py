@@ -31,7 +31,7 @@ from bench.common.servers import Server, Setting, environment, visible_device
 from bench.families.checkpoints import CHECKPOINTS, Checkpoint
 from learner.utils.processes import ProcessGroup
 
-IMAGES, HYBRID, TEXT = "Qwen2.5-VL, images", "Qwen3.5, text", "Qwen2.5-VL, text"
+IMAGES, HYBRID, TEXT = "Qwen2.5-VL images", "Qwen3.5 text", "Qwen2.5-VL text"
 #: Row -> its checkpoint, and that of `--quick`.
 ROWS = {
     IMAGES: ("qwen2.5-vl-3b", "tiny qwen2.5-vl"),
@@ -141,7 +141,7 @@ class FamiliesBench(Bench):
         """
         self.in_time()
         options, output = self.options, self.work / f"{folder.name}-{'images' if row == IMAGES else 'text'}"
-        answered, log = output.with_suffix(".json"), output.with_suffix(".log")
+        answered, log = output.with_name(f"{output.name}.json"), output.with_name(f"{output.name}-learner.log")
         command = [sys.executable, "-m", "bench.families.learner", str(answered), *self.words(row, folder, output)]
         command += ["--rollout_url", server.url, *shlex.split(options.learner_flags)]
         own = environment(self.server_device, {} if self.server_device else {"OMP_NUM_THREADS": "1"})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.support.tiny_model import make_tiny_tokenizer
+from tests.support.tiny_vision_model import GATED_DELTA
 
 Kind = Literal["dense", "hybrid", "multimodal", "mixture"]
 VOCAB = 512
@@ -25,15 +26,6 @@ _TEXT: dict[str, Any] = {
 }
 _GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_GATED_DELTA: dict[str, Any] = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "partial_rotary_factor": 0.5,
-}
 _MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 _QWEN_TOKENS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
 _QWEN3_VISION: dict[str, Any] = {
@@ -95,9 +87,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
         "hybrid",
-        text={**_GATED_DELTA, **_EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
+        text={**GATED_DELTA, **_EXPERTS, "mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
     ),
-    "Qwen3.5, text": Architecture("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", "hybrid", text=_GATED_DELTA),
+    "Qwen3.5, text": Architecture("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", "hybrid", text=GATED_DELTA),
+    "Qwen2-VL": Architecture(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        "multimodal",
+        text={"rope_parameters": _MROPE},
+        parts={
+            "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 2, "num_heads": 2},
+            **_QWEN_TOKENS,
+        },
+        sees="qwen2_vl",
+    ),
     "Qwen2.5-VL": Architecture(
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen2_5_VLConfig",
@@ -128,8 +131,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5Config",
         "multimodal",
-        text=_GATED_DELTA,
+        text=GATED_DELTA,
         parts={"vision_config": _QWEN3_VISION, **_QWEN_TOKENS},
+        sees="qwen3_5",
     ),
     "Gemma 3": Architecture(
         "Gemma3ForConditionalGeneration",

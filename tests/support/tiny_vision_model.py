@@ -16,6 +16,16 @@ _QWEN_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|vide
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5))
 _SMOLVLM_SPECIALS = ("<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>", *_TILES)
 
+#: Of layers that are gated delta nets, the first of two.
+GATED_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.5,
+}
 _GEMMA_SPECIALS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 
 
@@ -97,6 +107,31 @@ def _qwen_tokens(tokenizer: Any) -> dict[str, int]:
     return dict(zip(names, tokenizer.convert_tokens_to_ids(list(_QWEN_SPECIALS)), strict=True))
 
 
+def _qwen2_vl(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any], ends: dict[str, Any], chat: str) -> Any:
+    import transformers
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    config = transformers.Qwen2VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={
+            **vision,
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": 64,
+            "mlp_ratio": 1,
+            "num_heads": 2,
+            "patch_size": TOKEN_PIXELS // 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        **_qwen_tokens(tokenizer),
+        tie_word_embeddings=False,
+        **ends,
+    )
+    images, videos = _qwen_images(TOKEN_PIXELS // 2), transformers.BaseVideoProcessor()
+    return config, transformers.Qwen2VLProcessor(images, tokenizer, videos, chat)
+
+
 def _qwen2_5_vl(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any], ends: dict[str, Any], chat: str) -> Any:
     import transformers
 
@@ -142,6 +177,31 @@ def _qwen3_vl(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any], ends
             "temporal_patch_size": 2,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0],
+        },
+        **_qwen_tokens(tokenizer),
+        tie_word_embeddings=False,
+        **ends,
+    )
+    return config, transformers.Qwen3VLProcessor(_qwen_images(16), tokenizer, transformers.BaseVideoProcessor(), chat)
+
+
+def _qwen3_5(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any], ends: dict[str, Any], chat: str) -> Any:
+    import transformers
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+    config = transformers.Qwen3_5Config(
+        text_config={**text, **GATED_DELTA, "rope_parameters": {**rope, "partial_rotary_factor": 0.5}},
+        vision_config={
+            **vision,
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 16,
         },
         **_qwen_tokens(tokenizer),
         tie_word_embeddings=False,
@@ -242,8 +302,10 @@ def _gemma3(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any], ends: 
 
 #: Family -> what its chat template writes for an image, further tokens, and how config and processor are made.
 _FAMILIES: dict[str, tuple[str, tuple[str, ...], Callable[..., Any]]] = {
+    "qwen2_vl": ("<|vision_start|><|image_pad|><|vision_end|>", _QWEN_SPECIALS, _qwen2_vl),
     "qwen2_5_vl": ("<|vision_start|><|image_pad|><|vision_end|>", _QWEN_SPECIALS, _qwen2_5_vl),
     "qwen3_vl": ("<|vision_start|><|image_pad|><|vision_end|>", _QWEN_SPECIALS, _qwen3_vl),
+    "qwen3_5": ("<|vision_start|><|image_pad|><|vision_end|>", _QWEN_SPECIALS, _qwen3_5),
     "smolvlm": ("<image>", _SMOLVLM_SPECIALS, _smolvlm),
     "llava": ("<image>", ("<image>",), _llava),
     "gemma3": ("<start_of_image>", (*_GEMMA_SPECIALS, *("\n" * count for count in range(1, 5))), _gemma3),

@@ -61,3 +61,8 @@ def test_a_checkpoint_loads_with_its_tokenizer_and_processor(tmp_path: Path) -> 
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.1)
     hybrid = CHECKPOINTS[ROWS[HYBRID][1]].write(tmp_path / "hybrid", "cpu", "bfloat16")
     assert transformers.AutoModelForImageTextToText.from_pretrained(hybrid).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_each_row_can_be_measured_alone(row: str) -> None:
+    assert FamiliesBench(["--only", row]).options.only == [row]

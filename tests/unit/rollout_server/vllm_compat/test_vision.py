@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rollout_server.vllm_compat import vision
+from tests.integration.support.try_model import Found
+from tests.support.architectures import ARCHITECTURES
 
 
 def test_what_is_done_without_torchvision_is_done_where_the_configuration_arrives(
@@ -69,3 +72,26 @@ def test_media_of_others_are_not_parsed_but_what_a_processor_parses_again_is() -
         with pytest.raises(ValueError, match="images are taken by"):
             processor.info.parse_mm_data(others)
     assert processor.info.parse_mm_data({"image": ["a picture"]}, validate=False) == {"image": ["a picture"]}
+
+
+def _config_of(kind: str) -> Any:
+    options = SimpleNamespace(language_model_only=False)
+    return SimpleNamespace(
+        is_multimodal_model=True, multimodal_config=options, hf_config=SimpleNamespace(model_type=kind)
+    )
+
+
+@pytest.mark.parametrize("family", vision.FAMILIES)
+def test_every_family_that_is_served_was_found_to_agree(family: str) -> None:
+    """In docs/models.json, by `python -m docs.models`."""
+    (row,) = (name for name, architecture in ARCHITECTURES.items() if architecture.sees == family)
+    found = json.loads((Path(__file__).parents[4] / "docs" / "models.json").read_text())["found"][row]
+    assert Found(**found["images"]).agrees(row)
+    assert vision.refusal(_config_of(family)) is None
+
+
+@pytest.mark.parametrize(("family", "why"), [("gemma3", "both ways"), ("pixtral", "not been compared")])
+def test_others_are_refused_with_the_reason(family: str, why: str) -> None:
+    refusal = vision.refusal(_config_of(family)) or ""
+    assert f"images of a {family}" in refusal
+    assert why in refusal
