@@ -4,7 +4,9 @@ python -m bench.movement --json movement.json     # the demo's model; half an ho
 python -m bench.movement --quick                  # one update, of one step
 
 An adapter is trained in float32 on one-line sums, by cross-entropy. The share of an update is the regression of the
-movement of all logprobs of other sums on the true one, which is computed in float32 from the same bfloat16 base.
+movement of all logprobs of a probe on the true one, which is computed in float32 from the same bfloat16 base. The probe
+is half of other sums, half of pieces of this project's documents: what bfloat16 does to the base alike in all sequences
+would move the share of a small update, and does so the less, the more the sequences differ.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ Logprobs = list[torch.Tensor]  # a tensor for each sequence
 #: Row -> the server's --apply.
 SERVED = {f"lockstep --apply {apply}": apply for apply in ("adapter", "columns", "merge")}
 PEFT, ONE_PRODUCT = "learner, PEFT under autocast", "learner, one product"
+DOCUMENTS, PIECE = Path(__file__).parents[1] / "docs", 40
 #: Longest sequence; sequences of a training step; of a forward pass.
 LONGEST, BATCH, TOGETHER = 64, 4, 16
 
@@ -80,8 +83,10 @@ class MovementBench(Bench):
         self.dtype = "bfloat16"
         folder = options.model or ensure_demo_model(dtype="bfloat16")
         trained_on = BATCH * max(steps for _, steps in options.updates)
-        sums = list(chats(AutoTokenizer.from_pretrained(folder), options.sequences + trained_on))
-        self.probe, self.texts = sums[: options.sequences], sums[options.sequences :]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        probed = -(-options.sequences // 2)
+        sums = list(chats(tokenizer, probed + trained_on))
+        self.probe, self.texts = sums[:probed] + pieces(tokenizer, options.sequences - probed), sums[probed:]
         torch.manual_seed(0)
         model = adapted(folder, options.rank, self.device)
         wide = copy.deepcopy(model).float()
@@ -137,13 +142,17 @@ class MovementBench(Bench):
                             self.compare(row, update, scored(client, self.probe, "latest"), base)
 
     def in_learner(self, row: str, model: PeftModel, updates: Sequence[Update]) -> None:
-        """Measure the learner's passes, under autocast where that matters."""
-        with torch.autocast(model.device.type, torch.bfloat16):
-            with model.disable_adapter():
-                base = logprobs(model, self.probe)
-            for update in updates:
-                set_peft_model_state_dict(model, update.adapter)
-                self.compare(row, update, logprobs(model, self.probe), base)
+        """Measure the learner's passes, under autocast, which keeps what it has cast until it ends: anew each time."""
+
+        def computed() -> Logprobs:
+            with torch.autocast(model.device.type, torch.bfloat16):
+                return logprobs(model, self.probe)
+
+        with model.disable_adapter():
+            base = computed()
+        for update in updates:
+            set_peft_model_state_dict(model, update.adapter)
+            self.compare(row, update, computed(), base)
 
     def compare(self, row: str, update: Update, after: Logprobs, base: Logprobs) -> None:
         """Add a row."""
@@ -163,6 +172,13 @@ def chats(tokenizer: Any, count: int) -> Iterator[list[int]]:
             {"role": "assistant", "content": f"{i} + {j} = {i + j}"},
         ]
         yield tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def pieces(tokenizer: Any, count: int) -> list[list[int]]:
+    """Return the token ids of so many pieces of this project's documents, evenly spread."""
+    text = "".join(path.read_text() for path in sorted(DOCUMENTS.glob("*.md")))
+    ids = tokenizer(text, return_attention_mask=False)["input_ids"]
+    return [ids[start : start + PIECE] for start in range(0, len(ids) - PIECE, len(ids) // max(count, 1))][:count]
 
 
 def adapted(folder: Path, rank: int, device: str) -> PeftModel:
