@@ -4,9 +4,9 @@ python -m bench.movement --json movement.json     # the demo's model; half an ho
 python -m bench.movement --quick                  # one update, of one step
 
 An adapter is trained in float32 on one-line sums, by cross-entropy. The share of an update is the regression of the
-movement of all logprobs of a probe on the true one, which is computed in float32 from the same bfloat16 base. The probe
-is half of other sums, half of pieces of this project's documents: what bfloat16 does to the base alike in all sequences
-would move the share of a small update, and does so the less, the more the sequences differ.
+movement of all logprobs of other sums on the true one, which is computed in float32 from the same bfloat16 base. These
+sums stand behind pieces of this project's documents: what bfloat16 does to the base would otherwise be alike in all of
+them, and move the share of a small update by more than its standard error says.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Logprobs = list[torch.Tensor]  # a tensor for each sequence
 #: Row -> the server's --apply.
 SERVED = {f"lockstep --apply {apply}": apply for apply in ("adapter", "columns", "merge")}
 PEFT, ONE_PRODUCT = "learner, PEFT under autocast", "learner, one product"
-DOCUMENTS, PIECE = Path(__file__).parents[1] / "docs", 40
+DOCUMENTS, LONGEST_PIECE = Path(__file__).parents[1] / "docs", 32
 #: Longest sequence; sequences of a training step; of a forward pass.
-LONGEST, BATCH, TOGETHER = 64, 4, 16
+LONGEST, BATCH, TOGETHER = 96, 4, 16
 
 
 @dataclass
@@ -84,9 +84,10 @@ class MovementBench(Bench):
         folder = options.model or ensure_demo_model(dtype="bfloat16")
         trained_on = BATCH * max(steps for _, steps in options.updates)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        probed = -(-options.sequences // 2)
-        sums = list(chats(tokenizer, probed + trained_on))
-        self.probe, self.texts = sums[:probed] + pieces(tokenizer, options.sequences - probed), sums[probed:]
+        sums = list(chats(tokenizer, options.sequences + trained_on))
+        before = pieces(tokenizer, options.sequences)
+        self.probe = [piece + ids for piece, ids in zip(before, sums, strict=False)]
+        self.texts = sums[options.sequences :]
         torch.manual_seed(0)
         model = adapted(folder, options.rank, self.device)
         wide = copy.deepcopy(model).float()
@@ -175,10 +176,12 @@ def chats(tokenizer: Any, count: int) -> Iterator[list[int]]:
 
 
 def pieces(tokenizer: Any, count: int) -> list[list[int]]:
-    """Return the token ids of so many pieces of this project's documents, evenly spread."""
+    """Return the token ids of so many pieces of this project's documents, of many lengths."""
     text = "".join(path.read_text() for path in sorted(DOCUMENTS.glob("*.md")))
     ids = tokenizer(text, return_attention_mask=False)["input_ids"]
-    return [ids[start : start + PIECE] for start in range(0, len(ids) - PIECE, len(ids) // max(count, 1))][:count]
+    lengths = random.Random(1).choices(range(8, LONGEST_PIECE + 1), k=count)
+    starts = range(0, len(ids) - LONGEST_PIECE, len(ids) // (count + 1))
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=False)]
 
 
 def adapted(folder: Path, rank: int, device: str) -> PeftModel:
