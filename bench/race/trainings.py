@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers import AutoConfig
+
 from bench.common.harness import Bench, Flags
 from bench.common.report import Row
 from bench.common.servers import Server, environment, visible_device
@@ -30,8 +32,8 @@ from shared.weights import served_rank
 
 TRL = "TRL server mode"
 COLORS = ("#2f6fb0", "#c0392b", "#3a8f4d", "#e08a2c", "#8b5fbf", "#8c8c8c")
-#: Bytes that the demo's model holds of a token in its key-value cache, and tokens of a question and its answer.
-KV_BYTES, LENGTH = 30 * 2 * 3 * 64 * 2, 512
+#: Tokens of a question.
+PROMPT_TOKENS = 256
 #: Arguments of the recipe's task, on top of its own.
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "recipe": {},
@@ -171,7 +173,8 @@ class TrainingsBench(Bench):
         """Start the server of a training, with room for all that it is asked for at once."""
         sequences = min(2 * self.learners * self.batch, 64 if self.device == "cpu" else 1024)
         rank = served_rank(int(self.recipe.get("lora_r") or 16))
-        setting = self.setting(LENGTH, sequences, sequences * 256 * KV_BYTES)
+        length = PROMPT_TOKENS + int(self.recipe.get("max_completion_length") or 256)
+        setting = self.setting(length, sequences, sequences * length * kv_bytes(self.model) / 2)  # half are that long
         work = self.work / f"server-{training.server}"
         work.mkdir(parents=True, exist_ok=True)
         everyone = os.sched_getaffinity(0)
@@ -214,6 +217,9 @@ class TrainingsBench(Bench):
                         continue
                     started.remove(one)
                     with self.failure_kept(one.training.about, server=server):
+                        if server.has_ended():
+                            one.group.end()
+                            raise RuntimeError("its server has ended")
                         try:
                             self.add(one.training.about, self.kept(one.training, one.answer()))
                         except RuntimeError:
@@ -269,6 +275,9 @@ class TrainingsBench(Bench):
             "words": self.words(training),
             "eval": sizes,
             "devices": self.machine["devices"],
+            "versions": self.machine["versions"],
+            "model": self.options.model or self.model_name,
+            "server": [training.apply, self.options.server_flags],
         }
         return dict(json.loads(json.dumps(found)))
 
@@ -279,6 +288,13 @@ class TrainingsBench(Bench):
         kept = {"settings": self.settings(training), "row": row}
         (self.work / training.name / "row.json").write_text(json.dumps(kept))
         return row
+
+
+def kv_bytes(model: Path) -> int:
+    """Return the bytes that a model holds of a token in its key-value cache, in 16 bits."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * 2 * config.num_hidden_layers * config.num_key_value_heads * size)
 
 
 def draw_band(axes: Any, rows: Sequence[Row], key: str, color: str, label: str) -> None:

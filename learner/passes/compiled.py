@@ -37,9 +37,6 @@ class CompiledLayers:
         self._plain = [layer.forward for layer in self._layers]
         self._seen: set[tuple[bool, bool]] = set()
         self.active = True
-        # What is cheap to have again (normed inputs, gate times up, repeated keys and values) is not kept for the
-        # backward pass, also where a matrix product or attention reads it there: a third of a layer's activations.
-        partitioning.ban_recompute_materialized_backward = False
         for layer, plain in zip(self._layers, self._plain, strict=True):
             # Checkpointing stays around it.
             layer.forward = self._written_before(layer, torch.compile(plain, dynamic=True, backend=backend), plain)
@@ -59,7 +56,10 @@ class CompiledLayers:
             if kind in self._seen:
                 return compiled(*args, **kwargs)
             try:
-                result = compiled(*args, **kwargs)
+                # What is cheap to have again (normed inputs, gate times up, repeated keys and values) is not kept for
+                # the backward pass, also where a product or attention reads it there: a third of the activations.
+                with partitioning.patch(ban_recompute_materialized_backward=False):
+                    result = compiled(*args, **kwargs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

@@ -214,7 +214,8 @@ def _expand(  # type: ignore[no-untyped-def]
         own = of_tokens == slot
         if tl.max(own.to(tl.int32), 0) > 0:
             first = (index * SLOTS + slot) * RANK
-            for at in range(0, RANK, BLOCK_R):
+            # In one stage: loads that are begun ahead of the loop would not wait for the kernel before.
+            for at in tl.range(0, RANK, BLOCK_R, num_stages=1):
                 rank = at + tl.arange(0, BLOCK_R)
                 b_inside = (rank[:, None] < RANK) & (cols[None, :] < out)
                 b = tl.load(b_rows + first + rank[:, None], mask=b_inside, other=0.0)

@@ -30,7 +30,7 @@ _ALIGNMENT = 8
 def install() -> None:
     """Let unquantized linear layers compute LoRA in one product. Call it before the model is made."""
     from vllm.lora.model_manager import LoRAModelManager
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     one_product.register()
     create_weights = UnquantizedLinearMethod.create_weights
@@ -40,7 +40,7 @@ def install() -> None:
         self: Any, layer: Any, input_size_per_partition: int, output_partition_sizes: Any, *args: Any, **kwargs: Any
     ) -> None:
         create_weights(self, layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
-        if isinstance(layer, LinearBase):
+        if type(layer) in _plain_layers():
             widen(layer, slices=len(output_partition_sizes))
 
     def create_lora_modules_in_columns(self: Any) -> None:
@@ -53,6 +53,19 @@ def install() -> None:
     LoRAModelManager._create_lora_modules = create_lora_modules_in_columns
 
 
+def _plain_layers() -> tuple[type, ...]:
+    """Return vLLM's layers that only multiply: kernels of others, such as routers of experts, read their weights."""
+    from vllm.model_executor.layers import linear
+
+    return (
+        linear.ReplicatedLinear,
+        linear.ColumnParallelLinear,
+        linear.MergedColumnParallelLinear,
+        linear.QKVParallelLinear,
+        linear.RowParallelLinear,
+    )
+
+
 def widen(layer: Any, slices: int) -> None:
     """Move a new layer's weight into [[W, 0], [0, 0]] with room for all slots and slices, if the engine serves LoRA."""
     from vllm.config import get_current_vllm_config
@@ -61,6 +74,8 @@ def widen(layer: Any, slices: int) -> None:
     if lora is None or weight.is_meta or weight.dim() != 2:
         return
     rows, width = weight.shape
+    if width < lora.max_lora_rank:
+        return  # no product of a model's: weights of a convolution
     spare = _aligned(slices * lora.max_loras * lora.max_lora_rank)
     wide = weight.data.new_zeros(rows + spare, width + spare)
     weight.data = wide[:rows, :width]
@@ -74,18 +89,11 @@ def has_columns(module: Any) -> bool:
 
     if not isinstance(module, BaseLinearLayerWithLoRA):
         return False
-    plain = (
-        linear.ReplicatedLinear,
-        linear.ColumnParallelLinear,
-        linear.MergedColumnParallelLinear,
-        linear.QKVParallelLinear,
-        linear.RowParallelLinear,
-    )
     base = module.base_layer
     wide = getattr(base, _WIDE, None)
     return (
         wide is not None
-        and type(base) in plain
+        and type(base) in _plain_layers()
         and type(base.quant_method) is linear.UnquantizedLinearMethod
         and wide.data_ptr() == base.weight.data_ptr()
         and wide.dtype == module.lora_a_stacked[0].dtype

@@ -258,7 +258,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("lora" in word for word in plain)
     assert plain[-2:] == ["--dtype", "float32"]
     assert "rollout_server.cli" in adapter
-    assert "--apply" not in adapter
+    assert adapter[-2:] == ["--apply", "adapter"]
     assert columns[-2:] == ["--apply", "columns"]
     assert merge[-2:] == ["--apply", "merge"]
 

@@ -20,6 +20,28 @@ def test_it_computes_what_torch_does() -> None:
     assert child.returncode == 0, child.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(("rank", "parts"), [(32, 1), (128, 1), (128, 4)])
+def test_nothing_of_the_kernel_before_is_read_ahead_of_it(rank: int, parts: int) -> None:
+    """A load that Triton moves ahead of a loop becomes an asynchronous copy, and would not wait."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rollout_server.vllm_compat import expand_kernel
+
+    pointers = {"sums": "*fp32", "wide": "*bf16", "bias": "*bf16", "token_slots": "*i64", "y": "*bf16"}
+    names = ["tokens", "width", "out", "stride_sums", "stride_part", "stride_wide", "second", "third", "fourth"]
+    constants = {"SLOTS": 2, "RANK": rank, "PARTS": parts, "BLOCK_T": 16, "BLOCK_N": 32}
+    constants |= {"BLOCK_R": min(64, max(16, rank)), "HAS_BIAS": False, "EARLY": True}
+    signature = pointers | dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers) + 6)}
+    source = ASTSource(expand_kernel._expand, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"launch_pdl": True})
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+    assert "async_copy" not in compiled.asm["ttgir"]
+
+
 def _check(
     tokens: int,
     width: int,
@@ -69,6 +91,7 @@ if __name__ == "__main__":
         (32, 1024, [96, 48], 2, 48, 0),
         (70, 256, [96], 2, 48, 0),
         (33, 128, [96], 2, 80, 0),
+        (5, 128, [96], 2, 160, 0),
     ):
         _check(tokens, width, slices, slots, rank, spare)
         if tokens <= 32:  # the first product by the kernel, too

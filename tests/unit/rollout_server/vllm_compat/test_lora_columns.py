@@ -308,6 +308,14 @@ def test_other_layers_are_left_to_vllm(alter: Callable[[BaseLinearLayerWithLoRA]
     assert not lora_columns.has_columns(module)
 
 
+def test_layers_whose_weights_other_kernels_read_have_no_spare_columns() -> None:
+    class Router(linear.ReplicatedLinear):  # as vLLM's `GateLinear`
+        pass
+
+    router = Router(IN, OUT, bias=False, disable_tp=True, params_dtype=torch.bfloat16)
+    assert router.weight.is_contiguous()
+
+
 def test_a_server_without_lora_has_no_spare_columns() -> None:
     with set_current_vllm_config(VllmConfig()):
         assert _qkv().weight.is_contiguous()
