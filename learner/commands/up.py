@@ -52,6 +52,9 @@ from shared.weights import served_rank
 if TYPE_CHECKING:
     from learner.tasks import Task
 
+#: Seconds for the hub's answer: what is asked for can be done without.
+_HUB_S = 10.0
+
 logger = logging.getLogger("lockstep.commands")
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -348,15 +351,25 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _encoders(model: str, revision: Any) -> list[str]:
     """Return which parts a model has beside its language model; none where its configuration cannot be read."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        here = Path(model).expanduser()
-        config = here / "config.json" if here.is_dir() else hf_hub_download(model, "config.json", revision=revision)
-        return encoders(json.loads(Path(config).read_text()))
+        return encoders(_configuration(model, revision))
     except Exception as error:  # of the network, of any kind
         logger.debug("the model's configuration cannot be read: %s", error)
         return []
+
+
+def _configuration(model: str, revision: Any) -> dict[str, Any]:
+    """Return config.json of a model: from its directory, the hub's cache, or the hub, which is asked once."""
+    from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    here = Path(model).expanduser()
+    found = here / "config.json" if here.is_dir() else try_to_load_from_cache(model, "config.json", revision=revision)
+    if isinstance(found, str | Path):
+        return dict(json.loads(Path(found).read_text()))
+    url = hf_hub_url(model, "config.json", revision=revision)
+    answer = get_session().get(url, headers=build_hf_headers(), timeout=_HUB_S, follow_redirects=True)
+    return dict(answer.raise_for_status().json())
 
 
 def _task(given: Mapping[str, Any]) -> Task:
