@@ -125,17 +125,8 @@ def register() -> None:
     """Make it an operation that is not traced: `torch.ops.vllm.lockstep_one_product`."""
     from vllm.utils.torch_utils import direct_register_custom_op
 
-    def fake(
-        x: torch.Tensor,
-        wide: torch.Tensor,
-        bias: torch.Tensor | None,
-        token_slots: torch.Tensor,
-        column_slots: torch.Tensor,
-        base_only: torch.Tensor | None,
-        slices: list[int],
-        slots: int,
-        rank: int,
-    ) -> torch.Tensor:
+    def fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        *_, slices, _slots, _rank = others
         return x.new_empty(x.shape[0], sum(slices))
 
     if not hasattr(torch.ops.vllm, "lockstep_one_product"):
