@@ -22,11 +22,10 @@ from learner.commands.up import (
     LEARNER_LOG,
     LEARNER_PATIENCE_S,
     PAGE_PORT,
-    Output,
-    Recipe,
     resumption,
-    say,
 )
+from learner.commands.up_output import Output, say
+from learner.commands.up_recipe import Recipe
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock
 from learner.utils.ports import free_port

@@ -9,7 +9,7 @@ import pytest
 
 from learner.cli import main
 from learner.cluster.hosted import Command, Report, place
-from learner.commands import up, up_on_cluster
+from learner.commands import training, up_on_cluster
 from tests.support.fake_ray import FakeRay
 
 TOKEN = "a-token-of-the-user-s-own"
@@ -21,9 +21,11 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay(**{"10_0_0_1": {"CPU": 4.0, "GPU": 4.0}, "10_0_0_2": {"CPU": 4.0, "GPU": 4.0}})
     fake.script["learner"] = [DONE]
     monkeypatch.setattr(up_on_cluster, "connect", lambda address: fake)
-    monkeypatch.setattr(up.training, "check", lambda argv: None)
+    monkeypatch.setattr(training, "check", lambda argv: None)
     monkeypatch.delenv("LOCKSTEP_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()  # a model that is not looked for on the hub
+    Path("tiny/config.json").write_text("{}")
     Path("mine.yaml").write_text("model_name_or_path: tiny\nserver:\n  max-num-seqs: 8\n")
     return fake
 
