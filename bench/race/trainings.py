@@ -24,7 +24,7 @@ from bench.contenders.lockstep import Lockstep, end_run
 from bench.contenders.trl_merged_weights import TrlMergedWeights
 from bench.race.figures import mean_curve
 from learner.commands.config_file import read_config_file
-from learner.commands.up import RECIPES
+from learner.commands.up_recipe import RECIPES
 from learner.demo.model import ensure_demo_model
 from learner.utils.ports import free_port
 from learner.utils.processes import ProcessGroup

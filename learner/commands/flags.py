@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from shared.adapter_file import DTYPES
@@ -85,3 +86,22 @@ def either_spelling(parser: argparse.ArgumentParser) -> Callable[..., Any]:
         parser.add_argument(*spellings, **kwargs)
 
     return add
+
+
+def words(text: str) -> list[str]:
+    """Split as a shell would, as a `type` of argparse."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of flags: {error}") from error
+
+
+def tied(argv: Sequence[str], names: Sequence[str] = ("--server-flags", "--server_flags")) -> list[str]:
+    """Tie the value of a flag in `names` to it, since argparse takes `--x` for a flag itself."""
+    found: list[str] = []
+    for word in argv:
+        if found and found[-1] in names:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found

@@ -22,13 +22,12 @@ from learner.commands.up import (
     LEARNER_LOG,
     LEARNER_PATIENCE_S,
     PAGE_PORT,
-    Output,
-    Recipe,
     resumption,
-    say,
 )
+from learner.commands.up_output import Output, say
+from learner.commands.up_recipe import Recipe
 from learner.run_dir.checkpoint import last_checkpoint
-from learner.run_dir.lock import UP_LOCK, OutputLock
+from learner.run_dir.lock import UP_LOCK, OutputLock, wait_unused
 from learner.utils.ports import free_port
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.bearer_tokens import TOKEN_VARIABLE, parse_tokens
@@ -75,11 +74,17 @@ def run(recipe: Recipe) -> int:
 
 
 def _has_come_further(out: Path) -> Callable[[], bool]:
-    """Return what says whether there is a newer checkpoint than when it was last asked, or than now."""
+    """Return what says whether there is a newer checkpoint than when it was last asked, or than now.
+
+    A learner that is out of reach may still be saving its step: until it has ended, another would be refused.
+    """
     seen = last_checkpoint(out)
 
     def further() -> bool:
         nonlocal seen
+        if not wait_unused(out, 0.0):
+            say(f"the learner that is gone is still saving: waiting for its end, {LEARNER_PATIENCE_S:.0f} s at most")
+            wait_unused(out, LEARNER_PATIENCE_S)
         before, seen = seen, last_checkpoint(out)
         return seen is not None and seen != before
 

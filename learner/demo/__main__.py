@@ -17,7 +17,8 @@ from typing import Any
 
 from learner.commands import up
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import Parser, dtype_name, number
+from learner.commands.flags import Parser, dtype_name, number, tied, words
+from learner.commands.up_recipe import RECIPES, find_recipe
 from learner.demo.curve import write_curve
 from learner.demo.model import ensure_demo_model
 from learner.run_dir.files import (
@@ -37,7 +38,7 @@ from shared.messages import one_line
 
 logger = logging.getLogger("lockstep.commands")
 
-RECIPE = up.RECIPES / "demo.yaml"
+RECIPE = RECIPES / "demo.yaml"
 #: Of both processes, unless set by the user: no hub is needed, and nobody here can change what dependencies warn about.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -70,20 +71,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for flag, command in (("--server-flags", "rollout-server"), ("--train-flags", "`learner train`")):
         add(
             flag,
-            type=up.words,
+            type=words,
             action="extend",
             default=[],
             metavar="FLAGS",
             help=f"more flags of {command}, in one string: '--seed 1 --deterministic'",
         )
-    return parser.parse_args(up.tied(argv, ("--server-flags", "--train-flags")))
+    return parser.parse_args(tied(argv, ("--server-flags", "--train-flags")))
 
 
 def run(options: argparse.Namespace) -> int:
     """Build the model, train with it as the recipe says, and write summary and picture. Returns the exit code."""
     started, began, out = time.monotonic(), time.time(), Path(options.output_dir)
     check_writable(out, "--output-dir", directory=True)
-    config = up.find_recipe(options.config)
+    config = find_recipe(options.config)
     recipe = read_config_file(config)
     dtype = dtype_name(str(recipe.get("dtype") or "float32"))
     logger.info("the model: SmolLM2-135M-Instruct, dequantized to %s", dtype)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from learner.utils.wording import option
 from shared.errors import InvalidRequest
 
 TRAINING_LOCK, UP_LOCK = "training.lock", "up.lock"
+_POLL_S = 0.2
 
 
 class OutputLock:
@@ -52,3 +54,16 @@ def check_unused(output_dir: str | Path) -> None:
     """Raise `invalid_request` if another process trains in output_dir just now. This process must not."""
     if (Path(output_dir) / TRAINING_LOCK).is_file():
         OutputLock(output_dir).close()
+
+
+def wait_unused(output_dir: str | Path, patience_s: float) -> bool:
+    """Return whether no other process trains in output_dir, once that is so or after `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            check_unused(output_dir)
+            return True
+        except InvalidRequest:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_POLL_S)

@@ -1,6 +1,7 @@
 """`make chaos`: inject a seeded random schedule of faults into a real training run.
 
 python -m tests.chaos [--quick] [--faults N] [--seed N] [--steps N] [--servers K] [--json FILE]
+python -m tests.chaos --cluster      # nodes of a Ray cluster are taken away, and replaced
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import httpx
 
 from learner.utils.processes import stop_on_signals
 from tests.chaos import agreement, ending
-from tests.chaos.faults import FAULTS, Fault, plan
+from tests.chaos.faults import FAULTS, NODE_FAULTS, Fault, plan
+from tests.chaos.on_cluster import ClusterWorld
 from tests.chaos.report import Record, say, table
-from tests.chaos.world import NotInjectedError, Options, World
+from tests.chaos.world import NotInjectedError, Options, Training, World
 
 _BEGIN_S, _END_S = 180.0, 180.0
 _TRIES = 5  # of faults that cannot be injected
@@ -34,10 +36,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
-    add("--faults", type=int, default=210, help="how many faults (not with --quick)")
+    add("--faults", type=int, help="how many faults, not with --quick (default: 210; 8 with --cluster)")
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
-    add("--steps", type=int, help="optimizer steps of the training (default: 21 for each fault, 28 with more servers)")
-    add("--servers", type=int, default=1, help="rollout servers")
+    add("--steps", type=int, help="optimizer steps of the training (default: 21 to 60 for each fault)")
+    add("--servers", type=int, help="rollout servers (default: 1; 2 with --cluster)")
+    add("--cluster", action="store_true", help="`learner up --cluster` on a Ray cluster, whose nodes die")
     add(
         "--deterministic",
         action="store_true",
@@ -47,8 +50,13 @@ def main() -> int:
     add("--json", type=Path, help="write the results to this file")
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
-    if not any(options.only in fault.name for fault in FAULTS):
-        parser.error(f"--only {options.only}: no such fault; there are {', '.join(fault.name for fault in FAULTS)}")
+    options.faults = options.faults or (8 if options.cluster else 210)
+    options.servers = options.servers or (2 if options.cluster else 1)
+    names = [fault.name for fault in _known(options)]
+    if not any(options.only in name for name in names):
+        parser.error(f"--only {options.only}: no such fault; there are {', '.join(names)}")
+    if options.cluster and options.deterministic:
+        parser.error("--deterministic is for one server, without --cluster")
     say(f"seed {options.seed}: repeat with --seed {options.seed}")
     folder = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
     try:
@@ -60,23 +68,29 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _known(options: argparse.Namespace) -> list[Fault]:
+    return NODE_FAULTS if options.cluster else FAULTS
+
+
 def run(options: argparse.Namespace, folder: Path) -> int:
     """Run the suite in `folder`."""
     random, began = Random(options.seed), time.monotonic()
     count = 10**6 if options.quick else options.faults
-    world = World(Options(folder, options.seed, 0, options.servers, options.quick, options.deterministic))
+    world = (ClusterWorld if options.cluster else World)(
+        Options(folder, options.seed, 0, options.servers, options.quick, options.deterministic)
+    )
     missing = {*world.unavailable, *(["other"] if options.quick else [])}
     for name, why in world.unavailable.items():
         say(f"no faults that need {name}: {why}")
-    faults = plan(random, count, quick=options.quick, missing=missing, only=options.only)
+    faults = plan(random, count, quick=options.quick, missing=missing, only=options.only, faults=_known(options))
     # With several servers the training goes on during most faults.
-    pace = 21 if options.servers == 1 else 28
+    pace = 60 if options.cluster else 21 if options.servers == 1 else 28
     world.options.steps = options.steps or pace * len(faults) + 10
     with world:
         records = disturb(world, faults, random)
         ended = finish(world)
         world.checker.stop()
-        if ended and options.deterministic:
+        if ended and options.deterministic and isinstance(world, World):
             ending.same_bytes(world)
         world.close()
         if ended:
@@ -100,13 +114,13 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                 "largest_gap": world.checker.largest_gap,
                 "left_out": world.unavailable,
                 "learner_exits": world.learner.exits,
-                "server_exits": {server.name: server.exits for server in world.servers},
+                "server_exits": {server.name: server.exits for server in getattr(world, "servers", ())},
             }
             options.json.write_text(json.dumps(document, indent=1))
     return 0 if ok and ended and len(records) == len(faults) else 1
 
 
-def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:
+def disturb(world: Training, faults: list[Fault], random: Random) -> list[Record]:
     """Inject one fault after the other, spread over the training's steps; the training must recover from each.
 
     A fault that cannot be injected is put off, a few times.
@@ -130,10 +144,11 @@ def disturb(world: World, faults: list[Fault], random: Random) -> list[Record]:
         else:  # later, when the world is in another state
             waiting.append((fault, attempt + 1))
     world.during = "the end"
+    world.hurry()
     return records
 
 
-def _reach(world: World, step: int) -> bool:
+def _reach(world: Training, step: int) -> bool:
     """Wait for a step; return False if the training has ended or makes no progress."""
     while world.step() < step and not world.learner.done.is_set():
         if world.progress(time.monotonic(), 90.0) is None:
@@ -142,7 +157,7 @@ def _reach(world: World, step: int) -> bool:
     return not world.learner.done.is_set()
 
 
-def _inject(world: World, fault: Fault, server: int, random: Random) -> Record:
+def _inject(world: Training, fault: Fault, server: int, random: Random) -> Record:
     world.during, began = fault.name, time.monotonic()
     generation, violations = world.learner.generation, len(world.checker.violations)
     try:
@@ -167,7 +182,7 @@ def _inject(world: World, fault: Fault, server: int, random: Random) -> Record:
     )
 
 
-def finish(world: World) -> bool:
+def finish(world: Training) -> bool:
     """Wait for the training's end; return False if it does not come."""
     while not world.learner.done.is_set():
         if world.progress(time.monotonic(), _END_S) is None:

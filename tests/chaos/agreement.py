@@ -6,28 +6,28 @@ import time
 
 import httpx
 
-from tests.chaos.world import World
+from tests.chaos.world import Training
 from tests.integration.support.server import HTTP
 
 _EVERY_S = 0.1
 
 
-def check(world: World, within: float) -> None:
+def check(world: Training, within: float) -> None:
     """Check every server: while it says that it is ready, the learner's next push must reach it `within` seconds.
 
     A server that is down, or says that it is not ready, is left to the other checks; after a push it must be healthy.
     """
-    for index in range(len(world.servers)):
-        _check(world, index, within)
+    for index, url in enumerate(world.addresses()):
+        _check(world, index, url, within)
 
 
-def _check(world: World, index: int, within: float) -> None:
+def _check(world: Training, index: int, url: str, within: float) -> None:
     began = time.monotonic()
     while time.monotonic() < began + within:
-        if world.learner.done.is_set() or not says_ready(world.url(index)):
+        if world.learner.done.is_set() or not says_ready(url):
             return
         if any(receipt["server"] == index and receipt["time"] > began for receipt in world.control.receipts()):
-            right = (said := says(world.url(index))) in ((200, 200), None)
+            right = (said := says(url)) in ((200, 200), None)
             world.checker.require("agreement", right, f"server {index} takes pushes, and says {said}")
             return
         time.sleep(_EVERY_S)

@@ -7,12 +7,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.recording import Pushes
+
 
 class Control:
     """Calls the `do_` methods of `tests.chaos.proxy.Link`, and reads what the proxy recorded."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._folder = folder / "control", folder
+        self._path, self._pushes = folder / "control", Pushes(folder)
         self._receipts: list[dict[str, Any]] = []
 
     def __call__(self, do: str, **arguments: Any) -> Any:
@@ -33,8 +35,4 @@ class Control:
 
     def pushed(self) -> dict[tuple[int, int], Path]:
         """Return the last adapters that the learner has pushed, by fence and step."""
-        found = {}
-        for path in sorted((self._folder / "pushes").glob("*.blob")):
-            fence, step = path.stem.split(".")
-            found[int(fence), int(step)] = path
-        return found
+        return self._pushes.stored()

@@ -11,10 +11,10 @@ from safetensors.torch import load, load_file
 
 from learner.adapters.stored import PEFT_PREFIX
 from shared.adapter_file import LORA_A
-from tests.chaos.world import BATCH, PROMPTS, World
+from tests.chaos.world import BATCH, PROMPTS, Training, World
 
 
-def check(world: World) -> None:
+def check(world: Training) -> None:
     """Check steps, staleness, prompts, the adapter, and how often invariants were checked."""
     require, steps, summary = world.checker.require, world.options.steps, world.summary()
     require("steps", summary["steps"] == summary["pushes"] == steps, f"{summary} instead of {steps} steps and pushes")
@@ -36,7 +36,7 @@ def same_bytes(world: World) -> None:
     world.checker.require("same bytes", (world.undisturbed() / name).read_bytes() == disturbed, "the adapters differ")
 
 
-def _prompts(world: World) -> None:
+def _prompts(world: Training) -> None:
     """Check I5 with TRL's completion files: one for each step, overwritten if the step is repeated."""
     require, epoch = world.checker.require, PROMPTS // BATCH
     trained = {}
@@ -60,7 +60,7 @@ def _prompts_of(path: Path) -> list[str]:
     return [p if isinstance(p, str) else "\n".join(message["content"] for message in p) for p in prompts]
 
 
-def _adapter(world: World) -> None:
+def _adapter(world: Training) -> None:
     """Check that the final adapter is readable, finite, and the one pushed last."""
     final = load_file(world.output / "adapter" / "adapter_model.safetensors")
     world.checker.require("adapter", all(bool(t.isfinite().all()) for t in final.values()), "it is not finite")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
-from tests.chaos import agents, pushes, recipes, strangers
+from tests.chaos import agents, nodes, pushes, recipes, strangers
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Fault:
     """
 
     name: str
-    recipe: recipes.Recipe
+    recipe: Callable[[Any, int, Random], None]
     share: int
     quick: int = 0
     limit_s: float = 90.0
@@ -87,9 +89,19 @@ FAULTS = [
 ]
 
 
-def plan(random: Random, count: int, *, quick: bool, missing: set[str], only: str = "") -> list[Fault]:
+#: Of a training on a Ray cluster.
+NODE_FAULTS = [
+    Fault("node: its power fails", nodes.lose_power, 2, quick=1, limit_s=300),
+    Fault("node: its power fails inside a push", nodes.lose_power_in_a_push, 2, limit_s=300),
+    Fault("node: its raylet is killed", nodes.kill_raylet, 1, quick=1, limit_s=300),
+]
+
+
+def plan(
+    random: Random, count: int, *, quick: bool, missing: set[str], only: str = "", faults: Sequence[Fault] = FAULTS
+) -> list[Fault]:
     """Draw faults whose names contain `only`, and their order. With `quick`, their numbers are those of the table."""
-    known = [fault for fault in FAULTS if fault.needs not in missing and only in fault.name]
+    known = [fault for fault in faults if fault.needs not in missing and only in fault.name]
     if quick:
         chosen = [fault for fault in known for _ in range(fault.quick)]
     else:

@@ -44,6 +44,7 @@ class Checker:
         receipts: returns the receipts that have reached the learner so far.
         history: the learner's metrics.jsonl.
         during: returns the name of the present fault.
+        token: of the servers; empty: they need none.
 
     Attributes:
         checks: number of checks of each invariant.
@@ -57,6 +58,7 @@ class Checker:
     history: Path
     max_staleness: int
     during: Callable[[], str]
+    token: str = ""
     violations: list[Violation] = field(default_factory=list)
     checks: dict[str, int] = field(default_factory=dict)
     largest_gap: float = 0.0
@@ -66,7 +68,7 @@ class Checker:
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._http = [httpx.Client(base_url=url, timeout=_PROBE_TIMEOUT_S) for url in self.urls]
+        self._http = [self._client(url) for url in self.urls]
         self._scores: dict[str, list[float]] = {}  # by checksum
         self._served: dict[str, Version] = {}  # newest by epoch
         self._checksums: dict[Version, str] = {}
@@ -79,6 +81,14 @@ class Checker:
         """Start to check, on threads."""
         for thread in self._threads:
             thread.start()
+
+    def watch(self, url: str) -> None:
+        """Check another server, too, from now on."""
+        self.urls.append(url)
+        self._http.append(self._client(url))
+        self._near.append(time.monotonic())
+        self._threads.append(threading.Thread(target=self._repeat, args=(len(self.urls) - 1,), daemon=True))
+        self._threads[-1].start()
 
     def stop(self) -> None:
         """Check one last time, and end."""
@@ -98,6 +108,10 @@ class Checker:
             self.checks[invariant] = self.checks.get(invariant, 0) + 1
         if not holds:
             self.violated(invariant, what)
+
+    def _client(self, url: str) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        return httpx.Client(base_url=url, timeout=_PROBE_TIMEOUT_S, headers=headers, trust_env=False)
 
     def _repeat(self, index: int) -> None:
         while not self._stopping.wait(_EVERY_S):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import re
 import socket
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.adapter_file import header_length, parse_header
+from tests.chaos.recording import Pushes
 
 _PIECE = 4096
 _PUSH = re.compile(rb"PUT /v1/runs/[^/ ]+/adapter ")
@@ -31,7 +30,6 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _RECEIPT = re.compile(
     rb'\{"epoch":"(\w+)","version":\{"run_id":"[^"]+","fence":(\d+),"step":(\d+)\},"install_seq":\d+,"checksum":"(\w+)"'
 )
-_BLOBS_KEPT = 60
 
 
 class Requests:
@@ -198,7 +196,7 @@ class Link:
             for piece in requests.pieces(data):
                 push, at = requests.push, self.hold_at
                 if complete := requests.complete_push:
-                    self.proxy.store(complete)
+                    self.proxy.pushes.store(complete)
                 if push and at is not None and len(push) >= at * requests.length:
                     self.held.set()
                     await self.released.wait()
@@ -245,26 +243,15 @@ class Proxy:
     def __init__(self, folder: Path, upstreams: list[int]) -> None:
         self.links = [Link(self, port) for port in upstreams]
         self._folder = folder
-        self._pushes = folder / "pushes"
+        self.pushes = Pushes(folder)
         self._receipts: list[dict[str, Any]] = []
-        self._count = itertools.count()
 
     async def run(self, host: str) -> None:
         """Serve until the process ends."""
-        self._pushes.mkdir(exist_ok=True)
         for link in self.links:
             await link.serve(host)
         server = await asyncio.start_unix_server(self._control, self._folder / "control")
         await server.serve_forever()
-
-    def store(self, blob: bytes) -> None:
-        """Write a forwarded adapter to the disk."""
-        version = parse_header(blob[8 : 8 + header_length(blob)]).manifest.version
-        temporary = self._pushes / f"{next(self._count)}.tmp"
-        temporary.write_bytes(blob)
-        temporary.rename(self._pushes / f"{version.fence:05d}.{version.step:07d}.blob")
-        for old in sorted(self._pushes.glob("*.blob"))[:-_BLOBS_KEPT]:
-            old.unlink()
 
     def saw_receipt(self, link: Link, found: re.Match[bytes]) -> None:
         """Record a receipt that is on its way to the learner."""

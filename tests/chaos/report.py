@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.chaos.world import World
+    from tests.chaos.world import Training
 
 _started = time.monotonic()
 
@@ -46,7 +46,7 @@ def say(text: str) -> None:
     print(f"chaos {time.monotonic() - _started:6.0f} s: {text}", flush=True)
 
 
-def table(records: list[Record], world: World, seconds: float) -> tuple[str, bool]:
+def table(records: list[Record], world: Training, seconds: float) -> tuple[str, bool]:
     """Return a Markdown table, and whether the run passed: without violations, and with every fault injected."""
     checker = world.checker
     rows = [

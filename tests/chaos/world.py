@@ -1,4 +1,4 @@
-"""The system under test: rollout servers, a learner that trains on them, a proxy between them, and supervisors."""
+"""The systems under test: rollout servers, a learner that trains on them, a proxy between them, and supervisors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -20,6 +21,7 @@ from learner.utils.ports import free_port
 from tests.chaos.control import Control
 from tests.chaos.invariants import Checker
 from tests.chaos.processes import REPOSITORY, Supervised, belonging, kill
+from tests.chaos.recorder import PAUSE
 from tests.chaos.reference import Reference
 from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
@@ -74,14 +76,20 @@ class Options:
         return 0 if self.deterministic else 1
 
 
-class World:
-    """One training into which faults are injected.
+class Training(ABC):
+    """One training into which faults are injected, and what shows how far it is.
 
     Attributes:
         unavailable: name of what this machine does not permit -> reason.
-        server_list: file from which the learner reads its servers, if there are several.
         during: name of the present fault.
+        learner: the command that trains.
+        control: has seen the learner's pushes, and the receipts that have reached it.
     """
+
+    control: Any
+    checker: Checker
+    learner: Supervised
+    output: Path
 
     def __init__(self, options: Options) -> None:
         self.options, self.folder = options, options.folder
@@ -91,20 +99,10 @@ class World:
         self._open = contextlib.ExitStack()
         self._problems: list[str] = []
         self._supervised: list[Supervised] = []
-        self.server_list = self.folder / "servers" if options.servers > 1 else None
-        if not self.server_list:
-            self.unavailable["several servers"] = "there is one server (--servers)"
         self.model = make_tiny_model(self.folder / "model", seed=0)
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
-        self.network = self._have("network", lambda: Network(str(os.getpid())))
-        self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
-        self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
-        self.output = (self.disk.folder if self.disk else self.folder) / "run"
-        self.clocks = {
-            name: self._have("clock", lambda name=name: Clock(self.folder, name)) for name in ("server", "learner")
-        }
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         try:
             self._start()
         except BaseException:
@@ -115,51 +113,21 @@ class World:
     def __exit__(self, *exc: object) -> None:
         self._open.close()
 
+    @abstractmethod
     def _start(self) -> None:
-        options = self.options
-        self.servers = [self._server(f"server-{i}", free_port(), self.model) for i in range(options.servers)]
-        self.other = None if options.quick else self._server("another-model", free_port(), self._another_model())
-        host = self.network.host if self.network else "127.0.0.1"
-        command = [sys.executable, "-m", "tests.chaos.proxy", str(self.folder), host, *map(str, self.ports)]
-        proxy = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
-        self._open.callback(proxy.kill)
-        self.control = Control(self.folder)
-        reference = Reference(self.model, self.control.pushed)
-        self.checker = Checker(
-            [self.url(i) for i in range(options.servers)],
-            RUN_ID,
-            reference,
-            self.control.receipts,
-            self.output / "metrics.jsonl",
-            options.staleness,
-            during=lambda: self.during,
-        )
-        for problem in self._problems:
-            self.checker.violated("orphans", problem)
-        self._wait_ready()
-        self.urls = [f"http://{host}:{port}" for port in self.control("ports")]
-        self.list_servers()
-        urls = [f"file:{self.server_list}"] if self.server_list else self.urls
-        command = [*(self.network.prefix if self.network else []), *self.training(urls, self.output)]
-        self.learner = self._supervise("learner", command, self._learner_environment())
-        self.checker.start()
-        self._open.callback(self.checker.stop)
+        """Start all, and wait until the learner has begun."""
 
-    @property
-    def ports(self) -> list[int]:
-        """Return the ports of the servers themselves."""
-        return [int(server.command[server.command.index("--port") + 1]) for server in self.servers]
+    @abstractmethod
+    def close(self) -> None:
+        """End all processes; those that are left are a violation."""
 
-    def url(self, index: int) -> str:
-        """Return a server's own address, bypassing the proxy."""
-        return f"http://127.0.0.1:{self.ports[index]}"
+    @abstractmethod
+    def addresses(self) -> list[str]:
+        """Return the servers' own addresses, past any proxy."""
 
-    def list_servers(self, but: int | None = None) -> None:
-        """Write the list of servers that the learner reads, if there are several."""
-        if self.server_list:
-            temporary = self.server_list.with_suffix(".tmp")
-            temporary.write_text("".join(f"{url}\n" for i, url in enumerate(self.urls) if i != but))
-            temporary.replace(self.server_list)
+    def hurry(self) -> None:
+        """Train without pauses, since no more faults come."""
+        (self.folder / PAUSE).unlink(missing_ok=True)
 
     @property
     def lease(self) -> Path:
@@ -186,6 +154,100 @@ class World:
                     return seen - since
             time.sleep(0.05)
         return None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the learner's summary."""
+        return json.loads((self.output / "train.json").read_text())
+
+    def _supervise(
+        self, name: str, command: list[str], environment: dict[str, str], *, forever: bool = False
+    ) -> Supervised:
+        def report(problem: str) -> None:
+            if hasattr(self, "checker"):
+                self.checker.violated("orphans", problem)
+            else:
+                self._problems.append(problem)
+
+        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report, forever)
+        self._open.callback(self._end, process)
+        self._supervised.append(process)
+        return process.start()
+
+    @staticmethod
+    def _end(process: Supervised) -> None:
+        process.stop()
+        kill(process.family())
+
+
+class World(Training):
+    """Servers on this machine, and a learner that reaches them through a proxy.
+
+    Attributes:
+        server_list: file from which the learner reads its servers, if there are several.
+    """
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.server_list = self.folder / "servers" if options.servers > 1 else None
+        if not self.server_list:
+            self.unavailable["several servers"] = "there is one server (--servers)"
+        self.network = self._have("network", lambda: Network(str(os.getpid())))
+        self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
+        self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
+        self.output = (self.disk.folder if self.disk else self.folder) / "run"
+        self.clocks = {
+            name: self._have("clock", lambda name=name: Clock(self.folder, name)) for name in ("server", "learner")
+        }
+
+    def _start(self) -> None:
+        options = self.options
+        self.servers = [self._server(f"server-{i}", free_port(), self.model) for i in range(options.servers)]
+        self.other = None if options.quick else self._server("another-model", free_port(), self._another_model())
+        host = self.network.host if self.network else "127.0.0.1"
+        command = [sys.executable, "-m", "tests.chaos.proxy", str(self.folder), host, *map(str, self.ports)]
+        proxy = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
+        self._open.callback(proxy.kill)
+        self.control = Control(self.folder)
+        reference = Reference(self.model, self.control.pushed)
+        self.checker = Checker(
+            self.addresses(),
+            RUN_ID,
+            reference,
+            self.control.receipts,
+            self.output / "metrics.jsonl",
+            options.staleness,
+            during=lambda: self.during,
+        )
+        for problem in self._problems:
+            self.checker.violated("orphans", problem)
+        self._wait_ready()
+        self.urls = [f"http://{host}:{port}" for port in self.control("ports")]
+        self.list_servers()
+        urls = [f"file:{self.server_list}"] if self.server_list else self.urls
+        command = [*(self.network.prefix if self.network else []), *self.training(urls, self.output)]
+        self.learner = self._supervise("learner", self._in_memory(command), self._learner_environment())
+        self.checker.start()
+        self._open.callback(self.checker.stop)
+
+    @property
+    def ports(self) -> list[int]:
+        """Return the ports of the servers themselves."""
+        return [int(server.command[server.command.index("--port") + 1]) for server in self.servers]
+
+    def addresses(self) -> list[str]:
+        """Return the servers' own addresses, past any proxy."""
+        return [self.url(index) for index in range(len(self.servers))]
+
+    def url(self, index: int) -> str:
+        """Return a server's own address, bypassing the proxy."""
+        return f"http://127.0.0.1:{self.ports[index]}"
+
+    def list_servers(self, but: int | None = None) -> None:
+        """Write the list of servers that the learner reads, if there are several."""
+        if self.server_list:
+            temporary = self.server_list.with_suffix(".tmp")
+            temporary.write_text("".join(f"{url}\n" for i, url in enumerate(self.urls) if i != but))
+            temporary.replace(self.server_list)
 
     @contextlib.contextmanager
     def stopped(self, pids: list[int]) -> Iterator[None]:
@@ -244,32 +306,18 @@ class World:
             *(["--deterministic"] if self.options.deterministic else []),
         ]
         clock = self.clocks["server"]
-        return self._supervise(name, command, ENVIRONMENT | (clock.environment if clock else {}), forever=True)
+        return self._supervise(
+            name, self._in_memory(command), ENVIRONMENT | (clock.environment if clock else {}), forever=True
+        )
+
+    def _in_memory(self, command: list[str]) -> list[str]:
+        """Return the command with the shared memory of this suite."""
+        return [*(self.memory.prefix if self.memory else []), *command]
 
     def _learner_environment(self) -> dict[str, str]:
         clock = self.clocks["learner"]
         own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         return own | (clock.environment if clock else {})
-
-    def _supervise(
-        self, name: str, command: list[str], environment: dict[str, str], *, forever: bool = False
-    ) -> Supervised:
-        def report(problem: str) -> None:
-            if hasattr(self, "checker"):
-                self.checker.violated("orphans", problem)
-            else:
-                self._problems.append(problem)
-
-        command = [*(self.memory.prefix if self.memory else []), *command]
-        process = Supervised(self.suite, name, command, environment, self.folder / f"{name}.log", report, forever)
-        self._open.callback(self._end, process)
-        self._supervised.append(process)
-        return process.start()
-
-    @staticmethod
-    def _end(process: Supervised) -> None:
-        process.stop()
-        kill(process.family())
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_S
@@ -301,10 +349,6 @@ class World:
                 }
             ),
         ]
-
-    def summary(self) -> dict[str, Any]:
-        """Return the learner's summary."""
-        return json.loads((self.output / "train.json").read_text())
 
 
 def ready(url: str) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,10 +18,10 @@ from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import HISTORY_FILE, read_lines
 from tests.integration.support.forked import FORKING, REPOSITORY
 from tests.integration.support.learner_process import COMMON, write_questions
-from tests.integration.support.ray_cluster import RayNode
 from tests.integration.support.server import ENVIRONMENT
 from tests.integration.support.waiting import until
 from tests.support.arguments import arguments
+from tests.support.ray_cluster import RayCluster, RayNode
 
 TOKEN = "only-the-nodes-of-this-test-know-it"
 BATCH = 8
@@ -31,19 +30,12 @@ _LONG_S = 900.0
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[list[RayNode]]:
-    # Not below pytest's folder, which is deeper with several workers: Ray's sockets must have short paths.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        found = [RayNode(Path(folder), 1, 2, gpus=2)]
-        try:
-            found[0].wait_ready()
-            found += [RayNode(Path(folder), number, 1, found[0].address) for number in (2, 3)]
-            for node in found[1:]:
-                node.wait_ready()
-            yield found
-        finally:
-            for node in reversed(found):
-                node.kill()
+def cluster() -> Iterator[RayCluster]:
+    with RayCluster() as found:
+        found.add(2, gpus=2).wait_ready()
+        for node in [found.add(1), found.add(1)]:
+            node.wait_ready()
+        yield found
 
 
 class Up:
@@ -86,10 +78,11 @@ class Up:
 
 
 @pytest.mark.timeout(1200)
-def test_nothing_outlives_a_command_that_is_killed(nodes: list[RayNode], tmp_path: Path) -> None:
+def test_nothing_outlives_a_command_that_is_killed(cluster: RayCluster, tmp_path: Path) -> None:
+    nodes = cluster.nodes
     with (tmp_path / "log").open("wb") as output:
         driver = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.support.stand_in", nodes[0].address],
+            [sys.executable, "-m", "tests.integration.support.stand_in", cluster.address],
             cwd=REPOSITORY,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -110,7 +103,8 @@ def test_nothing_outlives_a_command_that_is_killed(nodes: list[RayNode], tmp_pat
 
 
 @pytest.mark.timeout(3600)
-def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Path, tmp_path: Path) -> None:
+def test_a_node_dies_and_another_takes_its_place(cluster: RayCluster, model: Path, tmp_path: Path) -> None:
+    nodes = cluster.nodes
     out, recipe, token = tmp_path / "run", tmp_path / "tiny.yaml", tmp_path / "token"
     token.touch(0o600)
     token.write_text(TOKEN)
@@ -130,7 +124,7 @@ def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Pa
         "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True},
     }
     recipe.write_text(yaml.safe_dump({**options, **own}))
-    with closing(Up(nodes[0].address, recipe, out, tmp_path / "up.log")) as up:
+    with closing(Up(cluster.address, recipe, out, tmp_path / "up.log")) as up:
         up.until_it_says("server-1 is ready", "server-2 is ready", "server-3 is ready")
         up.until_steps(servers_up=3, more=1)
         started = [process for node in nodes for process in node.running(*OURS)]
@@ -139,8 +133,7 @@ def test_a_node_dies_and_another_takes_its_place(nodes: list[RayNode], model: Pa
         nodes[2].kill()
         up.until_it_says("its node is gone (127.0.1.3)")
         up.until_steps(servers_up=2, more=2)
-        nodes.append(RayNode(nodes[0].folder.parent, 4, 1, nodes[0].address))
-        nodes[3].wait_ready()
+        cluster.add(1).wait_ready()
         up.until_it_says("begins anew on 127.0.1.4", "is ready on 127.0.1.4")
         up.until_steps(servers_up=3, more=2)
         started += nodes[3].running(*OURS)

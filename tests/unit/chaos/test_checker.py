@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -151,6 +152,20 @@ def test_a_server_that_is_left_behind_is_seen(told: Told, tmp_path: Path, monkey
     monkeypatch.setattr(invariants, "CATCH_UP_S", 0.0)
     checker.look(0)
     assert [violation.invariant for violation in checker.violations] == ["catching up"]
+
+
+def test_a_server_that_comes_later_is_checked_too(told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariants, "_EVERY_S", 0.0)
+    url, history = _checker(told, tmp_path / "history").urls[0], tmp_path / "history"
+    seen = [{"epoch": "e", "fence": 1, "step": 4, "checksum": "c1"}]
+    checker = Checker([], "run", _Reference(), lambda: seen, history, 1, lambda: "a test")  # type: ignore[arg-type]
+    checker.start()
+    told.answers["/v1/state"]["runs"][0]["checksum"] = "c2"
+    checker.watch(url)
+    while not checker.violations:
+        time.sleep(0.01)
+    checker.stop()
+    assert checker.violations[0].invariant == "I3"
 
 
 def test_a_seed_is_a_schedule() -> None:

@@ -32,11 +32,11 @@ class _World(SimpleNamespace):
             options=SimpleNamespace(steps=0, servers=1, seed=1),
             checker=SimpleNamespace(violations=violations, checks={}, largest_gap=0.0, require=require),
             learner=SimpleNamespace(done=SimpleNamespace(is_set=lambda: False), generation=1, exits=[]),
-            servers=[SimpleNamespace()],
             control=SimpleNamespace(receipts=receipts),
             during="",
             step=lambda: 1,
-            url=lambda index: f"http://server-{index}",
+            addresses=lambda: ["http://server-0"],
+            hurry=lambda: None,
             progress=lambda since, within: 0.1,
         )
 

@@ -9,8 +9,10 @@ import pytest
 
 from learner.cli import main
 from learner.cluster.hosted import Command, Report, place
-from learner.commands import up, up_on_cluster
+from learner.commands import training, up_on_cluster
+from learner.run_dir.lock import check_unused
 from tests.support.fake_ray import FakeRay
+from tests.unit.learner.run_dir.test_lock import held
 
 TOKEN = "a-token-of-the-user-s-own"
 DONE = Report("life", "10.0.0.1", lines=("step 1",), seen=1, starts=1, ended=1, status=0, over=True)
@@ -21,9 +23,11 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay(**{"10_0_0_1": {"CPU": 4.0, "GPU": 4.0}, "10_0_0_2": {"CPU": 4.0, "GPU": 4.0}})
     fake.script["learner"] = [DONE]
     monkeypatch.setattr(up_on_cluster, "connect", lambda address: fake)
-    monkeypatch.setattr(up.training, "check", lambda argv: None)
+    monkeypatch.setattr(training, "check", lambda argv: None)
     monkeypatch.delenv("LOCKSTEP_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()  # a model that is not looked for on the hub
+    Path("tiny/config.json").write_text("{}")
     Path("mine.yaml").write_text("model_name_or_path: tiny\nserver:\n  max-num-seqs: 8\n")
     return fake
 
@@ -158,3 +162,36 @@ def test_a_server_that_cannot_start_ends_all_with_its_reason(ray: FakeRay, capsy
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "up      | server-1 on 10.0.0.1 ended with status 2: rollout-server: there is no --wrong"
     assert ray.ended == ["learner", "server-1"]
+
+
+@pytest.fixture
+def checkpoints(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What was saved."""
+    saved: list[Path] = []
+    monkeypatch.setattr(up_on_cluster, "last_checkpoint", lambda out: saved[-1] if saved else None)
+    return saved
+
+
+def test_a_learner_that_is_gone_may_still_save(
+    checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held(tmp_path) as holder:
+        has_come_further = up_on_cluster._has_come_further(tmp_path)
+
+        def save_and_end(text: str) -> None:
+            assert "waiting for its end" in text
+            checkpoints.append(tmp_path / "checkpoint-3")
+            holder.kill()
+
+        monkeypatch.setattr(up_on_cluster, "say", save_and_end)
+        assert has_come_further()
+        check_unused(tmp_path)
+    assert not has_come_further(), "nothing newer"
+
+
+def test_a_learner_that_does_not_end_is_not_waited_for_without_end(
+    checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up_on_cluster, "LEARNER_PATIENCE_S", 0.0)
+    with held(tmp_path):
+        assert not up_on_cluster._has_come_further(tmp_path)()

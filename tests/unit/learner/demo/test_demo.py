@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.commands import up
+from learner.commands import training, up
 from learner.demo import __main__ as demo
 
 
@@ -29,7 +29,7 @@ def plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[up.Plan]:
         return 3 if "--fails" in plan.learner else 0
 
     monkeypatch.setattr(up, "run", run)
-    monkeypatch.setattr(up.training, "check", lambda argv: None)  # of a model that only pretends, too
+    monkeypatch.setattr(training, "check", lambda argv: None)  # of a model that only pretends, too
     monkeypatch.setattr(demo, "ensure_demo_model", lambda *_, dtype, **__: tmp_path / f"model-{dtype}")
     return started
 

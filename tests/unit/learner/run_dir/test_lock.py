@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from learner.run_dir.lock import OutputLock, check_unused
+from learner.run_dir.lock import OutputLock, check_unused, wait_unused
 from shared.errors import InvalidRequest
 
 #: Holds the lock, with a child that was forked while it was held, as reward workers are.
@@ -58,6 +59,14 @@ def test_a_killed_one_leaves_it_free_though_its_children_live(tmp_path: Path) ->
         holder.wait()
         os.killpg(holder.pid, 0)  # the child
         OutputLock(tmp_path).close()
+
+
+def test_the_end_of_another_is_waited_for(tmp_path: Path) -> None:
+    with held(tmp_path) as holder, ThreadPoolExecutor() as pool:
+        assert not wait_unused(tmp_path, 0.0)
+        waiting = pool.submit(wait_unused, tmp_path, 600.0)
+        holder.kill()
+        assert waiting.result()
 
 
 def test_looking_makes_nothing(tmp_path: Path) -> None:

@@ -6,18 +6,61 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from learner.utils.ports import free_port
-from tests.integration.support.forked import REPOSITORY
-from tests.integration.support.waiting import until
 from tests.support.arguments import arguments
 
+REPOSITORY = Path(__file__).parents[2]
 _READY = "Ray runtime started"
 _STORE = 80 * 2**20
 _STARTS, _START_S = 5, 300.0
+
+
+class RayCluster:
+    """Nodes on this machine, all of which are killed at the end of the block.
+
+    Args:
+        environment: variables of all that runs on them.
+
+    Attributes:
+        nodes: all there ever were, the head first.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.nodes: list[RayNode] = []
+        self._environment = environment or {}
+        # Not below pytest's folder, which is deeper with several workers: Ray's sockets must have short paths.
+        self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+
+    def __enter__(self) -> RayCluster:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill all nodes."""
+        for node in reversed(self.nodes):
+            node.kill()
+        self._folder.cleanup()
+
+    @property
+    def address(self) -> str:
+        """Return where the head listens."""
+        return self.nodes[0].address
+
+    def add(self, cpus: int, gpus: int = 0) -> RayNode:
+        """Start another node, which is not awaited, at an address of its own; `cpus` and `gpus` are labels."""
+        head = self.address if self.nodes else None
+        folder, number = Path(self._folder.name), len(self.nodes) + 1
+        self.nodes.append(RayNode(folder, number, cpus, head, gpus, self._environment))
+        return self.nodes[-1]
 
 
 class RayNode:
@@ -25,9 +68,19 @@ class RayNode:
 
     Args:
         head: address of the cluster's head; None: it is the head.
+        environment: variables of all that runs on it.
     """
 
-    def __init__(self, folder: Path, number: int, cpus: int, head: str | None = None, gpus: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        cpus: int,
+        head: str | None = None,
+        gpus: int = 0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environment = environment or {}
         self.host, self.folder = f"127.0.1.{number}", folder / f"node-{number}"
         self.folder.mkdir(parents=True)
         self.address = head or f"{self.host}:{free_port()}"
@@ -47,6 +100,7 @@ class RayNode:
             "PYTHONPATH": str(REPOSITORY),
             "RAY_DISABLE_MEMORY_MONITOR": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **self._environment,
         }
         with (self.folder / "start.log").open("wb") as log:
             return subprocess.Popen(
@@ -57,9 +111,12 @@ class RayNode:
         """Wait until it has joined. Ray gives up after 30 s, which a busy machine may need: then it is tried again."""
         log = self.folder / "start.log"
         for _ in range(_STARTS):
-            until(lambda: _READY in log.read_text() or self.process.poll() is not None, _START_S)
-            if self.process.poll() is None:
-                return
+            deadline = time.monotonic() + _START_S
+            while self.process.poll() is None and time.monotonic() < deadline:
+                if _READY in log.read_text():
+                    return
+                time.sleep(0.05)
+            self.kill()
             self.process = self._start()
         raise AssertionError(log.read_text())
 
@@ -77,6 +134,13 @@ class RayNode:
                 if set(modules) & set(process.cmdline()):
                     found += [process, *process.children(recursive=True)]
         return found
+
+    def kill_raylet(self) -> None:
+        """Kill Ray's own process on the node; the others are left to notice."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() == "raylet":
+                    process.kill()
 
     def kill(self) -> None:
         """Kill everything on the node at once, as when its power fails."""

@@ -1,0 +1,231 @@
+"""Recipes of `learner up`: files and flags, read into what the learner is told and what the server is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from learner.commands import training
+from learner.commands.config_file import read_config_file
+from learner.commands.flags import dtype_name, is_true
+from learner.commands.up_output import say
+from learner.config import json_object
+from learner.foreign_options import server_flag
+from learner.run_dir.lock import check_unused
+from learner.utils.atomic import check_writable
+from shared.errors import InvalidRequest
+from shared.module_names import encoders
+from shared.weights import served_rank
+
+if TYPE_CHECKING:
+    from learner.tasks import Task
+
+#: Seconds for the hub's answer: what is asked for can be done without.
+_HUB_S = 10.0
+
+logger = logging.getLogger("lockstep.commands")
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+#: Flags of a server that say where it listens.
+ADDRESS = ("host", "port", "uds")
+
+
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe, given as a path or by the name of one of ours; raises `invalid_request`."""
+    for path in (Path(name), RECIPES / Path(name).name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in RECIPES.glob("*.yaml")))
+    raise InvalidRequest(f"--config {name}: no such file, and no recipe of that name; recipes are {known}")
+
+
+@dataclass
+class Recipe:
+    """What was asked for, in files and flags.
+
+    Attributes:
+        options: flags of `learner up` alone.
+        given: options of the learner; `server`: those of the server, by name with underscores.
+        learner: flags of `learner train`.
+        environment: of both.
+    """
+
+    options: argparse.Namespace
+    given: dict[str, Any]
+    server: dict[str, Any]
+    learner: list[str]
+    output_dir: Path
+    environment: dict[str, str]
+
+    @property
+    def model(self) -> str:
+        """The base model of both."""
+        return str(self.given["model_name_or_path"])
+
+    @property
+    def wants_page(self) -> bool:
+        """Whether the run's page is to be served, where nobody has said at which port."""
+        wanted = is_true({"run_page": True, **self.given}, "run_page") and not is_true(self.given, "no_run_page")
+        return wanted and "page_port" not in self.given
+
+    def server_flags(self, **common: Any) -> list[str]:
+        """Return the server's flags: those that follow from the learner's options, and its own.
+
+        Args:
+            common: more of the first kind.
+        """
+        common = _common(self.given) | common
+        if self._trains_text_of_more():
+            say("the training data has no images: the server gets --language-model-only")
+            common["language_model_only"] = True
+        return [*_flags({**common, **self.server}), *(self.options.server_flags or ())]
+
+    def _trains_text_of_more(self) -> bool:
+        """Return whether the model sees or hears, and the data has nothing of that, as `learner train` will find it."""
+        said = [name.replace("-", "_").removeprefix("no_") for name in self.server_flag_names()]
+        if "language_model_only" in said or not _encoders(self.model, self.given.get("model_revision")):
+            return False
+        try:
+            from learner.tasks.columns import has_images
+
+            return not has_images(_task(self.given).train)
+        except Exception as error:  # of the user's own code, too: the learner will say what is wrong
+            logger.debug("the task cannot be loaded: %s", error)
+            return False
+
+    def server_flag_names(self) -> list[str]:
+        """Return the names of the server's own flags, as they were written."""
+        given = (word for word in self.options.server_flags or () if re.match(r"--?[a-zA-Z]", word))
+        return [*self.server, *(word.lstrip("-").partition("=")[0] for word in given)]
+
+
+def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
+    """Read the recipes of `--config`, and the flags of `learner train`, which count more.
+
+    Args:
+        options: flags of `learner up` alone.
+        flags: the others.
+
+    Raises:
+        InvalidRequest: what `learner train` refuses before it imports TRL, or what the two have to share is missing.
+    """
+    files = [find_recipe(name) for name in options.config or ()]
+    written = [*(word for path in files for word in ("--config", str(path))), *flags]
+    given: dict[str, Any] = {}
+    for path in files:
+        given |= read_config_file(path)
+    for name, value in _values(flags).items():
+        if name not in training.options() and name not in ADDRESS and (flag := server_flag(name, value)):
+            raise InvalidRequest(f"--{name} belongs to the server: give --server-flags {shlex.quote(flag)}")
+        given[name] = value
+    server = given.get("server") or {}
+    if not isinstance(server, dict):
+        raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
+    server = {name.replace("-", "_"): value for name, value in server.items()}
+    if given.get("rollout_url"):
+        raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
+    if not given.get("model_name_or_path"):
+        raise InvalidRequest("give --model_name_or_path: the base model of both, in the recipe or as a flag")
+    environment = given.get("env") or {}
+    if not isinstance(environment, dict):
+        raise InvalidRequest("env: write one `NAME: value` of an environment variable a line below it")
+    training.check(written)
+    output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
+    check_writable(output_dir, "output_dir", directory=True)
+    check_unused(output_dir)
+    recipe = {str(name): str(value) for name, value in environment.items()}
+    return Recipe(options, given, server, written, output_dir, recipe)
+
+
+def _values(flags: Sequence[str]) -> dict[str, str]:
+    """Return the flags of `learner train` that the server has to know, by name; a flag without a value is true."""
+    values: dict[str, str] = {}
+    for word, following in zip_longest(flags, flags[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, tie, value = word[2:].partition("=")
+            values[name.replace("-", "_")] = value if tie else "" if following.startswith("--") else following
+    return values
+
+
+def _common(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the server's flags that follow from the learner's options."""
+    common: dict[str, Any] = {"max_lora_rank": _rank(given)}
+    if given.get("dtype"):
+        common["dtype"] = dtype_name(str(given["dtype"]))
+    if given.get("model_revision"):
+        common["revision"] = given["model_revision"]
+    return common | {name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if is_true(given, name)}
+
+
+def _encoders(model: str, revision: Any) -> list[str]:
+    """Return which parts a model has beside its language model; none where its configuration cannot be read."""
+    try:
+        return encoders(_configuration(model, revision))
+    except Exception as error:  # of the network, of any kind
+        logger.debug("the model's configuration cannot be read: %s", error)
+        return []
+
+
+def _configuration(model: str, revision: Any) -> dict[str, Any]:
+    """Return config.json of a model: from its directory, the hub's cache, or the hub, which is asked once."""
+    from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+
+    here = Path(model).expanduser()
+    found = here / "config.json" if here.is_dir() else try_to_load_from_cache(model, "config.json", revision=revision)
+    if isinstance(found, str | Path):
+        return dict(json.loads(Path(found).read_text()))
+    url = hf_hub_url(model, "config.json", revision=revision)
+    answer = get_session().get(url, headers=build_hf_headers(), timeout=_HUB_S, follow_redirects=True)
+    return dict(answer.raise_for_status().json())
+
+
+def _task(given: Mapping[str, Any]) -> Task:
+    from learner.tasks import load_task
+
+    task_args = given.get("task_args") or {}
+    return load_task(
+        str(given["task"]),
+        task_args=json_object(task_args, "task_args") if isinstance(task_args, str) else task_args,
+        eval_size=int(given.get("eval_size") or 0),
+        train_size=int(given["train_size"]) if given.get("train_size") else None,
+        seed=int(given.get("seed") or 42),
+        prompt_column=str(given.get("prompt_column") or "prompt"),
+        default_reward=lambda completions, **_: [0.0] * len(completions),  # nothing is scored here
+    )
+
+
+def _rank(given: Mapping[str, Any]) -> int:
+    """Return the server's `--max-lora-rank` for the adapter."""
+    try:
+        if adapter := given.get("init_adapter"):
+            own = json.loads((Path(adapter) / "adapter_config.json").read_text())
+        else:
+            kwargs = given.get("lora_kwargs") or {}
+            own = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+            own = {"r": given.get("lora_r", 16), **own}
+        return served_rank(max([int(own["r"]), *map(int, (own.get("rank_pattern") or {}).values())]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InvalidRequest(
+            f"the adapter's rank (lora_r, lora_kwargs, init_adapter) cannot be told: {error}"
+        ) from error
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """Return options as command-line flags of vLLM's parser."""
+    flags: list[str] = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return flags

@@ -1,0 +1,113 @@
+"""Recipes of `learner up`: what they say of the server, and what is refused before anything is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learner.cli import main
+from learner.commands import training
+from learner.commands.flags import tied
+from learner.commands.up import make_parser
+from learner.commands.up_recipe import Recipe, read_recipe
+from shared.errors import InvalidRequest
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a model that is not looked for on the hub
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: tiny\ndtype: float32\nuse_cpu: true\nserver:\n  max-num-seqs: 8\n")
+    return path
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models and flags pretend."""
+    monkeypatch.setattr(training, "check", lambda argv: None)
+
+
+def read(*argv: str) -> Recipe:
+    return read_recipe(*make_parser().parse_known_args(tied(argv)))
+
+
+def test_the_server_gets_what_the_learner_needs(recipe: Path, unchecked: None) -> None:
+    text = (
+        "dtype: bf16\nmodel_revision: v2\nlora_r: 24\ndeterministic: true\nuse_cpu: true\n"
+        "server:\n  enforce_eager: true\n  max_model_len: 64\n  compilation_config: {level: 0}\n"
+    )
+    recipe.write_text(f"model_name_or_path: tiny\n{text}")
+    assert read("--config", str(recipe), "--server-flags", "--seed 3").server_flags() == [
+        *("--max-lora-rank", "32", "--dtype", "bfloat16", "--revision", "v2", "--deterministic", "--enforce-eager"),
+        *("--max-model-len", "64", "--compilation-config", '{"level": 0}', "--seed", "3"),
+    ]
+    recipe.write_text("model_name_or_path: tiny\n")
+    command = read("--config", str(recipe), "--lora_r=8", "--lora_kwargs", '{"rank_pattern": {"q": 64}}').server_flags()
+    assert command[command.index("--max-lora-rank") + 1] == "64"
+
+
+def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(
+    tmp_path: Path, capsys, unchecked: None
+) -> None:
+    model, task = tmp_path / "sees", tmp_path / "text.jsonl"
+    model.mkdir()
+    task.write_text('{"prompt": "How many?"}\n' * 4)
+    circles = "learner.tasks.examples.counting:circles"
+
+    def server_of(task: object, *flags: str, sees: bool = True) -> list[str]:
+        (model / "config.json").write_text(json.dumps({"vision_config": {}} if sees else {}))
+        words = ["--model_name_or_path", str(model), "--use_cpu", "true", "--task", str(task), "--train_size", "2"]
+        return read(*words, *flags).server_flags()
+
+    assert "--language-model-only" in server_of(task)
+    assert "the training data has no images: the server gets --language-model-only" in capsys.readouterr().out
+    assert "--language-model-only" not in server_of(circles, "--task_args", '{"pixels": 32}')
+    assert "--language-model-only" not in server_of(task, sees=False)
+    assert "--language-model-only" not in server_of(tmp_path / "missing.jsonl")
+    own = server_of(task, "--server-flags", "--no-language-model-only")
+    assert own.count("--no-language-model-only") == 1
+    assert "--language-model-only" not in own
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model_name_or_path: tiny\nrollout_url: http://a:1", "starts the server itself"),
+        ("model_name_or_path: tiny\nserver: 3", "server: write"),
+        ("model_name_or_path: tiny\nenv: 3", "env: write"),
+        ("model_name_or_path: tiny\ninit_adapter: nowhere", "init_adapter"),
+        ("use_cpu: true", "model_name_or_path"),
+    ],
+)
+def test_what_the_two_cannot_share_is_refused(recipe: Path, unchecked: None, text: str, words: str) -> None:
+    recipe.write_text(text + "\n")
+    with pytest.raises(InvalidRequest, match=words):
+        read("--config", str(recipe)).server_flags()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--gpu_memory_utilization 0.6", "give --server-flags '--gpu-memory-utilization 0.6'"),
+        ("--max-lora-rank=64", "give --server-flags '--max-lora-rank 64'"),
+        ("--fast_inference true", "completions always come from vLLM"),
+        ("--lerning_rate 1", "did you mean --learning_rate?"),
+        ("--model_name_or_path ./typo", "model_name_or_path: there is no directory"),
+        ("--task questions.jsonl", "task: there is no file questions.jsonl"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_is_started(recipe: Path, capsys, flags: str, error: str) -> None:
+    assert main(["up", "--config", str(recipe), *flags.split()]) == 2
+    shown = capsys.readouterr()
+    assert error in shown.err
+    assert shown.out == ""
+    assert not Path("runs").exists()
