@@ -119,6 +119,8 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
             )
         if isinstance(first, str | Mapping):
             raise TaskError(f"{where}: {first!r:.60} is not an image: load it, or cast the column (datasets.Image)")
+    if set(IMAGE_COLUMNS) <= set(rows.column_names or ()) and isinstance(rows, Dataset):
+        raise TaskError(f"{what} has images in the column 'image' and in 'images': put all of them into 'images'")
     return rows
 
 
@@ -130,10 +132,26 @@ def has_images(rows: Any) -> bool:
     return any(_is_seen(value) for name in names for value in rows[name]) or any(map(_has_part, rows["prompt"]))
 
 
-def may_have_images(rows: IterableDataset) -> bool:
-    """Return whether a stream can have images, by its columns alone; True where it does not tell them."""
+def may_have_images(rows: Dataset | IterableDataset) -> bool | None:
+    """Return whether a dataset can have images, by its columns alone; None for a stream that does not tell them."""
     features = rows.features
-    return features is None or any(name in features for name in IMAGE_COLUMNS) or "Image(" in repr(features)
+    if features is None:
+        return None
+    return any(name in features for name in IMAGE_COLUMNS) or "Image(" in repr(features)
+
+
+def row_images(row: Mapping[str, Any]) -> list[Any]:
+    """Return the images in a row's columns: those of `images`, or the one of `image`.
+
+    Raises:
+        TaskError: both hold some.
+    """
+    single, several = row.get("image"), row.get("images")
+    if _is_seen(single) and _is_seen(several):
+        raise TaskError(
+            "a row has an image in the column 'image' and others in 'images': put all of them into 'images'"
+        )
+    return list(several) if _is_seen(several) else [single] if _is_seen(single) else []
 
 
 def _is_seen(value: Any) -> bool:
