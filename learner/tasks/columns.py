@@ -144,13 +144,11 @@ def row_images(row: Mapping[str, Any]) -> list[Any]:
     """Return the images in a row's columns: those of `images`, or the one of `image`.
 
     Raises:
-        TaskError: both hold some.
+        TaskError: the two hold others.
     """
     single, several = row.get("image"), row.get("images")
-    if _is_seen(single) and _is_seen(several):
-        raise TaskError(
-            "a row has an image in the column 'image' and others in 'images': put all of them into 'images'"
-        )
+    if _is_seen(single) and _is_seen(several) and list(several) != [single]:
+        raise TaskError("a row has other images in the column 'image' than in 'images': put all of them into 'images'")
     return list(several) if _is_seen(several) else [single] if _is_seen(single) else []
 
 

@@ -38,8 +38,8 @@ class Largest:
     Attributes:
         pixels, where: of the one with the most pixels.
         file_bytes, where_heaviest: of the heaviest file, among those that may be larger than servers take by default.
-        together: sizes of the images of a prompt, sorted, and where the first prompt with these is; which takes the most
-            depends on the server.
+        together: sizes of the images of a prompt, sorted, and where the first prompt with these is: which of them take
+            the most depends on the server.
     """
 
     pixels: int = 0

@@ -267,9 +267,8 @@ def test_the_prompt_that_takes_most_depends_on_the_server(server_state, monkeypa
 
 
 def test_a_line_is_refused_before_a_processor_takes_gigabytes_for_it(seeing, make_seeing, monkeypatch) -> None:
-    rows = rows_with("image", [1, 1]).remove_columns("image")
-    rows = rows.add_column("image", [picture(1), Pillow.new("RGB", (1, 5000))], feature=Image())
-    trainer = make_seeing(rows)
+    asked = {"prompt": rows_with("image", [0, 0])["prompt"][:], "image": [picture(1), Pillow.new("RGB", (1, 5000))]}
+    trainer = make_seeing(Dataset.from_dict(asked))
     processed: list[int] = []
     tokenize = trainer._tokenize_prompts
     trainer._tokenize_prompts = lambda prompts: processed.append(len(prompts)) or tokenize(prompts)
@@ -291,7 +290,9 @@ def test_training_and_evaluation_see_the_same_images() -> None:
 
 
 def test_images_in_both_columns_are_refused(seeing, make_seeing) -> None:
-    rows = rows_with("images", [1, 0]).add_column("image", [None, picture(9)], feature=Image())
+    asked = rows_with("images", [1, 0])
+    columns = {"prompt": asked["prompt"][:], "images": asked["images"][:], "image": [None, picture(9)]}
+    rows = Dataset.from_dict(columns)
     with pytest.raises(LockstepError, match="the training data has images in the column 'image' and in 'images'"):
         attached(make_seeing(rows), seeing)
 

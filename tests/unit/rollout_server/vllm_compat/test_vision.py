@@ -57,9 +57,8 @@ def test_processes_without_num2words_load_where_torchvision_is(monkeypatch: pyte
 
 def _scaling(processor: Any) -> dict[str, int]:
     parts = SimpleNamespace(get_hf_processor=lambda: SimpleNamespace(image_processor=processor))
-    return vision.scaling(
-        SimpleNamespace(renderer=SimpleNamespace(get_mm_processor=lambda: SimpleNamespace(info=parts)))
-    )
+    renderer = SimpleNamespace(get_mm_processor=lambda: SimpleNamespace(info=parts))
+    return vision.scaling(SimpleNamespace(renderer=renderer))
 
 
 @pytest.mark.parametrize(
