@@ -115,8 +115,8 @@ def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_im
 
     def server_of(task: object, *flags: str, sees: bool = True) -> list[str]:
         (model / "config.json").write_text(json.dumps({"vision_config": {}} if sees else {}))
-        words = ["--model_name_or_path", str(model), "--use_cpu", "true", "--task", str(task), "--train_size", "2"]
-        return up.make_plan([*words, *flags]).server
+        words = ["--model_name_or_path", str(model), "--use_cpu", "true", "--task", str(task)]
+        return up.make_plan([*words, "--train_size", "2", "--eval_size", "0", *flags]).server
 
     assert "--language-model-only" in server_of(task)
     assert "the training data has no images: the server gets --language-model-only" in capsys.readouterr().out

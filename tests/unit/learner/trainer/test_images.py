@@ -286,7 +286,7 @@ def test_training_and_evaluation_see_the_same_images() -> None:
         assert images.image_rows(trainer, [row])[0]["images"] == [shown]
     for seen in (lambda row: images.seen_prompt(trainer, row), evaluation.seen_prompt):
         with pytest.raises(LockstepError, match="put all of them into 'images'"):
-            seen({"prompt": ask, "image": shown, "images": [shown]})
+            seen({"prompt": ask, "image": shown, "images": [picture(2)]})
 
 
 def test_images_in_both_columns_are_refused(seeing, make_seeing) -> None:
