@@ -146,10 +146,11 @@ def row_images(row: Mapping[str, Any]) -> list[Any]:
     Raises:
         TaskError: the two hold others.
     """
-    single, several = row.get("image"), row.get("images")
-    if _is_seen(single) and _is_seen(several) and list(several) != [single]:
+    single = [] if row.get("image") is None else [row["image"]]
+    several = list(row.get("images") or ())
+    if single and several and single != several:
         raise TaskError("a row has other images in the column 'image' than in 'images': put all of them into 'images'")
-    return list(several) if _is_seen(several) else [single] if _is_seen(single) else []
+    return several or single
 
 
 def _is_seen(value: Any) -> bool:
