@@ -21,7 +21,19 @@ warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions"
 if TYPE_CHECKING:
     from learner.trainer.attach import attach
 
-__all__ = ["attach"]
+__all__ = ["attach", "do_without_videos"]
+
+
+def do_without_videos() -> None:
+    """Let processors of models of images load where torchvision or num2words are missing, which videos alone need.
+
+    For a script that loads one itself, or lets `GRPOTrainer` do so: call it first.
+    """
+    import transformers
+
+    from shared import image_processors
+
+    image_processors.do_without_videos(transformers)
 
 
 def __getattr__(name: str) -> Any:

@@ -92,8 +92,8 @@ async def _start(
     proxy = EngineProxy(engine, runs, capacity)
     if sees:
         vision.take_our_images(engine)
-        least_memory = await asyncio.to_thread(vision.least_memory, engine)
-        proxy.image_limits = ImageLimits.of(settings, least_memory)
+        scaling = await asyncio.to_thread(vision.scaling, engine)
+        proxy.image_limits = ImageLimits.of(settings, *scaling.values())
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
@@ -108,7 +108,7 @@ async def _start(
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)
     backend = "nccl" if described[0]["device"] else "gloo"
     if sees:
-        served = served.model_copy(update={"sight": vision.sight(engine), "least_image_memory": least_memory})
+        served = served.model_copy(update={"sight": vision.sight(engine), **scaling})
     groups = BroadcastGroups(workers, settings, backend, bind=args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
     installer = Installer(InstallContext(proxy, workers, runs, boot_id), groups, served, settings, sleep)

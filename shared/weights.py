@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared import PROTOCOL_VERSION
 from shared.bounds import Count, Digest, FewFields
+from shared.images import memory_of
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -191,6 +192,13 @@ class ServerState(BaseModel):
     max_image_pixels: int = Field(0, description="pixels of one image")
     max_image_memory: int = Field(0, description="bytes of all images of a request once decoded, 30 for each pixel")
     least_image_memory: int = Field(0, description="of these, what is counted for the smallest image")
+    shortest_image_edge: int = Field(
+        0, description="to which the shorter edge of every image is scaled before it is cropped; 0: it is not"
+    )
     sight: dict[str, str] = Field({}, description="settings of how images are processed, by name, as JSON")
     max_body_bytes: int = Field(0, description="largest body of a request; a learner cuts its requests by that")
     runs: list[RunState] = []
+
+    def image_memory(self, width: int, height: int) -> int:
+        """Return the bytes that the server counts for an image of this size."""
+        return memory_of(width, height, self.least_image_memory, self.shortest_image_edge)

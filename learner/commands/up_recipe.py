@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -17,17 +19,20 @@ from learner.commands import training
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import dtype_name, is_true
 from learner.commands.up_output import say
-from learner.config import json_object
+from learner.config import LearnerConfig, json_object
 from learner.foreign_options import server_flag
 from learner.run_dir.lock import check_unused
 from learner.utils.atomic import check_writable
 from shared.errors import InvalidRequest
+from shared.messages import one_line
 from shared.module_names import encoders
 from shared.weights import served_rank
 
 if TYPE_CHECKING:
     from learner.tasks import Task
 
+#: Options of `learner train` that decide what a task's training data is.
+_TASK_OPTIONS = ("task_args", "eval_size", "train_size", "prompt_column", "eval_dataset")
 #: Seconds for the hub's answer: what is asked for can be done without.
 _HUB_S = 10.0
 
@@ -91,14 +96,20 @@ class Recipe:
     def _trains_text_of_more(self) -> bool:
         """Return whether the model sees or hears, and the data has nothing of that, as `learner train` will find it."""
         said = [name.replace("-", "_").removeprefix("no_") for name in self.server_flag_names()]
-        if "language_model_only" in said or not _encoders(self.model, self.given.get("model_revision")):
+        if "language_model_only" in said:
             return False
+        with _set(self.environment):
+            return bool(_encoders(self.model, self.given.get("model_revision"))) and self._has_no_images()
+
+    def _has_no_images(self) -> bool:
+        say(f"loading the task, whose images decide what is served of {self.model}")
         try:
             from learner.tasks.columns import has_images
 
             return not has_images(_task(self.given).train)
-        except Exception as error:  # of the user's own code, too: the learner will say what is wrong
-            logger.debug("the task cannot be loaded: %s", error)
+        except (Exception, SystemExit) as error:  # of the user's own code, too: the learner will say what is wrong
+            why = f"{type(error).__name__}: {one_line(error)}"
+            say(f"whether it has images cannot be told ({why:.200}): the server gets ready for them")
             return False
 
     def server_flag_names(self) -> list[str]:
@@ -189,18 +200,36 @@ def _configuration(model: str, revision: Any) -> dict[str, Any]:
 
 
 def _task(given: Mapping[str, Any]) -> Task:
+    """Load the task as `learner train` does, but for its rewards: nothing is scored here."""
     from learner.tasks import load_task
 
-    task_args = given.get("task_args") or {}
+    options = {"seed": 42, **{name: getattr(LearnerConfig, name) for name in _TASK_OPTIONS}}
+    options |= {name: value for name, value in given.items() if value is not None}
     return load_task(
         str(given["task"]),
-        task_args=json_object(task_args, "task_args") if isinstance(task_args, str) else task_args,
-        eval_size=int(given.get("eval_size") or 0),
-        train_size=int(given["train_size"]) if given.get("train_size") else None,
-        seed=int(given.get("seed") or 42),
-        prompt_column=str(given.get("prompt_column") or "prompt"),
-        default_reward=lambda completions, **_: [0.0] * len(completions),  # nothing is scored here
+        task_args=json_object(options["task_args"], "task_args"),
+        eval_size=int(options["eval_size"]),
+        train_size=int(options["train_size"]) if options["train_size"] else None,
+        seed=int(options["seed"]),
+        prompt_column=str(options["prompt_column"]),
+        eval_dataset=options["eval_dataset"],
+        default_reward=lambda completions, **_: [0.0] * len(completions),
     )
+
+
+@contextlib.contextmanager
+def _set(environment: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process for a while."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _rank(given: Mapping[str, Any]) -> int:

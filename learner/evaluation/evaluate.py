@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from learner.evaluation.prompts import image_memory, prompt_of, rewarded_row, shown
+from learner.evaluation.prompts import image_memory, prompt_of, rewarded_row, seen_prompt, shown
 from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
-from learner.tasks.columns import has_images
+from learner.tasks.columns import has_images, may_have_images
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -47,7 +47,7 @@ def evaluate(
             server.
     """
     rows = questions_of(task, n_questions)
-    sees = has_images(task.train) or has_images(task.eval)
+    sees = any(may_have_images(each) and has_images(each) for each in (task.train, task.eval))
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     state = client.state() if sees else None
     results: list[EvalRow] = []
@@ -66,7 +66,8 @@ def evaluate(
         )
         groups = client.generate(request).groups
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
-        results += _score(task, start, [rewarded_row(row) if sees else row for row in chunk], groups)
+        asked = [shown(seen_prompt(row) if sees else row["prompt"]) for row in chunk]
+        results += _score(task, start, [rewarded_row(row) if sees else row for row in chunk], asked, groups)
         start += len(chunk)
         progress(start, len(rows))
     return result_of(task, policy, list(versions), results)
@@ -83,7 +84,7 @@ def _of_one_request(rows: Sequence[dict[str, Any]], state: ServerState | None) -
         prompt = prompt_of(row)
         if state:
             size += sum(len(image.data) for image in prompt.images or ())
-            memory += image_memory(row, state.least_image_memory)
+            memory += image_memory(row, state)
             if prompts and (size > _IMAGE_BYTES or 0 < state.max_image_memory < memory):
                 break
         prompts.append(prompt)
@@ -98,8 +99,14 @@ def questions_of(task: Task, count: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[RolloutGroup]) -> Iterator[EvalRow]:
-    """Call the reward functions as in training: one list per column, one entry per completion."""
+def _score(
+    task: Task, start: int, rows: list[dict[str, Any]], asked: list[Any], groups: list[RolloutGroup]
+) -> Iterator[EvalRow]:
+    """Call the reward functions as in training: one list per column, one entry per completion.
+
+    Args:
+        rows: as reward functions get them; asked: their prompts, as results keep them.
+    """
     flat = [(i, rows[i], c) for i, group in enumerate(groups) for c in group.completions]
     chat = not isinstance(rows[0]["prompt"], str)
     texts = [completion.text or "" for _, _, completion in flat]
@@ -119,13 +126,11 @@ def _score(task: Task, start: int, rows: list[dict[str, Any]], groups: list[Roll
     functions = zip(reward_names(task.reward_funcs), task.reward_funcs, strict=True)
     scores = {name: call_reward(name, function, arguments, row_name) for name, function in functions}
     weights = task.reward_weights or [1.0] * len(scores)
-    for position, (i, row, completion) in enumerate(flat):
+    for position, (i, _, completion) in enumerate(flat):
         rewards = {name: values[position] for name, values in scores.items()}
         scored = [weight * r for weight, r in zip(weights, rewards.values(), strict=True) if r is not None]
         total, tokens = sum(scored) if scored else None, len(completion.token_ids)
-        yield EvalRow(
-            start + i, shown(row["prompt"]), texts[position], completion.finish_reason, tokens, rewards, total
-        )
+        yield EvalRow(start + i, asked[i], texts[position], completion.finish_reason, tokens, rewards, total)
 
 
 def result_of(task: Task, policy: PolicySelector, versions: list[str], rows: list[EvalRow]) -> EvalResult:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.servers.prompts import encoded_image
-from learner.tasks.columns import message_parts, without_filled_keys
+from learner.tasks.columns import message_parts, row_images, without_filled_keys
 from shared.errors import InvalidRequest
-from shared.images import memory_of
 from shared.rollouts import Prompt
+from shared.weights import ServerState
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
@@ -25,10 +25,10 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     return Prompt(messages=shown(prompt), images=[encoded_image(image)[0] for image in images])
 
 
-def image_memory(row: Mapping[str, Any], least: int) -> int:
-    """Return the bytes that a server counts for a row's images, at `least` for each. Raises as `seen_prompt`."""
+def image_memory(row: Mapping[str, Any], state: ServerState) -> int:
+    """Return the bytes that a server counts for a row's images. Raises as `seen_prompt`."""
     pictures = [part["image"] for part in message_parts(seen_prompt(row)) if part.get("type") == "image"]
-    return sum(memory_of(picture.width, picture.height, least) for picture in pictures)
+    return sum(state.image_memory(*picture.size) for picture in pictures)
 
 
 def rewarded_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def rewarded_row(row: Mapping[str, Any]) -> dict[str, Any]:
             else message
             for message in prompt
         ]
-    return {**row, "prompt": prompt, "images": _column(row)}
+    return {**row, "prompt": prompt, "images": row_images(row)}
 
 
 def seen_prompt(row: Mapping[str, Any]) -> Any:
@@ -53,7 +53,7 @@ def seen_prompt(row: Mapping[str, Any]) -> Any:
     Raises:
         LockstepError: `invalid_request` for images beside a prompt of text, or for more or less of them than places.
     """
-    prompt, images = without_filled_keys(row["prompt"]), _column(row)
+    prompt, images = without_filled_keys(row["prompt"]), row_images(row)
     if isinstance(prompt, str):
         if images:
             raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
@@ -99,9 +99,3 @@ def shown(prompt: Any) -> Any:
 
 def _is_plain_question(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "user" and isinstance(message.get("content"), str)
-
-
-def _column(row: Mapping[str, Any]) -> list[Any]:
-    if row.get("images") is not None:
-        return list(row["images"])
-    return [] if row.get("image") is None else [row["image"]]

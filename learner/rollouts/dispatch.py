@@ -57,7 +57,7 @@ def fitting(groups: Sequence[GroupRequest], state: ServerState) -> list[list[Gro
     limits = (state.max_body_bytes - _BODY_BYTES, state.max_image_memory)
     parts, used = list[list[GroupRequest]](), (0, 0)
     for group in groups:
-        needs = (body_bytes(group.token_ids), memory_of(group.token_ids, state.least_image_memory))
+        needs = (body_bytes(group.token_ids), memory_of(group.token_ids, state))
         over = [0 < limit < need for limit, need in zip(limits, needs, strict=True)]
         if any(over):
             flag = "--max-body-mib" if over[0] else "--max-bodies-mib"

@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from shared import images
 from shared.errors import InvalidRequest
-from shared.images import Image, pixel_digest
+from shared.images import Image, aspect_refusal, pixel_digest
+from shared.weights import ServerState
 
 _ORIENTATION = 0x0112
 #: Of a token id in JSON, with its comma; and of an image beside its data.
@@ -61,10 +61,10 @@ def digests_of(token_ids: Sequence[int]) -> list[str]:
     return token_ids.digests if isinstance(token_ids, ImagePrompt) else []
 
 
-def memory_of(token_ids: Sequence[int], least: int) -> int:
-    """Return the bytes that a server counts for a prompt's images once they are decoded, at `least` for each."""
+def memory_of(token_ids: Sequence[int], state: ServerState) -> int:
+    """Return the bytes that a server counts for a prompt's images once they are decoded."""
     sizes = token_ids.sizes if isinstance(token_ids, ImagePrompt) else []
-    return sum(images.memory_of(*size, least) for size in sizes)
+    return sum(state.image_memory(*size) for size in sizes)
 
 
 def body_bytes(token_ids: Sequence[int]) -> int:
@@ -73,7 +73,7 @@ def body_bytes(token_ids: Sequence[int]) -> int:
 
 
 def check_picture(picture: Any) -> None:
-    """Refuse what cannot be sent as an image without loss: `invalid_request`."""
+    """Refuse what cannot be sent as an image without loss, or is too long a line: `invalid_request`."""
     from PIL import Image as Pillow
 
     if not isinstance(picture, Pillow.Image):
@@ -86,6 +86,8 @@ def check_picture(picture: Any) -> None:
             f"an image of a prompt is {picture.mode}, or to be turned (EXIF), and the model's processor would see "
             "another one than the server: send ImageOps.exif_transpose(image).convert('RGB') of PIL"
         )
+    if refusal := aspect_refusal(*picture.size):
+        raise InvalidRequest(f"an image of a prompt has {refusal}")
 
 
 def encoded_image(picture: Any) -> tuple[Image, str]:

@@ -119,6 +119,8 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
             )
         if isinstance(first, str | Mapping):
             raise TaskError(f"{where}: {first!r:.60} is not an image: load it, or cast the column (datasets.Image)")
+    if set(IMAGE_COLUMNS) <= set(rows.column_names or ()) and isinstance(rows, Dataset):
+        raise TaskError(f"{what} has images in the column 'image' and in 'images': put all of them into 'images'")
     return rows
 
 
@@ -130,10 +132,25 @@ def has_images(rows: Any) -> bool:
     return any(_is_seen(value) for name in names for value in rows[name]) or any(map(_has_part, rows["prompt"]))
 
 
-def may_have_images(rows: IterableDataset) -> bool:
-    """Return whether a stream can have images, by its columns alone; True where it does not tell them."""
+def may_have_images(rows: Dataset | IterableDataset) -> bool | None:
+    """Return whether a dataset can have images, by its columns alone; None for a stream that does not tell them."""
     features = rows.features
-    return features is None or any(name in features for name in IMAGE_COLUMNS) or "Image(" in repr(features)
+    if features is None:
+        return None
+    return any(name in features for name in IMAGE_COLUMNS) or "Image(" in repr(features)
+
+
+def row_images(row: Mapping[str, Any]) -> list[Any]:
+    """Return the images in a row's columns: those of `images`, or the one of `image`.
+
+    Raises:
+        TaskError: the two hold others.
+    """
+    single = [] if row.get("image") is None else [row["image"]]
+    several = list(row.get("images") or ())
+    if single and several and single != several:
+        raise TaskError("a row has other images in the column 'image' than in 'images': put all of them into 'images'")
+    return several or single
 
 
 def _is_seen(value: Any) -> bool:

@@ -163,11 +163,11 @@ def attach(
         if config.share_gpu:
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
         check_slots(trainer, state, config)
-        check_images(prompts.images, prompts.largest, sight, state)
+        warned = check_images(prompts.images, prompts.largest, sight, state, unknown=prompts.unknown)
         check_rank(adapter_config, state)
         check_targets(layers, mixture_of_experts=state.mixture_of_experts)
         check_lengths(trainer.args.max_completion_length, prompts.longest, state, prompts.where)
-        warned = check_precision(weights, AUTOCAST.get(trainer.accelerator.mixed_precision), state)
+        warned += check_precision(weights, AUTOCAST.get(trainer.accelerator.mixed_precision), state)
         return [*warned, *check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)]
 
     states = [replica.known for replica in pool.up()]

@@ -35,6 +35,7 @@ class Prompts:
         longest: tokens of the longest prompt.
         where: names the longest prompt.
         largest: the largest images.
+        unknown: a stream does not tell whether its rows have images.
     """
 
     first: list[list[int]] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Prompts:
     where: str = ""
     images: int = 0
     largest: Largest = field(default_factory=Largest)
+    unknown: bool = False
 
 
 def check_datasets(trainer: GRPOTrainer) -> None:
@@ -77,7 +79,7 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     """Tokenize every prompt of the training data, and of the evaluation data if the training evaluates; none of streams
     and environments, which make theirs. Each rank takes its part of the rows. Collective.
 
-    A stream is not read before the training: where its rows may have images, a prompt counts as having one.
+    A stream is not read before the training: where its columns are of images, a prompt counts as having a small one.
 
     Raises:
         LockstepError: `invalid_request` on every rank, with the row of a prompt that is missing or empty, has images,
@@ -89,6 +91,7 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
         found.first += part.first[: KEPT - len(found.first)]
         found.images = max(found.images, part.images)
         found.largest.join(part.largest)
+        found.unknown |= part.unknown
         if part.longest > found.longest:
             found.longest, found.where = part.longest, part.where
     return found
@@ -100,11 +103,11 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
         return found
     evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
     for name, rows in _datasets(trainer):
-        if isinstance(rows, IterableDataset) and sees_images(trainer) and columns.may_have_images(rows):
-            found.images = max(found.images, 1)
-        if not isinstance(rows, Dataset) or "prompt" not in rows.column_names or not len(rows):
-            continue
         if not (evaluates or rows is trainer.train_dataset):
+            continue
+        if isinstance(rows, IterableDataset) and sees_images(trainer):
+            _expect_of_stream(found, rows, name)
+        if not isinstance(rows, Dataset) or "prompt" not in rows.column_names or not len(rows):
             continue
         if len(rows) > _MANY_ROWS and rank == 0:
             logger.info("measuring the %d prompts of %s", len(rows), name)
@@ -128,6 +131,15 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
                 if rows is trainer.train_dataset and len(found.first) < KEPT and not images:
                     found.first.append(ids)
     return found
+
+
+def _expect_of_stream(found: Prompts, rows: IterableDataset, name: str) -> None:
+    """Count the smallest image in where a stream's columns are of images."""
+    seen = columns.may_have_images(rows)
+    found.unknown |= seen is None
+    if seen:
+        found.images = max(found.images, 1)
+        found.largest.see_sizes([(1, 1)], f"{name}, a stream,")
 
 
 def _datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:

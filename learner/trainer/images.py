@@ -6,6 +6,7 @@ import math
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,9 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from learner.rollouts.images import with_images
 from learner.servers.prompts import check_picture, encoded_image
 from learner.sync.probe import SeenText
-from learner.tasks.columns import without_filled_keys
+from learner.tasks.columns import message_parts, row_images, without_filled_keys
 from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
 from shared.image_processors import other_sight, sight
-from shared.images import memory_of
 from shared.weights import ServerState
 
 #: Beside the image of the proof's probe.
@@ -38,21 +38,21 @@ class Largest:
     Attributes:
         pixels, where: of the one with the most pixels.
         file_bytes, where_heaviest: of the heaviest file, among those that may be larger than servers take by default.
-        together, where_together: sizes of the images of the prompt whose images have the most pixels together.
+        together: sizes of the images of a prompt, sorted, and where the first prompt with these is: which of them take
+            the most depends on the server.
     """
 
     pixels: int = 0
     where: str = ""
     file_bytes: int = 0
     where_heaviest: str = ""
-    together: list[tuple[int, int]] = field(default_factory=list)
-    where_together: str = ""
+    together: dict[tuple[tuple[int, int], ...], str] = field(default_factory=dict)
 
     def see_all(self, pictures: Sequence[Any], where: str) -> None:
         """Count a prompt's pictures of PIL's in; encode only those that may have a large file."""
         for picture in pictures:
             self._see(picture, where)
-        self._see_together([picture.size for picture in pictures], where)
+        self.see_sizes([picture.size for picture in pictures], where)
 
     def _see(self, picture: Any, where: str) -> None:
         pixels = picture.width * picture.height
@@ -66,11 +66,18 @@ class Largest:
         if other.pixels > self.pixels:
             self.pixels, self.where = other.pixels, other.where
         self._see_file(other.file_bytes, other.where_heaviest)
-        self._see_together(other.together, other.where_together)
+        for sizes, where in other.together.items():
+            self.together.setdefault(sizes, where)
 
-    def _see_together(self, sizes: list[tuple[int, int]], where: str) -> None:
-        if sum(map(math.prod, sizes)) > sum(map(math.prod, self.together)):
-            self.together, self.where_together = sizes, where
+    def see_sizes(self, sizes: Sequence[tuple[int, int]], where: str) -> None:
+        """Count the sizes of a prompt's pictures in."""
+        if sizes:
+            self.together.setdefault(tuple(sorted(sizes)), where)
+
+    def most_memory(self, state: ServerState) -> tuple[int, str]:
+        """Return the bytes that a server counts for the images of one prompt at most, and where that is."""
+        prompts = ((sum(state.image_memory(*size) for size in sizes), where) for sizes, where in self.together.items())
+        return max(prompts, key=itemgetter(0), default=(0, ""))
 
     def _see_file(self, size: int, where: str) -> None:
         if size > self.file_bytes:
@@ -112,18 +119,29 @@ def sight_of(trainer: GRPOTrainer) -> dict[str, str]:
     return sight(trainer.processing_class.image_processor, trainer.accelerator.unwrap_model(trainer.model).config)
 
 
-def check_images(most: int, largest: Largest, own: Mapping[str, str], state: ServerState) -> None:
+def check_images(
+    most: int, largest: Largest, own: Mapping[str, str], state: ServerState, *, unknown: bool = False
+) -> list[str]:
     """Refuse a server that does not take so many images in a prompt, or so large ones, or sees others than `own`.
+    Returns warnings.
+
+    Args:
+        unknown: a stream does not tell whether its rows have images.
 
     Raises:
         LockstepError: `invalid_request`, `base_mismatch`.
     """
+    if unknown and not state.max_images and not most:
+        return [
+            "the data is a stream that does not name its columns and may have images, and the server takes text only: "
+            "for text give the tokenizer as processing_class; for images start the server without --language-model-only"
+        ]
     if most > state.max_images:
         raise InvalidRequest(
             f"a prompt has {most} images, and the server takes {state.max_images}: "
             + ("start it with a larger --max-images" if state.max_images else "start it without --language-model-only")
         )
-    if different := other_sight(own, state.sight) if most else []:
+    if different := other_sight(own, state.sight) if most or unknown else []:
         raise BaseMismatch(
             f"learner and server process images differently: {'; '.join(different[:5])} on the server: give both the "
             "same config.json and preprocessor_config.json, or build the trainer with the checkpoint's own processor"
@@ -138,13 +156,13 @@ def check_images(most: int, largest: Largest, own: Mapping[str, str], state: Ser
             f"{largest.where_heaviest} has an image whose PNG file has {largest.file_bytes} bytes, and the server "
             f"takes {state.max_image_bytes}: scale it down, or start the server with a larger --max-image-mib"
         )
-    needed = sum(memory_of(*size, state.least_image_memory) for size in largest.together)
-    if 0 < state.max_image_memory < max(needed, most * state.least_image_memory):
+    needed, where = largest.most_memory(state)
+    if 0 < state.max_image_memory < needed:
         raise InvalidRequest(
-            f"{largest.where_together} and others have images that take up to "
-            f"{max(needed, most * state.least_image_memory)} bytes together once they are decoded, and the server "
-            f"takes {state.max_image_memory}: scale them down, or start the server with a larger --max-bodies-mib"
+            f"{where} has images that take {needed} bytes together once they are decoded, and the server takes "
+            f"{state.max_image_memory}: scale them down, or start the server with a larger --max-bodies-mib"
         )
+    return []
 
 
 def read_images(trainer: GRPOTrainer) -> None:
@@ -158,6 +176,7 @@ def read_images(trainer: GRPOTrainer) -> None:
     trainer.log_multimodal = False  # ranks would gather pictures, and wait for one whose rows have none
 
     def tokenize_listed(prompts: list[Any]) -> Any:
+        _check_pictures(prompts)
         token_ids, images, fields = tokenize(prompts)
         return token_ids, images and [own or [] for own in images], fields
 
@@ -195,7 +214,7 @@ def image_rows(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]]) -> list[dic
     """Return the rows, with `images` of each as a list where the model sees any: TRL reads that column first."""
     if not sees_images(trainer):
         return list(rows)
-    return [{**row, "prompt": without_filled_keys(row["prompt"]), "images": _images(row)} for row in rows]
+    return [{**row, "prompt": without_filled_keys(row["prompt"]), "images": row_images(row)} for row in rows]
 
 
 def token_ids(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -234,16 +253,21 @@ def drawn(side: int = PROBE_SIDE) -> Any:
 
 def tokenized(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[list[Any]]]:
     """Return the token ids of the rows' prompts [B][P], and PIL's images of each. Raises as `token_ids`."""
-    found, images = trainer._tokenize_prompts([seen_prompt(trainer, row) for row in rows])[:2]
-    listed = [own or [] for own in images] if images else [[] for _ in found]
-    for picture in (picture for own in listed for picture in own):
-        check_picture(picture)
-    return [list(ids) for ids in found], listed
+    prompts = [seen_prompt(trainer, row) for row in rows]
+    _check_pictures(prompts)
+    found, images = trainer._tokenize_prompts(prompts)[:2]
+    return [list(ids) for ids in found], [own or [] for own in images] if images else [[] for _ in found]
+
+
+def _check_pictures(prompts: Sequence[Any]) -> None:
+    """Check the pictures of prompts before a processor takes gigabytes for one of them; see `check_picture`."""
+    for part in (part for prompt in prompts for part in message_parts(prompt) if part.get("type") == "image"):
+        check_picture(part.get("image"))
 
 
 def seen_prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
     """Return a row's prompt with its image columns in it, as TRL generates from it and shows it to reward functions."""
-    prompt, images = row["prompt"], _images(row)
+    prompt, images = row["prompt"], row_images(row)
     if not sees_images(trainer):
         return prompt
     if not is_conversational({"prompt": prompt}):
@@ -251,10 +275,3 @@ def seen_prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
             return prompt
         raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
     return prepare_multimodal_messages(without_filled_keys(prompt), images=images)
-
-
-def _images(row: Mapping[str, Any]) -> list[Any]:
-    """Return the images in a row's columns, of which TRL reads `images` first."""
-    if "images" in row:
-        return list(row["images"] or ())
-    return [] if row.get("image") is None else [row["image"]]

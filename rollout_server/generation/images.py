@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.errors import InvalidRequest, TooLarge
-from shared.images import Image, memory_of, pixel_digest
+from shared.images import Image, aspect_refusal, memory_of, pixel_digest
 
 if TYPE_CHECKING:
     from rollout_server.settings import ServerSettings
@@ -43,19 +43,24 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one prompt, one image, and all images of a request may have."""
+    """What one prompt, one image, and all images of a request may have.
+
+    Attributes:
+        least_memory, shortest_edge: of the model's processor, see `shared.images.memory_of`.
+    """
 
     count: int
     mib: int
     pixels: int
     bodies_mib: int
     least_memory: int = 0
+    shortest_edge: int = 0
 
     @classmethod
-    def of(cls, settings: ServerSettings, least_memory: int) -> ImageLimits:
-        """Return the server's limits; `least_memory`: bytes that the model's processor makes of every image."""
+    def of(cls, settings: ServerSettings, least_memory: int, shortest_edge: int) -> ImageLimits:
+        """Return the server's limits, with what the model's processor makes of every image."""
         own = settings.max_images, settings.max_image_mib, settings.max_image_pixels, settings.max_bodies_mib
-        return cls(*own, least_memory)
+        return cls(*own, least_memory, shortest_edge)
 
     def check_count(self, what: str, count: int) -> None:
         """Raise `too_large` if a prompt has more images than it may."""
@@ -64,7 +69,8 @@ class ImageLimits:
 
     def memory(self, measured: Iterable[Measured]) -> int:
         """Return the bytes that images take once they are decoded and processed; raises `too_large`."""
-        size = sum(memory_of(image.width, image.height, self.least_memory) for image in measured)
+        scaling = self.least_memory, self.shortest_edge
+        size = sum(memory_of(image.width, image.height, *scaling) for image in measured)
         if size > self.bodies_mib * 2**20:
             raise TooLarge(
                 f"the request's images take {size} bytes, more than the server's --max-bodies-mib {self.bodies_mib}; "
@@ -92,6 +98,8 @@ class ImageLimits:
                 f"{what} has {width} x {height} pixels, more than the server's --max-image-pixels {self.pixels}; "
                 "scale it down"
             )
+        if refusal := aspect_refusal(width, height):
+            raise InvalidRequest(f"{what} has {refusal}")
         if (depth, colour) != (8, _RGB):
             mode = _COLOURS.get(colour, f"colour type {colour}")
             raise InvalidRequest(

@@ -6,7 +6,6 @@ for each image. vLLM's processor takes the second form only, and would expand wh
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Sequence
 from types import MethodType
@@ -15,10 +14,13 @@ from typing import Any
 from rollout_server.vllm_compat import pil_processors, versions
 from shared import image_processors
 from shared.errors import InvalidRequest
+from shared.images import LARGEST_ASPECT
 from shared.messages import one_line
 
 #: Kinds of models whose images have been compared with transformers', as `model_type`.
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "llava")
+#: Those of which one part that sees was compared among several: that part's `model_type`. LLaVA's is Pixtral's, too.
+_TOWERS = {"llava": "clip_vision_model"}
 #: Why others are not among them, where that is known.
 _OTHERWISE = {
     "gemma3": "tokens of an image attend to each other both ways in transformers, and in vLLM with a few attention "
@@ -26,12 +28,14 @@ _OTHERWISE = {
     "qwen3_5": "vLLM's CPU backend computes its gated delta nets in bfloat16 only, where what a picture changes (0.27 "
     "nats of a tiny one) is too near to rounding (0.11)",
 }
+#: Sizes of which processors make much for so few pixels: a square, and two whose edges are rounded up.
+_SMALL = ((32, 32), (8, 28), (8, 8 * LARGEST_ASPECT))
 #: Of media that may be fetched from nowhere: a name that no host can have.
 NO_MEDIA_DOMAIN = "none.invalid"
 
 
 def do_without_torchvision() -> None:
-    """Let models of images, and their processors, load where torchvision is missing (CPUs); no effect elsewhere."""
+    """Let models of images, and their processors, load where torchvision is missing (CPUs), or num2words."""
     import transformers
 
     pil_processors.do_without_torchvision()
@@ -39,7 +43,7 @@ def do_without_torchvision() -> None:
 
 
 class InEveryProcess(str):
-    """Text in vLLM's configuration that does without torchvision in each process that gets the configuration.
+    """Text in vLLM's configuration that does without torchvision, and num2words, in each process that gets it.
 
     vLLM's engine process makes a processor before anything of ours is imported there.
     """
@@ -63,8 +67,11 @@ def image_limits(count: int) -> dict[str, int]:
 def refusal(model_config: Any) -> str | None:
     """Return why a model that sees or hears cannot be served; None if it can."""
     kind = model_config.hf_config.model_type
-    if not versions.takes_images(model_config) or kind in FAMILIES:
+    tower = getattr(getattr(model_config.hf_config, "vision_config", None), "model_type", None)
+    if not versions.takes_images(model_config) or (kind in FAMILIES and tower == _TOWERS.get(kind, tower)):
         return None
+    if kind in _TOWERS:
+        kind = f"{kind} whose vision_config is a {tower}, not a {_TOWERS[kind]}"
     why = _OTHERWISE.get(kind, "it sees or hears in a way that has not been compared with transformers'")
     return (
         f"images of a {kind}: {why}; served are {', '.join(FAMILIES)}, and of others the language model alone "
@@ -73,10 +80,9 @@ def refusal(model_config: Any) -> str | None:
 
 
 def prepare(vllm_config: Any) -> None:
-    """Let the engine's process do without torchvision where this one has to."""
-    if importlib.util.find_spec("torchvision") is None:
-        own = {"lockstep_images": InEveryProcess("without torchvision")}
-        vllm_config.additional_config = {**(vllm_config.additional_config or {}), **own}
+    """Let the engine's process do without what is missing for videos, as this one does; each part has its own test."""
+    own = {"lockstep_images": InEveryProcess("without videos")}
+    vllm_config.additional_config = {**(vllm_config.additional_config or {}), **own}
 
 
 class Pictures(list[Any]):
@@ -117,13 +123,20 @@ def sight(engine: Any) -> dict[str, str]:
     return image_processors.sight(processor.image_processor, engine.model_config.hf_config)
 
 
-def least_memory(engine: Any) -> int:
-    """Return the bytes of what the model's processor makes of a small image."""
+def scaling(engine: Any) -> dict[str, int]:
+    """Return what the model's processor makes of small images, as a server's state tells it: the bytes of one, and the
+    edge to which it scales the shorter one of each before it crops.
+    """
     from PIL import Image
 
     process = engine.renderer.get_mm_processor().info.get_hf_processor().image_processor
-    made = process([Image.new("RGB", (32, 32))], return_tensors="pt")
-    return sum(tensor.nbytes for tensor in made.values())
+    made = [process([Image.new("RGB", size)], return_tensors="pt") for size in _SMALL]
+    size = process.size
+    return {
+        # RGB is beside the model's values twice, as in `memory_of`.
+        "least_image_memory": max(sum(tensor.nbytes for tensor in tensors.values()) for tensors in made) * 5 // 4,
+        "shortest_image_edge": 0 if size.get("longest_edge") else size.get("shortest_edge") or 0,
+    }
 
 
 def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from learner.cli import main
-from learner.commands import training
+from learner.commands import training, up
 from learner.commands.flags import tied
 from learner.commands.up import make_parser
 from learner.commands.up_recipe import Recipe, read_recipe
+from learner.config import LearnerConfig
 from shared.errors import InvalidRequest
 
 
@@ -54,9 +56,7 @@ def test_the_server_gets_what_the_learner_needs(recipe: Path, unchecked: None) -
     assert command[command.index("--max-lora-rank") + 1] == "64"
 
 
-def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(
-    tmp_path: Path, capsys, unchecked: None
-) -> None:
+def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(tmp_path: Path, capsys) -> None:
     model, task = tmp_path / "sees", tmp_path / "text.jsonl"
     model.mkdir()
     task.write_text('{"prompt": "How many?"}\n' * 4)
@@ -64,18 +64,59 @@ def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_im
 
     def server_of(task: object, *flags: str, sees: bool = True) -> list[str]:
         (model / "config.json").write_text(json.dumps({"vision_config": {}} if sees else {}))
-        words = ["--model_name_or_path", str(model), "--use_cpu", "true", "--task", str(task), "--train_size", "2"]
-        return read(*words, *flags).server_flags()
+        words = ["--model_name_or_path", str(model), "--use_cpu", "true", "--task", str(task)]
+        return up.make_plan([*words, "--train_size", "2", "--eval_size", "0", *flags]).server
 
     assert "--language-model-only" in server_of(task)
     assert "the training data has no images: the server gets --language-model-only" in capsys.readouterr().out
     assert "--language-model-only" not in server_of(circles, "--task_args", '{"pixels": 32}')
     assert "--language-model-only" not in server_of(task, sees=False)
+    capsys.readouterr()
     assert "--language-model-only" not in server_of(tmp_path / "missing.jsonl")
+    assert "missing.jsonl" in (said := capsys.readouterr().out.splitlines()[1])
+    assert "whether it has images cannot be told (TaskError: " in said
     own = server_of(task, "--server-flags", "--no-language-model-only")
     assert own.count("--no-language-model-only") == 1
     assert "--language-model-only" not in own
     assert capsys.readouterr().out == ""
+
+
+def test_the_task_is_loaded_as_the_learner_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """With its options' defaults, under the recipe's environment; and code that leaves ends nothing."""
+    model, recipe = tmp_path / "sees", tmp_path / "recipe.yaml"
+    model.mkdir()
+    (model / "config.json").write_text('{"vision_config": {}}')
+    (tmp_path / "its_own_task.py").write_text(
+        "import os, sys\n"
+        "from datasets import Dataset\n"
+        "from learner.tasks import Task\n"
+        "def make(eval_size, **_):\n"
+        "    print('made', eval_size, os.environ.get('ITS_DATA'))\n"
+        "    rows = Dataset.from_list([{'prompt': 'How many?'}])\n"
+        "    return Task(name='own', train=rows, eval=rows, reward_funcs=[len])\n"
+        "def leave(**_):\n"
+        "    sys.exit('no data')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("ITS_DATA", raising=False)
+
+    def said_of(name: str) -> tuple[bool, list[str]]:
+        recipe.write_text(
+            f"model_name_or_path: {model}\nuse_cpu: true\ntask: its_own_task:{name}\nenv: {{ITS_DATA: here}}\n"
+        )
+        flags = up.make_plan(["--config", str(recipe)]).server
+        return "--language-model-only" in flags, capsys.readouterr().out.splitlines()
+
+    text_only, said = said_of("make")
+    assert text_only
+    assert said[0] == f"up      | loading the task, whose images decide what is served of {model}"
+    assert said[1] == f"made {LearnerConfig.eval_size} here"
+    assert "ITS_DATA" not in os.environ
+    text_only, said = said_of("leave")
+    assert not text_only
+    assert said[1:] == [
+        "up      | whether it has images cannot be told (SystemExit: no data): the server gets ready for them"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def test_reward_functions_get_prompts_with_their_images(server, monkeypatch: pyt
     assert seen["prompts"][0][0]["content"][0]["image"].tobytes() == picture.tobytes()
     assert [len(images) for images in seen["images"]] == [1, 0]
     assert result.rows[0].prompt == [{"role": "user", "content": [{"type": "image"}, text]}]
+    assert result.rows[1].prompt == ask, "a result keeps text as it was asked"
+
+
+def test_a_task_of_text_is_not_searched_for_images(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Any] = []
+    monkeypatch.setattr("learner.evaluation.evaluate.has_images", searched.append)
+    evaluated(server, odd)
+    assert searched == []
 
 
 def evaluated(server, *functions: Any, n_questions: int | None = None) -> EvalResult:

@@ -85,9 +85,9 @@ def test_requests_are_cut_by_what_a_server_takes(server_state: ServerState) -> N
         sent = [Prompt(token_ids=list(group.token_ids), images=images_of(group.token_ids)) for group in part]
         body = GenerateRequest(prompts=sent, sampling=SamplingParams())
         assert len(body.model_dump_json()) < bodies.max_body_bytes
-    memory = whole.model_copy(update={"max_image_memory": 4 * 30 * 64 * 64})
+    memory = whole.model_copy(update={"max_image_memory": 4 * 30 * 2**13})
     assert [len(part) for part in fitting(groups, memory)] == [2, 2, 2, 2]
-    tiles = memory.model_copy(update={"least_image_memory": 2 * 30 * 64 * 64})
+    tiles = memory.model_copy(update={"least_image_memory": 2 * 30 * 2**13})
     assert [len(part) for part in fitting(groups, tiles)] == [1] * 6 + [2], "each image is scaled up"
 
 

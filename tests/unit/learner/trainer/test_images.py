@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from PIL import Image as Pillow
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer
 
+import learner
+import shared.images
 from learner.adapters.lora_rules import language_pattern
+from learner.evaluation import prompts as evaluation
 from learner.servers import prompts
 from learner.servers.client import RolloutClient
 from learner.session import Session
@@ -195,9 +199,25 @@ def test_a_stream_is_compared_before_the_training_without_being_read(seeing, mak
     with pytest.raises(LockstepError, match=r"process images differently: .*image_mean"):
         attached(trainer, seeing)
     seeing.state = seeing.state.model_copy(update={"sight": {}, "max_images": 0})
-    with pytest.raises(LockstepError, match="without --language-model-only"):
-        attached(trainer, seeing)
+    if known:
+        with pytest.raises(LockstepError, match="without --language-model-only"):
+            attached(trainer, seeing)
+    else:
+        with pytest.warns(UserWarning, match=r"may have images.* tokenizer as processing_class"):
+            attached(trainer, seeing).close()
+    update = {"sight": {}, "max_images": 4, "max_image_memory": 2**20, "least_image_memory": 2**20 + 1}
+    seeing.state = seeing.state.model_copy(update=update)
+    if known:
+        with pytest.raises(LockstepError, match=rf"the training data, a stream, has images that take {2**20 + 1} "):
+            attached(trainer, seeing)
     assert read == []
+
+
+def test_a_stream_that_is_not_evaluated_asks_for_no_images(seeing, make_seeing) -> None:
+    trainer = make_seeing(rows_with("images", [0, 0]).remove_columns("images"))
+    trainer.eval_dataset = rows_with("images", [1]).to_iterable_dataset()
+    seeing.state = seeing.state.model_copy(update={"max_images": 0})
+    attached(trainer, seeing).close()
 
 
 def test_a_stream_of_text_asks_for_no_images(seeing, make_seeing) -> None:
@@ -213,18 +233,79 @@ def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
     seeing.state = seeing.state.model_copy(update={"max_image_pixels": 56 * 84})
     with pytest.raises(LockstepError, match=r"data, row 2, has an image of 7056 pixels, .*--max-image-pixels"):
         attached(trainer, seeing)
-    seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_bytes": 20_000})
+    monkeypatch.setattr(shared.images, "_LEAST_PIXELS", 1)
     seeing.state = seeing.state.model_copy(update={"max_image_pixels": 0, "max_image_memory": 30 * 84 * 84 - 1})
-    with pytest.raises(LockstepError, match=r"data, row 2, and others have images .*--max-bodies-mib"):
+    with pytest.raises(LockstepError, match=r"data, row 2, has images that take .*--max-bodies-mib"):
         attached(trainer, seeing)
-    update = {"max_image_memory": 2**20, "least_image_memory": 2**20 + 1}
-    seeing.state = seeing.state.model_copy(update=update)
-    with pytest.raises(LockstepError, match=rf"take up to {2**20 + 1} bytes"):
-        attached(trainer, seeing)
-    seeing.state = seeing.state.model_copy(update={"max_image_memory": 0, "least_image_memory": 0})
+    for update in ({"least_image_memory": 2**20 + 1}, {"shortest_image_edge": 336}):
+        seeing.state = seeing.state.model_copy(update={"max_image_memory": 2**20, "shortest_image_edge": 0, **update})
+        with pytest.raises(LockstepError, match=r"data, row 1, has images that take .* takes 1048576: "):
+            attached(trainer, seeing)
+        seeing.state = seeing.state.model_copy(update={"least_image_memory": 0})
+    seeing.state = seeing.state.model_copy(update={"max_image_memory": 0, "max_image_bytes": 20_000})
     monkeypatch.setattr(images, "_LARGE_FILE", 10_000)
     with pytest.raises(LockstepError, match=r"data, row 2, has an image whose PNG .* takes 20000: .*--max-image-mib"):
         attached(trainer, seeing)
+
+
+def test_the_prompt_that_takes_most_depends_on_the_server(server_state, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few large images, or a large one and many small ones of which the processor makes much."""
+    monkeypatch.setattr(images, "_LARGE_FILE", 2**40)
+    pictures = {
+        "few": [(4000, 2000), (4000, 2000), (4000, 1000)],
+        "many": [(3872, 3872), *[(64, 64)] * 7],
+    }
+    largest, other = images.Largest(), images.Largest()
+    for found, (where, sizes) in zip((largest, other), pictures.items(), strict=True):
+        found.see_all([SimpleNamespace(size=size, width=size[0], height=size[1]) for size in sizes], where)
+    largest.join(other)
+    plain = server_state.model_copy(update={"max_images": 8, "max_image_memory": 30 * 20_000_000})
+    images.check_images(8, largest, {}, plain)
+    tiles = plain.model_copy(update={"max_image_memory": 2**30, "least_image_memory": 90 * 10**6})
+    with pytest.raises(LockstepError, match=r"^many has images that take 1079771520 bytes"):
+        images.check_images(8, largest, {}, tiles)
+
+
+def test_a_line_is_refused_before_a_processor_takes_gigabytes_for_it(seeing, make_seeing, monkeypatch) -> None:
+    asked = {"prompt": rows_with("image", [0, 0])["prompt"][:], "image": [picture(1), Pillow.new("RGB", (1, 5000))]}
+    trainer = make_seeing(Dataset.from_dict(asked))
+    processed: list[int] = []
+    tokenize = trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda prompts: processed.append(len(prompts)) or tokenize(prompts)
+    with pytest.raises(LockstepError, match=r"data, row 2, .*1 x 5000 pixels, and one edge may be at most 20 times"):
+        attached(trainer, seeing)
+    assert processed == [1]
+
+
+def test_training_and_evaluation_see_the_same_images() -> None:
+    trainer, shown = SimpleNamespace(_is_vlm=True), picture(1)
+    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    for columns in ({"images": None, "image": shown}, {"image": None, "images": [shown]}, {"images": [shown]}):
+        row = {"prompt": ask, **columns}
+        assert images.seen_prompt(trainer, row) == evaluation.seen_prompt(row)
+        assert images.image_rows(trainer, [row])[0]["images"] == [shown]
+    for seen in (lambda row: images.seen_prompt(trainer, row), evaluation.seen_prompt):
+        with pytest.raises(LockstepError, match="put all of them into 'images'"):
+            seen({"prompt": ask, "image": shown, "images": [picture(2)]})
+
+
+def test_images_in_both_columns_are_refused(seeing, make_seeing) -> None:
+    asked = rows_with("images", [1, 0])
+    columns = {"prompt": asked["prompt"][:], "images": asked["images"][:], "image": [None, picture(9)]}
+    rows = Dataset.from_dict(columns)
+    with pytest.raises(LockstepError, match="the training data has images in the column 'image' and in 'images'"):
+        attached(make_seeing(rows), seeing)
+
+
+@pytest.mark.parametrize("vision_model", ["smolvlm"], indirect=True)
+def test_a_script_loads_a_processor_without_num2words(vision_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.smolvlm import processing_smolvlm
+
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    with pytest.raises(ImportError, match="num2words"):
+        AutoProcessor.from_pretrained(vision_model)
+    learner.do_without_videos()
+    assert AutoProcessor.from_pretrained(vision_model).image_processor
 
 
 def test_images_are_not_encoded_to_be_counted(seeing, make_seeing, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ def test_what_else_a_file_says_is_not_looked_into(kind: bytes, content: bytes) -
         (says(60_000, 60_000), TooLarge, "60000 x 60000"),
         (says(2**32 - 1, 2**32 - 1), TooLarge, "--max-image-pixels"),
         (says(0, 4), InvalidRequest, "0 x 4"),
+        (png(Pillow.new("RGB", (1, 5000))), InvalidRequest, "1 x 5000 pixels, and one edge may be at most 20 times"),
+        (png(Pillow.new("RGB", (210, 10))), InvalidRequest, "210 x 10"),
         (png(Pillow.new("RGB", (200, 100))), TooLarge, "200 x 100"),
         (SMALL + bytes(2**20), TooLarge, "--max-image-mib"),
         (SMALL + b"\0", InvalidRequest, "1 bytes behind"),
@@ -99,3 +101,10 @@ def test_what_all_images_of_a_request_take_is_known_before_any_is_decoded() -> N
         LIMITS.memory([measured] * 4)
     with pytest.raises(TooLarge, match="--max-bodies-mib"):
         replace(LIMITS, least_memory=2**19 + 1).memory([measured] * 2)
+
+
+def test_an_image_whose_shorter_edge_is_scaled_up_counts_as_what_it_becomes() -> None:
+    limits = replace(LIMITS, shortest_edge=56)
+    assert limits.memory([limits.measure("it", _image(says(20, 20)))] * 2)
+    with pytest.raises(TooLarge, match="--max-bodies-mib"):
+        limits.memory([limits.measure("it", _image(says(1, 20)))])

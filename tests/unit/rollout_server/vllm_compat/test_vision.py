@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
+import tracemalloc
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from rollout_server.vllm_compat import vision
+from shared.images import memory_of
 from tests.integration.support.try_model import Found
 from tests.support.architectures import ARCHITECTURES
 
@@ -27,6 +36,54 @@ def test_what_is_done_without_torchvision_is_done_where_the_configuration_arrive
     assert json.dumps(arrived) == '{"lockstep_images": "text"}'
     pickle.loads(pickle.dumps(arrived))  # noqa: S301 - on its way to a worker
     assert done == [True, True]
+
+
+def test_processes_without_num2words_load_where_torchvision_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: torchvision is installed, and SmolVLM's processor asks for num2words."""
+    find_spec = importlib.util.find_spec
+    there = ModuleSpec("torchvision", None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: there if name == "torchvision" else find_spec(name, *more)
+    )
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    config = SimpleNamespace(additional_config={"own": 1})
+    vision.prepare(config)
+    sent = pickle.dumps(config.additional_config)
+    assert processing_smolvlm.num2words is None
+    arrived = pickle.loads(sent)  # noqa: S301 - from the line above
+    assert arrived["own"] == 1
+    assert processing_smolvlm.num2words is not None
+
+
+def _scaling(processor: Any) -> dict[str, int]:
+    parts = SimpleNamespace(get_hf_processor=lambda: SimpleNamespace(image_processor=processor))
+    renderer = SimpleNamespace(get_mm_processor=lambda: SimpleNamespace(info=parts))
+    return vision.scaling(SimpleNamespace(renderer=renderer))
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        Qwen2VLImageProcessorPil(),
+        Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 2**16, "longest_edge": 2**24}),
+        SmolVLMImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56}),
+    ],
+    ids=["clip", "qwen2", "qwen3", "smolvlm"],
+)
+def test_what_a_processor_takes_was_counted(processor: Any) -> None:
+    scaling = tuple(_scaling(processor).values())
+    assert bool(scaling[1]) is isinstance(processor, CLIPImageProcessorPil)
+    for size in ((1, 1), (1, 20), (13, 255), (43, 73), (28, 81), (160, 8), (450, 23)):
+        picture = Image.new("RGB", size)
+        tracemalloc.start()
+        made = processor([picture], return_tensors="pt")
+        peak = tracemalloc.get_traced_memory()[1]  # of NumPy's arrays; torch's beside them
+        tracemalloc.stop()
+        kept = sum(tensor.nbytes for tensor in made.values())
+        assert kept <= memory_of(*size, *scaling), size
+        if scaling[1]:
+            assert peak <= memory_of(*size, *scaling), size
 
 
 class _Processor:
@@ -74,11 +131,10 @@ def test_media_of_others_are_not_parsed_but_what_a_processor_parses_again_is() -
     assert processor.info.parse_mm_data({"image": ["a picture"]}, validate=False) == {"image": ["a picture"]}
 
 
-def _config_of(kind: str) -> Any:
+def _config_of(kind: str, tower: str = "clip_vision_model") -> Any:
     options = SimpleNamespace(language_model_only=False)
-    return SimpleNamespace(
-        is_multimodal_model=True, multimodal_config=options, hf_config=SimpleNamespace(model_type=kind)
-    )
+    config = SimpleNamespace(model_type=kind, vision_config=SimpleNamespace(model_type=tower))
+    return SimpleNamespace(is_multimodal_model=True, multimodal_config=options, hf_config=config)
 
 
 @pytest.mark.parametrize("family", vision.FAMILIES)
@@ -88,6 +144,12 @@ def test_every_family_that_is_served_was_found_to_agree(family: str) -> None:
     found = json.loads((Path(__file__).parents[4] / "docs" / "models.json").read_text())["found"][row]
     assert Found(**found["images"]).agrees(row)
     assert vision.refusal(_config_of(family)) is None
+
+
+def test_a_family_is_served_with_the_part_that_was_compared() -> None:
+    refusal = vision.refusal(_config_of("llava", "siglip_vision_model")) or ""
+    assert "images of a llava whose vision_config is a siglip_vision_model, not a clip_vision_model" in refusal
+    assert vision.refusal(_config_of("qwen2_vl", "qwen2_vl")) is None
 
 
 @pytest.mark.parametrize(("family", "why"), [("gemma3", "both ways"), ("pixtral", "not been compared")])
