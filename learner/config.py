@@ -195,7 +195,7 @@ class LearnerConfig:
     )
     reward_resources: dict | str | None = _option(
         None,
-        "Resources of each reward worker on the Ray cluster, in Ray's names, as JSON, e.g. '{\"CPU\": 4, \"sandbox\": "
+        'Resources of each reward worker on the Ray cluster, in Ray\'s names, as JSON, e.g. \'{"CPU": 4, "sandbox": '
         "1}'. Default: one core.",
     )
     reward_timeout_s: float = _option(
