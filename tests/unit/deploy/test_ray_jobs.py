@@ -115,7 +115,7 @@ def test_rays_token_is_in_a_file_of_the_users_own_and_gone_at_the_end(run, tmp_p
 
 def test_a_job_on_skypilot_has_the_gpus_that_it_asks_for() -> None:
     gpus = int(SKYPILOT["resources"]["accelerators"].split(":")[1])
-    assert SKYPILOT["num_nodes"] * gpus == SKYPILOT["envs"]["SERVERS"] + 1
+    assert SKYPILOT["num_nodes"] * gpus == int(SKYPILOT["envs"]["SERVERS"]) + 1
     assert SKYPILOT["secrets"] == {"RAY_TOKEN": None}
     assert list(SKYPILOT["file_mounts"]) == ["/runs"]
 
