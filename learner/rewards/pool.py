@@ -41,7 +41,7 @@ _LOOK_S = 1.0
 _LOST = (TimeoutError, ProcessExpired, BrokenProcessPool, CancelledError, WorkerDied)
 
 
-class Workers(Protocol):
+class RewardWorkers(Protocol):
     """Calls functions in processes that are not this one."""
 
     @property
@@ -79,19 +79,19 @@ class ProcessWorkers:
 
     @property
     def active(self) -> bool:
-        """See `Workers`."""
+        """See `RewardWorkers`."""
         return self._pool.active
 
     def schedule(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None) -> Future[Any]:
-        """See `Workers`; raises RuntimeError where the pool notices only now that it is broken."""
+        """See `RewardWorkers`; raises RuntimeError where the pool notices only now that it is broken."""
         return self._pool.schedule(function, args=args, timeout=timeout_s)
 
     def describe(self) -> str:
-        """See `Workers`."""
+        """See `RewardWorkers`."""
         return ""
 
     def close(self) -> None:
-        """See `Workers`."""
+        """See `RewardWorkers`."""
         self._pool.stop()
         self._pool.join()
         self._closed.set()
@@ -122,11 +122,11 @@ class RewardPool:
         *,
         workers: int,
         timeout_s: float,
-        make_workers: Callable[[int, Mapping[int, bytes]], Workers] = ProcessWorkers,
+        make_workers: Callable[[int, Mapping[int, bytes]], RewardWorkers] = ProcessWorkers,
     ) -> None:
         self._workers, self.timeout_s, self._make_workers = workers, timeout_s, make_workers
         self._lock = threading.RLock()
-        self._pool: Workers | None = None
+        self._pool: RewardWorkers | None = None
         self._outstanding: set[Future[bytes]] = set()
         self._restarts = 0
         self._blobs: dict[int, bytes] = {}
@@ -223,7 +223,7 @@ class RewardPool:
         task.add_done_callback(self._outstanding.discard)
         return task
 
-    def _running(self) -> Workers:
+    def _running(self) -> RewardWorkers:
         if self._pool is None:
             self._pool = self._make_workers(self._workers, dict(self._blobs))
         return self._pool
