@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from learner.utils.wording import option
 from shared.errors import InvalidRequest
@@ -188,6 +188,16 @@ class LearnerConfig:
         "functions in the learner's process, on the full batch after the last rollout: for functions that compare "
         "groups or keep state between calls.",
     )
+    reward_backend: Literal["process", "ray"] = _option(
+        "process",
+        "Where reward workers run: process: on the learner's machine; ray: on the Ray cluster of $RAY_ADDRESS, or the "
+        "one that this machine is a node of, for reward functions that need more cores or sandboxes than it has.",
+    )
+    reward_resources: dict | str | None = _option(
+        None,
+        'Resources of each reward worker on the Ray cluster, in Ray\'s names, as JSON, e.g. \'{"CPU": 4, "sandbox": '
+        "1}'. Default: one core.",
+    )
     reward_timeout_s: float = _option(
         60.0,
         "Timeout of a reward function per sample, in seconds. A call that exceeds it is killed and its sample is left "
@@ -242,7 +252,7 @@ class LearnerConfig:
         for name in ("rollout_url", "reward_funcs", "tools"):
             if isinstance(one := getattr(self, name), str):
                 setattr(self, name, [one])
-        for name in ("task_args", "lora_kwargs"):
+        for name in ("task_args", "lora_kwargs", "reward_resources"):
             setattr(self, name, json_object(getattr(self, name), name))
         for name, (least, what) in _BOUNDS.items():
             value = getattr(self, name)
@@ -262,6 +272,14 @@ class LearnerConfig:
             raise ValueError("page_port: run_page false records nothing for a page; leave one of them out")
         if self.drop_degenerate_groups and not self.reward_workers:
             raise ValueError("drop_degenerate_groups: TRL computes rewards too late; set reward_workers to 1 or more")
+        on_ray = self.reward_backend == "ray"
+        if on_ray and not self.reward_workers:
+            raise ValueError("reward_backend ray: reward_workers 0 leaves rewards to TRL; give a number of workers")
+        if self.reward_resources and not on_ray:
+            raise ValueError("reward_resources are those of a Ray cluster: set reward_backend to ray as well")
+        for name, value in cast(dict[str, Any], self.reward_resources).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"reward_resources: {name} is {value!r}; give a number that is not negative")
         if self.share_gpu and self.max_staleness:
             raise ValueError("share_gpu: rollouts that run ahead need their own GPU; leave max_staleness at 0")
         if self.deterministic and self.max_staleness:

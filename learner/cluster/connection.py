@@ -69,6 +69,12 @@ def answer(ray: Any, reference: Any, what: str, timeout_s: float = _ANSWER_S) ->
         raise NotReady(f"{what} does not answer: {one_line(error)}") from error
 
 
+def last_line(error: Exception) -> str:
+    """Return why an actor is no more: what it raised stands last in Ray's text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else one_line(error)
+
+
 def _check_listens(address: str) -> None:
     """Raise `invalid_request` unless something listens at an address with a port: Ray would try for minutes."""
     if address in ("auto", "local"):

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from learner.cluster.actors import host
+from learner.cluster.connection import last_line
 from learner.cluster.directory import make_directory
 from learner.cluster.hosted import Command, Report
 from learner.cluster.resources import Node, Resources, check_room, describe, nodes, on_node
@@ -237,7 +238,7 @@ class RunningJob:
             anew = "; it begins anew where there is room" if member.restarts else ""
             self._say(f"{member.name}: its node is gone ({node}), or out of reach{anew}")
             return None
-        why = f"{'is gone' if member.report.life else 'cannot be started on the cluster'}: {_last_line(error)}"
+        why = f"{'is gone' if member.report.life else 'cannot be started on the cluster'}: {last_line(error)}"
         if member.name == LEARNER and member.report.life and self._job.can_resume():
             self._members.remove(member)
             self._say(f"{member.name} on {member.report.node} {why}; it goes on where there is room")
@@ -281,9 +282,3 @@ def _head(found: list[Node]) -> str | None:
 def _how(name: str, report: Report) -> str:
     """Return how a process ended, and what it said last, which is why."""
     return f"{name} on {report.node} ended with {ending(report.status or 0)}: {report.reason or 'it said nothing'}"
-
-
-def _last_line(error: Exception) -> str:
-    """Return why an actor is no more: what it raised stands last in Ray's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else one_line(error)

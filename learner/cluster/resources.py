@@ -57,11 +57,8 @@ def has_room(
 
 def check_room(found: Sequence[Node], server: Resources, servers: int, learner: Resources) -> None:
     """Raise `invalid_request` where the cluster is too small, even with nothing else on it."""
-    for what, asked in (("a server", server), ("the learner", learner)):
-        if not any(_times(asked, node.has) for node in found):
-            raise InvalidRequest(
-                f"{what} needs {describe(asked)}, and no node of this Ray cluster has that; it has {_list(found)}"
-            )
+    check_fits(found, server, "a server")
+    check_fits(found, learner, "the learner")
     if not has_room(found, server, servers, learner):
         raise InvalidRequest(
             f"{servers} server{'s' * (servers > 1)} of {describe(server)} and a learner of {describe(learner)} do not "
@@ -69,15 +66,34 @@ def check_room(found: Sequence[Node], server: Resources, servers: int, learner: 
         )
 
 
-def describe(asked: Resources) -> str:
-    """Return resources in words: 2 GPUs and 1 CPU."""
-    named = {name: asked[name] for name in ("GPU", "CPU") if asked.get(name)}
-    words = [f"{value:g} {name}{'s' * (value > 1)}" for name, value in named.items()]
+def check_fits(found: Sequence[Node], asked: Resources, what: str) -> None:
+    """Raise `invalid_request` where no node has what is asked, even with nothing else on it."""
+    if not any(_times(asked, node.has) for node in found):
+        own = others(asked)
+        raise InvalidRequest(
+            f"{what} needs {describe(asked, *own)}, and no node of this Ray cluster has that; it has "
+            f"{_list(found, *own)}"
+        )
+
+
+def describe(asked: Resources, *more: str) -> str:
+    """Return resources in words: 2 GPUs and 1 CPU.
+
+    Args:
+        more: names of others that are said, too.
+    """
+    named = {name: asked[name] for name in ("GPU", "CPU", *more) if asked.get(name)}
+    words = [f"{value:g} {name}{'s' * (value > 1 and name not in more)}" for name, value in named.items()]
     return " and ".join(words) or "no GPU and no CPU"
 
 
-def _list(found: Iterable[Node]) -> str:
-    return ", ".join(f"{node.address} with {describe(node.has)}" for node in found) or "no nodes"
+def others(asked: Resources) -> list[str]:
+    """Return the names of resources that are neither cores nor GPUs: those that a cluster has defined for itself."""
+    return [name for name in asked if name not in ("GPU", "CPU")]
+
+
+def _list(found: Iterable[Node], *more: str) -> str:
+    return ", ".join(f"{node.address} with {describe(node.has, *more)}" for node in found) or "no nodes"
 
 
 def _times(asked: Resources, has: Resources) -> int:

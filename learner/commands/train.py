@@ -26,10 +26,12 @@ from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules, model_class
 from learner.agents.calls import agent_of
 from learner.agents.rewards import agent_reward
+from learner.cluster.resources import Resources
 from learner.commands.export import export, how_much
 from learner.commands.options import DEFAULTS, OptionParser
 from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
+from learner.rewards.on_cluster import workers_on_cluster
 from learner.run_dir.checkpoint import load_state, save_state
 from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
 from learner.run_dir.lock import check_unused
@@ -105,6 +107,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
     agent = agent_of(config.agent, config.agent_command)
+    if config.reward_backend == "ray":
+        workers_on_cluster(cast(Resources, config.reward_resources))  # raises where none can be
     own = fingerprint_checkpoint(model, revision)
     asked = _asked(args)
     checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))

@@ -1,4 +1,4 @@
-"""Reward functions in worker processes: those that exceed their time limit are killed, those that die are replaced."""
+"""Reward functions in reward workers: those that exceed their time limit are killed, those that die are replaced."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import cloudpickle
 from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
+from learner.cluster.workers import WorkerDied
 from learner.rewards import worker
 from learner.rewards.calls import Parts, RewardCall
 from learner.utils.threads import start
@@ -37,7 +38,63 @@ MAX_BLOB_BYTES = 2**28
 _MAX_RESTARTS = 8
 _LOOK_S = 1.0
 #: Raised by calls whose process was killed, died, or never ran them.
-_LOST = (TimeoutError, ProcessExpired, BrokenProcessPool, CancelledError)
+_LOST = (TimeoutError, ProcessExpired, BrokenProcessPool, CancelledError, WorkerDied)
+
+
+class RewardWorkers(Protocol):
+    """Calls functions in processes that are not this one."""
+
+    @property
+    def active(self) -> bool:
+        """Whether calls may still be made."""
+
+    def schedule(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None) -> Future[Any]:
+        """Begin a call; its outcome is an error of `_LOST` where its process is killed for its time, or dies."""
+
+    def describe(self) -> str:
+        """Return in words how it stands; empty: as usual."""
+
+    def close(self) -> None:
+        """Kill all processes."""
+
+
+class ProcessWorkers:
+    """Worker processes on this machine.
+
+    Args:
+        count: of processes.
+        blobs: number -> cloudpickled reward function.
+    """
+
+    def __init__(self, count: int, blobs: Mapping[int, bytes]) -> None:
+        self._pool = ProcessPool(
+            max_workers=count,
+            context=get_context("loky"),
+            initializer=worker.prepare,
+            initargs=(os.getpid(), dict(blobs)),
+        )
+        self._closed, started = threading.Event(), threading.Event()
+        start(partial(_keep, self._pool, started, self._closed), "reward-pool")
+        started.wait()
+
+    @property
+    def active(self) -> bool:
+        """See `RewardWorkers`."""
+        return self._pool.active
+
+    def schedule(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None) -> Future[Any]:
+        """See `RewardWorkers`; raises RuntimeError where the pool notices only now that it is broken."""
+        return self._pool.schedule(function, args=args, timeout=timeout_s)
+
+    def describe(self) -> str:
+        """See `RewardWorkers`."""
+        return ""
+
+    def close(self) -> None:
+        """See `RewardWorkers`."""
+        self._pool.stop()
+        self._pool.join()
+        self._closed.set()
 
 
 class RewardPool:
@@ -53,18 +110,23 @@ class RewardPool:
     Args:
         functions: number -> (name, function).
         timeout_s: limit per row, in seconds; a group has this for each of its rows.
+        make_workers: number of workers, cloudpickled functions by their number -> workers that have loaded them.
 
     Raises:
         LockstepError: workers do not start.
     """
 
     def __init__(
-        self, functions: Mapping[int, tuple[str, Callable[..., Any]]], *, workers: int, timeout_s: float
+        self,
+        functions: Mapping[int, tuple[str, Callable[..., Any]]],
+        *,
+        workers: int,
+        timeout_s: float,
+        make_workers: Callable[[int, Mapping[int, bytes]], RewardWorkers] = ProcessWorkers,
     ) -> None:
-        self._workers, self.timeout_s = workers, timeout_s
+        self._workers, self.timeout_s, self._make_workers = workers, timeout_s, make_workers
         self._lock = threading.RLock()
-        self._pool: ProcessPool | None = None
-        self._closed: threading.Event | None = None
+        self._pool: RewardWorkers | None = None
         self._outstanding: set[Future[bytes]] = set()
         self._restarts = 0
         self._blobs: dict[int, bytes] = {}
@@ -119,8 +181,7 @@ class RewardPool:
         if outcome.done():
             return outcome.result(0)
         deadline = time.monotonic() + limit_s
-        limits = f"each row has {self.timeout_s:g} s: --reward_timeout_s"
-        with waiting(f"rewards of {', '.join(self.names.values())}", detail=lambda: limits, mentions_s=LATER_S):
+        with waiting(f"rewards of {', '.join(self.names.values())}", detail=self._describe, mentions_s=LATER_S):
             while not wait_for([outcome], _LOOK_S).done and time.monotonic() < deadline:
                 self._replace_broken()
         return outcome.result(0)
@@ -129,10 +190,13 @@ class RewardPool:
         """Kill the workers, whatever they are doing. A later `submit` starts others."""
         with self._lock:
             pool, self._pool = self._pool, None
-        if pool is not None and self._closed is not None:
-            pool.stop()
-            pool.join()
-            self._closed.set()
+        if pool is not None:
+            pool.close()
+
+    def _describe(self) -> str:
+        pool = self._pool
+        how = pool.describe() if pool else ""
+        return f"each row has {self.timeout_s:g} s: --reward_timeout_s" + (f"; {how}" if how else "")
 
     def _score_rows(self, index: int, call: RewardCall, outcome: Future[Parts]) -> None:
         try:
@@ -151,25 +215,17 @@ class RewardPool:
     def _schedule(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None) -> Future[Any]:
         with self._lock:
             try:
-                task = self._running().schedule(function, args=args, timeout=timeout_s)
+                task = self._running().schedule(function, args, timeout_s)
             except RuntimeError:  # the pool noticed only now that it is broken
                 self._replace_broken()
-                task = self._running().schedule(function, args=args, timeout=timeout_s)
+                task = self._running().schedule(function, args, timeout_s)
             self._outstanding.add(task)
         task.add_done_callback(self._outstanding.discard)
         return task
 
-    def _running(self) -> ProcessPool:
+    def _running(self) -> RewardWorkers:
         if self._pool is None:
-            self._pool = ProcessPool(
-                max_workers=self._workers,
-                context=get_context("loky"),
-                initializer=worker.prepare,
-                initargs=(os.getpid(), dict(self._blobs)),
-            )
-            self._closed, started = threading.Event(), threading.Event()
-            start(partial(_keep, self._pool, started, self._closed), "reward-pool")
-            started.wait()
+            self._pool = self._make_workers(self._workers, dict(self._blobs))
         return self._pool
 
     def _replace_broken(self) -> None:
@@ -178,15 +234,16 @@ class RewardPool:
             if self._pool is None or self._pool.active:
                 return
             self._restarts += 1
-            lost = list(self._outstanding)
+            lost, how = list(self._outstanding), self._pool.describe()
             self.close()
+        how = f" ({how})" if how else ""
         for task in lost:
             if not task.done():
-                task.set_exception(BrokenProcessPool("the pool of reward workers broke"))
+                task.set_exception(BrokenProcessPool(f"the pool of reward workers broke{how}"))
         if self._restarts > _MAX_RESTARTS:
             raise InvalidRequest(
-                "reward workers die again and again: is there enough memory for them? Lower reward_workers, or set it "
-                "to 0 to run rewards in the learner's process"
+                f"reward workers die again and again{how}: is there enough memory for them? Lower reward_workers, or "
+                "set it to 0 to run rewards in the learner's process"
             )
 
     def _load(self) -> None:
@@ -197,9 +254,10 @@ class RewardPool:
             try:
                 error = self.wait(task, deadline - time.monotonic())
             except _LOST as lost:
+                why = str(lost) or (self._pool.describe() if self._pool else "")
                 self.close()
                 raise InvalidRequest(
-                    f"reward workers do not start ({type(lost).__name__}: {lost}), or a reward function's imports hang "
+                    f"reward workers do not start ({type(lost).__name__}: {why}), or a reward function's imports hang "
                     "or end the process; set reward_workers=0 to run rewards in the learner's process"
                 ) from lost
             if error is not None:

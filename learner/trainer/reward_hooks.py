@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import is_async_callable
 
 from learner.agents.rewards import AgentReward
+from learner.cluster.resources import Resources
 from learner.config import LearnerConfig
 from learner.rewards.calls import RewardCall, call_reward, checked_rewards, distinct, raising_by_name
-from learner.rewards.pool import RewardPool
+from learner.rewards.on_cluster import workers_on_cluster
+from learner.rewards.pool import ProcessWorkers, RewardPool
 from learner.rewards.scorer import EVALUATION, Rewards, Row
 from learner.trainer.images import seen_prompt
 from learner.trainer.prompt_order import generation_batch
@@ -34,10 +36,12 @@ def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
         LockstepError: workers do not start; or `drop_degenerate_groups` needs a reward that no worker can compute.
     """
     names, functions = trainer.reward_func_names, list(trainer.reward_funcs)  # a copy: the list may be the user's
+    on_ray = config.reward_backend == "ray"
     pool = RewardPool(
         {i: (names[i], function) for i, function in enumerate(functions) if _may_leave(trainer, function)},
         workers=config.reward_workers,
         timeout_s=config.reward_timeout_s,
+        make_workers=workers_on_cluster(cast(Resources, config.reward_resources)) if on_ray else ProcessWorkers,
     )
     if config.drop_degenerate_groups and len(pool.names) < len(functions):
         pool.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -99,6 +101,37 @@ def test_nothing_outlives_a_command_that_is_killed(cluster: RayCluster, tmp_path
         driver.kill()
         driver.wait()
     assert len(started) == 3
+    assert psutil.wait_procs(started, timeout=300.0)[1] == []
+
+
+@pytest.mark.timeout(1200)
+def test_rewards_are_computed_on_the_nodes(nodes: list[RayNode], tmp_path: Path) -> None:
+    def workers() -> list[psutil.Process]:
+        found = []
+        for process in (process for node in nodes for process in node.processes()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "WorkerActor" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    with (tmp_path / "log").open("wb") as log:
+        learner = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.support.cluster_rewards"],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "RAY_ADDRESS": nodes[0].address, "LOCKSTEP_TOKEN": TOKEN},
+        )
+    try:
+        assert learner.stdout
+        said = next((line for line in learner.stdout if line.startswith(b"[[")), b"")  # Ray says which worker died
+        assert said, (tmp_path / "log").read_text()
+        assert json.loads(said) == [[[1.0], None, [3.0], None], [[5.0]], [[0.0]]]
+        until(lambda: len(workers()) == 2)
+        started = workers()
+    finally:
+        learner.kill()
+        learner.communicate()
     assert psutil.wait_procs(started, timeout=300.0)[1] == []
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
+from learner.cluster.actors import HostedActor
 from learner.cluster.hosted import Command, Report
 
 
@@ -22,6 +25,9 @@ class ActorUnavailableError(RayError): ...
 class ActorDiedError(RayError): ...
 
 
+class RayTaskError(RayError): ...
+
+
 class FakeRay:
     """The parts of the module `ray` that the room of clusters calls; a reference is a function.
 
@@ -31,6 +37,10 @@ class FakeRay:
         placed: the scheduling strategies of named actors.
         ended: names of those that were told to end.
         script: what actors report from their start on, by name.
+        workers: actors without a name that are no hosted commands; `options` has what each was started with.
+        before: called with actor, method and arguments before each of their calls; a test raises there what Ray would.
+        stored: what was put into the object store.
+        connected: whether this process is.
     """
 
     def __init__(self, **has: dict[str, float]) -> None:
@@ -42,8 +52,14 @@ class FakeRay:
         self.ended: list[str] = []
         self.script: dict[str, list[Report | Exception]] = {}
         self.groups: list[list[dict[str, float]]] = []
+        self.workers: list[Actor] = []
+        self.options: list[dict[str, Any]] = []
+        self.before: Callable[[Any, str, tuple[Any, ...]], None] = lambda actor, method, args: None
+        self.stored: list[Any] = []
+        self.connected = True
         self.exceptions = SimpleNamespace(
             RayError=RayError,
+            RayTaskError=RayTaskError,
             GetTimeoutError=GetTimeoutError,
             ActorUnavailableError=ActorUnavailableError,
             ActorDiedError=ActorDiedError,
@@ -72,7 +88,18 @@ class FakeRay:
         return SimpleNamespace(get_node_id=lambda: f"node-{next(iter(self.has))}")
 
     def get(self, reference: Any, timeout: float | None = None) -> Any:
-        return reference()
+        try:
+            return reference()
+        except GetTimeoutError:
+            time.sleep(min(timeout or 0.0, 0.01))
+            raise
+
+    def put(self, value: Any) -> Any:
+        self.stored.append(value)
+        return value
+
+    def is_initialized(self) -> bool:
+        return self.connected
 
     def get_actor(self, name: str, namespace: str) -> Any:
         if name not in self.named:
@@ -93,6 +120,10 @@ class FakeRay:
                 self.named[options["name"]] = actor = Actor(kind(*args))
                 self.placed[options["name"]] = options.get("scheduling_strategy")
                 return actor
+            if kind is not HostedActor:
+                self.options.append(options)
+                self.workers.append(Actor(kind(*args), lambda *call: self.before(*call)))
+                return self.workers[-1]
             command, name, _ = args
             hosted = self.hosted.setdefault(name, [])
             hosted.append(Scripted(name, command, options, self.ended))
@@ -110,8 +141,8 @@ class FakeRay:
 class Actor:
     """An actor: its methods have `remote`, which returns a reference."""
 
-    def __init__(self, of: Any) -> None:
-        self._of = of
+    def __init__(self, of: Any, before: Callable[[Any, str, tuple[Any, ...]], None] | None = None) -> None:
+        self._of, self._before = of, before
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._of, name)
@@ -119,8 +150,14 @@ class Actor:
             return SimpleNamespace(remote=lambda *args: lambda: method(*args))
 
         def call(*args: Any) -> Callable[[], Any]:
-            answer = method(*args)
-            return lambda: answer
+            outcome: Future[Any] = Future()
+            try:
+                if self._before:
+                    self._before(self, name, args)
+                outcome.set_result(method(*args))
+            except Exception as error:  # raised to who asks for it
+                outcome.set_exception(error)
+            return outcome.result
 
         return SimpleNamespace(remote=call)
 

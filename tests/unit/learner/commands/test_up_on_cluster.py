@@ -63,6 +63,15 @@ def test_servers_and_learner_are_given_what_they_share(ray: FakeRay, capsys: pyt
     assert Path("runs/mine/learner.log").read_text() == "step 1\n"
 
 
+def test_rewards_on_the_cluster_are_the_learners_to_start(ray: FakeRay) -> None:
+    assert run("--reward_backend", "ray", "--reward_workers", "8", "--reward_resources", '{"sandbox": 1}') == 0
+    server, learner = commands(ray)
+    assert follows(learner, "--reward_backend") == "ray"
+    assert follows(learner, "--reward_workers") == "8"
+    assert follows(learner, "--reward_resources") == '{"sandbox": 1}'
+    assert not any("reward" in word for word in server.arguments)
+
+
 def test_a_job_without_a_token_makes_one_and_one_that_has_one_sends_it(ray: FakeRay) -> None:
     assert run() == 0
     made = [command.secrets["token"] for command in commands(ray)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 import learner.commands.train
 from learner.cli import main
+from learner.cluster import connection
 from learner.commands.train import parse
 from learner.demo.__main__ import main as demo
 from learner.demo.__main__ import parse as parse_demo
@@ -147,6 +149,10 @@ def the_line(capsys):
         ("ready_timeout_s: inf", "ready_timeout_s"),
         ("push_timeout_s: 0", "push_timeout_s"),
         ("reward_workers: -1", "reward_workers"),
+        ("reward_backend: slurm", "reward_backend"),
+        ("reward_backend: ray\nreward_workers: 0", "reward_backend ray: reward_workers 0"),
+        ("reward_resources: {CPU: 4}", "set reward_backend to ray"),
+        ("reward_backend: ray\nreward_resources: {CPU: many}", "reward_resources: CPU is 'many'"),
         ("degenerate_rounds: 0", "degenerate_rounds"),
         ("run_id: a/b", "run_id"),
         # what is on this machine, before servers are awaited
@@ -175,6 +181,15 @@ def test_train_with_a_file(run_yaml, capsys, text, words):
     line = the_line(capsys)
     assert line.startswith("learner train: ")
     assert re.search(words, line), line
+
+
+def test_rewards_on_a_cluster_that_is_not_there_are_refused_before_servers_are_awaited(
+    run_yaml, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(connection, "import_ray", lambda: SimpleNamespace(is_initialized=lambda: False))
+    assert run_yaml("reward_backend: ray") == 2
+    assert "reward_backend ray: no Ray cluster at 127.0.0.1:9: " in the_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""A pool of actors that call functions: limits, deaths, replacements and room; over a Ray that only pretends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from typing import Any
+
+import pytest
+
+from learner.cluster import workers
+from learner.cluster.workers import WorkerDied, WorkerPool
+from tests.support.fake_ray import ActorDiedError, FakeRay, GetTimeoutError, RayTaskError
+
+LONG_S = 300.0
+
+
+@pytest.fixture
+def ray() -> FakeRay:
+    return FakeRay(**{"10_0_0_1": {"CPU": 2.0}})
+
+
+@pytest.fixture
+def make_pool(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WorkerPool]]:
+    monkeypatch.setattr(workers, "_RETRY_S", 0.01)
+    made: list[WorkerPool] = []
+
+    def make(count: int = 1, needs: dict[str, float] | None = None, prepare: Any = dict) -> WorkerPool:
+        made.append(WorkerPool(ray, count, needs or {"CPU": 1.0}, prepare))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.close()
+
+
+def until(holds: Callable[[], object]) -> None:
+    while not holds():
+        threading.Event().wait(0.002)
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    """Return a function whose call ends with an error of Ray's."""
+
+    def function() -> None:
+        raise error
+
+    return function
+
+
+def test_every_call_has_its_own_outcome(make_pool: Callable[..., WorkerPool]) -> None:
+    pool = make_pool(3)
+    outcomes = [pool.schedule(divmod, (number, 7), 1.0) for number in range(50)]
+    assert [outcome.result(LONG_S) for outcome in outcomes] == [divmod(number, 7) for number in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(GetTimeoutError(), TimeoutError), (ActorDiedError("it ran\nout of memory"), WorkerDied)]
+)
+def test_a_call_that_hangs_or_dies_fails_alone_and_its_actor_is_replaced(
+    ray: FakeRay, make_pool: Callable[..., WorkerPool], error: Exception, expected: type[Exception]
+) -> None:
+    pool = make_pool()
+    bad, good = pool.schedule(raises(error), (), 0.5), pool.schedule(abs, (-3,), 0.5)
+    with pytest.raises(expected, match="0.5 s" if expected is TimeoutError else "^out of memory$"):
+        bad.result(LONG_S)
+    assert good.result(LONG_S) == 3
+    assert ray.killed == [ray.workers[0]]
+    assert len(ray.workers) == 2
+
+
+def test_what_a_function_raises_is_its_outcome_and_its_actor_goes_on(
+    ray: FakeRay, make_pool: Callable[..., WorkerPool]
+) -> None:
+    pool = make_pool()
+    with pytest.raises(RayTaskError, match="no such answer"):
+        pool.schedule(raises(RayTaskError("no such answer")), (), 1.0).result(LONG_S)
+    assert pool.schedule(abs, (-3,), 1.0).result(LONG_S) == 3
+    assert len(ray.workers) == 1
+
+
+def test_a_call_is_not_given_to_an_actor_that_was_lost_while_idle(
+    ray: FakeRay, make_pool: Callable[..., WorkerPool]
+) -> None:
+    pool = make_pool(2)
+    until(lambda: pool.describe().startswith("2 of 2"))
+    lost = list(ray.workers)
+
+    def before(actor: Any, method: str, args: Any) -> None:
+        if actor in lost:
+            raise ActorDiedError("its node is gone")
+
+    ray.before = before
+    outcomes = [pool.schedule(abs, (-number,), 1.0) for number in range(20)]
+    assert [outcome.result(LONG_S) for outcome in outcomes] == list(range(20))
+
+
+def test_a_pool_that_cannot_start_says_so(ray: FakeRay, make_pool: Callable[..., WorkerPool]) -> None:
+    pool = make_pool(2, prepare=raises(ImportError("no module called verifier")))
+    until(lambda: not pool.active)
+    assert pool.describe().startswith("0 of 2 run on the Ray cluster, on 1 CPU each")
+    assert pool.describe().endswith("; the last problem: no module called verifier")
+
+
+def test_it_works_with_those_that_the_cluster_has_room_for(ray: FakeRay, make_pool: Callable[..., WorkerPool]) -> None:
+    def before(actor: Any, method: str, args: Any) -> None:
+        if actor is not ray.workers[0]:
+            raise GetTimeoutError
+
+    ray.before = before
+    pool = make_pool(3)
+    assert pool.schedule(abs, (-3,), 1.0).result(LONG_S) == 3
+    assert pool.active
+    assert pool.describe().startswith("1 of 3 run")
+
+
+def test_what_each_is_given(ray: FakeRay, make_pool: Callable[..., WorkerPool]) -> None:
+    make_pool(1, {"CPU": 4.0, "GPU": 1.0, "sandbox": 2.0}).schedule(abs, (-3,), 1.0).result(LONG_S)
+    [options] = ray.options
+    assert (options["num_cpus"], options["num_gpus"], options["resources"]) == (4.0, 1.0, {"sandbox": 2.0})
+    assert options["max_restarts"] == 0
+    assert options["scheduling_strategy"] == "SPREAD"
+
+
+def test_a_closed_pool_ends_its_actors_and_starts_none(ray: FakeRay, make_pool: Callable[..., WorkerPool]) -> None:
+    began, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        began.set()
+        goes_on.wait()
+        raise ActorDiedError("killed")
+
+    pool = make_pool(1)
+    running, waiting = pool.schedule(hang, (), 600.0), pool.schedule(abs, (-3,), 600.0)
+    began.wait()
+    pool.close()
+    assert ray.killed == ray.workers
+    goes_on.set()
+    assert not wait([running, waiting], 0.05).done, "whoever closed it knows that they are lost"
+    assert len(ray.workers) == 1
+
+
+def test_no_cluster_is_begun_where_the_connection_has_ended(ray: FakeRay, make_pool: Callable[..., WorkerPool]) -> None:
+    ray.connected = False
+    pool = make_pool(1)
+    until(lambda: not pool.active)
+    assert ray.workers == []
+    assert "the connection to the Ray cluster has ended" in pool.describe()
