@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from learner.commands.up import Recipe, read_recipe
+from learner.commands.flags import tied
+from learner.commands.up import make_parser
+from learner.commands.up_recipe import Recipe, read_recipe
 from tests.unit.deploy.files import ROOT, manifests
 
 SKYPILOT = yaml.safe_load((ROOT / "deploy" / "skypilot.yaml").read_text())
@@ -73,7 +75,8 @@ def recipe_of(command: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path)
     """Read a command `learner up ...` as it is read there, but with its output in `folder`."""
     monkeypatch.setattr("learner.commands.training.check_model_exists", lambda *_: None)  # on the hub
     assert command[:2] == ["learner", "up"]
-    return read_recipe([word.replace("/runs", str(folder)) for word in command[2:]])
+    flags = [word.replace("/runs", str(folder)) for word in command[2:]]
+    return read_recipe(*make_parser().parse_known_args(tied(flags)))
 
 
 def check_resumes(recipe: Recipe) -> None:

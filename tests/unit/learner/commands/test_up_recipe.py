@@ -56,7 +56,9 @@ def test_the_server_gets_what_the_learner_needs(recipe: Path, unchecked: None) -
     assert command[command.index("--max-lora-rank") + 1] == "64"
 
 
-def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(tmp_path: Path, capsys) -> None:
+def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(
+    tmp_path: Path, capsys, unchecked: None
+) -> None:
     model, task = tmp_path / "sees", tmp_path / "text.jsonl"
     model.mkdir()
     task.write_text('{"prompt": "How many?"}\n' * 4)
@@ -81,7 +83,9 @@ def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_im
     assert capsys.readouterr().out == ""
 
 
-def test_the_task_is_loaded_as_the_learner_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_task_is_loaded_as_the_learner_will(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, unchecked: None
+) -> None:
     """With its options' defaults, under the recipe's environment; and code that leaves ends nothing."""
     model, recipe = tmp_path / "sees", tmp_path / "recipe.yaml"
     model.mkdir()
