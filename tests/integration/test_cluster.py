@@ -105,7 +105,9 @@ def test_nothing_outlives_a_command_that_is_killed(cluster: RayCluster, tmp_path
 
 
 @pytest.mark.timeout(1200)
-def test_rewards_are_computed_on_the_nodes(nodes: list[RayNode], tmp_path: Path) -> None:
+def test_rewards_are_computed_on_the_nodes(cluster: RayCluster, tmp_path: Path) -> None:
+    nodes = cluster.nodes
+
     def workers() -> list[psutil.Process]:
         found = []
         for process in (process for node in nodes for process in node.processes()):
