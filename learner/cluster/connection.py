@@ -26,6 +26,7 @@ _connecting = threading.Lock()
 def import_ray() -> Any:
     """Return the module `ray`; raises `invalid_request` if it is not installed."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what it will do one day is said at every actor
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a call after a lost connection begins a cluster here
     try:
         import ray
     except ImportError as error:

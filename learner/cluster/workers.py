@@ -142,6 +142,7 @@ class WorkerPool:
         kind = self._ray.remote(WorkerActor).options(
             num_cpus=needs.pop("CPU", 0),
             num_gpus=needs.pop("GPU", 0),
+            memory=needs.pop("memory", None),
             resources=needs or None,
             max_restarts=0,
             max_concurrency=1,

@@ -35,7 +35,7 @@ class CompiledLayers:
     def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._plain = [layer.forward for layer in self._layers]
-        self._seen: set[tuple[bool, bool]] = set()
+        self._seen: set[tuple[bool, bool, str | None]] = set()
         self.active = True
         for layer, plain in zip(self._layers, self._plain, strict=True):
             # Checkpointing stays around it.
@@ -52,7 +52,8 @@ class CompiledLayers:
     ) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             write_adapters(layer)
-            kind = torch.is_grad_enabled(), layer.training
+            # Layers with other attention are compiled apart.
+            kind = torch.is_grad_enabled(), layer.training, getattr(layer, "attention_type", None)
             if kind in self._seen:
                 return compiled(*args, **kwargs)
             try:

@@ -11,6 +11,9 @@ from learner.cluster.workers import WorkerPool
 from learner.rewards import worker
 from shared.errors import InvalidRequest
 
+#: Resources of Ray's that an actor cannot ask for by name.
+_RESERVED = {"object_store_memory", "bundle"}
+
 
 def workers_on_cluster(needs: Resources) -> Callable[[int, Mapping[int, bytes]], WorkerPool]:
     """Return what starts reward workers on the cluster of $RAY_ADDRESS, or the one that this machine is a node of.
@@ -22,6 +25,8 @@ def workers_on_cluster(needs: Resources) -> Callable[[int, Mapping[int, bytes]],
         InvalidRequest: no Ray, no cluster, or no node of it has these resources.
     """
     needs = {"CPU": 1.0, **needs}
+    if refused := sorted(_RESERVED.intersection(needs)):
+        raise InvalidRequest(f"reward_resources: {refused[0]} is Ray's own and nobody's to ask for; leave it out")
     try:
         ray = connect()
         check_fits(nodes(ray), needs, "a reward worker")

@@ -193,3 +193,8 @@ def test_only_workers_with_a_gpu_see_one(
     ray.has["10.0.0.1"]["GPU"] = 1.0
     make_pool(GPU=gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_resources_that_no_actor_can_ask_for_are_refused(ray: FakeRay) -> None:
+    with pytest.raises(InvalidRequest, match="object_store_memory is Ray's own"):
+        workers_on_cluster({"object_store_memory": 1e9})
