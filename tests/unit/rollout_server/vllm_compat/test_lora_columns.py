@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -20,7 +22,8 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers import linear
 
-from rollout_server.vllm_compat import lora_columns
+from rollout_server import vllm_compat
+from rollout_server.vllm_compat import lora_columns, one_product
 from rollout_server.vllm_compat.lora_slots import LoraLayer
 
 IN, OUT, HEADS, KV_HEADS, SIZE, RANK, SLOTS = 96, 128, 4, 2, 16, 4, 3
@@ -306,6 +309,19 @@ def test_other_layers_are_left_to_vllm(alter: Callable[[BaseLinearLayerWithLoRA]
     assert lora_columns.has_columns(module)
     alter(module)
     assert not lora_columns.has_columns(module)
+
+
+@pytest.mark.parametrize(("second", "used"), [(0.01, True), (0.5, False), (float("nan"), False)])
+def test_kernels_that_differ_from_torch_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, second: float, used: bool
+) -> None:
+    kernel = SimpleNamespace(one_product=lambda: None, takes=None)
+    monkeypatch.setattr(vllm_compat, "expand_kernel", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "rollout_server.vllm_compat.expand_kernel", kernel)
+    found = itertools.cycle([0.0, second])
+    monkeypatch.setattr(one_product, "_difference", lambda *_: next(found))
+    few = one_product._few_tokens.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert (few is not None) == used
 
 
 def test_layers_whose_weights_other_kernels_read_have_no_spare_columns() -> None:
