@@ -80,7 +80,7 @@ class Plan:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: the learner's, 1 if the server ended first, 130 if stopped."""
-    recipe = read_recipe(*make_parser().parse_known_args(tied(argv)))
+    recipe = read(argv)
     if recipe.options.cluster:
         from learner.commands import up_on_cluster  # which shares the flags of this module
 
@@ -145,13 +145,18 @@ def _servers(text: str) -> tuple[int, int]:
     return least, most
 
 
+def read(argv: Sequence[str]) -> Recipe:
+    """Read flags and recipes; raises `invalid_request` (`read_recipe`)."""
+    return read_recipe(*make_parser().parse_known_args(tied(argv)))
+
+
 def make_plan(argv: Sequence[str]) -> Plan:
     """Read flags and recipes, and decide where both processes run on this machine.
 
     Raises:
         InvalidRequest: see `read_recipe`; or this machine has no place for them.
     """
-    return plan_here(read_recipe(*make_parser().parse_known_args(tied(argv))))
+    return plan_here(read(argv))
 
 
 def plan_here(recipe: Recipe) -> Plan:

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from learner.commands.flags import tied
-from learner.commands.up import make_parser
-from learner.commands.up_recipe import Recipe, read_recipe
+from learner.commands.up import read
+from learner.commands.up_recipe import Recipe
 from tests.unit.deploy.files import ROOT, manifests
 
 SKYPILOT = yaml.safe_load((ROOT / "deploy" / "skypilot.yaml").read_text())
@@ -76,7 +75,7 @@ def recipe_of(command: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path)
     monkeypatch.setattr("learner.commands.training.check_model_exists", lambda *_: None)  # on the hub
     assert command[:2] == ["learner", "up"]
     flags = [word.replace("/runs", str(folder)) for word in command[2:]]
-    return read_recipe(*make_parser().parse_known_args(tied(flags)))
+    return read(flags)
 
 
 def check_resumes(recipe: Recipe) -> None:

@@ -10,9 +10,7 @@ import pytest
 
 from learner.cli import main
 from learner.commands import training, up
-from learner.commands.flags import tied
-from learner.commands.up import make_parser
-from learner.commands.up_recipe import Recipe, read_recipe
+from learner.commands.up_recipe import Recipe
 from learner.config import LearnerConfig
 from shared.errors import InvalidRequest
 
@@ -38,7 +36,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(*argv: str) -> Recipe:
-    return read_recipe(*make_parser().parse_known_args(tied(argv)))
+    return up.read(argv)
 
 
 def test_the_server_gets_what_the_learner_needs(recipe: Path, unchecked: None) -> None:
