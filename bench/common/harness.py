@@ -198,8 +198,8 @@ class Bench:
     def finish(self) -> int:
         """Write the file and the picture, print the table, return the exit code."""
         self._write()
-        if path := getattr(self.options, "plot", None):
-            self.plot(path, self.measured())
+        if (path := getattr(self.options, "plot", None)) and (done := self.measured()):
+            self.plot(path, done)
         document = self.document()
         print(f"\n{self.table()}\n\n{document['headline']}", flush=True)
         return 0 if document["ok"] else 1

@@ -150,6 +150,14 @@ def test_only_skipped_rows_are_not_ok() -> None:
     assert bench.document()["headline"] == "nothing was measured"
 
 
+def test_no_picture_is_drawn_where_nothing_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "toy.png"
+    bench = ToyBench(["--plot", str(path)])
+    bench.add(about(), {"skipped": "needs two GPUs"})
+    assert bench.finish() == 1
+    assert not path.exists()
+
+
 def test_a_failure_becomes_the_rows_that_are_missing() -> None:
     bench = ToyBench([])
     bench.rows = [{**about("of an earlier run"), "ok": True, **figures(5.0)}]
