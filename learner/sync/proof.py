@@ -30,6 +30,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -279,7 +280,7 @@ class SyncProof:
                 "in float16"
             )
         server = f"{url}, epoch {answer.epoch}"
-        layers, rounding = self._layers(), 0.0
+        layers, rounding = int(self._config.num_hidden_layers), 0.0
         if state.apply == "merge" and version:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         limits = self._tolerances(own, state, version, server, rounding, seen=probe is self._seen)
@@ -291,8 +292,10 @@ class SyncProof:
         served = state.dtype == "float32" or (state.apply == "columns" and state.quantization is None)
         return served and (self.compute_dtype == "float32" or self._one_product)
 
-    def _layers(self) -> int:
-        return int(self.model.get_base_model().config.get_text_config().num_hidden_layers)
+    @property
+    def _config(self) -> Any:
+        """Configuration of the language model."""
+        return self.model.get_base_model().config.get_text_config()
 
     def _tolerances(
         self,
@@ -309,8 +312,9 @@ class SyncProof:
             return self.fixed_tolerance, math.inf
         derived = derived_tolerance(
             [self.compute_dtype, state.dtype],
-            layers=self._layers(),
-            width=self.model.get_base_model().config.get_text_config().hidden_size,
+            layers=self._config.num_hidden_layers,
+            linear_layers=list(getattr(self._config, "layer_types", None) or ()).count("linear_attention"),
+            width=self._config.hidden_size,
             logit_std=own.logit_std,
             logit_max=own.logit_max,
             merge_noise=rounding,

@@ -14,6 +14,9 @@ from shared.weights import WeightVersion
 #: Least tolerance: for models so small that the derivation gives less in float32.
 FLOOR = 1e-4
 ROUNDINGS_PER_LAYER = 6
+#: Of a layer with linear attention, whose state, normalized keys and gates round, too: random weights of Qwen3.5's
+#: kind in bfloat16 err by twice the rms of as many layers with attention.
+ROUNDINGS_PER_LINEAR_LAYER = 4 * ROUNDINGS_PER_LAYER
 SAFETY = 4.0
 #: Weights of a layer that a merging server rounds once more: q, k, v, o, gate, up, down.
 MERGED_PER_LAYER = 7
@@ -98,14 +101,21 @@ def slope(reference: Measurement, now: Measurement) -> float | None:
 
 
 def derived_tolerance(
-    dtypes: list[str], *, layers: int, width: int, logit_std: float, logit_max: float, merge_noise: float = 0.0
+    dtypes: list[str],
+    *,
+    layers: int,
+    width: int,
+    logit_std: float,
+    logit_max: float,
+    linear_layers: int = 0,
+    merge_noise: float = 0.0,
 ) -> float:
     """Derive the largest mismatch in nats that rounding explains between two implementations of one model.
 
     With unit roundoff u (2^-24 float32, 2^-11 float16, 2^-8 bfloat16), one rounding is a relative error of
     about u / sqrt(3) rms. A layer rounds its values ROUNDINGS_PER_LAYER = 6 times (two norms, two block
-    outputs, two residual sums); over L layers independent errors add up to sqrt(6 L) u / sqrt(3) of the
-    final hidden state. Sums over `width` terms are accumulated in float32, which adds 2^-24 sqrt(width) each
+    outputs, two residual sums), one with linear attention ROUNDINGS_PER_LINEAR_LAYER = 24 times; over L layers
+    independent errors add up to sqrt(6 L) u / sqrt(3) of the final hidden state. Sums over `width` terms are accumulated in float32, which adds 2^-24 sqrt(width) each
     and is all there is in float32. A relative error e of the hidden state moves a logit by e * (std of the
     logits over the vocabulary); rounding the logit itself adds u |logit| / sqrt(3). A logprob is the
     difference of a logit and a weighted mean of logits: sqrt(2). Both sides err independently: their
@@ -115,15 +125,16 @@ def derived_tolerance(
 
     Args:
         dtypes: compute dtype of each side.
-        layers: decoder layers. width: hidden size.
+        layers: decoder layers; linear_layers: those of them with linear attention. width: hidden size.
         logit_std: rms over probe positions of the logits' standard deviation over the vocabulary.
         logit_max: largest |logit| on the probe.
         merge_noise: `merge_noise` of a server that merges; its variance adds too.
     """
     variance = merge_noise**2
+    roundings = ROUNDINGS_PER_LAYER * (layers - linear_layers) + ROUNDINGS_PER_LINEAR_LAYER * linear_layers
     for dtype in dtypes:
         unit = torch.finfo(TORCH_DTYPES[dtype]).eps / 2
-        hidden = math.hypot(unit, 2.0**-24 * math.sqrt(width)) * math.sqrt(ROUNDINGS_PER_LAYER * layers / 3)
+        hidden = math.hypot(unit, 2.0**-24 * math.sqrt(width)) * math.sqrt(roundings / 3)
         variance += 2 * ((hidden * logit_std) ** 2 + (unit * logit_max) ** 2 / 3)
     return max(SAFETY * math.sqrt(variance), FLOOR)
 

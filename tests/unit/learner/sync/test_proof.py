@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from learner.run_dir.lease import Lease
 from learner.servers.pool import ServerPool
 from learner.sync.canary import prove_modules, show_canary
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
-from learner.sync.tolerance import Measurement, derived_tolerance, merge_noise, slope
+from learner.sync.tolerance import SAFETY, Measurement, derived_tolerance, merge_noise, slope
 from shared.errors import LockstepError, NotReady
 from shared.weights import WeightVersion
 
@@ -135,6 +138,29 @@ def test_tolerance_follows_the_dtype():
     )
     tiny = derived_tolerance(["float32"] * 2, layers=2, width=32, logit_std=0.5, logit_max=2.0)
     assert tiny == pytest.approx(1e-4)
+
+
+def test_tolerance_follows_what_linear_attention_rounds():
+    """Rms of what bfloat16 does to logprobs, of a sigma of the tolerance: not more than with attention."""
+    found = {kind: rounding_of_sigma(kind, layers=16) for kind in ("full_attention", "linear_attention")}
+    assert 0.1 < found["linear_attention"] < 1.2 * found["full_attention"]
+
+
+def rounding_of_sigma(kind: str, layers: int) -> float:
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "linear_num_key_heads": 2}
+    sizes |= {"linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    torch.manual_seed(0)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, layer_types=[kind] * layers)).to(torch.bfloat16).eval()
+    wide = copy.deepcopy(model).float()
+    ids = torch.randint(0, 512, (4, 32))
+    with torch.no_grad():
+        narrow_NTV, wide_NTV = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, wide))
+    moved_NTV = narrow_NTV.log_softmax(-1) - wide_NTV.log_softmax(-1)
+    rms = moved_NTV[:, :-1].gather(-1, ids[:, 1:, None]).square().mean().sqrt()
+    shape = {"layers": layers, "width": 128, "linear_layers": layers if kind == "linear_attention" else 0}
+    logits = {"logit_std": float(wide_NTV.std(-1).mean()), "logit_max": float(wide_NTV.abs().max())}
+    return float(rms) * SAFETY / derived_tolerance(["bfloat16"], **shape, **logits)
 
 
 @pytest.fixture
