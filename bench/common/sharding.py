@@ -1,4 +1,4 @@
-"""Models sharded over ranks: arguments of GRPOConfig on GPUs, settings on CPUs, where Accelerate would shard nothing."""
+"""Models sharded over ranks: arguments of GRPOConfig on GPUs, settings on CPUs, where Accelerate shards nothing."""
 
 from __future__ import annotations
 

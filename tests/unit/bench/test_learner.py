@@ -50,8 +50,14 @@ def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]
 
 def test_ranks_have_their_shares_of_the_same_batch() -> None:
     training = Namespace(
-        **{"vocab": 100, "tokens": 20, "mean_tokens": 8, "batch": 8, "group": 4, "prompt_tokens": 3},
-        **{"warm_up": 1, "steps": 1},
+        vocab=100,
+        tokens=20,
+        mean_tokens=8,
+        batch=8,
+        group=4,
+        prompt_tokens=3,
+        warm_up=1,
+        steps=1,
     )
     alone, two = Rollouts(training, 0), [Rollouts(training, rank) for rank in range(2)]
     batches = []
