@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from peft import PeftModel
 
+from bench.common.fidelity import ADAPTER_STD, PROMPT_TOKENS, SEQUENCES, TOKENS, fidelity
 from bench.common.harness import Bench
 from bench.common.load import COMPLETIONS, GENERATE, Sampled, completions_body, generate_body, random_prompts, sampled
 from bench.common.models import Policy, Shape, optimizer_step, served_rank, write_weights
@@ -43,9 +43,6 @@ SERVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     MERGE: ((MERGE,), ("--apply", "merge")),
 }
 PUSHES, WAVE_LIMIT_S = 5, 300.0
-PROMPT_TOKENS, FIDELITY_SEQUENCES, FIDELITY_TOKENS = 16, 8, 64
-#: Of both LoRA matrices. At rank 32 it changes the base's weights by a twentieth of their size (0.0011 of 0.02).
-ADAPTER_STD = 0.01
 
 
 @dataclass
@@ -76,12 +73,17 @@ class Target:
                 raise RuntimeError(f"tokens are of {others[0]}, not of {self.policy}")
         return found, seconds
 
+    def fidelity(self, model: PeftModel, vocab: int) -> dict[str, float]:
+        """Compare what it serves with the learner's own logprobs."""
+        adapter = self.row in (ADAPTER, COLUMNS, MERGE)
+        return fidelity(lambda prompts, tokens: self.ask(prompts, tokens)[0], model, vocab, adapter=adapter)
+
 
 class DecodeBench(Bench):
     """Waves of requests, the servers taking turns."""
 
     name = "decode"
-    standard = "plot shapes rank only learner-gpu server-gpu server-flags deadline-s"
+    standard = "plot shapes rank only learner-gpu server-gpu server-gpus server-flags deadline-s"
     flags = {
         "--batches": ("1,32,256", "requests of a wave"),
         "--tokens": (256, "decoded by each request"),
@@ -137,7 +139,7 @@ class DecodeBench(Bench):
                         with self.failure_kept(*self._abouts(shape, name)):
                             found = open_targets(name, server, model, stack)
                             for target in found:
-                                target.figures |= fidelity(target, model, shape.vocab)
+                                target.figures["fidelity"] = target.fidelity(model, shape.vocab)
                             targets += found
                     for batch in self.options.batches if targets else ():
                         self.waves(shape, targets, batch)
@@ -169,8 +171,8 @@ class DecodeBench(Bench):
 
     def sized(self, shape: Shape) -> Setting:
         """Return where servers run that have room for the largest wave."""
-        batch = max(*self.options.batches, FIDELITY_SEQUENCES)
-        length = max(PROMPT_TOKENS + FIDELITY_TOKENS, self.options.prompt_tokens + self.options.tokens) + 16
+        batch = max(*self.options.batches, SEQUENCES)
+        length = max(PROMPT_TOKENS + TOKENS, self.options.prompt_tokens + self.options.tokens) + 16
         return self.setting(length, batch, 1.1 * shape.kv_bytes * batch * length)
 
     def _abouts(self, shape: Shape, name: str) -> list[Row]:
@@ -213,48 +215,6 @@ def open_targets(name: str, server: Server, model: PeftModel, stack: contextlib.
     rows = SERVERS[name][0]
     policies = {row: "base" if row in (BASE, COLUMNS_BASE) else path.version for row in rows}
     return [Target(row, server, http, policy, dict(figures)) for row, policy in policies.items()]
-
-
-def fidelity(target: Target, model: PeftModel, vocab: int) -> dict[str, Any]:
-    """Compare served logprobs of sampled tokens with the learner's own for the same tokens."""
-    prompts = random_prompts(FIDELITY_SEQUENCES, vocab, PROMPT_TOKENS, seed=1_000_000)
-    found, _ = target.ask(prompts, FIDELITY_TOKENS)
-    ids_BT = torch.tensor([prompt + ids for prompt, (ids, _) in zip(prompts, found, strict=True)])
-    served_BT = torch.tensor([logprobs for _, logprobs in found], dtype=torch.float64)
-    adapter = target.row in (ADAPTER, COLUMNS, MERGE)
-    own_BT = own_logprobs(model, ids_BT, adapter=adapter)
-    figures = divergence(served_BT, own_BT)
-    if adapter:  # about the gap of a server that forgot the adapter
-        figures["adapter_effect"] = (own_BT - own_logprobs(model, ids_BT, adapter=False)).abs().mean().item()
-    return {"fidelity": figures}
-
-
-def divergence(served: torch.Tensor, own: torch.Tensor) -> dict[str, float]:
-    """Return mean |served - own| and KL(served || own) of tokens that were sampled from `served`, by two estimators.
-
-    Args:
-        served, own: logprobs, of one shape.
-    """
-    gap = served - own
-    k3 = (-gap).expm1() + gap
-    return {
-        "tokens": gap.numel(),
-        "mean_abs_gap": gap.abs().mean().item(),
-        "max_abs_gap": gap.abs().max().item(),
-        "kl_k1": gap.mean().item(),
-        "kl_k3": k3.mean().item(),
-    }
-
-
-@torch.no_grad()
-def own_logprobs(model: PeftModel, ids_BT: torch.Tensor, *, adapter: bool) -> torch.Tensor:
-    """Return teacher-forced logprobs of the tokens behind the prompts, by the learner's model in its own dtype."""
-    model.eval()
-    ids_BT = ids_BT.to(model.get_input_embeddings().weight.device)
-    with contextlib.nullcontext() if adapter else model.disable_adapter():
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, PROMPT_TOKENS - 1 : -1].float()
-    logprobs_BTV = torch.log_softmax(logits_BTV, dim=-1)
-    return logprobs_BTV.gather(-1, ids_BT[:, PROMPT_TOKENS:, None])[..., 0].double().cpu()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ STANDARD: Flags = {
     "--load": ("", "sizes that go together, which further flags change: "),
     "--only": (str, "rows to measure, by the beginnings of their names, comma-separated: "),
     "--learner-gpu": (0, ""),
-    "--server-gpu": (1, ""),
+    "--server-gpu": (1, "the first GPU of a server"),
+    "--server-gpus": (1, "GPUs of a server; more than one need --server-flags '--tensor-parallel-size N' or the like"),
     "--server-flags": ("", "further vLLM flags for every server, in one string"),
     "--deadline-s": (math.inf, "start nothing new after this many seconds"),
     "--work-dir": (Path, "keeps the servers' logs"),
@@ -64,7 +65,8 @@ class Bench:
         what, told: the start of a row's line, and its end if it was measured.
         rows: all rows so far.
         work, scratch: folders for logs, and for what is deleted afterwards.
-        device, server_device, dtype: the learner's device, CUDA_VISIBLE_DEVICES of the servers, of both.
+        device, dtype: the learner's device; the dtype of learner and servers.
+        server_device: CUDA_VISIBLE_DEVICES of every server; None on a CPU.
     """
 
     name: ClassVar[str]
@@ -129,6 +131,9 @@ class Bench:
             [self.shape] = pick_shapes(options.shape)
         if "rank" in options:
             served_rank(options.rank)
+        gpus, asked = torch.cuda.device_count(), getattr(options, "server_gpus", 1)
+        if not 1 <= asked <= max(gpus, 1):
+            raise ValueError(f"--server-gpus {asked}: there are {gpus} GPUs")
         if "only" in options:
             options.only = pick_rows(options.only, self.row_names)
 
@@ -153,11 +158,14 @@ class Bench:
         if "server_gpu" not in options:  # servers use all that the learner does not
             self.device = "cuda:0"
             return [torch.cuda.get_device_name(i) for i in range(last + 1)]
-        server = min(options.server_gpu, last)
+        count = getattr(options, "server_gpus", 1)
+        server = min(options.server_gpu, last + 1 - count)
+        servers = range(server, server + count)
         learner = min(getattr(options, "learner_gpu", server), last)
         torch.cuda.set_device(learner)
-        self.device, self.server_device = f"cuda:{learner}", visible_device(server)
-        return [f"{torch.cuda.get_device_name(learner)} (learner)", f"{torch.cuda.get_device_name(server)} (server)"]
+        self.device, self.server_device = f"cuda:{learner}", ",".join(map(visible_device, servers))
+        names = [torch.cuda.get_device_name(i) for i in servers]
+        return [f"{torch.cuda.get_device_name(learner)} (learner)", *(f"{name} (server)" for name in names)]
 
     def setting(self, length: int, sequences: int, kv_cache_bytes: float, *more: str) -> Setting:
         """Return where servers run that have room for so many sequences of so many tokens.

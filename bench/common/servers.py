@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
 }
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+#: Why nothing can be broadcast there.
+SAME_GPU = "the learner computes on a GPU of the server, and NCCL joins no two processes on one"
 
 
 class Server:
@@ -115,14 +117,16 @@ class Setting:
 
     work: Path  # for logs
     device: str  # of the learner: cpu or cuda:N
-    server_device: str | None  # CUDA_VISIBLE_DEVICES of the server; None on a CPU
+    server_device: str | None  # CUDA_VISIBLE_DEVICES of every server; None on a CPU
     dtype: str
     engine_flags: tuple[str, ...]
 
     @property
     def same_gpu(self) -> bool:
-        """Whether learner and server share the only GPU."""
-        return self.device != "cpu" and torch.cuda.device_count() < 2
+        """Whether the learner computes on a GPU of the servers'."""
+        if self.device == "cpu" or self.server_device is None:
+            return False
+        return visible_device(torch.device(self.device).index) in self.server_device.split(",")
 
     def start(
         self, name: str, module: Sequence[str], log: str, *flags: str, ready: str = "/health", port: int = 0, **env: str

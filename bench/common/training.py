@@ -21,6 +21,7 @@ def grpo_config(
     dtype: str,
     max_steps: int,
     micro_batch: int | None = None,
+    ranks: int = 1,
     checkpointing: bool = False,
     kind: Callable[..., Any] = GRPOConfig,
     **others: Any,
@@ -30,30 +31,31 @@ def grpo_config(
     Args:
         options: with `batch`, `group`, `micro_batch`, and `tokens`, the most that a completion has.
         micro_batch: in place of that of `options`.
+        ranks: which share a step.
         checkpointing: of activations.
         kind: the trainer's class of options.
-        others: further fields of it.
+        others: further fields of it; they win.
     """
     micro_batch = micro_batch or options.micro_batch
-    return kind(
-        output_dir=output,
-        use_cpu=cpu,
-        bf16=dtype == "bfloat16",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=options.batch // micro_batch,
-        num_generations=options.group,
-        max_completion_length=options.tokens,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_steps=max_steps,
-        seed=0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **others,
-    )
+    fields = {
+        "output_dir": output,
+        "use_cpu": cpu,
+        "bf16": dtype == "bfloat16",
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": options.batch // (micro_batch * ranks),
+        "num_generations": options.group,
+        "max_completion_length": options.tokens,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_steps": max_steps,
+        "seed": 0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return kind(**fields | others)
 
 
 def lora_config(rank: int) -> LoraConfig:

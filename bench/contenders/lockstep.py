@@ -17,7 +17,8 @@ from typing import Any
 from peft import PeftModel
 
 from bench.common.harness import Skip
-from bench.common.servers import Server
+from bench.common.load import GENERATE, Sampled, sampled
+from bench.common.servers import SAME_GPU, Server
 from bench.contenders import Contender, Moved, SyncPath
 from learner.adapters.exporter import AdapterExport
 from learner.cluster.relay import Relays
@@ -54,10 +55,12 @@ class LockstepPath(SyncPath):
         self.publisher = Publisher(ServerPool.of(client), model, self.lease, takeover=True, **options)
         self.run_id = self.lease.run_id
         self.version: WeightVersion | None = None
+        #: That acknowledged the last push: those of all ranks and engines.
+        self.workers = 0
 
     def push(self, step: int) -> Moved:
         receipt = self.publisher.push(step)
-        self.version = receipt.version
+        self.version, self.workers = receipt.version, receipt.workers
         # A run starts over HTTP and goes back to it where the group fails: such a push is none of this row's.
         if step > 0 and receipt.transport != self.transport:
             raise RuntimeError(f"push {step} went over {receipt.transport}, not over {self.transport}")
@@ -76,6 +79,18 @@ class LockstepPath(SyncPath):
         if logprob is None:
             raise RuntimeError("the token's logprob is not finite")
         return token, logprob
+
+    def sample(self, prompts: list[list[int]], tokens: int) -> list[Sampled]:
+        """Return so many tokens for each prompt, and their logprobs, by the weights pushed last."""
+        assert self.version is not None
+        request = GenerateRequest(
+            prompts=[Prompt(token_ids=prompt) for prompt in prompts],
+            sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
+            policy=self.version,
+            return_text=False,
+        )
+        content = self.client.generate(request).model_dump_json().encode()
+        return sampled(GENERATE, 200, content, tokens, len(prompts))
 
     def slot_bytes(self) -> int:
         """Return the bytes of a slot on the server."""
@@ -99,7 +114,7 @@ class Lockstep(Contender):
     @contextlib.contextmanager
     def path(self, row: str, server: Server, model: PeftModel) -> Iterator[LockstepPath]:
         if TRANSPORTS[row] == "collective" and self.setting.same_gpu:
-            raise Skip("needs two GPUs: NCCL joins no two processes on one")
+            raise Skip(SAME_GPU)
         with RolloutClient(server.url) as client:
             path = LockstepPath(client, model, row)
             path.push(0)  # what a transport refuses at its first use

@@ -19,7 +19,7 @@ from peft import PeftModel
 
 from bench.common.harness import Skip
 from bench.common.report import timed
-from bench.common.servers import ENVIRONMENT, Server, Setting, environment
+from bench.common.servers import ENVIRONMENT, SAME_GPU, Server, Setting, environment
 from bench.contenders import Contender, Moved, SyncPath
 from learner.utils.ports import free_port
 
@@ -59,8 +59,10 @@ class TrlMergedWeights(Contender):
     def start(self, folder: Path, max_rank: int) -> Server:
         from trl.scripts.vllm_serve import ScriptArguments, build_command
 
-        if self.setting.device == "cpu" or self.setting.same_gpu:
+        if self.setting.device == "cpu":
             raise Skip("needs two GPUs")
+        if self.setting.same_gpu:
+            raise Skip(SAME_GPU)
         port = free_port()
         arguments = ScriptArguments(model=str(folder), host="127.0.0.1", port=port)
         command = build_command(arguments, ["--served-model-name", "base", *self.setting.engine_flags])

@@ -2,6 +2,9 @@
 
 python -m bench.sync --quick                       # a tiny model on the CPU, minutes
 python -m bench.sync --json sync.json --plot sync.png --ranks 8,32,128 --share-server    # learner GPU 0, server GPU 1
+python -m bench.sync --ranks 32 --only lockstep --fidelity --server-gpus 2 --server-flags="--tensor-parallel-size 2"
+
+The last one has a server on GPUs 1 and 2. Of two GPUs it takes the learner's, too, and only HTTP can be measured.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel
 
+from bench.common.fidelity import ADAPTER_STD, fidelity
 from bench.common.harness import Bench
 from bench.common.load import TOKENS, compare, loaded, pushing, quiet, random_prompts, read_records
-from bench.common.models import Policy, Shape, optimizer_step, served_rank
+from bench.common.models import Policy, Shape, optimizer_step, served_rank, write_weights
 from bench.common.report import Row, fill, grouped_picture, spread
 from bench.common.servers import Server
 from bench.contenders import Contender, Moved, SyncPath
@@ -68,7 +72,7 @@ class SyncBench(Bench):
     """Seconds of pushes, a row for every way."""
 
     name = "sync"
-    standard = "plot only learner-gpu server-gpu server-flags deadline-s"
+    standard = "plot only learner-gpu server-gpu server-gpus server-flags deadline-s"
     flags = {
         "--append": (False, "keep the rows that --json holds already"),
         "--shapes": ("qwen3-0.6b,qwen3-4b,qwen3-14b", "comma-separated"),
@@ -78,6 +82,7 @@ class SyncBench(Bench):
         "--gpu-memory-utilization": (float, "default: little, for the key-value cache has a fixed size"),
         "--share-server": (False, "all ranks on one server of the highest rank"),
         "--parallel-start": (False, "start all servers of a shape at once; idle ones wait"),
+        "--fidelity": (False, "also compare served logprobs with the learner's own, after a further push of ours"),
         "--under-load": (0, "also push while so many requests are decoding"),
         "--windows": (4, "quiet and pushing windows of --under-load, of each"),
         "--window-s": (5.0, "seconds of each"),
@@ -93,6 +98,8 @@ class SyncBench(Bench):
         "n": "{n}",
         "push s": "{push_s:.4f}",
         "first token s": "{first_token_s:.4f}",
+        "workers": "{workers}",
+        "mean |gap|": "{fidelity[mean_abs_gap]:.2e}",
         "median parts, ms": _parts,
     }
     what, told = "{shape} rank {rank} {row}", "first token after {first_token_s:.4f} s, push {push_s:.4f} s"
@@ -119,6 +126,8 @@ class SyncBench(Bench):
                 self.in_time()
                 folder = shape.write(self.scratch / shape.name, self.dtype)
                 policy = Policy(folder, self.device, self.dtype)
+                if self.options.fidelity:
+                    write_weights(policy, shape, folder, self.dtype)
                 for side_by_side in [plans] if self.options.parallel_start else [[plan] for plan in plans]:
                     self.measure(side_by_side, folder, policy)
 
@@ -126,7 +135,8 @@ class SyncBench(Bench):
         """Yield what to measure on which server."""
         options = self.options
         share = options.gpu_memory_utilization
-        more = ["--load-format", "dummy", *(["--gpu-memory-utilization", str(share)] if share else [])]
+        load = [] if options.fidelity else ["--load-format", "dummy"]
+        more = [*load, *(["--gpu-memory-utilization", str(share)] if share else [])]
         sizes = (256, 16) if self.device == "cpu" else (1024, 64)
         setting = self.setting(*sizes, KV_CACHE_BYTES, *more)
         for contender in (make(setting) for make in CONTENDERS):
@@ -154,7 +164,14 @@ class SyncBench(Bench):
         with self.watched(server, about), self.failure_kept(about, server=server):
             self.in_time()
             with plan.contender.path(about["row"], server, model) as path:
-                self.add(about, measure(path, model, options.pushes, vocab))
+                figures = measure(path, model, options.pushes, vocab)
+                if isinstance(path, LockstepPath):
+                    figures["workers"] = path.workers
+                    if options.fidelity:
+                        optimizer_step(model, ADAPTER_STD)
+                        path.push(WARM_UP + options.pushes + 1)
+                        figures["fidelity"] = fidelity(path.sample, model, vocab, adapter=True)
+                self.add(about, figures)
                 if options.under_load and isinstance(path, LockstepPath):
                     loaded = {**about, "row": f"{about['row']}, {options.under_load} requests decoding"}
                     load = options.under_load, options.windows, options.window_s
@@ -168,6 +185,7 @@ class SyncBench(Bench):
     def _about(self, plan: ServerPlan, row: str, rank: int, server: Server | None = None) -> dict[str, Any]:
         about = {"shape": plan.shape.name, "rank": rank, "parameters": plan.shape.parameters}
         about["server_max_lora_rank"] = plan.max_rank if plan.contender.needs_rank else None
+        about |= {"server_gpus": self.options.server_gpus, "server_flags": self.options.server_flags}
         about |= {"server_start_s": server and server.start_s, "servers_side_by_side": self.options.parallel_start}
         return self.about_row(row, **about)
 

@@ -20,10 +20,10 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from bench.common.sharding import fsdp2_on_cpu, zero3_on_cpu
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.session import Session
 from learner.trainer.attach import attach, save_final_adapter
-from tests.integration.support.sharding_on_cpu import fsdp2_on_cpu, zero3_on_cpu
 from tests.support.rewards import reward_odd
 
 GLOBAL_BATCH, GROUP, STEPS, CUT = 8, 4, 3, 2

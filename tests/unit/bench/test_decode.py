@@ -14,12 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from bench import decode
+from bench.common.fidelity import ADAPTER_STD, divergence
 from bench.common.load import random_prompts
 from bench.common.models import SHAPES, Policy, optimizer_step, write_weights
 from bench.common.servers import Setting
 from bench.decode import (
     ADAPTER,
-    ADAPTER_STD,
     BASE,
     COLUMNS,
     COLUMNS_BASE,
@@ -27,8 +27,6 @@ from bench.decode import (
     PLAIN,
     DecodeBench,
     Target,
-    divergence,
-    fidelity,
 )
 from shared.rollouts import GenerateRequest
 from shared.weights import WeightVersion
@@ -175,7 +173,7 @@ def test_fidelity_sees_a_forgotten_adapter(policy: tuple[Policy, Path], monkeypa
         for row, adapter in ((ADAPTER, True), (MERGE, False), (BASE, False)):
             target = Fake().target(row, "base")
             serve(model, target, monkeypatch, adapter)
-            gaps[row] = fidelity(target, model, TINY.vocab)["fidelity"]
+            gaps[row] = target.fidelity(model, TINY.vocab)
     assert gaps[ADAPTER]["tokens"] == 8 * 64
     assert gaps[ADAPTER]["max_abs_gap"] < 1e-5
     assert gaps[BASE]["max_abs_gap"] < 1e-5

@@ -58,9 +58,27 @@ def test_headline_takes_the_group_with_most_rows_and_orders_by_time() -> None:
 def test_table_and_picture(tmp_path: Path) -> None:
     bench = SyncBench([])
     ratio = {"median": 0.9, "min": 0.8, "max": 1.0}
-    bench.rows = [row("ours", 0.01), row("peer", 1.5, under_load={"ratio": ratio, "tokens_per_s_quiet": 900.0})]
+    served = {"workers": 2, "fidelity": {"mean_abs_gap": 0.003}}
+    bench.rows = [
+        row("ours", 0.01, **served),
+        row("peer", 1.5, under_load={"ratio": ratio, "tokens_per_s_quiet": 900.0}),
+    ]
     lines = bench.table().splitlines()
-    assert lines[2].endswith("1.0  5  0.0100 (0.0050-0.0200)  0.0100 (0.0050-0.0200)  install 1.0")
+    assert lines[2].split()[2:] == [
+        *(
+            "ours",
+            "1.0",
+            "5",
+            "0.0100",
+            "(0.0050-0.0200)",
+            "0.0100",
+            "(0.0050-0.0200)",
+            "2",
+            "3.00e-03",
+            "install",
+            "1.0",
+        )
+    ]
     assert lines[3].endswith("install 1.0 | decode 90.0% (80.0%-100.0%) of 900 tok/s")
     bench.plot(tmp_path / "sync.png", bench.rows)
     assert (tmp_path / "sync.png").read_bytes().startswith(b"\x89PNG")

@@ -302,3 +302,44 @@ def test_the_key_value_cache_is_sized_on_a_gpu_only() -> None:
     bench.device = "cuda:0"
     flags = bench.setting(288, 1, 1e6).engine_flags
     assert flags[flags.index("--kv-cache-memory-bytes") + 1] == "1000000"
+
+
+class ServersBench(ToyBench):
+    """With servers of several GPUs."""
+
+    standard = "shapes only learner-gpu server-gpu server-gpus server-flags deadline-s"
+
+
+@pytest.mark.parametrize(
+    ("flags", "learner", "servers", "shared"),
+    [
+        ([], "cuda:0", "4", False),
+        (["--server-gpus", "2"], "cuda:0", "4,5", False),
+        (["--server-gpus", "2", "--server-gpu", "0", "--learner-gpu", "1"], "cuda:1", "3,4", True),
+        (["--server-gpus", "3"], "cuda:0", "3,4,5", True),  # there is no third one behind the first
+    ],
+)
+def test_gpus_of_servers(
+    flags: list[str], learner: str, servers: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three_gpus(monkeypatch)
+    bench = ServersBench(flags)
+    assert (bench.device, bench.server_device) == (learner, servers)
+    assert bench.setting(64, 2, 1e9).same_gpu == shared
+    assert bench.machine["devices"] == ["H (learner)", *["H (server)"] * len(servers.split(","))]
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    three_gpus(monkeypatch)
+    with pytest.raises(SystemExit, match="2"):
+        ServersBench(["--server-gpus", "4"])
+    assert "--server-gpus 4: there are 3 GPUs" in capsys.readouterr().err
+
+
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process see the GPUs 3, 4 and 5 of its machine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H")
+    monkeypatch.setattr("torch.cuda.set_device", lambda index: None)

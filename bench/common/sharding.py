@@ -1,4 +1,4 @@
-"""Models sharded over ranks on CPUs: settings that `accelerate launch` makes on GPUs only."""
+"""Models sharded over ranks: arguments of GRPOConfig on GPUs, settings on CPUs, where Accelerate shards nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from trl import GRPOTrainer
 
 
+def fsdp2_on_gpus() -> dict[str, Any]:
+    """Return the arguments of GRPOConfig for FSDP2, which shards a rank's GPU."""
+    return {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
 def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
     """Use FSDP2 with activation checkpointing, where Accelerate would silently use DDP. Call before `attach`."""
     state = trainer.accelerator.state
@@ -20,6 +25,11 @@ def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
     )
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
+
+
+def zero3_on_gpus() -> dict[str, Any]:
+    """Return the arguments of GRPOConfig for ZeRO-3 in bfloat16."""
+    return {"deepspeed": _zero3(bf16=True)}
 
 
 def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
@@ -34,16 +44,19 @@ def zero3_on_cpu(*, bf16: bool) -> dict[str, Any]:
     state.num_processes, state.process_index = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     state.local_process_index = state.process_index
     transformers.training_args.is_torch_bf16_gpu_available = lambda: bf16
+    # Shard every parameter, however small.
+    return {
+        "deepspeed": _zero3(bf16=bf16, stage3_param_persistence_threshold=0),
+        "accelerator_config": {"use_configured_state": True},
+        "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"},
+    }
+
+
+def _zero3(*, bf16: bool, **options: Any) -> dict[str, Any]:
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    config = {
+    return {
         **dict.fromkeys(sizes, "auto"),
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
-        # Shard every parameter, however small.
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    return {
-        "deepspeed": config,
-        "accelerator_config": {"use_configured_state": True},
-        "model_init_kwargs": {"dtype": "bfloat16" if bf16 else "float32"},
+        "zero_optimization": {"stage": 3, **options},
     }
