@@ -17,6 +17,7 @@ import torch
 from tests.chaos import invariants
 from tests.chaos.faults import FAULTS, plan
 from tests.chaos.invariants import Checker
+from tests.chaos.reference import TOLERANCE
 
 VERSION = {"run_id": "run", "fence": 1, "step": 4}
 LOGPROB = -0.5
@@ -24,6 +25,8 @@ LOGPROB = -0.5
 
 class _Reference:
     """A model that gives every token the same probability."""
+
+    exact, tolerance = True, TOLERANCE
 
     def logprobs(self, version: tuple[int, int], sequence: list[int]) -> torch.Tensor:
         return torch.full((len(sequence) - 1,), LOGPROB)
