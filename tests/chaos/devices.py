@@ -45,7 +45,7 @@ class Devices:
     @property
     def dtype(self) -> str:
         """Return in what servers compute and take adapters: vLLM's LoRA kernels for GPUs refuse float32."""
-        return "float16" if self.on_gpu else "float32"
+        return "bfloat16" if self.on_gpu else "float32"
 
     @property
     def model(self) -> dict[str, Any]:
@@ -62,8 +62,11 @@ class Devices:
 
     @property
     def learner_flags(self) -> list[str]:
-        """Return further flags of the learner, which computes in float32 wherever it is."""
-        return arguments({"--use_cpu": "false"}) if self.on_gpu else []
+        """Return further flags of the learner, which computes in float32 wherever it is.
+
+        Small updates keep the logits small, and with them what a server's rounding does to logprobs.
+        """
+        return arguments({"--use_cpu": "false", "--learning_rate": "1e-3"}) if self.on_gpu else []
 
     def environment(self, device: str) -> dict[str, str]:
         """Return the environment of a process on `device`."""

@@ -28,7 +28,7 @@ _PIECE = 4096
 _PUSH = re.compile(rb"PUT /v1/runs/[^/ ]+/adapter ")
 _BROADCAST = re.compile(rb"POST /v1/runs/[^/ ]+/broadcast ")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-_RECEIVING = marker(RECEIVING)
+_RECEIVING, _INSTALLED = marker(RECEIVING), 0.75
 #: The beginning of a PushReceipt.
 _RECEIPT = re.compile(
     rb'\{"epoch":"(\w+)","version":\{"run_id":"[^"]+","fence":(\d+),"step":(\d+)\},"install_seq":\d+,"checksum":"(\w+)"'
@@ -152,7 +152,7 @@ class Link:
     async def do_hold(self, at: float, timeout: float, broadcast: bool = False) -> bool:
         """Hold the next push when this share of its body has been forwarded; return whether one came in time.
 
-        With `broadcast` hold the next one of those: while the workers receive, or, from a share of 0.5 on, when the
+        With `broadcast` hold the next one of those: while the workers receive, or, from a share of 0.75 on, when the
         server has installed what came, which the learner does not know.
         """
         self.held.clear()
@@ -232,7 +232,7 @@ class Link:
         """Return whether this end of an answer to a broadcast is to be held."""
         if not self.hold_broadcast or self.hold_at is None:
             return False
-        return bool(_RECEIPT.search(answer)) if self.hold_at >= 0.5 else _RECEIVING in answer
+        return bool(_RECEIPT.search(answer)) if self.hold_at >= _INSTALLED else _RECEIVING in answer
 
     async def _hold(self) -> None:
         self.held.set()
