@@ -97,7 +97,7 @@ BROADCAST_FAULTS = [
     Fault(
         "learner: SIGSTOP inside a push, past deadlines",
         broadcasts.stop_in_a_push(recipes.the_learner, too_long=True),
-        2,
+        1,
         quick=1,
     ),
     Fault("server: kill -9 inside a push", recipes.kill_server_in_a_push, 1, quick=1, limit_s=120),
@@ -120,7 +120,6 @@ BROADCAST_FAULTS = [
         quick=1,
     ),
     Fault("engine's worker: SIGSTOP", recipes.stop(recipes.the_worker), 2),
-    Fault("engine: no memory", broadcasts.no_memory(recipes.the_engine), 1, limit_s=120),
     Fault("engine's worker: no memory", broadcasts.no_memory(recipes.the_worker), 1, quick=1, limit_s=120),
     Fault(
         "engine's worker: failed assertion on the GPU",
