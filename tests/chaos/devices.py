@@ -49,8 +49,8 @@ class Devices:
 
     @property
     def model(self) -> dict[str, Any]:
-        """Return what a tiny model needs beyond its seed."""
-        return {"dtype": self.dtype, "head_dim": 64} if self.on_gpu else {}
+        """Return what a tiny model needs beyond its seed: as wide as columns of adapters take, and calm in few bits."""
+        return {"dtype": self.dtype, "hidden": 512, "head_dim": 64, "std": 0.05} if self.on_gpu else {}
 
     @property
     def server_flags(self) -> list[str]:

@@ -15,6 +15,9 @@ from shared.adapter_file import LORA_A, LORA_B, header_length, parse_header
 Version = tuple[int, int]
 #: Least tolerance, in nats: between float32 on a server and float32 here.
 TOLERANCE = 1e-3
+#: How often what rounding explains may be exceeded: that is derived for the largest of some hundred tokens, not of all
+#: that a run compares.
+_SLACK = 2.0
 
 
 class Reference:
@@ -26,7 +29,7 @@ class Reference:
 
     Attributes:
         exact: whether that is float32.
-        tolerance: mismatch that their rounding explains, in nats, on the sequence seen last.
+        tolerance: of the sequence seen last, in nats.
     """
 
     def __init__(self, model: Path, pushed: Callable[[], dict[Version, Path]], dtype: str = "float32") -> None:
@@ -49,7 +52,7 @@ class Reference:
             logit_std=logits_TV.std(-1).square().mean().sqrt().item(),
             logit_max=logits_TV.abs().max().item(),
         )
-        self.tolerance = max(derived, TOLERANCE)
+        self.tolerance = max(_SLACK * derived, TOLERANCE)
         return logits_TV.log_softmax(-1).gather(1, torch.tensor(list(sequence[1:]))[:, None])[:, 0]
 
     def checksum(self, version: Version) -> str | None:
