@@ -134,6 +134,18 @@ def test_a_lie_is_seen(told: Told, tmp_path: Path, lie: str) -> None:
     assert invariant in {violation.invariant for violation in checker.violations}
 
 
+@pytest.mark.parametrize(("tolerance", "violations"), [(TOLERANCE, {"I4"}), (0.02, set())])
+def test_what_a_servers_rounding_explains_is_no_violation(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float, violations: set[str]
+) -> None:
+    monkeypatch.setattr(_Reference, "tolerance", tolerance)
+    checker = _checker(told, tmp_path / "history", (1, 4, "c1"))
+    _wrong_logprob(told.answers)
+    checker.look(0)
+    assert {violation.invariant for violation in checker.violations} == violations
+    assert checker.largest_share == pytest.approx(checker.largest_gap / tolerance)
+
+
 @pytest.mark.parametrize(("field", "value", "invariant"), [("lag", 1.5, "I6"), ("logprob_gap", 0.1, "I4")])
 def test_the_learners_history_is_read(told: Told, tmp_path: Path, field: str, value: float, invariant: str) -> None:
     history = tmp_path / "history"
