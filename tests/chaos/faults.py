@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tests.chaos import agents, nodes, pushes, recipes, strangers
+from tests.chaos import agents, broadcasts, nodes, pushes, recipes, strangers
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,58 @@ FAULTS = [
     Fault("server: off the list for a while", recipes.leave_the_list, 6, needs="several servers"),
     Fault("another version at its address", recipes.another_version_at_its_address, 3, limit_s=150),
     Fault("another model at its address", recipes.another_model_at_its_address, 2, limit_s=150, needs="other"),
+]
+
+
+#: Of a training that pushes by broadcast, or whose learner and servers share the only GPU. Most come inside a push; few
+#: end a server, which takes half a minute to come back.
+BROADCAST_FAULTS = [
+    Fault("learner: kill -9 inside a push", recipes.kill_learner_in_a_push, 4, quick=1),
+    Fault("learner: SIGSTOP inside a push", broadcasts.stop_in_a_push(recipes.the_learner), 4, quick=1),
+    Fault(
+        "learner: SIGSTOP inside a push, past deadlines",
+        broadcasts.stop_in_a_push(recipes.the_learner, too_long=True),
+        1,
+        quick=1,
+    ),
+    Fault("server: kill -9 inside a push", recipes.kill_server_in_a_push, 1, quick=1, limit_s=120),
+    Fault("server: SIGSTOP inside a push", broadcasts.stop_in_a_push(recipes.the_server), 3, quick=1),
+    Fault("engine: kill -9 inside a push", broadcasts.kill_part_in_a_push(recipes.the_engine), 1, limit_s=120),
+    Fault("engine: SIGSTOP inside a push", broadcasts.stop_in_a_push(recipes.the_engine), 3, quick=1),
+    Fault("engine: SIGSTOP", recipes.stop(recipes.the_engine), 2),
+    Fault(
+        "engine's worker: kill -9 inside a push",
+        broadcasts.kill_part_in_a_push(recipes.the_worker),
+        1,
+        quick=1,
+        limit_s=120,
+    ),
+    Fault("engine's worker: SIGSTOP inside a push", broadcasts.stop_in_a_push(recipes.the_worker), 4, quick=1),
+    Fault(
+        "engine's worker: SIGSTOP inside a push, past deadlines",
+        broadcasts.stop_in_a_push(recipes.the_worker, too_long=True),
+        2,
+        quick=1,
+    ),
+    Fault("engine's worker: SIGSTOP", recipes.stop(recipes.the_worker), 2),
+    Fault("engine's worker: no memory", broadcasts.no_memory(recipes.the_worker), 1, quick=1, limit_s=120),
+    Fault(
+        "engine's worker: failed assertion on the GPU",
+        broadcasts.failed_assertion(recipes.the_worker),
+        1,
+        limit_s=120,
+        needs="a GPU",
+    ),
+    Fault("connections: reset inside a push", recipes.cut_a_push, 4, quick=1),
+    Fault("connections: silent inside a push", broadcasts.silence_in_a_push, 3, quick=1),
+    Fault("connections: half-open inside a push", broadcasts.half_open_in_a_push, 1),
+    Fault("connections: answer truncated", recipes.cut_answers, 3, quick=1),
+    Fault("group: its connections are cut inside a push", broadcasts.cut_the_group, 4, quick=1, needs="broadcasts"),
+    Fault("group: failed join", strangers.failed_join, 2, quick=1, needs="broadcasts"),
+    Fault("push: flipped bit", pushes.flipped_bit, 1),
+    Fault("push: older", pushes.older_push, 1, quick=1),
+    Fault("push: stale fence", pushes.stale_fence, 1),
+    Fault("push: refused takeover", pushes.refused_takeover, 1),
 ]
 
 

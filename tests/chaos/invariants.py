@@ -13,12 +13,10 @@ from typing import Any
 import httpx
 import torch
 
-from tests.chaos.reference import Reference, Version
+from tests.chaos.reference import TOLERANCE, Reference, Version
 
 PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
 PROMPTS = [[5, 17, 99], [260, 41, 33, 270, 8]]
-#: Between float32 on the server and float32 here, in nats.
-TOLERANCE = 1e-3
 _PROBE_TIMEOUT_S = 5.0
 _EVERY_S = 0.7
 #: How long a reachable server may serve nothing, or a version many steps old, while others receive pushes.
@@ -48,6 +46,7 @@ class Checker:
 
     Attributes:
         checks: number of checks of each invariant.
+        largest_gap, largest_share: of logprobs from a recomputation, in nats and of the tolerance.
         steps: time at which each step appeared in the history, and its line.
     """
 
@@ -62,6 +61,7 @@ class Checker:
     violations: list[Violation] = field(default_factory=list)
     checks: dict[str, int] = field(default_factory=dict)
     largest_gap: float = 0.0
+    largest_share: float = 0.0
     steps: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -201,22 +201,29 @@ class Checker:
         document = answer.json()
         version, scores = (document["version"]["fence"], document["version"]["step"]), document["logprobs"][0]
         self._not_older(document["epoch"], version, floors, "score")
-        self.equal(version, PROBE, scores, range(len(scores)))
+        tolerance = self.equal(version, PROBE, scores, range(len(scores)))
         checksum = self._checksums.get(version)
-        if checksum is not None:
+        if checksum is not None and tolerance is not None:
             before = self._scores.setdefault(checksum, scores)
             gap = max(abs(a - b) for a, b in zip(before, scores, strict=True))
-            self.require("I3", gap <= TOLERANCE, f"scores of {version} changed by {gap:.2e} while its bytes did not")
+            self.require("I3", gap <= tolerance, f"scores of {version} changed by {gap:.2e} while its bytes did not")
 
-    def equal(self, version: Version, sequence: list[int], served: Sequence[float], positions: Sequence[int]) -> None:
-        """Check logprobs of the tokens behind these positions of a sequence against a recomputation."""
+    def equal(
+        self, version: Version, sequence: list[int], served: Sequence[float], positions: Sequence[int]
+    ) -> float | None:
+        """Check logprobs of the tokens behind these positions of a sequence against a recomputation.
+
+        Returns the tolerance; None if that version is not stored any more.
+        """
         with self._lock:  # one model for all threads
-            own = self.reference.logprobs(version, sequence)
+            own, tolerance = self.reference.logprobs(version, sequence), self.reference.tolerance
         if own is None:
-            return
+            return None
         gap = (own[list(positions)] - torch.tensor(served)).abs().max().item()
         self.largest_gap = max(self.largest_gap, gap)
-        self.require("I4", gap <= TOLERANCE, f"logprobs of {version} differ by {gap:.2e} from a recomputation")
+        self.largest_share = max(self.largest_share, gap / tolerance)
+        self.require("I4", gap <= tolerance, f"logprobs of {version} differ by {gap:.2e} from a recomputation")
+        return tolerance
 
     def _follow_history(self) -> None:
         """Read every step that the learner reports, also those of histories that were abandoned."""
@@ -241,4 +248,6 @@ class Checker:
         self.steps.append((time.monotonic(), step))
         self.require("I6", step["lag"] <= self.max_staleness, f"step {step['step']} trained on lag {step['lag']}")
         gap = step["logprob_gap"]
-        self.require("I4", gap is not None and gap <= TOLERANCE, f"step {step['step']}: proof gap {gap}")
+        # In fewer bits the learner's proof has a tolerance of its own, beyond which it ends.
+        proven = gap is not None and (gap <= TOLERANCE or not self.reference.exact)
+        self.require("I4", proven, f"step {step['step']}: proof gap {gap}")

@@ -1,8 +1,8 @@
 """A TCP proxy between learner and rollout servers, as a separate process, that breaks connections in every way.
 
-It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every adapter
-(`FOLDER/pushes/FENCE.STEP.blob`) before its last piece is forwarded, and records every receipt on its
-way to the learner.
+It parses requests only to recognize pushes and receipts: it can hold a push halfway, stores every adapter that passes
+(`FOLDER/pushes/FENCE.STEP.blob`) before its last piece is forwarded, and records every receipt on its way to the
+learner. Of a broadcast only the announcement, the word that the workers receive, and the receipt pass.
 
 python -m tests.chaos.proxy FOLDER HOST UPSTREAM_PORT...     # controlled over FOLDER/control, see `tests.chaos.control`
 """
@@ -21,11 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.wire import RECEIVING, marker
 from tests.chaos.recording import Pushes
 
 _PIECE = 4096
 _PUSH = re.compile(rb"PUT /v1/runs/[^/ ]+/adapter ")
+_BROADCAST = re.compile(rb"POST /v1/runs/[^/ ]+/broadcast ")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_RECEIVING, _INSTALLED = marker(RECEIVING), 0.75
 #: The beginning of a PushReceipt.
 _RECEIPT = re.compile(
     rb'\{"epoch":"(\w+)","version":\{"run_id":"[^"]+","fence":(\d+),"step":(\d+)\},"install_seq":\d+,"checksum":"(\w+)"'
@@ -39,6 +42,7 @@ class Requests:
         self._head = bytearray()
         self._left = 0
         self.push: bytearray | None = None  #: body of the push in progress, as far as received
+        self.broadcast = False  #: the last request announced a broadcast
         self.length = 0
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
@@ -65,6 +69,7 @@ class Requests:
         length = _LENGTH.search(head)
         self._left = self.length = int(length[1]) if length else 0
         self.push = bytearray() if _PUSH.match(head) else None
+        self.broadcast = bool(_BROADCAST.match(head))
 
     @property
     def complete_push(self) -> bytes | None:
@@ -78,6 +83,7 @@ class Connection:
 
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self.writers = writers
+        self.requests = Requests()
         self.swallows = False  #: half-open: drops all data, without an error
         self.left: list[int | None] = [None, None]  #: bytes still to forward to the server, to the learner
 
@@ -104,6 +110,7 @@ class Link:
         self.passing, self.released, self.held = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.passing.set()
         self.hold_at: float | None = None
+        self.hold_broadcast = False
         self._called = self._own_name = b""
 
     async def serve(self, host: str) -> None:
@@ -142,11 +149,15 @@ class Link:
         for connection in self.connections:
             connection.left[side] = after
 
-    async def do_hold(self, at: float, timeout: float) -> bool:
-        """Hold the next push when this share of its body has been forwarded; return whether one came in time."""
+    async def do_hold(self, at: float, timeout: float, broadcast: bool = False) -> bool:
+        """Hold the next push when this share of its body has been forwarded; return whether one came in time.
+
+        With `broadcast` hold the next one of those: while the workers receive, or, from a share of 0.75 on, when the
+        server has installed what came, which the learner does not know.
+        """
         self.held.clear()
         self.released.clear()
-        self.hold_at = at
+        self.hold_at, self.hold_broadcast = at, broadcast
         try:
             await asyncio.wait_for(self.held.wait(), timeout)
             return True
@@ -191,30 +202,41 @@ class Link:
         return None
 
     async def _to_server(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
-        requests = Requests()
+        requests = connection.requests
         while data := await _read(reader):
             for piece in requests.pieces(data):
                 push, at = requests.push, self.hold_at
                 if complete := requests.complete_push:
                     self.proxy.pushes.store(complete)
-                if push and at is not None and len(push) >= at * requests.length:
-                    self.held.set()
-                    await self.released.wait()
+                if push and at is not None and not self.hold_broadcast and len(push) >= at * requests.length:
+                    await self._hold()
                 if not await self._pass(connection, 0, piece, to):
                     return
                 if complete:
                     requests.push = None
 
     async def _back(self, connection: Connection, reader: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
-        tail = b""
+        tail, requests = b"", connection.requests
         while data := await _read(reader):
             tail += data
+            if requests.broadcast and self._holds(tail):
+                await self._hold()
             for receipt in _RECEIPT.finditer(tail):
-                self.proxy.saw_receipt(self, receipt)
+                self.proxy.saw_receipt(self, receipt, requests.broadcast)
                 tail = tail[receipt.end() :]
             tail = tail[-300:]
             if not await self._pass(connection, 1, data, to):
                 return
+
+    def _holds(self, answer: bytes) -> bool:
+        """Return whether this end of an answer to a broadcast is to be held."""
+        if not self.hold_broadcast or self.hold_at is None:
+            return False
+        return bool(_RECEIPT.search(answer)) if self.hold_at >= _INSTALLED else _RECEIVING in answer
+
+    async def _hold(self) -> None:
+        self.held.set()
+        await self.released.wait()
 
     async def _pass(self, connection: Connection, side: int, data: bytes, to: asyncio.StreamWriter) -> bool:
         """Forward a piece; return whether the connection goes on."""
@@ -253,7 +275,7 @@ class Proxy:
         server = await asyncio.start_unix_server(self._control, self._folder / "control")
         await server.serve_forever()
 
-    def saw_receipt(self, link: Link, found: re.Match[bytes]) -> None:
+    def saw_receipt(self, link: Link, found: re.Match[bytes], broadcast: bool) -> None:
         """Record a receipt that is on its way to the learner."""
         epoch, fence, step, checksum = (part.decode() for part in found.groups())
         self._receipts.append(
@@ -263,6 +285,7 @@ class Proxy:
                 "fence": int(fence),
                 "step": int(step),
                 "checksum": checksum,
+                "broadcast": broadcast,
                 "time": time.monotonic(),
             }
         )

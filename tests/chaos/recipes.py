@@ -18,6 +18,7 @@ from tests.integration.support.server import HTTP
 Recipe = Callable[[World, int, Random], None]
 #: Longer than the deadline of a rollout, of a push, and of a push on the server.
 TOO_LONG_S = GENERATE_S + 2.0
+_PUSH_COMES_S = 20.0
 
 
 # --- processes die
@@ -27,49 +28,49 @@ def kill_learner(world: World, server: int, random: Random) -> None:
     time.sleep(random.uniform(0, 2))
     generation = world.learner.generation
     world.learner.kill()
-    _until(lambda: world.learner.generation > generation, 60)
+    until(lambda: world.learner.generation > generation, 60)
 
 
 def kill_learner_in_a_push(world: World, server: int, random: Random) -> None:
-    _in_a_push(world, server, random, world.learner.kill)
+    in_a_push(world, server, random, world.learner.kill)
 
 
 def kill_server(world: World, server: int, random: Random) -> None:
-    _spare(world, server)
+    spare(world, server)
     time.sleep(random.uniform(0, 2))
     world.servers[server].kill()
-    _until_back(world, server)
+    until_back(world, server)
 
 
 def kill_server_in_a_push(world: World, server: int, random: Random) -> None:
-    _spare(world, server)
-    _in_a_push(world, server, random, world.servers[server].kill)
-    _until_back(world, server)
+    spare(world, server)
+    in_a_push(world, server, random, world.servers[server].kill)
+    until_back(world, server)
 
 
 def upgrade_server(world: World, server: int, random: Random) -> None:
     """Send SIGTERM: the server must finish its requests and end with status 0."""
-    _spare(world, server)
+    spare(world, server)
     generation = world.servers[server].generation
     kill([world.servers[server].pid], SIGTERM)
-    if not _until(lambda: world.servers[server].generation > generation, 60):
+    if not until(lambda: world.servers[server].generation > generation, 60):
         world.checker.violated("hang", "the server does not end after SIGTERM")
     elif (status := world.servers[server].exits[-1][1]) != 0:
         world.checker.violated("drain", f"the server ended with status {status}")
-    _until_back(world, server)
+    until_back(world, server)
 
 
 def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
     """Kill a process of the engine: the server has to end by itself, and not respond without an engine."""
 
     def recipe(world: World, server: int, random: Random) -> None:
-        _spare(world, server)
+        spare(world, server)
         generation = world.servers[server].generation
         if not kill(who(world, server)):
             raise NotInjectedError("it is not running")
-        if not _until(lambda: world.servers[server].generation > generation, 60):
+        if not until(lambda: world.servers[server].generation > generation, 60):
             world.checker.violated("engine death", "the server goes on without it")
-        _until_back(world, server)
+        until_back(world, server)
 
     return recipe
 
@@ -165,7 +166,7 @@ def cut_requests(world: World, server: int, random: Random) -> None:
 
 
 def cut_a_push(world: World, server: int, random: Random) -> None:
-    _in_a_push(world, server, random, lambda: world.control("reset", server=server))
+    in_a_push(world, server, random, lambda: world.control("reset", server=server))
 
 
 def cut_the_wire(world: World, server: int, random: Random) -> None:
@@ -186,7 +187,7 @@ def cut_the_wire_too_long(world: World, server: int, random: Random) -> None:
 def full_disk(world: World, server: int, random: Random) -> None:
     generation = world.learner.generation
     world.disk.fill(but=random.choice([0, 20_000, 300_000]))
-    _until(lambda: world.learner.generation > generation, random.uniform(3, 12))
+    until(lambda: world.learner.generation > generation, random.uniform(3, 12))
     world.disk.free()
 
 
@@ -221,7 +222,7 @@ def another_model_at_its_address(world: World, server: int, random: Random) -> N
 # --- helpers
 
 
-def _until(condition: Callable[[], object], timeout_s: float) -> bool:
+def until(condition: Callable[[], object], timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -230,27 +231,28 @@ def _until(condition: Callable[[], object], timeout_s: float) -> bool:
     return True
 
 
-def _until_back(world: World, server: int) -> None:
+def until_back(world: World, server: int) -> None:
     """Wait until the supervisor has restarted a single server; with several, the training need not wait for it."""
     if world.server_list:
         return
     time.sleep(0.5)
-    if not _until(lambda: ready(world.url(server)), 240):
+    if not until(lambda: ready(world.url(server)), 240):
         world.checker.violated("hang", f"server {server} does not come back:\n{world.servers[server].tail()}")
 
 
-def _spare(world: World, server: int) -> None:
+def spare(world: World, server: int) -> None:
     """Skip the fault if no other of several servers is up: the training would have to wait for one."""
     others = [index for index in range(len(world.servers)) if index != server]
     if others and not any(ready(world.url(index)) for index in others):
         raise NotInjectedError("no other server is up")
 
 
-def _in_a_push(world: World, server: int, random: Random, action: Callable[[], object]) -> None:
-    """Run `action` when a part of the next push has reached the server."""
+def in_a_push(world: World, server: int, random: Random, action: Callable[[], object]) -> None:
+    """Run `action` when a part of the next push has reached the server, or while its workers receive a broadcast."""
+    broadcast, at = world.options.broadcast, random.uniform(0.01, 1)
     try:
-        if not world.control("hold", server=server, at=random.uniform(0.01, 1), timeout=20):
-            raise NotInjectedError("no push came")
+        if not world.control("hold", server=server, at=at, timeout=_PUSH_COMES_S, broadcast=broadcast):
+            raise NotInjectedError("no push came" if not broadcast else "no broadcast came")
         action()
         time.sleep(0.2)
     finally:
@@ -267,5 +269,5 @@ def _jump(world: World, name: str, random: Random) -> None:
 def _at_its_address(world: World, server: int, port: int, random: Random) -> None:
     generation = world.learner.generation
     before = world.control("upstream", server=server, port=port)
-    _until(lambda: world.learner.generation > generation, random.uniform(1, 8))
+    until(lambda: world.learner.generation > generation, random.uniform(1, 8))
     world.control("upstream", server=server, port=before)

@@ -70,8 +70,11 @@ def table(records: list[Record], world: Training, seconds: float) -> tuple[str, 
     rows += [
         "",
         f"seed {world.options.seed}, {world.options.steps} steps, {world.options.servers} server(s), "
-        f"{seconds:.0f} s; checks: {checks}; largest logprob gap {checker.largest_gap:.1e}",
+        f"{seconds:.0f} s; checks: {checks}; largest logprob gap {checker.largest_gap:.1e}, "
+        f"{checker.largest_share:.0%} of its tolerance",
     ]
+    if world.options.broadcast:
+        rows.append(f"{world.broadcasts()} pushes were broadcast")
     ends = [(status, words) for _, status, words in world.learner.exits if status]
     endings = Counter(words if status > 0 else f"signal {-status}" for status, words in ends)
     rows += [f"the learner ended {count} times with: {words}" for words, count in endings.most_common()]

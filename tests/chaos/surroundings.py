@@ -64,8 +64,8 @@ class SharedMemory:
         return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/shm && exec "$@"', str(self.folder)]
 
     def left(self) -> list[str]:
-        """Return the names of its segments."""
-        return sorted(path.name for path in self.folder.iterdir())
+        """Return the names of its segments, except those that NCCL leaves where a process is killed."""
+        return sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("nccl-"))
 
     def close(self) -> None:
         """Unmount it."""

@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGCONT, SIGSTOP
+from signal import SIGCONT, SIGSTOP, SIGTERM
 from typing import Any, Self
 
 import httpx
 
 from learner.utils.ports import free_port
 from tests.chaos.control import Control
+from tests.chaos.devices import INSIDE, Devices
 from tests.chaos.invariants import Checker
 from tests.chaos.processes import REPOSITORY, Supervised, belonging, kill
-from tests.chaos.recorder import PAUSE
+from tests.chaos.recorder import FOLDER_VARIABLE, PAUSE
 from tests.chaos.reference import Reference
 from tests.chaos.surroundings import Clock, Disk, Network, SharedMemory, UnavailableError
 from tests.integration.conftest import FLAGS as SERVER_FLAGS
@@ -69,6 +70,8 @@ class Options:
     servers: int = 1
     quick: bool = False
     deterministic: bool = False
+    broadcast: bool = False
+    devices: Devices = Devices()
 
     @property
     def staleness(self) -> int:
@@ -99,7 +102,7 @@ class Training(ABC):
         self._open = contextlib.ExitStack()
         self._problems: list[str] = []
         self._supervised: list[Supervised] = []
-        self.model = make_tiny_model(self.folder / "model", seed=0)
+        self.model = make_tiny_model(self.folder / "model", seed=0, **options.devices.model)
         self.task = write_questions(self.folder / "questions.jsonl", PROMPTS + 2)
 
     def __enter__(self) -> Self:
@@ -129,6 +132,16 @@ class Training(ABC):
         """Train without pauses, since no more faults come."""
         (self.folder / PAUSE).unlink(missing_ok=True)
 
+    def end_early(self, within: int = 10) -> None:
+        """Let the training end after so many further steps: it is left, with a checkpoint, and resumed with fewer."""
+        steps = self.step() + within
+        if self.learner.done.is_set() or steps >= self.options.steps:
+            return
+        command = self.learner.command
+        command[command.index("--max_steps") + 1] = str(steps)
+        self.options.steps = steps
+        kill([self.learner.pid], SIGTERM)
+
     @property
     def lease(self) -> Path:
         return self.output / "lease.json"
@@ -154,6 +167,10 @@ class Training(ABC):
                     return seen - since
             time.sleep(0.05)
         return None
+
+    def broadcasts(self) -> int:
+        """Return how many receipts of broadcasts have reached the learner."""
+        return sum(receipt.get("broadcast", False) for receipt in self.control.receipts())
 
     def summary(self) -> dict[str, Any]:
         """Return the learner's summary."""
@@ -191,24 +208,30 @@ class World(Training):
         self.server_list = self.folder / "servers" if options.servers > 1 else None
         if not self.server_list:
             self.unavailable["several servers"] = "there is one server (--servers)"
-        self.network = self._have("network", lambda: Network(str(os.getpid())))
-        self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
+        devices = options.devices
+        if devices.on_gpu and not options.broadcast:
+            self.unavailable["broadcasts"] = "pushes go over HTTP"
+        if options.broadcast and not devices.on_gpu:
+            self.unavailable["a GPU"] = "learner and servers compute on the CPU"
         self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
+        self.network = self.disk = None
+        self.clocks: dict[str, Clock | None] = {"server": None, "learner": None}
+        if not (options.broadcast or devices.on_gpu):  # both ends of a broadcast must be in one network
+            self.network = self._have("network", lambda: Network(str(os.getpid())))
+            self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
+            self.clocks = {name: self._have("clock", lambda n=name: Clock(self.folder, n)) for name in self.clocks}
         self.output = (self.disk.folder if self.disk else self.folder) / "run"
-        self.clocks = {
-            name: self._have("clock", lambda name=name: Clock(self.folder, name)) for name in ("server", "learner")
-        }
 
     def _start(self) -> None:
         options = self.options
         self.servers = [self._server(f"server-{i}", free_port(), self.model) for i in range(options.servers)]
-        self.other = None if options.quick else self._server("another-model", free_port(), self._another_model())
+        self.other = self._server("another-model", free_port(), self._another_model()) if self._has_another else None
         host = self.network.host if self.network else "127.0.0.1"
         command = [sys.executable, "-m", "tests.chaos.proxy", str(self.folder), host, *map(str, self.ports)]
         proxy = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True)
         self._open.callback(proxy.kill)
         self.control = Control(self.folder)
-        reference = Reference(self.model, self.control.pushed)
+        reference = Reference(self.model, self.control.pushed, options.devices.dtype)
         self.checker = Checker(
             self.addresses(),
             RUN_ID,
@@ -250,11 +273,11 @@ class World(Training):
             temporary.replace(self.server_list)
 
     @contextlib.contextmanager
-    def stopped(self, pids: list[int]) -> Iterator[None]:
-        """Stop processes until the end of the block."""
+    def stopped(self, pids: list[int]) -> Iterator[list[int]]:
+        """Stop processes until the end of the block, in which the list may grow by others."""
         try:
             kill(pids, SIGSTOP)
-            yield
+            yield pids
         finally:
             kill(pids, SIGCONT)
 
@@ -290,10 +313,16 @@ class World(Training):
             self._open.callback(made.close)
         return made
 
+    @property
+    def _has_another(self) -> bool:
+        options = self.options
+        return not (options.quick or options.broadcast or options.devices.on_gpu)
+
     def _another_model(self) -> Path:
         return make_tiny_model(self.folder / "another-model", seed=1)
 
     def _server(self, name: str, port: int, model: Path) -> Supervised:
+        devices = self.options.devices
         command = [
             sys.executable,
             "-m",
@@ -303,11 +332,14 @@ class World(Training):
             str(port),
             *SERVER_FLAGS,
             *arguments({"--push-timeout": SERVER_PUSH_S, "--drain-seconds": 5, "--slots-per-run": 3}),
+            *arguments({"--collective-timeout": SERVER_PUSH_S}),
             *(["--deterministic"] if self.options.deterministic else []),
+            *devices.server_flags,
         ]
         clock = self.clocks["server"]
+        environment = ENVIRONMENT | devices.environment(devices.server) | python_path(INSIDE)
         return self._supervise(
-            name, self._in_memory(command), ENVIRONMENT | (clock.environment if clock else {}), forever=True
+            name, self._in_memory(command), environment | (clock.environment if clock else {}), forever=True
         )
 
     def _in_memory(self, command: list[str]) -> list[str]:
@@ -315,8 +347,10 @@ class World(Training):
         return [*(self.memory.prefix if self.memory else []), *command]
 
     def _learner_environment(self) -> dict[str, str]:
-        clock = self.clocks["learner"]
-        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        clock, devices = self.clocks["learner"], self.options.devices
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **python_path(), **devices.environment(devices.learner)}
+        if self.options.broadcast:
+            own[FOLDER_VARIABLE] = str(self.folder)
         return own | (clock.environment if clock else {})
 
     def _wait_ready(self) -> None:
@@ -331,6 +365,8 @@ class World(Training):
     def training(self, urls: list[str], output: Path) -> list[str]:
         """Return the learner's command."""
         options = self.options
+        # Adapters that are broadcast are recorded in the learner itself, which has to import what records them.
+        recorder = {"--reward_funcs": "tests.chaos.recorder:odd_with_pauses", "--reward_workers": 0}
         return [
             sys.executable,
             "-m",
@@ -346,9 +382,18 @@ class World(Training):
                     "--max_steps": options.steps,
                     "--max_staleness": options.staleness,
                     "--deterministic": str(options.deterministic).lower(),
+                    "--transport": "collective" if options.broadcast else "auto",
+                    **(recorder if options.broadcast else {}),
                 }
             ),
+            *options.devices.learner_flags,
         ]
+
+
+def python_path(*folders: Path) -> dict[str, str]:
+    """Return $PYTHONPATH with these folders and the repository before what it has."""
+    known = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), str(REPOSITORY), *([known] if known else [])])}
 
 
 def ready(url: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from tests.chaos import invariants
 from tests.chaos.faults import FAULTS, plan
 from tests.chaos.invariants import Checker
+from tests.chaos.reference import TOLERANCE
 
 VERSION = {"run_id": "run", "fence": 1, "step": 4}
 LOGPROB = -0.5
@@ -24,6 +25,8 @@ LOGPROB = -0.5
 
 class _Reference:
     """A model that gives every token the same probability."""
+
+    exact, tolerance = True, TOLERANCE
 
     def logprobs(self, version: tuple[int, int], sequence: list[int]) -> torch.Tensor:
         return torch.full((len(sequence) - 1,), LOGPROB)
@@ -129,6 +132,18 @@ def test_a_lie_is_seen(told: Told, tmp_path: Path, lie: str) -> None:
     change(told.answers)
     checker.look(0)
     assert invariant in {violation.invariant for violation in checker.violations}
+
+
+@pytest.mark.parametrize(("tolerance", "violations"), [(TOLERANCE, {"I4"}), (0.02, set())])
+def test_what_a_servers_rounding_explains_is_no_violation(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float, violations: set[str]
+) -> None:
+    monkeypatch.setattr(_Reference, "tolerance", tolerance)
+    checker = _checker(told, tmp_path / "history", (1, 4, "c1"))
+    _wrong_logprob(told.answers)
+    checker.look(0)
+    assert {violation.invariant for violation in checker.violations} == violations
+    assert checker.largest_share == pytest.approx(checker.largest_gap / tolerance)
 
 
 @pytest.mark.parametrize(("field", "value", "invariant"), [("lag", 1.5, "I6"), ("logprob_gap", 0.1, "I4")])

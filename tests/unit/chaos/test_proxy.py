@@ -18,6 +18,7 @@ import pytest
 
 from shared.adapter_file import Layout, lay_out
 from shared.weights import AdapterManifest, ModuleSpec, PushReceipt, WeightVersion
+from shared.wire import RECEIVING, marker
 from tests.chaos.control import Control
 from tests.chaos.forgery import reversioned
 from tests.chaos.processes import REPOSITORY
@@ -54,6 +55,16 @@ class _Server(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         assert len(self.rfile.read(int(self.headers["content-length"]))) == len(BLOB)
         self._answer(RECEIPT.model_dump_json().encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for line in (marker(RECEIVING), RECEIPT.model_dump_json().encode()):
+            self.wfile.write(b"%x\r\n%s\n\r\n" % (len(line) + 1, line))
+            time.sleep(0.2)  # a chunk is a packet
+        self.wfile.write(b"0\r\n\r\n")
 
     def do_GET(self) -> None:
         self._answer(b"x" * 5000)
@@ -122,6 +133,30 @@ def test_a_push_is_held_in_its_middle(control: Control, http: httpx.Client) -> N
         control("release", server=0)
         assert push.result().status_code == 200
     assert control("hold", server=0, at=0.5, timeout=0.1) is False
+
+
+@pytest.mark.parametrize(("at", "lines"), [(0.2, 0), (0.8, 1)])
+def test_a_broadcast_is_held_before_the_learner_sends_or_knows_that_it_is_installed(
+    control: Control, http: httpx.Client, at: float, lines: int
+) -> None:
+    before, seen = len(control.receipts()), list[str]()
+
+    def announce() -> None:
+        with http.stream("POST", "/v1/runs/run/broadcast", json={}) as answer:
+            seen.extend(line for line in answer.iter_lines() if line)
+
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(control, "hold", server=0, at=at, timeout=20, broadcast=True)
+        time.sleep(1.0)
+        assert _push(http).status_code == 200, "a push over HTTP is not held"
+        announced = pool.submit(announce)
+        assert held.result() is True
+        time.sleep(0.5)
+        assert (len(seen), announced.done()) == (lines, False)
+        control("release", server=0)
+        announced.result()
+    assert len(seen) == 2
+    assert [receipt["broadcast"] for receipt in control.receipts()[before:]] == [False, True]
 
 
 def test_a_push_is_reset_in_its_middle(control: Control, http: httpx.Client) -> None:

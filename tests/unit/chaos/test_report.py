@@ -14,8 +14,8 @@ NOT_DONE = Record("another", 0, injected=False, note="it is not running")
 
 
 def _world(violations: list[Any]) -> Any:
-    checker = SimpleNamespace(violations=violations, checks={"I1": 1}, largest_gap=0.0)
-    options = SimpleNamespace(seed=1, steps=10, servers=1)
+    checker = SimpleNamespace(violations=violations, checks={"I1": 1}, largest_gap=0.0, largest_share=0.0)
+    options = SimpleNamespace(seed=1, steps=10, servers=1, broadcast=False)
     return SimpleNamespace(checker=checker, options=options, learner=SimpleNamespace(exits=[]))
 
 

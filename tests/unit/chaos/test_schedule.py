@@ -13,7 +13,7 @@ import pytest
 
 from tests.chaos import __main__ as chaos
 from tests.chaos import agreement
-from tests.chaos.faults import FAULTS, Fault, plan
+from tests.chaos.faults import BROADCAST_FAULTS, FAULTS, Fault, plan
 from tests.chaos.report import Record, table
 from tests.chaos.world import NotInjectedError
 
@@ -29,8 +29,10 @@ class _World(SimpleNamespace):
                 violations.append(f"{invariant}: {what}")
 
         super().__init__(
-            options=SimpleNamespace(steps=0, servers=1, seed=1),
-            checker=SimpleNamespace(violations=violations, checks={}, largest_gap=0.0, require=require),
+            options=SimpleNamespace(steps=0, servers=1, seed=1, broadcast=False),
+            checker=SimpleNamespace(
+                violations=violations, checks={}, largest_gap=0.0, largest_share=0.0, require=require
+            ),
             learner=SimpleNamespace(done=SimpleNamespace(is_set=lambda: False), generation=1, exits=[]),
             control=SimpleNamespace(receipts=receipts),
             during="",
@@ -114,6 +116,24 @@ def test_every_fault_is_in_a_schedule_and_in_the_short_one() -> None:
     assert {fault.name for fault in chosen} == {fault.name for fault in FAULTS}
     quick = {fault.name for fault in plan(Random(2), 10**6, quick=True, missing=set())}
     assert {"push: refused takeover", "push: long names", "strangers: idle connections"} <= quick
+
+
+def test_few_of_forty_faults_of_a_training_that_broadcasts_end_the_server() -> None:
+    chosen = plan(Random(2), 40, quick=False, missing=set(), faults=BROADCAST_FAULTS)
+    assert len(chosen) == 40
+    assert {fault.name for fault in chosen} == {fault.name for fault in BROADCAST_FAULTS}
+    ends = ("server: kill", "engine: kill", "engine's worker: kill", "no memory", "failed assertion")
+    assert sum(any(word in fault.name for word in ends) for fault in chosen) == 5
+    assert sum("inside a push" in fault.name for fault in chosen) >= 20
+
+
+def test_nothing_is_injected_when_the_time_is_up(ready: list[int]) -> None:
+    world, ended = _World(_now), list[int]()
+    world.end_early = lambda: ended.append(1)
+    faults = [_fault(lambda *_: time.sleep(0.3)) for _ in range(5)]
+    records = chaos.disturb(world, faults, Random(1), time.monotonic() + 0.2)  # type: ignore[arg-type]
+    assert 0 < len(records) < 5
+    assert ended == [1]
 
 
 def test_a_schedule_of_some_faults_has_as_many_as_are_asked_for() -> None:

@@ -1,0 +1,70 @@
+"""Errors that a process of the engine makes at a signal, and connections that the learner cuts at one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import recorder
+from tests.chaos.devices import INSIDE, Devices
+from tests.chaos.surroundings import UnavailableError
+from tests.chaos.world import python_path
+
+_WAITS = "import time; print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGUSR2, "allocate memory"), (signal.SIGUSR1, "Expected Tensor with single nonzero")]
+)
+def test_a_signal_ends_a_process_with_an_error_of_torch(number: signal.Signals, words: str) -> None:
+    environment = {**os.environ, **python_path(INSIDE)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WAITS], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert words in said
+
+
+def test_the_learner_cuts_what_is_not_http(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as http, socket.create_server(("127.0.0.1", 0)) as group:
+        monkeypatch.setattr(recorder, "_http_ports", {http.getsockname()[1]})
+        monkeypatch.setattr(recorder, "_folder", tmp_path)
+        with socket.create_connection(http.getsockname()) as kept, socket.create_connection(group.getsockname()) as cut:
+            accepted = group.accept()[0]
+            other = http.accept()[0]
+            recorder._cut_groups()
+            assert cut.recv(1) == b""
+            assert accepted.recv(1) == b""
+            other.sendall(b"x")
+            assert kept.recv(1) == b"x"
+    assert json.loads((tmp_path / recorder.CUT).read_text()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "learner", "server", "broadcasts"), [("2,5,7", "2", "5", True), ("GPU-ab", "GPU-ab", "GPU-ab", False)]
+)
+def test_learner_and_servers_have_a_gpu_each_if_there_are_two(
+    monkeypatch: pytest.MonkeyPatch, visible: str, learner: str, server: str, broadcasts: bool
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices = Devices.of_this_machine()
+    assert (devices.learner, devices.server, devices.can_broadcast) == (learner, server, broadcasts)
+    assert devices.environment(devices.server) == {"CUDA_VISIBLE_DEVICES": server}
+    assert ("share" in str(devices)) is not broadcasts
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UnavailableError, match="no GPU is visible"):
+        Devices.of_this_machine()
