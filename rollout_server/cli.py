@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import InvalidRequest, LockstepError
 from shared.messages import one_line, unknown_flag
 from shared.model_files import check_model_exists
@@ -158,6 +159,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         logger.warning("no C++ compiler here (g++, or $CXX): the model runs without torch.compile")
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         args.enforce_eager = True
+    if current_platform.is_cpu() and args.distributed_executor_backend == "ray":
+        from rollout_server.vllm_compat.ray_on_cpu import CpuRayExecutor
+
+        args.distributed_executor_backend = CpuRayExecutor
     if settings.deterministic:
         if args.enable_prefix_caching:
             raise ValueError("--deterministic: the contents of the prefix cache differ from time to time; leave it out")
@@ -252,6 +257,8 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
         timeout_graceful_shutdown=5,  # for responses that are still being sent when nothing runs any more
         **binding.tls_options(args),
     )
+    # vLLM gives this process's environment to its workers, on a Ray cluster over the network.
+    os.environ.pop(TOKEN_VARIABLE, None)
     # Before the engine takes memory that may be another server's.
     http = asyncio.ensure_future(server.serve(listen(args.host, args.port)))
     starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity, sessions))

@@ -15,6 +15,7 @@ from rollout_server.installs.broadcast_groups import BroadcastGroups
 from rollout_server.installs.installer import Installer
 from rollout_server.installs.slot_install import InstallContext
 from rollout_server.ipc.client import Reply, WorkerCall
+from rollout_server.ipc.memory import SharedMemory
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
@@ -84,6 +85,11 @@ class _Workers:
 
     def begin_each(self, op: str, arguments: list[dict[str, Any]]) -> WorkerCall:
         return self.begin(op, **arguments[0])
+
+    host = None
+
+    async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[str]:
+        return [memory.path]
 
     async def call(self, op: str, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
         return await self.begin(op, **arguments).results(timeout)
