@@ -159,10 +159,6 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         logger.warning("no C++ compiler here (g++, or $CXX): the model runs without torch.compile")
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         args.enforce_eager = True
-    if current_platform.is_cpu() and args.distributed_executor_backend == "ray":
-        from rollout_server.vllm_compat.ray_on_cpu import CpuRayExecutor
-
-        args.distributed_executor_backend = CpuRayExecutor
     if settings.deterministic:
         if args.enable_prefix_caching:
             raise ValueError("--deterministic: the contents of the prefix cache differ from time to time; leave it out")

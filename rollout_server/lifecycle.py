@@ -81,6 +81,10 @@ async def _start(
     sees = versions.takes_images(vllm_config.model_config)
     if sees:
         vision.prepare(vllm_config)
+    if topology.on_ray(vllm_config.parallel_config):
+        from rollout_server.vllm_compat import ray_executor  # Ray is an extra
+
+        ray_executor.use()
     # On a thread: loading takes minutes, and /health must answer meanwhile.
     engine = await asyncio.to_thread(
         AsyncLLM.from_vllm_config,

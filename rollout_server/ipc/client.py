@@ -23,7 +23,7 @@ _CONNECT_S, _RETRY_S = 60.0, 0.5
 
 
 class WorkerAddress(NamedTuple):
-    """Where a worker listens. Workers with the same `place` share memory: one machine, one space of process ids."""
+    """Where a worker listens. Workers of the same `place` share memory: one node of one machine."""
 
     host: str
     port: int
@@ -69,7 +69,7 @@ class Workers:
         links: list[_Link] = []
         try:
             for rank, address in enumerate(addresses):
-                name = f"worker {rank} of the engine, at {address.host}:{address.port},"
+                name = f"worker {rank} of the engine ({address.host}:{address.port})"
                 links.append(_Link(*await _open(address, secret, name), on_break, name))
         except BaseException:
             for link in links:
@@ -125,11 +125,11 @@ class Workers:
     async def _copy(self, link: _Link, memory: SharedMemory, size: int, deadline: float) -> str:
         """Copy memory to a worker, a few parts at a time; return the path there."""
         under_way: list[WorkerCall] = []
-        path = ""
+        op, path = f"store at {link.name}", ""
         for start in range(0, size, MAX_PAYLOAD_BYTES):
             part = memory.read(start, min(MAX_PAYLOAD_BYTES, size - start))
             reply = link.send("store", {"memory": memory.number, "start": start}, part)
-            under_way.append(WorkerCall("store", [reply]))
+            under_way.append(WorkerCall(op, [reply]))
             if len(under_way) == _PARTS:
                 await under_way.pop(0).results(deadline - time.monotonic())
         for call in under_way:
@@ -237,7 +237,7 @@ class _Link:
         on_break: Callable[[EngineDead], None],
         name: str,
     ) -> None:
-        self._writer, self._on_break, self._name = writer, on_break, name
+        self._writer, self._on_break, self.name = writer, on_break, name
         self._ids = itertools.count()
         self._replies: dict[int, Reply] = {}
         self._broken = ""  # why, once it is
@@ -276,9 +276,9 @@ class _Link:
             self._lost = f" ({error.strerror or error})"
 
     def _end(self, reading: asyncio.Task[None]) -> None:
-        self._broken = f"{self._name} has ended{self._lost}"
+        self._broken = f"{self.name} has ended{self._lost}"
         if not reading.cancelled() and (error := reading.exception()) is not None:
-            self._broken = f"cannot read the answers of {self._name}: {type(error).__name__}: {error}"
+            self._broken = f"cannot read the answers of {self.name}: {type(error).__name__}: {error}"
         self._writer.close()
         for reply in self._replies.values():
             reply.fail(self._broken)

@@ -208,7 +208,7 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     served = {name: getattr(operations, name) for name in names}
     if "secret" in link:
         host = topology.node_address()
-        return host, serve_over_tcp(host, link["secret"], served, ended=_end_without_server), place()
+        return host, serve_over_tcp(host, link["secret"], served, ended=_end_without_server), f"{host} {place()}"
     threading.Thread(target=_end_with, args=(link["server_pid"],), name="lockstep-parent", daemon=True).start()
     serve(Path(link["folder"]), served)
     return None

@@ -86,7 +86,7 @@ def test_a_node_that_dies_ends_the_server_and_it_says_which(cluster: RayCluster,
     cluster.nodes[1].kill()
     until(lambda: server.process.poll() is not None, _LONG_S)
     assert server.process.returncode == 1, server.tail()
-    assert f"the engine died: worker 1 of the engine, at {host}:{port}, has ended" in server.tail()
+    assert f"the engine died: worker 1 of the engine ({host}:{port}) has ended" in server.tail()
     with pytest.raises(OSError):
         HTTP.get(server.url + "/health")
     assert psutil.wait_procs(workers, timeout=_LONG_S)[1] == []

@@ -48,9 +48,13 @@ class ServerOnCluster(ServerProcess):
             environment.setenv("RAY_ADDRESS", cluster.address)
             super().__init__(model, log, *flags, *spread, forked=False)
 
+    def wait_ready(self, timeout_s: float = 600.0) -> None:
+        """Wait longer than for others: both nodes import everything."""
+        super().wait_ready(timeout_s)
+
     def worker(self, rank: int) -> psutil.Process:
-        """Return the process of a worker."""
-        (found,) = (process for node in self.cluster.nodes for process in vllm_processes(node) if _is(process, rank))
+        """Return the process of a worker; the first is beside the engine, on the first node."""
+        (found,) = vllm_processes(self.cluster.nodes[rank])
         return found
 
 
@@ -59,10 +63,6 @@ def vllm_processes(node: RayNode) -> list[psutil.Process]:
     found = []
     for process in node.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("VLLM"):
+            if process.name().startswith("ray::CpuRayWorker"):
                 found.append(process)
     return found
-
-
-def _is(process: psutil.Process, rank: int) -> bool:
-    return process.name().endswith(f"TP{rank}")

@@ -86,7 +86,7 @@ class _Workers:
     def begin_each(self, op: str, arguments: list[dict[str, Any]]) -> WorkerCall:
         return self.begin(op, **arguments[0])
 
-    host = None
+    host: str | None = None
 
     async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[str]:
         return [memory.path]
@@ -447,3 +447,16 @@ async def test_anyone_may_end_a_finished_run_and_only_its_learner_another(server
     await server.push(6)
     await server.installer.end("r", STRANGER, takeover=True)
     assert server.owners() == {}
+
+
+async def test_workers_of_several_hosts_meet_the_learner_at_the_first_ones() -> None:
+    server = _Server()
+    await server.push(0)
+    groups, run = server.installer.groups, server.runs.get("r")
+    for host in (None, "10.0.0.1"):
+        server.workers.host = host
+        joining = groups.join(run, OWNER)
+        invitation = await anext(joining)
+        assert invitation
+        assert invitation.host == host
+        await joining.aclose()

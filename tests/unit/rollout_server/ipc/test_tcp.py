@@ -146,7 +146,7 @@ async def test_a_worker_that_is_not_there_ends_the_start(monkeypatch: pytest.Mon
     monkeypatch.setattr(client, "_CONNECT_S", 1.0)
     worker = _Worker()
     async with _linked(worker):
-        with pytest.raises(EngineDead, match=f"worker 1 of the engine, at {HOST}:1, cannot be reached"):
+        with pytest.raises(EngineDead, match=rf"worker 1 of the engine \({HOST}:1\) cannot be reached"):
             await Workers.connect_over_tcp([_Worker().address, WorkerAddress(HOST, 1, "here")], SECRET, lambda _: None)
 
 
@@ -172,7 +172,7 @@ async def test_the_reason_names_the_worker_and_its_host() -> None:
     async with await asyncio.start_server(worker, HOST, 0) as server:
         port = server.sockets[0].getsockname()[1]
         workers = await Workers.connect_over_tcp([WorkerAddress(HOST, port, "here")], SECRET, broken.append)
-        with pytest.raises(LockstepError, match=f"worker 0 of the engine, at {HOST}:{port}, has ended") as failure:
+        with pytest.raises(LockstepError, match=rf"worker 0 of the engine \({HOST}:{port}\) has ended") as failure:
             await workers.call("describe", 5.0)
     assert failure.value.code is ErrorCode.ENGINE_DEAD
     assert len(broken) == 1
@@ -212,7 +212,7 @@ async def test_a_copy_that_does_not_arrive_is_a_push_that_failed() -> None:
     async with _linked(worker) as (workers, broken):
         memory = SharedMemory.make()
         memory.write(b"a" * 100, 0)
-        with pytest.raises(LockstepError, match="did not answer store") as failure:
+        with pytest.raises(LockstepError, match=r"did not answer store at worker 0 of the engine") as failure:
             await workers.readable(memory, 100, 0.3)
         assert failure.value.code is ErrorCode.INSTALL_FAILED
         worker.operations.storing.release()
