@@ -18,7 +18,7 @@ SECRET_BYTES = 32
 HANDSHAKE_S = 10.0
 _NONCE_BYTES = _PROOF_BYTES = 32
 # A host that has lost its power, or its network, sends nothing that would end a connection.
-_IDLE_S, _PROBE_S, _PROBES, _UNACKNOWLEDGED_MS = 10, 5, 4, 60_000
+_IDLE_S, _PROBE_S, _PROBES, _UNACKNOWLEDGED_MS = 20, 10, 4, 60_000
 
 
 def admit(connection: socket.socket, secret: bytes) -> bool:
@@ -53,7 +53,7 @@ async def introduce(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
 
 
 def end_when_silent(connection: socket.socket) -> None:
-    """Let a connection end half a minute after the other's host has gone, or a minute if it is being sent something."""
+    """Let a connection end a minute after the other's host has gone."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     options = {
         "TCP_NODELAY": 1,
