@@ -131,9 +131,9 @@ class Workers:
             reply = link.send("store", {"memory": memory.number, "start": start}, part)
             under_way.append(WorkerCall(op, [reply]))
             if len(under_way) == _PARTS:
-                await under_way.pop(0).results(deadline - time.monotonic())
+                await under_way.pop(0).results(max(deadline - time.monotonic(), 0.0))
         for call in under_way:
-            (result,) = await call.results(deadline - time.monotonic())
+            (result,) = await call.results(max(deadline - time.monotonic(), 0.0))
             path = result["path"]
         return path
 
