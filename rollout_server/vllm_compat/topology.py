@@ -9,7 +9,7 @@ _ELSEWHERE = "run outside this server, which could not reach their workers"
 
 def on_ray(parallel: Any) -> bool:
     """Return whether the workers are actors of a Ray cluster, perhaps on several hosts."""
-    return bool(parallel.use_ray)
+    return bool(parallel.distributed_executor_backend == "ray")
 
 
 def node_address() -> str:

@@ -23,7 +23,6 @@ def _layout(**changes) -> SimpleNamespace:
         "pipeline_parallel_size": 1,
         "nnodes": 1,
         "distributed_executor_backend": "mp",
-        "use_ray": changes.get("distributed_executor_backend") == "ray",
     }
     assert all(hasattr(ParallelConfig, name) or name in ParallelConfig.__dataclass_fields__ for name in plain)
     return SimpleNamespace(**{**plain, **changes})
