@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import InvalidRequest, LockstepError
 from shared.messages import one_line, unknown_flag
 from shared.model_files import check_model_exists
@@ -252,6 +253,8 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
         timeout_graceful_shutdown=5,  # for responses that are still being sent when nothing runs any more
         **binding.tls_options(args),
     )
+    # vLLM gives this process's environment to its workers, on a Ray cluster over the network.
+    os.environ.pop(TOKEN_VARIABLE, None)
     # Before the engine takes memory that may be another server's.
     http = asyncio.ensure_future(server.serve(listen(args.host, args.port)))
     starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity, sessions))

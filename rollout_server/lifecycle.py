@@ -9,6 +9,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from rollout_server.generation.vllm_params import token_prompt
 from rollout_server.installs.broadcast_groups import BroadcastGroups
 from rollout_server.installs.installer import Installer
 from rollout_server.installs.slot_install import InstallContext
-from rollout_server.ipc.client import Workers
+from rollout_server.ipc import tcp
+from rollout_server.ipc.client import WorkerAddress, Workers
 from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
@@ -79,6 +81,10 @@ async def _start(
     sees = versions.takes_images(vllm_config.model_config)
     if sees:
         vision.prepare(vllm_config)
+    if topology.on_ray(vllm_config.parallel_config):
+        from rollout_server.vllm_compat import ray_executor  # Ray is an extra
+
+        ray_executor.use()
     # On a thread: loading takes minutes, and /health must answer meanwhile.
     engine = await asyncio.to_thread(
         AsyncLLM.from_vllm_config,
@@ -97,11 +103,7 @@ async def _start(
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        await engine.collective_rpc("lockstep_register", timeout=600.0, args=(*serving, os.getpid(), folder))
-        sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
-        count = topology.workers(vllm_config.parallel_config)
-        workers = await Workers.connect(sockets, count, on_break=proxy.give_up)
+    workers = await _linked(engine, serving, vllm_config.parallel_config, on_break=proxy.give_up)
     readiness.on_close(workers.close)
     described = await workers.call("describe", timeout=60.0)
     boot_id = secrets.token_hex(8)
@@ -109,7 +111,7 @@ async def _start(
     backend = "nccl" if described[0]["device"] else "gloo"
     if sees:
         served = served.model_copy(update={"sight": vision.sight(engine), **scaling})
-    groups = BroadcastGroups(workers, settings, backend, bind=args.host or "0.0.0.0")
+    groups = BroadcastGroups(workers, settings, backend, bind=workers.host or args.host or "0.0.0.0")
     sleep = Sleep(proxy, workers, enabled=settings.share_gpu, level=int(vllm_config.model_config.enable_sleep_mode))
     installer = Installer(InstallContext(proxy, workers, runs, boot_id), groups, served, settings, sleep)
     readiness.on_close(installer.staging.close)
@@ -142,6 +144,26 @@ async def _start(
     readiness.open(app, healthy=lambda: not proxy.errored, ready=lambda: not capacity.draining)
     logger.info("ready after %.0f s: %s, boot id %s", time.monotonic() - started, served.model, boot_id)
     return service
+
+
+async def _linked(
+    engine: Any, serving: tuple[Any, ...], parallel: Any, on_break: Callable[[EngineDead], None]
+) -> Workers:
+    """Prepare all workers to serve, and connect to them."""
+
+    async def register(**link: Any) -> list[Any]:
+        return await engine.collective_rpc("lockstep_register", timeout=600.0, args=(*serving, link))
+
+    count = topology.workers(parallel)
+    if topology.on_ray(parallel):
+        secret = secrets.token_bytes(tcp.SECRET_BYTES)
+        addresses = [WorkerAddress(*address) for address in await register(secret=secret)]
+        assert len(addresses) == count
+        return await Workers.connect_over_tcp(addresses, secret, on_break)
+    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        await register(server_pid=os.getpid(), folder=folder)
+        sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
+        return await Workers.connect(sockets, count, on_break)
 
 
 async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:

@@ -34,9 +34,10 @@ class Announcement(FewFields):
 
 
 class GroupInvitation(BaseModel):
-    """Invitation for a learner that pushes by broadcast, to join as rank 0 of `size` on the rollout URL's host."""
+    """Invitation for a learner that pushes by broadcast, to join as rank 0 of `size`."""
 
     group: str
+    host: str | None = Field(None, description="where the ranks meet; None: the rollout URL's host")
     port: int
     size: int
     backend: str

@@ -217,7 +217,8 @@ class SendingGroup:
 
 def _connect(invitation: GroupInvitation, url: str, device: torch.device) -> Any:
     timeout = timedelta(seconds=invitation.timeout_s)
-    store = dist.TCPStore(str(urlsplit(url).hostname), invitation.port, is_master=False, timeout=timeout)
+    host = invitation.host or str(urlsplit(url).hostname)
+    store = dist.TCPStore(host, invitation.port, is_master=False, timeout=timeout)
     store = dist.PrefixStore(invitation.group, store)
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, 0, invitation.size, timeout)

@@ -26,7 +26,7 @@ class BroadcastGroups:
     workers: Workers
     settings: ServerSettings
     backend: str
-    bind: str  # address that groups meet on, that of the HTTP server
+    bind: str  # address that groups meet on: that of the HTTP server, or of the first worker's host
     _joined: dict[Run, _Joined] = field(default_factory=dict)
 
     def of(self, run: Run) -> str:
@@ -49,7 +49,9 @@ class BroadcastGroups:
             port = hosting[0]["port"]
             ranks = [{**common, "port": port, "rank": rank, "size": size} for rank in range(1, size)]
             call = self.workers.begin_each("join_group", ranks)
-            yield GroupInvitation(group=name, port=port, size=size, backend=self.backend, timeout_s=timeout)
+            yield GroupInvitation(
+                group=name, host=self.workers.host, port=port, size=size, backend=self.backend, timeout_s=timeout
+            )
             await call.results(timeout + 10.0)  # workers give up on their own after `timeout`
             await self.workers.begin_each("close_store", [{"group": name}]).results(timeout)
             if run.closed or run.lease != lease:

@@ -70,8 +70,7 @@ class Installer:
                 receipt = self._check_order(run_id, lease, header.manifest)
                 if receipt is None:
                     install = self._install(self.context, run, lease, header, deadline, in_flight, "http", seconds)
-                    source = {"path": memory.path, "memory": memory.number, "offset": header.data_offset}
-                    async with install.filling(source):
+                    async with install.filling(memory):
                         receipt = await install.finish()
         except BaseException:
             memory.free()  # not used again: a worker may still be reading it

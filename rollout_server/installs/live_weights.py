@@ -8,12 +8,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from rollout_server.engine.admission import KV
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.uninterrupted import uninterrupted
-from rollout_server.installs.slot_install import SlotInstall
+from rollout_server.installs.slot_install import SlotInstall, Source
 from rollout_server.ipc.client import Workers
 from rollout_server.runs.slots import Run, loop_time
 from shared.errors import EngineDead, InstallFailed, NoFreeSlot
@@ -116,10 +115,10 @@ class MergeInstall(SlotInstall):
     """Install without a slot: the workers receive and verify, then change the weights when no request uses them."""
 
     @asynccontextmanager
-    async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
+    async def filling(self, source: Source) -> AsyncIterator[None]:
         """Let all workers receive and verify from `source`. Unless `finish` is reached, nothing has changed."""
         async with self.context.fill_lock:
-            self._begin_fill(0, source)
+            await self._begin_fill(0, source)
             yield
 
     async def _switch(self, receipt: PushReceipt) -> float:

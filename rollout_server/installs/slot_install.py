@@ -13,6 +13,7 @@ from rollout_server.engine.admission import KV, OutputTokens
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.ipc.client import WorkerCall, Workers
+from rollout_server.ipc.memory import SharedMemory
 from rollout_server.runs.slots import Run, Slot
 from rollout_server.runs.table import RunTable
 from shared.adapter_file import AdapterHeader
@@ -20,6 +21,8 @@ from shared.errors import EngineDead, InstallFailed
 from shared.weights import InFlight, PushReceipt
 
 _SWAP_SECONDS = 10.0
+#: `group` and `timeout` of a broadcast, or memory in which the adapter lies.
+Source = dict[str, Any] | SharedMemory
 
 
 @dataclass
@@ -56,7 +59,7 @@ class SlotInstall:
         return "carried" if self.in_flight == "carried" else "fresh"
 
     @contextlib.asynccontextmanager
-    async def filling(self, source: dict[str, Any]) -> AsyncIterator[None]:
+    async def filling(self, source: Source) -> AsyncIterator[None]:
         """Let all workers receive and write from `source` into a free slot.
 
         Unless `finish` is reached, the slot is released and nothing has changed.
@@ -66,7 +69,7 @@ class SlotInstall:
         self._wait_seconds = time.monotonic() - started
         try:
             async with self.context.fill_lock:
-                self._begin_fill(slot.slot_id, source)
+                await self._begin_fill(slot.slot_id, source)
                 begun = True
                 yield
         finally:
@@ -79,9 +82,17 @@ class SlotInstall:
                 recovery.add_done_callback(self.context.recoveries.discard)
                 recovery.add_done_callback(lambda _: self.run.give_back(slot))
 
-    def _begin_fill(self, slot_id: int, source: dict[str, Any]) -> None:
-        key, checksum = self.header.layout.key, self.header.manifest.checksum
-        self._call = self.context.workers.begin("fill", slot_id=slot_id, key=key, checksum=checksum, source=source)
+    async def _begin_fill(self, slot_id: int, source: Source) -> None:
+        workers, header = self.context.workers, self.header
+        if isinstance(source, SharedMemory):
+            started = time.monotonic()
+            paths = await workers.readable(source, header.total_bytes, self._left())
+            self.sent_seconds += time.monotonic() - started
+            sources = [{"path": path, "memory": source.number, "offset": header.data_offset} for path in paths]
+        else:
+            sources = [source] * len(workers)
+        common = {"slot_id": slot_id, "key": header.layout.key, "checksum": header.manifest.checksum}
+        self._call = workers.begin_each("fill", [{**common, "source": source} for source in sources])
 
     async def acknowledged(self) -> None:
         """Wait until every worker receives."""

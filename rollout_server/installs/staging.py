@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
+from rollout_server.ipc.memory import SharedMemory
 from shared.adapter_file import AdapterHeader, header_length, parse_header
 from shared.bounded_json import SMALL
 from shared.errors import InstallFailed, LockstepError, MalformedAdapter, TooLarge
-
-
-@dataclass(frozen=True)
-class SharedMemory:
-    """Memory that workers open by path. It has no name in any file system and ends with its last user."""
-
-    descriptor: int
-    number: int = field(default_factory=itertools.count().__next__)  # never reused, unlike descriptors and paths
-
-    @property
-    def path(self) -> str:
-        """Path for processes of the same user."""
-        return f"/proc/{os.getpid()}/fd/{self.descriptor}"
-
-    def free(self) -> None:
-        """Close it; processes that map it keep its pages."""
-        os.close(self.descriptor)
 
 
 @dataclass
@@ -65,7 +48,7 @@ class Staging:
                 f"the adapter has {header.total_bytes} bytes, this server takes {self.max_bytes}; see --max-adapter-mib"
             )
         await check(header)
-        memory = self._free.pop() if self._free else SharedMemory(os.memfd_create("lockstep-adapter"))
+        memory = self._free.pop() if self._free else SharedMemory.make()
         try:
             await _store(body, head, header, memory.descriptor)
         except BaseException:

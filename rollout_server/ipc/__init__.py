@@ -1,1 +1,1 @@
-"""JSON lines over a Unix socket, between the server and vLLM's workers. No torch."""
+"""JSON lines between the server and vLLM's workers: over Unix sockets, or over TCP to other hosts. No torch."""

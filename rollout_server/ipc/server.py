@@ -1,7 +1,7 @@
-"""The worker's end of the socket between a worker and the HTTP server: JSON lines, one thread per operation.
+"""The worker's end of the link between a worker and the HTTP server: JSON lines, one thread per operation.
 
-Request: {"id", "op", **arguments}. Replies, in any order: {"id", "acknowledged": true} at most once, then
-{"id", "result": {...}} once.
+Request: {"id", "op", **arguments}, or with "payload": N, and N bytes after the line, which the operation gets. Replies,
+in any order: {"id", "acknowledged": true} at most once, then {"id", "result": {...}} once.
 """
 
 from __future__ import annotations
@@ -11,33 +11,82 @@ import json
 import os
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rollout_server.ipc.lines import MAX_ANSWER_BYTES, MAX_REQUEST_BYTES
+from rollout_server.ipc import tcp
+from rollout_server.ipc.lines import MAX_ANSWER_BYTES, MAX_PAYLOAD_BYTES, MAX_REQUEST_BYTES
 from shared.errors import InstallFailed, LockstepError
 
 Acknowledge = Callable[[], None]
 #: Called with an `Acknowledge` and the request's arguments.
 Operation = Callable[..., dict[str, Any] | None]
+#: The server connects as soon as all workers listen.
+_SERVER_S = 120.0
 
 
 def serve(folder: Path, operations: dict[str, Operation]) -> None:
-    """Listen on a socket in `folder` and serve the one server that connects, on threads of their own."""
+    """Listen on a Unix socket in `folder` and serve the one server that connects, on threads of their own."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Hidden until it listens, so that a socket that can be seen can be connected to.
     hidden = folder / f".{os.getpid()}"
     listener.bind(str(hidden))
     listener.listen(1)
     hidden.rename(folder / f"{os.getpid()}.sock")
-    threading.Thread(target=_read, args=(listener, operations), name="lockstep-link", daemon=True).start()
+
+    def run() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        _read(connection, operations)
+
+    threading.Thread(target=run, name="lockstep-link", daemon=True).start()
 
 
-def _read(listener: socket.socket, operations: dict[str, Operation]) -> None:
-    connection, _ = listener.accept()
-    listener.close()
+def serve_over_tcp(host: str, secret: bytes, operations: dict[str, Operation], ended: Callable[[], None]) -> int:
+    """Listen on a port of the address `host` and serve the one server that knows `secret`; return the port.
+
+    The port closes with the server's connection. Whoever does not know the secret is disconnected, one after the other,
+    each within `tcp.HANDSHAKE_S`.
+
+    Args:
+        ended: called when the server has gone, or none has come within `_SERVER_S`.
+    """
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=16)
+
+    def run() -> None:
+        try:
+            if (connection := _admitted(listener, secret)) is not None:
+                _read(connection, operations)
+        finally:
+            ended()
+
+    threading.Thread(target=run, name="lockstep-link", daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _admitted(listener: socket.socket, secret: bytes) -> socket.socket | None:
+    """Return the server's connection, and close the port; None if it has not come in time."""
+    deadline = time.monotonic() + _SERVER_S
+    with listener:
+        while (left := deadline - time.monotonic()) > 0:
+            listener.settimeout(left)
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                try:
+                    if tcp.admit(connection, secret):
+                        tcp.end_when_silent(connection)
+                        return connection
+                except OSError:
+                    pass
+                connection.close()
+    return None
+
+
+def _read(connection: socket.socket, operations: dict[str, Operation]) -> None:
+    """Run the operations that come on a connection, until its other end has closed it."""
     lock = threading.Lock()
     try:
         requests = connection.makefile("rb")
@@ -45,6 +94,8 @@ def _read(listener: socket.socket, operations: dict[str, Operation]) -> None:
             if len(line) > MAX_REQUEST_BYTES:
                 raise ValueError(f"a request has over {MAX_REQUEST_BYTES} bytes")
             request = json.loads(line)
+            if payload := request.pop("payload", 0):
+                request["payload"] = _payload(requests, payload)
             args = (operations, request.pop("op"), request.pop("id"), request, connection, lock)
             threading.Thread(target=_run, args=args, name="lockstep-operation", daemon=True).start()
     except Exception:
@@ -52,6 +103,14 @@ def _read(listener: socket.socket, operations: dict[str, Operation]) -> None:
     finally:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)  # the server must not wait for answers that cannot come
+
+
+def _payload(requests: BinaryIO, count: int) -> bytes:
+    if not 0 < count <= MAX_PAYLOAD_BYTES:
+        raise ValueError(f"a request announces {count} bytes after its line, and {MAX_PAYLOAD_BYTES} are read")
+    if len(payload := requests.read(count)) < count:
+        raise EOFError(f"{count} bytes should follow a request, and {len(payload)} came")
+    return payload
 
 
 def _run(

@@ -29,6 +29,7 @@ class _Reporter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
+        error = getattr(error, "cause", None) or error  # what a worker on a Ray cluster has raised, without Ray's words
         if error is not None:
             with contextlib.suppress(OSError), self._path.open("a") as file:
                 file.write(f"{type(error).__name__}: {one_line(error)}\n")

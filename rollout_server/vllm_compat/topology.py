@@ -7,6 +7,18 @@ from typing import Any
 _ELSEWHERE = "run outside this server, which could not reach their workers"
 
 
+def on_ray(parallel: Any) -> bool:
+    """Return whether the workers are actors of a Ray cluster, perhaps on several hosts."""
+    return bool(parallel.distributed_executor_backend == "ray")
+
+
+def node_address() -> str:
+    """Return the address of this worker's host on the Ray cluster (0.26 to 0.33)."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def workers(parallel: Any) -> int:
     """Count the workers of all engines. `parallel`: vLLM's resolved ParallelConfig."""
     return int(parallel.world_size_across_dp)
@@ -20,9 +32,15 @@ def refusal(parallel: Any, *, mixture_of_experts: bool) -> str | None:
     if parallel.pipeline_parallel_size > 1:
         return "--pipeline-parallel-size: no worker would hold all layers of an adapter; use --tensor-parallel-size"
     if parallel.nnodes > 1:
-        return f"--nnodes {parallel.nnodes}: workers on other hosts {_ELSEWHERE}; {several}"
-    if executor not in (None, "uni", "mp"):
-        return f"--distributed-executor-backend {executor}: such workers {_ELSEWHERE}; use mp, or leave it out"
+        return (
+            f"--nnodes {parallel.nnodes}: such workers {_ELSEWHERE}; place them on several hosts with "
+            "--distributed-executor-backend ray"
+        )
+    if on_ray(parallel):
+        if engines > 1:
+            return f"--data-parallel-size: an engine on a Ray cluster is one; leave it out, or {several}"
+    elif executor not in (None, "uni", "mp"):
+        return f"--distributed-executor-backend {executor}: such workers {_ELSEWHERE}; use ray, mp, or leave it out"
     if engines == 1:
         return None
     if parallel.data_parallel_backend != "mp":

@@ -17,6 +17,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |
 | one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
+| ray_executor | `RayExecutorV2` and `RayWorkerProc`, `Executor.get_class`, `ray_device_key` of the CPU platform |
 | vision | the renderer and its processors (`_maybe_apply_prompt_updates`) |
 | pil_processors | the model registry's `_run_in_subprocess` |
 """

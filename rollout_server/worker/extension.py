@@ -1,7 +1,7 @@
 """Worker extension: checks adapter tensors, writes them into a slot and reads them back, inside vLLM's worker process.
 
 vLLM mixes `AdapterWorker` into its worker class and calls it once, after warm-up. From then on the server talks to each
-worker over a socket of its own (`rollout_server.ipc`), so that a push never waits for an engine step, nor a step for a
+worker over a link of its own (`rollout_server.ipc`), so that a push never waits for an engine step, nor a step for a
 push, and every worker of every engine is reached. Writes happen on a thread and a CUDA stream of their own.
 """
 
@@ -20,12 +20,25 @@ from typing import Any
 
 import torch
 
-from rollout_server.ipc.server import Acknowledge, serve
-from rollout_server.vllm_compat import cpu_lora, experts, kept_mass, lora_slots, pil_processors, start_errors, versions
+from rollout_server.ipc.memory import SharedMemory, place
+from rollout_server.ipc.server import Acknowledge, serve, serve_over_tcp
+from rollout_server.vllm_compat import (
+    cpu_lora,
+    experts,
+    kept_mass,
+    lora_slots,
+    pil_processors,
+    start_errors,
+    topology,
+    versions,
+)
 from rollout_server.worker.receiving_group import ReceivingGroup
 from rollout_server.worker.slot_writer import SlotWriter
 from shared.adapter_file import Layout, TensorEntry
 from shared.errors import InstallFailed
+
+#: For an engine to end its workers by itself.
+_LEAVE_S = 10.0
 
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
@@ -38,14 +51,14 @@ start_errors.report_errors()
 class AdapterWorker:
     """Mixin of vLLM's worker class. The prefix of its names keeps them apart from vLLM's."""
 
-    def lockstep_register(self, slot_ids: list[int], rank: int, server_pid: int, folder: str) -> None:
-        """Pin an empty adapter into each slot and listen in `folder`.
+    def lockstep_register(self, slot_ids: list[int], rank: int, link: dict[str, Any]) -> tuple[str, int, str] | None:
+        """Pin an empty adapter into each slot and `listen`.
 
         Called once, after vLLM's own warm-up, which removes all adapters.
         """
         for slot_id in slot_ids:
             lora_slots.pin_empty_adapter(self, slot_id, rank)
-        listen(Operations(self, SlotWriter(self)), server_pid, folder)
+        return listen(Operations(self, SlotWriter(self)), link)
 
 
 class Operations:
@@ -62,6 +75,8 @@ class Operations:
         self.grouping = threading.Lock()
         self.filling = threading.Lock()
         self.mapping: tuple[int, torch.Tensor] | None = None
+        self.storing = threading.Lock()
+        self.stored: tuple[int, SharedMemory] | None = None
 
     def describe(self, _: Acknowledge) -> dict[str, Any]:
         """Describe the layers that can be adapted, and the device: the UUID of a GPU, None for a CPU."""
@@ -118,6 +133,20 @@ class Operations:
             self.mapping = (memory, torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
         return self.mapping[1][offset:size]
 
+    def store(self, _: Acknowledge, memory: int, start: int, payload: bytes) -> dict[str, Any]:
+        """Store a part of the adapter that lies in memory `memory` of the server, for all workers of this host."""
+        with self.storing:
+            if self.stored is None or self.stored[0] != memory:
+                if self.stored is not None:
+                    self.stored[1].free()
+                self.stored = memory, SharedMemory.make()
+            stored = self.stored[1]
+            try:
+                stored.write(payload, start)
+            except OSError as error:
+                raise InstallFailed(f"no memory for the adapter on the host of a worker: {error}") from error
+            return {"path": stored.path}
+
     def swap(self, _: Acknowledge, one: int, other: int) -> None:
         """Exchange the adapters of two slots; the engine is paused."""
         lora_slots.swap_adapters(self.worker, one, other)
@@ -163,13 +192,26 @@ class Operations:
         self.stream.synchronize()
 
 
-def listen(operations: Operations, server_pid: int, folder: str) -> None:
-    """Serve the server's calls from now on, and end with its process."""
-    threading.Thread(target=_end_with, args=(server_pid,), name="lockstep-parent", daemon=True).start()
+def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str] | None:
+    """Serve the server's calls from now on, and end with its process.
+
+    Args:
+        link: `folder` for a Unix socket, and `server_pid`; or the `secret` of the engine, for a server that may be on
+            another host.
+
+    Returns:
+        Where the worker listens (`ipc.client.WorkerAddress`), if it is over TCP.
+    """
     versions.keep_seeds_alive_on_cpu(operations.worker)
     kept_mass.install(operations.worker)
     names = [name for name in dir(type(operations)) if not name.startswith("_")]
-    serve(Path(folder), {name: getattr(operations, name) for name in names})
+    served = {name: getattr(operations, name) for name in names}
+    if "secret" in link:
+        host = topology.node_address()
+        return host, serve_over_tcp(host, link["secret"], served, ended=_end_without_server), f"{host} {place()}"
+    threading.Thread(target=_end_with, args=(link["server_pid"],), name="lockstep-parent", daemon=True).start()
+    serve(Path(link["folder"]), served)
+    return None
 
 
 def _end_with(server_pid: int) -> None:
@@ -188,4 +230,14 @@ def _end_with(server_pid: int) -> None:
     engine = os.getppid()
     if engine not in (1, server_pid):
         os.kill(engine, signal.SIGKILL)
+    _end()
+
+
+def _end_without_server() -> None:
+    """End this worker, and with it the engine; one whose server leaves in order has ended it before."""
+    time.sleep(_LEAVE_S)
+    _end()
+
+
+def _end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

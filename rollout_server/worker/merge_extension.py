@@ -19,11 +19,11 @@ versions.keep_linear_weights_on_cpu()
 class MergeWorker:
     """Mixin of vLLM's worker class. The prefix of its names keeps them apart from vLLM's."""
 
-    def lockstep_register(self, keep_base: Any, server_pid: int, folder: str) -> None:
-        """Find the linear layers and listen in `folder`; called once, after vLLM's own warm-up."""
+    def lockstep_register(self, keep_base: Any, link: dict[str, Any]) -> tuple[str, int, str] | None:
+        """Find the linear layers and `listen`; called once, after vLLM's own warm-up."""
         with torch.inference_mode():
             writer = MergedWriter(self, keep_base)
-        listen(MergeOperations(self, writer), server_pid, folder)
+        return listen(MergeOperations(self, writer), link)
 
 
 class MergeOperations(Operations):

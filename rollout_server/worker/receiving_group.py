@@ -25,7 +25,7 @@ from shared.errors import InstallFailed, Timeout
 
 
 def meeting_host(bind: str) -> str:
-    """Return the address at which workers, all on this machine, reach a socket bound to `bind`."""
+    """Return the address at which workers reach a socket bound to `bind`; on every interface: those of this machine."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)
 
 

@@ -1,6 +1,6 @@
-"""Tensor- and data-parallel servers: every worker of every engine receives every push.
+"""Servers with several workers, on one host or two nodes of a Ray cluster: every worker receives every push.
 
-Each layout has one server, and all tests run on both.
+Each layout has one server, and all tests run on all of them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.in_flight import check_every_span, generate_across_pushes
+from tests.integration.support.on_cluster import ServerOnCluster, running_on, two_nodes
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 
 PUSH_TIMEOUT_S = 8.0
 
 
-@pytest.fixture(scope="module", params=["tensor", "data"])
+@pytest.fixture(scope="module", params=["tensor", "data", "ray"])
 def layout(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def server(layout: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    flags = [*FLAGS, f"--{layout}-parallel-size", "2", "--push-timeout", str(PUSH_TIMEOUT_S)]
+    flags = [*FLAGS, "--push-timeout", str(PUSH_TIMEOUT_S)]
+    if layout == "ray":
+        with two_nodes() as cluster, running_on(cluster, model, tmp_path_factory.mktemp(layout), *flags) as process:
+            yield process
+        return
+    flags += [f"--{layout}-parallel-size", "2"]
     with pytest.MonkeyPatch.context() as environment:
         # By default every worker wants a NUMA node of its own.
         environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -140,7 +146,7 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
     os.kill(worker, signal.SIGSTOP)
     try:
         started = time.monotonic()
-        with pytest.raises(LockstepError, match="1 of 2 workers did not answer") as error:
+        with pytest.raises(LockstepError, match=r"1 of [12] workers did not answer") as error:
             P.push(client, other, "stopped", 1)
         assert error.value.code is ErrorCode.INSTALL_FAILED
         assert time.monotonic() - started < PUSH_TIMEOUT_S + 15
@@ -156,6 +162,8 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
 
 def _last_worker(server: ServerProcess) -> int:
     """Return the process id of a worker: rank 1 of the tensor-parallel group, or the second engine's."""
+    if isinstance(server, ServerOnCluster):
+        return server.worker(1).pid
     processes = [psutil.Process(pid) for pid in server.engine_processes()]
     workers = [process for process in processes if "Worker" in process.name()]
     assert len(workers) == 2

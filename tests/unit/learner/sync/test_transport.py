@@ -30,8 +30,8 @@ class _Server:
 
     url = "http://127.0.0.1:1"
 
-    def __init__(self, ending: str = "joined") -> None:
-        self.ending, self.met = ending, threading.Event()
+    def __init__(self, ending: str = "joined", host: str | None = None) -> None:
+        self.ending, self.met, self.host = ending, threading.Event(), host
         self.store: Any = None
         self.group: Any = None
 
@@ -41,7 +41,7 @@ class _Server:
         limit = timedelta(seconds=1.0)
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
         port = self.store.port
-        invitation = GroupInvitation(group="g", port=port, size=2, backend="gloo", timeout_s=1.0)
+        invitation = GroupInvitation(group="g", host=self.host, port=port, size=2, backend="gloo", timeout_s=1.0)
         if self.ending == "nobody":
             self.store = None
             yield invitation
@@ -88,6 +88,15 @@ def _all_given_back(before: tuple[int, int]) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_the_ranks_meet_where_the_invitation_says() -> None:
+    server = _Server(host="127.0.0.1")
+    server.url = "http://no-worker-is-here.invalid:1"
+    group = SendingGroup(server, LEASE, CPU)  # type: ignore[arg-type]
+    assert server.met.is_set()
+    group.leave()
+    server.leave()
 
 
 @pytest.mark.usefixtures("without_gc")

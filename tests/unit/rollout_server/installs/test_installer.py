@@ -15,6 +15,7 @@ from rollout_server.installs.broadcast_groups import BroadcastGroups
 from rollout_server.installs.installer import Installer
 from rollout_server.installs.slot_install import InstallContext
 from rollout_server.ipc.client import Reply, WorkerCall
+from rollout_server.ipc.memory import SharedMemory
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
@@ -84,6 +85,11 @@ class _Workers:
 
     def begin_each(self, op: str, arguments: list[dict[str, Any]]) -> WorkerCall:
         return self.begin(op, **arguments[0])
+
+    host: str | None = None
+
+    async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[str]:
+        return [memory.path]
 
     async def call(self, op: str, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
         return await self.begin(op, **arguments).results(timeout)
@@ -441,3 +447,16 @@ async def test_anyone_may_end_a_finished_run_and_only_its_learner_another(server
     await server.push(6)
     await server.installer.end("r", STRANGER, takeover=True)
     assert server.owners() == {}
+
+
+async def test_workers_of_several_hosts_meet_the_learner_at_the_first_ones() -> None:
+    server = _Server()
+    await server.push(0)
+    groups, run = server.installer.groups, server.runs.get("r")
+    for host in (None, "10.0.0.1"):
+        server.workers.host = host
+        joining = groups.join(run, OWNER)
+        invitation = await anext(joining)
+        assert invitation
+        assert invitation.host == host
+        await joining.aclose()

@@ -31,7 +31,10 @@ class _Workers:
     def __init__(self) -> None:
         self.calls: list[_Call] = []
 
-    def begin(self, op: str, **arguments: object) -> _Call:
+    def __len__(self) -> int:
+        return 1
+
+    def begin_each(self, op: str, arguments: list[dict[str, object]]) -> _Call:
         assert op == "fill"
         self.calls.append(_Call())
         return self.calls[-1]

@@ -31,7 +31,7 @@ def _layout(**changes) -> SimpleNamespace:
 REFUSED = {
     "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
     "hosts": ({"nnodes": 2}, "--nnodes 2"),
-    "ray": ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray"),
+    "engines-on-ray": ({"distributed_executor_backend": "ray"}, "--data-parallel-size"),
     "launcher": ({"distributed_executor_backend": "external_launcher"}, "external_launcher"),
     "ray-engines": ({"data_parallel_backend": "ray"}, "--data-parallel-backend ray"),
     "external": ({"data_parallel_external_lb": True, "data_parallel_size_local": 1}, "1 of 2 data-parallel engines"),
@@ -53,6 +53,13 @@ def test_engines_of_this_host_are_served(engines: int, executor: str | None) -> 
         data_parallel_size=engines, data_parallel_size_local=engines, distributed_executor_backend=executor
     )
     assert topology.refusal(layout, mixture_of_experts=False) is None
+
+
+def test_an_engine_of_a_ray_cluster_is_served() -> None:
+    layout = _layout(data_parallel_size=1, data_parallel_size_local=1, distributed_executor_backend="ray")
+    assert topology.refusal(layout, mixture_of_experts=True) is None
+    assert topology.on_ray(layout)
+    assert not topology.on_ray(_layout())
 
 
 def test_a_mixture_of_experts_has_one_engine() -> None:
