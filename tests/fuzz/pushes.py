@@ -21,6 +21,7 @@ from tests.fuzz.blobs import Parts, digest_of, put_together, take_apart
 from tests.fuzz.campaign import Target, every
 from tests.fuzz.connections import address_of
 from tests.integration.support import policy as P
+from tests.integration.support.server import HTTP
 
 _STRANGER = "a stranger's lease"
 #: Names longer than any buffer that something might have for them.
@@ -220,10 +221,10 @@ def _at_once(owner: Owner, in_flight: str) -> None:
     def push(delay_s: float) -> httpx.Response:
         time.sleep(delay_s)
         headers = {"Lockstep-Lease": P.LEASE, "Lockstep-In-Flight": in_flight}
-        return httpx.put(f"{target.url}/v1/runs/fuzzed/adapter", content=blob, headers=headers, timeout=30.0)
+        return HTTP.put(f"{target.url}/v1/runs/fuzzed/adapter", content=blob, headers=headers, timeout=30.0)
 
     with ThreadPoolExecutor(18) as pool:
-        running = [pool.submit(httpx.post, f"{target.url}/v1/generate", json=body, timeout=60.0) for _ in range(2)]
+        running = [pool.submit(HTTP.post, f"{target.url}/v1/generate", json=body, timeout=60.0) for _ in range(2)]
         time.sleep(0.3)
         pushing = [pool.submit(push, delay_s) for delay_s in (i * 0.015 for i in range(16))]
         for future in (*running, *pushing):

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from tests.fuzz.campaign import Target
+from tests.integration.support.server import HTTP
 
 #: Seconds for which one waits, and in which an honest request must be answered meanwhile.
 _WAIT_S, _HONEST_S = 2.0, 5.0
@@ -38,7 +39,7 @@ def fuzz_waiting(target: Target, examples: int, number: int) -> None:
     for path, body in crowds:
         what = f"{path} that waits for step {_FAR}"
         with ThreadPoolExecutor(4) as pool:
-            waiting = [pool.submit(httpx.post, target.url + path, json=body, timeout=60.0) for _ in range(4)]
+            waiting = [pool.submit(HTTP.post, target.url + path, json=body, timeout=60.0) for _ in range(4)]
             time.sleep(0.5)
             for asked, honest_body in honest:
                 started = time.monotonic()

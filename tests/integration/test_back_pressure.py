@@ -21,7 +21,7 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 from tests.integration.support.waiting import until
 
-STALL_S = 25.0
+STALL_S = 12.0
 LIMITS = [
     "--max-body-mib",
     "1",

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from rollout_server import cli
 from shared.errors import LockstepError
 from tests.integration.conftest import FLAGS
+from tests.integration.support.forked import FORKING
 from tests.integration.support.server import HTTP, ServerProcess
 from tests.integration.support.waiting import until
 
@@ -121,7 +122,11 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
         server.stop()
 
 
-def test_a_dead_engine_ends_the_server_with_a_reason(model: Path, tmp_path: Path) -> None:
+def test_a_dead_engine_ends_the_server_with_a_reason(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", FORKING)
+    # Not forked itself: the tracker of shared memory has to end with the server.
     server = ServerProcess(model, tmp_path / "log", *FLAGS, forked=False)
     try:
         server.wait_ready()
@@ -160,7 +165,7 @@ def test_a_killed_server_without_a_compiler_leaves_no_engine_behind(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    server = ServerProcess(model, tmp_path / "log", *FLAGS, forked=False)
+    server = ServerProcess(model, tmp_path / "log", *FLAGS)
     try:
         server.wait_ready()
         assert "without torch.compile" in server.log.read_text()

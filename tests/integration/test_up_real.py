@@ -30,7 +30,7 @@ def test_one_command_trains_and_the_run_can_be_gone_on_with(server: ServerProces
         "max_steps": 2,
         "save_steps": 2,
         "env": {"PYTHONPATH": FORKING},
-        "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True},
+        "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True, "num-gpu-blocks-override": 256},
     }
     recipe.write_text(yaml.safe_dump({**options, **own}))
     environment = {**os.environ, **ENVIRONMENT}

@@ -33,11 +33,17 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-#: What is imported: the large parts of both commands, and a script of the tests.
+#: What is imported: the large parts of both commands, of vLLM's worker and of its routes, and a script of the tests.
 MODULES = [
     "vllm.entrypoints.launchers.app",
     "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.openai.responses.api_router",
     "vllm.v1.engine.async_llm",
+    "vllm.v1.worker.cpu_worker",
+    "vllm._aiter_ops",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.qwen3",
+    "torch.distributed.tensor.experimental",
     "rollout_server.lifecycle",
     "learner.commands.train",
     "tests.integration.support.train_on_ranks",
@@ -113,5 +119,12 @@ def fork_instead_of_spawn() -> None:
     """Let this process fork what it would spawn: what is spawned imports everything again."""
     context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: context("fork" if method == "spawn" else method)
+    os.register_at_fork(after_in_child=_begin_in_child)
+
+
+def _begin_in_child() -> None:
     # A signal that a child gets must not be taken for one of this process by its event loop.
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    signal.set_wakeup_fd(-1)
+    # An engine's worker compiles its sampler, even with --enforce-eager; a server in `test_server_process` does, too.
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.config.disable = True

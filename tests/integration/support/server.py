@@ -26,7 +26,8 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-
+#: More than the longest sequences of all tests at once. The whole GiB would take seconds to fill with zeros.
+KV_CACHE = ["--num-gpu-blocks-override", "1024"]
 
 #: For requests to local servers: httpx.get and httpx.post load all root certificates each time, which takes seconds on
 #: a busy machine.
@@ -56,7 +57,8 @@ class ServerProcess:
     def __init__(self, model: Path, log: Path, *flags: str, port: int | None = None, forked: bool = True) -> None:
         self.port, self.log = port or free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        arguments, environment = [str(model), "--port", str(self.port), *flags], {**os.environ, **ENVIRONMENT}
+        arguments = [str(model), "--port", str(self.port), *KV_CACHE, *flags]
+        environment = {**os.environ, **ENVIRONMENT}
         self.process: ForkedProcess | subprocess.Popen
         if forked:
             self.process = ForkedProcess("rollout_server.cli", arguments, log, environment)

@@ -53,15 +53,23 @@ def step(model: PeftModel) -> None:
                 parameter.mul_(1.5)
 
 
-def test_values_and_gradients_are_the_same_before_and_after_an_update(model: PeftModel) -> None:
-    before = logits_and_gradients(model, grad=False), logits_and_gradients(model)
+def test_values_and_gradients_are_the_same_and_nothing_is_compiled_again(model: PeftModel) -> None:
+    """For other layers, lengths and updates."""
+
+    def passes(*lengths: int) -> list[list[torch.Tensor]]:
+        return [logits_and_gradients(model, length, grad=grad) for length in lengths for grad in (False, True)]
+
+    before = passes(3, 4)
     layers = CompiledLayers(model, backend="aot_eager")
-    compiled = logits_and_gradients(model, grad=False), logits_and_gradients(model)
+    compiled = passes(3, 4)
+    # Without gradient; with gradient, into the first layer and into others.
+    assert counters["frames"]["total"] == 3
     step(model)
-    compiled_later = logits_and_gradients(model)
+    compiled_later = passes(2, 17)
+    assert counters["frames"]["total"] == 3
+    assert not counters["graph_break"]
     layers.undo()
-    later = logits_and_gradients(model)
-    for expected, found in zip((*before, later), (*compiled, compiled_later), strict=True):
+    for expected, found in zip((*before, *passes(2, 17)), (*compiled, *compiled_later), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -97,22 +105,6 @@ def test_what_is_cheap_to_have_again_is_not_kept() -> None:
     for found, each in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(found, each)
     assert kept.count(torch.Size([5, 48])) == 2
-
-
-def test_nothing_is_compiled_again_for_other_layers_lengths_and_updates(model: PeftModel) -> None:
-    CompiledLayers(model, backend="eager")
-    for length in (3, 4):
-        logits_and_gradients(model, length, grad=False)
-        logits_and_gradients(model, length)
-    frames = counters["frames"]["total"]
-    step(model)
-    for length in (2, 17):
-        logits_and_gradients(model, length, grad=False)
-        logits_and_gradients(model, length)
-    assert counters["frames"]["total"] == frames
-    # Without gradient; with gradient, into the first layer and into others.
-    assert frames == 3
-    assert not counters["graph_break"]
 
 
 def test_what_cannot_be_compiled_is_computed_as_before(model: PeftModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from learner.sync.canary import KeptCanary, prove_modules, show_canary
+from learner.sync.canary import CanaryResult, KeptCanary, prove_modules, show_canary
 from shared.errors import LockstepError
 from tests.support.rounding_server import Pair
 
@@ -15,12 +17,32 @@ def pair() -> Pair:
     return Pair()
 
 
-def test_every_module_of_a_healthy_server_is_proven(pair):
+class Shown(NamedTuple):
+    """A pair whose server has been shown a canary, and is healthy."""
+
+    pair: Pair
+    before: list[torch.Tensor]
+    result: CanaryResult
+    kept: KeptCanary
+
+
+@pytest.fixture(scope="module")
+def shown() -> Shown:
+    """Take the seconds of a canary once."""
+    pair = Pair()
     before = [p.clone() for p in pair.model.parameters()]
-    result = prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
-    assert result.slope == pytest.approx(1.0, abs=0.1)
-    assert result.proven == result.modules == 14
-    assert all(torch.equal(p, old) for p, old in zip(pair.model.parameters(), before, strict=True))
+    result, kept = show_canary(pair.proof, pair.publisher, takeover=False)
+    assert result is not None
+    assert kept is not None
+    pair.server.history.clear()
+    return Shown(pair, before, result, kept)
+
+
+def test_every_module_of_a_healthy_server_is_proven(shown):
+    assert shown.result.slope == pytest.approx(1.0, abs=0.1)
+    assert shown.result.proven == shown.result.modules == 14
+    parameters = shown.pair.model.parameters()
+    assert all(torch.equal(p, old) for p, old in zip(parameters, shown.before, strict=True))
 
 
 @pytest.mark.parametrize("silent", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])
@@ -38,29 +60,22 @@ def test_a_silent_layer_is_named():
         prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
 
 
-@pytest.fixture
-def kept(pair) -> KeptCanary:
-    result, kept = show_canary(pair.proof, pair.publisher, takeover=False)
-    assert result is not None
-    assert kept is not None
-    pair.server.history.clear()
-    return kept
-
-
-def test_it_is_shown_again_without_the_model(pair, kept, monkeypatch):
+def test_it_is_shown_again_without_the_model(shown, monkeypatch):
+    pair, kept = shown.pair, shown.kept
     base = next(iter(pair.proof.bases.values()))
     monkeypatch.setattr(pair.proof.probe, "logprobs", None)
     state = pair.client.state()
     assert kept.show(pair.proof, pair.client, state, base) == pytest.approx(1.0, abs=0.1)
     assert not pair.server.served, "its run has been deleted"
-    pair.server.silent = frozenset(pair.proof.weights.modules)
+    monkeypatch.setattr(pair.server, "silent", frozenset(pair.proof.weights.modules))
     with pytest.raises(LockstepError, match=r"canary .* by a factor of"):
         kept.show(pair.proof, pair.client, state, base)
     assert not pair.server.served
 
 
-def test_it_waits_for_no_room(pair, kept):
+def test_it_waits_for_no_room(shown):
+    pair = shown.pair
     base = next(iter(pair.proof.bases.values()))
     pair.publisher.push(0)
     full = pair.client.state().model_copy(update={"max_runs": 1})
-    assert kept.show(pair.proof, pair.client, full, base) is None
+    assert shown.kept.show(pair.proof, pair.client, full, base) is None
