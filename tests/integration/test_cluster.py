@@ -156,7 +156,7 @@ def test_a_node_dies_and_another_takes_its_place(cluster: RayCluster, model: Pat
         "reward_workers": 0,
         "run_page": False,
         "env": {**ENVIRONMENT, "PYTHONPATH": FORKING},
-        "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True},
+        "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True, "num-gpu-blocks-override": 256},
     }
     recipe.write_text(yaml.safe_dump({**options, **own}))
     with closing(Up(cluster.address, recipe, out, tmp_path / "up.log")) as up:
