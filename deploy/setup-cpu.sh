@@ -24,9 +24,9 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && .venv/bin/python -c '
   exit 0
 fi
 
-if [ -L .venv ] && [ -x .venv/bin/python ]; then
+if [ -L .venv ] && [ -f "$stamp" ]; then
   # Of another checkout, whose processes may be running from it.
-  say "using $(readlink -f .venv) as it is, since .venv is a link"
+  say "using $(readlink -f .venv) as it is, since .venv is a link; it may have other packages than deploy/constraints-cpu.txt"
   exit 0
 fi
 

@@ -81,18 +81,24 @@ async def _start(
     sees = versions.takes_images(vllm_config.model_config)
     if sees:
         vision.prepare(vllm_config)
+    secret = b""
     if topology.on_ray(vllm_config.parallel_config):
         from rollout_server.vllm_compat import ray_executor  # Ray is an extra
 
         ray_executor.use()
-    # On a thread: loading takes minutes, and /health must answer meanwhile.
-    engine = await asyncio.to_thread(
-        AsyncLLM.from_vllm_config,
-        vllm_config=vllm_config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=args.enable_log_requests,
-        disable_log_stats=args.disable_log_stats,
-    )
+        secret = secrets.token_bytes(tcp.SECRET_BYTES)
+        os.environ[tcp.SECRET_VARIABLE] = secret.hex()
+    try:
+        # On a thread: loading takes minutes, and /health must answer meanwhile.
+        engine = await asyncio.to_thread(
+            AsyncLLM.from_vllm_config,
+            vllm_config=vllm_config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=args.enable_log_requests,
+            disable_log_stats=args.disable_log_stats,
+        )
+    finally:
+        os.environ.pop(tcp.SECRET_VARIABLE, None)
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
@@ -103,7 +109,7 @@ async def _start(
     proxy.turn_tokenizer = await asyncio.to_thread(versions.copy_tokenizer, engine)
     rank: int = args.max_lora_rank
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
-    workers = await _linked(engine, serving, vllm_config.parallel_config, on_break=proxy.give_up)
+    workers = await _linked(engine, serving, vllm_config.parallel_config, secret, on_break=proxy.give_up)
     readiness.on_close(workers.close)
     described = await workers.call("describe", timeout=60.0)
     boot_id = secrets.token_hex(8)
@@ -147,7 +153,7 @@ async def _start(
 
 
 async def _linked(
-    engine: Any, serving: tuple[Any, ...], parallel: Any, on_break: Callable[[EngineDead], None]
+    engine: Any, serving: tuple[Any, ...], parallel: Any, secret: bytes, on_break: Callable[[EngineDead], None]
 ) -> Workers:
     """Prepare all workers to serve, and connect to them."""
 
@@ -155,9 +161,8 @@ async def _linked(
         return await engine.collective_rpc("lockstep_register", timeout=600.0, args=(*serving, link))
 
     count = topology.workers(parallel)
-    if topology.on_ray(parallel):
-        secret = secrets.token_bytes(tcp.SECRET_BYTES)
-        addresses = [WorkerAddress(*address) for address in await register(secret=secret)]
+    if secret:
+        addresses = [WorkerAddress(*address) for address in await register()]
         assert len(addresses) == count
         return await Workers.connect_over_tcp(addresses, secret, on_break)
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:

@@ -112,9 +112,10 @@ class LearnerBench(Bench):
         self.at_least(1, "ranks", "batch", "micro_batch", "sharded_micro_batch", "steps")
         self.at_least(0, "warm_up")
         if options.ranks == 1:
+            by_name = len(options.only) < len(self.row_names) and not options.load
+            if by_name and set(options.only) & set(TOGETHER):
+                raise ValueError("rows of several ranks need --ranks 2 or more")
             options.only = [row for row in options.only if row in ALONE]
-        if not options.only:
-            raise ValueError("rows of several ranks need --ranks 2 or more")
         for row in options.only:
             size = options.sharded_micro_batch if row in SHARDED else options.micro_batch
             if options.batch % (size * self.ranks(row)) or options.batch // self.ranks(row) % options.group:

@@ -33,6 +33,7 @@ from bench.common.sharding import fsdp2_on_cpu, fsdp2_on_gpus, zero3_on_cpu, zer
 from bench.common.training import grpo_config, lora_config, odd_tokens
 from bench.learner.rows import COMPILED, CUT, DDP, FSDP2, PLAIN, PRODUCT, SHARDED, ZERO3
 from learner.adapters.exporter import active_adapter
+from learner.passes.compiled import CompiledLayers
 from learner.passes.flops import multiplied_weights, peak_flops
 from learner.passes.lora_product import use_one_product
 from learner.rollouts.generation import RemoteRollouts
@@ -147,8 +148,8 @@ def make_trainer(training: Namespace, rollouts: Rollouts) -> GRPOTrainer:
     return trainer
 
 
-def use_passes(trainer: GRPOTrainer, training: Namespace) -> None:
-    """Let the trainer make its passes as the row wants them.
+def use_passes(trainer: GRPOTrainer, training: Namespace) -> CompiledLayers | None:
+    """Let the trainer make its passes as the row wants them; return the layers that are compiled for it.
 
     Raises:
         RuntimeError: passes of this model cannot be packed here.
@@ -162,7 +163,8 @@ def use_passes(trainer: GRPOTrainer, training: Namespace) -> None:
     elif row != PLAIN and score_packed(trainer, training.pass_tokens or None) is None:
         raise RuntimeError("the passes of this model cannot be packed here")
     if row == COMPILED or (row == DDP and torch.cuda.is_available()):
-        compile_layers(trainer, "on", lambda: math.nan)
+        return compile_layers(trainer, "on", lambda: math.nan)
+    return None
 
 
 def updates(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
@@ -179,11 +181,13 @@ def train(training: Namespace, rank: int) -> tuple[dict[str, Any], dict[str, tor
     """Train; return what rank 0 answers, and the updates."""
     rollouts = Rollouts(training, rank)
     trainer = make_trainer(training, rollouts)
-    use_passes(trainer, training)
+    layers = use_passes(trainer, training)
     weights, peak = multiplied_weights(trainer.model), peak_flops(trainer.args.device)
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
+    if layers and not layers.active:
+        raise RuntimeError("the layers could not be compiled; the log says why")
     ranks = gather_object([{"tokens": rollouts.tokens, "memory": peak_gib()}])
     answer = {
         "steps": watch.steps,

@@ -115,13 +115,13 @@ def derived_tolerance(
     With unit roundoff u (2^-24 float32, 2^-11 float16, 2^-8 bfloat16), one rounding is a relative error of
     about u / sqrt(3) rms. A layer rounds its values ROUNDINGS_PER_LAYER = 6 times (two norms, two block
     outputs, two residual sums), one with linear attention ROUNDINGS_PER_LINEAR_LAYER = 24 times; over L layers
-    independent errors add up to sqrt(6 L) u / sqrt(3) of the final hidden state. Sums over `width` terms are accumulated in float32, which adds 2^-24 sqrt(width) each
-    and is all there is in float32. A relative error e of the hidden state moves a logit by e * (std of the
-    logits over the vocabulary); rounding the logit itself adds u |logit| / sqrt(3). A logprob is the
-    difference of a logit and a weighted mean of logits: sqrt(2). Both sides err independently: their
-    variances add. The largest of a few hundred mismatches is within 3.5 sigma, so SAFETY = 4 sigma are allowed, and
-    never less than FLOOR. For SmolLM2-135M, bfloat16 against float32, this gives 0.78; measured on 228
-    tokens: rms 0.09, largest 0.34.
+    independent errors add up to sqrt(6 L) u / sqrt(3) of the final hidden state. Sums over `width` terms are
+    accumulated in float32, which adds 2^-24 sqrt(width) each and is all there is in float32. A relative error e
+    of the hidden state moves a logit by e * (std of the logits over the vocabulary); rounding the logit itself
+    adds u |logit| / sqrt(3). A logprob is the difference of a logit and a weighted mean of logits: sqrt(2). Both
+    sides err independently: their variances add. The largest of a few hundred mismatches is within 3.5 sigma, so
+    SAFETY = 4 sigma are allowed, and never less than FLOOR. For SmolLM2-135M, bfloat16 against float32, this
+    gives 0.78; measured on 228 tokens: rms 0.09, largest 0.34.
 
     Args:
         dtypes: compute dtype of each side.

@@ -22,8 +22,8 @@ _SAVED, _COST_S = 0.25, 60.0
 _JUDGED_STEP = 3
 
 
-def compile_layers(trainer: GRPOTrainer, choice: Compile, train_seconds: Callable[[], float]) -> None:
-    """Compile the decoder layers of a trainer whose passes are packed.
+def compile_layers(trainer: GRPOTrainer, choice: Compile, train_seconds: Callable[[], float]) -> CompiledLayers | None:
+    """Compile the decoder layers of a trainer whose passes are packed; return them if that is done at once.
 
     Args:
         choice: on: at once. auto: on a GPU, after a few steps, if what is left of the training is long enough.
@@ -37,14 +37,17 @@ def compile_layers(trainer: GRPOTrainer, choice: Compile, train_seconds: Callabl
         raise InvalidRequest("compile: layers are compiled for GPUs only; leave it at auto, or set it to off")
     # Resumed trainings would have to compile at the same step to make the same updates.
     if choice == "on" or (choice == "auto" and gpu and not trainer.args.full_determinism):
-        trainer.add_callback(_CompileWhereItPays(trainer, train_seconds, at_once=choice == "on"))
+        callback = _CompileWhereItPays(trainer, train_seconds, at_once=choice == "on")
+        trainer.add_callback(callback)
+        return callback.layers
+    return None
 
 
 class _CompileWhereItPays(TrainerCallback):
     def __init__(self, trainer: GRPOTrainer, train_seconds: Callable[[], float], *, at_once: bool) -> None:
         self._trainer, self._train_seconds = trainer, train_seconds
         self._steps = 0
-        self._layers = CompiledLayers(trainer.model) if at_once else None
+        self.layers = CompiledLayers(trainer.model) if at_once else None
         self._seconds: list[float] | None = [] if at_once else None  # of the first steps with compiled layers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -54,10 +57,10 @@ class _CompileWhereItPays(TrainerCallback):
         self._steps += 1
         if self._seconds is not None:
             self._tell_cost(self._seconds)
-        elif self._layers is None and self._steps == _JUDGED_STEP:
+        elif self.layers is None and self._steps == _JUDGED_STEP:
             seconds, left = self._train_seconds(), state.max_steps - state.global_step
             if pays(seconds, left):
-                self._layers, self._seconds = CompiledLayers(self._trainer.model), []
+                self.layers, self._seconds = CompiledLayers(self._trainer.model), []
                 logger.info("compiling layers, which takes about a minute: %d steps of %.1f s are left", left, seconds)
             else:
                 logger.info("layers are not compiled: %d steps of %.1f s would not make up for it", left, seconds)
@@ -68,7 +71,7 @@ class _CompileWhereItPays(TrainerCallback):
         if len(seconds) == 2:
             compiling, compiled = seconds
             self._seconds = None
-            if self._layers and self._layers.active:
+            if self.layers and self.layers.active:
                 logger.info(
                     "compiling layers took %.0f s: a step trains for %.1f s now", compiling - compiled, compiled
                 )

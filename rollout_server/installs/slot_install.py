@@ -86,9 +86,9 @@ class SlotInstall:
         workers, header = self.context.workers, self.header
         if isinstance(source, SharedMemory):
             started = time.monotonic()
-            paths = await workers.readable(source, header.total_bytes, self._left())
+            found = await workers.readable(source, header.total_bytes, self._left())
             self.sent_seconds += time.monotonic() - started
-            sources = [{"path": path, "memory": source.number, "offset": header.data_offset} for path in paths]
+            sources = [{"path": path, "memory": memory, "offset": header.data_offset} for path, memory in found]
         else:
             sources = [source] * len(workers)
         common = {"slot_id": slot_id, "key": header.layout.key, "checksum": header.manifest.checksum}

@@ -20,6 +20,8 @@ from shared.errors import EngineDead, ErrorCode, InstallFailed, InvalidRequest, 
 #: Parts of an adapter on their way to a host at the same time.
 _PARTS = 4
 _CONNECT_S, _RETRY_S = 60.0, 0.5
+#: Numbers of copies, each larger than all before it.
+_copies = itertools.count()
 
 
 class WorkerAddress(NamedTuple):
@@ -66,16 +68,18 @@ class Workers:
         Raises:
             EngineDead: one of them cannot be reached within a minute.
         """
-        links: list[_Link] = []
+        names = [f"worker {rank} of the engine ({at.host}:{at.port})" for rank, at in enumerate(addresses)]
+        opening = [asyncio.ensure_future(_open(at, secret, name)) for at, name in zip(addresses, names, strict=True)]
         try:
-            for rank, address in enumerate(addresses):
-                name = f"worker {rank} of the engine ({address.host}:{address.port})"
-                links.append(_Link(*await _open(address, secret, name), on_break, name))
+            opened = await asyncio.gather(*opening)
         except BaseException:
-            for link in links:
-                link.close()
+            for task in opening:
+                task.cancel()
+            for ends in await asyncio.gather(*opening, return_exceptions=True):
+                if not isinstance(ends, BaseException):
+                    ends[1].close()
             raise
-        return cls(links, addresses)
+        return cls([_Link(*ends, on_break, name) for ends, name in zip(opened, names, strict=True)], addresses)
 
     @property
     def host(self) -> str | None:
@@ -98,37 +102,36 @@ class Workers:
         """Begin an operation on the first `len(arguments)` workers, with arguments of their own."""
         return WorkerCall(op, [link.send(op, own) for link, own in zip(self.links, arguments, strict=False)])
 
-    async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[str]:
-        """Let every worker read `size` bytes of the server's memory; return where each finds them.
+    async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[tuple[str, int]]:
+        """Let every worker read `size` bytes of the server's memory; return path and number of what each reads.
 
-        Workers that are reached over TCP read a copy, which goes once to all workers of a place, into the memory that
-        the last copy made there if it was of the same `memory`.
+        Workers that are reached over TCP read a copy, which goes once to all workers of a place.
 
         Raises:
             LockstepError: as `WorkerCall.results`; also if a copy does not arrive within `timeout` seconds.
         """
         if not self.addresses:
-            return [memory.path] * len(self)
+            return [(memory.path, memory.number)] * len(self)
         firsts: dict[str, int] = {}
         for rank, address in enumerate(self.addresses):
             firsts.setdefault(address.place, rank)
-        deadline = time.monotonic() + timeout
-        copies = [self._copy(self.links[rank], memory, size, deadline) for rank in firsts.values()]
+        deadline, number = time.monotonic() + timeout, next(_copies)
+        copies = [self._copy(self.links[rank], number, memory, size, deadline) for rank in firsts.values()]
         try:
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(copy) for copy in copies]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         paths = dict(zip(firsts, (copy.result() for copy in running), strict=True))
-        return [paths[address.place] for address in self.addresses]
+        return [(paths[address.place], number) for address in self.addresses]
 
-    async def _copy(self, link: _Link, memory: SharedMemory, size: int, deadline: float) -> str:
+    async def _copy(self, link: _Link, number: int, memory: SharedMemory, size: int, deadline: float) -> str:
         """Copy memory to a worker, a few parts at a time; return the path there."""
         under_way: list[WorkerCall] = []
         op, path = f"store at {link.name}", ""
         for start in range(0, size, MAX_PAYLOAD_BYTES):
             part = memory.read(start, min(MAX_PAYLOAD_BYTES, size - start))
-            reply = link.send("store", {"memory": memory.number, "start": start}, part)
+            reply = link.send("store", {"number": number, "start": start}, part)
             under_way.append(WorkerCall(op, [reply]))
             if len(under_way) == _PARTS:
                 await under_way.pop(0).results(max(deadline - time.monotonic(), 0.0))

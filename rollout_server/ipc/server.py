@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import threading
 import time
@@ -24,8 +25,11 @@ from shared.errors import InstallFailed, LockstepError
 Acknowledge = Callable[[], None]
 #: Called with an `Acknowledge` and the request's arguments.
 Operation = Callable[..., dict[str, Any] | None]
-#: The server connects as soon as all workers listen.
-_SERVER_S = 120.0
+#: The server connects once the slowest worker listens, for which it waits 600 s.
+_SERVER_S = 720.0
+#: Connections that prove themselves at the same time.
+_ADMITTING = 32
+_LOOK_S = 0.1
 
 
 def serve(folder: Path, operations: dict[str, Operation]) -> None:
@@ -48,8 +52,8 @@ def serve(folder: Path, operations: dict[str, Operation]) -> None:
 def serve_over_tcp(host: str, secret: bytes, operations: dict[str, Operation], ended: Callable[[], None]) -> int:
     """Listen on a port of the address `host` and serve the one server that knows `secret`; return the port.
 
-    The port closes with the server's connection. Whoever does not know the secret is disconnected, one after the other,
-    each within `tcp.HANDSHAKE_S`.
+    The port closes with the server's connection. Whoever does not know the secret is disconnected within
+    `tcp.HANDSHAKE_S`.
 
     Args:
         ended: called when the server has gone, or none has come within `_SERVER_S`.
@@ -69,19 +73,26 @@ def serve_over_tcp(host: str, secret: bytes, operations: dict[str, Operation], e
 
 def _admitted(listener: socket.socket, secret: bytes) -> socket.socket | None:
     """Return the server's connection, and close the port; None if it has not come in time."""
-    deadline = time.monotonic() + _SERVER_S
+    found: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+    deadline, room = time.monotonic() + _SERVER_S, threading.Semaphore(_ADMITTING)
+
+    def admit(connection: socket.socket) -> None:
+        with room, contextlib.suppress(OSError):
+            if tcp.admit(connection, secret):
+                tcp.end_when_silent(connection)
+                found.put(connection)
+                return
+        connection.close()
+
     with listener:
-        while (left := deadline - time.monotonic()) > 0:
-            listener.settimeout(left)
+        listener.settimeout(_LOOK_S)
+        while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
-                try:
-                    if tcp.admit(connection, secret):
-                        tcp.end_when_silent(connection)
-                        return connection
-                except OSError:
-                    pass
-                connection.close()
+                # Side by side: who says nothing keeps nobody waiting.
+                threading.Thread(target=admit, args=(connection,), name="lockstep-admission", daemon=True).start()
+            with contextlib.suppress(queue.Empty):
+                return found.get_nowait()
     return None
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -23,6 +27,8 @@ class RayExecutor(RayExecutorV2):  # type: ignore[misc]
     """The executor, in the engine's process (0.26 to 0.33)."""
 
     def _init_executor(self) -> None:
+        if server := multiprocessing.parent_process():
+            threading.Thread(target=_end_with, args=(server,), name="lockstep-parent", daemon=True).start()
         start_errors.report_errors()  # of its workers: none of them is started by the server
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = "CPU"
@@ -33,6 +39,12 @@ class RayExecutor(RayExecutorV2):  # type: ignore[misc]
     def _get_actor_resource_kwargs() -> dict[str, Any]:
         # On CPUs the bundle of the placement group has reserved what a worker needs.
         return {} if current_platform.is_cpu() else RayExecutorV2._get_actor_resource_kwargs()
+
+
+def _end_with(server: Any) -> None:
+    """End this engine, and with it its workers, when the server's process has gone: links to them come last."""
+    server.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def use() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from rollout_server.ipc import tcp
 from rollout_server.ipc.memory import SharedMemory, place
 from rollout_server.ipc.server import Acknowledge, serve, serve_over_tcp
 from rollout_server.vllm_compat import (
@@ -128,24 +129,27 @@ class Operations:
             self.filling.release()
 
     def _mapped(self, path: str, memory: int, offset: int, size: int) -> torch.Tensor:
-        """Map bytes [offset, size) of shared memory. The server uses it again, so it stays mapped."""
+        """Map bytes [offset, size) of shared memory, which stays mapped while `memory`, its number, is the same."""
         if self.mapping is None or self.mapping[0] != memory or len(self.mapping[1]) < size:
             self.mapping = (memory, torch.from_file(path, shared=True, size=size, dtype=torch.uint8))
         return self.mapping[1][offset:size]
 
-    def store(self, _: Acknowledge, memory: int, start: int, payload: bytes) -> dict[str, Any]:
-        """Store a part of the adapter that lies in memory `memory` of the server, for all workers of this host."""
+    def store(self, _: Acknowledge, number: int, start: int, payload: bytes) -> dict[str, Any]:
+        """Store a part of a copy of the server's memory, for all workers of this host.
+
+        Args:
+            number: of the copy; that of a later one is larger.
+        """
         with self.storing:
-            if self.stored is None or self.stored[0] != memory:
-                if self.stored is not None:
-                    self.stored[1].free()
-                self.stored = memory, SharedMemory.make()
-            stored = self.stored[1]
+            latest, memory = self.stored or (number, SharedMemory.make())
+            if number < latest:  # a part that comes late
+                raise InstallFailed("this copy of an adapter was given up: another one came after it")
+            self.stored = number, memory
             try:
-                stored.write(payload, start)
+                memory.write(payload, start)
             except OSError as error:
                 raise InstallFailed(f"no memory for the adapter on the host of a worker: {error}") from error
-            return {"path": stored.path}
+            return {"path": memory.path}
 
     def swap(self, _: Acknowledge, one: int, other: int) -> None:
         """Exchange the adapters of two slots; the engine is paused."""
@@ -196,8 +200,8 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     """Serve the server's calls from now on, and end with its process.
 
     Args:
-        link: `folder` for a Unix socket, and `server_pid`; or the `secret` of the engine, for a server that may be on
-            another host.
+        link: `folder` for a Unix socket, and `server_pid`; or nothing, for a server that may be on another host: the
+            secret of the engine has come in this process's environment then.
 
     Returns:
         Where the worker listens (`ipc.client.WorkerAddress`), if it is over TCP.
@@ -206,9 +210,9 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     kept_mass.install(operations.worker)
     names = [name for name in dir(type(operations)) if not name.startswith("_")]
     served = {name: getattr(operations, name) for name in names}
-    if "secret" in link:
-        host = topology.node_address()
-        return host, serve_over_tcp(host, link["secret"], served, ended=_end_without_server), f"{host} {place()}"
+    if not link:
+        host, secret = topology.node_address(), bytes.fromhex(os.environ.pop(tcp.SECRET_VARIABLE))
+        return host, serve_over_tcp(host, secret, served, ended=_end_without_server), f"{host} {place()}"
     threading.Thread(target=_end_with, args=(link["server_pid"],), name="lockstep-parent", daemon=True).start()
     serve(Path(link["folder"]), served)
     return None

@@ -176,7 +176,6 @@ def disturb(world: Training, faults: list[Fault], random: Random, deadline: floa
     while waiting:
         if time.monotonic() > deadline:
             say(f"no further faults after {len(records)}: the time is up")
-            world.end_early()
             break
         (fault, attempt), number = waiting.popleft(), len(records)
         # The last quarter is for the steps that pass during faults.
@@ -190,6 +189,8 @@ def disturb(world: Training, faults: list[Fault], random: Random, deadline: floa
             records.append(record)
         else:  # later, when the world is in another state
             waiting.append((fault, attempt + 1))
+    if deadline < math.inf:
+        world.end_early()
     world.during = "the end"
     world.hurry()
     return records

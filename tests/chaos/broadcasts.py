@@ -38,8 +38,10 @@ def kill_part_in_a_push(who: Who) -> Recipe:
 
     def recipe(world: World, server: int, random: Random) -> None:
         spare(world, server)
-        generation = world.servers[server].generation
-        in_a_push(world, server, random, lambda: kill(who(world, server)))
+        generation, killed = world.servers[server].generation, list[int]()
+        in_a_push(world, server, random, lambda: killed.extend(kill(who(world, server))))
+        if not killed:
+            raise NotInjectedError("it is not running")
         if not until(lambda: world.servers[server].generation > generation, 60):
             world.checker.violated("engine death", "the server goes on without it")
         until_back(world, server)

@@ -70,7 +70,10 @@ class Devices:
 
     def environment(self, device: str) -> dict[str, str]:
         """Return the environment of a process on `device`."""
-        return {"CUDA_VISIBLE_DEVICES": device} if device else {}
+        if not device:
+            return {}
+        # Where FlashInfer is not installed, vLLM 0.26 looks for its sampler and does not start.
+        return {"VLLM_USE_FLASHINFER_SAMPLER": "0", "CUDA_VISIBLE_DEVICES": device}
 
     def __str__(self) -> str:
         if not self.on_gpu:

@@ -55,15 +55,20 @@ def _recorded_send(self: transport.Transport, export: AdapterExport, **kwargs: A
 
 
 def _cut_groups(*_: object) -> None:
-    """Shut down every TCP connection of this process that is not to a server's HTTP port."""
-    cut = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as connection:
-                over_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
-                if over_tcp and not _http_ports & {connection.getpeername()[1], connection.getsockname()[1]}:
+    """Shut down every TCP connection of this process to another one that is not to a server's HTTP port."""
+    with contextlib.ExitStack() as opened:
+        found: list[tuple[socket.socket, Any, Any]] = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                    connection = opened.enter_context(socket.socket(fileno=os.dup(int(name))))
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        found.append((connection, connection.getsockname(), connection.getpeername()))
+        cut, all_own = 0, {own for _, own, _ in found}
+        for connection, own, other in found:
+            # NCCL's threads have connections to one another.
+            if other not in all_own and not _http_ports & {own[1], other[1]}:
+                with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
                     cut += 1
     (_folder / CUT).write_text(str(cut))

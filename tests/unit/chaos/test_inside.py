@@ -36,18 +36,24 @@ def test_a_signal_ends_a_process_with_an_error_of_torch(number: signal.Signals, 
     assert words in said
 
 
+_READS = "import socket, sys; print(socket.create_connection(('127.0.0.1', int(sys.argv[1]))).recv(1))"
+
+
 def test_the_learner_cuts_what_is_not_http(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as http, socket.create_server(("127.0.0.1", 0)) as group:
         monkeypatch.setattr(recorder, "_http_ports", {http.getsockname()[1]})
         monkeypatch.setattr(recorder, "_folder", tmp_path)
-        with socket.create_connection(http.getsockname()) as kept, socket.create_connection(group.getsockname()) as cut:
-            accepted = group.accept()[0]
-            other = http.accept()[0]
+        readers = [
+            subprocess.Popen([sys.executable, "-c", _READS, str(at.getsockname()[1])], stdout=subprocess.PIPE)
+            for at in (http, group)
+        ]
+        kept, cut = http.accept()[0], group.accept()[0]
+        with kept, cut, socket.create_connection(group.getsockname()) as within, group.accept()[0] as beside:
             recorder._cut_groups()
-            assert cut.recv(1) == b""
-            assert accepted.recv(1) == b""
-            other.sendall(b"x")
-            assert kept.recv(1) == b"x"
+            kept.sendall(b"x")
+            assert [reader.communicate(timeout=30)[0] for reader in readers] == [b"b'x'\n", b"b''\n"]
+            within.sendall(b"y")
+            assert beside.recv(1) == b"y"
     assert json.loads((tmp_path / recorder.CUT).read_text()) >= 1
 
 
@@ -60,7 +66,7 @@ def test_learner_and_servers_have_a_gpu_each_if_there_are_two(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     devices = Devices.of_this_machine()
     assert (devices.learner, devices.server, devices.can_broadcast) == (learner, server, broadcasts)
-    assert devices.environment(devices.server) == {"CUDA_VISIBLE_DEVICES": server}
+    assert devices.environment(devices.server)["CUDA_VISIBLE_DEVICES"] == server
     assert ("share" in str(devices)) is not broadcasts
 
 

@@ -88,8 +88,8 @@ class _Workers:
 
     host: str | None = None
 
-    async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[str]:
-        return [memory.path]
+    async def readable(self, memory: SharedMemory, size: int, timeout: float) -> list[tuple[str, int]]:
+        return [(memory.path, memory.number)]
 
     async def call(self, op: str, timeout: float, **arguments: Any) -> list[dict[str, Any]]:
         return await self.begin(op, **arguments).results(timeout)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -103,13 +104,16 @@ async def test_a_stranger_cannot_use_what_the_server_proved_elsewhere() -> None:
         assert await asyncio.to_thread(one.recv, 1000) == tcp._proof(SECRET, b"worker", nonce + ours)
 
 
-async def test_a_silent_stranger_delays_the_server_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "HANDSHAKE_S", 0.3)
+async def test_silent_strangers_keep_the_server_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "HANDSHAKE_S", 3.0)
     worker = _Worker()
-    with _stranger(worker) as silent, _stranger(worker) as slow:
+    with contextlib.ExitStack() as opened:
+        silent, slow, *_ = [opened.enter_context(_stranger(worker)) for _ in range(12)]
         slow.sendall(b"a")
+        started = time.monotonic()
         async with _linked(worker) as (workers, _):
             await workers.call("echo", 5.0, text="the server")
+        assert time.monotonic() - started < 2.5
         with contextlib.suppress(ConnectionResetError):
             assert len(await asyncio.to_thread(silent.recv, 1000)) == 32
             assert await asyncio.to_thread(silent.recv, 1000) == b""
@@ -187,7 +191,7 @@ async def test_an_adapter_goes_once_to_each_place(size: int) -> None:
         for seed in range(2):  # the second into the memory of the first
             data = bytes([seed + 1]) * size
             memory.write(data, 0)
-            paths.append(await workers.readable(memory, size, 10.0))
+            paths.append([path for path, _ in await workers.readable(memory, size, 10.0)])
             assert one.stored() == elsewhere.stored() == data
         first, same, other = paths[0]
         assert first == same != other
@@ -197,13 +201,43 @@ async def test_an_adapter_goes_once_to_each_place(size: int) -> None:
         another = SharedMemory.make()
         another.write(b"shorter", 0)
         await workers.readable(another, 7, 10.0)
-        assert one.stored() == b"shorter"
+        assert one.stored().startswith(b"shorter")
 
 
 async def test_workers_of_this_host_read_the_memory_itself(tmp_path: Path) -> None:
     memory = SharedMemory.make()
     workers = Workers([None, None])  # type: ignore[list-item]
-    assert await workers.readable(memory, 10, 1.0) == [memory.path, memory.path]
+    assert await workers.readable(memory, 10, 1.0) == [(memory.path, memory.number)] * 2
+
+
+async def test_what_is_read_is_the_last_copy() -> None:
+    """A copy of other memory between two of the same one, and a part of it that comes late."""
+    worker, memories = _Worker(), [SharedMemory.make(), SharedMemory.make()]
+    read = []
+    async with _linked(worker) as (workers, _):
+        for turn, memory in enumerate((memories[0], memories[1], memories[0])):
+            memory.write(bytes([turn + 1]) * 8, 0)
+            [(path, number)] = await workers.readable(memory, 8, 10.0)
+            read.append(bytes(worker.operations._mapped(path, number, 2, 6).tolist()))
+        late = workers.links[0].send("store", {"number": number - 1, "start": 0}, b"late")
+        assert not (await late.result)["ok"]
+        assert worker.stored() == bytes([3]) * 8
+    assert read == [bytes([turn]) * 4 for turn in (1, 2, 3)]
+
+
+async def test_both_ends_notice_a_host_that_falls_silent() -> None:
+    found = []
+    worker = _Worker()
+    async with _linked(worker) as (workers, _):
+        ours = workers.links[0]._writer.get_extra_info("socket")
+        theirs = [link for link in psutil.Process().net_connections("tcp") if link.laddr == ours.getpeername()[:2]]
+        ends = [ours, *(socket.fromfd(link.fd, socket.AF_INET, socket.SOCK_STREAM) for link in theirs if link.raddr)]
+        for end in ends:
+            alive = end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            found.append((alive, end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)))
+        for end in ends[1:]:
+            end.close()
+    assert found == [(1, 60_000)] * 2
 
 
 async def test_a_copy_that_does_not_arrive_is_a_push_that_failed() -> None:
@@ -224,7 +258,7 @@ async def test_more_than_a_part_ends_the_link() -> None:
     worker = _Worker()
     async with _linked(worker) as (workers, broken):
         (link,) = workers.links
-        reply = link.send("store", {"memory": 1, "start": 0}, b"a" * (MAX_PAYLOAD_BYTES + 1))
+        reply = link.send("store", {"number": 1, "start": 0}, b"a" * (MAX_PAYLOAD_BYTES + 1))
         with pytest.raises(EngineDead):
             await asyncio.wait_for(reply.result, 5.0)
         assert len(broken) == 1
