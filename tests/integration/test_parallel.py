@@ -162,6 +162,16 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
     assert max(_gaps(client, other, engines)) < FP32
 
 
+def test_a_server_that_is_killed_leaves_no_process(server: ServerProcess) -> None:
+    """The last test of a layout."""
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    if isinstance(server, ServerOnCluster):
+        processes += [server.worker(0), server.worker(1)]
+    assert len(processes) >= 2
+    server.process.kill()
+    assert psutil.wait_procs(processes, timeout=120.0)[1] == []
+
+
 def _last_worker(server: ServerProcess) -> int:
     """Return the process id of a worker: rank 1 of the tensor-parallel group, or the second engine's."""
     if isinstance(server, ServerOnCluster):
