@@ -87,7 +87,7 @@ async def _start(
 
         ray_executor.use()
         secret = secrets.token_bytes(tcp.SECRET_BYTES)
-        os.environ[tcp.SECRET_VARIABLE] = secret.hex()
+        os.environ[tcp.VARIABLE] = secret.hex()
     try:
         # On a thread: loading takes minutes, and /health must answer meanwhile.
         engine = await asyncio.to_thread(
@@ -98,7 +98,7 @@ async def _start(
             disable_log_stats=args.disable_log_stats,
         )
     finally:
-        os.environ.pop(tcp.SECRET_VARIABLE, None)
+        os.environ.pop(tcp.VARIABLE, None)
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)

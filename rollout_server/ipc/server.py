@@ -77,20 +77,25 @@ def _admitted(listener: socket.socket, secret: bytes) -> socket.socket | None:
     deadline, room = time.monotonic() + _SERVER_S, threading.Semaphore(_ADMITTING)
 
     def admit(connection: socket.socket) -> None:
-        with room, contextlib.suppress(OSError):
-            if tcp.admit(connection, secret):
-                tcp.end_when_silent(connection)
-                found.put(connection)
-                return
-        connection.close()
+        try:
+            with contextlib.suppress(OSError):
+                if tcp.admit(connection, secret):
+                    tcp.end_when_silent(connection)
+                    found.put(connection)
+                    return
+            connection.close()
+        finally:
+            room.release()
 
     with listener:
         listener.settimeout(_LOOK_S)
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
-                # Side by side: who says nothing keeps nobody waiting.
-                threading.Thread(target=admit, args=(connection,), name="lockstep-admission", daemon=True).start()
+                if room.acquire(blocking=False):  # side by side: who says nothing keeps nobody waiting
+                    threading.Thread(target=admit, args=(connection,), name="lockstep-admission", daemon=True).start()
+                else:  # the server tries again
+                    connection.close()
             with contextlib.suppress(queue.Empty):
                 return found.get_nowait()
     return None

@@ -16,7 +16,7 @@ import time
 SECRET_BYTES = 32
 #: In which the workers find the secret, as hex digits. Whatever vLLM sends to all workers, anyone may read who reaches
 #: the port that it publishes on.
-SECRET_VARIABLE = "LOCKSTEP_ENGINE_SECRET"
+VARIABLE = "LOCKSTEP_ENGINE_SECRET"
 #: For the handshake of one connection, seconds.
 HANDSHAKE_S = 10.0
 _NONCE_BYTES = _PROOF_BYTES = 32
