@@ -166,7 +166,7 @@ async def _linked(
         assert len(addresses) == count
         return await Workers.connect_over_tcp(addresses, secret, on_break)
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-        await register(server_pid=os.getpid(), folder=folder)
+        await register(server_pid=os.getpid(), coordinator_pid=versions.coordinator(engine), folder=folder)
         sockets = sorted(Path(folder).glob("*.sock"))  # noqa: ASYNC240 - a handful of names in a folder of ours
         return await Workers.connect(sockets, count, on_break)
 

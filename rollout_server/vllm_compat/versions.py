@@ -232,6 +232,12 @@ def engine_dead_error() -> type[Exception]:
     return EngineDeadError
 
 
+def coordinator(engine: Any) -> int | None:
+    """Return the process that spreads requests over data-parallel engines; None if there is none (0.26 to 0.33)."""
+    found = getattr(getattr(engine.engine_core, "resources", None), "coordinator", None)
+    return None if found is None else int(found.proc.pid)
+
+
 def submitted_requests(engine: Any) -> set[str]:
     """Return the caller's ids of all requests that AsyncLLM has handed to the engine with all their outputs."""
     states = engine.output_processor.request_states.values()

@@ -200,8 +200,8 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     """Serve the server's calls from now on, and end with its process.
 
     Args:
-        link: `folder` for a Unix socket, and `server_pid`; or nothing, for a server that may be on another host: the
-            secret of the engine has come in this process's environment then.
+        link: `folder` for a Unix socket, `server_pid`, `coordinator_pid` (`versions.coordinator`); or nothing, for a
+            server that may be on another host: the secret of the engine has come in this process's environment then.
 
     Returns:
         Where the worker listens (`ipc.client.WorkerAddress`), if it is over TCP.
@@ -213,13 +213,15 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     if not link:
         host, secret = topology.node_address(), bytes.fromhex(os.environ.pop(tcp.VARIABLE))
         return host, serve_over_tcp(host, secret, served, ended=_end_without_server), f"{host} {place()}"
-    threading.Thread(target=_end_with, args=(link["server_pid"],), name="lockstep-parent", daemon=True).start()
+    threading.Thread(
+        target=_end_with, args=(link["server_pid"], link["coordinator_pid"]), name="lockstep-parent", daemon=True
+    ).start()
     serve(Path(link["folder"]), served)
     return None
 
 
-def _end_with(server_pid: int) -> None:
-    """End this engine when the HTTP server's process has gone without stopping it (kill -9, say).
+def _end_with(server_pid: int, coordinator_pid: int | None) -> None:
+    """End this engine, and the coordinator, when the server's process has gone without stopping them (kill -9, say).
 
     vLLM's own watch covers workers of a dead engine, but an engine whose server died would hold its GPU forever.
     """
@@ -232,8 +234,11 @@ def _end_with(server_pid: int) -> None:
     if process is not None:
         select.select([process], [], [])
     engine = os.getppid()
-    if engine not in (1, server_pid):
-        os.kill(engine, signal.SIGKILL)
+    # None of vLLM's processes watches for this.
+    for pid in (coordinator_pid, engine if engine not in (1, server_pid) else None):
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # another worker was first
+                os.kill(pid, signal.SIGKILL)
     _end()
 
 
