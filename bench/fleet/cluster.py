@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 from learner.cluster.connection import ADDRESS_VARIABLE, answer, connect, import_ray
 from learner.cluster.directory import make_directory
+from learner.utils.environment import variables_set
 
 NAME = "simulated"
 STORE_BYTES = 200 * 2**20
@@ -30,24 +30,13 @@ def _patiently(start: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextlib.contextmanager
 def cluster_of(nodes: int, urls: Sequence[str]) -> Iterator[None]:
     """Run a cluster whose directory `NAME` lists `urls`, spread over its nodes; this process is connected to it."""
     with contextlib.ExitStack() as stack:
         # Of its own, or `ray.init` of others on this machine would find this cluster.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
         stack.enter_context(
-            _environment(RAY_DISABLE_MEMORY_MONITOR="1", RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=folder)
+            variables_set({"RAY_DISABLE_MEMORY_MONITOR": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder})
         )
         import_ray()
         from ray.cluster_utils import Cluster
@@ -57,7 +46,7 @@ def cluster_of(nodes: int, urls: Sequence[str]) -> Iterator[None]:
         stack.callback(cluster.shutdown)
         for i in range(nodes):
             _patiently(partial(cluster.add_node, **node, **({} if i else {"include_dashboard": False})))
-        stack.enter_context(_environment(**{ADDRESS_VARIABLE: cluster.address}))
+        stack.enter_context(variables_set({ADDRESS_VARIABLE: cluster.address}))
         ray = connect()
         stack.callback(ray.shutdown)
         ids = sorted(each["NodeID"] for each in ray.nodes() if each["Alive"])

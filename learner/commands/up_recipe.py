@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
-import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -23,6 +21,7 @@ from learner.config import LearnerConfig, json_object
 from learner.foreign_options import server_flag
 from learner.run_dir.lock import check_unused
 from learner.utils.atomic import check_writable
+from learner.utils.environment import variables_set
 from shared.errors import InvalidRequest
 from shared.messages import one_line
 from shared.module_names import encoders
@@ -98,7 +97,7 @@ class Recipe:
         said = [name.replace("-", "_").removeprefix("no_") for name in self.server_flag_names()]
         if "language_model_only" in said:
             return False
-        with _set(self.environment):
+        with variables_set(self.environment):
             return bool(_encoders(self.model, self.given.get("model_revision"))) and self._has_no_images()
 
     def _has_no_images(self) -> bool:
@@ -215,21 +214,6 @@ def _task(given: Mapping[str, Any]) -> Task:
         eval_dataset=options["eval_dataset"],
         default_reward=lambda completions, **_: [0.0] * len(completions),
     )
-
-
-@contextlib.contextmanager
-def _set(environment: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process for a while."""
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _rank(given: Mapping[str, Any]) -> int:

@@ -12,12 +12,11 @@ from random import Random
 from signal import SIGSTOP, SIGUSR1, SIGUSR2, Signals
 
 from tests.chaos.processes import kill
-from tests.chaos.recipes import TOO_LONG_S, Recipe, in_a_push, spare, until, until_back
+from tests.chaos.recipes import TOO_LONG_S, Recipe, in_a_push, spare, until, until_ended_and_back
 from tests.chaos.recorder import CUT
 from tests.chaos.world import NotInjectedError, World
 
 Who = Callable[[World, int], list[int]]
-_ERROR_ENDS_S = 60.0
 
 
 def stop_in_a_push(who: Who, *, too_long: bool = False) -> Recipe:
@@ -42,9 +41,7 @@ def kill_part_in_a_push(who: Who) -> Recipe:
         in_a_push(world, server, random, lambda: killed.extend(kill(who(world, server))))
         if not killed:
             raise NotInjectedError("it is not running")
-        if not until(lambda: world.servers[server].generation > generation, 60):
-            world.checker.violated("engine death", "the server goes on without it")
-        until_back(world, server)
+        until_ended_and_back(world, server, generation)
 
     return recipe
 
@@ -85,9 +82,7 @@ def engine_error(who: Who, number: Signals) -> Recipe:
         time.sleep(random.uniform(0, 1))
         if not kill(who(world, server), number):
             raise NotInjectedError("it is not running")
-        if not until(lambda: world.servers[server].generation > generation, _ERROR_ENDS_S):
-            world.checker.violated("engine death", "the server goes on after an error of its engine")
-        until_back(world, server)
+        until_ended_and_back(world, server, generation)
 
     return recipe
 

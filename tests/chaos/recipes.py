@@ -68,9 +68,7 @@ def kill_part(who: Callable[[World, int], list[int]]) -> Recipe:
         generation = world.servers[server].generation
         if not kill(who(world, server)):
             raise NotInjectedError("it is not running")
-        if not until(lambda: world.servers[server].generation > generation, 60):
-            world.checker.violated("engine death", "the server goes on without it")
-        until_back(world, server)
+        until_ended_and_back(world, server, generation)
 
     return recipe
 
@@ -229,6 +227,13 @@ def until(condition: Callable[[], object], timeout_s: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def until_ended_and_back(world: World, server: int, generation: int) -> None:
+    """Wait until a server whose engine is broken has ended by itself and the supervisor has restarted it."""
+    if not until(lambda: world.servers[server].generation > generation, 60):
+        world.checker.violated("engine death", "the server goes on with a broken engine")
+    until_back(world, server)
 
 
 def until_back(world: World, server: int) -> None:
