@@ -36,20 +36,26 @@ def waiting(
     """
     times, ended, started = mentions_s or MENTIONS_S, threading.Event(), time.monotonic()
     said = threading.Event()
+    # Held while a mention is logged, so that none follows the end of the block.
+    saying = threading.Lock()
 
     def mention() -> None:
         for due in itertools.chain(times, itertools.count(2 * times[-1], times[-1])):
             if ended.wait(max(started + due - time.monotonic(), 0.0)):
                 return
-            said.set()
             limit = "" if limit_s is None else f" of at most {limit_s:.0f} s" + (f", then {then}" if then else "")
             how = f" ({shown})" if (shown := detail()) else ""
-            logger.info("waiting for %s%s: %.0f s%s", what, how, time.monotonic() - started, limit)
+            with saying:
+                if ended.is_set():
+                    return
+                said.set()
+                logger.info("waiting for %s%s: %.0f s%s", what, how, time.monotonic() - started, limit)
 
     threading.Thread(target=mention, name="lockstep-wait", daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
+        with saying:
+            ended.set()
     if said.is_set():
         logger.info("waited %.0f s for %s", time.monotonic() - started, what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import re
+import threading
 
 import httpx
 import pytest
@@ -57,6 +58,23 @@ def test_what_is_over_soon_or_has_failed_is_not_said_to_have_come(said, monkeypa
         assert said.get().startswith("waiting")
     with waiting("a thing"):
         pass
+    assert said.empty()
+
+
+def test_nothing_is_mentioned_after_the_end(said):
+    asked, over = threading.Event(), threading.Event()
+
+    def slow():
+        asked.set()
+        over.wait()
+        return "1 of 3"
+
+    with waiting("a thing", detail=slow):
+        asked.wait()
+    over.set()
+    for thread in threading.enumerate():
+        if thread.name == "lockstep-wait":
+            thread.join()
     assert said.empty()
 
 
