@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,24 @@ class HostedActor(Hosted):
         super().__init__(command, ray.util.get_node_ip_address(), environment, announce)
 
 
-def host(ray: Any, command: Command, name: str, job: str, *, group: Any, bundle: int, restarts: int) -> Any:
+def host(
+    ray: Any,
+    command: Command,
+    name: str,
+    job: str,
+    *,
+    group: Any,
+    bundle: int,
+    restarts: int,
+    leaves: Sequence[str] = (),
+) -> Any:
     """Start an actor in a bundle of a placement group, whose resources it takes, and return it.
 
     Args:
         restarts: how often Ray starts it again where its node is gone; -1: always.
+        leaves: resources of the bundle that it does not take.
     """
-    resources = dict(group.bundle_specs[bundle])
+    resources = {name: value for name, value in group.bundle_specs[bundle].items() if name not in leaves}
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=bundle
     )

@@ -6,19 +6,20 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from learner.cluster.actors import host
-from learner.cluster.connection import last_line
+from learner.cluster.connection import NAMESPACE, last_line
 from learner.cluster.directory import make_directory
 from learner.cluster.hosted import Command, Report
-from learner.cluster.resources import Node, Resources, check_room, describe, nodes, on_node
+from learner.cluster.resources import Node, Resources, ServerNeeds, check_room, describe, nodes, on_node
 from learner.utils.processes import ending
 from learner.utils.threads import start
 from shared.messages import one_line
+from shared.placement import PLACEMENT_VARIABLE
 
 #: Times that servers may end without ever having been ready, before all is given up; after wrong options: once.
 _ATTEMPTS = 3
@@ -33,7 +34,8 @@ class ClusterJob:
 
     Attributes:
         name: of the directory that lists the servers.
-        server_needs, learner_needs: resources, in Ray's names.
+        server_needs, learner_needs: resources, in Ray's names. The workers of a server with several bundles have one
+            each, and its own process is beside the first.
         home: the node of the learner; None: any.
         can_resume: whether a learner whose node is gone may be started on another.
     """
@@ -41,7 +43,7 @@ class ClusterJob:
     name: str
     server: Command
     servers: tuple[int, int]
-    server_needs: Resources
+    server_needs: ServerNeeds
     learner: Command
     learner_needs: Resources
     home: Node | None = None
@@ -53,6 +55,7 @@ class Member:
     """A hosted command of the job.
 
     Attributes:
+        leaves: resources of its bundle that it does not take.
         report: the last one.
         lost: nothing is heard of it.
         done: nothing more will be.
@@ -63,6 +66,7 @@ class Member:
     group: Any
     bundle: int
     restarts: int
+    leaves: Sequence[str] = ()
     actor: Any = None
     report: Report = field(default_factory=lambda: Report("", ""))
     lost: bool = False
@@ -98,16 +102,21 @@ class RunningJob:
         job, found, (least, most) = self._job, nodes(self._ray), self._job.servers
         check_room(found, job.server_needs, least, job.learner_needs)
         learner_needs = on_node(job.learner_needs, job.home) if job.home else job.learner_needs
-        group = self._reserve([learner_needs, *[job.server_needs] * least], "SPREAD")
-        self._wait_for_room(group, least)
+        if job.server_needs.bundles == 1:
+            group = self._reserve([learner_needs, *[job.server_needs.bundle] * least], "SPREAD")
+            places = [(group, number) for number in range(1, least + 1)]
+        else:  # vLLM takes a placement group for that of one engine
+            group = self._reserve([learner_needs], "PACK")
+            places = [(self._reserve_server(number), 0) for number in range(least)]
+        self._wait_for_room([group, *(place for place, _ in places)], least)
         # It is lost with its node, so that must not be one of a server alone.
         self._directory = make_directory(self._ray, job.name, job.home.node_id if job.home else _head(found))
-        for number in range(least):
-            self._begin(Member(f"server-{number + 1}", job.server, group, number + 1, -1))
+        for number, (place, bundle) in enumerate(places):
+            self._begin(self._server(number, place, bundle))
         self._begin(Member(LEARNER, job.learner, group, 0, 0))
         for number in range(least, most):
-            extra = self._reserve([job.server_needs], "PACK")
-            start(partial(self._begin_with_room, f"server-{number + 1}", extra), f"room-{number}")
+            member = self._server(number, self._reserve_server(number), 0)
+            start(partial(self._begin_with_room, member), f"room-{number}")
         while True:
             if (outcome := self._next(0.5)) is not None:
                 return outcome
@@ -128,30 +137,45 @@ class RunningJob:
             if self._directory is not None:
                 self._ray.kill(self._directory)
 
-    def _reserve(self, bundles: list[Resources], strategy: str) -> Any:
-        group = self._ray.util.placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
+    def _reserve(self, bundles: list[Resources], strategy: str, name: str = "") -> Any:
+        group = self._ray.util.placement_group([dict(bundle) for bundle in bundles], strategy=strategy, name=name)
         self._groups.append(group)
         return group
 
-    def _wait_for_room(self, group: Any, servers: int) -> None:
-        room, due = start(partial(_wait, group), "room"), time.monotonic() + _SAY_S
+    def _reserve_server(self, number: int) -> Any:
+        needs = self._job.server_needs
+        return self._reserve([needs.bundle] * needs.bundles, "PACK", self._group_name(number))
+
+    def _group_name(self, number: int) -> str:
+        return f"{self._job.name}-{number + 1}"
+
+    def _server(self, number: int, group: Any, bundle: int) -> Member:
+        command, leaves = self._job.server, ()
+        if self._job.server_needs.bundles > 1:
+            placed = {PLACEMENT_VARIABLE: f"{NAMESPACE}/{self._group_name(number)}"}
+            command = replace(command, environment={**command.environment, **placed})
+            leaves = ("GPU",)  # for the first worker
+        return Member(f"server-{number + 1}", command, group, bundle, -1, leaves)
+
+    def _wait_for_room(self, groups: Sequence[Any], servers: int) -> None:
+        room, due = start(partial(_wait, groups), "room"), time.monotonic() + _SAY_S
         while not room.done():
             time.sleep(0.1)
             if time.monotonic() > due:
-                needs, learner = describe(self._job.server_needs), describe(self._job.learner_needs)
+                needs, learner = self._job.server_needs, describe(self._job.learner_needs)
                 free = describe(self._ray.available_resources())
                 self._say(f"waiting for room for {servers} x {needs}, and {learner} for the learner; free are {free}")
                 due += _SAY_S
         room.result()
 
-    def _begin_with_room(self, name: str, group: Any) -> None:
+    def _begin_with_room(self, member: Member) -> None:
         """Start a server as soon as the cluster has room for it."""
         try:
-            _wait(group)
+            _wait([member.group])
             if not self._ending.is_set():
-                self._begin(Member(name, self._job.server, group, 0, -1))
+                self._begin(member)
         except Exception as error:  # of Ray, of any kind: the others go on
-            self._say(f"{name} is not started: {one_line(error)}")
+            self._say(f"{member.name} is not started: {one_line(error)}")
 
     def _begin(self, member: Member) -> None:
         member.actor = host(
@@ -162,6 +186,7 @@ class RunningJob:
             group=member.group,
             bundle=member.bundle,
             restarts=member.restarts,
+            leaves=member.leaves,
         )
         self._members.append(member)
         threading.Thread(target=self._follow, args=(member,), name=f"follow-{member.name}", daemon=True).start()
@@ -270,9 +295,10 @@ class RunningJob:
                 self._ray.kill(member.actor)
 
 
-def _wait(group: Any) -> None:
-    while not group.wait(_ANSWER_S):
-        pass
+def _wait(groups: Sequence[Any]) -> None:
+    for group in groups:
+        while not group.wait(_ANSWER_S):
+            pass
 
 
 def _head(found: list[Node]) -> str | None:

@@ -38,8 +38,24 @@ def on_node(asked: Resources, node: Node) -> Resources:
     return {**asked, f"node:{node.address}": _ON_NODE}
 
 
+@dataclass(frozen=True)
+class ServerNeeds:
+    """What a rollout server asks for.
+
+    Attributes:
+        bundle: resources on one node.
+        bundles: how many of them: one, or one for each worker, perhaps on several nodes.
+    """
+
+    bundle: Resources
+    bundles: int = 1
+
+    def __str__(self) -> str:
+        return describe(self.bundle) if self.bundles == 1 else f"{self.bundles} x {describe(self.bundle)}"
+
+
 def has_room(
-    found: Sequence[Node], server: Resources, servers: int, learner: Resources, home: Node | None = None
+    found: Sequence[Node], server: ServerNeeds, servers: int, learner: Resources, home: Node | None = None
 ) -> bool:
     """Return whether servers and learner fit on the nodes with nothing else there.
 
@@ -49,26 +65,31 @@ def has_room(
     for place in [home] if home else found:
         if _times(learner, place.has):
             left = {name: place.has.get(name, 0.0) - learner.get(name, 0.0) for name in place.has}
-            others = sum(_times(server, node.has) for node in found if node is not place)
-            if others + _times(server, left) >= servers:
+            elsewhere = sum(_times(server.bundle, node.has) for node in found if node is not place)
+            if elsewhere + _times(server.bundle, left) >= servers * server.bundles:
                 return True
     return False
 
 
-def check_room(found: Sequence[Node], server: Resources, servers: int, learner: Resources) -> None:
+def check_room(found: Sequence[Node], server: ServerNeeds, servers: int, learner: Resources) -> None:
     """Raise `invalid_request` where the cluster is too small, even with nothing else on it."""
-    check_fits(found, server, "a server")
+    check_fits(found, server.bundle, "a server" if server.bundles == 1 else "a server's worker")
     check_fits(found, learner, "the learner")
     if not has_room(found, server, servers, learner):
         raise InvalidRequest(
-            f"{servers} server{'s' * (servers > 1)} of {describe(server)} and a learner of {describe(learner)} do not "
+            f"{servers} server{'s' * (servers > 1)} of {server} and a learner of {describe(learner)} do not "
             f"fit on this Ray cluster; it has {_list(found)}"
         )
 
 
+def fits(found: Sequence[Node], asked: Resources) -> bool:
+    """Return whether some node has what is asked, with nothing else on it."""
+    return any(_times(asked, node.has) for node in found)
+
+
 def check_fits(found: Sequence[Node], asked: Resources, what: str) -> None:
     """Raise `invalid_request` where no node has what is asked, even with nothing else on it."""
-    if not any(_times(asked, node.has) for node in found):
+    if not fits(found, asked):
         own = others(asked)
         raise InvalidRequest(
             f"{what} needs {describe(asked, *own)}, and no node of this Ray cluster has that; it has "

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from learner.cluster.connection import connect
 from learner.cluster.hosted import Command, place
 from learner.cluster.job import LEARNER, ClusterJob, RunningJob
-from learner.cluster.resources import Node, check_room, describe, has_room, home_of, nodes
+from learner.cluster.resources import (
+    Node,
+    Resources,
+    ServerNeeds,
+    check_room,
+    describe,
+    fits,
+    has_room,
+    home_of,
+    nodes,
+)
 from learner.commands.flags import is_true
 from learner.commands.up import (
     CPU_ENVIRONMENT,
@@ -36,7 +47,7 @@ from shared.errors import InvalidRequest
 #: What the nodes decide, or what a file is sent for.
 _ADDRESS = ("host", "port", "uds", "gpus")
 _FILES = ("generate_token_file", "metrics_token_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs")
-_PARALLEL = ("tensor_parallel_size", "data_parallel_size", "tp", "dp")
+_TENSOR_PARALLEL, _DATA_PARALLEL = ("tensor_parallel_size", "tp"), ("data_parallel_size", "dp")
 #: Of machines that are no nodes of the cluster.
 _FROM_ELSEWHERE = "ray://"
 
@@ -48,11 +59,17 @@ def run(recipe: Recipe) -> int:
         InvalidRequest: no Ray, no cluster, or too small a one; an option that cannot work there.
     """
     _check(recipe)
-    out, tokens, (needs, learner_needs) = recipe.output_dir, _tokens(recipe), _needs(recipe)
-    server, name = _server(recipe, tokens), _name(out)
+    out, tokens, name, learner_needs = (
+        recipe.output_dir,
+        _tokens(recipe),
+        _name(recipe.output_dir),
+        _learner_needs(recipe),
+    )
     ray = connect(recipe.options.cluster)
     try:
         found, servers = nodes(ray), recipe.options.servers or (1, 1)
+        needs = _server_needs(recipe, found)
+        server = _server(recipe, tokens, needs)
         check_room(found, needs, servers[0], learner_needs)
         from_elsewhere = recipe.options.cluster.startswith(_FROM_ELSEWHERE)
         home = None if from_elsewhere else home_of(ray, found, learner_needs)
@@ -103,7 +120,7 @@ def _follow(ray: Any, job: ClusterJob, out: Path) -> int:
 
     least, most = job.servers
     count = f"{least}" if least == most else f"{least} to {most}"
-    say(f"{count} x rollout server on {describe(job.server_needs)}, listed as ray:{job.name}; logs: {out}/server-N.log")
+    say(f"{count} x rollout server on {job.server_needs}, listed as ray:{job.name}; logs: {out}/server-N.log")
     where = f"on {job.home.address}" if job.home else f"on any node: each must see {out}"
     say(f"the learner on {describe(job.learner_needs)}, {where}; log: {out / LEARNER_LOG}")
     status, reason = None, ""
@@ -159,16 +176,42 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-def _needs(recipe: Recipe) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the resources of a server and of the learner."""
-    options, gpus = recipe.options, 0 if is_true(recipe.given, "use_cpu") else 1
-    server = {"CPU": options.cpus_per_server or 1, "GPU": options.gpus_per_server or gpus}
-    ranks = options.learner_gpus or gpus
-    learner = {"CPU": options.learner_cpus or max(ranks, 1), "GPU": ranks}
-    return tuple({name: value for name, value in each.items() if value} for each in (server, learner))  # type: ignore[return-value]
+def _server_needs(recipe: Recipe, found: Sequence[Node]) -> ServerNeeds:
+    """Return the resources of a server: on one node, or of each worker where Ray places them on several."""
+    options, executor, gpus = recipe.options, recipe.server_flag("distributed_executor_backend"), _gpus(recipe)
+    cpus, workers = options.cpus_per_server or 1, _workers(recipe)
+    engines = int(recipe.server_flag(*_DATA_PARALLEL) or 1)
+    whole = _asked(cpus, options.gpus_per_server or gpus * workers * engines)
+    is_spread = executor == "ray"
+    if not executor and workers > 1 and engines == 1 and not fits(found, whole):
+        say(f"no node has {describe(whole)}: the workers of each server are placed on several (Ray)")
+        is_spread = True
+    if not is_spread or workers == 1:
+        return ServerNeeds(whole)
+    # Without GPUs vLLM takes a CPU for each worker.
+    return ServerNeeds(_asked(math.ceil(cpus / workers) if gpus else 1, gpus), workers)
 
 
-def _server(recipe: Recipe, tokens: bytes) -> Command:
+def _workers(recipe: Recipe) -> int:
+    """Return how many workers a server has, unless they are several engines."""
+    return int(recipe.options.gpus_per_server or recipe.server_flag(*_TENSOR_PARALLEL) or 1)
+
+
+def _learner_needs(recipe: Recipe) -> Resources:
+    ranks = recipe.options.learner_gpus or _gpus(recipe)
+    return _asked(recipe.options.learner_cpus or max(ranks, 1), ranks)
+
+
+def _gpus(recipe: Recipe) -> int:
+    """Return how many GPUs a process of vLLM or of the learner has."""
+    return 0 if is_true(recipe.given, "use_cpu") else 1
+
+
+def _asked(cpus: float, gpus: float) -> Resources:
+    return {name: value for name, value in {"CPU": cpus, "GPU": gpus}.items() if value}
+
+
+def _server(recipe: Recipe, tokens: bytes, needs: ServerNeeds) -> Command:
     flags = ["--host", place("host"), "--port", place("port"), "--token-file", place("token")]
     sent = {"token": tokens}
     recipe.server.pop("token_file", None)
@@ -176,8 +219,11 @@ def _server(recipe: Recipe, tokens: bytes) -> Command:
         if path := recipe.server.pop(name, None):
             sent[name] = _read(str(path), f"server: {name}")
             flags += [f"--{name.replace('_', '-')}", place(name)]
-    gpus, own = recipe.options.gpus_per_server or 1, [name.replace("-", "_") for name in recipe.server_flag_names()]
-    parallel = {} if gpus == 1 or any(name in own for name in _PARALLEL) else {"tensor_parallel_size": gpus}
+    parallel: dict[str, Any] = {}
+    if (workers := _workers(recipe)) > 1 and not recipe.server_flag(*_TENSOR_PARALLEL, *_DATA_PARALLEL):
+        parallel["tensor_parallel_size"] = workers
+    if needs.bundles > 1 and not recipe.server_flag("distributed_executor_backend"):
+        parallel["distributed_executor_backend"] = "ray"
     scheme = "https" if "ssl_certfile" in sent else "http"
     return Command(
         module="rollout_server.cli",

@@ -116,6 +116,12 @@ class Recipe:
         given = (word for word in self.options.server_flags or () if re.match(r"--?[a-zA-Z]", word))
         return [*self.server, *(word.lstrip("-").partition("=")[0] for word in given)]
 
+    def server_flag(self, *names: str) -> Any:
+        """Return the value of one of the server's own flags, given the names of one, with underscores; else None."""
+        words = [re.sub(r"^-(?=[a-zA-Z])", "--", word) for word in self.options.server_flags or ()]
+        own = {**self.server, **_values(words)}
+        return next((own[name] for name in names if name in own), None)
+
 
 def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
     """Read the recipes of `--config`, and the flags of `learner train`, which count more.
@@ -156,7 +162,7 @@ def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
 
 
 def _values(flags: Sequence[str]) -> dict[str, str]:
-    """Return the flags of `learner train` that the server has to know, by name; a flag without a value is true."""
+    """Return flags by name, with underscores; a flag without a value has an empty one."""
     values: dict[str, str] = {}
     for word, following in zip_longest(flags, flags[1:], fillvalue="--"):
         if word.startswith("--"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,11 @@ from vllm.v1.executor import Executor, ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc, ray
 
 from rollout_server.vllm_compat import start_errors
+from shared.placement import PLACEMENT_VARIABLE
+
+_SAY_S = 15.0
+
+logger = logging.getLogger("lockstep.server")
 
 
 class CpuRayWorker(RayWorkerProc):  # type: ignore[misc]
@@ -33,12 +39,24 @@ class RayExecutor(RayExecutorV2):  # type: ignore[misc]
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = "CPU"
             ray_executor_v2.RayWorkerProc = CpuRayWorker
+        if name := os.environ.get(PLACEMENT_VARIABLE):
+            self.parallel_config.placement_group = _reserved(name, self.parallel_config.ray_runtime_env)
         super()._init_executor()
 
     @staticmethod
     def _get_actor_resource_kwargs() -> dict[str, Any]:
         # On CPUs the bundle of the placement group has reserved what a worker needs.
         return {} if current_platform.is_cpu() else RayExecutorV2._get_actor_resource_kwargs()
+
+
+def _reserved(name: str, runtime_env: Any) -> Any:
+    """Return the placement group NAMESPACE/NAME once all its bundles have room, which a node that died took along."""
+    namespace, _, own = name.partition("/")
+    ray.init(namespace=namespace, runtime_env=runtime_env)
+    group = ray.util.get_placement_group(own)
+    while not group.wait(_SAY_S):
+        logger.warning("waiting for room on the cluster for this engine's workers: %s", group.bundle_specs)
+    return group
 
 
 def _end_with(server: Any) -> None:

@@ -14,21 +14,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import HISTORY_FILE, read_lines
-from tests.integration.support.forked import FORKING, REPOSITORY
-from tests.integration.support.learner_process import COMMON, write_questions
-from tests.integration.support.server import ENVIRONMENT
+from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.up_on_cluster import LONG_S, Up, write_recipe
 from tests.integration.support.waiting import until
-from tests.support.arguments import arguments
 from tests.support.ray_cluster import RayCluster, RayNode
 
 TOKEN = "only-the-nodes-of-this-test-know-it"
 BATCH = 8
 OURS = ("rollout_server.cli", "learner.cli")
-_LONG_S = 900.0
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +34,6 @@ def cluster() -> Iterator[RayCluster]:
         for node in [found.add(1), found.add(1)]:
             node.wait_ready()
         yield found
-
-
-class Up:
-    """`learner up --cluster` as a process."""
-
-    def __init__(self, address: str, recipe: Path, out: Path, log: Path) -> None:
-        self.out, self._log = out, log
-        flags = {"--config": recipe, "--output_dir": out, "--cluster": address, "--servers": 3}
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "learner.cli", "up", *arguments(flags)],
-                cwd=REPOSITORY,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def said(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def until_it_says(self, *words: str) -> None:
-        until(lambda: all(word in self.said() for word in words) or self.process.poll() is not None, _LONG_S)
-        assert self.process.poll() is None, self.said()[-6000:]
-
-    def until_steps(self, servers_up: int, more: int) -> None:
-        """Wait for `more` proven steps with this number of servers."""
-
-        def count() -> int:
-            rows = read_lines(self.out / HISTORY_FILE)
-            return sum(row["servers_up"] == servers_up and row["logprob_gap"] is not None for row in rows)
-
-        begun = count()
-        until(lambda: count() >= begun + more or self.process.poll() is not None, _LONG_S)
-        assert self.process.poll() is None, self.said()[-6000:]
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
 
 
 @pytest.mark.timeout(1200)
@@ -92,7 +49,7 @@ def test_nothing_outlives_a_command_that_is_killed(cluster: RayCluster, tmp_path
     said = (tmp_path / "log").read_text
     try:
         names = ("server-1", "server-2", "learner")
-        until(lambda: all(f"{name} is ready" in said() for name in names) or driver.poll() is not None, _LONG_S)
+        until(lambda: all(f"{name} is ready" in said() for name in names) or driver.poll() is not None, LONG_S)
         assert driver.poll() is None, said()
         until(lambda: "learner has GPUs" in said())
         assert "learner has GPUs 0,1" in said()
@@ -143,23 +100,8 @@ def test_a_node_dies_and_another_takes_its_place(cluster: RayCluster, model: Pat
     out, recipe, token = tmp_path / "run", tmp_path / "tiny.yaml", tmp_path / "token"
     token.touch(0o600)
     token.write_text(TOKEN)
-    options = {name.removeprefix("--"): value for name, value in zip(COMMON[::2], COMMON[1::2], strict=True)}
-    own = {
-        "model_name_or_path": str(model),
-        "task": str(write_questions(tmp_path / "questions.jsonl", 64)),
-        "token_file": str(token),
-        "max_steps": 100_000,
-        "save_steps": 100_000,
-        "proof_every": 1,
-        # The training leaves the cores to a server that starts.
-        "reward_funcs": "tests.support.rewards:odd_at_leisure",
-        "reward_workers": 0,
-        "run_page": False,
-        "env": {**ENVIRONMENT, "PYTHONPATH": FORKING},
-        "server": {"max-model-len": 256, "max-num-seqs": 16, "enforce-eager": True, "num-gpu-blocks-override": 256},
-    }
-    recipe.write_text(yaml.safe_dump({**options, **own}))
-    with closing(Up(cluster.address, recipe, out, tmp_path / "up.log")) as up:
+    write_recipe(recipe, model_name_or_path=str(model), token_file=str(token), proof_every=1)
+    with closing(Up(cluster.address, recipe, out, tmp_path / "up.log", servers=3)) as up:
         up.until_it_says("server-1 is ready", "server-2 is ready", "server-3 is ready")
         up.until_steps(servers_up=3, more=1)
         started = [process for node in nodes for process in node.running(*OURS)]
@@ -174,7 +116,7 @@ def test_a_node_dies_and_another_takes_its_place(cluster: RayCluster, model: Pat
         started += nodes[3].running(*OURS)
 
         up.process.send_signal(signal.SIGINT)
-        assert up.process.wait(_LONG_S) == 130, up.said()[-6000:]
+        assert up.process.wait(LONG_S) == 130, up.said()[-6000:]
     checkpoint = last_checkpoint(out)
     assert checkpoint, up.said()[-6000:]
     state = load_state(checkpoint)

@@ -1,71 +1,81 @@
-"""One engine over two nodes of a Ray cluster: who may connect to its workers, and what comes of a node that dies.
+"""`learner up --cluster` with one engine over two nodes of a Ray cluster, one of which dies and is replaced.
 
-That pushes reach both workers is seen in `test_parallel`, on the layout `ray`.
+That pushes reach both workers, and what one that is stopped does, is seen in `test_parallel`, on the layout `ray`.
 """
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 
 from shared.bearer_tokens import TOKEN_VARIABLE
-from tests.integration.conftest import FLAGS
-from tests.integration.support.on_cluster import ServerOnCluster, running_on, two_nodes
-from tests.integration.support.waiting import until
+from tests.integration.support.on_cluster import NICENESS, vllm_processes
+from tests.integration.support.server import ENVIRONMENT
+from tests.integration.support.up_on_cluster import LONG_S, Up, write_recipe
 from tests.support.ray_cluster import RayCluster
 
 _TOKEN = "a-token-that-no-worker-needs"
-_LONG_S = 120.0
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    with two_nodes() as found:
+    """Two nodes: the learner and one worker fit on the first."""
+    with RayCluster({**ENVIRONMENT, **NICENESS}) as found:
+        found.add(2).wait_ready()
+        found.add(1).wait_ready()
         yield found
-
-
-@pytest.fixture
-def server(
-    cluster: RayCluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ServerOnCluster]:
-    monkeypatch.setenv(TOKEN_VARIABLE, _TOKEN)
-    with running_on(cluster, model, tmp_path, *FLAGS) as process:
-        yield process
 
 
 def _addresses(process: psutil.Process, status: str) -> set[tuple[str, int]]:
     return {tuple(c.laddr) for c in process.net_connections("tcp") if c.status == status}
 
 
-def _link(server: ServerOnCluster, worker: psutil.Process) -> tuple[str, int]:
+def _link(server: psutil.Process, worker: psutil.Process) -> tuple[str, int]:
     """Return the worker's end of the link between server and worker."""
-    process = psutil.Process(server.process.pid)
-    theirs = {tuple(c.raddr) for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+    theirs = {tuple(c.raddr) for c in server.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
     (found,) = theirs & _addresses(worker, psutil.CONN_ESTABLISHED)
     return found
 
 
-@pytest.mark.timeout(900)
-def test_a_node_that_dies_ends_the_server_and_it_says_which(cluster: RayCluster, server: ServerOnCluster) -> None:
-    workers, links = [server.worker(0), server.worker(1)], []
-    for worker, node in zip(workers, cluster.nodes, strict=True):
-        host, port = _link(server, worker)
-        assert host == node.host
-        # The port was open for the server alone.
-        assert (host, port) not in _addresses(worker, psutil.CONN_LISTEN)
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((host, port), timeout=5.0)
-        links.append((host, port))
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    assert children
-    assert all(TOKEN_VARIABLE not in process.environ() for process in [*children, *workers])
-    cluster.nodes[1].kill()
-    until(lambda: server.process.poll() is not None, _LONG_S)
-    assert server.process.returncode == 1, server.tail()
-    host, port = links[1]
-    assert f"the engine died: worker 1 of the engine ({host}:{port}) has ended" in server.tail()
-    assert psutil.wait_procs([*workers, *children], timeout=_LONG_S)[1] == []
+@pytest.mark.timeout(3600)
+def test_a_node_of_a_server_dies_and_another_takes_its_place(
+    cluster: RayCluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, _TOKEN)
+    head, other = cluster.nodes
+    spread = {"distributed-executor-backend": "ray", "tensor-parallel-size": 2}
+    write_recipe(recipe := tmp_path / "tiny.yaml", model_name_or_path=str(model), proof_every=1, server=spread)
+    with closing(Up(cluster.address, recipe, tmp_path / "run", tmp_path / "up.log")) as up:
+        up.until_it_says("1 x rollout server on 2 x 1 CPU", "server-1 is ready")
+        up.until_steps(servers_up=1, more=2)
+        workers = [worker for node in (head, other) for worker in vllm_processes(node)]
+        (server, *children) = (p for node in (head, other) for p in node.running("rollout_server.cli"))
+        for worker, node in zip(workers, (head, other), strict=True):
+            host, port = _link(server, worker)
+            assert host == node.host
+            # The port was open for the server alone.
+            assert (host, port) not in _addresses(worker, psutil.CONN_LISTEN)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((host, port), timeout=5.0)
+        started = [server, *children, *workers]
+        assert all(_TOKEN not in str(process.environ()) for process in started)
+
+        is_beside_it = server in other.processes()
+        other.kill()
+        if is_beside_it:
+            up.until_it_says(f"server-1: its node is gone ({other.host})")
+        else:
+            up.until_it_says(f"worker 1 of the engine ({host}:{port}) has ended")
+        cluster.add(1).wait_ready()
+        up.until_it_says("server-1 is ready", times=2)
+        up.until_steps(servers_up=1, more=2)
+        started += [worker for node in cluster.nodes for worker in vllm_processes(node)]
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(LONG_S) == 130, up.said()[-6000:]
+    assert psutil.wait_procs(started, timeout=120.0)[1] == []

@@ -39,6 +39,7 @@ class FakeRay:
         script: what actors report from their start on, by name.
         workers: actors without a name that are no hosted commands; `options` has what each was started with.
         before: called with actor, method and arguments before each of their calls; a test raises there what Ray would.
+        groups: bundles of the placement groups that there are; `reserved`: of all there were, with strategy and name.
         stored: what was put into the object store.
         connected: whether this process is.
     """
@@ -52,6 +53,7 @@ class FakeRay:
         self.ended: list[str] = []
         self.script: dict[str, list[Report | Exception]] = {}
         self.groups: list[list[dict[str, float]]] = []
+        self.reserved: list[tuple[list[dict[str, float]], str, str]] = []
         self.workers: list[Actor] = []
         self.options: list[dict[str, Any]] = []
         self.before: Callable[[Any, str, tuple[Any, ...]], None] = lambda actor, method, args: None
@@ -133,8 +135,9 @@ class FakeRay:
 
         return make
 
-    def _placement_group(self, bundles: list[dict[str, float]], strategy: str) -> Any:
+    def _placement_group(self, bundles: list[dict[str, float]], strategy: str, name: str = "") -> Any:
         self.groups.append(bundles)
+        self.reserved.append((bundles, strategy, name))
         return SimpleNamespace(bundle_specs=bundles, wait=lambda timeout: True)
 
 

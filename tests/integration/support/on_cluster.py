@@ -15,13 +15,13 @@ from tests.support.ray_cluster import RayCluster, RayNode
 #: The second node has room for one worker, so that each has a node of its own.
 _CPUS = 1
 #: Ray's own is 15: beside other tests its workers would hardly be run.
-_NICENESS = {"RAY_worker_niceness": "0"}
+NICENESS = {"RAY_worker_niceness": "0"}
 
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[RayCluster]:
     """Run a cluster of two nodes, with a CPU on each, until the end of the block."""
-    with RayCluster({**ENVIRONMENT, **_NICENESS}) as cluster:
+    with RayCluster({**ENVIRONMENT, **NICENESS}) as cluster:
         cluster.add(_CPUS).wait_ready()
         cluster.add(_CPUS).wait_ready()
         yield cluster

@@ -11,9 +11,10 @@ import pytest
 
 from learner.cluster.hosted import Command, Report
 from learner.cluster.job import LEARNER, ClusterJob, RunningJob
-from learner.cluster.resources import nodes
+from learner.cluster.resources import ServerNeeds, nodes
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
+from shared.placement import PLACEMENT_VARIABLE
 from tests.support.fake_ray import ActorDiedError, ActorUnavailableError, FakeRay
 
 ONE = {"CPU": 1.0}
@@ -28,7 +29,7 @@ class Driver:
 
     def __init__(self, ray: FakeRay, **changes: Any) -> None:
         command = Command("module", (), again=True)
-        job = ClusterJob("name", command, (2, 2), ONE, replace(command, again=False), ONE)
+        job = ClusterJob("name", command, (2, 2), ServerNeeds(ONE), replace(command, again=False), ONE)
         self.said, self.shown = list[str](), list[tuple[str, str]]()
         self._ray = ray
         self.running = RunningJob(ray, replace(job, **changes), lambda *line: self.shown.append(line), self.said.append)
@@ -61,10 +62,12 @@ def driver(ray: FakeRay) -> Driver:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"server_needs": {"CPU": 1.0, "GPU": 2.0}}, "a server needs 2 GPUs and 1 CPU, and no node"),
+        ({"server_needs": ServerNeeds({"CPU": 1.0, "GPU": 2.0})}, "a server needs 2 GPUs and 1 CPU, and no node"),
         ({"learner_needs": {"CPU": 3.0}}, "the learner needs 3 CPUs, and no node"),
+        ({"server_needs": ServerNeeds(ONE, 2)}, "2 servers of 2 x 1 CPU and a learner of 1 CPU do not fit"),
+        ({"server_needs": ServerNeeds({"CPU": 3.0}, 2)}, "a server's worker needs 3 CPUs, and no node"),
         ({"servers": (4, 4)}, "4 servers of 1 CPU and a learner of 1 CPU do not fit"),
-        ({"server_needs": {"CPU": 2.0}}, "2 servers of 2 CPUs and a learner of 1 CPU do not fit"),
+        ({"server_needs": ServerNeeds({"CPU": 2.0})}, "2 servers of 2 CPUs and a learner of 1 CPU do not fit"),
     ],
 )
 def test_what_no_cluster_of_this_size_can_run_is_refused_before_anything_is_started(
@@ -184,6 +187,17 @@ def test_more_servers_begin_as_soon_as_there_is_room(ray: FakeRay) -> None:
     assert ray.groups == [[ONE, ONE, ONE], [ONE]]
     driver.member(LEARNER).reports.put(DONE)
     driver.outcome.result()
+
+
+def test_each_server_of_several_nodes_has_a_placement_group_that_its_engine_finds(ray: FakeRay) -> None:
+    ray.has["10.0.0.3"] = {"CPU": 3.0}
+    driver = Driver(ray, servers=(1, 2), server_needs=ServerNeeds(ONE, 3))
+    for number in (1, 2):
+        server = driver.member(f"server-{number}")
+        assert server.command.environment == {PLACEMENT_VARIABLE: f"lockstep/name-{number}"}
+    assert ray.reserved == [([ONE], "PACK", ""), ([ONE] * 3, "PACK", "name-1"), ([ONE] * 3, "PACK", "name-2")]
+    driver.running.end(threading.Event())
+    assert not ray.groups
 
 
 def test_the_learner_ends_before_the_servers_and_nothing_stays_reserved(ray: FakeRay, driver: Driver) -> None:

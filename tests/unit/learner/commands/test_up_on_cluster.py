@@ -11,6 +11,7 @@ from learner.cli import main
 from learner.cluster.hosted import Command, Report, place
 from learner.commands import training, up_on_cluster
 from learner.run_dir.lock import check_unused
+from shared.placement import PLACEMENT_VARIABLE
 from tests.support.fake_ray import FakeRay
 from tests.unit.learner.run_dir.test_lock import held
 
@@ -108,13 +109,38 @@ def test_certificates_are_sent_and_make_the_addresses_https(ray: FakeRay) -> Non
     ],
 )
 def test_what_each_takes(ray: FakeRay, flags: tuple[str, ...], needs: Any, learner_needs: Any) -> None:
-    groups: list[Any] = []
-    make = ray.util.placement_group
-    ray.util.placement_group = lambda bundles, strategy: (groups.append((bundles, strategy)), make(bundles, strategy))[
-        1
-    ]
     assert run(*flags) == 0
-    assert groups == [([{**learner_needs, "node:10.0.0.1": 0.001}, needs], "SPREAD")]
+    assert ray.reserved == [([{**learner_needs, "node:10.0.0.1": 0.001}, needs], "SPREAD", "")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "bundles"),
+    [
+        (("--gpus_per_server", "6"), [{"CPU": 1, "GPU": 1}] * 6),  # no node has six
+        (
+            ("--gpus_per_server", "2", "--server-flags", "--distributed-executor-backend ray"),
+            [{"CPU": 1, "GPU": 1}] * 2,
+        ),
+        (
+            ("--server-flags", "-tp 2 --distributed-executor-backend=ray", "--cpus-per-server", "3"),
+            [{"CPU": 2, "GPU": 1}] * 2,
+        ),
+        (
+            ("--use_cpu", "true", "--server-flags", "--tensor-parallel-size 2 --distributed-executor-backend ray"),
+            [{"CPU": 1}] * 2,
+        ),
+    ],
+)
+def test_the_workers_of_a_server_may_be_on_several_nodes(ray: FakeRay, flags: tuple[str, ...], bundles: Any) -> None:
+    assert run(*flags) == 0
+    (_, _, nothing), (found, strategy, name) = ray.reserved
+    assert (found, strategy, nothing) == (bundles, "PACK", "")
+    server = ray.hosted["server-1"][0]
+    assert server.command.environment[PLACEMENT_VARIABLE] == f"lockstep/{name}"
+    assert " ".join(server.command.arguments).count("distributed-executor-backend") == 1
+    assert {"-tp", "--tensor-parallel-size"} & set(server.command.arguments)
+    # The GPU of its bundle is for the first worker.
+    assert (server.options["num_cpus"], server.options["num_gpus"]) == (bundles[0]["CPU"], 0)
 
 
 def test_several_gpus_are_used(ray: FakeRay) -> None:
@@ -144,6 +170,8 @@ def test_servers_that_say_how_they_use_their_gpus_are_believed(ray: FakeRay) -> 
         (("--servers", "0"), "at least 1"),
         (("--servers", "8..2"), "no more at least than at most"),
         (("--servers", "many"), "neither a number nor LEAST..MOST"),
+        (("--gpus-per-server", "8"), "1 server of 8 x 1 GPU and 1 CPU and a learner of 1 GPU and 1 CPU do not fit"),
+        (("--gpus-per-server", "6", "--server-flags", "-dp 2 -tp 3"), "a server needs 6 GPUs and 1 CPU, and no node"),
         (("--servers", "8"), "8 servers of 1 GPU and 1 CPU and a learner of 1 GPU and 1 CPU do not fit"),
     ],
 )
