@@ -118,7 +118,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N|N..M",
         help="rollout servers on the cluster (default: 1); N to M as it has room",
     )
-    add("--gpus-per-server", type=whole, metavar="N", help="GPUs of each of them (default: 1; none with use_cpu)")
+    add(
+        "--gpus-per-server",
+        type=whole,
+        metavar="N",
+        help="GPUs of each of them, on several nodes where none has so many (default: 1; none with use_cpu)",
+    )
     add("--cpus-per-server", type=whole, metavar="N", help="cores that Ray reserves for each of them (default: 1)")
     add(
         "--learner-gpus",
