@@ -59,16 +59,11 @@ def run(recipe: Recipe) -> int:
         InvalidRequest: no Ray, no cluster, or too small a one; an option that cannot work there.
     """
     _check(recipe)
-    out, tokens, name, learner_needs = (
-        recipe.output_dir,
-        _tokens(recipe),
-        _name(recipe.output_dir),
-        _learner_needs(recipe),
-    )
+    out, tokens, learner_needs = recipe.output_dir, _tokens(recipe), _learner_needs(recipe)
     ray = connect(recipe.options.cluster)
     try:
         found, servers = nodes(ray), recipe.options.servers or (1, 1)
-        needs = _server_needs(recipe, found)
+        needs, name = _server_needs(recipe, found), _name(out)
         server = _server(recipe, tokens, needs)
         check_room(found, needs, servers[0], learner_needs)
         from_elsewhere = recipe.options.cluster.startswith(_FROM_ELSEWHERE)
