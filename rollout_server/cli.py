@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rollout_server import settings as server_settings
 from shared.bearer_tokens import TOKEN_VARIABLE
+from shared.collections_off import without_collections
 from shared.errors import InvalidRequest, LockstepError
 from shared.messages import one_line, unknown_flag
 from shared.model_files import check_model_exists
@@ -46,7 +47,8 @@ def main() -> None:
     root.propagate = False
     try:
         check_first(sys.argv[1:])
-        configured = resolve(sys.argv[1:])
+        with without_collections():
+            configured = resolve(sys.argv[1:])
     except Exception as error:  # of vLLM and transformers, of any kind
         _fail(error, EXIT_USAGE)
     try:

@@ -35,6 +35,7 @@ from rollout_server.service import Service
 from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import start_errors, topology, versions, vision
+from shared.collections_off import without_collections
 from shared.errors import EngineDead, InvalidRequest
 from shared.messages import one_line
 
@@ -72,9 +73,10 @@ async def _start(
     capacity: Capacity,
     sessions: Sessions,
 ) -> Service:
-    from vllm import envs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
+    with without_collections():
+        from vllm import envs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
 
     started = time.monotonic()
     versions.leave_flat_logprobs_without_text()

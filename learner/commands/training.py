@@ -25,6 +25,7 @@ from learner.tasks.imports import is_importable
 from learner.trainer.import_of_trl import without_vllm
 from learner.utils.logs import show_messages
 from learner.utils.waits import waiting
+from shared.collections_off import without_collections
 from shared.errors import InvalidRequest
 from shared.model_files import check_model_exists
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     check(argv)
     is_main = os.environ.get("RANK", "0") == "0"
     show_messages(is_main=is_main)
-    with waiting("PyTorch, transformers and TRL to be imported"), without_vllm():
+    with waiting("PyTorch, transformers and TRL to be imported"), without_vllm(), without_collections():
         from learner.commands import train
     return train.main(argv)
 

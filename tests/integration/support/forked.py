@@ -35,6 +35,7 @@ ENVIRONMENT = {
 }
 #: What is imported: the large parts of both commands, of vLLM's worker and of its routes, and a script of the tests.
 MODULES = [
+    "tests.integration.support.no_collections",
     "vllm.entrypoints.launchers.app",
     "vllm.entrypoints.launchers.cli_args",
     "vllm.entrypoints.openai.responses.api_router",
@@ -99,6 +100,7 @@ class ForkedProcess:
 def _run(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.setsid()
     gc.freeze()  # or every full collection would walk over what the imports left behind, and copy it
+    gc.enable()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
