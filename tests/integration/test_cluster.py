@@ -17,7 +17,7 @@ import pytest
 
 from learner.run_dir.checkpoint import last_checkpoint, load_state
 from learner.run_dir.files import HISTORY_FILE, read_lines
-from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.forked import FORKING, REPOSITORY
 from tests.integration.support.up_on_cluster import LONG_S, Up, write_recipe
 from tests.integration.support.waiting import until
 from tests.support.ray_cluster import RayCluster, RayNode
@@ -29,7 +29,7 @@ OURS = ("rollout_server.cli", "learner.cli")
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    with RayCluster() as found:
+    with RayCluster({"PYTHONPATH": FORKING}) as found:
         found.add(2, gpus=2).wait_ready()
         for node in [found.add(1), found.add(1)]:
             node.wait_ready()

@@ -12,7 +12,7 @@ import learner.commands.train
 from learner.run_dir.files import HISTORY_FILE, read_lines
 from learner.servers.client import RolloutClient
 from tests.integration.support.examples import EXAMPLES, run_example
-from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.forked import FORKING
 from tests.integration.support.lm_tasks import CHOICE, write_tasks
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments
@@ -41,7 +41,7 @@ def test_own_reward(server: ServerProcess, model: Path, tmp_path: Path, monkeypa
     """The functions are shown at work, and train by the flags that the file names."""
     assert " 1.0  The answer is 42." in run_example([sys.executable, str(EXAMPLES / "own_reward.py")], tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}:{REPOSITORY}")
+    monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}:{FORKING}")
     text = (EXAMPLES / "own_reward.py").read_text()
     named = text.partition("learner train ")[2].partition("\n\n")[0].replace("\\\n", " ").split()
     assert "examples/questions.jsonl" in named

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from shared.bearer_tokens import TOKEN_VARIABLE
+from tests.integration.support.forked import FORKING
 from tests.integration.support.on_cluster import NICENESS, vllm_processes
 from tests.integration.support.server import ENVIRONMENT
 from tests.integration.support.up_on_cluster import LONG_S, Up, write_recipe
@@ -26,7 +27,7 @@ _TOKEN = "a-token-that-no-worker-needs"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     """Two nodes: the learner and one worker fit on the first."""
-    with RayCluster({**ENVIRONMENT, **NICENESS}) as found:
+    with RayCluster({**ENVIRONMENT, **NICENESS, "PYTHONPATH": FORKING}) as found:
         found.add(2).wait_ready()
         found.add(1).wait_ready()
         yield found

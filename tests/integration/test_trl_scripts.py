@@ -26,7 +26,7 @@ from learner import attach
 from learner.run_dir.files import SAMPLES_FILE, read_lines
 from learner.servers.client import RolloutClient
 from tests.integration.support import policy as P
-from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.forked import FORKING
 from tests.integration.support.learner_process import write_questions
 from tests.integration.support.server import ServerProcess
 from tests.support.arguments import arguments
@@ -150,7 +150,7 @@ def test_trls_own_script_and_one_line(server: ServerProcess, model: Path, tmp_pa
             }
         ),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": FORKING}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.integration.support.forked import REPOSITORY
+from tests.integration.support.forked import FORKING, REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
 
 
 def run_example(command: list[str], folder: Path, **environment: Any) -> str:
     """Run an example from `folder`, with settings in its environment, and return what it printed."""
-    ours = {"PYTHONPATH": REPOSITORY, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "STEPS": 2}
+    ours = {"PYTHONPATH": FORKING, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "STEPS": 2}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         command,

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.support.forked import FORKING
 from tests.integration.support.server import ENVIRONMENT, ServerProcess
 from tests.support.ray_cluster import RayCluster, RayNode
 
@@ -21,7 +22,7 @@ NICENESS = {"RAY_worker_niceness": "0"}
 @contextlib.contextmanager
 def two_nodes() -> Iterator[RayCluster]:
     """Run a cluster of two nodes, with a CPU on each, until the end of the block."""
-    with RayCluster({**ENVIRONMENT, **NICENESS}) as cluster:
+    with RayCluster({**ENVIRONMENT, **NICENESS, "PYTHONPATH": FORKING}) as cluster:
         cluster.add(_CPUS).wait_ready()
         cluster.add(_CPUS).wait_ready()
         yield cluster
