@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import socket
 import time
@@ -176,9 +177,8 @@ def fuzz_pushes(target: Target, good: bytes, examples: int, number: int) -> None
         owner.refused(_BAD[bad](owner.parts(), share), f"{bad}, from {who}", lease, **headers)
         owner.push(f"{bad}, from {who}")
 
-    for bad in _BAD:
-        for who in ("the owner", "a takeover"):
-            send((bad, who, 0.5))
+    for bad, who in zip(_BAD, itertools.cycle(("the owner", "a takeover"))):
+        send((bad, who, 0.5))
     strategy = st.tuples(st.sampled_from(list(_BAD)), st.sampled_from(list(_AS)), st.floats(0, 0.99))
     every(strategy, examples, number, send)
     _long_addresses(target)

@@ -95,7 +95,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
         body = {
             "prompts": [{"token_ids": [5, 6, 7]}],
             "policy": "base",
-            "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True},
+            "sampling": {"n": 32, "max_tokens": 200, "ignore_eos": True},
         }
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
@@ -115,7 +115,7 @@ def test_sigterm_lets_running_requests_finish_and_leaves_nothing(model: Path, tm
                 assert not running.done()
             answer = running.result()
         (group,) = answer.json()["groups"]
-        assert [len(completion["token_ids"]) for completion in group["completions"]] == [900] * 32
+        assert [len(completion["token_ids"]) for completion in group["completions"]] == [200] * 32
         assert server.process.wait(60) == 0, server.tail()
         _nothing_left(server)
     finally:
@@ -133,9 +133,9 @@ def test_a_dead_engine_ends_the_server_with_a_reason(
         body = {
             "prompts": [{"token_ids": [5, 6, 7]}],
             "policy": "base",
-            "sampling": {"n": 32, "max_tokens": 900, "ignore_eos": True},
+            "sampling": {"n": 32, "max_tokens": 200, "ignore_eos": True},
         }
-        their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 900, "n": 8, "ignore_eos": True}
+        their_body = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 200, "n": 8, "ignore_eos": True}
         with ThreadPoolExecutor() as pool:
             with server.frozen_engine():
                 ours = pool.submit(HTTP.post, server.url + "/v1/generate", json=body)
