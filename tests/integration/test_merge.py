@@ -18,10 +18,10 @@ from shared.errors import ErrorCode, LockstepError
 from shared.weights import WeightVersion
 from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
-from tests.integration.support.in_flight import TOKENS, check_every_span, generate_across_pushes
+from tests.integration.support.in_flight import check_every_span, generate_across_pushes
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
-from tests.integration.support.waiting import outlives, until, with_enough_load
+from tests.integration.support.waiting import Load, outlives, until, with_enough_load
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +146,12 @@ def test_drain_waits_and_later_requests_queue(client: RolloutClient, merging: Se
     old, new = _policy(model, 110), _policy(model, 111)
     base = client.state().base.weights
 
-    def push_during_generations(n: int) -> None:
-        run_id = f"drained-{n}"
+    def push_during_generations(load: Load) -> None:
+        run_id = f"drained-{load.n}-{load.tokens}"
         P.push(client, old, run_id, 0)
         blob = P.blob(new, WeightVersion(run_id=run_id, fence=0, step=1), base)
         with ThreadPoolExecutor() as pool, RolloutClient(merging.url) as other:
-            running = pool.submit(P.generate, other, [PROBE], n=n, max_tokens=TOKENS, ignore_eos=True)
+            running = pool.submit(P.generate, other, [PROBE], n=load.n, max_tokens=load.tokens, ignore_eos=True)
             until(lambda: client.run(run_id).running_requests > 0, running=running)
             receipt = client.push(run_id, [blob], P.LEASE)
             answer = running.result()

@@ -15,7 +15,7 @@ from shared.weights import WeightVersion
 from tests.integration.support import policy as P
 from tests.integration.support.policy import FP32
 from tests.integration.support.server import ServerProcess
-from tests.integration.support.waiting import outlives, until, with_enough_load
+from tests.integration.support.waiting import Load, outlives, until, with_enough_load
 
 PROBE = [5, 17, 99, 260, 41, 33, 270, 8, 120, 64, 7, 300]
 
@@ -65,12 +65,12 @@ def test_push_in_the_middle_of_generations(client: RolloutClient, server: Server
     prompts = [[i, *PROBE] for i in range(10, 16)]
     base = client.state().base.weights
 
-    def push_during_generations(n: int) -> None:
-        run_id = f"middle-{n}"
+    def push_during_generations(load: Load) -> None:
+        run_id = f"middle-{load.n}-{load.tokens}"
         P.push(client, old, run_id, step=0)
         blob = P.blob(new, WeightVersion(run_id=run_id, step=1), base)
         with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
-            running = pool.submit(P.generate, other, prompts, n=n, max_tokens=900, ignore_eos=True)
+            running = pool.submit(P.generate, other, prompts, n=load.n, max_tokens=load.tokens, ignore_eos=True)
             until(lambda: client.run(run_id).running_requests > 0, running=running)
             receipt = client.push(run_id, [blob], P.LEASE)
             outlives(client.run(run_id).running_requests)

@@ -17,7 +17,7 @@ from tests.integration.support.examples import EXAMPLES, run_example
 from tests.integration.support.learner_process import LearnerProcess, write_questions
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
-from tests.integration.support.waiting import outlives, until, with_enough_load
+from tests.integration.support.waiting import Load, outlives, until, with_enough_load
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,10 @@ def test_requests_wait_while_it_sleeps(client: RolloutClient, sharing: ServerPro
     P.push(client, policy, "held", 0)
     chat = {"model": "policy", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
 
-    def sleep_during_generations(n: int) -> None:
+    def sleep_during_generations(load: Load) -> None:
         client.wake()
         with ThreadPoolExecutor() as pool, RolloutClient(sharing.url) as other:
-            running = pool.submit(P.generate, other, [PROBE], n=n, max_tokens=300, ignore_eos=True)
+            running = pool.submit(P.generate, other, [PROBE], n=load.n, max_tokens=load.tokens, ignore_eos=True)
             until(lambda: client.run("held").running_requests > 0, running=running)
             outlives(client.sleep().asleep and not running.done())
             decoded = sharing.metrics("vllm:generation_tokens_total")

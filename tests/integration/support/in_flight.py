@@ -15,9 +15,7 @@ from shared.weights import PushReceipt, WeightVersion
 from tests.integration.support import policy as P
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import ServerProcess
-from tests.integration.support.waiting import outlives, until, with_enough_load
-
-TOKENS = 900
+from tests.integration.support.waiting import LOADS, Load, outlives, until, with_enough_load
 
 
 def generate_across_pushes(
@@ -28,7 +26,7 @@ def generate_across_pushes(
     prompts: int = 3,
     after_push: Callable[[PushReceipt], object] = lambda receipt: None,
 ) -> P.GenerateResponse:
-    """Return completions of TOKENS tokens that were being generated while all but the first of `policies` were pushed.
+    """Return completions that were being generated while all but the first of `policies` were pushed.
 
     Args:
         after_push: called after each of these pushes.
@@ -36,7 +34,8 @@ def generate_across_pushes(
     base = client.state().base.weights
     attempts = count()
 
-    def push_during_generation(n: int) -> P.GenerateResponse:
+    def push_during_generation(load: Load) -> P.GenerateResponse:
+        n, tokens = load
         run_id = f"moved-{in_flight}-{next(attempts)}"
         versions = [WeightVersion(run_id=run_id, fence=0, step=step) for step in range(len(policies))]
         blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
@@ -44,10 +43,10 @@ def generate_across_pushes(
         asked = [[i, *PROBE] for i in range(10, 10 + prompts)]
         with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
             decoded = server.metrics("vllm:generation_tokens_total")
-            running = pool.submit(P.generate, other, asked, n=n, max_tokens=TOKENS, ignore_eos=True)
+            running = pool.submit(P.generate, other, asked, n=n, max_tokens=tokens, ignore_eos=True)
             for blob in blobs[1:]:
                 # Wait for tokens of every request: refilling all their KV takes the engine fewer steps than this.
-                enough = [tokens + 40 * prompts * n / len(decoded) for tokens in decoded]
+                enough = [so_far + 40 * prompts * n / len(decoded) for so_far in decoded]
 
                 def decoded_enough(enough: list[float] = enough) -> bool:
                     return all(map(ge, server.metrics("vllm:generation_tokens_total"), enough))
@@ -58,11 +57,12 @@ def generate_across_pushes(
             answer = running.result()
         completions = [completion for group in answer.groups for completion in group.completions]
         outlives(all(len(completion.spans) == len(policies) for completion in completions))
+        assert {len(completion.token_ids) for completion in completions} == {tokens}
         until(lambda: all(slot["state"] in ("active", "free") for slot in client.run(run_id).slots))
         return answer
 
     # Not above 21 of 3 prompts: all must be decoding at once. A machine that stalled for a second gets another chance.
-    return with_enough_load(push_during_generation, (8, 16, 21, 21, 21))
+    return with_enough_load(push_during_generation, [*LOADS[:3], *[Load(21, 900)] * 3])
 
 
 def check_every_span(answer: P.GenerateResponse, policies: Sequence[PeftModel], in_flight: str) -> None:
@@ -71,7 +71,7 @@ def check_every_span(answer: P.GenerateResponse, policies: Sequence[PeftModel], 
         for completion in group.completions:
             spans = completion.spans
             assert [span.start for span in spans] == [0] + [span.end for span in spans[:-1]]
-            assert spans[-1].end == len(completion.token_ids) == len(completion.logprobs) == TOKENS
+            assert spans[-1].end == len(completion.token_ids) == len(completion.logprobs)
             assert [span.version.step for span in spans] == list(range(len(policies)))
             later = "carried" if in_flight == "carried" else "fresh"
             assert [span.kv for span in spans] == ["fresh"] + [later] * (len(spans) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pytest
 
@@ -31,14 +31,24 @@ def until(condition: Callable[[], object], timeout_s: float = 60.0, running: Fut
         time.sleep(0.01)
 
 
-def with_enough_load(scenario: Callable[[int], T], loads: Sequence[int] = (8, 16, 32, 64, 128)) -> T:
-    """Return `scenario(n)` for the first n completions per prompt whose requests do not end before the push.
+class Load(NamedTuple):
+    """How much is generated: `n` completions of `tokens` tokens for each prompt."""
 
-    The decoding time of a tiny model varies by a factor of twenty between machines; the largest n is enough for all.
+    n: int
+    tokens: int
+
+
+LOADS = (Load(8, 300), *(Load(n, 900) for n in (8, 16, 32, 64, 128)))
+
+
+def with_enough_load(scenario: Callable[[Load], T], loads: Sequence[Load] = LOADS) -> T:
+    """Return what `scenario` does for the first load that does not end before the push.
+
+    The decoding time of a tiny model varies by a factor of twenty between machines; the largest is enough for all.
     """
-    for n in loads:
+    for load in loads:
         try:
-            return scenario(n)
+            return scenario(load)
         except EndedEarlyError:
             continue
     pytest.fail("no load outlasted a push: the push waited for the running requests")
