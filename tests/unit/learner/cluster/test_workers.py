@@ -24,6 +24,8 @@ def ray() -> FakeRay:
 @pytest.fixture
 def make_pool(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WorkerPool]]:
     monkeypatch.setattr(workers, "_RETRY_S", 0.01)
+    monkeypatch.setattr(workers, "_LOOK_S", 0.01)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "of the test")
     made: list[WorkerPool] = []
 
     def make(count: int = 1, needs: dict[str, float] | None = None, prepare: Any = dict) -> WorkerPool:
