@@ -133,11 +133,11 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def reserve(self, what: str) -> Iterator[Callable[..., Any]]:
-        """Wait for an idle actor, which is kept for the block.
+        """Wait for an idle actor, which is kept for one call, or until the block ends.
 
         Yields:
-            `call(function, args, timeout_s)`, which makes one call there, and returns or raises its outcome, see
-            `schedule`; `NotReady` once the pool is closed.
+            `call(function, args, timeout_s)`, which makes that call, and returns or raises its outcome, see `schedule`;
+            `NotReady` once the pool is closed.
 
         Args:
             what: it is for, in words.
@@ -184,7 +184,7 @@ class WorkerPool:
         while not wait([place.free], _LOOK_S).done:
             self._check_open()
             if not self.active:
-                raise InvalidRequest(f"there is no room for {what}: {self.describe()}")
+                raise InvalidRequest(f"no actor can be started for {what}: {self.describe()}")
             if self._serving:
                 ran_at = time.monotonic()
             elif time.monotonic() > ran_at + _NONE_RUNS_S:
