@@ -241,7 +241,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2 * _GRACE_S)  # the program, and then the supervisor
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() != -signal.SIGKILL:  # else the supervisor ends them, also where another has killed its parent
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

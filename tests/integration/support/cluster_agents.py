@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import urllib.request
@@ -18,10 +17,14 @@ from learner.utils.threads import all_of
 from shared.sessions import SessionOpened
 
 TIMEOUT_S = 2.0
-#: Its process is that of its supervisor's parent.
+#: Above its shell are the supervisor, the leader of its group, and the actor.
 PROGRAM = """
 case "$(cat "$LOCKSTEP_ROW_FILE")" in
-    *dies*) read -r _ _ _ actor _ < /proc/$PPID/stat; kill -KILL "$actor"; sleep 3600;;
+    *dies*)
+        read -r _ _ _ leader _ < /proc/$PPID/stat
+        read -r _ _ _ actor _ < /proc/$leader/stat
+        kill -KILL "$actor"
+        sleep 3600;;
     *hangs*) setsid sleep 3600;;
 esac
 test -z "$LOCKSTEP_TOKEN" && echo 1 > "$LOCKSTEP_REWARD_FILE"
@@ -79,6 +82,7 @@ class Agents:
                     found.append(failure.kind)
         return found
 
-
-if __name__ == "__main__":
-    print(json.dumps(Agents().run("lives", "dies", "hangs", "lives")))
+    def close(self) -> None:
+        """End all actors."""
+        for agent in self._agents:
+            agent.close()
