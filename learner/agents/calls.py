@@ -34,9 +34,9 @@ Row = Mapping[str, Any]
 #: Returns a reward, or None where reward functions score the conversation.
 AgentFunction = Callable[[AgentSession, Row], float | Awaitable[float | None] | None]
 
-#: How long an agent that was cancelled may take to end, and a program that got SIGTERM; and, once more, its supervisor.
+#: How long an agent that was cancelled may take to end, and a program that got SIGTERM.
 _GRACE_S = 5.0
-#: After its time an agent has ended, and has returned its failure, within this.
+#: How long after its time an agent returns its failure at the latest: a program's supervisor has a grace period, too.
 ENDED_S = 3 * _GRACE_S
 #: Longest row that is put into a variable: a process may get 128 KiB in one.
 _MOST_IN_VARIABLE = 64 * 1024

@@ -104,16 +104,18 @@ def agents_on_cluster(agent: Agent | None, needs: Resources, ca_file: str | None
         ) from error
     ssl_context(ca_file)  # raises where the file cannot be read
     ca = Path(ca_file).read_bytes() if ca_file else None
-    make = pools_on_cluster("agent", {"CPU": _CPUS, **needs}, "an agent")
-    return lambda count: AgentOnCluster(agent, make(count, _prepare, (pickled, ca)))
+    make, folder = pools_on_cluster("agent", {"CPU": _CPUS, **needs}, "an agent"), os.getcwd()
+    return lambda count: AgentOnCluster(agent, make(count, _prepare, (pickled, ca, folder)))
 
 
 def _ends_with_process(agent: Agent) -> bool:
     return isinstance(agent, FunctionAgent) and not agent.is_async
 
 
-def _prepare(pickled: bytes, ca: bytes | None) -> None:
-    """Load the agent in an actor."""
+def _prepare(pickled: bytes, ca: bytes | None, folder: str) -> None:
+    """Load the agent in an actor, which goes to the learner's folder if the node has it."""
+    if os.path.isdir(folder):
+        os.chdir(folder)
     os.environ.pop(TOKEN_VARIABLE, None)  # of the shell that Ray was started in
     agent = cloudpickle.loads(pickled)
     if isinstance(agent, FunctionAgent):

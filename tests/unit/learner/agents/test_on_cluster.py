@@ -172,6 +172,16 @@ def test_the_servers_ca_goes_there(
     assert session.environment["SSL_CERT_FILE"] == session.ca_file
 
 
+def test_a_program_runs_in_the_learners_folder(ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make = agents_on_cluster(ProgramAgent("pwd > here"), {}, None)
+    monkeypatch.chdir("/")
+    agent = make(1)
+    agent.run(make_session(), ROW)
+    agent.close()
+    assert (tmp_path / "here").read_text() == f"{tmp_path}\n"
+
+
 def test_a_place_is_kept_until_the_episode_is_over(make_agent: Callable[..., AgentOnCluster]) -> None:
     agent, second = make_agent(), threading.Event()
 
