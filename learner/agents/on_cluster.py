@@ -46,18 +46,29 @@ class AgentOnCluster(Agent):
             NotReady: none has run for minutes, or all were ended.
         """
         with self._pool.reserve("an episode") as call:
-            yield _Placed(self, call)
+            yield _Placed(self, self._spare_s, call)
 
     def run(self, session: AgentSession, row: Row) -> float | None:
         """See `Agent`; waits for a place."""
         with self.place() as agent:
             return agent.run(session, row)
 
-    def run_by(self, call: Callable[..., Any], session: AgentSession, row: Row) -> float | None:
-        """Run an episode in the actor that `call` calls, see `WorkerPool.reserve`. Raises as `run`."""
+    def close(self) -> None:
+        """End all actors, whatever they are doing."""
+        self._pool.close()
+
+
+class _Placed(Agent):
+    """An agent in one actor, which `call` calls, see `WorkerPool.reserve`."""
+
+    def __init__(self, agent: Agent, spare_s: float, call: Callable[..., Any]) -> None:
+        self.is_async, self.takes_reward = agent.is_async, agent.takes_reward
+        self._spare_s, self._call = spare_s, call
+
+    def run(self, session: AgentSession, row: Row) -> float | None:
         episode = cloudpickle.dumps((session, dict(row)))  # here, where it is an error of this episode
         try:
-            returned = call(_run, (episode,), session.timeout_s + self._spare_s)
+            returned = self._call(_run, (episode,), session.timeout_s + self._spare_s)
         except TimeoutError as error:
             raise too_late(session) from error
         except WorkerDied as died:
@@ -66,21 +77,6 @@ class AgentOnCluster(Agent):
         if isinstance(returned, AgentFailed):
             raise returned
         return returned
-
-    def close(self) -> None:
-        """End all actors, whatever they are doing."""
-        self._pool.close()
-
-
-class _Placed(Agent):
-    """The agent in one actor."""
-
-    def __init__(self, agent: AgentOnCluster, call: Callable[..., Any]) -> None:
-        self.is_async, self.takes_reward = agent.is_async, agent.takes_reward
-        self._agent, self._call = agent, call
-
-    def run(self, session: AgentSession, row: Row) -> float | None:
-        return self._agent.run_by(self._call, session, row)
 
 
 def agents_on_cluster(agent: Agent | None, needs: Resources, ca_file: str | None) -> Callable[[int], AgentOnCluster]:
