@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from learner.utils.wording import option
 from shared.errors import InvalidRequest
@@ -97,6 +97,17 @@ class LearnerConfig:
         "$LOCKSTEP_REWARD_FILE.",
     )
     agent_concurrency: int = _option(32, "Episodes of the agent that run at a time, on each rank.")
+    agent_backend: Literal["process", "ray"] = _option(
+        "process",
+        "Where episodes of the agent run: process: in the learner, or in processes beside it; ray: on the Ray cluster "
+        "of $RAY_ADDRESS, or the one that this machine is a node of, for agents that need more cores or sandboxes than "
+        "it has.",
+    )
+    agent_resources: dict | str | None = _option(
+        None,
+        "Resources of each of the agent_concurrency episodes on the Ray cluster, in Ray's names, as JSON, e.g. "
+        '\'{"CPU": 2, "sandbox": 1}\'. Default: a quarter of a core.',
+    )
     agent_timeout_s: float = _option(
         600.0, "Timeout of one episode, in seconds. One that fails is run again twice, then left out of its group."
     )
@@ -252,7 +263,7 @@ class LearnerConfig:
         for name in ("rollout_url", "reward_funcs", "tools"):
             if isinstance(one := getattr(self, name), str):
                 setattr(self, name, [one])
-        for name in ("task_args", "lora_kwargs", "reward_resources"):
+        for name in ("task_args", "lora_kwargs", "agent_resources", "reward_resources"):
             setattr(self, name, json_object(getattr(self, name), name))
         for name, (least, what) in _BOUNDS.items():
             value = getattr(self, name)
@@ -272,14 +283,10 @@ class LearnerConfig:
             raise ValueError("page_port: run_page false records nothing for a page; leave one of them out")
         if self.drop_degenerate_groups and not self.reward_workers:
             raise ValueError("drop_degenerate_groups: TRL computes rewards too late; set reward_workers to 1 or more")
-        on_ray = self.reward_backend == "ray"
-        if on_ray and not self.reward_workers:
+        if self.reward_backend == "ray" and not self.reward_workers:
             raise ValueError("reward_backend ray: reward_workers 0 leaves rewards to TRL; give a number of workers")
-        if self.reward_resources and not on_ray:
-            raise ValueError("reward_resources are those of a Ray cluster: set reward_backend to ray as well")
-        for name, value in cast(dict[str, Any], self.reward_resources).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"reward_resources: {name} is {value!r}; give a number that is not negative")
+        for kind in ("agent", "reward"):
+            _check_resources(kind, getattr(self, f"{kind}_resources"), getattr(self, f"{kind}_backend"))
         if self.share_gpu and self.max_staleness:
             raise ValueError("share_gpu: rollouts that run ahead need their own GPU; leave max_staleness at 0")
         if self.deterministic and self.max_staleness:
@@ -307,6 +314,15 @@ class LearnerConfig:
         if not self.task:
             raise InvalidRequest(f"give {option('task')}, e.g. reasoning_gym:chain_sum or FILE.jsonl")
         return self.task
+
+
+def _check_resources(kind: str, resources: dict[str, Any], backend: str) -> None:
+    """Check the resources that each agent, or reward worker, asks a Ray cluster for; raise `ValueError`."""
+    if resources and backend != "ray":
+        raise ValueError(f"{kind}_resources are those of a Ray cluster: set {kind}_backend to ray as well")
+    for name, value in resources.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{kind}_resources: {name} is {value!r}; give a number that is not negative")
 
 
 def json_object(value: dict | str | None, name: str) -> dict[str, Any]:

@@ -282,8 +282,8 @@ class Session:
         self._on_main(lambda: self.publisher.finish(self.config.keep_run))
 
     def close(self) -> None:
-        """Close the transports and end the reward workers; pushed adapters stay served, and a run that has not
-        finished keeps its place, so that the training can be resumed.
+        """Close the transports, and end reward workers and agents that run elsewhere; pushed adapters stay served, and
+        a run that has not finished keeps its place, so that the training can be resumed.
         """
         self.pool.close()
         if self._log:
@@ -291,6 +291,8 @@ class Session:
         self.publisher.close()
         if self.rewards:
             self.rewards.close()
+        if self.rollouts.agents:
+            self.rollouts.agents.close()
         try:
             self.yield_gpu()
         except (LockstepError, RuntimeError) as error:  # after a failure the learner may not release its memory

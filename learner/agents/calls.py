@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,8 @@ AgentFunction = Callable[[AgentSession, Row], float | Awaitable[float | None] | 
 
 #: How long an agent that was cancelled may take to end, and a program that got SIGTERM.
 _GRACE_S = 5.0
+#: How long after its time an agent returns its failure at the latest: a program's supervisor has a grace period, too.
+ENDED_S = 3 * _GRACE_S
 #: Longest row that is put into a variable: a process may get 128 KiB in one.
 _MOST_IN_VARIABLE = 64 * 1024
 _SHOWN = 2000
@@ -55,13 +58,43 @@ class AgentFailed(Exception):
         self.kind, self.details = kind or what, details
 
 
-class FunctionAgent:
+class Agent(ABC):
+    """Runs episodes, one for each call of `run`.
+
+    Attributes:
+        is_async: whether clients of its sessions are to be asynchronous.
+        takes_reward: whether the reward may also be sent to the session.
+    """
+
+    is_async: bool
+    takes_reward: bool
+
+    @abstractmethod
+    def run(self, session: AgentSession, row: Row) -> float | None:
+        """Return the agent's reward. Raises `AgentFailed`."""
+
+    def place(self) -> AbstractContextManager[Agent]:
+        """Wait for room for an episode, and keep it for the block, in which the agent returned runs it.
+
+        It comes before the session, whose time counts once it is opened. In this process there is always room.
+        """
+        return nullcontext(self)
+
+    def close(self) -> None:  # noqa: B027 -- here there is nothing to end
+        """End what runs elsewhere."""
+
+
+class FunctionAgent(Agent):
     """Calls `agent(session, row)`, on a thread of its own; coroutines get an event loop of their own there.
 
     A plain function that exceeds its time cannot be ended: it is left alone, its session closed.
+
+    Attributes:
+        is_limited: whether its time is kept here; else whoever runs it ends this process.
     """
 
     takes_reward = False
+    is_limited = True
 
     def __init__(self, function: AgentFunction) -> None:
         self.function = function
@@ -72,10 +105,11 @@ class FunctionAgent:
         """Return the agent's reward. Raises `AgentFailed`."""
         running = start(partial(self._call, session, dict(row)), "agent")
         try:
-            returned = running.result(session.timeout_s + (_GRACE_S if self.is_async else 0.0))
+            limit_s = session.timeout_s + (_GRACE_S if self.is_async else 0.0)
+            returned = running.result(limit_s if self.is_limited else None)
         except BaseException as error:  # SystemExit too: it ends the agent, not the learner
             if isinstance(error, _Late) or not running.done():
-                raise _too_late(session) from error
+                raise too_late(session) from error
             raise failure_of(error) from error
         return checked_reward(returned)
 
@@ -99,7 +133,7 @@ class _Late(TimeoutError):
     """The time of an agent is over; not a timeout of its own."""
 
 
-class ProgramAgent:
+class ProgramAgent(Agent):
     """Runs a command of the shell for each episode, in a process group of its own, which ends with this process."""
 
     is_async = False
@@ -125,7 +159,7 @@ class ProgramAgent:
                 try:
                     code = process.wait(session.timeout_s)
                 except subprocess.TimeoutExpired as error:
-                    raise _too_late(session, _end_of(stderr)) from error
+                    raise too_late(session, _end_of(stderr)) from error
                 finally:
                     _end_group(process)
                 if code != 0:
@@ -146,9 +180,6 @@ class ProgramAgent:
             "LOCKSTEP_REWARD_FILE": str(reward_file),
             **({"LOCKSTEP_ROW": text} if len(text.encode()) <= _MOST_IN_VARIABLE else {}),
         }
-
-
-Agent = FunctionAgent | ProgramAgent
 
 
 def agent_of(path: str | None, command: str | None, function: AgentFunction | None = None) -> Agent | None:
@@ -210,11 +241,13 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2 * _GRACE_S)  # the program, and then the supervisor
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() != -signal.SIGKILL:  # else the supervisor ends them, also where another has killed its parent
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _too_late(session: AgentSession, details: str = "") -> AgentFailed:
+def too_late(session: AgentSession, details: str = "") -> AgentFailed:
+    """Return the failure of an agent whose time is over."""
     return AgentFailed(f"it did not end within {session.timeout_s:g} s (agent_timeout_s)", details=details)
 
 

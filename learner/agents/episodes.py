@@ -145,6 +145,7 @@ class Episodes:
         self._slots = threading.BoundedSemaphore(self.concurrency)
         self._lock = threading.Lock()
         self._kinds: Counter[str] = Counter()
+        self._closed = False
 
     def run(
         self,
@@ -183,36 +184,42 @@ class Episodes:
             "agent_lost_runs": counts.lost,
         }
 
+    def close(self) -> None:
+        """End what agents run elsewhere; it is not said of their episodes that they failed."""
+        self._closed = True
+        self.agent.close()
+
     def _episode(self, row: Mapping[str, Any], token_ids: list[int], allowed: Callable[[], AllowedVersion]) -> Episode:
         self._count("run")
         failures, failing_since = 0, None
         while True:
-            version = allowed()
-            replica, cost = self._begin(token_ids)
-            incarnation, tokens = replica.incarnation, 0
-            try:
-                episode = self._attempt(replica, row, version)
-                tokens = sampled_length(episode)
-                replica.failures = 0
-                return episode
-            except AgentFailed as failure:
-                failures, failing_since = failures + 1, None
-                self._say(failure, failures)
-                if failures == ATTEMPTS:
-                    self._count("left_out")
-                    filler = next(iter(self.sampling.stop_token_ids), token_ids[-1])
-                    return left_out(token_ids, filler, version, str(failure))
-            except LockstepError as error:
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() > failing_since + self.pool.patience_s:
-                    raise
-                self.pool.lost_or_raise(replica, error, incarnation)
-                self._count("lost")
-            finally:
-                replica.load.end(cost, tokens)
-                if tokens:
-                    self.router.saw([tokens])
-                    self.pool.on_tokens(replica, tokens)
+            with self.agent.place() as agent:
+                version = allowed()
+                replica, cost = self._begin(token_ids)
+                incarnation, tokens = replica.incarnation, 0
+                try:
+                    episode = self._attempt(agent, replica, row, version)
+                    tokens = sampled_length(episode)
+                    replica.failures = 0
+                    return episode
+                except AgentFailed as failure:
+                    failures, failing_since = failures + 1, None
+                    self._say(failure, failures)
+                    if failures == ATTEMPTS:
+                        self._count("left_out")
+                        filler = next(iter(self.sampling.stop_token_ids), token_ids[-1])
+                        return left_out(token_ids, filler, version, str(failure))
+                except LockstepError as error:
+                    failing_since = failing_since or time.monotonic()
+                    if time.monotonic() > failing_since + self.pool.patience_s:
+                        raise
+                    self.pool.lost_or_raise(replica, error, incarnation)
+                    self._count("lost")
+                finally:
+                    replica.load.end(cost, tokens)
+                    if tokens:
+                        self.router.saw([tokens])
+                        self.pool.on_tokens(replica, tokens)
 
     def _begin(self, token_ids: list[int]) -> tuple[Replica, float]:
         """Choose the server that will finish first; return it and the cost that its load now holds."""
@@ -224,10 +231,10 @@ class Episodes:
             replica.load.begin(cost)
         return replica, cost
 
-    def _attempt(self, replica: Replica, row: Mapping[str, Any], allowed: AllowedVersion) -> Episode:
+    def _attempt(self, agent: Agent, replica: Replica, row: Mapping[str, Any], allowed: AllowedVersion) -> Episode:
         """Run the agent once. Raises as `run_once`."""
         client, request = replica.client, self._request(allowed)
-        record, reward = run_once(self.agent, client, request, row, timeout_s=self.timeout_s, ca_file=self.ca_file)
+        record, reward = run_once(agent, client, request, row, timeout_s=self.timeout_s, ca_file=self.ca_file)
         episode = episode_of(record, allowed, reward)
         if episode is None:
             raise AgentFailed(NO_CALL)
@@ -256,7 +263,7 @@ class Episodes:
             self.counts.failed += 1
             self._kinds[failure.kind] += 1
             said_before = self._kinds[failure.kind] > 1
-        if said_before:
+        if said_before or self._closed:
             return
         then = "run again" if failures < ATTEMPTS else "left out of its group"
         details = f"\n{failure.details.rstrip()}" if failure.details else ""

@@ -1,8 +1,10 @@
 """Runs the program of one episode, and ends it when the learner is gone: `python supervisor.py PARENT FOLDER COMMAND`.
 
-A process of its own, since only a parent that lives on can end what a killed learner leaves behind. It leads the
-program's process group, and is given what the program has started and left, in whichever group or session. Only the
-standard library is imported, so that it starts at once, in the environment that the program is to see.
+A process of its own, since only a parent that lives on can end what a killed learner leaves behind. It is given what
+the program has started and left, in whichever group or session. Between it and the learner, or an actor of Ray's,
+there is one more, the leader of the program's process group: Ray kills the children of an actor that it ends, and would
+kill the supervisor. Only the standard library is imported, so that both start at once, in the environment that the
+program is to see.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -24,7 +27,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class _Stopped(BaseException):
-    """SIGTERM: from the learner, or from the kernel because the learner has ended."""
+    """SIGTERM: from the learner, or from the kernel because the leader, and the learner, have ended."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -33,13 +36,26 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main(parent: str, folder: str, command: str) -> int:
     """Return the exit code of the shell that runs `command`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until there is a supervisor that takes it
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it has ended before
+        shutil.rmtree(folder, ignore_errors=True)
+        return 1
+    leader = os.getpid()
+    if supervisor := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1])
+    return _supervise(leader, folder, command, prctl)
+
+
+def _supervise(leader: int, folder: str, command: str, prctl: Callable[[int, int], int]) -> int:
     program = None
     try:
         signal.signal(signal.SIGTERM, _stop)
-        prctl = ctypes.CDLL(None).prctl
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        if os.getppid() != int(parent):  # it has ended before
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if os.getppid() != leader:
             raise _Stopped
         program = subprocess.Popen(["/bin/sh", "-c", command])
         code = program.wait()
@@ -52,9 +68,9 @@ def main(parent: str, folder: str, command: str) -> int:
             with suppress(subprocess.TimeoutExpired):
                 program.wait(_GRACE_S)
         _end_children()
-        if os.getppid() != int(parent):
+        if os.getppid() != leader:  # else the learner removes it
             shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)  # this process, too
+        os.killpg(0, signal.SIGKILL)  # this process and the leader, too
         raise
 
 

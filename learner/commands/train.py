@@ -25,6 +25,7 @@ from learner.adapters.quantization import quantization_config
 from learner.adapters.stored import CONFIG_FILE, WEIGHTS_FILE
 from learner.adapters.target_modules import check_target_modules, model_class
 from learner.agents.calls import agent_of
+from learner.agents.on_cluster import agents_on_cluster
 from learner.agents.rewards import agent_reward
 from learner.cluster.resources import Resources
 from learner.commands.export import export, how_much
@@ -107,8 +108,11 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
     agent = agent_of(config.agent, config.agent_command)
+    # Both raise where none can be.
+    if config.agent_backend == "ray":
+        agents_on_cluster(agent, cast(Resources, config.agent_resources), config.ca_file)
     if config.reward_backend == "ray":
-        workers_on_cluster(cast(Resources, config.reward_resources))  # raises where none can be
+        workers_on_cluster(cast(Resources, config.reward_resources))
     own = fingerprint_checkpoint(model, revision)
     asked = _asked(args)
     checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))

@@ -34,17 +34,16 @@ def prepare(parent: int, blobs: Mapping[int, bytes]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would not run while a function is stuck
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     load(blobs)
 
 
-def load(blobs: Mapping[int, bytes], *, sees_gpus: bool = False) -> None:
+def load(blobs: Mapping[int, bytes]) -> None:
     """Load the functions, before any time limit begins to count.
 
     Args:
         blobs: cloudpickled reward functions.
     """
-    if not sees_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for index, blob in blobs.items():
         try:
             _functions[index] = cloudpickle.loads(blob)

@@ -90,6 +90,9 @@ class Agents(Protocol):
     def totals(self) -> dict[str, int]:
         """Return what the training's summary says of the episodes of this rank."""
 
+    def close(self) -> None:
+        """End what runs elsewhere."""
+
 
 @dataclass
 class RemoteRollouts:

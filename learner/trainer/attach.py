@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from transformers import TrainerCallback
@@ -19,7 +19,9 @@ from learner.adapters.peft_dir import save_adapter
 from learner.adapters.rounding import keep_master_weights
 from learner.agents.calls import Agent, AgentFunction, agent_of
 from learner.agents.episodes import Episodes
+from learner.agents.on_cluster import agents_on_cluster
 from learner.agents.rewards import AgentReward
+from learner.cluster.resources import Resources
 from learner.config import LearnerConfig
 from learner.monitors.recorder import attach_recorder
 from learner.passes.lora_product import use_one_product
@@ -138,6 +140,7 @@ def attach(
     runs = agent_of(config.agent, config.agent_command, agent)
     if runs:
         check_agent(trainer, args, config)
+    make_agent = _maker(runs, config)
     check_sight(trainer, agents=runs is not None)
     check_known_ahead(trainer, config)
     if config.deterministic and not trainer.args.full_determinism:
@@ -191,7 +194,7 @@ def attach(
         settings=settings_of(trainer, adapter_config, layers, config, own.weights),
         make_rewards=partial(score_in_workers, trainer, config) if config.reward_workers else None,
         check_state=check_state,
-        make_agents=partial(_episodes, runs, sampling) if runs else None,
+        make_agents=partial(_episodes, make_agent, sampling) if make_agent else None,
     )
     session.samples_policy = draws_policy(args) and not dropouts(model)
     check_rewards(trainer)
@@ -199,10 +202,21 @@ def attach(
     return session
 
 
-def _episodes(agent: Agent, sampling: SamplingParams, session: Session) -> Episodes:
+def _maker(agent: Agent | None, config: LearnerConfig) -> Callable[[int], Agent] | None:
+    """Return what makes an agent ready for a number of episodes at a time; None without one.
+
+    Raises:
+        InvalidRequest: it is to run on a Ray cluster, and cannot.
+    """
+    if config.agent_backend == "ray":
+        return agents_on_cluster(agent, cast(Resources, config.agent_resources), config.ca_file)
+    return (lambda concurrency: agent) if agent else None
+
+
+def _episodes(make_agent: Callable[[int], Agent], sampling: SamplingParams, session: Session) -> Episodes:
     config = session.config
     return Episodes(
-        agent,
+        make_agent(config.agent_concurrency),
         session.pool,
         sampling,
         concurrency=config.agent_concurrency,

@@ -62,14 +62,14 @@ def test_nothing_outlives_a_command_that_is_killed(cluster: RayCluster, tmp_path
 
 
 @pytest.mark.timeout(1200)
-def test_rewards_are_computed_on_the_nodes(cluster: RayCluster, tmp_path: Path) -> None:
+def test_rewards_and_agents_run_on_the_nodes(cluster: RayCluster, tmp_path: Path) -> None:
     nodes = cluster.nodes
 
     def workers() -> list[psutil.Process]:
         found = []
         for process in (process for node in nodes for process in node.processes()):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "WorkerActor" in " ".join(process.cmdline()):
+                if "WorkerActor" in (command := " ".join(process.cmdline())) or command == "sleep 3600":
                     found.append(process)
         return found
 
@@ -85,8 +85,10 @@ def test_rewards_are_computed_on_the_nodes(cluster: RayCluster, tmp_path: Path) 
         assert learner.stdout
         said = next((line for line in learner.stdout if line.startswith(b"[[")), b"")  # Ray says which worker died
         assert said, (tmp_path / "log").read_text()
-        assert json.loads(said) == [[[1.0], None, [3.0], None], [[5.0]], [[0.0]]]
-        until(lambda: len(workers()) == 2)
+        rewards, agents = json.loads(said)
+        assert rewards == [[[1.0], None, [3.0], None], [[5.0]], [[0.0]]]
+        assert agents == [[1.0, "worker", "it did not end within 2 s (agent_timeout_s)", 1.0]] * 2
+        until(lambda: len(workers()) == 5)  # with what the agent that is a program has started
         started = workers()
     finally:
         learner.kill()

@@ -164,6 +164,20 @@ def test_what_a_program_started_in_a_session_of_its_own_ends_with_it(tmp_path, e
     assert has_ended(int(children.read_text()))
 
 
+def test_a_program_ends_where_the_process_above_its_supervisor_is_killed(tmp_path):
+    """As Ray does, which kills the children of an actor that it ends, while the actor may go on for a moment."""
+    children = tmp_path / "children"
+    command = f"setsid sleep 1000 & echo $! > {children}; "
+    command += "read -r _ _ _ leader _ < /proc/$PPID/stat; kill -KILL $leader; sleep 1000; true"
+    with pytest.raises(AgentFailed, match="exit code -9"):
+        run(command)
+    for _ in range(600):
+        if has_ended(int(children.read_text())):
+            break
+        time.sleep(0.1)
+    assert has_ended(int(children.read_text()))
+
+
 LEARNER = """
 import sys
 from learner.agents.agent_session import AgentSession

@@ -11,6 +11,7 @@ import pytest
 
 from learner.cluster import workers
 from learner.cluster.workers import WorkerDied, WorkerPool
+from shared.errors import InvalidRequest, NotReady
 from tests.support.fake_ray import ActorDiedError, FakeRay, GetTimeoutError, RayTaskError
 
 LONG_S = 300.0
@@ -24,6 +25,8 @@ def ray() -> FakeRay:
 @pytest.fixture
 def make_pool(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WorkerPool]]:
     monkeypatch.setattr(workers, "_RETRY_S", 0.01)
+    monkeypatch.setattr(workers, "_LOOK_S", 0.01)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "of the test")
     made: list[WorkerPool] = []
 
     def make(count: int = 1, needs: dict[str, float] | None = None, prepare: Any = dict) -> WorkerPool:
@@ -147,3 +150,117 @@ def test_no_cluster_is_begun_where_the_connection_has_ended(ray: FakeRay, make_p
     until(lambda: not pool.active)
     assert ray.workers == []
     assert "the connection to the Ray cluster has ended" in pool.describe()
+
+
+def test_an_actor_that_is_reserved_is_kept_for_the_block(make_pool: Callable[..., WorkerPool]) -> None:
+    pool = make_pool(1)
+    with pool.reserve("a test") as call:
+        waiting = pool.schedule(abs, (-3,), 1.0)
+        assert not wait([waiting], 0.05).done
+        assert call(divmod, (50, 7), 1.0) == (7, 1)
+        assert waiting.result(LONG_S) == 3, "the call was made"
+    with pool.reserve("a test"):
+        pass
+    assert pool.schedule(abs, (-4,), 1.0).result(LONG_S) == 4, "no call was"
+
+
+def test_one_after_the_other_is_given_the_only_actor(make_pool: Callable[..., WorkerPool]) -> None:
+    pool, running, most = make_pool(1), [], []
+
+    def run() -> None:
+        with pool.reserve("a test") as call:
+            running.append(1)
+            most.append(len(running))
+            running.pop()
+            call(abs, (-3,), 1.0)
+
+    threads = [threading.Thread(target=run) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG_S)
+    assert most == [1] * 5
+
+
+def test_an_actor_that_was_lost_while_idle_is_not_given_away(
+    ray: FakeRay, make_pool: Callable[..., WorkerPool]
+) -> None:
+    pool = make_pool(1)
+    until(lambda: pool.describe().startswith("1 of 1"))
+    lost = list(ray.workers)
+
+    def before(actor: Any, method: str, args: Any) -> None:
+        if actor in lost:
+            raise ActorDiedError("its node is gone")
+
+    ray.before = before
+    with pool.reserve("a test") as call:
+        assert call(abs, (-3,), 1.0) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(GetTimeoutError(), TimeoutError), (ActorDiedError("killed"), WorkerDied)]
+)
+def test_the_actor_of_a_reservation_may_hang_or_die(
+    make_pool: Callable[..., WorkerPool], error: Exception, expected: type[Exception]
+) -> None:
+    pool = make_pool(1)
+    with pytest.raises(expected), pool.reserve("a test") as call:
+        call(raises(error), (), 0.5)
+    with pool.reserve("a test") as call:
+        assert call(abs, (-3,), 1.0) == 3
+
+
+def test_one_start_that_fails_gives_nobody_up(ray: FakeRay, make_pool: Callable[..., WorkerPool]) -> None:
+    starts = iter([ActorDiedError("its node is dying")] * 2)
+
+    def before(actor: Any, method: str, args: Any) -> None:
+        if error := next(starts, None):
+            raise error
+
+    ray.before = before
+    with make_pool(1).reserve("a test") as call:
+        assert call(abs, (-3,), 1.0) == 3
+
+
+def test_a_reservation_ends_where_no_actor_can_start(make_pool: Callable[..., WorkerPool]) -> None:
+    pool = make_pool(2, prepare=raises(ImportError("no module called verifier")))
+    with pytest.raises(InvalidRequest, match=r"no actor .* for a test: 0 of 2 .*: no module called verifier \["):
+        pool.reserve("a test").__enter__()
+
+
+def test_a_reservation_ends_where_none_runs_for_long(
+    ray: FakeRay, make_pool: Callable[..., WorkerPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(actor: Any, method: str, args: Any) -> None:
+        raise GetTimeoutError
+
+    ray.before = full
+    monkeypatch.setattr(workers, "_NONE_RUNS_S", 0.05)
+    with pytest.raises(NotReady, match=r"no room for a test for 0\.05 s: 0 of 1 run"):
+        make_pool(1).reserve("a test").__enter__()
+
+
+def test_reservations_end_with_the_pool(make_pool: Callable[..., WorkerPool]) -> None:
+    pool, began, goes_on, errors = make_pool(1), threading.Event(), threading.Event(), []
+
+    def hang() -> None:
+        began.set()
+        goes_on.wait()
+
+    def reserve() -> None:
+        try:
+            with pool.reserve("a test") as call:
+                call(hang, (), 600.0)
+        except NotReady as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=reserve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    began.wait()
+    pool.close()
+    for thread in threads:
+        thread.join(LONG_S)
+    goes_on.set()
+    assert len(errors) == 2, "one had its actor, the other waited for it"

@@ -149,6 +149,10 @@ def the_line(capsys):
         ("ready_timeout_s: inf", "ready_timeout_s"),
         ("push_timeout_s: 0", "push_timeout_s"),
         ("reward_workers: -1", "reward_workers"),
+        ("agent_backend: slurm", "agent_backend"),
+        ("agent_backend: ray", "agent_backend ray: there is no agent"),
+        ("agent_resources: {CPU: 4}", "set agent_backend to ray"),
+        ("agent_backend: ray\nagent_resources: {CPU: many}", "agent_resources: CPU is 'many'"),
         ("reward_backend: slurm", "reward_backend"),
         ("reward_backend: ray\nreward_workers: 0", "reward_backend ray: reward_workers 0"),
         ("reward_resources: {CPU: 4}", "set reward_backend to ray"),
@@ -183,13 +187,16 @@ def test_train_with_a_file(run_yaml, capsys, text, words):
     assert re.search(words, line), line
 
 
-def test_rewards_on_a_cluster_that_is_not_there_are_refused_before_servers_are_awaited(
-    run_yaml, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("kind", "text"), [("reward", "reward_backend: ray"), ("agent", "agent_backend: ray\nagent_command: my-agent")]
+)
+def test_a_cluster_that_is_not_there_is_refused_before_servers_are_awaited(
+    run_yaml, capsys, monkeypatch, kind, text
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(connection, "import_ray", lambda: SimpleNamespace(is_initialized=lambda: False))
-    assert run_yaml("reward_backend: ray") == 2
-    assert "reward_backend ray: no Ray cluster at 127.0.0.1:9: " in the_line(capsys)
+    assert run_yaml(text) == 2
+    assert f"{kind}_backend ray: no Ray cluster at 127.0.0.1:9: " in the_line(capsys)
 
 
 @pytest.mark.parametrize(

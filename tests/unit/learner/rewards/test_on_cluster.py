@@ -13,8 +13,8 @@ import cloudpickle
 import pytest
 
 from learner.cluster import connection, workers
-from learner.rewards import on_cluster, worker
 from learner.rewards import pool as pools
+from learner.rewards import worker
 from learner.rewards.calls import RewardCall
 from learner.rewards.on_cluster import workers_on_cluster
 from learner.rewards.pool import RewardPool
@@ -49,7 +49,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
                 raise ActorDiedError
 
     fake.before = before
-    monkeypatch.setattr(on_cluster, "connect", lambda: fake)
+    monkeypatch.setattr(workers, "connect", lambda: fake)
     monkeypatch.setattr(pools, "_LOOK_S", 0.01)
     monkeypatch.setattr(workers, "_RETRY_S", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "of the test")
@@ -114,8 +114,8 @@ def test_functions_that_a_node_cannot_import_are_left_out(
 
     load = worker.load
 
-    def on_a_node(blobs: dict[int, bytes], **options: Any) -> None:
-        load({index: blob.replace(b"at_home", b"no_such") for index, blob in blobs.items()}, **options)
+    def on_a_node(blobs: dict[int, bytes]) -> None:
+        load({index: blob.replace(b"at_home", b"no_such") for index, blob in blobs.items()})
 
     monkeypatch.setattr(worker, "load", on_a_node)
     assert make_pool({0: ("lengths", lengths), 5: ("one", one)}).names == {0: "lengths"}
@@ -127,7 +127,7 @@ def test_functions_that_a_node_cannot_import_are_left_out(
 def test_workers_that_cannot_start_are_one_line(
     make_pool: Callable[..., RewardPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(blobs: Any, sees_gpus: bool) -> None:
+    def load(blobs: Any) -> None:
         raise ImportError("lockstep is not installed")
 
     monkeypatch.setattr(worker, "load", load)

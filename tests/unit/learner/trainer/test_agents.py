@@ -14,14 +14,17 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
+from learner.agents.calls import FunctionAgent
 from learner.agents.episodes import AgentError
 from learner.agents.rewards import agent_reward
+from learner.cluster import workers
 from learner.servers.client import RolloutClient
 from learner.trainer import agent_hooks
 from learner.trainer.attach import attach
 from learner.trainer.hooks import record_samples
 from learner.trainer.prompt_order import TrlPrompts
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, InvalidRequest, LockstepError
+from tests.support.fake_ray import ActorDiedError, FakeRay
 from tests.support.fake_sessions import FakeSessions, ask
 
 
@@ -240,6 +243,80 @@ def test_an_episode_that_fails_is_run_again_and_said_once(make_trainer, server, 
     assert "the tool broke" in said
     assert "in agent" in said, "the agent's own traceback"
     assert logged(trainer, "agents/failed_runs") == [2.0]
+
+
+SERVED: list[FakeSessions] = []
+
+
+def talks_there(session, row):
+    """An agent that comes to an actor by its name, as most do."""
+    return talks(SERVED[0])(session, row)
+
+
+@pytest.fixture
+def ray(server, monkeypatch) -> FakeRay:
+    fake = FakeRay(**{"10_0_0_1": {"CPU": 2.0}})
+    monkeypatch.setattr(workers, "connect", lambda: fake)
+    monkeypatch.setattr(workers, "_LOOK_S", 0.01)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(f"{__name__}.SERVED", [server])
+    return fake
+
+
+def test_episodes_run_on_a_cluster(make_trainer, server, client, ray):
+    died = []
+
+    def before(actor, method, args):
+        if method == "call" and not died:
+            died.append(actor)
+            raise ActorDiedError("out of memory")
+
+    ray.before = before
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward})
+    session = attach(trainer, client=client, agent=talks_there, agent_backend="ray", agent_concurrency=2)
+    trainer.train()
+    assert session.rollouts.stats.completions == 24
+    counts = session.rollouts.agents.counts
+    assert (counts.run, counts.failed, counts.left_out) == (24, 1, 0)
+    assert not server.open
+    assert ray.killed == died
+    assert len(ray.workers) == 3
+    session.close()
+    assert set(ray.killed) == set(ray.workers)
+
+
+def test_an_agent_that_ends_its_process_again_and_again_ends_the_training(make_trainer, server, client, ray):
+    def before(actor, method, args):
+        if method == "call":
+            raise ActorDiedError("killed")
+
+    ray.before = before
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
+    session = attach(trainer, client=client, agent=talks_there, agent_backend="ray")
+    with pytest.raises(AgentError, match=r"every one of 8 episodes, each run 3 times: its process on the Ray"):
+        trainer.train()
+    assert len(server.closed) == 24
+    session.close()
+
+
+def test_a_place_comes_before_the_session(make_trainer, server, client):
+    open_then = []
+
+    class Placed(FunctionAgent):
+        def place(self):
+            open_then.append(len(server.open))
+            return super().place()
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward}, max_steps=1)
+    session = attach(trainer, client=client, agent=talks(server), **ONE_AT_A_TIME)
+    session.rollouts.agents.agent = Placed(talks(server))
+    trainer.train()
+    assert open_then == [0] * 8
+
+
+def test_without_an_agent_there_is_nothing_to_run_on_a_cluster(make_trainer, client):
+    with pytest.raises(InvalidRequest, match="agent_backend ray: there is no agent"):
+        attach(make_trainer(), client=client, agent_backend="ray")
 
 
 def test_an_episode_that_fails_every_time_is_left_out_of_its_group(make_trainer, server, client):
