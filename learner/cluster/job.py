@@ -150,12 +150,12 @@ class RunningJob:
         return f"{self._job.name}-{number + 1}"
 
     def _server(self, number: int, group: Any, bundle: int) -> Member:
-        command, leaves = self._job.server, ()
-        if self._job.server_needs.bundles > 1:
-            placed = {PLACEMENT_VARIABLE: f"{NAMESPACE}/{self._group_name(number)}"}
-            command = replace(command, environment={**command.environment, **placed})
-            leaves = ("GPU",)  # for the first worker
-        return Member(f"server-{number + 1}", command, group, bundle, -1, leaves)
+        name, command = f"server-{number + 1}", self._job.server
+        if self._job.server_needs.bundles == 1:
+            return Member(name, command, group, bundle, -1)
+        placed = {PLACEMENT_VARIABLE: f"{NAMESPACE}/{self._group_name(number)}"}
+        command = replace(command, environment={**command.environment, **placed})
+        return Member(name, command, group, bundle, -1, leaves=("GPU",))  # for the first worker
 
     def _wait_for_room(self, groups: Sequence[Any], servers: int) -> None:
         room, due = start(partial(_wait, groups), "room"), time.monotonic() + _SAY_S
