@@ -13,9 +13,11 @@ def without_collections() -> Iterator[None]:
 
     What the block has made is left out of later collections, too: nearly all of it stays.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()

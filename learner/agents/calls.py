@@ -35,9 +35,9 @@ Row = Mapping[str, Any]
 AgentFunction = Callable[[AgentSession, Row], float | Awaitable[float | None] | None]
 
 #: How long an agent that was cancelled may take to end, and a program that got SIGTERM.
-_GRACE_S = 5.0
+GRACE_S = 5.0
 #: How long after its time an agent returns its failure at the latest: a program's supervisor has a grace period, too.
-ENDED_S = 3 * _GRACE_S
+ENDED_S = 3 * GRACE_S
 #: Longest row that is put into a variable: a process may get 128 KiB in one.
 _MOST_IN_VARIABLE = 64 * 1024
 _SHOWN = 2000
@@ -105,7 +105,7 @@ class FunctionAgent(Agent):
         """Return the agent's reward. Raises `AgentFailed`."""
         running = start(partial(self._call, session, dict(row)), "agent")
         try:
-            limit_s = session.timeout_s + (_GRACE_S if self.is_async else 0.0)
+            limit_s = session.timeout_s + (GRACE_S if self.is_async else 0.0)
             returned = running.result(limit_s if self.is_limited else None)
         except BaseException as error:  # SystemExit too: it ends the agent, not the learner
             if isinstance(error, _Late) or not running.done():
@@ -240,7 +240,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(2 * _GRACE_S)  # the program, and then the supervisor
+                process.wait(2 * GRACE_S)  # the program, and then the supervisor
         if process.poll() != -signal.SIGKILL:  # else the supervisor ends them, also where another has killed its parent
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 
 from learner.agents.agent_session import AgentSession
-from learner.agents.calls import ENDED_S, Agent, AgentFailed, FunctionAgent, Row, failure_of, too_late
+from learner.agents.calls import ENDED_S, GRACE_S, Agent, AgentFailed, FunctionAgent, Row, failure_of, too_late
 from learner.cluster.resources import Resources
 from learner.cluster.secret_files import SecretFile
 from learner.cluster.workers import WorkerDied, WorkerPool, pools_on_cluster
@@ -34,8 +34,7 @@ class AgentOnCluster(Agent):
 
     def __init__(self, agent: Agent, pool: WorkerPool) -> None:
         self.is_async, self.takes_reward, self._pool = agent.is_async, agent.takes_reward, pool
-        #: An agent that is not ended there is ended with its actor.
-        self._spare_s = 0.0 if _ends_with_process(agent) else ENDED_S
+        self._spare_s = _spare_s(agent)
 
     @contextlib.contextmanager
     def place(self) -> Iterator[Agent]:
@@ -104,8 +103,11 @@ def agents_on_cluster(agent: Agent | None, needs: Resources, ca_file: str | None
     return lambda count: AgentOnCluster(agent, make(count, _prepare, (pickled, ca, folder)))
 
 
-def _ends_with_process(agent: Agent) -> bool:
-    return isinstance(agent, FunctionAgent) and not agent.is_async
+def _spare_s(agent: Agent) -> float:
+    """Return how long after its time an episode may end by itself, before it is ended with its actor."""
+    if isinstance(agent, FunctionAgent):
+        return GRACE_S if agent.is_async else 0.0  # coroutines are cancelled first
+    return ENDED_S
 
 
 def _prepare(pickled: bytes, ca: bytes | None, folder: str) -> None:
@@ -115,7 +117,7 @@ def _prepare(pickled: bytes, ca: bytes | None, folder: str) -> None:
     os.environ.pop(TOKEN_VARIABLE, None)  # of the shell that Ray was started in
     agent = cloudpickle.loads(pickled)
     if isinstance(agent, FunctionAgent):
-        agent.is_limited = not _ends_with_process(agent)
+        agent.is_limited = False  # what it leaves running would slow the next episodes down
     _here.update(agent=agent, ca_file=SecretFile(ca, "lockstep-ca") if ca else None)
 
 

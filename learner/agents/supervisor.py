@@ -44,7 +44,7 @@ def main(parent: str, folder: str, command: str) -> int:
         return 1
     leader = os.getpid()
     if supervisor := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1])
+        return _as_a_shell(os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]))
     return _supervise(leader, folder, command, prctl)
 
 
@@ -60,7 +60,7 @@ def _supervise(leader: int, folder: str, command: str, prctl: Callable[[int, int
         program = subprocess.Popen(["/bin/sh", "-c", command])
         code = program.wait()
         _end_children()
-        return code if code >= 0 else 128 - code  # as a shell says of a signal
+        return _as_a_shell(code)
     except _Stopped:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
@@ -70,8 +70,12 @@ def _supervise(leader: int, folder: str, command: str, prctl: Callable[[int, int
         _end_children()
         if os.getppid() != leader:  # else the learner removes it
             shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)  # this process and the leader, too
-        raise
+        return 128 + signal.SIGTERM  # to the leader, which takes it, or has ended
+
+
+def _as_a_shell(code: int) -> int:
+    """Return the exit code by which a shell says that a process was ended by a signal; any other as it is."""
+    return code if code >= 0 else 128 - code
 
 
 def _end_children() -> None:

@@ -34,8 +34,7 @@ class ClusterJob:
 
     Attributes:
         name: of the directory that lists the servers.
-        server_needs, learner_needs: resources, in Ray's names. The workers of a server with several bundles have one
-            each, and its own process is beside the first.
+        server_needs, learner_needs: resources, in Ray's names. A server whose workers Ray places runs beside the first.
         home: the node of the learner; None: any.
         can_resume: whether a learner whose node is gone may be started on another.
     """
@@ -102,17 +101,19 @@ class RunningJob:
         job, found, (least, most) = self._job, nodes(self._ray), self._job.servers
         check_room(found, job.server_needs, least, job.learner_needs)
         learner_needs = on_node(job.learner_needs, job.home) if job.home else job.learner_needs
-        if job.server_needs.bundles == 1:
-            group = self._reserve([learner_needs, *[job.server_needs.bundle] * least], "SPREAD")
-            places = [(group, number) for number in range(1, least + 1)]
-        else:  # vLLM takes a placement group for that of one engine
+        if job.server_needs.workers:  # vLLM takes a placement group for that of one engine
             group = self._reserve([learner_needs], "PACK")
-            places = [(self._reserve_server(number), 0) for number in range(least)]
-        self._wait_for_room([group, *(place for place, _ in places)], least)
+            self._wait_for_room([group], least)  # first: the others would take what it waits for
+            bundles = [(self._reserve_server(number), 0) for number in range(least)]
+            self._wait_for_room([own for own, _ in bundles], least)
+        else:
+            group = self._reserve([learner_needs, *[job.server_needs.bundle] * least], "SPREAD")
+            bundles = [(group, number) for number in range(1, least + 1)]
+            self._wait_for_room([group], least)
         # It is lost with its node, so that must not be one of a server alone.
         self._directory = make_directory(self._ray, job.name, job.home.node_id if job.home else _head(found))
-        for number, (place, bundle) in enumerate(places):
-            self._begin(self._server(number, place, bundle))
+        for number, (own, bundle) in enumerate(bundles):
+            self._begin(self._server(number, own, bundle))
         self._begin(Member(LEARNER, job.learner, group, 0, 0))
         for number in range(least, most):
             member = self._server(number, self._reserve_server(number), 0)
@@ -151,7 +152,7 @@ class RunningJob:
 
     def _server(self, number: int, group: Any, bundle: int) -> Member:
         name, command = f"server-{number + 1}", self._job.server
-        if self._job.server_needs.bundles == 1:
+        if not self._job.server_needs.workers:
             return Member(name, command, group, bundle, -1)
         placed = {PLACEMENT_VARIABLE: f"{NAMESPACE}/{self._group_name(number)}"}
         command = replace(command, environment={**command.environment, **placed})

@@ -44,11 +44,16 @@ class ServerNeeds:
 
     Attributes:
         bundle: resources on one node.
-        bundles: how many of them: one, or one for each worker, perhaps on several nodes.
+        workers: how many bundles it takes, one for each worker, which Ray places; 0: one, for all that the server is.
     """
 
     bundle: Resources
-    bundles: int = 1
+    workers: int = 0
+
+    @property
+    def bundles(self) -> int:
+        """How many it takes."""
+        return self.workers or 1
 
     def __str__(self) -> str:
         return describe(self.bundle) if self.bundles == 1 else f"{self.bundles} x {describe(self.bundle)}"
@@ -73,7 +78,7 @@ def has_room(
 
 def check_room(found: Sequence[Node], server: ServerNeeds, servers: int, learner: Resources) -> None:
     """Raise `invalid_request` where the cluster is too small, even with nothing else on it."""
-    check_fits(found, server.bundle, "a server" if server.bundles == 1 else "a server's worker")
+    check_fits(found, server.bundle, "a server's worker" if server.workers else "a server")
     check_fits(found, learner, "the learner")
     if not has_room(found, server, servers, learner):
         raise InvalidRequest(

@@ -183,6 +183,8 @@ class WorkerPool:
         ran_at = time.monotonic()
         while not wait([place.free], _LOOK_S).done:
             self._check_open()
+            if not self._ray.is_initialized():
+                raise NotReady("the connection to the Ray cluster has ended")
             if not self.active:
                 raise InvalidRequest(f"no actor can be started for {what}: {self.describe()}")
             if self._serving:

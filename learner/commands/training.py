@@ -22,7 +22,7 @@ from learner.config import LearnerConfig
 from learner.foreign_options import REFUSED, unknown_option
 from learner.tasks.file_kinds import FILE_KINDS, kind_of
 from learner.tasks.imports import is_importable
-from learner.trainer.import_of_trl import without_vllm
+from learner.trainer.without_vllm import without_vllm
 from learner.utils.logs import show_messages
 from learner.utils.waits import waiting
 from shared.collections_off import without_collections
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     check(argv)
     is_main = os.environ.get("RANK", "0") == "0"
     show_messages(is_main=is_main)
-    with waiting("PyTorch, transformers and TRL to be imported"), without_vllm(), without_collections():
+    with waiting("PyTorch, transformers and TRL to be imported"), without_collections(), without_vllm():
         from learner.commands import train
     return train.main(argv)
 

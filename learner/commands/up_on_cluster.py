@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import secrets
@@ -172,24 +171,34 @@ def _check(recipe: Recipe) -> None:
 
 
 def _server_needs(recipe: Recipe, found: Sequence[Node]) -> ServerNeeds:
-    """Return the resources of a server: on one node, or of each worker where Ray places them on several."""
+    """Return the resources of a server: on one node, or of each worker where Ray places them on several.
+
+    Raises:
+        InvalidRequest: its workers would use other GPUs than it is given.
+    """
     options, executor, gpus = recipe.options, recipe.server_flag("distributed_executor_backend"), _gpus(recipe)
-    cpus, workers = options.cpus_per_server or 1, _workers(recipe)
-    engines = int(recipe.server_flag(*_DATA_PARALLEL) or 1)
-    whole = _asked(cpus, options.gpus_per_server or gpus * workers * engines)
+    cpus, workers, engines = options.cpus_per_server or 1, _workers(recipe), recipe.server_count(*_DATA_PARALLEL) or 1
+    given = options.gpus_per_server or gpus * workers * engines
     is_spread = executor == "ray"
-    if not executor and workers > 1 and engines == 1 and not fits(found, whole):
-        say(f"no node has {describe(whole)}: the workers of each server are placed on several (Ray)")
+    if not executor and gpus and workers > 1 and engines == 1 and not fits(found, {"GPU": given}):
+        say(f"no node has {given} GPUs: the workers of each server are placed on several (Ray)")
         is_spread = True
-    if not is_spread or workers == 1:
-        return ServerNeeds(whole)
+    if not is_spread:
+        return ServerNeeds(_asked(cpus, given))
+    if options.gpus_per_server not in (None, workers):
+        raise InvalidRequest(
+            f"server: tensor_parallel_size {workers} and --gpus-per-server {options.gpus_per_server}: on several nodes "
+            "each worker has a GPU; give one of them"
+        )
     # Without GPUs vLLM takes a CPU for each worker.
-    return ServerNeeds(_asked(math.ceil(cpus / workers) if gpus else 1, gpus), workers)
+    return ServerNeeds(_asked(cpus / workers if gpus else 1, gpus), workers)
 
 
 def _workers(recipe: Recipe) -> int:
-    """Return how many workers a server has, unless they are several engines."""
-    return int(recipe.options.gpus_per_server or recipe.server_flag(*_TENSOR_PARALLEL) or 1)
+    """Return how many workers an engine of a server has."""
+    if (own := recipe.server_count(*_TENSOR_PARALLEL)) is not None:
+        return own
+    return 1 if recipe.server_flag(*_DATA_PARALLEL) else recipe.options.gpus_per_server or 1
 
 
 def _learner_needs(recipe: Recipe) -> Resources:
@@ -217,7 +226,7 @@ def _server(recipe: Recipe, tokens: bytes, needs: ServerNeeds) -> Command:
     parallel: dict[str, Any] = {}
     if (workers := _workers(recipe)) > 1 and not recipe.server_flag(*_TENSOR_PARALLEL, *_DATA_PARALLEL):
         parallel["tensor_parallel_size"] = workers
-    if needs.bundles > 1 and not recipe.server_flag("distributed_executor_backend"):
+    if needs.workers and not recipe.server_flag("distributed_executor_backend"):
         parallel["distributed_executor_backend"] = "ray"
     scheme = "https" if "ssl_certfile" in sent else "http"
     return Command(

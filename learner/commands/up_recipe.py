@@ -119,8 +119,16 @@ class Recipe:
     def server_flag(self, *names: str) -> Any:
         """Return the value of one of the server's own flags, given the names of one, with underscores; else None."""
         words = [re.sub(r"^-(?=[a-zA-Z])", "--", word) for word in self.options.server_flags or ()]
-        own = {**self.server, **_values(words)}
-        return next((own[name] for name in names if name in own), None)
+        written = (_values(words), self.server)
+        return next((values[name] for values in written for name in names if name in values), None)
+
+    def server_count(self, *names: str) -> int | None:
+        """Return the value of such a flag as a number; raises `invalid_request` where it is none above 0."""
+        if (value := self.server_flag(*names)) is None:
+            return None
+        if not str(value).isdecimal() or not int(value):
+            raise InvalidRequest(f"server: {names[0]} {value!r}: give a whole number, at least 1")
+        return int(value)
 
 
 def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:

@@ -177,7 +177,10 @@ def fuzz_pushes(target: Target, good: bytes, examples: int, number: int) -> None
         owner.refused(_BAD[bad](owner.parts(), share), f"{bad}, from {who}", lease, **headers)
         owner.push(f"{bad}, from {who}")
 
-    for bad, who in zip(_BAD, itertools.cycle(("the owner", "a takeover"))):
+    presented = list(itertools.product(_BAD, ("the owner", "a takeover")))
+    if examples == 1:  # of each one or the other, in turn
+        presented = presented[::4] + presented[3::4]
+    for bad, who in presented:
         send((bad, who, 0.5))
     strategy = st.tuples(st.sampled_from(list(_BAD)), st.sampled_from(list(_AS)), st.floats(0, 0.99))
     every(strategy, examples, number, send)

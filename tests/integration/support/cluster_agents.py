@@ -16,7 +16,8 @@ from learner.agents.on_cluster import AgentOnCluster, agents_on_cluster
 from learner.utils.threads import all_of
 from shared.sessions import SessionOpened
 
-TIMEOUT_S = 2.0
+#: Of the others, which may have to wait for a core.
+HANGING_S, TIMEOUT_S = 2.0, 60.0
 #: Above its shell are the supervisor, the leader of its group, and the actor.
 PROGRAM = """
 case "$(cat "$LOCKSTEP_ROW_FILE")" in
@@ -64,13 +65,14 @@ class Agents:
         found = (FunctionAgent(asks), ProgramAgent(PROGRAM))
         self._agents = [agents_on_cluster(agent, {}, None)(1) for agent in found]
 
-    def run(self, *prompts: str, timeout_s: float = TIMEOUT_S) -> list[list[Any]]:
+    def run(self, *prompts: str, hanging_s: float = HANGING_S) -> list[list[Any]]:
         """Return what the episodes of each agent come to: rewards, or kinds of failures."""
-        return all_of([partial(self._run, agent, prompts, timeout_s) for agent in self._agents], "agents")
+        return all_of([partial(self._run, agent, prompts, hanging_s) for agent in self._agents], "agents")
 
-    def _run(self, agent: AgentOnCluster, prompts: Sequence[str], timeout_s: float) -> list[Any]:
+    def _run(self, agent: AgentOnCluster, prompts: Sequence[str], hanging_s: float) -> list[Any]:
         found: list[Any] = []
         for prompt in prompts:
+            timeout_s = hanging_s if prompt == "hangs" else TIMEOUT_S
             with agent.place() as placed:
                 opened = SessionOpened(session_id="s", token="of-the-session", path="/v1/sessions/s/v1", version=None)
                 session = AgentSession.of(

@@ -44,7 +44,7 @@ def main() -> None:
     outcomes = [pool.submit(0, call) for call in (group("a", "dies", "ccc", "hangs"), group("eeeee"), group("tells"))]
     parts = [[result and result.rewards for _, result in pool.wait(outcome)] for outcome in outcomes]
     print(json.dumps([parts, episodes.result()]), flush=True)
-    start(partial(agents.run, "hangs", timeout_s=3600.0), "agents")
+    start(partial(agents.run, "hangs", hanging_s=3600.0), "agents")
     pool.timeout_s = 3600.0
     for _ in range(WORKERS):
         pool.submit(0, group("hangs"))

@@ -38,11 +38,12 @@ def test_a_users_mistake_is_one_line(capsys):
     assert error.count("\n") == 1
 
 
-def test_of_train_too_nothing_else_is_on_stderr():
-    command = [sys.executable, "-m", "learner.cli", "train", "--lora_r", "8.0"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert answer.returncode == 2
+def test_of_train_too_nothing_else_is_on_stderr_and_vllm_is_not_imported():
+    program = "import sys; from learner.cli import main; print(main(), *{'trl', 'vllm'} & set(sys.modules))"
+    command = [sys.executable, "-c", program, "train", "--lora_r", "8.0"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert answer.stderr == "learner train: --lora_r: '8.0' is not a whole number [invalid_request]\n"
+    assert answer.stdout == "2 trl\n"
 
 
 def test_config_file_and_flags(tmp_path):

@@ -138,7 +138,7 @@ def test_a_program_fails(command, match):
 
 
 def test_a_program_that_stalls_is_ended_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(calls, "_GRACE_S", 0.1)
+    monkeypatch.setattr(calls, "GRACE_S", 0.1)
     fifo, children = tmp_path / "fifo", tmp_path / "children"
     os.mkfifo(fifo)
     with pytest.raises(AgentFailed, match="within 1 s"):

@@ -116,14 +116,18 @@ def test_what_each_takes(ray: FakeRay, flags: tuple[str, ...], needs: Any, learn
 @pytest.mark.parametrize(
     ("flags", "bundles"),
     [
-        (("--gpus_per_server", "6"), [{"CPU": 1, "GPU": 1}] * 6),  # no node has six
+        (("--gpus_per_server", "6", "--cpus-per-server", "3"), [{"CPU": 0.5, "GPU": 1}] * 6),  # no node has six
         (
             ("--gpus_per_server", "2", "--server-flags", "--distributed-executor-backend ray"),
-            [{"CPU": 1, "GPU": 1}] * 2,
+            [{"CPU": 0.5, "GPU": 1}] * 2,
         ),
         (
+            ("--server-flags", "--distributed-executor-backend ray"),
+            [{"CPU": 1, "GPU": 1}],
+        ),  # vLLM takes a group for one
+        (
             ("--server-flags", "-tp 2 --distributed-executor-backend=ray", "--cpus-per-server", "3"),
-            [{"CPU": 2, "GPU": 1}] * 2,
+            [{"CPU": 1.5, "GPU": 1}] * 2,
         ),
         (
             ("--use_cpu", "true", "--server-flags", "--tensor-parallel-size 2 --distributed-executor-backend ray"),
@@ -138,7 +142,7 @@ def test_the_workers_of_a_server_may_be_on_several_nodes(ray: FakeRay, flags: tu
     server = ray.hosted["server-1"][0]
     assert server.command.environment[PLACEMENT_VARIABLE] == f"lockstep/{name}"
     assert " ".join(server.command.arguments).count("distributed-executor-backend") == 1
-    assert {"-tp", "--tensor-parallel-size"} & set(server.command.arguments)
+    assert len(bundles) == 1 or {"-tp", "--tensor-parallel-size"} & set(server.command.arguments)
     # The GPU of its bundle is for the first worker.
     assert (server.options["num_cpus"], server.options["num_gpus"]) == (bundles[0]["CPU"], 0)
 
@@ -170,8 +174,11 @@ def test_servers_that_say_how_they_use_their_gpus_are_believed(ray: FakeRay) -> 
         (("--servers", "0"), "at least 1"),
         (("--servers", "8..2"), "no more at least than at most"),
         (("--servers", "many"), "neither a number nor LEAST..MOST"),
-        (("--gpus-per-server", "8"), "1 server of 8 x 1 GPU and 1 CPU and a learner of 1 GPU and 1 CPU do not fit"),
+        (("--gpus-per-server", "8"), "1 server of 8 x 1 GPU and 0.125 CPU and a learner of 1 GPU and 1 CPU do not fit"),
         (("--gpus-per-server", "6", "--server-flags", "-dp 2 -tp 3"), "a server needs 6 GPUs and 1 CPU, and no node"),
+        (("--gpus-per-server", "6", "--server-flags", "-tp 3"), "tensor_parallel_size 3 and --gpus-per-server 6: on"),
+        (("--gpus-per-server", "2", "--cpus-per-server", "8"), "a server needs 2 GPUs and 8 CPUs, and no node"),
+        (("--server-flags", "-tp two"), "server: tensor_parallel_size 'two': give a whole number"),
         (("--servers", "8"), "8 servers of 1 GPU and 1 CPU and a learner of 1 GPU and 1 CPU do not fit"),
     ],
 )
