@@ -141,8 +141,8 @@ def test_a_program_that_stalls_is_ended_with_its_children(tmp_path, monkeypatch)
     monkeypatch.setattr(calls, "GRACE_S", 0.1)
     fifo, children = tmp_path / "fifo", tmp_path / "children"
     os.mkfifo(fifo)
-    with pytest.raises(AgentFailed, match="within 1 s"):
-        run(f"sleep 1000 & echo $! > {children}; trap '' TERM; cat {fifo}", timeout_s=1.0)
+    with pytest.raises(AgentFailed, match="within 3 s"):
+        run(f"sleep 1000 & echo $! > {children}; trap '' TERM; cat {fifo}", timeout_s=3.0)
     assert has_ended(int(children.read_text()))
 
 

@@ -65,8 +65,9 @@ def raises(session, row):
 def test_every_failure_is_the_agents_and_closes_its_session(server, agent, match):
     client = RolloutClient("http://fake", transport=server.transport)
     request = SessionRequest(policy="base")
+    timeout_s = 1.0 if match == "did not end within" else 60.0
     with pytest.raises(AgentFailed, match=match) as caught:
-        run_once(agent, client, request, {"prompt": "w1"}, timeout_s=1.0)
+        run_once(agent, client, request, {"prompt": "w1"}, timeout_s=timeout_s)
     assert caught.value.kind
     assert server.closed == ["s0"]
     assert not server.open
