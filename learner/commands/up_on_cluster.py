@@ -224,7 +224,7 @@ def _server(recipe: Recipe, tokens: bytes, needs: ServerNeeds) -> Command:
             sent[name] = _read(str(path), f"server: {name}")
             flags += [f"--{name.replace('_', '-')}", place(name)]
     parallel: dict[str, Any] = {}
-    if (workers := _workers(recipe)) > 1 and not recipe.server_flag(*_TENSOR_PARALLEL, *_DATA_PARALLEL):
+    if (workers := _workers(recipe)) > 1 and not recipe.server_flag(*_TENSOR_PARALLEL):
         parallel["tensor_parallel_size"] = workers
     if needs.workers and not recipe.server_flag("distributed_executor_backend"):
         parallel["distributed_executor_backend"] = "ray"

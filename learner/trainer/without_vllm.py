@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_vllm() -> Iterator[None]:
-    """Let TRL's trainers be imported in the block without vLLM: its import takes as long as all others together.
+    """Let TRL's trainers be imported in the block without vLLM, whose import takes seconds.
 
     For a process of ours alone: in it, `use_vllm=True` finds no vLLM.
     """

@@ -16,8 +16,9 @@ from learner.agents.on_cluster import AgentOnCluster, agents_on_cluster
 from learner.utils.threads import all_of
 from shared.sessions import SessionOpened
 
-#: Of the others, which may have to wait for a core.
-HANGING_S, TIMEOUT_S = 2.0, 60.0
+HANGING_S = 2.0
+#: Of episodes that do not hang, which may have to wait for a core.
+TIMEOUT_S = 60.0
 #: Above its shell are the supervisor, the leader of its group, and the actor.
 PROGRAM = """
 case "$(cat "$LOCKSTEP_ROW_FILE")" in
