@@ -15,7 +15,7 @@ from learner.utils.processes import ProcessGroup, Stopped, module_command, modul
 
 #: Starts a process of its own, says which, and waits to be ended.
 PARENT = """
-import signal, subprocess, sys
+import signal, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) if "alone" not in sys.argv else None
 def leave(*_):
     print("leaving", flush=True)
@@ -24,7 +24,7 @@ def leave(*_):
 signal.signal(signal.SIGTERM, leave)
 print(child.pid if child else "alone", flush=True)
 while True:
-    signal.pause()
+    time.sleep(0.05)  # not pause(): a signal right before it would wait for another
 """
 
 
