@@ -67,6 +67,7 @@ class Report:
     Attributes:
         life: changes when the actor begins anew, on the same node or another.
         changes: of all that is reported.
+        port: one of its node, which was free when it was started: `place("port")`.
         lines: what it has said since the last report; `seen` counts all.
         starts, ended: times that it was started, and has ended.
         ready: it has answered, and not ended since.
@@ -79,6 +80,7 @@ class Report:
     node: str
     changes: int = 0
     url: str = ""
+    port: int = 0
     lines: tuple[str, ...] = ()
     seen: int = 0
     starts: int = 0
@@ -186,7 +188,7 @@ class Hosted:
                 patience_s=self._patience_s,
                 hurry=self._hurry,
             )
-            self._change(starts=self._report.starts + 1, url=url)
+            self._change(starts=self._report.starts + 1, url=url, port=self._port)
             try:
                 listed_at = 0.0
                 while group.process.poll() is None and not self._stop.wait(_POLL_S):

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ from learner.cluster.actors import host
 from learner.cluster.connection import NAMESPACE, last_line
 from learner.cluster.directory import make_directory
 from learner.cluster.hosted import Command, Report
-from learner.cluster.resources import Node, Resources, ServerNeeds, check_room, describe, nodes, on_node
-from learner.utils.processes import ending
+from learner.cluster.learner_nodes import LearnerNodes
+from learner.cluster.member import Member
+from learner.cluster.resources import Needs, Node, Resources, check_room, describe, nodes, on_node
 from learner.utils.threads import start
 from shared.messages import one_line
 from shared.placement import PLACEMENT_VARIABLE
@@ -25,7 +26,6 @@ from shared.placement import PLACEMENT_VARIABLE
 _ATTEMPTS = 3
 _WRONG_OPTIONS = 2
 _REPORT_S, _ANSWER_S, _RETRY_S, _SAY_S, _GRACE_S = 5.0, 60.0, 1.0, 15.0, 15.0
-LEARNER = "learner"
 
 
 @dataclass(frozen=True)
@@ -34,43 +34,20 @@ class ClusterJob:
 
     Attributes:
         name: of the directory that lists the servers.
+        learner: its commands, one for each of its nodes (`LearnerNodes`).
         server_needs, learner_needs: resources, in Ray's names. A server whose workers Ray places runs beside the first.
-        home: the node of the learner; None: any.
+        home: the node of the learner, or of its first command; None: any.
         can_resume: whether a learner whose node is gone may be started on another.
     """
 
     name: str
     server: Command
     servers: tuple[int, int]
-    server_needs: ServerNeeds
-    learner: Command
-    learner_needs: Resources
+    server_needs: Needs
+    learner: Sequence[Command]
+    learner_needs: Needs
     home: Node | None = None
     can_resume: Callable[[], bool] = lambda: False
-
-
-@dataclass
-class Member:
-    """A hosted command of the job.
-
-    Attributes:
-        leaves: resources of its bundle that it does not take.
-        report: the last one.
-        lost: nothing is heard of it.
-        done: nothing more will be.
-    """
-
-    name: str
-    command: Command
-    group: Any
-    bundle: int
-    restarts: int
-    leaves: Sequence[str] = ()
-    actor: Any = None
-    report: Report = field(default_factory=lambda: Report("", ""))
-    lost: bool = False
-    was_ready: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 class RunningJob:
@@ -86,7 +63,8 @@ class RunningJob:
         self, ray: Any, job: ClusterJob, show: Callable[[str, str], object], say: Callable[[str], object]
     ) -> None:
         self._ray, self._job, self._show, self._say = ray, job, show, say
-        self._members: list[Member] = []
+        self._servers: list[Member] = []
+        self._learner: LearnerNodes | None = None
         self._groups: list[Any] = []
         self._events: queue.SimpleQueue[tuple[Member, Report | Exception]] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -100,26 +78,29 @@ class RunningJob:
         """
         job, found, (least, most) = self._job, nodes(self._ray), self._job.servers
         check_room(found, job.server_needs, least, job.learner_needs)
-        learner_needs = on_node(job.learner_needs, job.home) if job.home else job.learner_needs
-        if job.server_needs.workers:  # vLLM takes a placement group for that of one engine
-            group = self._reserve([learner_needs], "PACK")
+        own = [job.learner_needs.bundle] * job.learner_needs.bundles
+        if job.home:
+            own[0] = on_node(own[0], job.home)
+        if job.server_needs.parts:  # vLLM takes a placement group for that of one engine
+            group = self._reserve(own, "PACK")
             self._wait_for_room([group], least)  # first: the others would take what it waits for
-            bundles = [(self._reserve_server(number), 0) for number in range(least)]
-            self._wait_for_room([own for own, _ in bundles], least)
+            places = [(self._reserve_server(number), 0) for number in range(least)]
+            self._wait_for_room([reserved for reserved, _ in places], least)
         else:
-            group = self._reserve([learner_needs, *[job.server_needs.bundle] * least], "SPREAD")
-            bundles = [(group, number) for number in range(1, least + 1)]
+            group = self._reserve([*own, *[job.server_needs.bundle] * least], "SPREAD")
+            places = [(group, len(own) + number) for number in range(least)]
             self._wait_for_room([group], least)
         # It is lost with its node, so that must not be one of a server alone.
         self._directory = make_directory(self._ray, job.name, job.home.node_id if job.home else _head(found))
-        for number, (own, bundle) in enumerate(bundles):
-            self._begin(self._server(number, own, bundle))
-        self._begin(Member(LEARNER, job.learner, group, 0, 0))
+        for number, (reserved, bundle) in enumerate(places):
+            self._begin_server(self._server(number, reserved, bundle))
+        self._learner = LearnerNodes(job.learner, group, self._begin, self._drop, job.can_resume, self._say)
+        self._learner.begin()
         for number in range(least, most):
             member = self._server(number, self._reserve_server(number), 0)
             start(partial(self._begin_with_room, member), f"room-{number}")
         while True:
-            if (outcome := self._next(0.5)) is not None:
+            if (outcome := self._next(0.5) or self._learner.outcome()) is not None:
                 return outcome
 
     def end(self, hurry: threading.Event) -> None:
@@ -129,9 +110,8 @@ class RunningJob:
             hurry: once it is set they get no more time to end by themselves.
         """
         self._ending.set()
-        learners = [member for member in self._members if member.name == LEARNER]
-        self._end(learners, hurry)
-        self._end([member for member in self._members if member not in learners], hurry)
+        self._end(self._learner.members if self._learner else [], hurry)
+        self._end(self._servers, hurry)
         with contextlib.suppress(Exception):  # the cluster itself may be gone
             for group in self._groups:
                 self._ray.util.remove_placement_group(group)
@@ -152,7 +132,7 @@ class RunningJob:
 
     def _server(self, number: int, group: Any, bundle: int) -> Member:
         name, command = f"server-{number + 1}", self._job.server
-        if not self._job.server_needs.workers:
+        if not self._job.server_needs.parts:
             return Member(name, command, group, bundle, -1)
         placed = {PLACEMENT_VARIABLE: f"{NAMESPACE}/{self._group_name(number)}"}
         command = replace(command, environment={**command.environment, **placed})
@@ -163,7 +143,7 @@ class RunningJob:
         while not room.done():
             time.sleep(0.1)
             if time.monotonic() > due:
-                needs, learner = self._job.server_needs, describe(self._job.learner_needs)
+                needs, learner = self._job.server_needs, self._job.learner_needs
                 free = describe(self._ray.available_resources())
                 self._say(f"waiting for room for {servers} x {needs}, and {learner} for the learner; free are {free}")
                 due += _SAY_S
@@ -174,11 +154,20 @@ class RunningJob:
         try:
             _wait([member.group])
             if not self._ending.is_set():
-                self._begin(member)
+                self._begin_server(member)
         except Exception as error:  # of Ray, of any kind: the others go on
             self._say(f"{member.name} is not started: {one_line(error)}")
 
+    def _begin_server(self, member: Member) -> None:
+        self._host(member)
+        self._servers.append(member)
+        self._watch(member)
+
     def _begin(self, member: Member) -> None:
+        self._host(member)
+        self._watch(member)
+
+    def _host(self, member: Member) -> None:
         member.actor = host(
             self._ray,
             member.command,
@@ -189,8 +178,14 @@ class RunningJob:
             restarts=member.restarts,
             leaves=member.leaves,
         )
-        self._members.append(member)
+
+    def _watch(self, member: Member) -> None:
         threading.Thread(target=self._follow, args=(member,), name=f"follow-{member.name}", daemon=True).start()
+
+    def _drop(self, member: Member) -> None:
+        """Give back what a member has that has ended: its actor would hold it on."""
+        with contextlib.suppress(Exception):
+            self._ray.kill(member.actor)
 
     def _follow(self, member: Member) -> None:
         """Ask a member how it stands, again and again, until it is over."""
@@ -203,8 +198,8 @@ class RunningJob:
                 continue
             except Exception as error:
                 if isinstance(error, errors.ActorDiedError) or self._ending.is_set():
+                    member.done.set()  # first: it tells who takes the error that none comes after it
                     self._events.put((member, error))
-                    member.done.set()
                     return
                 if not is_lost:
                     self._events.put((member, error))
@@ -238,21 +233,24 @@ class RunningJob:
         if report.ready and not before.ready:
             member.was_ready = True
             self._say(f"{member.name} is ready on {report.node}: {report.url}")
-        if self._ending.is_set() or report.ended == before.ended:
+        if self._ending.is_set():
             return None
-        how = _how(member.name, report)
-        if member.name == LEARNER:
-            return (0, "") if report.status == 0 else (max(report.status or 1, 1), how)
+        if member not in self._servers:
+            if self._learner and member in self._learner.members:  # not one of before
+                self._learner.follow(member)
+            return None
+        if report.ended == before.ended:
+            return None
         if self._is_hopeless():
-            return 1, how
-        self._say(f"{how}; it is started again in {report.pause_s:.0f} s")
+            return 1, member.fate
+        self._say(f"{member.fate}; it is started again in {report.pause_s:.0f} s")
         return None
 
     def _is_hopeless(self) -> bool:
         """Return whether no server has ever been ready, and each has been tried often enough."""
-        servers = [member for member in self._members if member.name != LEARNER]
-        return not any(member.was_ready for member in servers) and all(
-            member.report.ended >= (1 if member.report.status == _WRONG_OPTIONS else _ATTEMPTS) for member in servers
+        return not any(member.was_ready for member in self._servers) and all(
+            member.report.ended >= (1 if member.report.status == _WRONG_OPTIONS else _ATTEMPTS)
+            for member in self._servers
         )
 
     def _failed(self, member: Member, error: Exception) -> tuple[int, str] | None:
@@ -264,36 +262,29 @@ class RunningJob:
             anew = "; it begins anew where there is room" if member.restarts else ""
             self._say(f"{member.name}: its node is gone ({node}), or out of reach{anew}")
             return None
-        why = f"{'is gone' if member.report.life else 'cannot be started on the cluster'}: {last_line(error)}"
-        if member.name == LEARNER and member.report.life and self._job.can_resume():
-            self._members.remove(member)
-            self._say(f"{member.name} on {member.report.node} {why}; it goes on where there is room")
-            self._begin(Member(LEARNER, member.command, member.group, member.bundle, member.restarts))
+        member.gone = last_line(error)
+        if member not in self._servers:
             return None
-        others = [one for one in self._members if one.name != LEARNER and not one.done.is_set()]
-        if member.name == LEARNER or not others:
-            return 1, f"{member.name} {why}"
-        self._say(f"{member.name} {why}")
+        if all(server.done.is_set() for server in self._servers):
+            return 1, member.fate
+        self._say(member.fate)
         return None
 
     def _end(self, members: list[Member], hurry: threading.Event) -> None:
         patience = max((member.command.patience_s for member in members), default=0.0)
         deadline, hurried = time.monotonic() + patience + _GRACE_S, False
         for member in members:
-            with contextlib.suppress(Exception):
-                member.actor.end.remote()
+            member.end()
         while not all(member.done.is_set() for member in members) and time.monotonic() < deadline:
             if hurry.is_set() and not hurried:
                 hurried, deadline = True, min(deadline, time.monotonic() + _GRACE_S)
                 for member in members:
-                    with contextlib.suppress(Exception):
-                        member.actor.end.remote(0.0)
+                    member.end(0.0)
             self._next(0.1)
         while not self._events.empty():
             self._next(0.0)
         for member in members:
-            with contextlib.suppress(Exception):
-                self._ray.kill(member.actor)
+            self._drop(member)
 
 
 def _wait(groups: Sequence[Any]) -> None:
@@ -304,8 +295,3 @@ def _wait(groups: Sequence[Any]) -> None:
 
 def _head(found: list[Node]) -> str | None:
     return next((node.node_id for node in found if "node:__internal_head__" in node.has), None)
-
-
-def _how(name: str, report: Report) -> str:
-    """Return how a process ended, and what it said last, which is why."""
-    return f"{name} on {report.node} ended with {ending(report.status or 0)}: {report.reason or 'it said nothing'}"

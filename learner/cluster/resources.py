@@ -39,52 +39,60 @@ def on_node(asked: Resources, node: Node) -> Resources:
 
 
 @dataclass(frozen=True)
-class ServerNeeds:
-    """What a rollout server asks for.
+class Needs:
+    """What a rollout server, or the learner, asks for.
 
     Attributes:
         bundle: resources on one node.
-        workers: how many bundles it takes, one for each worker, which Ray places; 0: one, for all that the server is.
+        parts: how many bundles it takes: one for each worker of a server, which Ray places, or for each of the
+            learner's nodes; 0: one, for all that it is.
     """
 
     bundle: Resources
-    workers: int = 0
+    parts: int = 0
 
     @property
     def bundles(self) -> int:
         """How many it takes."""
-        return self.workers or 1
+        return self.parts or 1
 
     def __str__(self) -> str:
         return describe(self.bundle) if self.bundles == 1 else f"{self.bundles} x {describe(self.bundle)}"
 
 
-def has_room(
-    found: Sequence[Node], server: ServerNeeds, servers: int, learner: Resources, home: Node | None = None
-) -> bool:
+def has_room(found: Sequence[Node], server: Needs, servers: int, learner: Needs, home: Node | None = None) -> bool:
     """Return whether servers and learner fit on the nodes with nothing else there.
 
     Args:
-        home: the node of the learner; None: any.
+        home: the node of the learner, or of its first part; None: any.
     """
-    for place in [home] if home else found:
-        if _times(learner, place.has):
-            left = {name: place.has.get(name, 0.0) - learner.get(name, 0.0) for name in place.has}
-            elsewhere = sum(_times(server.bundle, node.has) for node in found if node is not place)
-            if elsewhere + _times(server.bundle, left) >= servers * server.bundles:
-                return True
-    return False
+    fitting = {0: 0}  # most bundles of servers, by the number of the learner's bundles on the nodes so far
+    for node in found:
+        others, fitting = fitting, {}
+        most = min(_times(learner.bundle, node.has), learner.bundles)
+        for own in range(node == home, most + 1):
+            left = {name: has - own * learner.bundle.get(name, 0.0) for name, has in node.has.items()}
+            room = _times(server.bundle, left)
+            for placed, before in others.items():
+                fitting[placed + own] = max(fitting.get(placed + own, 0), before + room)
+    return fitting.get(learner.bundles, -1) >= servers * server.bundles
 
 
-def check_room(found: Sequence[Node], server: ServerNeeds, servers: int, learner: Resources) -> None:
+def check_room(found: Sequence[Node], server: Needs, servers: int, learner: Needs) -> None:
     """Raise `invalid_request` where the cluster is too small, even with nothing else on it."""
-    check_fits(found, server.bundle, "a server's worker" if server.workers else "a server")
-    check_fits(found, learner, "the learner")
+    check_fits(found, server.bundle, "a server's worker" if server.parts else "a server")
+    check_fits(found, learner.bundle, "a node of the learner" if learner.parts else "the learner")
     if not has_room(found, server, servers, learner):
         raise InvalidRequest(
-            f"{servers} server{'s' * (servers > 1)} of {server} and a learner of {describe(learner)} do not "
+            f"{servers} server{'s' * (servers > 1)} of {server} and a learner of {learner} do not "
             f"fit on this Ray cluster; it has {_list(found)}"
         )
+
+
+def fewest_nodes(found: Sequence[Node], gpus: int) -> int | None:
+    """Return the least number of nodes on which `gpus` can be had, as many on each; None if there is none."""
+    counts = (count for count in range(1, gpus + 1) if gpus % count == 0)
+    return next((n for n in counts if sum(_times({"GPU": gpus // n}, node.has) for node in found) >= n), None)
 
 
 def fits(found: Sequence[Node], asked: Resources) -> bool:

@@ -50,7 +50,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU"
 #: Seconds for a learner to finish its step and save it.
 LEARNER_PATIENCE_S = 120.0
 _PROGRESS_S = 15.0
-CLUSTER_FLAGS = ("servers", "gpus_per_server", "cpus_per_server", "learner_gpus", "learner_cpus")
+CLUSTER_FLAGS = ("servers", "gpus_per_server", "cpus_per_server", "learner_gpus", "learner_nodes", "learner_cpus")
 
 
 @dataclass
@@ -129,7 +129,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--learner-gpus",
         type=whole,
         metavar="N",
-        help="GPUs of the learner, a rank on each (default: 1; none with use_cpu)",
+        help="GPUs of the learner, a rank on each, on several nodes where none has so many (default: 1; none with "
+        "use_cpu)",
+    )
+    add(
+        "--learner-nodes",
+        type=whole,
+        metavar="N",
+        help="nodes of the learner, each with the same number of its GPUs (default: as few as have them)",
     )
     add(
         "--learner-cpus",

@@ -13,13 +13,14 @@ from typing import Any
 
 from learner.cluster.connection import connect
 from learner.cluster.hosted import Command, place
-from learner.cluster.job import LEARNER, ClusterJob, RunningJob
+from learner.cluster.job import ClusterJob, RunningJob
+from learner.cluster.learner_nodes import FIRST_HOST, FIRST_PORT, LEARNER
 from learner.cluster.resources import (
+    Needs,
     Node,
     Resources,
-    ServerNeeds,
     check_room,
-    describe,
+    fewest_nodes,
     fits,
     has_room,
     home_of,
@@ -58,15 +59,15 @@ def run(recipe: Recipe) -> int:
         InvalidRequest: no Ray, no cluster, or too small a one; an option that cannot work there.
     """
     _check(recipe)
-    out, tokens, learner_needs = recipe.output_dir, _tokens(recipe), _learner_needs(recipe)
+    out, tokens = recipe.output_dir, _tokens(recipe)
     ray = connect(recipe.options.cluster)
     try:
         found, servers = nodes(ray), recipe.options.servers or (1, 1)
-        needs, name = _server_needs(recipe, found), _name(out)
+        needs, learner_needs, name = _server_needs(recipe, found), _learner_needs(recipe, found), _name(out)
         server = _server(recipe, tokens, needs)
         check_room(found, needs, servers[0], learner_needs)
         from_elsewhere = recipe.options.cluster.startswith(_FROM_ELSEWHERE)
-        home = None if from_elsewhere else home_of(ray, found, learner_needs)
+        home = None if from_elsewhere else home_of(ray, found, learner_needs.bundle)
         if home and not has_room(found, needs, servers[0], learner_needs, home):
             home = None  # the servers need it
         job = ClusterJob(
@@ -74,7 +75,7 @@ def run(recipe: Recipe) -> int:
             server=server,
             servers=servers,
             server_needs=needs,
-            learner=_learner(recipe, tokens, name, home),
+            learner=_learner(recipe, tokens, name, home, learner_needs.bundles),
             learner_needs=learner_needs,
             home=home,
             can_resume=_has_come_further(out),
@@ -115,8 +116,12 @@ def _follow(ray: Any, job: ClusterJob, out: Path) -> int:
     least, most = job.servers
     count = f"{least}" if least == most else f"{least} to {most}"
     say(f"{count} x rollout server on {job.server_needs}, listed as ray:{job.name}; logs: {out}/server-N.log")
-    where = f"on {job.home.address}" if job.home else f"on any node: each must see {out}"
-    say(f"the learner on {describe(job.learner_needs)}, {where}; log: {out / LEARNER_LOG}")
+    where, log = [f"on {job.home.address}"] if job.home else [], f"{out / LEARNER_LOG}"
+    if job.learner_needs.bundles > 1:
+        log += f", {out}/{LEARNER}-N.log"
+    if not job.home or job.learner_needs.bundles > 1:
+        where.append(f"on any {'other ' if job.home else ''}node: each must see {out}")
+    say(f"the learner on {job.learner_needs}, {' and '.join(where)}; log: {log}")
     status, reason = None, ""
     running = RunningJob(ray, job, show, say)
     try:
@@ -170,7 +175,7 @@ def _check(recipe: Recipe) -> None:
         )
 
 
-def _server_needs(recipe: Recipe, found: Sequence[Node]) -> ServerNeeds:
+def _server_needs(recipe: Recipe, found: Sequence[Node]) -> Needs:
     """Return the resources of a server: on one node, or of each worker where Ray places them on several.
 
     Raises:
@@ -184,14 +189,14 @@ def _server_needs(recipe: Recipe, found: Sequence[Node]) -> ServerNeeds:
         say(f"no node has {given} GPUs: the workers of each server are placed on several (Ray)")
         is_spread = True
     if not is_spread:
-        return ServerNeeds(_asked(cpus, given))
+        return Needs(_asked(cpus, given))
     if options.gpus_per_server not in (None, workers):
         raise InvalidRequest(
             f"server: tensor_parallel_size {workers} and --gpus-per-server {options.gpus_per_server}: on several nodes "
             "each worker has a GPU; give one of them"
         )
     # Without GPUs vLLM takes a CPU for each worker.
-    return ServerNeeds(_asked(cpus / workers if gpus else 1, gpus), workers)
+    return Needs(_asked(cpus / workers if gpus else 1, gpus), workers)
 
 
 def _workers(recipe: Recipe) -> int:
@@ -201,9 +206,19 @@ def _workers(recipe: Recipe) -> int:
     return 1 if recipe.server_flag(*_DATA_PARALLEL) else recipe.options.gpus_per_server or 1
 
 
-def _learner_needs(recipe: Recipe) -> Resources:
-    ranks = recipe.options.learner_gpus or _gpus(recipe)
-    return _asked(recipe.options.learner_cpus or max(ranks, 1), ranks)
+def _learner_needs(recipe: Recipe, found: Sequence[Node]) -> Needs:
+    """Return the resources of the learner on each of its nodes; raises `invalid_request` where they are not equal."""
+    options, gpus = recipe.options, recipe.options.learner_gpus or _gpus(recipe)
+    count = options.learner_nodes or 1
+    if not options.learner_nodes and gpus > 1 and (fewest := fewest_nodes(found, gpus) or 1) > 1:
+        say(f"no node has {gpus} GPUs: the learner's ranks are placed on {fewest}")
+        count = fewest
+    if gpus % count:
+        raise InvalidRequest(
+            f"--learner-gpus {gpus} on --learner-nodes {count}: each node has as many ranks as the others; give a "
+            f"multiple of {count}"
+        )
+    return Needs(_asked((options.learner_cpus or max(gpus, count)) / count, gpus // count), count if count > 1 else 0)
 
 
 def _gpus(recipe: Recipe) -> int:
@@ -215,7 +230,7 @@ def _asked(cpus: float, gpus: float) -> Resources:
     return {name: value for name, value in {"CPU": cpus, "GPU": gpus}.items() if value}
 
 
-def _server(recipe: Recipe, tokens: bytes, needs: ServerNeeds) -> Command:
+def _server(recipe: Recipe, tokens: bytes, needs: Needs) -> Command:
     flags = ["--host", place("host"), "--port", place("port"), "--token-file", place("token")]
     sent = {"token": tokens}
     recipe.server.pop("token_file", None)
@@ -226,7 +241,7 @@ def _server(recipe: Recipe, tokens: bytes, needs: ServerNeeds) -> Command:
     parallel: dict[str, Any] = {}
     if (workers := _workers(recipe)) > 1 and not recipe.server_flag(*_TENSOR_PARALLEL):
         parallel["tensor_parallel_size"] = workers
-    if needs.workers and not recipe.server_flag("distributed_executor_backend"):
+    if needs.parts and not recipe.server_flag("distributed_executor_backend"):
         parallel["distributed_executor_backend"] = "ray"
     scheme = "https" if "ssl_certfile" in sent else "http"
     return Command(
@@ -239,7 +254,8 @@ def _server(recipe: Recipe, tokens: bytes, needs: ServerNeeds) -> Command:
     )
 
 
-def _learner(recipe: Recipe, tokens: bytes, name: str, home: Node | None) -> Command:
+def _learner(recipe: Recipe, tokens: bytes, name: str, home: Node | None, count: int) -> list[Command]:
+    """Return the learner's command for each of `count` nodes."""
     sent = {"token": tokens}
     train = ["learner.cli", "train", *recipe.learner, "--token_file", place("token")]
     if path := recipe.given.get("ca_file"):
@@ -248,10 +264,16 @@ def _learner(recipe: Recipe, tokens: bytes, name: str, home: Node | None) -> Com
     train += ["--rollout_url", f"ray:{name}", "--output_dir", os.path.abspath(recipe.output_dir)]
     if home and recipe.wants_page:
         train += ["--page_port", str(free_port(PAGE_PORT))]
-    if (ranks := recipe.options.learner_gpus or 1) > 1:
-        train = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *train]
-    module, *arguments = train
-    return Command(module, tuple(arguments), sent, patience_s=LEARNER_PATIENCE_S, **_common(recipe))
+    ranks = max((recipe.options.learner_gpus or 1) // count, 1)
+    launched = ["torch.distributed.run", "--nproc-per-node", str(ranks)]
+    meeting = ["--master-addr", FIRST_HOST, "--master-port", FIRST_PORT]
+    commands = []
+    for number in range(count):
+        place_of = ["--nnodes", str(count), "--node-rank", str(number), *meeting] if count > 1 else ["--standalone"]
+        words = [*launched, *place_of, "-m", *train] if count * ranks > 1 else train
+        module, *arguments = words
+        commands.append(Command(module, tuple(arguments), sent, patience_s=LEARNER_PATIENCE_S, **_common(recipe)))
+    return commands
 
 
 def _common(recipe: Recipe) -> dict[str, Any]:

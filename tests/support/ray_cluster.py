@@ -55,6 +55,10 @@ class RayCluster:
         """Return where the head listens."""
         return self.nodes[0].address
 
+    def running_nodes(self) -> list[RayNode]:
+        """Return the nodes that have not been killed."""
+        return [node for node in self.nodes if node.process.poll() is None]
+
     def add(self, cpus: int, gpus: int = 0) -> RayNode:
         """Start another node, which is not awaited, at an address of its own; `cpus` and `gpus` are labels."""
         head = self.address if self.nodes else None

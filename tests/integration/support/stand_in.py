@@ -13,7 +13,7 @@ import sys
 from learner.cluster.connection import connect
 from learner.cluster.hosted import Command, place
 from learner.cluster.job import ClusterJob, RunningJob
-from learner.cluster.resources import ServerNeeds
+from learner.cluster.resources import Needs
 
 
 class _Ready(http.server.BaseHTTPRequestHandler):
@@ -34,7 +34,7 @@ def drive(address: str) -> None:
         url=f"http://{place('host')}:{place('port')}",
         again=True,
     )
-    job = ClusterJob("stand-in", command, (2, 2), ServerNeeds({"CPU": 1.0}), command, {"CPU": 1.0, "GPU": 2.0})
+    job = ClusterJob("stand-in", command, (2, 2), Needs({"CPU": 1.0}), [command], Needs({"CPU": 1.0, "GPU": 2.0}))
 
     def say(*words: str) -> None:
         print(*words, flush=True)

@@ -44,9 +44,10 @@ def write_recipe(path: Path, *, server: dict[str, Any] | None = None, **own: Any
 class Up:
     """`learner up --cluster` as a process."""
 
-    def __init__(self, address: str, recipe: Path, out: Path, log: Path, *, servers: int = 1) -> None:
+    def __init__(self, address: str, recipe: Path, out: Path, log: Path, *, servers: int = 1, **more: object) -> None:
         self.out, self._log = out, log
         flags = {"--config": recipe, "--output_dir": out, "--cluster": address, "--servers": servers}
+        flags |= {f"--{name}": value for name, value in more.items()}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "learner.cli", "up", *arguments(flags)],

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from learner.cluster.hosted import Command, Report
-from learner.cluster.job import LEARNER, ClusterJob, RunningJob
-from learner.cluster.resources import ServerNeeds, nodes
+from learner.cluster.job import ClusterJob, RunningJob
+from learner.cluster.learner_nodes import LEARNER
+from learner.cluster.resources import Needs, nodes
 from learner.utils.threads import start
 from shared.errors import InvalidRequest
 from shared.placement import PLACEMENT_VARIABLE
@@ -29,7 +30,7 @@ class Driver:
 
     def __init__(self, ray: FakeRay, **changes: Any) -> None:
         command = Command("module", (), again=True)
-        job = ClusterJob("name", command, (2, 2), ServerNeeds(ONE), replace(command, again=False), ONE)
+        job = ClusterJob("name", command, (2, 2), Needs(ONE), [replace(command, again=False)], Needs(ONE))
         self.said, self.shown = list[str](), list[tuple[str, str]]()
         self._ray = ray
         self.running = RunningJob(ray, replace(job, **changes), lambda *line: self.shown.append(line), self.said.append)
@@ -62,12 +63,12 @@ def driver(ray: FakeRay) -> Driver:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"server_needs": ServerNeeds({"CPU": 1.0, "GPU": 2.0})}, "a server needs 2 GPUs and 1 CPU, and no node"),
-        ({"learner_needs": {"CPU": 3.0}}, "the learner needs 3 CPUs, and no node"),
-        ({"server_needs": ServerNeeds(ONE, 2)}, "2 servers of 2 x 1 CPU and a learner of 1 CPU do not fit"),
-        ({"server_needs": ServerNeeds({"CPU": 3.0}, 2)}, "a server's worker needs 3 CPUs, and no node"),
+        ({"server_needs": Needs({"CPU": 1.0, "GPU": 2.0})}, "a server needs 2 GPUs and 1 CPU, and no node"),
+        ({"learner_needs": Needs({"CPU": 3.0})}, "the learner needs 3 CPUs, and no node"),
+        ({"server_needs": Needs(ONE, 2)}, "2 servers of 2 x 1 CPU and a learner of 1 CPU do not fit"),
+        ({"server_needs": Needs({"CPU": 3.0}, 2)}, "a server's worker needs 3 CPUs, and no node"),
         ({"servers": (4, 4)}, "4 servers of 1 CPU and a learner of 1 CPU do not fit"),
-        ({"server_needs": ServerNeeds({"CPU": 2.0})}, "2 servers of 2 CPUs and a learner of 1 CPU do not fit"),
+        ({"server_needs": Needs({"CPU": 2.0})}, "2 servers of 2 CPUs and a learner of 1 CPU do not fit"),
     ],
 )
 def test_what_no_cluster_of_this_size_can_run_is_refused_before_anything_is_started(
@@ -168,7 +169,7 @@ def test_a_learner_whose_node_is_gone_goes_on_where_something_was_saved(ray: Fak
     driver.member(LEARNER).reports.put(ActorDiedError("trace\nnode died"))
     if saved:
         driver.member(LEARNER, life=1).reports.put(DONE)
-    assert driver.outcome.result() == ((0, "") if saved else (1, "learner is gone: node died"))
+    assert driver.outcome.result() == ((0, "") if saved else (1, "learner on 10.0.0.1 is gone: node died"))
 
 
 def test_actors_that_cannot_be_started_end_the_job_with_the_reason(driver: Driver) -> None:
@@ -191,7 +192,7 @@ def test_more_servers_begin_as_soon_as_there_is_room(ray: FakeRay) -> None:
 
 def test_each_server_of_several_nodes_has_a_placement_group_that_its_engine_finds(ray: FakeRay) -> None:
     ray.has["10.0.0.3"] = {"CPU": 3.0}
-    driver = Driver(ray, servers=(1, 2), server_needs=ServerNeeds(ONE, 3))
+    driver = Driver(ray, servers=(1, 2), server_needs=Needs(ONE, 3))
     for number in (1, 2):
         server = driver.member(f"server-{number}")
         assert server.command.environment == {PLACEMENT_VARIABLE: f"lockstep/name-{number}"}

@@ -156,6 +156,38 @@ def test_several_gpus_are_used(ray: FakeRay) -> None:
     assert learner.arguments[learner.arguments.index("-m") + 1] == "learner.cli"
 
 
+@pytest.mark.parametrize(
+    ("flags", "bundles", "ranks"),
+    [
+        (("--learner_gpus", "6"), [{"CPU": 3, "GPU": 3}] * 2, 3),  # no node has six
+        (("--learner_gpus", "4", "--learner-nodes", "2"), [{"CPU": 2, "GPU": 2}] * 2, 2),
+        (("--learner_gpus", "4", "--learner-nodes", "2", "--learner-cpus", "3"), [{"CPU": 1.5, "GPU": 2}] * 2, 2),
+        (("--use_cpu", "true", "--learner-nodes", "3"), [{"CPU": 1}] * 3, 1),
+    ],
+)
+def test_the_ranks_of_the_learner_may_be_on_several_nodes(
+    ray: FakeRay, flags: tuple[str, ...], bundles: list[dict[str, float]], ranks: int
+) -> None:
+    ray.script = {"learner": [Report("life", "10.0.0.1", starts=1, port=77), DONE]}
+    ray.script |= {f"learner-{number}": [DONE] for number in (2, 3)}
+    assert run(*flags, "--max_steps", "3") == 0
+    (first, *others, _), strategy, _ = ray.reserved[0]
+    assert first == bundles[0] | {"node:10.0.0.1": 0.001}
+    assert (others, strategy) == (bundles[1:], "SPREAD")
+    commands = [ray.hosted[name][0].command for name in ("learner", "learner-2", "learner-3")[: len(bundles)]]
+    for number, (command, meeting) in enumerate(
+        zip(commands, [(place("host"), place("port")), *[("10.0.0.1", "77")] * 2], strict=False)
+    ):
+        assert command.module == "torch.distributed.run"
+        assert follows(command, "--nnodes") == str(len(bundles))
+        assert follows(command, "--node-rank") == str(number)
+        assert follows(command, "--nproc-per-node") == str(ranks)
+        assert (follows(command, "--master-addr"), follows(command, "--master-port")) == meeting
+        assert command.arguments[command.arguments.index("-m") + 1 :][:2] == ("learner.cli", "train")
+        assert follows(command, "--max_steps") == "3"
+        assert command.secrets.keys() == {"token"}
+
+
 def test_servers_that_say_how_they_use_their_gpus_are_believed(ray: FakeRay) -> None:
     assert run("--gpus_per_server", "2", "--server-flags", "--data-parallel-size 2") == 0
     assert "--tensor-parallel-size" not in commands(ray)[0].arguments
@@ -178,6 +210,12 @@ def test_servers_that_say_how_they_use_their_gpus_are_believed(ray: FakeRay) -> 
         (("--gpus-per-server", "6", "--server-flags", "-dp 2 -tp 3"), "a server needs 6 GPUs and 1 CPU, and no node"),
         (("--gpus-per-server", "6", "--server-flags", "-tp 3"), "tensor_parallel_size 3 and --gpus-per-server 6: on"),
         (("--gpus-per-server", "2", "--cpus-per-server", "8"), "a server needs 2 GPUs and 8 CPUs, and no node"),
+        (
+            ("--learner-gpus", "4", "--learner-nodes", "3"),
+            "on --learner-nodes 3: each node has as many",
+        ),
+        (("--learner-gpus", "9"), "the learner needs 9 GPUs and 9 CPUs, and no node"),
+        (("--learner-nodes", "9", "--use_cpu", "true"), "and a learner of 9 x 1 CPU do not fit"),
         (("--server-flags", "-tp two"), "server: tensor_parallel_size 'two': give a whole number"),
         (("--servers", "8"), "8 servers of 1 GPU and 1 CPU and a learner of 1 GPU and 1 CPU do not fit"),
     ],
