@@ -19,6 +19,10 @@ from shared.errors import InvalidRequest, LockstepError
 from shared.messages import one_line, unknown_flag
 from shared.model_files import check_model_exists
 
+if "__mp_main__" in sys.modules:  # a process that vLLM has spawned runs this first, and then imports the same
+    with without_collections():
+        import vllm.v1.engine.core  # noqa: F401
+
 EXIT_FAILED, EXIT_USAGE = 1, 2
 _UNKNOWN = "unrecognized arguments: "
 

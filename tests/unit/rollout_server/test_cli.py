@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -230,3 +233,14 @@ def test_the_first_error_that_a_process_of_vllm_logs_is_reported():
         finally:
             vllm.removeHandler(handler)
     handler.emit(logging.makeLogRecord({"exc_info": (OSError, OSError("later"), None)}))  # its folder is gone
+
+
+@pytest.mark.parametrize(("name", "said"), [("__mp_main__", "False\n"), ("__main_of_tests__", "")])
+def test_processes_that_vllm_spawns_import_it_without_collections(tmp_path: Path, name: str, said: str) -> None:
+    (engine := tmp_path / "vllm" / "v1" / "engine").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").touch()  # or the installed one would be found
+    (engine / "core.py").write_text("import gc; print(gc.isenabled())")
+    script = f"import runpy; runpy.run_path({cli.__file__!r}, run_name={name!r})"
+    path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
+    child = [sys.executable, "-c", script]
+    assert subprocess.check_output(child, text=True, env={**os.environ, "PYTHONPATH": path}) == said
