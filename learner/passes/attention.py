@@ -18,6 +18,8 @@ from learner.passes.packing import PackedPass, Segment
 
 #: The name in `config._attn_implementation`.
 PACKED = "lockstep_packed"
+#: Arguments of other attentions: windows, attention sinks, a cap of the logits.
+_NOT_COMPUTED = ("sliding_window", "s_aux", "softcap")
 #: torch 2.11 does not.
 _KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
@@ -63,7 +65,12 @@ def attend(
 
     Returns:
         [1, N, heads, head size], and no attention weights.
+
+    Raises:
+        ValueError: the model asks for more than causal attention.
     """
+    if asked := [name for name in _NOT_COMPUTED if others.get(name) is not None]:
+        raise ValueError(f"packed attention does not compute {', '.join(asked)}")
     if packed_segments is None:
         return _varlen(query, key, value, scaling, **others)[None], None
     parts = []

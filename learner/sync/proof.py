@@ -272,6 +272,12 @@ class SyncProof:
                 f"proof of sync failed: {url} scored {sum(lengths)} tokens by {answer.version}, not those of the "
                 f"probe by {version}"
             )
+        if missing := int((~np.isfinite(own.values)).sum()):
+            raise InstallFailed(
+                f"proof of sync failed: the learner itself has no finite logprob for {missing} of {own.values.size} "
+                f"probe tokens at {version or 'the base'}: its weights have diverged, or its attention or precision "
+                "computes NaN (attn_implementation, fp16)"
+            )
         served = probe.picked(answer.logprobs)
         if missing := int((~np.isfinite(served)).sum()):
             raise InstallFailed(

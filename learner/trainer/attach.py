@@ -37,12 +37,10 @@ from learner.trainer.checks import (
     check_agent,
     check_attention,
     check_corrected,
-    check_dropout,
     check_grpo,
     check_known_ahead,
     check_slots,
     draws_policy,
-    dropouts,
 )
 from learner.trainer.compiling import compile_layers
 from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
@@ -68,6 +66,7 @@ from learner.trainer.internals import TrlTrainer, check_trl
 from learner.trainer.leaving import leave_in_order
 from learner.trainer.packed_scoring import score_packed
 from learner.trainer.padding import cut_passes, keep_old_values, sort_rows
+from learner.trainer.randomness import as_warnings, randomness
 from learner.trainer.resume import resume_exactly
 from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_workers
 from learner.trainer.sampling import sampling_params
@@ -134,7 +133,9 @@ def attach(
     if vllm_sampling_params is None:
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
     args = with_vllm_params(trainer.args, vllm_sampling_params)
-    for warning in [*check_grpo(args), *check_dropout(model)]:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    random = randomness(model, trainer.args, sharded=sharded)
+    for warning in [*check_grpo(args), *as_warnings(random)]:
         warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)
     runs = agent_of(config.agent, config.agent_command, agent)
@@ -196,9 +197,9 @@ def attach(
         check_state=check_state,
         make_agents=partial(_episodes, make_agent, sampling) if make_agent else None,
     )
-    session.samples_policy = draws_policy(args) and not dropouts(model)
+    session.samples_policy = draws_policy(args) and not random
     check_rewards(trainer)
-    _install_hooks(trainer, session, reward)
+    _install_hooks(trainer, session, reward, is_random=bool(random))
     return session
 
 
@@ -228,7 +229,7 @@ def _episodes(make_agent: Callable[[int], Agent], sampling: SamplingParams, sess
     )
 
 
-def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward | None) -> None:
+def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward | None, *, is_random: bool) -> None:
     """Put Lockstep around methods of TRL, in this order: of two hooks on one method, the later one is the outer one.
 
     | TRL's method | hooks, from the inside out | why in this order |
@@ -269,10 +270,11 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     if packs and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         adapter = active_adapter(session.model)
         session.one_product = use_one_product(session.model, adapter) == len(lora_layers(session.model, adapter))
-    packed = score_packed(trainer, session.config.max_tokens_per_pass, forks) if packs else None
+    limit = session.config.max_tokens_per_pass
+    packed = score_packed(trainer, limit, forks, is_random=is_random) if packs else None
     if packed is None and not sees_images(trainer):  # whose patches are no rows
         sort_rows(trainer)
-    if not dropouts(session.model):
+    if not is_random:
         keep_old_values(trainer)
     if session.gpu_sharing:
         begin_passes_with(trainer, session.gpu_sharing.take_gpu)

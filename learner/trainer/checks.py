@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from peft import PeftModel
-from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.adapters.lora_rules import caps_logits
@@ -20,12 +19,6 @@ HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outpu
 REWEIGHTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
 #: vLLM raises lower temperatures to this.
 LEAST_TEMPERATURE = 0.01
-#: What to do about each kind of dropout.
-_WITHOUT_DROPOUT = {
-    "lora_dropout": "lora_dropout=0, or disable_dropout=True in GRPOConfig",
-    "the base's dropout": "disable_dropout=True in GRPOConfig",
-    "attention_dropout": 'model_init_kwargs={"attention_dropout": 0.0} in GRPOConfig',
-}
 
 
 def check_grpo(args: GRPOConfig) -> list[str]:
@@ -104,25 +97,6 @@ def check_corrected(args: GRPOConfig, config: LearnerConfig) -> None:
             "older weights as if they were the present policy's: leave the correction on, or set "
             "off_policy_mask_threshold, or max_staleness=0"
         )
-
-
-def dropouts(model: nn.Module) -> dict[str, float]:
-    """Return the probability of each kind of dropout in `model` that has one."""
-    drops = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p}
-    of_adapter = max((p for name, p in drops.items() if "lora_dropout" in name), default=0.0)
-    of_base = max((p for name, p in drops.items() if "lora_dropout" not in name), default=0.0)
-    of_attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
-    found = {"lora_dropout": of_adapter, "the base's dropout": of_base, "attention_dropout": of_attention}
-    return {kind: p for kind, p in found.items() if p}
-
-
-def check_dropout(model: nn.Module) -> list[str]:
-    """Return a warning for each kind of dropout in `model`: what trains is then not the network that is served."""
-    return [
-        f"{kind} is {p:g}: every training pass leaves out a random part of the network, so importance ratios and "
-        f"gradients are of others than the one that is served and proven: set {_WITHOUT_DROPOUT[kind]}"
-        for kind, p in dropouts(model).items()
-    ]
 
 
 def check_known_ahead(trainer: GRPOTrainer, config: LearnerConfig) -> None:

@@ -21,6 +21,7 @@ from learner.rollouts.mismatch import Mismatch, measure
 from learner.run_dir.files import finite
 from learner.session import Session
 from learner.trainer.agent_hooks import shown_turns
+from learner.trainer.at_begin import AtBegin
 from shared.rollouts import Completion
 
 
@@ -112,6 +113,7 @@ def watch_mismatch(trainer: GRPOTrainer, saw: Callable[[Mismatch], None]) -> Non
         unmeasured.add(scored[0])
         return scored
 
+    trainer.add_callback(AtBegin(unmeasured.forget))
     trainer._generate_and_score_completions = generate_and_measure
     trainer._compute_loss = compute_seen
     trainer._get_per_token_logps_and_entropies = score_seen
@@ -131,6 +133,9 @@ class _Unmeasured:
 
     def begin(self) -> None:
         self.parts = []
+
+    def forget(self) -> None:
+        self.parts = None
 
     def add(self, logps: torch.Tensor) -> None:
         if self.parts is None or self.inputs is None:

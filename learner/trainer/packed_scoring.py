@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl import GRPOTrainer
 
 from learner.passes import attention
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
+from learner.trainer.at_begin import AtBegin
 from learner.trainer.forks import Forks
 from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
@@ -68,11 +69,14 @@ def why_not_packed(model: Any, device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
-def score_packed(trainer: GRPOTrainer, max_tokens: int | None, forks: Forks | None = None) -> PackedScoring | None:
+def score_packed(
+    trainer: GRPOTrainer, max_tokens: int | None, forks: Forks | None = None, *, is_random: bool = False
+) -> PackedScoring | None:
     """Put packed scoring around `trainer`; return None, and say why, if its passes cannot be packed.
 
     Args:
         forks: knows which rows hold several sequences; None: none does.
+        is_random: two passes are of two networks (`randomness`), so nothing is scored ahead.
     """
     model = trainer.accelerator.unwrap_model(trainer.model).get_base_model()
     device = trainer.accelerator.device
@@ -86,7 +90,7 @@ def score_packed(trainer: GRPOTrainer, max_tokens: int | None, forks: Forks | No
         logger.info("forward passes are not packed: %s", reason)
         return None
     let_segments_grow(device)
-    return PackedScoring(trainer, model, max_tokens, forks or Forks())
+    return PackedScoring(trainer, model, max_tokens, forks or Forks(), is_random=is_random)
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,23 @@ class PackedScoring:
         model: the base model, whose attention is switched.
         max_tokens: of one pass; None: found out. Not kept where weights are sharded: there every rank makes one pass a
             micro-batch, because ranks gather weights together.
+        is_random: see `score_packed`.
     """
 
-    def __init__(self, trainer: GRPOTrainer, model: PreTrainedModel, max_tokens: int | None, forks: Forks) -> None:
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        model: PreTrainedModel,
+        max_tokens: int | None,
+        forks: Forks,
+        *,
+        is_random: bool,
+    ) -> None:
         self._forks = forks
         self._trainer, self._max_tokens = trainer, max_tokens or _FIRST_TOKENS
         self._finds_out = max_tokens is None and trainer.accelerator.device.type == "cuda"
         self.sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-        self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in trainer.model.modules())
+        self._is_random = is_random
         self._model = model
         self._configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
         # Not the property, which would set every part's: a vision tower keeps its own.
@@ -127,7 +140,7 @@ class PackedScoring:
         trainer._generate_and_score_completions = self._keeping_entropies(trainer._generate_and_score_completions)
         trainer._compute_loss = self._seeing_inputs(trainer._compute_loss)
         trainer.training_step = self._with_backward(trainer.training_step)
-        trainer.add_callback(_ForgetAtBegin(self))
+        trainer.add_callback(AtBegin(self.forget))
 
     def score(
         self,
@@ -171,7 +184,7 @@ class PackedScoring:
         known = self._known()
         # Several ranks (DDP) add up their gradients once a step, so all of them owe theirs.
         fits = self._trainer.accelerator.num_processes == 1 and self._tokens(rows) <= self._max_tokens
-        if known is None and (self.sharded or self._dropout or fits):
+        if known is None and (self.sharded or self._is_random or fits):
             (packed,) = plan_passes(rows, 2**62, input_ids.device)
             self._attend(packed=True)  # until the end of the step: checkpointed layers run again in the backward pass
             logps, entropies = _scatter([(packed, self._run(model, packed))], len(rows), logits_to_keep)
@@ -314,7 +327,7 @@ class PackedScoring:
 
     def _keeping_entropies(self, generate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def generate_and_keep(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            if not self._trainer.model.training or self.sharded or self._dropout:
+            if not self._trainer.model.training or self.sharded or self._is_random:
                 return generate(inputs)
             self._scored = []
             try:
@@ -367,14 +380,6 @@ def pass_tokens(tokens: int, needed: int, free: int) -> int:
     """
     fitting = _OF_FREE * free * tokens / max(needed, 1)
     return int(min(max(fitting, 256), _MOST_TOKENS)) // 256 * 256
-
-
-class _ForgetAtBegin(TrainerCallback):
-    def __init__(self, scoring: PackedScoring) -> None:
-        self._scoring = scoring
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._scoring.forget()
 
 
 class _Leaf(torch.autograd.Function):

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+from learner.trainer.at_begin import AtBegin
+
 logger = logging.getLogger("lockstep.passes")
 
 Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -81,7 +83,7 @@ def sort_rows(trainer: GRPOTrainer) -> None:
 def keep_old_values(trainer: GRPOTrainer) -> None:
     """Let the loss start from TRL's `old_per_token_logps` as long as the weights are those that they were scored at.
 
-    Gradients are those of the loss's own pass. Not with dropout, where two passes are of two networks.
+    Gradients are those of the loss's own pass. Not where two passes are of two networks (`randomness`).
     """
     generate, compute = trainer._generate_and_score_completions, trainer._compute_loss
     score, known = trainer._get_per_token_logps_and_entropies, _Known()
@@ -109,6 +111,7 @@ def keep_old_values(trainer: GRPOTrainer) -> None:
     trainer._generate_and_score_completions = generate_and_note
     trainer._compute_loss = compute_noted
     trainer._get_per_token_logps_and_entropies = score_known
+    trainer.add_callback(AtBegin(known.forget))
 
 
 class _Known:
@@ -116,6 +119,9 @@ class _Known:
 
     at: int | None = None
     logps: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        self.at = None
 
 
 def _score_cut(

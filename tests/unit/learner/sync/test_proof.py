@@ -67,6 +67,14 @@ def test_agrees_with_an_honest_server(proof, publisher, model):
     assert abs(proof.slope - 1) < 0.01
 
 
+def test_a_learner_that_computes_nan_is_told_so(proof, publisher, model):
+    publisher.push(0)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "down_proj.lora_B" in name).fill_(torch.nan)
+    with pytest.raises(LockstepError, match=r"the learner itself has no finite logprob for 8 of 8 probe tokens at r@0"):
+        proof.check(publisher.version(0))
+
+
 def test_mismatch_names_version_and_both_values(proof, publisher, model):
     publisher.push(0)
     move(model, 0.5)

@@ -209,7 +209,7 @@ def test_dropout_is_warned_of(make_trainer, client, settings, advice):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attach(make_trainer(**settings), client=client)
-    seen = [str(each.message) for each in caught if "random part of the network" in str(each.message)]
+    seen = [str(each.message) for each in caught if "random network" in str(each.message)]
     assert len(seen) == (advice is not None)
     assert all(advice in message for message in seen)
 

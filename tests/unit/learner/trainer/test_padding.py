@@ -15,7 +15,7 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM, Trai
 import learner.trainer.attach
 import learner.trainer.hooks
 from learner.passes import attention
-from learner.passes.packing import Row
+from learner.passes.packing import Row, Segment
 from learner.trainer.attach import attach
 from learner.trainer.forks import Forks
 from learner.trainer.packed_scoring import PackedScoring, pass_tokens, why_not_packed
@@ -31,7 +31,7 @@ CASES = {
     "reused-batches": {"steps_per_generation": 6, "num_iterations": 2},
 }
 CUT = {
-    (learner.trainer.attach, "score_packed"): lambda *_: None,
+    (learner.trainer.attach, "score_packed"): lambda *_, **__: None,
     (learner.trainer.attach, "use_one_product"): lambda model, adapter: 0,
 }
 LONGROPE = {
@@ -194,7 +194,7 @@ NO_HOOK = {(learner.trainer.attach, "keep_old_values"): lambda trainer: None}
         ({}, {}, True),
         ({}, {"packed_passes": False}, True),
         (NO_HOOK, {"packed_passes": False}, False),
-        ({(learner.trainer.attach, "score_packed"): lambda *_: None}, {}, True),
+        ({(learner.trainer.attach, "score_packed"): lambda *_, **__: None}, {}, True),
     ],
     ids=["packed", "cut", "cut-without", "fallback"],
 )
@@ -279,6 +279,42 @@ def test_a_check_that_runs_out_of_memory_leaves_the_model_training():
     with pytest.raises(torch.OutOfMemoryError):
         scoring._check_first(model, torch.ones(1, 4), torch.ones(1, 4), 2, [Row([1, 1], [1, 1])])
     assert model.training
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_second_training_does_not_take_old_values_for_the_present_ones(make_trainer, client, packed):
+    """TRL goes on with the rows that the first has left of a generation batch, at step 0 again and other weights."""
+    trainer = make_trainer(
+        steps_per_generation=2, max_steps=1, vllm_importance_sampling_mode="token_truncate", learning_rate=0.3
+    )
+    session = attach(trainer, client=client, run_id="r", packed_passes=packed)
+    score, compute, inputs, moved = trainer._get_per_token_logps_and_entropies, trainer._compute_loss, {}, []
+
+    def compute_seen(model, own):
+        inputs.update(own)
+        return compute(model, own)
+
+    def score_seen(*args, **options):
+        scored = score(*args, **options)
+        if torch.is_grad_enabled():
+            moved.append((scored[0].detach() - inputs["old_per_token_logps"]).abs().max().item())
+        return scored
+
+    trainer._compute_loss, trainer._get_per_token_logps_and_entropies = compute_seen, score_seen
+    trainer.train()
+    trainer.train()
+    session.close()
+    assert moved[0] == 0.0
+    assert moved[1] > 0.1
+
+
+@pytest.mark.parametrize("asked", [{"sliding_window": 4}, {"s_aux": torch.zeros(2)}, {"softcap": 50.0}], ids=str)
+def test_attention_that_is_more_than_causal_is_never_packed(asked):
+    query = torch.zeros(1, 2, 3, 4)
+    segments = [(Segment(0, 3, 0, 0), None)]
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        attention.attend(None, query, query, query, None, packed_segments=segments, **asked)
+    attention.attend(None, query, query, query, None, packed_segments=segments, **dict.fromkeys(asked))
 
 
 @pytest.mark.parametrize(
