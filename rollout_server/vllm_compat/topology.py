@@ -82,7 +82,9 @@ def refusal(parallel: Any, *, mixture_of_experts: bool) -> str | None:
         if engines > 1:
             return f"--data-parallel-size: {_ONE_ENGINE}"
         if not on_ray(parallel) and executor != "mp":
-            return f"--nnodes {parallel.nnodes}: --distributed-executor-backend {executor} runs on one host; leave it out"
+            return (
+                f"--nnodes {parallel.nnodes}: --distributed-executor-backend {executor} runs on one host; leave it out"
+            )
     elif executor not in (None, "uni", "mp"):
         return f"--distributed-executor-backend {executor}: such workers {_ELSEWHERE}; use ray, mp, or leave it out"
     if engines == 1:

@@ -214,7 +214,10 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     names = [name for name in dir(type(operations)) if not name.startswith("_")]
     served = {name: getattr(operations, name) for name in names}
     if not link:
-        host, secret = topology.node_address(operations.worker.parallel_config), bytes.fromhex(os.environ.pop(tcp.VARIABLE))
+        host, secret = (
+            topology.node_address(operations.worker.parallel_config),
+            bytes.fromhex(os.environ.pop(tcp.VARIABLE)),
+        )
         return host, serve_over_tcp(host, secret, served, ended=_end_without_server), f"{host} {place()}"
     threading.Thread(
         target=_end_with, args=(link["server_pid"], link["coordinator_pid"]), name="lockstep-parent", daemon=True

@@ -25,7 +25,7 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.in_flight import check_every_span, generate_across_pushes
 from tests.integration.support.on_cluster import ServerOnCluster, running_on, two_nodes
-from tests.integration.support.on_hosts import TOKEN, ServerOnHosts, running_on_hosts
+from tests.integration.support.on_hosts import ServerOnHosts, running_on_hosts
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 
@@ -55,13 +55,6 @@ def server(layout: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -
         environment.setenv("OMP_NUM_THREADS", "1")
         with running_server(model, tmp_path_factory.mktemp(layout), *flags) as process:
             yield process
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[RolloutClient]:
-    token = TOKEN if isinstance(server, ServerOnHosts) else None
-    with RolloutClient(server.url, token) as client:
-        yield client
 
 
 @pytest.fixture
@@ -159,7 +152,11 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
     try:
         started = time.monotonic()
         # Over TCP it is the copy that does not arrive.
-        late = "1 of 1 workers did not answer store" if isinstance(server, ServerOnCluster | ServerOnHosts) else "1 of 2 workers"
+        late = (
+            "1 of 1 workers did not answer store"
+            if isinstance(server, ServerOnCluster | ServerOnHosts)
+            else "1 of 2 workers"
+        )
         with pytest.raises(LockstepError, match=late) as error:
             P.push(client, other, "stopped", 1)
         assert error.value.code is ErrorCode.INSTALL_FAILED
@@ -184,6 +181,9 @@ def test_a_server_that_is_killed_leaves_no_process(server: ServerProcess) -> Non
     assert len(processes) >= 2
     server.process.kill()
     assert psutil.wait_procs(processes, timeout=120.0)[1] == []
+    if isinstance(server, ServerOnHosts):
+        assert server.follower.wait(30.0) == 1
+        assert "has ended, and this host's workers with it" in server.follower_log.read_text().splitlines()[-1]
 
 
 def _last_worker(server: ServerProcess) -> int:

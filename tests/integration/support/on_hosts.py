@@ -43,6 +43,8 @@ class ServerOnHosts(ServerProcess):
         follower: the process of the other host.
     """
 
+    token = TOKEN
+
     def __init__(self, model: Path, folder: Path, *flags: str, others: tuple[str, ...] | None = None) -> None:
         spread = ["--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", HEAD]
         spread += ["--master-port", str(free_port())]
