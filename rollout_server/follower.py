@@ -1,4 +1,4 @@
-"""A host of an engine beside the head's (`--node-rank` above 0): its workers, and no HTTP server, until the head ends."""
+"""A host of an engine beside the head (`--node-rank` above 0): its workers, without HTTP, until the head ends."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 import psutil
+
 from shared.bearer_tokens import TOKEN_VARIABLE
 from tests.integration.conftest import FLAGS
 from tests.integration.support.on_hosts import HEAD, OTHER, TOKEN, ServerOnHosts, running_on_hosts

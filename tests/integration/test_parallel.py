@@ -1,4 +1,4 @@
-"""Servers with several workers, on one host, two hosts, or two nodes of a Ray cluster: every worker receives every push.
+"""Servers with several workers, on one host, two, or two nodes of a Ray cluster: every worker receives every push.
 
 Each layout has one server, and all tests run on all of them.
 """
