@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from rollout_server import lifecycle
 from rollout_server.ipc import tcp
@@ -69,44 +70,57 @@ async def _follow(vllm_config: Any, settings: ServerSettings, token: str) -> Non
     link = await Follower.join(meeting, rank, address, workers)
     logger.info("all %d hosts of the engine have come; loading the model", meeting.nodes)
     reason = "it was asked to end"
-    ended = asyncio.ensure_future(link.ended())
+    working = _Working(asyncio.ensure_future(link.ended()), meeting.head)
     try:
-        await _work(vllm_config, lifecycle.links_secret(parallel, token), ended, meeting.head)
+        await working.until_an_end(vllm_config, lifecycle.links_secret(parallel, token))
     except EngineDead as error:
         reason = error.message
         raise
     finally:
-        ended.cancel()
-        await link.leave(reason)
+        await link.leave(reason)  # before the head notices that a worker has ended
+        await working.stop()
 
 
-async def _work(vllm_config: Any, secret: bytes, ended: asyncio.Future[None], head: str) -> None:
-    """Run the workers; raises `engine_dead` when one of them, or the head, has ended."""
+class _Working:
+    """Workers of this host, which end with the head.
 
-    async def until_ended(work: asyncio.Future[Any]) -> Any:
-        await asyncio.wait((work, ended), return_when=asyncio.FIRST_COMPLETED)
-        if work.done() and (work.exception() or isinstance(work.result(), str)):
-            await asyncio.wait((ended,), timeout=_HEAD_S)  # a worker may be the first to notice
-        if ended.done():
-            raise EngineDead(f"the head ({head}) has ended, and this host's workers with it")
-        return work.result()
+    Args:
+        ended: done when the head, which listens at `head`, has ended.
+    """
 
-    os.environ[tcp.VARIABLE] = secret.hex()
-    work = asyncio.ensure_future(asyncio.to_thread(hosts_executor.load, vllm_config))
-    try:
+    def __init__(self, ended: asyncio.Future[None], head: str) -> None:
+        self._ended, self._head = ended, head
+        self._thread: asyncio.Future[Any] | None = None
+
+    async def until_an_end(self, vllm_config: Any, secret: bytes) -> NoReturn:
+        """Load the model, run, and raise `engine_dead` when a worker or the head has ended."""
+        os.environ[tcp.VARIABLE] = secret.hex()
         with start_errors.reported_errors() as first_report:
             try:
-                executor = await until_ended(work)
+                executor = await self._on_thread(hosts_executor.load, vllm_config)
             except EngineDead:
                 raise
             except Exception as error:
                 raise EngineDead(f"vLLM could not start the workers: {first_report() or one_line(error)}") from error
-        logger.info("the model is loaded; its head says when it is ready")
-        work = asyncio.ensure_future(asyncio.to_thread(hosts_executor.first_to_end, executor))
-        raise EngineDead(await until_ended(work))
-    finally:
+        logger.info("the model is loaded; the head says when it is ready")
+        raise EngineDead(await self._on_thread(hosts_executor.first_to_end, executor))
+
+    async def _on_thread(self, function: Callable[[Any], Any], argument: Any) -> Any:
+        """Run a function that returns when something has ended, or raises; the head's end comes before its result."""
+        self._thread = asyncio.ensure_future(asyncio.to_thread(function, argument))
+        await asyncio.wait((self._thread, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        if not self._ended.done() and (self._thread.exception() or isinstance(self._thread.result(), str)):
+            await asyncio.wait((self._ended,), timeout=_HEAD_S)  # a worker may be the first to notice
+        if self._ended.done():
+            raise EngineDead(f"the head ({self._head}) has ended, and this host's workers with it")
+        return self._thread.result()
+
+    async def stop(self) -> None:
+        """End the workers, whatever they are doing."""
+        self._ended.cancel()
         os.environ.pop(tcp.VARIABLE, None)
-        await _end_workers(work)
+        if self._thread is not None:
+            await _end_workers(self._thread)
 
 
 async def _end_workers(work: asyncio.Future[Any]) -> None:

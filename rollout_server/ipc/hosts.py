@@ -135,8 +135,10 @@ class Head:
                 host = await self._introduced(reader, writer)
             if host is not None:
                 await self._stay(host, reader)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, TimeoutError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             pass  # no host of this engine, or one that will try again
+        except asyncio.CancelledError:
+            pass  # by `close`: asyncio would log it
         finally:
             writer.close()
 
