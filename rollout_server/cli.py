@@ -158,7 +158,8 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     if not isinstance(args.allowed_origins, list) or not all(isinstance(one, str) for one in args.allowed_origins):
         raise ValueError("--allowed-origins takes a JSON list, as in '[\"http://localhost:3000\"]'")
     _check_hosts(args, settings)
-    binding.check(args, settings, configured_tokens(settings))
+    if args.node_rank == 0:  # the others serve no HTTP
+        binding.check(args, settings, configured_tokens(settings))
     if current_platform.is_cpu() and not shutil.which(os.environ.get("CXX", "g++")):
         # vLLM compiles its sampler even with --enforce-eager, and its engine dies where it cannot.
         logger.warning("no C++ compiler here (g++, or $CXX): the model runs without torch.compile")

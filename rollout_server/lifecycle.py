@@ -11,7 +11,6 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -298,8 +297,8 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
         )
     if unreachable := topology.refusal(parallel, mixture_of_experts=model.is_moe):
         raise InvalidRequest(unreachable)
-    if topology.over_hosts(parallel) and ip_address(address := topology.node_address(parallel)).is_unspecified:
-        raise InvalidRequest(f"vLLM found no address of this host ({address}): give $VLLM_HOST_IP")
+    if topology.over_hosts(parallel) and topology.node_address(parallel) in ("0.0.0.0", "::"):
+        raise InvalidRequest("vLLM found no address by which other hosts reach this one: give it as $VLLM_HOST_IP")
     if settings.deterministic and parallel.data_parallel_size > 1:
         raise InvalidRequest(
             "--deterministic: which of several engines takes a request depends on their load; leave out "

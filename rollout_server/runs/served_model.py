@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rollout_server.settings import ServerSettings
@@ -79,7 +79,7 @@ def terms(vllm_config: Any, settings: ServerSettings) -> dict[str, str]:
         "the model's configuration": _digest(json.dumps(config, sort_keys=True, default=str)),
         "the model's weights": weights or "unknown",
         "vLLM's version": versions.vllm_version(),
-        "lockstep's version": version("lockstep-rl"),
+        "lockstep's version": _own_version(),
         "--tensor-parallel-size": parallel.tensor_parallel_size,
         "--nnodes": parallel.nnodes,
         "--apply": settings.apply,
@@ -100,6 +100,13 @@ def terms(vllm_config: Any, settings: ServerSettings) -> dict[str, str]:
         "--logprobs-mode": getattr(model.logprobs_mode, "value", model.logprobs_mode),
     }
     return {name: str(value) for name, value in values.items()}
+
+
+def _own_version() -> str:
+    try:
+        return version("lockstep-rl")
+    except PackageNotFoundError:  # run in its repository
+        return "unknown"
 
 
 def _digest(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from rollout_server import cli, lifecycle
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
 from rollout_server.vllm_compat.start_errors import report_errors, reported_errors
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import EngineDead, InvalidRequest
 from shared.weights import SERVED_RANKS
 
@@ -98,6 +100,58 @@ def test_a_model_that_is_not_there_is_one_line_before_vllm_is_imported(run, caps
     assert capsys.readouterr().err == (
         f"rollout-server: there is no directory {tmp_path}/typo: {tmp_path} has no typo [invalid_request]\n"
     )
+
+
+@pytest.mark.usefixtures("_nothing_slow")
+@pytest.mark.parametrize("flag", [["--node-rank", "1"], ["--node_rank=1"], ["-r", "1"]])
+def test_a_host_that_serves_no_http_needs_no_port(tmp_path, flag):
+    (tmp_path / "config.json").touch()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        cli.check_first([str(tmp_path), f"--port={other.getsockname()[1]}", *flag])
+
+
+_HOSTS = ["model", "--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "10.0.0.1"]
+
+
+@pytest.mark.parametrize("flags", [["--node-rank", "1"], ["--node-rank", "1", "--headless"], []])
+def test_hosts_of_one_engine(monkeypatch, flags):
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-all-hosts")
+    args, _ = cli.parse([*_HOSTS, *flags])
+    assert args.headless is bool(flags)
+    assert args.master_addr == "10.0.0.1"
+    assert args.worker_extension_cls
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--node-rank", "1"], "hosts of one engine know each other by the token"),
+        (["--headless"], "--headless: the host with --node-rank 0 is the server"),
+        (["--node-rank", "2"], "--node-rank 2"),
+        (["--data-parallel-size", "2"], "--data-parallel-size beside --nnodes"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
+    ],
+)
+def test_hosts_that_cannot_be_of_one_engine(monkeypatch, flags, words):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(InvalidRequest, match=words):
+        cli.parse([*_HOSTS, *flags])
+
+
+def test_the_token_of_hosts_is_taken_out_of_the_environment(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("the-newest-token-of-two\nthe-other-token-of-two\n")
+    several, one = (SimpleNamespace(parallel_config=SimpleNamespace(nnodes=nodes)) for nodes in (2, 1))
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-all-hosts")
+    assert cli._token_of_hosts(several, ServerSettings()) == "a-token-of-all-hosts"
+    assert TOKEN_VARIABLE not in os.environ
+    settings = ServerSettings(token_file=str(tmp_path / "token"))
+    assert cli._token_of_hosts(several, settings) == "the-newest-token-of-two"
+    assert cli._token_of_hosts(one, settings) is None
+
+
+def test_one_host_is_what_it_was():
+    args, _ = cli.parse(["model"])
+    assert (args.master_addr, args.headless, args.node_rank) == ("127.0.0.1", False, 0)
 
 
 def test_a_port_taken_meanwhile_ends_the_server_before_its_engine_begins(monkeypatch):
