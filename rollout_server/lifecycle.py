@@ -49,6 +49,7 @@ _MOST_SLICES = 3
 _MEETING_S = 1800.0
 #: For a host that has ended to say why: the engine here notices at the same time, and says only that.
 _REASON_S = 3.0
+_KILL_S = 0.5
 
 
 async def start(
@@ -71,9 +72,10 @@ async def start(
     """
     head = None
     if token is not None:
-        head = Head(await asyncio.to_thread(meeting, vllm_config, settings, token), on_end=_end_engine)
+        head = Head(await asyncio.to_thread(meeting, vllm_config, settings, token), on_end=_say_lost)
         readiness.on_close(head.close)
         await head.meet()
+    ending = asyncio.ensure_future(_end_engine(head)) if head else None
     with start_errors.reported_errors() as first_report:
         try:
             return await _start(args, vllm_config, settings, readiness, capacity, sessions, token, head)
@@ -82,6 +84,9 @@ async def start(
             raise EngineDead(
                 f"vLLM could not start the engine: {reason or first_report() or one_line(error)}"
             ) from error
+        finally:
+            if ending:
+                ending.cancel()
 
 
 def meeting(vllm_config: Any, settings: ServerSettings, token: str) -> Meeting:
@@ -98,10 +103,17 @@ def links_secret(parallel: Any, token: str) -> bytes:
     return tcp.derived(token, f"links of {parallel.master_addr}:{parallel.master_port}, {parallel.nnodes}")
 
 
-def _end_engine(_: EngineDead) -> None:
-    """End an engine that is still starting: it may wait for a host that has ended."""
-    for process in multiprocessing.active_children():
-        process.kill()
+def _say_lost(reason: EngineDead) -> None:
+    logger.error("%s, while the engine starts", reason.message)
+
+
+async def _end_engine(head: Head) -> None:
+    """End an engine that is still starting once a host has ended: it would wait for that one."""
+    await asyncio.shield(head.lost)
+    while True:  # its process may only be about to begin
+        for process in multiprocessing.active_children():
+            process.kill()
+        await asyncio.sleep(_KILL_S)
 
 
 async def _start(

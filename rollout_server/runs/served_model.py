@@ -74,7 +74,8 @@ def terms(vllm_config: Any, settings: ServerSettings) -> dict[str, str]:
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     dummy = str(vllm_config.load_config.load_format) == "dummy"
     weights = None if dummy else fingerprint_checkpoint(model.model, model.revision).weights
-    config = {key: value for key, value in model.hf_config.to_dict().items() if key != "_name_or_path"}
+    own = ("_name_or_path", "transformers_version")  # of a host
+    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in own}
     values = {
         "the model's configuration": _digest(json.dumps(config, sort_keys=True, default=str)),
         "the model's weights": weights or "unknown",

@@ -186,6 +186,21 @@ def test_an_engine_that_dies_while_it_warms_up_gives_its_own_reason(monkeypatch,
         asyncio.run(lifecycle.start(None, None, ServerSettings(), None, None, None))
 
 
+async def test_an_engine_that_starts_ends_with_a_host_however_late_its_process_begins(monkeypatch):
+    killed = []
+    children = [[], [SimpleNamespace(kill=lambda: killed.append(1))]]
+    monkeypatch.setattr(lifecycle, "_KILL_S", 0.01)
+    monkeypatch.setattr(lifecycle.multiprocessing, "active_children", lambda: children.pop(0) if children else [])
+    head = SimpleNamespace(lost=asyncio.get_running_loop().create_future())
+    ending = asyncio.ensure_future(lifecycle._end_engine(head))
+    await asyncio.sleep(0.05)
+    assert len(children) == 2
+    head.lost.set_result(EngineDead("host 1 has ended"))
+    await asyncio.sleep(0.1)
+    ending.cancel()
+    assert killed == [1]
+
+
 @pytest.mark.parametrize(
     ("found", "words"),
     [
