@@ -56,7 +56,7 @@ def main() -> None:
     except Exception as error:  # of vLLM and transformers, of any kind
         _fail(error, EXIT_USAGE)
     try:
-        status = uvloop.run(_serve(*configured))
+        status = uvloop.run(_follow(*configured) if configured[0].node_rank > 0 else _serve(*configured))
     except Exception as error:
         if not isinstance(error, LockstepError):
             logger.exception("the server failed")
@@ -87,12 +87,13 @@ def check_first(argv: list[str]) -> None:
     for name in ("host", "model", "revision", "hf-config-path"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--node-rank", "--node_rank", "-r", type=int, default=0)
     model = [argv[0]] if argv and not argv[0].startswith("-") else []
     try:
         given, _ = parser.parse_known_args(argv[len(model) :])
     except argparse.ArgumentError:
         return  # the complete parser says what is wrong
-    if given.port is not None:
+    if given.port is not None and given.node_rank == 0:  # others serve no HTTP
         for one in listen(given.host or "127.0.0.1", given.port):
             one.close()
     if model or given.model:
@@ -129,6 +130,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     server_settings.add_flags(parser)
     parser = versions.make_arg_parser(parser)
     parser.set_defaults(host="127.0.0.1", logprobs_mode="processed_logprobs", enable_lora=True, max_lora_rank=16)
+    parser.set_defaults(master_addr="")  # that of this host alone would be of no use to others
     parser.set_defaults(allowed_origins=[])  # every one in some versions of vLLM
     # Without a list vLLM fetches images from everywhere. Its routes take none here; this is a second barrier.
     parser.set_defaults(allowed_media_domains=[vision.NO_MEDIA_DOMAIN])
@@ -145,7 +147,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
         "--lora-modules": args.lora_modules,
         "--worker-extension-cls": args.worker_extension_cls,
         "--api-server-count": (args.api_server_count or 1) > 1,
-        "--headless": args.headless,
+        "--headless": args.headless and args.nnodes == 1,
         "--uds": args.uds,
         "--enable-ssl-refresh": args.enable_ssl_refresh,
         "--enable-prompt-embeds": args.enable_prompt_embeds,  # embeddings of a request are a pickle
@@ -159,7 +161,9 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
     if not isinstance(args.allowed_origins, list) or not all(isinstance(one, str) for one in args.allowed_origins):
         raise ValueError("--allowed-origins takes a JSON list, as in '[\"http://localhost:3000\"]'")
-    binding.check(args, settings, configured_tokens(settings))
+    _check_hosts(args, settings)
+    if args.node_rank == 0:  # the others serve no HTTP
+        binding.check(args, settings, configured_tokens(settings))
     if current_platform.is_cpu() and not shutil.which(os.environ.get("CXX", "g++")):
         # vLLM compiles its sampler even with --enforce-eager, and its engine dies where it cannot.
         logger.warning("no C++ compiler here (g++, or $CXX): the model runs without torch.compile")
@@ -188,6 +192,22 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     return args, settings
 
 
+def _check_hosts(args: Any, settings: server_settings.ServerSettings) -> None:
+    """Refuse flags of an engine over several hosts (`--nnodes`) that cannot work; raises `invalid_request`."""
+    from rollout_server.api.security.bearer_tokens import learners_token
+    from rollout_server.vllm_compat import topology
+
+    if problem := topology.refusal_of_hosts(args):
+        raise InvalidRequest(problem)
+    if args.nnodes > 1 and learners_token(settings) is None:
+        raise InvalidRequest(
+            f"--nnodes {args.nnodes}: hosts of one engine know each other by the token; give all of them the same "
+            f"--token-file FILE (`umask 077; openssl rand -hex 32 > FILE`) or ${TOKEN_VARIABLE}"
+        )
+    args.headless = args.node_rank > 0
+    args.master_addr = args.master_addr or "127.0.0.1"
+
+
 def _use_columns(args: Any) -> None:
     args.worker_extension_cls = "rollout_server.worker.columns_extension.ColumnsWorker"
     # Nothing else tells vLLM's cache of compiled graphs that layers compute in another way.
@@ -209,7 +229,8 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
     _check_model(args.model, args)
 
     def configured() -> Any:
-        return AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER, headless=args.headless)
 
     vllm_config = configured()
     if settings.apply == "auto":
@@ -221,6 +242,26 @@ def resolve(argv: list[str]) -> tuple[Any, Any, server_settings.ServerSettings]:
         logger.info("--apply %s%s", settings.apply, f": {reason}" if reason else "")
     lifecycle.check_config(vllm_config, settings)
     return args, vllm_config, settings
+
+
+async def _follow(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
+    """Run the workers of a host that is not the head; return the process's exit status."""
+    from rollout_server import follower
+
+    return await follower.follow(vllm_config, settings, _token_of_hosts(vllm_config, settings) or "")
+
+
+def _token_of_hosts(vllm_config: Any, settings: server_settings.ServerSettings) -> str | None:
+    """Return the token that all hosts of the engine have, if it is on several; out of the environment from now on.
+
+    vLLM gives this process's environment to its workers, on a Ray cluster over the network.
+    """
+    from rollout_server.api.security.bearer_tokens import learners_token
+    from rollout_server.vllm_compat import topology
+
+    token = learners_token(settings) if vllm_config and topology.over_hosts(vllm_config.parallel_config) else None
+    os.environ.pop(TOKEN_VARIABLE, None)
+    return token
 
 
 async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSettings) -> int:
@@ -259,11 +300,10 @@ async def _serve(args: Any, vllm_config: Any, settings: server_settings.ServerSe
         timeout_graceful_shutdown=5,  # for responses that are still being sent when nothing runs any more
         **binding.tls_options(args),
     )
-    # vLLM gives this process's environment to its workers, on a Ray cluster over the network.
-    os.environ.pop(TOKEN_VARIABLE, None)
+    token = _token_of_hosts(vllm_config, settings)
     # Before the engine takes memory that may be another server's.
     http = asyncio.ensure_future(server.serve(listen(args.host, args.port)))
-    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity, sessions))
+    starting = asyncio.ensure_future(lifecycle.start(args, vllm_config, settings, readiness, capacity, sessions, token))
     status = 0
     try:
         await asyncio.wait((http, starting), return_when=asyncio.FIRST_COMPLETED)

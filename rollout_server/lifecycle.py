@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import multiprocessing
 import os
 import secrets
 import tempfile
@@ -29,6 +30,7 @@ from rollout_server.installs.installer import Installer
 from rollout_server.installs.slot_install import InstallContext
 from rollout_server.ipc import tcp
 from rollout_server.ipc.client import WorkerAddress, Workers
+from rollout_server.ipc.hosts import Head, Meeting
 from rollout_server.runs import served_model
 from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
@@ -43,6 +45,11 @@ logger = logging.getLogger("lockstep.lifecycle")
 
 #: Slices of a fused layer: q, k, v.
 _MOST_SLICES = 3
+#: For other hosts of the engine to come: torch's own for its process groups (`default_pg_timeout`).
+_MEETING_S = 1800.0
+#: For a host that has ended to say why: the engine here notices at the same time, and says only that.
+_REASON_S = 3.0
+_KILL_S = 0.5
 
 
 async def start(
@@ -52,17 +59,61 @@ async def start(
     readiness: ReadinessMiddleware,
     capacity: Capacity,
     sessions: Sessions,
+    token: str | None = None,
 ) -> Service:
     """Load the model, register the slots, warm up, and let requests in.
 
+    Args:
+        token: that all hosts of the engine were given, if it is on several (`--nnodes`).
+
     Raises:
         EngineDead: the engine has not come up, with its first error.
+        InvalidRequest: another host of the engine was given other flags.
     """
+    head = None
+    if token is not None:
+        head = Head(await asyncio.to_thread(meeting, vllm_config, settings, token), on_end=_say_lost)
+        readiness.on_close(head.close)
+        await head.meet()
+    ending = asyncio.ensure_future(_end_engine(head)) if head else None
     with start_errors.reported_errors() as first_report:
         try:
-            return await _start(args, vllm_config, settings, readiness, capacity, sessions)
+            return await _start(args, vllm_config, settings, readiness, capacity, sessions, token, head)
         except Exception as error:
-            raise EngineDead(f"vLLM could not start the engine: {first_report() or one_line(error)}") from error
+            reason = await head.reason(_REASON_S) if head else None
+            raise EngineDead(
+                f"vLLM could not start the engine: {reason or first_report() or one_line(error)}"
+            ) from error
+        finally:
+            if ending:
+                ending.cancel()
+
+
+def meeting(vllm_config: Any, settings: ServerSettings, token: str) -> Meeting:
+    """Return what a host of an engine over several hosts has to know of it; reads the checkpoint."""
+    parallel = vllm_config.parallel_config
+    address, port, nodes = parallel.master_addr, parallel.master_port, parallel.nnodes
+    terms = served_model.terms(vllm_config, settings)
+    timeout = float(getattr(parallel, "distributed_timeout_seconds", None) or _MEETING_S)  # not in all versions
+    return Meeting(address, port, nodes, tcp.derived(token, f"hosts of {address}:{port}, {nodes}"), terms, timeout)
+
+
+def links_secret(parallel: Any, token: str) -> bytes:
+    """Return the secret of the links to the workers of an engine over several hosts."""
+    return tcp.derived(token, f"links of {parallel.master_addr}:{parallel.master_port}, {parallel.nnodes}")
+
+
+def _say_lost(reason: EngineDead) -> None:
+    logger.error("%s, while the engine starts", reason.message)
+
+
+async def _end_engine(head: Head) -> None:
+    """End an engine that is still starting once a host has ended: it would wait for that one."""
+    await asyncio.shield(head.lost)
+    while True:  # its process may only be about to begin
+        for process in multiprocessing.active_children():
+            process.kill()
+        await asyncio.sleep(_KILL_S)
 
 
 async def _start(
@@ -72,6 +123,8 @@ async def _start(
     readiness: ReadinessMiddleware,
     capacity: Capacity,
     sessions: Sessions,
+    token: str | None,
+    head: Head | None,
 ) -> Service:
     with without_collections():
         from vllm import envs
@@ -89,6 +142,12 @@ async def _start(
 
         ray_executor.use()
         secret = secrets.token_bytes(tcp.SECRET_BYTES)
+    elif token is not None:
+        from rollout_server.vllm_compat import hosts_executor
+
+        hosts_executor.use()
+        secret = links_secret(vllm_config.parallel_config, token)
+    if secret:
         os.environ[tcp.VARIABLE] = secret.hex()
     try:
         # On a thread: loading takes minutes, and /health must answer meanwhile.
@@ -113,6 +172,8 @@ async def _start(
     serving = (settings.keep_base,) if settings.merges else (list(range(1, settings.adapter_slots + 1)), rank)
     workers = await _linked(engine, serving, vllm_config.parallel_config, secret, on_break=proxy.give_up)
     readiness.on_close(workers.close)
+    if head:
+        head.on_end = proxy.give_up
     described = await workers.call("describe", timeout=60.0)
     boot_id = secrets.token_hex(8)
     served = await asyncio.to_thread(served_model.describe, vllm_config, described, rank, settings, boot_id)
@@ -248,6 +309,8 @@ def check_config(vllm_config: Any, settings: ServerSettings) -> None:
         )
     if unreachable := topology.refusal(parallel, mixture_of_experts=model.is_moe):
         raise InvalidRequest(unreachable)
+    if topology.over_hosts(parallel) and topology.node_address(parallel) in ("0.0.0.0", "::"):
+        raise InvalidRequest("vLLM found no address by which other hosts reach this one: give it as $VLLM_HOST_IP")
     if settings.deterministic and parallel.data_parallel_size > 1:
         raise InvalidRequest(
             "--deterministic: which of several engines takes a request depends on their load; leave out "

@@ -1,1 +1,1 @@
-"""JSON lines between the server and vLLM's workers: over Unix sockets, or TCP on a Ray cluster. No torch."""
+"""JSON lines between the server and vLLM's workers: over Unix sockets, or TCP between hosts. No torch."""

@@ -226,7 +226,7 @@ async def _open(address: WorkerAddress, secret: bytes, name: str) -> tuple[async
         await asyncio.sleep(_RETRY_S)
     raise EngineDead(
         f"{name} cannot be reached from the server's host ({reason}): hosts of one engine must reach each other at the "
-        "addresses that Ray knows them by, on all ports"
+        "addresses that they listen at ($VLLM_HOST_IP; on a Ray cluster those of its nodes), on all ports"
     )
 
 

@@ -1,7 +1,8 @@
 """Links over TCP: both ends prove that they know the engine's secret, and notice when the other's host has gone.
 
 The worker sends a nonce; the server, a nonce of its own and an HMAC over both; the worker, another HMAC. Nothing else
-is read before that, and all lengths are fixed. What follows is neither encrypted nor signed: like NCCL's connections
+is read before that, and all lengths are fixed. Between hosts (`ipc.hosts`) the head is the one who listens, as a worker
+is here. What follows is neither encrypted nor signed: like NCCL's connections
 and vLLM's own, these need a network of their own.
 """
 
@@ -24,6 +25,15 @@ _NONCE_BYTES = _PROOF_BYTES = 32
 _IDLE_S, _PROBE_S, _PROBES, _UNACKNOWLEDGED_MS = 20, 10, 4, 60_000
 
 
+def derived(token: str, purpose: str) -> bytes:
+    """Return the secret that all hosts make of the token that each is given; it tells nothing of the token.
+
+    Args:
+        purpose: what it is for, of which engine; another purpose gives another secret.
+    """
+    return hmac.digest(token.encode(), b"lockstep engine secret, 1: " + purpose.encode(), "sha256")
+
+
 def admit(connection: socket.socket, secret: bytes) -> bool:
     """Return whether a connection to a worker is the server's, to which the worker proves itself then.
 
@@ -40,6 +50,22 @@ def admit(connection: socket.socket, secret: bytes) -> bool:
         return False
     connection.sendall(_proof(secret, b"worker", nonces))
     connection.settimeout(None)
+    return True
+
+
+async def admit_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> bool:
+    """As `admit`, on an event loop.
+
+    Raises:
+        OSError, EOFError: the other end has ended the connection, or taken longer than `HANDSHAKE_S`.
+    """
+    nonce = os.urandom(_NONCE_BYTES)
+    async with asyncio.timeout(HANDSHAKE_S):
+        writer.write(nonce)
+        nonces = nonce + await reader.readexactly(_NONCE_BYTES)
+        if not hmac.compare_digest(await reader.readexactly(_PROOF_BYTES), _proof(secret, b"server", nonces)):
+            return False
+    writer.write(_proof(secret, b"worker", nonces))
     return True
 
 

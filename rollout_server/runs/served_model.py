@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rollout_server.settings import ServerSettings
@@ -59,6 +62,56 @@ def describe(
         max_image_memory=settings.max_bodies_mib * 2**20 // 4,  # beside its body, and beside other requests
         max_body_bytes=settings.max_body_mib * 2**20,
     )
+
+
+def terms(vllm_config: Any, settings: ServerSettings) -> dict[str, str]:
+    """Return what must be the same on all hosts of an engine (`--nnodes`), by the flag that sets it.
+
+    Each host makes its workers from its own flags: others would stop all of them in their first step together, or
+    serve something else.
+    """
+    model, lora, parallel = vllm_config.model_config, vllm_config.lora_config, vllm_config.parallel_config
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    dummy = str(vllm_config.load_config.load_format) == "dummy"
+    weights = None if dummy else fingerprint_checkpoint(model.model, model.revision).weights
+    own = ("_name_or_path", "transformers_version")  # of a host
+    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in own}
+    values = {
+        "the model's configuration": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "the model's weights": weights or "unknown",
+        "vLLM's version": versions.vllm_version(),
+        "lockstep's version": _own_version(),
+        "--tensor-parallel-size": parallel.tensor_parallel_size,
+        "--nnodes": parallel.nnodes,
+        "--apply": settings.apply,
+        "--keep-base": settings.keep_base,
+        "--max-lora-rank": lora.max_lora_rank if lora else None,
+        "--slots-per-run and --max-runs": settings.adapter_slots,
+        "--dtype": model.dtype,
+        "--quantization": model.quantization,
+        "--max-model-len": model.max_model_len,
+        "--max-num-seqs": scheduler.max_num_seqs,
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--block-size": cache.block_size,
+        "--kv-cache-dtype": cache.cache_dtype,
+        "--num-gpu-blocks-override": cache.num_gpu_blocks_override,
+        "--enforce-eager": model.enforce_eager,
+        "--seed": model.seed,
+        "--deterministic": settings.deterministic,
+        "--logprobs-mode": getattr(model.logprobs_mode, "value", model.logprobs_mode),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _own_version() -> str:
+    try:
+        return version("lockstep-rl")
+    except PackageNotFoundError:  # run in its repository
+        return "unknown"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _dtype_name(dtype: Any) -> Any:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.executor import Executor, ray_executor_v2
 from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc, ray
 
-from rollout_server.vllm_compat import start_errors
+from rollout_server.vllm_compat import parents, start_errors
 from shared.placement import PLACEMENT_VARIABLE
 
 _SAY_S = 15.0
@@ -33,8 +30,7 @@ class RayExecutor(RayExecutorV2):  # type: ignore[misc]
     """The executor, in the engine's process (0.26 to 0.33)."""
 
     def _init_executor(self) -> None:
-        if server := multiprocessing.parent_process():
-            threading.Thread(target=_end_with, args=(server,), name="lockstep-parent", daemon=True).start()
+        parents.end_with_parent()  # the server; links to its workers come last
         start_errors.report_errors()  # of its workers: none of them is started by the server
         if current_platform.is_cpu():
             type(current_platform).ray_device_key = "CPU"
@@ -57,12 +53,6 @@ def _reserved(name: str, runtime_env: Any) -> Any:
     while not group.wait(_SAY_S):
         logger.warning("waiting for room on the cluster for this engine's workers: %s", group.bundle_specs)
     return group
-
-
-def _end_with(server: Any) -> None:
-    """End this engine, and with it its workers, when the server's process has gone: links to them come last."""
-    server.join()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def use() -> None:

@@ -18,6 +18,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | one_product | `linear_batch_invariant` (in two modules, both are tried) |
 | topology | `ParallelConfig` |
 | ray_executor | `RayExecutorV2` and `RayWorkerProc`, `Executor.get_class`, `ray_device_key` of the CPU platform |
+| hosts_executor | `MultiprocExecutor` (`monitor_workers`, `workers`), `Executor.get_class` |
 | vision | the renderer and its processors (`_maybe_apply_prompt_updates`) |
 | pil_processors | the model registry's `_run_in_subprocess` |
 """

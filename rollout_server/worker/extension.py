@@ -28,6 +28,7 @@ from rollout_server.vllm_compat import (
     experts,
     kept_mass,
     lora_slots,
+    parents,
     pil_processors,
     start_errors,
     topology,
@@ -47,6 +48,8 @@ lora_slots.install()
 experts.leave_experts_alone()
 pil_processors.do_without_torchvision()
 start_errors.report_errors()
+if tcp.VARIABLE in os.environ:  # the engine is on several hosts
+    parents.end_with_parent(after=_LEAVE_S)
 
 
 class AdapterWorker:
@@ -211,7 +214,10 @@ def listen(operations: Operations, link: dict[str, Any]) -> tuple[str, int, str]
     names = [name for name in dir(type(operations)) if not name.startswith("_")]
     served = {name: getattr(operations, name) for name in names}
     if not link:
-        host, secret = topology.node_address(), bytes.fromhex(os.environ.pop(tcp.VARIABLE))
+        host, secret = (
+            topology.node_address(operations.worker.parallel_config),
+            bytes.fromhex(os.environ.pop(tcp.VARIABLE)),
+        )
         return host, serve_over_tcp(host, secret, served, ended=_end_without_server), f"{host} {place()}"
     threading.Thread(
         target=_end_with, args=(link["server_pid"], link["coordinator_pid"]), name="lockstep-parent", daemon=True

@@ -65,5 +65,5 @@ def server(one_server: ServerProcess) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[RolloutClient]:
-    with RolloutClient(server.url) as client:
+    with RolloutClient(server.url, server.token) as client:
         yield client

@@ -1,4 +1,4 @@
-"""Servers with several workers, on one host or two nodes of a Ray cluster: every worker receives every push.
+"""Servers with several workers, on one host, two, or two nodes of a Ray cluster: every worker receives every push.
 
 Each layout has one server, and all tests run on all of them.
 """
@@ -25,13 +25,14 @@ from tests.integration.conftest import FLAGS
 from tests.integration.support import policy as P
 from tests.integration.support.in_flight import check_every_span, generate_across_pushes
 from tests.integration.support.on_cluster import ServerOnCluster, running_on, two_nodes
+from tests.integration.support.on_hosts import ServerOnHosts, running_on_hosts
 from tests.integration.support.policy import FP32, PROBE
 from tests.integration.support.server import HTTP, ServerProcess, running_server
 
 PUSH_TIMEOUT_S = 8.0
 
 
-@pytest.fixture(scope="module", params=["tensor", "data", "ray"])
+@pytest.fixture(scope="module", params=["tensor", "data", "nnodes", "ray"])
 def layout(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -41,6 +42,10 @@ def server(layout: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -
     flags = [*FLAGS, "--push-timeout", str(PUSH_TIMEOUT_S)]
     if layout == "ray":
         with two_nodes() as cluster, running_on(cluster, model, tmp_path_factory.mktemp(layout), *flags) as process:
+            yield process
+        return
+    if layout == "nnodes":
+        with running_on_hosts(model, tmp_path_factory.mktemp(layout), *flags) as process:
             yield process
         return
     flags += [f"--{layout}-parallel-size", "2"]
@@ -147,7 +152,11 @@ def test_one_stopped_worker_is_one_acknowledgement_missing(
     try:
         started = time.monotonic()
         # Over TCP it is the copy that does not arrive.
-        late = "1 of 1 workers did not answer store" if isinstance(server, ServerOnCluster) else "1 of 2 workers"
+        late = (
+            "1 of 1 workers did not answer store"
+            if isinstance(server, ServerOnCluster | ServerOnHosts)
+            else "1 of 2 workers"
+        )
         with pytest.raises(LockstepError, match=late) as error:
             P.push(client, other, "stopped", 1)
         assert error.value.code is ErrorCode.INSTALL_FAILED
@@ -167,14 +176,19 @@ def test_a_server_that_is_killed_leaves_no_process(server: ServerProcess) -> Non
     processes = psutil.Process(server.process.pid).children(recursive=True)
     if isinstance(server, ServerOnCluster):
         processes += [server.worker(0), server.worker(1)]
+    if isinstance(server, ServerOnHosts):
+        processes += server.processes_of_hosts()[1]
     assert len(processes) >= 2
     server.process.kill()
     assert psutil.wait_procs(processes, timeout=120.0)[1] == []
+    if isinstance(server, ServerOnHosts):
+        assert server.follower.wait(30.0) == 1
+        assert "has ended, and this host's workers with it" in server.follower_log.read_text().splitlines()[-1]
 
 
 def _last_worker(server: ServerProcess) -> int:
     """Return the process id of a worker: rank 1 of the tensor-parallel group, or the second engine's."""
-    if isinstance(server, ServerOnCluster):
+    if isinstance(server, ServerOnCluster | ServerOnHosts):
         return server.worker(1).pid
     processes = [psutil.Process(pid) for pid in server.engine_processes()]
     workers = [process for process in processes if "Worker" in process.name()]

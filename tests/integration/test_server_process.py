@@ -48,7 +48,13 @@ REFUSED = {
     "shared-runs": (["--share-gpu", "--max-runs", "2"], "--max-runs"),
     "shared-base": (["--share-gpu", "--apply", "merge", "--keep-base", "device"], "--keep-base"),
     "shared-engines": (["--share-gpu", "--data-parallel-size", "2"], "--share-gpu"),
-    "hosts": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--nnodes 2"),
+    "hosts-unknown": (["--tensor-parallel-size", "2", "--nnodes", "2"], "--master-addr"),
+    "hosts-without-token": (
+        ["--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "127.0.0.1"],
+        "give all of them the same --token-file",
+    ),
+    "hosts-alone": (["--node-rank", "1"], "--nnodes"),
+    "headless": (["--headless"], "--headless"),
 }
 
 

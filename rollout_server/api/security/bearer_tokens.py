@@ -91,6 +91,13 @@ def configured_tokens(settings: ServerSettings) -> Tokens | None:
     return Tokens(files) if files else None
 
 
+def learners_token(settings: ServerSettings) -> str | None:
+    """Return the newest token of `configured_tokens` that may do everything; None where there is none."""
+    if settings.token_file:
+        return parse_tokens(Path(settings.token_file).read_text(), f"token file {settings.token_file}")[0]
+    return os.environ.get(TOKEN_VARIABLE, "").strip() or None
+
+
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     with contextlib.suppress(OSError):
         status = os.stat(path)

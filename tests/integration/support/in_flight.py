@@ -41,7 +41,7 @@ def generate_across_pushes(
         blobs = [P.blob(policy, version, base) for policy, version in zip(policies, versions, strict=True)]
         client.push(run_id, [blobs[0]], P.LEASE, takeover=True)
         asked = [[i, *PROBE] for i in range(10, 10 + prompts)]
-        with ThreadPoolExecutor() as pool, RolloutClient(server.url) as other:
+        with ThreadPoolExecutor() as pool, RolloutClient(server.url, server.token) as other:
             decoded = server.metrics("vllm:generation_tokens_total")
             running = pool.submit(P.generate, other, asked, n=n, max_tokens=tokens, ignore_eos=True)
             for blob in blobs[1:]:

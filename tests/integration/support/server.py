@@ -52,7 +52,12 @@ class ServerProcess:
 
     Args:
         forked: begin with the imports done; otherwise as a user starts it.
+
+    Attributes:
+        token: which it asks for.
     """
+
+    token: str | None = None
 
     def __init__(self, model: Path, log: Path, *flags: str, port: int | None = None, forked: bool = True) -> None:
         self.port, self.log = port or free_port(), log

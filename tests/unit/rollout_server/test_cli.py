@@ -19,6 +19,7 @@ from rollout_server import cli, lifecycle
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
 from rollout_server.vllm_compat.start_errors import report_errors, reported_errors
+from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import EngineDead, InvalidRequest
 from shared.weights import SERVED_RANKS
 
@@ -103,6 +104,58 @@ def test_a_model_that_is_not_there_is_one_line_before_vllm_is_imported(run, caps
     )
 
 
+@pytest.mark.usefixtures("_nothing_slow")
+@pytest.mark.parametrize("flag", [["--node-rank", "1"], ["--node_rank=1"], ["-r", "1"]])
+def test_a_host_that_serves_no_http_needs_no_port(tmp_path, flag):
+    (tmp_path / "config.json").touch()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        cli.check_first([str(tmp_path), f"--port={other.getsockname()[1]}", *flag])
+
+
+_HOSTS = ["model", "--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "10.0.0.1"]
+
+
+@pytest.mark.parametrize("flags", [["--node-rank", "1"], ["--node-rank", "1", "--headless"], []])
+def test_hosts_of_one_engine(monkeypatch, flags):
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-all-hosts")
+    args, _ = cli.parse([*_HOSTS, *flags])
+    assert args.headless is bool(flags)
+    assert args.master_addr == "10.0.0.1"
+    assert args.worker_extension_cls
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--node-rank", "1"], "hosts of one engine know each other by the token"),
+        (["--headless"], "--headless: the host with --node-rank 0 is the server"),
+        (["--node-rank", "2"], "--node-rank 2"),
+        (["--data-parallel-size", "2"], "--data-parallel-size beside --nnodes"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
+    ],
+)
+def test_hosts_that_cannot_be_of_one_engine(monkeypatch, flags, words):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with pytest.raises(InvalidRequest, match=words):
+        cli.parse([*_HOSTS, *flags])
+
+
+def test_the_token_of_hosts_is_taken_out_of_the_environment(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("the-newest-token-of-two\nthe-other-token-of-two\n")
+    several, one = (SimpleNamespace(parallel_config=SimpleNamespace(nnodes=nodes)) for nodes in (2, 1))
+    monkeypatch.setenv(TOKEN_VARIABLE, "a-token-of-all-hosts")
+    assert cli._token_of_hosts(several, ServerSettings()) == "a-token-of-all-hosts"
+    assert TOKEN_VARIABLE not in os.environ
+    settings = ServerSettings(token_file=str(tmp_path / "token"))
+    assert cli._token_of_hosts(several, settings) == "the-newest-token-of-two"
+    assert cli._token_of_hosts(one, settings) is None
+
+
+def test_one_host_is_what_it_was():
+    args, _ = cli.parse(["model"])
+    assert (args.master_addr, args.headless, args.node_rank) == ("127.0.0.1", False, 0)
+
+
 def test_a_port_taken_meanwhile_ends_the_server_before_its_engine_begins(monkeypatch):
     async def start(*_):
         raise AssertionError("the engine was started")
@@ -133,6 +186,21 @@ def test_an_engine_that_dies_while_it_warms_up_gives_its_own_reason(monkeypatch,
     words = "MemoryError: the worker's reason" if reported else "see root cause above"
     with pytest.raises(EngineDead, match=words):
         asyncio.run(lifecycle.start(None, None, ServerSettings(), None, None, None))
+
+
+async def test_an_engine_that_starts_ends_with_a_host_however_late_its_process_begins(monkeypatch):
+    killed = []
+    children = [[], [SimpleNamespace(kill=lambda: killed.append(1))]]
+    monkeypatch.setattr(lifecycle, "_KILL_S", 0.01)
+    monkeypatch.setattr(lifecycle.multiprocessing, "active_children", lambda: children.pop(0) if children else [])
+    head = SimpleNamespace(lost=asyncio.get_running_loop().create_future())
+    ending = asyncio.ensure_future(lifecycle._end_engine(head))
+    await asyncio.sleep(0.05)
+    assert len(children) == 2
+    head.lost.set_result(EngineDead("host 1 has ended"))
+    await asyncio.sleep(0.1)
+    ending.cancel()
+    assert killed == [1]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from rollout_server.vllm_compat import ray_executor, start_errors
 
 
 def _chosen(backend: str) -> type[Executor]:
-    return Executor.get_class(SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=backend)))
+    return Executor.get_class(
+        SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=backend, nnodes=1))
+    )
 
 
 def test_only_engines_on_ray_have_another_executor(monkeypatch: pytest.MonkeyPatch) -> None:

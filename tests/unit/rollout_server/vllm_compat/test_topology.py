@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,11 @@ def _layout(**changes) -> SimpleNamespace:
 
 REFUSED = {
     "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-    "hosts": ({"nnodes": 2}, "--nnodes 2"),
+    "engines-of-hosts": ({"nnodes": 2}, "--data-parallel-size: the engine of several hosts is one"),
+    "one-host": (
+        {"nnodes": 2, "data_parallel_size": 1, "distributed_executor_backend": "uni"},
+        "--distributed-executor-backend uni runs on one host",
+    ),
     "engines-on-ray": ({"distributed_executor_backend": "ray"}, "--data-parallel-size"),
     "launcher": ({"distributed_executor_backend": "external_launcher"}, "external_launcher"),
     "ray-engines": ({"data_parallel_backend": "ray"}, "--data-parallel-backend ray"),
@@ -60,6 +65,62 @@ def test_an_engine_of_a_ray_cluster_is_served() -> None:
     assert topology.refusal(layout, mixture_of_experts=True) is None
     assert topology.on_ray(layout)
     assert not topology.on_ray(_layout())
+
+
+def test_an_engine_of_several_hosts_is_served() -> None:
+    layout = _layout(data_parallel_size=1, data_parallel_size_local=1, nnodes=2)
+    assert topology.refusal(layout, mixture_of_experts=True) is None
+    assert topology.over_hosts(layout)
+    assert not topology.over_hosts(_layout())
+
+
+def _hosts(**changes) -> SimpleNamespace:
+    plain = {
+        "nnodes": 2,
+        "node_rank": 1,
+        "headless": False,
+        "tensor_parallel_size": 4,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "distributed_executor_backend": None,
+        "master_addr": "10.0.0.1",
+    }
+    return SimpleNamespace(**{**plain, **changes})
+
+
+HOSTS_REFUSED = {
+    "alone": ({"nnodes": 1}, "--node-rank 1: .* give --nnodes too"),
+    "rank": ({"node_rank": 2}, "--node-rank 2: of --nnodes 2 the head has 0, and the last 1"),
+    "negative": ({"node_rank": -1}, "--node-rank -1"),
+    "headless": ({"node_rank": 0, "headless": True}, "--headless"),
+    "pipeline": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    "engines": ({"data_parallel_size": 2}, "--data-parallel-size beside --nnodes"),
+    "ray": ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray beside --nnodes"),
+    "uneven": ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3 is no multiple"),
+    "few": ({"tensor_parallel_size": 1}, "--tensor-parallel-size 1 is no multiple"),
+    "nowhere": ({"master_addr": ""}, "give --master-addr"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTS_REFUSED)
+def test_hosts_refused(case: str) -> None:
+    changes, words = HOSTS_REFUSED[case]
+    assert re.search(words, str(topology.refusal_of_hosts(_hosts(**changes))))
+
+
+@pytest.mark.parametrize("changes", [{}, {"headless": True}, {"node_rank": 0}, {"nnodes": 1, "node_rank": 0}])
+def test_hosts_served(changes: dict) -> None:
+    assert topology.refusal_of_hosts(_hosts(**changes)) is None
+
+
+def test_a_host_knows_its_address_and_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.7")
+    parallel = ParallelConfig(
+        tensor_parallel_size=4, nnodes=2, node_rank=1, distributed_executor_backend="mp", master_addr="10.0.0.1"
+    )
+    assert topology.node_address(parallel) == "10.0.0.7"
+    assert [topology.workers_of(parallel, rank) for rank in (0, 1)] == ["workers 0 to 1", "workers 2 to 3"]
+    assert topology.workers_of(ParallelConfig(tensor_parallel_size=2, nnodes=2), 1) == "worker 1"
 
 
 def test_a_mixture_of_experts_has_one_engine() -> None:
