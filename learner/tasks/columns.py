@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.features.features import register_feature
 
 from learner.tasks.base import REWARD_ARGUMENTS, TaskError
+from shared.images import pixel_digest
 
 T = TypeVar("T", Dataset, IterableDataset)
 
@@ -173,10 +173,9 @@ def holds_images(prompt: Any) -> bool:
     return any(part.get("image") is not None for part in message_parts(prompt))
 
 
-def image_key(value: Any) -> str:
-    """Return what tells the images of one row from those of others."""
-    images = value if isinstance(value, list) else [value]
-    return "+".join(sha256(image.tobytes()).hexdigest() if hasattr(image, "tobytes") else "" for image in images)
+def image_key(image: Any) -> str:
+    """Return what tells an image from others: its size and pixels."""
+    return pixel_digest(image.width, image.height, image.tobytes()) if hasattr(image, "tobytes") else ""
 
 
 def _feature(values: Sequence[Any]) -> Value | ExactJson:

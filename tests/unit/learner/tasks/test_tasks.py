@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets import Image as Picture
 from PIL import Image
 
 from learner.tasks import Task, TaskError, load_task
@@ -312,3 +313,41 @@ def test_images_in_messages_themselves_are_refused_by_row() -> None:
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": each}] for each in parts]})
     with pytest.raises(TaskError, match=r"rows, row 2: a message holds an image itself: put images into a column"):
         _with_prompts(rows, "rows", "prompt", PromptStyle())
+
+
+def drawings(
+    prompts: list[str], shades: list[int | None], column: str = "image", size: tuple[int, int] = (4, 2)
+) -> Any:
+    pictures = [None if shade is None else Image.new("RGB", size, (shade, 0, 0)) for shade in shades]
+    if column == "image":
+        return Dataset.from_dict(
+            {"prompt": prompts, "image": pictures}, Features(prompt=Value("string"), image=Picture())
+        )
+    lists = [[] if picture is None else [picture] for picture in pictures]
+    return Dataset.from_dict(
+        {"prompt": prompts, column: lists}, Features(prompt=Value("string"), images=List(Picture()))
+    )
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_a_question_is_its_text_and_its_images(tmp_path: Path, column: str, caplog) -> None:
+    """Whatever the column in which these are: other pictures beside the same text are other questions."""
+    asked = ["How many circles?"]
+    drawings([*asked * 6, "And without?", "And none?"], [1, 2, 3, 4, 5, 6, None, None]).to_parquet(
+        tmp_path / "train.parquet"
+    )
+    drawings([*asked * 4, "And without?"], [2, 101, 102, 103, None], column).to_parquet(tmp_path / "eval.parquet")
+    options: dict[str, Any] = {"reward_specs": REWARD, "eval_dataset": str(tmp_path / "eval.parquet")}
+    task = load_task(str(tmp_path / "train.parquet"), **options)
+    assert sorted(image.getpixel((0, 0))[0] for image in task.train["image"] if image) == [1, 3, 4, 5, 6]
+    assert len(task.train) == 6, "and the question without an image that is in both is left out, too"
+    assert "left out 2 training rows" in caplog.text
+    few = [load_task(str(tmp_path / "train.parquet"), eval_size=size, **options).eval.to_dict() for size in (2, 4)]
+    assert few[0] == {name: values[:2] for name, values in few[1].items()}
+
+
+def test_pictures_of_other_sizes_are_other_questions(tmp_path: Path) -> None:
+    drawings(["How wide?"] * 3, [1, 2, 3], size=(2, 4)).to_parquet(tmp_path / "eval.parquet")
+    drawings(["How wide?"] * 3, [1, 2, 3], size=(4, 2)).to_parquet(tmp_path / "train.parquet")
+    evaluation = str(tmp_path / "eval.parquet")
+    assert len(load_task(str(tmp_path / "train.parquet"), reward_specs=REWARD, eval_dataset=evaluation).train) == 3
