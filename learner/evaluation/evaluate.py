@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation.prompts import image_memory, prompt_of, rewarded_row, seen_prompt, shown
@@ -10,7 +11,7 @@ from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
-from learner.tasks.columns import has_images, may_have_images
+from learner.tasks.columns import has_images, is_filled, may_have_images, own_keys
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -46,8 +47,10 @@ def evaluate(
         LockstepError: `invalid_request` if there are no questions or rewards, or a reward function fails; errors of the
             server.
     """
-    rows = questions_of(task, n_questions)
+    questions = questions_of(task, n_questions)
     sees = any(may_have_images(each) and has_images(each) for each in (task.train, task.eval))
+    own = partial(own_keys, filled=is_filled(task.eval.features["prompt"]), images=sees)
+    rows = [{**row, "prompt": own(row["prompt"])} for row in questions]
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     state = client.state() if sees else None
     results: list[EvalRow] = []
@@ -67,7 +70,8 @@ def evaluate(
         groups = client.generate(request).groups
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
         asked = [shown(seen_prompt(row) if sees else row["prompt"]) for row in chunk]
-        results += _score(task, start, [rewarded_row(row) if sees else row for row in chunk], asked, groups)
+        rewarded = list(map(rewarded_row, chunk)) if sees else questions[start : start + len(chunk)]
+        results += _score(task, start, rewarded, asked, groups)
         start += len(chunk)
         progress(start, len(rows))
     return result_of(task, policy, list(versions), results)

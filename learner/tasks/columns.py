@@ -93,6 +93,24 @@ def without_filled_keys(prompt: Any) -> Any:
     ]
 
 
+def own_keys(prompt: Any, *, filled: bool, images: bool) -> Any:
+    """Return a prompt as chat templates are to see it: what Arrow has filled in is not shown, None that is meant is.
+
+    Args:
+        filled: the column `is_filled`.
+        images: templates of models that see take a part for an image's that has such a key, whatever its value, so
+            parts have no None.
+    """
+    if filled or not images or not isinstance(prompt, list):
+        return without_filled_keys(prompt) if filled else prompt
+    return [
+        {**message, "content": _without_none(message["content"])}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
 def usable(rows: T, what: str, *, images: bool = False) -> T:
     """Return the rows, checked; without image columns, which TRL would read, where these hold no image.
 
