@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation.prompts import image_memory, prompt_of, rewarded_row, seen_prompt, shown
@@ -11,7 +12,7 @@ from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
-from learner.tasks.columns import has_images, is_filled, may_have_images, own_keys
+from learner.tasks.columns import decoded, has_images, is_filled, may_have_images, own_keys
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -96,8 +97,12 @@ def _of_one_request(rows: Sequence[dict[str, Any]], state: ServerState | None) -
 
 
 def questions_of(task: Task, count: int | None) -> list[dict[str, Any]]:
-    """Return the first `count` evaluation questions, all by default; raises `invalid_request` if there are none."""
-    rows = [task.eval[i] for i in range(len(task.eval) if count is None else min(count, len(task.eval)))]
+    """Return the first `count` evaluation questions, all by default.
+
+    Raises:
+        LockstepError: `invalid_request` if there are none, or an image cannot be decoded.
+    """
+    rows = list(islice(decoded(task.eval, f"task {task.name}, evaluation"), count))
     if not rows:
         raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
     return rows

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets, load_datase
 from learner.tasks.base import RewardFunc, Task, TaskError
 from learner.tasks.columns import (
     IMAGE_COLUMNS,
+    decoded,
     exact_dataset,
     holds_images,
     image_key,
@@ -124,7 +125,7 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
         )
     filled = prompt_column in rows.column_names and is_filled(rows.features[prompt_column])
     prompts: list[Any] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(decoded(rows, spec)):
         value = row.get(prompt_column)
         try:
             prompts.append(style.prompt(without_filled_keys(value) if filled else value, row))

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
 from learner.tasks import columns
-from learner.tasks.columns import IMAGE_COLUMNS
+from learner.tasks.columns import IMAGE_COLUMNS, decoded
 from learner.trainer.filled_keys import named_datasets
 from learner.trainer.images import Largest, sees_images, tokenized
 from learner.utils.distributed import on_every_rank
@@ -102,11 +102,10 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
         only_prompts = rows.select_columns(
             [name for name in wanted if name in rows.column_names]
         )  # others may be large
-        kind, end = type(only_prompts[0]["prompt"]), len(rows) * (rank + 1) // ranks
+        kind, end = type(next(decoded(only_prompts, name))["prompt"]), len(rows) * (rank + 1) // ranks
         at_once = _IMAGES_AT_ONCE if len(wanted) > 1 else _ROWS_AT_ONCE
         for start in range(len(rows) * rank // ranks, end, at_once):
-            columns_of = only_prompts[start : min(start + at_once, end)]
-            part = [dict(zip(columns_of, row, strict=True)) for row in zip(*columns_of.values(), strict=True)]
+            part = _part(only_prompts, range(start, min(start + at_once, end)), name)
             for i, (ids, images) in enumerate(_tokenized(trainer, part, kind, name, start)):
                 if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
@@ -118,6 +117,14 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
                 if rows is trainer.train_dataset and len(found.first) < KEPT and not images:
                     found.first.append(ids)
     return found
+
+
+def _part(rows: Dataset, numbers: range, name: str) -> list[dict[str, Any]]:
+    try:
+        columns_of = rows[numbers.start : numbers.stop]
+    except Exception:  # one by one, which takes five times as long, to name the row
+        return list(decoded(rows.select(numbers), name, numbers.start + 1))
+    return [dict(zip(columns_of, row, strict=True)) for row in zip(*columns_of.values(), strict=True)]
 
 
 def _expect_of_stream(found: Prompts, rows: IterableDataset, name: str) -> None:

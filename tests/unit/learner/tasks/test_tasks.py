@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as Picture
 from PIL import Image
 
+from learner.evaluation.evaluate import questions_of
 from learner.tasks import Task, TaskError, load_task
 from learner.tasks.answer_parsing import last_number, tagged, whole
+from learner.tasks.columns import has_images
 from learner.tasks.dataset import _with_prompts
 from learner.tasks.prompts import PromptStyle, question_key
 from learner.tasks.rewards import exact_match, math_answer
@@ -351,3 +356,54 @@ def test_pictures_of_other_sizes_are_other_questions(tmp_path: Path) -> None:
     drawings(["How wide?"] * 3, [1, 2, 3], size=(4, 2)).to_parquet(tmp_path / "train.parquet")
     evaluation = str(tmp_path / "eval.parquet")
     assert len(load_task(str(tmp_path / "train.parquet"), reward_specs=REWARD, eval_dataset=evaluation).train) == 3
+
+
+def broken(kind: str, path: Path, column: str = "image", row: int = 5) -> Dataset:
+    """Return six questions with images, one of which no decoder takes."""
+    whole = io.BytesIO()
+    Image.effect_noise((56, 56), 90).convert("RGB").save(whole, "PNG")
+    file = {
+        "truncated": {"bytes": whole.getvalue()[:300], "path": None},
+        "nonsense": {"bytes": b"nonsense", "path": None},
+        "damaged": {"bytes": whole.getvalue().replace(b"IDAT", b"ID\0T"), "path": None},
+        "gone": {"bytes": None, "path": str(path / "gone.png")},
+    }[kind]
+    files: list[Any] = [{"bytes": whole.getvalue(), "path": None}] * 6
+    files[row - 1] = file
+    asked = [[{"role": "user", "content": f"w{i}"}] for i in range(6)]
+    chats = List({"role": Value("string"), "content": Value("string")})
+    if column == "image":
+        return Dataset.from_dict({"prompt": asked, "image": files}, Features(prompt=chats, image=Picture()))
+    features = Features(prompt=chats, images=List(Picture()))
+    return Dataset.from_dict({"prompt": asked, "images": [[file] for file in files]}, features)
+
+
+@pytest.mark.parametrize("row", [1, 5])
+@pytest.mark.parametrize(
+    ("kind", "column"), [("truncated", "image"), ("nonsense", "images"), ("damaged", "image"), ("gone", "images")]
+)
+def test_a_broken_image_is_refused_by_row(tmp_path: Path, kind: str, column: str, row: int) -> None:
+    rows, where = broken(kind, tmp_path, column, row), f"row {row}, cannot be decoded .*replace its image"
+    with pytest.raises(TaskError, match=f"^rows, {where}"):
+        _with_prompts(rows, "rows", "prompt", PromptStyle())
+    with pytest.raises(TaskError, match=f"task toy, evaluation, {where}"):
+        questions_of(Task(name="toy", train=rows, eval=rows, reward_funcs=[]), None)
+    if row == 1:  # of the others it does not look at any: the first has an image
+        with pytest.raises(TaskError, match=f"the task's data, {where}"):
+            has_images(rows)
+
+
+def test_images_that_are_not_decoded_are_refused_by_row(tmp_path: Path) -> None:
+    Dataset.from_dict({"prompt": ["a", "b"], "image": [None, b"PNG"]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(TaskError, match=r"rows.parquet, row 2, column 'image': b'PNG' is not an image: load it"):
+        load_task(str(tmp_path / "rows.parquet"), eval_size=1, reward_specs=REWARD)
+
+
+@pytest.mark.parametrize("value", [datetime(2026, 1, 2), b"x", Decimal("0.1")])
+@pytest.mark.parametrize("column", ["prompt", "question"])
+def test_messages_without_a_form_in_json_are_refused_by_row(tmp_path: Path, value: Any, column: str) -> None:
+    chats = [[{"role": "user", "content": f"w{i}", "when": value if i == 2 else None}] for i in range(4)]
+    Dataset.from_dict({column: chats}).to_parquet(tmp_path / "rows.parquet")
+    message = rf"rows.parquet, row 3, column 'prompt': \[0\]\['when'\] is a {type(value).__name__}, .* as text"
+    with pytest.raises(TaskError, match=message):
+        load_task(str(tmp_path / "rows.parquet"), eval_size=1, reward_specs=REWARD, prompt_column=column)

@@ -248,6 +248,25 @@ def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
         attached(trainer, seeing)
 
 
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("column", ["image", "prompt"])
+def test_a_broken_image_is_refused_before_the_training(seeing, make_seeing, column: str, row: int) -> None:
+    """By row: one that is as another must be, and one in the middle of those that are measured together."""
+    rows = rows_with("image", [1, 1, 1])
+    if column == "prompt":
+        parts = {"type": Value("string"), "text": Value("string"), "image": Image()}
+        features = Features(prompt=List({"role": Value("string"), "content": List(parts)}))
+        content = [{"type": "image", "text": None, "image": each} for each in rows["image"]]
+        rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": [part]}] for part in content]}, features)
+    trainer = make_seeing(rows)
+    table = rows.with_format("arrow")[:].to_pylist()
+    part = table[row]["image"] if column == "image" else table[row]["prompt"][0]["content"][0]["image"]
+    part["bytes"] = part["bytes"][:300]
+    trainer.train_dataset = Dataset.from_list(table).cast(rows.features)
+    with pytest.raises(LockstepError, match=f"the training data, row {row + 1}, cannot be decoded"):
+        attached(trainer, seeing)
+
+
 def test_the_prompt_that_takes_most_depends_on_the_server(server_state, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few large images, or a large one and many small ones of which the processor makes much."""
     monkeypatch.setattr(images, "_LARGE_FILE", 2**40)
