@@ -302,3 +302,11 @@ def test_datasets_of_the_hub(tmp_path: Path) -> None:
     write(tmp_path / "json" / "train.jsonl", rows)
     with pytest.raises(TaskError, match="column 'answer': datasets reads its text as dates"):
         _read_hub(str(tmp_path / "json"), None, "train")
+
+
+@pytest.mark.parametrize("folder", ["run[1]", "run?", "run*", "run[!2]"])
+def test_a_path_is_no_pattern(tmp_path: Path, folder: str) -> None:
+    for name in ("run1", folder):
+        (tmp_path / name).mkdir()
+        Dataset.from_dict({"prompt": [f"{name} {i}" for i in range(4)]}).to_parquet(tmp_path / name / "[x].parquet")
+    assert read_file(tmp_path / folder / "[x].parquet")["prompt"][0] == f"{folder} 0"
