@@ -58,7 +58,7 @@ def evaluate(
     versions: dict[str, None] = {}
     start = 0
     while start < len(rows):
-        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST], state)
+        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST], start, state)
         chunk = rows[start : start + len(prompts)]
         request = GenerateRequest(
             prompts=prompts,
@@ -78,15 +78,21 @@ def evaluate(
     return result_of(task, policy, list(versions), results)
 
 
-def _of_one_request(rows: Sequence[dict[str, Any]], state: ServerState | None) -> list[Prompt]:
+def _of_one_request(rows: Sequence[dict[str, Any]], start: int, state: ServerState | None) -> list[Prompt]:
     """Return the prompts of the first rows, as many as have few bytes of images; of one at least.
 
+    Raises as `prompt_of`, with the number of the question.
+
     Args:
+        start: questions before the first row.
         state: the server's, whose memory for images counts, too; None: there are no images.
     """
     prompts, size, memory = list[Prompt](), 0, 0
-    for row in rows:
-        prompt = prompt_of(row)
+    for question, row in enumerate(rows, start + 1):
+        try:
+            prompt = prompt_of(row)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"question {question}: {error.message}") from error
         if state:
             size += sum(len(image.data) for image in prompt.images or ())
             memory += image_memory(row, state)

@@ -111,6 +111,16 @@ def test_none_that_is_meant_is_asked(server, monkeypatch: pytest.MonkeyPatch, ke
     )
 
 
+def test_an_image_that_cannot_be_sent_is_refused_by_question(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_logprobs", lambda sequence, *_: [0.0] * len(sequence))
+    pictures = [Image.new("RGB" if i != 70 else "L", (8, 8)) for i in range(72)]
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 72, "image": pictures})
+    task = Task(name="toy", train=rows, eval=rows, reward_funcs=[odd])
+    client = RolloutClient("http://fake", transport=server.transport)
+    with pytest.raises(InvalidRequest, match=r"^question 71: an image of a prompt is L, "):
+        evaluate(client, task, policy="base", sampling=SamplingParams(max_tokens=4))
+
+
 def test_a_task_of_text_is_not_searched_for_images(server, monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[Any] = []
     monkeypatch.setattr("learner.evaluation.evaluate.has_images", searched.append)
