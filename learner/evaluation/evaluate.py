@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from learner.evaluation.prompts import image_memory, prompt_of, rewarded_row, seen_prompt, shown
@@ -10,7 +12,7 @@ from learner.evaluation.results import EvalResult, EvalRow, question_means
 from learner.evaluation.statistics import mean_and_stderr
 from learner.rewards.calls import RewardError, call_reward, reward_names
 from learner.servers.client import RolloutClient
-from learner.tasks.columns import has_images, may_have_images
+from learner.tasks.columns import decoded, has_images, is_filled, may_have_images, own_keys
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, PolicySelector, Prompt, RolloutGroup
 from shared.sampling import SamplingParams
@@ -46,15 +48,17 @@ def evaluate(
         LockstepError: `invalid_request` if there are no questions or rewards, or a reward function fails; errors of the
             server.
     """
-    rows = questions_of(task, n_questions)
+    questions = questions_of(task, n_questions)
     sees = any(may_have_images(each) and has_images(each) for each in (task.train, task.eval))
+    own = partial(own_keys, filled=is_filled(task.eval.features["prompt"]), images=sees)
+    rows = [{**row, "prompt": own(row["prompt"])} for row in questions]
     sampling = sampling or SamplingParams(temperature=0.0, max_tokens=256)
     state = client.state() if sees else None
     results: list[EvalRow] = []
     versions: dict[str, None] = {}
     start = 0
     while start < len(rows):
-        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST], state)
+        prompts = _of_one_request(rows[start : start + _QUESTIONS_PER_REQUEST], start, state)
         chunk = rows[start : start + len(prompts)]
         request = GenerateRequest(
             prompts=prompts,
@@ -67,21 +71,28 @@ def evaluate(
         groups = client.generate(request).groups
         versions |= {str(s.version or "base"): None for g in groups for c in g.completions for s in c.spans}
         asked = [shown(seen_prompt(row) if sees else row["prompt"]) for row in chunk]
-        results += _score(task, start, [rewarded_row(row) if sees else row for row in chunk], asked, groups)
+        rewarded = list(map(rewarded_row, chunk)) if sees else questions[start : start + len(chunk)]
+        results += _score(task, start, rewarded, asked, groups)
         start += len(chunk)
         progress(start, len(rows))
     return result_of(task, policy, list(versions), results)
 
 
-def _of_one_request(rows: Sequence[dict[str, Any]], state: ServerState | None) -> list[Prompt]:
+def _of_one_request(rows: Sequence[dict[str, Any]], start: int, state: ServerState | None) -> list[Prompt]:
     """Return the prompts of the first rows, as many as have few bytes of images; of one at least.
 
+    Raises as `prompt_of`, with the number of the question.
+
     Args:
+        start: questions before the first row.
         state: the server's, whose memory for images counts, too; None: there are no images.
     """
     prompts, size, memory = list[Prompt](), 0, 0
-    for row in rows:
-        prompt = prompt_of(row)
+    for question, row in enumerate(rows, start + 1):
+        try:
+            prompt = prompt_of(row)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"question {question}: {error.message}") from error
         if state:
             size += sum(len(image.data) for image in prompt.images or ())
             memory += image_memory(row, state)
@@ -92,8 +103,12 @@ def _of_one_request(rows: Sequence[dict[str, Any]], state: ServerState | None) -
 
 
 def questions_of(task: Task, count: int | None) -> list[dict[str, Any]]:
-    """Return the first `count` evaluation questions, all by default; raises `invalid_request` if there are none."""
-    rows = [task.eval[i] for i in range(len(task.eval) if count is None else min(count, len(task.eval)))]
+    """Return the first `count` evaluation questions, all by default.
+
+    Raises:
+        LockstepError: `invalid_request` if there are none, or an image cannot be decoded.
+    """
+    rows = list(islice(decoded(task.eval, f"task {task.name}, evaluation"), count))
     if not rows:
         raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
     return rows

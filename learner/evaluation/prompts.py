@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.servers.prompts import encoded_image
-from learner.tasks.columns import message_parts, row_images, without_filled_keys
+from learner.tasks.columns import message_parts, row_images
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 from shared.weights import ServerState
@@ -53,7 +53,7 @@ def seen_prompt(row: Mapping[str, Any]) -> Any:
     Raises:
         LockstepError: `invalid_request` for images beside a prompt of text, or for more or less of them than places.
     """
-    prompt, images = without_filled_keys(row["prompt"]), row_images(row)
+    prompt, images = row["prompt"], row_images(row)
     if isinstance(prompt, str):
         if images:
             raise InvalidRequest("a prompt with images must be a list of chat messages, not text")

@@ -35,7 +35,7 @@ class Task:
 
     Attributes:
         train, eval: rows with a column `prompt` (chat messages, or text) and the columns that the rewards read. No
-            prompt of `eval` occurs in `train`.
+            prompt of `eval` occurs in `train` with the same images.
         reward_weights: one for each reward; None: 1 each.
     """
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
@@ -14,8 +13,10 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.features.features import register_feature
 
 from learner.tasks.base import REWARD_ARGUMENTS, TaskError
+from shared.images import pixel_digest
 
 T = TypeVar("T", Dataset, IterableDataset)
+R = TypeVar("R")
 
 #: Columns that TRL reads as images of the prompt.
 IMAGE_COLUMNS = ("image", "images")
@@ -53,7 +54,7 @@ def exact_dataset(columns: Mapping[str, Sequence[Any]], where: str) -> Dataset:
     """Return a dataset of JSON values, each of which comes back as it was put in.
 
     Raises:
-        TaskError: a text holds half of a surrogate pair; with `where`, row and column.
+        TaskError: a value is none of JSON's, or a text holds half of a surrogate pair; with `where`, row and column.
     """
     arrays, features = dict[str, Any](), Features()
     for name, values in columns.items():
@@ -64,11 +65,9 @@ def exact_dataset(columns: Mapping[str, Sequence[Any]], where: str) -> Dataset:
                 arrays[name] = pa.array(stored, feature())
             else:
                 arrays[name] = pa.array(values, feature())
-        except UnicodeEncodeError as error:
-            row = next(i for i, value in enumerate(values) if not _encodable(value))
-            raise TaskError(
-                f"{where}, row {row + 1}, column {name!r}: half of a surrogate pair (\\ud800-\\udfff) is no character"
-            ) from error
+        except (UnicodeEncodeError, TypeError) as error:
+            row, why = next((i, why) for i, value in enumerate(values, 1) if (why := _refusal(value)))
+            raise TaskError(f"{where}, row {row}, column {name!r}: {why}") from error
     return Dataset.from_dict(arrays, features)
 
 
@@ -93,6 +92,24 @@ def without_filled_keys(prompt: Any) -> Any:
     ]
 
 
+def own_keys(prompt: Any, *, filled: bool, images: bool) -> Any:
+    """Return a prompt as chat templates are to see it: what Arrow has filled in is not shown, None that is meant is.
+
+    Args:
+        filled: the column `is_filled`.
+        images: templates of models that see take a part for an image's that has such a key, whatever its value, so
+            parts have no None.
+    """
+    if filled or not images or not isinstance(prompt, list):
+        return without_filled_keys(prompt) if filled else prompt
+    return [
+        {**message, "content": _without_none(message["content"])}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        else message
+        for message in prompt
+    ]
+
+
 def usable(rows: T, what: str, *, images: bool = False) -> T:
     """Return the rows, checked; without image columns, which TRL would read, where these hold no image.
 
@@ -100,7 +117,8 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
         images: the model sees images.
 
     Raises:
-        TaskError: a column would take the place of an argument of reward functions, or a row has an image.
+        TaskError: a column would take the place of an argument of reward functions, a row has an image and the model
+            sees none, or an image cannot be decoded.
     """
     names = rows.column_names or ()
     if taken := [name for name in names if name in REWARD_ARGUMENTS]:
@@ -108,7 +126,7 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
             f"{what} has a column {taken[0]!r}, the name of an argument that every reward function gets: rename it"
         )
     for name in set(IMAGE_COLUMNS) & set(names) if isinstance(rows, Dataset) else ():
-        seen = next(((i, value) for i, value in enumerate(rows[name], 1) if _is_seen(value)), None)
+        seen = next(((i, value) for i, value in enumerate(decoded(rows[name], what), 1) if _is_seen(value)), None)
         if seen is None:
             rows = rows.remove_columns(name)
             continue
@@ -117,19 +135,44 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
             raise TaskError(
                 f"{where}: an image, and the model sees none: train another, or remove the column (docs/images.md)"
             )
-        if isinstance(first, str | Mapping):
+        if isinstance(first, str | bytes | Mapping):
             raise TaskError(f"{where}: {first!r:.60} is not an image: load it, or cast the column (datasets.Image)")
     if set(IMAGE_COLUMNS) <= set(rows.column_names or ()) and isinstance(rows, Dataset):
         raise TaskError(f"{what} has images in the column 'image' and in 'images': put all of them into 'images'")
     return rows
 
 
+def decoded(rows: Iterable[R], what: str, first: int = 1) -> Iterator[R]:
+    """Yield rows, or values of a column, whose images are decoded as they are read.
+
+    Args:
+        first: number of the first of them.
+
+    Raises:
+        TaskError: a row cannot be decoded; with `what` and its number.
+    """
+    row = first - 1
+    try:
+        for row, value in enumerate(rows, first):  # noqa: B007
+            yield value
+    except Exception as error:  # whatever Pillow raises of a damaged file, and user code that transforms rows
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        raise TaskError(
+            f"{what}, row {row + 1}, cannot be decoded ({why}): replace its image, or leave the row out"
+        ) from error
+
+
 def has_images(rows: Any) -> bool:
-    """Return whether a prompt of a dataset has images: in a column of TRL's, or as a part of a message."""
+    """Return whether a prompt of a dataset has images: in a column of TRL's, or as a part of a message.
+
+    Raises:
+        TaskError: an image cannot be decoded; with its row.
+    """
     if not isinstance(rows, Dataset):
         return False
     names = [name for name in IMAGE_COLUMNS if name in rows.column_names]
-    return any(_is_seen(value) for name in names for value in rows[name]) or any(map(_has_part, rows["prompt"]))
+    values = {name: decoded(rows[name], "the task's data") for name in [*names, "prompt"]}
+    return any(_is_seen(value) for name in names for value in values[name]) or any(map(_has_part, values["prompt"]))
 
 
 def may_have_images(rows: Dataset | IterableDataset) -> bool | None:
@@ -173,10 +216,9 @@ def holds_images(prompt: Any) -> bool:
     return any(part.get("image") is not None for part in message_parts(prompt))
 
 
-def image_key(value: Any) -> str:
-    """Return what tells the images of one row from those of others."""
-    images = value if isinstance(value, list) else [value]
-    return "+".join(sha256(image.tobytes()).hexdigest() if hasattr(image, "tobytes") else "" for image in images)
+def image_key(image: Any) -> str:
+    """Return what tells an image from others: its size and pixels."""
+    return pixel_digest(image.width, image.height, image.tobytes()) if hasattr(image, "tobytes") else ""
 
 
 def _feature(values: Sequence[Any]) -> Value | ExactJson:
@@ -189,12 +231,24 @@ def _feature(values: Sequence[Any]) -> Value | ExactJson:
     return Value(name) if name else ExactJson()
 
 
-def _encodable(value: Any) -> bool:
+def _refusal(value: Any) -> str | None:
+    """Return why a value has no form in JSON; None if it has one."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return "half of a surrogate pair (\\ud800-\\udfff) is no character"
+    except TypeError as error:
+        place, what = next(_unwritable(value), ("a key", str(error)))
+        return f"{place or 'it'} is {what}, which JSON has no form for: write it as text"
+    return None
+
+
+def _unwritable(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _unwritable(part, f"{place}[{key!r}]")
+    elif value is not None and not isinstance(value, str | int | float):
+        yield place, f"a {type(value).__name__}"
 
 
 def _without_none(value: Any) -> Any:

@@ -13,10 +13,12 @@ from datasets import Dataset, Features, Value, concatenate_datasets, load_datase
 from learner.tasks.base import RewardFunc, Task, TaskError
 from learner.tasks.columns import (
     IMAGE_COLUMNS,
+    decoded,
     exact_dataset,
     holds_images,
     image_key,
     is_filled,
+    row_images,
     usable,
     without_filled_keys,
 )
@@ -53,10 +55,10 @@ def load_dataset_task(
         train, held_out = _hold_out(train, eval_size, spec)
     else:
         held_out = _with_prompts(_read(eval_dataset), eval_dataset, prompt_column, style)
-        hashes = [_hash(question_key(prompt)) for prompt in held_out["prompt"]]
-        held_out = held_out.select(sorted(range(len(held_out)), key=hashes.__getitem__)[:eval_size])
-        keys = {question_key(prompt) for prompt in held_out["prompt"]}
-        kept = [i for i, prompt in enumerate(train["prompt"]) if question_key(prompt) not in keys]
+        asked = _keys(held_out)
+        first = sorted(range(len(asked)), key=lambda i: _hash(asked[i]))[:eval_size]
+        held_out, keys = held_out.select(first), {asked[i] for i in first}
+        kept = [i for i, key in enumerate(_keys(train)) if key not in keys]
         if dropped := len(train) - len(kept):
             logger.warning("%s: left out %d training rows whose question is in the evaluation set", spec, dropped)
         train = train.select(kept)
@@ -123,7 +125,7 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
         )
     filled = prompt_column in rows.column_names and is_filled(rows.features[prompt_column])
     prompts: list[Any] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(decoded(rows, spec)):
         value = row.get(prompt_column)
         try:
             prompts.append(style.prompt(without_filled_keys(value) if filled else value, row))
@@ -145,9 +147,7 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
 def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Dataset]:
     """Split by question: all rows of a question are on the same side."""
     by_key: dict[str, list[int]] = {}
-    seen = [name for name in IMAGE_COLUMNS if name in rows.column_names]
-    for i, row in enumerate(rows.select_columns(["prompt", *seen])):
-        key = "\0".join([question_key(row["prompt"]), *(image_key(row[name]) for name in seen)])
+    for i, key in enumerate(_keys(rows)):
         by_key.setdefault(key, []).append(i)
     if eval_size >= len(by_key):
         raise TaskError(
@@ -160,7 +160,14 @@ def _hold_out(rows: Dataset, eval_size: int, spec: str) -> tuple[Dataset, Datase
     return rows.select(kept), rows.select(held_out)
 
 
+def _keys(rows: Dataset) -> list[str]:
+    """Return a key for each row, equal for questions of the same text and the same images, in whichever column."""
+    seen = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    only_questions = rows.select_columns(["prompt", *seen])
+    return ["\0".join([question_key(row["prompt"]), *map(image_key, row_images(row))]) for row in only_questions]
+
+
 def _hash(key: str) -> bytes:
-    # The text of a question decides whether it is held out, not a seed or the order of the file: the split stays mostly
+    # The question itself decides whether it is held out, not a seed or the order of the file: the split stays mostly
     # the same with another seed or with rows appended.
     return hashlib.sha256(key.encode()).digest()

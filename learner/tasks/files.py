@@ -7,6 +7,7 @@ reward as a date, and the 007 of a CSV as 7.
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -46,7 +47,7 @@ def read_file(path: Path) -> Dataset:
         raise TaskError(f"{path}: a task file ends in {', '.join(FILE_KINDS)}, or one of the first four and .gz")
     if kind == ".parquet":
         try:
-            rows = load_dataset("parquet", data_files=str(path), split="train")
+            rows = load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         except Exception as error:  # the cause is chained below
             raise TaskError(f"{path} cannot be read: {_line(error.__cause__ or error)}") from error
     else:

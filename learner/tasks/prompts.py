@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any, Literal, get_args
 
 from learner.tasks.base import TaskError
@@ -38,7 +39,7 @@ class PromptStyle:
         """Return the prompt of one row. `value` is its prompt column: text, or a list of chat messages."""
         if self.prompt_template is not None:
             try:
-                value = self.prompt_template.format_map(row)
+                value = _Filled().vformat(self.prompt_template, (), row)
             except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
                 raise TaskError(
                     f"prompt_template {self.prompt_template!r} does not fit the rows, whose fields are "
@@ -59,6 +60,19 @@ class PromptStyle:
         if self.system_prompt is not None and value[0]["role"] != "system":
             value = [{"role": "system", "content": self.system_prompt}, *value]
         return value
+
+
+class _Filled(Formatter):
+    """Fills a template's fields in; refuses what is not there, which `str.format` would write as None."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        found = super().get_field(field_name, args, kwargs)
+        if found[0] is None:
+            raise TaskError(
+                f"prompt_template has a field {{{field_name}}}, and the row has no value for it: give it one, or leave "
+                "the row out"
+            )
+        return found
 
 
 def question_key(prompt: str | list[dict[str, Any]]) -> str:

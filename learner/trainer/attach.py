@@ -43,7 +43,8 @@ from learner.trainer.checks import (
     draws_policy,
 )
 from learner.trainer.compiling import compile_layers
-from learner.trainer.datasets import check_datasets, drop_filled_keys, measure_prompts
+from learner.trainer.datasets import check_datasets, measure_prompts
+from learner.trainer.filled_keys import drop_filled_keys
 from learner.trainer.forks import Forks, score_forks
 from learner.trainer.hooks import (
     begin_passes_with,

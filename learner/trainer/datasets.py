@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
 from learner.tasks import columns
-from learner.tasks.columns import IMAGE_COLUMNS, is_filled, without_filled_keys
+from learner.tasks.columns import IMAGE_COLUMNS, decoded
+from learner.trainer.filled_keys import named_datasets
 from learner.trainer.images import Largest, sees_images, tokenized
 from learner.utils.distributed import on_every_rank
 from shared.errors import InvalidRequest
@@ -62,19 +62,6 @@ def check_datasets(trainer: GRPOTrainer) -> None:
         trainer.eval_dataset = usable(evaluation, "the evaluation data")
 
 
-def drop_filled_keys(trainer: GRPOTrainer) -> None:
-    """Let chat templates see messages with their own keys only.
-
-    Arrow gives all messages of a column the same keys, with None where a message has none. Which None was in the row
-    cannot be told any more, so none is shown; `Dataset.from_list(rows, on_mixed_types="use_json")` keeps them apart.
-    """
-    datasets = [rows for _, rows in _datasets(trainer) if (rows.features or {}).get("prompt") is not None]
-    if not any(is_filled(rows.features["prompt"]) for rows in datasets):
-        return
-    tokenize = trainer._tokenize_prompts
-    trainer._tokenize_prompts = lambda prompts: tokenize([without_filled_keys(prompt) for prompt in prompts])
-
-
 def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     """Tokenize every prompt of the training data, and of the evaluation data if the training evaluates; none of streams
     and environments, which make theirs. Each rank takes its part of the rows. Collective.
@@ -102,7 +89,7 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
     if trainer.environment_factories is not None:
         return found
     evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
-    for name, rows in _datasets(trainer):
+    for name, rows in named_datasets(trainer):
         if not (evaluates or rows is trainer.train_dataset):
             continue
         if isinstance(rows, IterableDataset) and sees_images(trainer):
@@ -115,11 +102,10 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
         only_prompts = rows.select_columns(
             [name for name in wanted if name in rows.column_names]
         )  # others may be large
-        kind, end = type(only_prompts[0]["prompt"]), len(rows) * (rank + 1) // ranks
+        kind, end = type(next(decoded(only_prompts, name))["prompt"]), len(rows) * (rank + 1) // ranks
         at_once = _IMAGES_AT_ONCE if len(wanted) > 1 else _ROWS_AT_ONCE
         for start in range(len(rows) * rank // ranks, end, at_once):
-            columns_of = only_prompts[start : min(start + at_once, end)]
-            part = [dict(zip(columns_of, row, strict=True)) for row in zip(*columns_of.values(), strict=True)]
+            part = _part(only_prompts, range(start, min(start + at_once, end)), name)
             for i, (ids, images) in enumerate(_tokenized(trainer, part, kind, name, start)):
                 if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
@@ -133,6 +119,14 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
     return found
 
 
+def _part(rows: Dataset, numbers: range, name: str) -> list[dict[str, Any]]:
+    try:
+        columns_of = rows[numbers.start : numbers.stop]
+    except Exception:  # one by one, which takes five times as long, to name the row
+        return list(decoded(rows.select(numbers), name, numbers.start + 1))
+    return [dict(zip(columns_of, row, strict=True)) for row in zip(*columns_of.values(), strict=True)]
+
+
 def _expect_of_stream(found: Prompts, rows: IterableDataset, name: str) -> None:
     """Count the smallest image in where a stream's columns are of images."""
     seen = columns.may_have_images(rows)
@@ -140,14 +134,6 @@ def _expect_of_stream(found: Prompts, rows: IterableDataset, name: str) -> None:
     if seen:
         found.images = max(found.images, 1)
         found.largest.see_sizes([(1, 1)], f"{name}, a stream,")
-
-
-def _datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
-    evaluation = trainer.eval_dataset
-    named = evaluation if isinstance(evaluation, dict) else {"the evaluation data": evaluation}
-    for name, rows in {"the training data": trainer.train_dataset, **named}.items():
-        if isinstance(rows, Dataset | IterableDataset):
-            yield name, rows
 
 
 def _tokenized(

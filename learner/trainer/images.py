@@ -6,6 +6,7 @@ import math
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -17,7 +18,8 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from learner.rollouts.images import with_images
 from learner.servers.prompts import check_picture, encoded_image
 from learner.sync.probe import SeenText
-from learner.tasks.columns import message_parts, row_images, without_filled_keys
+from learner.tasks.columns import message_parts, row_images
+from learner.trainer.filled_keys import with_own_keys
 from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
 from shared.image_processors import other_sight, sight
 from shared.weights import ServerState
@@ -214,7 +216,8 @@ def image_rows(trainer: GRPOTrainer, rows: Sequence[dict[str, Any]]) -> list[dic
     """Return the rows, with `images` of each as a list where the model sees any: TRL reads that column first."""
     if not sees_images(trainer):
         return list(rows)
-    return [{**row, "prompt": without_filled_keys(row["prompt"]), "images": row_images(row)} for row in rows]
+    own = partial(with_own_keys, trainer, images=True)
+    return [{**row, "prompt": own(row["prompt"]), "images": row_images(row)} for row in rows]
 
 
 def token_ids(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -274,4 +277,4 @@ def seen_prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
         if not images:
             return prompt
         raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
-    return prepare_multimodal_messages(without_filled_keys(prompt), images=images)
+    return prepare_multimodal_messages(with_own_keys(trainer, prompt, images=True), images=images)

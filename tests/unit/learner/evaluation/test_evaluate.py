@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -16,6 +16,7 @@ from learner.evaluation.results import EvalResult
 from learner.rewards.calls import RewardError
 from learner.servers.client import RolloutClient
 from learner.tasks import Task
+from learner.tasks.columns import exact_dataset
 from shared.errors import InvalidRequest
 from shared.sampling import SamplingParams
 
@@ -83,6 +84,41 @@ def test_reward_functions_get_prompts_with_their_images(server, monkeypatch: pyt
     assert [len(images) for images in seen["images"]] == [1, 0]
     assert result.rows[0].prompt == [{"role": "user", "content": [{"type": "image"}, text]}]
     assert result.rows[1].prompt == ask, "a result keeps text as it was asked"
+
+
+@pytest.mark.parametrize("image", [None, Image.new("RGB", (8, 8), "red")])
+@pytest.mark.parametrize("kept", [True, False])
+def test_none_that_is_meant_is_asked(server, monkeypatch: pytest.MonkeyPatch, kept: bool, image: Any) -> None:
+    """As in training: the null of a JSONL file is, and not the None that Arrow gives to a message for others' keys."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"unit": None, "x": 1}}}
+    part = {"type": "text", "text": "And now?", "image": None}
+    chat = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "user", "content": [part]}]
+    if image:
+        chat[1]["content"] = [{"type": "image"}, part]
+    rows = exact_dataset({"prompt": [chat]}, "rows") if kept else Dataset.from_list([{"prompt": chat}])
+    if image:
+        rows = concatenate_datasets(
+            [rows, Dataset.from_dict({"image": [image]}, Features(image=ImageFeature()))], axis=1
+        )
+    monkeypatch.setattr(server, "_logprobs", lambda sequence, *_: [0.0] * len(sequence))
+    client = RolloutClient("http://fake", transport=server.transport)
+    task = Task(name="toy", train=rows, eval=rows, reward_funcs=[odd])
+    evaluate(client, task, policy="base", sampling=SamplingParams(max_tokens=4))
+    (asked,) = (prompt.messages for prompt in server.generated[-1].prompts)
+    assert asked[0]["tool_calls"][0]["function"]["arguments"] == ({"unit": None, "x": 1} if kept else {"x": 1})
+    assert ("image" in asked[1]["content"][-1]) == (kept and image is None), (
+        "templates that see would take it for one's"
+    )
+
+
+def test_an_image_that_cannot_be_sent_is_refused_by_question(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_logprobs", lambda sequence, *_: [0.0] * len(sequence))
+    pictures = [Image.new("RGB" if i != 70 else "L", (8, 8)) for i in range(72)]
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "w1"}]] * 72, "image": pictures})
+    task = Task(name="toy", train=rows, eval=rows, reward_funcs=[odd])
+    client = RolloutClient("http://fake", transport=server.transport)
+    with pytest.raises(InvalidRequest, match=r"^question 71: an image of a prompt is L, "):
+        evaluate(client, task, policy="base", sampling=SamplingParams(max_tokens=4))
 
 
 def test_a_task_of_text_is_not_searched_for_images(server, monkeypatch: pytest.MonkeyPatch) -> None:

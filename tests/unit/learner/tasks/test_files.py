@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,20 @@ def test_text_reaches_templates(tmp_path: Path) -> None:
     style = {"prompt_template": "Number {id}:", "prompt_format": "raw"}
     task = load_task(str(path), eval_size=1, reward_specs=REWARD, task_args=style)
     assert {*task.train["prompt"], *task.eval["prompt"]} == {f"Number 00{i}:" for i in range(4)}
+
+
+@pytest.mark.parametrize("lacking", [{"unit": None}, {}])
+@pytest.mark.parametrize("field", ["unit", "unit[of]", "facts[unit]"])
+def test_templates_do_not_ask_for_none(tmp_path: Path, lacking: dict[str, Any], field: str) -> None:
+    rows = [{"q": f"w{i}", "unit": {"of": None if i == 2 else "m"}, "facts": {"unit": None}} for i in range(4)]
+    if field == "unit":
+        rows[2] = {"q": "w2", **lacking}
+    elif field == "facts[unit]":
+        rows[0]["facts"] = rows[1]["facts"] = {"unit": "m"}
+    path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    style = {"prompt_template": f"{{q}} in {{{field}}}?"}
+    with pytest.raises(TaskError, match=re.escape(f"rows.jsonl, row 3: prompt_template has a field {{{field}}}, and")):
+        load_task(str(path), eval_size=1, reward_specs=REWARD, task_args=style)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
@@ -287,3 +302,11 @@ def test_datasets_of_the_hub(tmp_path: Path) -> None:
     write(tmp_path / "json" / "train.jsonl", rows)
     with pytest.raises(TaskError, match="column 'answer': datasets reads its text as dates"):
         _read_hub(str(tmp_path / "json"), None, "train")
+
+
+@pytest.mark.parametrize("folder", ["run[1]", "run?", "run*", "run[!2]"])
+def test_a_path_is_no_pattern(tmp_path: Path, folder: str) -> None:
+    for name in ("run1", folder):
+        (tmp_path / name).mkdir()
+        Dataset.from_dict({"prompt": [f"{name} {i}" for i in range(4)]}).to_parquet(tmp_path / name / "[x].parquet")
+    assert read_file(tmp_path / folder / "[x].parquet")["prompt"][0] == f"{folder} 0"

@@ -248,6 +248,25 @@ def test_a_picture_that_the_server_does_not_take_is_refused_before_the_training(
         attached(trainer, seeing)
 
 
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("column", ["image", "prompt"])
+def test_a_broken_image_is_refused_before_the_training(seeing, make_seeing, column: str, row: int) -> None:
+    """By row: one that is as another must be, and one in the middle of those that are measured together."""
+    rows = rows_with("image", [1, 1, 1])
+    if column == "prompt":
+        parts = {"type": Value("string"), "text": Value("string"), "image": Image()}
+        features = Features(prompt=List({"role": Value("string"), "content": List(parts)}))
+        content = [{"type": "image", "text": None, "image": each} for each in rows["image"]]
+        rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": [part]}] for part in content]}, features)
+    trainer = make_seeing(rows)
+    table = rows.with_format("arrow")[:].to_pylist()
+    part = table[row]["image"] if column == "image" else table[row]["prompt"][0]["content"][0]["image"]
+    part["bytes"] = part["bytes"][:300]
+    trainer.train_dataset = Dataset.from_list(table).cast(rows.features)
+    with pytest.raises(LockstepError, match=f"the training data, row {row + 1}, cannot be decoded"):
+        attached(trainer, seeing)
+
+
 def test_the_prompt_that_takes_most_depends_on_the_server(server_state, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few large images, or a large one and many small ones of which the processor makes much."""
     monkeypatch.setattr(images, "_LARGE_FILE", 2**40)
@@ -278,7 +297,7 @@ def test_a_line_is_refused_before_a_processor_takes_gigabytes_for_it(seeing, mak
 
 
 def test_training_and_evaluation_see_the_same_images() -> None:
-    trainer, shown = SimpleNamespace(_is_vlm=True), picture(1)
+    trainer, shown = SimpleNamespace(_is_vlm=True, train_dataset=None, eval_dataset=None), picture(1)
     ask = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
     for columns in ({"images": None, "image": shown}, {"image": None, "images": [shown]}, {"images": [shown]}):
         row = {"prompt": ask, **columns}
@@ -287,6 +306,21 @@ def test_training_and_evaluation_see_the_same_images() -> None:
     for seen in (lambda row: images.seen_prompt(trainer, row), evaluation.seen_prompt):
         with pytest.raises(LockstepError, match="put all of them into 'images'"):
             seen({"prompt": ask, "image": shown, "images": [picture(2)]})
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_none_that_is_meant_is_seen(kept: bool) -> None:
+    """But not as a key of a part, which templates take for an image's, and not where Arrow has filled it in."""
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {"unit": None, "x": 1}}}]}
+    parts = [{"type": "image", "image": None}, {"type": "text", "text": "How many?", "image": None}]
+    prompt = [called, {"role": "user", "content": parts}]
+    rows = Dataset.from_list([{"prompt": prompt}], **({"on_mixed_types": "use_json"} if kept else {}))
+    trainer = SimpleNamespace(_is_vlm=True, train_dataset=rows, eval_dataset=None)
+    row = {"prompt": rows[0]["prompt"], "images": [picture(1)]}
+    arguments = {"unit": None, "x": 1} if kept else {"x": 1}
+    for seen in (images.seen_prompt(trainer, row), images.image_rows(trainer, [row])[0]["prompt"]):
+        assert seen[0]["tool_calls"][0]["function"]["arguments"] == arguments
+        assert seen[1]["content"][1] == {"type": "text", "text": "How many?"}
 
 
 def test_images_in_both_columns_are_refused(seeing, make_seeing) -> None:

@@ -1,0 +1,41 @@
+"""Messages with their own keys only: Arrow gives all messages of a column the same ones, with None where one has none.
+
+Which None was in the row cannot be told any more, so none is shown; `Dataset.from_list(rows,
+on_mixed_types="use_json")` keeps them apart, as the tasks of files do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from trl import GRPOTrainer
+
+from learner.tasks.columns import is_filled, own_keys
+
+
+def named_datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
+    """Yield the training data and the data of evaluations, with names for messages."""
+    evaluation = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"the evaluation data": evaluation}
+    for name, rows in {"the training data": trainer.train_dataset, **named}.items():
+        if isinstance(rows, Dataset | IterableDataset):
+            yield name, rows
+
+
+def with_own_keys(trainer: GRPOTrainer, prompt: Any, *, images: bool = False) -> Any:
+    """Return a prompt as chat templates are to see it, see `own_keys`.
+
+    Args:
+        images: the model sees images; a stream that does not name its columns counts as filled.
+    """
+    features = [rows.features for _, rows in named_datasets(trainer)]
+    filled = any(is_filled(each.get("prompt")) if each else images for each in features)
+    return own_keys(prompt, filled=filled, images=images)
+
+
+def drop_filled_keys(trainer: GRPOTrainer) -> None:
+    """Let chat templates see messages with their own keys only."""
+    tokenize = trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda prompts: tokenize([with_own_keys(trainer, prompt) for prompt in prompts])
