@@ -72,7 +72,7 @@ async def _follow(vllm_config: Any, settings: ServerSettings, token: str) -> Non
     reason = "it was asked to end"
     working = _Working(asyncio.ensure_future(link.ended()), meeting.head)
     try:
-        await working.until_an_end(vllm_config, lifecycle.links_secret(parallel, token))
+        await working.until_an_end(vllm_config, lifecycle.links_secret(token))
     except EngineDead as error:
         reason = error.message
         raise

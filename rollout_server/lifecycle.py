@@ -95,12 +95,12 @@ def meeting(vllm_config: Any, settings: ServerSettings, token: str) -> Meeting:
     address, port, nodes = parallel.master_addr, parallel.master_port, parallel.nnodes
     terms = served_model.terms(vllm_config, settings)
     timeout = float(getattr(parallel, "distributed_timeout_seconds", None) or _MEETING_S)  # not in all versions
-    return Meeting(address, port, nodes, tcp.derived(token, f"hosts of {address}:{port}, {nodes}"), terms, timeout)
+    return Meeting(address, port, nodes, tcp.derived(token, "hosts"), terms, timeout)
 
 
-def links_secret(parallel: Any, token: str) -> bytes:
+def links_secret(token: str) -> bytes:
     """Return the secret of the links to the workers of an engine over several hosts."""
-    return tcp.derived(token, f"links of {parallel.master_addr}:{parallel.master_port}, {parallel.nnodes}")
+    return tcp.derived(token, "links")
 
 
 def _say_lost(reason: EngineDead) -> None:
@@ -146,7 +146,7 @@ async def _start(
         from rollout_server.vllm_compat import hosts_executor
 
         hosts_executor.use()
-        secret = links_secret(vllm_config.parallel_config, token)
+        secret = links_secret(token)
     if secret:
         os.environ[tcp.VARIABLE] = secret.hex()
     try:

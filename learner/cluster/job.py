@@ -94,7 +94,8 @@ class RunningJob:
         self._directory = make_directory(self._ray, job.name, job.home.node_id if job.home else _head(found))
         for number, (reserved, bundle) in enumerate(places):
             self._begin_server(self._server(number, reserved, bundle))
-        self._learner = LearnerNodes(job.learner, group, self._begin, self._drop, job.can_resume, self._say)
+        room = partial(start, partial(_wait, [group]), "learner-room")
+        self._learner = LearnerNodes(job.learner, group, self._begin, self._drop, room, job.can_resume, self._say)
         self._learner.begin()
         for number in range(least, most):
             member = self._server(number, self._reserve_server(number), 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +15,8 @@ from learner.cluster.member import Member
 LEARNER = "learner"
 #: Stand in the commands for where the first of them listens for the others.
 FIRST_HOST, FIRST_PORT = place("first_host"), place("first_port")
-#: For the others to end by themselves once the first has.
-_TOGETHER_S = 60.0
+#: For the others to end by themselves once one has: after its work, or a failure, which may be the result of theirs.
+_TOGETHER_S, _FAIL_S = 60.0, 5.0
 _MOST_REASONS = 3
 
 
@@ -28,6 +30,7 @@ class LearnerNodes:
         commands: of the nodes; the first saves, and listens for the others if there are any.
         group: a placement group, whose first bundles are theirs.
         begin: starts a member; `drop` gives its place back.
+        room: has a result once there is room for all of them.
         can_resume: whether a learner whose node is gone may be started on another.
         say: takes a line of the job's.
     """
@@ -38,20 +41,19 @@ class LearnerNodes:
         group: Any,
         begin: Callable[[Member], None],
         drop: Callable[[Member], None],
+        room: Callable[[], Future[None]],
         can_resume: Callable[[], bool],
         say: Callable[[str], object],
     ) -> None:
         self._commands, self._group, self._start, self._drop = commands, group, begin, drop
-        self._can_resume, self._say = can_resume, say
+        self._room, self._can_resume, self._say = room, can_resume, say
+        self._awaited: Future[None] | None = None
         self.members: list[Member] = []
         self._told: list[Member] = []  # to end, by this
-        self._due = 0.0
+        self._due = math.inf
 
     def begin(self) -> None:
         """Start the first command; the others follow when it is known where."""
-        for member in self.members:  # those of before
-            self._drop(member)
-        self.members, self._told, self._due = [], [], 0.0
         self._begin(place("host"), place("port"))
 
     def follow(self, member: Member) -> None:
@@ -63,19 +65,30 @@ class LearnerNodes:
 
     def outcome(self) -> tuple[int, str] | None:
         """Return the exit status of the training and what went wrong, once all have ended for good; else None."""
-        over = [member for member in self.members if member.gone or member.report.ended]
+        if self._awaited and self._awaited.done():
+            self._awaited.result()
+            self._awaited = None
+            self.begin()
+        # One that was told to end before it had a place would end, unstarted, once it had one.
+        over = [m for m in self.members if m.gone or m.report.ended or (m in self._told and not m.report.life)]
         if not over:
             return None
         failed = [member for member in over if member not in self._told and (member.gone or member.report.status)]
         if left := [member for member in self.members if member not in over]:
-            self._due = self._due or time.monotonic() + _TOGETHER_S
-            if failed or time.monotonic() > self._due:
+            now = time.monotonic()
+            self._due = min(self._due, now + (_FAIL_S if failed else _TOGETHER_S))
+            if now >= self._due:
                 self._end([member for member in left if member not in self._told])
             return None
         lost = [member for member in over if member.gone and member.report.life]
         if lost and self._can_resume():
-            self._say(f"{'; '.join(member.fate for member in lost)}; the learner goes on where there is room")
-            self.begin()
+            fates = dict.fromkeys(member.fate for member in [*lost, *failed])
+            self._say(f"{'; '.join(list(fates)[:_MOST_REASONS])}; the learner goes on where there is room")
+            for member in self.members:
+                self._drop(member)
+            self.members, self._told, self._due = [], [], math.inf
+            # The first would wait for the others, which it does for ten minutes only.
+            self._awaited = self._room()
             return None
         if not failed:
             return 0, ""

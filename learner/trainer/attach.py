@@ -73,6 +73,7 @@ from learner.trainer.reward_hooks import check_rewards, name_rewards, score_in_w
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_of
 from learner.trainer.unsloth import with_vllm_params
+from learner.utils.distributed import on_every_rank
 from learner.utils.logs import show_messages
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
@@ -135,7 +136,7 @@ def attach(
         vllm_sampling_params = getattr(trainer.args, "vllm_sampling_params", None)
     args = with_vllm_params(trainer.args, vllm_sampling_params)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    random = randomness(model, trainer.args, sharded=sharded)
+    random = randomness(model, trainer.args, sharded=sharded, most=lambda own: max(on_every_rank(lambda: own)))
     for warning in [*check_grpo(args), *as_warnings(random)]:
         warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)

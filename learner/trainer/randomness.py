@@ -5,22 +5,29 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from shared.messages import one_line
+
 logger = logging.getLogger("lockstep.trainer")
 
 #: Names of numbers that layers read while they train: dropout, layerdrop, drop_path, router_jitter_noise.
 _NAMES = re.compile("drop|jitter|noise")
+#: Read when a model is served, too: it would be another one without.
+_ALSO_SERVED = {"router_jitter_noise"}
 _PROBE_TOKENS = 16
-#: Of the spread of the logits: passes of one network differ by less.
-_SAME = 1e-3
+#: Passes of one network differ by less, as a share of the spread of their logits; in 16 bits, by less than two steps.
+_SAME, _STEPS = 1e-3, 2.0
 
 
-def randomness(model: nn.Module, args: GRPOConfig, *, sharded: bool = False) -> dict[str, str]:
+def randomness(
+    model: nn.Module, args: GRPOConfig, *, sharded: bool = False, most: Callable[[float], float] = lambda own: own
+) -> dict[str, str]:
     """Return what makes two training passes of a PEFT model differ, each with what to do about it; empty: nothing.
 
     Dropout is a module in some models and a number that layers pass on in others, so a few tokens are scored twice
@@ -28,6 +35,7 @@ def randomness(model: nn.Module, args: GRPOConfig, *, sharded: bool = False) -> 
 
     Args:
         sharded: no single process can compute a pass before training begins.
+        most: returns the largest of all ranks' numbers, so that all find the same.
     """
     found: dict[str, str] = {}
     numbers: dict[str, float] = {}
@@ -43,10 +51,13 @@ def randomness(model: nn.Module, args: GRPOConfig, *, sharded: bool = False) -> 
     if attention := getattr(config, "attention_dropout", 0.0):
         numbers["attention_dropout"] = attention
     for name, value in numbers.items():
-        found[f"{name} is {value:g}"] = f"set {_without(config, name)} in GRPOConfig"
+        remedy = f"set {_without(config, name)} in GRPOConfig"
+        if name in _ALSO_SERVED:
+            remedy = "another number would change what the model computes when it is served; train another model"
+        found[f"{name} is {value:g}"] = remedy
     if args.neftune_noise_alpha:
         found[f"neftune_noise_alpha is {args.neftune_noise_alpha:g}"] = "leave it out of GRPOConfig"
-    if not found and not sharded and (difference := _difference(model)):
+    if not found and not sharded and (difference := most(_difference(model))):
         found[f"something else makes the logits of two passes differ by {difference:.1g} of their spread"] = (
             "find out what, with the model in train() mode, and switch it off by model_init_kwargs in GRPOConfig"
         )
@@ -85,12 +96,12 @@ def _difference(model: nn.Module) -> float:
         ):
             warnings.simplefilter("ignore")
             model.train()
-            first, second = (model(input_ids=ids, use_cache=False).logits.float() for _ in range(2))
+            first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
     except Exception as error:  # of a model that needs more than tokens, of any kind
-        logger.debug("whether training passes are random cannot be tried: %s", error)
+        logger.info("whether training passes are random cannot be tried: %s", one_line(error))
         return 0.0
     finally:
         for module, mode in modes.items():
             module.training = mode
-    difference = float((first - second).abs().max() / first.std())
-    return difference if difference > _SAME else 0.0
+    difference = float((first.float() - second.float()).std() / first.float().std())
+    return difference if difference > max(_SAME, _STEPS * torch.finfo(first.dtype).eps) else 0.0

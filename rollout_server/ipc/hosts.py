@@ -69,6 +69,7 @@ class Head:
         self._changed = asyncio.Event()
         self._started = self._closed = False
         self._admitting = asyncio.Semaphore(_ADMITTING)
+        self._strangers: set[str] = set()  # of which it was said
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def meet(self) -> None:
@@ -145,18 +146,21 @@ class Head:
     async def _introduced(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Host | None:
         """Return the host at the other end, if it may take part."""
         if not await tcp.admit_stream(reader, writer, self._meeting.secret):
-            logger.warning(
-                "a connection from %s was refused: it has another token than this host, or another --nnodes",
-                writer.get_extra_info("peername")[0],
-            )
+            if (stranger := writer.get_extra_info("peername")[0]) not in self._strangers:  # they try again and again
+                self._strangers.add(stranger)
+                logger.warning("connections from %s are refused: it has another token than this host", stranger)
             return None
         async with asyncio.timeout(tcp.HANDSHAKE_S):
             hello = json.loads(await reader.readline())
-        host = _Host(int(hello["rank"]), str(hello["address"]), str(hello["workers"]), writer)
+        host, terms = _Host(int(hello["rank"]), str(hello["address"]), str(hello["workers"]), writer), hello["terms"]
+        if not isinstance(terms, dict):
+            return None
         tcp.end_when_silent(writer.get_extra_info("socket"))
         if self._started or self._refused.done():
             return None
-        problem = _difference(self._meeting.terms, hello["terms"], str(host))
+        problem = _difference(self._meeting.terms, terms, str(host))
+        if not problem and not 0 < host.rank < self._meeting.nodes:
+            problem = f"{host.address} has --node-rank {host.rank} of --nnodes {self._meeting.nodes}"
         if (other := self._present.get(host.rank)) is not None:
             problem = f"two hosts have --node-rank {host.rank}: {other.address} and {host.address}"
         if problem:
@@ -246,12 +250,16 @@ class Follower:
                         tcp.end_when_silent(writer.get_extra_info("socket"))
                         hello = {"rank": rank, "address": address, "workers": workers, "terms": meeting.terms}
                         writer.write(json.dumps(hello).encode() + b"\n")
+                        logger.info("the head (%s) is there; waiting until all hosts are", meeting.head)
+                        said = ""
                         if not (line := await reader.readline()):
                             raise ConnectionError("the head has ended, or has no room for this host yet")
                     except BaseException:
                         writer.close()
                         raise
             except (OSError, EOFError) as error:  # TimeoutError is an OSError
+                if time.monotonic() >= deadline:
+                    break
                 problem = _why(error)
                 if problem != said:
                     logger.info("the head (%s) is not there yet: %s", meeting.head, problem)
@@ -296,5 +304,5 @@ def _reason(line: bytes) -> str:
 
 def _why(error: Exception) -> str:
     if isinstance(error, asyncio.IncompleteReadError):
-        return "it closed the connection, as it does where this host has another token; or it is no head of this engine"
+        return "it closed the connection, as it does where this host has another token; or it is no head of an engine"
     return str(getattr(error, "strerror", None) or error or type(error).__name__)

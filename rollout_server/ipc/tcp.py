@@ -29,7 +29,8 @@ def derived(token: str, purpose: str) -> bytes:
     """Return the secret that all hosts make of the token that each is given; it tells nothing of the token.
 
     Args:
-        purpose: what it is for, of which engine; another purpose gives another secret.
+        purpose: what it is for; another purpose gives another secret. Addresses are no part of it: hosts may spell
+            the head's in several ways.
     """
     return hmac.digest(token.encode(), b"lockstep engine secret, 1: " + purpose.encode(), "sha256")
 

@@ -76,13 +76,17 @@ def terms(vllm_config: Any, settings: ServerSettings) -> dict[str, str]:
     weights = None if dummy else fingerprint_checkpoint(model.model, model.revision).weights
     own = ("_name_or_path", "transformers_version")  # of a host
     config = {key: value for key, value in model.hf_config.to_dict().items() if key not in own}
-    values = {
+    values: dict[str, Any] = {
         "the model's configuration": _digest(json.dumps(config, sort_keys=True, default=str)),
         "the model's weights": weights or "unknown",
         "vLLM's version": versions.vllm_version(),
         "lockstep's version": _own_version(),
         "--tensor-parallel-size": parallel.tensor_parallel_size,
         "--nnodes": parallel.nnodes,
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--compilation-config": _compiled(vllm_config.compilation_config),
+        "--attention-backend": getattr(getattr(vllm_config, "attention_config", None), "backend", None),
+        "--lora-dtype": lora.lora_dtype if lora else None,
         "--apply": settings.apply,
         "--keep-base": settings.keep_base,
         "--max-lora-rank": lora.max_lora_rank if lora else None,
@@ -101,6 +105,11 @@ def terms(vllm_config: Any, settings: ServerSettings) -> dict[str, str]:
         "--logprobs-mode": getattr(model.logprobs_mode, "value", model.logprobs_mode),
     }
     return {name: str(value) for name, value in values.items()}
+
+
+def _compiled(compilation: Any) -> str:
+    """Return how steps are compiled, in which workers that step together must be alike (0.26 to 0.33)."""
+    return f"mode {compilation.mode}, {compilation.cudagraph_mode}"
 
 
 def _own_version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -40,6 +41,7 @@ class FakeRay:
         workers: actors without a name that are no hosted commands; `options` has what each was started with.
         before: called with actor, method and arguments before each of their calls; a test raises there what Ray would.
         groups: bundles of the placement groups that there are; `reserved`: of all there were, with strategy and name.
+        has_room: set while placement groups have room; `waits`: how often one of them was found to have none.
         stored: what was put into the object store.
         connected: whether this process is.
     """
@@ -57,6 +59,8 @@ class FakeRay:
         self.workers: list[Actor] = []
         self.options: list[dict[str, Any]] = []
         self.before: Callable[[Any, str, tuple[Any, ...]], None] = lambda actor, method, args: None
+        self.has_room, self.waits = threading.Event(), 0
+        self.has_room.set()
         self.stored: list[Any] = []
         self.connected = True
         self.exceptions = SimpleNamespace(
@@ -138,7 +142,11 @@ class FakeRay:
     def _placement_group(self, bundles: list[dict[str, float]], strategy: str, name: str = "") -> Any:
         self.groups.append(bundles)
         self.reserved.append((bundles, strategy, name))
-        return SimpleNamespace(bundle_specs=bundles, wait=lambda timeout: True)
+        return SimpleNamespace(bundle_specs=bundles, wait=self._wait_for_room)
+
+    def _wait_for_room(self, timeout: float) -> bool:
+        self.waits += not self.has_room.is_set()
+        return self.has_room.wait(min(timeout, 0.05))
 
 
 class Actor:

@@ -22,6 +22,11 @@ FAILED = Report("life", "10.0.0.2", starts=1, ended=1, status=3, reason="no memo
 TOLD = Report("life", "10.0.0.1", starts=1, ended=1, status=1, reason="SIGTERM", over=True)
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_nodes, "_FAIL_S", 0.5)
+
+
 @pytest.fixture
 def ray() -> FakeRay:
     return FakeRay(**{f"10_0_0_{number}": {"CPU": 2.0} for number in (1, 2, 3)})
@@ -72,13 +77,15 @@ def test_one_that_fails_takes_the_others_along_and_gives_the_reason(begin, ray: 
     assert ray.ended == [{LEARNER: SECOND, SECOND: LEARNER}[failing]]
 
 
-def test_of_several_that_fail_each_says_why(begin) -> None:
+def test_of_several_that_fail_each_says_why(begin, ray: FakeRay) -> None:
     driver = begin(nodes=3)
     for name in (LEARNER, SECOND):
         driver.member(name).reports.put(replace(FAILED, reason=f"{name} heard nothing"))
     status, reason = driver.outcome.result()
     assert status == 3
-    assert "learner heard nothing" in reason
+    assert f"{LEARNER} heard nothing" in reason
+    assert f"{SECOND} heard nothing" in reason
+    assert ray.ended == [f"{LEARNER}-3"]
 
 
 def test_one_that_does_not_end_after_the_others_is_told_to(
@@ -101,12 +108,20 @@ def test_a_node_that_is_gone_lets_all_begin_anew(begin, ray: FakeRay, lost: str)
     driver.member(other).reports.put(FAILED)  # it is noticed there first
     driver.member(lost).reports.put(ActorUnavailableError())
     driver.until_it_says(f"{lost}: its node is gone (10.0.0.1), or out of reach")
+    ray.has_room.clear()
     driver.member(lost).reports.put(ActorDiedError("trace\nnode died"))
+    driver.until_it_says("the learner goes on where there is room")
+    driver.until(lambda: ray.waits)
+    assert len(ray.hosted[LEARNER]) == 1, "it would wait for the others, for ten minutes"
+    ray.has_room.set()
     driver.member(LEARNER, life=1).reports.put(replace(FIRST_RUNS, node="10.0.0.3", port=5))
     again = driver.member(SECOND, life=1)
     assert again.command.arguments == ("1", "10.0.0.3", "5")
     assert len(ray.killed) == 2, "an actor that has ended would keep its place"
-    driver.until_it_says(f"{lost} on 10.0.0.1 is gone: node died; the learner goes on where there is room")
+    seen_first = f"{other} on 10.0.0.2 ended with status 3: no memory"
+    driver.until_it_says(
+        f"{lost} on 10.0.0.1 is gone: node died; {seen_first}; the learner goes on where there is room"
+    )
     driver.member(other, life=0).reports.put(FAILED)  # said of the one of before, it counts no more
     for member in (driver.member(LEARNER, life=1), again):
         member.reports.put(DONE)
@@ -119,3 +134,10 @@ def test_without_anything_saved_a_lost_node_ends_the_job(begin, ray: FakeRay) ->
     driver.member(SECOND).reports.put(ActorDiedError("trace\nnode died"))
     assert driver.outcome.result() == (1, "learner-2 on 10.0.0.1 is gone: node died")
     assert ray.ended == [LEARNER]
+
+
+def test_one_that_has_no_place_yet_is_not_waited_for(begin, ray: FakeRay) -> None:
+    driver = begin()
+    driver.member(SECOND).end = lambda: None  # its actor has not begun
+    driver.member(LEARNER).reports.put(FAILED)
+    assert driver.outcome.result() == (3, "learner on 10.0.0.2 ended with status 3: no memory")

@@ -63,7 +63,7 @@ def qwen(**changes: Any) -> torch.nn.Module:
         (
             lambda: PhimoeForCausalLM(PhimoeConfig(**GROUPED, num_local_experts=2)),
             "router_jitter_noise is 0.01",
-            '{"router_jitter_noise": 0.0}',
+            "another number would change what the model computes",  # in eval() as well
         ),
     ],
 )
@@ -91,6 +91,10 @@ def test_what_has_no_name_is_found_by_what_it_does(args: GRPOConfig) -> None:
     model.model.layers[0].mlp.forward = lambda x: inner(x) * (1 + torch.rand(()) if model.training else 1)
     (what,) = found(model, args)
     assert what.startswith("something else makes the logits of two passes differ")
+    model.model.layers[0].mlp.forward = inner
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert randomness(peft, args) == {}
+    assert randomness(peft, args, most=lambda own: 0.5), "another rank has found it"
 
 
 def test_a_training_with_noise_is_not_taken_for_servers_that_lie(make_trainer, server, client) -> None:
