@@ -1,8 +1,12 @@
-"""Where a model is named: is there one? Asked before anything is imported that would take long to find out."""
+"""Where a model is named: is there one, and which files are its weights?
+
+Asked before anything is imported that would take long to find out.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +15,25 @@ from shared.messages import did_you_mean, one_line
 
 _ASK_HUB_S = 10.0
 _CONFIGS = ("config.json", "params.json")  # of transformers, of Mistral
+INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
+#: What a repository holds beside the files that transformers and vLLM load: Mistral's weights, folders of others.
+NOT_LOADED = ("consolidated*", "*/*")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model: those that its index names, or the one, or all where neither is there.
+
+    Others may lie beside them: shards left behind, the same weights as Mistral names them, an adapter.
+    """
+    if (index := folder / INDEX_FILE).is_file():
+        named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if files := sorted(path for path in named if path.is_file()):
+            return files
+    if (one := folder / ONE_FILE).is_file():
+        return [one]
+    return sorted(
+        path for path in folder.glob("*.safetensors") if not path.name.startswith(("adapter_", "consolidated"))
+    )
 
 
 @functools.cache

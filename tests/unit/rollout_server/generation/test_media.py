@@ -115,7 +115,7 @@ def test_media_are_refused(document: dict[str, Any]) -> None:
     ],
 )
 def test_other_kinds_are_refused_without_advice_on_images(document: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match="a part of type .*: only text is taken here.*'text'") as refused:
+    with pytest.raises(InvalidRequest, match=r"a part of type .*: only text is taken here.*'text'") as refused:
         check_text_only(document)
     assert "PNG" not in str(refused.value)
 
