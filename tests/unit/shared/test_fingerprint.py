@@ -94,6 +94,35 @@ def test_the_fingerprint_is_that_of_earlier_versions(tmp_path: Path) -> None:
     assert fingerprint_checkpoint(str(folder)).weights == "966d1b82e26e4965638a934a2939fa6a"
 
 
+def test_a_chat_template_counts_wherever_it_is(tmp_path: Path) -> None:
+    def of(name: str, **files: object) -> str | None:
+        (tmp_path / name).mkdir()
+        for stem, content in files.items():
+            (tmp_path / name / f"{stem}.json").write_text(json.dumps(content))
+        return fingerprint_checkpoint(str(tmp_path / name)).chat_template
+
+    (tmp_path / "chat_template.jinja").write_text("a é")
+    one, other = {"chat_template": "a é"}, {"chat_template": "b"}
+    same = [
+        fingerprint_checkpoint(str(tmp_path)).chat_template,
+        of("tokenizer", tokenizer_config=one),
+        of("processor", chat_template=one, tokenizer_config={}),
+        of("settings", processor_config=one),
+        of("both", chat_template=one, tokenizer_config=one),
+    ]
+    named = {"chat_template": [{"name": "default", "template": "a"}]}
+    differing = {
+        same[0],
+        of("other", chat_template=other),
+        of("beside", chat_template=other, tokenizer_config=one),
+        of("the_other", chat_template=one, tokenizer_config=other),
+        of("named", tokenizer_config=named),
+    }
+    assert len(set(same)) == 1
+    assert len(differing) == 5
+    assert None not in differing
+
+
 def test_nothing_to_read_is_none(tmp_path: Path) -> None:
     fingerprint = fingerprint_checkpoint(str(tmp_path))
     assert fingerprint.weights is fingerprint.tokenizer is fingerprint.chat_template is None
