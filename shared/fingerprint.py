@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from shared.model_files import NOT_LOADED, processor_template, weight_files
 from shared.weights import BaseFingerprint
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -50,14 +51,16 @@ def fingerprint_checkpoint(model: str, revision: str | None = None) -> BaseFinge
 
         try:
             patterns = ["*.safetensors", "*.json", "*.jinja"]
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            folder = Path(
+                snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_LOADED])
+            )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
             return BaseFingerprint(weights=None, tokenizer=None, chat_template=None)
     return BaseFingerprint(weights=_weights(folder), tokenizer=_tokenizer(folder), chat_template=_chat_template(folder))
 
 
 def _weights(folder: Path) -> str | None:
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    files = weight_files(folder)
     config_file = folder / "config.json"
     if not files or not config_file.is_file():
         return None
@@ -106,9 +109,16 @@ def _tokenizer(folder: Path) -> str | None:
 
 
 def _chat_template(folder: Path) -> str | None:
-    jinja = folder / "chat_template.jinja"
+    """Digest the tokenizer's template, and the processor's if it has another."""
+    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    own: Any = None
     if jinja.is_file():
-        return xxhash.xxh3_128_hexdigest(jinja.read_bytes())
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
-    return xxhash.xxh3_128_hexdigest(json.dumps(template).encode()) if template else None
+        own = jinja.read_text(encoding="utf-8")
+    elif config.is_file():
+        own = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    processors = processor_template(str(folder))
+    used = own or processors
+    if processors and processors != used:
+        used = [own, processors]
+    text = used if isinstance(used, str) or not used else json.dumps(used)
+    return xxhash.xxh3_128_hexdigest(text.encode()) if text else None

@@ -1,16 +1,40 @@
-"""Where a model is named: is there one? Asked before anything is imported that would take long to find out."""
+"""Where a model is named: is there one, and which files are its weights?
+
+Asked before anything is imported that would take long to find out.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from shared.errors import InvalidRequest
 from shared.messages import did_you_mean, one_line
 
 _ASK_HUB_S = 10.0
 _CONFIGS = ("config.json", "params.json")  # of transformers, of Mistral
+INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
+#: What a repository holds beside the files that transformers and vLLM load: Mistral's weights, folders of others.
+NOT_LOADED = ("consolidated*", "*/*")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model: those that its index names, or the one, or all where neither is there.
+
+    Others may lie beside them: shards left behind, the same weights as Mistral names them, an adapter.
+    """
+    if (index := folder / INDEX_FILE).is_file():
+        named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+        if files := sorted(path for path in named if path.is_file()):
+            return files
+    if (one := folder / ONE_FILE).is_file():
+        return [one]
+    return sorted(
+        path for path in folder.glob("*.safetensors") if not path.name.startswith(("adapter_", "consolidated"))
+    )
 
 
 @functools.cache
@@ -33,6 +57,39 @@ def check_model_exists(model: str, revision: str | None = None, *, config_elsewh
         raise InvalidRequest(f"there is no directory {model}{_nearest(path)}")
     else:
         _check_name(model, revision)
+
+
+def take_chat_template(tokenizer: Any, model: str, revision: str | None, *, sees: bool = False) -> None:
+    """Give a checkpoint's tokenizer the chat template that is its processor's alone, if it has none.
+
+    Args:
+        sees: a processor is used elsewhere, whose template comes first.
+    """
+    if (getattr(tokenizer, "chat_template", "") is None or (sees and hasattr(tokenizer, "chat_template"))) and (
+        template := processor_template(model, revision)
+    ):
+        tokenizer.chat_template = template
+
+
+def processor_template(model: str, revision: str | None = None) -> Any:
+    """Return the chat template in files that transformers reads for processors only, in its order; None if none is."""
+    for name in ("processor_config.json", "chat_template.json"):
+        file = _file(model, name, revision)
+        if file is not None and (template := json.loads(file.read_text(encoding="utf-8")).get("chat_template")):
+            return template
+    return None
+
+
+def _file(model: str, name: str, revision: str | None) -> Path | None:
+    if Path(model).is_dir():
+        return path if (path := Path(model) / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):  # there is none, or no hub
+        return None
 
 
 def _check_directory(path: Path, config_elsewhere: bool) -> None:

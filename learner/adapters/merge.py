@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from learner.adapters.quantization import FOUR_BIT
 from learner.adapters.stored import FLOATS, PROCESSOR_FILES, StoredAdapter, copy_files, open_tensors
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
+from shared.model_files import INDEX_FILE, ONE_FILE
 from shared.module_names import relative_name
 from shared.rounding import CUT_BITS, Arrived, rounding_seed
 
-INDEX_FILE, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 _BLOCK_ELEMENTS = 2**24  # bounds the memory of float32 copies
 
 

@@ -19,6 +19,7 @@ from learner.run_dir.checkpoint import ADAPTER_FILES, last_checkpoint, load_stat
 from learner.run_dir.files import EVALS_FILE, FINAL_ADAPTER, SUMMARY_FILE
 from shared.adapter_file import DTYPES, LORA_A, LORA_B
 from shared.errors import InvalidRequest, MalformedAdapter, NotFinite, UnsupportedAdapter
+from shared.model_files import NOT_LOADED
 from shared.weights import ModuleSpec
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def fetch_base(name: str, revision: str | None = None) -> Path:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", *TOKENIZER_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_LOADED]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise InvalidRequest(
             f"the base model {name!r} is not a directory here and cannot be downloaded from the hub "

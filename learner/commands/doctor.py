@@ -37,7 +37,7 @@ from learner.utils.ports import check_port
 from shared.errors import InvalidRequest, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.messages import one_line
-from shared.model_files import check_model_exists
+from shared.model_files import INDEX_FILE, check_model_exists, weight_files
 from shared.module_names import encoders
 from shared.weights import ServerState
 
@@ -219,10 +219,10 @@ def _weight_bytes(model: object) -> float | None:
     folder = Path(str(model)) if model else None
     if folder is None or not folder.is_dir():
         return None
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.is_file():
         return float(json.loads(index.read_text()).get("metadata", {}).get("total_size", 0)) or None
-    return float(sum(path.stat().st_size for path in folder.glob("*.safetensors"))) or None
+    return float(sum(path.stat().st_size for path in weight_files(folder))) or None
 
 
 def _check_port(name: str, given: object) -> str:
@@ -272,7 +272,7 @@ def _check_model(model: str, revision: str | None) -> str:
         found = json.loads(config.read_text())
     except ValueError as error:
         raise InvalidRequest(f"{config} is not JSON ({error}): copy the model again") from error
-    if not any(Path(model).glob("*.safetensors")):
+    if not weight_files(Path(model)):
         raise InvalidRequest(f"{model} has no *.safetensors: convert it (save_pretrained does), or take another copy")
     if not (Path(model) / "tokenizer_config.json").is_file():
         raise InvalidRequest(f"{model} has no tokenizer: copy its tokenizer files there, too")

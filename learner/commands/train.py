@@ -55,7 +55,7 @@ from learner.utils.processes import Stopped, each_signal, raise_stopped
 from shared.errors import InvalidRequest
 from shared.fingerprint import fingerprint_checkpoint
 from shared.image_processors import do_without_videos
-from shared.model_files import check_model_exists
+from shared.model_files import check_model_exists, take_chat_template
 from shared.module_names import encoders
 
 logger = logging.getLogger("lockstep.commands")
@@ -294,13 +294,7 @@ def _trainer(
         if encoders(model_config) and has_images(task.train):
             do_without_videos(transformers)
         elif encoders(model_config):  # of its processor, too, whose chats are made of parts; it needs torchvision
-            tokenizer = AutoTokenizer.from_pretrained(
-                model,
-                revision=model_args.model_revision,
-                trust_remote_code=args.trust_remote_code,
-                padding_side="left",
-                truncation_side="left",
-            )
+            tokenizer = text_tokenizer(model, model_args.model_revision, args.trust_remote_code)
         if config.init_adapter is not None:
             base = model_class(model_config).from_pretrained(model, **model_init)
             model, lora = trainable_adapter(base, config.init_adapter), None
@@ -324,6 +318,19 @@ def _trainer(
         NotImplementedError,
     ) as error:  # what TRL and transformers refuse
         raise InvalidRequest(str(error)) from error
+
+
+def text_tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """Return the tokenizer of a model that sees, to train its text, as TRL would load it, with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        model,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        padding_side="left",
+        truncation_side="left",
+    )
+    take_chat_template(tokenizer, model, revision)
+    return tokenizer
 
 
 def _save_adapter(trainer: GRPOTrainer, session: Session, folder: Path) -> None:

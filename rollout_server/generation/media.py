@@ -24,12 +24,17 @@ _MEDIA = re.compile(
     r"|mm_processor_kwargs|media_io_kwargs|multi_modal_\w+|features)",
     re.IGNORECASE,
 )
+_FOR_IMAGES = (
+    "Images go as PNG files in base64 into `images` of a prompt of /v1/generate, or of a sequence of /v1/score; in "
+    'messages {"type": "image"} says where'
+)
+_FOR_OTHERS = "Leave it out, or send its text in a message, as a part of type 'text' (of /v1/responses: 'input_text')"
 #: Hold what a client names as it likes, and no route of vLLM looks for media in.
 _FREE = frozenset(
     {
         *("tools", "functions", "arguments", "parameters", "definition", "input_schema", "metadata"),
         *("annotations", "citations", "documents"),
-        *("response_format", "structured_outputs", "chat_template_kwargs", "vllm_xargs"),
+        *("response_format", "structured_outputs", "schema", "chat_template_kwargs", "vllm_xargs"),
     }
 )
 
@@ -55,9 +60,9 @@ def _check(name: str, value: Any, images: bool) -> None:
     elif isinstance(value, dict):
         is_part = name in _CONTENTS
         for key, inner in value.items():
-            # Clients send back messages with all their fields.
-            if _MEDIA.fullmatch(key) and (is_part or inner is not None):
-                raise _refusal(key)
+            # Clients send back messages with all their fields, empty ones, too.
+            if _MEDIA.fullmatch(key) and (is_part or inner not in (None, [])):
+                raise _refusal(key, _FOR_IMAGES)
             if key in _FREE or (key == "input" and value.get("type") == "tool_use"):
                 continue
             if key == "content" and isinstance(inner, dict):
@@ -73,11 +78,9 @@ def _check_item(name: str, item: Any, images: bool) -> None:
     if name in _CONVERSATIONS and kind is None:
         return
     if not (isinstance(kind, str) and kind in _KINDS) and not (images and item == {"type": "image"}):
-        raise _refusal(f"a part of type {kind!r:.60}")
+        is_medium = isinstance(kind, str) and _MEDIA.fullmatch(kind)
+        raise _refusal(f"a part of type {kind!r:.60}", _FOR_IMAGES if is_medium else _FOR_OTHERS)
 
 
-def _refusal(what: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{what}: only text is taken here. Images go as PNG files in base64 into `images` of a prompt of /v1/generate, "
-        'or of a sequence of /v1/score; in messages {"type": "image"} says where'
-    )
+def _refusal(what: str, advice: str) -> InvalidRequest:
+    return InvalidRequest(f"{what}: only text is taken here. {advice}")

@@ -29,11 +29,16 @@ _PARTS = {"in_proj_qkv": 3}
 
 
 class ModuleShape(NamedTuple):
-    """Features of a module over all workers, and the highest rank of its adapters."""
+    """Features of a module over all workers, and the highest rank of its adapters.
+
+    `parts` are modules that together are this one: transformers may have a fused layer as one, whatever vLLM's mapping
+    says of it (GLM-4's `gate_up_proj`). An adapter has the one or the others.
+    """
 
     in_features: int
     out_features: int
     max_rank: float = math.inf
+    parts: tuple[str, ...] = ()
 
 
 class WeightShard(NamedTuple):
@@ -59,7 +64,10 @@ class MergeTarget(NamedTuple):
 
 
 def merge_targets(worker: Any) -> dict[str, MergeTarget]:
-    """Return served name -> target, for every linear layer that computes with its weight as it lies in memory."""
+    """Return served name -> target, for every linear layer that computes with its weight as it lies in memory.
+
+    A fused layer has a target for each of its modules, and one for all of them.
+    """
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
     from vllm.model_executor.utils import get_packed_modules_mapping
 
@@ -76,13 +84,13 @@ def merge_targets(worker: Any) -> dict[str, MergeTarget]:
         if weight.shape != (sum(part.rows for part in parts), columns[1]):
             continue  # stored in a layout of its own
         parent, dot, own = name.rpartition(".")
-        row = 0
-        for module, own_parts in assign_parts([parent + dot + each for each in packed.get(own, [own])], parts).items():
-            shards = []
-            for part in own_parts:
-                shards.append(WeightShard(name, weight, row, part, columns))
-                row += part.rows
-            found[module] = MergeTarget(shards, ModuleShape(int(layer.input_size), sum(p.total for p in own_parts)))
+        modules = assign_parts([parent + dot + each for each in packed.get(own, [own])], parts)
+        rows = itertools.accumulate((part.rows for part in parts), initial=0)
+        shards = [WeightShard(name, weight, row, part, columns) for row, part in zip(rows, parts, strict=False)]
+        left = iter(shards)
+        for module, shape in shapes_of(name, modules, int(layer.input_size)).items():
+            own_shards = shards if shape.parts else list(itertools.islice(left, len(modules[module])))
+            found[module] = MergeTarget(own_shards, shape)
     return found
 
 
@@ -96,6 +104,17 @@ def assign_parts(names: list[str], parts: list[Part]) -> dict[str, list[Part]]:
         return {}
     ends = itertools.accumulate(counts)
     return {name: parts[end - count : end] for name, count, end in zip(names, counts, ends, strict=True)}
+
+
+def shapes_of(
+    layer: str, modules: dict[str, list[Part]], in_features: int, max_rank: float = math.inf
+) -> dict[str, ModuleShape]:
+    """Return the shapes of a layer's modules, and of all as one, under the layer's name, where they are several."""
+    totals = {name: sum(part.total for part in parts) for name, parts in modules.items()}
+    shapes = {name: ModuleShape(in_features, total, max_rank) for name, total in totals.items()}
+    if len(modules) > 1 and layer not in modules:
+        shapes[layer] = ModuleShape(in_features, sum(totals.values()), max_rank, tuple(modules))
+    return shapes
 
 
 def linear_parts(layer: Any) -> tuple[list[Part], tuple[int, int]]:

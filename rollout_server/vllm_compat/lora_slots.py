@@ -7,12 +7,13 @@ vLLM keeps A as [slots, 1, rank, in] and B as [slots, 1, out, rank], one pair pe
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import Any
 
 import torch
 
 from rollout_server.vllm_compat import lora_columns
-from rollout_server.vllm_compat.linears import ModuleShape, assign_parts, linear_parts
+from rollout_server.vllm_compat.linears import ModuleShape, assign_parts, linear_parts, shapes_of
 from rollout_server.vllm_compat.versions import lora_request
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -59,7 +60,7 @@ def lora_layers(worker: Any) -> list[LoraLayer]:
 
     manager = _manager(worker)
     linears = [(n, module) for n, module in manager.modules.items() if isinstance(module, BaseLinearLayerWithLoRA)]
-    return [LoraLayer(module, manager.packed_modules.get(name, [name])) for name, module in linears]
+    return [LoraLayer(module, manager.packed_modules.get(name, [name]), name) for name, module in linears]
 
 
 def install() -> None:
@@ -83,8 +84,8 @@ def install() -> None:
 class LoraLayer:
     """A linear layer with adapter slots."""
 
-    def __init__(self, module: Any, names: list[str]) -> None:
-        self._module = module
+    def __init__(self, module: Any, names: list[str], name: str) -> None:
+        self._module, self.name = module, name
         self._parts = linear_parts(module.base_layer)[0]
         #: PEFT's, under the served model's names -> their parts; none where the slots are not cut as the parts are.
         self.modules = assign_parts(names, self._parts) if self._has_place(names) else {}
@@ -98,15 +99,16 @@ class LoraLayer:
         return rows == own or (len(names) == 1 and rows == [sum(own)])
 
     def shapes(self) -> dict[str, ModuleShape]:
-        """Return the shape of each module."""
+        """Return the shape of each module, and of all as one."""
         # With fully sharded LoRA each worker keeps a part of the rank.
         shards = self._module.tp_size if self._module.lora_config.fully_sharded_loras else 1
         max_rank = self._module.lora_a_stacked[0].shape[-2] * shards
-        in_features = int(self._module.base_layer.input_size)
-        return {
-            name: ModuleShape(in_features, sum(part.total for part in parts), max_rank)
-            for name, parts in self.modules.items()
-        }
+        return shapes_of(self.name, self.modules, int(self._module.base_layer.input_size), max_rank)
+
+    def with_parts_in(self, adapter: Container[str]) -> LoraLayer:
+        """Return the layer as an adapter has it: with one module for all parts, if it names that (`shapes_of`)."""
+        as_one = len(self.modules) > 1 and self.name in adapter and self.name not in self.modules
+        return LoraLayer(self._module, [self.name], self.name) if as_one else self
 
     @property
     def in_columns(self) -> bool:

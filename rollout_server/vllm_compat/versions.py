@@ -34,6 +34,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 from shared.messages import one_line
+from shared.model_files import take_chat_template
 
 
 def vllm_version() -> str:
@@ -178,7 +179,9 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def copy_tokenizer(engine: Any) -> Any:
-    """Return a copy of the engine's tokenizer that one thread may use; None without a tokenizer.
+    """Return a copy of the engine's tokenizer that one thread may use, with the chat template of the learners.
+
+    None without a tokenizer.
 
     vLLM keeps as many as its own threads need. Whichever thread asks for one more makes it, which takes a second, and
     may be the event loop.
@@ -191,7 +194,9 @@ def copy_tokenizer(engine: Any) -> Any:
         return None
     if isinstance(tokenizer, getattr(hf, "ThreadSafeHFTokenizerMixin", ())):
         tokenizer = tokenizer.__reduce__()[1][0]  # the one that the others are copies of
-    return copy.deepcopy(tokenizer)
+    ours, model = copy.deepcopy(tokenizer), engine.model_config
+    take_chat_template(ours, model.tokenizer, model.tokenizer_revision, sees=takes_images(model))
+    return ours
 
 
 def leave_flat_logprobs_without_text() -> None:

@@ -58,7 +58,8 @@ class MergedWriter:
     def describe(self) -> dict[str, Any]:
         """Count the modules and layers that can be adapted."""
         layers = {shard.layer for target in self._targets.values() for shard in target.shards}
-        return {"modules": len(self._targets), "linear": len(layers)}
+        modules = sum(not target.shape.parts for target in self._targets.values())
+        return {"modules": modules, "linear": len(layers)}
 
     def check(self, layout: Layout) -> None:
         """Raise `LockstepError` unless an adapter of this layout fits (`slot_layout.check_fits`)."""

@@ -32,9 +32,10 @@ def check_fits(model: Any, served: dict[str, linears.ModuleShape], layout: Layou
             raise UnsupportedAdapter(f"{other} and {peft_name} are one layer of the served model: send one of them")
         expected = served.get(served_name)
         if expected is None:
+            kinds = sorted({name.rpartition(".")[2] for name in served})
             raise UnsupportedAdapter(
-                f"the served model has no LoRA-capable linear layer {peft_name!r}; "
-                "choose target_modules among its attention and MLP projections"
+                f"the served model has no LoRA-capable linear layer {peft_name!r}; choose target_modules among its "
+                f"kinds: {', '.join(kinds)}"
             )
         if (in_features, out_features) != expected[:2]:
             raise ShapeMismatch(
@@ -43,6 +44,9 @@ def check_fits(model: Any, served: dict[str, linears.ModuleShape], layout: Layou
             )
         if rank > expected.max_rank:
             raise RankTooHigh(f"{peft_name}: rank {rank} does not fit into the slot")
+    for served_name, peft_name in named.items():
+        if part := next((named[part] for part in served[served_name].parts if part in named), None):
+            raise UnsupportedAdapter(f"{part} and {peft_name} are one layer of the served model: send one of them")
 
 
 class CopyGroup:
@@ -90,7 +94,8 @@ def plan_copies(worker: Any, index: int, tensors: dict[str, torch.Tensor]) -> Co
     by_name = {linears.vllm_module_name(model, name): pair for name, pair in named.items()}
     pairs: list[lora_slots.Pair] = []
     placed = 0
-    for layer in lora_slots.lora_layers(worker):
+    for each in lora_slots.lora_layers(worker):
+        layer = each.with_parts_in(by_name)
         parts = [by_name.get(module) for module in layer.modules]
         if any(parts):
             placed += sum(part is not None for part in parts)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
 from shared.errors import InvalidRequest
-from shared.model_files import check_model_exists
+from shared.model_files import check_model_exists, take_chat_template
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +106,38 @@ def test_one_of_the_gguf_files_of_a_repository(hub, monkeypatch):
 def test_what_no_hub_could_have():
     with pytest.raises(InvalidRequest, match="neither a directory here nor a name that a hub could have"):
         check_model_exists("my model")
+
+
+@pytest.mark.parametrize(("files", "template"), [
+    ({}, None),
+    ({"chat_template.json": {"chat_template": "json"}}, "json"),
+    ({"chat_template.json": {"chat_template": "json"}, "processor_config.json": {}}, "json"),
+    ({"chat_template.json": {"chat_template": "json"}, "processor_config.json": {"chat_template": "first"}}, "first"),
+])  # fmt: skip
+def test_a_tokenizer_without_a_template_takes_the_processors(tmp_path, files, template):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    without, with_one = SimpleNamespace(chat_template=None), SimpleNamespace(chat_template="own")
+    seeing, of_another_kind = SimpleNamespace(chat_template="own"), SimpleNamespace()
+    for tokenizer in (without, with_one, of_another_kind):
+        take_chat_template(tokenizer, str(tmp_path), None)
+    take_chat_template(seeing, str(tmp_path), None, sees=True)
+    assert without.chat_template == template
+    assert with_one.chat_template == "own"
+    assert seeing.chat_template == (template or "own")
+    assert of_another_kind == SimpleNamespace()
+
+
+def test_the_processors_template_comes_from_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
+
+    def hf_hub_download(name, file, *, revision):
+        if not (tmp_path / file).is_file() or (name, revision) != ("somebody/model", "main"):
+            raise hub_error(errors.EntryNotFoundError)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    known, unknown = SimpleNamespace(chat_template=None), SimpleNamespace(chat_template=None)
+    take_chat_template(known, "somebody/model", "main")
+    take_chat_template(unknown, "somebody/else", "main")
+    assert (known.chat_template, unknown.chat_template) == ("json", None)

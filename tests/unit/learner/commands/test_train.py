@@ -25,6 +25,7 @@ from learner.session import Session
 from learner.tasks import Task
 from shared.errors import ErrorCode, LockstepError
 from tests.support.rewards import answers_seven, reward_odd
+from tests.support.tiny_model import make_tiny_tokenizer
 
 TASK = f"{__name__}:task"
 ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -270,6 +271,15 @@ def test_eval_command(flags, server, tmp_path, capsys):
     assert request.sampling.max_tokens == 4
     assert request.prompts[0].text == "w8 w17"
     assert f"base  {result['reward']:.3f} [" in capsys.readouterr().out
+
+
+def test_text_of_a_model_that_sees_has_its_processors_template(tmp_path):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
+    text = learner.commands.train.text_tokenizer(str(tmp_path), None, False)
+    assert text.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "P"
 
 
 def test_sigterm_saves_the_step_and_the_same_command_goes_on(flags, server, capsys, monkeypatch):

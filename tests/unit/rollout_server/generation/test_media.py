@@ -10,6 +10,10 @@ from rollout_server.generation.media import check_text_only
 from shared.errors import InvalidRequest
 
 URL = "http://127.0.0.1:1/a.png"
+FORM = {
+    "type": "json_schema",
+    "schema": {"type": "object", "properties": {"source": {"type": "string"}, "image": {}, "uuid": {"enum": [URL]}}},
+}
 
 
 def _user(*parts: Any) -> dict[str, Any]:
@@ -36,6 +40,10 @@ def _user(*parts: Any) -> dict[str, Any]:
         {"system": [{"type": "text", "text": "a"}], "messages": []},
         {"messages": [], "documents": [{"title": "a", "text": "b", "source": "c"}]},
         {"prompt": [1, 2, 3]},
+        {"messages": [], "response_format": {"type": "json_schema", "json_schema": {"name": "a", **FORM}}},
+        {"input": "text", "text": {"format": {"name": "a", **FORM}}},
+        {"messages": [], "output_config": {"format": FORM}},
+        {"messages": [{"role": "assistant", "content": "a", "images": [], "audio": None}]},
     ],
 )
 def test_text_is_taken_in_every_form(document: dict[str, Any]) -> None:
@@ -51,6 +59,7 @@ def test_text_is_taken_in_every_form(document: dict[str, Any]) -> None:
         _user({"type": "image_pil", "image_pil": [URL], "uuid": "a"}),
         _user({"image_pil": "/etc/passwd"}),
         _user({"image_pil": None}),
+        _user({"image_pil": []}),
         _user({"type": "text", "text": "a", "image_pil": "/etc/passwd", "uuid": "a"}),
         _user({"type": "text", "text": "a", "uuid": "a"}),
         _user({"type": "text", "text": "a", "IMAGE_URL": URL}),
@@ -83,11 +92,38 @@ def test_text_is_taken_in_every_form(document: dict[str, Any]) -> None:
         {"prompt": "a", "prompt_embeds": "AAAA"},
         {"messages": [], "mm_processor_kwargs": {"size": {"longest_edge": 10**9}}},
         {"messages": [], "media_io_kwargs": {"image": {}}},
+        {"messages": [{"role": "user", "content": "a", "images": [URL]}]},
+        {"input": "a", "text": {"format": {"image_url": URL}}},
+        {"input": "a", "text": {"format": FORM, "image_url": URL}},
+        {"messages": [], "output_config": {"format": FORM, "source": {"url": URL}}},
     ],
 )
 def test_media_are_refused(document: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match=r"/v1/generate|list of parts"):
+    with pytest.raises(InvalidRequest, match=r"only text is taken|list of parts"):
         check_text_only(document)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"input": [{"type": "local_shell_call", "action": {"type": "exec", "command": ["ls"]}}]},
+        {"input": [{"type": "web_search_call", "action": {"type": "search", "query": "a"}}]},
+        {"input": [{"type": "compaction", "encrypted_content": "a"}]},
+        _user({"type": "search_result", "source": "a", "title": "b", "content": [{"type": "text", "text": "c"}]}),
+        _user({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}}),
+        _user({"type": ["text"], "text": "a"}),
+    ],
+)
+def test_other_kinds_are_refused_without_advice_on_images(document: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"a part of type .*: only text is taken here.*'text'") as refused:
+        check_text_only(document)
+    assert "PNG" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_image", "video_url", "input_file", "prompt_embeds"])
+def test_kinds_of_media_are_refused_with_the_place_for_images(kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"a part of type '{kind}': only text is taken here. Images go as PNG"):
+        check_text_only(_user({"type": kind}))
 
 
 def test_parts_without_contents_stand_for_images_where_they_are_taken() -> None:

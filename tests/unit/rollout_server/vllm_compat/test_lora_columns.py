@@ -113,7 +113,7 @@ def _adapter(widths: list[int], scale: float, inputs: int = IN) -> list[tuple[to
 
 
 def _install(module: BaseLinearLayerWithLoRA, slot: int, adapter: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    layer = LoraLayer(module, [str(i) for i in range(len(adapter))])
+    layer = LoraLayer(module, [str(i) for i in range(len(adapter))], "fused")
     layer.clear(slot)
     for received, place in layer.slot_pairs(slot, adapter):
         place.copy_(received)
@@ -226,7 +226,7 @@ def test_what_is_in_a_slot_can_be_read_back() -> None:
     module, widths = _in_columns_of("q, k, v")
     adapter = _adapter(widths, scale=1.0)
     _install(module, 1, adapter)
-    layer = LoraLayer(module, ["q", "k", "v"])
+    layer = LoraLayer(module, ["q", "k", "v"], "qkv")
     places = layer.slot_pairs(1, [(torch.empty_like(a), torch.empty_like(b)) for a, b in adapter])
     read_back = [place for _, place in places]
     sent = [a for a, _ in adapter] + [b for _, b in adapter]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +13,20 @@ from vllm import SamplingParams
 from vllm.tokenizers import hf
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
+from rollout_server.generation.tokenization import tokenize
 from rollout_server.vllm_compat.versions import copy_tokenizer, leave_flat_logprobs_without_text
+from shared.rollouts import Prompt
 from tests.support.tiny_model import make_tiny_tokenizer
 
 
-def test_our_thread_has_a_tokenizer_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def _model_config(folder: Path, **options: Any) -> Any:
+    return SimpleNamespace(tokenizer=str(folder), tokenizer_revision=None, **options)
+
+
+def test_our_thread_has_a_tokenizer_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """vLLM's pool has one for each of its threads: whoever comes next would copy one, and may be the event loop."""
     pool = hf.maybe_make_thread_pool(hf.get_cached_tokenizer(make_tiny_tokenizer()), 2)
-    ours = copy_tokenizer(SimpleNamespace(get_tokenizer=lambda: pool))
+    ours = copy_tokenizer(SimpleNamespace(get_tokenizer=lambda: pool, model_config=_model_config(tmp_path)))
     monkeypatch.setattr(copy, "deepcopy", lambda *_: pytest.fail("copied while requests are served"))
     text, messages = "the quick, brown fox", [{"role": "user", "content": "hello"}]
     assert ours(text)["input_ids"] == pool(text)["input_ids"]
@@ -26,6 +34,20 @@ def test_our_thread_has_a_tokenizer_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     if pool.chat_template:
         assert ours.apply_chat_template(messages, tokenize=False) == pool.apply_chat_template(messages, tokenize=False)
     assert not isinstance(ours, hf.ThreadSafeHFTokenizerMixin), "no pool of its own"
+
+
+@pytest.mark.parametrize(("own", "sees", "used"), [(None, False, "P"), ("T", False, "T"), ("T", True, "P")])
+def test_prompts_have_the_template_that_learners_use(tmp_path: Path, own: str | None, sees: bool, used: str) -> None:
+    """Published processors of older versions have theirs in chat_template.json, which tokenizers do not read."""
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = own
+    engines = hf.get_cached_tokenizer(tokenizer)
+    options = SimpleNamespace(language_model_only=not sees)
+    model = _model_config(tmp_path, is_multimodal_model=True, multimodal_config=options)
+    ours = copy_tokenizer(SimpleNamespace(get_tokenizer=lambda: engines, model_config=model))
+    assert tokenize(ours, Prompt(messages=[{"role": "user", "content": "hello"}]), {}, 64) == ours(used)["input_ids"]
+    assert engines.chat_template == own
 
 
 def test_a_server_without_tokenizer() -> None:

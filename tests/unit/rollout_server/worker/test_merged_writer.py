@@ -171,6 +171,25 @@ def test_every_part_and_shard(dtype: torch.dtype, rank: int, shards: int, monkey
     assert all(torch.equal(weight, before[name]) for name, weight in _live(worker).items())
 
 
+@pytest.mark.parametrize(("rank", "shards"), [(0, 1), (1, 2)])
+def test_a_fused_layer_may_be_one_module(rank: int, shards: int) -> None:
+    """GLM-4's `gate_up_proj` is one layer in transformers, though vLLM's mapping says two."""
+    full = _base(torch.float32)
+    worker = _worker(full, rank, shards)
+    writer = MergedWriter(worker)
+    halves = _adapter(["gate_proj", "up_proj"], torch.float32, seed=1)
+    a = halves["mlp.gate_proj" + LORA_A]
+    halves["mlp.up_proj" + LORA_A] = a
+    both = torch.cat([halves[f"mlp.{name}{LORA_B}"] for name in ("gate_proj", "up_proj")])
+    assert writer.apply(_send(writer, {"mlp.gate_up_proj" + LORA_A: a, "mlp.gate_up_proj" + LORA_B: both})) == 2
+    expected = _worker(_merged(full, halves), rank, shards)
+    _assert_close(worker, expected)
+    assert writer.apply(_send(writer, halves)) == 2
+    _assert_close(worker, expected)
+    with pytest.raises(LockstepError, match="are one layer"):
+        _send(writer, {"mlp.gate_up_proj" + LORA_A: a, "mlp.gate_up_proj" + LORA_B: both, **halves})
+
+
 def test_a_small_update_arrives_with_the_same_bits_everywhere() -> None:
     """An update of a thousandth of the weights, of which rounding to nearest loses most."""
     full, tensors = _base(torch.bfloat16), _adapter(SHAPES, torch.bfloat16, seed=1, scale=0.02)

@@ -215,6 +215,70 @@ def test_a_module_that_is_several_slices_of_a_layer_has_its_a_in_each(names: lis
             assert torch.equal(own_b, b)
 
 
+def _two_slices(rank: int, shards: int) -> SimpleNamespace:
+    """A worker whose `gate_up_proj` takes an adapter for each half, as vLLM's mapping of GLM-4 says."""
+    worker = _worker(rank, shards)
+    base = worker.modules["gate_up_proj"].base_layer
+    worker.modules["gate_up_proj"] = _bare(
+        columns.MergedColumnParallelLinearWithLoRA,
+        base_layer=base,
+        lora_config=SimpleNamespace(fully_sharded_loras=False),
+        n_slices=2,
+        tp_rank=rank,
+        tp_size=shards,
+        **_stacks([INNER // shards, INNER // shards], HIDDEN),
+    )
+    del worker.modules["qkv_proj"], worker.modules["down_proj"]
+    manager = worker.model_runner.lora_manager._adapter_manager
+    manager.packed_modules, manager.lora_index_to_id = {"gate_up_proj": ["gate_proj", "up_proj"]}, [1]
+    worker.device = torch.device("cpu")
+    return worker
+
+
+def _sent(writer: SlotWriter, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    layout = Layout(lay_out(shapes, "float32"))
+    flat = torch.randn(layout.nbytes // 4)
+    writer.check(layout)
+    writer.buffer(layout).copy_(flat.view(torch.uint8))
+    sums = torch.cat(list(block_sums(flat.view(torch.int32), torch.from_numpy(block_weights()))))
+    writer.write(1, layout, checksum(layout.index, sums.numpy().tobytes()))
+    return views_of(flat, layout)
+
+
+def _shapes(name: str, out_features: int) -> dict[str, tuple[int, ...]]:
+    return {name + LORA_A: (RANK, HIDDEN), name + LORA_B: (out_features, RANK)}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_adapter_may_have_a_fused_layer_as_one(shards: int) -> None:
+    """GLM-4's is one in transformers, though vLLM's slots are of its halves."""
+    for rank in range(shards):
+        worker = _two_slices(rank, shards)
+        layer = worker.modules["gate_up_proj"]
+        writer = SlotWriter(worker)
+        assert writer.describe()["modules"] == 2
+        tensors = _sent(writer, _shapes("gate_up_proj", 2 * INNER))
+        for index, half in enumerate(tensors["gate_up_proj" + LORA_B].chunk(2)):
+            assert torch.equal(layer.lora_a_stacked[index][0, 0], tensors["gate_up_proj" + LORA_A])
+            assert torch.equal(layer.lora_b_stacked[index][0, 0], half.chunk(shards)[rank])
+        tensors = _sent(writer, _shapes("up_proj", INNER))  # as ever
+        assert not layer.lora_b_stacked[0].any()
+        assert torch.equal(layer.lora_b_stacked[1][0, 0], tensors["up_proj" + LORA_B].chunk(shards)[rank])
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj"])
+def test_a_fused_layer_and_a_part_of_it_are_refused_together(part: str) -> None:
+    both = _shapes("gate_up_proj", 2 * INNER) | _shapes(part, INNER)
+    for shapes in (both, dict(reversed(both.items()))):
+        with pytest.raises(UnsupportedAdapter, match=rf"^{part} and gate_up_proj are one layer .* send one of them"):
+            SlotWriter(_two_slices(0, 1)).check(Layout(lay_out(shapes, "float32")))
+
+
+def test_a_layer_that_is_not_served_is_refused_with_the_kinds_that_are() -> None:
+    with pytest.raises(UnsupportedAdapter, match=r"layer 'mlp.dense'; .*target_modules.*: gate_proj, gate_up_proj, up"):
+        SlotWriter(_two_slices(0, 1)).check(Layout(lay_out(_shapes("mlp.dense", INNER), "float32")))
+
+
 def test_a_part_that_differs_between_slices_is_noticed() -> None:
     flat, layout = _flat(["linear_attn.in_proj_qkv"])
     worker = _gated_delta(0, 1, [KEY, KEY, VALUE, VALUE])
@@ -252,7 +316,8 @@ def test_value_heads_may_have_a_size_of_their_own() -> None:
     config = SimpleNamespace(max_lora_rank=RANK, fully_sharded_loras=False, lora_dtype=torch.float32)
     layer.create_lora_weights(1, config)
     assert [stack.shape[2] for stack in layer.lora_b_stacked] == [Q, KV, 2 * KV]
-    assert list(lora_slots.LoraLayer(layer, ["q_proj", "k_proj", "v_proj"]).shapes()) == ["q_proj", "k_proj", "v_proj"]
+    names = ["q_proj", "k_proj", "v_proj"]
+    assert list(lora_slots.LoraLayer(layer, names, "qkv_proj").shapes()) == [*names, "qkv_proj"]
 
 
 def test_two_names_for_one_layer_are_refused_by_both() -> None:
