@@ -83,7 +83,7 @@ async def test_it_ends_with_the_head(config, workers: _Workers) -> None:
     head, following = await _begin(config)
     assert await asyncio.to_thread(workers.loaded.wait, 5.0)
     # What the head derives, too; the workers' environment alone has it.
-    assert bytes.fromhex(workers.secret) == lifecycle.links_secret(config.parallel_config, TOKEN)
+    assert bytes.fromhex(workers.secret) == lifecycle.links_secret(TOKEN)
     head.close()
     with pytest.raises(EngineDead, match=r"the head \(127\.0\.0\.1:\d+\) has ended"):
         await asyncio.wait_for(following, 10.0)
