@@ -36,6 +36,7 @@ from learner.trainer.agent_hooks import add_agent_reward, run_agents
 from learner.trainer.checks import (
     check_agent,
     check_attention,
+    check_compiled,
     check_corrected,
     check_grpo,
     check_known_ahead,
@@ -137,7 +138,7 @@ def attach(
     args = with_vllm_params(trainer.args, vllm_sampling_params)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     random = randomness(model, trainer.args, sharded=sharded, most=lambda own: max(on_every_rank(lambda: own)))
-    for warning in [*check_grpo(args), *as_warnings(random)]:
+    for warning in [*check_grpo(args), *check_compiled(args, config), *as_warnings(random)]:
         warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)
     runs = agent_of(config.agent, config.agent_command, agent)

@@ -84,6 +84,16 @@ def draws_policy(args: GRPOConfig) -> bool:
     )
 
 
+def check_compiled(args: GRPOConfig, config: LearnerConfig) -> list[str]:
+    """Return a warning where a training is compiled again and again."""
+    if not (args.torch_compile and config.packed_passes):
+        return []
+    return [
+        "torch_compile compiles packed passes again in every step, which takes far longer than it saves: leave it out; "
+        "decoder layers are compiled where that pays (compile=auto)"
+    ]
+
+
 def check_corrected(args: GRPOConfig, config: LearnerConfig) -> None:
     """Check that something of TRL's accounts for stale samples: the importance correction, or its off-policy mask.
 

@@ -214,6 +214,16 @@ def test_dropout_is_warned_of(make_trainer, client, settings, advice):
     assert all(advice in message for message in seen)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_compiling_the_whole_model_is_warned_of_where_passes_are_packed(make_trainer, client, packed):
+    trainer = make_trainer()
+    trainer.args.torch_compile = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(trainer, client=client, packed_passes=packed)
+    assert any("torch_compile compiles packed passes again" in str(each.message) for each in caught) == packed
+
+
 def test_stale_samples_without_correction_are_refused(make_trainer, client):
     trainer = make_trainer(vllm_importance_sampling_correction=False)
     with pytest.raises(LockstepError, match="vllm_importance_sampling_correction=false"):
