@@ -115,7 +115,7 @@ def _summing_states(base: Any) -> Any:
 def _reporting_v2(base: Any, undrawn: list[int]) -> Any:
     """The sampler of vLLM's second GPU runner."""
 
-    class ReportingSampler(base):
+    class ReportingSamplerV2(base):
         log_mass_N: torch.Tensor | None = None
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,4 +137,4 @@ def _reporting_v2(base: Any, undrawn: list[int]) -> Any:
             self.log_mass_N = kept_N - total_N
             return sampled, processed_NV
 
-    return ReportingSampler
+    return ReportingSamplerV2
