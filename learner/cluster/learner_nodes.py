@@ -59,9 +59,8 @@ class LearnerNodes:
     def follow(self, member: Member) -> None:
         """Start the other commands as soon as the first runs; called after every report of one of them."""
         report = member.report
-        if len(self.members) < len(self._commands) and report.starts and not report.ended:
-            while len(self.members) < len(self._commands):
-                self._begin(report.node, str(report.port))
+        while len(self.members) < len(self._commands) and report.starts and not report.ended:
+            self._begin(report.node, str(report.port))
 
     def outcome(self) -> tuple[int, str] | None:
         """Return the exit status of the training and what went wrong, once all have ended for good; else None."""
@@ -78,7 +77,10 @@ class LearnerNodes:
             now = time.monotonic()
             self._due = min(self._due, now + (_FAIL_S if failed else _TOGETHER_S))
             if now >= self._due:
-                self._end([member for member in left if member not in self._told])
+                for member in left:
+                    if member not in self._told:
+                        self._told.append(member)
+                        member.end()
             return None
         lost = [member for member in over if member.gone and member.report.life]
         if lost and self._can_resume():
@@ -102,8 +104,3 @@ class LearnerNodes:
         name = f"{LEARNER}-{number + 1}" if number else LEARNER
         self.members.append(Member(name, command, self._group, number, restarts=0))
         self._start(self.members[-1])
-
-    def _end(self, members: list[Member]) -> None:
-        for member in members:
-            self._told.append(member)
-            member.end()

@@ -41,7 +41,7 @@ class Member:
     def end(self, patience_s: float | None = None) -> None:
         """Ask it to end, with `patience_s` seconds to do so by itself; None: those of its command."""
         with contextlib.suppress(Exception):  # it cannot be reached: whether it is gone is found elsewhere
-            self.actor.end.remote(*([] if patience_s is None else [patience_s]))
+            self.actor.end.remote(patience_s)
 
     @property
     def fate(self) -> str:

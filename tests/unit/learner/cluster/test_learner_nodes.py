@@ -104,7 +104,7 @@ def test_a_node_that_is_gone_lets_all_begin_anew(begin, ray: FakeRay, lost: str)
     driver = begin(can_resume=lambda: True)
     other = {LEARNER: SECOND, SECOND: LEARNER}[lost]
     driver.member(lost).reports.put(RUNS)
-    driver.member(lost).end = lambda: None  # it hears nothing
+    driver.member(lost).end = lambda patience_s: None  # it hears nothing
     driver.member(other).reports.put(FAILED)  # it is noticed there first
     driver.member(lost).reports.put(ActorUnavailableError())
     driver.until_it_says(f"{lost}: its node is gone (10.0.0.1), or out of reach")
@@ -138,6 +138,6 @@ def test_without_anything_saved_a_lost_node_ends_the_job(begin, ray: FakeRay) ->
 
 def test_one_that_has_no_place_yet_is_not_waited_for(begin, ray: FakeRay) -> None:
     driver = begin()
-    driver.member(SECOND).end = lambda: None  # its actor has not begun
+    driver.member(SECOND).end = lambda patience_s: None  # its actor has not begun
     driver.member(LEARNER).reports.put(FAILED)
     assert driver.outcome.result() == (3, "learner on 10.0.0.2 ended with status 3: no memory")
