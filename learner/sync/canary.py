@@ -44,8 +44,9 @@ LOUD_SLACK = 3.0
 BALANCING, MEASURING = 2, 4
 #: A module is made louder or quieter than random weights by this factor at most.
 MOST_SCALED = 64.0
-#: Modules that a regression tests, for every server.
-SUSPECTS = 4
+#: Modules that a regression tests, for every server, and the part of a silent one's score, which is -|x_m|,
+#: that theirs must have. The score of one that is served is rounding alone.
+SUSPECTS, SUSPECT = 4, 0.1
 #: A suspect's movement is enlarged by this factor against rounding.
 ENLARGED = 4.0
 #: Standard errors that a silent module's share lies below 1.
@@ -193,7 +194,8 @@ def _check_modules(
     least_M = np.maximum(strengths_M, np.median(strengths_M) / 2)
     with turn():
         scores_M = probe.sensitivities(residual_N, weights.b).sum(0) / least_M
-    suspects = proof.on_main(lambda: np.argsort(scores_M)[:SUSPECTS].tolist())
+    lowest = np.argsort(scores_M)[:SUSPECTS]
+    suspects = proof.on_main(lambda: lowest[scores_M[lowest] < -SUSPECT * strengths_M[lowest]].tolist())
     silent = []
     for m in suspects:
         found = _share_of(probe, weights, m, residual_N)

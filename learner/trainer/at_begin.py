@@ -1,22 +1,29 @@
-"""What a hook has to forget when its trainer trains again."""
+"""What hooks have to forget when their trainer trains again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 
-class AtBegin(TrainerCallback):
-    """Calls `forget` when a training begins: steps count from 0 again, so one of before would be taken for the present.
+def forget_at_begin(trainer: Trainer, forget: Callable[[], object]) -> None:
+    """Call `forget` when a training begins: steps count from 0 again, so one of before would be taken for the present.
 
     TRL goes on with the rows that were left of a generation batch.
     """
+    known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _AtBegin)]
+    if not known:  # transformers warns of a second callback of a class
+        known = [_AtBegin()]
+        trainer.add_callback(known[0])
+    known[0].actions.append(forget)
 
-    def __init__(self, forget: Callable[[], object]) -> None:
-        self._forget = forget
+
+class _AtBegin(TrainerCallback):
+    def __init__(self) -> None:
+        self.actions: list[Callable[[], object]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """See `TrainerCallback`."""
-        self._forget()
+        for forget in self.actions:
+            forget()

@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 
 from learner.passes import attention
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
-from learner.trainer.at_begin import AtBegin
+from learner.trainer.at_begin import forget_at_begin
 from learner.trainer.forks import Forks
 from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
@@ -140,7 +140,7 @@ class PackedScoring:
         trainer._generate_and_score_completions = self._keeping_entropies(trainer._generate_and_score_completions)
         trainer._compute_loss = self._seeing_inputs(trainer._compute_loss)
         trainer.training_step = self._with_backward(trainer.training_step)
-        trainer.add_callback(AtBegin(self.forget))
+        forget_at_begin(trainer, self.forget)
 
     def score(
         self,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from learner.sync import canary
 from learner.sync.canary import CanaryResult, KeptCanary, prove_modules, show_canary
 from shared.errors import LockstepError
 from tests.support.rounding_server import Pair
@@ -43,6 +44,12 @@ def test_every_module_of_a_healthy_server_is_proven(shown):
     assert shown.result.proven == shown.result.modules == 14
     parameters = shown.pair.model.parameters()
     assert all(torch.equal(p, old) for p, old in zip(parameters, shown.before, strict=True))
+
+
+def test_no_module_of_a_healthy_server_is_suspected(pair, monkeypatch):
+    """Each suspect would cost two passes."""
+    monkeypatch.setattr(canary, "_share_of", None)
+    assert prove_modules(pair.proof, lambda: pair.publisher.push(0).version).proven == 14
 
 
 @pytest.mark.parametrize("silent", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])

@@ -68,6 +68,14 @@ def test_trains_and_pushes_every_step(make_trainer, server, client, tmp_path):
     assert torch.allclose(logprobs.double(), torch.tensor(expected), atol=1e-4)
 
 
+def test_no_two_callbacks_are_of_a_class(make_trainer, client):
+    """Transformers would warn of them in every training."""
+    trainer = make_trainer()
+    attach(trainer, client=client, run_id="r")
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert len(set(kinds)) == len(kinds)
+
+
 def test_a_server_that_merges(make_trainer, server, client):
     """The canary is gone before the run's first push; a run that continues finds no base, and is proven without it."""
     server.state = server.state.model_copy(update={"apply": "merge", "max_runs": 1})
