@@ -23,6 +23,8 @@ TRIED = [
     ("Phi-3", "adapter"),
     ("SmolVLM", "images"),
     ("Mistral 3", "merge"),
+    ("Gemma 4", "adapter"),
+    ("gpt-oss", "columns"),
     ("Qwen3.5", "adapter"),
     ("Qwen3-Next", "merge"),
 ]

@@ -25,6 +25,16 @@ _TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _GEMMA = {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+_GEMMA_4 = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+    "tie_word_embeddings": True,
+}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
 _QWEN_TOKENS = {"image_token_id": 500, "video_token_id": 501, "vision_start_token_id": 502, "vision_end_token_id": 503}
@@ -79,9 +89,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3, tied": Architecture("Qwen3ForCausalLM", "Qwen3Config", text={"tie_word_embeddings": True}),
     "Gemma 2": Architecture("Gemma2ForCausalLM", "Gemma2Config", text=_GEMMA),
     "Gemma 3, text": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", text=_GEMMA),
+    # As the smallest ones are: embeddings of their own in each layer, keys and values shared by the last layers.
+    "Gemma 4, text": Architecture("Gemma4ForCausalLM", "Gemma4TextConfig", text=_GEMMA_4),
     "Mistral": Architecture("MistralForCausalLM", "MistralConfig"),
     "Phi-3": Architecture("Phi3ForCausalLM", "Phi3Config"),
     "OLMo 2": Architecture("Olmo2ForCausalLM", "Olmo2Config"),
+    "OLMo 3": Architecture("Olmo3ForCausalLM", "Olmo3Config", text={"sliding_window": 8}),
+    "GLM-4": Architecture("Glm4ForCausalLM", "Glm4Config"),
+    "SmolLM3": Architecture("SmolLM3ForCausalLM", "SmolLM3Config"),
     "Granite": Architecture("GraniteForCausalLM", "GraniteConfig"),
     "Qwen3-Next": Architecture(
         "Qwen3NextForCausalLM",
@@ -149,6 +164,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         sees="gemma3",
     ),
+    "Gemma 4": Architecture(
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Config",
+        "multimodal",
+        text=_GEMMA_4,
+        parts={
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            },
+            "audio_config": None,
+            "image_token_id": 500,
+            "boi_token_id": 502,
+            "eoi_token_id": 503,
+        },
+    ),
     "SmolVLM": Architecture(
         "SmolVLMForConditionalGeneration",
         "SmolVLMConfig",
@@ -183,6 +218,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
             "image_token_index": 500,
         },
+    ),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM", "GptOssConfig", "mixture", text={"num_local_experts": 4, "num_experts_per_tok": 2}
     ),
     "Qwen3-MoE": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", "mixture", text=_EXPERTS),
     "Qwen2-MoE": Architecture(
