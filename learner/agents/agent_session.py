@@ -58,8 +58,9 @@ class AgentSession:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """The variables that the SDKs of OpenAI and Anthropic read, the CA that they trust, and that they need no proxy:
-        the learner goes to its servers through none.
+        """The variables that the SDKs of OpenAI and Anthropic read, the CA that they trust, and hosts without proxy.
+
+        The learner reaches its servers through no proxy either.
         """
         direct = dict.fromkeys(_NO_PROXY, _with_host(self.server_url))
         own_ca = {"SSL_CERT_FILE": self.ca_file, "NODE_EXTRA_CA_CERTS": self.ca_file} if self.ca_file else {}
