@@ -93,9 +93,8 @@ class AgentSession:
                 "session.openai() needs the openai package: install it (pip install openai), or send requests to "
                 "session.base_url with session.api_key"
             ) from error
-        make, http = openai.OpenAI, openai.DefaultHttpxClient
-        if self.is_async:
-            make, http = openai.AsyncOpenAI, openai.DefaultAsyncHttpxClient
+        plain, later = (openai.OpenAI, openai.DefaultHttpxClient), (openai.AsyncOpenAI, openai.DefaultAsyncHttpxClient)
+        make, http = later if self.is_async else plain
         if "http_client" not in options:  # as the learner's own, which goes through no proxy of $HTTP_PROXY
             options["http_client"] = http(verify=ssl_context(self.ca_file), trust_env=False)
         # A call that is sent again is sampled again, and would be a conversation of its own.

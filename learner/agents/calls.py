@@ -206,6 +206,10 @@ def agent_of(path: str | None, command: str | None, function: AgentFunction | No
     if command:
         return ProgramAgent(command)
     given = import_object(path) if path else function
+    if isinstance(given, type):  # calling it makes an agent, and no reward
+        raise InvalidRequest(
+            f"agent {path or given.__name__!r} is a class: give a function, or an object that is called"
+        )
     if given is not None and not callable(given):
         raise InvalidRequest(f"agent {path or given!r} is not a function, but a {type(given).__name__}")
     return FunctionAgent(given) if given else None

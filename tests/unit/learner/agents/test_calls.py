@@ -16,8 +16,9 @@ import pytest
 
 from learner.agents import calls
 from learner.agents.agent_session import AgentSession
-from learner.agents.calls import AgentFailed, FunctionAgent, ProgramAgent
+from learner.agents.calls import AgentFailed, FunctionAgent, ProgramAgent, agent_of
 from learner.utils.processes import module_environment
+from shared.errors import InvalidRequest
 from shared.sessions import SessionOpened
 
 ROW = {"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": "2"}
@@ -88,6 +89,16 @@ def test_a_function_returns_a_reward(value, reward):
 
     assert FunctionAgent(lambda session, row: value).run(make_session(), ROW) == reward
     assert FunctionAgent(agent_later).run(make_session(), ROW) == reward
+
+
+def test_a_class_is_no_agent_but_its_object_is():
+    class Adder:
+        async def __call__(self, session, row):
+            return 1.0
+
+    with pytest.raises(InvalidRequest, match="'Adder' is a class: give a function"):
+        agent_of(None, None, Adder)
+    assert agent_of(None, None, Adder()).run(make_session(), ROW) == 1.0
 
 
 def test_an_agent_that_writes_in_its_row_changes_it_for_no_other_run():
