@@ -22,7 +22,8 @@ def agent(session: Any, row: dict[str, Any]) -> float:
     """Let the policy answer, review and revise; return 1 for the right answer, else 0."""
     prompt = row["prompt"]
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    with httpx.Client(timeout=session.timeout_s, headers={"x-api-key": session.api_key}) as client:
+    headers = {"x-api-key": session.api_key}
+    with httpx.Client(timeout=session.timeout_s, headers=headers, trust_env=False) as client:  # through no proxy
 
         def ask(system: str, messages: list[dict[str, str]]) -> str:
             body = {"model": session.model, "system": system, "messages": messages, "max_tokens": 16}

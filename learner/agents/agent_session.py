@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from learner.servers.credentials import ssl_context
 from shared import wire
 from shared.errors import InvalidRequest
 from shared.sessions import SessionOpened
+
+#: Some programs read the one, some the other.
+_NO_PROXY = ("NO_PROXY", "no_proxy")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,11 @@ class AgentSession:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """The variables that the SDKs of OpenAI and Anthropic read, and the CA that they trust."""
+        """The variables that the SDKs of OpenAI and Anthropic read, the CA that they trust, and hosts without proxy.
+
+        The learner reaches its servers through no proxy either.
+        """
+        direct = dict.fromkeys(_NO_PROXY, _with_host(self.server_url))
         own_ca = {"SSL_CERT_FILE": self.ca_file, "NODE_EXTRA_CA_CERTS": self.ca_file} if self.ca_file else {}
         return {
             "OPENAI_BASE_URL": self.base_url,
@@ -64,6 +73,7 @@ class AgentSession:
             "ANTHROPIC_API_KEY": self.api_key,
             "ANTHROPIC_AUTH_TOKEN": self.api_key,
             "ANTHROPIC_MODEL": self.model,
+            **direct,
             **own_ca,
         }
 
@@ -77,16 +87,22 @@ class AgentSession:
             InvalidRequest: the SDK is not installed.
         """
         try:
-            import httpx
             import openai
         except ImportError as error:
             raise InvalidRequest(
                 "session.openai() needs the openai package: install it (pip install openai), or send requests to "
                 "session.base_url with session.api_key"
             ) from error
-        make, http = (openai.AsyncOpenAI, httpx.AsyncClient) if self.is_async else (openai.OpenAI, httpx.Client)
-        if self.ca_file:
-            options.setdefault("http_client", http(verify=ssl_context(self.ca_file)))
+        plain, later = (openai.OpenAI, openai.DefaultHttpxClient), (openai.AsyncOpenAI, openai.DefaultAsyncHttpxClient)
+        make, http = later if self.is_async else plain
+        if "http_client" not in options:  # as the learner's own, which goes through no proxy of $HTTP_PROXY
+            options["http_client"] = http(verify=ssl_context(self.ca_file), trust_env=False)
         # A call that is sent again is sampled again, and would be a conversation of its own.
         defaults = {"base_url": self.base_url, "api_key": self.api_key, "max_retries": 0, "timeout": self.timeout_s}
         return make(**{**defaults, **options})
+
+
+def _with_host(url: str) -> str:
+    """Return the hosts that this process reaches without a proxy, with that of `url`."""
+    hosts = [host.strip() for name in _NO_PROXY for host in os.environ.get(name, "").split(",") if host.strip()]
+    return "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, urlsplit(url).hostname or ""]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import asyncio.runners
 import inspect
+import io
 import json
 import math
 import numbers
@@ -20,7 +21,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 from learner.agents import supervisor
 from learner.agents.agent_session import AgentSession
@@ -40,7 +41,7 @@ GRACE_S = 5.0
 ENDED_S = 3 * GRACE_S
 #: Longest row that is put into a variable: a process may get 128 KiB in one.
 _MOST_IN_VARIABLE = 64 * 1024
-_SHOWN = 2000
+_SHOWN, _PIECE = 2000, 2**16
 #: Their frames are left out of an agent's traceback.
 _NOT_THE_AGENTS = {__file__, threads.__file__, asyncio.runners.__file__, inspect.getfile(Future)}
 
@@ -103,7 +104,7 @@ class FunctionAgent(Agent):
 
     def run(self, session: AgentSession, row: Row) -> float | None:
         """Return the agent's reward. Raises `AgentFailed`."""
-        running = start(partial(self._call, session, dict(row)), "agent")
+        running = start(partial(self._call, session, _own(row)), "agent")
         try:
             limit_s = session.timeout_s + (GRACE_S if self.is_async else 0.0)
             returned = running.result(limit_s if self.is_limited else None)
@@ -129,6 +130,13 @@ class FunctionAgent(Agent):
         return asyncio.run(within_time())
 
 
+def _own(value: Any) -> Any:
+    """Return a copy of a row for one run: many agents go on writing in `row["prompt"]`, which other runs read, too."""
+    if isinstance(value, Mapping):
+        return {key: _own(inner) for key, inner in value.items()}
+    return [_own(inner) for inner in value] if isinstance(value, list) else value
+
+
 class _Late(TimeoutError):
     """The time of an agent is over; not a timeout of its own."""
 
@@ -147,23 +155,26 @@ class ProgramAgent(Agent):
         with tempfile.TemporaryDirectory(prefix="lockstep-episode-", ignore_cleanup_errors=True) as folder:
             reward_file = Path(folder, "reward")
             environment = self._environment(session, row, Path(folder), reward_file)
-            with tempfile.TemporaryFile() as stderr:  # not in the folder, which the program may remove
-                process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), folder, self.command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,  # it may be the model's text: nothing is read from it
-                    stderr=stderr,
-                    env=environment,
-                    start_new_session=True,
-                )
-                try:
-                    code = process.wait(session.timeout_s)
-                except subprocess.TimeoutExpired as error:
-                    raise too_late(session, _end_of(stderr)) from error
-                finally:
-                    _end_group(process)
-                if code != 0:
-                    raise AgentFailed(f"the program ended with exit code {code}", details=_end_of(stderr))
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), folder, self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # it may be the model's text: nothing is read from it
+                stderr=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+            said = _End(process)
+            code: int | None = None
+            try:
+                code = process.wait(session.timeout_s)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                _end_group(process)
+            if code is None:
+                raise too_late(session, said.text())
+            if code != 0:
+                raise AgentFailed(f"the program ended with exit code {code}", details=said.text())
             return _written_reward(reward_file)
 
     def _environment(self, session: AgentSession, row: Row, folder: Path, reward_file: Path) -> dict[str, str]:
@@ -195,6 +206,10 @@ def agent_of(path: str | None, command: str | None, function: AgentFunction | No
     if command:
         return ProgramAgent(command)
     given = import_object(path) if path else function
+    if isinstance(given, type):  # calling it makes an agent, and no reward
+        raise InvalidRequest(
+            f"agent {path or given.__name__!r} is a class: give a function, or an object that is called"
+        )
     if given is not None and not callable(given):
         raise InvalidRequest(f"agent {path or given!r} is not a function, but a {type(given).__name__}")
     return FunctionAgent(given) if given else None
@@ -227,9 +242,27 @@ def _written_reward(file: Path) -> float | None:
         raise AgentFailed(f"{where} holds {text!r:.80}, not a finite number", kind=where) from None
 
 
-def _end_of(file: IO[bytes]) -> str:
-    size = os.stat(file.fileno()).st_size
-    return os.pread(file.fileno(), _SHOWN, max(0, size - _SHOWN)).decode("utf-8", "replace")
+class _End:
+    """Keeps the end of what a program writes to stderr, and no more: in minutes it may be more than a disk holds."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._kept = b""
+        try:
+            self._all_read = start(partial(self._read, cast(io.BufferedReader, process.stderr)), "agent-stderr")
+        except RuntimeError:  # no more threads
+            _end_group(process)
+            raise
+
+    def _read(self, pipe: io.BufferedReader) -> None:
+        with pipe:
+            while piece := pipe.read1(_PIECE):
+                self._kept = (self._kept + piece)[-_SHOWN:]
+
+    def text(self) -> str:
+        """Return it, once all processes of the program have ended."""
+        with suppress(TimeoutError):  # one that has got away may hold the pipe open
+            self._all_read.result(GRACE_S)
+        return self._kept.decode("utf-8", "replace")
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

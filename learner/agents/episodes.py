@@ -38,12 +38,21 @@ _MOST_SECONDS = 86400.0
 NO_CALL = "it made no call that sampled a token: do its requests go to session.base_url?"
 
 
+#: Said of an agent that leaves its reward to nobody.
+NO_REWARD = (
+    "the agent returned None, which leaves its reward to reward functions, and there are none: let it return a number "
+    "(a program writes one to LOCKSTEP_REWARD_FILE), or give reward_funcs"
+)
+
+
 class AgentError(InvalidRequest):
     """No episode of a batch was left: the agent fails every time; the message has its last failure."""
 
 
 def check_some_are_left(failures: Sequence[str | None]) -> None:
     """Raise `AgentError` if every episode of a batch, over all ranks, has failed; None: it has not."""
+    if all(failures) and NO_REWARD in failures:
+        raise AgentError(f"none of {len(failures)} episodes has a reward: {NO_REWARD}")
     if all(failures):
         raise AgentError(
             f"the agent failed in every one of {len(failures)} episodes, each run {ATTEMPTS} times: {failures[-1]}"

@@ -19,7 +19,7 @@ from learner.utils.threads import side_by_side
 from shared.errors import ErrorCode, LockstepError
 from shared.rollouts import PolicySelector
 from shared.sampling import SamplingParams
-from shared.sessions import SessionRecord, SessionRequest
+from shared.sessions import SessionRecord, SessionRequest, Trajectory
 
 if TYPE_CHECKING:
     from learner.tasks import Task
@@ -115,7 +115,7 @@ def evaluate_agent(
             for trajectory in record.trajectories if record else ():
                 versions.update({str(span.version or "base"): None for span in trajectory.spans})
             progress(done // sampling.n, len(rows))
-        finish = record.trajectories[-1].finish_reasons[-1] if record else "abort"
+        finish = _last(record).finish_reasons[-1] if record else "abort"
         return EvalRow(question, shown(rows[question]["prompt"]), text, finish, sampled, {AGENT: reward}, reward)
 
     calls = [partial(run, question) for question in range(len(rows)) for _ in range(sampling.n)]
@@ -125,5 +125,8 @@ def evaluate_agent(
 
 def _conversation(client: RolloutClient, record: SessionRecord) -> str:
     """Return the text of the trajectory that ends with the last call, special tokens included."""
-    last: Any = max(record.trajectories, key=lambda trajectory: max(trajectory.calls, default=-1))
-    return client.detokenize(last.token_ids)
+    return client.detokenize(_last(record).token_ids)
+
+
+def _last(record: SessionRecord) -> Trajectory:
+    return max(record.trajectories, key=lambda trajectory: max(trajectory.calls, default=-1))

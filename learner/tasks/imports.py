@@ -23,6 +23,12 @@ def import_object(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise TaskError(f"{path!r} is not an import path; write it as module:function")
+    if module_name.endswith(".py") or os.sep in module_name:
+        file = Path(module_name.removesuffix(".py"))
+        module = file.name if file.is_absolute() else ".".join(file.parts)
+        raise TaskError(
+            f"{path!r} names a file: write {module}:{attribute}, a module of the current directory or of $PYTHONPATH"
+        )
     _current_directory_is_importable()
     try:
         found: Any = importlib.import_module(module_name)
@@ -31,7 +37,7 @@ def import_object(path: str) -> Any:
             where = f"in {os.getcwd()} or installed{_hidden(module_name)}"
             raise TaskError(f"no module {error.name!r} for {path!r} {where}") from error
         raise TaskError(f"importing {module_name!r} failed: {error}") from error
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise TaskError(f"importing {module_name!r} failed: {type(error).__name__}: {error}") from error
     for name in attribute.split("."):
         if not hasattr(found, name):

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import is_async_callable
 
-from learner.agents.episodes import Episodes, check_some_are_left
+from learner.agents.episodes import NO_REWARD, Episodes, check_some_are_left
 from learner.agents.rewards import AgentReward, agent_reward
 from learner.agents.trajectories import Episode
 from learner.session import Session
@@ -52,7 +52,9 @@ def run_agents(trainer: GRPOTrainer, session: Session, reward: AgentReward, fork
     def rollout(prompts: list[Any], _: Any) -> dict[str, Any]:
         token_ids = [list(ids) for ids in trainer._tokenize_prompts(prompts)[0]]
         episodes[:] = cast(Sequence[Episode], session.rollouts.run_agents(rows, token_ids))
-        check_some_are_left(gather_object([episode.failure for episode in episodes]))
+        nobody_scores = NO_REWARD if len(trainer.reward_funcs) == 1 else None
+        unused = [each.failure or (nobody_scores if each.reward is None else None) for each in episodes]
+        check_some_are_left(gather_object(unused))
         reward.rewards = [episode.reward for episode in episodes]
         reward.open = [i for i, each in enumerate(episodes) if each.reward is None and not each.failure]
         forks.begin([episode.parts for episode in episodes])

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from learner.agents import calls
 from learner.agents.agent_session import AgentSession
-from learner.agents.calls import AgentFailed, FunctionAgent, ProgramAgent
+from learner.agents.calls import AgentFailed, FunctionAgent, ProgramAgent, agent_of
 from learner.utils.processes import module_environment
+from shared.errors import InvalidRequest
 from shared.sessions import SessionOpened
 
 ROW = {"prompt": [{"role": "user", "content": "1 + 1 ="}], "answer": "2"}
@@ -44,6 +46,35 @@ def test_the_openai_client_suits_the_agent():
     assert client.max_retries == 0, "a call that is sent again would be sampled again"
 
 
+class NoModels(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"object": "list", "data": []}')
+
+    def log_message(self, *args):
+        pass
+
+
+def test_calls_go_through_no_proxy(tmp_path, monkeypatch):
+    """As the learner's own: on a cluster $HTTP_PROXY leads to the internet, and reaches no rollout server."""
+    pytest.importorskip("openai")
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "internal.example")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with HTTPServer(("127.0.0.1", 0), NoModels) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base_url = f"http://127.0.0.1:{server.server_port}/v1"
+        agent = FunctionAgent(lambda session, row: float(len(session.openai(base_url=base_url).models.list().data)))
+        assert agent.run(make_session(is_async=False), ROW) == 0
+        server.shutdown()
+    run(f"env > {tmp_path}/env")
+    seen = (tmp_path / "env").read_text().splitlines()
+    assert {"NO_PROXY=internal.example,127.0.0.1", "no_proxy=internal.example,127.0.0.1"} <= set(seen)
+
+
 def test_without_the_sdk_it_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(Exception, match=r"pip install openai.*session\.base_url"):
@@ -58,6 +89,28 @@ def test_a_function_returns_a_reward(value, reward):
 
     assert FunctionAgent(lambda session, row: value).run(make_session(), ROW) == reward
     assert FunctionAgent(agent_later).run(make_session(), ROW) == reward
+
+
+def test_a_class_is_no_agent_but_its_object_is():
+    class Adder:
+        async def __call__(self, session, row):
+            return 1.0
+
+    with pytest.raises(InvalidRequest, match="'Adder' is a class: give a function"):
+        agent_of(None, None, Adder)
+    assert agent_of(None, None, Adder()).run(make_session(), ROW) == 1.0
+
+
+def test_an_agent_that_writes_in_its_row_changes_it_for_no_other_run():
+    def agent(session, row):
+        messages = row["prompt"]
+        messages.append({"role": "assistant", "content": "2"})
+        messages[0]["content"] += " 2"
+        return len(messages)
+
+    for _ in range(2):
+        assert FunctionAgent(agent).run(make_session(), ROW) == 2
+    assert ROW["prompt"] == [{"role": "user", "content": "1 + 1 ="}]
 
 
 @pytest.mark.parametrize("value", ["good", float("nan"), float("inf"), [1.0]])
@@ -135,6 +188,14 @@ def test_a_program_fails(command, match):
     with pytest.raises(AgentFailed, match=match) as caught:
         run(command)
     assert caught.value.details == ("lost\n" if "lost" in command else "")
+
+
+def test_only_the_end_of_what_a_program_says_is_kept():
+    """A file that its stderr went to would fill the disk: here it may hold 50 KiB."""
+    with pytest.raises(AgentFailed, match="exit code 3") as caught:
+        run("ulimit -f 100; yes | head -c 1000000 >&2; echo lost >&2; exit 3")
+    assert caught.value.details.endswith("y\nlost\n")
+    assert len(caught.value.details) == 2000
 
 
 def test_a_program_that_stalls_is_ended_with_its_children(tmp_path, monkeypatch):

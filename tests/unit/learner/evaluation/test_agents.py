@@ -58,6 +58,20 @@ def test_the_reward_is_the_agents(server, client):
     assert not server.open
 
 
+def test_an_episode_was_cut_off_where_its_last_call_was(server, client):
+    def agent(session, row):
+        answer = ask(server, session, [5, 6])
+        ask(server, session, [7, 8])  # a helper, whose conversation began last
+        ask(server, session, [5, 6, *answer, 7])
+        return 1.0
+
+    server.spoil = lambda t: t.model_copy(
+        update={"finish_reasons": ["length" if 2 in t.calls else "stop"] * len(t.calls)}
+    )
+    result = evaluate_agent(client, make_task(), FunctionAgent(agent), policy="base", sampling=GREEDY)
+    assert {row.finish_reason for row in result.rows} == {"length"}
+
+
 def test_an_episode_that_fails_is_run_again_and_then_left_out(server, client):
     runs, lock = [], threading.Lock()
 

@@ -21,6 +21,7 @@ from learner.tasks import Task, TaskError, load_task
 from learner.tasks.answer_parsing import last_number, tagged, whole
 from learner.tasks.columns import has_images
 from learner.tasks.dataset import _with_prompts
+from learner.tasks.imports import import_object
 from learner.tasks.prompts import PromptStyle, question_key
 from learner.tasks.rewards import exact_match, math_answer
 
@@ -232,6 +233,8 @@ def test_chat_rows_stay_chat(tmp_path: Path) -> None:
         ({"reward_specs": None}, "needs a reward"),
         ({"reward_specs": ["score"]}, "a dataset has none"),
         ({"reward_specs": ["exact_match"]}, "not an import path"),
+        ({"reward_specs": ["./my/rewards.py:f"]}, r"names a file: write my\.rewards:f"),
+        ({"reward_specs": ["/my/rewards.py:f"]}, r"names a file: write rewards:f"),
         ({"reward_specs": ["no_such_module:f"]}, "no module 'no_such_module'"),
         ({"reward_specs": ["learner.tasks.rewards:nope"]}, "no 'nope' in learner.tasks.rewards; it has .*exact_match"),
         ({"reward_specs": ["sys:version"]}, "not a function"),
@@ -246,6 +249,13 @@ def test_wrong_dataset_options(changes: dict[str, Any], message: str, questions:
     options = {"spec": str(questions), "eval_size": 4, "reward_specs": REWARD} | changes
     with pytest.raises(TaskError, match=message):
         load_task(**options)
+
+
+def test_a_module_that_ends_the_process_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a_lockstep_script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--own'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TaskError, match="importing 'a_lockstep_script' failed: SystemExit: 2"):
+        import_object("a_lockstep_script:agent")
 
 
 def test_own_rewards_and_tasks_from_the_current_directory(questions: Path, tmp_path: Path, monkeypatch) -> None:

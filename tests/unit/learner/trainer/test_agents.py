@@ -355,6 +355,18 @@ def test_an_agent_that_always_fails_ends_the_training_with_its_own_error(make_tr
         trainer.train()
 
 
+def test_an_agent_whose_reward_nobody_gives_ends_the_training(make_trainer, server, client):
+    """TRL would go on to the end, with advantages of 0."""
+
+    def agent(session, row):
+        ask(server, session, ids_of(row))
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": agent_reward})
+    attach(trainer, client=client, agent=agent)
+    with pytest.raises(AgentError, match=r"none of 8 episodes has a reward: .*returned None.*reward_funcs"):
+        trainer.train()
+
+
 def test_a_batch_goes_on_where_another_rank_has_episodes_left(make_trainer, server, client, monkeypatch):
     others: list[list[str | None]] = [["broken", None], ["broken", "broken"]]
     monkeypatch.setattr(agent_hooks, "gather_object", lambda own: [*own, *others.pop(0)])
