@@ -94,9 +94,12 @@ async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems: list[dict[str, Any]] = [
-        {"field": sendable(".".join(map(str, problem["loc"][1:]))), "problem": sendable(problem["msg"])}
-        for problem in error.errors()
-    ]
+    problems: list[dict[str, Any]] = [_problem(problem) for problem in error.errors()]
     text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])
     return error_response(InvalidRequest(text, problems=problems[:20]))
+
+
+def _problem(error: dict[str, Any]) -> dict[str, Any]:
+    if error["type"] == "json_invalid":  # FastAPI's, whose place is a character's and no field's
+        return {"field": "", "problem": f"no JSON: {sendable(error['ctx']['error'])} at character {error['loc'][-1]}"}
+    return {"field": sendable(".".join(map(str, error["loc"][1:]))), "problem": sendable(error["msg"])}
