@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,8 +85,8 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
         role = message.get("role")
         if not isinstance(role, str) or ("content" not in message and role != "assistant"):
             raise InvalidRequest(
-                f"message {index} has the fields {', '.join(message)[:200] or 'none'}: it needs a role, and its text as "
-                'content, as in {"role": "user", "content": "3 + 4 ="}'
+                f"message {index} has the fields {', '.join(message)[:200] or 'none'}: it needs a role, and its text "
+                'as content, as in {"role": "user", "content": "3 + 4 ="}'
             )
 
 
@@ -130,3 +130,20 @@ def checked(index: int, sequence: list[int], room: int, model_config: Any) -> li
     if min(sequence) < 0 or max(sequence) >= vocabulary:
         raise InvalidRequest(f"sequence {index} holds token ids outside the vocabulary of {vocabulary}")
     return sequence
+
+
+def special_stops(stop: Sequence[str], tokenizer: Any) -> list[int]:
+    """Return the ids of stop strings that are special tokens: text that leaves these out never holds them.
+
+    Raises:
+        LockstepError: `invalid_request` where one is a part of a longer string.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): token_id for token_id, token in added.items() if token.special}
+    for text in stop:
+        if text not in special and (found := next((token for token in special if token in text), None)):
+            raise InvalidRequest(
+                f"stop: {text!r} holds the special token {found}, which skip_special_tokens keeps out of the text that "
+                f"is searched: stop at {found} alone, or send skip_special_tokens false"
+            )
+    return [special[text] for text in stop if text in special]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rollout_server.generation.requests import _tokenized
-from rollout_server.generation.tokenization import tokenize
+from rollout_server.generation.tokenization import special_stops, tokenize
 from shared.errors import InvalidRequest
 from shared.rollouts import GenerateRequest, Prompt
 from tests.support.tiny_model import CHAT_TEMPLATE, make_tiny_tokenizer
@@ -94,5 +94,12 @@ def test_no_list_of_parts_is_printed_into_a_prompt(template: str) -> None:
 def test_messages_of_which_a_template_would_see_nothing(message: dict[str, Any]) -> None:
     tokenizer = make_tiny_tokenizer()
     tokenizer.max_chars_per_token = 16
-    with pytest.raises(InvalidRequest, match="message 1 .* needs a role"):
+    with pytest.raises(InvalidRequest, match=r"message 1 .* needs a role"):
         tokenize(tokenizer, Prompt(messages=[{"role": "system", "content": "a"}, message]), {}, 64)
+
+
+def test_stop_strings_that_could_never_be_found() -> None:
+    tokenizer = make_tiny_tokenizer()
+    assert special_stops(["</answer>", "<|im_start|>"], tokenizer) == [1]
+    with pytest.raises(InvalidRequest, match=r"stop at <\|im_start\|> alone"):
+        special_stops(["a", "\n<|im_start|>"], tokenizer)
