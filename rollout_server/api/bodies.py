@@ -89,6 +89,8 @@ def _check_theirs(context: int, session: RecordedSession | None, body: bytes) ->
 def _bounded(limits: JsonLimits, body: bytes) -> int:
     try:
         return limits.check(body)
+    except UnicodeError as error:
+        raise InvalidRequest(str(error)) from error
     except ValueError as error:
         raise TooLarge(f"{error}; split the request", bytes=len(body)) from error
 
@@ -99,7 +101,7 @@ def _check_openai(document: dict[str, Any]) -> None:
         if value is not None and _REMOVED.fullmatch(name):
             raise ValueError(
                 f"{name} is no field of vLLM any more, and would have no effect: send structured_outputs, as in "
-                '{"structured_outputs": {"choice": ["yes", "no"]}} (json, regex, choice, or grammar), or response_format'
+                '{"structured_outputs": {"choice": ["yes", "no"]}} (json, regex, choice, grammar), or response_format'
             )
         _check_lists(name, value)
     forms = document.get("structured_outputs")
