@@ -143,6 +143,13 @@ async def test_what_is_not_there_has_our_body(
         assert answer.headers["allow"] in error.message
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/messages"])
+async def test_a_base_url_with_or_without_the_version(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.post(path, json={})
+    assert answer.status_code == 404
+    assert f"POST /v1{path.removeprefix('/v1/v1')} " in answer.json()["error"]["message"].replace(";", " ")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"\xff", b'{"prompts": [{"text": "\\ud800"}], "x": 1}', b"[" * 100_000],
