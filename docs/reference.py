@@ -60,8 +60,8 @@ def http_page() -> str:
     models = schema["components"]["schemas"]
     parts = [
         "# HTTP",
-        "The server itself has the same as OpenAPI at `/openapi.json` and `/docs`. A bearer token is needed where the "
-        "server was given one; [security.md](security.md) says what the roles may do.",
+        "The server itself has its own routes as OpenAPI at `/openapi.json` and `/docs`. A bearer token is needed "
+        "where the server was given one; [security.md](security.md) says what the roles may do.",
         "`GET " + "` and `GET ".join(sorted(OPEN)) + "` need none and answer with an empty body.",
     ]
     used: dict[str, None] = {}

@@ -197,7 +197,7 @@ async def _start(
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)
     exclusive = Exclusive(proxy, enabled=settings.deterministic)
-    versions.accept_any_model(openai_app.state, in_session)
+    versions.accept_any_model(openai_app.state, in_session, proxy.note_missing)
     service = Service(settings, served, runs, proxy, exclusive, installer, sessions, openai_app.state)
     metrics.SEQUENCES.set_function(lambda: capacity.sequences)
     metrics.REQUESTS.set_function(lambda: capacity.requests)

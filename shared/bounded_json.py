@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from json.decoder import JSONArray, JSONObject  # type: ignore[attr-defined]  # not in typeshed
 from typing import Any
@@ -35,7 +36,7 @@ class JsonLimits:
             ValueError: there are too many, or they are nested too deeply, or it is not UTF-8.
         """
         if b"\0" in document[:4]:
-            raise ValueError("the JSON is not in UTF-8")
+            raise UnicodeError("the JSON is not in UTF-8: encode it so")
         plain = document.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in document else document
         strings, containers = plain.count(b'"') // 2 + 1, 0
         _check("strings", strings, self.strings)
@@ -90,7 +91,9 @@ def load_json(document: bytes) -> Any:
         json.JSONDecodeError: also where Python's parser raises something else.
     """
     try:
-        return _StepwiseDecoder(object_hook=_let_others_run).decode(document.decode("utf-8", "surrogatepass"))
+        return _StepwiseDecoder(object_hook=_let_others_run).decode(
+            document.removeprefix(BOM_UTF8).decode("utf-8", "surrogatepass")
+        )
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:  # integers of thousands of digits; text that is no UTF-8

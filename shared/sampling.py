@@ -15,6 +15,9 @@ from shared.structured_outputs import check_structured_outputs
 _Words = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(fail_fast=True, max_length=1024)]
 _TokenIds = Annotated[list[Count], Field(fail_fast=True, max_length=2**20)]
 
+#: vLLM raises lower ones to this; 0 is greedy.
+LEAST_TEMPERATURE = 0.01
+
 
 class StructuredOutputs(FewFields):
     """Format of completions: exactly one of these, as in `vllm.sampling_params.StructuredOutputsParams`."""
@@ -55,7 +58,7 @@ class SamplingParams(FewFields):
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, gt=0.0)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="-1: none, as in vLLM")
     max_tokens: int | None = Field(16, ge=1, lt=2**31, description="None: as long as the model's context allows")
     min_tokens: int = Field(0, ge=0, lt=2**31)
     stop: _Words = Field([])
@@ -81,6 +84,11 @@ class SamplingParams(FewFields):
     def _no_contradictions(self) -> SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if 0.0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature}: vLLM samples at {LEAST_TEMPERATURE} or above, and would take that "
+                "instead; raise it, or send 0 for the most likely tokens"
+            )
         if self.temperature == 0.0 and self.n > 1:
             raise ValueError(f"n={self.n} with temperature=0: greedy completions are all the same; use n=1")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:

@@ -11,14 +11,13 @@ from learner.trainer.prompt_order import indexable, rows_of_rank
 from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
 from shared.errors import InvalidRequest, UnsupportedAdapter
+from shared.sampling import LEAST_TEMPERATURE
 from shared.weights import ServerState
 
 #: vLLM rules tokens out by these before any probability is computed, and says nothing of the mass they had.
 HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")
 #: These reweight all tokens: the server's logprobs are those of the distribution that results.
 REWEIGHTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
-#: vLLM raises lower temperatures to this.
-LEAST_TEMPERATURE = 0.01
 
 
 def check_grpo(args: GRPOConfig) -> list[str]:
@@ -44,8 +43,6 @@ def check_grpo(args: GRPOConfig) -> list[str]:
             f"correction: leave {cuts[0]} out, or set vllm_importance_sampling_correction=false (and no "
             "off_policy_mask_threshold)"
         )
-    if compares and 0 < sampling.temperature < LEAST_TEMPERATURE:
-        raise InvalidRequest(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
     if args.push_to_hub:
         raise InvalidRequest(
             "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"

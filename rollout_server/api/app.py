@@ -15,7 +15,7 @@ from starlette.types import Scope
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
 from rollout_server.api.responses import error_response, unforeseen
 from rollout_server.api.routes import generate, runs, sessions, state
-from rollout_server.api.security.roles import VLLM_PATHS, is_vllm_path
+from rollout_server.api.security.roles import VLLM_PATHS, VLLM_ROUTES, is_vllm_path
 from rollout_server.service import Service
 from shared.errors import (
     ErrorBody,
@@ -70,7 +70,13 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        refusal: LockstepError = UnknownRoute(f"there is no {where} here; GET /openapi.json lists the routes")
+        path = request.url.path
+        # Clients of OpenAI want the /v1 in their base_url, and those of Anthropic add it.
+        other = path.removeprefix("/v1") if path.startswith("/v1/v1/") else f"/v1{path}"
+        meant = f", but {request.method} {other}" if (request.method, other) in VLLM_ROUTES else ""
+        refusal: LockstepError = UnknownRoute(
+            f"there is no {where} here{meant}; GET /openapi.json lists this server's own routes, docs/http.md all"
+        )
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         refusal = MethodNotAllowed(f"there is no {where}, but {allowed}")
@@ -94,9 +100,12 @@ async def _answer_unreadable(request: Request, error: Exception) -> JSONResponse
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems: list[dict[str, Any]] = [
-        {"field": sendable(".".join(map(str, problem["loc"][1:]))), "problem": sendable(problem["msg"])}
-        for problem in error.errors()
-    ]
+    problems: list[dict[str, Any]] = [_problem(problem) for problem in error.errors()]
     text = "; ".join(f"{p['field'] or 'body'}: {p['problem']}" for p in problems[:5])
     return error_response(InvalidRequest(text, problems=problems[:20]))
+
+
+def _problem(error: dict[str, Any]) -> dict[str, Any]:
+    if error["type"] == "json_invalid":  # FastAPI's, whose place is a character's and no field's
+        return {"field": "", "problem": f"no JSON: {sendable(error['ctx']['error'])} at character {error['loc'][-1]}"}
+    return {"field": sendable(".".join(map(str, error["loc"][1:]))), "problem": sendable(error["msg"])}

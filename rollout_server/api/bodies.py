@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from email.message import Message
 from functools import partial
 from typing import Any
 
@@ -32,6 +34,8 @@ _THEIRS_MIB = 12
 _TOKENIZE_KIB = 256
 _THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
 _MAX_LIST = 4096
+#: Fields of earlier versions of vLLM, which now ignores them: completions would have no format, and nobody is told.
+_REMOVED = re.compile(r"guided_(json|regex|choice|grammar|decoding_backend|whitespace_pattern)")
 _TOKEN_LISTS = ("prompt", "tokens")
 _OUR_PATHS = (wire.GENERATE, wire.SCORE, wire.SESSIONS)
 _BELOW_OURS = (wire.RUN.format(run_id=""), wire.SESSION.format(session_id=""))
@@ -85,6 +89,8 @@ def _check_theirs(context: int, session: RecordedSession | None, body: bytes) ->
 def _bounded(limits: JsonLimits, body: bytes) -> int:
     try:
         return limits.check(body)
+    except UnicodeError as error:
+        raise InvalidRequest(str(error)) from error
     except ValueError as error:
         raise TooLarge(f"{error}; split the request", bytes=len(body)) from error
 
@@ -92,6 +98,11 @@ def _bounded(limits: JsonLimits, body: bytes) -> int:
 def _check_openai(document: dict[str, Any]) -> None:
     """Check what vLLM's request models would look at before they refuse it, and grammars that they compile."""
     for name, value in document.items():
+        if value is not None and _REMOVED.fullmatch(name):
+            raise ValueError(
+                f"{name} is no field of vLLM any more, and would have no effect: send structured_outputs, as in "
+                '{"structured_outputs": {"choice": ["yes", "no"]}} (json, regex, choice, grammar), or response_format'
+            )
         _check_lists(name, value)
     forms = document.get("structured_outputs")
     if isinstance(forms, dict):
@@ -134,7 +145,10 @@ class BoundedRoute(APIRoute):
 
         async def handle_bounded(request: Request) -> Any:
             bounded = _BoundedRequest(request.scope, request.receive)
-            if models and len(body := await bounded.body()) > SMALL:
+            body = await bounded.body() if models else b""
+            if body:
+                _check_type(request.headers.get("content-type", ""))
+            if len(body) > SMALL:
                 try:
                     bounded.model = await in_turn(_validated, models[0], body)
                 except ValidationError as error:
@@ -146,6 +160,18 @@ class BoundedRoute(APIRoute):
             return await handle(bounded)
 
         return handle_bounded
+
+
+def _check_type(sent: str) -> None:
+    """Refuse a body that FastAPI would not take for JSON: it would call it no object, and not say why."""
+    message = Message()
+    message["content-type"] = sent
+    subtype = message.get_content_subtype()
+    if not sent or message.get_content_maintype() != "application" or not f"+{subtype}".endswith("+json"):
+        raise InvalidRequest(
+            f"the body came {f'as {sent:.100}' if sent else 'without a type'}: send JSON, and the header "
+            "Content-Type: application/json with it"
+        )
 
 
 def _validated(model: Any, body: bytes) -> Any:

@@ -231,6 +231,15 @@ class EngineProxy:
                 # vLLM's routes report this form in theirs, where it comes too late for an error response of ours.
                 raise HTTPException(error.status, str(error)) from error
 
+    def note_missing(self, model: str) -> None:
+        """Note for the running call why there is no such model, which vLLM's route is about to refuse."""
+        call = CALL_CONTEXT.get()
+        try:
+            self.runs.check_model(model)
+        except LockstepError as error:
+            if call is not None:
+                call.refusal = error
+
     def _admit_model(self, lora_request: Any, wanted: WeightVersion | None) -> Admission:
         if lora_request is not None:
             run_id = lora_request.lora_name.removeprefix(POLICY_MODEL).removeprefix(":") or None

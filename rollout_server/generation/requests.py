@@ -15,11 +15,12 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turns
 from rollout_server.generation.prompts import SeenPrompt, seen_prompts
-from rollout_server.generation.tokenization import checked, tokenize
+from rollout_server.generation.tokenization import checked, special_stops, tokenize
 from rollout_server.generation.vllm_params import sampled_logprobs, to_vllm
 from rollout_server.vllm_compat import kept_mass, versions
 from shared.errors import EngineDead, InvalidRequest, LockstepError
 from shared.rollouts import HEARTBEAT_SECONDS, Completion, GenerateRequest, RolloutGroup
+from shared.sampling import SamplingParams
 
 logger = logging.getLogger("lockstep.generation")
 
@@ -167,9 +168,8 @@ def _tokenized(body: GenerateRequest, tokenizer: Any, model_config: Any) -> Iter
         yield checked(index, token_ids, body.sampling.max_tokens or 1, model_config)
 
 
-def _params(body: GenerateRequest) -> Iterator[tuple[int | None, Any]]:
+def _params(body: GenerateRequest, sampled: SamplingParams) -> Iterator[tuple[int | None, Any]]:
     """Yield vLLM's parameters by the seed of a prompt; prompts with the same seed share them."""
-    sampled = body.sampling
     for seed in {prompt.seed for prompt in body.prompts}:
         seeded = sampled if seed is None else sampled.model_copy(update={"seed": seed})
         yield seed, to_vllm(seeded, skip_special_tokens=body.skip_special_tokens)
@@ -188,6 +188,8 @@ async def _jobs(
     body: GenerateRequest, proxy: EngineProxy, exclusive: Exclusive, held: contextlib.ExitStack
 ) -> list[Job]:
     """Return the request's jobs, checked and bound to a version; `held` releases what they hold."""
+    if body.chat_template_kwargs and not any(prompt.messages for prompt in body.prompts):
+        raise InvalidRequest("chat_template_kwargs are for prompts of messages, and there is none; leave them out")
     given_as_text = any(prompt.token_ids is None for prompt in body.prompts)
     wants_text = given_as_text if body.return_text is None else body.return_text
     tokenizer = _tokenizer(proxy) if given_as_text or wants_text else None
@@ -203,7 +205,11 @@ async def _jobs(
             for _, ids, _ in prompts
         )
     )
-    params = dict(await in_turns(_params(body)))
+    sampling = body.sampling
+    if sampling.stop and body.skip_special_tokens:
+        ids = [*sampling.stop_token_ids, *special_stops(sampling.stop, _tokenizer(proxy))]
+        sampling = sampling.model_copy(update={"stop_token_ids": ids})
+    params = dict(await in_turns(_params(body, sampling)))
     held.callback(await exclusive.take())
     await proxy.runs.admitting()
     admission = held.enter_context(proxy.admit(body))

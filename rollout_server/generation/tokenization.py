@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rollout_server.generation.media import check_text_only
@@ -31,6 +32,8 @@ _RESERVED = frozenset(
     }
 )
 
+_AS_TEXT = "where a template takes text only, send the content of a message as one string"
+
 
 def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any], context: int) -> list[int]:
     """Return the token ids of one prompt.
@@ -58,15 +61,33 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
         )
     check_text([text, chat_template_kwargs], context)
     check_text_only(prompt.messages, images=True)
+    messages = prompt.messages or []
+    _check_messages(messages)
+    in_parts = [str(parts) for message in messages if isinstance(parts := message.get("content"), list) and parts]
+    advice = f"; {_AS_TEXT}" if in_parts else ""
     try:
         if prompt.text is not None:
             return list(tokenizer(prompt.text)["input_ids"])
-        ids = tokenizer.apply_chat_template(
-            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False, **chat_template_kwargs
-        )
+        render = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True, **chat_template_kwargs)
+        # Many templates of text print whatever they are given: a list, too, with its brackets and quotes.
+        rendered = render(tokenize=False) if in_parts else ""
+        ids = render(tokenize=True, return_dict=False)
     except Exception as error:  # templates raise what their author chose
-        raise InvalidRequest(f"the prompt cannot be tokenized: {error}") from error
+        raise InvalidRequest(f"the prompt cannot be tokenized: {error}{advice}") from error
+    if any(parts in rendered for parts in in_parts):
+        raise InvalidRequest(f"the model's chat template prints a list of parts as it is{advice}")
     return list(ids)
+
+
+def _check_messages(messages: list[dict[str, Any]]) -> None:
+    """Refuse messages without what templates read: what is missing, or has another name, they leave out silently."""
+    for index, message in enumerate(messages):
+        role = message.get("role")
+        if not isinstance(role, str) or ("content" not in message and role != "assistant"):
+            raise InvalidRequest(
+                f"message {index} has the fields {', '.join(message)[:200] or 'none'}: it needs a role, and its text "
+                'as content, as in {"role": "user", "content": "3 + 4 ="}'
+            )
 
 
 def check_text(prompt: Any, context: int) -> None:
@@ -109,3 +130,20 @@ def checked(index: int, sequence: list[int], room: int, model_config: Any) -> li
     if min(sequence) < 0 or max(sequence) >= vocabulary:
         raise InvalidRequest(f"sequence {index} holds token ids outside the vocabulary of {vocabulary}")
     return sequence
+
+
+def special_stops(stop: Sequence[str], tokenizer: Any) -> list[int]:
+    """Return the ids of stop strings that are special tokens: text that leaves these out never holds them.
+
+    Raises:
+        LockstepError: `invalid_request` where one is a part of a longer string.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): token_id for token_id, token in added.items() if token.special}
+    for text in stop:
+        if text not in special and (found := next((token for token in special if token in text), None)):
+            raise InvalidRequest(
+                f"stop: {text!r} holds the special token {found}, which skip_special_tokens keeps out of the text that "
+                f"is searched: stop at {found} alone, or send skip_special_tokens false"
+            )
+    return [special[text] for text in stop if text in special]

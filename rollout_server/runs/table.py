@@ -55,6 +55,12 @@ class RunTable:
         which = f"there is no run {run_id!r}" if run_id is not None else "several runs are served"
         raise UnknownRun(f"{which}: name one with run_id ({', '.join(sorted(self.runs))})")
 
+    def check_model(self, name: str) -> None:
+        """Raise `unknown_run` where a model's name, as vLLM's routes take it, means a run that there is not."""
+        kind, _, run_id = name.partition(":")
+        if kind == "policy" and self.get(run_id or None).active is None:
+            raise UnknownRun(f"{name} has no adapter yet: push one first")
+
     def default(self) -> Run | None:
         """Return the run that is meant without a name: the only one in training, else the one that finished last."""
         training = [run for run in self.runs.values() if run.finished is None]

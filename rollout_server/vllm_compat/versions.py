@@ -83,21 +83,28 @@ def list_models(state: Any, names: list[str]) -> None:
 
 
 class _AnyModel(dict[str, Any]):
-    """Adapters by name, in which every name is found while `accepts`."""
+    """Adapters by name, in which every name is found while `accepts`; `missing` is told of those that are not."""
 
-    def __init__(self, accepts: Callable[[], bool]) -> None:
-        self._accepts = accepts
+    def __init__(self, accepts: Callable[[], bool], missing: Callable[[str], None]) -> None:
+        self._accepts, self._missing = accepts, missing
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or self._accepts()
+        if super().__contains__(name) or self._accepts():
+            return True
+        self._missing(str(name))
+        return False
 
     def __missing__(self, name: str | None) -> Any:
         return lora_request(name or "policy", 1)
 
 
-def accept_any_model(state: Any, accepts: Callable[[], bool]) -> None:
-    """Let requests to the routes of `init_openai_state` name any model while `accepts` (0.26 to 0.33)."""
-    state.openai_serving_models.lora_requests = _AnyModel(accepts)
+def accept_any_model(state: Any, accepts: Callable[[], bool], missing: Callable[[str], None]) -> None:
+    """Let requests to the routes of `init_openai_state` name any model while `accepts` (0.26 to 0.33).
+
+    Args:
+        missing: called with the name of a model that there is not; vLLM's own refusal names bases only.
+    """
+    state.openai_serving_models.lora_requests = _AnyModel(accepts, missing)
 
 
 def lora_request(name: str, slot_id: int) -> Any:

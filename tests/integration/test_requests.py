@@ -61,6 +61,16 @@ def test_special_tokens_are_kept(client: RolloutClient, model: Path) -> None:
     assert completion["text"] == ""
 
 
+def test_a_stop_string_may_be_a_special_token(client: RolloutClient) -> None:
+    """Which the text that is searched leaves out."""
+    sampling = {"max_tokens": 8, "stop": ["<|im_start|>"], "logit_bias": {"1": 100.0}}
+    body = {"prompts": [{"token_ids": PROMPT}], "policy": "base", "return_text": True, "sampling": sampling}
+    completion = _post(client, body).json()["groups"][0]["completions"][0]
+    assert completion["token_ids"] == [1]
+    assert completion["finish_reason"] == "stop"
+    assert completion["text"] == ""
+
+
 def test_ndjson_groups_as_they_finish(client: RolloutClient) -> None:
     body = {
         "prompts": [{"token_ids": [*PROMPT, i]} for i in range(4)],
@@ -123,6 +133,8 @@ REFUSED = {
         {"prompts": [{"messages": [{"role": "user", "content": "a"}]}], "chat_template_kwargs": {"chat_template": "b"}},
         "chat_template",
     ),
+    "stop-that-is-skipped": ({"sampling": {"stop": ["a<|im_start|>"]}}, "skip_special_tokens"),
+    "variables-of-no-template": ({"chat_template_kwargs": {"enable_thinking": False}}, "messages"),
     "half-a-character": ({"prompts": [{"text": "\ud800"}]}, "text"),
 }
 
@@ -172,6 +184,11 @@ def test_policy_and_base_on_the_openai_routes(client: RolloutClient, model: Path
     assert answers["policy"] == answers["policy:openai"] != answers["base"]
     missing = _post(client, {"model": "nobody", "prompt": PROMPT}, "/v1/completions")
     assert missing.status_code == 404
+    for path, body in (("/v1/completions", {"prompt": PROMPT}), ("/v1/messages", {"messages": [], "max_tokens": 1})):
+        missing = _post(client, {"model": "policy:nobody", **body}, path)
+        assert missing.status_code == 404
+        assert missing.json()["error"]["code"] == "unknown_run"
+        assert "openai" in missing.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["image_url", "audio_url", "video_url"])

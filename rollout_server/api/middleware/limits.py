@@ -14,7 +14,7 @@ from rollout_server.api.responses import error_response
 from rollout_server.engine.capacity import BODY_BYTES, Capacity, too_large
 from rollout_server.settings import ServerSettings
 from shared import wire
-from shared.errors import LockstepError, Timeout
+from shared.errors import InvalidRequest, LockstepError, Timeout
 
 _BODY_SECONDS = 120.0
 #: Let through under any load, and while others wait for their turn: they have no body, and begin no work.
@@ -76,6 +76,10 @@ class LimitsMiddleware:
             LockstepError: `too_large` as soon as that is known, `timeout`, `overloaded`, `invalid_request`.
         """
         limit = self._settings.max_body_mib * 2**20
+        if (encoding := Headers(scope=scope).get("content-encoding", "")).lower() not in ("", "identity"):
+            raise InvalidRequest(
+                f"Content-Encoding {encoding:.40}: nothing is decompressed here; send the body as it is"
+            )
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
             raise too_large(f"{announced[:18]} bytes", "--max-body-mib", self._settings.max_body_mib)

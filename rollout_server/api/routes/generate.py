@@ -12,13 +12,13 @@ from fastapi.responses import Response
 
 from rollout_server.api.bodies import BoundedRoute
 from rollout_server.api.responses import Ndjson
-from rollout_server.api.routes import ServiceDep
+from rollout_server.api.routes import POLICY_IN_BODY, ServiceDep
 from rollout_server.generation import requests, scoring
 from shared import wire
 from shared.errors import Timeout
 from shared.rollouts import GenerateRequest, GenerateResponse, RolloutGroup, ScoreRequest, ScoreResponse
 
-router = APIRouter(route_class=BoundedRoute)
+router = APIRouter(route_class=BoundedRoute, dependencies=[POLICY_IN_BODY])
 Groups = AsyncGenerator[RolloutGroup | None, None]
 T = TypeVar("T")
 

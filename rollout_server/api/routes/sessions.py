@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request, Response
 
 from rollout_server.api.bodies import BoundedRoute
-from rollout_server.api.routes import ServiceDep
+from rollout_server.api.routes import POLICY_IN_BODY, ServiceDep
 from rollout_server.engine.proxy import POLICY_MODEL
 from rollout_server.engine.turns import in_turn
 from rollout_server.sessions.records import RecordedSession
@@ -19,7 +19,7 @@ router = APIRouter(route_class=BoundedRoute)
 SessionId = Annotated[str, Path(max_length=128)]
 
 
-@router.post(wire.SESSIONS)
+@router.post(wire.SESSIONS, dependencies=[POLICY_IN_BODY])
 async def open_session(body: SessionRequest, request: Request, service: ServiceDep) -> SessionOpened:
     """Open a session: calls below its `path`, or with its token, are recorded as the engine saw them."""
     opened = await service.sessions.open(body, service.proxy)

@@ -12,6 +12,7 @@ from shared.sampling import SamplingParams
         ({"temprature": 1.0}, "temprature"),
         ({"min_tokens": 20, "max_tokens": 10}, "min_tokens=20"),
         ({"n": 4, "temperature": 0.0}, "n=4"),
+        ({"temperature": 0.005}, "0.01"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),

@@ -69,6 +69,12 @@ async def test_shapes_that_are_refused(path: dict[str, str], body: bytes, error:
         await check_body(path, body)
 
 
+async def test_formats_that_vllm_would_ignore() -> None:
+    await check_body(CHAT, _json(structured_outputs={"choice": ["a"]}, guided_json=None))
+    with pytest.raises(InvalidRequest, match=r"guided_choice .*structured_outputs"):
+        await check_body(CHAT, _json(guided_choice=["a"]))
+
+
 @pytest.mark.parametrize("context", [0, 2**17, 2**20])
 async def test_text_of_one_prompt_is_bounded_on_vllms_routes(context: int) -> None:
     """Also where it is to be truncated: vLLM tokenizes it first."""

@@ -143,6 +143,13 @@ async def test_what_is_not_there_has_our_body(
         assert answer.headers["allow"] in error.message
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/messages"])
+async def test_a_base_url_with_or_without_the_version(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.post(path, json={})
+    assert answer.status_code == 404
+    assert f"POST /v1{path.removeprefix('/v1/v1')} " in answer.json()["error"]["message"].replace(";", " ")
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"\xff", b'{"prompts": [{"text": "\\ud800"}], "x": 1}', b"[" * 100_000],
@@ -154,6 +161,35 @@ async def test_bodies_that_cannot_be_read_have_our_body(client: httpx.AsyncClien
     answer = await client.post(path, content=content, headers=headers)
     assert answer.status_code == 400
     assert ErrorBody.model_validate(answer.json()).error.code is ErrorCode.INVALID_REQUEST
+
+
+@pytest.mark.parametrize("padding", [0, 10**5], ids=["small", "large"])
+@pytest.mark.parametrize("sent", [None, "application/x-www-form-urlencoded", "text/plain", "json"])
+async def test_bodies_of_another_type(client: httpx.AsyncClient, sent: str | None, padding: int) -> None:
+    """As `curl -d` sends them, whose type is that of a form."""
+    headers = {"Content-Type": sent} if sent else {}
+    content = BODY.model_dump_json().encode() + b" " * padding
+    answer = await client.post("/v1/generate", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("padding", [0, 10**5], ids=["small", "large"])
+async def test_json_that_is_cut_off(client: httpx.AsyncClient, padding: int) -> None:
+    content = b" " * padding + BODY.model_dump_json().encode()[:-1]
+    answer = await client.post("/v1/generate", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "no JSON" in message
+    assert str(len(content)) in message
+
+
+async def test_a_version_that_the_body_should_name(client: httpx.AsyncClient) -> None:
+    """The header would have no effect on our routes, and completions of any version would be taken for it."""
+    for path in ("/v1/generate", "/v1/score", "/v1/sessions"):
+        answer = await client.post(path, json={}, headers={"Lockstep-Policy": "r@0.1"})
+        assert answer.status_code == 400
+        assert '"policy"' in answer.json()["error"]["message"]
 
 
 class EngineDeadError(Exception):

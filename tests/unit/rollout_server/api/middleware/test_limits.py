@@ -162,3 +162,11 @@ async def test_sessions_end_under_any_load(capacity: Capacity) -> None:
     capacity.drain()
     assert (await client.delete("/v1/sessions/s")).status_code == 200
     assert (await client.post("/v1/sessions")).status_code == 503
+
+
+async def test_what_is_compressed_is_not_taken_for_json(capacity: Capacity) -> None:
+    async with _client(capacity, _length) as client:
+        answer = await client.post("/v1/completions", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+        assert answer.status_code == 400
+        assert "gzip" in answer.json()["error"]["message"]
+        assert (await client.post("/v1/score", content=b"{}", headers={"Content-Encoding": "identity"})).text == "2"

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
 from rollout_server.engine.capacity import Capacity
@@ -60,6 +60,11 @@ async def served():
     async def models() -> list[str]:
         return ["policy"]
 
+    @app.post("/missing/{model}")
+    async def missing(model: str) -> JSONResponse:
+        proxy.note_missing(model)
+        return JSONResponse("Valid aliases: base.", 404)
+
     client = httpx.AsyncClient(transport=httpx.ASGITransport(VersionHeaderMiddleware(app)), base_url="http://server")
     return SimpleNamespace(table=table, run=run, client=client)
 
@@ -104,6 +109,15 @@ async def test_refusals_keep_their_status_in_streams(served, kind: str) -> None:
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "unknown_run"
     assert "lockstep-version" not in answer.headers
+
+
+async def test_a_model_that_is_a_run_which_is_not_served(served) -> None:
+    """vLLM's own refusal names the base alone."""
+    answer = await served.client.post("/missing/policy:nobody")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "unknown_run"
+    assert "(r)" in answer.json()["error"]["message"]
+    assert (await served.client.post("/missing/polizy")).json() == "Valid aliases: base."
 
 
 def test_versions_are_read_as_they_are_written() -> None:
