@@ -255,6 +255,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     | `_tokenize_prompts` | `drop_filled_keys`, `read_images` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `_load_best_model` | `resume_exactly` | |
     | `create_model_card` | `_name_base` | |
     | `train` | `leave_in_order` | what resuming refuses leaves nothing to save |
 
