@@ -61,7 +61,10 @@ from shared.module_names import encoders
 logger = logging.getLogger("lockstep.commands")
 
 #: LoRA flags that exclude init_adapter, which has its own settings.
-_ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+_ADAPTER_FLAGS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"),
+    *("lora_task_type", "use_rslora", "use_dora", "use_peft"),
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
@@ -164,7 +167,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             _stop_if_interrupted(trainer, session, asked)
     train_seconds = time.perf_counter() - training
     saved = load_state(out / FINAL_ADAPTER) if finished else None
-    if not (finished and saved and (saved.fence, saved.step) == (finished.fence, finished.step)):
+    if not (finished and saved and saved.step == finished.step and saved.fence >= finished.fence):
         _save_adapter(trainer, session, out / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
@@ -247,9 +250,9 @@ def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
     """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
     extra = cast(dict[str, Any], config.lora_kwargs)
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | DEFAULTS
+    changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
     if config.init_adapter is not None:
-        defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | DEFAULTS
-        changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
         if changed or extra:
             what = ", ".join(changed) or "lora_kwargs"
             raise InvalidRequest(f"{what}: the adapter of init_adapter keeps its own LoRA settings; leave this out")
@@ -262,6 +265,13 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
     unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
+    if twice := [name for name in extra if {name, f"lora_{name}"}.intersection(changed)]:
+        raise InvalidRequest(f"lora_kwargs.{twice[0]}: its flag is given, too; leave this out")
+    if extra.get("init_lora_weights") == "eva":
+        raise InvalidRequest(
+            "lora_kwargs.init_lora_weights eva needs activations of the model on data, which are not collected here: "
+            "make the adapter with peft.initialize_lora_eva_weights, save it, and give it as init_adapter"
+        )
     try:
         return dataclasses.replace(get_peft_config(model_args), **extra)
     except (ValueError, TypeError) as error:

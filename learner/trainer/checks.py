@@ -46,6 +46,8 @@ def check_grpo(args: GRPOConfig) -> list[str]:
         )
     if compares and 0 < sampling.temperature < LEAST_TEMPERATURE:
         raise InvalidRequest(f"the server samples at temperature {LEAST_TEMPERATURE} or above: raise temperature")
+    if args.max_completion_length is None and args.loss_type == "dr_grpo":
+        raise InvalidRequest("loss_type=dr_grpo divides by max_completion_length, which is not set: set it")
     if args.push_to_hub:
         raise InvalidRequest(
             "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"
