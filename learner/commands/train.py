@@ -16,7 +16,9 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from learner.adapters.lora_rules import caps_logits, check_lora, check_model, check_rank
@@ -45,6 +47,7 @@ from learner.tasks.columns import has_images
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_corrected, check_grpo
 from learner.trainer.leaving import SIGNALS
+from learner.trainer.prompt_order import steps_in_all
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
@@ -105,7 +108,10 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     assert lora is not None
     _check_paths(config, args)
     _check_scheduler(args)
+    _check_installed(args)
     model_config = _model_config(model, revision, args)
+    if args.cast_lm_head_to_fp32 and model_config.get_text_config().tie_word_embeddings:
+        raise InvalidRequest("cast_lm_head_to_fp32: the model's head is tied to its embeddings; leave it out")
     lora = check_target_modules(lora, model_config, trust_remote_code=args.trust_remote_code)
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
@@ -155,9 +161,12 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
                 "resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", checkpoint
             )
         reached = load_state(checkpoint) if checkpoint else None
-        finished = reached if reached and 0 < args.max_steps <= reached.step else None
+        steps = steps_in_all(trainer)
+        finished = reached if reached and steps is not None and steps <= reached.step else None
         if checkpoint and finished:  # transformers would make one more step
-            logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
+            logger.info(
+                "already trained for %d steps; raise --max_steps or --num_train_epochs to train further", finished.step
+            )
             load_adapter(session.model, checkpoint)
             trainer.state.global_step = finished.step
             session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
@@ -232,6 +241,23 @@ def _check_scheduler(args: GRPOConfig) -> None:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"lr_scheduler_kwargs, or lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
+
+
+def _check_installed(args: GRPOConfig) -> None:
+    """Refuse optimizers, trackers and kernels of packages that are not here, and optim_args: `invalid_request`."""
+    if any("=" not in pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair):
+        raise InvalidRequest(f"optim_args {args.optim_args!r}: write them as name=value,name=value")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise InvalidRequest(f"optim {args.optim.value}: {error}") from error
+    except ValueError:  # of an optimizer that looks at the model
+        pass
+    trackers = set(args.report_to or ()) & INTEGRATION_TO_CALLBACK.keys()
+    if missing := sorted(trackers - set(get_available_reporting_integrations())):
+        raise InvalidRequest(f"report_to {missing[0]}: it is not installed; install it, or leave it out")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise InvalidRequest("use_liger_kernel: liger-kernel is not installed; install it, or leave it out")
 
 
 def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
