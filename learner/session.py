@@ -217,6 +217,15 @@ class Session:
             update_lost=self.rounded.last_lost() if self.rounded else None,
         )
 
+    def push_loaded(self) -> None:
+        """Push and prove, as a version of its own, an adapter that was loaded after the last step. Collective."""
+        self.yield_gpu()
+        self.publisher.next_fence()
+        self._save_lease()
+        receipt = self.publisher.push(self.trainer.step)
+        if self.proof:
+            self.proof.check(receipt.version)
+
     def _proven(self, proof: SyncProof, version: WeightVersion) -> Proven:
         started = time.perf_counter()
         worst = proof.check(version)

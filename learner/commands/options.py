@@ -44,12 +44,13 @@ _LEAST = {
     "max_grad_norm": 0,
     "temperature": 0,
     "beta": 0,
+    "top_entropy_quantile": 0,
     "epsilon": 0,
     "seed": 0,
     "dataloader_num_workers": 0,
 }
 _ABOVE = {"logging_steps": 0, "save_steps": 0, "eval_steps": 0}
-_MOST = {"lora_dropout": 1, "top_p": 1, "seed": 2**32 - 1}
+_MOST = {"lora_dropout": 1, "top_p": 1, "top_entropy_quantile": 1, "seed": 2**32 - 1}
 #: Values that TRL would look at in the first step only.
 _CHOICES = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),

@@ -16,7 +16,9 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from learner.adapters.lora_rules import caps_logits, check_lora, check_model, check_rank
@@ -45,6 +47,7 @@ from learner.tasks.columns import has_images
 from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_corrected, check_grpo
 from learner.trainer.leaving import SIGNALS
+from learner.trainer.prompt_order import steps_in_all
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
@@ -61,7 +64,10 @@ from shared.module_names import encoders
 logger = logging.getLogger("lockstep.commands")
 
 #: LoRA flags that exclude init_adapter, which has its own settings.
-_ADAPTER_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora")
+_ADAPTER_FLAGS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"),
+    *("lora_task_type", "use_rslora", "use_dora", "use_peft"),
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
@@ -102,7 +108,10 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     assert lora is not None
     _check_paths(config, args)
     _check_scheduler(args)
+    _check_installed(args)
     model_config = _model_config(model, revision, args)
+    if args.cast_lm_head_to_fp32 and model_config.get_text_config().tie_word_embeddings:
+        raise InvalidRequest("cast_lm_head_to_fp32: the model's head is tied to its embeddings; leave it out")
     lora = check_target_modules(lora, model_config, trust_remote_code=args.trust_remote_code)
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
@@ -152,9 +161,12 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
                 "resuming from %s (--resume_from_checkpoint false, or another output_dir, starts over)", checkpoint
             )
         reached = load_state(checkpoint) if checkpoint else None
-        finished = reached if reached and 0 < args.max_steps <= reached.step else None
+        steps = steps_in_all(trainer)
+        finished = reached if reached and steps is not None and steps <= reached.step else None
         if checkpoint and finished:  # transformers would make one more step
-            logger.info("already trained for %d steps; raise --max_steps to train further", finished.step)
+            logger.info(
+                "already trained for %d steps; raise --max_steps or --num_train_epochs to train further", finished.step
+            )
             load_adapter(session.model, checkpoint)
             trainer.state.global_step = finished.step
             session.metrics.restore(finished.pushes, finished.completions, finished.completion_tokens)
@@ -164,7 +176,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             _stop_if_interrupted(trainer, session, asked)
     train_seconds = time.perf_counter() - training
     saved = load_state(out / FINAL_ADAPTER) if finished else None
-    if not (finished and saved and (saved.fence, saved.step) == (finished.fence, finished.step)):
+    if not (finished and saved and saved.step == finished.step and saved.fence >= finished.fence):
         _save_adapter(trainer, session, out / FINAL_ADAPTER)
     if hasattr(trainer, "end"):
         trainer.end()  # closes the trackers of report_to
@@ -231,6 +243,23 @@ def _check_scheduler(args: GRPOConfig) -> None:
         raise InvalidRequest(f"lr_scheduler_kwargs, or lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
 
 
+def _check_installed(args: GRPOConfig) -> None:
+    """Refuse optimizers, trackers and kernels of packages that are not here, and optim_args: `invalid_request`."""
+    if any("=" not in pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair):
+        raise InvalidRequest(f"optim_args {args.optim_args!r}: write them as name=value,name=value")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise InvalidRequest(f"optim {args.optim.value}: {error}") from error
+    except ValueError:  # of an optimizer that looks at the model
+        pass
+    trackers = set(args.report_to or ()) & INTEGRATION_TO_CALLBACK.keys()
+    if missing := sorted(trackers - set(get_available_reporting_integrations())):
+        raise InvalidRequest(f"report_to {missing[0]}: it is not installed; install it, or leave it out")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise InvalidRequest("use_liger_kernel: liger-kernel is not installed; install it, or leave it out")
+
+
 def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
     """Return the model's configuration; raises `invalid_request` where there is none, `unsupported_adapter`."""
     check_model_exists(model, revision)
@@ -247,9 +276,9 @@ def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
     """Build the adapter's config from flags, or read that of `init_adapter`; None without PEFT."""
     extra = cast(dict[str, Any], config.lora_kwargs)
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | DEFAULTS
+    changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
     if config.init_adapter is not None:
-        defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)} | DEFAULTS
-        changed = [name for name in _ADAPTER_FLAGS if getattr(model_args, name) != defaults[name]]
         if changed or extra:
             what = ", ".join(changed) or "lora_kwargs"
             raise InvalidRequest(f"{what}: the adapter of init_adapter keeps its own LoRA settings; leave this out")
@@ -262,6 +291,13 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
     unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
     if unknown:
         raise InvalidRequest(f"lora_kwargs: peft.LoraConfig has no {', '.join(unknown)}")
+    if twice := [name for name in extra if {name, f"lora_{name}"}.intersection(changed)]:
+        raise InvalidRequest(f"lora_kwargs.{twice[0]}: its flag is given, too; leave this out")
+    if extra.get("init_lora_weights") == "eva":
+        raise InvalidRequest(
+            "lora_kwargs.init_lora_weights eva needs activations of the model on data, which are not collected here: "
+            "make the adapter with peft.initialize_lora_eva_weights, save it, and give it as init_adapter"
+        )
     try:
         return dataclasses.replace(get_peft_config(model_args), **extra)
     except (ValueError, TypeError) as error:

@@ -33,7 +33,8 @@ class Schedule:
         return self.per_epoch * self.per_batch
 
     @property
-    def _epoch_steps(self) -> int:
+    def epoch_steps(self) -> int:
+        """Optimizer steps per epoch."""
         return -(-self._epoch_micro_steps // self.accumulation)
 
     def batch_at(self, micro_step: int) -> int:
@@ -46,17 +47,17 @@ class Schedule:
 
     def epoch_at(self, step: int) -> int:
         """Return the epochs completed after so many optimizer steps."""
-        return step // self._epoch_steps
+        return step // self.epoch_steps
 
     def first_step(self, batch: int) -> int:
         """Return the optimizer steps done when the training on a batch begins."""
         epoch, within = divmod(batch * self.per_batch, self._epoch_micro_steps)
-        return epoch * self._epoch_steps + within // self.accumulation
+        return epoch * self.epoch_steps + within // self.accumulation
 
     @property
     def last_batch(self) -> int:
         """The last generation batch that is trained on."""
-        epochs, steps = divmod(self.max_steps, self._epoch_steps)
+        epochs, steps = divmod(self.max_steps, self.epoch_steps)
         within = min(steps * self.accumulation, self._epoch_micro_steps)
         return (epochs * self._epoch_micro_steps + within - 1) // self.per_batch
 

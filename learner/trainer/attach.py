@@ -44,7 +44,7 @@ from learner.trainer.checks import (
     draws_policy,
 )
 from learner.trainer.compiling import compile_layers
-from learner.trainer.datasets import check_datasets, measure_prompts
+from learner.trainer.datasets import check_datasets, check_enough, measure_prompts
 from learner.trainer.filled_keys import drop_filled_keys
 from learner.trainer.forks import Forks, score_forks
 from learner.trainer.hooks import (
@@ -155,6 +155,7 @@ def attach(
     check_datasets(trainer)
     drop_filled_keys(trainer)
     prompts = measure_prompts(trainer)
+    check_enough(trainer)
     sight = sight_of(trainer)
     weights = str(model.get_base_model().dtype).removeprefix("torch.")
     if pool is None:  # last, since it may wait for minutes
@@ -255,6 +256,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     | `_tokenize_prompts` | `drop_filled_keys`, `read_images` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
+    | `_load_best_model` | `resume_exactly` | |
     | `create_model_card` | `_name_base` | |
     | `train` | `leave_in_order` | what resuming refuses leaves nothing to save |
 

@@ -43,6 +43,8 @@ def check_grpo(args: GRPOConfig) -> list[str]:
             f"correction: leave {cuts[0]} out, or set vllm_importance_sampling_correction=false (and no "
             "off_policy_mask_threshold)"
         )
+    if args.max_completion_length is None and args.loss_type == "dr_grpo":
+        raise InvalidRequest("loss_type=dr_grpo divides by max_completion_length, which is not set: set it")
     if args.push_to_hub:
         raise InvalidRequest(
             "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"

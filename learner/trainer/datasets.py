@@ -84,6 +84,16 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     return found
 
 
+def check_enough(trainer: GRPOTrainer) -> None:
+    """Refuse training data that does not fill one generation batch, of which TRL makes no step: `invalid_request`."""
+    rows, needed = trainer.train_dataset, trainer.args.generation_batch_size // trainer.num_generations
+    if isinstance(rows, Dataset) and len(rows) < needed:
+        raise InvalidRequest(
+            f"the training data has {len(rows)} prompts, and one generation batch takes {needed}: give more, or lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or generation_batch_size"
+        )
+
+
 def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
     found = Prompts()
     if trainer.environment_factories is not None:

@@ -30,6 +30,7 @@ _USED = (
     "_get_output_dir",
     "_save_checkpoint",
     "_load_optimizer_and_scheduler",
+    "_load_best_model",
     "use_vllm",
     "vllm_mode",
     "eos_token_ids",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,14 @@ def schedule_of(trainer: GRPOTrainer) -> Schedule:
         max_steps=trainer.state.max_steps,
         iterations=trainer.num_iterations,
     )
+
+
+def steps_in_all(trainer: GRPOTrainer) -> int | None:
+    """Return the optimizer steps of the complete training, before it begins; None: as many as a stream has."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * schedule_of(trainer).epoch_steps) if indexable(trainer) else None
 
 
 def generation_batch(trainer: GRPOTrainer) -> int:

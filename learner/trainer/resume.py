@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import transformers.trainer_utils
 from accelerate.state import PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from trl import GRPOTrainer
 
+from learner.adapters.exporter import active_adapter
 from learner.adapters.peft_dir import load_adapter, save_adapter
 from learner.run_dir.checkpoint import (
     STAGING,
@@ -71,6 +73,7 @@ def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
     trainer._get_train_sampler = remembered_sampler
     trainer._save_checkpoint = lambda model, trial: _save(trainer, session, partial(save, model, trial))
     trainer._load_optimizer_and_scheduler = load_with_state
+    trainer._load_best_model = partial(_load_best, trainer, session, trainer._load_best_model)
     trainer.train = train_from
 
 
@@ -146,6 +149,23 @@ def _check_batch(trainer: GRPOTrainer, checkpoint: Path) -> None:
             f"{batch_file} is missing, and the checkpoint lies within a generation batch: copy the checkpoint whole, "
             "with the files of all ranks"
         )
+    if not batch_file.is_file():
+        return
+    with safe_open(batch_file, "pt") as batch:
+        held = {name.partition(".")[2] for name in batch.keys()}  # noqa: SIM118 - it is no dict
+    for option, value, needed in (
+        ("beta", trainer.args.beta, "ref_per_token_logps"),
+        (
+            "vllm_importance_sampling_correction",
+            trainer.args.vllm_importance_sampling_correction,
+            "importance_sampling_ratio",
+        ),
+    ):
+        if value and needed not in held:
+            raise InvalidRequest(
+                f"{option}={value}: {checkpoint} lies within a generation batch that was scored without; go on with "
+                f"{option}={type(value)(0)}, or from a checkpoint between two batches"
+            )
 
 
 def can_save(trainer: GRPOTrainer) -> bool:
@@ -205,7 +225,10 @@ def _save(trainer: GRPOTrainer, session: Session, save: Callable[[], None]) -> N
 
 
 def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: list[Iterable[int]]) -> None:
-    folder = Path(checkpoint)
+    folder, model = Path(checkpoint), session.model
+    if not trainer.is_deepspeed_enabled and active_adapter(model) == "default" and len(model.peft_config) > 1:
+        # Of a checkpoint with others beside it (TRL's reference of a pretrained one), transformers loads the others.
+        load_adapter(model, folder)
     state = load_state(folder)
     if state is None:
         logger.warning(
@@ -214,7 +237,7 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
         )
         return
     if trainer.is_fsdp_enabled:
-        load_adapter(session.model, folder)
+        load_adapter(model, folder)
     trainer._step = state.micro_step
     batch_file = folder / _batch_file(trainer)
     trainer._buffered_inputs = None
@@ -233,6 +256,16 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
     if before and before != now and (trainer.is_deepspeed_enabled or (folder / "scheduler.pt").is_file()):
         _scale_learning_rate(trainer.optimizer, trainer.lr_scheduler, now / before)
     session.metrics.restore(state.pushes, state.completions, state.completion_tokens)
+
+
+def _load_best(trainer: GRPOTrainer, session: Session, load: Callable[[], None]) -> None:
+    """Load the best checkpoint at the end of a training, and let the servers have it, too. Collective."""
+    state = trainer.state
+    if session.interrupted and state.global_step < state.max_steps:
+        return  # it goes on from its last step, which may be saved after this
+    load()
+    if state.best_global_step != state.global_step:
+        session.push_loaded()
 
 
 def _scale_learning_rate(optimizer: Any, scheduler: Any, factor: float) -> None:

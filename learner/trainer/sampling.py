@@ -72,8 +72,12 @@ def sampling_params(args: GRPOConfig, eos_token_ids: Sequence[int] = ()) -> Samp
             )
         values["structured_outputs"] = {"regex": args.vllm_structured_outputs_regex}
     values.update(extra)
-    if not values.get("ignore_eos"):
-        values["stop_token_ids"] = sorted({*values.get("stop_token_ids", ()), *eos_token_ids})
+    if values.get("stop_token_ids") is None:  # as vLLM takes it
+        values["stop_token_ids"] = []
+    ids = values["stop_token_ids"]
+    # What is no list of ids is left to the schema.
+    if not values.get("ignore_eos") and isinstance(ids, list | tuple | set) and all(type(one) is int for one in ids):
+        values["stop_token_ids"] = sorted({*ids, *eos_token_ids})
     try:
         return SamplingParams.model_validate(values)
     except ValidationError as error:

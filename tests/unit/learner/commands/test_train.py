@@ -133,6 +133,12 @@ def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
     assert run(flags, "--max_steps", "4")["steps"] == 4
 
 
+def test_nor_one_of_a_part_of_an_epoch(flags):
+    at = flags.index("--max_steps")
+    part = [*flags[:at], *flags[at + 2 :], "--num_train_epochs", "0.5"]
+    assert run(part)["steps"] == run(part)["steps"] == 2
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -236,8 +242,13 @@ def test_damaged_checkpoints(flags, tmp_path, caplog):
         (["--lora_r", "32"], "--max-lora-rank 32"),
         (["--lora_kwargs", '{"rank_patern": {}}'], "rank_patern"),
         (["--lora_kwargs", '{"init_lora_weights": "pissa"}'], "pissa"),
+        (["--lora_kwargs", '{"init_lora_weights": "eva"}'], "init_adapter"),
+        (["--lora_kwargs", '{"r": 8}'], r"lora_kwargs\.r: its flag"),
         (["--init_adapter", "/nowhere"], "lora_r"),
+        (["--init_adapter", "/nowhere", "--use_dora", "true"], "use_dora"),
+        (["--init_adapter", "/nowhere", "--lora_modules_to_save", "lm_head"], "lora_modules_to_save"),
         (["--max_completion_length", "127"], "--max-model-len"),
+        (["--per_device_train_batch_size", "64"], "8 prompts, and one generation batch takes 16"),
         (["--vllm_server_host", "x"], "rollout_url"),
         (["--cache_implementation", "static"], "cache_implementation"),
         (["--load_in_4bit", "true"], "four-bit-base"),

@@ -126,6 +126,7 @@ def the_line(capsys):
         ("lora_alpha: 0", "lora_alpha"),
         ("lora_dropout: 1.5", "lora_dropout"),
         ("temperature: -1", "temperature"),
+        ("top_entropy_quantile: 20", "top_entropy_quantile"),
         ("temperature: 0", "temperature=0"),
         ("top_p: 1.5", "top_p"),
         ("top_p: 0", "top_p"),
@@ -178,6 +179,10 @@ def the_line(capsys):
         ("resume_from_checkpoint: /nowhere", "resume_from_checkpoint"),
         ("output_dir: /dev/null/x", "output_dir"),
         ("push_to_hub: true", "push_to_hub"),
+        ("optim: lomo", "optim lomo: .*lomo"),
+        ("optim_args: nope", "optim_args"),
+        ("report_to: neptune", "report_to neptune: it is not installed"),
+        ("cast_lm_head_to_fp32: true", "cast_lm_head_to_fp32"),
     ],
 )
 def test_train_with_a_file(run_yaml, capsys, text, words):

@@ -19,6 +19,12 @@ def test_vespo_needs_token_level_correction(grpo):
         check_grpo(grpo(loss_type="vespo"))
 
 
+def test_a_loss_that_divides_by_the_length_needs_one(grpo):
+    check_grpo(grpo(max_completion_length=None))
+    with pytest.raises(LockstepError, match="max_completion_length"):
+        check_grpo(grpo(max_completion_length=None, loss_type="dr_grpo"))
+
+
 def test_greedy_training_is_refused(grpo):
     for args in (grpo(temperature=0.0), grpo(generation_kwargs={"temperature": 0.0})):
         with pytest.raises(LockstepError, match="temperature"):

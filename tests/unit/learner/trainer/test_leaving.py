@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.trainer import leaving
@@ -211,3 +212,23 @@ def test_a_signal_to_any_rank_ends_all_of_them(anywhere):
     leave = _Leave(SimpleNamespace(accelerator=accelerator), session)
     assert leave._all_leave() is anywhere
     assert bool(session.interrupted) is anywhere
+
+
+def test_a_signal_does_not_put_the_best_weights_into_the_last_step(attached, tmp_path):
+    best = {
+        "save_strategy": "best",
+        "metric_for_best_model": "best",
+        "greater_is_better": False,
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 4,
+    }
+    cut, session = attached("cut", at=(3, terminate), **best)
+    evaluate = cut.evaluate
+    cut.evaluate = lambda *_, **__: evaluate() | {"eval_best": cut.state.global_step}
+    cut.train()
+    assert (cut.state.global_step, cut.state.best_global_step) == (3, 1)
+    one, three = (load_file(tmp_path / "cut" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 3))
+    assert any(not torch.equal(one[name], three[name]) for name in one)
+    assert session.publisher.last.version.step == 3

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from trl import GRPOTrainer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from learner.run_dir.checkpoint import STAGING, commit, last_checkpoint, load_state, save_state
 from learner.run_dir.files import LOGS_FILE, read_lines
 from learner.trainer.attach import attach
 from shared.errors import LockstepError
+from tests.support.rewards import reward_odd
 
 
 class KilledError(Exception):
@@ -186,6 +190,106 @@ def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, serve
     assert best.parent == Path(trainer.args.output_dir)
     assert best.is_dir()
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+def test_the_best_checkpoint_is_what_is_served_at_the_end(make_trainer, server, client) -> None:
+    """Under a version of its own, which an evaluation after the training is of."""
+    rows = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
+    trainer = make_trainer(
+        trainer_kwargs={"eval_dataset": rows},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        metric_for_best_model="best",
+        greater_is_better=True,
+        per_device_eval_batch_size=4,
+        load_best_model_at_end=True,
+        max_steps=3,
+    )
+    evaluate, best = trainer.evaluate, [1.0, 3.0, 2.0]
+    trainer.evaluate = lambda *_, **__: evaluate() | {"eval_best": best[trainer.state.global_step - 1]}
+    session = attach(trainer, client=client, run_id="r", proof_canary=False)
+    trainer.train()
+    kept = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
+    assert trainer.state.best_global_step == 2
+    version = session.publisher.last.version
+    assert (version.fence, version.step) == (1, 3)
+    assert server.finished["r"].version == version
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (kept[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    assert torch.allclose(server.deltas["r"][name], 2 * b @ a, atol=1e-6)
+    trainer.evaluate()
+    assert server.generated[-1].policy == version
+    session.close()
+
+
+def test_a_pretrained_adapter_with_its_reference(model_dir, tmp_path, server, client, no_workers_left) -> None:
+    """transformers loads only the adapters in subdirectories of a checkpoint: with beta, TRL's reference."""
+
+    def make(max_steps: int) -> GRPOTrainer:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        trainer = GRPOTrainer(
+            model=get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), lora),
+            reward_funcs=[reward_odd],
+            args=GRPOConfig(
+                output_dir=str(tmp_path / "run"),
+                use_cpu=True,
+                bf16=False,
+                beta=0.1,
+                max_steps=max_steps,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                max_completion_length=6,
+                learning_rate=1e-2,
+                save_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": f"w{i} w{i + 7}"} for i in range(10)]),
+        )
+        attach(trainer, client=client, run_id="r", proof_canary=False)
+        return trainer
+
+    def weights(trainer: GRPOTrainer, adapter: str) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if f".{adapter}." in name}
+
+    trained = make(2)
+    start = weights(trained, "ref")
+    trained.train()
+    resumed, found = make(3), []
+    resumed.add_callback(
+        _AtFirstStep(lambda: found.append({kind: weights(resumed, kind) for kind in ("default", "ref")}))
+    )
+    resumed.train(resume_from_checkpoint=True)
+    end = weights(trained, "default")
+    assert any(not torch.equal(start[name.replace(".default.", ".ref.")], tensor) for name, tensor in end.items())
+    assert all(torch.equal(found[0]["default"][name], tensor) for name, tensor in end.items())
+    assert all(torch.equal(found[0]["ref"][name], tensor) for name, tensor in start.items())
+
+
+class _AtFirstStep(TrainerCallback):
+    def __init__(self, act) -> None:
+        self.act = act
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        self.act()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"beta": 0.1}, r"beta=0.1: .*checkpoint-1 lies within a generation batch .* go on with beta=0.0"),
+        ({"vllm_importance_sampling_correction": True}, "go on with vllm_importance_sampling_correction=False"),
+    ],
+)
+def test_what_a_batch_under_way_does_not_hold(train, tmp_path, changed, words) -> None:
+    config = {"save_steps": 1, "steps_per_generation": 2, "vllm_importance_sampling_correction": False}
+    train("run", **config, max_steps=2)
+    with pytest.raises(LockstepError, match=words):
+        train("run", resume=str(tmp_path / "run" / "checkpoint-1"), **{**config, **changed}, max_steps=3)
+    train("run", resume=str(tmp_path / "run" / "checkpoint-2"), **{**config, **changed}, max_steps=3)
 
 
 def test_a_step_that_is_reached_again_replaces_its_checkpoint(tmp_path) -> None:

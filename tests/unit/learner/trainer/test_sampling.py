@@ -50,6 +50,10 @@ def test_maps_all_generation_options(grpo):
     }
 
 
+def test_no_stop_tokens_may_be_none(grpo):
+    assert sampling_params(grpo(generation_kwargs={"stop_token_ids": None}), [2]).stop_token_ids == [2]
+
+
 def test_ignore_eos_is_not_undone_by_our_stop_tokens(grpo):
     assert sampling_params(grpo(generation_kwargs={"ignore_eos": True}), [2]).stop_token_ids == []
 
@@ -61,6 +65,8 @@ def test_ignore_eos_is_not_undone_by_our_stop_tokens(grpo):
         ({"num_beams": 4}, "num_beams"),
         ({"temprature": 1.0}, "temprature"),
         ({"logprobs": 5}, "logprobs"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
     ],
 )
 def test_unknown_generation_kwargs_are_refused_by_name(grpo, kwargs, word):
