@@ -310,7 +310,7 @@ def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
         assert line in card, card
 
 
-@pytest.mark.parametrize("row", ["Qwen2.5-VL", "Gemma 3", "Qwen3.5"])
+@pytest.mark.parametrize("row", ["Qwen2.5-VL", "Gemma 3", "Gemma 4", "Qwen3.5"])
 def test_an_adapter_of_a_multimodal_checkpoint_loads_on_it_and_merges_into_it(row: str, tmp_path: Path) -> None:
     """Whatever the checkpoint calls its tensors; PEFT finds no adapter missing, and none in an encoder."""
     model = make_model(row, tmp_path / "model")
