@@ -4,9 +4,9 @@ Early updates can be smaller than the resolution of the server's dtype; then no 
 the logits. The canary proves the way from push to logits, module by module. B is random, and scaled so that every
 module moves the probe's logprobs by about the same. Let x_m be the movement that module m makes of all that are there:
 the derivative of the logprobs in the scale of its B. A server on which m is silent misses -x_m. So of all modules
-those are suspected whose score r . x_m is lowest, r being served minus own logprobs (Rao 1948: the score test). One
-backward pass weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson 1990). Suspects
-are convicted by a regression of r on the movement that passes with the module turned up and down show.
+those are suspected whose score r . x_m is lowest, and far from 0, r being served minus own logprobs (Rao 1948: the
+score test). One backward pass weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson
+1990). Suspects are convicted by a regression of r on the movement that passes with the module turned up and down show.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ LOUD_SLACK = 3.0
 BALANCING, MEASURING = 2, 4
 #: A module is made louder or quieter than random weights by this factor at most.
 MOST_SCALED = 64.0
-#: Modules that a regression tests, for every server, and the part of a silent one's score, which is -|x_m|,
-#: that theirs must have. The score of one that is served is rounding alone.
-SUSPECTS, SUSPECT = 4, 0.1
+#: Modules that a regression tests at most, for every server.
+SUSPECTS = 4
+#: The part of a silent module's score, -|x_m|, that makes one suspected; of one that is served it is rounding alone.
+ACCUSING = 0.1
 #: A suspect's movement is enlarged by this factor against rounding.
 ENLARGED = 4.0
 #: Standard errors that a silent module's share lies below 1.
@@ -195,7 +196,7 @@ def _check_modules(
     with turn():
         scores_M = probe.sensitivities(residual_N, weights.b).sum(0) / least_M
     lowest = np.argsort(scores_M)[:SUSPECTS]
-    suspects = proof.on_main(lambda: lowest[scores_M[lowest] < -SUSPECT * strengths_M[lowest]].tolist())
+    suspects = proof.on_main(lambda: lowest[scores_M[lowest] < -ACCUSING * strengths_M[lowest]].tolist())
     silent = []
     for m in suspects:
         found = _share_of(probe, weights, m, residual_N)

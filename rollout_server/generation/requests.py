@@ -207,8 +207,8 @@ async def _jobs(
     )
     sampling = body.sampling
     if sampling.stop and body.skip_special_tokens:
-        ids = [*sampling.stop_token_ids, *special_stops(sampling.stop, _tokenizer(proxy))]
-        sampling = sampling.model_copy(update={"stop_token_ids": ids})
+        found = await in_turns(special_stops(sampling.stop, _tokenizer(proxy) if encoder is None else encoder))
+        sampling = sampling.model_copy(update={"stop_token_ids": [*sampling.stop_token_ids, *found]})
     params = dict(await in_turns(_params(body, sampling)))
     held.callback(await exclusive.take())
     await proxy.runs.admitting()

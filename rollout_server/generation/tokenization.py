@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -132,8 +132,8 @@ def checked(index: int, sequence: list[int], room: int, model_config: Any) -> li
     return sequence
 
 
-def special_stops(stop: Sequence[str], tokenizer: Any) -> list[int]:
-    """Return the ids of stop strings that are special tokens: text that leaves these out never holds them.
+def special_stops(stop: Sequence[str], tokenizer: Any) -> Iterator[int]:
+    """Yield the ids of stop strings that are special tokens: text that leaves these out never holds them.
 
     Raises:
         LockstepError: `invalid_request` where one is a part of a longer string.
@@ -141,9 +141,10 @@ def special_stops(stop: Sequence[str], tokenizer: Any) -> list[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {str(token): token_id for token_id, token in added.items() if token.special}
     for text in stop:
-        if text not in special and (found := next((token for token in special if token in text), None)):
+        if text in special:
+            yield special[text]
+        elif found := next((token for token in special if token in text), None):
             raise InvalidRequest(
                 f"stop: {text!r} holds the special token {found}, which skip_special_tokens keeps out of the text that "
                 f"is searched: stop at {found} alone, or send skip_special_tokens false"
             )
-    return [special[text] for text in stop if text in special]

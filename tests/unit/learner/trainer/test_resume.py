@@ -20,6 +20,16 @@ from learner.trainer.attach import attach
 from shared.errors import LockstepError
 from tests.support.rewards import reward_odd
 
+#: Of a training of three steps, each evaluated.
+BEST_AT_END = {
+    "max_steps": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 4,
+    "greater_is_better": True,
+    "load_best_model_at_end": True,
+}
+
 
 class KilledError(Exception):
     """Stands for the end of the process."""
@@ -174,15 +184,10 @@ def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, serve
     rows = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
     trainer = make_trainer(
         trainer_kwargs={"eval_dataset": rows},
-        eval_strategy="steps",
-        eval_steps=1,
+        **BEST_AT_END,
         save_strategy="best",
         metric_for_best_model="reward",
-        greater_is_better=True,
-        per_device_eval_batch_size=4,
         do_eval=True,
-        load_best_model_at_end=True,
-        max_steps=3,
     )
     attach(trainer, client=client, run_id="r")
     trainer.train()
@@ -197,15 +202,10 @@ def test_the_best_checkpoint_is_what_is_served_at_the_end(make_trainer, server, 
     rows = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
     trainer = make_trainer(
         trainer_kwargs={"eval_dataset": rows},
-        eval_strategy="steps",
-        eval_steps=1,
+        **BEST_AT_END,
         save_strategy="steps",
         save_steps=1,
         metric_for_best_model="best",
-        greater_is_better=True,
-        per_device_eval_batch_size=4,
-        load_best_model_at_end=True,
-        max_steps=3,
     )
     evaluate, best = trainer.evaluate, [1.0, 3.0, 2.0]
     trainer.evaluate = lambda *_, **__: evaluate() | {"eval_best": best[trainer.state.global_step - 1]}

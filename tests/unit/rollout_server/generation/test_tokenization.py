@@ -100,6 +100,6 @@ def test_messages_of_which_a_template_would_see_nothing(message: dict[str, Any])
 
 def test_stop_strings_that_could_never_be_found() -> None:
     tokenizer = make_tiny_tokenizer()
-    assert special_stops(["</answer>", "<|im_start|>"], tokenizer) == [1]
+    assert list(special_stops(["</answer>", "<|im_start|>"], tokenizer)) == [1]
     with pytest.raises(InvalidRequest, match=r"stop at <\|im_start\|> alone"):
-        special_stops(["a", "\n<|im_start|>"], tokenizer)
+        list(special_stops(["a", "\n<|im_start|>"], tokenizer))
