@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import secrets
 import time
@@ -16,9 +17,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from bench.common.harness import Skip
 from bench.common.load import GENERATE, Sampled, sampled
-from bench.common.servers import SAME_GPU, Server
+from bench.common.servers import Server
 from bench.contenders import Contender, Moved, SyncPath
 from learner.adapters.exporter import AdapterExport
 from learner.cluster.relay import Relays
@@ -102,6 +102,16 @@ class LockstepPath(SyncPath):
         self.client.delete_run(self.lease.run_id, self.lease.secret)
 
 
+@contextlib.contextmanager
+def own_nccl_host() -> Iterator[None]:
+    """Let NCCL take this process for one of another host, which may use a GPU of the server's, through TCP."""
+    os.environ["NCCL_HOSTID"] = "learner"
+    try:
+        yield
+    finally:  # servers that start later are of this host
+        del os.environ["NCCL_HOSTID"]
+
+
 class Lockstep(Contender):
     """The contender `lockstep`."""
 
@@ -113,9 +123,8 @@ class Lockstep(Contender):
 
     @contextlib.contextmanager
     def path(self, row: str, server: Server, model: PeftModel) -> Iterator[LockstepPath]:
-        if TRANSPORTS[row] == "collective" and self.setting.same_gpu:
-            raise Skip(SAME_GPU)
-        with RolloutClient(server.url) as client:
+        shared = TRANSPORTS[row] == "collective" and self.setting.same_gpu
+        with own_nccl_host() if shared else contextlib.nullcontext(), RolloutClient(server.url) as client:
             path = LockstepPath(client, model, row)
             path.push(0)  # what a transport refuses at its first use
             try:

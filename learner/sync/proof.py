@@ -291,7 +291,7 @@ class SyncProof:
             rounding = merge_noise(state.dtype, layers=layers, logit_std=own.logit_std)
         limits = self._tolerances(own, state, version, server, rounding, seen=probe is self._seen)
         decisive = self._carries_small_updates(state)
-        return Measurement(version, own.values, served, limits[0], rounding, server, state.dtype, limits[1], decisive)
+        return Measurement(version, own.values, served, limits[0], rounding, server, state.dtype, *limits[1:], decisive)
 
     def _carries_small_updates(self, state: ServerState) -> bool:
         """Whether small updates reach the logprobs of both sides: in float32, or with one rounding."""
@@ -312,10 +312,10 @@ class SyncProof:
         rounding: float,
         *,
         seen: bool,
-    ) -> tuple[float, float]:
-        """Return the largest mismatch and the largest rms to accept."""
+    ) -> tuple[float, float, float]:
+        """Return the largest mismatch and the largest rms to accept, and the rms up to which any mismatch is."""
         if self.fixed_tolerance is not None:
-            return self.fixed_tolerance, math.inf
+            return self.fixed_tolerance, math.inf, 0.0
         derived = derived_tolerance(
             [self.compute_dtype, state.dtype],
             layers=self._config.num_hidden_layers,
@@ -327,18 +327,19 @@ class SyncProof:
         )
         base = (self._seen_bases if seen else self.bases).get(server)
         if version is None:
-            return (math.inf, QUANTIZED_RMS) if state.quantization else (derived, math.inf)
+            return (math.inf, QUANTIZED_RMS, 0.0) if state.quantization else (derived, math.inf, 0.0)
         if base is None:
-            return derived, math.inf
+            return derived, math.inf, 0.0
         calibrated = RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY)
         if not self._carries_small_updates(state):
-            return max(derived, MAX_SLACK * calibrated) if state.quantization else derived, math.inf
+            # Of a policy that has become surer of itself, a token in thousands is further off than is derived.
+            return max(derived, MAX_SLACK * calibrated) if state.quantization else derived, math.inf, calibrated
         # A policy that has become surer of itself rounds more coarsely: what the last proof has shown counts, too.
         references = self._references.get(server)
         if references and not seen:
             calibrated = max(calibrated, RMS_SLACK * min(references[-1].rms_mismatch, derived / SAFETY))
         # The largest follows from the rms: one improbable token may be far off.
-        return calibrated * math.sqrt(own.values.size), calibrated
+        return calibrated * math.sqrt(own.values.size), calibrated, 0.0
 
     def check_mismatch(self, m: Measurement, probe: Probe | None = None) -> None:
         """Raise `InstallFailed` if served and own logprobs differ by more than the tolerances."""

@@ -37,6 +37,7 @@ class Measurement:
     Attributes:
         tolerance: largest mismatch to accept, in nats; see `derived_tolerance`.
         rms_tolerance: largest rms to accept; follows from what this pair has shown on the base.
+        usual_rms: up to which no single mismatch is too large: of what this pair has shown on the base, too.
         merge_noise: rms of the server's rounding of merged weights, which differs from version to version.
         server: URL and boot id.
         dtype: in which that server computes.
@@ -51,6 +52,7 @@ class Measurement:
     server: str = ""
     dtype: str = ""
     rms_tolerance: float = math.inf
+    usual_rms: float = 0.0
     is_decisive: bool = True
 
     @property
@@ -80,7 +82,9 @@ class Measurement:
 
     @property
     def is_acceptable(self) -> bool:
-        """Whether neither the largest mismatch nor the rms exceeds its tolerance."""
+        """Whether the rms is usual, or neither the largest mismatch nor the rms exceeds its tolerance."""
+        if self.rms_mismatch <= self.usual_rms:
+            return True
         return self.max_mismatch <= self.tolerance and self.rms_mismatch <= self.rms_tolerance
 
     @property

@@ -138,7 +138,8 @@ def can_broadcast(device: torch.device, state: ServerState) -> str | None:
     on_gpu = device.type == "cuda"
     if on_gpu != any(state.devices):
         return f"the learner computes on {device.type}, the server on {state.device}"
-    if on_gpu and gpu_uuid(device) in state.devices:
+    # NCCL knows processes of one GPU by host and bus; with this it takes them for those of two hosts.
+    if on_gpu and gpu_uuid(device) in state.devices and "NCCL_HOSTID" not in os.environ:
         return "learner and server share a GPU, which NCCL does not allow"
     return None
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from shared.errors import LockstepError
@@ -57,6 +59,20 @@ def test_no_alarm_but_a_word_where_rounding_takes_small_updates(caplog):
         pair.train(1, 3)
     assert pair.proof.step_share.value < 0.5
     assert [record.message for record in caplog.records if "--apply columns" in record.message]
+
+
+def test_one_improbable_token_is_no_alarm_where_rounding_takes_small_updates():
+    """A token in thousands, as trained policies have them in bfloat16; all tokens together are another matter."""
+    pair = Pair(apply="adapter")
+    pair.begin(RATIOS[1e-5])
+    pair.step()
+    version = pair.publisher.push(1).version
+    measured = pair.proof.measure(pair.proof.probe.logprobs(), version)[0]
+    off_N = np.zeros(measured.own.size)
+    off_N[7] = 1.5 * measured.tolerance
+    pair.proof.check_mismatch(replace(measured, served=measured.served + off_N))
+    with pytest.raises(LockstepError, match="does not sample from the weights that were pushed"):
+        pair.proof.check_mismatch(replace(measured, served=measured.served + off_N.max()))
 
 
 def test_a_mismatch_of_four_times_the_noise():
