@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.servers.pool import ServerPool, serve_base
 from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
+from learner.utils.gpu_memory import free_bytes
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams
 
@@ -23,8 +24,10 @@ from shared.sampling import SamplingParams
 #: small learning rate shows in their number only.
 SEQUENCES, SEQUENCES_IN_16_BITS = 8, 32
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 24
-#: Logits of one pass: half a gigabyte with what is computed of them.
-LOGITS = 2**25
+#: Logits of one pass: half a gigabyte with what is computed of them, BYTES_PER_LOGIT each.
+LOGITS, BYTES_PER_LOGIT = 2**25, 16
+#: Large vocabularies would leave passes of one sequence: a GPU with room has up to TOGETHER in this share of it.
+SHARE_OF_FREE, TOGETHER = 1 / 4, 8
 #: Tokens at the end of the one with images that are compared: all of them text.
 SEEN_TOKENS = 8
 #: Tokens at the end of the long sequence that are compared.
@@ -97,7 +100,8 @@ class Probe:
         self.model, self.sequences, self._on_main = model, list(sequences), on_main
         self._inputs = inputs or {}
         self._scored = [min(last or len(tokens), len(tokens) - 1) for tokens in self.sequences]
-        at_once = max(1, LOGITS // (max(self._scored) * model.config.get_text_config().vocab_size))
+        logits = max(self._scored) * model.config.get_text_config().vocab_size
+        at_once = on_main(lambda: sequences_at_once(logits, free_bytes(self._device)))
         rows = range(len(self.sequences))
         self._passes = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
         #: Of every scored token: its sequence, and its position there.
@@ -107,6 +111,10 @@ class Probe:
             for t in range(len(tokens) - count, len(tokens))
         ]
         self.rows = np.array([row for row, _ in self.places])
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
 
     def picked(self, served: Sequence[Sequence[float | None]]) -> np.ndarray:
         """Return the scored tokens' logprobs, float64 [N], of those of all tokens but the first."""
@@ -150,7 +158,7 @@ class Probe:
         ids = [
             [*self.sequences[row], *[self.sequences[row][-1]] * (longest - len(self.sequences[row]))] for row in rows
         ]
-        ids_BT = torch.tensor(ids, device=self.model.get_input_embeddings().weight.device)
+        ids_BT = torch.tensor(ids, device=self._device)
         firsts = [len(self.sequences[row]) - self._scored[row] for row in rows]
         first = min(firsts)
         kept: dict[str, Any] = {} if first == 1 else {"logits_to_keep": longest - first + 1}
@@ -169,6 +177,12 @@ class Probe:
             yield
         finally:
             self.model.train(was_training)
+
+
+def sequences_at_once(logits: int, free: float) -> int:
+    """Return how many sequences of so many logits are scored in a pass, with `free` bytes of a GPU; 0: on a CPU."""
+    more = int(SHARE_OF_FREE * free) // BYTES_PER_LOGIT // logits
+    return max(1, LOGITS // logits, min(more, TOGETHER))
 
 
 class AdapterWeights:

@@ -29,6 +29,7 @@ from learner.trainer.at_begin import forget_at_begin
 from learner.trainer.forks import Forks
 from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
+from learner.utils.gpu_memory import free_bytes
 
 logger = logging.getLogger("lockstep.passes")
 
@@ -275,8 +276,7 @@ class PackedScoring:
     def _find_out(self, tokens: int, needed: int) -> None:
         """Set the size of later passes from the memory, in bytes, that one of `tokens` needed."""
         self._finds_out, device = False, self._trainer.accelerator.device
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
+        free = free_bytes(device)
         self._max_tokens = pass_tokens(tokens, needed, free)
         logger.info(
             "passes of %d tokens: one of %d needed %.1f GiB, of %.1f that are free (max_tokens_per_pass)",

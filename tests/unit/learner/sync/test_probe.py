@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from learner.servers.pool import ServerPool
 from learner.sync.probe import SEQUENCES as SEQUENCES_ALWAYS
-from learner.sync.probe import SEQUENCES_IN_16_BITS, Probe, make_probe
+from learner.sync.probe import SEQUENCES_IN_16_BITS, Probe, make_probe, sequences_at_once
 from learner.sync.proof import SyncProof
 from shared.errors import LockstepError
 
@@ -28,6 +28,15 @@ def test_sequences_of_unequal_length_in_one_pass(model):
     alone = [Probe(model, [sequence]).logprobs().values for sequence in SEQUENCES]
     assert np.allclose(probe.logprobs().values, np.concatenate(alone), atol=1e-5)
     assert probe.places[5:8] == [(1, 1), (1, 2), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "free", "count"),
+    [(49_152, 0, 7), (248_320, 0, 1), (248_320, 8 << 30, 6), (248_320, 80 << 30, 8), (1024, 80 << 30, 372)],
+)
+def test_sequences_of_a_pass(vocabulary, free, count):
+    """Those of a large vocabulary go one by one only where a GPU has no room for more."""
+    assert sequences_at_once(88 * vocabulary, free) == count
 
 
 def test_the_end_of_a_long_sequence(model):
