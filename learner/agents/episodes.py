@@ -51,12 +51,13 @@ class AgentError(InvalidRequest):
 
 def check_some_are_left(failures: Sequence[str | None]) -> None:
     """Raise `AgentError` if every episode of a batch, over all ranks, has failed; None: it has not."""
-    if all(failures) and NO_REWARD in failures:
+    if not all(failures):
+        return
+    if NO_REWARD in failures:
         raise AgentError(f"none of {len(failures)} episodes has a reward: {NO_REWARD}")
-    if all(failures):
-        raise AgentError(
-            f"the agent failed in every one of {len(failures)} episodes, each run {ATTEMPTS} times: {failures[-1]}"
-        )
+    raise AgentError(
+        f"the agent failed in every one of {len(failures)} episodes, each run {ATTEMPTS} times: {failures[-1]}"
+    )
 
 
 def session_seconds(timeout_s: float) -> float:
