@@ -4,8 +4,8 @@ python -m bench.sync --quick                       # a tiny model on the CPU, mi
 python -m bench.sync --json sync.json --plot sync.png --ranks 8,32,128 --share-server    # learner GPU 0, server GPU 1
 python -m bench.sync --ranks 32 --only lockstep --fidelity --server-gpus 2 --server-flags="--tensor-parallel-size 2"
 
-The last one has a server on GPUs 1 and 2. Of two GPUs it takes the learner's, too; NCCL is then told that the learner is
-on another host, and broadcasts through TCP.
+The last one has a server on GPUs 1 and 2. Of two GPUs it takes the learner's, too; NCCL is then told that the learner
+is on another host, and broadcasts through TCP.
 """
 
 from __future__ import annotations
