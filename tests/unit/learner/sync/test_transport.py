@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from learner.run_dir.lease import Lease
-from learner.sync.transport import SendingGroup, Transport
+from learner.sync import transport
+from learner.sync.transport import SendingGroup, Transport, can_broadcast
 from shared.collective import Announcement, GroupInvitation
 from shared.errors import ErrorCode, InstallFailed, LockstepError
 from shared.weights import WeightVersion
@@ -146,3 +147,14 @@ def test_a_transport_that_is_closed_while_it_joins_leaves_nothing() -> None:
     assert transport._group is None
     server.leave()
     assert _all_given_back(before)
+
+
+def test_one_gpu_for_both_is_refused_unless_nccl_takes_them_for_two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "gpu_uuid", lambda device: "GPU-1")
+    monkeypatch.delenv("NCCL_HOSTID", raising=False)
+    shared, own = (SimpleNamespace(devices=[name], device="cuda") for name in ("GPU-1", "GPU-2"))
+    cuda = torch.device("cuda")
+    assert "share a GPU" in str(can_broadcast(cuda, shared))  # type: ignore[arg-type]
+    assert can_broadcast(cuda, own) is None  # type: ignore[arg-type]
+    monkeypatch.setenv("NCCL_HOSTID", "learner")
+    assert can_broadcast(cuda, shared) is None  # type: ignore[arg-type]
