@@ -105,11 +105,13 @@ class LockstepPath(SyncPath):
 @contextlib.contextmanager
 def own_nccl_host() -> Iterator[None]:
     """Let NCCL take this process for one of another host, which may use a GPU of the server's, through TCP."""
+    before = os.environ.get("NCCL_HOSTID")
     os.environ["NCCL_HOSTID"] = "learner"
     try:
         yield
     finally:  # servers that start later are of this host
-        del os.environ["NCCL_HOSTID"]
+        os.environ.pop("NCCL_HOSTID")
+        os.environ |= {"NCCL_HOSTID": before} if before else {}
 
 
 class Lockstep(Contender):

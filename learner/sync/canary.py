@@ -105,7 +105,8 @@ def prove_modules(
 
 def _coarse(loud: Measurement) -> Measurement:
     """Return the measurement with tolerances for an adapter as large as the canary."""
-    return replace(loud, tolerance=LOUD_SLACK * loud.tolerance, rms_tolerance=LOUD_SLACK * loud.rms_tolerance)
+    names = ("tolerance", "rms_tolerance", "usual_rms")
+    return replace(loud, **{name: LOUD_SLACK * getattr(loud, name) for name in names})
 
 
 def _check_slope(base: Measurement, loud: Measurement, slack: float = CANARY_SLACK) -> float:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from learner.adapters.exporter import active_adapter, lora_layers
 from learner.servers.pool import ServerPool, serve_base
-from learner.utils.distributed import OnMain, gathered, on_one_rank, overwrite, reshard
+from learner.utils.distributed import OnMain, gathered, on_every_rank, on_one_rank, overwrite, reshard
 from learner.utils.gpu_memory import free_bytes
 from shared.rollouts import GenerateRequest, Prompt
 from shared.sampling import SamplingParams
@@ -26,8 +26,10 @@ SEQUENCES, SEQUENCES_IN_16_BITS = 8, 32
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 24
 #: Logits of one pass: half a gigabyte with what is computed of them, BYTES_PER_LOGIT each.
 LOGITS, BYTES_PER_LOGIT = 2**25, 16
-#: Large vocabularies would leave passes of one sequence: a GPU with room has up to TOGETHER in this share of it.
-SHARE_OF_FREE, TOGETHER = 1 / 4, 8
+#: Large vocabularies would leave passes of one sequence: a GPU with room has up to TOGETHER in this share of it, with
+#: what the canary's backward passes keep of every layer: values per token and unit of width, rounded up from 17 of
+#: Korthikanti et al. 2022 (arXiv:2205.05198).
+SHARE_OF_FREE, TOGETHER, KEPT_PER_LAYER = 1 / 4, 8, 20
 #: Tokens at the end of the one with images that are compared: all of them text.
 SEEN_TOKENS = 8
 #: Tokens at the end of the long sequence that are compared.
@@ -100,8 +102,11 @@ class Probe:
         self.model, self.sequences, self._on_main = model, list(sequences), on_main
         self._inputs = inputs or {}
         self._scored = [min(last or len(tokens), len(tokens) - 1) for tokens in self.sequences]
-        logits = max(self._scored) * model.config.get_text_config().vocab_size
-        at_once = on_main(lambda: sequences_at_once(logits, free_bytes(self._device)))
+        config = model.config.get_text_config()
+        kept = KEPT_PER_LAYER * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+        free = min(on_every_rank(lambda: free_bytes(self._device)))
+        logits = max(self._scored) * config.vocab_size
+        at_once = sequences_at_once(logits, max(map(len, self.sequences)) * kept, free)
         rows = range(len(self.sequences))
         self._passes = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
         #: Of every scored token: its sequence, and its position there.
@@ -179,9 +184,15 @@ class Probe:
             self.model.train(was_training)
 
 
-def sequences_at_once(logits: int, free: float) -> int:
-    """Return how many sequences of so many logits are scored in a pass, with `free` bytes of a GPU; 0: on a CPU."""
-    more = int(SHARE_OF_FREE * free) // BYTES_PER_LOGIT // logits
+def sequences_at_once(logits: int, kept: int, free: int) -> int:
+    """Return how many sequences are scored in a pass.
+
+    Args:
+        logits: of a sequence.
+        kept: bytes that a backward pass keeps of it.
+        free: bytes of the GPU; 0: on a CPU.
+    """
+    more = int(SHARE_OF_FREE * free) // (2 * BYTES_PER_LOGIT * logits + kept)  # twice: gradients
     return max(1, LOGITS // logits, min(more, TOGETHER))
 
 

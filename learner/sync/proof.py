@@ -8,8 +8,9 @@ something else:
 - **Base**: served - own without an adapter, in prefill, on one sequence as long as prompt and completion may be, and of
   tokens that were decoded. Held to what the dtypes explain. Detects another base, tokenizer, dtype or position
   encoding. Its rms is the noise of this very pair, which calibrates what follows.
-- **Mismatch**: served - own at the proven version, held to a few times that noise (rms; the largest to what the dtypes
-  explain). Detects a missing module, a wrong scaling, a stale cache.
+- **Mismatch**: served - own at the proven version, held to a few times that noise (rms). A pair that loses small
+  updates (below) may exceed it, while no mismatch is larger than the dtypes explain. Detects a missing module, a wrong
+  scaling, a stale cache.
 - **Movement**: the change of the served logprobs since an earlier proof against the change of the learner's own, as the
   slope of a regression through the origin: 1 when the server follows, 0 when it did not move, 2 when it adds the
   adapter twice. Judged where the learner's own change is far above the noise (MIN_SIGNAL). References are the first
@@ -349,7 +350,8 @@ class SyncProof:
         worst = int(np.abs(m.mismatch).argmax())
         row, position = (probe or self.probe).places[worst]
         what = f"version {m.version}" if m.version else "the base (no adapter)"
-        rms = f"; rms {m.rms_mismatch:.3g}, tolerance {m.rms_tolerance:.3g}" if math.isfinite(m.rms_tolerance) else ""
+        limit = min(m.rms_tolerance, m.usual_rms or math.inf)
+        rms = f"; rms {m.rms_mismatch:.3g}, tolerance {limit:.3g}" if math.isfinite(limit) else ""
         hint = "the server does not sample from the weights that were pushed" if m.version else self._base_hint(m)
         raise InstallFailed(
             f"proof of sync failed: at {what} the logprob of the server at {m.server} of token {position} of probe "

@@ -61,7 +61,7 @@ class Transport:
         self, replica: Replica, lease: Lease, device: torch.device, choice: Choice, in_flight: InFlight
     ) -> None:
         self._client, self._lease, self._device, self._in_flight = replica.client, lease, device, in_flight
-        obstacle = can_broadcast(device, replica.known)
+        obstacle = can_broadcast(device, replica.known, asked=choice == "collective")
         if choice == "collective" and obstacle:
             raise InvalidRequest(f"transport=collective: {obstacle}; use transport=auto")
         self._waits = choice == "collective"
@@ -133,13 +133,18 @@ def gpu_uuid(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
-def can_broadcast(device: torch.device, state: ServerState) -> str | None:
-    """Return None if a learner on `device` can share a group with the server, else the reason why not."""
+def can_broadcast(device: torch.device, state: ServerState, *, asked: bool = False) -> str | None:
+    """Return None if a learner on `device` can share a group with the server, else the reason why not.
+
+    Args:
+        asked: the user wants a group, and may have told NCCL that both are on two hosts.
+    """
     on_gpu = device.type == "cuda"
     if on_gpu != any(state.devices):
         return f"the learner computes on {device.type}, the server on {state.device}"
-    # NCCL knows processes of one GPU by host and bus; with this it takes them for those of two hosts.
-    if on_gpu and gpu_uuid(device) in state.devices and "NCCL_HOSTID" not in os.environ:
+    # NCCL knows processes of one GPU by host and bus; with another name of the host it takes them for those of two.
+    told = asked and "NCCL_HOSTID" in os.environ
+    if on_gpu and gpu_uuid(device) in state.devices and not told:
         return "learner and server share a GPU, which NCCL does not allow"
     return None
 

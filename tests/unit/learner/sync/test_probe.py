@@ -30,13 +30,23 @@ def test_sequences_of_unequal_length_in_one_pass(model):
     assert probe.places[5:8] == [(1, 1), (1, 2), (1, 3)]
 
 
+_4B, _32B = 20 * 36 * 2560 * 2, 20 * 64 * 5120 * 2  # bytes per token
+
+
 @pytest.mark.parametrize(
-    ("vocabulary", "free", "count"),
-    [(49_152, 0, 7), (248_320, 0, 1), (248_320, 8 << 30, 6), (248_320, 80 << 30, 8), (1024, 80 << 30, 372)],
+    ("vocabulary", "kept", "free", "count"),
+    [
+        (49_152, _4B, 0, 7),
+        (248_320, _4B, 0, 1),
+        (248_320, _4B, 8 << 30, 2),
+        (248_320, _4B, 80 << 30, 8),
+        (151_936, _32B, 8 << 30, 2),
+        (1024, _4B, 80 << 30, 372),
+    ],
 )
-def test_sequences_of_a_pass(vocabulary, free, count):
-    """Those of a large vocabulary go one by one only where a GPU has no room for more."""
-    assert sequences_at_once(88 * vocabulary, free) == count
+def test_sequences_of_a_pass(vocabulary, kept, free, count):
+    """Those of a large vocabulary go one by one only where a GPU has no room for more, or for what is kept of them."""
+    assert sequences_at_once(88 * vocabulary, 88 * kept, free) == count
 
 
 def test_the_end_of_a_long_sequence(model):

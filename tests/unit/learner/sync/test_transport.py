@@ -157,4 +157,5 @@ def test_one_gpu_for_both_is_refused_unless_nccl_takes_them_for_two_hosts(monkey
     assert "share a GPU" in str(can_broadcast(cuda, shared))  # type: ignore[arg-type]
     assert can_broadcast(cuda, own) is None  # type: ignore[arg-type]
     monkeypatch.setenv("NCCL_HOSTID", "learner")
-    assert can_broadcast(cuda, shared) is None  # type: ignore[arg-type]
+    assert can_broadcast(cuda, shared, asked=True) is None  # type: ignore[arg-type]
+    assert can_broadcast(cuda, shared), "nobody asked for it"  # type: ignore[arg-type]
