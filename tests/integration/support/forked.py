@@ -56,12 +56,17 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 class ForkedProcess:
     """`python -m MODULE ARGUMENTS` in a session of its own, with the methods of subprocess.Popen that tests use."""
 
+    _have_imported = False
+
     def __init__(self, module: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         with pytest.MonkeyPatch.context() as patch:  # of the process that does the imports, if it is still to start
             for name, value in {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}.items():
                 patch.setenv(name, value)
+            if not ForkedProcess._have_imported:
+                forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another test's, without these imports
             _CONTEXT.set_forkserver_preload(MODULES)
             forkserver.ensure_running()
+            ForkedProcess._have_imported = True
         told = (module, list(map(str, arguments)), str(log), dict(environment))
         self._process = _CONTEXT.Process(target=_run, args=told, name="MainProcess")
         self._process.start()
