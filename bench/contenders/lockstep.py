@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from peft import PeftModel
 
@@ -102,18 +103,6 @@ class LockstepPath(SyncPath):
         self.client.delete_run(self.lease.run_id, self.lease.secret)
 
 
-@contextlib.contextmanager
-def own_nccl_host() -> Iterator[None]:
-    """Let NCCL take this process for one of another host, which may use a GPU of the server's, through TCP."""
-    before = os.environ.get("NCCL_HOSTID")
-    os.environ["NCCL_HOSTID"] = "learner"
-    try:
-        yield
-    finally:  # servers that start later are of this host
-        os.environ.pop("NCCL_HOSTID")
-        os.environ |= {"NCCL_HOSTID": before} if before else {}
-
-
 class Lockstep(Contender):
     """The contender `lockstep`."""
 
@@ -125,8 +114,10 @@ class Lockstep(Contender):
 
     @contextlib.contextmanager
     def path(self, row: str, server: Server, model: PeftModel) -> Iterator[LockstepPath]:
+        # NCCL then takes this process for one of another host, which may use a GPU of the server's, through TCP.
         shared = TRANSPORTS[row] == "collective" and self.setting.same_gpu
-        with own_nccl_host() if shared else contextlib.nullcontext(), RolloutClient(server.url) as client:
+        host = patch.dict(os.environ, {"NCCL_HOSTID": "learner"} if shared else {})
+        with host, RolloutClient(server.url) as client:
             path = LockstepPath(client, model, row)
             path.push(0)  # what a transport refuses at its first use
             try:
