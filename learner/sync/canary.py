@@ -12,6 +12,7 @@ score test). One backward pass weighted by r gives all of them; passes weighted 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -36,8 +37,9 @@ logger = logging.getLogger("lockstep.sync")
 #: How far the slope may be from 1; the canary's signal is far above any noise. DEAF: before modules are looked at.
 CANARY_SLACK, DEAF = 0.2, 0.7
 #: The canary moves the probe by so many times the noise, and by no less than CANARY_NATS (rms). Not by more:
-#: where the effect saturates, twice the adapter does not show as twice the change.
-CANARY_SIGNAL, CANARY_NATS, LOUDEST = 20.0, 0.05, 2.0
+#: where the effect saturates, twice the adapter does not show as twice the change. Nor by more than a share of what
+#: logprobs of two unrelated models differ by, sqrt(2) times the spread of logits: no adapter moves them further.
+CANARY_SIGNAL, CANARY_NATS, LOUDEST, OF_UNRELATED = 20.0, 0.05, 2.0, 0.5
 #: An adapter as large as the canary rounds more coarsely than what tolerances are derived for.
 LOUD_SLACK = 3.0
 #: Backward passes with random signs: to make modules equally loud, and to measure how loud they are.
@@ -87,8 +89,9 @@ def prove_modules(
     """
     base = {measurement.server: measurement for measurement in proof.check_base()}
     noise = max(measurement.noise for measurement in base.values())
+    quiet = proof.probe.logprobs()
+    nats = min(max(CANARY_SIGNAL * noise, CANARY_NATS), LOUDEST, OF_UNRELATED * math.sqrt(2) * quiet.logit_std)
     quiet_N = next(iter(base.values())).own
-    nats = min(max(CANARY_SIGNAL * noise, CANARY_NATS), LOUDEST)
     with _loud(proof.probe, proof.weights, quiet_N, nats, turn) as strengths_M:
         version, own = push(), proof.probe.logprobs()
         louds = proof.measure(own, version)
@@ -119,9 +122,16 @@ def _check_slope(base: Measurement, loud: Measurement, slack: float = CANARY_SLA
         raise InstallFailed(
             f"proof of sync failed: the canary adapter {loud.version} moves the learner's logprobs, and those of the "
             f"server at {loud.server} by a factor of {seen:.2f} of that instead of 1: adapters do not reach its logits "
-            "as they should. Restart the rollout server"
+            f"as they should ({_movements(base, loud)}). Restart the rollout server"
         )
     return seen
+
+
+def _movements(base: Measurement, loud: Measurement) -> str:
+    """Tell a server that leaves modules out, and moves less, from one that computes another function."""
+    own, served = (float(np.sqrt(np.mean(moved**2))) for moved in (loud.own - base.own, loud.served - base.served))
+    mismatches = f"with a mismatch of {loud.rms_mismatch:.2g}, {base.rms_mismatch:.2g} without the adapter"
+    return f"they move by {served:.2g} nats, the learner's by {own:.2g}, {mismatches}; rms"
 
 
 @contextmanager

@@ -67,6 +67,31 @@ def test_a_silent_layer_is_named():
         prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
 
 
+def test_it_is_no_louder_than_logits_can_move(pair, monkeypatch):
+    """Where logits spread little, no adapter moves logprobs by what a noisy pair would have it move them."""
+    monkeypatch.setattr(canary, "CANARY_SIGNAL", 1e3)
+    for model in (pair.model, pair.server.policy):
+        model.get_input_embeddings().weight.data.mul_(0.3)
+    spread, largest = pair.proof.probe.logprobs().logit_std, []
+
+    def push():
+        largest.append(max(float(b.detach().abs().max()) for b in pair.proof.weights.b))
+        return pair.publisher.push(0).version
+
+    result = prove_modules(pair.proof, push)
+    assert spread < 1.4, "else it could be as loud as it was asked to be"
+    assert result.slope == pytest.approx(1.0, abs=0.1)
+    assert largest[0] < 10.0
+
+
+def test_a_failure_tells_what_has_moved(pair):
+    pair.server.silent = frozenset(pair.proof.weights.modules)
+    with pytest.raises(
+        LockstepError, match=r"by a factor of 0\.0.*they move by 0 nats, the learner's by .* mismatch of"
+    ):
+        prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
+
+
 def test_it_is_shown_again_without_the_model(shown, monkeypatch):
     pair, kept = shown.pair, shown.kept
     base = next(iter(pair.proof.bases.values()))
