@@ -1,6 +1,7 @@
 """Decoded tokens per second of a rollout server, its adapter applied in three ways, against a plain vLLM without LoRA.
 
-With `--prompt-tokens 2000 --tokens 1`, say, it is reading prompts that is measured.
+With `--prompt-tokens 2000 --tokens 1`, say, it is reading prompts that is measured. There are rows, too, of servers
+whose logprobs are nearer to the learner's, and farther: batch-invariant kernels, and a base in 8 or 4 bits.
 
 python -m bench.decode --quick                                 # a tiny model on the CPU, minutes
 python -m bench.decode --parallel-start --json decode.json --plot decode.png    # learner GPU 0, servers GPU 1
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from peft import PeftModel
 
-from bench.common.fidelity import ADAPTER_STD, PROMPT_TOKENS, SEQUENCES, TOKENS, fidelity
-from bench.common.harness import Bench
+from bench.common.fidelity import ADAPTER_STD, PROMPT_TOKENS, SEQUENCES, TOKENS, compute_batch_invariantly, fidelity
+from bench.common.harness import Bench, Skip
 from bench.common.load import COMPLETIONS, GENERATE, Sampled, completions_body, generate_body, random_prompts, sampled
 from bench.common.models import Policy, Shape, optimizer_step, served_rank, write_weights
 from bench.common.report import Row, grouped_picture, spread
@@ -34,6 +36,11 @@ from shared.weights import WeightVersion
 
 PLAIN, ADAPTER, MERGE = "plain vLLM (no LoRA)", "lockstep --apply adapter", "lockstep --apply merge"
 COLUMNS = "lockstep --apply columns"
+INVARIANT, FP8, FOUR_BITS = (
+    "lockstep --deterministic",
+    "lockstep --quantization fp8",
+    "lockstep --quantization bitsandbytes",
+)
 BASE, COLUMNS_BASE = "lockstep --apply adapter, base requests", "lockstep --apply columns, base requests"
 #: Server -> its rows and its flags.
 SERVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -41,7 +48,12 @@ SERVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ADAPTER: ((ADAPTER, BASE), ("--apply", "adapter")),
     COLUMNS: ((COLUMNS, COLUMNS_BASE), ("--apply", "columns")),
     MERGE: ((MERGE,), ("--apply", "merge")),
+    INVARIANT: ((INVARIANT,), ("--apply", "columns", "--deterministic")),
+    FP8: ((FP8,), ("--apply", "adapter", "--quantization", "fp8")),
+    FOUR_BITS: ((FOUR_BITS,), ("--apply", "adapter", "--quantization", "bitsandbytes")),
 }
+#: vLLM quantizes a base as it is loaded on GPUs only.
+QUANTIZED = FP8, FOUR_BITS
 PUSHES, WAVE_LIMIT_S = 5, 300.0
 
 
@@ -75,7 +87,7 @@ class Target:
 
     def fidelity(self, model: PeftModel, vocab: int) -> dict[str, float]:
         """Compare what it serves with the learner's own logprobs."""
-        adapter = self.row in (ADAPTER, COLUMNS, MERGE)
+        adapter = self.row not in (PLAIN, BASE, COLUMNS_BASE)
         return fidelity(lambda prompts, tokens: self.ask(prompts, tokens)[0], model, vocab, adapter=adapter)
 
 
@@ -90,11 +102,12 @@ class DecodeBench(Bench):
         "--prompt-tokens": (16, "of each request"),
         "--waves": (5, "waves that are counted, after one that is not"),
         "--parallel-start": (False, "all servers at once, on one GPU; their waves take turns"),
+        "--batch-invariant": (False, "the learner, too, computes with the kernels of --deterministic servers"),
     }
     quick = "--shapes tiny --rank 8 --batches 4 --tokens 16 --waves 2"
     notes = {PLAIN: "its /v1/completions also makes the texts; ours was asked for token ids and logprobs only"}
     row_names = tuple(SERVERS)
-    same = "rank", "tokens", "prompt_tokens"
+    same = "rank", "tokens", "prompt_tokens", "batch_invariant"
     figure = "tokens_per_s"
     about = {"shape": "shape", "requests": "batch", "row": "row"}
     columns = {
@@ -105,6 +118,9 @@ class DecodeBench(Bench):
         "GPU MiB": "{gpu_memory_mib}",
         "mean |gap|": "{fidelity[mean_abs_gap]:.2e}",
         "KL k1 / k3": "{fidelity[kl_k1]:.1e} / {fidelity[kl_k3]:.1e}",
+        "one product: mean |gap| / KL k3": (
+            "{fidelity[one_product_mean_abs_gap]:.2e} / {fidelity[one_product_kl_k3]:.1e}"
+        ),
     }
     what = "{shape} rank {rank}, {batch} requests, {row}"
     told = "{tokens_per_s:.0f} tokens/s, {ratio_to_plain:.1%} of plain"
@@ -113,13 +129,17 @@ class DecodeBench(Bench):
         super().check()
         self.numbers("batches")
         self.at_least(1, "batches", "tokens", "prompt_tokens", "waves", "rank")
+        if self.options.batch_invariant and not torch.cuda.is_available():
+            raise ValueError("--batch-invariant: vLLM has these kernels for GPUs only")
 
     def run(self) -> None:
+        kept = compute_batch_invariantly() if self.options.batch_invariant else None
         for shape in self.shapes:
             abouts = [about for name in self.options.only for about in self._abouts(shape, name)]
             # The weights are gigabytes: they go with the shape.
             with tempfile.TemporaryDirectory(dir=self.scratch) as folder, self.failure_kept(*abouts):
                 self.one_shape(shape, Path(folder) / shape.name)
+        del kept
 
     def one_shape(self, shape: Shape, folder: Path) -> None:
         """Measure all servers of a shape."""
@@ -189,7 +209,9 @@ class DecodeBench(Bench):
 
 
 def start(name: str, setting: Setting, folder: Path, max_rank: int) -> Server:
-    """Start a server; it need not be ready."""
+    """Start a server; it need not be ready. Raises `Skip` where it cannot run."""
+    if name in QUANTIZED and setting.device == "cpu":
+        raise Skip("vLLM quantizes bases on GPUs only")
     work = setting.work / name.replace(" ", "-")
     work.mkdir(parents=True, exist_ok=True)
     setting = replace(setting, work=work, engine_flags=(*setting.engine_flags, *SERVERS[name][1]))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 
 from bench.common.load import Sampled, random_prompts
+from learner.passes.lora_product import OneProductLinear, use_one_product
 
 PROMPT_TOKENS, SEQUENCES, TOKENS = 16, 8, 64
 #: Of both LoRA matrices. At rank 32 it changes the base's weights by a twentieth of their size (0.0011 of 0.02).
@@ -18,7 +21,7 @@ ADAPTER_STD = 0.01
 def fidelity(
     ask: Callable[[list[list[int]], int], Sequence[Sampled]], model: PeftModel, vocab: int, *, adapter: bool
 ) -> dict[str, float]:
-    """Compare served logprobs with the learner's own.
+    """Compare served logprobs with the learner's own: with an adapter by PEFT's layers, and as one product, too.
 
     Args:
         ask: returns what the server samples: so many tokens for each prompt of token ids.
@@ -32,7 +35,37 @@ def fidelity(
     figures = divergence(served_BT, own_BT)
     if adapter:  # about the gap of a server that forgot the adapter
         figures["adapter_effect"] = (own_BT - own_logprobs(model, ids_BT, adapter=False)).abs().mean().item()
+        with one_product(model):
+            of_product = divergence(served_BT, own_logprobs(model, ids_BT, adapter=True))
+        figures |= {f"one_product_{name}": of_product[name] for name in ("mean_abs_gap", "max_abs_gap", "kl_k3")}
     return figures
+
+
+@contextlib.contextmanager
+def one_product(model: PeftModel) -> Iterator[None]:
+    """Compute base and adapter as the learner does by default, with one rounding."""
+    use_one_product(model, "default")
+    try:
+        yield
+    finally:
+        for layer in model.modules():
+            if isinstance(layer, OneProductLinear):
+                layer.__class__ = Linear
+
+
+def compute_batch_invariantly() -> torch.library.Library:
+    """Let linear layers of this process compute with vLLM's batch-invariant products for as long as the result lives.
+
+    A `rollout-server --deterministic` has the same ones. Attention, norms and rotary embeddings stay transformers' own.
+    """
+    try:
+        kernels = importlib.import_module("vllm.model_executor.determinism.batch_invariant")
+    except ModuleNotFoundError:
+        kernels = importlib.import_module("vllm.model_executor.layers.batch_invariant")
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("linear", "mm", "addmm"):
+        library.impl(f"aten::{name}", getattr(kernels, f"{name}_batch_invariant"), "CUDA")
+    return library
 
 
 def divergence(served: torch.Tensor, own: torch.Tensor) -> dict[str, float]:

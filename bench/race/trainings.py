@@ -174,7 +174,8 @@ class TrainingsBench(Bench):
         sequences = min(2 * self.learners * self.batch, 64 if self.device == "cpu" else 1024)
         rank = served_rank(int(self.recipe.get("lora_r") or 16))
         length = PROMPT_TOKENS + int(self.recipe.get("max_completion_length") or 256)
-        setting = self.setting(length, sequences, sequences * length * kv_bytes(self.model) / 2)  # half are that long
+        # Room for all: vLLM 0.26's engine has ended where requests of proofs had to make room for others.
+        setting = self.setting(length, sequences, sequences * length * kv_bytes(self.model))
         work = self.work / f"server-{training.server}"
         work.mkdir(parents=True, exist_ok=True)
         everyone = os.sched_getaffinity(0)

@@ -29,6 +29,7 @@ from bench.common.report import timed
 from bench.common.training import grpo_config, lora_config, odd_tokens
 from bench.contenders import trl_asynchronous
 from bench.contenders.lockstep import train_with_rollouts
+from bench.contenders.trl_merged_weights import send_copies
 from bench.step.figures import Step
 from learner.utils.ports import free_port
 
@@ -114,6 +115,7 @@ class TrlWatch(TrainerCallback):
         self._started = time.perf_counter()
         self._wait_s = self._sync_s = 0.0
         self._tokens = 0
+        send_copies(generation)
         generate, sync = generation.generate, generation.sync_weights
 
         def timed_generate(*args: Any, **options: Any) -> Any:

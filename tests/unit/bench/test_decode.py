@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import decode
 from bench.common.fidelity import ADAPTER_STD, divergence
+from bench.common.harness import Skip
 from bench.common.load import random_prompts
 from bench.common.models import SHAPES, Policy, optimizer_step, write_weights
 from bench.common.servers import Setting
@@ -23,6 +24,8 @@ from bench.decode import (
     BASE,
     COLUMNS,
     COLUMNS_BASE,
+    FP8,
+    INVARIANT,
     MERGE,
     PLAIN,
     DecodeBench,
@@ -178,6 +181,8 @@ def test_fidelity_sees_a_forgotten_adapter(policy: tuple[Policy, Path], monkeypa
     assert gaps[ADAPTER]["max_abs_gap"] < 1e-5
     assert gaps[BASE]["max_abs_gap"] < 1e-5
     assert gaps[MERGE]["mean_abs_gap"] == pytest.approx(gaps[MERGE]["adapter_effect"], rel=1e-3)
+    assert gaps[ADAPTER]["one_product_max_abs_gap"] < 1e-5
+    assert gaps[MERGE]["one_product_mean_abs_gap"] == pytest.approx(gaps[MERGE]["adapter_effect"], rel=1e-3)
     assert gaps[MERGE]["mean_abs_gap"] > 100 * gaps[ADAPTER]["mean_abs_gap"]
 
 
@@ -230,35 +235,43 @@ def test_a_server_that_does_not_know_the_flag(
     def open_targets(name: str, server: Any, model: Any, stack: Any) -> list[Target]:
         if name == PLAIN:
             return [Fake().target(PLAIN)]
-        row, base = decode.SERVERS[name][0]
-        return [Fake(VERSION).target(row, VERSION), Fake().target(base, "base")]
+        row, *base = decode.SERVERS[name][0]
+        return [Fake(VERSION).target(row, VERSION), *(Fake().target(one, "base") for one in base)]
 
     monkeypatch.setattr(decode, "start", lambda name, *_: Refuses() if name == MERGE else Server())
     monkeypatch.setattr(decode, "open_targets", open_targets)
     bench = make_bench(tmp_path, *more)
     bench.run()
     rows = {(row["row"], row["batch"]): row for row in bench.rows}
-    assert len(rows) == len(bench.rows) == 12
+    assert len(rows) == len(bench.rows) == 18
     for batch in (2, 4):
         assert "unrecognized" in rows[MERGE, batch]["error"]
         assert all(rows[row, batch]["ratio_to_plain"] for row in (PLAIN, ADAPTER, BASE, COLUMNS, COLUMNS_BASE))
         assert rows[ADAPTER, batch]["fidelity"]["adapter_effect"] > 0
         assert rows[COLUMNS, batch]["fidelity"]["adapter_effect"] > 0
+        assert rows[INVARIANT, batch]["fidelity"]["one_product_mean_abs_gap"] > 0
 
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr("bench.common.servers.Server", lambda name, command, *_, **__: started.append(command))
-    setting = Setting(tmp_path, "cpu", None, "float32", ("--dtype", "float32"))
+    setting = Setting(tmp_path, "cuda:0", "0", "float32", ("--dtype", "float32"))
     for name in decode.SERVERS:
         decode.start(name, setting, tmp_path / "tiny", 8)
-    plain, adapter, columns, merge = started
+    plain, adapter, columns, merge, invariant, *quantized = started
     assert not any("lora" in word for word in plain)
     assert plain[-2:] == ["--dtype", "float32"]
     assert "rollout_server.cli" in adapter
     assert adapter[-2:] == ["--apply", "adapter"]
     assert columns[-2:] == ["--apply", "columns"]
     assert merge[-2:] == ["--apply", "merge"]
+    assert invariant[-3:] == ["--apply", "columns", "--deterministic"]
+    assert [command[-2:] for command in quantized] == [["--quantization", "fp8"], ["--quantization", "bitsandbytes"]]
+
+
+def test_bases_are_quantized_on_gpus_only(tmp_path: Path) -> None:
+    with pytest.raises(Skip, match="GPUs"):
+        decode.start(FP8, Setting(tmp_path, "cpu", None, "float32", ()), tmp_path / "tiny", 8)
 
 
 def test_the_key_value_cache_has_room_for_the_largest_wave() -> None:
@@ -276,6 +289,7 @@ def test_the_key_value_cache_has_room_for_the_largest_wave() -> None:
     [
         (["--batches", "0,4"], "1 or more"),
         (["--batches", "many"], "many"),
+        (["--batch-invariant"], "GPUs only"),
     ],
 )
 def test_refused(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

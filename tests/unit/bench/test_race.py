@@ -338,6 +338,8 @@ def test_the_peer_is_evaluated_after_its_syncs_and_brings_no_weights_twice(monke
             now[0] += 1.0
             syncs.append(trainer.state.global_step)
 
+        def _iter_named_params(self) -> None: ...
+
     race = RacedSteps(Generation())
     trainer, ask = race.trainer, race.ask
 

@@ -141,6 +141,8 @@ def test_trl_is_timed_by_what_its_trainer_calls() -> None:
         def sync_weights(self) -> None:
             time.sleep(0.02)
 
+        def _iter_named_params(self) -> None: ...
+
     generation = Generation()
     watch = TrlWatch(generation)
     watch.on_train_begin(None, None, None)

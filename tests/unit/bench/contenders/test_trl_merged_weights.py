@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,22 @@ from bench.contenders.trl_merged_weights import MERGED, MergedPath, TrlMergedWei
 pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM:UserWarning")
 
 
+def vllms_packing() -> Any:
+    """Return vLLM's module that gathers weights, without its package, which takes long to import."""
+    package = importlib.util.find_spec("vllm")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0], "distributed", "weight_transfer", "packed_tensor.py")
+    spec = importlib.util.spec_from_file_location("vllms_packing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
 class Client:
-    """Takes what TRL would stream."""
+    """Takes what TRL would stream, gathered by vLLM."""
 
     def __init__(self, base_url: str, group_port: int, connection_timeout: float) -> None:
         self.received: dict[str, torch.Tensor] = {}
@@ -29,7 +45,10 @@ class Client:
         pass
 
     def update_named_params(self, metadata: list[Any], named_params: Iterator[tuple[str, torch.Tensor]]) -> None:
-        self.received = {name: tensor.clone() for name, tensor in named_params}
+        packing = vllms_packing()
+        chunk = packing.pack_tensors(named_params, lambda item: item[1], 2**30)
+        parts = chunk.names, chunk.shapes, chunk.dtypes, chunk.tensor_sizes
+        self.received = dict(packing.unpack_tensor(chunk.packed_tensor, *parts))
         assert [name for name, _, _ in metadata] == list(self.received)
 
     def reset_prefix_cache(self) -> None:
@@ -38,6 +57,20 @@ class Client:
     def generate(self, prompts: list[list[int]], **sampling: Any) -> dict[str, Any]:
         assert sampling == {"max_tokens": 1, "temperature": 0.0}
         return {"completion_ids": [[7]], "logprobs": [[[-1.5]]]}
+
+
+def test_without_copies_the_base_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When this fails, TRL sends what it has merged, and `send_copies` can go."""
+    monkeypatch.setattr("trl.generation.vllm_generation.VLLMClient", Client)
+    monkeypatch.setattr("bench.contenders.trl_merged_weights.send_copies", lambda generation: None)
+    policy = Policy(SHAPES["tiny"].write(tmp_path, "float32"), "cpu", "float32")
+    before = policy.base.model.layers[0].self_attn.q_proj.weight.clone()
+    with policy.adapter(8, "float32") as model:
+        generation = make_generation("http://127.0.0.1:1", model)
+        optimizer_step(model)
+        MergedPath(generation).push(1)
+    sent = generation.vllm_client.received["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(sent, before)
 
 
 def test_a_push_streams_every_base_parameter_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
