@@ -91,11 +91,11 @@ def page(document: dict) -> str:
             "Text of multimodal checkpoints: the server is started with `--language-model-only`. With images and "
             "without, LoRA targets (`all-linear` too) mean the language model. The exported adapter names modules as "
             "transformers' class of the whole checkpoint does (`model.language_model.layers...`), so PEFT loads it on "
-            "that (`AutoModelForImageTextToText`).",
+            "that (`AutoModelForImageTextToText`), as the export's README says.",
             "",
-            "Mixtures of experts: adapters on attention, which is what `all-linear` means there, and on shared experts "
-            "where PEFT takes their names for no others (Qwen2-MoE). Experts and routers are refused by name, and have "
-            "no slots.",
+            "Mixtures of experts: adapters on all linear layers outside MLPs, which is what `all-linear` means there "
+            "(also in a multimodal checkpoint), and by their names on shared experts where PEFT takes these for no "
+            "others (Qwen2-MoE). Experts and routers are refused by name, and have no slots.",
             "",
         ]
     )

@@ -138,7 +138,9 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     parser.set_defaults(mm_processor_cache_gb=0)
     args = parser.parse_args(argv)
     settings = server_settings.from_args(args)
-    if not args.limit_mm_per_prompt and not args.language_model_only:
+    if args.limit_mm_per_prompt:  # learners would be told another number
+        raise ValueError("--limit-mm-per-prompt cannot be used on a rollout server: set --max-images instead")
+    if not args.language_model_only:
         args.limit_mm_per_prompt = vision.image_limits(settings.max_images)
     args.model = args.model_tag or args.model
     unusable = {

@@ -85,6 +85,17 @@ def language_pattern(names: Iterable[str]) -> str:
     return rf"(?=(?:.*\.)?(?:{parents})\.)(?:.*\.)?(?:{ends})"
 
 
+def outside_language_model(head: str | None) -> str:
+    """Return `exclude_modules` that takes all modules of a multimodal model but the language model's, and its `head`.
+
+    Example:
+        assert re.fullmatch(outside_language_model("lm_head"), "model.visual.blocks.0.attn.qkv")
+        assert not re.fullmatch(outside_language_model("lm_head"), "model.language_model.layers.0.self_attn.q_proj")
+    """
+    kept = [rf"(?:.*\.)?(?:{'|'.join(LANGUAGE_MODELS)})\.", *([re.escape(head) + "$"] if head else [])]
+    return f"(?!{'|'.join(kept)}).*"
+
+
 def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> None:
     """Refuse adapters on vision parts, and on experts or routers: `unsupported_adapter`."""
     names = list(module_names)
@@ -98,7 +109,7 @@ def check_targets(module_names: Iterable[str], *, mixture_of_experts: bool) -> N
         if mixture_of_experts and is_of_experts(name):
             raise UnsupportedAdapter(
                 f"{name} belongs to the experts of a mixture, or routes to them: name attention layers in "
-                "target_modules (q_proj, k_proj, v_proj, o_proj), or all-linear, which means all that can be served"
+                "target_modules (q_proj, k_proj, v_proj, o_proj), or all-linear, which means all layers outside MLPs"
             )
 
 

@@ -15,7 +15,7 @@ import xxhash
 from safetensors.torch import save_file
 
 from learner.adapters.quantization import FOUR_BIT
-from learner.adapters.stored import FLOATS, PROCESSOR_FILES, StoredAdapter, copy_files, open_tensors
+from learner.adapters.stored import FLOATS, PROCESSOR_FILES, StoredAdapter, copy_code, copy_files, open_tensors
 from shared.errors import InvalidRequest, ShapeMismatch, UnsupportedAdapter
 from shared.model_files import INDEX_FILE, ONE_FILE
 from shared.module_names import relative_name
@@ -51,6 +51,7 @@ def merge(base: Path, adapter: StoredAdapter, out: Path, dtype: str) -> Arrived:
     if isinstance(config.get("text_config"), dict):
         config["text_config"]["dtype"] = dtype
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_code(base, out, config)
     copy_files(base, out, ("generation_config.json", *PROCESSOR_FILES))
     return arrived
 

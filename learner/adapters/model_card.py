@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from learner.adapters.stored import StoredAdapter
+from learner.adapters.stored import PROCESSOR_FILES, StoredAdapter
+from shared.module_names import LANGUAGE_MODELS, encoders
 from shared.weights import SERVED_RANKS, served_rank
 
 #: In every card that `learner export` has written.
 MARK = "lockstep-rl"
 _LOAD_ADAPTER = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_DIRECTORY")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "THIS_DIRECTORY")
 ```
 
 ```bash
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules policy=THIS_DIRECTORY
 ```"""
 _LOAD_MERGED = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, {auto_processor}
 
-model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY", dtype="{dtype}")
-tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")
+model = {auto}.from_pretrained("THIS_DIRECTORY", dtype="{dtype}")
+{processor} = {auto_processor}.from_pretrained("THIS_DIRECTORY")
 ```
 
 ```bash
@@ -35,17 +37,22 @@ vllm serve THIS_DIRECTORY
 ```"""
 
 
-def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
+def model_card(adapter: StoredAdapter, folder: Path, dtype: str | None) -> str:
     """Return the card as Markdown with the hub's YAML on top.
 
     Args:
         adapter: its `config` names the base model.
+        folder: what has been exported.
         dtype: of a merged model's weights; None for the adapter alone.
     """
     base, run = str(adapter.config["base_model_name_or_path"]), adapter.run
+    if dtype:
+        sees = bool(encoders(json.loads((folder / "config.json").read_text())))
+    else:  # an adapter fits the class whose modules have its names, and a base with encoders may be loaded without them
+        sees = any(part in LANGUAGE_MODELS for name in adapter.modules for part in name.split("."))
     head: dict[str, Any] = {
         "library_name": "transformers" if dtype else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "tags": ["lora", "grpo", "trl", MARK],
     }
     if not Path(base).exists():  # the hub's page links to it
@@ -66,7 +73,13 @@ def model_card(adapter: StoredAdapter, dtype: str | None) -> str:
         )
     rank = max(module.rank for module in adapter.modules.values())
     served = served_rank(rank) if rank <= SERVED_RANKS[-1] else rank
-    loading = _LOAD_MERGED.format(dtype=dtype) if dtype else _LOAD_ADAPTER.format(base=base, rank=served)
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    loading = _LOAD_ADAPTER.format(auto=auto, base=base, rank=served)
+    if dtype:
+        processor = "processor" if any((folder / name).is_file() for name in PROCESSOR_FILES) else "tokenizer"
+        loading = _LOAD_MERGED.format(
+            auto=auto, dtype=dtype, processor=processor, auto_processor=f"Auto{processor.capitalize()}"
+        )
     return "\n\n".join([*parts, "## Load it", loading]) + "\n"
 
 

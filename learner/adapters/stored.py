@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,7 @@ def fetch_base(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", *TOKENIZER_FILES]
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_LOADED]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise InvalidRequest(
@@ -173,10 +173,19 @@ def fetch_base(name: str, revision: str | None = None) -> Path:
 
 
 def copy_files(source: Path, out: Path, names: Iterable[str]) -> None:
-    """Copy the files of `names` that exist in `source`."""
+    """Copy the files of `names` that exist in `source`, with the code that one of them names."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+            if name.endswith("_config.json"):
+                copy_code(source, out, _json_file(source / name))
+
+
+def copy_code(source: Path, out: Path, settings: Mapping[str, Any]) -> None:
+    """Copy the Python modules of `source` if `settings` name classes in them: `auto_map`, for `trust_remote_code`."""
+    if "auto_map" in settings:
+        for module in source.glob("*.py"):  # those that are named import others
+            shutil.copyfile(module, out / module.name)
 
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:

@@ -12,14 +12,16 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from learner.adapters.lora_rules import is_of_experts, language_pattern
+from learner.adapters.lora_rules import check_targets, is_of_experts, outside_language_model
 from shared.errors import InvalidRequest
 from shared.messages import one_line
-from shared.module_names import encoders, is_of_encoder
+from shared.module_names import encoders
 
 logger = logging.getLogger("lockstep.adapters")
 
@@ -35,13 +37,15 @@ def model_class(model_config: Any) -> Any:
 def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_code: bool = False) -> LoraConfig:
     """Refuse target modules that the model does not have, and settings that PEFT refuses: `invalid_request`.
 
+    Raises `unsupported_adapter` for experts, routers and encoders.
+
     Args:
         model_config: of transformers; a model is built of it on the meta device.
 
     Returns:
-        The settings. Where the model has encoders of images or sound, `target_modules` is a pattern for the linear
-        layers of its language model alone: all-linear, and names that these share with an encoder, mean those. In a
-        mixture of experts all-linear means all layers outside MLPs.
+        The settings. Where the model has encoders of images or sound, `exclude_modules` takes out all but the language
+        model: all-linear, and names that its layers share with an encoder's, mean the former. In a mixture of experts
+        all-linear means all linear layers outside MLPs.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -49,35 +53,44 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
     except Exception as error:  # custom code may not know the meta device; loading the weights will tell
         logger.debug("target modules are checked once the model is loaded: %s", error)
         return lora
-    outputs = model.get_output_embeddings()
-    adaptable = [name for name, _ in model.named_modules() if not is_of_encoder(name)]
+    modules, outputs = dict(model.named_modules()), model.get_output_embeddings()
+    adaptable, outside = list(modules), ""
+    if encoders(model_config):
+        outside = outside_language_model(next((name for name, module in modules.items() if module is outputs), None))
+        adaptable = [name for name in modules if not re.fullmatch(outside, name)]
+    experts = [name for name in adaptable if is_of_experts(name)]
+    left_out = {*_OF_MLPS, *map(_last_part, experts)} if experts else set()
     linears = dict.fromkeys(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not outputs
-        and not is_of_encoder(name)
+        _last_part(name)
+        for name in adaptable
+        if isinstance(modules[name], nn.Linear | Conv1D)
+        and modules[name] is not outputs
         and not is_of_experts(name)
+        and _last_part(name) not in left_out
     )
-    names = [name for name, _ in model.named_modules()] if isinstance(lora.target_modules, str) else adaptable
-    missing = _missing(lora.target_modules, names)
+    is_pattern = isinstance(lora.target_modules, str) and lora.target_modules != "all-linear"
+    missing = _missing(lora.target_modules, list(modules) if is_pattern else adaptable)
     if missing:
+        where = " outside MLPs" if experts else ""
         raise InvalidRequest(
-            f"lora_target_modules: the model has no {', '.join(missing)}; its linear layers are "
+            f"lora_target_modules: the model has no {', '.join(missing)}; its linear layers{where} are "
             f"{', '.join(linears)}, and all-linear stands for all of them"
         )
     try:
-        if encoders(model_config) and (wanted := _wanted(lora.target_modules, list(linears))):
-            lora = dataclasses.replace(lora, target_modules=language_pattern(wanted))
-        elif lora.target_modules == "all-linear" and any(map(is_of_experts, adaptable)):
-            # PEFT takes the names of their layers for experts, whose files have these names, also where others do.
-            lora = dataclasses.replace(lora, target_modules=[name for name in linears if name not in _OF_MLPS])
-        trial = copy.deepcopy(lora)
-        trial.init_lora_weights = False
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            inject_adapter_in_model(trial, model)
+        if lora.target_modules == "all-linear" and (outside or experts):
+            lora = dataclasses.replace(lora, target_modules=list(linears))
+        if outside and not is_pattern:
+            lora = dataclasses.replace(lora, exclude_modules=_either(lora.exclude_modules, outside))
+        if lora.target_modules is not None:  # else PEFT chooses
+            # Of experts and routers PEFT would say that it does not know their classes.
+            check_targets((n for n in modules if check_target_module_exists(lora, n)), mixture_of_experts=True)
+        adapted = _adapted(lora, model)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-        raise InvalidRequest(f"the LoRA settings do not fit the model: {one_line(error)}") from error
+        reason = one_line(error).rstrip(".")
+        if experts:  # PEFT takes names for theirs that are so in files only, also where other layers have them
+            reason += f"; name layers outside MLPs, whose names PEFT may take for the experts': {', '.join(linears)}"
+        raise InvalidRequest(f"the LoRA settings do not fit the model: {reason}") from error
+    check_targets(adapted, mixture_of_experts=True)
     return lora
 
 
@@ -90,11 +103,26 @@ def _without_weights(model_config: Any, trust_remote_code: bool) -> nn.Module:
     return cast(nn.Module, made)
 
 
-def _wanted(targets: str | set[str] | list[str] | None, linears: list[str]) -> list[str]:
-    """Return the ends of the names that `targets` stands for; none where it is a regular expression, which stays."""
-    if targets == "all-linear":
-        return linears
-    return [] if targets is None or isinstance(targets, str) else list(targets)
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _either(excluded: str | set[str] | list[str] | None, pattern: str) -> str:
+    """Return `exclude_modules` for what `excluded` takes, as PEFT compares, and what `pattern` does."""
+    if not excluded:
+        return pattern
+    if not isinstance(excluded, str):
+        excluded = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(excluded)))})"
+    return f"(?:{excluded})|{pattern}"
+
+
+def _adapted(lora: LoraConfig, model: nn.Module) -> list[str]:
+    """Return the names of the modules that PEFT adapts, of a model that is used for nothing else."""
+    trial = copy.deepcopy(lora)
+    trial.init_lora_weights = False
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        inject_adapter_in_model(trial, model)
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _missing(targets: str | set[str] | list[str] | None, names: list[str]) -> list[str]:

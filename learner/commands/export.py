@@ -71,7 +71,7 @@ def export(
         else:
             copy_files(adapter.folder, building, (WEIGHTS_FILE, *TOKENIZER_FILES))
             (building / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
-        (building / CARD_FILE).write_text(model_card(adapter, dtype if merged else None))
+        (building / CARD_FILE).write_text(model_card(adapter, building, dtype if merged else None))
     return adapter.folder, arrived
 
 

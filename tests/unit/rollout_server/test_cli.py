@@ -60,6 +60,8 @@ def run(monkeypatch):
         (["--token-file", "/nowhere"], "/nowhere"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["--lora-modules", "a=b"], "--lora-modules"),
+        (["--limit-mm-per-prompt", '{"image": 2}'], "--limit-mm-per-prompt cannot be used"),
+        (["--limit-mm-per-prompt.image", "0"], "set --max-images instead"),
         (["--no-enable-lora"], "--no-enable-lora"),
         ([], "model_type"),
     ],

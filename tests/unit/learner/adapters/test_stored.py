@@ -10,7 +10,8 @@ from shared.fingerprint import fingerprint_checkpoint
 
 
 def test_only_files_of_the_model_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["config.json", "model.safetensors", "tokenizer.model", "consolidated.safetensors", "other/a.json"]
+    names = ["config.json", "model.safetensors", "tokenizer.model", "modeling_own.py", "consolidated.safetensors"]
+    names.append("other/a.json")
     taken = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list, ignore_patterns: list) -> str:
@@ -21,4 +22,4 @@ def test_only_files_of_the_model_are_downloaded(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     fingerprint_checkpoint("somebody/model")
     fetch_base("somebody/model")
-    assert taken == [names[:2], names[:3]]
+    assert taken == [names[:2], names[:4]]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from learner.adapters.stored import find_adapter, open_adapter
-from learner.adapters.target_modules import check_target_modules
+from learner.adapters.target_modules import check_target_modules, model_class
 from learner.cli import main
 from learner.commands.export import export
 from shared.errors import ErrorCode, LockstepError
 from shared.module_names import is_of_encoder
 from tests.support.architectures import make_model
+from tests.support.tiny_vision_model import make_tiny_vision_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {
@@ -310,25 +313,91 @@ def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
         assert line in card, card
 
 
-@pytest.mark.parametrize("row", ["Qwen2.5-VL", "Gemma 3", "Gemma 4", "Qwen3.5"])
-def test_an_adapter_of_a_multimodal_checkpoint_loads_on_it_and_merges_into_it(row: str, tmp_path: Path) -> None:
+def _as_the_card_says(folder: Path) -> dict[str, Any]:
+    """Return what the code in an export's card defines."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert code
+    defined: dict[str, Any] = {}
+    with warnings.catch_warnings(action="error", category=UserWarning):  # PEFT's of an adapter that finds no place
+        exec(code[1].replace("THIS_DIRECTORY", str(folder)), defined)
+    return defined
+
+
+@pytest.mark.parametrize(
+    "row", ["Qwen3", "Qwen2.5-VL", "Gemma 3", "Gemma 4", "Qwen3.5", "SmolVLM", "LLaVA", "Mistral 3"]
+)
+def test_what_the_card_says_loads_what_was_trained(row: str, tmp_path: Path) -> None:
     """Whatever the checkpoint calls its tensors; PEFT finds no adapter missing, and none in an encoder."""
     model = make_model(row, tmp_path / "model")
     config = AutoConfig.from_pretrained(model)
     lora = check_target_modules(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), config)
-    policy = get_peft_model(AutoModelForImageTextToText.from_pretrained(model), lora).eval()
+    policy = get_peft_model(model_class(config).from_pretrained(model), lora).eval()
     policy.save_pretrained(tmp_path / "adapter")
-    ids = torch.arange(3, 24)[None]
-    with torch.no_grad():
-        expected = policy(input_ids=ids).logits
     export(tmp_path / "adapter", tmp_path / "alone")
     export(tmp_path / "adapter", tmp_path / "merged", merged=True, dtype="float32")
-    base = AutoModelForImageTextToText.from_pretrained(model)
-    with warnings.catch_warnings(action="error"):
-        alone = PeftModel.from_pretrained(base, tmp_path / "alone")
-    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-    assert not [name for name, _ in alone.named_parameters() if "lora_" in name and is_of_encoder(name)]
-    for loaded in (alone, merged):
+    ids = torch.arange(3, 24)[None]
+    alone, merged = (_as_the_card_says(tmp_path / name) for name in ("alone", "merged"))
+    for loaded in (alone["model"], merged["model"]):
         with torch.no_grad():
-            torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+            difference = loaded.eval()(input_ids=ids).logits - policy(input_ids=ids).logits
+        assert difference.abs().max() < 1e-4
+    assert not [name for name, _ in alone["model"].named_parameters() if "lora_" in name and is_of_encoder(name)]
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()
+    assert merged["tokenizer"]("w1 w2") == AutoTokenizer.from_pretrained(model)("w1 w2")
+
+
+def test_an_adapter_of_the_language_model_alone_has_a_card_for_that(tmp_path: Path) -> None:
+    model = make_model("Qwen3.5", tmp_path / "model")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).eval()
+    policy.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "alone")
+    ids = torch.arange(3, 24)[None]
+    with torch.no_grad():
+        loaded, trained = _as_the_card_says(tmp_path / "alone")["model"].eval(), policy
+        torch.testing.assert_close(loaded(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+def test_the_card_of_a_model_that_sees_loads_its_processor(tmp_path: Path) -> None:
+    model = make_tiny_vision_model(tmp_path / "model")
+    lora = check_target_modules(LoraConfig(r=4, target_modules="all-linear"), AutoConfig.from_pretrained(model))
+    get_peft_model(AutoModelForImageTextToText.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "merged", merged=True)
+    processor = _as_the_card_says(tmp_path / "merged")["processor"]
+    assert processor.image_processor.patch_size == 14
+    assert "pipeline_tag: image-text-to-text" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_merged_model_has_the_code_of_its_base(tmp_path: Path) -> None:
+    base = make_model("Qwen3", tmp_path / "base")
+    code = {
+        "names_of_own": "KIND = 'own'\n",
+        "configuration_own": "from transformers import Qwen3Config\nfrom .names_of_own import KIND\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = KIND\n",
+        "modeling_own": "from transformers import Qwen3ForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnModel(Qwen3ForCausalLM):\n    config_class = OwnConfig\n",
+    }
+    for name, text in code.items():
+        (base / f"{name}.py").write_text(text)
+    config = json.loads((base / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    own = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
+    (base / "config.json").write_text(json.dumps(config | own))
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True), LoraConfig(target_modules=["q_proj"])
+    )
+    policy.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "merged", merged=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnModel"
+    assert {path.stem for path in (tmp_path / "merged").glob("*.py")} == code.keys()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_tokenizer_is_exported_with_its_code(model_dir: Path, tmp_path: Path, own: bool) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}} if own else {}
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter" / "tokenization_own.py").write_text("")
+    export(tmp_path / "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenization_own.py").is_file() == own
