@@ -163,6 +163,7 @@ async def _start(
     readiness.on_close(lambda: engine.shutdown())
     runs = RunTable(settings.slots_per_run, settings.max_runs, merged=settings.merges)
     proxy = EngineProxy(engine, runs, capacity)
+    proxy.media_tokens = versions.media_tokens(vllm_config.model_config)
     if sees:
         vision.take_our_images(engine)
         scaling = await asyncio.to_thread(vision.scaling, engine)

@@ -32,7 +32,11 @@ Logprobs = Annotated[list[float | None], AfterValidator(_finite)]
 
 
 class Prompt(FewFields):
-    """Exactly one of token ids, text, or chat messages (templated by the server)."""
+    """Exactly one of token ids, text, or chat messages (templated by the server).
+
+    The content of a message is a string or a list of parts. Where the model's template shows nothing of one of the two,
+    content that is text alone is laid out as the other; where it leaves out a text of a user or system either way, 400.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -43,7 +47,7 @@ class Prompt(FewFields):
     images: Images = Field(
         [],
         description="in the order of the prompt. Token ids hold one token for each image, or all those that the "
-        "model's processor makes of it; messages hold parts of type `image` without contents",
+        "model's processor makes of it; messages hold as many parts of type `image`, without contents",
     )
 
     @model_validator(mode="after")

@@ -90,7 +90,7 @@ def _of_one_request(rows: Sequence[dict[str, Any]], start: int, state: ServerSta
     prompts, size, memory = list[Prompt](), 0, 0
     for question, row in enumerate(rows, start + 1):
         try:
-            prompt = prompt_of(row)
+            prompt = prompt_of(row, sees=state is not None)
         except InvalidRequest as error:
             raise InvalidRequest(f"question {question}: {error.message}") from error
         if state:

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from learner.servers.prompts import encoded_image
-from learner.tasks.columns import message_parts, row_images
+from learner.tasks.columns import check_parts, message_parts, row_images
+from shared.chat_forms import in_parts
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 from shared.weights import ServerState
 
 
-def prompt_of(row: Mapping[str, Any]) -> Prompt:
+def prompt_of(row: Mapping[str, Any], *, sees: bool = False) -> Prompt:
     """Return the prompt of a dataset row, with its images.
+
+    Args:
+        sees: the task has images, so a training has all text in parts, as TRL writes it for processors.
 
     Raises:
         LockstepError: `invalid_request`, as `seen_prompt`.
@@ -21,6 +25,8 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     prompt = seen_prompt(row)
     if isinstance(prompt, str):
         return Prompt(text=prompt)
+    if sees:
+        prompt = in_parts(prompt)
     images = [part["image"] for part in message_parts(prompt) if part.get("type") == "image"]
     return Prompt(messages=shown(prompt), images=[encoded_image(image)[0] for image in images])
 
@@ -37,12 +43,7 @@ def rewarded_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     prompt = seen_prompt(row)
     if isinstance(prompt, list):
-        prompt = [
-            {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if isinstance(message.get("content"), str)
-            else message
-            for message in prompt
-        ]
+        prompt = in_parts(prompt)
     return {**row, "prompt": prompt, "images": row_images(row)}
 
 
@@ -51,9 +52,11 @@ def seen_prompt(row: Mapping[str, Any]) -> Any:
     before the first message of the user that is plain text.
 
     Raises:
-        LockstepError: `invalid_request` for images beside a prompt of text, or for more or less of them than places.
+        LockstepError: `invalid_request` for images beside a prompt of text, for more or less of them than places, or
+            for a part that is neither text nor an image.
     """
     prompt, images = row["prompt"], row_images(row)
+    check_parts(prompt)
     if isinstance(prompt, str):
         if images:
             raise InvalidRequest("a prompt with images must be a list of chat messages, not text")

@@ -14,6 +14,7 @@ from datasets.features.features import register_feature
 
 from learner.tasks.base import REWARD_ARGUMENTS, TaskError
 from shared.images import pixel_digest
+from shared.media import MEDIA, TEXT_KINDS
 
 T = TypeVar("T", Dataset, IterableDataset)
 R = TypeVar("R")
@@ -22,6 +23,9 @@ R = TypeVar("R")
 IMAGE_COLUMNS = ("image", "images")
 #: Columns of one of these types keep every value as it is; integers up to 64 bits.
 _PLAIN = {str: "string", bool: "bool", int: "int64", float: "float64"}
+#: Keys under which processors look for an image that is not in its part.
+_ADDRESSES = ("url", "path", "base64")
+_TEXT_PART = '{"type": "text", "text": ...}'
 
 
 @dataclass
@@ -130,13 +134,16 @@ def usable(rows: T, what: str, *, images: bool = False) -> T:
         if seen is None:
             rows = rows.remove_columns(name)
             continue
-        where, first = f"{what}, row {seen[0]}, column {name!r}", seen[1][0] if isinstance(seen[1], list) else seen[1]
+        where = f"{what}, row {seen[0]}"
         if not images:
             raise TaskError(
-                f"{where}: an image, and the model sees none: train another, or remove the column (docs/images.md)"
+                f"{where}, column {name!r}: an image, and the model sees none: train another, or remove the column "
+                "(docs/images.md)"
             )
-        if isinstance(first, str | bytes | Mapping):
-            raise TaskError(f"{where}: {first!r:.60} is not an image: load it, or cast the column (datasets.Image)")
+        try:
+            _listed(name, seen[1])
+        except TaskError as error:
+            raise TaskError(f"{where}, {error.message}") from error
     if set(IMAGE_COLUMNS) <= set(rows.column_names or ()) and isinstance(rows, Dataset):
         raise TaskError(f"{what} has images in the column 'image' and in 'images': put all of them into 'images'")
     return rows
@@ -187,13 +194,28 @@ def row_images(row: Mapping[str, Any]) -> list[Any]:
     """Return the images in a row's columns: those of `images`, or the one of `image`.
 
     Raises:
-        TaskError: the two hold others.
+        TaskError: one holds anything else, or the two hold other images.
     """
-    single = [] if row.get("image") is None else [row["image"]]
-    several = list(row.get("images") or ())
+    single, several = (_listed(name, row.get(name)) for name in IMAGE_COLUMNS)
     if single and several and single != several:
         raise TaskError("a row has other images in the column 'image' than in 'images': put all of them into 'images'")
     return several or single
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    """Return a row's images in the column of this name; raises `TaskError` if it holds anything else."""
+    if value is None:
+        return []
+    several = name == "images" and isinstance(value, list | tuple)
+    images = list(value) if several else [value]
+    if other := [image for image in images if not _is_picture(image)]:
+        raise TaskError(
+            f"column {name!r}: {other[0]!r:.60} is not an image: load it, cast the column (datasets.Image), or leave "
+            "it out"
+        )
+    if name == "images" and not several:
+        raise TaskError("column 'images': an image that is in no list: put it into one, or name the column 'image'")
+    return images
 
 
 def _is_seen(value: Any) -> bool:
@@ -206,9 +228,56 @@ def _has_part(prompt: Any) -> bool:
 
 def message_parts(prompt: Any) -> list[Mapping[str, Any]]:
     """Return the parts of all messages of a prompt, in order; a message whose content is text has none."""
-    contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
+    messages = prompt if isinstance(prompt, list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part for part in parts if isinstance(part, Mapping)]
+
+
+def check_parts(prompt: Any, *, images: bool = True) -> None:
+    """Check that messages hold text, and images where these are seen: of other media a chat template would make tokens
+    with nothing behind them, or nothing at all.
+
+    Args:
+        prompt: as its template sees it (`own_keys`).
+        images: the model sees images; otherwise keys without a value count, too, which templates take for media.
+
+    Raises:
+        TaskError: with what to write instead.
+    """
+    for message in prompt if isinstance(prompt, list) else ():
+        if not isinstance(message, Mapping):
+            raise TaskError(f'{message!r:.60} is no message: write {{"role": "user", "content": ...}}')
+        content = message.get("content")
+        if isinstance(content, Mapping):
+            raise TaskError(f"the content of a message is {content!r:.60}: write text, or a list of parts")
+        for part in content if isinstance(content, list) else ():
+            _check_part(part, images=images)
+
+
+def _check_part(part: Any, *, images: bool, inside: bool = False) -> None:
+    """Check a part as `check_parts` does. `inside`: it is in another one, where nothing looks for images."""
+    if not isinstance(part, Mapping):
+        raise TaskError(f"{part!r:.60} is no part of a message: write {_TEXT_PART}")
+    kind, keys = part.get("type"), [key for key, value in part.items() if value is not None or not images]
+    named = f"a part of type {kind!r:.60}"
+    if kind == "image":
+        if not images:
+            raise TaskError(f"{named}, and the model sees none: train another, or leave it out (docs/images.md)")
+        known = not inside
+        media = [key for key in keys if key in _ADDRESSES or (key != "image" and MEDIA.fullmatch(key))]
+    else:
+        known = isinstance(kind, str) and kind in TEXT_KINDS
+        media = [key for key in keys if MEDIA.fullmatch(key)]
+    if media or not known:
+        named += f" with {media[0]!r}" if media else ""
+        raise TaskError(
+            f"{named}: only text and images are taken. Put an image into a column `images`, and a part "
+            f'{{"type": "image"}} in its place; write anything else as {_TEXT_PART}, or leave it out'
+        )
+    contents = part.get("content")
+    for each in contents if isinstance(contents, list) else ():
+        _check_part(each, images=images, inside=True)
 
 
 def holds_images(prompt: Any) -> bool:
@@ -218,7 +287,12 @@ def holds_images(prompt: Any) -> bool:
 
 def image_key(image: Any) -> str:
     """Return what tells an image from others: its size and pixels."""
-    return pixel_digest(image.width, image.height, image.tobytes()) if hasattr(image, "tobytes") else ""
+    return pixel_digest(image.width, image.height, image.tobytes()) if _is_picture(image) else ""
+
+
+def _is_picture(value: Any) -> bool:
+    """Return whether a value is an image of PIL's, which need not be installed for text."""
+    return hasattr(value, "tobytes") and hasattr(value, "width")
 
 
 def _feature(values: Sequence[Any]) -> Value | ExactJson:

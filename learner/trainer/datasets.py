@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from learner.tasks import columns
 from learner.tasks.columns import IMAGE_COLUMNS, decoded
 from learner.trainer.filled_keys import named_datasets
-from learner.trainer.images import Largest, sees_images, tokenized
+from learner.trainer.images import Largest, media_tokens, sees_images, tokenized
 from learner.utils.distributed import on_every_rank
 from shared.errors import InvalidRequest
 
@@ -70,7 +70,8 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
 
     Raises:
         LockstepError: `invalid_request` on every rank, with the row of a prompt that is missing or empty, has images,
-            is of another kind than the others, or is refused by the chat template.
+            is of another kind than the others, is refused by the chat template or has text that this leaves out, or
+            holds tokens of media without any.
     """
     accelerator, found = trainer.accelerator, Prompts()
     measure = partial(_measure_part, trainer, accelerator.process_index, accelerator.num_processes)
@@ -98,6 +99,7 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
     found = Prompts()
     if trainer.environment_factories is not None:
         return found
+    unseen = {images: media_tokens(trainer, images=images) for images in (False, True)}
     evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
     for name, rows in named_datasets(trainer):
         if not (evaluates or rows is trainer.train_dataset):
@@ -119,6 +121,11 @@ def _measure_part(trainer: GRPOTrainer, rank: int, ranks: int) -> Prompts:
             for i, (ids, images) in enumerate(_tokenized(trainer, part, kind, name, start)):
                 if not ids:
                     raise InvalidRequest(f"{name}, row {start + i + 1}: the prompt is empty")
+                if unfilled := unseen[bool(images)].intersection(ids):
+                    raise InvalidRequest(
+                        f"{name}, row {start + i + 1}, {_beginning(part[i]['prompt'])}: the prompt holds tokens of an "
+                        f"image, a video or a sound (id {min(unfilled)}), and nothing fills them: leave them out"
+                    )
                 found.images = max(found.images, len(images))
                 found.largest.see_all(images, f"{name}, row {start + i + 1},")
                 if len(ids) > found.longest:
@@ -158,20 +165,17 @@ def _tokenized(
                 f"empty, but it is {prompt!r:.80}"
             )
     try:
-        found = list(zip(*tokenized(trainer, rows), strict=True))
+        return list(zip(*tokenized(trainer, rows), strict=True))
     except Exception as error:  # whatever a chat template raises
         half = len(prompts) // 2
         if half:
             first = _tokenized(trainer, rows[:half], kind, name, start)
             return first + _tokenized(trainer, rows[half:], kind, name, start + half)
+        where = f"{name}, row {start + 1}, {_beginning(prompts[0])}"
+        if isinstance(error, InvalidRequest):
+            raise InvalidRequest(f"{where}: {error.message}") from error
         why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        raise InvalidRequest(
-            f"{name}, row {start + 1}, {_beginning(prompts[0])}: the tokenizer or its chat template refuses it ({why})"
-        ) from error
-    seen = next((row for row, (_, images) in enumerate(found, start + 1) if images), None)
-    if seen is not None and not sees_images(trainer):
-        raise InvalidRequest(f"{name}, row {seen}: an image in the prompt, and the model sees none (docs/images.md)")
-    return found
+        raise InvalidRequest(f"{where}: the tokenizer or its chat template refuses it ({why})") from error
 
 
 def _beginning(prompt: Any) -> str:

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOTrainer
 
 from learner.tasks.columns import is_filled, own_keys
+from learner.trainer.chat_forms import shown_prompt
 
 
 def named_datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
@@ -36,6 +37,10 @@ def with_own_keys(trainer: GRPOTrainer, prompt: Any, *, images: bool = False) ->
 
 
 def drop_filled_keys(trainer: GRPOTrainer) -> None:
-    """Let chat templates see messages with their own keys only."""
+    """Let chat templates see messages with their own keys only, in a form of which they show all text."""
     tokenize = trainer._tokenize_prompts
-    trainer._tokenize_prompts = lambda prompts: tokenize([with_own_keys(trainer, prompt) for prompt in prompts])
+
+    def tokenize_shown(prompts: list[Any]) -> Any:
+        return tokenize([shown_prompt(trainer, with_own_keys(trainer, prompt)) for prompt in prompts])
+
+    trainer._tokenize_prompts = tokenize_shown

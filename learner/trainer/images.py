@@ -18,7 +18,7 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from learner.rollouts.images import with_images
 from learner.servers.prompts import check_picture, encoded_image
 from learner.sync.probe import SeenText
-from learner.tasks.columns import message_parts, row_images
+from learner.tasks.columns import check_parts, message_parts, row_images
 from learner.trainer.filled_keys import with_own_keys
 from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
 from shared.image_processors import other_sight, sight
@@ -89,6 +89,18 @@ class Largest:
 def sees_images(trainer: GRPOTrainer) -> bool:
     """Return whether the trainer was built with a processor of images."""
     return bool(trainer._is_vlm)
+
+
+def media_tokens(trainer: GRPOTrainer, *, images: bool) -> set[int]:
+    """Return the ids of tokens that stand for media which a prompt does not have; servers refuse them.
+
+    Args:
+        images: the prompt has images.
+    """
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    media = ("video", "audio") if images else ("image", "video", "audio")
+    found = {getattr(config, f"{medium}_token_{end}", None) for medium in media for end in ("id", "index")}
+    return {token for token in found if isinstance(token, int)}
 
 
 def check_sight(trainer: GRPOTrainer, *, agents: bool) -> None:
@@ -167,6 +179,21 @@ def check_images(
     return []
 
 
+def lay_out_prompts(trainer: GRPOTrainer) -> None:
+    """Let TRL give reward functions prompts of one form, whatever rows are in a batch, and check each as `seen_prompt`:
+    streams, too, are read by then.
+    """
+    generate = trainer._generate_and_score_completions
+
+    def generate_laid_out(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        prompts = [seen_prompt(trainer, row) for row in inputs]
+        if sees_images(trainer) and not any(map(row_images, inputs)):  # TRL would leave these as they are
+            inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
+        return generate(inputs)
+
+    trainer._generate_and_score_completions = generate_laid_out
+
+
 def read_images(trainer: GRPOTrainer) -> None:
     """Let TRL take rows with and without images side by side; it passes a list for each row, or None, to processors."""
     if not sees_images(trainer):
@@ -183,10 +210,7 @@ def read_images(trainer: GRPOTrainer) -> None:
         return token_ids, images and [own or [] for own in images], fields
 
     def generate_listed(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = image_rows(trainer, inputs)
-        if not any(row["images"] for row in rows):  # TRL would leave these prompts as they are
-            rows = [{**row, "prompt": seen_prompt(trainer, row)} for row in rows]
-        return _counted_in_rows(generate(rows))
+        return _counted_in_rows(generate(image_rows(trainer, inputs)))
 
     def score_counted(*args: Any, **kwargs: Any) -> Any:
         return score(*args, **_counted_in_rows(kwargs))
@@ -224,7 +248,7 @@ def token_ids(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[l
     """Return the token ids of the rows' prompts [B][P], with their images, as TRL makes them.
 
     Raises:
-        LockstepError: `invalid_request` for an image that cannot be sent, or images beside a prompt of text.
+        LockstepError: `invalid_request` for an image that cannot be sent; as `seen_prompt`.
     """
     return with_images(*tokenized(trainer, rows))
 
@@ -250,7 +274,8 @@ def drawn(side: int = PROBE_SIDE) -> Any:
     picture = Image.fromarray(np.stack([red, green, 255 - red], -1), "RGB")
     pen = ImageDraw.Draw(picture)
     pen.ellipse((side // 8, side // 8, side // 2, side // 2), fill="white")
-    pen.rectangle((side // 2, side // 3, side - 9, side - 9), fill="navy")
+    end = side - side // 12
+    pen.rectangle((side // 2, side // 3, end, end), fill="navy")
     return picture
 
 
@@ -269,12 +294,20 @@ def _check_pictures(prompts: Sequence[Any]) -> None:
 
 
 def seen_prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
-    """Return a row's prompt with its image columns in it, as TRL generates from it and shows it to reward functions."""
-    prompt, images = row["prompt"], row_images(row)
-    if not sees_images(trainer):
+    """Return a row's prompt with its image columns in it, as TRL generates from it and shows it to reward functions.
+
+    Raises:
+        LockstepError: `invalid_request` for images beside a prompt of text, a column that holds anything but images, or
+            a part of anything but text and images that the model sees.
+    """
+    prompt, sees = row["prompt"], sees_images(trainer)
+    own = with_own_keys(trainer, prompt, images=sees)
+    check_parts(own, images=sees)
+    if not sees:
         return prompt
+    images = row_images(row)
     if not is_conversational({"prompt": prompt}):
         if not images:
             return prompt
         raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
-    return prepare_multimodal_messages(with_own_keys(trainer, prompt, images=True), images=images)
+    return prepare_multimodal_messages(own, images=images)

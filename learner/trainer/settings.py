@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from learner.adapters.stored import WEIGHTS_FILE
 from learner.config import LearnerConfig
+from learner.tasks.columns import IMAGE_COLUMNS, image_key, row_images
 
 #: Fields of LoraConfig -> our names. Of `target_modules` and the like, the layers that they select are compared.
 _LORA = {
@@ -76,15 +78,23 @@ def settings_of(
 
 def _digest_of_prompts(dataset: Dataset) -> str:
     stride = -(-len(dataset) // _PROMPTS_HASHED) or 1
-    prompts = dataset.select_columns("prompt").select(range(0, len(dataset), stride))
-    return f"{len(dataset)} prompts ({_digest(batch['prompt'] for batch in prompts.iter(1000))})"
+    rows = dataset.select(range(0, len(dataset), stride))
+    prompts = (batch["prompt"] for batch in rows.select_columns("prompt").iter(1000))
+    seen = [name for name in IMAGE_COLUMNS if name in rows.column_names]
+    pictured = rows.select_columns(seen) if seen else ()
+    images = ([i, *map(image_key, own)] for i, row in enumerate(pictured) if (own := row_images(row)))
+    return f"{len(dataset)} prompts ({_digest(chain(prompts, images))})"
 
 
 def _digest(parts: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=4)
     for part in parts:
-        digest.update(json.dumps(part, sort_keys=True, default=lambda value: type(value).__name__).encode())
+        digest.update(json.dumps(part, sort_keys=True, default=_named).encode())
     return digest.hexdigest()
+
+
+def _named(value: Any) -> str:
+    return image_key(value) or type(value).__name__
 
 
 def _digest_of_adapter(folder: str) -> str:

@@ -102,13 +102,14 @@ class EngineProxy:
         self.asleep = False
         self.turn_tokenizer: Any = None  # the one of the thread of `turns`
         self.image_limits: Any = None  # `generation.images.ImageLimits` of a model that sees images
+        self.media_tokens: list[int] = []  # of the model, seeing or not: never drawn, and in no prompt without a medium
         self._probe: asyncio.Future[None] | None = None
         self._resuming: set[asyncio.Future[None]] = set()
         self._still = asyncio.Lock()  # vLLM's resume ends every pause, not only the caller's
 
     def cuts(self, sampling: SamplingParams) -> bool:
-        """Return whether tokens are kept from being drawn: by the sampling, or since they stand for images."""
-        return sampling.truncates or self.image_limits is not None
+        """Return whether tokens are kept from being drawn: by the sampling, or since they stand for media."""
+        return sampling.truncates or bool(self.media_tokens)
 
     @property
     def errored(self) -> bool:
@@ -211,7 +212,7 @@ class EngineProxy:
         with contextlib.ExitStack() as held:
             try:
                 _check_format(sampling_params, call)
-                if self.image_limits is not None:
+                if self.media_tokens:
                     vision.check_text(self._engine.model_config, prompt)
                 held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
                 await self.runs.admitting()

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from shared.errors import InvalidRequest
+from shared.media import MEDIA, TEXT_KINDS
 
-#: Kinds of content parts, and of items beside messages, that are text.
-_KINDS = frozenset(
-    {
-        *("text", "input_text", "output_text", "refusal", "thinking", "redacted_thinking"),
-        *("reasoning", "reasoning_text", "summary_text", "message", "item_reference"),
-        *("tool_use", "tool_result", "tool_reference", "tool_addition", "tool_removal"),
-        *("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "mcp_call"),
-    }
-)
-#: Lists of such parts. The items of the second may be messages, too.
+#: Lists of content parts. The items of the second may be messages, too.
 _CONTENTS = ("content", "content_parts", "output", "system", "summary")
 _CONVERSATIONS = ("messages", "input")
-_MEDIA = re.compile(
-    r"((image|video|audio|vision)\w*|input_(image|video|audio|file)|file|file_(url|id|data)|source|\w*_embeds|uuid"
-    r"|mm_processor_kwargs|media_io_kwargs|multi_modal_\w+|features)",
-    re.IGNORECASE,
-)
 _FOR_IMAGES = (
     "Images go as PNG files in base64 into `images` of a prompt of /v1/generate, or of a sequence of /v1/score; in "
     'messages {"type": "image"} says where'
@@ -61,7 +47,7 @@ def _check(name: str, value: Any, images: bool) -> None:
         is_part = name in _CONTENTS
         for key, inner in value.items():
             # Clients send back messages with all their fields, empty ones, too.
-            if _MEDIA.fullmatch(key) and (is_part or inner not in (None, [])):
+            if MEDIA.fullmatch(key) and (is_part or inner not in (None, [])):
                 raise _refusal(key, _FOR_IMAGES)
             if key in _FREE or (key == "input" and value.get("type") == "tool_use"):
                 continue
@@ -77,8 +63,8 @@ def _check_item(name: str, item: Any, images: bool) -> None:
     kind = item.get("type")
     if name in _CONVERSATIONS and kind is None:
         return
-    if not (isinstance(kind, str) and kind in _KINDS) and not (images and item == {"type": "image"}):
-        is_medium = isinstance(kind, str) and _MEDIA.fullmatch(kind)
+    if not (isinstance(kind, str) and kind in TEXT_KINDS) and not (images and item == {"type": "image"}):
+        is_medium = isinstance(kind, str) and MEDIA.fullmatch(kind)
         raise _refusal(f"a part of type {kind!r:.60}", _FOR_IMAGES if is_medium else _FOR_OTHERS)
 
 

@@ -50,7 +50,7 @@ async def seen_prompts(
             raise InvalidRequest(f"{what} {index} has images, and this server takes text only; leave images out")
         if limits is not None:
             limits.check_count(f"{what} {index}", len(own))
-            vision.check_placeholders(proxy.model_config, f"{what} {index}", token_ids, len(own))
+        vision.check_placeholders(proxy.model_config, f"{what} {index}", token_ids, len(own))
     names = [[f"{what} {index}, image {i}" for i in range(len(own))] for index, own in enumerate(images)]
     flat = [pair for pairs in zip(names, images, strict=True) for pair in zip(*pairs, strict=True)]
     if not flat:

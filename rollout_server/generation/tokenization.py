@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from rollout_server.generation.media import check_text_only
+from shared.chat_forms import shown_form
 from shared.errors import InvalidRequest
 from shared.rollouts import Prompt
 
@@ -36,14 +37,15 @@ _AS_TEXT = "where a template takes text only, send the content of a message as o
 
 
 def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any], context: int) -> list[int]:
-    """Return the token ids of one prompt.
+    """Return the token ids of one prompt; of messages, in a form of which the chat template shows all text.
 
     Args:
         tokenizer: vLLM's; not used for a prompt of token ids.
         context: tokens of the model's context. Text that cannot fit into it is not tokenized.
 
     Raises:
-        LockstepError: `invalid_request` when the tokenizer or its chat template refuses, or the text is too long.
+        LockstepError: `invalid_request` when the tokenizer or its chat template refuses, the template leaves a text
+            out, the text is too long, or a part stands for an image and the prompt has none.
     """
     if prompt.token_ids is not None:
         return prompt.token_ids
@@ -60,23 +62,20 @@ def tokenize(tokenizer: Any, prompt: Prompt, chat_template_kwargs: dict[str, Any
             f"a prompt has {characters} characters, and the model's {context} tokens hold at most {longest}; cut it"
         )
     check_text([text, chat_template_kwargs], context)
-    check_text_only(prompt.messages, images=True)
+    check_text_only(prompt.messages, images=bool(prompt.images))
     messages = prompt.messages or []
     _check_messages(messages)
-    in_parts = [str(parts) for message in messages if isinstance(parts := message.get("content"), list) and parts]
-    advice = f"; {_AS_TEXT}" if in_parts else ""
     try:
         if prompt.text is not None:
             return list(tokenizer(prompt.text)["input_ids"])
-        render = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=True, **chat_template_kwargs)
-        # Many templates of text print whatever they are given: a list, too, with its brackets and quotes.
-        rendered = render(tokenize=False) if in_parts else ""
-        ids = render(tokenize=True, return_dict=False)
+        render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, **chat_template_kwargs)
+        messages = shown_form(partial(render, tokenize=False), messages)
+        return list(render(messages, tokenize=True, return_dict=False))
+    except InvalidRequest:
+        raise
     except Exception as error:  # templates raise what their author chose
+        advice = f"; {_AS_TEXT}" if any(isinstance(message.get("content"), list) for message in messages) else ""
         raise InvalidRequest(f"the prompt cannot be tokenized: {error}{advice}") from error
-    if any(parts in rendered for parts in in_parts):
-        raise InvalidRequest(f"the model's chat template prints a list of parts as it is{advice}")
-    return list(ids)
 
 
 def _check_messages(messages: list[dict[str, Any]]) -> None:

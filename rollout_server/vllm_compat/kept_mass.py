@@ -1,11 +1,12 @@
 """Report the probability mass that was kept where each token was sampled: by top_k, top_p and min_p, and without the
-tokens that stand for images, which a model that sees never draws here: no image would fill them.
+tokens that stand for images, which no model draws here: no image would fill them.
 
 vLLM's processed logprobs are those of the truncated distribution: ln q(t) - ln Z, where q is the softmax before
 truncation and Z the mass of the kept set. A learner that computes ln q(t) needs ln Z to compare the two. vLLM returns
 neither, so its sampler is subclassed: in batches with a truncating request ln Z replaces the sampled token's rank, as
 an integer <= 0 in units of 2^-24. Ranks are at least 1, and only vLLM's `/inference/v1/generate` shows them. All of it
-runs on the device, behind the model's graph; batches without truncation pass through unchanged, but where a model sees.
+runs on the device, behind the model's graph; batches without truncation pass through unchanged, but where the model has
+tokens of images.
 
 With an unknown sampler, and where speculation drafts tokens, ranks stay ranks: `decoded` then returns None, never a
 wrong mass.

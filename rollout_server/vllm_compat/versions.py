@@ -160,12 +160,14 @@ def takes_images(model_config: Any) -> bool:
 
 
 def media_tokens(model_config: Any) -> list[int]:
-    """Return the ids of tokens that stand for images, videos and sounds, if a model sees or hears them."""
-    if not takes_images(model_config):
+    """Return the ids of tokens that stand for images, videos and sounds, of a model that is served without its encoders
+    (--language-model-only), too: they mean nothing there.
+    """
+    if not getattr(model_config, "is_multimodal_model", False):
         return []
     kinds = [f"{medium}_token_{end}" for medium in ("image", "video", "audio") for end in ("id", "index")]
-    found = {getattr(model_config.hf_config, kind, None) for kind in kinds}
-    return sorted(token for token in found if isinstance(token, int) and token >= 0)
+    found, vocabulary = {getattr(model_config.hf_config, kind, None) for kind in kinds}, model_config.get_vocab_size()
+    return sorted(token for token in found if isinstance(token, int) and 0 <= token < vocabulary)
 
 
 def image_token(model_config: Any) -> int:

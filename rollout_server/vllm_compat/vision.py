@@ -141,14 +141,16 @@ def scaling(engine: Any) -> dict[str, int]:
 
 def check_placeholders(model_config: Any, what: str, token_ids: Sequence[int], images: int) -> None:
     """Refuse ids that hold tokens of media which nothing fills, or none for an image: `invalid_request`."""
-    token = versions.image_token(model_config)
-    video = getattr(model_config.hf_config, "video_token_id", None)
-    given = token_ids.count(token)
-    if video in token_ids:
-        raise InvalidRequest(f"{what} holds tokens of videos (id {video}), which are not served: leave them out")
-    if given < images or (given and not images):
+    own = versions.image_token(model_config) if images else None
+    empty = next((token for token in versions.media_tokens(model_config) if token != own and token in token_ids), None)
+    if empty is not None:
         raise InvalidRequest(
-            f"{what} has {images} images and {given} tokens for them (id {token}): its ids must hold one token "
+            f"{what} holds tokens of an image, a video or a sound (id {empty}), and nothing fills them: leave them "
+            "out, or, where the server takes images, send the image"
+        )
+    if own is not None and (given := token_ids.count(own)) < images:
+        raise InvalidRequest(
+            f"{what} has {images} images and {given} tokens for them (id {own}): its ids must hold one token "
             "for each image, or all that the model's processor makes of it"
         )
 

@@ -238,7 +238,7 @@ def test_bad_images_are_refused(vision_server: ServerProcess, processor: Any, ca
         ([4, 4], [56], "preprocessor_config.json"),
         ([1, 1], [56], "preprocessor_config.json"),
         ([1], [56, 56], "2 images and 1 tokens"),
-        ([4], [], "0 images and 4 tokens"),
+        ([4], [], "and nothing fills them"),
     ],
 )
 def test_ids_with_other_tokens_than_their_images_fill_are_refused(
@@ -257,6 +257,24 @@ def test_ids_with_other_tokens_than_their_images_fill_are_refused(
 
 
 def test_tokens_of_media_without_media_are_refused_on_every_route(vision_server: ServerProcess, processor: Any) -> None:
+    check_media_tokens_refused(vision_server, processor)
+
+
+def test_a_language_model_alone_takes_and_draws_no_tokens_of_media(
+    vision_model: Path, processor: Any, tmp_path: Path
+) -> None:
+    """What it draws can be scored, and continued."""
+    with running_server(vision_model, tmp_path, *FLAGS, "--language-model-only") as served:
+        check_media_tokens_refused(served, processor)
+        body = {"prompts": [{"token_ids": [5, 6]}], "policy": "base", "sampling": {"n": 32, "max_tokens": 64}}
+        (group,) = HTTP.post(f"{served.url}/v1/generate", json=body).raise_for_status().json()["groups"]
+        drawn = [each["token_ids"] for each in group["completions"]]
+        assert not {processor.image_token_id, processor.video_token_id} & {token for each in drawn for token in each}
+        assert all(max(each["log_kept_mass"]) < 0 for each in group["completions"])
+        HTTP.post(f"{served.url}/v1/score", json={"sequences": drawn, "policy": "base"}).raise_for_status()
+
+
+def check_media_tokens_refused(server: ServerProcess, processor: Any) -> None:
     for token in (processor.image_token_id, processor.video_token_id):
         ids = [5, token, 6]
         for path, body in (
@@ -264,7 +282,7 @@ def test_tokens_of_media_without_media_are_refused_on_every_route(vision_server:
             ("/v1/score", {"sequences": [ids], "policy": "base"}),
             ("/v1/completions", {"model": "base", "prompt": ids, "max_tokens": 1}),
         ):
-            answer = HTTP.post(vision_server.url + path, json=body)
+            answer = HTTP.post(server.url + path, json=body)
             assert answer.status_code == 400, (path, answer.text)
             assert f"id {token}" in answer.text
 

@@ -83,7 +83,9 @@ def test_reward_functions_get_prompts_with_their_images(server, monkeypatch: pyt
     assert seen["prompts"][0][0]["content"][0]["image"].tobytes() == picture.tobytes()
     assert [len(images) for images in seen["images"]] == [1, 0]
     assert result.rows[0].prompt == [{"role": "user", "content": [{"type": "image"}, text]}]
-    assert result.rows[1].prompt == ask, "a result keeps text as it was asked"
+    assert result.rows[1].prompt == ask, "a result keeps text as the row has it"
+    asked = [prompt.messages[0]["content"] for prompt in server.generated[-1].prompts]
+    assert asked == [[{"type": "image"}, text], [text]], "in parts, as TRL has it for a processor"
 
 
 @pytest.mark.parametrize("image", [None, Image.new("RGB", (8, 8), "red")])

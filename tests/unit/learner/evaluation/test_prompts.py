@@ -73,6 +73,22 @@ def test_images_without_a_place_and_places_without_an_image_are_refused(content:
         prompt_of({"prompt": _user(content), "image": RED})
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": _user(["hi"])}, "'hi' is no part of a message"),
+        ({"prompt": _user([{"type": "image_url", "image_url": "http://x/cat.png"}])}, "only text and images are taken"),
+        ({"prompt": ["hi"]}, "'hi' is no message"),
+        ({"prompt": _user("How many?"), "images": 3}, "column 'images': 3 is not an image"),
+        ({"prompt": _user("How many?"), "images": RED}, "column 'images': an image that is in no list"),
+        ({"prompt": _user("How many?"), "image": "cat.png"}, "'cat.png' is not an image"),
+    ],
+)
+def test_what_is_neither_text_nor_an_image_is_refused(row: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        prompt_of(row)
+
+
 def test_text_has_no_place_for_images() -> None:
     assert prompt_of({"prompt": "How many?", "image": None}).text == "How many?"
     with pytest.raises(InvalidRequest, match="chat messages"):

@@ -7,18 +7,20 @@ from functools import partial
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
+from learner.tasks.columns import exact_dataset
 from learner.trainer.attach import attach
 from learner.trainer.datasets import Prompts, measure_prompts
 from shared.errors import InvalidRequest
 
 ROWS = [{"prompt": f"w{i % 60} w{(i + 7) % 60}"} for i in range(1300)]
-#: Shows every key of every message, and refuses a word.
+#: Shows the content of every message, and that it has other keys, and refuses a word.
 TEMPLATE = (
     "{% for message in messages %}{% if message.content == 'refused' %}{{ raise_exception('no such word') }}{% endif %}"
-    "{% for key in message %}{% if message[key] is none %}w50{% else %}w1{% endif %} {% endfor %}{% endfor %}"
+    "{% for key in message %}{% if message[key] is none %}w50{% elif key == 'content' %}{{ message[key] }}{% else %}w1"
+    "{% endif %} {% endfor %}{% endfor %}"
 )
 
 
@@ -124,7 +126,7 @@ def test_none_that_is_meant_is_shown(make_trainer, client, chat_tokenizer, serve
     rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": "w1"}]} for _ in range(8)]
     rows[3]["prompt"][0]["name"] = None
     given = with_rows(Dataset.from_list(rows, on_mixed_types="use_json"))
-    trainer = make_trainer(trainer_kwargs={**given, "processing_class": chat_tokenizer}, max_steps=0)
+    trainer = make_trainer(trainer_kwargs={**given, "processing_class": chat_tokenizer}, max_steps=1)
     attach(trainer, client=client)
     shown = trainer._tokenize_prompts(trainer.train_dataset["prompt"][:4])[0]
     w1, w50 = (chat_tokenizer(word)["input_ids"] for word in ("w1", "w50"))
@@ -152,3 +154,36 @@ def test_images_are_refused_by_row(make_trainer, client) -> None:
         InvalidRequest, match="the training data, row 5, column 'image': an image, and the model sees none"
     ):
         attach(trainer, client=client)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            {"type": "image_url", "image_url": {"url": "http://x/cat.png"}},
+            "'image_url': only text and images are taken",
+        ),
+        ({"type": "video", "video": "cat.mp4"}, "'video': only text and images are taken"),
+        ({"type": "image"}, "'image', and the model sees none"),
+        ({"type": "text", "text": "w2", "image_url": None}, "'text' with 'image_url': only text"),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_media_in_messages_are_no_text(
+    make_trainer, client, chat_tokenizer, part: Any, said: str, streams: bool
+) -> None:
+    """Templates print their tokens. Streams are read as they are drawn."""
+    contents = ["w1", [{"type": "text", "text": "w1"}], [part], "w1"]
+    rows = exact_dataset({"prompt": [[{"role": "user", "content": content}] for content in contents]}, "rows")
+    given = IterableDataset.from_generator(lambda: iter(list(rows))) if streams else rows
+    trainer = make_trainer(
+        trainer_kwargs={**with_rows(given), "processing_class": chat_tokenizer}, max_steps=4, shuffle_dataset=False
+    )
+    where = "" if streams else "the training data, row 3, .*"
+    with pytest.raises(InvalidRequest, match=f"^{where}a part of type .*{said}"):
+        session = attach(trainer, client=client)
+        assert streams
+        try:
+            trainer.train()
+        finally:
+            session.close()

@@ -21,6 +21,7 @@ import learner
 import shared.images
 from learner.adapters.lora_rules import language_pattern
 from learner.evaluation import prompts as evaluation
+from learner.rewards.calls import RewardCall
 from learner.servers import prompts
 from learner.servers.client import RolloutClient
 from learner.session import Session
@@ -112,13 +113,33 @@ def test_rows_with_and_without_images_train_side_by_side(seeing, make_seeing, co
     rows = rows_with(column, [1, 0, 0, 0, 2 if column == "images" else 1, 1])  # pairs: mixed, none, images
     trainer = make_seeing(rows, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     session = attached(trainer, seeing)
-    scored = counted(session.rewards.pool)
+    scored = calls_of(session.rewards.pool)
     trainer.train()
     kinds = [any(prompt.images for prompt in request.prompts) for request in seeing.generated[1:]]
     assert set(kinds) == {True, False}
     assert len(session.metrics.reports) == 3
     assert max(report.drift.kl for report in session.metrics.reports) < 1e-8
-    assert sum(scored) == 12, "each reward is computed once, as its completion arrives"
+    assert sum(map(len, scored)) == 12, "each reward is computed once, as its completion arrives"
+
+
+@pytest.mark.parametrize("flat", ["images", "text"])
+def test_replaced_groups_are_scored_once_in_the_form_of_all_others(seeing, make_seeing, flat: str) -> None:
+    """A batch that had images has none any more, or the other way round."""
+
+    def reward(completion_ids: Any, images: Any, **_: Any) -> list[float]:
+        varied = [float(ids[0]) + 600 * i for i, ids in enumerate(completion_ids)]
+        return [0.0 if bool(own) == (flat == "images") else one for own, one in zip(images, varied, strict=True)]
+
+    trainer = make_seeing(rows_with("images", [0, 1] * 8), reward, per_device_train_batch_size=2)
+    session = attached(trainer, seeing, drop_degenerate_groups=True)
+    calls = calls_of(session.rewards.pool)
+    trainer.train()
+    session.close()
+    assert session.summary()["degenerate_replaced"] > 0
+    forms = {type(message["content"]) for call in calls for prompt in call.rows["prompts"] for message in prompt}
+    assert forms == {list}
+    drawn = sum(len(request.prompts) for request in seeing.generated if request.sampling.n == 2)
+    assert sum(map(len, calls)) == 2 * drawn
 
 
 @pytest.mark.parametrize("vision_model", ["qwen2_5_vl", "smolvlm", "llava"], indirect=True)
@@ -349,6 +370,23 @@ def test_images_are_not_encoded_to_be_counted(seeing, make_seeing, monkeypatch: 
     assert len(prompts._encoded) == 1, "that of the probe"
 
 
+@pytest.mark.parametrize("side", range(1, images.PROBE_SIDE + 1))
+def test_the_probe_has_a_picture_of_any_size(side: int) -> None:
+    probe = images.drawn(side)
+    assert probe.size == (side, side)
+    assert len(probe.getcolors(side**2)) >= min(side, 3)
+
+
+def test_servers_of_small_pictures_are_proven_with_one(seeing, make_seeing) -> None:
+    trainer = make_seeing(
+        Dataset.from_dict({"prompt": rows_with("image", [0])["prompt"][:] * 2, "image": [picture(1, 8)] * 2})
+    )
+    seeing.state = seeing.state.model_copy(update={"max_image_pixels": 64})
+    seen = images.image_probe(trainer, [seeing.state])
+    assert seen is not None
+    assert seen.token_ids.sizes == [(8, 8)]
+
+
 def test_the_proof_of_sync_sees_an_image(seeing, make_seeing) -> None:
     """The server's model sees otherwise: text alone would not show it."""
     trainer = make_seeing(rows_with("image", [1, 1]))
@@ -359,17 +397,17 @@ def test_the_proof_of_sync_sees_an_image(seeing, make_seeing) -> None:
         trainer.train()
 
 
-def attached(trainer: GRPOTrainer, server: FakeServer) -> Session:
-    return attach(trainer, client=RolloutClient("http://fake", transport=server.transport))
+def attached(trainer: GRPOTrainer, server: FakeServer, **options: Any) -> Session:
+    return attach(trainer, client=RolloutClient("http://fake", transport=server.transport), **options)
 
 
-def counted(pool: Any) -> list[int]:
-    """Return a list that gets the number of rows of each call of a reward function."""
-    submit, rows = pool.submit, list[int]()
+def calls_of(pool: Any) -> list[RewardCall]:
+    """Return a list that gets each call of a reward function."""
+    submit, calls = pool.submit, list[RewardCall]()
 
-    def submit_counted(index: int, call: Any) -> Any:
-        rows.append(len(call))
+    def submit_kept(index: int, call: RewardCall) -> Any:
+        calls.append(call)
         return submit(index, call)
 
-    pool.submit = submit_counted
-    return rows
+    pool.submit = submit_kept
+    return calls

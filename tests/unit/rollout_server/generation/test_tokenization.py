@@ -9,9 +9,12 @@ import pytest
 
 from rollout_server.generation.requests import _tokenized
 from rollout_server.generation.tokenization import special_stops, tokenize
+from shared.chat_forms import in_parts
 from shared.errors import InvalidRequest
+from shared.images import Image
 from shared.rollouts import GenerateRequest, Prompt
-from tests.support.tiny_model import CHAT_TEMPLATE, make_tiny_tokenizer
+from tests.support.chat_templates import JOINED, PARTS, STRINGS, TEMPLATES
+from tests.support.tiny_model import make_tiny_tokenizer
 
 MIB = 2**20
 
@@ -28,7 +31,9 @@ class _Tokenizer:
         self.given += 1
         return {"input_ids": [7] * 4}
 
-    def apply_chat_template(self, messages: Any, **_: Any) -> list[int]:
+    def apply_chat_template(self, messages: Any, *, tokenize: bool, **_: Any) -> Any:
+        if not tokenize:
+            return "".join(message["content"] for message in messages)
         self.given += 1
         return [7] * 4
 
@@ -64,27 +69,37 @@ def test_text_that_cannot_fit_is_not_tokenized() -> None:
         _tokenize(64, prompts=[{"text": "a" * (64 * 256 + 1)}])
 
 
-TRIMMED = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
-JOINED = CHAT_TEMPLATE.replace(
-    "{{ message['role'] }}\n{{ message['content'] }}", "{{ message.role + message.content }}"
-)
-PARTS = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "template", [CHAT_TEMPLATE, TRIMMED, JOINED, PARTS], ids=["plain", "trimmed", "joined", "parts"]
-)
-def test_no_list_of_parts_is_printed_into_a_prompt(template: str) -> None:
-    """As Llama 3's template would: with brackets and quotes, and no error."""
+@pytest.mark.parametrize("form", [list, in_parts], ids=["strings", "parts"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_no_text_of_a_message_is_lost(template: str, form: Any) -> None:
+    """Nor is a list of parts printed into a prompt, with brackets and quotes."""
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template, tokenizer.max_chars_per_token = template, 16
-    content = [{"type": "text", "text": "the fox"}]
-    prompt = Prompt(messages=[{"role": "user", "content": content}])
-    if template == PARTS:
-        assert tokenizer.decode(tokenize(tokenizer, prompt, {}, 64)) == "the fox"
-        return
-    with pytest.raises(InvalidRequest, match="as one string"):
-        tokenize(tokenizer, prompt, {}, 64)
+    messages = form([{"role": "user", "content": "the fox"}])
+    text = tokenizer.decode(tokenize(tokenizer, Prompt(messages=messages), {}, 64))
+    assert text.count("the fox") == 1
+    assert "text" not in text
+
+
+def test_text_that_no_form_shows_is_refused() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.max_chars_per_token = STRINGS, 16
+    parts = [{"type": "text", "text": "the fox"}, {"type": "text", "text": "and the dog"}]
+    with pytest.raises(InvalidRequest, match=r"does not show the text of message 0 .* one string"):
+        tokenize(tokenizer, Prompt(messages=[{"role": "user", "content": parts}]), {}, 64)
+    tokenizer.chat_template = JOINED
+    with pytest.raises(InvalidRequest, match=r"cannot be tokenized.* as one string"):
+        tokenize(tokenizer, Prompt(messages=[{"role": "user", "content": parts}]), {}, 64)
+
+
+def test_a_place_for_an_image_without_one() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.max_chars_per_token = PARTS, 16
+    content = [{"type": "image"}, {"type": "text", "text": "the fox"}]
+    messages = [{"role": "user", "content": content}]
+    with pytest.raises(InvalidRequest, match="only text is taken here"):
+        tokenize(tokenizer, Prompt(messages=messages), {}, 64)
+    assert tokenize(tokenizer, Prompt(messages=messages, images=[Image(data="eA==")]), {}, 64)
 
 
 @pytest.mark.parametrize(

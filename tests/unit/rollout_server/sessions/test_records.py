@@ -255,7 +255,7 @@ async def test_the_kept_mass_is_recorded_where_the_distribution_is_cut(
     served: Served, sampling: dict[str, Any], sees: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vision, "check_text", lambda *_: None)  # of the fake engine's model
-    served.proxy.image_limits = object() if sees else None
+    served.proxy.media_tokens = [7] if sees else []
     session = await served.open(sampling={**sampling, "max_tokens": None})
     await served.call(session, [1])
     (trajectory,) = _record(session).trajectories

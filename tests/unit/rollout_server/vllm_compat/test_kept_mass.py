@@ -67,7 +67,8 @@ class Sampler:
 
 
 def _install(sampler: object, **tokens: int | None) -> None:
-    model = SimpleNamespace(is_multimodal_model=bool(tokens), hf_config=SimpleNamespace(**tokens))
+    config = SimpleNamespace(**tokens)
+    model = SimpleNamespace(is_multimodal_model=bool(tokens), hf_config=config, get_vocab_size=lambda: 20)
     kept_mass.install(SimpleNamespace(model_runner=SimpleNamespace(sampler=sampler), model_config=model))
 
 

@@ -18,6 +18,8 @@ from rollout_server.vllm_compat.versions import copy_tokenizer, leave_flat_logpr
 from shared.rollouts import Prompt
 from tests.support.tiny_model import make_tiny_tokenizer
 
+SHOWN = "{{ messages[0].content }}"
+
 
 def _model_config(folder: Path, **options: Any) -> Any:
     return SimpleNamespace(tokenizer=str(folder), tokenizer_revision=None, **options)
@@ -39,15 +41,16 @@ def test_our_thread_has_a_tokenizer_of_its_own(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(("own", "sees", "used"), [(None, False, "P"), ("T", False, "T"), ("T", True, "P")])
 def test_prompts_have_the_template_that_learners_use(tmp_path: Path, own: str | None, sees: bool, used: str) -> None:
     """Published processors of older versions have theirs in chat_template.json, which tokenizers do not read."""
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": f"P{SHOWN}"}))
     tokenizer = make_tiny_tokenizer()
-    tokenizer.chat_template = own
+    tokenizer.chat_template = own and f"{own}{SHOWN}"
     engines = hf.get_cached_tokenizer(tokenizer)
     options = SimpleNamespace(language_model_only=not sees)
     model = _model_config(tmp_path, is_multimodal_model=True, multimodal_config=options)
     ours = copy_tokenizer(SimpleNamespace(get_tokenizer=lambda: engines, model_config=model))
-    assert tokenize(ours, Prompt(messages=[{"role": "user", "content": "hello"}]), {}, 64) == ours(used)["input_ids"]
-    assert engines.chat_template == own
+    asked = tokenize(ours, Prompt(messages=[{"role": "user", "content": "hello"}]), {}, 64)
+    assert asked == ours(f"{used}hello")["input_ids"]
+    assert engines.chat_template == (own and f"{own}{SHOWN}")
 
 
 def test_a_server_without_tokenizer() -> None:

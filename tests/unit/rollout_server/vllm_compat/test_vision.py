@@ -19,6 +19,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from rollout_server.vllm_compat import vision
+from shared.errors import InvalidRequest
 from shared.images import memory_of
 from tests.integration.support.try_model import Found
 from tests.support.architectures import ARCHITECTURES
@@ -157,3 +158,26 @@ def test_others_are_refused_with_the_reason(family: str, why: str) -> None:
     refusal = vision.refusal(_config_of(family)) or ""
     assert f"images of a {family}" in refusal
     assert why in refusal
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_tokens_of_media_that_nothing_fills_are_refused(alone: bool) -> None:
+    """Also where the language model is served alone (--language-model-only)."""
+    options = SimpleNamespace(language_model_only=alone)
+    config = SimpleNamespace(image_token_id=7, video_token_id=8, audio_token_index=9, image_token_index=99)
+    model = SimpleNamespace(
+        is_multimodal_model=True, multimodal_config=options, hf_config=config, get_vocab_size=lambda: 20
+    )
+    vision.check_placeholders(model, "it", [1, 2], 0)
+    for token in (7, 8, 9):
+        with pytest.raises(InvalidRequest, match=rf"^it holds tokens of an image.*\(id {token}\), and nothing fills"):
+            vision.check_placeholders(model, "it", [1, token, 2], 0)
+        with pytest.raises(InvalidRequest, match=rf"^the prompt holds .*\(id {token}\)"):
+            vision.check_text(model, {"type": "token", "prompt_token_ids": [token]})
+    vision.check_placeholders(model, "it", [7, 7, 1], 1)
+    with pytest.raises(InvalidRequest, match=r"^it has 2 images and 1 tokens"):
+        vision.check_placeholders(model, "it", [1, 7], 2)
+    with pytest.raises(InvalidRequest, match=r"\(id 8\), and nothing fills"):
+        vision.check_placeholders(model, "it", [7, 8], 1)
+    text = SimpleNamespace(is_multimodal_model=False, hf_config=config)
+    vision.check_placeholders(text, "it", [7, 8, 9], 0)
