@@ -35,7 +35,8 @@ def cli_page() -> str:
                 "`learner COMMAND --help` and `rollout-server --help` say the same, and what TRL and vLLM add. Flags "
                 "of the learner can be written with dashes or underscores; `--config FILE.yaml` holds them as keys. A "
                 "value there is the text that is written, and passes the same checks as on the command line: `no` is "
-                "no boolean where an option takes words. Where an option takes a list, one value will do.",
+                "no boolean where an option takes words. Where an option takes a list, one value will do. `none` and "
+                "`null` stand for no value: a flag undoes a line of a file so.",
                 "## rollout-server MODEL",
                 "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
                 _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
@@ -103,10 +104,12 @@ def http_page() -> str:
 def _command(parser: argparse.ArgumentParser) -> Iterable[str]:
     """A heading, what the command does, and a table of its flags."""
     rows = []
+    formatter = parser._get_formatter()
     for action in parser._actions[1:]:  # without --help
         required = action.required and action.option_strings
-        default = "required" if required else "" if action.default in (None, False) else f"`{action.default}`"
-        text = (action.help or "").replace(" (default %(default)s)", "").replace("%%", "%")
+        has_default = action.default is not None and action.default is not False  # 0.0 is one
+        default = "required" if required else f"`{action.default}`" if has_default else ""
+        text = formatter._expand_help(action).replace(f" (default {action.default})", "")
         rows.append((f"`{(action.option_strings or [(action.dest).upper()])[0]}`", default, text))
     return f"## {parser.prog}", parser.description or "", _table(("flag", "default", ""), rows)
 
@@ -135,11 +138,12 @@ def _type(schema: dict[str, Any]) -> str:
     if name := _referred(schema):
         return f"[{name}](#{name.lower()})"
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_type(s) for s in schema["anyOf"] if s.get("type") != "null"))
+        return " or ".join(dict.fromkeys(map(_type, schema["anyOf"])))
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":
-        return f"list of {_type(schema.get('items', {}))}"
+        items = _type(schema.get("items", {}))
+        return f"list of ({items})" if " or " in items else f"list of {items}"
     return schema.get("type", "any")
 
 

@@ -6,7 +6,8 @@
     PYTHONPATH=examples learner train --rollout-url http://127.0.0.1:8000 \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --task examples/questions.jsonl \
         --reward_funcs own_reward:right own_reward:short --reward_weights 1.0 0.2 \
-        --lora_target_modules all-linear --num_generations 8 --max_completion_length 64 --output_dir runs/own-reward
+        --lora_target_modules all-linear --num_generations 8 --max_completion_length 64 --eval_size 8 \
+        --output_dir runs/own-reward
 
 It is called with lists, one entry a completion: `prompts`, `completions`, and every column of the task's file by its
 name. It returns a number for each, or None for a completion that it does not score. It runs in worker processes,

@@ -29,11 +29,18 @@ COMMANDS = {
     "export": ("learner.commands.export", "export a trained adapter, alone or merged into its base model"),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_STOPPED = 1, 2, 130, 143
+#: Errors of options: alone, or beside what the server was started with. Trying again would not help.
+_OF_OPTIONS = (
+    ErrorCode.INVALID_REQUEST,
+    ErrorCode.UNSUPPORTED_ADAPTER,
+    ErrorCode.RANK_TOO_HIGH,
+    ErrorCode.BASE_MISMATCH,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0 done, 1 failed, 2 wrong options, 130 interrupted, 143 stopped
-    by a signal: not finished, so that a supervisor starts it again.
+    """Run a command. Returns the exit code: 0 done, 1 failed (another try may succeed), 2 wrong options, 130
+    interrupted, 143 stopped by a signal: not finished, so that a supervisor starts it again.
 
     Errors that the user can fix are one line on stderr; $LOCKSTEP_TRACEBACK=1 shows the traceback instead.
     """
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCKSTEP_TRACEBACK"):
             raise
         print(f"learner {argv[0]}: {one_line(error)}", file=sys.stderr)
-        return EXIT_USAGE if getattr(error, "code", None) is ErrorCode.INVALID_REQUEST else EXIT_FAILED
+        return EXIT_USAGE if getattr(error, "code", None) in _OF_OPTIONS else EXIT_FAILED
     except KeyboardInterrupt:
         print(f"learner {argv[0]}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -51,11 +51,18 @@ _BOUNDS: dict[str, tuple[float, str]] = {
     "agent_max_tokens": (1, "be at least 1"),
     "degenerate_rounds": (1, "be at least 1; leave drop_degenerate_groups out to replace none"),
 }
+#: Options that only `learner train` reads: where a script attaches, its trainer has all of this.
+_OF_TRAIN = (
+    *("task", "task_args", "eval_dataset", "eval_size", "train_size", "prompt_column"),
+    *("reward_funcs", "tools", "environment", "init_adapter", "lora_kwargs", "save_merged"),
+)
 
 
 @dataclass(kw_only=True)
 class LearnerConfig:
     """Options of `learner train` and `attach`: rollout servers, task, weight sync, rewards, monitoring.
+
+    `attach` refuses those that say what to train, and on what: its trainer has that.
 
     TRL's `TrlParser` parses them next to GRPOConfig and ModelConfig, so every field is a flag and a YAML key.
     Dicts are given as JSON on the command line; after construction they are dicts.
@@ -116,7 +123,11 @@ class LearnerConfig:
         2**17, f"Tokens of one episode, sampled and prompted, in all its trajectories; at most {MOST_TOKENS}."
     )
     eval_dataset: str | None = _option(None, "Separate task or file to evaluate on. Default: held-out rows of --task.")
-    eval_size: int = _option(128, "Number of questions held out for evaluation; never trained on.")
+    eval_size: int | None = _option(
+        None,
+        "Number of questions held out for evaluation; never trained on. Default: 128, or with eval_dataset all that it "
+        "has.",
+    )
     train_size: int | None = _option(None, "Number of training questions. Default: all that the task has or generates.")
     prompt_column: str = _option("prompt", "Name of the prompt column in files and datasets.")
     run_id: str | None = _option(
@@ -308,6 +319,17 @@ class LearnerConfig:
             if several and getattr(self, name):
                 raise InvalidRequest(f"{name}: {why}; give one {option('rollout_url')}")
         return self.rollout_url
+
+    def refuse_those_of_train(self) -> None:
+        """Raise `InvalidRequest` for options that only `learner train` reads and that differ from their defaults."""
+        given = {name: getattr(self, name) for name in _OF_TRAIN}
+        usual = {name: getattr(LearnerConfig, name) for name in _OF_TRAIN}
+        chosen = [name for name, value in given.items() if value != usual[name] and value not in ([], {})]
+        if chosen:
+            raise InvalidRequest(
+                f"{', '.join(chosen)}: read by `learner train` only. A script gives data, rewards, tools and the "
+                "adapter to its trainer, and merges with `learner export --merge`: leave it out"
+            )
 
     def require_task(self) -> str:
         """Return `task`; raise `InvalidRequest` if it is missing."""

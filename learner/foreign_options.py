@@ -59,6 +59,7 @@ RENAMED = {
     "model": "model_name_or_path",
     "base_model": "model_name_or_path",
     "revision": "model_revision",
+    "torch_dtype": "dtype",
     "r": "lora_r",
     "lora_rank": "lora_r",
     "rank": "lora_r",

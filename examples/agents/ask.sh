@@ -1,6 +1,7 @@
 #!/bin/sh
 # An agent that is a program: it asks the question with curl, and writes its reward to a file.
-#   learner train --config recipes/agent.yaml --agent_command "sh examples/agents/ask.sh" --rollout_url ...
+#   learner train --config recipes/agent.yaml --model_name_or_path demo-model --output_dir runs/program \
+#       --agent null --agent_command "sh examples/agents/ask.sh" --rollout_url http://127.0.0.1:8000
 set -eu
 
 body=$(python3 -c '

@@ -57,10 +57,11 @@ _Loader.add_constructor(_WORD, _refuse_word)
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Return the options in a YAML file by name, with underscores: text, None, lists of these, or a dict.
 
-    Values inside a dict have the types that YAML 1.2 gives them.
+    Values inside a dict have the types that YAML 1.2 gives them; those of `env` are text.
 
     Raises:
-        InvalidRequest: no readable YAML mapping, an option given twice, or an ambiguous word.
+        InvalidRequest: no readable YAML mapping, an option given twice, an ambiguous word, or an environment that
+            cannot be.
     """
     try:
         loader = _Loader(Path(path).read_text(encoding="utf-8"))
@@ -89,7 +90,8 @@ def _options(loader: _Loader) -> dict[str, Any]:
     for key, node in own:
         if not isinstance(key, yaml.ScalarNode):
             raise _refusal(key, "the name of an option must be text")
-        options[key.value.lstrip("-").replace("-", "_")] = _value(loader, node)
+        name = key.value.lstrip("-").replace("-", "_")
+        options[name] = _environment(loader, node) if name == "env" else _value(loader, node)
     names = Counter(key.value.lstrip("-").replace("-", "_") for key in {k.value: k for k, _ in own}.values())
     if twice := [name for name, times in names.items() if times > 1]:
         raise _refusal(document, f"{twice[0]} is there twice, with dashes and with underscores: leave one out")
@@ -102,6 +104,18 @@ def _value(loader: _Loader, node: yaml.Node) -> Any:
     if isinstance(node, yaml.ScalarNode) and (node.tag == _WORD or node.tag.startswith(_TAG)):
         return None if node.tag == _TAG + "null" else node.value
     return loader.construct_object(node, deep=True)
+
+
+def _environment(loader: _Loader, node: yaml.Node) -> dict[str, str]:
+    """Return environment variables; refuse what the system would not take."""
+    found = _value(loader, node) or {}
+    if not isinstance(found, dict):
+        raise _refusal(node, "env must hold one `VARIABLE: value` a line")
+    variables = {str(name): str(value) for name, value in found.items()}
+    for name, value in variables.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise _refusal(node, f"env: {name!r} cannot be set: a variable's name is not empty and holds no =")
+    return variables
 
 
 def _refusal(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

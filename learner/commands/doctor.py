@@ -22,18 +22,23 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from learner.adapters.lora_rules import check_rank
+from learner.adapters.lora_rules import check_lora, check_rank
 from learner.commands import training
 from learner.commands.flags import Parser, either_spelling, is_true, number
+from learner.commands.up_recipe import adapter_rank
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lease import load_lease
 from learner.servers.client import RolloutClient
-from learner.servers.compatibility import check_base, check_server
+from learner.servers.compatibility import check_base, check_server, check_shares_gpu
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
+from learner.tasks import TaskError, import_object
+from learner.trainer.without_vllm import without_vllm
 from learner.utils.atomic import check_writable
 from learner.utils.gpus import visible_gpus
 from learner.utils.ports import check_port
+from learner.utils.waits import waiting
+from shared.collections_off import without_collections
 from shared.errors import InvalidRequest, LockstepError
 from shared.fingerprint import fingerprint_checkpoint
 from shared.messages import one_line
@@ -61,8 +66,7 @@ class Finding:
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: 1 if something will not work."""
     options, rest = make_parser().parse_known_args(argv)
-    given = training.read_options(rest)
-    findings = list(diagnose(given, server_port=options.server_port))
+    findings = list(diagnose(rest, server_port=options.server_port))
     if options.json:
         print(json.dumps([vars(finding) for finding in findings]))
     else:
@@ -87,16 +91,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def diagnose(given: Mapping[str, Any], *, server_port: int | None = None) -> Iterator[Finding]:
-    """Yield what is found: of machine, packages, GPUs, ports, files, model, and servers.
+def diagnose(argv: Sequence[str], *, server_port: int | None = None) -> Iterator[Finding]:
+    """Yield what is found: of machine, packages, GPUs, options, ports, files, model, and servers.
 
     Args:
-        given: options of `learner train`, as they were written.
+        argv: options of `learner train`.
         server_port: a server is to be started here, too.
+
+    Raises:
+        InvalidRequest: see `training.read_options`.
     """
+    given = training.read_options(argv)
     yield from _machine(given)
     yield from _packages(given, with_server=server_port is not None)
     yield from _gpus(given, with_server=server_port is not None)
+    if argv and _version("trl"):  # else it is among the packages that are missing
+        yield _checked("options", lambda: _check_options(argv))
     ports = {"server_port": server_port, "metrics_port": given.get("metrics_port"), "page_port": given.get("page_port")}
     for name, port in ports.items():
         if port not in (None, "", 0, "0"):
@@ -104,7 +114,7 @@ def diagnose(given: Mapping[str, Any], *, server_port: int | None = None) -> Ite
     yield _checked("token", lambda: _check_credentials(given))
     if out := given.get("output_dir"):
         yield _checked("output", lambda: _check_output(str(out)))
-    if given.get("task"):
+    if given.get("task") or any(training.named_objects(given)):
         yield _checked("task", lambda: _check_task(given))
     if model := given.get("model_name_or_path"):
         yield _checked("model", lambda: _check_model(str(model), given.get("model_revision")))
@@ -225,6 +235,28 @@ def _weight_bytes(model: object) -> float | None:
     return float(sum(path.stat().st_size for path in weight_files(folder))) or None
 
 
+def _check_options(argv: Sequence[str]) -> str:
+    """Parse and check as `learner train` does, before it asks a server."""
+    try:
+        with waiting("PyTorch, transformers and TRL to be imported"), without_collections(), without_vllm():
+            from trl import get_peft_config
+
+            from learner.commands.train import parse
+            from learner.trainer.checks import check_corrected, check_grpo
+            from learner.trainer.sampling import sampling_params
+    except (ImportError, RuntimeError) as error:
+        raise InvalidRequest(f"TRL cannot be imported: {one_line(error)}") from error
+    config, args, model_args = parse(argv)
+    check_grpo(args)
+    check_corrected(args, config)
+    sampling_params(args)
+    if config.init_adapter is None:
+        check_lora(get_peft_config(model_args))
+    if config.rollout_url:
+        config.require_urls()
+    return "as `learner train` takes them"
+
+
 def _check_port(name: str, given: object) -> str:
     try:
         check_port(port := int(str(given)))
@@ -257,7 +289,13 @@ def _check_output(out: str) -> str:
 
 def _check_task(given: Mapping[str, Any]) -> str:
     training.check_files(given)
-    task = str(given["task"])
+    for name, word in training.named_objects(given):
+        if (name, word) != ("reward_funcs", "score"):  # the task's own
+            try:
+                import_object(word)
+            except TaskError as error:
+                raise InvalidRequest(f"{name}: {error.message}") from error
+    task = str(given.get("task") or "none is named")
     if task.startswith("reasoning_gym:") and importlib.util.find_spec("reasoning_gym") is None:
         raise InvalidRequest("reasoning_gym is missing: pip install reasoning-gym")
     return task
@@ -309,7 +347,7 @@ def _server(url: str, token: str | None, given: Mapping[str, Any]) -> Iterator[F
     except (LockstepError, OSError) as error:
         yield Finding(WRONG, "server", error.message if isinstance(error, LockstepError) else one_line(error))
         return
-    checks = (_check_settings, _check_rank, _check_length, _check_room, _check_same_base)
+    checks = (_check_settings, _check_sharing, _check_rank, _check_length, _check_room, _check_same_base)
     findings = [_checked("server", partial(check, url, state, given)) for check in checks]
     about = f"{state.model} on {state.device}, vLLM {state.vllm_version}, {len(state.runs)} of {state.max_runs} runs"
     yield from [one for one in findings if one.level == WRONG] or [Finding(OK, "server", f"{url}: {about}")]
@@ -317,19 +355,32 @@ def _server(url: str, token: str | None, given: Mapping[str, Any]) -> Iterator[F
 
 def _check_settings(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
     corrected = is_true({"vllm_importance_sampling_correction": True, **given}, "vllm_importance_sampling_correction")
-    check_server(state, allow_policy_altering=is_true(given, "allow_policy_altering"), corrected=corrected)
+    check_server(
+        state,
+        allow_policy_altering=is_true(given, "allow_policy_altering"),
+        deterministic=is_true(given, "deterministic"),
+        corrected=corrected,
+    )
+    return url
+
+
+def _check_sharing(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
+    if is_true(given, "share_gpu"):
+        check_shares_gpu(state)
     return url
 
 
 def _check_rank(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
-    lora_r = int(str(given.get("lora_r") or training.options()["lora_r"].default))
-    check_rank(SimpleNamespace(r=lora_r, rank_pattern=None), state)  # type: ignore[arg-type]
+    adapter = given.get("init_adapter")
+    if not adapter or Path(str(adapter)).exists():  # else it is on the hub
+        check_rank(SimpleNamespace(r=adapter_rank(given), rank_pattern=None), state)  # type: ignore[arg-type]
     return url
 
 
 def _check_length(url: str, state: ServerState, given: Mapping[str, Any]) -> str:
-    length = int(str(given.get("max_completion_length") or training.options()["max_completion_length"].default))
-    if length >= state.max_model_len:
+    length = str(given.get("max_completion_length", training.options()["max_completion_length"].default))
+    # `none` leaves it to the server; what is no number is a finding of the options.
+    if length.isdecimal() and int(length) >= state.max_model_len:
         raise InvalidRequest(
             f"max_completion_length {length} leaves no room for a prompt in the {state.max_model_len} tokens of {url}: "
             "lower it, or start the server with a larger --max-model-len"

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +65,11 @@ def main(argv: Sequence[str]) -> int:
             f"{task.name} has no reward functions to score completions with (an environment's reward needs its tools "
             "and TRL): name some with --reward-funcs, or another task"
         )
+
+    held_out = len(task.eval) if isinstance(task.eval, Sized) else None
+    if options.limit and held_out and held_out < options.limit:
+        more = "a larger --eval-dataset" if options.eval_dataset else "--eval-size, as in training, or --eval-dataset"
+        print(f"learner eval: --limit {options.limit}: {held_out} are there ({more} gives more)", file=sys.stderr)
 
     def ask(client: RolloutClient, name: str, stored: StoredAdapter | None) -> EvalResult:
         policy: PolicySelector = "base" if name == "base" else "latest"
@@ -133,11 +138,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--reward-funcs", nargs="+", help="reward functions by import path, module:function")
     add("--reward-weights", nargs="+", type=number(), help="one weight for each reward function")
     add(
-        "--eval-size", type=number(int, 0), default=128, help="questions held out; as in training (default %(default)s)"
+        "--eval-size",
+        type=number(int, 0),
+        help="questions held out; as in training (default 128, or with --eval-dataset all that it has)",
     )
     add("--train-size", type=number(int, 1), help="training questions; as in training, where the split depends on it")
     add("--seed", type=number(int), default=42, help="of the split; as in training (default %(default)s)")
-    add("--limit", type=number(int, 1), help="ask only the first so many questions")
+    add("--limit", type=number(int, 1), help="ask only the first so many of these questions")
     add(
         "--policy",
         nargs="+",
@@ -148,8 +155,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--run-id", help="which run, where the server serves several")
     add("--n", type=number(int, 1), default=1, help="completions per question (default %(default)s)")
-    add("--temperature", type=number(float, 0), default=0.0, help="default %(default)s: greedy")
-    add("--top-p", type=number(float, above=0, most=1), default=1.0, help="default %(default)s")
+    add("--temperature", type=number(float, 0), default=0.0, help="0 is greedy (default %(default)s)")
+    add(
+        "--top-p",
+        type=number(float, above=0, most=1),
+        default=1.0,
+        help="share of the probability that is sampled from (default %(default)s)",
+    )
     add("--max-tokens", type=number(int, 1), default=256, help="per completion (default %(default)s)")
     add("--agent", help="agent by import path, module:function, which returns its reward; see docs/agents.md")
     add("--agent-command", help="agent that is a program, a shell command that writes its reward")

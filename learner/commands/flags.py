@@ -72,6 +72,15 @@ def is_true(given: Mapping[str, Any], name: str) -> bool:
     return name in given and str(given[name]).lower() in _TRUE
 
 
+def is_none(value: Any) -> bool:
+    """Return whether an option, as it was written, has no value: `none` and `null` say so on a command line.
+
+    Example:
+        assert is_none("null") and not is_none("")
+    """
+    return value is None or str(value).lower() in ("none", "null")
+
+
 def dtype_name(text: str) -> str:
     """Return the full name of a dtype (bfloat16 for bf16), as a `type` of argparse."""
     return _DTYPES.get(text.lower().removeprefix("torch."), text)

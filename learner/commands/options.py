@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import Parser, dtype_name, number, without_usage
+from learner.commands.flags import Parser, dtype_name, is_none, number, without_usage
 from learner.config import LearnerConfig
 from learner.foreign_options import unknown_option
 from shared.errors import InvalidRequest
@@ -75,6 +75,8 @@ class OptionParser(TrlParser):
             hints |= get_type_hints(options)
         #: Option -> its flag, and the types it may have.
         self._options: dict[str, tuple[argparse.Action, set[Any]]] = {}
+        #: Those that are text or a list, and fsdp, which is a text of several words.
+        self._one_or_several: list[argparse.Action] = []
         for action in self._actions:
             if action.dest in hints and action.dest not in self._options:  # the second one is --no_OPTION
                 kinds = _kinds(hints[action.dest])
@@ -83,6 +85,11 @@ class OptionParser(TrlParser):
                 self._options[action.dest] = action, kinds
                 action.type = _type(action, kinds)
                 action.choices = _CHOICES.get(action.dest, action.choices)
+                if action.choices and NoneType in kinds:
+                    action.choices = [*action.choices, None]
+                if action.dest == "fsdp" or {str, list} <= kinds:
+                    action.nargs = "*" if action.nargs == "?" else "+"
+                    self._one_or_several.append(action)
 
     def error(self, message: str) -> NoReturn:
         raise InvalidRequest(without_usage(message))
@@ -106,6 +113,10 @@ class OptionParser(TrlParser):
             name, _, value = flag.removeprefix("--").partition("=")
             value = value or next(iter(unknown[unknown.index(flag) + 1 :]), "")
             raise InvalidRequest(unknown_option(name, value, self._options))
+        for action in self._one_or_several:
+            words = getattr(values, action.dest)
+            if words is not self.get_default(action.dest):  # given as a flag
+                setattr(values, action.dest, _one_or_several(action, words))
         try:
             config, args, model_args = (_made(options, vars(values)) for options in self.dataclass_types)
         except Exception as error:  # of TRL, transformers and accelerate, of any kind
@@ -117,9 +128,7 @@ class OptionParser(TrlParser):
         """Make the options of a file the defaults."""
         options = read_config_file(path)
         options.pop("server", None)  # of the rollout server, for `learner up`
-        environment = options.pop("env", None) or {}
-        if not isinstance(environment, dict):
-            raise InvalidRequest(f"--config {path}: env must hold one `VARIABLE: value` a line")
+        environment = options.pop("env", {})
         for name, value in options.items():
             if name not in self._options:
                 raise InvalidRequest(f"--config {path}: {unknown_option(name, value, self._options, flag=False)}")
@@ -127,7 +136,7 @@ class OptionParser(TrlParser):
                 self.set_defaults(**{name: self._value(name, value)})
             except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
                 raise InvalidRequest(f"--config {path}: {name}: {one_line(error)}") from error
-        os.environ.update({str(name): str(value) for name, value in environment.items()})
+        os.environ.update(environment)
 
     def _value(self, name: str, value: Any) -> Any:
         action, kinds = self._options[name]
@@ -142,7 +151,7 @@ class OptionParser(TrlParser):
         if value is None or isinstance(value, dict):
             return value
         value = _scalar(action, value)
-        return [value] if action.nargs == "+" else value
+        return [value] if action.nargs == "+" and str not in kinds else value
 
 
 def _made(options: type, values: dict[str, Any]) -> Any:
@@ -164,16 +173,26 @@ def _type(action: argparse.Action, kinds: set[Any]) -> Any:
         given = {bound: value for bound, value in bounds.items() if value is not None}
         parse = number(float if float in of_number else int, **given)
         return _or_none(parse) if NoneType in kinds and list not in kinds else parse
-    if dict in kinds and name not in LearnerConfig.__dataclass_fields__:  # which reads JSON itself
-        return partial(_dict_or_path, may_be_path=name in ("accelerator_config", "fsdp_config", "deepspeed"))
     if name == "scale_rewards":
         return lambda text: _SCALES.get(text.lower(), text)
-    return {"dtype": dtype_name, "attn_implementation": _attention}.get(name, action.type)
+    own: dict[str, Any] = {"dtype": dtype_name, "attn_implementation": _attention}
+    made: Any = own.get(name, action.type)
+    if dict in kinds and name not in LearnerConfig.__dataclass_fields__:  # which reads JSON itself
+        made = partial(_dict_or_path, may_be_path=name in ("accelerator_config", "fsdp_config", "deepspeed"))
+    # `none` may be a word of a list.
+    return _or_none(made or str) if NoneType in kinds and list not in kinds else made
 
 
 def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Take `none` and `null` for None, as TRL does where a number may be None."""
-    return lambda text: None if text.lower() in ("none", "null") else parse(text)
+    """Take `none` and `null` for None, as TRL does where a number may be None: so a flag undoes a line of a file."""
+    return lambda text: None if is_none(text) else parse(text)
+
+
+def _one_or_several(action: argparse.Action, words: list[Any]) -> Any:
+    """Return the words of a flag as its option takes them: one as it is, several as a list, or as text."""
+    if not words:
+        return action.const
+    return words[0] if len(words) == 1 else " ".join(words) if action.nargs == "*" else words
 
 
 def _attention(text: str) -> str:

@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     for run_id in run_ids:
         failed |= not _end([connect(url) for url in urls], run_id, lease, takeover=options.takeover)
     servers = ask_servers(urls, connect)
-    print(json.dumps([asdict(server) for server in servers]) if options.json else "\n".join(server_lines(servers)))
+    table = server_lines(servers, options.rollout_url)
+    print(json.dumps([asdict(server) for server in servers]) if options.json else "\n".join(table))
     return int(failed or all(server.error for server in servers))
 
 

@@ -87,7 +87,7 @@ class RunProgress:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit code: 1 if neither a server nor the run directory gave any state."""
+    """Run the command. Returns the exit code: 1 if no server, or not the run directory, gave the state asked for."""
     options = make_parser().parse_args(argv)
     if options.serve:
         if options.rollout_url or options.run_dir or options.watch or options.json:
@@ -105,11 +105,12 @@ def main(argv: Sequence[str]) -> int:
         if options.json:
             shown = json.dumps({"servers": [asdict(s) for s in servers], "run": progress and asdict(progress)})
         else:
-            shown = "\n".join([*_progress_lines(progress, options.run_dir), *server_lines(servers)])
+            table = server_lines(servers, options.rollout_url or ())
+            shown = "\n".join([*_progress_lines(progress, options.run_dir), *table])
         print((_CLEAR if options.watch and sys.stdout.isatty() and not options.json else "") + shown, flush=True)
         if not options.watch:
-            known = (progress is not None or not options.run_dir) and (not servers or any(not s.error for s in servers))
-            return 0 if known else 1
+            run_is_known = progress is not None or not options.run_dir
+            return 0 if run_is_known and (not discovery or any(not s.error for s in servers)) else 1
         time.sleep(options.watch)
 
 
@@ -207,8 +208,8 @@ def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[s
     return [*lines, "        " + "  ".join(f"{n} {form.format(v)}" for n, v, form in facts if v is not None), ""]
 
 
-def server_lines(servers: Sequence[ServerRow]) -> list[str]:
-    """Return the servers and their runs as lines of a table."""
+def server_lines(servers: Sequence[ServerRow], sources: Sequence[str]) -> list[str]:
+    """Return the servers and their runs as lines of a table; where there are none, that `sources` name none."""
     rows = [("server", "state", "run", "version", "lag", "running", "last push", "training")]
     for server in servers:
         if not server.runs:
@@ -222,7 +223,7 @@ def server_lines(servers: Sequence[ServerRow]) -> list[str]:
             row = (run.run_id, version, lag, str(run.running_requests), pushed, training)
             rows.append((server.url, server.state, *row))
     if len(rows) == 1:
-        return []
+        return [f"{' '.join(sources)}: no server is there now"] if sources else []
     short = [row for row in rows if row[3]]  # errors may be of any length
     widths = [max(len(row[i]) for row in (rows if i < 2 else short)) for i in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

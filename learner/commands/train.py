@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Trainer, get_scheduler
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
@@ -44,10 +43,11 @@ from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.tasks.columns import has_images
-from learner.trainer.attach import attach, meet, save_final_adapter
-from learner.trainer.checks import check_corrected, check_grpo
+from learner.trainer.attach import join, meet, save_final_adapter
+from learner.trainer.checks import check_best_metric, check_corrected, check_evaluated, check_grpo
 from learner.trainer.leaving import SIGNALS
 from learner.trainer.prompt_order import steps_in_all
+from learner.trainer.rehearsal import rehearse
 from learner.trainer.resume import resume_point, training_state
 from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
@@ -107,7 +107,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     check_lora(lora)
     assert lora is not None
     _check_paths(config, args)
-    _check_scheduler(args)
+    rehearse(args)
     _check_installed(args)
     model_config = _model_config(model, revision, args)
     if args.cast_lm_head_to_fp32 and model_config.get_text_config().tie_word_embeddings:
@@ -137,6 +137,9 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         eval_dataset=config.eval_dataset,
         default_reward=agent_reward if agent else None,
     )
+    check_evaluated(args, task.eval)
+    if not (agent or environment):  # which may log metrics of their own
+        check_best_metric(args, task.reward_funcs)
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
     for state in states:  # what is known before the model is loaded; `attach` checks all of it
@@ -149,7 +152,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         check_rank(lora, state)
         check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
     trainer = _trainer(task, config, args, model_args, model_config, lora, quantized, tools, environment)
-    session = attach(trainer, config=config, pool=pool, revision=revision)
+    session = join(trainer, config, pool=pool, revision=revision)
     show_progress(trainer, session)
     run_id, size = session.run_id, len(task.train)
     logger.info("run %s: %s, %d training questions, rollouts from %s", run_id, task.name, size, ", ".join(urls))
@@ -234,25 +237,8 @@ def _check_paths(config: LearnerConfig, args: GRPOConfig) -> None:
         check_unused(args.output_dir)
 
 
-def _check_scheduler(args: GRPOConfig) -> None:
-    """Refuse settings of the learning rate's schedule, which TRL makes when the training begins: `invalid_request`."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"lr_scheduler_kwargs, or lr_scheduler_type {args.lr_scheduler_type}: {error}") from error
-
-
 def _check_installed(args: GRPOConfig) -> None:
-    """Refuse optimizers, trackers and kernels of packages that are not here, and optim_args: `invalid_request`."""
-    if any("=" not in pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair):
-        raise InvalidRequest(f"optim_args {args.optim_args!r}: write them as name=value,name=value")
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
-        raise InvalidRequest(f"optim {args.optim.value}: {error}") from error
-    except ValueError:  # of an optimizer that looks at the model
-        pass
+    """Refuse trackers and kernels of packages that are not here: `invalid_request`."""
     trackers = set(args.report_to or ()) & INTEGRATION_TO_CALLBACK.keys()
     if missing := sorted(trackers - set(get_available_reporting_integrations())):
         raise InvalidRequest(f"report_to {missing[0]}: it is not installed; install it, or leave it out")
@@ -341,7 +327,7 @@ def _trainer(
             reward_funcs=list(task.reward_funcs),
             processing_class=tokenizer,
             train_dataset=task.train,
-            eval_dataset=task.eval if args.eval_strategy != "no" else None,
+            eval_dataset=task.eval if args.eval_strategy != "no" or args.eval_on_start else None,
             peft_config=lora,
             tools=tools or None,
             environment_factory=environment,

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from learner.commands.config_file import SECTIONS, read_config_file
+from learner.commands.flags import is_none
 from learner.config import LearnerConfig
 from learner.foreign_options import REFUSED, unknown_option
 from learner.tasks.file_kinds import FILE_KINDS, kind_of
@@ -120,26 +122,32 @@ def check_files(given: Mapping[str, Any]) -> None:
         path = Path(str(given.get(name) or "")).expanduser()
         if kind_of(path) in FILE_KINDS and not path.is_file():
             raise InvalidRequest(f"{name}: there is no file {path} in {Path.cwd()}")
+    for name, word in named_objects(given):
+        module = word.partition(":")[0]
+        if re.fullmatch(r"\w+:\w+", word) and not is_importable(module):  # a package would be imported
+            raise InvalidRequest(f"{name}: there is no module {module} for {word} in {Path.cwd()}, nor installed")
+
+
+def named_objects(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each object of the user's that an option names, as (option, module:object)."""
     for name in _IMPORTED:
         value = given.get(name) or ()
         words = value.split() if isinstance(value, str) else value
-        if not all(isinstance(word, str) for word in words):
-            continue  # the parser says what is wrong with it
-        for word in words:
-            module = word.partition(":")[0]
-            if re.fullmatch(r"\w+:\w+", word) and not is_importable(module):  # a package would be imported
-                raise InvalidRequest(f"{name}: there is no module {module} for {word} in {Path.cwd()}, nor installed")
+        if all(isinstance(word, str) for word in words):  # else the parser says what is wrong with it
+            yield from ((name, word) for word in words)
 
 
 def read_options(argv: Sequence[str]) -> dict[str, Any]:
     """Return the options on a command line, and in the files of its `--config`, by name and as they were written.
+
+    `none` and `null` are None, as in a file.
 
     Raises:
         InvalidRequest: an option that does not exist, or would have no effect, with what to write instead; or a file
             that cannot be read.
     """
     known, files, given = options(), dict[str, Any](), dict[str, Any]()
-    if argv and not argv[0].startswith("-"):
+    if argv and not re.match(r"--[A-Za-z]", argv[0]):
         raise InvalidRequest(f"there is no {argv[0]}: options are written as --NAME VALUE")
     for flag, words in _flags(argv):
         name, value = flag.replace("-", "_"), " ".join(words)
@@ -149,14 +157,15 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
             raise InvalidRequest(unknown_option(flag, value, known))
         else:
             _refuse(name, value, f"--{name} {value}")
-            given[name] = [*given.get(name, ()), *words] if name == "rollout_url" else value or "true"
+            one = None if is_none(value) else value or "true"
+            given[name] = [*given.get(name, ()), *words] if name == "rollout_url" else one
     return files | given
 
 
 def _flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each flag without its dashes, and the words up to the next one."""
     at = [index for index, word in enumerate(argv) if re.match(r"--[A-Za-z]", word)]
-    for index, end in zip(at, [*at[1:], len(argv)], strict=True):
+    for index, end in pairwise([*at, len(argv)]):
         flag, equals, value = argv[index].removeprefix("--").partition("=")
         yield flag, [*([value] if equals else []), *argv[index + 1 : end]]
 
@@ -172,7 +181,7 @@ def _read(path: str, known: Mapping[str, Option]) -> dict[str, Any]:
 
 def _refuse(name: str, value: Any, written: str) -> None:
     """Refuse an option that would have no effect: of a vLLM that TRL starts itself, or of no vLLM at all."""
-    nothing = value in (None, False) or str(value).lower() in ("false", "none", "null")
+    nothing = is_none(value) or str(value).lower() == "false"
     if name == "use_vllm" and nothing:
         raise InvalidRequest(f"{written}: completions always come from a rollout server's vLLM; leave it out")
     if name in REFUSED and not nothing and (name, value) != ("vllm_mode", "server"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.commands import training
 from learner.commands.config_file import read_config_file
-from learner.commands.flags import dtype_name, is_true
+from learner.commands.flags import dtype_name, is_none, is_true
 from learner.commands.up_output import say
 from learner.config import LearnerConfig, json_object
 from learner.foreign_options import server_flag
@@ -149,7 +149,7 @@ def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
     for name, value in _values(flags).items():
         if name not in training.options() and name not in ADDRESS and (flag := server_flag(name, value)):
             raise InvalidRequest(f"--{name} belongs to the server: give --server-flags {shlex.quote(flag)}")
-        given[name] = value
+        given[name] = None if is_none(value) else value
     server = given.get("server") or {}
     if not isinstance(server, dict):
         raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
@@ -158,15 +158,11 @@ def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
         raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
     if not given.get("model_name_or_path"):
         raise InvalidRequest("give --model_name_or_path: the base model of both, in the recipe or as a flag")
-    environment = given.get("env") or {}
-    if not isinstance(environment, dict):
-        raise InvalidRequest("env: write one `NAME: value` of an environment variable a line below it")
     training.check(written)
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
-    recipe = {str(name): str(value) for name, value in environment.items()}
-    return Recipe(options, given, server, written, output_dir, recipe)
+    return Recipe(options, given, server, written, output_dir, given.get("env", {}))
 
 
 def _values(flags: Sequence[str]) -> dict[str, str]:
@@ -181,7 +177,7 @@ def _values(flags: Sequence[str]) -> dict[str, str]:
 
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the server's flags that follow from the learner's options."""
-    common: dict[str, Any] = {"max_lora_rank": _rank(given)}
+    common: dict[str, Any] = {"max_lora_rank": served_rank(adapter_rank(given))}
     if given.get("dtype"):
         common["dtype"] = dtype_name(str(given["dtype"]))
     if given.get("model_revision"):
@@ -221,7 +217,7 @@ def _task(given: Mapping[str, Any]) -> Task:
     return load_task(
         str(given["task"]),
         task_args=json_object(options["task_args"], "task_args"),
-        eval_size=int(options["eval_size"]),
+        eval_size=None if options["eval_size"] is None else int(options["eval_size"]),
         train_size=int(options["train_size"]) if options["train_size"] else None,
         seed=int(options["seed"]),
         prompt_column=str(options["prompt_column"]),
@@ -230,8 +226,12 @@ def _task(given: Mapping[str, Any]) -> Task:
     )
 
 
-def _rank(given: Mapping[str, Any]) -> int:
-    """Return the server's `--max-lora-rank` for the adapter."""
+def adapter_rank(given: Mapping[str, Any]) -> int:
+    """Return the highest rank of the adapter that options of the learner make or start with.
+
+    Raises:
+        InvalidRequest: it cannot be told, or no server can serve it.
+    """
     try:
         if adapter := given.get("init_adapter"):
             own = json.loads((Path(adapter) / "adapter_config.json").read_text())
@@ -239,7 +239,9 @@ def _rank(given: Mapping[str, Any]) -> int:
             kwargs = given.get("lora_kwargs") or {}
             own = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
             own = {"r": given.get("lora_r", 16), **own}
-        return served_rank(max([int(own["r"]), *map(int, (own.get("rank_pattern") or {}).values())]))
+        rank = max([int(own["r"]), *map(int, (own.get("rank_pattern") or {}).values())])
+        served_rank(rank)
+        return rank
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidRequest(
             f"the adapter's rank (lora_r, lora_kwargs, init_adapter) cannot be told: {error}"

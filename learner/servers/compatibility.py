@@ -43,6 +43,12 @@ def check_server(
         )
 
 
+def check_shares_gpu(state: ServerState) -> None:
+    """Raise `invalid_request` unless the server can take turns with a learner on its GPU."""
+    if not state.shares_gpu:
+        raise InvalidRequest("share_gpu: the server has its GPU to itself; start it with --share-gpu")
+
+
 def check_base(own: BaseFingerprint, served: BaseFingerprint, *, allow_mismatch: bool = False) -> list[str]:
     """Check that learner and server hold the same base weights and tokenizer; return warnings.
 

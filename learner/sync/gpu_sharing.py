@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from learner.servers.compatibility import check_shares_gpu
 from learner.servers.pool import RECOVERABLE
 from learner.servers.replica import Replica
 from learner.sync.transport import gpu_uuid
@@ -23,8 +24,7 @@ def check_shared_gpu(state: ServerState, device: torch.device, processes: int) -
     Raises:
         InvalidRequest: it cannot.
     """
-    if not state.shares_gpu:
-        raise InvalidRequest("share_gpu: the server has its GPU to itself; start it with --share-gpu")
+    check_shares_gpu(state)
     if processes > 1:
         raise InvalidRequest(f"share_gpu: {processes} learner processes cannot take turns with one GPU; start one")
     own = gpu_uuid(device)

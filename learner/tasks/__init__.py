@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from learner.tasks.base import RewardFunc, Task, TaskError
+from learner.tasks.arguments import reads
+from learner.tasks.base import EVAL_SIZE, RewardFunc, Task, TaskError
 from learner.tasks.imports import import_object, is_importable
+from learner.utils.wording import option
+from shared.errors import LockstepError
 
 __all__ = ["RewardFunc", "Task", "TaskError", "import_object", "load_task"]
 
@@ -16,7 +19,7 @@ def load_task(
     spec: str,
     *,
     task_args: dict[str, Any] | None = None,
-    eval_size: int = 128,
+    eval_size: int | None = None,
     train_size: int | None = None,
     seed: int = 42,
     reward_specs: Sequence[str] | None = None,
@@ -31,8 +34,10 @@ def load_task(
 
     Args:
         spec: `reasoning_gym:NAME`; a .jsonl, .json, .csv, .tsv or .parquet file; a hub dataset
-            `name[:config][@split]`; or `module:object`, a `Task` or a function that is called with the arguments below
-            and returns one.
+            `name[:config][@split]`; or `module:object`, a `Task` or a function that returns one. A function is called
+            with those of the arguments below that it names, or with all if it has a `**rest` (not `**_`). What differs
+            from its default and is not looked at, as with a `Task`, is refused.
+        eval_size: default 128, or with `eval_dataset` all that it has.
         task_args: for all kinds `system_prompt`, `prompt_format` (`chat` or `raw`) and `prompt_template` (a format
             string over the row's fields, with `{metadata[...]}` for reasoning_gym). For reasoning_gym also the
             generator's parameters, `answer` (`last_number`, `tag` or `whole`: how to extract the answer from a
@@ -54,7 +59,7 @@ def load_task(
         >>> task.train[0]["prompt"]
         [{'role': 'user', 'content': 'State the final answer to the following arithmetic problem: ...'}]
     """
-    if eval_size < 0 or (train_size is not None and train_size < 1):
+    if (eval_size or 0) < 0 or (train_size is not None and train_size < 1):
         raise TaskError(f"eval_size {eval_size} must not be negative, and train_size {train_size} must be at least 1")
     common: dict[str, Any] = {
         "eval_size": eval_size,
@@ -71,14 +76,11 @@ def load_task(
             raise TaskError(
                 "--eval_dataset is for files and datasets; reasoning_gym tasks hold out questions themselves"
             )
-        return load_gym_task(name, task_args or {}, **common)
+        return load_gym_task(name, task_args or {}, **common | {"eval_size": _size(eval_size)})
 
     common |= {"eval_dataset": eval_dataset, "prompt_column": prompt_column}
     if colon and "@" not in spec and is_importable(kind):
-        made = import_object(spec)
-        made = made if isinstance(made, Task) or not callable(made) else made(task_args=task_args or {}, **common)
-        if not isinstance(made, Task):
-            raise TaskError(f"{spec} is neither a learner.tasks.Task nor a function that returns one, but {made!r:.80}")
+        made = _made(spec, import_object(spec), {"task_args": task_args or {}, **common})
         from learner.tasks.columns import usable
 
         evaluation = made.eval if made.eval is None else usable(made.eval, f"{spec}, evaluation", images=True)
@@ -87,3 +89,39 @@ def load_task(
     from learner.tasks.dataset import load_dataset_task
 
     return load_dataset_task(spec, task_args or {}, default_reward=default_reward, **common)
+
+
+def _made(spec: str, found: Any, given: Mapping[str, Any]) -> Task:
+    """Return the task at an import path: itself, or what the function there makes of the options it looks at."""
+    made = found
+    if isinstance(found, Task):
+        _refuse_ignored(spec, given)
+    elif callable(found):
+        _refuse_ignored(spec, {name: value for name, value in given.items() if not reads(found, name)})
+        given = {**given, "eval_size": _size(given["eval_size"])}
+        made = _called(spec, found, {name: value for name, value in given.items() if reads(found, name)})
+    if not isinstance(made, Task):
+        raise TaskError(f"{spec} is neither a learner.tasks.Task nor a function that returns one, but {made!r:.80}")
+    return made
+
+
+def _size(eval_size: int | None) -> int:
+    return EVAL_SIZE if eval_size is None else eval_size
+
+
+def _refuse_ignored(spec: str, ignored: Mapping[str, Any]) -> None:
+    usual = load_task.__kwdefaults__ or {}
+    chosen = [name for name, value in ignored.items() if value != usual[name] and value not in (None, {}, [], ())]
+    # `seed` is the training's own, too.
+    options = [option({"reward_specs": "reward_funcs"}.get(name, name)) for name in chosen if name != "seed"]
+    if options:
+        raise TaskError(f"{', '.join(options)}: the task {spec} does not look at it; leave it out")
+
+
+def _called(spec: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except LockstepError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's function does
+        raise TaskError(f"calling {spec!r} failed: {type(error).__name__}: {error}") from error

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Called by TRL as f(prompts=..., completions=..., **columns); returns a float for each, or None if it does not apply.
 RewardFunc = Callable[..., Any]
+#: Questions that are held out where nobody says how many.
+EVAL_SIZE = 128
 #: Arguments that TRL gives every reward function; a dataset column of such a name would take the place of one.
 REWARD_ARGUMENTS = (
     "prompts",

@@ -10,9 +10,10 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 
-from learner.tasks.base import RewardFunc, Task, TaskError
+from learner.tasks.base import EVAL_SIZE, RewardFunc, Task, TaskError
 from learner.tasks.columns import (
     IMAGE_COLUMNS,
+    check_parts,
     decoded,
     exact_dataset,
     holds_images,
@@ -34,7 +35,7 @@ def load_dataset_task(
     spec: str,
     task_args: dict[str, Any],
     *,
-    eval_size: int,
+    eval_size: int | None,
     train_size: int | None,
     seed: int,
     reward_specs: Sequence[str] | None,
@@ -52,7 +53,7 @@ def load_dataset_task(
         raise TaskError(f"{spec} has no task argument {', '.join(sorted(remaining))}; only {known}")
     train = _with_prompts(_read(spec), spec, prompt_column, style)
     if eval_dataset is None:
-        train, held_out = _hold_out(train, eval_size, spec)
+        train, held_out = _hold_out(train, EVAL_SIZE if eval_size is None else eval_size, spec)
     else:
         held_out = _with_prompts(_read(eval_dataset), eval_dataset, prompt_column, style)
         asked = _keys(held_out)
@@ -131,6 +132,8 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
             prompts.append(style.prompt(without_filled_keys(value) if filled else value, row))
             if type(prompts[i]) is not type(prompts[0]):
                 raise TaskError("some prompts are text and others are chat messages: make all the same")
+            row_images(row)
+            check_parts(prompts[i])
             if holds_images(prompts[i]):
                 raise TaskError(
                     "a message holds an image itself: put images into a column `images`, and in the messages leave "

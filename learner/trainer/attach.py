@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,7 @@ from learner.trainer.checks import (
     check_attention,
     check_compiled,
     check_corrected,
+    check_evaluated,
     check_grpo,
     check_known_ahead,
     check_slots,
@@ -60,6 +62,7 @@ from learner.trainer.images import (
     check_images,
     check_sight,
     image_probe,
+    lay_out_prompts,
     read_images,
     sees_images,
     sight_of,
@@ -108,7 +111,8 @@ def attach(
     Args:
         trainer: a GRPOTrainer with a LoRA adapter, built with `use_vllm=False`, before `train()`.
         url: of one or several rollout servers; `config.rollout_url` by default.
-        config, options: `LearnerConfig`, or its fields as keyword arguments.
+        config, options: `LearnerConfig`, and fields of it as keyword arguments, which come first; without those of
+            `learner train` alone.
         client: of one rollout server, instead of `url`.
         pool: servers that were met already; by default waits until one is ready.
         agent: is called for each row as `agent(session, row)`, plain or async, and makes its requests to
@@ -124,7 +128,32 @@ def attach(
             data: image columns without images go, and keys that Arrow has filled. It can be attached again.
     """
     show_messages(is_main=trainer.accelerator.is_main_process)
-    config = config or LearnerConfig(rollout_url=[url] if isinstance(url, str) else list(url or ()) or None, **options)
+    if url:
+        options["rollout_url"] = [url] if isinstance(url, str) else list(url)
+    config = replace(config or LearnerConfig(), **options)
+    config.refuse_those_of_train()
+    return join(
+        trainer,
+        config,
+        client=client,
+        pool=pool,
+        agent=agent,
+        revision=revision,
+        vllm_sampling_params=vllm_sampling_params,
+    )
+
+
+def join(
+    trainer: GRPOTrainer,
+    config: LearnerConfig,
+    *,
+    client: RolloutClient | None = None,
+    pool: ServerPool | None = None,
+    agent: AgentFunction | None = None,
+    revision: str | None = None,
+    vllm_sampling_params: Any = None,
+) -> Session:
+    """Attach under any options: those of `learner train` alone are that command's. See `attach`."""
     if any(isinstance(callback, _PushAfterStep) for callback in trainer.callback_handler.callbacks):
         raise InvalidRequest(
             "this trainer is attached already, and would push every step twice: use the session that the first "
@@ -139,8 +168,9 @@ def attach(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     random = randomness(model, trainer.args, sharded=sharded, most=lambda own: max(on_every_rank(lambda: own)))
     for warning in [*check_grpo(args), *check_compiled(args, config), *as_warnings(random)]:
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(warning, stacklevel=3)
     check_corrected(args, config)
+    check_evaluated(args, trainer.eval_dataset)
     runs = agent_of(config.agent, config.agent_command, agent)
     if runs:
         check_agent(trainer, args, config)
@@ -180,9 +210,10 @@ def attach(
 
     states = [replica.known for replica in pool.up()]
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
-        warnings.warn(warning, stacklevel=2)
+        warnings.warn(warning, stacklevel=3)
     reward = add_agent_reward(trainer) if runs else None
     name_rewards(trainer)
+    lay_out_prompts(trainer)
     if not trainer.is_deepspeed_enabled:
         keep_master_weights(model)
     sampling = sampling_params(args, trainer.eos_token_ids)
@@ -238,7 +269,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
 
     | TRL's method | hooks, from the inside out | why in this order |
     | --- | --- | --- |
-    | `_generate_and_score_completions` | `score_in_workers` (called by the session) | sees the rows trained on |
+    | `_generate_and_score_completions` | `lay_out_prompts` (before the session) | sees the rows that TRL sees |
+    | | `score_in_workers` (called by the session) | sees the rows trained on |
     | | `watch_mismatch` | measures the batch that is trained on |
     | | `replace_zero_variance_groups` | changes the rows that TRL and the hooks above are given |
     | | `read_images` | all hooks above see rows whose images are lists |

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.adapters.lora_rules import caps_logits
 from learner.config import LearnerConfig
+from learner.tasks.arguments import reads
 from learner.trainer.prompt_order import indexable, rows_of_rank
 from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
@@ -49,6 +54,11 @@ def check_grpo(args: GRPOConfig) -> list[str]:
         raise InvalidRequest(
             "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"
         )
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise InvalidRequest(
+            f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs:g}: a training has at least one "
+            "step; set max_steps to 1 or more, or to -1 and num_train_epochs above 0"
+        )
     truncating = args.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
     # TRL checks this in the constructor only where use_vllm is set there already.
     if args.loss_type == "vespo" and args.vllm_importance_sampling_correction and not truncating:
@@ -72,6 +82,45 @@ def check_grpo(args: GRPOConfig) -> list[str]:
             "policy's"
         ]
     return []
+
+
+def check_evaluated(args: GRPOConfig, rows: Any) -> None:
+    """Check that an evaluation that is asked for has rows: of one data set, or of several in a dict.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    asked = "eval_strategy" if args.eval_strategy != "no" else "eval_on_start" if args.eval_on_start else None
+    parts = rows.values() if isinstance(rows, dict) else [rows]
+    if asked and any(part is None or (hasattr(part, "__len__") and not len(part)) for part in parts):
+        raise InvalidRequest(
+            f"{asked}: there are no rows to evaluate on; hold some out (eval_size, or the trainer's eval_dataset), or "
+            "leave it out"
+        )
+
+
+#: What TRL and transformers measure in every evaluation, beside what begins with a word of `_MEASURED_IN`.
+_MEASURED = (
+    *("loss", "reward", "reward_std", "frac_reward_zero_std", "num_tokens", "entropy", "kl", "policy_loss", "aux_loss"),
+    *("entropy_coef", "cispo_clip_ratio", "runtime", "samples_per_second", "steps_per_second"),
+)
+_MEASURED_IN = ("rewards/", "completions/", "clip_ratio/", "sampling/", "tools/", "vespo/", "lockstep/")
+
+
+def check_best_metric(args: GRPOConfig, rewards: Iterable[Callable[..., Any]]) -> None:
+    """Refuse a metric for the best model that no evaluation has, where no reward function logs metrics of its own.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    asked = args.metric_for_best_model
+    if args.eval_strategy == "no" or asked is None or any(reads(function, "log_metric") for function in rewards):
+        return
+    name = asked.removeprefix("eval_")
+    if name not in _MEASURED and not name.startswith(_MEASURED_IN):
+        near = difflib.get_close_matches(name, _MEASURED, n=1)
+        hint = f"did you mean eval_{near[0]}?" if near else f"it has eval_{', eval_'.join(_MEASURED[:3])} ..."
+        raise InvalidRequest(f"metric_for_best_model {asked}: no evaluation measures it; {hint}")
 
 
 def draws_policy(args: GRPOConfig) -> bool:

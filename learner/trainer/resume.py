@@ -21,10 +21,11 @@ import transformers.trainer_utils
 from accelerate.state import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from learner.adapters.exporter import active_adapter
 from learner.adapters.peft_dir import load_adapter, save_adapter
+from learner.config import LearnerConfig
 from learner.run_dir.checkpoint import (
     STAGING,
     TrainingState,
@@ -67,12 +68,18 @@ def resume_exactly(trainer: GRPOTrainer, session: Session) -> None:
 
     def train_from(resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         output_dir, asked = trainer.args.output_dir, resume_from_checkpoint or False
-        checkpoint = resume_point(output_dir, asked, session.settings, partial(_check_batch, trainer))
+
+        def check(checkpoint: Path) -> None:
+            _check_batch(trainer, checkpoint)
+            _check_exact(checkpoint, trainer.args, session.config)
+
+        checkpoint = resume_point(output_dir, asked, session.settings, check)
         return train(str(checkpoint) if checkpoint else None, *args, **kwargs)
 
     trainer._get_train_sampler = remembered_sampler
     trainer._save_checkpoint = lambda model, trial: _save(trainer, session, partial(save, model, trial))
     trainer._load_optimizer_and_scheduler = load_with_state
+    trainer._determine_best_metric = partial(_is_best, trainer._determine_best_metric)
     trainer._load_best_model = partial(_load_best, trainer, session, trainer._load_best_model)
     trainer.train = train_from
 
@@ -129,7 +136,7 @@ def _choose(output_dir: Path, asked: str | Path | bool | None) -> Path | None:
     if asked is not None and asked is not True:
         if not Path(asked).is_dir():
             raise InvalidRequest(f"resume_from_checkpoint {asked}: no such directory; give one, or true or false")
-        return Path(asked)
+        return _with_state(Path(asked))
     if (last := last_checkpoint(output_dir)) is not None:
         return last
     require_undamaged(output_dir)
@@ -138,7 +145,41 @@ def _choose(output_dir: Path, asked: str | Path | bool | None) -> Path | None:
     others = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if others is None:
         raise InvalidRequest(f"resume_from_checkpoint: {output_dir} holds no checkpoint; leave it out to start")
-    return Path(others)
+    return _with_state(Path(others))
+
+
+def _with_state(checkpoint: Path) -> Path:
+    """Return a checkpoint; refuse a directory that is none, such as the output_dir that holds some."""
+    if not (checkpoint / transformers.trainer.TRAINER_STATE_NAME).is_file():
+        last = last_checkpoint(checkpoint) or transformers.trainer_utils.get_last_checkpoint(str(checkpoint))
+        raise InvalidRequest(
+            f"resume_from_checkpoint: {checkpoint} has no {transformers.trainer.TRAINER_STATE_NAME}, so it is no "
+            f"checkpoint; {f'the last one in it is {last}' if last else 'give one'}"
+        )
+    return checkpoint
+
+
+def _check_exact(checkpoint: Path, args: GRPOConfig, config: LearnerConfig) -> None:
+    """Say what does not go on where the checkpoint was made; refuse it where the same bytes are asked for."""
+    held = [path.name for path in checkpoint.iterdir()]
+    anew = []
+    # transformers loads both or neither; DeepSpeed has them in a directory of its own.
+    both = any(name.startswith("optimizer") for name in held) and transformers.trainer.SCHEDULER_NAME in held
+    if not (both or any(name.startswith("global_step") for name in held)):
+        anew.append(
+            "the optimizer and the learning rate's schedule (the checkpoint lacks them, as with save_only_model)"
+        )
+    if not any(name.startswith("rng_state") for name in held):
+        anew.append("random numbers (it lacks their state)")
+    if args.ignore_data_skip:
+        anew.append("the rows of the epoch (ignore_data_skip)")
+    if anew and config.deterministic:
+        raise InvalidRequest(
+            f"deterministic: the training cannot go on from {checkpoint} to the same bytes, since it would start anew "
+            f"with {'; '.join(anew)}; resume from another checkpoint, or leave deterministic out"
+        )
+    if anew:
+        logger.warning(f"resuming from {checkpoint} starts anew with {'; '.join(anew)}")
 
 
 def _check_batch(trainer: GRPOTrainer, checkpoint: Path) -> None:
@@ -256,6 +297,16 @@ def _restore(trainer: GRPOTrainer, session: Session, checkpoint: str, samplers: 
     if before and before != now and (trainer.is_deepspeed_enabled or (folder / "scheduler.pt").is_file()):
         _scale_learning_rate(trainer.optimizer, trainer.lr_scheduler, now / before)
     session.metrics.restore(state.pushes, state.completions, state.completion_tokens)
+
+
+def _is_best(compare: Callable[..., bool], metrics: Mapping[str, float], trial: Any) -> bool:
+    """Compare an evaluation with the best so far, by a metric that only evaluations themselves know."""
+    try:
+        return compare(metrics=metrics, trial=trial)
+    except KeyError as error:
+        raise InvalidRequest(
+            f"metric_for_best_model: the evaluation has no such metric, but {', '.join(metrics)}"
+        ) from error
 
 
 def _load_best(trainer: GRPOTrainer, session: Session, load: Callable[[], None]) -> None:

@@ -52,7 +52,6 @@ def test_own_reward(server: ServerProcess, model: Path, tmp_path: Path, monkeypa
             "--output_dir": tmp_path / "run",
             "--max_steps": 1,
             "--max_completion_length": 16,
-            "--eval_size": 8,
             "--dtype": "float32",
             "--lora_r": 4,
             "--use_cpu": "true",

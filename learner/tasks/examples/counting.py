@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from PIL import ImageDraw
 
+from learner.tasks.arguments import check_task_args
 from learner.tasks.base import Task
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import completion_text
@@ -27,13 +28,13 @@ def circles(
     seed: int,
     reward_specs: Sequence[str] | None = None,
     reward_weights: Sequence[float] | None = None,
-    **_: Any,
 ) -> Task:
     """Load with `--task learner.tasks.examples.counting:circles`; the reward is 1 for the right number.
 
     Args:
         task_args: `most` circles (default 6), and the pictures' `pixels` on a side (default 112).
     """
+    check_task_args(task_args, "most", "pixels")
     most, pixels = int(task_args.get("most", 6)), int(task_args.get("pixels", 112))
     draw = random.Random(f"circles/{seed}")
     count = (train_size or 1024) + eval_size

@@ -25,12 +25,12 @@ def levels(
     seed: int,
     reward_specs: Sequence[str] | None = None,
     reward_weights: Sequence[float] | None = None,
-    **_: Any,
 ) -> Task:
     """Load the first levels of reasoning-gym's curriculum for a task; the training questions go from level to level.
 
     A level's questions include those of the levels below it, as in reasoning-gym. The same number of questions is held
-    out of each level. Raises `TaskError` if the task has no curriculum, or an argument is missing.
+    out of each level. Raises `TaskError` if the task has no curriculum, an argument is missing, or there are fewer
+    questions than levels.
 
     Args:
         task_args: `name` of the task, number of `levels`, and arguments of `reasoning_gym:NAME` for all levels.
@@ -39,7 +39,10 @@ def levels(
     name, count = given.pop("name", None), given.pop("levels", None)
     if not isinstance(name, str) or not isinstance(count, int) or count < 1:
         raise TaskError("task_args of a curriculum: name (of a reasoning-gym task) and levels (how many) are needed")
-    train_size = train_size or DEFAULT_TRAIN_SIZE
+    train_size = DEFAULT_TRAIN_SIZE if train_size is None else train_size
+    for option, size in (("eval_size", eval_size), ("train_size", train_size)):
+        if size and size < count:
+            raise TaskError(f"{option} {size} is too few questions for {count} levels: give {count} or more")
     parts = [
         load_gym_task(
             name,

@@ -26,16 +26,14 @@ _INSTRUCTION = "Reply with a JSON object with the keys name (text), age (number)
 
 
 def people(
-    task_args: dict[str, Any],
     *,
     eval_size: int,
     train_size: int | None,
     seed: int,
     reward_specs: Sequence[str] | None = None,
     reward_weights: Sequence[float] | None = None,
-    **_: Any,
 ) -> Task:
-    """Load with `--task learner.tasks.examples.extraction:people`. Takes no `task_args`."""
+    """Load with `--task learner.tasks.examples.extraction:people`."""
     everyone = [(name, age, city) for name in _NAMES for age in range(18, 90) for city in _CITIES]
     random.Random("lockstep people").shuffle(everyone)
     held_out, others = everyone[:eval_size], everyone[eval_size:]

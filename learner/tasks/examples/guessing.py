@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from learner.tasks.base import Task, TaskError
+from learner.tasks.arguments import check_task_args
+from learner.tasks.base import Task
 
 _PROMPT = (
     "I think of a whole number from 1 to {most}. Find it with the tool guess, with as few guesses as you can; it says "
@@ -47,7 +48,7 @@ class Guessing:
         return max(1.1 - 0.1 * self._guesses, 0.2)
 
 
-def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int, **others: Any) -> Task:
+def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None, seed: int) -> Task:
     """Load with `--task learner.tasks.examples.guessing:numbers`; the environment gives the reward.
 
     All prompts are equal and secrets are drawn at random, so no numbers are held out.
@@ -55,8 +56,7 @@ def numbers(task_args: dict[str, Any], *, eval_size: int, train_size: int | None
     Args:
         task_args: `most`, the largest secret (default 100).
     """
-    if others.get("reward_specs"):
-        raise TaskError("learner.tasks.examples.guessing: the environment gives the reward; leave --reward_funcs out")
+    check_task_args(task_args, "most")
     most = int(task_args.get("most", 100))
     prompt = [{"role": "user", "content": _PROMPT.format(most=most)}]
 

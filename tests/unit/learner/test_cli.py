@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import pytest
 
-from learner.cli import main
+from learner.cli import COMMANDS, main
+from learner.commands import status
 from learner.commands.train import parse
-from shared.errors import LockstepError
+from shared.errors import BaseMismatch, EngineDead, LockstepError, NotReady, RankTooHigh, UnsupportedAdapter
 
 
 def run(code):
@@ -36,6 +38,36 @@ def test_a_users_mistake_is_one_line(capsys):
     error = capsys.readouterr().err
     assert error.startswith("learner eval: --task-args is not valid JSON")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_without_options_says_what_it_needs_or_does_without(capsys, monkeypatch, command):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # of `init`, which asks where it can
+    code, said = main([command]), capsys.readouterr()
+    if command == "doctor":
+        assert "give --rollout_url to have it looked at" in said.out
+    else:
+        assert code == 2
+        assert said.err.splitlines()[-1].startswith(f"learner {command}: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(UnsupportedAdapter, 2), (RankTooHigh, 2), (BaseMismatch, 2), (NotReady, 1), (EngineDead, 1)]
+)
+def test_the_exit_code_is_2_where_another_try_would_not_help(monkeypatch, kind, code):
+    def refuse(argv):
+        raise kind("the reason")
+
+    monkeypatch.setattr(status, "main", refuse)
+    assert main(["status"]) == code
+
+
+@pytest.mark.parametrize("flags", ["--use_dora true", "--use_peft false", "--lora_modules_to_save lm_head"])
+def test_an_adapter_that_cannot_be_served_is_a_wrong_option(capsys, model_dir, tmp_path, flags):
+    needed = ["--rollout_url", "http://127.0.0.1:9", "--model_name_or_path", str(model_dir), "--task", "t"]
+    cpu = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    assert main(["train", *needed, *cpu, *flags.split()]) == 2
+    assert "[unsupported_adapter]" in capsys.readouterr().err
 
 
 def test_of_train_too_nothing_else_is_on_stderr_and_vllm_is_not_imported():

@@ -37,6 +37,7 @@ def setup(model_dir, server_state, tmp_path, monkeypatch):
                 "task": "reasoning_gym:chain_sum",
                 "max_completion_length": "64",
                 "use_cpu": "true",
+                "bf16": "false",
             }
             self.state, self.server_port, self.holds = server_state, None, None
 
@@ -45,7 +46,8 @@ def setup(model_dir, server_state, tmp_path, monkeypatch):
 
         def wrong(self):
             """Return what is wrong, as text by what it is about."""
-            findings = diagnose(self.options, server_port=self.server_port)
+            argv = [word for name, value in self.options.items() for word in (f"--{name}", *value.split(" "))]
+            findings = diagnose(argv, server_port=self.server_port)
             return [(finding.about, finding.text) for finding in findings if finding.level == WRONG]
 
     made = Setup()
@@ -161,7 +163,48 @@ def task_missing(setup, tmp_path, monkeypatch):
 
 
 def reward_missing(setup, tmp_path, monkeypatch):
-    setup.options["reward_funcs"] = ["learner.tasks.rewards:math_answer", "my_rewardz:short"]
+    setup.options["reward_funcs"] = "learner.tasks.rewards:math_answer my_rewardz:short"
+
+
+def reward_misspelt(setup, tmp_path, monkeypatch):
+    setup.options["reward_funcs"] = "score learner.tasks.rewards:nope"
+
+
+def no_number(setup, tmp_path, monkeypatch):
+    setup.options["learning_rate"] = "abc"
+
+
+def no_length(setup, tmp_path, monkeypatch):
+    setup.options["max_completion_length"] = "abc"
+
+
+def unknown_optimizer(setup, tmp_path, monkeypatch):
+    setup.options["optim"] = "adamw_typo"
+
+
+def no_lora(setup, tmp_path, monkeypatch):
+    setup.options["use_dora"] = "true"
+
+
+def rank_in_kwargs(setup, tmp_path, monkeypatch):
+    setup.options["lora_kwargs"] = '{"r":64}'
+
+
+def rank_in_a_pattern(setup, tmp_path, monkeypatch):
+    setup.options["lora_kwargs"] = '{"rank_pattern":{"q_proj":64}}'
+
+
+def rank_of_an_adapter(setup, tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text('{"r": 64}')
+    setup.options["init_adapter"] = str(tmp_path)
+
+
+def gpu_not_shared(setup, tmp_path, monkeypatch):
+    setup.options["share_gpu"] = "true"
+
+
+def not_deterministic(setup, tmp_path, monkeypatch):
+    setup.options["deterministic"] = "true"
 
 
 BROKEN = [
@@ -187,6 +230,16 @@ BROKEN = [
     (output_is_a_file, "output", "is no directory: choose another path"),
     (task_missing, "task", "there is no file questions.jsonl"),
     (reward_missing, "task", "reward_funcs: there is no module my_rewardz for my_rewardz:short in /"),
+    (reward_misspelt, "task", "reward_funcs: .*no 'nope' in learner.tasks.rewards; it has"),
+    (no_number, "options", "--learning_rate: 'abc' is not a number"),
+    (no_length, "options", "--max_completion_length: 'abc' is not a whole number"),
+    (unknown_optimizer, "options", "adamw_typo"),
+    (no_lora, "options", "use_dora=True: the server cannot apply DoRA"),
+    (rank_in_kwargs, "server", "rank 64 is above the server's 16"),
+    (rank_in_a_pattern, "server", "rank 64 is above the server's 16"),
+    (rank_of_an_adapter, "server", "rank 64 is above the server's 16"),
+    (gpu_not_shared, "server", "share_gpu: .*start it with --share-gpu"),
+    (not_deterministic, "server", "deterministic: .*start it with --deterministic"),
 ]
 
 
@@ -201,7 +254,11 @@ def test_a_broken_setup_is_named_with_what_to_do(setup, tmp_path, monkeypatch, b
     assert {where for where, _ in wrong} - {about} <= others
 
 
-def test_nothing_is_wrong_with_what_works(setup):
+@pytest.mark.parametrize(
+    "more", [{}, {"max_completion_length": "none"}, {"reward_funcs": "score"}, {"init_adapter": "null"}], ids=str
+)
+def test_nothing_is_wrong_with_what_works(setup, more):
+    setup.options |= more
     assert setup.wrong() == []
 
 
@@ -225,7 +282,7 @@ def test_all_that_is_wrong_with_a_server_is_said_at_once(setup, tmp_path):
 
 
 def test_the_command_says_how_many_and_ends_with_1(setup, tmp_path, capsys):
-    argv = ["doctor", "--use_cpu", "true", "--model_name_or_path", str(tmp_path / "typo")]
+    argv = ["doctor", "--use_cpu", "true", "--bf16", "false", "--model_name_or_path", str(tmp_path / "typo")]
     assert main(argv) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("WRONG  model     there is no directory") for line in lines)
@@ -241,7 +298,7 @@ def test_it_knows_the_words_of_a_recipe(setup, tmp_path, capsys):
 
 
 def test_without_a_server_or_a_model_it_says_what_it_could_look_at(setup):
-    notes = [f.text for f in diagnose({"use_cpu": "true"}) if f.level == NOTE]
+    notes = [f.text for f in diagnose(["--use_cpu", "true", "--bf16", "false"]) if f.level == NOTE]
     assert [text for text in notes if "give --rollout_url" in text or "give --model_name_or_path" in text] == notes[-2:]
 
 
@@ -249,8 +306,7 @@ def test_without_a_server_or_a_model_it_says_what_it_could_look_at(setup):
 @pytest.mark.parametrize("port", ["abc", "70000", "-1", "99999999999999999999", "1.5"])
 def test_what_is_no_port_is_named(setup, option, port):
     setup.options[option] = port
-    ((about, text),) = setup.wrong()
-    assert about == "port"
+    (text,) = [text for about, text in setup.wrong() if about == "port"]
     assert f"{option} {port} is no port" in text
 
 

@@ -35,6 +35,14 @@ def connected(server, monkeypatch):
     return server
 
 
+def test_a_limit_above_what_is_held_out_is_said(connected, capsys) -> None:
+    flags = ["--rollout-url", "http://fake", "--task", TASK, "--max-tokens", "4", "--policy", "base"]
+    assert main(["eval", *flags, "--limit", "200"]) == 0
+    assert "--limit 200: 8 are there (--eval-size, as in training," in capsys.readouterr().err
+    assert main(["eval", *flags, "--limit", "8"]) == 0
+    assert "--limit" not in capsys.readouterr().err
+
+
 def test_policies_side_by_side(connected, model_dir: Path, tmp_path: Path, capsys) -> None:
     peft_model(model_dir).save_pretrained(tmp_path / "adapter")
     out = tmp_path / "eval.json"

@@ -53,6 +53,9 @@ def test_a_curriculum_gets_harder_and_scores_by_level():
     assert sum(score(prompts=wrong, completions=wrong, **rows)) == 0.0
     with pytest.raises(TaskError, match="levels"):
         load_task("learner.tasks.examples.curriculum:levels", task_args={"name": "chain_sum"})
+    for few in ("eval_size", "train_size"):
+        with pytest.raises(TaskError, match=f"{few} 2 is too few questions for 3 levels"):
+            load_task("learner.tasks.examples.curriculum:levels", task_args=given, **{few: 2})
 
 
 def test_fields_of_a_json_answer():

@@ -147,6 +147,15 @@ def test_nothing_is_known(tmp_path, capsys):
     assert "away" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["status", "runs"])
+def test_a_source_that_names_no_server_is_a_failure(tmp_path, capsys, command):
+    (tmp_path / "servers.txt").write_text("# none yet\n")
+    source = f"file:{tmp_path}/servers.txt"
+    assert main([command, "--rollout-url", source]) == 1
+    assert capsys.readouterr().out == f"{source}: no server is there now\n"
+    assert main([command, "--rollout-url", source, "--json"]) == 1
+
+
 def test_watching_shows_it_again(served, monkeypatch, capsys):
     served["a"] = STATE
     pauses: list[float] = []

@@ -31,13 +31,14 @@ TASK = f"{__name__}:task"
 ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def task(**_):
+def task(reward_weights=None):
     rows = Dataset.from_list([{"prompt": f"w{i} w{i + 9}", "answer": i} for i in range(12)])
     return Task(
         name="toy",
         train=rows.select(range(8)),
         eval=rows.select(range(8, 12)),
         reward_funcs=[reward_odd, answers_seven],
+        reward_weights=reward_weights,
     )
 
 
@@ -133,6 +134,13 @@ def test_a_finished_training_is_not_trained_further(flags, server, tmp_path):
     assert run(flags, "--max_steps", "4")["steps"] == 4
 
 
+def test_an_evaluation_on_start_is_of_the_held_out_rows(flags, server, tmp_path):
+    flags = [*flags, "--eval_on_start", "true", "--per_device_eval_batch_size", "4"]
+    run(flags, "--max_steps", "1", "--reward_workers", "0")
+    logs = (tmp_path / "out" / "logs.jsonl").read_text() if (tmp_path / "out" / "logs.jsonl").is_file() else ""
+    assert '"eval_reward"' in logs
+
+
 def test_nor_one_of_a_part_of_an_epoch(flags):
     at = flags.index("--max_steps")
     part = [*flags[:at], *flags[at + 2 :], "--num_train_epochs", "0.5"]
@@ -163,8 +171,8 @@ OTHER_SETTINGS = {
 }
 
 
-def task_of_others(**_):
-    made = task()
+def task_of_others(reward_weights=None):
+    made = task(reward_weights)
     return dataclasses.replace(made, train=made.train.map(lambda row: {"prompt": row["prompt"] + " w3"}))
 
 

@@ -35,6 +35,8 @@ WORDS = [
     ("--finetune_mlp_modules true", "only the language model"),
     ("--token hf_x", "set $HF_TOKEN"),
     ("--r 16", "it is --lora_r here"),
+    ("--torch_dtype bfloat16", "it is --dtype here"),
+    ("-x", "there is no -x"),
     ("--random_state 3407", "it is --seed here"),
     ("--vllm_mode colocate", "--vllm_mode colocate has no effect here: leave it out"),
     ("--use_vllm false", "completions always come from a rollout server's vLLM"),

@@ -202,7 +202,7 @@ def test_servers_that_say_how_they_use_their_gpus_are_believed(ray: FakeRay) -> 
         (("--deterministic",), "deterministic: which server completes a prompt"),
         (("--split-cores",), "--split-cores is for one machine"),
         (("--cluster", "ray://head:10001"), "give an absolute path"),
-        (("--token_file", "none"), "token_file none cannot be read: No such file"),
+        (("--token_file", "missing"), "token_file missing cannot be read: No such file"),
         (("--servers", "0"), "at least 1"),
         (("--servers", "8..2"), "no more at least than at most"),
         (("--servers", "many"), "neither a number nor LEAST..MOST"),

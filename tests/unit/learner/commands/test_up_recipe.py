@@ -11,7 +11,6 @@ import pytest
 from learner.cli import main
 from learner.commands import training, up
 from learner.commands.up_recipe import Recipe
-from learner.config import LearnerConfig
 from shared.errors import InvalidRequest
 
 
@@ -112,12 +111,13 @@ def test_the_task_is_loaded_as_the_learner_will(
     text_only, said = said_of("make")
     assert text_only
     assert said[0] == f"up      | loading the task, whose images decide what is served of {model}"
-    assert said[1] == f"made {LearnerConfig.eval_size} here"
+    assert said[1] == "made 128 here"
     assert "ITS_DATA" not in os.environ
     text_only, said = said_of("leave")
     assert not text_only
     assert said[1:] == [
-        "up      | whether it has images cannot be told (SystemExit: no data): the server gets ready for them"
+        "up      | whether it has images cannot be told (TaskError: calling 'its_own_task:leave' failed: SystemExit: "
+        "no data [invalid_request]): the server gets ready for them"
     ]
 
 
@@ -126,7 +126,7 @@ def test_the_task_is_loaded_as_the_learner_will(
     [
         ("model_name_or_path: tiny\nrollout_url: http://a:1", "starts the server itself"),
         ("model_name_or_path: tiny\nserver: 3", "server: write"),
-        ("model_name_or_path: tiny\nenv: 3", "env: write"),
+        ("model_name_or_path: tiny\nenv: 3", "env must hold"),
         ("model_name_or_path: tiny\ninit_adapter: nowhere", "init_adapter"),
         ("use_cpu: true", "model_name_or_path"),
     ],

@@ -84,7 +84,10 @@ def the_line(capsys):
         ("generation_kwargs: {ignore_eos: no}", "no may be text or a boolean"),
         ("generation_kwargs: {temprature: 1}", "temprature"),
         ("generation_kwargs: {top_k: many}", "top_k"),
-        ("env: [A, B]", "env"),
+        ("env: [A, B]", "env must hold one"),
+        ('env: {"A=B": 1}', "env: 'A=B' cannot be set"),
+        ('env: {"": 1}', "env: '' cannot be set"),
+        ('env: {A: "x\\0"}', "env: 'A' cannot be set"),
         # words
         ("eval_strategy: off", "eval_strategy: 'off' is not one of no, steps, epoch"),
         ("eval_strategy: false", "eval_strategy: 'false' is not one of no, steps, epoch"),
@@ -137,6 +140,8 @@ def the_line(capsys):
         ("gradient_accumulation_steps: 0", "gradient_accumulation_steps"),
         ("max_completion_length: 0", "max_completion_length"),
         ("max_steps: -2", "max_steps"),
+        ("max_steps: 0", "max_steps=0.*at least one step"),
+        ("num_train_epochs: 0", "num_train_epochs=0.*at least one step"),
         ("save_steps: 0", "save_steps"),
         ("logging_steps: -1", "logging_steps"),
         ("learning_rate: -1", "learning_rate"),
@@ -179,8 +184,30 @@ def the_line(capsys):
         ("resume_from_checkpoint: /nowhere", "resume_from_checkpoint"),
         ("output_dir: /dev/null/x", "output_dir"),
         ("push_to_hub: true", "push_to_hub"),
-        ("optim: lomo", "optim lomo: .*lomo"),
+        ("optim: lomo", "optim lomo.*install `lomo_optim`"),
         ("optim_args: nope", "optim_args"),
+        ("optim: adamw_anyprecision", "optim adamw_anyprecision.*torchdistx"),
+        ("optim: sgd\noptim_args: momentum=abc", "optim sgd.*optim_args.*abc"),
+        ("adam_beta1: 2", "adam_beta1.*beta parameter at index 0: 2"),
+        ("adam_epsilon: -1", "adam_epsilon.*epsilon value: -1"),
+        ("dataloader_persistent_workers: true", "dataloader_num_workers.*persistent_workers"),
+        ("gradient_checkpointing_kwargs: {foo: 1}", "gradient_checkpointing_kwargs: .*foo"),
+        (
+            'lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: \'{"num_cycles": "x"}\'',
+            "lr_scheduler_type cosine_with_restarts: .*'x'",
+        ),
+        (
+            "eval_on_start: true\ntask: reasoning_gym:chain_sum\neval_size: 0",
+            "eval_on_start: there are no rows to evaluate on",
+        ),
+        (
+            "eval_strategy: steps\neval_steps: 1\ntask: reasoning_gym:chain_sum\neval_size: 0",
+            "eval_strategy: there are no rows",
+        ),
+        (
+            "eval_strategy: steps\neval_steps: 1\nsave_strategy: best\nmetric_for_best_model: eval_rewardd",
+            "metric_for_best_model eval_rewardd: no evaluation measures it; did you mean eval_reward?",
+        ),
         ("report_to: neptune", "report_to neptune: it is not installed"),
         ("cast_lm_head_to_fp32: true", "cast_lm_head_to_fp32"),
     ],
@@ -374,6 +401,32 @@ def test_a_flag_goes_before_the_file_and_a_later_file_before_an_earlier_one(tmp_
     assert config.rollout_url == ["http://c:1"]
     assert model_args.lora_r == 8
     assert model_args.lora_alpha == 16
+
+
+@pytest.mark.parametrize("word", ["none", "null"])
+def test_a_flag_undoes_a_line_of_a_file(tmp_path, word):
+    file = tmp_path / "run.yaml"
+    file.write_text("use_cpu: true\nbf16: false\nagent: mod:f\ntask_args: {a: 1}\nddp_backend: gloo\nrun_id: mine\n")
+    names = ["agent", "task_args", "ddp_backend", "run_id", "generation_kwargs", "hub_model_id"]
+    undone = [text for name in names for text in (f"--{name}", word)]
+    config, args, _ = parse(["--config", str(file), *undone, "--agent_command", "mine"])
+    assert (config.agent, config.agent_command, config.task_args, config.run_id) == (None, "mine", {}, None)
+    assert (args.ddp_backend, args.generation_kwargs, args.hub_model_id) == (None, None, None)
+
+
+def test_options_of_text_or_a_list_take_one_or_several(tmp_path):
+    cpu = ["--use_cpu", "true", "--bf16", "false"]
+    several = ["--report_to", "tensorboard", "wandb", "--optim_target_modules", "a", "b"]
+    _, args, _ = parse([*cpu, *several, "--fsdp", "full_shard", "auto_wrap"])
+    assert args.report_to == ["tensorboard", "wandb"]
+    assert args.optim_target_modules == ["a", "b"]
+    assert args.fsdp
+    assert args.fsdp_plugin_args["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    _, args, _ = parse([*cpu, "--report_to", "none", "--optim_target_modules", "all-linear", "--fsdp"])
+    assert (args.report_to, args.optim_target_modules, args.fsdp) == ([], "all-linear", True)
+    (tmp_path / "run.yaml").write_text("optim_target_modules: all-linear\nreport_to: [tensorboard, wandb]\n")
+    _, args, _ = parse([*cpu, "--config", str(tmp_path / "run.yaml")])
+    assert (args.report_to, args.optim_target_modules) == (["tensorboard", "wandb"], "all-linear")
 
 
 def test_merged_keys(tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +25,7 @@ from learner.tasks.dataset import _with_prompts
 from learner.tasks.imports import import_object
 from learner.tasks.prompts import PromptStyle, question_key
 from learner.tasks.rewards import exact_match, math_answer
+from learner.utils.wording import option
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 200 different questions
 SUMS = "reasoning_gym:chain_sum"
@@ -195,6 +197,16 @@ def test_a_separate_evaluation_set_is_kept_out_of_training(questions: Path, tmp_
     assert "left out 2 training rows" in caplog.text
 
 
+def test_a_separate_evaluation_set_is_used_whole_unless_a_size_is_given(questions: Path, tmp_path: Path) -> None:
+    evaluation = tmp_path / "eval.jsonl"
+    evaluation.write_text("".join(f'{{"prompt": "What is {i} cubed?", "answer": "1"}}\n' for i in range(200)))
+    sizes = [
+        len(load_task(str(questions), eval_dataset=str(evaluation), eval_size=size, reward_specs=REWARD).eval)
+        for size in (None, 128, 0)
+    ]
+    assert sizes == [200, 128, 0]
+
+
 def test_file_formats_and_columns(questions: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in questions.read_text().splitlines()][:40]
     (tmp_path / "rows.json").write_text(json.dumps([{"question": r["prompt"], "answer": r["answer"]} for r in rows]))
@@ -277,6 +289,77 @@ def test_own_rewards_and_tasks_from_the_current_directory(questions: Path, tmp_p
         load_task("math:pi")
 
 
+#: What each option is given as, and its name.
+IGNORED: list[tuple[dict[str, Any], str]] = [
+    ({"reward_specs": REWARD}, "reward_funcs"),
+    ({"reward_weights": [2.0]}, "reward_weights"),
+    ({"train_size": 3}, "train_size"),
+    ({"eval_size": 0}, "eval_size"),
+    ({"task_args": {"foo": 1}}, "task_args"),
+    ({"prompt_column": "q"}, "prompt_column"),
+    ({"eval_dataset": "x.jsonl"}, "eval_dataset"),
+    ({"eval_size": 4, "task_args": {"foo": 1}}, "task_args, eval_size"),
+]
+
+
+@pytest.fixture
+def own_task(tmp_path: Path, monkeypatch) -> Callable[[str], str]:
+    """Writes `name` into a module, a task of two rows or a function that returns it; returns its import path."""
+
+    def write(definition: str) -> str:
+        (tmp_path / "a_lockstep_task.py").write_text(
+            "from datasets import Dataset\nfrom learner.tasks import Task\n"
+            "rows = Dataset.from_list([{'prompt': 'a'}, {'prompt': 'b'}])\n"
+            f"fixed = Task('own', rows, rows, [len])\n{definition}\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "a_lockstep_task", raising=False)
+        return "a_lockstep_task:name"
+
+    return write
+
+
+@pytest.mark.parametrize(("options", "named"), IGNORED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "definition",
+    ["name = fixed", "def name(): return fixed", "def name(seed, **_rest): return fixed"],
+    ids=["a task", "nothing", "the rest, unread"],
+)
+def test_options_that_a_task_does_not_look_at_are_refused(own_task, definition, options, named) -> None:
+    spec, said = own_task(definition), ", ".join(map(option, named.split(", ")))
+    with pytest.raises(TaskError, match=f"^{said}: the task {spec} does not look at it"):
+        load_task(spec, **options)
+    assert load_task(spec, seed=7).name == "own"
+
+
+def test_a_task_function_is_given_what_it_names_or_reads(own_task) -> None:
+    spec = own_task("def name(eval_size, *, task_args): return Task(f'{eval_size}{task_args}', rows, rows, [len])")
+    assert load_task(spec, eval_size=3).name == "3{}"
+    spec = own_task("def name(**rest): return Task(' '.join(sorted(rest)), rows, rows, [len])")
+    common = "eval_dataset eval_size prompt_column reward_specs reward_weights seed task_args train_size"
+    assert load_task(spec, prompt_column="q").name == common
+
+
+@pytest.mark.parametrize(
+    ("definition", "words"),
+    [
+        ("def name(needed): return fixed", "TypeError: .*'needed'"),
+        ("def name(task_args): return task_args['difficulty']", "KeyError: 'difficulty'"),
+        ("def name(seed): raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_what_a_task_function_raises_is_named(own_task, definition, words) -> None:
+    spec = own_task(definition)
+    with pytest.raises(TaskError, match=f"calling '{spec}' failed: {words}"):
+        load_task(spec)
+
+
+@pytest.mark.parametrize("name", ["counting:circles", "guessing:numbers"])
+def test_example_tasks_refuse_task_args_that_they_do_not_know(name: str) -> None:
+    with pytest.raises(TaskError, match="no task argument mots; only most"):
+        load_task(f"learner.tasks.examples.{name}", task_args={"mots": 3})
+
+
 # answers and rewards
 
 
@@ -328,6 +411,53 @@ def test_images_in_messages_themselves_are_refused_by_row() -> None:
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": each}] for each in parts]})
     with pytest.raises(TaskError, match=r"rows, row 2: a message holds an image itself: put images into a column"):
         _with_prompts(rows, "rows", "prompt", PromptStyle())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "http://x/cat.png"}}], r"type 'image_url' .*a column `images`"),
+        ([{"type": "input_image", "image_url": "http://x/cat.png"}], "type 'input_image' with 'image_url'"),
+        ([{"type": "video", "video": "cat.mp4"}], "type 'video'"),
+        ([{"type": "image", "path": "cat.png"}], "type 'image' with 'path'"),
+        ([{"type": "image", "url": "http://x/cat.png"}], "type 'image' with 'url'"),
+        ([{"type": "text", "text": "a", "video": "cat.mp4"}], "type 'text' with 'video'"),
+        ([{"type": "tool_result", "content": [{"type": "image"}]}], "type 'image': only text"),
+        ([{"type": ["text"], "text": "a"}], r"type \['text'\]: only text and images are taken"),
+        ([{"text": "a"}], r'type None: .*write anything else as {"type": "text", "text": ...}'),
+        (["hi"], r"'hi' is no part of a message: write {\"type\": \"text\""),
+        ({"type": "text", "text": "a"}, "write text, or a list of parts"),
+    ],
+)
+def test_parts_that_are_neither_text_nor_images_are_refused_by_row(tmp_path: Path, content: Any, said: str) -> None:
+    good = [{"type": "image"}, {"type": "text", "text": "How many?", "image_url": None}]
+    rows = [{"prompt": [{"role": "user", "content": each}]} for each in (good, "How many?", content)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(TaskError, match=f"rows.jsonl, row 3: .*{said}"):
+        load_task(str(tmp_path / "rows.jsonl"), eval_size=1, reward_specs=REWARD)
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ({"images": 3}, "column 'images': 3 is not an image"),
+        ({"image": 3}, "column 'image': 3 is not an image"),
+        ({"images": [None]}, "column 'images': None is not an image: .*leave it out"),
+        ({"images": ["cat.png"]}, "column 'images': 'cat.png' is not an image"),
+        ({"images": Image.new("RGB", (4, 4))}, "column 'images': an image that is in no list"),
+    ],
+)
+def test_image_columns_of_other_values_are_refused_by_row(column: dict[str, Any], said: str) -> None:
+    (name,) = column
+    (value,) = column.values()
+    rows = [{"prompt": "a", name: None}, {"prompt": "b", name: value}]
+    with pytest.raises(TaskError, match=f"^rows, row 2, {said}"):
+        _with_prompts(Dataset.from_list(rows), "rows", "prompt", PromptStyle())
+    if name == "images" and isinstance(value, list):  # behind rows that have images
+        features = Features(prompt=Value("string"), images=List(Picture()))
+        data = {"prompt": ["a", "b"], "images": [[Image.new("RGB", (4, 4))], [None]]}
+        with pytest.raises(TaskError, match=r"^rows, row 2: column 'images': None is not an image"):
+            _with_prompts(Dataset.from_dict(data, features), "rows", "prompt", PromptStyle())
 
 
 def drawings(

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 
 import learner
+from learner.config import LearnerConfig
 from learner.monitors.progress import show_progress
 from learner.trainer.attach import attach, save_final_adapter
 from learner.utils.cleanup import finally_do
@@ -371,6 +372,8 @@ def test_reading_ahead_is_refused_where_it_cannot_work(make_trainer, server, cli
     with pytest.raises(LockstepError, match="stream"):
         attach(make_trainer(trainer_kwargs={"train_dataset": stream}), client=client, max_staleness=1)
     server.state = server.state.model_copy(update={"deterministic": True})
+    with pytest.raises(LockstepError, match="eval_on_start: there are no rows"):
+        attach(make_trainer(eval_on_start=True), "http://127.0.0.1:9")
     with pytest.raises(LockstepError, match="full_determinism"):
         attach(make_trainer(), client=client, deterministic=True)
 
@@ -429,6 +432,37 @@ def test_attached_twice(make_trainer, client):
     session.close()
     with pytest.raises(LockstepError, match="attached already"):
         attach(trainer, client=client, run_id="r")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"task": "x.jsonl", "reward_funcs": ["a:b"]}, "task, reward_funcs"),
+        ({"task_args": {"a": 1}}, "task_args"),
+        ({"eval_dataset": "x"}, "eval_dataset"),
+        ({"eval_size": 0}, "eval_size"),
+        ({"train_size": 7}, "train_size"),
+        ({"prompt_column": "q"}, "prompt_column"),
+        ({"tools": ["x:y"]}, "tools"),
+        ({"environment": "a:b"}, "environment"),
+        ({"init_adapter": "x"}, "init_adapter"),
+        ({"lora_kwargs": {"r": 64}}, "lora_kwargs"),
+        ({"save_merged": True}, "save_merged"),
+    ],
+)
+def test_options_that_only_the_command_reads_are_refused(make_trainer, client, options, named):
+    trainer = make_trainer()
+    for given in (options, {"config": LearnerConfig(**options)}):
+        with pytest.raises(LockstepError, match=f"^{named}: read by `learner train` only"):
+            attach(trainer, client=client, run_id="r", **given)
+
+
+def test_options_count_beside_a_config(make_trainer, client):
+    config = LearnerConfig(rollout_url="http://a:1", run_id="r")
+    session = attach(make_trainer(), "http://b:2", config, client=client, proof_every=3)
+    options = session.config
+    assert (options.rollout_url, options.run_id, options.proof_every) == (["http://b:2"], "r", 3)
+    session.close()
 
 
 def test_what_the_trainer_shows_is_refused_before_servers_are_awaited(make_trainer, monkeypatch):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from learner.config import LearnerConfig
-from learner.trainer.checks import check_attention, check_corrected, check_grpo
+from learner.trainer.checks import check_attention, check_best_metric, check_corrected, check_evaluated, check_grpo
 from shared.errors import LockstepError
 
 
@@ -98,3 +98,31 @@ def test_an_attention_that_leaves_out_the_cap_of_logits_is_refused(attention, re
     )
     with pytest.raises(LockstepError, match="eager") if refused else nullcontext():
         check_attention(model)
+
+
+def test_a_training_has_at_least_one_step(grpo):
+    for steps in ({"max_steps": 0}, {"num_train_epochs": 0}):
+        with pytest.raises(LockstepError, match="at least one step"):
+            check_grpo(grpo(**steps))
+    check_grpo(grpo(max_steps=1, num_train_epochs=0))
+
+
+@pytest.mark.parametrize("rows", [None, [], {"easy": [1], "hard": []}])
+def test_an_evaluation_that_is_asked_for_has_rows(grpo, rows):
+    for asked in ({"eval_on_start": True}, {"eval_strategy": "steps", "eval_steps": 1}):
+        with pytest.raises(LockstepError, match=f"{next(iter(asked))}: there are no rows"):
+            check_evaluated(grpo(**asked), rows)
+        check_evaluated(grpo(**asked), {"easy": [1]})
+    check_evaluated(grpo(), rows)
+
+
+def test_the_best_models_metric_is_one_that_is_measured(grpo):
+    def logs(completions, **more):
+        more["log_metric"]("own", 1.0)
+
+    args = grpo(eval_strategy="steps", eval_steps=1, metric_for_best_model="own")
+    with pytest.raises(LockstepError, match="eval_loss"):
+        check_best_metric(args, [lambda completions, **_: [1.0]])
+    check_best_metric(args, [logs])
+    for known in ("loss", "eval_reward", "rewards/odd/mean"):
+        check_best_metric(grpo(eval_strategy="steps", eval_steps=1, metric_for_best_model=known), [])

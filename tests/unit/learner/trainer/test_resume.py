@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.run_dir.checkpoint import STAGING, commit, last_checkpoint, load_state, save_state
 from learner.run_dir.files import LOGS_FILE, read_lines
 from learner.trainer.attach import attach
+from learner.trainer.resume import resume_point
 from shared.errors import LockstepError
 from tests.support.rewards import reward_odd
 
@@ -178,6 +179,62 @@ def test_a_batch_that_a_rank_lacks_is_refused(train, tmp_path) -> None:
     save_state(folder, replace(state, files={}))  # as where another node has written it
     with pytest.raises(LockstepError, match=r"generation_batch_0.safetensors is missing"):
         train("run", max_steps=3, save_steps=1, steps_per_generation=3, resume=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "named"),
+    [
+        ({"save_only_model": True}, {}, ["optimizer and the learning rate's schedule", "random numbers"]),
+        ({}, {"ignore_data_skip": True}, ["rows of the epoch (ignore_data_skip)"]),
+    ],
+)
+def test_what_starts_anew_is_named_and_refused_where_the_bytes_count(
+    train, tmp_path, make_trainer, client, caplog, saved, resumed, named
+) -> None:
+    train("run", max_steps=1, save_steps=1, **saved)
+    folder = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(LockstepError, match=r"deterministic: .* start anew with") as refusal:
+        train("run", max_steps=2, save_steps=1, resume=str(folder), **resumed)
+    rows = [{"prompt": f"w{i} w{i + 7}"} for i in range(10)]
+    trainer = make_trainer(
+        trainer_kwargs={"train_dataset": Dataset.from_list(rows)},
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        seed=5,
+        **resumed,
+    )
+    session = attach(trainer, client=client)
+    trainer.train(resume_from_checkpoint=str(folder))
+    session.close()
+    (warning,) = [record.message for record in caplog.records if "starts anew with" in record.message]
+    assert all(name in warning and name in refusal.value.message for name in named)
+    assert trainer.state.global_step == 2
+
+
+def test_a_whole_checkpoint_starts_nothing_anew(train, tmp_path, caplog) -> None:
+    train("run", max_steps=1, save_steps=1)
+    train("run", max_steps=2, save_steps=1, resume=str(tmp_path / "run" / "checkpoint-1"))
+    assert "starts anew" not in caplog.text
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(train, tmp_path) -> None:
+    train("run", max_steps=1, save_steps=1)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with pytest.raises(LockstepError, match=f"no trainer_state.json, .* the last one in it is {checkpoint}"):
+        resume_point(tmp_path / "other", tmp_path / "run", {})
+    with pytest.raises(LockstepError, match=r"no trainer_state.json, .*; give one"):
+        resume_point(tmp_path / "other", tmp_path, {})
+    assert resume_point(tmp_path / "other", checkpoint, {}) == checkpoint
+
+
+def test_a_metric_that_no_evaluation_has_is_named(make_trainer, client) -> None:
+    rows = Dataset.from_list([{"prompt": "w1 w2"}] * 4)
+    trainer = make_trainer(
+        trainer_kwargs={"eval_dataset": rows}, **BEST_AT_END, save_strategy="best", metric_for_best_model="rewardd"
+    )
+    attach(trainer, client=client, run_id="r")
+    with pytest.raises(LockstepError, match=r"metric_for_best_model: .* no such metric, but .*eval_reward,"):
+        trainer.train()
 
 
 def test_the_best_checkpoint_keeps_its_name(train, tmp_path, make_trainer, server, client) -> None:
