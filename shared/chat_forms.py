@@ -107,13 +107,13 @@ def _lost(render: Callable[[Messages], Any], messages: Messages) -> _Lost:
     A list that is printed, or written as JSON, has the characters of a mark as others: by their number (they are
     private, and not printable), and behind a backslash. A mark cannot be guessed, so a text holds none.
     """
-    key, texts = secrets.token_hex(8), list[tuple[int, bool, bool, str]]()
+    key, texts = secrets.token_hex(8), list[tuple[int, bool, bool]]()
 
     def marked(index: int, text: str, *, listed: bool) -> str:
         needed = bool(text.strip()) and messages[index].get("role") not in _FREE
         mark = f'"{key}"{len(texts)}"'
-        texts.append((index, needed, listed, f"\ue000{mark}{text}{mark}\ue001"))
-        return texts[-1][-1]
+        texts.append((index, needed, listed))
+        return f"\ue000{mark}{text}{mark}\ue001"
 
     def marked_part(index: int, part: Any) -> Any:
         if isinstance(part, str):
@@ -140,14 +140,14 @@ def _lost(render: Callable[[Messages], Any], messages: Messages) -> _Lost:
             content = marked(index, content, listed=False)
         made.append({**message, "content": content} if "content" in message else dict(message))
     rendered = render(made)
-    marks = [
-        (found.start(), found[1], int(found[2])) for found in re.finditer(rf'(\ue000|\\ue000)"{key}"(\d+)"', rendered)
-    ]
-    printed = {number for _, start, number in marks if start != "\ue000"}
-    shown = {number for place, _, number in marks if rendered.startswith(texts[number][-1], place)}
+    begun = [(start, int(number)) for start, number in re.findall(rf'(\ue000|\\ue000)"{key}"(\d+)"', rendered)]
+    printed = {number for start, number in begun if start != "\ue000"}
+    # What lies between the marks may differ: some templates take words out of a text that switch thinking on or off.
+    ended = set(map(int, re.findall(rf'"{key}"(\d+)"\ue001', rendered)))
+    shown = ended & {number for start, number in begun if start == "\ue000"}
     lost = [
         (index, needed or (listed and number in printed))
-        for number, (index, needed, listed, _) in enumerate(texts)
+        for number, (index, needed, listed) in enumerate(texts)
         if number not in shown
     ]
     return _Lost([index for index, needed in lost if needed], sum(not needed for _, needed in lost))

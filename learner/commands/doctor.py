@@ -6,6 +6,7 @@ It takes the options of `learner train`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,7 +23,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from learner.adapters.lora_rules import check_lora, check_rank
+from learner.adapters.lora_rules import check_rank
 from learner.commands import training
 from learner.commands.flags import Parser, either_spelling, is_true, number
 from learner.commands.up_recipe import adapter_rank
@@ -66,7 +67,9 @@ class Finding:
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code: 1 if something will not work."""
     options, rest = make_parser().parse_known_args(argv)
-    findings = list(diagnose(rest, server_port=options.server_port))
+    # What modules of the user's print when they are imported is no finding.
+    with contextlib.redirect_stdout(sys.stderr):
+        findings = list(diagnose(rest, server_port=options.server_port))
     if options.json:
         print(json.dumps([vars(finding) for finding in findings]))
     else:
@@ -239,19 +242,11 @@ def _check_options(argv: Sequence[str]) -> str:
     """Parse and check as `learner train` does, before it asks a server."""
     try:
         with waiting("PyTorch, transformers and TRL to be imported"), without_collections(), without_vllm():
-            from trl import get_peft_config
-
-            from learner.commands.train import parse
-            from learner.trainer.checks import check_corrected, check_grpo
-            from learner.trainer.sampling import sampling_params
+            from learner.commands.train import check_options, parse
     except (ImportError, RuntimeError) as error:
         raise InvalidRequest(f"TRL cannot be imported: {one_line(error)}") from error
     config, args, model_args = parse(argv)
-    check_grpo(args)
-    check_corrected(args, config)
-    sampling_params(args)
-    if config.init_adapter is None:
-        check_lora(get_peft_config(model_args))
+    check_options(config, args, model_args)
     if config.rollout_url:
         config.require_urls()
     return "as `learner train` takes them"

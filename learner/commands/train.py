@@ -85,6 +85,19 @@ def parse(argv: Sequence[str]) -> tuple[LearnerConfig, GRPOConfig, ModelConfig]:
     return config, args, model_args
 
 
+def check_options(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> LoraConfig:
+    """Refuse what is wrong with options by themselves; return the adapter's settings."""
+    check_grpo(args)
+    check_corrected(args, config)
+    sampling_params(args)
+    lora = _lora_config(config, model_args)
+    check_lora(lora)
+    assert lora is not None
+    rehearse(args)
+    _check_installed(args)
+    return lora
+
+
 def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Train, save the adapter in `output_dir/adapter`, and return the run's summary.
 
@@ -100,15 +113,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     args.full_determinism = args.full_determinism or config.deterministic
     args.use_vllm = False  # use_vllm=true means rollouts from vLLM, which is what happens; TRL must not start its own
     # All that is on this machine comes before servers are awaited, and before the model is loaded.
-    check_grpo(args)
-    check_corrected(args, config)
-    sampling_params(args)
-    lora = _lora_config(config, model_args)
-    check_lora(lora)
-    assert lora is not None
+    lora = check_options(config, args, model_args)
     _check_paths(config, args)
-    rehearse(args)
-    _check_installed(args)
     model_config = _model_config(model, revision, args)
     if args.cast_lm_head_to_fp32 and model_config.get_text_config().tie_word_embeddings:
         raise InvalidRequest("cast_lm_head_to_fp32: the model's head is tied to its embeddings; leave it out")

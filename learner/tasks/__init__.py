@@ -110,7 +110,7 @@ def _size(eval_size: int | None) -> int:
 
 
 def _refuse_ignored(spec: str, ignored: Mapping[str, Any]) -> None:
-    usual = load_task.__kwdefaults__ or {}
+    usual = {**(load_task.__kwdefaults__ or {}), "eval_size": EVAL_SIZE}
     chosen = [name for name, value in ignored.items() if value != usual[name] and value not in (None, {}, [], ())]
     # `seed` is the training's own, too.
     options = [option({"reward_specs": "reward_funcs"}.get(name, name)) for name in chosen if name != "seed"]
@@ -121,7 +121,7 @@ def _refuse_ignored(spec: str, ignored: Mapping[str, Any]) -> None:
 def _called(spec: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     try:
         return function(**arguments)
-    except LockstepError:
+    except (LockstepError, OSError):  # another try may find the network or the disk that was missing
         raise
     except (Exception, SystemExit) as error:  # whatever the user's function does
         raise TaskError(f"calling {spec!r} failed: {type(error).__name__}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ IMAGE_COLUMNS = ("image", "images")
 _PLAIN = {str: "string", bool: "bool", int: "int64", float: "float64"}
 #: Keys under which processors look for an image that is not in its part.
 _ADDRESSES = ("url", "path", "base64")
+#: Keys by which templates tell a part of text from one of media.
+_OF_MEDIA = re.compile(r"(image|video|audio|input_(image|video|audio))\w*")
 _TEXT_PART = '{"type": "text", "text": ...}'
 
 
@@ -267,8 +270,8 @@ def _check_part(part: Any, *, images: bool, inside: bool = False) -> None:
         known = not inside
         media = [key for key in keys if key in _ADDRESSES or (key != "image" and MEDIA.fullmatch(key))]
     else:
-        known = isinstance(kind, str) and kind in TEXT_KINDS
-        media = [key for key in keys if MEDIA.fullmatch(key)]
+        known = isinstance(part.get("text"), str) if kind is None else isinstance(kind, str) and kind in TEXT_KINDS
+        media = [key for key in keys if _OF_MEDIA.fullmatch(key)]
     if media or not known:
         named += f" with {media[0]!r}" if media else ""
         raise TaskError(

@@ -47,7 +47,7 @@ from learner.trainer.checks import (
 )
 from learner.trainer.compiling import compile_layers
 from learner.trainer.datasets import check_datasets, check_enough, measure_prompts
-from learner.trainer.filled_keys import drop_filled_keys
+from learner.trainer.filled_keys import show_own_text
 from learner.trainer.forks import Forks, score_forks
 from learner.trainer.hooks import (
     begin_passes_with,
@@ -130,8 +130,8 @@ def attach(
     show_messages(is_main=trainer.accelerator.is_main_process)
     if url:
         options["rollout_url"] = [url] if isinstance(url, str) else list(url)
+    LearnerConfig(**options).refuse_those_of_train()  # of a `config`, which scripts parse, they may have read them
     config = replace(config or LearnerConfig(), **options)
-    config.refuse_those_of_train()
     return join(
         trainer,
         config,
@@ -183,7 +183,7 @@ def join(
     layers = lora_layers(model, active_adapter(model)).keys()
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     check_datasets(trainer)
-    drop_filled_keys(trainer)
+    show_own_text(trainer)
     prompts = measure_prompts(trainer)
     check_enough(trainer)
     sight = sight_of(trainer)
@@ -285,10 +285,10 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     | `_generate` | `run_agents` | |
     | `_compute_loss`, `training_step` | `run_agents`, `score_packed`, `keep_old_values` | |
     | `_prepare_inputs` | `sort_rows` | |
-    | `_tokenize_prompts` | `drop_filled_keys`, `read_images` | |
+    | `_tokenize_prompts` | `show_own_text`, `read_images` | |
     | `_tool_call_loop` | `mark_tool_loop` | |
     | `train`, `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` | `resume_exactly` | |
-    | `_load_best_model` | `resume_exactly` | |
+    | `_load_best_model`, `_determine_best_metric` | `resume_exactly` | |
     | `create_model_card` | `_name_base` | |
     | `train` | `leave_in_order` | what resuming refuses leaves nothing to save |
 

@@ -36,7 +36,7 @@ def with_own_keys(trainer: GRPOTrainer, prompt: Any, *, images: bool = False) ->
     return own_keys(prompt, filled=filled, images=images)
 
 
-def drop_filled_keys(trainer: GRPOTrainer) -> None:
+def show_own_text(trainer: GRPOTrainer) -> None:
     """Let chat templates see messages with their own keys only, in a form of which they show all text."""
     tokenize = trainer._tokenize_prompts
 

@@ -31,6 +31,7 @@ _USED = (
     "_save_checkpoint",
     "_load_optimizer_and_scheduler",
     "_load_best_model",
+    "_determine_best_metric",
     "use_vllm",
     "vllm_mode",
     "eos_token_ids",

@@ -77,7 +77,7 @@ def _load_data(args: GRPOConfig) -> None:
         [0],  # type: ignore[arg-type]
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_persistent_workers,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),  # of transformers 5.16
         prefetch_factor=args.dataloader_prefetch_factor,
     )
 

@@ -23,6 +23,15 @@ def render_with(template: str) -> Any:
     return partial(make_tiny_tokenizer().apply_chat_template, chat_template=template, tokenize=False)
 
 
+@pytest.mark.parametrize("text", ["/no_think", "Be brief. /no_think", "Write <think> then </think>, please"])
+def test_a_template_may_take_words_out_of_a_text(text: str) -> None:
+    """As SmolLM3's and Nemotron's do with those that switch thinking on and off."""
+    edited = PRINTED.replace("| trim", "| replace('/no_think', '') | replace('/think', '') | trim")
+    messages = [{"role": "system", "content": text}, {"role": "user", "content": "2 + 2?"}]
+    assert "| replace" in edited
+    assert shown_form(render_with(edited), messages) == messages
+
+
 @pytest.mark.parametrize("form", [STRING_FORM, PART_FORM], ids=["strings", "parts"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_messages_get_the_form_that_a_template_shows(name: str, form: list[dict[str, Any]]) -> None:

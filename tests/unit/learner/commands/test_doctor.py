@@ -182,6 +182,14 @@ def unknown_optimizer(setup, tmp_path, monkeypatch):
     setup.options["optim"] = "adamw_typo"
 
 
+def odd_lora(setup, tmp_path, monkeypatch):
+    setup.options["lora_kwargs"] = '{"bogus":1}'
+
+
+def odd_optimizer(setup, tmp_path, monkeypatch):
+    setup.options["optim_args"] = "foo"
+
+
 def no_lora(setup, tmp_path, monkeypatch):
     setup.options["use_dora"] = "true"
 
@@ -234,6 +242,8 @@ BROKEN = [
     (no_number, "options", "--learning_rate: 'abc' is not a number"),
     (no_length, "options", "--max_completion_length: 'abc' is not a whole number"),
     (unknown_optimizer, "options", "adamw_typo"),
+    (odd_lora, "options", "lora_kwargs: peft.LoraConfig has no bogus"),
+    (odd_optimizer, "options", "optim_args.*'foo' is not written as name=value"),
     (no_lora, "options", "use_dora=True: the server cannot apply DoRA"),
     (rank_in_kwargs, "server", "rank 64 is above the server's 16"),
     (rank_in_a_pattern, "server", "rank 64 is above the server's 16"),

@@ -20,7 +20,7 @@ from PIL import Image
 from learner.evaluation.evaluate import questions_of
 from learner.tasks import Task, TaskError, load_task
 from learner.tasks.answer_parsing import last_number, tagged, whole
-from learner.tasks.columns import has_images
+from learner.tasks.columns import check_parts, has_images
 from learner.tasks.dataset import _with_prompts
 from learner.tasks.imports import import_object
 from learner.tasks.prompts import PromptStyle, question_key
@@ -329,7 +329,7 @@ def test_options_that_a_task_does_not_look_at_are_refused(own_task, definition, 
     spec, said = own_task(definition), ", ".join(map(option, named.split(", ")))
     with pytest.raises(TaskError, match=f"^{said}: the task {spec} does not look at it"):
         load_task(spec, **options)
-    assert load_task(spec, seed=7).name == "own"
+    assert load_task(spec, seed=7, eval_size=128).name == "own"
 
 
 def test_a_task_function_is_given_what_it_names_or_reads(own_task) -> None:
@@ -352,6 +352,12 @@ def test_what_a_task_function_raises_is_named(own_task, definition, words) -> No
     spec = own_task(definition)
     with pytest.raises(TaskError, match=f"calling '{spec}' failed: {words}"):
         load_task(spec)
+
+
+def test_what_may_pass_is_no_wrong_option(own_task) -> None:
+    """The exit status of a wrong option tells a cluster not to try again."""
+    with pytest.raises(ConnectionError, match="503"):
+        load_task(own_task("def name(): raise ConnectionError('the hub answers 503')"))
 
 
 @pytest.mark.parametrize("name", ["counting:circles", "guessing:numbers"])
@@ -405,6 +411,13 @@ def test_exact_match() -> None:
         exact_match([], ["7"])
 
 
+@pytest.mark.parametrize(
+    "part", [{"type": "text", "text": "a", "source": "wiki", "uuid": "b"}, {"text": "a"}], ids=["more keys", "no type"]
+)
+def test_text_with_keys_that_no_template_takes_for_media_is_text(part: dict[str, Any]) -> None:
+    check_parts([{"role": "user", "content": [part]}], images=False)
+
+
 def test_images_in_messages_themselves_are_refused_by_row() -> None:
     text = {"type": "text", "text": "How many?"}
     parts = [[{"type": "image"}, text], [{"type": "image", "image": Image.new("RGB", (28, 28))}, text]]
@@ -424,7 +437,7 @@ def test_images_in_messages_themselves_are_refused_by_row() -> None:
         ([{"type": "text", "text": "a", "video": "cat.mp4"}], "type 'text' with 'video'"),
         ([{"type": "tool_result", "content": [{"type": "image"}]}], "type 'image': only text"),
         ([{"type": ["text"], "text": "a"}], r"type \['text'\]: only text and images are taken"),
-        ([{"text": "a"}], r'type None: .*write anything else as {"type": "text", "text": ...}'),
+        ([{"words": "a"}], r'type None: .*write anything else as {"type": "text", "text": ...}'),
         (["hi"], r"'hi' is no part of a message: write {\"type\": \"text\""),
         ({"type": "text", "text": "a"}, "write text, or a list of parts"),
     ],

@@ -452,9 +452,13 @@ def test_attached_twice(make_trainer, client):
 )
 def test_options_that_only_the_command_reads_are_refused(make_trainer, client, options, named):
     trainer = make_trainer()
-    for given in (options, {"config": LearnerConfig(**options)}):
-        with pytest.raises(LockstepError, match=f"^{named}: read by `learner train` only"):
-            attach(trainer, client=client, run_id="r", **given)
+    with pytest.raises(LockstepError, match=f"^{named}: read by `learner train` only"):
+        attach(trainer, client=client, run_id="r", **options)
+
+
+def test_a_script_may_have_read_such_options_itself(make_trainer, client):
+    config = LearnerConfig(run_id="r", task="x.jsonl", eval_size=7)
+    attach(make_trainer(), client=client, config=config).close()
 
 
 def test_options_count_beside_a_config(make_trainer, client):

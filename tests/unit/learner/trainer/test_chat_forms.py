@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.adapters.lora_rules import language_pattern
 from learner.evaluation.prompts import prompt_of
 from learner.trainer.datasets import measure_prompts
-from learner.trainer.filled_keys import drop_filled_keys
+from learner.trainer.filled_keys import show_own_text
 from learner.trainer.images import tokenized
 from rollout_server.generation.tokenization import tokenize
 from shared.chat_forms import in_parts
@@ -65,7 +65,7 @@ def make(tmp_path: Path, no_workers_left: None) -> Callable[..., GRPOTrainer]:
             reward_funcs=[reward_odd],
             processing_class=processing_class,
         )
-        drop_filled_keys(trainer)
+        show_own_text(trainer)
         return trainer
 
     return make_of

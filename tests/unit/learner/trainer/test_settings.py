@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 
+from learner.trainer import settings
 from learner.trainer.settings import _digest_of_prompts
 
 CHATS = List({"role": Value("string"), "content": Value("string")})
@@ -32,6 +33,13 @@ def test_other_images_are_other_prompts(kind: str) -> None:
     first, *others = (_digest_of_prompts(_rows(kind, shades)) for shades in ([1, 2, None], [1, 3, None], [1, None, 2]))
     assert first not in others
     assert first == _digest_of_prompts(_rows(kind, [1, 2, None]))
+
+
+def test_images_of_few_rows_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(settings, "image_key", lambda image: seen.append(image) or "k")
+    _digest_of_prompts(_rows("image", [1] * 1000))
+    assert 200 <= len(seen) <= 256
 
 
 def test_the_digest_of_text_is_that_of_older_checkpoints() -> None:
