@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setproctitle
@@ -53,6 +54,17 @@ MODULES = [
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
+def _end_others() -> None:
+    """End the fork server that another test has started, without these imports.
+
+    By a signal: it would wait for all who hold the end of its pipe, and a process that a test left may hold it.
+    """
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
+
+
 class ForkedProcess:
     """`python -m MODULE ARGUMENTS` in a session of its own, with the methods of subprocess.Popen that tests use."""
 
@@ -63,7 +75,7 @@ class ForkedProcess:
             for name, value in {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}.items():
                 patch.setenv(name, value)
             if not ForkedProcess._have_imported:
-                forkserver._forkserver._stop()  # type: ignore[attr-defined]  # another test's, without these imports
+                _end_others()
             _CONTEXT.set_forkserver_preload(MODULES)
             forkserver.ensure_running()
             ForkedProcess._have_imported = True
