@@ -1,8 +1,10 @@
-"""Names in prompts: kinds of content parts that are text, and keys and kinds that stand for media."""
+"""Names in prompts: kinds of content parts that are text, keys, kinds and tokens that stand for media."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 #: Kinds of content parts, and of items beside messages, that are text.
 TEXT_KINDS = frozenset(
@@ -19,3 +21,9 @@ MEDIA = re.compile(
     r"|mm_processor_kwargs|media_io_kwargs|multi_modal_\w+|features)",
     re.IGNORECASE,
 )
+
+
+def media_token_ids(config: Any, media: Iterable[str] = ("image", "video", "audio")) -> set[int]:
+    """Return the ids of tokens that stand for media, by a model's configuration of transformers."""
+    found = {getattr(config, f"{medium}_token_{end}", None) for medium in media for end in ("id", "index")}
+    return {token for token in found if isinstance(token, int)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from peft.tuners.lora import Linear
 
 from bench.common.load import Sampled, random_prompts
 from learner.passes.lora_product import OneProductLinear, use_one_product
+from rollout_server.vllm_compat.versions import batch_invariant_kernels
 
 PROMPT_TOKENS, SEQUENCES, TOKENS = 16, 8, 64
 #: Of both LoRA matrices. At rank 32 it changes the base's weights by a twentieth of their size (0.0011 of 0.02).
@@ -58,10 +58,7 @@ def compute_batch_invariantly() -> torch.library.Library:
 
     A `rollout-server --deterministic` has the same ones. Attention, norms and rotary embeddings stay transformers' own.
     """
-    try:
-        kernels = importlib.import_module("vllm.model_executor.determinism.batch_invariant")
-    except ModuleNotFoundError:
-        kernels = importlib.import_module("vllm.model_executor.layers.batch_invariant")
+    kernels = batch_invariant_kernels()
     library = torch.library.Library("aten", "IMPL")
     for name in ("linear", "mm", "addmm"):
         library.impl(f"aten::{name}", getattr(kernels, f"{name}_batch_invariant"), "CUDA")

@@ -43,7 +43,7 @@ from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.tasks.columns import has_images
-from learner.trainer.attach import join, meet, save_final_adapter
+from learner.trainer.attach import attach, meet, save_final_adapter
 from learner.trainer.checks import check_best_metric, check_corrected, check_evaluated, check_grpo
 from learner.trainer.leaving import SIGNALS
 from learner.trainer.prompt_order import steps_in_all
@@ -158,7 +158,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
         check_rank(lora, state)
         check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
     trainer = _trainer(task, config, args, model_args, model_config, lora, quantized, tools, environment)
-    session = join(trainer, config, pool=pool, revision=revision)
+    session = attach(trainer, config=config, pool=pool, revision=revision)
     show_progress(trainer, session)
     run_id, size = session.run_id, len(task.train)
     logger.info("run %s: %s, %d training questions, rollouts from %s", run_id, task.name, size, ", ".join(urls))

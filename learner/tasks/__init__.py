@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from learner.tasks.arguments import reads
-from learner.tasks.base import EVAL_SIZE, RewardFunc, Task, TaskError
+from learner.tasks.base import EVAL_SIZE, RewardFunc, Task, TaskError, size_held_out
 from learner.tasks.imports import import_object, is_importable
 from learner.utils.wording import option
 from shared.errors import LockstepError
@@ -76,7 +76,7 @@ def load_task(
             raise TaskError(
                 "--eval_dataset is for files and datasets; reasoning_gym tasks hold out questions themselves"
             )
-        return load_gym_task(name, task_args or {}, **common | {"eval_size": _size(eval_size)})
+        return load_gym_task(name, task_args or {}, **common | {"eval_size": size_held_out(eval_size)})
 
     common |= {"eval_dataset": eval_dataset, "prompt_column": prompt_column}
     if colon and "@" not in spec and is_importable(kind):
@@ -97,16 +97,13 @@ def _made(spec: str, found: Any, given: Mapping[str, Any]) -> Task:
     if isinstance(found, Task):
         _refuse_ignored(spec, given)
     elif callable(found):
-        _refuse_ignored(spec, {name: value for name, value in given.items() if not reads(found, name)})
-        given = {**given, "eval_size": _size(given["eval_size"])}
-        made = _called(spec, found, {name: value for name, value in given.items() if reads(found, name)})
+        seen = [name for name in given if reads(found, name)]
+        _refuse_ignored(spec, {name: value for name, value in given.items() if name not in seen})
+        given = {**given, "eval_size": size_held_out(given["eval_size"])}
+        made = _called(spec, found, {name: given[name] for name in seen})
     if not isinstance(made, Task):
         raise TaskError(f"{spec} is neither a learner.tasks.Task nor a function that returns one, but {made!r:.80}")
     return made
-
-
-def _size(eval_size: int | None) -> int:
-    return EVAL_SIZE if eval_size is None else eval_size
 
 
 def _refuse_ignored(spec: str, ignored: Mapping[str, Any]) -> None:

@@ -46,3 +46,8 @@ class Task:
     eval: Dataset
     reward_funcs: list[RewardFunc]
     reward_weights: list[float] | None = None
+
+
+def size_held_out(eval_size: int | None) -> int:
+    """Return how many questions are held out; None: nobody has said."""
+    return EVAL_SIZE if eval_size is None else eval_size

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 
-from learner.tasks.base import EVAL_SIZE, RewardFunc, Task, TaskError
+from learner.tasks.base import RewardFunc, Task, TaskError, size_held_out
 from learner.tasks.columns import (
     IMAGE_COLUMNS,
     check_parts,
@@ -53,7 +53,7 @@ def load_dataset_task(
         raise TaskError(f"{spec} has no task argument {', '.join(sorted(remaining))}; only {known}")
     train = _with_prompts(_read(spec), spec, prompt_column, style)
     if eval_dataset is None:
-        train, held_out = _hold_out(train, EVAL_SIZE if eval_size is None else eval_size, spec)
+        train, held_out = _hold_out(train, size_held_out(eval_size), spec)
     else:
         held_out = _with_prompts(_read(eval_dataset), eval_dataset, prompt_column, style)
         asked = _keys(held_out)

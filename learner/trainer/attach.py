@@ -130,30 +130,9 @@ def attach(
     show_messages(is_main=trainer.accelerator.is_main_process)
     if url:
         options["rollout_url"] = [url] if isinstance(url, str) else list(url)
-    LearnerConfig(**options).refuse_those_of_train()  # of a `config`, which scripts parse, they may have read them
-    config = replace(config or LearnerConfig(), **options)
-    return join(
-        trainer,
-        config,
-        client=client,
-        pool=pool,
-        agent=agent,
-        revision=revision,
-        vllm_sampling_params=vllm_sampling_params,
-    )
-
-
-def join(
-    trainer: GRPOTrainer,
-    config: LearnerConfig,
-    *,
-    client: RolloutClient | None = None,
-    pool: ServerPool | None = None,
-    agent: AgentFunction | None = None,
-    revision: str | None = None,
-    vllm_sampling_params: Any = None,
-) -> Session:
-    """Attach under any options: those of `learner train` alone are that command's. See `attach`."""
+    given = LearnerConfig(**options)
+    given.refuse_those_of_train()  # of a `config`, which scripts and `learner train` parse, they have read these
+    config = given if config is None else replace(config, **options)
     if any(isinstance(callback, _PushAfterStep) for callback in trainer.callback_handler.callbacks):
         raise InvalidRequest(
             "this trainer is attached already, and would push every step twice: use the session that the first "
@@ -168,7 +147,7 @@ def join(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     random = randomness(model, trainer.args, sharded=sharded, most=lambda own: max(on_every_rank(lambda: own)))
     for warning in [*check_grpo(args), *check_compiled(args, config), *as_warnings(random)]:
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=2)
     check_corrected(args, config)
     check_evaluated(args, trainer.eval_dataset)
     runs = agent_of(config.agent, config.agent_command, agent)
@@ -210,7 +189,7 @@ def join(
 
     states = [replica.known for replica in pool.up()]
     for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=2)
     reward = add_agent_reward(trainer) if runs else None
     name_rewards(trainer)
     lay_out_prompts(trainer)

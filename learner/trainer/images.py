@@ -22,6 +22,7 @@ from learner.tasks.columns import check_parts, message_parts, row_images
 from learner.trainer.filled_keys import with_own_keys
 from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
 from shared.image_processors import other_sight, sight
+from shared.media import media_token_ids
 from shared.weights import ServerState
 
 #: Beside the image of the proof's probe.
@@ -98,9 +99,7 @@ def media_tokens(trainer: GRPOTrainer, *, images: bool) -> set[int]:
         images: the prompt has images.
     """
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    media = ("video", "audio") if images else ("image", "video", "audio")
-    found = {getattr(config, f"{medium}_token_{end}", None) for medium in media for end in ("id", "index")}
-    return {token for token in found if isinstance(token, int)}
+    return media_token_ids(config, ("video", "audio")) if images else media_token_ids(config)
 
 
 def check_sight(trainer: GRPOTrainer, *, agents: bool) -> None:

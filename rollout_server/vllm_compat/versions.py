@@ -33,6 +33,7 @@ from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+from shared.media import media_token_ids
 from shared.messages import one_line
 from shared.model_files import take_chat_template
 
@@ -165,9 +166,8 @@ def media_tokens(model_config: Any) -> list[int]:
     """
     if not getattr(model_config, "is_multimodal_model", False):
         return []
-    kinds = [f"{medium}_token_{end}" for medium in ("image", "video", "audio") for end in ("id", "index")]
-    found, vocabulary = {getattr(model_config.hf_config, kind, None) for kind in kinds}, model_config.get_vocab_size()
-    return sorted(token for token in found if isinstance(token, int) and 0 <= token < vocabulary)
+    vocabulary = model_config.get_vocab_size()
+    return sorted(token for token in media_token_ids(model_config.hf_config) if 0 <= token < vocabulary)
 
 
 def image_token(model_config: Any) -> int:
@@ -261,6 +261,12 @@ def submitted_requests(engine: Any) -> set[str]:
     return {request_id for request_id, n in wanted.items() if outputs[request_id] == n}
 
 
+def batch_invariant_kernels() -> Any:
+    """Return vLLM's module of products whose results do not depend on the batch."""
+    new, old = "vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"
+    return _first_module(new, old)
+
+
 @functools.cache
 def linear_function() -> Any:
     """Return the function with which vLLM's unquantized linear layers compute: (x, weight, bias) -> y."""
@@ -269,8 +275,7 @@ def linear_function() -> Any:
     from vllm.platforms import current_platform
 
     if envs.VLLM_BATCH_INVARIANT and current_platform.is_cuda():
-        new, old = "vllm.model_executor.determinism.batch_invariant", "vllm.model_executor.layers.batch_invariant"
-        return _first_module(new, old).linear_batch_invariant
+        return batch_invariant_kernels().linear_batch_invariant
     return torch.nn.functional.linear
 
 
