@@ -7,6 +7,8 @@ float32 with everything else. Backward is one product, too: [gx, gh] = g [W, s B
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,27 @@ def write_adapters(module: nn.Module) -> None:
             layer.write_adapter()
 
 
+@contextmanager
+def written_once(model: nn.Module) -> Iterator[None]:
+    """Write s B of all layers beside their W now, and not again for each layer's forward pass: updates come later.
+
+    With a small model launching what writes would take longer than the passes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, OneProductLinear)]
+    places = {layer: place for layer in layers if (place := layer.place()) is not None}
+    if places:
+        adapters = [layer.lora_B[layer.one_product].weight.detach() for layer in places]
+        scaled = torch._foreach_mul(adapters, [layer.scaling[layer.one_product] for layer in places])
+        torch._foreach_copy_(list(places.values()), scaled)
+    for layer in places:
+        layer.is_written = True
+    try:
+        yield
+    finally:
+        for layer in places:
+            layer.is_written = False
+
+
 def _is_plain(layer: Linear, adapter: str) -> bool:
     dropout = layer.lora_dropout[adapter] if adapter in layer.lora_A else None
     return (
@@ -57,10 +80,12 @@ class OneProductLinear(Linear):
         one_product: the adapter.
         wide: `[W, s B, 0]`, of shape [out, in + columns], of which the base's weight is a view; None where a pass
             makes it. In no state_dict.
+        is_written: s B in `wide` is the present one.
     """
 
     one_product: str
     wide: torch.Tensor | None
+    is_written = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return y [..., out] for x [..., in]."""
@@ -76,10 +101,18 @@ class OneProductLinear(Linear):
         return OneProduct.apply(x, base.weight, base.bias, a, b, self.scaling[adapter], dtype, wide)
 
     def write_adapter(self) -> None:
-        """Write s B into `wide`; forget one that the weight is no view of any more, or that is of another adapter."""
+        """Write s B into `wide`, unless it has been written for the present passes."""
+        if not self.is_written and (place := self.place()) is not None:
+            place.copy_(self.lora_B[self.one_product].weight.detach() * self.scaling[self.one_product])
+
+    def place(self) -> torch.Tensor | None:
+        """Return where in `wide` s B is; forget one that the weight is no view of any more, or of another adapter.
+
+        Not seen by autograd: a pass that is on its way back finds what it went forward with.
+        """
         wide, weight = self.wide, self.base_layer.weight
         if wide is None or self.one_product not in self.lora_A:
-            return
+            return None
         a, b = self.lora_A[self.one_product].weight, self.lora_B[self.one_product].weight
         if (
             wide.data_ptr() != weight.data_ptr()
@@ -87,9 +120,8 @@ class OneProductLinear(Linear):
             or wide.shape[1] != weight.shape[1] + _columns(a)
         ):
             self.wide = None
-            return
-        # Not seen by autograd: a pass that is on its way back finds what it went forward with.
-        wide.data[:, weight.shape[1] : weight.shape[1] + b.shape[1]] = b.detach() * self.scaling[self.one_product]
+            return None
+        return wide.data[:, weight.shape[1] : weight.shape[1] + b.shape[1]]
 
 
 def _columns(a: torch.Tensor) -> int:

@@ -31,7 +31,7 @@ def with_own_keys(trainer: GRPOTrainer, prompt: Any, *, images: bool = False) ->
     Args:
         images: the model sees images; a stream that does not name its columns counts as filled.
     """
-    features = [rows.features for _, rows in named_datasets(trainer)]
+    features = [rows.info.features for _, rows in named_datasets(trainer)]  # `rows.features` is a copy each time
     filled = any(is_filled(each.get("prompt")) if each else images for each in features)
     return own_keys(prompt, filled=filled, images=images)
 

@@ -6,6 +6,8 @@ The loss is differentiated with respect to them alone; once an optimizer step's 
 gradients, its rows run again in packed passes, each forward and backward, so that no activation outlives its pass
 (gradient caching, arXiv:2101.06983, at the logprobs). Whatever TRL makes of logprobs and entropies holds as it is.
 
+A generation batch that is one optimizer step and fits into one pass is not run again: its scoring pass keeps its graph.
+
 Where the values are not known (weights have changed since, or TRL needs no old logprobs), a micro-batch that fits into
 one pass is scored in it with its graph; a larger one is scored first and runs again as above.
 """
@@ -24,9 +26,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from trl import GRPOTrainer
 
 from learner.passes import attention
+from learner.passes.lora_product import written_once
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
 from learner.trainer.at_begin import forget_at_begin
 from learner.trainer.forks import Forks
+from learner.trainer.kept_pass import KeptPass, keeps_passes
 from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
 from learner.utils.gpu_memory import free_bytes
@@ -133,7 +137,10 @@ class PackedScoring:
         self._own_attention = [config._attn_implementation_internal for config in self._configs]
         self._checked = self._refused = False
         self._inputs: dict[str, Any] | None = None
-        self._scored: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # while TRL makes a generation batch
+        # While TRL makes a generation batch: logprobs, entropies, and the pass if it is kept.
+        self._scored: list[tuple[torch.Tensor, torch.Tensor, KeptPass | None]] | None = None
+        self._keeps = keeps_passes(trainer) and not is_random
+        self._kept: KeptPass | None = None
         self._known_at: int | None = None  # the step at which the present generation batch was scored
         self._owed: list[_Owed] = []
         self._plain = trainer._get_per_token_logps_and_entropies
@@ -178,9 +185,14 @@ class PackedScoring:
                 **options,
             )
         if not torch.is_grad_enabled():
-            logps, entropies = self._score_all(model, rows, logits_to_keep, batch_size)
-            if self._scored is not None:
-                self._scored.append((logps, entropies))
+            if self._scored is None:
+                return *self._score_all(model, rows, logits_to_keep, batch_size), None
+            kept = self._keep(model, rows)
+            if kept:
+                logps, entropies = _scatter([(kept.packed, _detached(kept.values))], len(rows), logits_to_keep)
+            else:
+                logps, entropies = self._score_all(model, rows, logits_to_keep, batch_size)
+            self._scored.append((logps, entropies, kept))
             return logps, entropies, None
         known = self._known()
         # Several ranks (DDP) add up their gradients once a step, so all of them owe theirs.
@@ -196,6 +208,23 @@ class PackedScoring:
         anchor = torch.zeros((), requires_grad=True)
         logps, entropies = _Leaf.apply(anchor, *known, lambda *gradients: self._owed.append(_Owed(rows, *gradients)))
         return logps, entropies, None
+
+    def _keep(self, model: Any, rows: list[Row]) -> KeptPass | None:
+        """Score rows in one pass that keeps its graph; None if they may need several, or it may be of no use."""
+        # How much memory a pass needs is found out by one that is run again.
+        unknown = self._finds_out and self._tokens(rows) >= _FIRST_TOKENS // 2
+        if not self._keeps or unknown:
+            return None
+        passes = plan_passes(rows, self._max_tokens, self._trainer.accelerator.device)
+        if len(passes) > 1:
+            return None
+        self._attend(packed=True)
+        try:
+            with torch.enable_grad(), written_once(model):
+                values = self._run(model, passes[0])
+        finally:
+            self._attend(packed=False)
+        return KeptPass(rows, passes[0], values)
 
     def _known(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return this micro-batch's logprobs and entropies at the present weights, if they were scored before."""
@@ -221,9 +250,10 @@ class PackedScoring:
         parts = []
         self._attend(packed=True)
         try:
-            for chunk in chunks:
-                passes = plan_passes(chunk, limit, device)
-                parts.append(_scatter([(packed, self._run(model, packed)) for packed in passes], len(chunk), width_T))
+            with written_once(model):
+                for chunk in chunks:
+                    scored = [(packed, self._run(model, packed)) for packed in plan_passes(chunk, limit, device)]
+                    parts.append(_scatter(scored, len(chunk), width_T))
         finally:
             self._attend(packed=False)
         logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -245,6 +275,7 @@ class PackedScoring:
     def _backward(self, model: Any) -> None:
         """Make the backward passes that are owed for this optimizer step."""
         owed, self._owed = self._owed, []
+        kept, self._kept = self._kept, None
         width = max(each.logps.shape[1] for each in owed)
 
         def joined(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -256,20 +287,19 @@ class PackedScoring:
             entropies = joined([torch.zeros_like(e.logps) if e.entropies is None else e.entropies for e in owed])
         rows = [row for each in owed for row in each.rows]
         self._attend(packed=True)
+        if kept and self._known_at == self._trainer.state.global_step and (order := kept.order_of(rows)):
+            entropies = None if entropies is None else entropies[order]
+            _differentiate(kept.packed, kept.values, logps[order], entropies)
+            return
+        del kept
         passes = plan_passes(rows, self._max_tokens, logps.device)
         for number, packed in enumerate(passes, 1):
             last = number == len(passes)
             if self._finds_out:
                 torch.cuda.reset_peak_memory_stats(logps.device)
                 before = torch.cuda.memory_allocated(logps.device)
-            with nullcontext() if last else self._trainer.accelerator.no_sync(model):
-                values = self._run(model, packed)
-                at = packed.next_ids[0] != -100
-                outputs, gradients = [values[0][at]], [logps[packed.rows, packed.columns]]
-                if entropies is not None:
-                    outputs.append(values[1][at])
-                    gradients.append(entropies[packed.rows, packed.columns])
-                torch.autograd.backward(outputs, gradients)
+            with nullcontext() if last else self._trainer.accelerator.no_sync(model), written_once(model):
+                _differentiate(packed, self._run(model, packed), logps, entropies)
             if self._finds_out and packed.input_ids.numel() >= _FIRST_TOKENS // 2:  # a small one shows fixed costs
                 self._find_out(packed.input_ids.numel(), torch.cuda.max_memory_allocated(logps.device) - before)
 
@@ -292,7 +322,7 @@ class PackedScoring:
 
     def forget(self) -> None:
         """Forget what an earlier training owed and knew."""
-        self._owed, self._known_at = [], None
+        self._owed, self._kept, self._known_at = [], None, None
 
     def _check_first(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, width_T: int, rows: list[Row]
@@ -329,13 +359,14 @@ class PackedScoring:
         def generate_and_keep(inputs: list[dict[str, Any]]) -> dict[str, Any]:
             if not self._trainer.model.training or self.sharded or self._is_random:
                 return generate(inputs)
-            self._scored = []
+            self._scored, self._kept = [], None
             try:
                 batch = generate(inputs)
                 # A reference model may have been scored after the policy.
-                for logps, entropies in self._scored:
+                for logps, entropies, kept in self._scored:
                     if logps is batch.get("old_per_token_logps"):
                         batch[ENTROPIES], self._known_at = entropies, self._trainer.state.global_step
+                        self._kept = kept
                 return batch
             finally:
                 self._scored = None
@@ -398,6 +429,25 @@ class _Leaf(torch.autograd.Function):
         if logps is not None:
             ctx.owe(logps, entropies)
         return None, None, None, None
+
+
+def _detached(values: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return values[0].detach(), values[1].detach()
+
+
+def _differentiate(
+    packed: PackedPass,
+    values: tuple[torch.Tensor, torch.Tensor],
+    logps: torch.Tensor,
+    entropies: torch.Tensor | None,
+) -> None:
+    """Make the backward pass of a pass with values [N] from the gradients [rows, T] of logprobs and entropies."""
+    at = packed.next_ids[0] != -100
+    outputs, gradients = [values[0][at]], [logps[packed.rows, packed.columns]]
+    if entropies is not None:
+        outputs.append(values[1][at])
+        gradients.append(entropies[packed.rows, packed.columns])
+    torch.autograd.backward(outputs, gradients)
 
 
 def _scatter(

@@ -181,8 +181,28 @@ def test_the_size_of_passes_changes_nothing(train, case):
 
 def test_passes_do_not_follow_micro_batches(train):
     seen = train({}, {"max_tokens_per_pass": 10_000}, max_steps=1)
-    # A few rows to compare, all rows without gradient, all rows with it.
-    assert len(seen.packed) == 3
+    # A few rows to compare, and all rows.
+    assert len(seen.packed) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "passes"),
+    [
+        ({}, 4),
+        ({"beta": 0.1}, 4 + 3),  # those of the reference model
+        ({"gradient_checkpointing": True}, 1 + 3 * 2),
+        # Nothing is scored before: a pass for each micro-batch.
+        ({"vllm_importance_sampling_correction": False}, 1 + 3 * 3),
+        # Two steps on each batch: the first has half of its rows, the second other weights.
+        ({"steps_per_generation": 6}, 1 + 2 + 3 + 2),
+        ({"num_iterations": 2}, 1 + 2 + 3 + 2),
+    ],
+    ids=str,
+)
+def test_a_batch_that_is_one_step_is_passed_through_once(train, config, passes):
+    seen = train({}, {"max_tokens_per_pass": 10_000}, max_steps=3, **config)
+    assert len(seen.packed) == passes
+    assert_same(seen, train(PADDED, max_steps=3, **config))
 
 
 NO_HOOK = {(learner.trainer.attach, "keep_old_values"): lambda trainer: None}
