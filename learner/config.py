@@ -186,8 +186,8 @@ class LearnerConfig:
     max_tokens_per_pass: int | None = _option(
         None,
         "Tokens of one packed pass: bounds the memory of training, whatever per_device_train_batch_size is. Default: "
-        "on a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192; on a CPU "
-        "2048.",
+        "on a GPU what fits into six tenths of its free memory, found out in the first step, at most 8192, "
+        "or 2**24 / hidden_size for narrow models; on a CPU 2048.",
     )
     compile: Literal["auto", "on", "off"] = _option(
         "auto",

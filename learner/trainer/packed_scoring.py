@@ -41,8 +41,9 @@ Logps = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 #: Key in TRL's batches: entropies [B, T] that belong to `old_per_token_logps`.
 ENTROPIES = "lockstep_entropies"
 #: Tokens of one pass where nothing else is set: at first, and the most that a GPU's memory is found to have room for.
-#: A CPU has no use for larger passes.
-_FIRST_TOKENS, _MOST_TOKENS = 2048, 8192
+#: A CPU has no use for larger passes, nor has a GPU, except where the model is narrow: up to so many hidden numbers it
+#: computes a pass faster than it is launched.
+_FIRST_TOKENS, _MOST_TOKENS, _MOST_NUMBERS = 2048, 8192, 2**24
 #: Share of the free memory that a pass may take: batches differ, and there is more than this process.
 _OF_FREE = 0.6
 #: Rows of the first batch that are scored both ways, and the largest mean difference in nats, by bytes of an element.
@@ -307,7 +308,7 @@ class PackedScoring:
         """Set the size of later passes from the memory, in bytes, that one of `tokens` needed."""
         self._finds_out, device = False, self._trainer.accelerator.device
         free = free_bytes(device)
-        self._max_tokens = pass_tokens(tokens, needed, free)
+        self._max_tokens = pass_tokens(tokens, needed, free, self._model.config.get_text_config().hidden_size)
         logger.info(
             "passes of %d tokens: one of %d needed %.1f GiB, of %.1f that are free (max_tokens_per_pass)",
             self._max_tokens,
@@ -403,14 +404,17 @@ class PackedScoring:
         return step_and_backward
 
 
-def pass_tokens(tokens: int, needed: int, free: int) -> int:
+def pass_tokens(tokens: int, needed: int, free: int, hidden: int) -> int:
     """Return how many tokens a pass may have, if one of `tokens` needed so many of the free bytes.
 
+    Args:
+        hidden: numbers of a token's hidden state.
+
     Example:
-        assert pass_tokens(1000, needed=2 * 2**30, free=10 * 2**30) == 2816
+        assert pass_tokens(1000, needed=2 * 2**30, free=10 * 2**30, hidden=4096) == 2816
     """
     fitting = _OF_FREE * free * tokens / max(needed, 1)
-    return int(min(max(fitting, 256), _MOST_TOKENS)) // 256 * 256
+    return int(min(max(fitting, 256), max(_MOST_TOKENS, _MOST_NUMBERS // hidden))) // 256 * 256
 
 
 class _Leaf(torch.autograd.Function):

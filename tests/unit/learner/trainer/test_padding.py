@@ -269,10 +269,18 @@ def test_nothing_is_cut_where_positions_depend_on_the_width(train, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("needed_gib", "free_gib", "tokens"), [(2, 10, 2816), (1, 1000, 8192), (100, 10, 256), (0, 10, 8192)]
+    ("needed_gib", "free_gib", "hidden", "tokens"),
+    [
+        (2, 10, 4096, 2816),
+        (1, 1000, 4096, 8192),
+        (1, 1000, 576, 28928),
+        (2, 10, 576, 2816),
+        (100, 10, 4096, 256),
+        (0, 10, 4096, 8192),
+    ],
 )
-def test_passes_take_a_part_of_the_free_memory(needed_gib, free_gib, tokens):
-    assert pass_tokens(1000, needed_gib * 2**30, free_gib * 2**30) == tokens
+def test_passes_take_a_part_of_the_free_memory(needed_gib, free_gib, hidden, tokens):
+    assert pass_tokens(1000, needed_gib * 2**30, free_gib * 2**30, hidden) == tokens
 
 
 def test_passes_that_differ_are_not_believed(train, monkeypatch, caplog):
