@@ -6,14 +6,17 @@ on_mixed_types="use_json")` keeps them apart, as the tasks of files do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
 from learner.tasks.columns import is_filled, own_keys
 from learner.trainer.chat_forms import shown_prompt
+
+T = TypeVar("T")
 
 
 def named_datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
@@ -37,10 +40,38 @@ def with_own_keys(trainer: GRPOTrainer, prompt: Any, *, images: bool = False) ->
 
 
 def show_own_text(trainer: GRPOTrainer) -> None:
-    """Let chat templates see messages with their own keys only, in a form of which they show all text."""
+    """Let chat templates see messages with their own keys only, in a form of which they show all text.
+
+    A prompt of a group is tokenized once: with a small model a tokenizer takes longer than the passes. Images are not
+    compared.
+    """
     tokenize = trainer._tokenize_prompts
 
-    def tokenize_shown(prompts: list[Any]) -> Any:
+    def shown(prompts: list[Any]) -> Any:
         return tokenize([shown_prompt(trainer, with_own_keys(trainer, prompt)) for prompt in prompts])
 
+    def tokenize_shown(prompts: list[Any]) -> Any:
+        if isinstance(trainer.processing_class, ProcessorMixin):
+            return shown(prompts)
+        distinct, places = distinct_runs(prompts)
+        ids, images, fields = shown(distinct)
+        if images or fields:
+            return shown(prompts)
+        return [list(ids[place]) for place in places], images, fields
+
     trainer._tokenize_prompts = tokenize_shown
+
+
+def distinct_runs(values: Sequence[T]) -> tuple[list[T], list[int]]:
+    """Return values without those that equal the one before, and where in them each value is.
+
+    Example:
+        assert distinct_runs(["a", "a", "b", "a"]) == (["a", "b", "a"], [0, 0, 1, 2])
+    """
+    distinct: list[T] = []
+    places: list[int] = []
+    for value in values:
+        if not distinct or value != distinct[-1]:
+            distinct.append(value)
+        places.append(len(distinct) - 1)
+    return distinct, places

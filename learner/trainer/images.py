@@ -19,7 +19,7 @@ from learner.rollouts.images import with_images
 from learner.servers.prompts import check_picture, encoded_image
 from learner.sync.probe import SeenText
 from learner.tasks.columns import check_parts, message_parts, row_images
-from learner.trainer.filled_keys import with_own_keys
+from learner.trainer.filled_keys import distinct_runs, with_own_keys
 from shared.errors import BaseMismatch, InvalidRequest, UnsupportedAdapter
 from shared.image_processors import other_sight, sight
 from shared.media import media_token_ids
@@ -185,7 +185,7 @@ def lay_out_prompts(trainer: GRPOTrainer) -> None:
     generate = trainer._generate_and_score_completions
 
     def generate_laid_out(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        prompts = [seen_prompt(trainer, row) for row in inputs]
+        prompts = _seen_prompts(trainer, inputs)
         if sees_images(trainer) and not any(map(row_images, inputs)):  # TRL would leave these as they are
             inputs = [{**row, "prompt": prompt} for row, prompt in zip(inputs, prompts, strict=True)]
         return generate(inputs)
@@ -280,7 +280,7 @@ def drawn(side: int = PROBE_SIDE) -> Any:
 
 def tokenized(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[list[Any]]]:
     """Return the token ids of the rows' prompts [B][P], and PIL's images of each. Raises as `token_ids`."""
-    prompts = [seen_prompt(trainer, row) for row in rows]
+    prompts = _seen_prompts(trainer, rows)
     _check_pictures(prompts)
     found, images = trainer._tokenize_prompts(prompts)[:2]
     return [list(ids) for ids in found], [own or [] for own in images] if images else [[] for _ in found]
@@ -310,3 +310,13 @@ def seen_prompt(trainer: GRPOTrainer, row: Mapping[str, Any]) -> Any:
             return prompt
         raise InvalidRequest("a prompt with images must be a list of chat messages, not text")
     return prepare_multimodal_messages(own, images=images)
+
+
+def _seen_prompts(trainer: GRPOTrainer, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return `seen_prompt` of each row; one of a group of text is looked at once."""
+    if sees_images(trainer):
+        return [seen_prompt(trainer, row) for row in rows]
+    distinct, places = distinct_runs([row["prompt"] for row in rows])
+    for prompt in distinct:
+        seen_prompt(trainer, {"prompt": prompt})
+    return [distinct[place] for place in places]

@@ -67,7 +67,8 @@ class TrlPrompts:
     def rows(self, batch: int) -> list[dict[str, Any]]:
         dataset, rows = self._trainer.train_dataset, rows_of_rank(self._trainer)
         indices = self._indices(batch, batch)[batch][rows.start : rows.stop]
-        return image_rows(self._trainer, [dataset[index] for index in indices])
+        own = {index: dataset[index] for index in dict.fromkeys(indices)}
+        return image_rows(self._trainer, [dict(own[index]) for index in indices])
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:
         trainer, per_epoch = self._trainer, schedule_of(self._trainer).per_epoch
