@@ -33,7 +33,7 @@ from shared.weights import served_rank
 TRL = "TRL server mode"
 COLORS = ("#2f6fb0", "#c0392b", "#3a8f4d", "#e08a2c", "#8b5fbf", "#8c8c8c")
 #: Tokens of a question.
-PROMPT_TOKENS = 256
+PROMPT_TOKENS = 512
 #: Arguments of the recipe's task, on top of its own.
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "recipe": {},

@@ -28,7 +28,7 @@ PROMPT_TOKENS, COMPLETION_TOKENS = 64, 24
 LOGITS, BYTES_PER_LOGIT = 2**25, 16
 #: Large vocabularies would leave passes of one sequence: a GPU with room has up to TOGETHER in this share of it, with
 #: what the canary's backward passes keep of every layer: values per token and unit of width, rounded up from 17 of
-#: Korthikanti et al. 2022 (arXiv:2205.05198).
+#: Korthikanti et al. 2022 (arXiv:2205.05198). Passes without gradient keep nothing, and take all sequences if they fit.
 SHARE_OF_FREE, TOGETHER, KEPT_PER_LAYER = 1 / 4, 8, 20
 #: Tokens at the end of the one with images that are compared: all of them text.
 SEEN_TOKENS = 8
@@ -106,9 +106,9 @@ class Probe:
         kept = KEPT_PER_LAYER * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
         free = min(on_every_rank(lambda: free_bytes(self._device)))
         logits = max(self._scored) * config.vocab_size
-        at_once = sequences_at_once(logits, max(map(len, self.sequences)) * kept, free)
-        rows = range(len(self.sequences))
-        self._passes = [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+        longest = max(map(len, self.sequences))
+        self._passes = self._divided(sequences_at_once(logits, longest * kept, free, TOGETHER))
+        self._passes_without_gradient = self._divided(sequences_at_once(logits, 0, free, SEQUENCES_IN_16_BITS))
         #: Of every scored token: its sequence, and its position there.
         self.places = [
             (row, t)
@@ -116,6 +116,10 @@ class Probe:
             for t in range(len(tokens) - count, len(tokens))
         ]
         self.rows = np.array([row for row, _ in self.places])
+
+    def _divided(self, at_once: int) -> list[range]:
+        rows = range(len(self.sequences))
+        return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
 
     @property
     def _device(self) -> torch.device:
@@ -132,7 +136,7 @@ class Probe:
         """
         values, variances, largest = [], 0.0, 0.0
         with self._evaluated(), torch.no_grad(), nullcontext() if adapter else self.model.disable_adapter():
-            for rows in self._passes:
+            for rows in self._passes_without_gradient:
                 logits_NV, logprobs_N = self._score(rows)
                 values.append(logprobs_N.double().cpu().numpy())
                 variances += logits_NV.var(dim=-1).sum().item()
@@ -184,16 +188,17 @@ class Probe:
             self.model.train(was_training)
 
 
-def sequences_at_once(logits: int, kept: int, free: int) -> int:
+def sequences_at_once(logits: int, kept: int, free: int, most: int) -> int:
     """Return how many sequences are scored in a pass.
 
     Args:
         logits: of a sequence.
         kept: bytes that a backward pass keeps of it.
         free: bytes of the GPU; 0: on a CPU.
+        most: that room on a GPU is used for.
     """
     more = int(SHARE_OF_FREE * free) // (2 * BYTES_PER_LOGIT * logits + kept)  # twice: gradients
-    return max(1, LOGITS // logits, min(more, TOGETHER))
+    return max(1, LOGITS // logits, min(more, most))
 
 
 class AdapterWeights:

@@ -34,19 +34,22 @@ _4B, _32B = 20 * 36 * 2560 * 2, 20 * 64 * 5120 * 2  # bytes per token
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "kept", "free", "count"),
+    ("vocabulary", "kept", "free", "most", "count"),
     [
-        (49_152, _4B, 0, 7),
-        (248_320, _4B, 0, 1),
-        (248_320, _4B, 8 << 30, 2),
-        (248_320, _4B, 80 << 30, 8),
-        (151_936, _32B, 8 << 30, 2),
-        (1024, _4B, 80 << 30, 372),
+        (49_152, _4B, 0, 8, 7),
+        (248_320, _4B, 0, 8, 1),
+        (248_320, _4B, 8 << 30, 8, 2),
+        (248_320, _4B, 80 << 30, 8, 8),
+        (151_936, _32B, 8 << 30, 8, 2),
+        (1024, _4B, 80 << 30, 8, 372),
+        (49_152, 0, 80 << 30, 32, 32),
+        (248_320, 0, 8 << 30, 32, 3),
+        (49_152, 0, 0, 32, 7),
     ],
 )
-def test_sequences_of_a_pass(vocabulary, kept, free, count):
+def test_sequences_of_a_pass(vocabulary, kept, free, most, count):
     """Those of a large vocabulary go one by one only where a GPU has no room for more, or for what is kept of them."""
-    assert sequences_at_once(88 * vocabulary, 88 * kept, free) == count
+    assert sequences_at_once(88 * vocabulary, 88 * kept, free, most) == count
 
 
 def test_the_end_of_a_long_sequence(model):
