@@ -12,6 +12,7 @@ learner have half of the cores each, as if each had a device of its own.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class RaceBench(TrainingsBench):
         return f"{super().table()}\n\n{table(summed, {'row': 'row'}, columns, 'final')}"
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """Return what our rows took to TRL's final accuracy, less its spread, as shares of what it took itself."""
+        """Return what our rows took to TRL's final accuracy, see `against`."""
         rows = self.measured()
         found = {row: against(rows, row, TRL) for row in ROWS if row != TRL}
         return {row: shares for row, shares in found.items() if shares}
@@ -115,15 +116,15 @@ class RaceBench(TrainingsBench):
         told = "{row}: {final:.3f} right ({deviation:.3f}) after {seconds:.0f} s, {seeds} seeds"
         told += ", {target:.3f} after {seconds_to_target:.0f} s and {samples_to_target:,.0f} samples"
         texts = [fill(told, row) for row in self.summary()]
-        told = "{row} reaches TRL's final accuracy, less its spread, in {seconds:.2f} of its seconds and "
-        told += "{samples:.2f} of its samples"
+        told = "{row} reaches TRL's final accuracy in {seconds:.2f} of its seconds and {samples:.2f} of its samples; "
+        told += "that less its spread, where both first do, in {seconds_to_target:.2f} and {samples_to_target:.2f}"
         texts += [fill(told, {"row": row, **shares}) for row, shares in self.shares().items()]
         return f"on {self.where}: {'; '.join(texts)}"
 
     def document(self) -> dict[str, Any]:
         shares = self.shares()
         # At no more samples: all trainings have the same number of them.
-        reached = {row: each["seconds"] <= MOST_OF_TRL for row, each in shares.items()}
+        reached = {row: each.get("seconds", math.inf) <= MOST_OF_TRL for row, each in shares.items()}
         return super().document() | {"summary": self.summary(), "of_trl": shares, "reached": reached}
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:

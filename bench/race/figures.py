@@ -124,15 +124,17 @@ def summary(rows: Sequence[Row], target: float, *keys: str) -> list[dict[str, An
 def against(rows: Sequence[Row], row: str, peer: str) -> dict[str, float]:
     """Return what a row took to the peer's final accuracy, as shares of what that took itself; by their mean curves.
 
-    Only seeds that both have count. Both are looked at where they first had the accuracy of `target_accuracy`.
+    Only seeds that both have count. Both are looked at where they first had that accuracy (`seconds`, `samples`), and
+    where they first had `target_accuracy`, which is less by its spread (`seconds_to_target`, `samples_to_target`).
     """
     own, other = shared_seeds(rows, row, peer)
     if not own:
         return {}
-    target, shares = target_accuracy(other, peer), dict[str, float]()
+    shares = dict[str, float]()
     curves = [[asdict(band) for band in mean_curve([one["points"] for one in mine])] for mine in (own, other)]
-    for key in ("seconds", "samples"):
-        mine, theirs = (reached(curve, key, target) for curve in curves)
-        if mine is not None and theirs:
-            shares[key] = mine / theirs
+    for end, target in {"": final(other)[0], "_to_target": target_accuracy(other, peer)}.items():
+        for key in ("seconds", "samples"):
+            mine, theirs = (reached(curve, key, target) for curve in curves)
+            if mine is not None and theirs:
+                shares[key + end] = mine / theirs
     return shares

@@ -87,6 +87,7 @@ def test_a_share_of_the_peers_seconds_counts_shared_seeds_up_to_where_the_peer_w
     shares = against([*ours, *peer], S1, TRL)
     assert shares["seconds"] == pytest.approx((5 * 0.4 / 0.6) / 20)
     assert shares["samples"] == pytest.approx(0.4 / 0.6)
+    assert shares["seconds_to_target"] == shares["seconds"]
     assert against(ours, S1, TRL) == {}
     assert against([row(S1, 1, 0.2, 0.3), row(TRL, 1, 0.2, 0.6)], S1, TRL) == {}
 
@@ -111,8 +112,9 @@ def test_rows_become_a_file_tables_and_a_picture(tmp_path: Path) -> None:
         made.add(training.about, made.kept(training, answer(0.2, 0.5 + training.about["seed"] / 1000, seconds=seconds)))
     document = json.loads((tmp_path / "race.json").read_text())
     assert document["reached"] == {name: True for name in ROWS if name != TRL}
-    assert document["of_trl"][S1] == pytest.approx({"seconds": 0.25, "samples": 1.0})
-    assert f"{S1} reaches TRL's final accuracy, less its spread, in 0.25 of its seconds" in document["headline"]
+    at = {"seconds": 0.25, "samples": 1.0, "seconds_to_target": 0.25, "samples_to_target": 1.0}
+    assert document["of_trl"][S1] == pytest.approx(at)
+    assert f"{S1} reaches TRL's final accuracy in 0.25 of its seconds and 1.00 of its samples" in document["headline"]
     assert len(document["rows"]) == 3 * len(ROWS)
     assert len(document["summary"]) == len(ROWS)
     lines = made.table().splitlines()
@@ -120,6 +122,15 @@ def test_rows_become_a_file_tables_and_a_picture(tmp_path: Path) -> None:
     assert "s to 0.542" in lines[-2 - len(ROWS)]
     made.plot(tmp_path / "race.png", made.measured())
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_whose_seeds_differ_has_two_shares() -> None:
+    """Its seeds end at 0.4 and 0.8: it has 0.6 at its end, and less the spread of 0.28 long before."""
+    peer = [row(TRL, 1, 0.2, 0.4, 0.4, seconds=4.0), row(TRL, 2, 0.2, 0.4, 0.8, seconds=4.0)]
+    shares = against([*(row(S1, seed, 0.2, 0.6, 0.6) for seed in (1, 2)), *peer], S1, TRL)
+    assert shares["seconds"] == pytest.approx(5 / 40)
+    target = 0.6 - 0.08**0.5
+    assert shares["seconds_to_target"] == pytest.approx((target - 0.2) / 0.4 * 5 / ((target - 0.2) / 0.2 * 20))
 
 
 def test_nothing_measured_has_a_table_too() -> None:
