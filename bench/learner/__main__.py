@@ -205,7 +205,7 @@ class LearnerBench(Bench):
         tokens = statistics.mean(answer["tokens"][self.options.warm_up :])
         step_s = spread([seconds for seconds, _ in counted])
         plain = next((r for r in self.measured() if r["row"] == PLAIN), {"step_s": step_s} if row == PLAIN else None)
-        flops = answer["weights"] and training_flops(answer["weights"], tokens)
+        flops = answer["weights"] and training_flops(answer["weights"], tokens, scored=answer["scores_apart"])
         return {
             "n": len(counted),
             "step_s": step_s,

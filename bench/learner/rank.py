@@ -39,7 +39,7 @@ from learner.passes.lora_product import use_one_product
 from learner.rollouts.generation import RemoteRollouts
 from learner.trainer.compiling import compile_layers
 from learner.trainer.hooks import generate_with
-from learner.trainer.packed_scoring import score_packed
+from learner.trainer.packed_scoring import PackedScoring, score_packed
 from learner.trainer.padding import cut_passes, sort_rows
 from learner.utils.distributed import full_tensor, gathered
 
@@ -148,23 +148,24 @@ def make_trainer(training: Namespace, rollouts: Rollouts) -> GRPOTrainer:
     return trainer
 
 
-def use_passes(trainer: GRPOTrainer, training: Namespace) -> CompiledLayers | None:
-    """Let the trainer make its passes as the row wants them; return the layers that are compiled for it.
+def use_passes(trainer: GRPOTrainer, training: Namespace) -> tuple[PackedScoring | None, CompiledLayers | None]:
+    """Let the trainer make its passes as the row wants them; return what packs them, and the layers that are compiled.
 
     Raises:
         RuntimeError: passes of this model cannot be packed here.
     """
-    row = training.row
+    row, packed = training.row, None
     if row in (PRODUCT, COMPILED, DDP):
         use_one_product(trainer.model, active_adapter(trainer.model))
     if row == CUT:
         cut_passes(trainer)
         sort_rows(trainer)
-    elif row != PLAIN and score_packed(trainer, training.pass_tokens or None) is None:
-        raise RuntimeError("the passes of this model cannot be packed here")
-    if row == COMPILED or (row == DDP and torch.cuda.is_available()):
-        return compile_layers(trainer, "on", lambda: math.nan)
-    return None
+    elif row != PLAIN:
+        packed = score_packed(trainer, training.pass_tokens or None)
+        if packed is None:
+            raise RuntimeError("the passes of this model cannot be packed here")
+    compiles = row == COMPILED or (row == DDP and torch.cuda.is_available())
+    return packed, compile_layers(trainer, "on", lambda: math.nan) if compiles else None
 
 
 def updates(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
@@ -181,7 +182,7 @@ def train(training: Namespace, rank: int) -> tuple[dict[str, Any], dict[str, tor
     """Train; return what rank 0 answers, and the updates."""
     rollouts = Rollouts(training, rank)
     trainer = make_trainer(training, rollouts)
-    layers = use_passes(trainer, training)
+    packed, layers = use_passes(trainer, training)
     weights, peak = multiplied_weights(trainer.model), peak_flops(trainer.args.device)
     watch = Watch(trainer)
     trainer.add_callback(watch)
@@ -194,6 +195,7 @@ def train(training: Namespace, rank: int) -> tuple[dict[str, Any], dict[str, tor
         "tokens": [sum(shares) for shares in zip(*(each["tokens"] for each in ranks), strict=True)],
         "memory": [each["memory"] for each in ranks],
         "weights": weights,
+        "scores_apart": packed is None or packed.scores_apart,
         "peak_flops": peak and peak * len(ranks),
         "model": type(trainer.model_wrapped).__name__,
         "fsdp_units": sum(isinstance(module, FSDPModule) for module in trainer.model.modules()),

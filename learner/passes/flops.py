@@ -19,8 +19,9 @@ PEAKS = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
-#: Passes of a LoRA training over a weight: forward without gradient, forward with it, backward to the activations.
-_PASSES = 3
+#: Passes of a LoRA training over a weight: forward, and backward to the activations; another one where it is scored
+#: without gradient before.
+_PASSES, _SCORING = 2, 1
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -55,10 +56,13 @@ def multiplied_weights(model: torch.nn.Module) -> int | None:
     )
 
 
-def training_flops(weights: int, tokens: float) -> float:
+def training_flops(weights: int, tokens: float, *, scored: bool = True) -> float:
     """Return the operations of a training on prompts and completions of so many tokens, attention left out.
+
+    Args:
+        scored: in a pass of its own, before the one that is differentiated.
 
     Example:
         assert training_flops(1_000, 10) == 60_000
     """
-    return 2.0 * _PASSES * weights * tokens
+    return 2.0 * (_PASSES + _SCORING * scored) * weights * tokens

@@ -288,6 +288,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
         session.one_product = use_one_product(session.model, adapter) == len(lora_layers(session.model, adapter))
     limit = session.config.max_tokens_per_pass
     packed = score_packed(trainer, limit, forks, is_random=is_random) if packs else None
+    if isinstance(session.trainer, TrlTrainer):
+        session.trainer.scoring = packed
     if packed is None and not sees_images(trainer):  # whose patches are no rows
         sort_rows(trainer)
     if not is_random:

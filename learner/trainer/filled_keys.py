@@ -7,7 +7,7 @@ on_mixed_types="use_json")` keeps them apart, as the tasks of files do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
@@ -15,8 +15,6 @@ from trl import GRPOTrainer
 
 from learner.tasks.columns import is_filled, own_keys
 from learner.trainer.chat_forms import shown_prompt
-
-T = TypeVar("T")
 
 
 def named_datasets(trainer: GRPOTrainer) -> Iterator[tuple[str, Any]]:
@@ -42,36 +40,39 @@ def with_own_keys(trainer: GRPOTrainer, prompt: Any, *, images: bool = False) ->
 def show_own_text(trainer: GRPOTrainer) -> None:
     """Let chat templates see messages with their own keys only, in a form of which they show all text.
 
-    A prompt of a group is tokenized once: with a small model a tokenizer takes longer than the passes. Images are not
-    compared.
+    A prompt of a group is tokenized once: with a small model a tokenizer takes longer than the passes. Not with images,
+    nor with environments, whose tools differ from row to row.
     """
     tokenize = trainer._tokenize_prompts
-
-    def shown(prompts: list[Any]) -> Any:
-        return tokenize([shown_prompt(trainer, with_own_keys(trainer, prompt)) for prompt in prompts])
+    one_by_one = isinstance(trainer.processing_class, ProcessorMixin) or trainer.environment_factories is not None
 
     def tokenize_shown(prompts: list[Any]) -> Any:
-        if isinstance(trainer.processing_class, ProcessorMixin):
-            return shown(prompts)
-        distinct, places = distinct_runs(prompts)
-        ids, images, fields = shown(distinct)
-        if images or fields:
-            return shown(prompts)
-        return [list(ids[place]) for place in places], images, fields
+        distinct, places = (prompts, range(len(prompts))) if one_by_one else distinct_runs(prompts)
+        ids, images, fields = tokenize([shown_prompt(trainer, with_own_keys(trainer, prompt)) for prompt in distinct])
+        if one_by_one:
+            return ids, images, fields
+        spread = {name: [values[place] for place in places] for name, values in fields.items()}
+        return [list(ids[place]) for place in places], images, spread
 
     trainer._tokenize_prompts = tokenize_shown
 
 
-def distinct_runs(values: Sequence[T]) -> tuple[list[T], list[int]]:
-    """Return values without those that equal the one before, and where in them each value is.
+def distinct_runs(prompts: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """Return prompts without those that are the same as the one before, and where in them each prompt is.
+
+    1, 1.0 and True are equal, and so are mappings in another order, but templates render them apart: what is compared
+    is `repr` of messages.
 
     Example:
         assert distinct_runs(["a", "a", "b", "a"]) == (["a", "b", "a"], [0, 0, 1, 2])
     """
-    distinct: list[T] = []
+    distinct: list[Any] = []
     places: list[int] = []
-    for value in values:
-        if not distinct or value != distinct[-1]:
-            distinct.append(value)
+    last = None
+    for prompt in prompts:
+        seen = prompt if isinstance(prompt, str) else (type(prompt), repr(prompt))
+        if not distinct or seen != last:
+            distinct.append(prompt)
+            last = seen
         places.append(len(distinct) - 1)
     return distinct, places

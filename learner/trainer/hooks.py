@@ -21,7 +21,7 @@ from learner.rollouts.mismatch import Mismatch, measure
 from learner.run_dir.files import finite
 from learner.session import Session
 from learner.trainer.agent_hooks import shown_turns
-from learner.trainer.at_begin import forget_at_begin
+from learner.trainer.between_trainings import forget_between_trainings
 from shared.rollouts import Completion
 
 
@@ -113,7 +113,7 @@ def watch_mismatch(trainer: GRPOTrainer, saw: Callable[[Mismatch], None]) -> Non
         unmeasured.add(scored[0])
         return scored
 
-    forget_at_begin(trainer, unmeasured.forget)
+    forget_between_trainings(trainer, unmeasured.forget)
     trainer._generate_and_score_completions = generate_and_measure
     trainer._compute_loss = compute_seen
     trainer._get_per_token_logps_and_entropies = score_seen

@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from learner.passes.flops import multiplied_weights, peak_flops, training_flops
 from learner.rollouts.schedule import Schedule
+from learner.trainer.packed_scoring import PackedScoring
 from learner.trainer.prompt_order import TrlPrompts, generation_batch, rows_of_rank, schedule_of
 from shared.errors import InvalidRequest
 
@@ -83,7 +84,13 @@ def check_trl(trainer: GRPOTrainer) -> None:
 
 
 class TrlTrainer:
-    """A `trl.GRPOTrainer` as `learner.protocols.Trainer`, whose docstrings apply."""
+    """A `trl.GRPOTrainer` as `learner.protocols.Trainer`, whose docstrings apply.
+
+    Attributes:
+        scoring: packs its passes; None: nothing does.
+    """
+
+    scoring: PackedScoring | None = None
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
@@ -125,7 +132,8 @@ class TrlTrainer:
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         peak, weights = self._flops
-        return training_flops(weights, tokens_per_second) / peak if peak and weights else None
+        scored = self.scoring is None or self.scoring.scores_apart
+        return training_flops(weights, tokens_per_second, scored=scored) / peak if peak and weights else None
 
     @cached_property
     def _flops(self) -> tuple[float | None, int | None]:

@@ -3,8 +3,8 @@
 TRL makes a forward pass for every micro-batch of its loss. Here the values that the loss starts from are known before:
 they are those of `old_per_token_logps`, scored a moment ago with the same weights in passes of `max_tokens_per_pass`.
 The loss is differentiated with respect to them alone; once an optimizer step's micro-batches have delivered these
-gradients, its rows run again in packed passes, each forward and backward, so that no activation outlives its pass
-(gradient caching, arXiv:2101.06983, at the logprobs). Whatever TRL makes of logprobs and entropies holds as it is.
+gradients, its rows run again in packed passes, each forward and backward, so that activations of one pass are kept at a
+time (gradient caching, arXiv:2101.06983, at the logprobs). Whatever TRL makes of logprobs and entropies holds as it is.
 
 A generation batch that is one optimizer step and fits into one pass is not run again: its scoring pass keeps its graph.
 
@@ -28,9 +28,9 @@ from trl import GRPOTrainer
 from learner.passes import attention
 from learner.passes.lora_product import written_once
 from learner.passes.packing import PackedPass, Row, plan_passes, rows_of
-from learner.trainer.at_begin import forget_at_begin
+from learner.trainer.between_trainings import forget_between_trainings
 from learner.trainer.forks import Forks
-from learner.trainer.kept_pass import KeptPass, keeps_passes
+from learner.trainer.kept_pass import Keeping, KeptPass
 from learner.trainer.memory import let_segments_grow
 from learner.trainer.padding import width_dependent_ropes
 from learner.utils.gpu_memory import free_bytes
@@ -43,7 +43,7 @@ ENTROPIES = "lockstep_entropies"
 #: Tokens of one pass where nothing else is set: at first, and the most that a GPU's memory is found to have room for.
 #: A CPU has no use for larger passes, nor has a GPU, except where the model is narrow: up to so many hidden numbers it
 #: computes a pass faster than it is launched.
-_FIRST_TOKENS, _MOST_TOKENS, _MOST_NUMBERS = 2048, 8192, 2**24
+_FIRST_TOKENS, _MOST_TOKENS, _MOST_HIDDEN = 2048, 8192, 2**24
 #: Share of the free memory that a pass may take: batches differ, and there is more than this process.
 _OF_FREE = 0.6
 #: Rows of the first batch that are scored both ways, and the largest mean difference in nats, by bytes of an element.
@@ -116,6 +116,9 @@ class PackedScoring:
         max_tokens: of one pass; None: found out. Not kept where weights are sharded: there every rank makes one pass a
             micro-batch, because ranks gather weights together.
         is_random: see `score_packed`.
+
+    Attributes:
+        scores_apart: the last generation batch was scored in passes of its own, or its reference was.
     """
 
     def __init__(
@@ -140,8 +143,9 @@ class PackedScoring:
         self._inputs: dict[str, Any] | None = None
         # While TRL makes a generation batch: logprobs, entropies, and the pass if it is kept.
         self._scored: list[tuple[torch.Tensor, torch.Tensor, KeptPass | None]] | None = None
-        self._keeps = keeps_passes(trainer) and not is_random
+        self._keeping = None if is_random or self.sharded else Keeping(trainer)
         self._kept: KeptPass | None = None
+        self.scores_apart = True
         self._known_at: int | None = None  # the step at which the present generation batch was scored
         self._owed: list[_Owed] = []
         self._plain = trainer._get_per_token_logps_and_entropies
@@ -149,7 +153,7 @@ class PackedScoring:
         trainer._generate_and_score_completions = self._keeping_entropies(trainer._generate_and_score_completions)
         trainer._compute_loss = self._seeing_inputs(trainer._compute_loss)
         trainer.training_step = self._with_backward(trainer.training_step)
-        forget_at_begin(trainer, self.forget)
+        forget_between_trainings(trainer, self.forget)
 
     def score(
         self,
@@ -188,7 +192,7 @@ class PackedScoring:
         if not torch.is_grad_enabled():
             if self._scored is None:
                 return *self._score_all(model, rows, logits_to_keep, batch_size), None
-            kept = self._keep(model, rows)
+            kept = self._keep(model, rows) if self._keeping and self._keeping.keeps else None
             if kept:
                 logps, entropies = _scatter([(kept.packed, _detached(kept.values))], len(rows), logits_to_keep)
             else:
@@ -211,13 +215,10 @@ class PackedScoring:
         return logps, entropies, None
 
     def _keep(self, model: Any, rows: list[Row]) -> KeptPass | None:
-        """Score rows in one pass that keeps its graph; None if they may need several, or it may be of no use."""
-        # How much memory a pass needs is found out by one that is run again.
-        unknown = self._finds_out and self._tokens(rows) >= _FIRST_TOKENS // 2
-        if not self._keeps or unknown:
-            return None
+        """Score rows in one pass that keeps its graph; None if they need several."""
         passes = plan_passes(rows, self._max_tokens, self._trainer.accelerator.device)
-        if len(passes) > 1:
+        # How much memory a pass needs is found out by one that is run again.
+        if len(passes) > 1 or (self._finds_out and passes[0].input_ids.numel() >= _FIRST_TOKENS // 2):
             return None
         self._attend(packed=True)
         try:
@@ -361,8 +362,11 @@ class PackedScoring:
             if not self._trainer.model.training or self.sharded or self._is_random:
                 return generate(inputs)
             self._scored, self._kept = [], None
+            if self._keeping:
+                self._keeping.look()
             try:
                 batch = generate(inputs)
+                self.scores_apart = any(kept is None for *_, kept in self._scored)
                 # A reference model may have been scored after the policy.
                 for logps, entropies, kept in self._scored:
                     if logps is batch.get("old_per_token_logps"):
@@ -400,6 +404,8 @@ class PackedScoring:
                 raise
             finally:
                 self._attend(packed=False)
+                if self._trainer.accelerator.sync_gradients:
+                    self._kept = None
 
         return step_and_backward
 
@@ -414,7 +420,7 @@ def pass_tokens(tokens: int, needed: int, free: int, hidden: int) -> int:
         assert pass_tokens(1000, needed=2 * 2**30, free=10 * 2**30, hidden=4096) == 2816
     """
     fitting = _OF_FREE * free * tokens / max(needed, 1)
-    return int(min(max(fitting, 256), max(_MOST_TOKENS, _MOST_NUMBERS // hidden))) // 256 * 256
+    return int(min(max(fitting, 256), max(_MOST_TOKENS, _MOST_HIDDEN // hidden))) // 256 * 256
 
 
 class _Leaf(torch.autograd.Function):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from learner.trainer.at_begin import forget_at_begin
+from learner.trainer.between_trainings import forget_between_trainings
 
 logger = logging.getLogger("lockstep.passes")
 
@@ -111,7 +111,7 @@ def keep_old_values(trainer: GRPOTrainer) -> None:
     trainer._generate_and_score_completions = generate_and_note
     trainer._compute_loss = compute_noted
     trainer._get_per_token_logps_and_entropies = score_known
-    forget_at_begin(trainer, known.forget)
+    forget_between_trainings(trainer, known.forget)
 
 
 class _Known:

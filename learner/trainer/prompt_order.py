@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
@@ -14,7 +15,7 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from trl import GRPOTrainer
 
 from learner.rollouts.schedule import Schedule
-from learner.trainer.images import image_rows, token_ids
+from learner.trainer.images import image_rows, sees_images, token_ids
 
 
 def indexable(trainer: GRPOTrainer) -> bool:
@@ -67,7 +68,9 @@ class TrlPrompts:
     def rows(self, batch: int) -> list[dict[str, Any]]:
         dataset, rows = self._trainer.train_dataset, rows_of_rank(self._trainer)
         indices = self._indices(batch, batch)[batch][rows.start : rows.stop]
-        own = {index: dataset[index] for index in dict.fromkeys(indices)}
+        own = {index: dataset[index] for index in dict.fromkeys(indices)}  # read once: Arrow takes its time
+        if not sees_images(self._trainer):  # a reward may write into its row
+            return [copy.deepcopy(own[index]) for index in indices]
         return image_rows(self._trainer, [dict(own[index]) for index in indices])
 
     def spare_rows(self, batch: int, count: int) -> list[dict[str, Any]]:

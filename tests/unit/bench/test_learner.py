@@ -86,7 +86,7 @@ def test_the_difference_of_updates() -> None:
 def answer(step_s: float, ranks: int) -> dict[str, Any]:
     memory = [{"allocated_gib": 10.0 + rank, "reserved_gib": 20.0} for rank in range(ranks)]
     steps = [[9.0, 1.0], [8.0, 1.0], *([step_s, 1.0] for _ in range(3))]
-    about = {"weights": 10, "peak_flops": 1e6, "model": "M", "fsdp_units": 0}
+    about = {"weights": 10, "scores_apart": True, "peak_flops": 1e6, "model": "M", "fsdp_units": 0}
     return {"steps": steps, "tokens": [100] * 5, "memory": memory, **about}
 
 

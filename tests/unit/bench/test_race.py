@@ -127,10 +127,9 @@ def test_rows_become_a_file_tables_and_a_picture(tmp_path: Path) -> None:
 def test_a_peer_whose_seeds_differ_has_two_shares() -> None:
     """Its seeds end at 0.4 and 0.8: it has 0.6 at its end, and less the spread of 0.28 long before."""
     peer = [row(TRL, 1, 0.2, 0.4, 0.4, seconds=4.0), row(TRL, 2, 0.2, 0.4, 0.8, seconds=4.0)]
-    shares = against([*(row(S1, seed, 0.2, 0.6, 0.6) for seed in (1, 2)), *peer], S1, TRL)
-    assert shares["seconds"] == pytest.approx(5 / 40)
-    target = 0.6 - 0.08**0.5
-    assert shares["seconds_to_target"] == pytest.approx((target - 0.2) / 0.4 * 5 / ((target - 0.2) / 0.2 * 20))
+    shares = against([*(row(S1, seed, 0.2, 0.7, 0.7) for seed in (1, 2)), *peer], S1, TRL)
+    assert shares["seconds"] == pytest.approx(4 / 40)
+    assert shares["seconds_to_target"] == pytest.approx((5 / 0.5) / (20 / 0.2))  # on the first of their lines
 
 
 def test_nothing_measured_has_a_table_too() -> None:

@@ -1,4 +1,4 @@
-"""What hooks have to forget when their trainer trains again."""
+"""What hooks have to forget between two trainings of their trainer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 
-def forget_at_begin(trainer: Trainer, forget: Callable[[], object]) -> None:
+def forget_between_trainings(trainer: Trainer, forget: Callable[[], object]) -> None:
     """Call `forget` when a training begins: steps count from 0 again, so one of before would be taken for the present.
 
-    TRL goes on with the rows that were left of a generation batch.
+    TRL goes on with the rows that were left of a generation batch. And when it ends: a step that a callback has stopped
+    leaves tensors behind.
     """
-    known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _AtBegin)]
+    known = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _Forgetting)]
     if not known:  # transformers warns of a second callback of a class
-        known = [_AtBegin()]
+        known = [_Forgetting()]
         trainer.add_callback(known[0])
     known[0].actions.append(forget)
 
 
-class _AtBegin(TrainerCallback):
+class _Forgetting(TrainerCallback):
     def __init__(self) -> None:
         self.actions: list[Callable[[], object]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for forget in self.actions:
+            forget()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for forget in self.actions:
             forget()
