@@ -16,6 +16,7 @@ from learner.commands import doctor, export, four_bit_base, init, runs, status, 
 from learner.commands import eval as eval_command
 from learner.config import LearnerConfig
 from rollout_server.api.app import build_app
+from rollout_server.api.bodies import IGNORED
 from rollout_server.api.security.roles import OPEN, SESSION_CALLS, VLLM_ROUTES, role_needed
 from rollout_server.settings import ServerSettings
 from shared.errors import ErrorCode, error_class
@@ -82,8 +83,16 @@ def http_page() -> str:
                     parts.append(f"{title}: [{name}](#{name.lower()})")
                     used |= _mentioned(name, models)
     parts.append("## vLLM's routes")
-    parts.append("As vLLM documents them. `model` is `policy` or `policy:RUN_ID` for an adapter, or the base's name.")
+    parts.append(
+        "As vLLM documents them. `model` is `policy` or `policy:RUN_ID` for an adapter, or the base's name. Fields of "
+        "OpenAI's clients and of earlier versions of vLLM that vLLM would ignore are refused by name, where the answer "
+        f"would be another one: {', '.join(f'`{name}`' for name in IGNORED)}, `guided_*`."
+    )
     parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
+    parts.append(
+        "`/tokenizer_info` is there with `--enable-tokenizer-info-endpoint`, `/start_profile` and `/stop_profile` with "
+        "`--profiler-config`. Responses are kept only with `VLLM_ENABLE_RESPONSES_API_STORE=1`."
+    )
     parts.append(
         f"Below `{SESSION}`, or with the token of a session, these are calls of that session ([agents.md](agents.md)), "
         "which take any `model`: `POST " + "`, `POST ".join(SESSION_CALLS) + "`."
@@ -91,7 +100,8 @@ def http_page() -> str:
     parts.append("## Errors")
     parts.append(
         'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do. A '
-        "line that ends a stream of NDJSON early has the same form. What vLLM's routes refuse themselves has vLLM's."
+        "line that ends a stream of NDJSON early has the same form. What vLLM's routes refuse themselves has vLLM's, "
+        "but for what its engine refuses of a stream."
     )
     parts.append(_table(("code", "status"), ((f"`{c.value}`", str(error_class(c).status)) for c in ErrorCode)))
     parts.append("## Bodies")

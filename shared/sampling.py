@@ -14,6 +14,8 @@ from shared.structured_outputs import check_structured_outputs
 
 _Words = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(fail_fast=True, max_length=1024)]
 _TokenIds = Annotated[list[Count], Field(fail_fast=True, max_length=2**20)]
+#: Larger ones are infinite in 32 bits: no token would have a probability.
+_Bias = Annotated[float, Field(le=1e38)]
 
 #: vLLM raises lower ones to this; 0 is greedy.
 LEAST_TEMPERATURE = 0.01
@@ -58,7 +60,9 @@ class SamplingParams(FewFields):
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, gt=0.0)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="-1: none, as in vLLM")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="of the first completion, the next one has the next; -1: none"
+    )
     max_tokens: int | None = Field(16, ge=1, lt=2**31, description="None: as long as the model's context allows")
     min_tokens: int = Field(0, ge=0, lt=2**31)
     stop: _Words = Field([])
@@ -67,7 +71,7 @@ class SamplingParams(FewFields):
     include_stop_str_in_output: bool = False
     bad_words: _Words = Field([])
     allowed_token_ids: _TokenIds | None = None
-    logit_bias: Annotated[dict[Count, float], Field(fail_fast=True, max_length=2**20)] | None = None
+    logit_bias: Annotated[dict[Count, _Bias], Field(fail_fast=True, max_length=2**20)] | None = None
     structured_outputs: StructuredOutputs | None = None
 
     @property
@@ -93,6 +97,11 @@ class SamplingParams(FewFields):
             raise ValueError(f"n={self.n} with temperature=0: greedy completions are all the same; use n=1")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is empty: no token could be sampled")
+        if self.min_tokens and self.allowed_token_ids and set(self.allowed_token_ids) <= set(self.stop_token_ids):
+            raise ValueError(
+                f"min_tokens={self.min_tokens}, and all of allowed_token_ids are in stop_token_ids: no token could be "
+                "sampled"
+            )
         if any(not word for word in self.stop):
             raise ValueError("stop contains an empty string: every completion would end at once")
         if self.include_stop_str_in_output and not self.stop:

@@ -21,6 +21,8 @@ SECTIONS = ("env", "server")
 
 _TAG = "tag:yaml.org,2002:"
 _WORD = "!word"
+#: Kinds of scalars that are no names: neither Python nor JSON would keep them as they are written.
+_NO_NAME = tuple(_TAG + kind for kind in ("null", "bool", "int", "float"))
 #: Where the first characters of a scalar allow it, the first pattern that matches decides what it is; else it is text.
 _PLAIN: tuple[tuple[str, str, str | None], ...] = (
     (_TAG + "null", r"~|null|Null|NULL|", None),
@@ -44,6 +46,12 @@ class _Loader(yaml.SafeLoader):
                 raise _refusal(key, f"{key.value} is there twice: leave one out")
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag in _NO_NAME:
+                raise _refusal(key, f"the name {key.value or 'null'} must be text: put it in quotes")
+        return super().construct_mapping(node, deep)
+
 
 def _refuse_word(_: Any, node: yaml.ScalarNode) -> Any:
     raise _refusal(node, f"{node.value} may be text or a boolean: write true or false, or put it in quotes")
@@ -57,7 +65,7 @@ _Loader.add_constructor(_WORD, _refuse_word)
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Return the options in a YAML file by name, with underscores: text, None, lists of these, or a dict.
 
-    Values inside a dict have the types that YAML 1.2 gives them; those of `env` are text.
+    Values inside a dict have the types that YAML 1.2 gives them; those of `env` are the text that was written.
 
     Raises:
         InvalidRequest: no readable YAML mapping, an option given twice, an ambiguous word, or an environment that
@@ -107,14 +115,22 @@ def _value(loader: _Loader, node: yaml.Node) -> Any:
 
 
 def _environment(loader: _Loader, node: yaml.Node) -> dict[str, str]:
-    """Return environment variables; refuse what the system would not take."""
-    found = _value(loader, node) or {}
-    if not isinstance(found, dict):
+    """Return environment variables, each with the text that was written; refuse what the system would not take."""
+    if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null":
+        return {}
+    if not isinstance(node, yaml.MappingNode):
         raise _refusal(node, "env must hold one `VARIABLE: value` a line")
-    variables = {str(name): str(value) for name, value in found.items()}
-    for name, value in variables.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise _refusal(node, f"env: {name!r} cannot be set: a variable's name is not empty and holds no =")
+    loader.flatten_mapping(node)
+    variables: dict[str, str] = {}
+    for key, value in node.value:
+        name, text = _value(loader, key), _value(loader, value)
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise _refusal(key, f"env: {name!r} cannot be set: a variable's name is not empty and holds no =")
+        if not isinstance(text, str):
+            raise _refusal(value, f'env: {name} must be text: write one value, or "" for an empty one')
+        if "\0" in text:
+            raise _refusal(value, f"env: {name!r} cannot be set: it holds a zero byte")
+        variables[name] = text
     return variables
 
 

@@ -234,7 +234,10 @@ def _weight_bytes(model: object) -> float | None:
         return None
     index = folder / INDEX_FILE
     if index.is_file():
-        return float(json.loads(index.read_text()).get("metadata", {}).get("total_size", 0)) or None
+        try:
+            return float(json.loads(index.read_text())["metadata"]["total_size"]) or None
+        except (OSError, ValueError, KeyError, TypeError):  # what is wrong with it, loading the model says
+            return None
     return float(sum(path.stat().st_size for path in weight_files(folder))) or None
 
 
@@ -305,6 +308,9 @@ def _check_model(model: str, revision: str | None) -> str:
         found = json.loads(config.read_text())
     except ValueError as error:
         raise InvalidRequest(f"{config} is not JSON ({error}): copy the model again") from error
+    names = found.get("architectures") or ["an unknown architecture"] if isinstance(found, dict) else None
+    if not isinstance(names, list):
+        raise InvalidRequest(f"{config} is no model's configuration: copy the model again")
     if not weight_files(Path(model)):
         raise InvalidRequest(f"{model} has no *.safetensors: convert it (save_pretrained does), or take another copy")
     if not (Path(model) / "tokenizer_config.json").is_file():
@@ -314,7 +320,7 @@ def _check_model(model: str, revision: str | None) -> str:
         if encoders(found)
         else ""
     )
-    return f"{model}: {', '.join(found.get('architectures') or ['an unknown architecture'])}{only_text}"
+    return f"{model}: {', '.join(map(str, names))}{only_text}"
 
 
 def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from learner.evaluation.results import EvalResult, comparison_document, comparis
 from learner.evaluation.temporary_run import temporary_run
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
-from learner.utils.atomic import check_writable
+from learner.utils.atomic import check_writable, write_atomically
 from learner.utils.logs import show_messages
 from learner.utils.processes import Stopped, stop_on_signals
 from shared.errors import InvalidRequest
@@ -121,8 +121,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{task.name}, {results[0].questions} questions, mean reward with 95% intervals")
     print("\n".join(comparison_table(results)))
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(comparison_document(results), indent=2, allow_nan=False))
+        document = json.dumps(comparison_document(results), indent=2, allow_nan=False)
+        write_atomically(Path(options.json), document + "\n")
     return 0
 
 
@@ -143,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="questions held out; as in training (default 128, or with --eval-dataset all that it has)",
     )
     add("--train-size", type=number(int, 1), help="training questions; as in training, where the split depends on it")
-    add("--seed", type=number(int), default=42, help="of the split; as in training (default %(default)s)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of the split; as in training (default %(default)s)")
     add("--limit", type=number(int, 1), help="ask only the first so many of these questions")
     add(
         "--policy",

@@ -106,8 +106,9 @@ def how_much(arrived: Arrived) -> str:
 
 
 def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
-    if any(source.absolute() == target for source in sources):
-        raise InvalidRequest(f"{target} is to be exported itself; choose another --out")
+    for source in sources:  # also through links and `..`: what is replaced is gone
+        if source.exists() and source.resolve().is_relative_to(target.resolve()):
+            raise InvalidRequest(f"{target} is, or holds, what is to be exported ({source}); choose another --out")
     if is_missing_or_empty(target):
         return
     if not force:

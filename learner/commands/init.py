@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from learner.commands.flags import Parser, either_spelling, number
-from learner.utils.atomic import write_atomically
+from learner.utils.atomic import check_writable, write_atomically
 from learner.utils.gpus import visible_gpus
 from shared.errors import InvalidRequest
 from shared.weights import served_rank
@@ -41,6 +42,12 @@ class Question:
     check: Callable[[str], Any] = str
 
 
+def _something(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("there is nothing in it")
+    return text
+
+
 def _place(text: str) -> str:
     if text not in PLACES:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PLACES)}")
@@ -63,8 +70,12 @@ def _needs_reward(answers: dict[str, Any]) -> bool:
 
 
 QUESTIONS = (
-    Question("model", "base model: a directory, or a name on the hub"),
-    Question("task", "task: reasoning_gym:NAME, a JSONL, CSV or Parquet file, a hub dataset, or module:object"),
+    Question("model", "base model: a directory, or a name on the hub", check=_something),
+    Question(
+        "task",
+        "task: reasoning_gym:NAME, a JSONL, CSV or Parquet file, a hub dataset, or module:object",
+        check=_something,
+    ),
     Question("prompt-column", "column with the prompt", lambda _: "prompt", _needs_reward),
     Question(
         "reward",
@@ -88,11 +99,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code."""
     options = make_parser().parse_args(argv)
     out = Path(options.out)
-    if out.exists() and not options.force:
+    if out.is_file() and not options.force:
         raise InvalidRequest(f"--out {out} exists: give another name, or --force")
+    check_writable(out, "--out")
     answers = _answers(vars(options), ask=sys.stdin.isatty() and not options.yes)
     write_atomically(out, recipe(answers, out))
-    print(f"{out} is written; start it with: learner up --config {out}")
+    print(f"{out} is written; start it with: learner up --config {shlex.quote(str(out))}")
     return 0
 
 
@@ -159,7 +171,7 @@ def recipe(answers: dict[str, Any], path: Path) -> str:
     server = {"enforce_eager": True, "max_num_seqs": 64} if on_cpu else {}
     sections: list[tuple[str, dict[str, Any]]] = [
         (
-            f"Written by `learner init`. Both halves on this machine: learner up --config {path}\n"
+            f"Written by `learner init`. Both halves on this machine: learner up --config {shlex.quote(str(path))}\n"
             "# With rollout servers elsewhere: learner train --config FILE --rollout_url http://HOST:8000",
             options,
         ),

@@ -20,7 +20,7 @@ from learner.commands.flags import Parser, either_spelling, number
 from learner.monitors.charts import sparkline
 from learner.monitors.page_server import serve_page
 from learner.monitors.run_reader import find_runs
-from learner.run_dir.files import HISTORY_FILE, LEASE_FILE, LOGS_FILE, SUMMARY_FILE, finite, read_lines
+from learner.run_dir.files import HISTORY_FILE, LEASE_FILE, LOGS_FILE, SUMMARY_FILE, finite, is_step, read_lines
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.servers.discovery import ServerDiscovery
@@ -134,14 +134,15 @@ def read_progress(run_dir: Path) -> RunProgress | None:
     if not run_dir.is_dir():
         raise InvalidRequest(f"run_dir {run_dir} is not a directory; give a run's output_dir")
     history, summary = run_dir / HISTORY_FILE, run_dir / SUMMARY_FILE
-    rows = read_lines(history)
+    # Other programs keep a file of this name, too.
+    rows = [row for row in read_lines(history) if is_step(row.get("max_steps"))]
     if not rows:
         return None
     evals = [row for row in read_lines(run_dir / LOGS_FILE) if finite(row.get("eval_reward")) is not None]
     last, evaluated = rows[-1], evals[-1] if evals else {}
     try:
         run_id = json.loads((run_dir / LEASE_FILE).read_text())["run_id"]
-    except (OSError, ValueError, KeyError):  # only the owner of the files may read it
+    except (OSError, ValueError, KeyError, TypeError):  # only the owner of the files may read it
         run_id = None
     return RunProgress(
         run_id=run_id,
@@ -205,7 +206,11 @@ def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[s
         ("waited s", last.get("wait_seconds"), "{:.1f}"),
         ("gap", last.get("logprob_gap"), "{:.1e}"),
     ]
-    return [*lines, "        " + "  ".join(f"{n} {form.format(v)}" for n, v, form in facts if v is not None), ""]
+    return [
+        *lines,
+        "        " + "  ".join(f"{n} {form.format(v)}" for n, v, form in facts if finite(v) is not None),
+        "",
+    ]
 
 
 def server_lines(servers: Sequence[ServerRow], sources: Sequence[str]) -> list[str]:

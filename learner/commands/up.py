@@ -2,8 +2,9 @@
 
 Both come from one recipe. Every flag of `learner train` is taken too. The server gets a GPU of its own, or takes turns
 with the learner on one (`share_gpu: true`), or runs on the CPU (`use_cpu: true`). Its own flags stand under `server:`
-in the recipe; `gpus` there chooses its GPUs. The run's page is served on 127.0.0.1, at port 8700 or a free one, or at
-`--page_port`. The same command goes on where an interrupted training stopped.
+in the recipe, where `gpus` chooses its GPUs, and variables of both under `env:`. Of several files, a later one changes
+single lines of these. The run's page is served on 127.0.0.1, at port 8700 or a free one, or at `--page_port`. The same
+command goes on where an interrupted training stopped.
 
 With `--cluster` Ray places servers and learner on the machines of a cluster, and starts servers again where they fail
 (docs/scaling.md).

@@ -144,16 +144,18 @@ def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
     files = [find_recipe(name) for name in options.config or ()]
     written = [*(word for path in files for word in ("--config", str(path))), *flags]
     given: dict[str, Any] = {}
+    server: dict[str, Any] = {}
+    environment: dict[str, str] = {}
     for path in files:
-        given |= read_config_file(path)
+        own = read_config_file(path)
+        # A later file changes single lines of these, as the learner reads them.
+        server |= _server_section(own.pop("server", None))
+        environment |= own.pop("env", {})
+        given |= own
     for name, value in _values(flags).items():
         if name not in training.options() and name not in ADDRESS and (flag := server_flag(name, value)):
             raise InvalidRequest(f"--{name} belongs to the server: give --server-flags {shlex.quote(flag)}")
         given[name] = None if is_none(value) else value
-    server = given.get("server") or {}
-    if not isinstance(server, dict):
-        raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
-    server = {name.replace("-", "_"): value for name, value in server.items()}
     if given.get("rollout_url"):
         raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
     if not given.get("model_name_or_path"):
@@ -162,7 +164,18 @@ def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
-    return Recipe(options, given, server, written, output_dir, given.get("env", {}))
+    return Recipe(options, given, server, written, output_dir, environment)
+
+
+def _server_section(section: Any) -> dict[str, Any]:
+    """Return the server's flags in a file by name, with underscores; raises `invalid_request` for anything else."""
+    if section is not None and not isinstance(section, dict):
+        raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
+    values = section or {}
+    names = [name.lstrip("-").replace("-", "_") for name in values]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidRequest(f"server: {twice[0]} is there twice, with dashes and with underscores: leave one out")
+    return dict(zip(names, values.values(), strict=True))
 
 
 def _values(flags: Sequence[str]) -> dict[str, str]:
@@ -242,7 +255,7 @@ def adapter_rank(given: Mapping[str, Any]) -> int:
         rank = max([int(own["r"]), *map(int, (own.get("rank_pattern") or {}).values())])
         served_rank(rank)
         return rank
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise InvalidRequest(
             f"the adapter's rank (lora_r, lora_kwargs, init_adapter) cannot be told: {error}"
         ) from error

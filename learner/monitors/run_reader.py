@@ -12,7 +12,7 @@ from typing import Any
 from learner.monitors.run_page import RunView
 from learner.monitors.run_table import StepTable
 from learner.monitors.samples import read_batches
-from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SAMPLES_FILE, STATE_FILE, SUMMARY_FILE
+from learner.run_dir.files import HISTORY_FILE, LOGS_FILE, SAMPLES_FILE, STATE_FILE, SUMMARY_FILE, is_step
 
 #: Runs of a folder that are listed: the newest.
 RUNS = 50
@@ -70,14 +70,13 @@ class RunReader:
             view.state = "finished"  # of a run without a page of its own
 
     def _read_state(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # other programs have a file of this name, too
             state = json.loads((self._folder / STATE_FILE).read_text(errors="replace"))
-            for name in ("run_id", "model", "state"):
-                setattr(self.view, name, str(state[name]))
-            self.view.servers = [row for row in state["servers"] if isinstance(row, dict)]
-            self.view.settings = {
-                k: dict(rows) for k, rows in dict(state["settings"]).items() if isinstance(rows, dict)
-            }
+            run_id, model, now = (str(state[name]) for name in ("run_id", "model", "state"))
+            servers = [row for row in state["servers"] if isinstance(row, dict)]
+            settings = {k: dict(rows) for k, rows in dict(state["settings"]).items() if isinstance(rows, dict)}
+            view = self.view
+            view.run_id, view.model, view.state, view.servers, view.settings = run_id, model, now, servers, settings
 
     def _changed(self, name: str) -> bool:
         before, self._seen[name] = self._seen.get(name), _stamp(self._folder / name)
@@ -114,17 +113,13 @@ class _Tail:
         for line in whole.splitlines():
             with suppress(ValueError):
                 row = json.loads(line)
-                if isinstance(row, dict) and _is_step(row.get("step")):
+                if isinstance(row, dict) and is_step(row.get("step")):
                     rows.append(row)
         return rows
 
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (HISTORY_FILE, STATE_FILE))
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

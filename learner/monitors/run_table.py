@@ -66,7 +66,8 @@ class StepTable:
     def add_step(self, report: Mapping[str, Any]) -> None:
         """Add a row of `metrics.jsonl`, see `learner.step_metrics.StepReport`."""
         drift = report.get("drift")
-        values = {**report, **{f"drift_{name}": value for name, value in (drift or {}).items()}}
+        parts = drift.items() if isinstance(drift, Mapping) else ()
+        values = {**report, **{f"drift_{name}": value for name, value in parts}}
         values.update(self._derived(values))
         self.steps += 1
         for name in ("seconds", "wait_seconds"):

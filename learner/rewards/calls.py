@@ -14,6 +14,7 @@ from typing import Any
 
 import cloudpickle
 
+from learner.utils.processes import Stopped
 from shared.errors import InvalidRequest, LockstepError
 
 #: TRL keeps rewards in float32, where the variance of a group of larger ones, or of their weighted sums, is infinite.
@@ -149,13 +150,15 @@ def raising_by_name(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except LockstepError:
+    except (LockstepError, KeyboardInterrupt, Stopped, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:  # sys.exit() in a reward function must not end a training
+    except BaseException as error:  # sys.exit() in a reward function must not end a training, nor a panic of Rust
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
-            f"the reward {name!r} raised {type(error).__name__}: {' '.join(str(error).split()):.500} (in {place.name}, "
-            f"{place.filename}:{place.lineno}; LOCKSTEP_TRACEBACK=1 shows the traceback)"
+            f"the reward {name!r} raised {type(error).__name__}: {' '.join(_written(str, error).split()):.500} (in "
+            f"{place.name}, {place.filename}:{place.lineno}; LOCKSTEP_TRACEBACK=1 shows the traceback)"
         ) from error
 
 
@@ -167,13 +170,31 @@ def _number(name: str, reward: Any, prompt: Any, row: str) -> float:
     if abs(number) <= MAX_REWARD:
         return number
     raise RewardError(
-        f"the reward {name!r} returned {reward!r:.60} for {row} (prompt: {str(prompt)!r:.120}): return a number within "
-        f"±{MAX_REWARD:g}, or None to leave the completion out"
+        f"the reward {name!r} returned {_written(repr, reward):.60} for {row} (prompt: {str(prompt)!r:.120}): return a "
+        f"number within ±{MAX_REWARD:g}, or None to leave the completion out"
     )
 
 
 def _is_list(rewards: Any) -> bool:
-    return isinstance(rewards, Iterable) and not isinstance(rewards, str | bytes | Mapping)
+    """Return whether these have an order, which sets have not."""
+    return isinstance(rewards, Iterable) and not isinstance(rewards, str | bytes | Mapping | set | frozenset)
+
+
+def _written(how: Callable[[Any], str], value: Any) -> str:
+    """Return `str` or `repr` of an object of the user's, whose own may fail."""
+    try:
+        return how(value)
+    except Exception as error:
+        return f"({how.__name__}() of {type(value).__name__} raised {type(error).__name__})"
+
+
+def _is_cancelled() -> bool:
+    """Return whether the present task is cancelled from outside."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # outside of an event loop
+        return False
+    return task is not None and task.cancelling() > 0
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:

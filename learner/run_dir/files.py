@@ -50,23 +50,35 @@ class JsonLines:
             stream.write(json.dumps(entry) + "\n")
 
 
+def is_step(value: Any) -> bool:
+    """Return whether a value can be the number of a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a `JsonLines` file, or none if it does not exist.
 
-    Skips lines cut off by a kill or a full disk, together with what was later appended to the same line.
+    Skips lines cut off by a kill or a full disk, together with what was later appended to the same line, and objects of
+    no step, such as another program's.
     """
     entries = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry:
+            if isinstance(entry, dict) and is_step(entry.get("step")):
                 entries.append(entry)
     return entries
 
 
 def finite(value: Any) -> float | None:
     """Return `value` as a float, or None if it is not a finite number."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond 64-bit floats
+        return None
+    return number if math.isfinite(number) else None
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:

@@ -32,6 +32,9 @@ def load_lease(output_dir: str | Path, run_id: str | None) -> Lease:
     if path.is_file():
         try:
             kept = Lease(**json.loads(path.read_text()))
+            for name, kind in (("run_id", str), ("secret", str), ("fence", int)):
+                if type(getattr(kept, name)) is not kind:
+                    raise TypeError(f"{name} is {getattr(kept, name)!r:.40}")
         except (ValueError, TypeError) as error:
             raise InvalidRequest(
                 f"{path} is damaged ({error}); remove it and give {option('takeover', True)}, or a new output_dir"

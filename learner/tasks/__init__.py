@@ -76,6 +76,11 @@ def load_task(
             raise TaskError(
                 "--eval_dataset is for files and datasets; reasoning_gym tasks hold out questions themselves"
             )
+        if prompt_column != "prompt":
+            raise TaskError(
+                f"--prompt_column {prompt_column} is for files and datasets; reasoning_gym tasks make their prompts "
+                "(prompt_template in task_args words them)"
+            )
         return load_gym_task(name, task_args or {}, **common | {"eval_size": size_held_out(eval_size)})
 
     common |= {"eval_dataset": eval_dataset, "prompt_column": prompt_column}

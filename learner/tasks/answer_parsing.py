@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable
 
 # Commas count as thousands separators only. A minus sign belongs to the number unless it follows a digit or a closing
-# bracket, where it is a subtraction.
-_NUMBER = re.compile(r"(?:(?<![\d.)\]])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+# bracket, where it is a subtraction. A point begins a number unless it follows a letter, a digit or another point.
+_NUMBER = re.compile(r"(?:(?<![\d.)\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.)\]])\.\d+)")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def last_number(text: str) -> str | None:
-    """Return the last number in the text, without thousands separators: "7" for "so 3 + 4 = 7."."""
+    """Return the last number in the text, without thousands separators: "7" for "so 3 + 4 = 7.", "0.5" for ".5"."""
     numbers = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
-    return numbers[-1].replace(",", "") if numbers else None
+    return re.sub(r"^(-?)\.", r"\g<1>0.", numbers[-1].replace(",", "")) if numbers else None
 
 
 def tagged(text: str) -> str | None:

@@ -252,7 +252,7 @@ def check_parts(prompt: Any, *, images: bool = True) -> None:
         if not isinstance(message, Mapping):
             raise TaskError(f'{message!r:.60} is no message: write {{"role": "user", "content": ...}}')
         content = message.get("content")
-        if isinstance(content, Mapping):
+        if not isinstance(content, str | list | None):
             raise TaskError(f"the content of a message is {content!r:.60}: write text, or a list of parts")
         for part in content if isinstance(content, list) else ():
             _check_part(part, images=images)

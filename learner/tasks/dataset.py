@@ -141,6 +141,14 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
                 )
         except TaskError as error:
             raise TaskError(f"{spec}, row {i + 1}: {error.message}") from error
+    for name in ("completion", *(["prompt"] if prompt_column != "prompt" else ())):
+        if name in rows.column_names:
+            logger.warning(
+                "%s: reward functions do not get the column %r, whose name TRL has for its own: rename it if they "
+                "read it",
+                spec,
+                name,
+            )
     prompted = exact_dataset({"prompt": prompts}, spec)
     others = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
     # A table without columns has no rows either.

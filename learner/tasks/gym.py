@@ -43,9 +43,11 @@ def load_gym_task(
     generator_args = dict(task_args)
     style = PromptStyle.take_from(generator_args)
     answer = generator_args.pop("answer", "last_number")
-    if answer not in EXTRACTORS:
+    if answer not in tuple(EXTRACTORS):  # which may be of any type
         raise TaskError(f"answer {answer!r} is not one of {', '.join(EXTRACTORS)}")
-    partial_credit = bool(generator_args.pop("partial_credit", True))
+    partial_credit = generator_args.pop("partial_credit", True)
+    if not isinstance(partial_credit, bool):
+        raise TaskError(f"partial_credit {partial_credit!r} is neither true nor false")
     for reserved in ("seed", "size"):
         if reserved in generator_args:
             raise TaskError(
@@ -119,7 +121,16 @@ def _stream(name: str, args: dict[str, Any], label: str) -> Iterator[Entry]:
         seed = random.Random(f"lockstep {label} {chunk}").randrange(2**31)
         generator = _create(name, args, seed)
         for i in range(CHUNK):
-            yield generator[i]
+            try:
+                entry = generator[i]
+            except TaskError:
+                raise
+            except Exception as error:  # of a generator that has checked its arguments in part
+                why = f"{type(error).__name__}: {error}"
+                raise TaskError(
+                    f"reasoning_gym:{name} with {args or 'its defaults'} makes no question: {why}"
+                ) from error
+            yield entry
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -27,6 +27,9 @@ class PromptStyle:
     def __post_init__(self) -> None:
         if self.prompt_format not in get_args(PromptFormat):
             raise TaskError(f"prompt_format {self.prompt_format!r} is not one of {', '.join(get_args(PromptFormat))}")
+        for name in ("system_prompt", "prompt_template"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TaskError(f"{name} {value!r:.80} is not text")
         if self.system_prompt is not None and self.prompt_format == "raw":
             raise TaskError("system_prompt needs prompt_format chat: raw text has no system message")
 

@@ -16,12 +16,15 @@ _WORD = re.compile(r"[A-Za-z]{3,}")
 
 def exact_match(
     prompts: list[Any], completions: list[Any], answer: list[Any] | None = None, **columns: Any
-) -> list[float]:
-    """Return 1 where the completion equals the column `answer`, ignoring surrounding white space; else 0."""
+) -> list[float | None]:
+    """Return 1 where the completion equals the column `answer`, ignoring surrounding white space; else 0.
+
+    None (no reward) where the row has no answer.
+    """
     if answer is None:
         raise TaskError(f"exact_match needs a column 'answer'; the dataset has {_names(columns)}")
     return [
-        float(completion_text(completion).strip() == str(gold).strip())
+        None if gold is None else float(completion_text(completion).strip() == str(gold).strip())
         for completion, gold in zip(completions, answer, strict=True)
     ]
 

@@ -36,6 +36,12 @@ _THEIRS = JsonLimits(values=2**19, strings=2**16, containers=2**15)
 _MAX_LIST = 4096
 #: Fields of earlier versions of vLLM, which now ignores them: completions would have no format, and nobody is told.
 _REMOVED = re.compile(r"guided_(json|regex|choice|grammar|decoding_backend|whitespace_pattern)")
+#: Fields of OpenAI's clients and of earlier versions of vLLM that vLLM ignores as well, and what does it instead.
+IGNORED = {
+    "best_of": "send n, and choose among the completions by their logprobs",
+    "functions": "send tools",
+    "logits_processors": "send logit_bias, bad_words or allowed_token_ids",
+}
 _TOKEN_LISTS = ("prompt", "tokens")
 _OUR_PATHS = (wire.GENERATE, wire.SCORE, wire.SESSIONS)
 _BELOW_OURS = (wire.RUN.format(run_id=""), wire.SESSION.format(session_id=""))
@@ -104,6 +110,10 @@ def _check_openai(document: dict[str, Any]) -> None:
                 '{"structured_outputs": {"choice": ["yes", "no"]}} (json, regex, choice, grammar), or response_format'
             )
         _check_lists(name, value)
+    for name, advice in IGNORED.items():
+        asked = document.get(name)
+        if asked and not (name == "best_of" and asked == (document.get("n") or 1)):
+            raise ValueError(f"{name} is no field of vLLM, and would have no effect: {advice}, or leave it out")
     forms = document.get("structured_outputs")
     if isinstance(forms, dict):
         known = ("regex", "choice", "grammar", "structural_tag")

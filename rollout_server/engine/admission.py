@@ -88,9 +88,14 @@ class Admission(AbstractContextManager["Admission"]):
         import msgspec  # vLLM's
 
         try:  # vLLM would keep the request's state for ever if it could not send it to its engine
-            msgspec.msgpack.encode(sampling_params, enc_hook=repr)
+            msgspec.msgpack.encode((sampling_params, request_id), enc_hook=repr)
         except OverflowError as error:
             raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"a sampling parameter or the request's id is no text: {error}") from error
+        _check_seeds(sampling_params)
+        allowed_ids = getattr(sampling_params, "allowed_token_ids", None)
+        allowed = None if allowed_ids is None else frozenset(allowed_ids)
         await self.settled()
         if self._run is not None and self._slot is not None:
             if not isinstance(prompt, dict):
@@ -110,11 +115,27 @@ class Admission(AbstractContextManager["Admission"]):
                             "the engine gave a completion up: nothing that its structured_outputs ask for may be "
                             "sampled; they contradict the other sampling parameters"
                         )
+                    if allowed is not None and not all(allowed.issuperset(each.token_ids) for each in output.outputs):
+                        raise InvalidRequest(
+                            "none of allowed_token_ids could be sampled: other sampling parameters exclude all of them "
+                            "(bad_words, or min_tokens, which holds tokens back that end a completion); allow more, or "
+                            "leave those out"
+                        )
                     yield output
             except versions.engine_dead_error() as error:
                 raise EngineDead(
                     "the engine died while this request was running; ask a server that is ready"
                 ) from error
+
+
+def _check_seeds(sampling_params: Any) -> None:
+    """Refuse a seed from which one of n completions would get -1, which is none to vLLM."""
+    seed, n = getattr(sampling_params, "seed", None), getattr(sampling_params, "n", 1)
+    if seed is not None and seed < -1 < seed + n:
+        raise InvalidRequest(
+            f"seed={seed} with n={n}: completion i is drawn with seed + i, and -1 is no seed; send one that is not "
+            "negative"
+        )
 
 
 class SessionHold:

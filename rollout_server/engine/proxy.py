@@ -73,6 +73,7 @@ class CallContext:
     wanted: WeightVersion | None = None  # the version that it insists on
     versions: dict[str, None] = field(default_factory=dict)  # it was admitted to, in order; `base` for the base model
     refusal: LockstepError | None = None  # why `EngineProxy` did not admit it
+    rejection: LockstepError | None = None  # why vLLM did not take it; its routes say so, but for streams
     format: Any = None  # structured outputs that have been checked
     session: SessionCalls | None = None  # says what is sampled from, and how, and records it
 
@@ -231,6 +232,9 @@ class EngineProxy:
                 call.refusal = error
                 # vLLM's routes report this form in theirs, where it comes too late for an error response of ours.
                 raise HTTPException(error.status, str(error)) from error
+            except versions.own_refusals() as error:
+                call.rejection = InvalidRequest(one_line(error))
+                raise
 
     def note_missing(self, model: str) -> None:
         """Note for the running call why there is no such model, which vLLM's route is about to refuse."""

@@ -90,7 +90,11 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
 
 
 def check_text(prompt: Any, context: int) -> None:
-    """Check that the text in all parts of a prompt is not too much for the tokenizer; raises `invalid_request`."""
+    """Check that the text in all parts of a prompt is text, and not too much for the tokenizer.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
     size, most = _measure(prompt, _utf8_bytes), max(_TEXT_BYTES, context * _TEXT_BYTES_PER_TOKEN)
     if size > most:
         raise InvalidRequest(f"a prompt has {size} bytes of text, and at most {most} are tokenized; cut it")
@@ -106,7 +110,13 @@ def _measure(part: Any, measure: Callable[[str], int]) -> int:
 
 
 def _utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    try:
+        return len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError as error:  # nor could it be sent to the engine, or back
+        raise InvalidRequest(
+            f"{text[max(error.start - 10, 0) : error.end]!r:.100} ends in half a character (a lone surrogate): text "
+            "was cut in the middle of one; cut it between characters, or leave the half out"
+        ) from error
 
 
 def checked(index: int, sequence: list[int], room: int, model_config: Any) -> list[int]:

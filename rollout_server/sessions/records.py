@@ -23,7 +23,7 @@ from typing import Any
 from rollout_server.engine.admission import Admission, SessionHold
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turn
-from rollout_server.generation.vllm_params import TRAINERS_FIELDS, overridden
+from rollout_server.generation.vllm_params import TRAINERS_FIELDS, overridden, to_vllm
 from rollout_server.sessions.recording import Recording
 from rollout_server.sessions.trajectories import Branch, Trajectories, continued
 from rollout_server.settings import ServerSettings
@@ -329,9 +329,11 @@ class Sessions:
         """Open a session on the version that serves the request.
 
         Raises:
-            LockstepError: `overloaded`, and as `EngineProxy.reached` and `EngineProxy.admit`.
+            LockstepError: `overloaded`; `invalid_request` where vLLM would refuse the sampling of every call; and as
+                `EngineProxy.reached` and `EngineProxy.admit`.
         """
         self._check_count()
+        to_vllm(request.sampling)
         await proxy.reached(request)
         await proxy.runs.admitting()
         proxy.capacity.check(0)

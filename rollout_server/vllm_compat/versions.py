@@ -181,10 +181,15 @@ def refusals() -> tuple[type[Exception], ...]:
 
     Its message format raises OverflowError for integers beyond 64 bits.
     """
+    return (ValueError, TypeError, OverflowError, *own_refusals())
+
+
+def own_refusals() -> tuple[type[Exception], ...]:
+    """Return those of `refusals` that are vLLM's own classes."""
     from vllm import exceptions
 
     own = [getattr(exceptions, name, None) for name in ("VLLMClientError", "VLLMValidationError")]
-    return (ValueError, TypeError, OverflowError, *(error for error in own if error is not None))
+    return tuple(error for error in own if error is not None)
 
 
 def copy_tokenizer(engine: Any) -> Any:

@@ -323,3 +323,20 @@ def test_what_is_no_port_is_named(setup, option, port):
 def test_errors_keep_their_code_out_of_the_text(setup, tmp_path):
     setup.options["model_name_or_path"] = str(tmp_path / "typo")
     assert not any(code.value in text for _, text in setup.wrong() for code in ErrorCode)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"architectures": "LlamaForCausalLM"}', '{"architectures": 5}'])
+def test_a_configuration_of_something_else_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+    finding = next(one for one in diagnose(["--model_name_or_path", str(tmp_path)]) if one.about == "model")
+    assert (finding.level, "config.json is no model's configuration" in finding.text) == (WRONG, True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": null}', '{"metadata": {"total_size": "x"}}'])
+def test_a_damaged_index_says_nothing_of_the_memory(tmp_path, monkeypatch, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    monkeypatch.setattr(doctor, "visible_gpus", lambda: [Gpu("0", "H200", 2**37, 0)])
+    found = [one for one in diagnose(["--model_name_or_path", str(tmp_path)]) if one.about == "GPU"]
+    assert [one.level for one in found] == ["ok"]

@@ -401,3 +401,28 @@ def test_a_tokenizer_is_exported_with_its_code(model_dir: Path, tmp_path: Path, 
     (tmp_path / "adapter" / "tokenization_own.py").write_text("")
     export(tmp_path / "adapter", tmp_path / "out")
     assert (tmp_path / "out" / "tokenization_own.py").is_file() == own
+
+
+@pytest.mark.parametrize("out", ["made", "adapter/../made", "link", "holds"])
+def test_what_is_exported_is_not_replaced(model_dir: Path, tmp_path: Path, out: str, capsys) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    made = tmp_path / "made"
+    export(tmp_path / "adapter", made)
+    (tmp_path / "link").symlink_to("made")
+    source = made
+    if out == "holds":
+        export(tmp_path / "adapter", tmp_path / "holds")
+        export(tmp_path / "adapter", source := tmp_path / "holds" / "inner")
+    before = (source / "adapter_model.safetensors").read_bytes()
+    assert main(["export", str(source), "--out", str(tmp_path / out), "--force", "--merge"]) == 2
+    assert "is, or holds, what is to be exported" in capsys.readouterr().err
+    assert (source / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_name_on_the_hub_is_no_directory_here(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    export("adapter", "Qwen", model="Qwen/Qwen3-0.6B")
+    assert Path("Qwen/adapter_config.json").is_file()

@@ -90,3 +90,16 @@ def test_what_is_missing_or_in_the_way(capsys: pytest.CaptureFixture[str]) -> No
     assert "recipe.yaml exists" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text() == "mine"
     assert main(["init", *FLAGS, "--force"]) == 0
+    assert main(["init", *FLAGS, "--out", "recipe.yaml/other.yaml"]) == 2
+    assert "cannot be written in" in capsys.readouterr().err
+    Path("folder").mkdir()
+    assert main(["init", *FLAGS, "--out", "folder", "--force"]) == 2
+    assert "--out folder is a directory" in capsys.readouterr().err
+    assert main(["init", "--model", " ", "--task", "reasoning_gym:chain_sum", "--force"]) == 2
+    assert "--model: there is nothing in it" in capsys.readouterr().err
+
+
+def test_the_command_is_one_for_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", *FLAGS, "--out", "my recipe.yaml"]) == 0
+    assert "learner up --config 'my recipe.yaml'\n" in capsys.readouterr().out
+    assert "learner up --config 'my recipe.yaml'\n" in Path("my recipe.yaml").read_text()

@@ -120,4 +120,8 @@ def test_what_is_left_out_is_asked_for(served, tmp_path: Path, capsys):
     assert "--run-dir" in capsys.readouterr().err
     assert _call("--end", "--run-dir", str(tmp_path)) == 2
     assert "no lease.json" in capsys.readouterr().err
+    for damage in ("[]", '{"run_id": "r", "secret": "s", "fence": "3"}', '{"run_id": 5, "secret": "s", "fence": 3}'):
+        (tmp_path / "lease.json").write_text(damage)
+        assert _call("--end", "--run-dir", str(tmp_path)) == 2
+        assert "lease.json is damaged" in capsys.readouterr().err
     assert list(served["a"]) == ["r"]

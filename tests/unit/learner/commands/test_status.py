@@ -143,8 +143,21 @@ def test_nothing_is_known(tmp_path, capsys):
     assert "output_dir" in capsys.readouterr().err
     assert main(["status", "--run-dir", str(tmp_path)]) == 1
     assert "no step has ended" in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.3}\n{"step": "2", "max_steps": 3}\n')  # another's
+    assert main(["status", "--run-dir", str(tmp_path)]) == 1
+    assert "no step has ended" in capsys.readouterr().out
     assert main(["status", "--rollout-url", "http://a:1"]) == 1
     assert "away" in capsys.readouterr().out
+
+
+def test_what_is_damaged_is_left_out(run_dir, capsys):
+    (run_dir / "lease.json").write_text("[]")
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.write('\n{"step": 9, "max_steps": 10, "lag": "none"}\n')
+    assert main(["status", "--run-dir", str(run_dir)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 9/10" in shown
+    assert "lag" not in shown
 
 
 @pytest.mark.parametrize("command", ["status", "runs"])

@@ -53,6 +53,15 @@ def test_the_server_gets_what_the_learner_needs(recipe: Path, unchecked: None) -
     assert command[command.index("--max-lora-rank") + 1] == "64"
 
 
+def test_a_later_file_changes_single_flags_and_variables(recipe: Path, unchecked: None, tmp_path: Path) -> None:
+    recipe.write_text("model_name_or_path: tiny\nserver: {max-num-seqs: 4, seed: 1}\nenv: {A: 1.10, B: on}\n")
+    later = tmp_path / "later.yaml"
+    later.write_text("server: {--max_num_seqs: 8}\nenv: {A: true}\n")
+    both = read("--config", str(recipe), "--config", str(later))
+    assert both.server == {"max_num_seqs": 8, "seed": 1}
+    assert both.environment == {"A": "true", "B": "on"}
+
+
 def test_a_model_that_sees_gets_only_its_language_model_where_the_data_has_no_images(
     tmp_path: Path, capsys, unchecked: None
 ) -> None:
@@ -126,6 +135,10 @@ def test_the_task_is_loaded_as_the_learner_will(
     [
         ("model_name_or_path: tiny\nrollout_url: http://a:1", "starts the server itself"),
         ("model_name_or_path: tiny\nserver: 3", "server: write"),
+        ("model_name_or_path: tiny\nserver: {8000: a}", "line 2: the name 8000 must be text"),
+        ("model_name_or_path: tiny\nserver: {max-num-seqs: 4, max_num_seqs: 5}", "max_num_seqs is there twice"),
+        ("model_name_or_path: tiny\nlora_kwargs: {rank_pattern: [q]}", "adapter's rank .* cannot be told"),
+        ("model_name_or_path: tiny\nlora_kwargs: '{\"r\": Infinity}'", "adapter's rank .* cannot be told"),
         ("model_name_or_path: tiny\nenv: 3", "env must hold"),
         ("model_name_or_path: tiny\ninit_adapter: nowhere", "init_adapter"),
         ("use_cpu: true", "model_name_or_path"),

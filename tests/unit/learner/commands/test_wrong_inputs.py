@@ -11,6 +11,7 @@ import pytest
 import learner.commands.train
 from learner.cli import main
 from learner.cluster import connection
+from learner.commands.config_file import read_config_file
 from learner.commands.train import parse
 from learner.demo.__main__ import main as demo
 from learner.demo.__main__ import parse as parse_demo
@@ -85,6 +86,10 @@ def the_line(capsys):
         ("generation_kwargs: {temprature: 1}", "temprature"),
         ("generation_kwargs: {top_k: many}", "top_k"),
         ("env: [A, B]", "env must hold one"),
+        ("env: {A: [1, 2]}", "line .*: env: A must be text"),
+        ("env:\n  A:", "env: A must be text: write one value, or"),
+        ("env: {[A]: b}", "env: .*'A'.* cannot be set"),
+        ("task_args: {1: 2, true: 3}", "the name 1 must be text"),
         ('env: {"A=B": 1}', "env: 'A=B' cannot be set"),
         ('env: {"": 1}', "env: '' cannot be set"),
         ('env: {A: "x\\0"}', "env: 'A' cannot be set"),
@@ -299,6 +304,7 @@ def test_files_that_cannot_be_read(capsys, path):
         (["export"], "source"),
         (["export", "/nowhere", "--out", "x"], "/nowhere"),
         (["export", "x", "--out", "y", "--dtype", "int8"], "--dtype"),
+        ([*EVAL, "--seed", "-1"], "--seed: -1 is out of range"),
         (["status"], "--rollout-url"),
         (["status", "--run-dir", "/nowhere"], "run_dir"),
         (["status", "--rollout-url", "x"], "rollout_url"),
@@ -436,3 +442,10 @@ def test_merged_keys(tmp_path):
     _, _, model_args = parse(["--config", str(file)])
     assert model_args.lora_r == 8
     assert model_args.lora_alpha == 4
+
+
+def test_variables_are_the_text_that_is_written(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("env: {A: true, B: 0.10, C: 1e5, D: no, E: 007, F: '', G: 2024-01-01, 8: x}\n")
+    written = {"A": "true", "B": "0.10", "C": "1e5", "D": "no", "E": "007", "F": "", "G": "2024-01-01", "8": "x"}
+    assert read_config_file(file) == {"env": written}

@@ -103,3 +103,9 @@ def test_json_in_a_page_and_in_a_line() -> None:
     assert json.loads(text) == {"</script>": ["\u2028", "\n", "\ud800", "<!--", "é"]}
     assert batch_of(1)["step"] == 1
     assert "Lockstep" in render({"r": RunView("r")})
+
+
+def test_drift_of_another_program() -> None:
+    table = StepTable()
+    table.add_step({"step": 1, "drift": 0.2, "reward": 0.5})
+    assert table.last["reward"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from decimal import Decimal
 from functools import partial
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from learner.rewards.calls import RewardError, call_reward, checked_rewards, reward_names
+from learner.rewards.calls import RewardError, call_reward, checked_rewards, raising_by_name, reward_names
+from learner.utils.processes import Stopped
 from shared.errors import InvalidRequest
 
 
@@ -44,7 +46,7 @@ def test_anything_else_is_refused_by_reward_and_row(reward: Any) -> None:
     assert "\n" not in refused.value.message
 
 
-@pytest.mark.parametrize("rewards", [None, 1.0, "ab", b"ab", {"a": 1, "b": 2}])
+@pytest.mark.parametrize("rewards", [None, 1.0, "ab", b"ab", {"a": 1, "b": 2}, {0.0, 1.0}, frozenset({0.0, 1.0})])
 def test_not_a_list(rewards: Any) -> None:
     with pytest.raises(RewardError, match=r"'f' returned \w+, not a list "):
         checked_rewards("f", rewards, ["p", "p"])
@@ -61,6 +63,56 @@ def test_an_error_is_one_line_and_the_traceback_its_cause() -> None:
     assert isinstance(found.value.__cause__, ValueError)
     with pytest.raises(RewardError, match="raised SystemExit"):
         call_reward("g", lambda **_: sys.exit(3), {"prompts": []})
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), type("Panic", (BaseException,), {})("of Rust")])
+def test_errors_that_are_no_exceptions_have_a_name_too(error: BaseException) -> None:
+    def fails(**_: Any) -> None:
+        raise error
+
+    async def fails_later(**_: Any) -> None:
+        raise error
+
+    for function in (fails, fails_later):
+        with pytest.raises(RewardError, match=rf"^the reward 'g' raised {type(error).__name__}: "):
+            call_reward("g", function, {"prompts": []})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("SIGTERM")])
+def test_a_signal_is_no_error_of_a_reward(error: BaseException) -> None:
+    with pytest.raises(type(error)), raising_by_name("g"):
+        raise error
+
+
+def test_a_reward_that_is_cancelled_is_no_error_of_its_own() -> None:
+    async def waits() -> None:
+        with raising_by_name("g"):
+            await asyncio.sleep(60)
+
+    async def cancels() -> None:
+        task = asyncio.create_task(waits())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancels())
+
+
+def test_what_cannot_be_written_is_named_all_the_same() -> None:
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+        __repr__ = __str__
+
+    def fails(**_: Any) -> None:
+        raise Odd
+
+    with pytest.raises(RewardError, match="raised Odd: "):
+        call_reward("g", fails, {"prompts": []})
+    with pytest.raises(RewardError, match=r"returned .*Odd.* for completion 1"):
+        checked_rewards("g", [Odd()], ["p"])
 
 
 def test_errors_that_say_what_to_do_stay_as_they_are() -> None:

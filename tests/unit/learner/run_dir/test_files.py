@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.run_dir.files import JsonLines, write_summary
+from learner.run_dir.files import JsonLines, finite, write_summary
 
 
 def _steps(folder: Path) -> list[int]:
@@ -43,3 +43,14 @@ def test_summary_is_atomic(tmp_path: Path) -> None:
         write_summary(path, {"gap": float("nan")})
     assert json.loads(path.read_text()) == {"steps": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_lines_of_no_step_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": "1"}\n{"step": null}\n{"step": true}\n{"step": 2.0}\n{"step": -1}\n{"step": 1}\n[1]\n')
+    JsonLines(path).begin(3)
+    assert _steps(tmp_path) == [1]
+
+
+def test_what_is_no_finite_number() -> None:
+    assert [finite(value) for value in (1, 0.5, 10**400, float("inf"), "1", None)] == [1.0, 0.5, *[None] * 4]

@@ -140,6 +140,11 @@ def test_prompt_options() -> None:
         ("chain_sum", {"min_terms": 3, "max_terms": 2}, "max_terms must be >= min_terms"),
         ("chain_sum", {"seed": 3}, "use --seed"),
         ("chain_sum", {"answer": "first"}, "last_number, tag, whole"),
+        ("chain_sum", {"answer": ["tag"]}, "last_number, tag, whole"),
+        ("chain_sum", {"partial_credit": "false"}, "partial_credit 'false' is neither true nor false"),
+        ("chain_sum", {"min_terms": 2.5}, "makes no question: ValueError"),
+        ("chain_sum", {"system_prompt": 5}, "system_prompt 5 is not text"),
+        ("chain_sum", {"prompt_template": ["{question}"]}, "prompt_template .* is not text"),
         ("chain_sum", {"prompt_format": "html"}, "chat, raw"),
         ("chain_sum", {"prompt_template": "{expression}"}, "does not fit the rows, whose fields are question, answer"),
     ],
@@ -366,6 +371,27 @@ def test_example_tasks_refuse_task_args_that_they_do_not_know(name: str) -> None
         load_task(f"learner.tasks.examples.{name}", task_args={"mots": 3})
 
 
+@pytest.mark.parametrize("content", [5, 0.5, True])
+def test_content_that_is_no_text_is_refused_by_row(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    chats = [[{"role": "user", "content": "a"}], [{"role": "user", "content": content}]]
+    path.write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in chats))
+    with pytest.raises(TaskError, match=f"row 2: the content of a message is {content}: write text"):
+        load_task(str(path), eval_size=0, reward_specs=REWARD)
+
+
+def test_columns_that_rewards_do_not_get_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "prompt": "b", "completion": "c", "answer": "d"}\n')
+    load_task(str(path), eval_size=0, reward_specs=REWARD, prompt_column="question")
+    assert ["'completion'" in line or "'prompt'" in line for line in caplog.messages] == [True, True]
+
+
+def test_a_prompt_column_is_not_for_generated_questions() -> None:
+    with pytest.raises(TaskError, match="--prompt_column question is for files and datasets"):
+        load_task(SUMS, eval_size=4, train_size=20, prompt_column="question")
+
+
 # answers and rewards
 
 
@@ -382,6 +408,11 @@ def test_example_tasks_refuse_task_args_that_they_do_not_know(name: str) -> None
         ("none", None),
         ("-", None),
         ("(2)-1", "1"),
+        ("so .5", "0.5"),
+        ("$.50", "0.50"),
+        ("-.25", "-0.25"),
+        ("1 and...5", "5"),
+        ("see Sec.5", "5"),
     ],
 )
 def test_last_number(text: str, number: str | None) -> None:
@@ -407,6 +438,7 @@ def test_math_answer() -> None:
 def test_exact_match() -> None:
     assert exact_match([], said(" Paris\n", "paris"), answer=["Paris", "Paris"]) == [1.0, 0.0]
     assert exact_match([], ["7"], answer=[7]) == [1.0]
+    assert exact_match([], ["None", ""], answer=[None, None]) == [None, None]
     with pytest.raises(TaskError, match="needs a column 'answer'"):
         exact_match([], ["7"])
 

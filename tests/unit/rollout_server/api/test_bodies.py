@@ -75,6 +75,21 @@ async def test_formats_that_vllm_would_ignore() -> None:
         await check_body(CHAT, _json(guided_choice=["a"]))
 
 
+@pytest.mark.parametrize("ignored", [{"best_of": 4}, {"best_of": 4, "n": 2}, {"functions": [{"name": "f"}]}])
+async def test_fields_that_vllm_would_ignore(ignored: dict[str, Any]) -> None:
+    await check_body(COMPLETIONS, _json(prompt="a", n=2, best_of=2, functions=None, logits_processors=[]))
+    with pytest.raises(InvalidRequest, match="would have no effect: send "):
+        await check_body(COMPLETIONS, _json(prompt="a", **ignored))
+
+
+@pytest.mark.parametrize("field", ["request_id", "model", "user", "prompt"])
+async def test_half_a_character_is_refused_before_anything_is_sampled(field: str) -> None:
+    """vLLM would sample, and then not be able to send the answer."""
+    await check_body(COMPLETIONS, json.dumps({field: "good \U0001f600"}).encode())
+    with pytest.raises(InvalidRequest, match=r"'good \\ud83d' ends in half a character"):
+        await check_body(COMPLETIONS, json.dumps({field: "good \ud83d, cut"}).encode())
+
+
 @pytest.mark.parametrize("context", [0, 2**17, 2**20])
 async def test_text_of_one_prompt_is_bounded_on_vllms_routes(context: int) -> None:
     """Also where it is to be truncated: vLLM tokenizes it first."""

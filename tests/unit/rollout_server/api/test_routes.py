@@ -143,6 +143,28 @@ async def test_what_is_not_there_has_our_body(
         assert answer.headers["allow"] in error.message
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("PUT", "/v1/completions", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/completions", 405, "method_not_allowed"),
+        ("GET", "/tokenizer_info", 404, "unknown_route"),
+    ],
+)
+async def test_what_is_not_there_below_vllms_paths_has_our_body(
+    service: _Service, method: str, path: str, status: int, code: str
+) -> None:
+    vllm = FastAPI()
+
+    @vllm.post("/v1/completions")
+    async def complete() -> None: ...
+
+    transport = httpx.ASGITransport(build_app(service, vllm), raise_app_exceptions=False)  # type: ignore[arg-type]
+    answer = await httpx.AsyncClient(transport=transport, base_url="http://server").request(method, path)
+    assert answer.status_code == status
+    assert ErrorBody.model_validate(answer.json()).error.code == code
+
+
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/messages"])
 async def test_a_base_url_with_or_without_the_version(client: httpx.AsyncClient, path: str) -> None:
     answer = await client.post(path, json={})
@@ -342,6 +364,7 @@ async def test_the_life_of_a_session(sessions: httpx.AsyncClient) -> None:
         ("/v1/sessions", {"policy": {"run_id": "r", "fence": 0, "step": 9}}, 409, "version_not_active"),
         ("/v1/sessions", {"max_calls": 0}, 400, "invalid_request"),
         ("/v1/sessions", {"sampling": {"temprature": 1}}, 400, "invalid_request"),
+        ("/v1/sessions", {"sampling": {"temperature": 3}}, 400, "invalid_request"),
         ("/v1/sessions", {"metadata": {"a": "x" * 2000}}, 400, "invalid_request"),
         ("/v1/sessions/none/reward", {"reward": 1}, 404, "unknown_session"),
         ("/v1/sessions/none/reward", {"reward": "NaN"}, 400, "invalid_request"),

@@ -183,6 +183,36 @@ async def test_integers_that_vllm_cannot_send_are_refused_before_it_keeps_the_re
     assert served.engine.calls == []
 
 
+async def test_text_that_vllm_cannot_send_is_refused_before_it_keeps_the_request(served) -> None:
+    with pytest.raises(LockstepError, match="no text"), served.proxy.admit(PolicyRequest(policy="base")) as admission:
+        _ = [o async for o in admission.generate({}, {}, "\ud83d")]
+    assert served.engine.calls == []
+
+
+async def test_no_completion_loses_its_seed(served) -> None:
+    with served.proxy.admit(PolicyRequest(policy="base")) as admission:
+        for seed, n in ((-2, 1), (-5, 4), (0, 2)):
+            assert [o async for o in admission.generate({}, SamplingParams(seed=seed, n=n), "a")]
+        with pytest.raises(LockstepError, match=r"seed=-2 with n=2: .*-1 is no seed"):
+            _ = [o async for o in admission.generate({}, SamplingParams(seed=-2, n=2), "a")]
+
+
+@pytest.mark.parametrize("sampled", [[5], [5, 6], [0, 5]])
+async def test_tokens_that_were_not_allowed_are_no_completion(served, sampled: list[int]) -> None:
+    async def sample(*args, **kwargs):
+        yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason="stop", token_ids=sampled)])
+
+    served.engine.generate = sample
+    params = SamplingParams(allowed_token_ids=[5, 6])
+    with served.proxy.admit(PolicyRequest(policy="base")) as admission:
+        if set(sampled) <= {5, 6}:
+            assert [o async for o in admission.generate({}, params, "a")]
+            return
+        with pytest.raises(LockstepError, match="none of allowed_token_ids") as refusal:
+            _ = [o async for o in admission.generate({}, params, "a")]
+    assert refusal.value.code is ErrorCode.INVALID_REQUEST
+
+
 async def test_a_completion_that_the_engine_gave_up_is_a_bad_request(served) -> None:
     async def give_up(*args, **kwargs):
         yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error")])

@@ -63,6 +63,15 @@ def test_text_is_bounded_where_the_context_is_long(context: int) -> None:
             _tokenize(context, prompts=prompts, chat_template_kwargs=variables)
 
 
+def test_half_a_character_is_no_text() -> None:
+    for prompt, variables in (
+        ({"messages": [{"role": "user", "content": "a \ud83d"}]}, {}),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"tools": [{"name": "\udc00"}]}),
+    ):
+        with pytest.raises(InvalidRequest, match="half a character"):
+            _tokenize(300, prompts=[prompt], chat_template_kwargs=variables)
+
+
 def test_text_that_cannot_fit_is_not_tokenized() -> None:
     assert _tokenize(64, prompts=[{"text": "a" * 64 * 256}]) == 1
     with pytest.raises(InvalidRequest, match="64 tokens hold at most 16384"):

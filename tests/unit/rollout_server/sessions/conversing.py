@@ -66,9 +66,11 @@ class SamplingEngine:
         asked = Asked(list(prompt["prompt_token_ids"]), params)
         self.asked.append(asked)
         number, draw = len(self.asked) - 1, self._random
+        allowed = params.allowed_token_ids or range(3, len(TOKENIZER))
         for choice in range(params.n):
-            ids = [draw.randrange(3, len(TOKENIZER)) for _ in range(draw.randint(1, params.max_tokens or 6))]
-            asked.sampled[choice] = [*ids[:-1], EOS] if draw.random() < 0.5 else ids
+            ids = [draw.choice(allowed) for _ in range(draw.randint(1, params.max_tokens or 6))]
+            ends = draw.random() < 0.5 and params.allowed_token_ids is None
+            asked.sampled[choice] = [*ids[:-1], EOS] if ends else ids
         await asyncio.sleep(0)
         if self.gate is not None:
             self.began.set()

@@ -16,6 +16,7 @@ from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.proxy import CALL_CONTEXT, EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
+from rollout_server.vllm_compat import versions
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
 
@@ -56,6 +57,15 @@ async def served():
 
         return StreamingResponse(chunks())
 
+    @app.post("/early/{model}")
+    async def early(model: str) -> StreamingResponse:
+        async def events():
+            yield "created;"
+            async for output in outputs(model):
+                yield f"{output.index};"
+
+        return StreamingResponse(events())
+
     @app.get("/models")
     async def models() -> list[str]:
         return ["policy"]
@@ -75,7 +85,7 @@ async def _flip(table: RunTable, step: int) -> None:
     run.flip(slot, WeightVersion(run_id="r", step=step), table.next_install_seq(), "sum")
 
 
-@pytest.mark.parametrize("kind", ["whole", "stream"])
+@pytest.mark.parametrize("kind", ["whole", "stream", "early"])
 async def test_the_version_is_in_the_header(served, kind: str) -> None:
     for model, version in (("policy", "r@0.3"), ("policy:r", "r@0.3"), ("base", "base")):
         answer = await served.client.post(f"/{kind}/{model}")
@@ -87,7 +97,7 @@ async def test_the_version_is_in_the_header(served, kind: str) -> None:
     assert "lockstep-version" not in (await served.client.get("/models")).headers
 
 
-@pytest.mark.parametrize("kind", ["whole", "stream"])
+@pytest.mark.parametrize("kind", ["whole", "stream", "early"])
 async def test_a_version_as_a_precondition(served, kind: str) -> None:
     ask = {"policy": "r@0.3"}
     assert (await served.client.post(f"/{kind}/policy", headers={"Lockstep-Policy": ask["policy"]})).status_code == 200
@@ -103,7 +113,24 @@ async def test_a_version_as_a_precondition(served, kind: str) -> None:
     assert served.run.active.requests == 0
 
 
-@pytest.mark.parametrize("kind", ["whole", "stream"])
+async def test_events_before_the_first_output_are_not_lost(served) -> None:
+    assert (await served.client.post("/early/policy")).text == "created;0;1;"
+
+
+@pytest.mark.parametrize("kind", ["stream", "early"])
+async def test_what_vllm_refuses_is_an_error_in_streams_too(served, kind: str, monkeypatch) -> None:
+    async def refuse(*args, **kwargs):
+        raise versions.own_refusals()[0]("no such token")
+        yield
+
+    monkeypatch.setattr(_Engine, "generate", refuse)
+    answer = await served.client.post(f"/{kind}/policy")
+    assert answer.status_code == 400
+    assert "no such token" in answer.json()["error"]["message"]
+    assert served.run.active.requests == 0
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream", "early"])
 async def test_refusals_keep_their_status_in_streams(served, kind: str) -> None:
     answer = await served.client.post(f"/{kind}/policy:nobody")
     assert answer.status_code == 404
