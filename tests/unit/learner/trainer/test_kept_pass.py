@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from learner.passes.packing import Row
 from learner.trainer.attach import attach
 from learner.trainer.filled_keys import distinct_runs
+from learner.trainer.internals import TrlTrainer
 from learner.trainer.kept_pass import Keeping
 from learner.trainer.packed_scoring import PackedScoring
 
@@ -37,6 +38,8 @@ def kept(make_trainer, client, monkeypatch) -> Callable[..., tuple[PackedScoring
             trainer, client=client, run_id="r", proof_canary=False, proof_tolerance=99.0, **(options or {})
         )
         trainer.train()
+        assert isinstance(session.trainer, TrlTrainer)
+        assert session.trainer.scoring
         return session.trainer.scoring, seen
 
     return train
