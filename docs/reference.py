@@ -101,7 +101,7 @@ def http_page() -> str:
     parts.append(
         'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do. A '
         "line that ends a stream of NDJSON early has the same form. What vLLM's routes refuse themselves has vLLM's, "
-        "but for what its engine refuses of a stream."
+        "except where its engine refuses a request for a stream."
     )
     parts.append(_table(("code", "status"), ((f"`{c.value}`", str(error_class(c).status)) for c in ErrorCode)))
     parts.append("## Bodies")

@@ -61,7 +61,7 @@ class SamplingParams(FewFields):
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, gt=0.0)
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="of the first completion, the next one has the next; -1: none"
+        None, ge=-(2**63), lt=2**63, description="completion i of a prompt is drawn with seed + i; -1: none"
     )
     max_tokens: int | None = Field(16, ge=1, lt=2**31, description="None: as long as the model's context allows")
     min_tokens: int = Field(0, ge=0, lt=2**31)

@@ -21,8 +21,10 @@ SECTIONS = ("env", "server")
 
 _TAG = "tag:yaml.org,2002:"
 _WORD = "!word"
-#: Kinds of scalars that are no names: neither Python nor JSON would keep them as they are written.
+#: Kinds of scalars that are no names: neither Python nor JSON would keep them as they are written. Integers in decimals
+#: are names of GPUs, say, or of tokens.
 _NO_NAME = tuple(_TAG + kind for kind in ("null", "bool", "int", "float"))
+_DECIMALS = re.compile(r"0|-?[1-9][0-9]*")
 #: Where the first characters of a scalar allow it, the first pattern that matches decides what it is; else it is text.
 _PLAIN: tuple[tuple[str, str, str | None], ...] = (
     (_TAG + "null", r"~|null|Null|NULL|", None),
@@ -48,7 +50,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for key, _ in node.value:
-            if key.tag in _NO_NAME:
+            if key.tag in _NO_NAME and not _DECIMALS.fullmatch(key.value):
                 raise _refusal(key, f"the name {key.value or 'null'} must be text: put it in quotes")
         return super().construct_mapping(node, deep)
 

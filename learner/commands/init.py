@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit code."""
     options = make_parser().parse_args(argv)
     out = Path(options.out)
-    if out.is_file() and not options.force:
+    if out.exists() and not out.is_dir() and not options.force:
         raise InvalidRequest(f"--out {out} exists: give another name, or --force")
     check_writable(out, "--out")
     answers = _answers(vars(options), ask=sys.stdin.isatty() and not options.yes)
@@ -146,7 +146,7 @@ def recipe(answers: dict[str, Any], path: Path) -> str:
     """Return the recipe's text."""
     on_cpu = answers["place"] == "cpu"
     options: dict[str, Any] = {"model_name_or_path": answers["model"], "task": answers["task"]}
-    if answers["prompt_column"] != "prompt":
+    if answers["prompt_column"] != "prompt" and _needs_reward(answers):
         options["prompt_column"] = answers["prompt_column"]
     if answers["reward"]:
         options["reward_funcs"] = [answers["reward"]]

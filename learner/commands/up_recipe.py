@@ -172,6 +172,8 @@ def _server_section(section: Any) -> dict[str, Any]:
     if section is not None and not isinstance(section, dict):
         raise InvalidRequest("server: write one `flag: value` of rollout-server a line below it")
     values = section or {}
+    if numbers := [name for name in values if not isinstance(name, str)]:
+        raise InvalidRequest(f"server: {numbers[0]} is no flag: write one `flag: value` of rollout-server a line")
     names = [name.lstrip("-").replace("-", "_") for name in values]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InvalidRequest(f"server: {twice[0]} is there twice, with dashes and with underscores: leave one out")

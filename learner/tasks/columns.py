@@ -233,7 +233,7 @@ def message_parts(prompt: Any) -> list[Mapping[str, Any]]:
     """Return the parts of all messages of a prompt, in order; a message whose content is text has none."""
     messages = prompt if isinstance(prompt, list) else []
     contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
     return [part for part in parts if isinstance(part, Mapping)]
 
 
@@ -252,9 +252,9 @@ def check_parts(prompt: Any, *, images: bool = True) -> None:
         if not isinstance(message, Mapping):
             raise TaskError(f'{message!r:.60} is no message: write {{"role": "user", "content": ...}}')
         content = message.get("content")
-        if not isinstance(content, str | list | None):
+        if not isinstance(content, str | list | tuple | None):
             raise TaskError(f"the content of a message is {content!r:.60}: write text, or a list of parts")
-        for part in content if isinstance(content, list) else ():
+        for part in content if isinstance(content, list | tuple) else ():
             _check_part(part, images=images)
 
 

@@ -15,12 +15,18 @@ from shared.errors import InvalidRequest
 
 @contextmanager
 def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary file beside `path`, which replaces `path` when the block succeeds.
+    """Yield a temporary file beside `path`, which replaces `path`, or what it links to, when the block succeeds.
+
+    What is no file (a pipe, a device, `/dev/stdout`) cannot be replaced: it is yielded itself.
 
     Args:
         mode: permissions, of which the umask takes its part.
         durable: sync to disk before the rename.
     """
+    if (path.exists() and not path.is_file()) or path.absolute().is_relative_to("/dev"):
+        yield path
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

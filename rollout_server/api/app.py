@@ -45,7 +45,7 @@ def build_app(service: Service, openai_app: FastAPI) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_unforeseen)
     openai_app.add_exception_handler(LockstepError, _answer_error)  # what `EngineProxy` refuses to vLLM's routes, too
-    openai_app.add_exception_handler(HTTPException, _answer_http)  # of its router; FastAPI's own class is vLLM's
+    openai_app.add_exception_handler(HTTPException, _answer_http)  # of its router; vLLM handles FastAPI's own class
     for kind in (AttributeError, LookupError, RecursionError):
         openai_app.add_exception_handler(kind, _answer_unreadable)
     theirs = openai_app.router.routes

@@ -92,7 +92,7 @@ class Admission(AbstractContextManager["Admission"]):
         except OverflowError as error:
             raise InvalidRequest(f"a sampling parameter has over 64 bits: {error}") from error
         except UnicodeEncodeError as error:
-            raise InvalidRequest(f"a sampling parameter or the request's id is no text: {error}") from error
+            raise InvalidRequest(f"half a character in a sampling parameter or the request's id: {error}") from error
         _check_seeds(sampling_params)
         allowed_ids = getattr(sampling_params, "allowed_token_ids", None)
         allowed = None if allowed_ids is None else frozenset(allowed_ids)
@@ -118,8 +118,8 @@ class Admission(AbstractContextManager["Admission"]):
                     if allowed is not None and not all(allowed.issuperset(each.token_ids) for each in output.outputs):
                         raise InvalidRequest(
                             "none of allowed_token_ids could be sampled: other sampling parameters exclude all of them "
-                            "(bad_words, or min_tokens, which holds tokens back that end a completion); allow more, or "
-                            "leave those out"
+                            "(bad_words; min_tokens, which holds tokens back that end a completion; "
+                            "structured_outputs, whose end is a token, too); allow more, or leave those out"
                         )
                     yield output
             except versions.engine_dead_error() as error:

@@ -333,7 +333,8 @@ class Sessions:
                 `EngineProxy.reached` and `EngineProxy.admit`.
         """
         self._check_count()
-        to_vllm(request.sampling)
+        # The rest is the client's, call by call.
+        to_vllm(request.sampling.model_copy(update={"n": 1, "stop": [], "structured_outputs": None}))
         await proxy.reached(request)
         await proxy.runs.admitting()
         proxy.capacity.check(0)

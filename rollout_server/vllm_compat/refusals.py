@@ -29,5 +29,5 @@ def is_no_refusal(record: logging.LogRecord) -> bool:
             return error.status >= 500
         if isinstance(error, own):
             return False
-        error = error.__cause__ or error.__context__
+        error = error.__cause__  # not its context: a mistake in handling a refusal is none
     return True

@@ -45,11 +45,13 @@ class VersionHeaderMiddleware:
                 return
             held.append(message)
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if complete or (len(held) > 1 and (call.versions or refusal() is not None)):
+            # A GET samples nothing: its stream is of a response that runs already.
+            known = bool(call.versions) or refusal() is not None or scope["method"] != "POST"
+            if complete or (len(held) > 1 and known):
                 await begin()
 
         def refusal() -> LockstepError | None:
-            says_so = bool(held) and held[0]["status"] >= 400
+            says_so = bool(held) and held[0].get("status", 200) >= 400
             return call.refusal or (None if says_so else call.rejection)
 
         async def begin() -> None:
@@ -67,6 +69,8 @@ class VersionHeaderMiddleware:
         token = CALL_CONTEXT.set(call)
         try:
             await self._app(scope, receive, answer)
+            if held and not begun:
+                await begin()
         except Exception:
             if refusal() is None or (begun and not held):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,17 @@ def test_files_need_a_reward() -> None:
     config, _, _ = OptionParser().parse(["--config", "recipe.yaml", "--bf16", "false", "--use_cpu", "true"])
     assert config.prompt_column == "question"
     assert config.reward_funcs == ["learner.tasks.rewards:math_answer"]
+
+
+def test_what_makes_its_prompts_has_no_column(capsys) -> None:
+    assert main(["init", *FLAGS, "--prompt-column", "question"]) == 0
+    assert "prompt_column" not in Path("recipe.yaml").read_text()
+
+
+def test_nothing_but_a_file_is_written_over() -> None:
+    os.mkfifo("pipe")
+    assert main(["init", *FLAGS, "--out", "pipe"]) == 2
+    assert Path("pipe").is_fifo()
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_the_task_is_loaded_as_the_learner_will(
     [
         ("model_name_or_path: tiny\nrollout_url: http://a:1", "starts the server itself"),
         ("model_name_or_path: tiny\nserver: 3", "server: write"),
-        ("model_name_or_path: tiny\nserver: {8000: a}", "line 2: the name 8000 must be text"),
+        ("model_name_or_path: tiny\nserver: {8000: a}", "server: 8000 is no flag"),
         ("model_name_or_path: tiny\nserver: {max-num-seqs: 4, max_num_seqs: 5}", "max_num_seqs is there twice"),
         ("model_name_or_path: tiny\nlora_kwargs: {rank_pattern: [q]}", "adapter's rank .* cannot be told"),
         ("model_name_or_path: tiny\nlora_kwargs: '{\"r\": Infinity}'", "adapter's rank .* cannot be told"),

@@ -89,7 +89,8 @@ def the_line(capsys):
         ("env: {A: [1, 2]}", "line .*: env: A must be text"),
         ("env:\n  A:", "env: A must be text: write one value, or"),
         ("env: {[A]: b}", "env: .*'A'.* cannot be set"),
-        ("task_args: {1: 2, true: 3}", "the name 1 must be text"),
+        ("task_args: {1: 2, true: 3}", "the name true must be text"),
+        ("task_args: {1: 2, 0x1: 3}", "the name 0x1 must be text"),
         ('env: {"A=B": 1}', "env: 'A=B' cannot be set"),
         ('env: {"": 1}', "env: '' cannot be set"),
         ('env: {A: "x\\0"}', "env: 'A' cannot be set"),
@@ -442,6 +443,12 @@ def test_merged_keys(tmp_path):
     _, _, model_args = parse(["--config", str(file)])
     assert model_args.lora_r == 8
     assert model_args.lora_alpha == 4
+
+
+def test_numbers_name_gpus_and_tokens(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("generation_kwargs: {logit_bias: {50256: -100, 0: 1}}\n")
+    assert read_config_file(file) == {"generation_kwargs": {"logit_bias": {50256: -100, 0: 1}}}
 
 
 def test_variables_are_the_text_that_is_written(tmp_path):

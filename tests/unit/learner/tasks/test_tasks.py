@@ -448,6 +448,7 @@ def test_exact_match() -> None:
 )
 def test_text_with_keys_that_no_template_takes_for_media_is_text(part: dict[str, Any]) -> None:
     check_parts([{"role": "user", "content": [part]}], images=False)
+    check_parts([{"role": "user", "content": (part,)}], images=False)
 
 
 def test_images_in_messages_themselves_are_refused_by_row() -> None:

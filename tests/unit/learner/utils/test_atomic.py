@@ -35,6 +35,38 @@ def test_a_file_is_replaced_or_kept(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
 
 
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    there, link = tmp_path / "there.json", tmp_path / "link.json"
+    link.symlink_to(there)
+    for text in ("first", "second"):
+        write_atomically(link, text)
+        assert there.read_text() == text
+    assert link.is_symlink()
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, "all")
+        assert os.read(reader, 10) == b"all"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    ends = os.pipe()
+    write_atomically(Path(f"/dev/fd/{ends[1]}"), "all")
+    assert os.read(ends[0], 10) == b"all"
+
+
+def test_a_file_behind_a_descriptor_is_not_replaced(tmp_path: Path) -> None:
+    """As `--json /dev/stdout` with stdout in a file."""
+    with (tmp_path / "log").open("w") as log:
+        write_atomically(Path(f"/dev/fd/{log.fileno()}"), "all")
+        assert os.fstat(log.fileno()).st_ino == (tmp_path / "log").stat().st_ino
+    assert (tmp_path / "log").read_text() == "all"
+
+
 def test_a_directory_is_replaced_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model"
     for text in ("first", "second"):

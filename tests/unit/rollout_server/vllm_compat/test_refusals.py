@@ -22,6 +22,17 @@ def _streamed(logger: logging.Logger, failure: Exception) -> None:
         logger.exception("Error in completion stream generator.")
 
 
+def _mistaken(logger: logging.Logger) -> None:
+    """Log a mistake in handling a refusal."""
+    try:
+        try:
+            raise InvalidRequest("no")
+        except LockstepError:
+            {}["a mistake of its own"]
+    except Exception:
+        logger.exception("Error in completion stream generator.")
+
+
 class _Kept(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +57,7 @@ def test_a_refused_stream_leaves_no_line() -> None:
             ValueError("a mistake"),
         ):
             _streamed(logger, failure)
+        _mistaken(logger)
         logger.info("all is well")
     finally:
         logger.removeHandler(kept)
@@ -53,5 +65,6 @@ def test_a_refused_stream_leaves_no_line() -> None:
     assert [message.rpartition(": ")[2] for message in kept.messages] == [
         "gone [engine_dead]",
         "a mistake",
+        "'a mistake of its own'",
         "all is well",
     ]

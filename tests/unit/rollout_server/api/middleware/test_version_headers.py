@@ -150,3 +150,42 @@ async def test_a_model_that_is_a_run_which_is_not_served(served) -> None:
 def test_versions_are_read_as_they_are_written() -> None:
     version = WeightVersion(run_id="a.b-c_1", fence=3, step=120)
     assert WeightVersion.parse(str(version)) == version
+
+
+def _scope(method: str) -> dict[str, Any]:
+    return {"type": "http", "method": method, "path": "/", "headers": []}
+
+
+async def _sent(app: Any, method: str, sent: list[Any]) -> None:
+    """Call an ASGI app through the middleware; append what it sends."""
+    app.routes = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await VersionHeaderMiddleware(app)(_scope(method), None, send)  # type: ignore[arg-type]
+
+
+async def test_the_stream_of_a_response_that_runs_already_is_not_held_back() -> None:
+    sent: list[Any] = []
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"a", b"b"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            assert sent[-1]["body"] == part
+        await send({"type": "http.response.body"})
+
+    await _sent(stream, "GET", sent)
+    assert len(sent) == 4
+
+
+async def test_an_answer_without_an_end_is_sent() -> None:
+    sent: list[Any] = []
+
+    async def cut(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+
+    await _sent(cut, "POST", sent)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
