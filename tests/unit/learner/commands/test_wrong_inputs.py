@@ -90,7 +90,7 @@ def the_line(capsys):
         ("env:\n  A:", "env: A must be text: write one value, or"),
         ("env: {[A]: b}", "env: .*'A'.* cannot be set"),
         ("task_args: {1: 2, true: 3}", "the name true must be text"),
-        ("task_args: {1: 2, 0x1: 3}", "the name 0x1 must be text"),
+        ("task_args: {1: 2, +1: 3}", "the name [+]1 must be text"),
         ('env: {"A=B": 1}', "env: 'A=B' cannot be set"),
         ('env: {"": 1}', "env: '' cannot be set"),
         ('env: {A: "x\\0"}', "env: 'A' cannot be set"),
