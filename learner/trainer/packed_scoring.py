@@ -190,14 +190,10 @@ class PackedScoring:
                 **options,
             )
         if not torch.is_grad_enabled():
-            if self._scored is None:
-                return *self._score_all(model, rows, logits_to_keep, batch_size), None
-            kept = self._keep(model, rows) if self._keeping and self._keeping.keeps else None
-            if kept:
-                logps, entropies = _scatter([(kept.packed, _detached(kept.values))], len(rows), logits_to_keep)
-            else:
-                logps, entropies = self._score_all(model, rows, logits_to_keep, batch_size)
-            self._scored.append((logps, entropies, kept))
+            keeps = self._scored is not None and self._keeping is not None and self._keeping.keeps
+            logps, entropies, kept = self._score_all(model, rows, logits_to_keep, batch_size, keeps=keeps)
+            if self._scored is not None:
+                self._scored.append((logps, entropies, kept))
             return logps, entropies, None
         known = self._known()
         # Several ranks (DDP) add up their gradients once a step, so all of them owe theirs.
@@ -209,24 +205,10 @@ class PackedScoring:
             return logps, entropies, None
         if known is None:
             with torch.no_grad():
-                known = self._score_all(model, rows, logits_to_keep, None)
+                known = self._score_all(model, rows, logits_to_keep, None)[:2]
         anchor = torch.zeros((), requires_grad=True)
         logps, entropies = _Leaf.apply(anchor, *known, lambda *gradients: self._owed.append(_Owed(rows, *gradients)))
         return logps, entropies, None
-
-    def _keep(self, model: Any, rows: list[Row]) -> KeptPass | None:
-        """Score rows in one pass that keeps its graph; None if they need several."""
-        passes = plan_passes(rows, self._max_tokens, self._trainer.accelerator.device)
-        # How much memory a pass needs is found out by one that is run again.
-        if len(passes) > 1 or (self._finds_out and passes[0].input_ids.numel() >= _FIRST_TOKENS // 2):
-            return None
-        self._attend(packed=True)
-        try:
-            with torch.enable_grad(), written_once(model):
-                values = self._run(model, passes[0])
-        finally:
-            self._attend(packed=False)
-        return KeptPass(rows, passes[0], values)
 
     def _known(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return this micro-batch's logprobs and entropies at the present weights, if they were scored before."""
@@ -240,8 +222,9 @@ class PackedScoring:
         return sum(len(row.prompt) + len(row.completion) for row in rows)
 
     def _score_all(
-        self, model: Any, rows: list[Row], width_T: int, batch_size: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, model: Any, rows: list[Row], width_T: int, batch_size: int | None, *, keeps: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, KeptPass | None]:
+        """Return logprobs and entropies [B, T] without gradient, and with `keeps` the pass if it is the only one."""
         device = self._trainer.accelerator.device
         if self.sharded:
             size = batch_size or len(rows)
@@ -249,17 +232,23 @@ class PackedScoring:
         else:
             chunks = [rows]
         limit = 2**62 if self.sharded else self._max_tokens
-        parts = []
+        plans = [plan_passes(chunk, limit, device) for chunk in chunks]
+        first, *others = [packed for plan in plans for packed in plan]
+        # How much memory a pass needs is found out by one that is run again.
+        keeps = keeps and not others and not (self._finds_out and first.input_ids.numel() >= _FIRST_TOKENS // 2)
+        kept, parts = None, []
         self._attend(packed=True)
         try:
-            with written_once(model):
-                for chunk in chunks:
-                    scored = [(packed, self._run(model, packed)) for packed in plan_passes(chunk, limit, device)]
+            with written_once(model), torch.enable_grad() if keeps else nullcontext():
+                for chunk, plan in zip(chunks, plans, strict=True):
+                    scored = [(packed, self._run(model, packed)) for packed in plan]
+                    if keeps:
+                        kept = KeptPass(rows, *scored[0])
                     parts.append(_scatter(scored, len(chunk), width_T))
         finally:
             self._attend(packed=False)
-        logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
-        return logps, entropies
+        logps, entropies = (torch.cat(each).detach() for each in zip(*parts, strict=True))
+        return logps, entropies, kept
 
     def _run(self, model: Any, packed: PackedPass) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logprobs and entropies [N] of a pass."""
@@ -439,10 +428,6 @@ class _Leaf(torch.autograd.Function):
         if logps is not None:
             ctx.owe(logps, entropies)
         return None, None, None, None
-
-
-def _detached(values: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return values[0].detach(), values[1].detach()
 
 
 def _differentiate(

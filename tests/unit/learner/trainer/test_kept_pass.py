@@ -21,15 +21,15 @@ from learner.trainer.packed_scoring import PackedScoring
 def kept(make_trainer, client, monkeypatch) -> Callable[..., tuple[PackedScoring, list[bool]]]:
     """Trains two steps; returns what scores, and of each kept pass whether the trained adapter was on."""
     seen: list[bool] = []
-    keep = PackedScoring._keep
+    score = PackedScoring._score_all
 
-    def keep_seen(self, model, rows):
-        found = keep(self, model, rows)
-        if found:
+    def score_seen(self, model, *args, **options):
+        scored = score(self, model, *args, **options)
+        if scored[2]:
             seen.append(model.active_adapters == ["default"])
-        return found
+        return scored
 
-    monkeypatch.setattr(PackedScoring, "_keep", keep_seen)
+    monkeypatch.setattr(PackedScoring, "_score_all", score_seen)
 
     def train(prepare=lambda trainer: None, options=None, **config) -> tuple[PackedScoring, list[bool]]:
         trainer = make_trainer(max_steps=2, **config)
@@ -105,8 +105,9 @@ def test_a_prompt_counts_once_where_the_memory_of_a_pass_is_not_known_yet(kept):
     scoring, _ = kept()
     scoring._finds_out, model = True, scoring._trainer.model
     scoring._max_tokens = 4096
-    assert scoring._keep(model, [Row([5] * 60, [6])] * 20)
-    assert not scoring._keep(model, [Row([5 + i] * 60, [6]) for i in range(20)])
+    with torch.no_grad():
+        assert scoring._score_all(model, [Row([5] * 60, [6])] * 20, 1, None, keeps=True)[2]
+        assert not scoring._score_all(model, [Row([5 + i] * 60, [6]) for i in range(20)], 1, None, keeps=True)[2]
 
 
 @pytest.mark.parametrize(

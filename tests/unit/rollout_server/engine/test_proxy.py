@@ -184,7 +184,10 @@ async def test_integers_that_vllm_cannot_send_are_refused_before_it_keeps_the_re
 
 
 async def test_text_that_vllm_cannot_send_is_refused_before_it_keeps_the_request(served) -> None:
-    with pytest.raises(LockstepError, match="half a character"), served.proxy.admit(PolicyRequest(policy="base")) as admission:
+    with (
+        pytest.raises(LockstepError, match="half a character"),
+        served.proxy.admit(PolicyRequest(policy="base")) as admission,
+    ):
         _ = [o async for o in admission.generate({}, {}, "\ud83d")]
     assert served.engine.calls == []
 

@@ -7,7 +7,7 @@ import logging
 from fastapi import HTTPException
 
 from rollout_server.vllm_compat import versions
-from rollout_server.vllm_compat.refusals import is_no_refusal, leave_out_of_log
+from rollout_server.vllm_compat.log_filter import is_no_refusal, leave_refusals_out
 from shared.errors import EngineDead, InvalidRequest, LockstepError, Overloaded
 
 
@@ -46,7 +46,7 @@ def test_a_refused_stream_leaves_no_line() -> None:
     logger, kept = logging.getLogger("vllm.entrypoints.lockstep_test"), _Kept()
     logger.addHandler(kept)
     logger.setLevel(logging.INFO)
-    leave_out_of_log()
+    leave_refusals_out()
     try:
         refused = versions.own_refusals()[0]("no such token")
         for failure in (

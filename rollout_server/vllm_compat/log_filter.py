@@ -10,7 +10,7 @@ from shared.errors import LockstepError
 _ROUTES = "vllm.entrypoints."
 
 
-def leave_out_of_log() -> None:
+def leave_refusals_out() -> None:
     """Keep refusals out of vLLM's log: its routes log what ends a stream early with a traceback, whoever is to blame.
 
     For loggers that exist, so vLLM's routes must have been imported.
