@@ -54,8 +54,7 @@ def main() -> int:
     add(
         "--gpu",
         action="store_true",
-        help="the same on GPUs, by NCCL: the learner on the first, the servers on the second; if there is only one, "
-        "they share it and push over HTTP",
+        help="the same on GPUs, by NCCL: the learner on the first, the servers on the second, or all on the only one",
     )
     add("--deadline-s", type=float, default=math.inf, help="inject nothing new after this many seconds, and end soon")
     add(
@@ -71,15 +70,15 @@ def main() -> int:
         options.devices = Devices.of_this_machine() if options.gpu else Devices()
     except UnavailableError as error:
         parser.error(f"--gpu: {error}")
-    options.broadcast = (options.broadcast or options.gpu) and options.devices.can_broadcast
-    options.faults = options.faults or (8 if options.cluster else 40 if options.broadcast or options.gpu else 210)
+    options.broadcast = options.broadcast or options.gpu
+    options.faults = options.faults or (8 if options.cluster else 40 if options.broadcast else 210)
     options.servers = options.servers or (2 if options.cluster else 1)
     names = [fault.name for fault in _known(options)]
     if not any(options.only in name for name in names):
         parser.error(f"--only {options.only}: no such fault; there are {', '.join(names)}")
-    if options.deterministic and (options.cluster or options.gpu or options.broadcast):
+    if options.deterministic and (options.cluster or options.broadcast):
         parser.error("--deterministic is for one server, without --cluster, --gpu and --broadcast")
-    if options.cluster and (options.gpu or options.broadcast or options.deadline_s < math.inf):
+    if options.cluster and (options.broadcast or options.deadline_s < math.inf):
         parser.error("--cluster goes without --gpu, --broadcast and --deadline-s")
     if options.gpu:
         say(str(options.devices))
@@ -97,7 +96,7 @@ def main() -> int:
 def _known(options: argparse.Namespace) -> list[Fault]:
     if options.cluster:
         return NODE_FAULTS
-    return BROADCAST_FAULTS if options.broadcast or options.gpu else FAULTS
+    return BROADCAST_FAULTS if options.broadcast else FAULTS
 
 
 def run(options: argparse.Namespace, folder: Path) -> int:
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
         say(f"no faults that need {name}: {why}")
     faults = plan(random, count, quick=options.quick, missing=missing, only=options.only, faults=_known(options))
     # With several servers the training goes on during most faults.
-    pace = 60 if options.cluster else 28 if options.servers > 1 else 16 if options.broadcast or options.gpu else 21
+    pace = 60 if options.cluster else 28 if options.servers > 1 else 16 if options.broadcast else 21
     world.options.steps = options.steps or pace * len(faults) + 10
     with world:
         records = disturb(world, faults, random, deadline)

@@ -1,7 +1,7 @@
 """Recipes of faults inside broadcasts, and of errors in the engine, which end it.
 
 A broadcast is held with the workers of a server inside the collective, waiting for the learner (or when all have it,
-before the learner is told). Where pushes go over HTTP, the same faults come in the middle of those.
+before the learner is told).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from learner.utils.gpus import visible_gpus
 from tests.chaos.surroundings import UnavailableError
 from tests.support.arguments import arguments
 
-#: Of a GPU's memory that a server takes: the model is tiny, and the learner may be on the same GPU.
-_SHARE = 0.2
+#: Of a server's key-value cache. Its size is told, not found: who measures what is free, counts the learner on the GPU.
+_CACHE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Devices:
         return bool(self.learner)
 
     @property
-    def can_broadcast(self) -> bool:
-        """Return whether each has a device of its own, as NCCL wants it; gloo does not ask."""
-        return not self.on_gpu or self.learner != self.server
+    def shared(self) -> bool:
+        """Return whether learner and servers are on one GPU."""
+        return self.on_gpu and self.learner == self.server
 
     @property
     def dtype(self) -> str:
@@ -57,8 +57,8 @@ class Devices:
         """Return further flags of a server: its worker is a process of its own, as it is on a CPU."""
         if not self.on_gpu:
             return []
-        own = {"--distributed-executor-backend": "mp", "--gpu-memory-utilization": _SHARE}
-        return arguments({"--dtype": self.dtype, **own})
+        memory = {"--kv-cache-memory-bytes": _CACHE_BYTES, "--gpu-memory-utilization": 0.1}
+        return arguments({"--dtype": self.dtype, "--distributed-executor-backend": "mp", **memory})
 
     @property
     def learner_flags(self) -> list[str]:
@@ -68,18 +68,24 @@ class Devices:
         """
         return arguments({"--use_cpu": "false", "--learning_rate": "1e-3"}) if self.on_gpu else []
 
-    def environment(self, device: str) -> dict[str, str]:
-        """Return the environment of a process on `device`."""
-        if not device:
-            return {}
+    @property
+    def server_environment(self) -> dict[str, str]:
+        """Return the environment of a server."""
         # Where FlashInfer is not installed, vLLM 0.26 looks for its sampler and does not start.
-        return {"VLLM_USE_FLASHINFER_SAMPLER": "0", "CUDA_VISIBLE_DEVICES": device}
+        return {"VLLM_USE_FLASHINFER_SAMPLER": "0", "CUDA_VISIBLE_DEVICES": self.server} if self.on_gpu else {}
+
+    @property
+    def learner_environment(self) -> dict[str, str]:
+        """Return the environment of the learner."""
+        # NCCL takes no two ranks of one host on one GPU. Told that they are on two, it goes through TCP.
+        host = {"NCCL_HOSTID": "learner"} if self.shared else {}
+        return {"CUDA_VISIBLE_DEVICES": self.learner, **host} if self.on_gpu else {}
 
     def __str__(self) -> str:
         if not self.on_gpu:
             return "learner and servers on the CPU"
-        if not self.can_broadcast:
-            return f"learner and servers share GPU {self.learner}, the only one: pushes go over HTTP"
+        if self.shared:
+            return f"learner and servers share GPU {self.learner}, the only one: NCCL's broadcasts go through TCP"
         return f"learner on GPU {self.learner}, servers on GPU {self.server}"
 
 

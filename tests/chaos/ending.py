@@ -70,6 +70,6 @@ def _adapter(world: Training) -> None:
     world.checker.require("adapter", all(bool(t.isfinite().all()) for t in final.values()), "it is not finite")
     (_, step), blob = world.newest()
     pushed = {name: tensor for name, tensor in load(blob).items() if name.endswith(LORA_A)}
-    same = all(torch.equal(final[PEFT_PREFIX + name], tensor) for name, tensor in pushed.items())
+    same = all(torch.equal(final[PEFT_PREFIX + name].to(tensor.dtype), tensor) for name, tensor in pushed.items())
     right = step == world.options.steps and bool(pushed) and same
     world.checker.require("adapter", right, f"it is not the one pushed last, as step {step}")

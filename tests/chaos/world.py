@@ -209,14 +209,12 @@ class World(Training):
         if not self.server_list:
             self.unavailable["several servers"] = "there is one server (--servers)"
         devices = options.devices
-        if devices.on_gpu and not options.broadcast:
-            self.unavailable["broadcasts"] = "pushes go over HTTP"
         if options.broadcast and not devices.on_gpu:
             self.unavailable["a GPU"] = "learner and servers compute on the CPU"
         self.memory = self._have("shared memory", lambda: SharedMemory(self.folder / "shm"))
         self.network = self.disk = None
         self.clocks: dict[str, Clock | None] = {"server": None, "learner": None}
-        if not (options.broadcast or devices.on_gpu):  # both ends of a broadcast must be in one network
+        if not options.broadcast:  # both ends of a broadcast must be in one network
             self.network = self._have("network", lambda: Network(str(os.getpid())))
             self.disk = self._have("disk", lambda: Disk(self.folder / "disk"))
             self.clocks = {name: self._have("clock", lambda n=name: Clock(self.folder, n)) for name in self.clocks}
@@ -316,7 +314,7 @@ class World(Training):
     @property
     def _has_another(self) -> bool:
         options = self.options
-        return not (options.quick or options.broadcast or options.devices.on_gpu)
+        return not (options.quick or options.broadcast)
 
     def _another_model(self) -> Path:
         return make_tiny_model(self.folder / "another-model", seed=1)
@@ -337,7 +335,7 @@ class World(Training):
             *devices.server_flags,
         ]
         clock = self.clocks["server"]
-        environment = ENVIRONMENT | devices.environment(devices.server) | python_path(INSIDE)
+        environment = ENVIRONMENT | devices.server_environment | python_path(INSIDE)
         return self._supervise(
             name, self._in_memory(command), environment | (clock.environment if clock else {}), forever=True
         )
@@ -348,7 +346,7 @@ class World(Training):
 
     def _learner_environment(self) -> dict[str, str]:
         clock, devices = self.clocks["learner"], self.options.devices
-        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **python_path(), **devices.environment(devices.learner)}
+        own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **python_path(), **devices.learner_environment}
         if self.options.broadcast:
             own[FOLDER_VARIABLE] = str(self.folder)
         return own | (clock.environment if clock else {})

@@ -66,16 +66,17 @@ def test_the_learner_cuts_what_is_not_http(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(
-    ("visible", "learner", "server", "broadcasts"), [("2,5,7", "2", "5", True), ("GPU-ab", "GPU-ab", "GPU-ab", False)]
+    ("visible", "learner", "server", "shared"), [("2,5,7", "2", "5", False), ("GPU-ab", "GPU-ab", "GPU-ab", True)]
 )
 def test_learner_and_servers_have_a_gpu_each_if_there_are_two(
-    monkeypatch: pytest.MonkeyPatch, visible: str, learner: str, server: str, broadcasts: bool
+    monkeypatch: pytest.MonkeyPatch, visible: str, learner: str, server: str, shared: bool
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     devices = Devices.of_this_machine()
-    assert (devices.learner, devices.server, devices.can_broadcast) == (learner, server, broadcasts)
-    assert devices.environment(devices.server)["CUDA_VISIBLE_DEVICES"] == server
-    assert ("share" in str(devices)) is not broadcasts
+    assert (devices.learner, devices.server, devices.shared) == (learner, server, shared)
+    assert devices.learner_environment["CUDA_VISIBLE_DEVICES"] == learner
+    assert devices.server_environment["CUDA_VISIBLE_DEVICES"] == server
+    assert ("NCCL_HOSTID" in devices.learner_environment) is shared, "NCCL takes no GPU twice of one host"
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
