@@ -28,6 +28,8 @@ from bench.common.servers import Server, Setting
 from bench.contenders.lockstep import COLLECTIVE, HTTP, Lockstep, LockstepPath
 
 KV_CACHE_BYTES = 4 << 30
+#: Of `compare`.
+KEPT = "tokens_per_s_quiet", "tokens_per_s_pushing", "ratio", "share", "share_error", "windows_tokens_per_s"
 
 
 class SlotsBench(Bench):
@@ -41,9 +43,10 @@ class SlotsBench(Bench):
         "--requests": (32, "running at all times"),
         "--tokens": (256, "the most that a request decodes; the least is a quarter of it"),
         "--pushes": (20, "of each pace, at least"),
-        "--window-s": (5.0, "quiet and pushing windows alternate"),
+        "--windows": (4, "of each pace at least: quiet and pushing ones alternate"),
+        "--window-s": (5.0, "seconds of each"),
     }
-    quick = "--shape tiny --rank 8 --requests 8 --tokens 96 --pushes 10 --window-s 1.5"
+    quick = "--shape tiny --rank 8 --requests 8 --tokens 96 --pushes 10 --windows 2 --window-s 1.5"
     same = "rank", "requests", "tokens"
     figure = "wait_s"
     about = {"slots": "row", "pushes per completion": "pace"}
@@ -52,17 +55,17 @@ class SlotsBench(Bench):
         "wait s": "{wait_s:.4f}",
         "push s": "{push_s:.4f}",
         "tokens/s": "{tokens_per_s_pushing:.0f}",
-        "of quiet": "{ratio:.1%}",
+        "of quiet": "{share:.1%} ({share_error:.1%})",
         "MiB": lambda row: f"{row['slots'] * row['slot_mib']:.1f}" if row["slot_mib"] else "-",
     }
     what = "{shape} rank {rank}, {requests} requests, {row}"
-    told = "{pace} pushes per completion: a push waits {wait_s:.4f} s, decoding at {ratio:.1%} of its rate"
+    told = "{pace} pushes per completion: a push waits {wait_s:.4f} s, decoding at {share:.1%} of its rate"
 
     def check(self) -> None:
         super().check()
         self.numbers("slots")
         paces = self.options.paces = [float(pace) for pace in self.options.paces.split(",")]
-        self.at_least(1, "slots", "requests", "tokens", "pushes")
+        self.at_least(1, "slots", "requests", "tokens", "pushes", "windows")
         if min(paces) <= 0:
             raise ValueError("--paces must be more than 0")
 
@@ -111,7 +114,7 @@ class SlotsBench(Bench):
             for pace in options.paces:
                 every_s = completion_s / pace
                 windows[pace], parts = [], []
-                while len(parts) < options.pushes:
+                while len(parts) < options.pushes or len(windows[pace]) < 2 * options.windows:
                     windows[pace].append(quiet(options.window_s))
                     windows[pace].append(pushing(max(options.window_s, 4 * every_s), push, every_s))
                 pushes[pace] = parts
@@ -123,7 +126,7 @@ class SlotsBench(Bench):
                 "interval_s": completion_s / pace,
                 "n": len(pushes[pace]),
                 **{f"{part}_s": spread([p[part] for p in pushes[pace]]) for part in ("push", "wait", "pause")},
-                **{name: load[name] for name in ("tokens_per_s_quiet", "tokens_per_s_pushing", "ratio")},
+                **{name: load[name] for name in KEPT},
             }
 
     def _about(self, slots: int) -> Row:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -115,15 +116,23 @@ def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab:
 
 
 def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], requests: int) -> dict[str, Any]:
-    """Return the rates of windows that alternate between quiet and pushing."""
+    """Return the rates of windows that alternate between quiet and pushing, and those of pairs of neighbours.
+
+    `share` is the geometric mean of a pair's pushing rate by its quiet one, `share_error` its standard error: how small
+    a loss the windows can show.
+    """
     rates = [tokens_within(records, start, end) / (end - start) for start, end in windows]
     quiet, pushing = rates[::2], rates[1::2]
+    logs = [math.log(p / q) for p, q in zip(pushing, quiet, strict=True)]
+    share = math.exp(statistics.fmean(logs))
     return {
         "requests": requests,
         "tokens_per_request": TOKENS,
         "tokens_per_s_quiet": statistics.median(quiet),
         "tokens_per_s_pushing": statistics.median(pushing),
         "ratio": spread([p / q for q, p in zip(quiet, pushing, strict=True)]),
+        "share": share,
+        "share_error": share * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None,
         "windows_tokens_per_s": [round(rate, 1) for rate in rates],
     }
 

@@ -58,7 +58,7 @@ def _parts(row: Row) -> str:
     text = " ".join(f"{name} {value * 1e3:.1f}" for name, value in row["parts_median_s"].items())
     if "under_load" not in row:
         return text
-    return text + fill(" | decode {ratio:.1%} of {tokens_per_s_quiet:.0f} tok/s", row["under_load"])
+    return text + fill(" | decode {share:.1%} ({share_error:.1%}) of {tokens_per_s_quiet:.0f} tok/s", row["under_load"])
 
 
 #: For the learner's side to notice that its server is gone.

@@ -57,11 +57,10 @@ def test_headline_takes_the_group_with_most_rows_and_orders_by_time() -> None:
 
 def test_table_and_picture(tmp_path: Path) -> None:
     bench = SyncBench([])
-    ratio = {"median": 0.9, "min": 0.8, "max": 1.0}
     served = {"workers": 2, "fidelity": {"mean_abs_gap": 0.003}}
     bench.rows = [
         row("ours", 0.01, **served),
-        row("peer", 1.5, under_load={"ratio": ratio, "tokens_per_s_quiet": 900.0}),
+        row("peer", 1.5, under_load={"share": 0.9, "share_error": 0.05, "tokens_per_s_quiet": 900.0}),
     ]
     lines = bench.table().splitlines()
     assert lines[2].split()[2:] == [
@@ -79,7 +78,7 @@ def test_table_and_picture(tmp_path: Path) -> None:
             "1.0",
         )
     ]
-    assert lines[3].endswith("install 1.0 | decode 90.0% (80.0%-100.0%) of 900 tok/s")
+    assert lines[3].endswith("install 1.0 | decode 90.0% (5.0%) of 900 tok/s")
     bench.plot(tmp_path / "sync.png", bench.rows)
     assert (tmp_path / "sync.png").read_bytes().startswith(b"\x89PNG")
     bench.plot(tmp_path / "empty.png", [])
