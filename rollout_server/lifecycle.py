@@ -194,6 +194,7 @@ async def _start(
             described[0]["linear"],
         )
     await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
+    await sleep.rehearse()
     tasks = await engine.get_supported_tasks()
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)

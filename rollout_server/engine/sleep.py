@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.ipc.client import Workers
@@ -47,6 +47,20 @@ class Sleep:
                 self._given_back = [0] * len(before)
                 await self._moved(self._proxy.put_to_sleep(self._level), "fall asleep")
                 self._given_back = [free - old for old, free in zip(before, await self._free(), strict=True)]
+
+    async def rehearse(self) -> None:
+        """Sleep and wake once, before anyone waits for it: pinning host memory for the weights takes seconds.
+
+        PyTorch keeps that memory for later sleeps. If a learner has taken the GPU meanwhile, it sleeps on and is awake
+        when that one yields.
+
+        Raises:
+            LockstepError: `engine_dead`.
+        """
+        if self._enabled and self._level:
+            await self.fall_asleep()
+            with suppress(InvalidRequest):
+                await self.wake()
 
     async def wake(self) -> None:
         """Take the memory again and go on; no effect if it is awake.

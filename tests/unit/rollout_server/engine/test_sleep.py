@@ -77,6 +77,33 @@ def proxy(engine: _Engine) -> EngineProxy:
     return EngineProxy(engine, RunTable(2, 1))
 
 
+async def test_the_first_sleep_is_rehearsed_before_anyone_waits(
+    engine: _Engine, workers: _Workers, proxy: EngineProxy
+) -> None:
+    await Sleep(proxy, workers, enabled=True).rehearse()
+    assert engine.names() == ["sleep", "wake"]
+    assert not proxy.asleep
+    for has_nothing_to_move in (Sleep(proxy, workers, enabled=False), Sleep(proxy, workers, enabled=True, level=0)):
+        await has_nothing_to_move.rehearse()
+    assert engine.names() == ["sleep", "wake"]
+
+
+async def test_a_learner_that_takes_the_gpu_during_the_rehearsal_wakes_it_later(
+    engine: _Engine, workers: _Workers, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([20, 80, 30, 80])  # before the sleep, after it, with the learner's model beside it, and without
+
+    async def call(op: str, timeout: float) -> list[dict[str, Any]]:
+        return [{"ok": True, "free": next(free)}]
+
+    monkeypatch.setattr(workers, "call", call)
+    sleep = Sleep(proxy, workers, enabled=True)
+    await sleep.rehearse()
+    assert proxy.asleep
+    await sleep.wake()
+    assert not proxy.asleep
+
+
 async def test_it_sleeps_and_wakes_once(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
     sleep = Sleep(proxy, workers, enabled=True)
     await asyncio.gather(sleep.fall_asleep(), sleep.fall_asleep())
