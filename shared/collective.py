@@ -11,8 +11,10 @@ from shared.weights import WeightVersion
 GREETING = 0x10C_57E9
 POLL_SECONDS = 0.0002
 #: NCCL's watchdog must not end a process because of a lost peer: both ends keep deadlines of their own. Nor may it look
-#: into the store, which is closed once all have met.
+#: into the store, which is closed once all have met. After an error it sleeps for four times WAIT_TIMEOUT_DUMP_MILSEC,
+#: a minute by default, for a dump that is off; who drops the group waits for it.
 NCCL_SETTINGS = {
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "100",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from learner.run_dir.lease import Lease
 from learner.sync import transport
 from learner.sync.transport import SendingGroup, Transport, can_broadcast
-from shared.collective import Announcement, GroupInvitation
+from shared.collective import NCCL_SETTINGS, Announcement, GroupInvitation
 from shared.errors import ErrorCode, InstallFailed, LockstepError
 from shared.weights import WeightVersion
 
@@ -159,3 +160,9 @@ def test_one_gpu_for_both_is_refused_unless_nccl_takes_them_for_two_hosts(monkey
     monkeypatch.setenv("NCCL_HOSTID", "learner")
     assert can_broadcast(cuda, shared, asked=True) is None  # type: ignore[arg-type]
     assert can_broadcast(cuda, shared), "nobody asked for it"  # type: ignore[arg-type]
+
+
+def test_what_is_set_of_nccl_is_what_torch_reads() -> None:
+    header = Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp"
+    unknown = [name for name in NCCL_SETTINGS if f'"{name}"' not in header.read_text()]
+    assert not unknown
