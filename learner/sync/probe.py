@@ -210,6 +210,7 @@ class AdapterWeights:
         self.modules = list(layers)
         self.a = [layer.lora_A[adapter].weight for layer in layers.values()]
         self.b = [layer.lora_B[adapter].weight for layer in layers.values()]
+        self._scalings = [float(layer.scaling[adapter]) for layer in layers.values()]
 
     @property
     def sharded(self) -> bool:
@@ -229,6 +230,20 @@ class AdapterWeights:
             yield copies
         finally:
             self.write(copies)
+
+    def loses_by(self, dtype: torch.dtype) -> bool:
+        """Return whether `dtype` is coarser than what they are kept in."""
+        return any(torch.finfo(weight.dtype).eps < torch.finfo(dtype).eps for weight in (*self.a, *self.b))
+
+    def rounded(self, values: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return `values`, in the form of `copied`, as servers hold them: A, and B times its scaling, in `dtype`."""
+        if not self.loses_by(dtype):
+            return list(values)
+        scalings = [*([1.0] * len(self.a)), *self._scalings]
+        return [
+            ((value.float() * scaling).to(dtype).float() / scaling).to(value.dtype)
+            for value, scaling in zip(values, scalings, strict=True)
+        ]
 
     def write(self, values: Sequence[torch.Tensor]) -> None:
         """Set them to `values`, in the form of `copied`. Collective."""

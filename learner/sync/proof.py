@@ -31,6 +31,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -122,7 +125,7 @@ class SyncProof:
         self._references = defaultdict[str, list[Measurement]](list)
         self._suspicions = defaultdict[str, Suspicion](Suspicion)
         self._step_before: list[torch.Tensor] | None = None
-        self._enlarged, self._step_rms = 1.0, 0.0
+        self._enlarged = 1.0
         self._warned = False
         self._sampled_rms: float | None = None
         self.last: Measurement | None = None
@@ -194,11 +197,13 @@ class SyncProof:
         Raises:
             InstallFailed: a server does not sample from `version`; the message names it and what it may serve.
         """
-        own = self.probe.logprobs()
-        step = None if self.on_main(self._would_see_a_step) else self._last_step()
+        with self._as_pushed():
+            own = self.probe.logprobs()
+            seen = self._seen.logprobs() if self._seen else None
+            step = None if self.on_main(lambda: self._would_see_a_step(own, version)) else self._last_step()
         measurements = self.measure(own, version)
-        if self._seen:
-            for measurement in self.measure(self._seen.logprobs(), version, self._seen):
+        if seen:
+            for measurement in self.measure(seen, version, self._seen):
                 self.check_mismatch(measurement, self._seen)
         self.step_share, self.slope = None, None
         for now in measurements:
@@ -211,6 +216,21 @@ class SyncProof:
             references[1:] = [now]
         self.last = max(measurements, key=lambda m: m.max_mismatch)
         return self.last
+
+    @contextmanager
+    def _as_pushed(self) -> Iterator[None]:
+        """Hold the adapter as servers do, in their dtype: a step may be less than what that rounds. Collective."""
+        if not self.weights.loses_by(self._served_dtype):
+            yield
+            return
+        with self.weights.kept() as exact:
+            self.weights.write(self.weights.rounded(exact, self._served_dtype))
+            yield
+
+    @cached_property
+    def _served_dtype(self) -> torch.dtype:
+        """The dtype of adapters, the same on all servers. Collective at its first use."""
+        return TORCH_DTYPES[self.on_main(lambda: self._pool.available()[0].known.lora_dtype)]
 
     def check_sampled(self, rms: float, tokens: int, temperature: float = 1.0) -> None:
         """Hold the mismatch of sampled tokens of the present version to that of the probe and of the first batch.
@@ -413,11 +433,15 @@ class SyncProof:
             )
         return seen
 
-    def _would_see_a_step(self) -> bool:
-        """Whether a step that is missing exceeds the tolerance of the mismatch, going by the last step measured."""
+    def _would_see_a_step(self, own: LearnerLogprobs, version: WeightVersion) -> bool:
+        """Whether this step would exceed the tolerance of the mismatch if it were missing, by the last proof's own."""
+        last = self.last
+        if last is None or last.version is None or last.version.step != version.step - 1:
+            return False
         limits = [RMS_SLACK * max(base.rms_mismatch, FLOOR / SAFETY) for base in self.bases.values()]
         decisive = self.fixed_tolerance is None and all(base.is_decisive for base in self.bases.values())
-        return bool(limits) and decisive and self._step_rms > MIN_SIGNAL * max(limits)
+        rms = float(np.sqrt(np.mean((own.values - last.own) ** 2)))
+        return bool(limits) and decisive and rms > MIN_SIGNAL * max(limits)
 
     def _last_step(self) -> np.ndarray | None:
         """Return how the last optimizer step d has moved the learner's logprobs, [N]; None: not known. Collective.
@@ -428,6 +452,7 @@ class SyncProof:
         before, self._step_before = self._step_before, None
         if before is None:
             return None
+        before = self.weights.rounded(before, self._served_dtype)
         with self.weights.kept() as present:
             for _ in range(4):
                 factor, seen = self._enlarged, []
@@ -441,7 +466,6 @@ class SyncProof:
                 self._enlarged = min(max(factor * STEP_NATS / rms, 1 / 4), LARGEST)
                 if 0.3 < self._enlarged / factor < 3.0:
                     break
-        self._step_rms = rms / factor
         return moved_N / factor
 
     def _check_step(self, now: Measurement, step_N: np.ndarray) -> None:

@@ -70,12 +70,43 @@ def test_a_healthy_server_is_never_accused(rate):
     assert not any(proofs_until_alarm(rng, STEPS[rate], 2000, arrived=1.0) for _ in range(2))
 
 
+@pytest.mark.parametrize("turn", [0.0, 0.1, 0.5], ids="the direction turns by {}".format)
+@pytest.mark.parametrize("fresh", [0.0, 0.1, 0.5], ids="{} of the noise is new".format)
+def test_steps_that_meet_the_same_noise_again_are_no_further_evidence(turn, fresh):
+    """Of a reward that no longer differs only momentum is left: steps shrink, their direction and the noise stay."""
+    rng = np.random.default_rng(2)
+    assert not any(alarm_in_a_training_that_stands_still(rng, turn, fresh) for _ in range(200))
+
+
+def alarm_in_a_training_that_stands_still(rng, turn, fresh, arrived=1.0):
+    suspicion, size = Suspicion(), 0.02
+    direction, noise = movement(rng, 1.0), movement(rng, NOISE)
+    for _ in range(150):
+        direction = np.sqrt(1 - turn**2) * direction + turn * movement(rng, 1.0)
+        noise = np.sqrt(1 - fresh**2) * noise + fresh * movement(rng, NOISE)
+        moved = size * direction
+        if suspicion.add(share(noise + (arrived - 1) * moved, moved, ROWS, NOISE / 4)):
+            return True
+        size *= 0.95
+    return False
+
+
+def test_it_is_accused_even_where_steps_meet_the_same_noise():
+    rng = np.random.default_rng(3)
+    found = [alarm_in_a_training_that_stands_still(rng, 0.5, 0.5, arrived=0.0) for _ in range(50)]
+    assert sum(found) >= 45
+
+
 def test_it_gets_stuck_late_and_is_accused_as_fast():
-    suspicion = Suspicion()
+    rng, suspicion = np.random.default_rng(4), Suspicion()
+
+    def found(value):
+        return Share(value, 0.1, movement(rng, 1.0), movement(rng, 1.0))
+
     for _ in range(1000):
-        assert not suspicion.add(Share(1.0, 0.1))
-    assert not suspicion.add(Share(0.0, 0.1)), "one proof is not enough"
-    assert suspicion.add(Share(0.0, 0.1))
+        assert not suspicion.add(found(1.0))
+    assert not suspicion.add(found(0.0)), "one proof is not enough"
+    assert suspicion.add(found(0.0))
 
 
 def test_names_the_closest_version():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from shared.errors import LockstepError
 from tests.support.rounding_server import RATIOS, Pair
@@ -48,6 +49,35 @@ def test_a_healthy_server_is_left_alone():
     found = pair.proof.step_share
     assert abs(found.value - 1) < 4 * found.error
     assert found.error < 1.5
+
+
+def test_steps_that_become_small_are_looked_for_again():
+    """Large ones would show in the mismatch if they were missing; a learning rate that decays ends that."""
+    pair = Pair()
+    pair.begin(60.0)
+    pair.train(1, 2)
+    assert pair.proof.step_share is None
+    pair.optimizer = torch.optim.AdamW(
+        [p for p in pair.model.parameters() if p.requires_grad], lr=1e-4 * pair.optimizer.param_groups[0]["lr"]
+    )
+    pair.server.stuck_at = 2
+    with pytest.raises(LockstepError, match=r"does not serve r@0\.[345]: of the last step"):
+        pair.train(3, 5)
+
+
+def test_a_step_that_is_lost_as_adapters_are_rounded_is_not_missed():
+    """A learner in float32 makes steps that servers in 16 bits hold no part of: none of them can arrive."""
+    pair = Pair()
+    pair.model.float()
+    pair.begin(RATIOS[1e-5])
+    pair.train(1, 1)
+    held = [value.bfloat16().float() for value in pair.proof.weights.copied()]
+    for number in (2, 3, 4):
+        pair.proof.weights.write([value * (1 + number * 2**-12) for value in held])
+        pair.proof.check(pair.publisher.push(number).version)
+        pair.proof.keep_step()
+        assert pair.proof.step_share is None
+    assert all(torch.equal(a, b * (1 + 2**-10)) for a, b in zip(pair.proof.weights.copied(), held, strict=True))
 
 
 def test_no_alarm_but_a_word_where_rounding_takes_small_updates(caplog):
